@@ -1,0 +1,28 @@
+"""The merge config: mergekit-moe's YAML schema and raymoe's own keys, read, checked and frozen.
+
+`load_config` is the way in for files; `MergeConfig.model_validate` and `check_config` are for configs made
+in Python. Importing this needs neither torch, transformers nor Ray.
+"""
+
+from raymoe.config.checks import ALL_SAME_FLAG, check_config, config_warnings
+from raymoe.config.lines import Lines, Loc
+from raymoe.config.load import load_config, load_config_with_lines, parse_config
+from raymoe.config.modes import MODES, GateMode
+from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
+
+__all__ = [
+    "ALL_SAME_FLAG",
+    "MODES",
+    "Dtype",
+    "ExpertConfig",
+    "GateMode",
+    "Lines",
+    "Loc",
+    "MergeConfig",
+    "PromptModel",
+    "check_config",
+    "config_warnings",
+    "load_config",
+    "load_config_with_lines",
+    "parse_config",
+]

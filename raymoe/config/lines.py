@@ -1,0 +1,114 @@
+"""Where things stand in a config, and how what a person typed is shown back.
+
+A `Loc` is the path of a value in the config, `("experts", 1, "positive_prompts")`; `Lines` maps each one to
+its `Mark` in the file. Everything that finds a problem names a `Loc` (`Found`) and leaves line numbers to
+`Lines`, so that the same checks serve a config file and a config made in Python, which has no lines.
+
+Text of users can be long and can hold control characters; `excerpt` and `shown` make it fit for one line of
+a terminal.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from raymoe.errors import Problem
+
+__all__ = ["NO_LINES", "Found", "Lines", "Loc", "Mark", "excerpt", "kind_of", "path_text", "shown"]
+
+Loc = tuple[str | int, ...]
+
+_EXCERPT_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Mark:
+    """Where a value begins, counted from 1. `text` is how a scalar without quotes was typed, else `None`."""
+
+    line: int
+    column: int
+    text: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """The marks of one config file. `name` is what messages call the file."""
+
+    name: str
+    marks: Mapping[Loc, Mark]
+
+    def mark(self, loc: Loc) -> Mark | None:
+        """The mark of `loc`, or of the nearest value around it: a missing key is reported there."""
+        for length in range(len(loc), -1, -1):
+            if (mark := self.marks.get(loc[:length])) is not None:
+                return mark
+        return None
+
+    def where(self, loc: Loc, mark: Mark | None = None) -> str:
+        """`merge.yaml:12: experts[1].positive_prompts`, as far as known. `mark` overrides that of `loc`."""
+        mark = mark or self.mark(loc)
+        place = f"{self.name}:{mark.line}" if mark else self.name
+        return ": ".join(part for part in (place, path_text(loc)) if part)
+
+    def problems(self, found: Iterable[Found]) -> list[Problem]:
+        """`found` as problems, in the order of the file."""
+        placed = [(f.mark or self.mark(f.loc), f) for f in found]
+        placed.sort(key=lambda pair: (pair[0].line, pair[0].column) if pair[0] else (0, 0))
+        return [Problem(where=self.where(f.loc, mark), what=f.what, remedy=f.remedy) for mark, f in placed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A problem before it is placed. `mark` is for what has no `Loc` of its own: the second of two keys."""
+
+    loc: Loc
+    what: str
+    remedy: str
+    mark: Mark | None = None
+
+
+NO_LINES = Lines(name="", marks={})
+"""For configs made in Python: `where` is the path alone."""
+
+
+def path_text(loc: Loc) -> str:
+    """`("experts", 1, "dtype")` as a person writes it: `experts[1].dtype`."""
+    text = ""
+    for step in loc:
+        text += f"[{step}]" if isinstance(step, int) else f".{excerpt(step)}" if text else excerpt(step)
+    return text
+
+
+def excerpt(text: str, limit: int = _EXCERPT_CHARS) -> str:
+    """The first `limit` characters of `text`, on one line and with nothing a terminal would act on."""
+    cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
+    return f"{cut}..." if len(text) > limit else cut
+
+
+def shown(value: object) -> str:
+    """A value in a message: text in quotes, all of it cut to size."""
+    if isinstance(value, str):
+        return f"'{excerpt(value)}'"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > 200:
+        # str() of an int refuses more than some thousand digits.
+        return f"a number of {value.bit_length()} bits"
+    return excerpt(str(value))
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words of YAML rather than of Python."""
+    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
+        (type(None), "nothing"),
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (datetime.date, "a date"),
+        (bytes, "binary data"),
+        (Mapping, "a mapping"),
+        ((list, tuple), "a list"),
+    )
+    return next((words for types, words in kinds if isinstance(value, types)), f"a {type(value).__name__}")

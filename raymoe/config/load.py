@@ -1,0 +1,84 @@
+"""From a config file to a checked `MergeConfig`, or to one report of everything that is wrong with it.
+
+    bytes --> text --tree--> values + lines --schema--> MergeConfig --checks--> MergeConfig
+                       \\________________________\\_________________\\___> problems, in the order of the file
+
+A file that cannot be read or is no YAML stops at once, since nothing can be said about its keys. From then
+on problems are collected: what the schema refuses is set aside, and the checks run on the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from raymoe.config.checks import find_unsound
+from raymoe.config.lines import Lines
+from raymoe.config.problems import salvage, schema_problems
+from raymoe.config.schema import MergeConfig
+from raymoe.config.tree import parse_tree
+from raymoe.errors import Problem, ProblemReport
+
+__all__ = ["load_config", "load_config_with_lines", "parse_config"]
+
+_MAX_CONFIG_BYTES = 16 * 1024 * 1024
+
+
+def load_config(path: str | Path, *, allow_all_same: bool = False) -> MergeConfig:
+    """Read and check a merge config, YAML or JSON.
+
+    Raises ProblemReport with everything that is wrong, in the order of the file. `allow_all_same` permits
+    experts that are all the same model, for merges that are to be trained.
+    """
+    return load_config_with_lines(path, allow_all_same=allow_all_same)[0]
+
+
+def load_config_with_lines(path: str | Path, *, allow_all_same: bool = False) -> tuple[MergeConfig, Lines]:
+    """As `load_config`, with the lines of the file for problems that are found later: `lines.where(loc)`."""
+    return _parse(_read(Path(path)), str(path), allow_all_same=allow_all_same)
+
+
+def parse_config(text: str, *, name: str, allow_all_same: bool = False) -> MergeConfig:
+    """As `load_config`, for text; `name` is what messages call it."""
+    return _parse(text, name, allow_all_same=allow_all_same)[0]
+
+
+def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, Lines]:
+    data, lines, found = parse_tree(text, name)
+    try:
+        config = MergeConfig.model_validate(data)
+        found += find_unsound(config, allow_all_same=allow_all_same)
+    except ValidationError as error:
+        found += schema_problems(error, lines)
+        if saved := salvage(data, error):
+            found += find_unsound(saved[0], allow_all_same=allow_all_same, unread=saved[1])
+    if found:
+        raise ProblemReport(lines.problems(found))
+    return config, lines
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise _unreadable(path, "no such file", "check the path of the config") from None
+    except IsADirectoryError:
+        raise _unreadable(path, "this is a folder, not a file", "name the config file in it") from None
+    except OSError as error:
+        raise _unreadable(
+            path, f"cannot be read: {error.strerror}", "check the path and its permissions"
+        ) from None
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise _unreadable(path, "more than 16 MiB: this is no merge config", "name the YAML file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8 text (byte 0x{raw[error.start]:02x})"
+        raise _unreadable(f"{path}:{line}", what, "save the file as UTF-8") from None
+
+
+def _unreadable(where: str | Path, what: str, remedy: str) -> ProblemReport:
+    return ProblemReport([Problem(where=str(where), what=what, remedy=remedy)])

@@ -1,0 +1,62 @@
+"""Errors meant for people.
+
+A user's mistake is an ordinary value here: a `Problem` says what is wrong, where, and what to do about it. Everything
+that looks at user input collects problems and raises one `ProblemReport` at the end, so that a person mends a config in
+one go and not one error at a time. The command line prints a report without a traceback and exits with its
+`exit_code`; nothing below the command line calls `sys.exit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that a person has to mend: where it is, what is wrong, and the remedy."""
+
+    where: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n    -> {self.remedy}" if self.remedy else text
+
+
+class RaymoeError(Exception):
+    """Base of all errors whose message is written for the user. `exit_code` is the command's exit status."""
+
+    exit_code = 1
+
+
+class ProblemReport(RaymoeError):
+    """Wrong usage or config: one or more problems, found before any work started."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]):
+        assert problems, "a report without problems"
+        self.problems = tuple(problems)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        head = f"{len(self.problems)} problems:"
+        return "\n".join([head, *(f"  {str(p).replace(chr(10), chr(10) + '  ')}" for p in self.problems)])
+
+    def __reduce__(self) -> tuple[type[ProblemReport], tuple[tuple[Problem, ...]]]:
+        # Exception's own pickling would hand the formatted text to __init__ (reports cross process borders on Ray).
+        return type(self), (self.problems,)
+
+
+class CheckpointError(ProblemReport):
+    """A checkpoint (or adapter) on disk or on the Hub that can't be used: missing, truncated, malformed, quantised."""
+
+
+class MergeFailed(RaymoeError):
+    """A merge that had begun could not be finished; the message says what happened where."""

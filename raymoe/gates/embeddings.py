@@ -1,0 +1,39 @@
+"""`cheap_embed`: gates from token embeddings alone. Reads single rows of the embedding; needs no model and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.gates.router import normalised
+from raymoe.planning.types import WeightRef
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.transform import NUMPY_DTYPES, with_lora
+
+__all__ = ["embedding_rows", "mean_embedding"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+def embedding_rows(reader: SourceReader, ref: WeightRef, ids: Sequence[int]) -> dict[int, Float32]:
+    """The embedding row (hidden,) of each token id, read by offset."""
+    rows = {}
+    width = ref.entry.nbytes // ref.entry.shape[0]
+    buffer = bytearray(width)
+    for token in sorted(set(ids)):
+        reader.read_into(ref.entry.file, ref.entry.start + token * width, memoryview(buffer))
+        row = np.frombuffer(buffer, dtype=NUMPY_DTYPES[ref.entry.dtype]).astype(np.float32)
+        if ref.lora is not None:
+            row = with_lora(reader, row[None], ref.lora, slice(token, token + 1))[0]
+        rows[token] = row
+    return rows
+
+
+def mean_embedding(reader: SourceReader, ref: WeightRef, prompts: Sequence[Sequence[int]]) -> Float32:
+    """Direction (unit length) of the sum of all prompt tokens' embeddings; (hidden,)."""
+    tokens = [token for prompt in prompts for token in prompt]
+    rows = embedding_rows(reader, ref, tokens)
+    total = np.sum([rows[token] for token in tokens], axis=0, dtype=np.float64)
+    return normalised(total)

@@ -1,0 +1,78 @@
+"""From prompt states to router rows: differences, unit length, and a look at whether the rows can tell experts apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["conditioning_warning", "gate_rows", "normalised", "random_rows"]
+
+Float32 = npt.NDArray[np.float32]
+
+# Above this condition number the rows of a layer are nearly parallel: all experts get nearly the same score.
+MAX_CONDITION = 5.0
+
+
+def normalised(vectors: npt.ArrayLike) -> Float32:
+    """Each vector (last axis) at unit length; a zero vector stays zero."""
+    array = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(array, axis=-1, keepdims=True)
+    return (array / np.maximum(norms, 1e-8)).astype(np.float32)
+
+
+def gate_rows(positive: Float32, negative: Float32 | None) -> Float32:
+    """Router rows of one expert, (layers, hidden), each at unit length."""
+    return normalised(positive if negative is None else positive.astype(np.float64) - negative)
+
+
+def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> Float32:
+    """Rows that need no prompts, (layers, hidden), drawn from (seed, owner, layer).
+
+    `random`: a random direction at unit length, about N(0, 1/hidden) for each element. Rows of N(0, 1), as some tools
+    draw them, make router logits so large that the softmax sends everything to one expert.
+    `uniform_random`: U(-1/sqrt(hidden), 1/sqrt(hidden)), what torch.nn.Linear starts with.
+    """
+    rows = []
+    for layer in range(layers):
+        key = hashlib.sha256(f"{seed}/router/{owner}/{layer}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+        if mode == "random":
+            rows.append(normalised(generator.standard_normal(hidden)))
+        else:
+            bound = hidden**-0.5
+            rows.append(generator.uniform(-bound, bound, hidden).astype(np.float32))
+    return np.stack(rows)
+
+
+def conditioning_warning(rows: Sequence[Float32]) -> str | None:
+    """A warning with numbers if some layers' rows are nearly parallel. `rows`: one (layers, hidden) array an expert."""
+    if len(rows) < 2:
+        return None
+    stacked = np.stack(rows, axis=1)  # (layers, experts, hidden)
+    conditions = np.linalg.cond(stacked.astype(np.float64))
+    bad = [layer for layer, value in enumerate(conditions) if not value <= MAX_CONDITION]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda layer: conditions[layer])
+    units = normalised(stacked[worst])
+    cosines = (units @ units.T)[np.triu_indices(len(rows), 1)]
+    return (
+        f"the router rows of {len(bad)} of {len(conditions)} layers are nearly parallel (condition number above "
+        f"{MAX_CONDITION:g}): layers {_ranges(bad)}. Worst is layer {worst}: condition number {conditions[worst]:.1f}, "
+        f"cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some experts will get few tokens; "
+        "use prompts that differ more, add negative_prompts, or another gate_mode"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as '0-2, 5'."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)

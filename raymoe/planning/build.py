@@ -1,0 +1,210 @@
+"""`build_plan`: facts in, MergePlan out. Pure: no I/O, no Ray, no torch; the same facts give the same plan.
+
+Every problem that configs and headers can show is collected and raised once, as one ProblemReport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
+from raymoe.architectures.hosts import host_config
+from raymoe.config import ExpertConfig, MergeConfig
+from raymoe.config.modes import MODES
+from raymoe.errors import Problem, ProblemReport
+from raymoe.planning.checks import check_plan
+from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
+from raymoe.planning.digest import plan_digest
+from raymoe.planning.shards import OutputTensor, pack_shards
+from raymoe.planning.tensors import Member, base_tensors, computed_tensors, member_tensors, weight_refs
+from raymoe.planning.totals import totals_of
+from raymoe.planning.types import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
+from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
+from raymoe.sources.types import ModelFacts, ModelRef, SourceFile
+
+__all__ = ["build_plan"]
+
+# Keys of the base's config.json that describe the dense model and would be wrong, or dead, in the MoE's.
+_DROPPED_KEYS = frozenset(
+    "architectures model_type auto_map _name_or_path transformers_version torch_dtype dtype rope_parameters rope_scaling "
+    "layer_types use_sliding_window max_window_layers attention_bias mlp_bias pretraining_tp head_dim "
+    "_attn_implementation_autoset".split()
+)
+_GENERATION_CONFIG = "generation_config.json"
+
+
+def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], options: MergeOptions) -> MergePlan:
+    """Plan a merge.
+
+    `facts` holds every model that `config` names. Raises ProblemReport with all problems found.
+    """
+    base_facts = facts[config.base_model]
+    base, problems = spec_of(base_facts, "base_model")
+    members = _members(config, facts, problems)
+    if base is None:
+        raise ProblemReport(problems)
+    moe = _moe_shape(config)
+    selection = select_host(base, moe, forced=config.architecture, where="architecture")
+    problems += selection.problems
+    problems += check_tensors(base_facts, base, "base_model", ffn_only=_prompt_model(config) == "grafted")
+    for member in members:
+        where = f"{_key(member)} ({member.facts.label})"
+        problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
+        whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].reads_layers
+        problems += check_tensors(member.facts, member.spec, _key(member), ffn_only=not whole)
+    problems = list(dict.fromkeys(problems))
+    if problems or selection.host is None:
+        raise ProblemReport(problems)
+    return _assemble(config, options, base_facts, base, members, moe, selection.host)
+
+
+def _prompt_model(config: MergeConfig) -> str:
+    return config.prompt_model or MODES[config.gate_mode].default_prompt_model
+
+
+def _key(member: Member) -> str:
+    return f"{'shared_experts' if member.is_shared else 'experts'}[{member.number}]"
+
+
+def _members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
+    members = []
+    for key, owner, experts in (
+        ("experts", "expert", config.experts),
+        ("shared_experts", "shared", config.shared_experts),
+    ):
+        for number, expert in enumerate(experts):
+            model = facts[expert.source_model]
+            spec, found = spec_of(model, f"{key}[{number}].source_model")
+            problems += found
+            if spec is not None:
+                members.append(
+                    Member(
+                        owner=f"{owner} {number}",
+                        number=number,
+                        is_shared=owner == "shared",
+                        config=expert,
+                        facts=model,
+                        spec=spec,
+                    )
+                )
+    return members
+
+
+def _moe_shape(config: MergeConfig) -> MoeShape:
+    return MoeShape(
+        experts=len(config.experts),
+        experts_per_token=config.experts_per_token,
+        shared=len(config.shared_experts),
+        shared_prompted=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
+        needs_prompts=MODES[config.gate_mode].needs_prompts,
+    )
+
+
+def _assemble(
+    config: MergeConfig,
+    options: MergeOptions,
+    base_facts: ModelFacts,
+    base: DenseSpec,
+    members: Sequence[Member],
+    moe: MoeShape,
+    host: MoeHost,
+) -> MergePlan:
+    dtype = _output_dtype(config, base_facts)
+    tensors: list[OutputTensor] = list(base_tensors(base_facts, base, host, dtype))
+    for member in members:
+        tensors += member_tensors(member, host, dtype, options.seed)
+    tensors += computed_tensors(base, moe, host, dtype)
+    owners = ["base", *(m.owner for m in members), "router"]
+    gates = _gate_plan(config, options, base_facts, base, members, bool(host.shared_router))
+    shards = pack_shards(tensors, owners, options.max_shard_bytes)
+    output_config = _output_config(base_facts.config, base, host, moe, dtype)
+    check_plan(shards, tensors)
+    warnings = [w for m in members for w in expert_warnings(base, m.spec, _key(m))]
+    warnings += [w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings]
+    side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
+    return MergePlan(
+        host=host.name,
+        config=output_config,
+        dtype=dtype,
+        shards=shards,
+        side_files=side_files,
+        gates=gates,
+        sources=tuple([_source("base", base_facts), *(_source(m.owner, m.facts) for m in members)]),
+        totals=totals_of(shards, moe, gates),
+        options=options,
+        warnings=tuple(dict.fromkeys(warnings)),
+        digest=plan_digest(shards, output_config, side_files, gates),
+    )
+
+
+def _output_dtype(config: MergeConfig, base: ModelFacts) -> str:
+    """The config's dtype; else what the base's config.json says; else what most of its bytes are."""
+    if config.dtype:
+        return DTYPE_OF_NAME[config.dtype]
+    named = base.config.get("torch_dtype") or base.config.get("dtype")
+    if isinstance(named, str) and dtype_code(named) in NAME_OF_DTYPE:
+        return dtype_code(named)
+    weights: dict[str, int] = {}
+    for entry in base.index.tensors.values():
+        weights[entry.dtype] = weights.get(entry.dtype, 0) + entry.nbytes
+    return max(weights, key=lambda dtype: weights[dtype])
+
+
+def _output_config(
+    base_config: Mapping[str, Any], base: DenseSpec, host: MoeHost, moe: MoeShape, dtype: str
+) -> dict[str, Any]:
+    family_ids = {k: v for k, v in base.family.defaults.items() if k.endswith("_token_id")}
+    kept = {k: v for k, v in base_config.items() if k not in _DROPPED_KEYS}
+    output = {**family_ids, **kept, **host_config(host, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
+    return dict(sorted(output.items()))
+
+
+def _gate_plan(
+    config: MergeConfig,
+    options: MergeOptions,
+    base_facts: ModelFacts,
+    base: DenseSpec,
+    members: Sequence[Member],
+    host_gates_shared: bool,
+) -> GatePlan:
+    mode, prompt_model = MODES[config.gate_mode], _prompt_model(config)
+
+    def prompts(member: Member) -> GatePrompts:
+        expert: ExpertConfig = member.config
+        model_config: Mapping[str, Any] = base_facts.config
+        weights: dict[str, WeightRef] = {}
+        if mode.needs_prompts:
+            if prompt_model == "expert" and mode.reads_layers:
+                weights, model_config = weight_refs(member.facts, member.spec), member.facts.config
+            else:
+                graft = member if prompt_model == "grafted" else None
+                weights = weight_refs(base_facts, base, ffn_from=graft)
+            weights = {name: ref for name, ref in weights.items() if mode.reads(name, base.layers)}
+        return GatePrompts(
+            owner=member.owner,
+            positive=expert.positive_prompts if mode.needs_prompts else (),
+            negative=expert.negative_prompts if mode.needs_prompts else (),
+            config=model_config,
+            weights=weights,
+        )
+
+    tokenizer: tuple[SourceFile, ...] = tuple(f for f in base_facts.side_files if f.name != _GENERATION_CONFIG)
+    return GatePlan(
+        mode=config.gate_mode,
+        prompt_model=prompt_model,
+        layers=base.layers,
+        hidden=base.hidden,
+        experts=tuple(prompts(m) for m in members if not m.is_shared),
+        shared=tuple(prompts(m) for m in members if m.is_shared and host_gates_shared),
+        tokenizer_files=tokenizer,
+        vocab=base.vocab,
+        seed=options.seed,
+        quantise=options.quantise_gates,
+    )
+
+
+def _source(owner: str, facts: ModelFacts) -> Source:
+    files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
+    adapter = facts.adapter.label if facts.adapter else None
+    return Source(owner=owner, label=facts.label, revision=facts.revision, adapter=adapter, files=files)

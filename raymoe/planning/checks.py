@@ -1,0 +1,30 @@
+"""The plan's own invariants, checked once, completely, on every plan that is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raymoe.planning.shards import OutputTensor
+from raymoe.planning.types import Copy, Shard
+from raymoe.sources.dtypes import tensor_nbytes
+
+__all__ = ["check_plan"]
+
+
+def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None:
+    """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""
+    placed = [part.name for shard in shards for part in shard.parts]
+    assert len(placed) == len(set(placed)), "an output tensor is written twice"
+    assert set(placed) == {t.name for t in tensors}, "an output tensor is not written"
+    files = [shard.file_name for shard in shards]
+    assert len(files) == len(set(files)), "two shards of one name"
+    for shard in shards:
+        end = len(shard.header)
+        assert shard.header[8:9] == b"{" and int.from_bytes(shard.header[:8], "little") == end - 8
+        for part in shard.parts:
+            assert part.start == end, f"{part.name}: gap or overlap in {shard.file_name}"
+            assert part.nbytes == tensor_nbytes(part.dtype, part.shape), f"{part.name}: bytes do not fit its shape"
+            if isinstance(part.what, Copy):
+                source = part.what.source
+                assert (source.dtype, source.shape, source.nbytes) == (part.dtype, part.shape, part.nbytes)
+            end = part.end

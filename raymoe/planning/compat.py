@@ -1,0 +1,103 @@
+"""Do these models fit together? Every check that configs and headers allow, all problems collected.
+
+An expert gives its FFN and nothing else, so it must agree with the base in what an FFN is (widths, depth, activation);
+vocabulary, heads and RoPE may differ, and are warned about where the merged model would see a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raymoe.architectures import DenseSpec, read_spec
+from raymoe.errors import Problem
+from raymoe.sources.types import ModelFacts
+
+__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of"]
+
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_SHOWN = 4
+
+
+def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
+    """The model's spec, or why there is none."""
+    result = read_spec(facts.config, facts.label)
+    if isinstance(result, DenseSpec):
+        return result, []
+    return None, [Problem(where=f"{where} ({p.where})", what=p.what, remedy=p.remedy) for p in result]
+
+
+def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool) -> list[Problem]:
+    """Can this expert's FFN stand in for the base's?"""
+    problems = []
+    if expert.model_type != base.model_type and not allow_crimes:
+        what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
+        remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
+        problems.append(Problem(where=where, what=what, remedy=remedy))
+    for key, name in (
+        ("layers", "num_hidden_layers"),
+        ("hidden", "hidden_size"),
+        ("intermediate", "intermediate_size"),
+        ("hidden_act", "hidden_act"),
+    ):
+        got, expected = getattr(expert, key), getattr(base, key)
+        if got != expected:
+            what = f"{name} is {got}, but the base's is {expected}"
+            remedy = "experts must have the base's depth, widths and activation; use fine-tunes of the same model"
+            problems.append(Problem(where=where, what=what, remedy=remedy))
+    return problems
+
+
+def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]:
+    """Differences that the merged model does not carry, since the base's attention and embeddings rule."""
+    warnings = []
+    if (expert.rope_theta, expert.rope_scaling) != (base.rope_theta, base.rope_scaling):
+        warnings.append(f"{where}: its RoPE settings differ from the base's; the base's are used")
+    if expert.vocab != base.vocab:
+        warnings.append(f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used")
+    if expert.rms_norm_eps != base.rms_norm_eps:
+        warnings.append(f"{where}: rms_norm_eps {expert.rms_norm_eps} differs from the base's {base.rms_norm_eps}")
+    return warnings
+
+
+def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
+    """Is every tensor that is needed there, with the shape that the config promises, and nothing that no row names?"""
+    label = f"{where} ({facts.label})"
+    expected = {name: (row, spec.shape_of(row)) for row, _, name in spec.tensors()}
+    needed = {name: shape for name, (row, shape) in expected.items() if row.is_ffn or not ffn_only}
+    tensors = facts.index.tensors
+    problems = []
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        what = f"{len(missing)} tensor(s) missing: {_some(missing)}"
+        remedy = "the checkpoint must hold what its config.json describes"
+        if missing == ["lm_head.weight"]:
+            remedy = "set tie_word_embeddings: true in its config.json if the model ties its embeddings"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in needed.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {_some(wrong, '; ')}"
+        problems.append(Problem(where=label, what=what, remedy="weights and config.json must be of the same model"))
+    dtypes = sorted({tensors[n].dtype for n in needed if n in tensors and tensors[n].dtype not in FLOAT_DTYPES})
+    if dtypes:
+        remedy = "use an unquantised checkpoint (bfloat16, float16 or float32)"
+        problems.append(Problem(where=label, what=f"weights of type {', '.join(dtypes)}", remedy=remedy))
+    unmapped = _unmapped(facts, spec, expected.keys())
+    if unmapped:
+        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {_some(unmapped)}"
+        remedy = "raymoe never drops a weight silently; is config.json the right one for this checkpoint?"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
+    return problems
+
+
+def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
+    ignored = spec.family.ignored + (("lm_head.weight",) if spec.tied else ())
+    return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return separator.join(names[:_SHOWN]) + more

@@ -1,0 +1,36 @@
+"""The plan's digest: equal digests mean equal output bytes, so that an interrupted merge knows its own output again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from raymoe.planning.types import GatePlan, Shard
+from raymoe.sources.types import SourceFile
+
+__all__ = ["plan_digest"]
+
+# Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
+OUTPUT_FORMAT = 1
+
+
+def plan_digest(
+    shards: tuple[Shard, ...], config: Mapping[str, Any], side_files: tuple[SourceFile, ...], gates: GatePlan
+) -> str:
+    """SHA-256 (hex) over everything that decides the output's bytes, sources by location and range."""
+    content = {"format": OUTPUT_FORMAT, "shards": shards, "config": config, "side_files": side_files, "gates": gates}
+    text = json.dumps(content, default=_plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Mapping):
+        return dict(value)
+    assert dataclasses.is_dataclass(value), f"no canonical form for {type(value)}"
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {"kind": type(value).__name__, **fields}

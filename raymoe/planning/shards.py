@@ -1,0 +1,109 @@
+"""Packs output tensors into shard files: names, headers and offsets, final before anything is written.
+
+A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
+Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
+output and a run of copies is one long range. File format: https://huggingface.co/docs/safetensors (8 bytes of header
+length, JSON padded with spaces, data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from raymoe.planning.types import Copy, Part, PartSource, Shard, Transform
+from raymoe.sources.dtypes import DTYPE_BYTES
+
+__all__ = ["OutputTensor", "pack_shards"]
+
+# Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """A tensor of the merged model that has no place in a file yet."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    owner: str
+    what: PartSource
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
+    groups: list[list[OutputTensor]] = []
+    by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
+    assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
+    for members in by_owner.values():
+        groups.extend(_fill(_source_order(members), max_shard_bytes))
+    count = len(groups)
+    return tuple(
+        _build(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, start=1)
+    )
+
+
+def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    def key(tensor: OutputTensor) -> tuple[str, int, str]:
+        if isinstance(tensor.what, (Copy, Transform)):
+            return (tensor.what.source.file.location, tensor.what.source.start, tensor.name)
+        return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's
+
+    return sorted(tensors, key=key)
+
+
+def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+    groups: list[list[OutputTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or tensor.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
+
+
+def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
+    (owner,) = [key for key, _ in groupby(tensors, key=lambda t: t.owner)]
+    offset, spans = 0, []
+    for tensor in tensors:
+        spans.append((offset, offset + tensor.nbytes))
+        offset += tensor.nbytes
+    header = _header(tensors, spans)
+    parts = tuple(
+        Part(
+            name=t.name,
+            dtype=t.dtype,
+            shape=t.shape,
+            start=len(header) + start,
+            end=len(header) + end,
+            what=t.what,
+        )
+        for t, (start, end) in zip(tensors, spans, strict=True)
+    )
+    return Shard(file_name=file_name, owner=owner, header=header, parts=parts)
+
+
+def _header(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -> bytes:
+    # transformers refuses files without this metadata entry.
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for tensor, span in zip(tensors, spans, strict=True):
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(span)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = text + b" " * (-(8 + len(text)) % _ALIGN)
+    return len(padded).to_bytes(8, "little") + padded

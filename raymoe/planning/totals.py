@@ -1,0 +1,48 @@
+"""Sums over a plan: parameters, bytes by owner and by kind of part, what the gate pass reads and holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from raymoe.architectures import MoeShape
+from raymoe.planning.types import GatePlan, GatePrompts, Shard, Totals
+
+__all__ = ["totals_of"]
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
+    parameters, expert_parameters = 0, 0
+    by_owner: dict[str, int] = {}
+    by_kind: dict[str, int] = {}
+    for shard in shards:
+        by_owner[shard.owner] = by_owner.get(shard.owner, 0) + shard.nbytes
+        for part in shard.parts:
+            count = math.prod(part.shape)
+            parameters += count
+            expert_parameters += count if shard.owner.startswith("expert ") else 0
+            kind = type(part.what).__name__.lower()
+            by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
+    idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts
+    readers = [*gates.experts, *gates.shared]
+    return Totals(
+        parameters=parameters,
+        active_parameters=parameters - idle,
+        output_bytes=sum(by_owner.values()),
+        bytes_by_owner=by_owner,
+        bytes_by_kind=by_kind,
+        gate_bytes=sum(ref.entry.nbytes for reader in readers for ref in reader.weights.values()),
+        peak_gate_bytes=max((_largest_layer(reader) for reader in readers), default=0),
+    )
+
+
+def _largest_layer(reader: GatePrompts) -> int:
+    """Bytes of the largest layer that a gate pass holds; the embedding is read row by row and does not count."""
+    layers: dict[str, int] = {}
+    for name, ref in reader.weights.items():
+        if match := _LAYER.search(name):
+            layers[match[1]] = layers.get(match[1], 0) + ref.entry.nbytes
+    return max(layers.values(), default=0)

@@ -1,0 +1,203 @@
+"""A merge as data: what is written where, from which bytes. No tensors, no handles, nothing that can fail later.
+
+    MergePlan
+      .shards      Shard: one output file, its header final, its parts back to back
+        .parts     Part: one output tensor, bytes [start, end) of the shard
+          .what    Copy | Transform | Router | Zeros: where those bytes come from
+      .gates       GatePlan: which prompts are read by which model to make the router rows
+      .side_files  small files taken over from the base byte for byte
+
+Everything but the router's values is known here, from configs and file headers, before one weight is read.
+Sizes are bytes, intervals half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
+
+__all__ = [
+    "Copy",
+    "GatePlan",
+    "GatePrompts",
+    "MergeOptions",
+    "MergePlan",
+    "Part",
+    "Router",
+    "Shard",
+    "Source",
+    "Totals",
+    "Transform",
+    "WeightRef",
+    "Zeros",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """What, besides the config, decides the bytes of the output."""
+
+    max_shard_bytes: int = 5_000_000_000
+    seed: int = 0
+    allow_crimes: bool = False
+    copy_tokenizer: bool = True
+    model_card: bool = True
+    quantise_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The bytes of `source`, unchanged."""
+
+    source: TensorEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform:
+    """The tensor of `source`, then in this order: plus its LoRA delta, plus noise, times `scale`, cast to the part's dtype.
+
+    Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
+    """
+
+    source: TensorEntry
+    lora: LoraPair | None = None
+    noise_scale: float | None = None
+    scale: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Rows of the router of `layer`: one an expert, or with `shared` the gate of the shared expert."""
+
+    layer: int
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zeros:
+    """All zero."""
+
+
+PartSource = Copy | Transform | Router | Zeros
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One output tensor at bytes [start, end) of its shard file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    what: PartSource
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`."""
+
+    file_name: str
+    owner: str
+    header: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.parts[-1].end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRef:
+    """A tensor to load for computing: where it lies, and its LoRA delta."""
+
+    entry: TensorEntry
+    lora: LoraPair | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePrompts:
+    """The prompts of one expert and the model that reads them.
+
+    `weights` maps parameter names (`model.layers.0.mlp.up_proj.weight`) to what is loaded for them: the base's, the
+    expert's, or grafted (the base with this expert's FFN). Empty where no model reads the prompts.
+    """
+
+    owner: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    config: Mapping[str, Any]
+    weights: Mapping[str, WeightRef]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePlan:
+    """How the router rows are made: one `GatePrompts` an expert, then one a shared expert with a gate."""
+
+    mode: str
+    prompt_model: str
+    layers: int
+    hidden: int
+    experts: tuple[GatePrompts, ...]
+    shared: tuple[GatePrompts, ...]
+    tokenizer_files: tuple[SourceFile, ...]
+    vocab: int
+    seed: int
+    quantise: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model that takes part, for records and displays."""
+
+    owner: str
+    label: str
+    revision: str | None
+    adapter: str | None
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the plan. Parameters are counted in the output's own tensors; `active` for one token."""
+
+    parameters: int
+    active_parameters: int
+    output_bytes: int
+    bytes_by_owner: Mapping[str, int]
+    bytes_by_kind: Mapping[str, int]
+    gate_bytes: int
+    peak_gate_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """Everything an executor needs. `digest` names the output's bytes: equal digests, equal files."""
+
+    host: str
+    config: Mapping[str, Any]
+    dtype: str
+    shards: tuple[Shard, ...]
+    side_files: tuple[SourceFile, ...]
+    gates: GatePlan
+    sources: tuple[Source, ...]
+    totals: Totals
+    options: MergeOptions
+    warnings: tuple[str, ...]
+    digest: str
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """Content of model.safetensors.index.json."""
+        weight_map = {part.name: shard.file_name for shard in self.shards for part in shard.parts}
+        total = sum(part.nbytes for shard in self.shards for part in shard.parts)
+        metadata = {"total_size": total, "total_parameters": self.totals.parameters}
+        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

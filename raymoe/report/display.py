@@ -1,0 +1,150 @@
+"""Plans and results on a terminal, and plans as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from raymoe.architectures import HOSTS
+from raymoe.config import MODES
+from raymoe.planning.types import MergePlan
+from raymoe.text import human_bytes, human_count
+
+if TYPE_CHECKING:
+    from raymoe.runtime.merge import MergeResult
+    from raymoe.runtime.verify import Verification
+
+__all__ = ["plan_summary", "print_plan", "print_result", "print_verification", "say"]
+
+# Measured on Linux with torch 2.13: an actor that computes, one that only copies (resident bytes, see docs/memory.md).
+_COMPUTING_ACTOR_BYTES = 520_000_000
+_COPYING_ACTOR_BYTES = 120_000_000
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plan_summary(plan: MergePlan) -> dict[str, Any]:
+    """What `raymoe plan --json` prints."""
+    totals = plan.totals
+    return {
+        "architecture": plan.host,
+        "dtype": plan.dtype,
+        "parameters": totals.parameters,
+        "active_parameters": totals.active_parameters,
+        "output_bytes": totals.output_bytes,
+        "bytes_by_source": dict(totals.bytes_by_owner),
+        "bytes_by_kind": dict(totals.bytes_by_kind),
+        "gates": {
+            "mode": plan.gates.mode,
+            "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].reads_layers else None,
+            "weight_bytes_read": totals.gate_bytes,
+            "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
+        },
+        "actor_memory_bytes": actor_memory(plan),
+        "shards": [
+            {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": len(s.parts)} for s in plan.shards
+        ],
+        "sources": [
+            {"owner": s.owner, "model": s.label, "revision": s.revision, "files": len(s.files)} for s in plan.sources
+        ],
+        "warnings": list(plan.warnings),
+        "config": dict(plan.config),
+        "digest": plan.digest,
+    }
+
+
+def actor_memory(plan: MergePlan) -> dict[str, int]:
+    """What one actor holds at most, in bytes: two layers of weights on the device, in float32 on a CPU."""
+    if not MODES[plan.gates.mode].reads_layers:
+        return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0}
+    layers = 2 * plan.totals.peak_gate_bytes
+    widened = 4 // {"BF16": 2, "F16": 2}.get(plan.dtype, 4)
+    return {"cpu": _COMPUTING_ACTOR_BYTES + layers * widened, "gpu": layers}
+
+
+def print_plan(plan: MergePlan, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan_summary(plan), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    totals, host = plan.totals, HOSTS[plan.host]
+    experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
+    console.print(f"[bold]{host.title}[/bold] ({host.architecture}), {experts}, {plan.dtype}")
+    active = human_count(totals.active_parameters)
+    console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
+    console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
+    console.print(_source_table(plan))
+    console.print(_shard_table(plan))
+    console.print(_gate_line(plan))
+    memory = actor_memory(plan)
+    gpu = f", or {human_bytes(memory['gpu'])} of GPU memory for weights" if memory["gpu"] else ""
+    console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    console.print("No problems found." if not plan.warnings else "No errors found.")
+
+
+def _kinds(plan: MergePlan) -> str:
+    names = {"copy": "copied", "transform": "transformed", "router": "routers", "zeros": "zeros"}
+    kinds = plan.totals.bytes_by_kind.items()
+    return ", ".join(f"{human_bytes(count)} {names[kind]}" for kind, count in kinds)
+
+
+def _source_table(plan: MergePlan) -> Any:
+    from rich.table import Table
+
+    table = Table("source", "model", "writes", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    for source in plan.sources:
+        table.add_row(source.owner, source.label, human_bytes(plan.totals.bytes_by_owner.get(source.owner, 0)))
+    table.add_row("router", f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner["router"]))
+    return table
+
+
+def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
+    from rich.table import Table
+
+    table = Table("shard", "of", "tensors", "size", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for shard in plan.shards[:limit]:
+        table.add_row(shard.file_name, shard.owner, str(len(shard.parts)), human_bytes(shard.nbytes))
+    if len(plan.shards) > limit:
+        table.add_row(f"and {len(plan.shards) - limit} more", "", "", "")
+    return table
+
+
+def _gate_line(plan: MergePlan) -> str:
+    mode = MODES[plan.gates.mode]
+    if not mode.needs_prompts:
+        return f"Gates: {mode.name}, drawn from seed {plan.gates.seed}."
+    count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
+    if not mode.reads_layers:
+        return f"Gates: {mode.name} from {count} prompts; no model is run."
+    reads = human_bytes(plan.totals.gate_bytes)
+    who = {"base": "the base model", "expert": "the experts", "grafted": "the base with each expert's FFN"}
+    return f"Gates: {mode.name} from {count} prompts, read by {who[plan.gates.prompt_model]}; {reads} of weights are read for them."
+
+
+def print_result(result: MergeResult) -> None:
+    """The last lines of a merge."""
+    size = sum(record.size for record in result.files)
+    kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
+    say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}{kept} in {result.seconds:.1f} s")
+    actors = ", ".join(human_bytes(peak) for peak in result.peak_actor_bytes)
+    say(f"peak memory: driver {human_bytes(result.peak_driver_bytes)}, actors {actors}")
+    if any(result.peak_gpu_bytes):
+        say(f"peak GPU memory: {', '.join(human_bytes(peak) for peak in result.peak_gpu_bytes)}")
+
+
+def print_verification(verification: Verification, *, quiet: bool) -> None:
+    for line in verification.differences:
+        print(line)
+    if not quiet or not verification.ok:
+        print(verification.summary)

@@ -1,0 +1,137 @@
+"""Ray's side: finding or starting a cluster, and the actors that fit on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.runtime.settings import RuntimeSettings
+
+__all__ = ["Slots", "connected", "expert_actors", "slots_for"]
+
+_START_TIMEOUT_S = 60
+_RESTARTS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """How many actors run at once and what each is given."""
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def connected(settings: RuntimeSettings) -> Iterator[None]:
+    """Be connected to Ray: to the cluster at `address` or RAY_ADDRESS, else to one started here.
+
+    A connection that exists already is used and left alone; one made here is closed at the end.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    level = logging.INFO if settings.verbosity > 1 else logging.WARNING
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {
+        "address": settings.address,
+        "namespace": "raymoe",
+        "logging_level": level,
+        "log_to_driver": settings.verbosity > 0,
+    }
+    if settings.address is None and "RAY_ADDRESS" not in os.environ:
+        # A laptop's own cluster: no dashboard to start and wait for.
+        options |= {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
+        remedy = "check --address and RAY_ADDRESS, and that the cluster runs (ray status)"
+        what = f"no Ray cluster could be reached or started: {str(error).splitlines()[0]}"
+        raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: str | None) -> Slots:
+    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use.
+
+    Raises ProblemReport where the cluster can't hold a single actor.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    wanted = settings.gpus_per_expert
+    if wanted is None:
+        wanted = 1.0 if gpus >= 1 and compute and settings.device != "cpu" else 0.0
+    problems = []
+    if wanted > gpus:
+        what = f"{wanted:g} GPUs an expert were asked for, but the cluster has {gpus:g}"
+        problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
+    if quantise and not wanted:
+        what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
+        remedy = "run on a cluster with GPUs, or leave the flag out: layers are streamed, so that no model is too large"
+        problems.append(Problem(where=f"--load-in-{quantise}", what=what, remedy=remedy))
+    if cpus < 1:
+        problems.append(Problem(where="Ray cluster", what=f"it has {cpus:g} CPUs", remedy="an actor needs one"))
+    if problems:
+        raise ProblemReport(problems)
+    fit = int(min(cpus, gpus / wanted)) if wanted else int(cpus)
+    actors = max(1, min(jobs, fit, settings.actors or jobs))
+    return Slots(actors=actors, cpus=1.0, gpus=wanted)
+
+
+@contextmanager
+def expert_actors(slots: Slots, output: str, settings: RuntimeSettings) -> Iterator[list[Any]]:
+    """Actors that are up and see the output. They are killed at the end, however it comes."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    from raymoe.runtime.worker import ExpertWorker
+
+    remote = ray.remote(concurrency_groups={"gates": 1, "write": 2, "control": 1})(_grouped(ExpertWorker))
+    actors = [
+        remote.options(  # type: ignore[attr-defined]
+            name=f"raymoe-expert-actor-{number}-{os.getpid()}",
+            num_cpus=slots.cpus,
+            num_gpus=slots.gpus,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+            scheduling_strategy="SPREAD",
+        ).remote(output, settings)
+        for number in range(slots.actors)
+    ]
+    try:
+        try:
+            ray.get([actor.where.remote() for actor in actors], timeout=_START_TIMEOUT_S)
+        except GetTimeoutError:
+            has = ", ".join(f"{v:g} {k}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
+            raise MergeFailed(
+                f"{slots.actors} actors with {slots.cpus:g} CPU and {slots.gpus:g} GPU each could not be started within "
+                f"{_START_TIMEOUT_S} s; the cluster has free: {has or 'nothing'}. Other work may hold its resources."
+            ) from None
+        except RayActorError as error:
+            raise MergeFailed(f"an expert actor could not be started: {error}") from error
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+
+def _grouped(worker: type) -> type:
+    """The worker with each method in its concurrency group."""
+    import ray
+
+    groups = {"gate_rows": "gates", "write_shard": "write", "where": "control", "status": "control"}
+    methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
+    return type("ExpertActor", (worker,), methods)

@@ -1,0 +1,25 @@
+"""How a merge is run: nothing here changes a byte of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymoe.sources.resolve import HubOptions
+
+__all__ = ["RuntimeSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSettings:
+    """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
+    (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
+    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose."""
+
+    address: str | None = None
+    gpus_per_expert: float | None = None
+    actors: int | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    verbosity: int = 0
+    hub: HubOptions = HubOptions()

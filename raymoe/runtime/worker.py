@@ -1,0 +1,160 @@
+"""The expert actor's code, as a plain class: it can be run and tested without Ray.
+
+An actor serves one expert at a time. Its three kinds of call run side by side (Ray's concurrency groups): `gates` reads
+the expert's prompts on the device, `write` writes shards, `control` answers questions while the other two work. Calls
+may be repeated after a death: a shard that is already whole is found in the journal and not written again.
+
+Torch is imported by `gate_rows` alone, and only for modes that run a model.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.planning.types import GatePlan, GatePrompts, Shard
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.storage.journal import FileRecord
+from raymoe.storage.local import LocalOutput
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.stream import shard_chunks
+
+__all__ = ["ExpertWorker", "Status", "limit_threads"]
+
+# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
+COMPUTE_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What an actor has done so far."""
+
+    bytes_written: int
+    bytes_kept: int
+    gate_tokens: int
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    busy_with: tuple[str, ...]
+
+
+class ExpertWorker:
+    """Works for one expert at a time: gate rows on its device, shards to the output."""
+
+    def __init__(self, output: str, settings: RuntimeSettings) -> None:
+        self._settings = settings
+        self._output = LocalOutput(Path(output))
+        self._lock = threading.Lock()
+        self._bytes_written = self._bytes_kept = self._gate_tokens = 0
+        self._busy: list[str] = []
+
+    def where(self) -> dict[str, Any]:
+        """This actor's process, node and view of the output."""
+        return {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "output_visible": self._output.journal.exists,
+            "device": self._device(),
+        }
+
+    def gate_rows(self, gates: GatePlan, prompts: GatePrompts) -> npt.NDArray[np.float32]:
+        """Router rows of one expert, (layers, hidden)."""
+        from raymoe.gates.states import expert_rows
+
+        device = self._device()
+        if gates.quantise:
+            from raymoe.gates.quantise import check_quantise
+
+            check_quantise(gates.quantise, device)
+        if gates.mode not in ("cheap_embed",):
+            limit_threads()
+        with self._working(f"gates of {prompts.owner}"), SourceReader(self._settings.hub) as reader:
+            return expert_rows(
+                gates,
+                prompts,
+                reader,
+                device=device,
+                trust_remote_code=self._settings.trust_remote_code,
+                layer_done=self._count_tokens,
+            )
+
+    def write_shard(self, shard: Shard) -> FileRecord:
+        """Write one shard, unless an earlier run left it whole."""
+        self._check_output()
+        if (record := self._output.finished(shard.file_name, shard.nbytes)) is not None:
+            self._add_bytes(kept=shard.nbytes)
+            return record
+        with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
+            return self._output.write(shard.file_name, shard_chunks(shard, reader), progress=self._add_bytes)
+
+    def status(self) -> Status:
+        gpu = 0
+        if "torch" in __import__("sys").modules:
+            import torch
+
+            gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        with self._lock:
+            return Status(
+                bytes_written=self._bytes_written,
+                bytes_kept=self._bytes_kept,
+                gate_tokens=self._gate_tokens,
+                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                peak_gpu_bytes=gpu,
+                busy_with=tuple(self._busy),
+            )
+
+    def _device(self) -> str:
+        if self._settings.device == "cpu" or not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            return "cpu"
+        import torch
+
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+    def _check_output(self) -> None:
+        if not self._output.journal.exists:
+            what = f"the output folder {self._output.root} is not the same folder on node {socket.gethostname()}"
+            remedy = "use a folder on a filesystem that all nodes share, or run the merge on one node"
+            raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
+
+    def _add_bytes(self, written: int = 0, *, kept: int = 0) -> None:
+        with self._lock:
+            self._bytes_written += written
+            self._bytes_kept += kept
+
+    def _count_tokens(self, count: int) -> None:
+        with self._lock:
+            self._gate_tokens += count
+
+    def _working(self, on: str) -> _Working:
+        return _Working(self._busy, self._lock, on)
+
+
+class _Working:
+    """Names what a call works on, for the time that it does."""
+
+    def __init__(self, busy: list[str], lock: threading.Lock, on: str) -> None:
+        self._busy, self._lock, self._on = busy, lock, on
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._busy.append(self._on)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._busy.remove(self._on)
+
+
+def limit_threads() -> None:
+    """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
+    import torch
+
+    if torch.get_num_threads() != COMPUTE_THREADS:
+        torch.set_num_threads(COMPUTE_THREADS)

@@ -1,0 +1,113 @@
+"""A checkpoint's folder, wherever it is: the small protocol that indexing is written against.
+
+`LocalFolder` (local.py) and `HubFolder` (hub.py) implement it; `checkpoint.py` and `resolve.py` know only
+this. Every method raises CheckpointError, and nothing else, for what a user can mend. Names are relative to
+the folder, with '/'.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.types import SourceFile
+
+__all__ = ["Folder", "is_inside", "read_json_object", "refuse", "side_files"]
+
+_MAX_JSON_BYTES = 200 * 1024 * 1024  # an index of a million tensors is a tenth of this
+
+# What travels with a model besides its weights and config: never weights, never code (*.py).
+_SIDE_FILE_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates/*.jinja",
+    "spiece.model",
+    "*.tiktoken",
+    "generation_config.json",
+)
+
+
+class Folder(Protocol):
+    """Read access to one folder of files."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the folder: an absolute path, or `org/name@<commit>`."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, for a Hub repository."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Sorted names of the files at the top and in `chat_templates/`."""
+
+    @property
+    def bin_warning(self) -> str | None:
+        """What to warn of when `.bin` files of this folder have to be indexed."""
+
+    def find(self, name: str) -> SourceFile | None:
+        """The file of that name (also in a subfolder), or None."""
+
+    def read(self, file: SourceFile) -> bytes:
+        """A whole small file."""
+
+    def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file."""
+
+    def local_path(self, file: SourceFile) -> Path:
+        """A path to read the whole file from, downloading it first where it is remote."""
+
+    def missing_remedy(self, name: str) -> str:
+        """What to do about a file that should be here and is not."""
+
+
+def refuse(where: str, what: str, remedy: str = "") -> NoReturn:
+    """Raise a CheckpointError with one problem."""
+    raise CheckpointError([Problem(where=where, what=what, remedy=remedy)])
+
+
+def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
+    """A small JSON file that holds an object. Raises CheckpointError when it is missing or anything else."""
+    file = folder.find(name)
+    if file is None:
+        refuse(folder.label, f"{name} is missing", folder.missing_remedy(name))
+    where = f"{folder.label}/{name}"
+    if file.size > _MAX_JSON_BYTES:
+        refuse(where, f"{file.size} bytes are too many for a JSON file of a checkpoint")
+    try:
+        value = json.loads(folder.read(file).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        refuse(where, f"not valid JSON: {error}", "download or save the file again")
+    if not isinstance(value, dict):
+        refuse(
+            where, f"expected a JSON object, found {type(value).__name__}", "download or save the file again"
+        )
+    return value
+
+
+def side_files(folder: Folder) -> tuple[SourceFile, ...]:
+    """The small files that travel with a model, sorted by name."""
+    names = [name for name in folder.names if any(fnmatch.fnmatchcase(name, p) for p in _SIDE_FILE_PATTERNS)]
+    return tuple(file for name in sorted(names) if (file := folder.find(name)) is not None)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name, as an index file gives it, stays inside its folder."""
+    if not name or not name.isprintable() or "\\" in name or name.startswith(("/", "~")):
+        return False
+    # A drive letter makes a path absolute on Windows.
+    return posixpath.normpath(name) == name and name.split("/")[0] not in ("", ".", "..") and ":" not in name

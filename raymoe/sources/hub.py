@@ -1,0 +1,224 @@
+"""Models on the Hugging Face Hub, read in place: planning fetches JSON files and weight headers.
+
+    org/name@revision --model_info--> commit + file sizes   one request; what follows is pinned to the commit
+    JSON files        --hf_hub_download--> the Hub cache
+    headers           --ranged GET--> memory                or from the file's copy in the cache
+    whole files       --hf_hub_download--> the Hub cache    by the actors, later; size checked as planned
+
+Only the public API of huggingface_hub is used, as it is from 0.34 (transformers 4) to 2 (transformers 5): so
+HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT act as they do everywhere else. Offline (HF_HUB_OFFLINE=1, or
+asked for in `HubOptions`) the cache is all there is. The library is imported where it is used: merges of
+local models need none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from raymoe.sources.folder import refuse
+from raymoe.sources.hub_errors import hub_errors
+from raymoe.sources.local import LocalFolder
+from raymoe.sources.types import PathRef, SourceFile
+
+__all__ = ["HubFolder", "HubOptions", "download", "is_hub_id", "open_hub_folder", "parse_location"]
+
+_LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
+_TIMEOUT_S = 30
+_HTTP_MODULES = frozenset(
+    {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "socket", "ssl"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HubOptions:
+    """How to reach the Hub. None leaves a choice to huggingface_hub and its environment variables."""
+
+    cache_dir: str | None = None
+    offline: bool | None = None
+    endpoint: str | None = None
+
+
+class HubLocation(NamedTuple):
+    """The parts of `hf://org/name@<commit>/file`."""
+
+    repo: str
+    commit: str
+    name: str
+
+
+def parse_location(location: str) -> HubLocation | None:
+    """The parts of a Hub file's location; None for a local path."""
+    match = _LOCATION.fullmatch(location)
+    return HubLocation(**match.groupdict()) if match else None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a name can be that of a Hub repository (`org/name`, or the old `name`)."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHubFolder:
+    """A Hub repository at the commit that its revision stands for now. Raises CheckpointError."""
+    if _is_offline(options):
+        return _open_cached(path, options)
+    from huggingface_hub import HfApi
+
+    with hub_errors(path.path, path.revision):
+        info = HfApi(endpoint=options.endpoint).model_info(
+            path.path, revision=path.revision, files_metadata=True
+        )
+    if info.sha is None:
+        refuse(str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>")
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+    return HubFolder(path, info.sha, sizes, options)
+
+
+class HubFolder:
+    """Implements `Folder` on a repository of the Hub, pinned to a commit."""
+
+    def __init__(self, path: PathRef, commit: str, sizes: dict[str, int | None], options: HubOptions):
+        self._path, self._sizes, self._options = path, sizes, options
+        self.label = f"{path.path}@{commit}"
+        self.revision = commit
+        self.names: list[str] = sorted(n for n in sizes if "/" not in n or n.startswith("chat_templates/"))
+        self.bin_warning = f"{self.label} has .bin weights only: to be indexed they are downloaded whole"
+
+    def find(self, name: str) -> SourceFile | None:
+        if name not in self._sizes:
+            return None
+        size = self._sizes[name]
+        if size is None:
+            refuse(self.label, f"the Hub tells no size for {name}", "download the model and name its folder")
+        return SourceFile(location=f"hf://{self.label}/{name}", size=size)
+
+    def read(self, file: SourceFile) -> bytes:
+        return self.local_path(file).read_bytes()
+
+    def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
+        location = parse_location(file.location)
+        assert location is not None, file
+        cached = _cached_path(location.repo, location.name, location.commit, self._options)
+        if cached is not None and cached.stat().st_size == file.size:
+            with open(cached, "rb") as handle:
+                handle.seek(start)
+                return handle.read(end - start)
+        return _get_range(location, start, end, self._options)
+
+    def local_path(self, file: SourceFile) -> Path:
+        return download(file, self._options, asked_revision=self._path.revision or "main")
+
+    def missing_remedy(self, name: str) -> str:
+        return "name another revision or model; the repository's owner can add the file"
+
+
+class CachedHubFolder:
+    """Implements `Folder` on what the Hub cache holds of a commit (offline). Locations are as online."""
+
+    def __init__(self, path: PathRef, snapshot: Path, options: HubOptions):
+        self._path, self._local, self._options = path, LocalFolder(str(snapshot)), options
+        self.revision = snapshot.name
+        self.label = f"{path.path}@{self.revision}"
+        self.names = self._local.names
+        self.bin_warning: str | None = None
+
+    def find(self, name: str) -> SourceFile | None:
+        file = self._local.find(name)
+        return SourceFile(location=f"hf://{self.label}/{name}", size=file.size) if file else None
+
+    def read(self, file: SourceFile) -> bytes:
+        return self.read_range(file, 0, file.size)
+
+    def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
+        cached = SourceFile(location=str(self.local_path(file)), size=file.size)
+        return self._local.read_range(cached, start, end)
+
+    def local_path(self, file: SourceFile) -> Path:
+        return download(file, self._options)
+
+    def missing_remedy(self, name: str) -> str:
+        return f"offline, and not in the Hub cache: fetch it once online, `hf download {self._path.path}`"
+
+
+def download(file: SourceFile, options: HubOptions, asked_revision: str | None = None) -> Path:
+    """The local path of a Hub file, downloaded into the cache if needed. Raises CheckpointError.
+
+    `asked_revision` is the branch or tag that led to the file's commit: downloading by it makes the cache
+    remember what it stood for, which an offline run needs.
+    """
+    from huggingface_hub import hf_hub_download
+
+    location = parse_location(file.location)
+    assert location is not None, file
+    revisions = [location.commit] if asked_revision is None else [asked_revision, location.commit]
+    for revision in revisions:
+        with hub_errors(location.repo, revision, location.name):
+            got = hf_hub_download(
+                location.repo,
+                location.name,
+                revision=revision,
+                cache_dir=options.cache_dir,
+                endpoint=options.endpoint,
+                local_files_only=_is_offline(options),
+            )
+        path = Path(str(got))
+        # A branch may have moved since its commit was resolved: then the commit itself is asked for.
+        if location.commit in path.parts:
+            break
+    if path.stat().st_size != file.size:
+        what = f"the file has {path.stat().st_size} bytes, but {file.size} were expected"
+        refuse(file.location, what, f"remove {path} from the cache and try again")
+    return path
+
+
+def _is_offline(options: HubOptions) -> bool:
+    from huggingface_hub import constants
+
+    # The library refuses to go online under HF_HUB_OFFLINE whatever we ask for.
+    return bool(options.offline) or bool(constants.HF_HUB_OFFLINE)
+
+
+def _open_cached(path: PathRef, options: HubOptions) -> CachedHubFolder:
+    for name in ("config.json", "adapter_config.json"):
+        if (cached := _cached_path(path.path, name, path.revision, options)) is not None:
+            return CachedHubFolder(path, cached.parent, options)
+    what = f"offline, and the model is not in the Hub cache; no folder {path.path!r} here either"
+    refuse(str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE")
+
+
+def _cached_path(repo: str, name: str, revision: str | None, options: HubOptions) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, cache_dir=options.cache_dir, revision=revision)
+    return Path(found) if isinstance(found, str) else None  # else None, or a mark for 'known not to exist'
+
+
+def _get_range(location: HubLocation, start: int, end: int, options: HubOptions) -> bytes:
+    """Bytes [start, end) of a Hub file, by one ranged request with the library's session and token."""
+    from huggingface_hub import hf_hub_url
+
+    # Documented (package_reference/utilities), if not re-exported for type checkers.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
+
+    url = hf_hub_url(location.repo, location.name, revision=location.commit, endpoint=options.endpoint)
+    # 'identity': a compressed answer could not be cut into ranges.
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    with hub_errors(location.repo, location.commit, location.name):
+        response = http_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S, max_retries=3)
+        hf_raise_for_status(response)
+    # 206 is the range; a server that knows no ranges answers 200 with the whole file.
+    content: bytes = response.content if response.status_code == 206 else response.content[start:end]
+    return content

@@ -1,0 +1,106 @@
+"""What huggingface_hub raises, as problems for the user: what happened to which repository, and what to do.
+
+The library's own error classes are the same from 0.34 to 2, but the HTTP library below it is not (requests,
+httpx, httpx2), and neither is a dependency of ours: network errors are told by the module that they come
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raymoe.errors import CheckpointError, Problem
+
+__all__ = ["hub_errors"]
+
+_HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None, name: str = "") -> Iterator[None]:
+    """Turn what the library raises for a repository (and a file of it) into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        problem = _problem(error, repo, revision, name)
+        if problem is None:
+            raise
+        raise CheckpointError([problem]) from error
+
+
+def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Problem | None:
+    """What a person has to know of an error of the library; None for one that is not about the Hub."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)) or status == 401:
+        return _repository_problem(error, repo, revision)  # of all its files alike
+    where = f"{repo}@{revision}" if revision else repo
+    where = f"{where}/{name}" if name else where
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = (
+            error.__cause__ if isinstance(error.__cause__, Exception) else error
+        )  # why it could not be fetched
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        remedy = f"fetch it once online: `hf download {repo}`, or unset HF_HUB_OFFLINE"
+        return Problem(where=where, what="offline, and the file is not in the Hub cache", remedy=remedy)
+    if isinstance(error, errors.EntryNotFoundError):
+        what, remedy = "the repository has no such file", "name another revision or model"
+        return Problem(where=where, what=what, remedy=remedy)
+    if isinstance(error, errors.HfHubHTTPError) and status is not None:
+        return Problem(where=where, what=f"the Hub answered {_reason(error)}", remedy=_advice(status))
+    if _is_network(error):
+        remedy = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 works with what is in the cache"
+        return Problem(where=repo, what=f"the Hub can't be reached ({_reason(error)})", remedy=remedy)
+    if isinstance(error, OSError):
+        remedy = "check the space and the permissions of the Hub cache (HF_HOME)"
+        return Problem(where=where, what=f"the file can't be stored ({_reason(error)})", remedy=remedy)
+    return None
+
+
+def _repository_problem(error: Exception, repo: str, revision: str | None) -> Problem:
+    from huggingface_hub import constants, errors
+
+    # Order matters: the library derives 'gated' from 'not found'.
+    if isinstance(error, errors.GatedRepoError):
+        what = "the model is gated: its owner has to grant access"
+        remedy = f"ask for access on its page ({constants.ENDPOINT}/{repo}), and use {_token()}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what = f"the model is on the Hub, but has no revision {revision!r}"
+        remedy = "name one of its branches, tags or commits"
+    elif "Invalid credentials" in str(error):
+        what, remedy = "the Hub refuses the token", f"correct {_token()}"
+    else:
+        what = f"no folder {repo!r} here, and no such model on the Hub (or it is private)"
+        remedy = f"check the spelling; a private model needs {_token()}"
+    return Problem(where=repo, what=what, remedy=remedy)
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    return "the token in use (HF_TOKEN, or `hf auth login`)" if get_token() else "a token: set HF_TOKEN"
+
+
+def _advice(status: int) -> str:
+    if status == 403:
+        return f"access needs {_token()}"
+    return "the rate limit is reached: wait, or use a token" if status == 429 else "try again later"
+
+
+def _is_network(error: BaseException) -> bool:
+    # requests' errors are OSErrors and httpx's are not.
+    known = isinstance(error, (ConnectionError, TimeoutError))
+    return known or type(error).__module__.split(".")[0] in _HTTP_MODULES
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's own words where they are at the bottom of it; else the first line."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,291 @@
+"""Index a PyTorch `.bin` file (a pickled state dict) without torch, and without running anything in it.
+
+Since PyTorch 1.6 `torch.save` writes a zip archive, uncompressed:
+
+    <prefix>/data.pkl    pickle of the state dict; storages appear in it as persistent ids (name, type, key,
+    ...) <prefix>/data/<key>  the raw bytes of one storage <prefix>/byteorder   'little' or 'big' (newer files
+    only)
+
+So a tensor is a byte range of the file itself: where the zip record of its storage begins, plus its storage
+offset. That is all that a merge needs, and the bytes are later copied like those of a safetensors file.
+
+A pickle is a program. The unpickler here resolves a handful of names, each to an inert, immutable stand-in,
+and refuses every other name: there is nothing that a malicious file could call.
+(`torch.load(weights_only=True)` works likewise, but hides where a storage lies, and would make planning
+depend on torch.)
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.dtypes import DTYPE_BYTES
+from raymoe.sources.folder import refuse
+from raymoe.sources.types import SourceFile, TensorEntry
+
+__all__ = ["parse_pickled"]
+
+_MAX_PICKLE_BYTES = 100_000_000  # as for safetensors headers
+_TO_SAFETENSORS = (
+    "convert it where you trust it: load the model with transformers and save it with save_pretrained, "
+    "which writes model.safetensors"
+)
+_DOWNLOAD_AGAIN = "download or save the file again"
+
+_STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "DoubleStorage": "F64",
+        "FloatStorage": "F32",
+        "HalfStorage": "F16",
+        "BFloat16Storage": "BF16",
+        "LongStorage": "I64",
+        "IntStorage": "I32",
+        "ShortStorage": "I16",
+        "CharStorage": "I8",
+        "ByteStorage": "U8",
+        "BoolStorage": "BOOL",
+    }
+)
+
+
+class _RefusedError(Exception):
+    """The pickle asks for something that a plain state dict does not need."""
+
+
+# What unpickling makes. NamedTuples: a pickle can neither change them nor add attributes.
+class _StorageType(NamedTuple):
+    dtype: str
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+    elements: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Rebuild:
+    """A name in the pickle that may be called. No `__dict__`, so that a pickle can't set attributes on it."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., object]
+
+    def __init__(self, function: Callable[..., object]):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> object:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _RefusedError(f"an attribute {name!r} of a function")
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+    sizes = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or not all(
+        isinstance(size, int) and 0 <= size < 2**63 for size in sizes
+    ):
+        raise _RefusedError("a tensor that is not described by a storage, an offset, a shape and strides")
+    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_CALLABLE: Mapping[tuple[str, str], object] = MappingProxyType(
+    {
+        # A C type: immutable as well, other than a class of our own would be.
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_tensor),
+        ("torch._utils", "_rebuild_parameter"): _Rebuild(_parameter),
+    }
+)
+
+
+class _StateDictUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _StorageType(_STORAGE_DTYPES[name])
+        if (module, name) in _CALLABLE:
+            return _CALLABLE[module, name]
+        raise _RefusedError(f"the name '{module}.{name}'")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        # ('storage', type, key of the record, device, number of elements)
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) != 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _StorageType)
+        ):
+            raise _RefusedError(f"the storage {pid!r:.80}")
+        if not isinstance(pid[2], str) or not isinstance(pid[4], int):
+            raise _RefusedError(f"the storage {pid!r:.80}")
+        return _Storage(pid[1].dtype, pid[2], pid[4])
+
+
+def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
+    """The tensors of one `.bin` file at the local `path`, in the order of the state dict.
+
+    `file` is what the entries refer to (the same bytes, perhaps in the Hub), `where` what messages call it.
+    Raises CheckpointError; nothing in the file is executed, whatever it holds.
+    """
+    where = where or file.location
+    try:
+        with open(path, "rb") as handle:
+            return _parse(handle, file, where)
+    except OSError as error:
+        refuse(where, f"can't be read: {error.strerror or error}", "check its permissions")
+
+
+def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry, ...]:
+    records, pickled = _read_archive(handle, where)
+    tensors = _unpickle(pickled, where)
+    entries: list[TensorEntry] = []
+    problems: list[Problem] = []
+    for name, value in tensors.items():
+        try:
+            entries.append(_entry(name, value, records, handle, file))
+        except ValueError as error:
+            problems.append(Problem(where=where, what=str(error), remedy=_TO_SAFETENSORS))
+    if problems:
+        raise CheckpointError(problems[:5])
+    return tuple(entries)
+
+
+def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipInfo], bytes]:
+    """The records of storages by key, and the pickle."""
+    start = handle.read(4)
+    try:
+        archive = zipfile.ZipFile(handle)
+        infos = {info.filename: info for info in archive.infolist()}
+        pickle_name = next(
+            (name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None
+        )
+        if pickle_name is None:
+            refuse(where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS)
+        prefix = pickle_name.removesuffix("data.pkl")
+        if prefix + "constants.pkl" in infos:
+            refuse(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
+        if infos[pickle_name].file_size > _MAX_PICKLE_BYTES:
+            refuse(
+                where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
+            )
+        if prefix + "byteorder" in infos and archive.read(prefix + "byteorder") != b"little":
+            refuse(where, "the tensors are big-endian", _TO_SAFETENSORS)
+        records = {
+            name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")
+        }
+        return records, archive.read(pickle_name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        if start == b"PK\x03\x04":
+            refuse(where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN)
+        if start.startswith(b"vers"):
+            refuse(
+                where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
+            )
+        refuse(
+            where,
+            "not in the zip format of torch.save (a legacy file of PyTorch before 1.6?)",
+            _TO_SAFETENSORS,
+        )
+
+
+def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            # The unpickler allocates its memo up to the largest index: a huge one would exhaust memory.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > len(pickled):
+                raise pickle.UnpicklingError("memo index out of range")
+        value = _StateDictUnpickler(io.BytesIO(pickled)).load()
+    except _RefusedError as error:
+        what = f"the pickle asks for {error}, which a plain state dict does not need; nothing of it was run"
+        refuse(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}")
+    except Exception as error:
+        # A damaged pickle can fail in any operation of the unpickler: each is the file's fault, not ours.
+        refuse(where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN)
+    if not isinstance(value, dict):
+        refuse(
+            where,
+            f"holds a {type(value).__name__} where a state dict (name -> tensor) is expected",
+            _TO_SAFETENSORS,
+        )
+    return value
+
+
+def _entry(
+    name: Any, value: Any, records: Mapping[str, zipfile.ZipInfo], handle: BinaryIO, file: SourceFile
+) -> TensorEntry:
+    """One tensor. Raises ValueError with what is wrong with it."""
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(f"the name {name!r:.80} is not the name of a tensor")
+    if not isinstance(value, _Tensor):
+        raise ValueError(
+            f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict"
+        )
+    if not _is_contiguous(value.shape, value.stride):
+        raise ValueError(f"tensor {name!r} is not contiguous: shape {value.shape}, strides {value.stride}")
+    item_bytes = DTYPE_BYTES[value.storage.dtype]
+    record = records.get(value.storage.key)
+    if record is None:
+        raise ValueError(f"tensor {name!r}: its storage {value.storage.key!r} is missing in the archive")
+    if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 0x1:
+        raise ValueError(
+            f"tensor {name!r}: its storage is compressed or encrypted, which torch.save never does"
+        )
+    start_in_record = value.offset * item_bytes
+    nbytes = math.prod(value.shape) * item_bytes
+    if start_in_record + nbytes > record.file_size:
+        raise ValueError(
+            f"tensor {name!r} of {nbytes} bytes reaches beyond its storage of {record.file_size} (truncated)"
+        )
+    start = _record_start(handle, record) + start_in_record
+    if start + nbytes > file.size:
+        raise ValueError(
+            f"tensor {name!r} ends at byte {start + nbytes} of a file of {file.size} (truncated)"
+        )
+    return TensorEntry(
+        name=name, dtype=value.storage.dtype, shape=value.shape, file=file, start=start, end=start + nbytes
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Row-major without holes; strides of sizes 0 and 1 don't matter."""
+    if len(shape) != len(stride):
+        return False
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size > 1 and step != expected:
+            return 0 in shape
+        expected *= size
+    return True
+
+
+def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: after its local header, whose extra field (padding) has its own length.
+
+    Source: APPNOTE.TXT 4.3.7, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
+    """
+    handle.seek(record.header_offset)
+    header = handle.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"record {record.filename!r} has no local header (damaged or truncated archive)")
+    name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return record.header_offset + 30 + name_bytes + extra_bytes

@@ -1,0 +1,174 @@
+"""From what a config names to facts: the one entry to this folder for planning, and for fetching files later.
+
+    parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts      driver: headers and small JSON
+    only
+                                  SourceFile --fetch_file--> local path        actors: whole files
+
+A name that exists as a local folder is one; anything else has to be a Hub id. Several models are resolved at
+once, each path only once, and everything wrong with any of them is raised together.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.adapters import adapter_facts
+from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
+from raymoe.sources.folder import Folder, read_json_object, refuse, side_files
+from raymoe.sources.hub import HubOptions, download, is_hub_id, open_hub_folder, parse_location
+from raymoe.sources.local import LocalFolder, stat_file
+from raymoe.sources.quantised import quantisation_problems
+from raymoe.sources.refs import is_local_folder
+from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
+
+__all__ = ["HubOptions", "fetch_file", "fetch_side_files", "resolve_model", "resolve_models"]
+
+_MODELS_AT_ONCE = 8
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """One path of a config, read: a model, or an adapter (whose check needs its model's index as well)."""
+
+    folder: Folder
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    side_files: tuple[SourceFile, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve_model(ref: ModelRef, options: HubOptions | None = None) -> ModelFacts:
+    """Read the config and the headers of one model. Raises CheckpointError with all its problems."""
+    return resolve_models([ref], options)[ref]
+
+
+def resolve_models(refs: Iterable[ModelRef], options: HubOptions | None = None) -> dict[ModelRef, ModelFacts]:
+    """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order."""
+    refs, options = list(dict.fromkeys(refs)), options or HubOptions()
+    parts: dict[tuple[PathRef, bool], Future[_Opened]] = {}
+    with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
+        for ref in refs:
+            for path, is_adapter in ((ref.model, False), (ref.adapter, True)):
+                if path is not None and (path, is_adapter) not in parts:
+                    parts[path, is_adapter] = pool.submit(_open, path, is_adapter, options)
+    problems: list[Problem] = []
+    opened = {key: part for key, future in parts.items() if (part := _collect(problems, future.result))}
+    facts: dict[ModelRef, ModelFacts] = {}
+    for ref in refs:
+        model = opened.get((ref.model, False))
+        adapter = opened.get((ref.adapter, True)) if ref.adapter else None
+        if model and (adapter or not ref.adapter):
+            resolved = _collect(problems, lambda r=ref, m=model, a=adapter: _facts(r, m, a))  # type: ignore[misc]
+            if resolved:
+                facts[ref] = resolved
+    if problems:
+        raise CheckpointError(list(dict.fromkeys(problems)))
+    return facts
+
+
+def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except CheckpointError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _open(path: PathRef, is_adapter: bool, options: HubOptions) -> _Opened:
+    folder = _find_folder(path, is_adapter, options)
+    problems: list[Problem] = []
+    config_name = "adapter_config.json" if is_adapter else "config.json"
+    if is_adapter and config_name not in folder.names and "config.json" in folder.names:
+        refuse(
+            folder.label,
+            "this is a model, not a LoRA adapter (no adapter_config.json)",
+            "name an adapter after '+'",
+        )
+    if not is_adapter and config_name not in folder.names and "adapter_config.json" in folder.names:
+        what = "this is a LoRA adapter, not a whole model"
+        refuse(folder.label, what, "name it together with its base model: 'base+adapter'")
+    config = _collect(problems, lambda: read_json_object(folder, config_name))
+    index_weights = index_adapter_weights if is_adapter else index_model_weights
+    index = _collect(problems, lambda: index_weights(folder))
+    if not is_adapter:
+        problems += quantisation_problems(folder.label, config or {}, index)
+    if problems or config is None or index is None:
+        raise CheckpointError(problems)
+    warned = folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None
+    return _Opened(
+        folder=folder,
+        config=config,
+        index=index,
+        side_files=side_files(folder),
+        warnings=(warned,) if warned else (),
+    )
+
+
+def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions) -> Folder:
+    role = "adapter" if is_adapter else "model"
+    if is_local_folder(path.path):
+        if path.revision is not None:
+            what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
+            refuse(path.path, what, "leave the revision out, or move the folder away to mean the Hub's model")
+        return LocalFolder(path.path)
+    expanded = os.path.expanduser(path.path)
+    if os.path.isfile(expanded):
+        refuse(path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
+    if not is_hub_id(path.path):
+        what = (
+            f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
+        )
+        refuse(path.path, what, f"correct the name of the {role}")
+    return open_hub_folder(path, options)
+
+
+def _facts(ref: ModelRef, model: _Opened, adapter: _Opened | None) -> ModelFacts:
+    facts = None
+    if adapter is not None:
+        folder = adapter.folder
+        facts = adapter_facts(folder.label, folder.revision, adapter.config, adapter.index, model.index)
+    return ModelFacts(
+        ref=ref,
+        label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
+        revision=model.folder.revision,
+        config=model.config,
+        index=model.index,
+        side_files=model.side_files,
+        adapter=facts,
+        warnings=model.warnings + (adapter.warnings if adapter else ()),
+    )
+
+
+def fetch_file(file: SourceFile, options: HubOptions | None = None) -> Path:
+    """A path on this node with the bytes of `file`: itself, or a copy in the Hub cache, downloaded if needed.
+
+    Raises CheckpointError when the file is not there, can't be had, or is not the one that was planned with.
+    """
+    if parse_location(file.location) is not None:
+        return download(file, options or HubOptions())
+    found = stat_file(file.location)
+    if found is None:
+        remedy = "put the model where every node sees it under this path, or name it by its Hub id"
+        refuse(file.location, f"the file is not there on this node ({socket.gethostname()})", remedy)
+    if found.size != file.size:
+        what = f"the file has {found.size} bytes, but had {file.size} when the merge was planned"
+        refuse(file.location, what, "run the merge again when the file no longer changes")
+    return Path(file.location)
+
+
+def fetch_side_files(facts: ModelFacts, options: HubOptions | None = None) -> dict[str, Path]:
+    """Local paths of a model's side files by their names in the folder (`chat_templates/...` included)."""
+    paths: dict[str, Path] = {}
+    for file in facts.side_files:
+        # The one subfolder that side files can be in; see folder.side_files.
+        in_templates = file.location.rsplit("/", 2)[-2] == "chat_templates"
+        paths[f"chat_templates/{file.name}" if in_templates else file.name] = fetch_file(file, options)
+    return paths

@@ -1,0 +1,174 @@
+"""Read and check the header of one safetensors file, whatever it is read from.
+
+    [8 bytes: header length N, little-endian u64] [N bytes: JSON] [tensor bytes, without holes, to the end of
+    the file]
+
+Source of the format: https://huggingface.co/docs/safetensors/index#format. The header is all that planning
+ever reads, and everything later trusts it: so it is checked completely here, against the size of the file
+too, which catches interrupted downloads before a merge starts. Reading goes through a function, so that local
+files and ranged HTTP requests share this code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.dtypes import DTYPE_BITS, tensor_nbytes
+from raymoe.sources.types import SourceFile, TensorEntry
+
+__all__ = ["MAX_HEADER_BYTES", "PREFIX_BYTES", "ReadRange", "parse_header"]
+
+# read(start, end) -> exactly the bytes [start, end) of the file (fewer only if the file ends before `end`)
+ReadRange = Callable[[int, int], bytes]
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+PREFIX_BYTES = 64 * 1024  # read first: holds the header of nearly every shard, so that one request is enough
+_MAX_PROBLEMS = 5  # of one file; a broken header breaks all of its tensors in the same way
+
+_DOWNLOAD_AGAIN = "download or save the file again"
+
+
+def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    `where` is what messages call the file (default: its location). Raises CheckpointError with one or more
+    problems; what `read` raises passes through.
+    """
+    where = where or file.location
+    raw, data_start = _header_bytes(read, file, where)
+    items = _decode(raw, where)
+    problems: list[Problem] = []
+    entries: list[TensorEntry] = []
+    for name, info in items:
+        if name == "__metadata__":
+            continue  # free text of the writer
+        try:
+            entries.append(_entry(name, info, file, data_start))
+        except ValueError as error:
+            problems.append(Problem(where=where, what=str(error), remedy=_DOWNLOAD_AGAIN))
+    if not problems:
+        entries.sort(key=lambda entry: (entry.start, entry.end))
+        problems = _layout_problems(entries, file, data_start, where)
+    if problems:
+        raise CheckpointError(_capped(problems, where))
+    return tuple(entries)
+
+
+def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes, int]:
+    """The JSON bytes, and where the tensor bytes begin in the file."""
+    if file.size < 8:
+        _refuse(where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)")
+    prefix = read(0, min(PREFIX_BYTES, file.size))
+    if len(prefix) < 8:
+        _refuse(where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}")
+    if prefix.startswith(b"version https://git-lfs"):
+        _refuse(
+            where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
+        )
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        _refuse(
+            where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file"
+        )
+    if 8 + length > file.size:
+        _refuse(
+            where,
+            f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)",
+        )
+    raw = prefix[8 : 8 + length]
+    if len(raw) < length:
+        raw += read(8 + len(raw), 8 + length)
+    if len(raw) != length:
+        _refuse(where, f"the header should have {length} bytes, but reading it gave {len(raw)}")
+    return raw, 8 + length
+
+
+def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
+    """The top-level (name, value) pairs of the header, in the order of the file."""
+    try:
+        # The format wants '{' first, and spaces after the JSON are padding.
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs) if raw[:1] == b"{" else None
+    except (ValueError, RecursionError) as error:
+        _refuse(where, f"the header is not valid JSON: {error}")
+    if not isinstance(parsed, dict):
+        _refuse(where, "the header is not a JSON object")
+    return list(parsed.items())
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {double!r} occurs twice")
+    return result
+
+
+def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEntry:
+    """One tensor of the header. Raises ValueError with what is wrong with it, seen alone."""
+    if not name or not name.isprintable():  # also lone surrogates, which no file could be written with
+        raise ValueError(f"tensor name {name!r} is empty or has unprintable characters")
+    if not isinstance(info, dict):
+        raise ValueError(
+            f"tensor {name!r}: expected an object with dtype, shape and data_offsets, got {info!r:.80}"
+        )
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"tensor {name!r}: unknown dtype {dtype!r:.80}; known: {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise ValueError(f"tensor {name!r}: shape {shape!r:.80} is not a list of sizes from 0 up")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise ValueError(f"tensor {name!r}: data_offsets {offsets!r:.80} are not two offsets from 0 up")
+    start, end = offsets
+    nbytes = tensor_nbytes(dtype, shape)
+    if end - start != nbytes:
+        raise ValueError(
+            f"tensor {name!r}: data_offsets span {end - start} bytes, but {dtype} {shape} takes {nbytes}"
+        )
+    return TensorEntry(
+        name=name, dtype=dtype, shape=tuple(shape), file=file, start=data_start + start, end=data_start + end
+    )
+
+
+def _is_size(value: object) -> bool:
+    # 2**63: larger sizes are nonsense, and formatting arbitrarily large integers can itself fail.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _layout_problems(
+    entries: list[TensorEntry], file: SourceFile, data_start: int, where: str
+) -> list[Problem]:
+    """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
+    problems: list[Problem] = []
+    position, before = data_start, "the header"
+    for entry in entries:
+        if entry.start != position:
+            kind = "overlaps" if entry.start < position else "leaves a gap after"
+            what = (
+                f"tensor {entry.name!r} (from byte {entry.start}) {kind} {before}, which ends at {position}"
+            )
+            problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
+        position, before = max(position, entry.end), f"tensor {entry.name!r}"
+    if position != file.size:
+        kind = (
+            "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
+        )
+        what = f"the header describes a file of {position} bytes, but it has {file.size} ({kind})"
+        problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
+    return problems
+
+
+def _capped(problems: list[Problem], where: str) -> list[Problem]:
+    if len(problems) <= _MAX_PROBLEMS:
+        return problems
+    rest = Problem(
+        where=where, what=f"and {len(problems) - _MAX_PROBLEMS} more problems of this kind in the file"
+    )
+    return [*problems[:_MAX_PROBLEMS], rest]
+
+
+def _refuse(where: str, what: str, remedy: str = _DOWNLOAD_AGAIN) -> NoReturn:
+    raise CheckpointError([Problem(where=where, what=what, remedy=remedy)])

@@ -1,0 +1,134 @@
+"""What planning needs to know of a checkpoint: facts from configs and file headers, no tensors and no handles.
+
+    ModelRef (as written in a config) --resolve--> ModelFacts
+        .index     CheckpointIndex   tensor name -> file, byte range, dtype, shape
+        .adapter   AdapterFacts      the same for a PEFT LoRA, and which tensor each pair of factors changes
+
+All of it is plain data: it is pickled to Ray actors and compared in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "AdapterFacts",
+    "CheckpointIndex",
+    "LoraPair",
+    "ModelFacts",
+    "ModelRef",
+    "PathRef",
+    "SourceFile",
+    "TensorEntry",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathRef:
+    """A local folder or a Hub id (`org/name`), with the revision asked for, if any."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as a config names it: `model`, `model@revision`, `model+adapter`, `model@rev+adapter@rev`."""
+
+    model: PathRef
+    adapter: PathRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """One file of a checkpoint.
+
+    `location` is an absolute local path or `hf://org/name@<commit>/file`; `size` is in bytes.
+    """
+
+    location: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.location.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor lies: bytes `[start, end)` of `file`, row-major and little-endian.
+
+    `dtype` is the safetensors code (`BF16`, `F16`, `F32`, ...), `start` and `end` are offsets in the file itself
+    (the length of a safetensors header included).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SourceFile
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointIndex:
+    """All tensors of one checkpoint by name, and the files that hold them."""
+
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPair:
+    """The two factors of one weight's delta: W' = W + scaling * (B @ A).
+
+    `a` has shape (rank, in_features), `b` has shape (out_features, rank).
+    Source of the formula: Hu et al. 2021, https://arxiv.org/abs/2106.09685; scaling is alpha / rank, or
+    alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732).
+    """
+
+    a: TensorEntry
+    b: TensorEntry
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """A PEFT LoRA adapter. `pairs` maps the name of the changed tensor in the model to its factors."""
+
+    label: str
+    revision: str | None
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    pairs: Mapping[str, LoraPair]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """One resolved model.
+
+    `label` is what messages and records call it (a local path, or `org/name@<commit>`), `revision` the Hub commit.
+    `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files,
+    chat templates, generation_config.json (never weights, never code).
+    """
+
+    ref: ModelRef
+    label: str
+    revision: str | None
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    side_files: tuple[SourceFile, ...] = ()
+    adapter: AdapterFacts | None = None
+    warnings: tuple[str, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""Moving bytes: ranges of source files in, shard files out. Free of Ray and torch."""

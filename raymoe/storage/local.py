@@ -1,0 +1,142 @@
+"""A local folder as output: files appear whole or not at all, and a finished file is never written twice.
+
+`check_output` looks before anything is written; `LocalOutput` writes. An actor makes its own `LocalOutput` from the
+folder's path; only the coordinator begins and ends the journal.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import xxhash
+
+from raymoe.errors import MergeFailed, Problem
+from raymoe.storage.journal import INDEX_NAME, RECORD_NAME, FileRecord, Journal, sync_folder
+
+__all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
+
+_READ_BYTES = 8 << 20
+# What --overwrite removes: the files of a checkpoint. Anything else in the folder is somebody's own and stays.
+_CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", INDEX_NAME, "pytorch_model.bin.index.json", RECORD_NAME)
+
+Progress = Callable[[int], None]
+
+
+class LocalOutput:
+    """Writes files into one output folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.journal = Journal(root)
+
+    def finished(self, name: str, size: int) -> FileRecord | None:
+        """The record of a file that an earlier run finished, if the file still has that size and content."""
+        record, path = self.journal.finished(name), self.root / name
+        if record is None or record.size != size or not path.is_file() or path.stat().st_size != size:
+            return None
+        return record if file_checksum(path) == record.checksum else None
+
+    def write(self, name: str, chunks: Iterable[memoryview | bytes], progress: Progress | None = None) -> FileRecord:
+        """Write a file: into the journal's parts, to the disk, then in one step to its place."""
+        part, hasher, size = self.journal.part_path(name), xxhash.xxh3_128(), 0
+        try:
+            (self.root / name).parent.mkdir(exist_ok=True)
+            with open(part, "wb", buffering=0) as file:
+                for chunk in chunks:
+                    hasher.update(chunk)
+                    _write_all(file.fileno(), memoryview(chunk))
+                    size += len(chunk)
+                    if progress is not None:
+                        progress(len(chunk))
+                os.fsync(file.fileno())
+            os.replace(part, self.root / name)
+            sync_folder((self.root / name).parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise _write_error(self.root / name, error) from error
+        record = FileRecord(name=name, size=size, checksum=f"xxh3-128:{hasher.hexdigest()}")
+        self.journal.record(record)
+        return record
+
+
+def _write_all(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def _write_error(path: Path, error: OSError) -> MergeFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return MergeFailed(
+            f"{path}: the disk is full ({free:,} bytes free). Finished shards are kept: make room and run the same "
+            "command again to go on from there."
+        )
+    return MergeFailed(f"{path}: could not be written: {error.strerror or error}")
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3-128 of a file's content, as `xxh3-128:hex` (`xxhsum -H2 FILE` prints the same digits)."""
+    hasher = xxhash.xxh3_128()
+    for chunk in _file_chunks(path):
+        hasher.update(chunk)
+    return f"xxh3-128:{hasher.hexdigest()}"
+
+
+def _file_chunks(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+def check_output(root: Path, *, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
+    """What keeps a merge from writing to `root`. Writes nothing. `digest` None: the plan itself has problems."""
+    if root.exists() and not root.is_dir():
+        return [Problem(where=str(root), what="the output is a file", remedy="name a folder")]
+    problems = []
+    if root.is_dir() and not overwrite and (problem := _occupied(root, digest)):
+        problems.append(problem)
+    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        remedy = "choose another output, or change the folder's permissions"
+        problems.append(Problem(where=str(root), what=f"no permission to write in {parent}", remedy=remedy))
+    elif (free := shutil.disk_usage(parent).free) < (missing := output_bytes - _already_there(root)):
+        what = f"not enough disk: {missing:,} bytes are to be written, {free:,} are free"
+        problems.append(Problem(where=str(root), what=what, remedy="make room, or choose another output"))
+    return problems
+
+
+def _occupied(root: Path, digest: str | None) -> Problem | None:
+    """Why a folder that exists can't be taken, if it can't: only an unfinished run of this very plan may go on."""
+    journal = Journal(root)
+    if journal.exists:
+        if digest is None or journal.digest() == digest:
+            return None
+        what = "an unfinished merge of another plan (other config, sources, seed or shard size) is in this folder"
+        return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
+    if any(root.iterdir()):
+        what = "the output folder is not empty"
+        if (root / RECORD_NAME).is_file():
+            what = "the output folder holds a finished merge"
+        return Problem(where=str(root), what=what, remedy="use --overwrite to replace it, or choose another output")
+    return None
+
+
+def _already_there(root: Path) -> int:
+    """Bytes that need no new room: files that will be kept or replaced."""
+    if not root.is_dir():
+        return 0
+    return sum(p.stat().st_size for pattern in _CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())
+
+
+def remove_checkpoint(root: Path) -> None:
+    """Remove the checkpoint in a folder, the index first, so that what is left never looks whole."""
+    (root / INDEX_NAME).unlink(missing_ok=True)
+    for pattern in _CHECKPOINT_FILES:
+        for path in root.glob(pattern):
+            path.unlink()
+    shutil.rmtree(Journal(root).folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Tensors that are not copied as they are: LoRA delta, noise, scale, cast; computed in float32, in bounded pieces.
+
+A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape: every
+random number and every rounding then depends on the plan alone, not on who computes it or how many threads there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.planning.types import Part, Transform
+from raymoe.sources.types import LoraPair, TensorEntry
+from raymoe.storage.reader import SourceReader
+
+__all__ = ["NUMPY_DTYPES", "load_array", "transformed_blocks", "with_lora"]
+
+NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32
+
+Float32 = npt.NDArray[np.float32]
+
+
+def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.generic]:
+    """The tensor as a mapped array of its own dtype and shape; no bytes are read until they are used."""
+    flat = np.frombuffer(reader.view(entry), dtype=NUMPY_DTYPES[entry.dtype])
+    return flat.reshape(entry.shape)
+
+
+def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice) -> Float32:
+    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A."""
+    a = load_array(reader, lora.a).astype(np.float32)
+    b = load_array(reader, lora.b)[rows].astype(np.float32)
+    return block + np.float32(lora.scaling) * (b @ a)
+
+
+def transformed_blocks(reader: SourceReader, part: Part, what: Transform) -> Iterator[memoryview]:
+    """The bytes of a transformed part, block by block, in order."""
+    array = load_array(reader, what.source)
+    target = np.dtype(NUMPY_DTYPES[part.dtype])
+    for number, rows in enumerate(_row_blocks(array.shape)):
+        block = array[rows].astype(np.float32)
+        if what.lora is not None:
+            block = with_lora(reader, block, what.lora, rows)
+        if what.noise_scale is not None:
+            noise = _generator(what.seed, part.name, number).standard_normal(block.shape, dtype=np.float32)
+            block += np.float32(what.noise_scale) * noise
+        if what.scale is not None:
+            block *= np.float32(what.scale)
+        with np.errstate(over="ignore"):  # float16 overflows to infinity, as it does in torch
+            cast = np.ascontiguousarray(block.astype(target))
+        yield memoryview(cast.reshape(-1).view(np.uint8))
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    if not shape or 0 in shape:
+        return
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    rows = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def _generator(seed: int, name: str, block: int) -> np.random.Generator:
+    """Random numbers that depend on (seed, tensor, block) and on nothing else."""
+    key = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))

@@ -1,0 +1,43 @@
+"""How numbers are written for people, in one place."""
+
+from __future__ import annotations
+
+__all__ = ["human_bytes", "human_count", "parse_size"]
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'. Decimal units, as disks and object stores count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.2f} TB"
+
+
+def human_count(count: int) -> str:
+    """24_153_690_112 -> '24.15B', as parameter counts are quoted."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return str(count)
+
+
+_UNITS = {"": 1, "b": 10**9, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
+_UNITS |= {"t": 10**12, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5B' or '5G' (both 5e9: `B` is mergekit's 'billion'), '500M', '2GiB', '1000000'. Raises ValueError."""
+    stripped = text.strip().lower()
+    digits = stripped.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = stripped[len(digits) :].strip()
+    if unit not in _UNITS:
+        raise ValueError(f"{text!r} is no size: write a number and K, M, B (or G), T, or KiB, MiB, GiB, TiB")
+    try:
+        size = int(float(digits) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no size: write a number and a unit, such as 5B or 500M") from None
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size: it must be more than zero")
+    return size
