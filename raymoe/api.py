@@ -45,8 +45,8 @@ def merge(
 ) -> MergeResult:
     """Merge into the folder `output` on Ray: the cluster that is connected, or that `settings` names, or a local one.
 
-    Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the same call
-    goes on from the shards that are finished.
+    Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
+    same call goes on from the shards that are finished.
     """
     from raymoe.runtime.merge import run_merge
     from raymoe.runtime.settings import RuntimeSettings

@@ -41,17 +41,17 @@ AllSame = Annotated[
     ),
 ]
 Crimes = Annotated[
-    bool, typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape.")
+    bool,
+    typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape."),
 ]
 CopyTokenizer = Annotated[
-    bool, typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output.")
+    bool,
+    typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
 ]
 Card = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
 In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
-Cache = Annotated[
-    str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")
-]
+Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
 Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but errors.")]
 Address = Annotated[
@@ -62,10 +62,12 @@ GpusPerExpert = Annotated[
 ]
 Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="'cpu' computes gates on CPUs; anything else leaves the choice to Ray.")
+    str | None,
+    typer.Option("--device", help="'cpu' computes gates on CPUs; anything else leaves the choice to Ray."),
 ]
 Remote = Annotated[
-    bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run.")
+    bool,
+    typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run."),
 ]
 # Flags of mergekit-moe that have nothing left to do: name -> why.
 _IDLE: dict[str, str] = {
@@ -142,7 +144,15 @@ def merge(
     from raymoe.sources.resolve import HubOptions
 
     _log_level(verbose)
-    options = _options(out_shard_size, random_seed, allow_crimes, copy_tokenizer, write_model_card, load_in_8bit, load_in_4bit)
+    options = _options(
+        out_shard_size,
+        random_seed,
+        allow_crimes,
+        copy_tokenizer,
+        write_model_card,
+        load_in_8bit,
+        load_in_4bit,
+    )
     settings = RuntimeSettings(
         address=address,
         gpus_per_expert=gpus_per_expert,
@@ -246,7 +256,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -300,9 +312,9 @@ def _device(device: str | None) -> str | None:
 
 def _idle_notes(context: typer.Context) -> list[str]:
     """One line for each given flag that has nothing to do."""
-    from click.core import ParameterSource
-
-    given = [name for name in _IDLE if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    # By name: newer versions of typer bring their own copy of click's enumeration.
+    sources = {name: context.get_parameter_source(name) for name in _IDLE}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     return [f"note: --{name.replace('_', '-')} is accepted and changes nothing here: {_IDLE[name]}" for name in given]
 
 

@@ -117,7 +117,12 @@ FAMILIES: Mapping[str, DenseFamily] = {
         DenseFamily(
             model_type="llama",
             rows=_ROWS,
-            defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+            defaults={
+                **_COMMON_DEFAULTS,
+                "max_position_embeddings": 2048,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
         ),
         DenseFamily(
             model_type="mistral",

@@ -187,7 +187,11 @@ def _qwen2_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
         rows += [ZeroRow(name=_QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
     if not moe.shared:
         width = EMPTY_SHARED_WIDTH
-        shapes = {"ffn.gate": (width, "hidden"), "ffn.up": (width, "hidden"), "ffn.down": ("hidden", width)}
+        shapes: dict[str, tuple[str | int, ...]] = {
+            "ffn.gate": (width, "hidden"),
+            "ffn.up": (width, "hidden"),
+            "ffn.down": ("hidden", width),
+        }
         rows += [ZeroRow(name=_QWEN2_SHARED[role], shape=shape) for role, shape in shapes.items()]
         rows.append(ZeroRow(name=_L + "mlp.shared_expert_gate.weight", shape=(1, "hidden")))
     return tuple(rows)

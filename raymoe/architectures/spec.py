@@ -80,7 +80,7 @@ class DenseSpec:
         return (row for row in self.family.rows if not row.when or getattr(self, row.when))
 
     def tensors(self) -> Iterator[tuple[TensorRow, int | None, str]]:
-        """Every tensor of the model as (row, layer or None, name): first those before the layers, then layer by layer."""
+        """Every tensor of the model as (row, layer or None, name), in the order in which the model runs."""
         rows = list(self.rows())
         first_layer_row = next(i for i, row in enumerate(rows) if row.per_layer)
         for row in rows[:first_layer_row]:
@@ -98,7 +98,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     """The spec behind a config.json, or the problems that keep it from being one."""
     where = f"{label}/config.json"
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         what = f"model_type is {model_type!r}, which is no dense family that raymoe knows"
         return [Problem(where=where, what=what, remedy=f"use models of one of these types: {known}")]

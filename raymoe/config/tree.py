@@ -137,8 +137,9 @@ class _Walk:
         values: dict[str, Any] = {}
         for key, (key_node, value_node) in self._entries(node, loc).items():
             # The mark is the key's: that is the line a person looks for.
-            self._marks[(*loc, key)] = _mark(key_node, value_node)
-            values[key] = self.value(value_node, (*loc, key))
+            value_loc = (*loc, key)
+            self._marks[value_loc] = _mark(key_node, value_node)
+            values[key] = self.value(value_node, value_loc)
         return values
 
     def _entries(self, node: MappingNode, loc: Loc) -> _Entries:

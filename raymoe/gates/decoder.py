@@ -34,9 +34,7 @@ class StreamedDecoder:
     On a GPU it computes in the weights' own dtype, on a CPU in float32: there bfloat16 is slower, and less exact.
     """
 
-    def __init__(
-        self, prompts: GatePrompts, reader: SourceReader, device: str, *, quantise: str | None = None
-    ) -> None:
+    def __init__(self, prompts: GatePrompts, reader: SourceReader, device: str, *, quantise: str | None = None) -> None:
         from transformers import AutoConfig, AutoModel
 
         self._reader, self._weights = reader, prompts.weights

@@ -15,7 +15,7 @@ from raymoe.errors import Problem, ProblemReport
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "TOKEN_BUDGET", "batches", "load_tokenizer", "tokenize"]
+__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize"]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048

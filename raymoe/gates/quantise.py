@@ -22,7 +22,9 @@ def check_quantise(kind: str, device: str) -> None:
         missing.append("the package bitsandbytes")
     if missing:
         what = f"needs {' and '.join(missing)}"
-        remedy = "install bitsandbytes on the GPU nodes, or leave the flag out: layers are streamed, so that models larger "
+        remedy = (
+            "install bitsandbytes on the GPU nodes, or leave the flag out: layers are streamed, so that models larger "
+        )
         remedy += "than the GPU's memory need no quantisation"
         raise ProblemReport([Problem(where=f"--load-in-{kind}", what=what, remedy=remedy)])
 

@@ -1,4 +1,4 @@
-"""From prompt states to router rows: differences, unit length, and a look at whether the rows can tell experts apart."""
+"""From prompt states to router rows: differences, unit length, and whether the rows can tell experts apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def normalised(vectors: npt.ArrayLike) -> Float32:
     """Each vector (last axis) at unit length; a zero vector stays zero."""
     array = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(array, axis=-1, keepdims=True)
-    return (array / np.maximum(norms, 1e-8)).astype(np.float32)
+    units: Float32 = (array / np.maximum(norms, 1e-8)).astype(np.float32)
+    return units
 
 
 def gate_rows(positive: Float32, negative: Float32 | None) -> Float32:
@@ -62,8 +63,8 @@ def conditioning_warning(rows: Sequence[Float32]) -> str | None:
     return (
         f"the router rows of {len(bad)} of {len(conditions)} layers are nearly parallel (condition number above "
         f"{MAX_CONDITION:g}): layers {_ranges(bad)}. Worst is layer {worst}: condition number {conditions[worst]:.1f}, "
-        f"cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some experts will get few tokens; "
-        "use prompts that differ more, add negative_prompts, or another gate_mode"
+        f"cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some experts will get few "
+        "tokens; use prompts that differ more, add negative_prompts, or another gate_mode"
     )
 
 

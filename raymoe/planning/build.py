@@ -27,9 +27,25 @@ __all__ = ["build_plan"]
 
 # Keys of the base's config.json that describe the dense model and would be wrong, or dead, in the MoE's.
 _DROPPED_KEYS = frozenset(
-    "architectures model_type auto_map _name_or_path transformers_version torch_dtype dtype rope_parameters rope_scaling "
-    "layer_types use_sliding_window max_window_layers attention_bias mlp_bias pretraining_tp head_dim "
-    "_attn_implementation_autoset".split()
+    [
+        "architectures",
+        "model_type",
+        "auto_map",
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "rope_parameters",
+        "rope_scaling",
+        "layer_types",
+        "use_sliding_window",
+        "max_window_layers",
+        "attention_bias",
+        "mlp_bias",
+        "pretraining_tp",
+        "head_dim",
+        "_attn_implementation_autoset",
+    ]
 )
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -121,7 +137,9 @@ def _assemble(
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
     warnings = [w for m in members for w in expert_warnings(base, m.spec, _key(m))]
-    warnings += [w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings]
+    warnings += [
+        w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
+    ]
     side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
     return MergePlan(
         host=host.name,
@@ -130,7 +148,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=tuple([_source("base", base_facts), *(_source(m.owner, m.facts) for m in members)]),
+        sources=(_source("base", base_facts), *(_source(m.owner, m.facts) for m in members)),
         totals=totals_of(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),

@@ -53,7 +53,9 @@ def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]
     if (expert.rope_theta, expert.rope_scaling) != (base.rope_theta, base.rope_scaling):
         warnings.append(f"{where}: its RoPE settings differ from the base's; the base's are used")
     if expert.vocab != base.vocab:
-        warnings.append(f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used")
+        warnings.append(
+            f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used"
+        )
     if expert.rms_norm_eps != base.rms_norm_eps:
         warnings.append(f"{where}: rms_norm_eps {expert.rms_norm_eps} differs from the base's {base.rms_norm_eps}")
     return warnings

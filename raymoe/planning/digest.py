@@ -21,7 +21,13 @@ def plan_digest(
     shards: tuple[Shard, ...], config: Mapping[str, Any], side_files: tuple[SourceFile, ...], gates: GatePlan
 ) -> str:
     """SHA-256 (hex) over everything that decides the output's bytes, sources by location and range."""
-    content = {"format": OUTPUT_FORMAT, "shards": shards, "config": config, "side_files": side_files, "gates": gates}
+    content = {
+        "format": OUTPUT_FORMAT,
+        "shards": shards,
+        "config": config,
+        "side_files": side_files,
+        "gates": gates,
+    }
     text = json.dumps(content, default=_plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -103,7 +103,11 @@ def _header(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -
     # transformers refuses files without this metadata entry.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for tensor, span in zip(tensors, spans, strict=True):
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(span)}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": list(span),
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     padded = text + b" " * (-(8 + len(text)) % _ALIGN)
     return len(padded).to_bytes(8, "little") + padded

@@ -27,6 +27,7 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
             kind = type(part.what).__name__.lower()
             by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
     idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts
+    # Of the embedding, only the rows of the prompts' tokens are read.
     readers = [*gates.experts, *gates.shared]
     return Totals(
         parameters=parameters,
@@ -34,7 +35,9 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(ref.entry.nbytes for reader in readers for ref in reader.weights.values()),
+        gate_bytes=sum(
+            ref.entry.nbytes for reader in readers for name, ref in reader.weights.items() if _LAYER.search(name)
+        ),
         peak_gate_bytes=max((_largest_layer(reader) for reader in readers), default=0),
     )
 

@@ -57,7 +57,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """The tensor of `source`, then in this order: plus its LoRA delta, plus noise, times `scale`, cast to the part's dtype.
+    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, cast to the part's dtype, in this order.
 
     Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
     """

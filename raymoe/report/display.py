@@ -129,7 +129,8 @@ def _gate_line(plan: MergePlan) -> str:
         return f"Gates: {mode.name} from {count} prompts; no model is run."
     reads = human_bytes(plan.totals.gate_bytes)
     who = {"base": "the base model", "expert": "the experts", "grafted": "the base with each expert's FFN"}
-    return f"Gates: {mode.name} from {count} prompts, read by {who[plan.gates.prompt_model]}; {reads} of weights are read for them."
+    reader = who[plan.gates.prompt_model]
+    return f"Gates: {mode.name} from {count} prompts, read by {reader}; {reads} of weights are read for them."
 
 
 def print_result(result: MergeResult) -> None:

@@ -39,6 +39,8 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         yield
         return
     level = logging.INFO if settings.verbosity > 1 else logging.WARNING
+    # Ray says at every start that its token authentication is on; that is its default, and no news to a user.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {
         "address": settings.address,
@@ -101,7 +103,7 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings) -> Itera
 
     remote = ray.remote(concurrency_groups={"gates": 1, "write": 2, "control": 1})(_grouped(ExpertWorker))
     actors = [
-        remote.options(  # type: ignore[attr-defined]
+        remote.options(
             name=f"raymoe-expert-actor-{number}-{os.getpid()}",
             num_cpus=slots.cpus,
             num_gpus=slots.gpus,
@@ -117,8 +119,8 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings) -> Itera
         except GetTimeoutError:
             has = ", ".join(f"{v:g} {k}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
             raise MergeFailed(
-                f"{slots.actors} actors with {slots.cpus:g} CPU and {slots.gpus:g} GPU each could not be started within "
-                f"{_START_TIMEOUT_S} s; the cluster has free: {has or 'nothing'}. Other work may hold its resources."
+                f"{slots.actors} actors with {slots.cpus:g} CPU and {slots.gpus:g} GPU each could not be started "
+                f"within {_START_TIMEOUT_S} s; the cluster has free: {has or 'nothing'}. Other work may hold its resources."
             ) from None
         except RayActorError as error:
             raise MergeFailed(f"an expert actor could not be started: {error}") from error
@@ -132,6 +134,12 @@ def _grouped(worker: type) -> type:
     """The worker with each method in its concurrency group."""
     import ray
 
-    groups = {"gate_rows": "gates", "write_shard": "write", "where": "control", "status": "control"}
+    groups = {
+        "gate_rows": "gates",
+        "write_shard": "write",
+        "compare_shard": "write",
+        "where": "control",
+        "status": "control",
+    }
     methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
     return type("ExpertActor", (worker,), methods)

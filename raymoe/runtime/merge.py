@@ -24,7 +24,7 @@ import numpy.typing as npt
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.router import conditioning_warning, random_rows
-from raymoe.planning.types import GatePlan, MergePlan, Part, Router
+from raymoe.planning.types import GatePlan, MergePlan, Part, Router, Shard
 from raymoe.report.card import model_card
 from raymoe.report.record import merge_record
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
@@ -36,10 +36,17 @@ from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import INDEX_NAME, RECORD_NAME, FileRecord, source_stamps
 from raymoe.storage.local import LocalOutput, check_output, remove_checkpoint
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import shard_chunks
+from raymoe.storage.stream import RouterBytes, shard_chunks
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = ["MergeResult", "output_problems", "router_rows", "run_merge", "side_file_name"]
+__all__ = [
+    "MergeResult",
+    "output_problems",
+    "random_gate_rows",
+    "router_bytes",
+    "run_merge",
+    "side_file_name",
+]
 
 Rows = dict[str, npt.NDArray[np.float32]]
 
@@ -73,11 +80,11 @@ def run_merge(plan: MergePlan, config: MergeConfig, output: Path, settings: Runt
         try:
             with Progress(plan, settings.verbosity) as progress:
                 with expert_actors(slots, str(output.absolute()), settings) as actors:
-                    outcome = run_jobs(plan, actors, progress.watch(actors))
+                    outcome = run_jobs(plan, actors, _write, progress.watch(actors))
                     progress.final_look(actors)
                 rows = outcome.rows | random_gate_rows(plan.gates)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows)]
-                records = [*outcome.records, *_write_router(plan, rows, target, settings)]
+                records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
                 files = _finish(plan, config, target, settings, records)
                 result = progress.result(output, files, warnings)
         except BaseException:
@@ -85,6 +92,10 @@ def run_merge(plan: MergePlan, config: MergeConfig, output: Path, settings: Runt
             target.journal.release()
             raise
         return result
+
+
+def _write(actor: Any, shard: Shard) -> Any:
+    return actor.write_shard.options(name=f"write {shard.file_name}").remote(shard)
 
 
 def output_problems(plan: MergePlan, output: Path, settings: RuntimeSettings) -> list[Problem]:
@@ -148,16 +159,22 @@ def _gate_warnings(gates: GatePlan, rows: Rows) -> Iterator[str]:
         yield warning
 
 
-def _write_router(plan: MergePlan, rows: Rows, target: LocalOutput, settings: RuntimeSettings) -> Iterator[FileRecord]:
-    def router_bytes(part: Part, what: Router) -> bytes:
-        values: Any = router_rows(plan.gates, rows, what).astype(NUMPY_DTYPES[part.dtype])
+def router_bytes(gates: GatePlan, rows: Rows) -> RouterBytes:
+    """A function that gives the bytes of any router part of the plan."""
+
+    def part_bytes(part: Part, what: Router) -> bytes:
+        values: Any = router_rows(gates, rows, what).astype(NUMPY_DTYPES[part.dtype])
         assert values.shape == part.shape
         return bytes(values.tobytes())
 
+    return part_bytes
+
+
+def _write_router(plan: MergePlan, rows: Rows, target: LocalOutput, settings: RuntimeSettings) -> Iterator[FileRecord]:
     with SourceReader(settings.hub) as reader:
         for shard in plan.shards:
             if shard.owner == "router":
-                yield target.write(shard.file_name, shard_chunks(shard, reader, router_bytes))
+                yield target.write(shard.file_name, shard_chunks(shard, reader, router_bytes(plan.gates, rows)))
 
 
 def side_file_name(file: SourceFile) -> str:
@@ -193,7 +210,7 @@ def _json(content: Any) -> bytes:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a merge as Ctrl-C does. Ray sets a handler of its own at init: this comes after it."""
+    """SIGTERM (a stopped job) ends a merge as Ctrl-C does. Ray sets its own handler at init, before this."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

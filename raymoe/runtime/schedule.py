@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.planning.types import GatePlan, GatePrompts, MergePlan, Shard
-from raymoe.storage.journal import FileRecord
 
 __all__ = ["Outcome", "run_jobs"]
 
@@ -26,10 +25,10 @@ _TICK_S = 0.25
 
 @dataclass
 class Outcome:
-    """Gate rows by owner, and the files that actors wrote."""
+    """Gate rows by owner, and what came back for each shard."""
 
     rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    records: list[FileRecord] = field(default_factory=list)
+    shard_results: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -48,8 +47,14 @@ class _Job:
     is_gates: bool
 
 
-def run_jobs(plan: MergePlan, handles: Sequence[Any], on_tick: Callable[[Outcome], None]) -> Outcome:
-    """Compute all gate rows and write all shards that actors can write. Raises the first error, with where it came from.
+# Starts one shard's job on an actor and returns the reference of its result.
+ShardCall = Callable[[Any, Shard], Any]
+
+
+def run_jobs(
+    plan: MergePlan, handles: Sequence[Any], shard_call: ShardCall, on_tick: Callable[[Outcome], None]
+) -> Outcome:
+    """Compute all gate rows, and do `shard_call` for every shard that needs none. Raises the first error.
 
     `on_tick` is called several times a second.
     """
@@ -64,7 +69,8 @@ def run_jobs(plan: MergePlan, handles: Sequence[Any], on_tick: Callable[[Outcome
     try:
         while waiting_gates or waiting_shards or running:
             for actor in actors:
-                _fill(actor, waiting_gates, waiting_shards, gates_ref, running)
+                _fill_gates(actor, waiting_gates, gates_ref, running)
+                _fill_shards(actor, waiting_shards, shard_call, running)
             done, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
             for ref in done:
                 _collect(ref, running.pop(ref), outcome)
@@ -82,23 +88,20 @@ def _without_prompts(gates: GatePlan) -> GatePlan:
     return dataclasses.replace(gates, experts=(), shared=())
 
 
-def _fill(
-    actor: _Actor,
-    waiting_gates: list[GatePrompts],
-    waiting_shards: list[Shard],
-    gates_ref: Any,
-    running: dict[Any, _Job],
-) -> None:
+def _fill_gates(actor: _Actor, waiting_gates: list[GatePrompts], gates_ref: Any, running: dict[Any, _Job]) -> None:
     if waiting_gates and not actor.gates_busy:
         prompts = waiting_gates.pop(0)
         actor.gates_for, actor.gates_busy = prompts.owner, True
         ref = actor.handle.gate_rows.options(name=f"gates of {prompts.owner}").remote(gates_ref, prompts)
         running[ref] = _Job(actor, f"gates of {prompts.owner}", prompts.owner, True)
+
+
+def _fill_shards(actor: _Actor, waiting_shards: list[Shard], shard_call: ShardCall, running: dict[Any, _Job]) -> None:
     while waiting_shards and actor.shards_busy < _SHARDS_AT_ONCE:
         shard = min(waiting_shards, key=lambda s: _preference(actor, s))
         waiting_shards.remove(shard)
         actor.shards_busy += 1
-        ref = actor.handle.write_shard.options(name=f"write {shard.file_name}").remote(shard)
+        ref = shard_call(actor.handle, shard)
         running[ref] = _Job(actor, f"{shard.file_name} ({shard.owner})", shard.owner, False)
 
 
@@ -128,4 +131,4 @@ def _collect(ref: Any, job: _Job, outcome: Outcome) -> None:
         outcome.rows[job.owner] = result
     else:
         job.actor.shards_busy -= 1
-        outcome.records.append(result)
+        outcome.shard_results.append(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raymoe.sources.resolve import HubOptions
 
@@ -22,4 +22,4 @@ class RuntimeSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     verbosity: int = 0
-    hub: HubOptions = HubOptions()
+    hub: HubOptions = field(default_factory=HubOptions)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import numpy.typing as npt
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.types import GatePlan, GatePrompts, Shard
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.sources.types import TensorEntry
 from raymoe.storage.journal import FileRecord
 from raymoe.storage.local import LocalOutput
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import shard_chunks
+from raymoe.storage.stream import different_tensors, shard_chunks
 
 __all__ = ["ExpertWorker", "Status", "limit_threads"]
 
@@ -95,9 +98,14 @@ class ExpertWorker:
         with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
             return self._output.write(shard.file_name, shard_chunks(shard, reader), progress=self._add_bytes)
 
+    def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
+        """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
+        with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
+            return different_tensors(shard.parts, written, reader, progress=self._add_bytes)
+
     def status(self) -> Status:
         gpu = 0
-        if "torch" in __import__("sys").modules:
+        if "torch" in sys.modules:
             import torch
 
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

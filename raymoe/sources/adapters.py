@@ -92,6 +92,7 @@ _FOREIGN_KEYS: Mapping[str, str] = {
     "trainable_tokens": "trained embedding rows",
     ".lora_B.bias": "a bias on a factor",
     ".lora_A.bias": "a bias on a factor",
+    ".base_layer.": "a copy of the model's own weight (peft saves it with targeted or resized embeddings)",
     "modules_to_save": "a whole module that replaces the model's",
 }
 

@@ -15,10 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NoReturn
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.sources.folder import Folder, is_inside, read_json_object, refuse
+from raymoe.sources.folder import Folder, is_inside, read_json_object, unusable
 from raymoe.sources.pickled import parse_pickled
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.types import CheckpointIndex, SourceFile, TensorEntry
@@ -40,7 +39,7 @@ def index_model_weights(folder: Folder) -> CheckpointIndex:
             return _combine(folder, {single: file}, weight_map={})
         if folder.find(index) is not None:
             return _index_shards(folder, index)
-    _refuse_without_weights(folder)
+    raise _no_weights(folder)
 
 
 def index_adapter_weights(folder: Folder) -> CheckpointIndex:
@@ -48,7 +47,7 @@ def index_adapter_weights(folder: Folder) -> CheckpointIndex:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (file := folder.find(name)) is not None:
             return _combine(folder, {name: file}, weight_map={})
-    refuse(
+    raise unusable(
         folder.label,
         "adapter_model.safetensors is missing",
         folder.missing_remedy("adapter_model.safetensors"),
@@ -59,9 +58,9 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     where = f"{folder.label}/{index}"
     weight_map = read_json_object(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        refuse(where, "'weight_map' is missing, empty or not an object", folder.missing_remedy(index))
+        raise unusable(where, "'weight_map' is missing, empty or not an object", folder.missing_remedy(index))
     if not all(isinstance(name, str) for name in weight_map.values()):
-        refuse(where, "'weight_map' has values that are not file names", folder.missing_remedy(index))
+        raise unusable(where, "'weight_map' has values that are not file names", folder.missing_remedy(index))
     suffix = index.removesuffix(".index.json").rsplit(".", 1)[-1]
     shards: dict[str, SourceFile] = {}
     problems: list[Problem] = []
@@ -155,17 +154,17 @@ def _some(names: Sequence[str]) -> str:
     return f"{listed} and {len(names) - _NAMED} more tensors" if len(names) > _NAMED else listed
 
 
-def _refuse_without_weights(folder: Folder) -> NoReturn:
+def _no_weights(folder: Folder) -> CheckpointError:
     shards = [name for name in folder.names if _SHARD.fullmatch(name)]
     if shards:
         index = shards[0].split("-")[0] + "." + shards[0].rsplit(".", 1)[-1] + ".index.json"
         what = f"found {len(shards)} shards ({shards[0]}, ...) but no {index}"
-        refuse(folder.label, what, f"add {index}, which belongs to the checkpoint")
+        return unusable(folder.label, what, f"add {index}, which belongs to the checkpoint")
     if "adapter_config.json" in folder.names:
         what = "this is a LoRA adapter, not a whole model"
-        refuse(folder.label, what, "name it together with its base model: 'base+adapter'")
+        return unusable(folder.label, what, "name it together with its base model: 'base+adapter'")
     others = [name for name in folder.names if _OTHER_WEIGHTS.fullmatch(name)]
     what = "no weights found (model.safetensors, model.safetensors.index.json, pytorch_model.bin)"
     if others:
-        refuse(folder.label, f"{what}, only {', '.join(others[:_NAMED])}", _CONVERT)
-    refuse(folder.label, what, folder.missing_remedy("model.safetensors"))
+        return unusable(folder.label, f"{what}, only {', '.join(others[:_NAMED])}", _CONVERT)
+    return unusable(folder.label, what, folder.missing_remedy("model.safetensors"))

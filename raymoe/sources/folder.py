@@ -12,12 +12,12 @@ import json
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.types import SourceFile
 
-__all__ = ["Folder", "is_inside", "read_json_object", "refuse", "side_files"]
+__all__ = ["Folder", "is_inside", "read_json_object", "side_files", "unusable"]
 
 _MAX_JSON_BYTES = 200 * 1024 * 1024  # an index of a million tensors is a tenth of this
 
@@ -75,25 +75,25 @@ class Folder(Protocol):
         """What to do about a file that should be here and is not."""
 
 
-def refuse(where: str, what: str, remedy: str = "") -> NoReturn:
-    """Raise a CheckpointError with one problem."""
-    raise CheckpointError([Problem(where=where, what=what, remedy=remedy)])
+def unusable(where: str, what: str, remedy: str = "") -> CheckpointError:
+    """A CheckpointError of one problem, to be raised."""
+    return CheckpointError([Problem(where=where, what=what, remedy=remedy)])
 
 
 def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
     """A small JSON file that holds an object. Raises CheckpointError when it is missing or anything else."""
     file = folder.find(name)
     if file is None:
-        refuse(folder.label, f"{name} is missing", folder.missing_remedy(name))
+        raise unusable(folder.label, f"{name} is missing", folder.missing_remedy(name))
     where = f"{folder.label}/{name}"
     if file.size > _MAX_JSON_BYTES:
-        refuse(where, f"{file.size} bytes are too many for a JSON file of a checkpoint")
+        raise unusable(where, f"{file.size} bytes are too many for a JSON file of a checkpoint")
     try:
         value = json.loads(folder.read(file).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        refuse(where, f"not valid JSON: {error}", "download or save the file again")
+        raise unusable(where, f"not valid JSON: {error}", "download or save the file again") from error
     if not isinstance(value, dict):
-        refuse(
+        raise unusable(
             where, f"expected a JSON object, found {type(value).__name__}", "download or save the file again"
         )
     return value

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from raymoe.sources.folder import refuse
+from raymoe.sources.folder import unusable
 from raymoe.sources.hub_errors import hub_errors
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.types import PathRef, SourceFile
@@ -58,7 +58,7 @@ def parse_location(location: str) -> HubLocation | None:
 def is_hub_id(path: str) -> bool:
     """Whether a name can be that of a Hub repository (`org/name`, or the old `name`)."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(path)
@@ -78,7 +78,9 @@ def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHub
             path.path, revision=path.revision, files_metadata=True
         )
     if info.sha is None:
-        refuse(str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>")
+        raise unusable(
+            str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>"
+        )
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     return HubFolder(path, info.sha, sizes, options)
 
@@ -98,7 +100,9 @@ class HubFolder:
             return None
         size = self._sizes[name]
         if size is None:
-            refuse(self.label, f"the Hub tells no size for {name}", "download the model and name its folder")
+            raise unusable(
+                self.label, f"the Hub tells no size for {name}", "download the model and name its folder"
+            )
         return SourceFile(location=f"hf://{self.label}/{name}", size=size)
 
     def read(self, file: SourceFile) -> bytes:
@@ -176,7 +180,7 @@ def download(file: SourceFile, options: HubOptions, asked_revision: str | None =
             break
     if path.stat().st_size != file.size:
         what = f"the file has {path.stat().st_size} bytes, but {file.size} were expected"
-        refuse(file.location, what, f"remove {path} from the cache and try again")
+        raise unusable(file.location, what, f"remove {path} from the cache and try again")
     return path
 
 
@@ -192,7 +196,9 @@ def _open_cached(path: PathRef, options: HubOptions) -> CachedHubFolder:
         if (cached := _cached_path(path.path, name, path.revision, options)) is not None:
             return CachedHubFolder(path, cached.parent, options)
     what = f"offline, and the model is not in the Hub cache; no folder {path.path!r} here either"
-    refuse(str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE")
+    raise unusable(
+        str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE"
+    )
 
 
 def _cached_path(repo: str, name: str, revision: str | None, options: HubOptions) -> Path | None:
@@ -207,7 +213,7 @@ def _get_range(location: HubLocation, start: int, end: int, options: HubOptions)
     from huggingface_hub import hf_hub_url
 
     # Documented (package_reference/utilities), if not re-exported for type checkers.
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (
         build_hf_headers,
         hf_raise_for_status,
         http_backoff,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from raymoe.sources.folder import refuse
+from raymoe.sources.folder import unusable
 from raymoe.sources.types import SourceFile
 
 __all__ = ["LocalFolder", "stat_file"]
@@ -22,7 +22,9 @@ class LocalFolder:
         try:
             self.names: list[str] = sorted(self._list(""))
         except OSError as error:
-            refuse(self.label, f"the folder can't be read: {error.strerror}", "check its permissions")
+            raise unusable(
+                self.label, f"the folder can't be read: {error.strerror}", "check its permissions"
+            ) from error
 
     def _list(self, prefix: str) -> list[str]:
         names: list[str] = []
@@ -46,7 +48,9 @@ class LocalFolder:
                 handle.seek(start)
                 return handle.read(end - start)
         except OSError as error:
-            refuse(file.location, f"can't be read: {error.strerror}", "check its permissions")
+            raise unusable(
+                file.location, f"can't be read: {error.strerror}", "check its permissions"
+            ) from error
 
     def local_path(self, file: SourceFile) -> Path:
         return Path(file.location)

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BYTES
-from raymoe.sources.folder import refuse
+from raymoe.sources.folder import unusable
 from raymoe.sources.types import SourceFile, TensorEntry
 
 __all__ = ["parse_pickled"]
@@ -152,7 +152,7 @@ def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[Tensor
         with open(path, "rb") as handle:
             return _parse(handle, file, where)
     except OSError as error:
-        refuse(where, f"can't be read: {error.strerror or error}", "check its permissions")
+        raise unusable(where, f"can't be read: {error.strerror or error}", "check its permissions") from error
 
 
 def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry, ...]:
@@ -180,32 +180,40 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
             (name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None
         )
         if pickle_name is None:
-            refuse(where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS)
+            raise unusable(
+                where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS
+            )
         prefix = pickle_name.removesuffix("data.pkl")
         if prefix + "constants.pkl" in infos:
-            refuse(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
+            raise unusable(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
         if infos[pickle_name].file_size > _MAX_PICKLE_BYTES:
-            refuse(
+            raise unusable(
                 where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
             )
         if prefix + "byteorder" in infos and archive.read(prefix + "byteorder") != b"little":
-            refuse(where, "the tensors are big-endian", _TO_SAFETENSORS)
+            raise unusable(where, "the tensors are big-endian", _TO_SAFETENSORS)
         records = {
             name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")
         }
         return records, archive.read(pickle_name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (CheckpointError, OSError):
+        raise
+    except (
+        Exception
+    ) as error:  # of a damaged directory, zipfile raises BadZipFile, struct.error, ValueError, ...
         if start == b"PK\x03\x04":
-            refuse(where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN)
+            raise unusable(
+                where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN
+            ) from error
         if start.startswith(b"vers"):
-            refuse(
+            raise unusable(
                 where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
-            )
-        refuse(
+            ) from error
+        raise unusable(
             where,
             "not in the zip format of torch.save (a legacy file of PyTorch before 1.6?)",
             _TO_SAFETENSORS,
-        )
+        ) from error
 
 
 def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
@@ -217,12 +225,14 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
         value = _StateDictUnpickler(io.BytesIO(pickled)).load()
     except _RefusedError as error:
         what = f"the pickle asks for {error}, which a plain state dict does not need; nothing of it was run"
-        refuse(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}")
+        raise unusable(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}") from error
     except Exception as error:
         # A damaged pickle can fail in any operation of the unpickler: each is the file's fault, not ours.
-        refuse(where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN)
+        raise unusable(
+            where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN
+        ) from error
     if not isinstance(value, dict):
-        refuse(
+        raise unusable(
             where,
             f"holds a {type(value).__name__} where a state dict (name -> tensor) is expected",
             _TO_SAFETENSORS,
@@ -256,6 +266,8 @@ def _entry(
         raise ValueError(
             f"tensor {name!r} of {nbytes} bytes reaches beyond its storage of {record.file_size} (truncated)"
         )
+    if not 0 <= record.header_offset < file.size:
+        raise ValueError(f"record {record.filename!r} lies outside the file (damaged archive)")
     start = _record_start(handle, record) + start_in_record
     if start + nbytes > file.size:
         raise ValueError(

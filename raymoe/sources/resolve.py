@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
-from raymoe.sources.folder import Folder, read_json_object, refuse, side_files
+from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
 from raymoe.sources.hub import HubOptions, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder, stat_file
 from raymoe.sources.quantised import quantisation_problems
@@ -87,14 +87,14 @@ def _open(path: PathRef, is_adapter: bool, options: HubOptions) -> _Opened:
     problems: list[Problem] = []
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if is_adapter and config_name not in folder.names and "config.json" in folder.names:
-        refuse(
+        raise unusable(
             folder.label,
             "this is a model, not a LoRA adapter (no adapter_config.json)",
             "name an adapter after '+'",
         )
     if not is_adapter and config_name not in folder.names and "adapter_config.json" in folder.names:
         what = "this is a LoRA adapter, not a whole model"
-        refuse(folder.label, what, "name it together with its base model: 'base+adapter'")
+        raise unusable(folder.label, what, "name it together with its base model: 'base+adapter'")
     config = _collect(problems, lambda: read_json_object(folder, config_name))
     index_weights = index_adapter_weights if is_adapter else index_model_weights
     index = _collect(problems, lambda: index_weights(folder))
@@ -117,16 +117,20 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions) -> Folder
     if is_local_folder(path.path):
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
-            refuse(path.path, what, "leave the revision out, or move the folder away to mean the Hub's model")
+            raise unusable(
+                path.path, what, "leave the revision out, or move the folder away to mean the Hub's model"
+            )
         return LocalFolder(path.path)
     expanded = os.path.expanduser(path.path)
     if os.path.isfile(expanded):
-        refuse(path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
+        raise unusable(
+            path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it"
+        )
     if not is_hub_id(path.path):
         what = (
             f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
         )
-        refuse(path.path, what, f"correct the name of the {role}")
+        raise unusable(path.path, what, f"correct the name of the {role}")
     return open_hub_folder(path, options)
 
 
@@ -157,10 +161,10 @@ def fetch_file(file: SourceFile, options: HubOptions | None = None) -> Path:
     found = stat_file(file.location)
     if found is None:
         remedy = "put the model where every node sees it under this path, or name it by its Hub id"
-        refuse(file.location, f"the file is not there on this node ({socket.gethostname()})", remedy)
+        raise unusable(file.location, f"the file is not there on this node ({socket.gethostname()})", remedy)
     if found.size != file.size:
         what = f"the file has {found.size} bytes, but had {file.size} when the merge was planned"
-        refuse(file.location, what, "run the merge again when the file no longer changes")
+        raise unusable(file.location, what, "run the merge again when the file no longer changes")
     return Path(file.location)
 
 

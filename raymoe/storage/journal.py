@@ -112,7 +112,10 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.release()
-            what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
+            what, remedy = (
+                "another merge is writing to this folder",
+                "wait for it to end, or choose another output",
+            )
             raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
 
 

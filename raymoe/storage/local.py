@@ -21,7 +21,13 @@ __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
 
 _READ_BYTES = 8 << 20
 # What --overwrite removes: the files of a checkpoint. Anything else in the folder is somebody's own and stays.
-_CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", INDEX_NAME, "pytorch_model.bin.index.json", RECORD_NAME)
+_CHECKPOINT_FILES = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    INDEX_NAME,
+    "pytorch_model.bin.index.json",
+    RECORD_NAME,
+)
 
 Progress = Callable[[int], None]
 

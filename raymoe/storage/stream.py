@@ -5,15 +5,15 @@ Parts whose source ranges touch are read as one range. Memory: two buffers of `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from raymoe.planning.types import Copy, Part, Router, Shard, Transform
-from raymoe.sources.types import SourceFile
+from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import transformed_blocks
 
-__all__ = ["CHUNK_BYTES", "RouterBytes", "part_chunks", "shard_chunks"]
+__all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks"]
 
 CHUNK_BYTES = 8 << 20
 
@@ -51,6 +51,33 @@ def part_chunks(
             yield memoryview(router(step, step.what))
         else:
             yield from _zeros(step.nbytes)
+
+
+def different_tensors(
+    parts: Iterable[Part],
+    written: Mapping[str, TensorEntry],
+    reader: SourceReader,
+    router: RouterBytes | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Names of the parts whose bytes, as `written` holds them, are not what the plan says; all of them are read."""
+    different = []
+    for part in parts:
+        entry = written.get(part.name)
+        if entry is None or (entry.dtype, entry.shape) != (part.dtype, part.shape):
+            different.append(part.name)
+            continue
+        offset, same = entry.start, True
+        for chunk in part_chunks((part,), reader, router):
+            found = bytearray(len(chunk))
+            reader.read_into(entry.file, offset, memoryview(found))
+            same = same and found == chunk
+            offset += len(chunk)
+            if progress is not None:
+                progress(len(chunk))
+        if not same:
+            different.append(part.name)
+    return different
 
 
 def _steps(parts: tuple[Part, ...]) -> Iterator[_Range | Part]:

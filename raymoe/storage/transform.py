@@ -40,7 +40,8 @@ def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice)
     """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A."""
     a = load_array(reader, lora.a).astype(np.float32)
     b = load_array(reader, lora.b)[rows].astype(np.float32)
-    return block + np.float32(lora.scaling) * (b @ a)
+    merged: Float32 = block + np.float32(lora.scaling) * (b @ a)
+    return merged
 
 
 def transformed_blocks(reader: SourceReader, part: Part, what: Transform) -> Iterator[memoryview]:
@@ -58,7 +59,7 @@ def transformed_blocks(reader: SourceReader, part: Part, what: Transform) -> Ite
             block *= np.float32(what.scale)
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as it does in torch
             cast = np.ascontiguousarray(block.astype(target))
-        yield memoryview(cast.reshape(-1).view(np.uint8))
+        yield cast.reshape(-1).view(np.uint8).data
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

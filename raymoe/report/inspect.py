@@ -1,0 +1,144 @@
+"""`raymoe inspect`: what is in a checkpoint, from its config, its headers and its routers; no other weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raymoe.architectures import HOSTS, MoeHost
+from raymoe.errors import Problem, ProblemReport
+from raymoe.sources.checkpoint import index_model_weights
+from raymoe.sources.local import LocalFolder
+from raymoe.sources.resolve import HubOptions
+from raymoe.sources.types import CheckpointIndex, TensorEntry
+from raymoe.storage.journal import JOURNAL, RECORD_NAME
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.transform import load_array
+from raymoe.text import human_bytes, human_count
+
+__all__ = ["inspect_checkpoint", "print_summary"]
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """A summary of the checkpoint in `folder`, MoE or dense. Raises ProblemReport if there is none."""
+    if (folder / JOURNAL).is_dir():
+        remedy = "run the merge command again to finish it"
+        raise ProblemReport([Problem(where=str(folder), what="this merge is not finished", remedy=remedy)])
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        what = f"no readable config.json: {error}"
+        raise ProblemReport(
+            [Problem(where=str(folder), what=what, remedy="name the folder of a checkpoint")]
+        ) from error
+    index = index_model_weights(LocalFolder(str(folder)))
+    host = next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)
+    summary: dict[str, Any] = {
+        "folder": str(folder),
+        "model_type": config.get("model_type"),
+        "architecture": (config.get("architectures") or ["?"])[0],
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+        "parameters": sum(math.prod(entry.shape) for entry in index.tensors.values()),
+        "bytes": sum(file.size for file in index.files),
+        "dtypes": _bytes_by(index, lambda entry: entry.dtype),
+        "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
+    }
+    if host is not None:
+        summary |= _moe_summary(host, config, index, summary["parameters"])
+    record = folder / RECORD_NAME
+    if record.is_file():
+        content = json.loads(record.read_text())
+        summary["merge"] = {key: content.get(key) for key in ("raymoe_version", "sources", "config", "plan_digest")}
+    return summary
+
+
+def _bytes_by(index: CheckpointIndex, key: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for entry in index.tensors.values():
+        counts[key(entry)] = counts.get(key(entry), 0) + entry.nbytes
+    return counts
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A regular expression for a name template of a host."""
+    pieces = re.split(r"\{(\w+)\}", template)
+    return re.compile("".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces)) + "$")
+
+
+def _moe_summary(host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int) -> dict[str, Any]:
+    per_expert: dict[int, int] = {}
+    for template in host.expert.values():
+        pattern = _pattern(template)
+        for entry in index.tensors.values():
+            if match := pattern.match(entry.name):
+                number = int(match["expert"])
+                per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape)
+    active = config.get("num_experts_per_tok", 1)
+    idle = sum(per_expert.values()) * (len(per_expert) - active) // max(1, len(per_expert))
+    return {
+        "experts": len(per_expert),
+        "experts_per_token": active,
+        "parameters_per_expert": max(per_expert.values(), default=0),
+        "active_parameters": parameters - idle,
+        "routers": _routers(host, index),
+    }
+
+
+def _routers(host: MoeHost, index: CheckpointIndex) -> dict[str, Any]:
+    """Row lengths and the cosines between experts' rows, over all layers: near 1 means that rows hardly differ."""
+    pattern = _pattern(host.router)
+    entries: list[TensorEntry] = [entry for entry in index.tensors.values() if pattern.match(entry.name)]
+    norms, cosines = [], []
+    with SourceReader(HubOptions()) as reader:
+        for entry in entries:
+            rows = load_array(reader, entry).astype(np.float64)
+            lengths = np.linalg.norm(rows, axis=1)
+            units = rows / np.maximum(lengths, 1e-12)[:, None]
+            norms.append(lengths.mean())
+            if len(rows) > 1:
+                cosines.append((units @ units.T)[np.triu_indices(len(rows), 1)].mean())
+    summary: dict[str, Any] = {"layers": len(entries)}
+    if norms:
+        summary["row_norm"] = {"min": min(norms), "max": max(norms)}
+    if cosines:
+        summary["cosine_between_rows"] = {
+            "min": min(cosines),
+            "mean": float(np.mean(cosines)),
+            "max": max(cosines),
+        }
+    return summary
+
+
+def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    print(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
+    sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())
+    print(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
+    print(f"{summary['layers']} layers, hidden size {summary['hidden_size']}, vocabulary {summary['vocab_size']}")
+    if "experts" in summary:
+        each = human_count(summary["parameters_per_expert"])
+        active = human_count(summary["active_parameters"])
+        count, used = summary["experts"], summary["experts_per_token"]
+        print(f"{count} experts of {each}, {used} for each token: {active} parameters active")
+        routers = summary["routers"]
+        if "cosine_between_rows" in routers:
+            cosine, norm = routers["cosine_between_rows"], routers["row_norm"]
+            print(
+                f"routers of {routers['layers']} layers: row length {norm['min']:.3g} to {norm['max']:.3g}, "
+                f"mean cosine between experts' rows {cosine['mean']:.3f} ({cosine['min']:.3f} to {cosine['max']:.3f})"
+            )
+    merge = summary.get("merge")
+    if merge:
+        print(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
+        for source in merge["sources"]:
+            print(f"  {source['owner']:10} {source['model']}")
