@@ -134,17 +134,13 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if peft_type != "LORA":
         return [f"an adapter of type {peft_type!r} (adapter_config.json: peft_type); only LORA is supported"]
     problems = [
-        f"the adapter uses {what} ({key}), which is not supported"
-        for key, what in _REFUSED.items()
-        if config.get(key)
+        f"the adapter uses {what} ({key}), which is not supported" for key, what in _REFUSED.items() if config.get(key)
     ]
     if config.get("bias", "none") != "none":
         problems.append(f"the adapter trains biases (bias: {config['bias']!r}), which is not supported")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and init is not None and str(init).lower() not in _INITS_KEEPING_BASE:
-        problems.append(
-            f"the adapter was made with init_lora_weights {init!r}, which changed its model's own weights"
-        )
+        problems.append(f"the adapter was made with init_lora_weights {init!r}, which changed its model's own weights")
     for key in sorted(config.keys() - _INERT - _REFUSED.keys() - {"bias"}):
         if config[key]:
             problems.append(f"unknown setting {key!r} = {config[key]!r:.80} in adapter_config.json")
@@ -194,9 +190,7 @@ def _factors(index: CheckpointIndex) -> tuple[dict[str, dict[str, TensorEntry]],
     return factors, wrong
 
 
-def _pair(
-    module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], model: CheckpointIndex
-) -> LoraPair:
+def _pair(module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], model: CheckpointIndex) -> LoraPair:
     """The factors of one module. Raises ValueError with the first thing that does not fit."""
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in found:
@@ -210,18 +204,14 @@ def _pair(
         )
     for entry in (a, b):
         if entry.dtype not in _FLOATS or len(entry.shape) != 2:
-            raise ValueError(
-                f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; a float matrix is expected"
-            )
+            raise ValueError(f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; a float matrix is expected")
     rank, alpha = _rank_and_alpha(module, config)
     if a.shape[0] != rank or b.shape[1] != rank:
         shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
         raise ValueError(f"{module!r}: {shapes} don't have the rank {rank} of adapter_config.json")
     if target.shape != (b.shape[0], a.shape[1]):
         delta = [b.shape[0], a.shape[1]]
-        raise ValueError(
-            f"{module!r}: the adapter's delta is {delta}, the model's weight {list(target.shape)}"
-        )
+        raise ValueError(f"{module!r}: the adapter's delta is {delta}, the model's weight {list(target.shape)}")
     return LoraPair(a=a, b=b, scaling=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 

@@ -84,9 +84,7 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     return _combine(folder, shards, weight_map)
 
 
-def _combine(
-    folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str]
-) -> CheckpointIndex:
+def _combine(folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str]) -> CheckpointIndex:
     """Index all files, and check them against the weight map (empty where a single file holds everything)."""
     by_file = _entries_by_file(folder, files)
     holders: dict[str, dict[str, TensorEntry]] = {}

@@ -5,7 +5,7 @@
     headers           --ranged GET--> memory                or from the file's copy in the cache
     whole files       --hf_hub_download--> the Hub cache    by the actors, later; size checked as planned
 
-Only the public API of huggingface_hub is used, as it is from 0.34 (transformers 4) to 2 (transformers 5): so
+Only the public API of huggingface_hub is used, as it is from 0.30 (transformers 4) to 2 (transformers 5): so
 HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT act as they do everywhere else. Offline (HF_HUB_OFFLINE=1, or
 asked for in `HubOptions`) the cache is all there is. The library is imported where it is used: merges of
 local models need none of it.
@@ -27,9 +27,6 @@ __all__ = ["HubFolder", "HubOptions", "download", "is_hub_id", "open_hub_folder"
 
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 _TIMEOUT_S = 30
-_HTTP_MODULES = frozenset(
-    {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "socket", "ssl"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +71,9 @@ def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHub
     from huggingface_hub import HfApi
 
     with hub_errors(path.path, path.revision):
-        info = HfApi(endpoint=options.endpoint).model_info(
-            path.path, revision=path.revision, files_metadata=True
-        )
+        info = HfApi(endpoint=options.endpoint).model_info(path.path, revision=path.revision, files_metadata=True)
     if info.sha is None:
-        raise unusable(
-            str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>"
-        )
+        raise unusable(str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>")
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     return HubFolder(path, info.sha, sizes, options)
 
@@ -100,9 +93,7 @@ class HubFolder:
             return None
         size = self._sizes[name]
         if size is None:
-            raise unusable(
-                self.label, f"the Hub tells no size for {name}", "download the model and name its folder"
-            )
+            raise unusable(self.label, f"the Hub tells no size for {name}", "download the model and name its folder")
         return SourceFile(location=f"hf://{self.label}/{name}", size=size)
 
     def read(self, file: SourceFile) -> bytes:
@@ -196,9 +187,7 @@ def _open_cached(path: PathRef, options: HubOptions) -> CachedHubFolder:
         if (cached := _cached_path(path.path, name, path.revision, options)) is not None:
             return CachedHubFolder(path, cached.parent, options)
     what = f"offline, and the model is not in the Hub cache; no folder {path.path!r} here either"
-    raise unusable(
-        str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE"
-    )
+    raise unusable(str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE")
 
 
 def _cached_path(repo: str, name: str, revision: str | None, options: HubOptions) -> Path | None:

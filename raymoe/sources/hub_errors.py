@@ -1,6 +1,6 @@
 """What huggingface_hub raises, as problems for the user: what happened to which repository, and what to do.
 
-The library's own error classes are the same from 0.34 to 2, but the HTTP library below it is not (requests,
+The library's own error classes are the same from 0.30 to 2, but the HTTP library below it is not (requests,
 httpx, httpx2), and neither is a dependency of ours: network errors are told by the module that they come
 from.
 """
@@ -39,9 +39,8 @@ def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Pr
     where = f"{repo}@{revision}" if revision else repo
     where = f"{where}/{name}" if name else where
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = (
-            error.__cause__ if isinstance(error.__cause__, Exception) else error
-        )  # why it could not be fetched
+        # Why it could not be fetched.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         remedy = f"fetch it once online: `hf download {repo}`, or unset HF_HUB_OFFLINE"

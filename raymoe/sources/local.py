@@ -48,9 +48,7 @@ class LocalFolder:
                 handle.seek(start)
                 return handle.read(end - start)
         except OSError as error:
-            raise unusable(
-                file.location, f"can't be read: {error.strerror}", "check its permissions"
-            ) from error
+            raise unusable(file.location, f"can't be read: {error.strerror}", "check its permissions") from error
 
     def local_path(self, file: SourceFile) -> Path:
         return Path(file.location)

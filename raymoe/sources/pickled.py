@@ -2,9 +2,9 @@
 
 Since PyTorch 1.6 `torch.save` writes a zip archive, uncompressed:
 
-    <prefix>/data.pkl    pickle of the state dict; storages appear in it as persistent ids (name, type, key,
-    ...) <prefix>/data/<key>  the raw bytes of one storage <prefix>/byteorder   'little' or 'big' (newer files
-    only)
+    <prefix>/data.pkl    pickle of the state dict; a storage appears in it as a persistent id (..., type, key, ...)
+    <prefix>/data/<key>  the raw bytes of one storage
+    <prefix>/byteorder   'little' or 'big' (newer files only)
 
 So a tensor is a byte range of the file itself: where the zip record of its storage begins, plus its storage
 offset. That is all that a merge needs, and the bytes are later copied like those of a safetensors file.
@@ -98,9 +98,7 @@ class _Rebuild:
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
     sizes = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or not all(
-        isinstance(size, int) and 0 <= size < 2**63 for size in sizes
-    ):
+    if not isinstance(storage, _Storage) or not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
         raise _RefusedError("a tensor that is not described by a storage, an offset, a shape and strides")
     return _Tensor(storage, offset, tuple(shape), tuple(stride))
 
@@ -129,12 +127,7 @@ class _StateDictUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         # ('storage', type, key of the record, device, number of elements)
-        if (
-            not isinstance(pid, tuple)
-            or len(pid) != 5
-            or pid[0] != "storage"
-            or not isinstance(pid[1], _StorageType)
-        ):
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
             raise _RefusedError(f"the storage {pid!r:.80}")
         if not isinstance(pid[2], str) or not isinstance(pid[4], int):
             raise _RefusedError(f"the storage {pid!r:.80}")
@@ -176,13 +169,9 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
     try:
         archive = zipfile.ZipFile(handle)
         infos = {info.filename: info for info in archive.infolist()}
-        pickle_name = next(
-            (name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None
-        )
+        pickle_name = next((name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if pickle_name is None:
-            raise unusable(
-                where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS
-            )
+            raise unusable(where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS)
         prefix = pickle_name.removesuffix("data.pkl")
         if prefix + "constants.pkl" in infos:
             raise unusable(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
@@ -192,19 +181,13 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
             )
         if prefix + "byteorder" in infos and archive.read(prefix + "byteorder") != b"little":
             raise unusable(where, "the tensors are big-endian", _TO_SAFETENSORS)
-        records = {
-            name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")
-        }
+        records = {name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")}
         return records, archive.read(pickle_name)
     except (CheckpointError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # of a damaged directory, zipfile raises BadZipFile, struct.error, ValueError, ...
+    except Exception as error:  # of a damaged directory: BadZipFile, struct.error, ValueError, ...
         if start == b"PK\x03\x04":
-            raise unusable(
-                where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN
-            ) from error
+            raise unusable(where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN) from error
         if start.startswith(b"vers"):
             raise unusable(
                 where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
@@ -228,9 +211,7 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
         raise unusable(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}") from error
     except Exception as error:
         # A damaged pickle can fail in any operation of the unpickler: each is the file's fault, not ours.
-        raise unusable(
-            where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN
-        ) from error
+        raise unusable(where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
         raise unusable(
             where,
@@ -247,9 +228,7 @@ def _entry(
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(f"the name {name!r:.80} is not the name of a tensor")
     if not isinstance(value, _Tensor):
-        raise ValueError(
-            f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict"
-        )
+        raise ValueError(f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict")
     if not _is_contiguous(value.shape, value.stride):
         raise ValueError(f"tensor {name!r} is not contiguous: shape {value.shape}, strides {value.stride}")
     item_bytes = DTYPE_BYTES[value.storage.dtype]
@@ -257,9 +236,7 @@ def _entry(
     if record is None:
         raise ValueError(f"tensor {name!r}: its storage {value.storage.key!r} is missing in the archive")
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 0x1:
-        raise ValueError(
-            f"tensor {name!r}: its storage is compressed or encrypted, which torch.save never does"
-        )
+        raise ValueError(f"tensor {name!r}: its storage is compressed or encrypted, which torch.save never does")
     start_in_record = value.offset * item_bytes
     nbytes = math.prod(value.shape) * item_bytes
     if start_in_record + nbytes > record.file_size:
@@ -270,9 +247,7 @@ def _entry(
         raise ValueError(f"record {record.filename!r} lies outside the file (damaged archive)")
     start = _record_start(handle, record) + start_in_record
     if start + nbytes > file.size:
-        raise ValueError(
-            f"tensor {name!r} ends at byte {start + nbytes} of a file of {file.size} (truncated)"
-        )
+        raise ValueError(f"tensor {name!r} ends at byte {start + nbytes} of a file of {file.size} (truncated)")
     return TensorEntry(
         name=name, dtype=value.storage.dtype, shape=value.shape, file=file, start=start, end=start + nbytes
     )

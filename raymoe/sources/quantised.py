@@ -16,9 +16,7 @@ from raymoe.sources.types import CheckpointIndex, TensorEntry
 
 __all__ = ["quantisation_problems"]
 
-_REMEDY = (
-    "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
-)
+_REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
 
 # last component of a tensor's name -> what it betrays
 _TENSOR_SUFFIXES: Mapping[str, str] = {
@@ -42,9 +40,7 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
-def quantisation_problems(
-    label: str, config: Mapping[str, Any], index: CheckpointIndex | None
-) -> list[Problem]:
+def quantisation_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
     """At most one problem: the method that the config or the tensors name."""
     declared = _declared_method(config)
     if declared:

@@ -31,9 +31,7 @@ def parse_model_ref(value: str | Mapping[str, Any]) -> ModelRef:
         return _parse_string(value)
     if isinstance(value, Mapping):
         return _parse_mapping(value)
-    raise ValueError(
-        f"a model is a string or a mapping with 'model' and 'lora', not {_kind(value)}; {_FORMS}"
-    )
+    raise ValueError(f"a model is a string or a mapping with 'model' and 'lora', not {_kind(value)}; {_FORMS}")
 
 
 def is_local_folder(path: str) -> bool:
@@ -74,9 +72,7 @@ def _parse_path(text: str, role: str) -> PathRef:
     if not path.strip():
         raise ValueError(f"{text!r} has a revision but no {role} before the '@'; {_FORMS}")
     if not revision.strip():
-        raise ValueError(
-            f"the revision after '@' in {text!r} is empty; leave the '@' out for the default branch"
-        )
+        raise ValueError(f"the revision after '@' in {text!r} is empty; leave the '@' out for the default branch")
     # An '@' before a '/' is part of a path (./a@b/c, not there yet), and a second '@' is no Hub id.
     if "@" in path and not is_local_folder(path):
         raise ValueError(f"{text!r} has more than one '@', and no folder of that name exists here; {_FORMS}")
@@ -91,9 +87,7 @@ def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
         )
     _refuse_unknown(value, {"model", "lora", "override_architecture"}, "a model")
     if value.get("model") is None:
-        raise ValueError(
-            "the mapping of a model has no 'model'; write {model: {path: org/name}, lora: {path: ...}}"
-        )
+        raise ValueError("the mapping of a model has no 'model'; write {model: {path: org/name}, lora: {path: ...}}")
     model, lora = value["model"], value.get("lora")
     if isinstance(model, str) and lora is None:
         return _parse_string(model)
@@ -113,9 +107,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"'{role}' needs a 'path': a local folder or a Hub id such as org/name")
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
-        raise ValueError(
-            f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}"
-        )
+        raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
     # As in mergekit, `path` here is a path as it is: nothing is split off it.
     return PathRef(path=path.strip(), revision=revision.strip() if revision else None)
 
@@ -124,9 +116,7 @@ def _refuse_unknown(value: Mapping[str, Any], known: set[str], what: str) -> Non
     unknown = sorted(str(key) for key in value if key not in known)
     if unknown:
         known_text = ", ".join(sorted(known - {"override_architecture"}))
-        raise ValueError(
-            f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)} in {what}; known: {known_text}"
-        )
+        raise ValueError(f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)} in {what}; known: {known_text}")
 
 
 def _kind(value: Any) -> str:

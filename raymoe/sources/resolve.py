@@ -1,8 +1,7 @@
 """From what a config names to facts: the one entry to this folder for planning, and for fetching files later.
 
-    parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts      driver: headers and small JSON
-    only
-                                  SourceFile --fetch_file--> local path        actors: whole files
+    parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
+                                  SourceFile --fetch_file--> local path     actors: whole files
 
 A name that exists as a local folder is one; anything else has to be a Hub id. Several models are resolved at
 once, each path only once, and everything wrong with any of them is raised together.
@@ -117,19 +116,13 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions) -> Folder
     if is_local_folder(path.path):
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
-            raise unusable(
-                path.path, what, "leave the revision out, or move the folder away to mean the Hub's model"
-            )
+            raise unusable(path.path, what, "leave the revision out, or move the folder away to mean the Hub's model")
         return LocalFolder(path.path)
     expanded = os.path.expanduser(path.path)
     if os.path.isfile(expanded):
-        raise unusable(
-            path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it"
-        )
+        raise unusable(path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
     if not is_hub_id(path.path):
-        what = (
-            f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
-        )
+        what = f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
         raise unusable(path.path, what, f"correct the name of the {role}")
     return open_hub_folder(path, options)
 

@@ -1,7 +1,6 @@
 """Read and check the header of one safetensors file, whatever it is read from.
 
-    [8 bytes: header length N, little-endian u64] [N bytes: JSON] [tensor bytes, without holes, to the end of
-    the file]
+    [8 bytes: header length N, little-endian u64] [N bytes: JSON] [tensor bytes, without holes, to the end]
 
 Source of the format: https://huggingface.co/docs/safetensors/index#format. The header is all that planning
 ever reads, and everything later trusts it: so it is checked completely here, against the size of the file
@@ -65,14 +64,10 @@ def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes,
     if len(prefix) < 8:
         _refuse(where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}")
     if prefix.startswith(b"version https://git-lfs"):
-        _refuse(
-            where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
-        )
+        _refuse(where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        _refuse(
-            where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file"
-        )
+        _refuse(where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file")
     if 8 + length > file.size:
         _refuse(
             where,
@@ -112,9 +107,7 @@ def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEnt
     if not name or not name.isprintable():  # also lone surrogates, which no file could be written with
         raise ValueError(f"tensor name {name!r} is empty or has unprintable characters")
     if not isinstance(info, dict):
-        raise ValueError(
-            f"tensor {name!r}: expected an object with dtype, shape and data_offsets, got {info!r:.80}"
-        )
+        raise ValueError(f"tensor {name!r}: expected an object with dtype, shape and data_offsets, got {info!r:.80}")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {name!r}: unknown dtype {dtype!r:.80}; known: {', '.join(DTYPE_BITS)}")
@@ -125,9 +118,7 @@ def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEnt
     start, end = offsets
     nbytes = tensor_nbytes(dtype, shape)
     if end - start != nbytes:
-        raise ValueError(
-            f"tensor {name!r}: data_offsets span {end - start} bytes, but {dtype} {shape} takes {nbytes}"
-        )
+        raise ValueError(f"tensor {name!r}: data_offsets span {end - start} bytes, but {dtype} {shape} takes {nbytes}")
     return TensorEntry(
         name=name, dtype=dtype, shape=tuple(shape), file=file, start=data_start + start, end=data_start + end
     )
@@ -138,24 +129,18 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _layout_problems(
-    entries: list[TensorEntry], file: SourceFile, data_start: int, where: str
-) -> list[Problem]:
+def _layout_problems(entries: list[TensorEntry], file: SourceFile, data_start: int, where: str) -> list[Problem]:
     """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
     problems: list[Problem] = []
     position, before = data_start, "the header"
     for entry in entries:
         if entry.start != position:
             kind = "overlaps" if entry.start < position else "leaves a gap after"
-            what = (
-                f"tensor {entry.name!r} (from byte {entry.start}) {kind} {before}, which ends at {position}"
-            )
+            what = f"tensor {entry.name!r} (from byte {entry.start}) {kind} {before}, which ends at {position}"
             problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
         position, before = max(position, entry.end), f"tensor {entry.name!r}"
     if position != file.size:
-        kind = (
-            "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
-        )
+        kind = "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
         what = f"the header describes a file of {position} bytes, but it has {file.size} ({kind})"
         problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
     return problems
@@ -164,9 +149,7 @@ def _layout_problems(
 def _capped(problems: list[Problem], where: str) -> list[Problem]:
     if len(problems) <= _MAX_PROBLEMS:
         return problems
-    rest = Problem(
-        where=where, what=f"and {len(problems) - _MAX_PROBLEMS} more problems of this kind in the file"
-    )
+    rest = Problem(where=where, what=f"and {len(problems) - _MAX_PROBLEMS} more problems of this kind in the file")
     return [*problems[:_MAX_PROBLEMS], rest]
 
 

@@ -1,0 +1,254 @@
+"""PEFT LoRA adapters: the delta that raymoe would apply against what peft itself merges, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from raymoe.errors import CheckpointError
+from raymoe.sources.refs import parse_model_ref
+from raymoe.sources.resolve import resolve_model
+from raymoe.sources.types import AdapterFacts, ModelFacts, TensorEntry
+from tests.sources.checkpoints import write_json
+
+
+def read(entry: TensorEntry) -> np.ndarray[Any, Any]:
+    assert entry.dtype == "F32"
+    data = Path(entry.file.location).read_bytes()[entry.start : entry.end]
+    return np.frombuffer(data, "<f4").reshape(entry.shape)
+
+
+def resolve(model: Path, adapter: Path) -> ModelFacts:
+    return resolve_model(parse_model_ref(f"{model}+{adapter}"))
+
+
+# Against peft: a pico Llama, an adapter with random factors, merged by peft and by the facts.
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pico")
+    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEFT_CASES: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "attention and lm_head": {"target_modules": ["q_proj", "o_proj", "lm_head"]},
+    "one layer": {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+    "rslora": {"target_modules": ALL, "use_rslora": True},
+    "rank pattern": {"target_modules": ALL, "rank_pattern": {"down_proj": 2, "layers.1.mlp.up_proj": 6}},
+    "alpha pattern": {"target_modules": ALL, "alpha_pattern": {"up_proj": 3, r"layers\.0\..*proj": 32}},
+    "anchored": {"target_modules": ALL, "rank_pattern": {r"^model.layers.0.mlp.up_proj": 3}},
+    "first match counts": {"target_modules": ALL, "alpha_pattern": {"up_proj": 3, "mlp.up_proj": 5}},
+    "both and rslora": {
+        "target_modules": ALL,
+        "use_rslora": True,
+        "rank_pattern": {"self_attn.q_proj": 1, ".*down_proj": 5},
+        "alpha_pattern": {"mlp.(up|gate)_proj": 2},
+    },
+    "fractional alpha": {"target_modules": ALL, "lora_alpha": 5},
+    "gaussian": {"target_modules": ALL, "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_same_delta_as_peft(case: str, pico: Path, tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
+    options = {"r": 4, "lora_alpha": 10, **PEFT_CASES[case]}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
+    # Read back: what counts is the file, in which peft sorts the patterns.
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(fresh, tmp_path).merge_and_unload().state_dict()
+
+    facts = resolve(pico, tmp_path)
+    assert isinstance(facts.adapter, AdapterFacts)
+    changed = {
+        name for name, entry in facts.index.tensors.items() if not np.array_equal(read(entry), merged[name].numpy())
+    }
+    assert set(facts.adapter.pairs) == changed
+    for name, pair in facts.adapter.pairs.items():
+        ours = read(facts.index.tensors[name]) + np.float32(pair.scaling) * (read(pair.b) @ read(pair.a))
+        np.testing.assert_allclose(ours, merged[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+# Hand-made adapters: what is refused.
+
+UP = "base_model.model.model.layers.0.mlp.up_proj"
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "bias": "none"}
+
+
+def factors(rank: int = 2, module: str = UP, inputs: int = 4, outputs: int = 6) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        f"{module}.lora_A.weight": np.ones((rank, inputs), "float32"),
+        f"{module}.lora_B.weight": np.ones((outputs, rank), "float32"),
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    write_json(folder / "config.json", {"model_type": "llama"})
+    weights = {"model.layers.0.mlp.up_proj.weight": np.zeros((6, 4), "float32")}
+    save_file(weights | {"model.norm.weight": np.zeros(4, "float32")}, folder / "model.safetensors")
+    return folder
+
+
+def adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    write_json(folder / "adapter_config.json", config)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def refusal(model: Path, config: dict[str, Any], tensors: dict[str, Any]) -> str:
+    folder = adapter(model.parent / "lora", config, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        resolve(model, folder)
+    for problem in caught.value.problems:
+        assert problem.where == str(folder)
+        assert "merge_and_unload" in problem.remedy
+    return str(caught.value)
+
+
+def test_the_hand_made_adapter_itself_is_fine(model: Path) -> None:
+    folder = adapter(model.parent / "lora", CONFIG | {"base_model_name_or_path": "some/other"}, factors())
+    facts = resolve(model, folder)
+    assert facts.label == f"{model}+{folder}"
+    assert facts.adapter is not None
+    assert facts.adapter.label == str(folder)
+    (pair,) = facts.adapter.pairs.values()
+    assert (pair.scaling, pair.a.shape, pair.b.shape) == (2.0, (2, 4), (6, 2))
+
+
+def test_bin_adapter(model: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "lora"
+    write_json(folder / "adapter_config.json", CONFIG)
+    torch.save({n: torch.from_numpy(t) for n, t in factors().items()}, folder / "adapter_model.bin")
+    facts = resolve(model, folder)
+    assert facts.adapter is not None
+    np.testing.assert_array_equal(read(facts.adapter.pairs["model.layers.0.mlp.up_proj.weight"].b), np.ones((6, 2)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3' .* only LORA is supported"),
+        ({"peft_type": None}, "an adapter of type None"),
+        ({"use_dora": True}, "the adapter uses DoRA, which rescales the weight's columns (use_dora)"),
+        ({"fan_in_fan_out": True}, "weights stored transposed (fan_in_fan_out)"),
+        ({"lora_bias": True}, "biases on the factors (lora_bias)"),
+        ({"bias": "lora_only"}, "the adapter trains biases (bias: 'lora_only')"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules that replace the model's (modules_to_save)"),
+        ({"trainable_token_indices": [1]}, "trained embedding rows (trainable_token_indices)"),
+        ({"layer_replication": [[0, 1]]}, "replicated layers (layer_replication)"),
+        ({"target_parameters": ["x"]}, "LoRA on bare parameters (target_parameters)"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its model's own weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "LoftQ, which changed the model's weights"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"use_warp_drive": True}, "unknown setting 'use_warp_drive' = True in adapter_config.json"),
+        ({"r": 0}, "'r' in adapter_config.json is 0, not a number over 0"),
+        ({"r": "8"}, "'r' in adapter_config.json is '8'"),
+        ({"lora_alpha": None}, "'lora_alpha' in adapter_config.json is None"),
+        ({"rank_pattern": {"up_proj": -1}}, "'rank_pattern' gives 'up_proj' the value -1"),
+        ({"rank_pattern": [1]}, "'rank_pattern' in adapter_config.json is not an object"),
+        ({"alpha_pattern": {"(": 1}}, "'alpha_pattern' has '(', which is no regular expression"),
+    ],
+)
+def test_refused_settings(model: Path, setting: dict[str, Any], message: str) -> None:
+    text = refusal(model, CONFIG | setting, factors())
+    assert all(part in text for part in message.split(" .* "))
+
+
+def test_settings_are_refused_together(model: Path) -> None:
+    text = refusal(model, CONFIG | {"use_dora": True, "bias": "all", "init_lora_weights": "olora"}, factors())
+    assert text.startswith("3 problems:")
+
+
+def test_unset_settings_are_fine(model: Path) -> None:
+    unset = {
+        "use_dora": False,
+        "modules_to_save": None,
+        "layer_replication": [],
+        "loftq_config": {},
+        "new_thing": False,
+    }
+    assert resolve(model, adapter(model.parent / "lora", CONFIG | unset, factors())).adapter
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {f"{UP}.lora_A.weight": factors()[f"{UP}.lora_A.weight"]},
+            "'model.layers.0.mlp.up_proj' has lora_A but no lora_B",
+        ),
+        ({f"{UP}.lora_B.weight": factors()[f"{UP}.lora_B.weight"]}, "has lora_B but no lora_A"),
+        (factors() | {f"{UP}.lora_magnitude_vector.weight": np.ones(6)}, "is DoRA's magnitudes"),
+        (factors() | {f"{UP}.lora_B.bias": np.ones(6)}, "is a bias on a factor"),
+        (factors() | {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 4))}, "LoRA on an embedding"),
+        (factors() | {"base_model.model.lm_head.weight": np.ones((4, 4))}, "is not a LoRA factor .* a whole weight"),
+        (
+            factors() | {"base_model.model.lm_head.base_layer.weight": np.ones((4, 4))},
+            "a copy of the model's own weight",
+        ),
+        (factors() | {f"{UP}.lora_A.default.weight": np.ones((2, 4))}, "is not a LoRA factor"),
+        (factors() | {"other": np.ones(2)}, "tensor 'other' is not a LoRA factor"),
+        (
+            factors(module=UP.replace("0", "7")),
+            "changes 'model.layers.7.mlp.up_proj.weight', which the model does not have",
+        ),
+        (factors(module="base_model.model.lm_head"), "the model ties it to its embeddings"),
+        (factors(rank=3), "lora_A [3, 4] and lora_B [6, 3] don't have the rank 2"),
+        (factors(inputs=5), "the adapter's delta is [6, 5], the model's weight [6, 4]"),
+        (factors(outputs=8), "the adapter's delta is [8, 4], the model's weight [6, 4]"),
+        (factors(module="base_model.model.model.norm"), "the adapter's delta is [6, 4], the model's weight [4]"),
+        ({n: t.astype("int8") for n, t in factors().items()}, "is I8 [2, 4]; a float matrix is expected"),
+        ({n: t[None] for n, t in factors().items()}, "is F32 [1, 2, 4]; a float matrix is expected"),
+    ],
+)
+def test_refused_tensors(model: Path, tensors: dict[str, Any], message: str) -> None:
+    text = refusal(model, CONFIG, tensors)
+    assert all(part in text for part in message.split(" .* "))
+
+
+def test_an_adapter_that_fits_nothing_is_reported_briefly(model: Path) -> None:
+    many = {name: t for i in range(20) for name, t in factors(module=UP.replace("0", str(10 + i))).items()}
+    text = refusal(model, CONFIG, many)
+    assert text.startswith("6 problems:")
+    assert "and 15 more tensors that don't fit" in text
+
+
+def test_wrong_roles(model: Path) -> None:
+    lora = adapter(model.parent / "lora", CONFIG, factors())
+    with pytest.raises(CheckpointError, match=r"this is a model, not a LoRA adapter \(no adapter_config.json\)"):
+        resolve(model, model)
+    with pytest.raises(CheckpointError, match=r"(?s)this is a LoRA adapter, not a whole model.*base\+adapter"):
+        resolve_model(parse_model_ref(str(lora)))
+    (lora / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: expected a JSON object, found list"):
+        resolve(model, lora)

@@ -1,0 +1,185 @@
+"""Finding and indexing the weights of a local folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from raymoe.errors import CheckpointError
+from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
+from raymoe.sources.folder import is_inside
+from raymoe.sources.local import LocalFolder
+from tests.sources.checkpoints import Tensors, write_json, write_sharded
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def zeros(*names: str) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.full(3, index, "float32") for index, name in enumerate(names)}
+
+
+def refused(folder: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        index_model_weights(LocalFolder(str(folder)))
+    return caught.value
+
+
+def test_one_file(make_model: Callable[..., Path], tensors: Tensors) -> None:
+    folder = make_model()
+    index = index_model_weights(LocalFolder(str(folder)))
+    assert [file.location for file in index.files] == [str(folder / "model.safetensors")]
+    data = (folder / "model.safetensors").read_bytes()
+    assert index.files[0].size == len(data)
+    assert {n: data[e.start : e.end] for n, e in index.tensors.items()} == {n: t.tobytes() for n, t in tensors.items()}
+
+
+def test_shards(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a", "b"), B: zeros("c")})
+    index = index_model_weights(LocalFolder(str(tmp_path)))
+    assert {name: entry.file.name for name, entry in index.tensors.items()} == {"a": A, "b": A, "c": B}
+    assert [file.name for file in index.files] == [A, B]
+
+
+def test_a_relative_path_becomes_absolute_and_symlinks_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a snapshot folder of the Hub cache, whose files are links to blobs named by their hash."""
+    save_file(zeros("a"), tmp_path / "blob")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blob")
+    monkeypatch.chdir(tmp_path)
+    (file,) = index_model_weights(LocalFolder("snapshot")).files
+    assert file.location == str(tmp_path / "snapshot" / "model.safetensors")
+    assert file.size == (tmp_path / "blob").stat().st_size
+
+
+def test_a_tensor_in_two_shards_is_taken_where_the_index_says(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a", "tied"), B: zeros("tied", "c")})
+    assert index_model_weights(LocalFolder(str(tmp_path))).tensors["tied"].file.name == B
+
+
+def test_a_tensor_in_two_shards_and_not_in_the_index(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a", "tied"), B: zeros("tied", "c")})
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": A, "c": B}})
+    assert f"tensor 'tied' is in {A} and in {B}" in str(refused(tmp_path))
+
+
+def test_a_tensor_that_only_the_shard_knows_is_part_of_the_model(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a", "extra")})
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": A}})
+    assert set(index_model_weights(LocalFolder(str(tmp_path))).tensors) == {"a", "extra"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/x.safetensors",
+        "a/../../x.safetensors",
+        "a\\b.safetensors",
+        "",
+        "a\0b",
+        "C:x",
+    ],
+)
+def test_an_index_must_stay_in_its_folder(tmp_path: Path, name: str) -> None:
+    assert not is_inside(name)
+    write_sharded(tmp_path / "m", {A: zeros("a")})
+    save_file(zeros("b"), tmp_path / "model.safetensors")
+    write_json(tmp_path / "m" / "model.safetensors.index.json", {"weight_map": {"a": A, "b": name}})
+    error = refused(tmp_path / "m")
+    assert f"names the file {name!r}, which is not inside the folder" in str(error)
+    assert error.problems[0].where == str(tmp_path / "m" / "model.safetensors.index.json")
+
+
+def test_a_subfolder_is_inside() -> None:
+    assert is_inside("weights/model-1.safetensors")
+
+
+def test_missing_shards_are_named_together(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a"), B: zeros("b")})
+    os.remove(tmp_path / A)
+    os.remove(tmp_path / B)
+    (tmp_path / B).symlink_to("../blobs/gone")
+    error = refused(tmp_path)
+    assert len(error.problems) == 2
+    assert f"{A} is missing, but model.safetensors.index.json names it" in str(error)
+    assert f"{B} is a symlink to nothing" in str(error)
+
+
+def test_an_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a", "moved"), B: zeros("c")})
+    weight_map = {"a": A, "moved": B, "c": B, "gone": A}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    text = str(refused(tmp_path))
+    assert f"{B}: the index file places 'moved' here: not so, found in {A}" in text
+    assert f"{A}: the index file places 'gone' here: not so, found nowhere" in text
+
+
+def test_every_broken_shard_is_reported(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {A: zeros("a"), B: zeros("c")})
+    for name in (A, B):
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 2)
+    error = refused(tmp_path)
+    assert [problem.where for problem in error.problems] == [str(tmp_path / A), str(tmp_path / B)]
+    assert str(error).count("(truncated)") == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "model.safetensors.index.json: not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "'weight_map' is missing, empty or not an object"),
+        ('{"weight_map": []}', "'weight_map' is missing, empty or not an object"),
+        ('{"weight_map": {"a": 1}}', "values that are not file names"),
+        ('{"weight_map": {"a": "model.bin"}}', "names the file 'model.bin', which is no .safetensors file"),
+        ('{"weight_map": {"a": "\\ud800"}}', "not inside the folder"),
+    ],
+)
+def test_broken_index(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert message in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no weights found (model.safetensors, model.safetensors.index.json, pytorch_model.bin)"),
+        ([A, B], f"found 2 shards ({A}, ...) but no model.safetensors.index.json"),
+        (["pytorch_model-00001-of-00002.bin"], "but no pytorch_model.bin.index.json"),
+        (["model.Q4_K.gguf"], "no weights found .*, only model.Q4_K.gguf"),
+        (["adapter_config.json", "adapter_model.safetensors"], "this is a LoRA adapter, not a whole model"),
+    ],
+)
+def test_no_weights(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        index_model_weights(LocalFolder(str(tmp_path)))
+    assert all(part in str(caught.value) for part in message.split(".*"))
+    assert caught.value.problems[0].remedy
+
+
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors") == {}
+    assert "the weight files hold no tensors" in str(refused(tmp_path))
+
+
+def test_adapter_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
+        index_adapter_weights(LocalFolder(str(tmp_path)))
+    save_file(zeros("x"), tmp_path / "adapter_model.safetensors")
+    assert set(index_adapter_weights(LocalFolder(str(tmp_path))).tensors) == {"x"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_no_permission(make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    os.chmod(folder / "model.safetensors", 0)
+    assert "can't be read: Permission denied" in str(refused(folder))

@@ -1,0 +1,223 @@
+"""`.bin` files: where their tensors lie, and that nothing in them can run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymoe.errors import CheckpointError
+from raymoe.sources.checkpoint import index_model_weights
+from raymoe.sources.local import LocalFolder
+from raymoe.sources.pickled import parse_pickled
+from raymoe.sources.types import SourceFile, TensorEntry
+from tests.sources.checkpoints import write_json
+
+torch = pytest.importorskip("torch")
+
+
+def parse(path: Path) -> dict[str, TensorEntry]:
+    entries = parse_pickled(path, SourceFile(location=str(path), size=path.stat().st_size))
+    return {entry.name: entry for entry in entries}
+
+
+def save(path: Path, value: Any, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        parse(path)
+    assert all(problem.where == str(path) and problem.remedy for problem in caught.value.problems)
+    return str(caught.value)
+
+
+def state_dict() -> dict[str, Any]:
+    big = torch.arange(40, dtype=torch.float32)
+    dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8]
+    dtypes += [torch.uint8, torch.bool]
+    return {
+        **{f"t.{dtype}": torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes},
+        "view": big[7:19].reshape(3, 4),  # a part of a storage
+        "tied": big[7:19].reshape(3, 4),
+        "whole": big,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "one": torch.arange(6.0).reshape(2, 3).t()[:1, :1],  # strides of sizes 1 don't matter
+        "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+    }
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_bytes_at_the_entries_are_the_tensors(tmp_path: Path, as_module: bool) -> None:
+    # A module's state dict is an OrderedDict with an attribute, _metadata, which a pickle sets by itself.
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
+    written = module.state_dict() if as_module else state_dict()
+    path = save(tmp_path / "m.bin", written)
+    data, entries = path.read_bytes(), parse(path)
+    assert list(entries) == list(written)
+    for name, tensor in torch.load(path, weights_only=True).items():
+        entry = entries[name]
+        assert entry.shape == tuple(tensor.shape)
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+        expected = flat.view(torch.uint8).numpy().tobytes()
+        assert data[entry.start : entry.end] == expected, name
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for index, name in enumerate(names):
+        save(tmp_path / name, {f"t{index}": torch.ones(2)})
+    write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": {"t0": names[0], "t1": names[1]}})
+    index = index_model_weights(LocalFolder(str(tmp_path)))
+    assert {name: entry.file.name for name, entry in index.tensors.items()} == {
+        "t0": names[0],
+        "t1": names[1],
+    }
+
+
+def test_safetensors_come_first(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save(tmp_path / "pytorch_model.bin", {"a": torch.ones(2)})
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert index_model_weights(LocalFolder(str(tmp_path))).files[0].name == "model.safetensors"
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.bin", state_dict())
+    code = (
+        "import sys; from pathlib import Path; from raymoe.sources.pickled import parse_pickled as p; "
+        "from raymoe.sources.types import SourceFile; f = Path(sys.argv[1]); "
+        "print(len(p(f, SourceFile(location=str(f), size=f.stat().st_size))), 'torch' in sys.modules)"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(state_dict())), "False"]
+
+
+class _Payload:
+    def __init__(self, function: Any, *args: Any):
+        self._reduced = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    path = save(tmp_path / "m.bin", {"a": torch.ones(2), "b": _Payload(os.mkdir, str(mark))})
+    assert "the pickle asks for the name 'posix.mkdir', which a plain state dict does not need" in refusal(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the payload is a real one: it acts where it is let
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("function", [eval, getattr, torch.load, OrderedDict.fromkeys, io.open])
+def test_other_names_are_refused(tmp_path: Path, function: Any) -> None:
+    assert "the pickle asks for the name" in refusal(save(tmp_path / "m.bin", {"b": _Payload(function, "1")}))
+
+
+def archive(path: Path, pickled: bytes, *, compress: bool = False, **records: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as handle:
+        handle.writestr("m/data.pkl", pickled)
+        for name, data in records.items():
+            handle.writestr(f"m/{name.replace('__', '/')}", data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        # setting attributes of the stand-ins, or of a type
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(NtX\x01\x00\x00\x00a}tb.", "the pickle"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "the pickle"),
+        (b"ccollections\nOrderedDict\n(N}X\x08\x00\x00\x00__init__K\x01stb.", "the pickle is damaged"),
+        # a memo index that would take gigabytes
+        (b"Nr\xff\xff\xff\x7f.", "the pickle is damaged .*memo"),
+        (b"", "the pickle is damaged"),
+        (b"garbage", "the pickle is damaged"),
+        (b"X\x03\x00\x00\x00abcQ.", "the pickle asks for the storage 'abc'"),
+        (pickle.dumps([1, 2]), "holds a list where a state dict"),
+        (pickle.dumps({"a": 1}), "'a' is a int, not a tensor"),
+        (pickle.dumps({"model": {"a": 1}}), "'model' is a dict, not a tensor"),
+        (pickle.dumps({1: 1}), "the name 1 is not the name of a tensor"),
+    ],
+)
+def test_hand_made_pickles(tmp_path: Path, pickled: bytes, message: str) -> None:
+    text = refusal(archive(tmp_path / "m.bin", pickled))
+    assert all(part in text for part in message.split(".*"))
+
+
+def test_archives_that_are_no_state_dict(tmp_path: Path) -> None:
+    empty = pickle.dumps({})
+    assert "the tensors are big-endian" in refusal(archive(tmp_path / "a", empty, byteorder=b"big"))
+    assert "a TorchScript program" in refusal(archive(tmp_path / "b", empty, **{"constants.pkl": b""}))
+    with zipfile.ZipFile(tmp_path / "c", "w") as handle:
+        handle.writestr("readme.txt", "hello")
+    assert "not one that torch.save wrote" in refusal(tmp_path / "c")
+
+
+def test_formats_that_are_not_read(tmp_path: Path) -> None:
+    legacy = save(tmp_path / "legacy.bin", {"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
+    assert "not in the zip format of torch.save (a legacy file" in refusal(legacy)
+    (tmp_path / "lfs.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in refusal(tmp_path / "lfs.bin")
+    assert "not contiguous: shape (3, 2), strides (1, 3)" in refusal(
+        save(tmp_path / "strided.bin", {"a": torch.arange(6.0).reshape(2, 3).t()})
+    )
+    assert "the pickle asks for the name 'torch." in refusal(
+        save(tmp_path / "c.bin", {"a": torch.ones(2, dtype=torch.cfloat)})
+    )
+    assert "the pickle asks for the name" in refusal(
+        save(tmp_path / "f8.bin", {"a": torch.ones(2).to(torch.float8_e4m3fn)})
+    )
+
+
+def test_compressed_storages(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.bin", {"a": torch.ones(64)})
+    with (
+        zipfile.ZipFile(path) as source,
+        zipfile.ZipFile(tmp_path / "z.bin", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert "compressed or encrypted" in refusal(tmp_path / "z.bin")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+def test_truncated(tmp_path: Path, kept: float) -> None:
+    path = save(tmp_path / "m.bin", state_dict())
+    os.truncate(path, int(path.stat().st_size * kept))
+    assert "truncated" in refusal(path) if kept else "not in the zip format" in refusal(path)
+
+
+def test_damage_never_raises_anything_else(tmp_path: Path) -> None:
+    data = save(tmp_path / "m.bin", state_dict()).read_bytes()
+    rng, broken_path, parsed = random.Random(0), tmp_path / "broken.bin", 0
+    with zipfile.ZipFile(tmp_path / "m.bin") as handle:
+        pickle_end = handle.getinfo("m/data.pkl").header_offset + 64 + handle.getinfo("m/data.pkl").file_size
+    for _ in range(600):
+        broken = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            # in the pickle and its zip header, or in the zip directory at the end
+            at = rng.randrange(pickle_end) if rng.random() < 0.5 else rng.randrange(len(data) - 2000, len(data))
+            broken[at] ^= 1 << rng.randrange(8)
+        broken_path.write_bytes(broken)
+        try:
+            entries = parse(broken_path)
+        except CheckpointError:
+            continue
+        parsed += 1
+        assert all(0 <= entry.start <= entry.end <= len(data) for entry in entries.values())
+    assert parsed < 600
