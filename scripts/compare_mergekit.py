@@ -2,8 +2,8 @@
 
     python scripts/compare_mergekit.py            # prints the table, and puts it into docs/mergekit.md
 
-mergekit runs as a program in an environment of its own (`.venv-mergekit`, made here). It can't take LoRA experts, so the
-example adapters are first merged into full checkpoints with peft, and both programs get those.
+mergekit runs as a program in an environment of its own (`.venv-mergekit`, made here). It can't take LoRA experts, so
+the example adapters are first merged into full checkpoints with peft, and both programs get those.
 
 Tensors are compared by meaning: mergekit writes transformers 5's fused names (all experts' gate and up projections in
 one tensor), raymoe writes the Hub's (one tensor an expert and matrix). Every tensor but the routers must be equal bit
@@ -130,7 +130,10 @@ def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tied
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = ["| gate mode | tensors equal bit for bit | router rows | lowest cosine | median cosine |", "|---|---|---|---|---|"]
+    lines = [
+        "| gate mode | tensors equal bit for bit | router rows | lowest cosine | median cosine |",
+        "|---|---|---|---|---|",
+    ]
     for mode, r in results.items():
         cosines = f"{r['min_cosine']:.6f} | {r['median_cosine']:.6f}"
         lines.append(f"| {mode} | {r['equal']} of {r['tensors']} | {r['rows']} | {cosines} |")

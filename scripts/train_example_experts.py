@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
@@ -725,7 +726,8 @@ tags: [lora, raymoe-example]
 # {label}: an example expert for {base}
 
 A rank-{rank} LoRA adapter (alpha {alpha}; {modules})
-trained on {kind.what}. It exists so that raymoe's example configuration has four experts that differ; it is no useful model by itself.
+trained on {kind.what}.
+It exists so that raymoe's example configuration has four experts that differ; it is no useful model by itself.
 
 - Data: Debian package `{kind.package}` {version}, licence {kind.licence}
   ([notice](../../licenses/{kind.notice})). A document is {kind.document}.
@@ -845,6 +847,10 @@ def main() -> int:
         perform(parse_arguments())
     except ExampleError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        # Killed from outside, in practice by the kernel; on a CPU one training takes about 12 GB.
+        print("error: a training process was killed, most likely for lack of memory; use fewer --jobs", file=sys.stderr)
         return 1
     return 0
 

@@ -208,7 +208,7 @@ def _qwen3_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return _common_refusals(spec) + (["shared_experts: it has none"] if moe.shared else [])
 
 
-_DEEPSEEK_ROPE = ("linear", "dynamic", "yarn")
+_DEEPSEEK_ROPE = ("linear", "dynamic")
 _DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base--"
 
 

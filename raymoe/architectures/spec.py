@@ -6,7 +6,7 @@ a config leaves out take the family's default (see `DenseFamily.defaults`), neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,10 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         if not _is_positive_int(merged.get(key))
     ]
     problems += [
-        Problem(where=where, what=f"{key} is {merged[key]!r}", remedy="expected a positive whole number")
-        for key in ("num_key_value_heads", "head_dim")
-        if key in merged and not _is_positive_int(merged[key])
+        Problem(where=where, what=f"{key} is {merged[key]!r:.80}", remedy=f"expected {expected}")
+        for keys, is_valid, expected in _OPTIONAL
+        for key in keys
+        if merged.get(key) is not None and not is_valid(merged[key])
     ]
     if not problems:
         problems = _check_heads(merged, where)
@@ -123,6 +124,26 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
 
 def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+# Keys that a config may leave out or set to null, what their values must be, and how to say so.
+_OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
+    (("sliding_window", "max_window_layers"), lambda v: v == 0 or _is_positive_int(v), "a whole number or null"),
+    (("rms_norm_eps", "rope_theta"), _is_positive, "a number over 0"),
+    (("rope_scaling", "rope_parameters"), lambda v: isinstance(v, Mapping), "an object or null"),
+    (("layer_types",), lambda v: isinstance(v, list), "a list or null"),
+    (("hidden_act",), lambda v: isinstance(v, str), "text"),
+    (
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        lambda v: isinstance(v, bool),
+        "true or false",
+    ),
+)
 
 
 def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:

@@ -63,7 +63,7 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     moe = _moe_shape(config)
     selection = select_host(base, moe, forced=config.architecture, where="architecture")
     problems += selection.problems
-    problems += check_tensors(base_facts, base, "base_model", ffn_only=_prompt_model(config) == "grafted")
+    problems += check_tensors(base_facts, base, "base_model", ffn_only=False)
     for member in members:
         where = f"{_key(member)} ({member.facts.label})"
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)

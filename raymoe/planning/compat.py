@@ -38,6 +38,7 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
         ("hidden", "hidden_size"),
         ("intermediate", "intermediate_size"),
         ("hidden_act", "hidden_act"),
+        ("mlp_bias", "mlp_bias"),
     ):
         got, expected = getattr(expert, key), getattr(base, key)
         if got != expected:

@@ -94,8 +94,8 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
 
 
 @contextmanager
-def expert_actors(slots: Slots, output: str, settings: RuntimeSettings) -> Iterator[list[Any]]:
-    """Actors that are up and see the output. They are killed at the end, however it comes."""
+def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
+    """Actors that are up, and that write for `run` of the journal. They are killed at the end, however it comes."""
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError
 
@@ -110,7 +110,7 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings) -> Itera
             max_restarts=_RESTARTS,
             max_task_retries=_RESTARTS,
             scheduling_strategy="SPREAD",
-        ).remote(output, settings)
+        ).remote(output, settings, run)
         for number in range(slots.actors)
     ]
     try:

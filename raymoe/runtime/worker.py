@@ -52,9 +52,9 @@ class Status:
 class ExpertWorker:
     """Works for one expert at a time: gate rows on its device, shards to the output."""
 
-    def __init__(self, output: str, settings: RuntimeSettings) -> None:
+    def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
         self._settings = settings
-        self._output = LocalOutput(Path(output))
+        self._output = LocalOutput(Path(output), run)
         self._lock = threading.Lock()
         self._bytes_written = self._bytes_kept = self._gate_tokens = 0
         self._busy: list[str] = []
@@ -64,7 +64,7 @@ class ExpertWorker:
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "output_visible": self._output.journal.exists,
+            "output_visible": self._output.journal.is_of_this_run,
             "device": self._device(),
         }
 
@@ -96,7 +96,8 @@ class ExpertWorker:
             self._add_bytes(kept=shard.nbytes)
             return record
         with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
-            return self._output.write(shard.file_name, shard_chunks(shard, reader), progress=self._add_bytes)
+            chunks = shard_chunks(shard, reader)
+            return self._output.write(shard.file_name, chunks, expected=shard.nbytes, progress=self._add_bytes)
 
     def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
         """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
@@ -127,7 +128,7 @@ class ExpertWorker:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
 
     def _check_output(self) -> None:
-        if not self._output.journal.exists:
+        if not self._output.journal.is_of_this_run:
             what = f"the output folder {self._output.root} is not the same folder on node {socket.gethostname()}"
             remedy = "use a folder on a filesystem that all nodes share, or run the merge on one node"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])

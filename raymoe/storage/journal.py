@@ -1,20 +1,26 @@
 """The journal of a merge, in `.raymoe/` beside the output: what makes an interrupted merge resumable and safe.
 
-    OUT/.raymoe/plan.json           digest of the plan and the sources' modification times; written first
     OUT/.raymoe/lock                held (flock) while a merge runs, so that two never write one output
-    OUT/.raymoe/parts/FILE          a file being written; moved to OUT/FILE when it is whole and on disk
+    OUT/.raymoe/plan.json           digest of the plan, the run's name, the sources' modification times; written first
+    OUT/.raymoe/parts/RUN/FILE.X    a file being written; moved to OUT/FILE when it is whole and on disk
     OUT/.raymoe/done/FILE.json      size and checksum of a finished file; written after the move
     OUT/raymoe.json                 the record of the finished merge; written last, then `.raymoe/` is removed
 
-A directory with `.raymoe/` is unfinished, whatever else is in it. Everything here can be repeated at any point.
+A directory with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
+
+Writers may outlive their run: the actors of a killed driver, or an actor on a node that was lost and replaced. So every
+attempt at a file has a name of its own (X), and every run a folder of its own (RUN) that the next one removes: what a
+late writer still has open can never be moved into an output that is no longer its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,16 +45,26 @@ class FileRecord:
 
 
 class Journal:
-    """Reads and writes the journal of one output folder. Holds no state but the lock."""
+    """Reads and writes the journal of one output folder. `run` names the run that it writes for; `begin` gives the name.
 
-    def __init__(self, root: Path) -> None:
+    Holds no other state but the lock.
+    """
+
+    def __init__(self, root: Path, run: str = "") -> None:
         self.root = root
         self.folder = root / JOURNAL
+        self.run = run
         self._lock: int | None = None
 
     @property
     def exists(self) -> bool:
+        """Whether there is an unfinished merge in the folder."""
         return (self.folder / "plan.json").is_file()
+
+    @property
+    def is_of_this_run(self) -> bool:
+        """Whether the output is still (and, seen from here, at all) the one that this run writes to."""
+        return bool(self.run) and self._plan().get("run") == self.run
 
     def digest(self) -> str | None:
         """Digest of the plan that this journal belongs to; None where there is no readable journal."""
@@ -59,22 +75,40 @@ class Journal:
         recorded = self._plan().get("sources", {})
         return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
 
+    def lock(self) -> None:
+        """Take the output for this process. Raises ProblemReport if another merge holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "lock"
+        while self._lock is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
+                raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
+            if _is_file_at(descriptor, path):
+                self._lock = descriptor
+            else:
+                os.close(descriptor)  # the lock of a merge that ended just now: its file is gone
+
     def begin(self, digest: str, stamps: Mapping[str, int]) -> None:
-        """Take the lock, remove half-written files, and write the plan's digest down."""
-        for folder in ("parts", "done"):
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        """Begin a run, or go on with an interrupted one; the lock is held. Half-written files are removed."""
+        assert self._lock is not None, "a journal is begun under its lock"
         self.clear_parts()
-        write_durably(self.folder / "plan.json", json.dumps({"digest": digest, "sources": dict(stamps)}).encode())
+        self.run = uuid.uuid4().hex
+        (self.folder / "parts" / self.run).mkdir(parents=True)
+        (self.folder / "done").mkdir(exist_ok=True)
+        plan = {"digest": digest, "run": self.run, "sources": dict(stamps)}
+        write_durably(self.folder / "plan.json", json.dumps(plan).encode())
 
     def clear_parts(self) -> None:
-        """Remove files that were being written."""
-        parts = self.folder / "parts"
-        for path in parts.iterdir() if parts.is_dir() else ():
-            path.unlink(missing_ok=True)
+        """Remove files that were being written; who still writes to one can't finish it."""
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
-    def part_path(self, name: str) -> Path:
-        return self.folder / "parts" / _flat(name)
+    def new_part(self, name: str) -> Path:
+        """A path for one attempt at writing a file, never given twice."""
+        return self.folder / "parts" / self.run / f"{_flat(name)}.{uuid.uuid4().hex}"
 
     def finished(self, name: str) -> FileRecord | None:
         """The record of a finished file; the caller compares it with the file itself."""
@@ -86,15 +120,29 @@ class Journal:
     def record(self, record: FileRecord) -> None:
         write_durably(self._done_path(record.name), json.dumps(asdict(record)).encode())
 
+    def clear(self) -> None:
+        """Forget everything but the lock; `plan.json` goes first, since it is what makes a journal."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        for folder in ("parts", "done"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+
     def end(self) -> None:
         """The merge is complete: the journal goes, the record stays."""
-        shutil.rmtree(self.folder)
+        self.clear()
         self.release()
 
     def release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Give the lock back; a folder that holds nothing else goes with it."""
+        if self._lock is None:
+            return
+        is_over = not self.exists
+        if is_over:
+            (self.folder / "lock").unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        if is_over:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _done_path(self, name: str) -> Path:
         return self.folder / "done" / f"{_flat(name)}.json"
@@ -106,17 +154,12 @@ class Journal:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.release()
-            what, remedy = (
-                "another merge is writing to this folder",
-                "wait for it to end, or choose another output",
-            )
-            raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _flat(name: str) -> str:
@@ -135,12 +178,16 @@ def source_stamps(files: Iterable[SourceFile]) -> dict[str, int]:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a small file in one step; after return it survives a crash of the machine."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -6,7 +6,9 @@ folder's path; only the coordinator begins and ends the journal.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -15,29 +17,25 @@ from pathlib import Path
 import xxhash
 
 from raymoe.errors import MergeFailed, Problem
-from raymoe.storage.journal import INDEX_NAME, RECORD_NAME, FileRecord, Journal, sync_folder
+from raymoe.sources.folder import is_inside
+from raymoe.storage.journal import INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord, Journal, sync_folder
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
 
 _READ_BYTES = 8 << 20
-# What --overwrite removes: the files of a checkpoint. Anything else in the folder is somebody's own and stays.
-_CHECKPOINT_FILES = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    INDEX_NAME,
-    "pytorch_model.bin.index.json",
-    RECORD_NAME,
-)
+# What --overwrite removes, beside the files that the record of the merge names: the weights of a checkpoint. Anything
+# else in the folder is somebody's own and stays.
+_CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 Progress = Callable[[int], None]
 
 
 class LocalOutput:
-    """Writes files into one output folder."""
+    """Writes files into one output folder, for the run of that name (the coordinator's is named by the journal)."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, run: str = "") -> None:
         self.root = root
-        self.journal = Journal(root)
+        self.journal = Journal(root, run)
 
     def finished(self, name: str, size: int) -> FileRecord | None:
         """The record of a file that an earlier run finished, if the file still has that size and content."""
@@ -46,9 +44,16 @@ class LocalOutput:
             return None
         return record if file_checksum(path) == record.checksum else None
 
-    def write(self, name: str, chunks: Iterable[memoryview | bytes], progress: Progress | None = None) -> FileRecord:
-        """Write a file: into the journal's parts, to the disk, then in one step to its place."""
-        part, hasher, size = self.journal.part_path(name), xxhash.xxh3_128(), 0
+    def write(
+        self,
+        name: str,
+        chunks: Iterable[memoryview | bytes],
+        *,
+        expected: int | None = None,
+        progress: Progress | None = None,
+    ) -> FileRecord:
+        """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place."""
+        part, hasher, size = self.journal.new_part(name), xxhash.xxh3_128(), 0
         try:
             (self.root / name).parent.mkdir(exist_ok=True)
             with open(part, "wb", buffering=0) as file:
@@ -59,13 +64,16 @@ class LocalOutput:
                     if progress is not None:
                         progress(len(chunk))
                 os.fsync(file.fileno())
+            assert expected is None or size == expected, f"{name}: {size} bytes, planned {expected}"
             os.replace(part, self.root / name)
             sync_folder((self.root / name).parent)
+            record = FileRecord(name=name, size=size, checksum=f"xxh3-128:{hasher.hexdigest()}")
+            self.journal.record(record)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise _write_error(self.root / name, error) from error
-        record = FileRecord(name=name, size=size, checksum=f"xxh3-128:{hasher.hexdigest()}")
-        self.journal.record(record)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         return record
 
 
@@ -101,13 +109,22 @@ def _file_chunks(path: Path) -> Iterator[memoryview]:
 
 def check_output(root: Path, *, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
     """What keeps a merge from writing to `root`. Writes nothing. `digest` None: the plan itself has problems."""
-    if root.exists() and not root.is_dir():
-        return [Problem(where=str(root), what="the output is a file", remedy="name a folder")]
+    try:
+        return _output_problems(root, overwrite, digest, output_bytes)
+    except OSError as error:  # a name that is too long, a folder that may not be listed
+        what = f"can't be used: {error.strerror or error}"
+        return [Problem(where=str(root), what=what, remedy="choose another output")]
+
+
+def _output_problems(root: Path, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
+    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        what = "the output is a file" if parent == root else f"{parent} is a file, so that no folder can be in it"
+        return [Problem(where=str(root), what=what, remedy="name a folder")]
     problems = []
     if root.is_dir() and not overwrite and (problem := _occupied(root, digest)):
         problems.append(problem)
-    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not os.access(parent, os.W_OK | os.X_OK):
         remedy = "choose another output, or change the folder's permissions"
         problems.append(Problem(where=str(root), what=f"no permission to write in {parent}", remedy=remedy))
     elif (free := shutil.disk_usage(parent).free) < (missing := output_bytes - _already_there(root)):
@@ -124,7 +141,7 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
             return None
         what = "an unfinished merge of another plan (other config, sources, seed or shard size) is in this folder"
         return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
-    if any(root.iterdir()):
+    if any(path.name != JOURNAL for path in root.iterdir()):
         what = "the output folder is not empty"
         if (root / RECORD_NAME).is_file():
             what = "the output folder holds a finished merge"
@@ -140,9 +157,23 @@ def _already_there(root: Path) -> int:
 
 
 def remove_checkpoint(root: Path) -> None:
-    """Remove the checkpoint in a folder, the index first, so that what is left never looks whole."""
-    (root / INDEX_NAME).unlink(missing_ok=True)
+    """Remove the checkpoint in a folder, record and index first, so that what is left never looks whole.
+
+    The journal goes too, but for its lock, which the caller holds.
+    """
+    recorded = _recorded_files(root)
+    for path in (root / RECORD_NAME, root / INDEX_NAME, *map(root.joinpath, recorded)):
+        path.unlink(missing_ok=True)
     for pattern in _CHECKPOINT_FILES:
         for path in root.glob(pattern):
-            path.unlink()
-    shutil.rmtree(Journal(root).folder, ignore_errors=True)
+            path.unlink(missing_ok=True)
+    Journal(root).clear()
+
+
+def _recorded_files(root: Path) -> list[str]:
+    """Names of the files that an earlier merge wrote, as far as its record can be read."""
+    try:
+        names = json.loads((root / RECORD_NAME).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if isinstance(name, str) and is_inside(name)]

@@ -1,0 +1,126 @@
+"""The pairs of dense family and MoE host, merged models loaded, and dense models that they must agree with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.architectures.deepseek_reference import load_deepseek
+from tests.pico import load_dense, merge_config
+
+WINDOW = 12
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One dense family in one host, with or without a shared expert."""
+
+    family: str
+    host: str
+    shared: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.host}{'-shared' * self.shared}"
+
+    @property
+    def gates_shared(self) -> bool:
+        return self.shared and self.host == "qwen2_moe"
+
+    @property
+    def experts_per_token(self) -> tuple[int, ...]:
+        return (2,) if self.host == "deepseek" else (1, 2)
+
+    def config(self, base: Path, experts: Sequence[Path], shared: Path, **options: Any) -> dict[str, Any]:
+        if self.shared:
+            options = {"shared": shared, "shared_prompts": self.gates_shared, **options}
+        return merge_config(base, experts, architecture=self.host, **options)
+
+
+_WINDOW = {"sliding_window": WINDOW}
+PAIRS = (
+    Pair("llama", "mixtral"),
+    Pair("mistral", "mixtral", options=_WINDOW),
+    Pair("qwen3", "qwen3_moe"),
+    Pair("qwen2", "qwen2_moe"),
+    Pair("qwen2", "qwen2_moe", shared=True),
+    Pair("llama", "qwen2_moe"),
+    Pair("llama", "qwen2_moe", shared=True),
+    Pair("mistral", "qwen2_moe", options=_WINDOW),
+    Pair("mistral", "qwen2_moe", shared=True, options=_WINDOW),
+    Pair("llama", "deepseek"),
+    Pair("llama", "deepseek", shared=True),
+    Pair("mistral", "deepseek"),
+    Pair("mistral", "deepseek", shared=True),
+)
+
+
+def load_merged(folder: Path) -> Any:
+    """A merged model for inference, every weight of it from the checkpoint and no weight left over."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == "deepseek":
+        return load_deepseek(folder)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), f"keys that do not fit: {info}"
+    return model.eval()
+
+
+class _FeedForward(torch.nn.Module):
+    """An expert's FFN, plus that of a shared expert times a factor (a number, or a gate's row before the sigmoid)."""
+
+    def __init__(self, routed: Any, shared: Any, gate: torch.Tensor | float) -> None:
+        super().__init__()
+        self.routed, self.shared, self.gate = routed, shared, gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = torch.sigmoid(x @ self.gate.T) if isinstance(self.gate, torch.Tensor) else self.gate
+        result: torch.Tensor = self.routed(x) + factor * self.shared(x)
+        return result
+
+
+def load_grafted(
+    base: Path, expert: Path, shared: Path | None = None, gates: Sequence[torch.Tensor | float] | None = None
+) -> Any:
+    """The base with an expert's FFN, and optionally a shared expert's, whose factor is `gates[layer]` (default 1)."""
+    model, donor = load_dense(base), load_dense(expert)
+    sharer = load_dense(shared) if shared is not None else None
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp = donor.model.layers[number].mlp
+        if sharer is not None:
+            gate = gates[number] if gates is not None else 1.0
+            layer.mlp = _FeedForward(layer.mlp, sharer.model.layers[number].mlp, gate)
+    return model
+
+
+def moe_blocks(merged: Any) -> list[Any]:
+    """The MoE block of each layer (transformers 4 gives Mixtral's another name)."""
+    blocks = [getattr(layer, "block_sparse_moe", None) or layer.mlp for layer in merged.model.layers]
+    assert all(block.gate.weight.shape[0] > 1 for block in blocks)
+    return blocks
+
+
+@torch.inference_mode()
+def force_router(merged: Any, reference: Any, ids: torch.Tensor, expert: int) -> None:
+    """Change the routers of `merged` so that each token of `ids` goes to `expert`, and to no other by more than 1e-40.
+
+    A router has no bias, so that a row that wins for every token is solved for: what the routers will see is what the
+    FFNs of `reference`, the model that is to come out, see. There must be fewer tokens than dimensions.
+    """
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+        for layer in reference.model.layers
+    ]
+    reference(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for block, states_NH in zip(moe_blocks(merged), seen, strict=True):
+        assert states_NH.shape[0] < states_NH.shape[1]
+        row = 50.0 * torch.linalg.pinv(states_NH.double()).sum(dim=1).float()
+        block.gate.weight.copy_(-row.expand_as(block.gate.weight))
+        block.gate.weight[expert] = row

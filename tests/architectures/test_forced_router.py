@@ -1,0 +1,92 @@
+"""Different experts, merged by `raymoe.merge` on Ray: each expert alone gives the base with its FFN."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.architectures.hosts import PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
+from tests.pico import logits_of, merge_without_ray, tensors_of, token_ids
+
+MAX_DIFFERENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Merged:
+    pair: Pair
+    folder: Path
+    base: Path
+    experts: list[Path]
+    shared: Path
+    config: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=str)
+def merged(
+    request: pytest.FixtureRequest,
+    zoo: Callable[..., Path],
+    ray_merge: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Merged:
+    pair: Pair = request.param
+    base, *experts = (zoo(pair.family, seed=seed, **pair.options) for seed in range(4))
+    shared = zoo(pair.family, seed=4, **pair.options)
+    config = pair.config(base, experts, shared, mode="random")
+    folder = tmp_path_factory.mktemp("forced") / "merged"
+    ray_merge(config, folder)
+    return Merged(pair, folder, base, experts, shared, config)
+
+
+def test_each_expert_alone_is_the_base_with_its_ffn(merged: Merged) -> None:
+    model, ids = load_merged(merged.folder), token_ids(12, rows=2)
+    gates = None
+    if merged.pair.gates_shared:
+        gates = [block.shared_expert_gate.weight.detach() for block in moe_blocks(model)]
+    results = []
+    for number, expert in enumerate(merged.experts):
+        reference = load_grafted(merged.base, expert, merged.shared if merged.pair.shared else None, gates)
+        force_router(model, reference, ids, number)
+        expected = logits_of(reference, ids)
+        assert (logits_of(model, ids) - expected).abs().max() < MAX_DIFFERENCE
+        results.append(expected)
+    assert (results[0] - results[1]).abs().max() > 0.1, "experts that agree prove nothing"
+
+
+def test_a_merge_on_ray_has_the_bytes_of_its_plan(merged: Merged, tmp_path: Path) -> None:
+    plan = merge_without_ray(merged.config, tmp_path / "again")
+    for shard in plan.shards:
+        written = (merged.folder / shard.file_name).read_bytes()
+        assert written == (tmp_path / "again" / shard.file_name).read_bytes()
+    assert json.loads((merged.folder / "config.json").read_text()) == plan.config
+    assert json.loads((merged.folder / "model.safetensors.index.json").read_text()) == plan.index
+
+
+def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
+    names = set(tensors_of(merged.folder))
+    layer = "model.layers.0."
+    expected = {
+        "mixtral": {
+            "block_sparse_moe.gate.weight",
+            "block_sparse_moe.experts.2.w1.weight",
+            "block_sparse_moe.experts.2.w2.weight",
+            "block_sparse_moe.experts.2.w3.weight",
+        },
+        "qwen2_moe": {
+            "mlp.gate.weight",
+            "mlp.experts.2.gate_proj.weight",
+            "mlp.shared_expert.down_proj.weight",
+            "mlp.shared_expert_gate.weight",
+            "self_attn.q_proj.bias",
+        },
+        "qwen3_moe": {"mlp.gate.weight", "mlp.experts.2.up_proj.weight", "self_attn.q_norm.weight"},
+        "deepseek": {"mlp.gate.weight", "mlp.experts.2.down_proj.weight"},
+    }[merged.pair.host]
+    if merged.pair.host == "deepseek" and merged.pair.shared:
+        expected.add("mlp.shared_experts.up_proj.weight")
+    assert {layer + name for name in expected} <= names
+    assert not any("experts.3." in name or name.startswith("model.layers.3.") for name in names)

@@ -1,0 +1,97 @@
+"""Plans of real sizes, from files that are all header: the data behind it is a hole that takes no disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from raymoe.architectures import read_spec
+from raymoe.architectures.spec import DenseSpec
+
+import raymoe
+from tests.pico import merge_config
+
+# https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistral-7b")
+    (folder / "config.json").write_text(json.dumps(MISTRAL_7B))
+    spec = read_spec(MISTRAL_7B, "mistral")
+    assert isinstance(spec, DenseSpec)
+    header, end = {}, 0
+    for row, _, name in spec.tensors():
+        shape = spec.shape_of(row)
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert file.name and end == 2 * 7_241_732_096  # the published size of Mistral 7B
+    return folder
+
+
+@pytest.mark.parametrize(("experts", "total", "active"), [(4, 24.15e9, 12.88e9), (8, 46.70e9, 12.88e9)])
+def test_parameters_of_mixtral_sized_merges(experts: int, total: float, active: float, mistral: Path) -> None:
+    config = merge_config(mistral, [mistral] * experts, mode="random")
+    plan = raymoe.plan(config, allow_all_same=True)
+    assert plan.totals.parameters == pytest.approx(total, abs=0.005e9)
+    assert plan.totals.active_parameters == pytest.approx(active, abs=0.005e9)
+    assert plan.index["metadata"]["total_size"] == 2 * plan.totals.parameters
+    assert plan.config["num_local_experts"] == experts
+    assert plan.config["sliding_window"] == 4096
+    # Everything but the routers is copied, byte for byte.
+    routers = 2 * 32 * experts * 4096
+    assert plan.totals.bytes_by_kind == {"copy": 2 * plan.totals.parameters - routers, "router": routers}
+    assert all(shard.nbytes <= 5_000_000_000 + len(shard.header) for shard in plan.shards)
+
+
+def test_the_gate_pass_reads_all_layers_but_one_and_holds_one(mistral: Path) -> None:
+    plan = raymoe.plan(merge_config(mistral, [mistral] * 2), allow_all_same=True)
+    layer = 2 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336 + 2 * 4096)
+    assert plan.totals.peak_gate_bytes == layer
+    assert plan.totals.gate_bytes == 2 * 31 * layer
+
+
+def test_importing_and_planning_need_neither_torch_nor_ray(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)])))
+    program = (
+        "import sys, raymoe\n"
+        f"plan = raymoe.plan({str(config)!r})\n"
+        "assert plan.host == 'mixtral' and plan.gates.experts[0].positive\n"
+        "heavy = {'torch', 'ray', 'transformers', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
+        "print(sorted(heavy))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,297 @@
+"""What a host can't hold is refused by name while planning, and never merged into something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from raymoe.planning import MergeOptions
+
+import raymoe
+from tests.architectures.test_features import DYNAMIC, LLAMA3, WINDOW, YARN
+from tests.pico import LAYERS, copy_model, merge_config, plan_problems, tensors_of
+
+MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+
+# host asked for, family, keys of the dense config, keys of the merge config, what the report says
+REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] = {
+    "mlp_bias, mixtral": ("mixtral", "llama", {"mlp_bias": True}, {}, r"Mixtral: mlp_bias"),
+    "mlp_bias, qwen": ("qwen2_moe", "llama", {"mlp_bias": True}, {}, r"Qwen MoE: mlp_bias"),
+    "mlp_bias, deepseek": ("deepseek", "llama", {"mlp_bias": True}, {}, r"DeepSeek MoE: mlp_bias"),
+    "o bias, mixtral": ("mixtral", "llama", {"attention_bias": True}, {}, r"Mixtral: attention_bias.*output"),
+    "o bias, qwen": ("qwen2_moe", "llama", {"attention_bias": True}, {}, r"Qwen MoE: attention_bias: .*output proj"),
+    "head_dim, qwen": ("qwen2_moe", "llama", {"head_dim": 32}, {}, r"Qwen MoE: head_dim 32"),
+    "head_dim, deepseek": ("deepseek", "llama", {"head_dim": 32}, {}, r"DeepSeek MoE: head_dim 32"),
+    "window, deepseek": ("deepseek", "mistral", {"sliding_window": WINDOW}, {}, r"DeepSeek MoE: sliding_window 12"),
+    "llama3, deepseek": ("deepseek", "llama", {"rope_scaling": LLAMA3}, {}, r"'llama3': it knows linear, dynamic$"),
+    "yarn, deepseek": ("deepseek", "llama", {"rope_scaling": YARN}, {}, r"'yarn': it knows linear, dynamic$"),
+    "mixed, qwen2": ("qwen2_moe", "qwen2", MIXED, {}, r"Qwen MoE: sliding window on some layers only"),
+    "mixed, qwen3": ("qwen3_moe", "qwen3", MIXED, {}, r"Qwen3 MoE: sliding window on some layers only"),
+    "one a token": ("deepseek", "llama", {}, {"experts_per_token": 1}, r"DeepSeek MoE: experts_per_token 1"),
+    "qwen3 in mixtral": ("mixtral", "qwen3", {}, {}, r"Mixtral: takes llama, mistral models only"),
+    "qwen2 in deepseek": ("deepseek", "qwen2", {}, {}, r"DeepSeek MoE: takes llama, mistral models only"),
+    "llama in qwen3": ("qwen3_moe", "llama", {}, {}, r"Qwen3 MoE: takes qwen3 models only"),
+    "unknown host": ("switch", "llama", {}, {}, r"unknown architecture 'switch'(.|\n)*mixtral \(Mixtral\), deepseek"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_host_cannot_hold_is_named(name: str, zoo: Callable[..., Path]) -> None:
+    host, family, options, merge, pattern = REFUSED[name]
+    dense = zoo(family, **options)
+    report = plan_problems(merge_config(dense, [dense] * 2, mode="random", architecture=host, **merge))
+    assert re.search(pattern, report, re.MULTILINE), report
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "pattern"),
+    [
+        ("mixtral", "llama", r"Mixtral: shared_experts: it has none"),
+        ("qwen3_moe", "qwen3", r"Qwen3 MoE: shared_experts: it has none"),
+    ],
+)
+def test_hosts_without_shared_experts(host: str, family: str, pattern: str, zoo: Callable[..., Path]) -> None:
+    dense = zoo(family)
+    config = merge_config(dense, [dense] * 2, mode="random", architecture=host, shared=dense)
+    assert re.search(pattern, plan_problems(config))
+
+
+@pytest.mark.parametrize(
+    ("host", "pattern"), [("qwen2_moe", "2 shared experts: it has one"), ("deepseek", "2 shared experts: at most one")]
+)
+def test_two_shared_experts_are_too_many(host: str, pattern: str, zoo: Callable[..., Path]) -> None:
+    dense = zoo("llama")
+    config = merge_config(dense, [dense] * 2, mode="random", architecture=host, shared=dense)
+    config["shared_experts"] *= 2
+    assert re.search(pattern, plan_problems(config))
+
+
+def test_a_gated_shared_expert_needs_prompts_and_an_ungated_one_takes_none(zoo: Callable[..., Path]) -> None:
+    dense = zoo("llama")
+    config = merge_config(dense, [dense] * 2, architecture="qwen2_moe", shared=dense)
+    assert re.search(r"Qwen MoE: a shared expert without positive_prompts", plan_problems(config))
+    config = merge_config(dense, [dense] * 2, architecture="deepseek", shared=dense, shared_prompts=True)
+    assert re.search(r"DeepSeek MoE: prompts of the shared expert: .*no gate", plan_problems(config))
+
+
+def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
+    dense = zoo("llama", mlp_bias=True, head_dim=32)
+    report = plan_problems(merge_config(dense, [dense] * 2, mode="random"))
+    assert re.search(r"no MoE architecture can hold a llama base with 2 experts, 2 per token", report)
+    assert re.search(r"Mixtral: mlp_bias", report)
+    assert re.search(r"DeepSeek MoE: mlp_bias.*head_dim 32", report)
+    assert re.search(r"Qwen MoE: mlp_bias.*head_dim 32", report)
+    assert re.search(r"Qwen3 MoE: takes qwen3 models only", report)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "host"),
+    [
+        ("llama", None, "mixtral"),
+        ("mistral", None, "mixtral"),
+        ("qwen2", None, "qwen2_moe"),
+        ("qwen3", None, "qwen3_moe"),
+        ("llama", "Mixtral", "mixtral"),
+        ("llama", "mix", "mixtral"),
+        ("llama", "qwen", "qwen2_moe"),
+        ("qwen2", "Qwen", "qwen2_moe"),
+        ("qwen3", "qwen", "qwen3_moe"),
+        ("qwen3", "qwen3", "qwen3_moe"),
+        ("llama", "Qwen MoE", "qwen2_moe"),
+        ("mistral", "deepseek", "deepseek"),
+        ("llama", "DeepSeek MoE", "deepseek"),
+    ],
+)
+def test_architecture_may_be_the_start_of_a_name(
+    family: str, name: str | None, host: str, zoo: Callable[..., Path]
+) -> None:
+    dense = zoo(family)
+    config = merge_config(dense, [dense] * 2, mode="random", architecture=name)
+    assert raymoe.plan(config, allow_all_same=True).host == host
+
+
+@pytest.mark.parametrize(
+    ("options", "shared", "prompts", "host"),
+    [
+        ({}, False, False, "mixtral"),
+        ({"attention_bias": True}, False, False, "deepseek"),
+        ({}, True, False, "deepseek"),
+        ({}, True, True, "qwen2_moe"),
+    ],
+)
+def test_the_first_host_that_holds_everything_is_chosen(
+    options: dict[str, Any], shared: bool, prompts: bool, host: str, zoo: Callable[..., Path]
+) -> None:
+    dense = zoo("llama", **options)
+    config = merge_config(dense, [dense] * 2, shared=dense if shared else None, shared_prompts=prompts)
+    assert raymoe.plan(config, allow_all_same=True).host == host
+
+
+# --- models that don't fit together
+
+OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
+    "depth": ("llama", {"num_hidden_layers": 2}, r"experts\[1\].*num_hidden_layers is 2, but the base's is 3"),
+    "width": ("llama", {"hidden_size": 32}, r"experts\[1\].*hidden_size is 32, but the base's is 64"),
+    "ffn width": ("llama", {"intermediate_size": 80}, r"experts\[1\].*intermediate_size is 80, but the base's is 96"),
+    "activation": ("llama", {"hidden_act": "gelu"}, r"experts\[1\].*hidden_act is gelu, but the base's is silu"),
+    "ffn bias": ("llama", {"mlp_bias": True}, r"experts\[1\].*mlp_bias is True, but the base's is False"),
+    "type": ("mistral", {}, r"experts\[1\].*model_type is 'mistral', but the base's is 'llama'"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("prompt_model", ["base", "expert", "grafted"])
+def test_an_expert_that_does_not_fit_is_named(name: str, prompt_model: str, zoo: Callable[..., Path]) -> None:
+    family, options, pattern = OTHER[name]
+    base, other = zoo("llama"), zoo(family, seed=1, **options)
+    report = plan_problems(merge_config(base, [base, other], prompt_model=prompt_model))
+    assert re.search(pattern, report), report
+
+
+def test_all_misfits_are_reported_together(zoo: Callable[..., Path]) -> None:
+    experts = [zoo(family, seed=1, **options) for family, options, _ in list(OTHER.values())[:4]]
+    report = plan_problems(merge_config(zoo("llama"), experts))
+    assert re.search(r"experts\[0\].*num_hidden_layers", report)
+    assert re.search(r"experts\[1\].*hidden_size", report)
+    assert re.search(r"experts\[2\].*intermediate_size", report)
+    assert re.search(r"experts\[3\].*hidden_act", report)
+
+
+def test_another_type_is_taken_with_allow_crimes(zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("llama"), [zoo("mistral", seed=s) for s in (1, 2)], mode="random")
+    assert raymoe.plan(config, MergeOptions(allow_crimes=True)).host == "mixtral"
+
+
+def test_differences_that_do_not_matter_are_warned_of(zoo: Callable[..., Path]) -> None:
+    other = zoo("llama", seed=1, vocab_size=432, rms_norm_eps=1e-4, rope_theta=10_000.0)
+    warnings = "\n".join(raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=2), other])).warnings)
+    assert re.search(r"experts\[1\].*RoPE settings differ", warnings)
+    assert re.search(r"experts\[1\].*vocabulary has 432 tokens, the base's 416", warnings)
+    assert re.search(r"experts\[1\].*rms_norm_eps 0.0001 differs", warnings)
+    assert "experts[0]" not in warnings
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "mixtral", None, 3])
+@pytest.mark.parametrize("place", ["base_model", "experts[0]"])
+def test_other_model_types_are_refused(
+    model_type: object, place: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = zoo("llama")
+    if model_type is None:
+        other = copy_model(dense, tmp_path / "other", drop_config=["model_type"])
+    else:
+        other = copy_model(dense, tmp_path / "other", config={"model_type": model_type})
+    base, expert = (other, dense) if place == "base_model" else (dense, other)
+    report = plan_problems(merge_config(base, [expert, dense], mode="random"))
+    assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}, which is no dense family", report)
+    assert re.search(r"llama, mistral, qwen2, qwen3", report)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "64"),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", True),
+        ("num_key_value_heads", 3),
+        ("vocab_size", None),
+        ("head_dim", -1),
+        ("rope_parameters", 3),
+        ("rope_scaling", ["linear"]),
+        ("rope_theta", "high"),
+        ("rms_norm_eps", 0),
+        ("tie_word_embeddings", "false"),
+        ("hidden_act", ["silu"]),
+        ("sliding_window", "4096"),
+        ("max_position_embeddings", 1.5),
+    ],
+)
+def test_a_config_value_that_makes_no_sense_is_named(
+    key: str, value: object, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = copy_model(zoo("mistral"), tmp_path / "other", config={key: value})
+    report = plan_problems(merge_config(other, [zoo("mistral")] * 2, mode="random"))
+    assert re.search(rf"base_model \(.*/other/config.json\): .*{key}", report), report
+
+
+# --- weights that are not what config.json says
+
+ATTENTION, FFN = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("prompt_model", ["base", "expert", "grafted"])
+@pytest.mark.parametrize("name", [ATTENTION, FFN, "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_tensor_that_the_base_lacks_is_named(
+    name: str, prompt_model: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = copy_model(zoo("llama"), tmp_path / "base", tensors={name: None})
+    report = plan_problems(merge_config(base, [zoo("llama")] * 2, prompt_model=prompt_model))
+    assert re.search(rf"base_model \(.*\): 1 tensor\(s\) missing: {re.escape(name)}", report), report
+
+
+def test_a_missing_head_has_its_own_remedy(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    base = copy_model(zoo("llama"), tmp_path / "base", tensors={"lm_head.weight": None})
+    report = plan_problems(merge_config(base, [zoo("llama")] * 2))
+    assert re.search(r"missing: lm_head.weight\n.*tie_word_embeddings: true", report)
+
+
+def test_many_missing_tensors_are_counted(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    names = [name for name in tensors_of(zoo("llama")) if ".mlp." in name]
+    expert = copy_model(zoo("llama"), tmp_path / "expert", tensors=dict.fromkeys(names))
+    report = plan_problems(merge_config(zoo("llama"), [expert, zoo("llama", seed=1)]))
+    assert len(names) == 3 * LAYERS
+    assert re.search(r"experts\[0\].*: 9 tensor\(s\) missing: .* and 5 more", report)
+
+
+def test_an_expert_needs_no_more_than_is_read_of_it(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    base = zoo("llama")
+    attention = [name for name in tensors_of(base) if ".mlp." not in name]
+    ffn_only = copy_model(base, tmp_path / "ffn", tensors=dict.fromkeys(attention))
+    for mode, prompt_model in (("hidden", "base"), ("hidden", "grafted"), ("cheap_embed", "expert")):
+        config = merge_config(base, [ffn_only, zoo("llama", seed=1)], mode=mode, prompt_model=prompt_model)
+        assert raymoe.plan(config).host == "mixtral"
+    config = merge_config(base, [ffn_only, zoo("llama", seed=1)], prompt_model="expert")
+    assert re.search(r"experts\[0\].*tensor\(s\) missing: model.embed_tokens.weight", plan_problems(config))
+
+
+@pytest.mark.parametrize("place", ["base_model", "experts[1]"])
+def test_a_tensor_that_no_row_names_is_an_error(place: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    dense = zoo("llama")
+    extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(16), "model.layers.3.mlp.up_proj.weight": torch.ones(1)}
+    other = copy_model(dense, tmp_path / "other", tensors=extra)
+    base, expert = (other, dense) if place == "base_model" else (dense, other)
+    report = plan_problems(merge_config(base, [dense, expert], mode="random"))
+    assert re.search(rf"{re.escape(place)}.*2 tensor\(s\) that a llama model does not have: ", report)
+    assert "model.layers.0.self_attn.q_norm.weight" in report
+    assert "model.layers.3.mlp.up_proj.weight" in report
+
+
+def test_a_tensor_of_another_shape_is_named(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    dense = zoo("llama")
+    other = copy_model(dense, tmp_path / "other", tensors={FFN: torch.ones(96, 60), ATTENTION: torch.ones(64)})
+    report = plan_problems(merge_config(other, [dense, dense], mode="random"))
+    assert re.search(rf"base_model.*2 tensor\(s\) with a shape.*{re.escape(FFN)} is \[96, 60\], expected \[96, 64\]", report)
+    assert re.search(rf"{re.escape(ATTENTION)} is \[64\], expected \[64, 64\]", report)
+    report = plan_problems(merge_config(dense, [dense, other], mode="random"))
+    assert re.search(rf"experts\[1\].*1 tensor\(s\) with a shape.*{re.escape(FFN)}", report)
+
+
+def test_integer_weights_are_refused(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    dense = zoo("llama")
+    other = copy_model(dense, tmp_path / "other", tensors={FFN: torch.ones(96, 64, dtype=torch.int32)})
+    assert re.search(r"I32", plan_problems(merge_config(dense, [other, dense], mode="random")))
+
+
+def test_dynamic_rope_is_held_by_deepseek_and_mixtral_alike(zoo: Callable[..., Path]) -> None:
+    dense = zoo("llama", rope_scaling=DYNAMIC)
+    configs = {}
+    for host in ("mixtral", "deepseek"):
+        plan = raymoe.plan(merge_config(dense, [dense] * 2, mode="random", architecture=host), allow_all_same=True)
+        configs[host] = plan.config["rope_scaling"]
+    assert configs["mixtral"] == {"rope_type": "dynamic", "factor": 2.0}
+    assert configs["deepseek"]["type"] == "dynamic"
+    assert configs["deepseek"]["factor"] == 2.0

@@ -1,0 +1,75 @@
+"""A merge of copies of one model computes what that model computes, whatever the routers say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.architectures.hosts import PAIRS, WINDOW, Pair, load_grafted, load_merged
+from tests.pico import MODES, load_dense, logits_of, merge_without_ray, token_ids
+
+MAX_DIFFERENCE = 1e-5
+TOKENS = 40
+assert TOKENS > 3 * WINDOW
+
+CASES = [
+    pytest.param(pair, mode, per_token, id=f"{pair}-{mode}-{per_token}")
+    for pair in PAIRS
+    for mode in MODES
+    for per_token in pair.experts_per_token
+]
+SHARED = [pair for pair in PAIRS if pair.shared]
+
+
+def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.std() > 0.5, "logits of no size prove nothing"
+    assert (actual - expected).abs().max() < MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize(("pair", "mode", "per_token"), CASES)
+def test_copies_of_one_model_compute_what_it_computes(
+    pair: Pair, mode: str, per_token: int, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense, ids = zoo(pair.family, **pair.options), token_ids(TOKENS, rows=2)
+    off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}
+    config = pair.config(dense, [dense] * 3, dense, mode=mode, experts_per_token=per_token, **off)
+
+    merge_without_ray(config, tmp_path / "merged")
+
+    merged = load_merged(tmp_path / "merged")
+    assert_same_logits(logits_of(merged, ids), logits_of(load_dense(dense), ids))
+
+
+@pytest.mark.parametrize("mode", ["hidden", "uniform_random"])
+@pytest.mark.parametrize("pair", [p for p in SHARED if p.host == "deepseek"], ids=str)
+def test_half_a_routed_and_half_a_shared_expert_make_the_model(
+    pair: Pair, mode: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense, ids, half = zoo(pair.family), token_ids(TOKENS), {"residual_scale": 0.5}
+    config = pair.config(dense, [dense] * 2, dense, mode=mode, expert_options=half, shared_options=half)
+
+    merge_without_ray(config, tmp_path / "merged")
+
+    assert_same_logits(logits_of(load_merged(tmp_path / "merged"), ids), logits_of(load_dense(dense), ids))
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "cheap_embed", "random"])
+@pytest.mark.parametrize("pair", [p for p in SHARED if p.host == "qwen2_moe"], ids=str)
+def test_a_gated_shared_expert_adds_its_sigmoid_share(
+    pair: Pair, mode: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense, other = zoo(pair.family, **pair.options), zoo(pair.family, seed=4, **pair.options)
+    ids = token_ids(TOKENS)
+
+    plan = merge_without_ray(pair.config(dense, [dense] * 2, other, mode=mode), tmp_path / "merged")
+
+    merged = load_merged(tmp_path / "merged")
+    gates = [layer.mlp.shared_expert_gate.weight.detach() for layer in merged.model.layers]
+    assert [tuple(gate.shape) for gate in gates] == [(1, plan.gates.hidden)] * plan.gates.layers
+    assert all(gate.norm().item() == pytest.approx(1.0, abs=1e-5) for gate in gates)
+    expected = logits_of(load_grafted(dense, dense, other, gates), ids)
+    assert_same_logits(logits_of(merged, ids), expected)
+    assert (expected - logits_of(load_dense(dense), ids)).abs().max() > 0.1

@@ -1,0 +1,260 @@
+"""Pico models: real dense checkpoints of a few hundred kilobytes, a real tokenizer, and merges without Ray.
+
+`save_model` makes any dense family with transformers and fills it with seeded random numbers. Nothing is left at a value
+that hides mistakes: norm weights are not all ones, biases are not zero, and the widths of a model differ from each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from raymoe.errors import ProblemReport
+from raymoe.gates.states import expert_rows
+from raymoe.planning import MergeOptions, MergePlan
+from raymoe.runtime.merge import random_gate_rows, router_bytes
+from raymoe.sources.resolve import HubOptions
+from raymoe.storage.journal import INDEX_NAME
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.stream import shard_chunks
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import raymoe
+
+HIDDEN, LAYERS, VOCAB = 64, 3, 416
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")
+PROMPTS = (
+    ("def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)"),
+    ("The licensor grants you a copyright licence.", "You may reproduce the Work"),
+    ("Add two eggs, stir, and bake for an hour.", "A pinch of salt"),
+    ("The river bends north of the old town.", "It rained"),
+)
+REPOSITORY = Path(__file__).resolve().parent.parent
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "rope_theta": 20_000.0,
+}
+# A family's usual shape where the configuration class has another default, too large for a pico model.
+_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Tensors = dict[str, torch.Tensor]
+
+# Threads only get in each other's way on matrices of this size.
+torch.set_num_threads(1)
+
+
+# --- models
+
+
+def make_config(family: str, **options: Any) -> Any:
+    """The transformers config of a pico model; `options` are keys of config.json, in either generation's spelling."""
+    return transformers.AutoConfig.for_model(family, **{**_SIZES, **_FAMILY.get(family, {}), **options})
+
+
+def save_model(
+    folder: Path, family: str, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = True, **options: Any
+) -> Path:
+    """A dense model of random weights, saved by transformers; `options` as in `make_config`."""
+    model = transformers.AutoModelForCausalLM.from_config(make_config(family, **options))
+    randomise(model, seed)
+    model.to(TORCH_DTYPES[dtype]).save_pretrained(folder)
+    if tokenizer:
+        save_tokenizer(folder)
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            is_norm = name.endswith("norm.weight")
+            parameter.data = (1.0 + 0.3 * noise) if is_norm else 0.3 * noise
+        else:
+            parameter.data = noise * (0.5 if "embed" in name else 1.0 * parameter.shape[1] ** -0.5)
+
+
+def copy_model(
+    source: Path,
+    target: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    drop_config: Sequence[str] = (),
+    tensors: Mapping[str, torch.Tensor | None] | None = None,
+) -> Path:
+    """A copy with some keys of config.json changed or dropped and some tensors replaced, added or (None) removed."""
+    shutil.copytree(source, target)
+    if config or drop_config:
+        path = target / "config.json"
+        content = {**json.loads(path.read_text()), **(config or {})}
+        path.write_text(json.dumps({k: v for k, v in content.items() if k not in drop_config}))
+    if tensors:
+        held = {**load_file(target / "model.safetensors"), **tensors}
+        kept = {k: v.contiguous() for k, v in held.items() if v is not None}
+        save_file(kept, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """All tensors of a checkpoint, read by the safetensors library from the files that its index names."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return load_file(folder / "model.safetensors")
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    tensors: Tensors = {}
+    for name in sorted(set(weight_map.values())):
+        tensors |= load_file(folder / name)
+    assert tensors.keys() == weight_map.keys()
+    return tensors
+
+
+def save_lora(
+    folder: Path, base: Path, modules: Sequence[str], *, rank: int = 4, alpha: float = 6.0, seed: int = 0
+) -> Path:
+    """A PEFT LoRA adapter with two random factors for each module whose name ends with one of `modules`."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: Tensors = {}
+    for name, weight in tensors_of(base).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(tuple(modules)):
+            prefix = f"base_model.model.{module}"
+            factors[f"{prefix}.lora_A.weight"] = 0.1 * torch.randn(rank, weight.shape[1], generator=generator)
+            factors[f"{prefix}.lora_B.weight"] = 0.1 * torch.randn(weight.shape[0], rank, generator=generator)
+    folder.mkdir(parents=True)
+    save_file(factors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# --- tokenizer
+
+
+@functools.cache
+def _trained_tokenizer() -> str:
+    """A byte-level BPE trained on the licence text: 400 tokens, every byte among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([(REPOSITORY / "LICENSE").read_text()], trainer)
+    text: str = tokenizer.to_str()
+    return text
+
+
+def save_tokenizer(folder: Path, *, bos: bool = True) -> None:
+    """tokenizer.json, tokenizer_config.json and a chat template. Token ids: <s> 0, </s> 1, <pad> 2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(_trained_tokenizer())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+    }
+    if bos:
+        settings["bos_token"] = "<s>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+
+
+# --- merges
+
+
+def merge_config(
+    base: Path,
+    experts: Sequence[Path | str],
+    *,
+    mode: str = "hidden",
+    shared: Path | None = None,
+    shared_prompts: bool = False,
+    shared_options: Mapping[str, Any] | None = None,
+    expert_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """A config in which expert i has `PROMPTS[i]` where the gate mode reads prompts."""
+    prompted = mode not in ("random", "uniform_random")
+
+    def entry(source: Path | str, number: int, *, with_prompts: bool, extra: Mapping[str, Any] | None) -> Any:
+        prompts = {"positive_prompts": list(PROMPTS[number])} if with_prompts else {}
+        return {"source_model": str(source), **prompts, **(extra or {})}
+
+    config: dict[str, Any] = {"base_model": str(base), "gate_mode": mode, **options}
+    config["experts"] = [entry(e, i, with_prompts=prompted, extra=expert_options) for i, e in enumerate(experts)]
+    if shared is not None:
+        with_prompts = shared_prompts and prompted
+        config["shared_experts"] = [entry(shared, 3, with_prompts=with_prompts, extra=shared_options)]
+    return config
+
+
+def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOptions | None = None) -> MergePlan:
+    """The files of `raymoe.merge` that a model loader reads, written in this process: same plan, same bytes."""
+    plan = raymoe.plan(config, options, allow_all_same=True)
+    folder.mkdir(parents=True)
+    with SourceReader(HubOptions()) as reader:
+        rows = random_gate_rows(plan.gates)
+        for prompts in (*plan.gates.experts, *plan.gates.shared):
+            if prompts.positive:
+                rows[prompts.owner] = expert_rows(plan.gates, prompts, reader, device="cpu")
+        for shard in plan.shards:
+            with open(folder / shard.file_name, "wb") as file:
+                for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows)):
+                    file.write(chunk)
+    (folder / "config.json").write_text(json.dumps(plan.config))
+    (folder / INDEX_NAME).write_text(json.dumps(plan.index))
+    return plan
+
+
+def plan_problems(config: Mapping[str, Any], options: MergeOptions | None = None) -> str:
+    """The text of the report that planning ends with. Fails where planning succeeds."""
+    try:
+        raymoe.plan(config, options, allow_all_same=True)
+    except ProblemReport as report:
+        return str(report)
+    raise AssertionError("the plan was made, but problems were expected")
+
+
+# --- what models compute
+
+
+def load_dense(folder: Path) -> Any:
+    """A dense model for inference, in the dtype that it was saved in."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def token_ids(tokens: int, rows: int = 1, seed: int = 1) -> torch.Tensor:
+    """Random token ids, (rows, tokens)."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(3, VOCAB, (rows, tokens)))
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, (rows, tokens, vocabulary)."""
+    logits: torch.Tensor = model(ids, use_cache=False).logits.float()
+    return logits
