@@ -23,9 +23,8 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_merge(local_ray: None) -> Callable[..., Any]:
     """ray_merge(config, folder, options=None, **settings) is `raymoe.merge` on the session's cluster."""
-    from raymoe.runtime.settings import RuntimeSettings
-
     import raymoe
+    from raymoe.runtime.settings import RuntimeSettings
 
     def merge(config: Any, folder: Path, options: Any = None, **settings: Any) -> Any:
         settings = {"verbosity": -1, "actors": 1, **settings}

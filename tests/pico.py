@@ -1,7 +1,7 @@
 """Pico models: real dense checkpoints of a few hundred kilobytes, a real tokenizer, and merges without Ray.
 
-`save_model` makes any dense family with transformers and fills it with seeded random numbers. Nothing is left at a value
-that hides mistakes: norm weights are not all ones, biases are not zero, and the widths of a model differ from each other.
+`save_model` makes any dense family with transformers and fills it with seeded random numbers. Nothing is left at a
+value that hides mistakes: norm weights are not all ones, biases are not zero, the widths of a model differ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.gates.states import expert_rows
 from raymoe.planning import MergeOptions, MergePlan
@@ -24,10 +28,6 @@ from raymoe.sources.resolve import HubOptions
 from raymoe.storage.journal import INDEX_NAME
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import shard_chunks
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-import raymoe
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

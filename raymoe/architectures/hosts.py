@@ -215,8 +215,8 @@ _DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base--"
 def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     scaling = None
     if spec.rope_scaling:
-        # Its modelling code looks for the older key, `type`.
-        scaling = {"type": spec.rope_scaling["rope_type"], **spec.rope_scaling}
+        # The form of its time: these two fields, and no other, or its configuration class refuses to load.
+        scaling = {"type": spec.rope_scaling["rope_type"], "factor": spec.rope_scaling["factor"]}
     return {
         "n_routed_experts": moe.experts,
         "n_shared_experts": moe.shared or None,

@@ -44,10 +44,14 @@ class StreamedDecoder:
         self._config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)
-        self._rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
         self._dtype = torch.float32
         if self._device.type == "cuda":
             self._dtype = _TORCH_DTYPES[self._weights[EMBEDDING].entry.dtype]
+
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether a token's state depends on how long its sequence is, padding included: prompts must go alone."""
+        return self._model.rotary_emb.rope_type in ("dynamic", "longrope")
 
     def layer_inputs(
         self, batches: Sequence[Batch], layers: int, visit: Callable[[int, int, torch.Tensor], None]
@@ -104,11 +108,13 @@ class StreamedDecoder:
     def _run(self, module: Any, layer: int, hidden_BTH: torch.Tensor, batch: Batch) -> torch.Tensor:
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
+        # Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
+        rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
         output = module(
             hidden_BTH,
             attention_mask=self._mask(layer, tokens),
             position_ids=positions,
-            position_embeddings=self._rotary(hidden_BTH, positions),
+            position_embeddings=rotary(hidden_BTH, positions),
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result

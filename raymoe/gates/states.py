@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.gates.embeddings import mean_embedding
-from raymoe.gates.prompts import Batch, batches, load_tokenizer, tokenize
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, load_tokenizer, tokenize
 from raymoe.gates.router import gate_rows
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.storage.reader import SourceReader
@@ -39,7 +39,7 @@ def expert_rows(
     """Router rows of one expert, (layers, hidden), from its prompts.
 
     `layer_done` is called with the number of prompt tokens that have passed a layer. Raises ProblemReport for prompts
-    that can't be read (no tokens, tokens beyond the vocabulary, longer than the model's context).
+    that can't be read (no tokens, tokens beyond the vocabulary).
     """
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
         for file in gates.tokenizer_files:
@@ -71,7 +71,8 @@ def _hidden(
 
     from raymoe.gates.decoder import StreamedDecoder
 
-    groups = [Batch(group) for group in batches(ids)]
+    decoder = StreamedDecoder(prompts, reader, device, quantise=gates.quantise)
+    groups = [Batch(group) for group in batches(ids, 1 if decoder.rope_depends_on_length else TOKEN_BUDGET)]
     sums = np.zeros((gates.layers, gates.hidden), dtype=np.float64)
 
     def visit(layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
@@ -85,6 +86,5 @@ def _hidden(
         if layer_done is not None and layer:
             layer_done(int(groups[number].lengths.sum()))
 
-    decoder = StreamedDecoder(prompts, reader, device, quantise=gates.quantise)
     decoder.layer_inputs(groups, gates.layers, visit)
     return (sums / len(ids)).astype(np.float32)

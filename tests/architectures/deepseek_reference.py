@@ -1,9 +1,9 @@
 """DeepSeek-MoE v1, small and slow, to compute with merges of that layout: transformers does not ship its code.
 
 Attention, norms, RoPE and head are Llama's and are taken from transformers. The feed-forward part is the paper's
-(https://arxiv.org/abs/2401.06066, section 3): softmax scores over the routed experts, the `num_experts_per_tok` highest
-of them, renormalised to one with `norm_topk_prob` (for more than one expert only), and the shared experts' output added.
-Checkpoints are loaded strictly: every name that the layout has, and no other.
+(https://arxiv.org/abs/2401.06066, section 3): softmax scores over the routed experts, the `num_experts_per_tok`
+highest of them, renormalised to one with `norm_topk_prob` (for more than one expert only), and the shared experts'
+output added. Checkpoints are loaded strictly: every name that the layout has, and no other.
 """
 
 from __future__ import annotations

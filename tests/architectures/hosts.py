@@ -1,4 +1,4 @@
-"""The pairs of dense family and MoE host, merged models loaded, and dense models that they must agree with."""
+"""Pairs of dense family and MoE host, features of dense models, merged models, and what these must agree with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from tests.architectures.deepseek_reference import load_deepseek
 from tests.pico import load_dense, merge_config
 
 WINDOW = 12
+# Keys of dense configs: RoPE scalings, and a window for all layers of a Qwen.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ALL_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
 
 
 @dataclass(frozen=True)

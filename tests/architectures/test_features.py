@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from raymoe.architectures import read_spec
 
-from tests.architectures.hosts import WINDOW, load_merged
-from tests.pico import VOCAB, copy_model, load_dense, logits_of, make_config, merge_config, merge_without_ray
-from tests.pico import tensors_of, token_ids
+import raymoe
+from raymoe.architectures import DenseSpec, read_spec
+from tests.architectures.hosts import ALL_LAYERS, DYNAMIC, LINEAR, LLAMA3, PAIRS, WINDOW, YARN, Pair, load_merged
+from tests.pico import (
+    VOCAB,
+    copy_model,
+    load_dense,
+    logits_of,
+    make_config,
+    merge_config,
+    merge_without_ray,
+    tensors_of,
+    token_ids,
+)
 
 TOKENS = 48
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LINEAR = {"rope_type": "linear", "factor": 3.0}
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-ALL_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
 TIED = {"tie_word_embeddings": True}
 
 # host, family, keys of the dense config, the same keys as a model without the feature has them (None: can't be had)
@@ -87,6 +85,53 @@ def test_the_feature_makes_a_difference(name: str, zoo: Callable[..., Path], tmp
     assert (logits_of(load_dense(plain), ids) - logits_of(load_dense(dense), ids)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_layers_with_a_window_follow_from_their_number(family: str, first: int) -> None:
+    written = make_config(family, **{**ALL_LAYERS, "max_window_layers": first}).to_dict()
+    assert written["layer_types"] == ["full_attention"] * first + ["sliding_attention"] * (3 - first)
+    older = {key: value for key, value in written.items() if key != "layer_types"}
+    spec = read_spec(older, "older")
+    assert spec == read_spec(written, "written")
+    assert isinstance(spec, DenseSpec)
+    assert spec.sliding_layers == tuple(layer >= first for layer in range(3))
+    assert spec.sliding_window == (WINDOW if first < 3 else None)
+
+
+@pytest.mark.parametrize("pair", {pair.host: pair for pair in PAIRS}.values(), ids=str)
+def test_the_output_config_says_nothing_of_the_dense_model(
+    pair: Pair, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    old = {"_name_or_path": "x/y", "auto_map": {"AutoConfig": "x--y.Z"}, "pretraining_tp": 1, "torch_dtype": "float32"}
+    dense = copy_model(zoo(pair.family), tmp_path / "dense", config=old, drop_config=["dtype"])
+    plan = raymoe.plan(pair.config(dense, [dense] * 2, dense, mode="random"), allow_all_same=True)
+    assert plan.config["model_type"] == pair.host
+    assert "MoeFor" in plan.config["architectures"][0] or plan.config["architectures"][0] in (
+        "MixtralForCausalLM",
+        "DeepseekForCausalLM",
+    )
+    for key in ("_name_or_path", "pretraining_tp", "rope_parameters", "layer_types", "dtype", "transformers_version"):
+        assert key not in plan.config
+    assert "x--y.Z" not in str(plan.config)
+    assert plan.config["torch_dtype"] == "float32"
+    kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
+    assert kept.items() <= plan.config.items()
+
+
+@pytest.mark.parametrize(("host", "family"), [("qwen2_moe", "qwen2"), ("qwen2_moe", "mistral"), ("qwen3_moe", "qwen3")])
+@pytest.mark.parametrize("windowed", [True, False])
+def test_older_readers_find_the_windowed_layers_too(
+    windowed: bool, host: str, family: str, zoo: Callable[..., Path]
+) -> None:
+    window = {"sliding_window": WINDOW} if family == "mistral" else ALL_LAYERS
+    dense = zoo(family, **(window if windowed else {}))
+    config = raymoe.plan(merge_config(dense, [dense] * 2, mode="random", architecture=host), allow_all_same=True).config
+    # transformers 4 gives the window to layers from max_window_layers on.
+    assert config["use_sliding_window"] is windowed
+    assert config["max_window_layers"] == (0 if windowed else 3)
+    assert config["sliding_window"] == (WINDOW if windowed else None)
+
+
 @pytest.mark.parametrize(("host", "family"), [("mixtral", "llama"), ("qwen2_moe", "qwen2"), ("qwen3_moe", "qwen3")])
 def test_tied_embeddings_are_written_once(host: str, family: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
     dense = zoo(family, **TIED)
@@ -138,5 +183,5 @@ def test_keys_left_out_have_the_values_that_transformers_gives_them(family: str)
     written_out = make_config(family).from_dict({**sizes, "vocab_size": VOCAB}).to_dict()
     short = read_spec({"model_type": family, "vocab_size": VOCAB, **sizes}, "short")
     full = read_spec(written_out, "full")
-    assert dataclasses.is_dataclass(short)
+    assert isinstance(short, DenseSpec)
     assert short == full

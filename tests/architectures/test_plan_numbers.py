@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from raymoe.architectures import read_spec
-from raymoe.architectures.spec import DenseSpec
 
 import raymoe
+from raymoe.architectures import read_spec
+from raymoe.architectures.spec import DenseSpec
 from tests.pico import merge_config
 
 # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from raymoe.planning import MergeOptions
 
 import raymoe
-from tests.architectures.test_features import DYNAMIC, LLAMA3, WINDOW, YARN
+from raymoe.planning import MergeOptions
+from tests.architectures.hosts import DYNAMIC, LLAMA3, WINDOW, YARN
 from tests.pico import LAYERS, copy_model, merge_config, plan_problems, tensors_of
 
 MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
@@ -261,7 +261,10 @@ def test_an_expert_needs_no_more_than_is_read_of_it(zoo: Callable[..., Path], tm
 @pytest.mark.parametrize("place", ["base_model", "experts[1]"])
 def test_a_tensor_that_no_row_names_is_an_error(place: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
     dense = zoo("llama")
-    extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(16), "model.layers.3.mlp.up_proj.weight": torch.ones(1)}
+    extra = {
+        "model.layers.0.self_attn.q_norm.weight": torch.ones(16),
+        "model.layers.3.mlp.up_proj.weight": torch.ones(1),
+    }
     other = copy_model(dense, tmp_path / "other", tensors=extra)
     base, expert = (other, dense) if place == "base_model" else (dense, other)
     report = plan_problems(merge_config(base, [dense, expert], mode="random"))
@@ -274,7 +277,9 @@ def test_a_tensor_of_another_shape_is_named(zoo: Callable[..., Path], tmp_path: 
     dense = zoo("llama")
     other = copy_model(dense, tmp_path / "other", tensors={FFN: torch.ones(96, 60), ATTENTION: torch.ones(64)})
     report = plan_problems(merge_config(other, [dense, dense], mode="random"))
-    assert re.search(rf"base_model.*2 tensor\(s\) with a shape.*{re.escape(FFN)} is \[96, 60\], expected \[96, 64\]", report)
+    assert re.search(
+        rf"base_model.*2 tensor\(s\) with a shape.*{re.escape(FFN)} is \[96, 60\], expected \[96, 64\]", report
+    )
     assert re.search(rf"{re.escape(ATTENTION)} is \[64\], expected \[64, 64\]", report)
     report = plan_problems(merge_config(dense, [dense, other], mode="random"))
     assert re.search(rf"experts\[1\].*1 tensor\(s\) with a shape.*{re.escape(FFN)}", report)
