@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def plan(
     """
     checked = _config(config, allow_all_same)
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
-    return build_plan(checked, resolve_models(models, hub), options or MergeOptions())
+    return build_plan(checked, resolve_models(models, hub, checked.storage), options or MergeOptions())
 
 
 def merge(
@@ -43,7 +44,7 @@ def merge(
     settings: RuntimeSettings | None = None,
     allow_all_same: bool = False,
 ) -> MergeResult:
-    """Merge into the folder `output` on Ray: the cluster that is connected, or that `settings` names, or a local one.
+    """Merge into `output`, a folder or a URL, on Ray: the connected cluster, or the one of `settings`, or a local one.
 
     Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
     same call goes on from the shards that are finished.
@@ -53,7 +54,8 @@ def merge(
 
     settings = settings or RuntimeSettings(verbosity=-1)
     checked = _config(config, allow_all_same)
-    return run_merge(plan(checked, options, hub=settings.hub, allow_all_same=True), checked, Path(output), settings)
+    settings = replace(settings, storage=checked.storage)
+    return run_merge(plan(checked, options, hub=settings.hub, allow_all_same=True), checked, output, settings)
 
 
 def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:

@@ -6,8 +6,11 @@ says so. Imports are inside the commands, so that `--help` does not wait for the
 
 from __future__ import annotations
 
+import functools
 import logging
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -53,7 +56,7 @@ In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
 Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
-Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster. Default: RAY_ADDRESS, else one is started here.")
 ]
@@ -92,11 +95,30 @@ def _idle(name: str, *declarations: str, kind: Any = bool) -> Any:
     return Annotated[kind, typer.Option(*declarations, help=f"Accepted, nothing to do: {_IDLE[name]}.", hidden=True)]
 
 
+class _Stopped(RaymoeError):
+    """Ctrl-C, or a stopped job."""
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn Ctrl-C into a message and exit status 1; typer's own answer to it differs between versions."""
+
+    @functools.wraps(command)
+    def stoppable(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
+            raise _Stopped("stopped; a merge that had begun goes on from here when its command is run again") from None
+
+    return stoppable
+
+
 @app.command()
+@_stoppable
 def merge(
     context: typer.Context,
     config: ConfigPath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix for the merged model.")],
     copy_tokenizer: CopyTokenizer = True,
     allow_crimes: Crimes = False,
     out_shard_size: ShardSize = "5B",
@@ -177,6 +199,7 @@ def merge(
 
 
 @app.command()
+@_stoppable
 def plan(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -204,8 +227,9 @@ def plan(
 
 
 @app.command()
+@_stoppable
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Summarise a checkpoint: architecture, parameters, experts, shards, routers, how it was made."""
@@ -215,8 +239,9 @@ def inspect(
 
 
 @app.command()
+@_stoppable
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a merge made by raymoe.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     address: Address = None,
     actors: Actors = None,
     device: Device = None,
@@ -267,12 +292,12 @@ def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
     try:
         app()
+    except _Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except RaymoeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped. Nothing unfinished looks finished; the same command goes on from here.", err=True)
-        sys.exit(1)
     sys.exit(0)
 
 

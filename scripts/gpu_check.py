@@ -3,7 +3,8 @@
     python scripts/gpu_check.py --work /tmp/gpu --tokenizer models/SmolLM2-135M-Instruct
 
 Makes random experts on the spot, merges them in several ways, and compares router rows with a plain pass of
-transformers that holds the whole model on the GPU. Prints a markdown table; needs a GPU, and bitsandbytes for the quantised rows.
+transformers that holds the whole model on the GPU. Prints a markdown table; needs a GPU, and bitsandbytes for the
+quantised rows.
 """
 
 from __future__ import annotations

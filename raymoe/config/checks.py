@@ -33,9 +33,7 @@ class _Checked:
         return not any(a[: len(b)] == b[: len(a)] for a in self.unread for b in locs)
 
 
-def check_config(
-    config: MergeConfig, lines: Lines | None = None, *, allow_all_same: bool = False
-) -> list[Problem]:
+def check_config(config: MergeConfig, lines: Lines | None = None, *, allow_all_same: bool = False) -> list[Problem]:
     """All combinations of values in `config` that cannot give a sensible merge, in the order of the file.
 
     `allow_all_same` is the flag for merges that are to be trained: all experts may be the same model.

@@ -67,9 +67,7 @@ def _read(path: Path) -> str:
     except IsADirectoryError:
         raise _unreadable(path, "this is a folder, not a file", "name the config file in it") from None
     except OSError as error:
-        raise _unreadable(
-            path, f"cannot be read: {error.strerror}", "check the path and its permissions"
-        ) from None
+        raise _unreadable(path, f"cannot be read: {error.strerror}", "check the path and its permissions") from None
     if len(raw) > _MAX_CONFIG_BYTES:
         raise _unreadable(path, "more than 16 MiB: this is no merge config", "name the YAML file")
     try:

@@ -22,6 +22,8 @@ from pydantic_core import PydanticCustomError
 
 from raymoe.config.lines import excerpt, kind_of, shown
 from raymoe.config.modes import MODES
+from raymoe.config.storage import plain_storage, storage_options
+from raymoe.objects.options import StorageOptions
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.types import ModelRef
 
@@ -69,9 +71,7 @@ def _one_of(value: Any, names: tuple[str, ...], nicknames: Mapping[str, str]) ->
         return text
     near = text.strip().lower()
     close = [nicknames[near]] if near in nicknames else get_close_matches(near, names, n=1)
-    remedy = (
-        f"did you mean {close[0]}? (one of {', '.join(names)})" if close else f"use one of {', '.join(names)}"
-    )
+    remedy = f"did you mean {close[0]}? (one of {', '.join(names)})" if close else f"use one of {', '.join(names)}"
     raise _error(f"{shown(text)} is not a known value", remedy)
 
 
@@ -107,15 +107,11 @@ def _count(value: Any) -> int:
     if value is None:
         return 2
     if isinstance(value, str):
-        raise _error(
-            f"expected a whole number, got the text {shown(value)}", "write it as digits without quotes"
-        )
+        raise _error(f"expected a whole number, got the text {shown(value)}", "write it as digits without quotes")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _error(f"expected a whole number, got {kind_of(value)}", "write a number, for example 2")
     if isinstance(value, float) and not value.is_integer():
-        raise _error(
-            f"expected a whole number, got {shown(value)}", "write a number without a fraction, for example 2"
-        )
+        raise _error(f"expected a whole number, got {shown(value)}", "write a number without a fraction, for example 2")
     return int(value)
 
 
@@ -124,9 +120,7 @@ def _scale(value: Any) -> float | None:
         return None
     if isinstance(value, str):
         number = _number_in(value)
-        remedy = (
-            f"write it without quotes: {number}" if number is not None else "write a number, for example 0.1"
-        )
+        remedy = f"write it without quotes: {number}" if number is not None else "write a number, for example 0.1"
         raise _error(f"expected a number, got the text {shown(value)}", remedy)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _error(f"expected a number, got {kind_of(value)}", "write a number, for example 0.1")
@@ -222,6 +216,13 @@ def _shared_experts(value: Any) -> Any:
     return () if value is None else _experts(value)
 
 
+def _storage(value: Any) -> StorageOptions:
+    try:
+        return storage_options(value)
+    except ValueError as error:
+        raise _error(str(error.args[0]), str(error.args[1])) from None
+
+
 Model = Annotated[ModelRef, PlainValidator(_model_ref), PlainSerializer(_plain_ref)]
 Prompts = Annotated[tuple[Annotated[str, PlainValidator(_prompt)], ...], BeforeValidator(_prompts)]
 
@@ -249,7 +250,8 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is sound by itself; `check_config` says whether they go together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`
-    is raymoe's own key: which model reads the prompts, `None` being the gate mode's default.
+    and `storage` are raymoe's own keys: which model reads the prompts, `None` being the gate mode's default;
+    and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -262,6 +264,7 @@ class MergeConfig(BaseModel):
     experts_per_token: Annotated[int, PlainValidator(_count)] = Field(default=2)
     architecture: Annotated[str | None, PlainValidator(_architecture)] = None
     prompt_model: Annotated[PromptModel | None, BeforeValidator(_prompt_model)] = None
+    storage: Annotated[StorageOptions, PlainValidator(_storage), PlainSerializer(plain_storage)] = StorageOptions()
 
     @property
     def needs_prompts(self) -> bool:

@@ -108,17 +108,13 @@ class _Walk:
     def value(self, node: Node, loc: Loc) -> Any:
         self._marks.setdefault(loc, _mark(node))
         if len(self._marks) > _MAX_VALUES:
-            raise _report(
-                self._name, None, f"it holds more than {_MAX_VALUES} values", "is this a merge config?"
-            )
+            raise _report(self._name, None, f"it holds more than {_MAX_VALUES} values", "is this a merge config?")
         if len(loc) > _MAX_DEPTH:
             raise _too_deep(self._name, _mark(node).line)
         if isinstance(node, ScalarNode):
             return self._scalar(node, loc)
         if id(node) in self._open:
-            raise _report(
-                self._name, _mark(node).line, "an anchor holds an alias of itself", "write the value out"
-            )
+            raise _report(self._name, _mark(node).line, "an anchor holds an alias of itself", "write the value out")
         if node.tag not in _PLAIN_TAGS:
             self._problem(loc, f"the tag {excerpt(node.tag)} has no meaning here", "remove the tag")
         self._open.add(id(node))
@@ -181,9 +177,7 @@ class _Walk:
             # 2024-13-45 has the form of a date and is none; !!int x is no number; !python/object is refused.
             kind = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else node.tag
             what = f"'{excerpt(node.value)}' cannot be read as {excerpt(kind)}"
-            self._problem(
-                loc, what, "put it in quotes, if it is text" if node.style is None else "remove the tag"
-            )
+            self._problem(loc, what, "put it in quotes, if it is text" if node.style is None else "remove the tag")
             return node.value
 
 

@@ -19,12 +19,12 @@ Float32 = npt.NDArray[np.float32]
 
 def embedding_rows(reader: SourceReader, ref: WeightRef, ids: Sequence[int]) -> dict[int, Float32]:
     """The embedding row (hidden,) of each token id, read by offset."""
-    rows = {}
     width = ref.entry.nbytes // ref.entry.shape[0]
-    buffer = bytearray(width)
-    for token in sorted(set(ids)):
-        reader.read_into(ref.entry.file, ref.entry.start + token * width, memoryview(buffer))
-        row = np.frombuffer(buffer, dtype=NUMPY_DTYPES[ref.entry.dtype]).astype(np.float32)
+    tokens = sorted(set(ids))
+    ranges = [(ref.entry.start + token * width, ref.entry.start + (token + 1) * width) for token in tokens]
+    rows = {}
+    for token, content in zip(tokens, reader.scattered(ref.entry.file, ranges), strict=True):
+        row = np.frombuffer(content, dtype=NUMPY_DTYPES[ref.entry.dtype]).astype(np.float32)
         if ref.lora is not None:
             row = with_lora(reader, row[None], ref.lora, slice(token, token + 1))[0]
         rows[token] = row

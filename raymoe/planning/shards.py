@@ -2,8 +2,9 @@
 
 A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
 Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
-output and a run of copies is one long range. File format: https://huggingface.co/docs/safetensors (8 bytes of header
-length, JSON padded with spaces, data).
+output and a run of copies is one long range; short runs come before long ones (see `_small_runs_first`).
+
+File format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON padded with spaces, data).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from raymoe.planning.types import Copy, Part, PartSource, Shard, Transform
+from raymoe.planning.upload import MIN_PART_BYTES
 from raymoe.sources.dtypes import DTYPE_BYTES
 
 __all__ = ["OutputTensor", "pack_shards"]
@@ -50,7 +52,7 @@ def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shar
     by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
     assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
     for members in by_owner.values():
-        groups.extend(_fill(_source_order(members), max_shard_bytes))
+        groups.extend(_fill(_small_runs_first(_source_order(members)), max_shard_bytes))
     count = len(groups)
     return tuple(
         _build(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, start=1)
@@ -64,6 +66,36 @@ def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
         return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's
 
     return sorted(tensors, key=key)
+
+
+def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """Runs of neighbouring source bytes that are too short for a part of an upload before those that are not.
+
+    An object store copies long ranges by itself; the short ones, and the header, have to be sent. Together at the
+    beginning of a shard they cost no more than their own bytes.
+    """
+    runs: list[list[OutputTensor]] = []
+    for tensor in tensors:
+        if runs and _touches(runs[-1][-1], tensor):
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+    small = [t for run in runs for t in run if not _is_long(run)]
+    return small + [t for run in runs for t in run if _is_long(run)]
+
+
+def _touches(left: OutputTensor, right: OutputTensor) -> bool:
+    a, b = left.what, right.what
+    return (
+        isinstance(a, Copy)
+        and isinstance(b, Copy)
+        and a.source.file == b.source.file
+        and a.source.end == b.source.start
+    )
+
+
+def _is_long(run: Sequence[OutputTensor]) -> bool:
+    return isinstance(run[0].what, Copy) and sum(tensor.nbytes for tensor in run) >= MIN_PART_BYTES
 
 
 def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:

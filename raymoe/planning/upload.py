@@ -1,7 +1,7 @@
 """How a shard becomes an object: the parts of a multipart upload, chosen so that most bytes never pass a worker.
 
-A part is either copied by the store itself from a source object (the bytes are unchanged and source and output are in one
-store), or sent by a worker. The store's rules: all parts but the last have at least 5 MiB, a part at most 5 GiB, an
+A part is either copied by the store itself from a source object (the bytes are unchanged and source and output are in
+one store), or sent by a worker. The store's rules: all parts but the last have at least 5 MiB, a part at most 5 GiB, an
 object at most 10,000 parts. So what lies between two copied ranges and is smaller than 5 MiB takes bytes of the range
 after it along, and the header at a shard's beginning takes the first bytes of the data.
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from raymoe.planning.types import Copy, Part, Shard
 from raymoe.sources.types import SourceFile
 
-__all__ = ["MIN_PART_BYTES", "CopyRange", "UploadPart", "copied_by_store", "source_ranges", "upload_parts"]
+__all__ = ["MIN_PART_BYTES", "CopyRange", "Span", "UploadPart", "copied_by_store", "spans", "upload_parts"]
 
 MIN_PART_BYTES = 5 << 20
 MAX_COPY_BYTES = 1 << 30  # the store allows 5 GiB; smaller ones run side by side and are repeated sooner
@@ -25,13 +25,22 @@ STREAM_PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CopyRange:
     """Bytes [start, end) of a source file."""
 
     file: SourceFile
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Bytes [start, end) of a shard: one range of a source, or a part that is computed."""
+
+    start: int
+    end: int
+    what: CopyRange | Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,28 +68,28 @@ class _Region:
         return self.end - self.start
 
 
-def source_ranges(parts: Iterable[Part]) -> Iterator[tuple[int, int, CopyRange | None]]:
-    """The shard's bytes as (start, end, source range): copies that touch in the source are one range, else None."""
-    pending: tuple[int, int, CopyRange | None] | None = None
+def spans(parts: Iterable[Part]) -> Iterator[Span]:
+    """The parts in order; copies whose source ranges touch are one span."""
+    pending: Span | None = None
     for part in parts:
-        copy = None
+        span = Span(start=part.start, end=part.end, what=part)
         if isinstance(part.what, Copy):
             source = part.what.source
-            copy = CopyRange(file=source.file, start=source.start, end=source.end)
-        if pending is not None and _touch(pending[2], copy):
-            assert pending[2] is not None
-            assert copy is not None
-            pending = (pending[0], part.end, replace(pending[2], end=copy.end))
-            continue
-        if pending is not None:
+            span = Span(start=part.start, end=part.end, what=CopyRange(source.file, source.start, source.end))
+        joined = _joined(pending, span) if pending is not None else None
+        if pending is not None and joined is None:
             yield pending
-        pending = (part.start, part.end, copy)
+        pending = joined or span
     if pending is not None:
         yield pending
 
 
-def _touch(left: CopyRange | None, right: CopyRange | None) -> bool:
-    return left is not None and right is not None and left.file == right.file and left.end == right.start
+def _joined(left: Span, right: Span) -> Span | None:
+    """Both as one span, if they are copies of ranges that touch."""
+    a, b = left.what, right.what
+    if isinstance(a, CopyRange) and isinstance(b, CopyRange) and a.file == b.file and a.end == b.start:
+        return Span(start=left.start, end=right.end, what=CopyRange(a.file, a.start, b.end))
+    return None
 
 
 def upload_parts(shard: Shard, same_store: Callable[[SourceFile], bool]) -> tuple[UploadPart, ...]:
@@ -104,14 +113,15 @@ def copied_by_store(parts: Sequence[UploadPart]) -> int:
 def _regions(shard: Shard, same_store: Callable[[SourceFile], bool]) -> Iterator[_Region]:
     """Header and data as alternating regions: to be sent, or to be copied (large enough for a part)."""
     sent = _Region(0, len(shard.header), None)
-    for start, end, copy in source_ranges(shard.parts):
-        if copy is not None and end - start >= MIN_PART_BYTES and same_store(copy.file):
+    for span in spans(shard.parts):
+        copy = span.what
+        if isinstance(copy, CopyRange) and span.end - span.start >= MIN_PART_BYTES and same_store(copy.file):
             if sent.nbytes:
                 yield sent
-            yield _Region(start, end, copy)
-            sent = _Region(end, end, None)
+            yield _Region(span.start, span.end, copy)
+            sent = _Region(span.end, span.end, None)
         else:
-            sent = _Region(sent.start, end, None)
+            sent = _Region(sent.start, span.end, None)
     if sent.nbytes:
         yield sent
 

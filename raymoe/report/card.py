@@ -32,8 +32,8 @@ def model_card(plan: MergePlan, config: MergeConfig) -> str:
             f"# {host.title} mixture of {len(config.experts)} experts",
             "",
             f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
-            f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and embeddings "
-            f"come from `{config.base_model}`; each expert gives its feed-forward weights.",
+            f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
+            f"embeddings come from `{config.base_model}`; each expert gives its feed-forward weights.",
             "",
             "| expert | model | prompts |",
             "|---|---|---|",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
     from raymoe.runtime.verify import Verification
 
-__all__ = ["plan_summary", "print_plan", "print_result", "print_verification", "say"]
+__all__ = ["merge_line", "plan_summary", "print_plan", "print_result", "print_verification", "say"]
 
 # Measured on Linux with torch 2.13: an actor that computes, one that only copies (resident bytes, see docs/memory.md).
 _COMPUTING_ACTOR_BYTES = 520_000_000
@@ -25,6 +25,12 @@ _COPYING_ACTOR_BYTES = 120_000_000
 def say(text: str) -> None:
     """A line for people, on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def merge_line(plan: MergePlan, output: str) -> str:
+    """The first line of a merge: what is made, and where."""
+    size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
+    return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
 
 
 def plan_summary(plan: MergePlan) -> dict[str, Any]:
@@ -72,10 +78,11 @@ def print_plan(plan: MergePlan, *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # Names are printed as they are ('[...]' in a path is no markup) and, where a program reads them, on one line.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
     totals, host = plan.totals, HOSTS[plan.host]
     experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
-    console.print(f"[bold]{host.title}[/bold] ({host.architecture}), {experts}, {plan.dtype}")
+    console.print(f"{host.title} ({host.architecture}), {experts}, {plan.dtype}", style="bold")
     active = human_count(totals.active_parameters)
     console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
     console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
@@ -86,7 +93,7 @@ def print_plan(plan: MergePlan, *, as_json: bool) -> None:
     gpu = f", or {human_bytes(memory['gpu'])} of GPU memory for weights" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"warning: {warning}", style="yellow")
     console.print("No problems found." if not plan.warnings else "No errors found.")
 
 

@@ -13,34 +13,28 @@ import numpy as np
 
 from raymoe.architectures import HOSTS, MoeHost
 from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
 from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.local import LocalFolder
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import CheckpointIndex, TensorEntry
-from raymoe.storage.journal import JOURNAL, RECORD_NAME
+from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.transform import load_array
 from raymoe.text import human_bytes, human_count
 
 __all__ = ["inspect_checkpoint", "print_summary"]
 
 
-def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """A summary of the checkpoint in `folder`, MoE or dense. Raises ProblemReport if there is none."""
-    if (folder / JOURNAL).is_dir():
-        remedy = "run the merge command again to finish it"
-        raise ProblemReport([Problem(where=str(folder), what="this merge is not finished", remedy=remedy)])
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        what = f"no readable config.json: {error}"
-        raise ProblemReport(
-            [Problem(where=str(folder), what=what, remedy="name the folder of a checkpoint")]
-        ) from error
-    index = index_model_weights(LocalFolder(str(folder)))
+def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None) -> dict[str, Any]:
+    """A summary of the checkpoint in a folder or at a URL, MoE or dense. Raises ProblemReport if there is none."""
+    storage = storage or StorageOptions()
+    folder = open_checkpoint(place, storage)
+    config = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
+    index = index_model_weights(folder)
     host = next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)
     summary: dict[str, Any] = {
-        "folder": str(folder),
+        "folder": str(place),
         "model_type": config.get("model_type"),
         "architecture": (config.get("architectures") or ["?"])[0],
         "layers": config.get("num_hidden_layers"),
@@ -52,11 +46,14 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
     if host is not None:
-        summary |= _moe_summary(host, config, index, summary["parameters"])
-    record = folder / RECORD_NAME
-    if record.is_file():
-        content = json.loads(record.read_text())
-        summary["merge"] = {key: content.get(key) for key in ("raymoe_version", "sources", "config", "plan_digest")}
+        summary |= _moe_summary(host, config, index, summary["parameters"], storage)
+    if folder.find(RECORD_NAME) is not None:
+        record = read_object(folder, RECORD_NAME, "", "")
+        try:
+            summary["merge"] = {key: record[key] for key in ("raymoe_version", "sources", "config", "plan_digest")}
+        except KeyError as error:
+            what = f"can't be read: {error} is missing"
+            raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from None
     return summary
 
 
@@ -73,7 +70,9 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces)) + "$")
 
 
-def _moe_summary(host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int) -> dict[str, Any]:
+def _moe_summary(
+    host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int, storage: StorageOptions
+) -> dict[str, Any]:
     per_expert: dict[int, int] = {}
     for template in host.expert.values():
         pattern = _pattern(template)
@@ -88,16 +87,16 @@ def _moe_summary(host: MoeHost, config: Mapping[str, Any], index: CheckpointInde
         "experts_per_token": active,
         "parameters_per_expert": max(per_expert.values(), default=0),
         "active_parameters": parameters - idle,
-        "routers": _routers(host, index),
+        "routers": _routers(host, index, storage),
     }
 
 
-def _routers(host: MoeHost, index: CheckpointIndex) -> dict[str, Any]:
+def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> dict[str, Any]:
     """Row lengths and the cosines between experts' rows, over all layers: near 1 means that rows hardly differ."""
     pattern = _pattern(host.router)
     entries: list[TensorEntry] = [entry for entry in index.tensors.values() if pattern.match(entry.name)]
     norms, cosines = [], []
-    with SourceReader(HubOptions()) as reader:
+    with SourceReader(HubOptions(), storage) as reader:
         for entry in entries:
             rows = load_array(reader, entry).astype(np.float64)
             lengths = np.linalg.norm(rows, axis=1)

@@ -12,7 +12,7 @@ from typing import Any
 import raymoe
 from raymoe.config import MergeConfig
 from raymoe.planning.types import MergePlan
-from raymoe.storage.journal import FileRecord
+from raymoe.storage.records import FileRecord
 
 __all__ = ["RECORD_FORMAT", "merge_record"]
 

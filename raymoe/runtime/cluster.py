@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.report.display import say
 from raymoe.runtime.settings import RuntimeSettings
 
 __all__ = ["Slots", "connected", "expert_actors", "slots_for"]
 
+_START_GRACE_S = 5
 _START_TIMEOUT_S = 60
+_REACH_TIMEOUT_S = 10
 _RESTARTS = 2
 
 
@@ -34,6 +38,7 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
     A connection that exists already is used and left alone; one made here is closed at the end.
     """
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
@@ -48,20 +53,32 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         "logging_level": level,
         "log_to_driver": settings.verbosity > 0,
     }
-    if settings.address is None and "RAY_ADDRESS" not in os.environ:
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if not address:
         # A laptop's own cluster: no dashboard to start and wait for.
         options |= {"address": "local", "include_dashboard": False}
+    if settings.verbosity >= 0:
+        say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
+        _knock(address or "")
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
-        remedy = "check --address and RAY_ADDRESS, and that the cluster runs (ray status)"
-        what = f"no Ray cluster could be reached or started: {str(error).splitlines()[0]}"
+    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
+        where = f"Ray at {address}" if address else "Ray on this machine"
+        remedy = "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        what = f"no cluster could be {'reached' if address else 'started'}: {reason}"
         raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at `host:port`: Ray itself would keep trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # not so: 'auto', 'local', for which Ray looks around
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
 def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: str | None) -> Slots:
@@ -95,9 +112,8 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
 
 @contextmanager
 def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
-    """Actors that are up, and that write for `run` of the journal. They are killed at the end, however it comes."""
+    """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
 
     from raymoe.runtime.worker import ExpertWorker
 
@@ -108,26 +124,40 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
             num_cpus=slots.cpus,
             num_gpus=slots.gpus,
             max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
             scheduling_strategy="SPREAD",
         ).remote(output, settings, run)
         for number in range(slots.actors)
     ]
     try:
-        try:
-            ray.get([actor.where.remote() for actor in actors], timeout=_START_TIMEOUT_S)
-        except GetTimeoutError:
-            has = ", ".join(f"{v:g} {k}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
-            raise MergeFailed(
-                f"{slots.actors} actors with {slots.cpus:g} CPU and {slots.gpus:g} GPU each could not be started "
-                f"within {_START_TIMEOUT_S} s; the cluster has free: {has or 'nothing'}. Other work may hold its resources."
-            ) from None
-        except RayActorError as error:
-            raise MergeFailed(f"an expert actor could not be started: {error}") from error
+        _wait_for_one(actors, slots)
         yield actors
     finally:
         for actor in actors:
             ray.kill(actor, no_restart=True)
+
+
+def _wait_for_one(actors: list[Any], slots: Slots) -> None:
+    """Wait for all actors a while, and longer for one of them: the rest may come later (see schedule.py).
+
+    A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    calls = [actor.where.remote() for actor in actors]
+    answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
+    if not answered:
+        answered, _ = ray.wait(calls, num_returns=1, timeout=_START_TIMEOUT_S - _START_GRACE_S)
+    if not answered:
+        has = ", ".join(f"{v:g} {k}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
+        raise MergeFailed(
+            f"no actor with {slots.cpus:g} CPU and {slots.gpus:g} GPU could be started within {_START_TIMEOUT_S} s; "
+            f"the cluster has free: {has or 'nothing'}. Other work may hold its resources."
+        )
+    try:
+        ray.get(answered)
+    except RayActorError as error:
+        raise MergeFailed(f"an expert actor could not be started: {error}") from error
 
 
 def _grouped(worker: type) -> type:
@@ -138,8 +168,9 @@ def _grouped(worker: type) -> type:
         "gate_rows": "gates",
         "write_shard": "write",
         "compare_shard": "write",
-        "where": "control",
         "status": "control",
     }
     methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
+    # The one call that waits for an actor that is being restarted; work is given to others meanwhile (see schedule.py).
+    methods["where"] = ray.method(concurrency_group="control", max_task_retries=-1)(worker.where)  # type: ignore[attr-defined]
     return type("ExpertActor", (worker,), methods)

@@ -18,14 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from raymoe.config import MODES, MergeConfig
-from raymoe.errors import Problem, ProblemReport
-from raymoe.gates.router import conditioning_warning, random_rows
-from raymoe.planning.types import GatePlan, MergePlan, Part, Router, Shard
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
+from raymoe.gates.router import conditioning_warning
+from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
+from raymoe.report.display import merge_line, say
 from raymoe.report.record import merge_record
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
 from raymoe.runtime.progress import Progress
@@ -33,32 +32,23 @@ from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.resolve import fetch_file
 from raymoe.sources.types import SourceFile
-from raymoe.storage.journal import INDEX_NAME, RECORD_NAME, FileRecord, source_stamps
-from raymoe.storage.local import LocalOutput, check_output, remove_checkpoint
+from raymoe.storage.journal import source_stamps
+from raymoe.storage.output import Output, ShardJob, open_output, output_location
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import RouterBytes, shard_chunks
-from raymoe.storage.transform import NUMPY_DTYPES
+from raymoe.storage.records import FileRecord
 
-__all__ = [
-    "MergeResult",
-    "output_problems",
-    "random_gate_rows",
-    "router_bytes",
-    "run_merge",
-    "side_file_name",
-]
-
-Rows = dict[str, npt.NDArray[np.float32]]
+__all__ = ["MergeResult", "output_of", "output_problems", "run_merge", "side_file_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
     """What a finished merge was: files by name, warnings, and memory as the processes saw it (bytes)."""
 
-    output: Path
+    output: str
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
     bytes_written: int
+    bytes_copied_by_store: int
     bytes_kept: int
     peak_driver_bytes: int
     peak_actor_bytes: tuple[int, ...]
@@ -66,90 +56,108 @@ class MergeResult:
     seconds: float
 
 
-def run_merge(plan: MergePlan, config: MergeConfig, output: Path, settings: RuntimeSettings) -> MergeResult:
-    """Merge into `output`. Raises ProblemReport before anything is written, MergeFailed afterwards."""
-    problems = output_problems(plan, output, settings)
-    if problems:
+def run_merge(plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings) -> MergeResult:
+    """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed."""
+    target = output_of(output, settings)
+    if problems := output_problems(plan, target, settings):
         raise ProblemReport(problems)
+    if settings.verbosity >= 0:
+        say(merge_line(plan, target.location))
     with connected(settings), _stop_on_sigterm():
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
         slots = slots_for(settings, jobs=jobs, compute=reads_layers, quantise=plan.gates.quantise)
-        target = LocalOutput(output)
-        _begin(plan, target, settings)
         try:
+            _begin(plan, target, settings)
             with Progress(plan, settings.verbosity) as progress:
-                with expert_actors(slots, str(output.absolute()), settings) as actors:
-                    outcome = run_jobs(plan, actors, _write, progress.watch(actors))
-                    progress.final_look(actors)
+                with expert_actors(slots, target.location, settings, target.run) as actors:
+                    outcome = run_jobs(plan, actors, WriteShards(target), progress.watch(actors))
+                    progress.final_look(actors, outcome)
+                _check_sources_unchanged(plan, target)
                 rows = outcome.rows | random_gate_rows(plan.gates)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows)]
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
                 files = _finish(plan, config, target, settings, records)
-                result = progress.result(output, files, warnings)
-        except BaseException:
-            target.journal.clear_parts()
-            target.journal.release()
-            raise
-        return result
+                return progress.result(target.location, files, warnings)
+        finally:
+            target.release()
 
 
-def _write(actor: Any, shard: Shard) -> Any:
-    return actor.write_shard.options(name=f"write {shard.file_name}").remote(shard)
+def output_of(output: str | Path, settings: RuntimeSettings) -> Output:
+    """The output that a user names. Raises ProblemReport for a URL that is none."""
+    try:
+        return open_output(output_location(output), settings.storage)
+    except ValueError as error:
+        remedy = "name a folder, or a URL such as s3://bucket/prefix"
+        raise ProblemReport([Problem(where="output", what=str(error), remedy=remedy)]) from None
 
 
-def output_problems(plan: MergePlan, output: Path, settings: RuntimeSettings) -> list[Problem]:
-    """Everything that keeps this plan from being written to `output`, found without writing."""
+class WriteShards:
+    """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
+
+    def __init__(self, target: Output) -> None:
+        self._target = target
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return self._target.jobs(shard)
+
+    def start(self, actor: Any, job: ShardJob) -> Any:
+        return actor.write_shard.options(name=f"write {job.shard.file_name}").remote(job)
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        return self._target.complete(shard, results)
+
+
+def output_problems(plan: MergePlan, target: Output, settings: RuntimeSettings) -> list[Problem]:
+    """Everything that keeps this plan from being written to `target`, found without writing."""
     bytes_needed = plan.totals.output_bytes
-    problems = check_output(output, overwrite=settings.overwrite, digest=plan.digest, output_bytes=bytes_needed)
-    problems += _source_overlap(plan, output)
-    journal = LocalOutput(output).journal
-    if not settings.overwrite and journal.digest() == plan.digest:
-        changed = journal.changed_sources(source_stamps(_all_files(plan)))
+    problems = target.problems(digest=plan.digest, output_bytes=bytes_needed, overwrite=settings.overwrite)
+    problems += _source_overlap(plan, target.location)
+    if not problems and not settings.overwrite and target.digest() == plan.digest:
+        changed = target.changed_sources(source_stamps(_all_files(plan)))
         if changed:
             what = f"source files changed since the merge in this folder was interrupted: {', '.join(changed[:3])}"
             remedy = "use --overwrite to start again from the new files"
-            problems.append(Problem(where=str(output), what=what, remedy=remedy))
+            problems.append(Problem(where=target.location, what=what, remedy=remedy))
     return problems
 
 
-def _source_overlap(plan: MergePlan, output: Path) -> list[Problem]:
-    target = output.resolve()
+def _source_overlap(plan: MergePlan, output: str) -> list[Problem]:
     for source in plan.sources:
-        for file in source.files:
-            if "://" not in file.location and Path(file.location).resolve().parent == target:
-                what = f"the output is the folder of {source.owner}, which would be overwritten"
-                return [Problem(where=str(output), what=what, remedy="choose another output")]
+        if any(output in _folders_of(file) for file in source.files):
+            what = f"the output is the folder of {source.owner}, which would be overwritten"
+            return [Problem(where=output, what=what, remedy="choose another output")]
     return []
+
+
+def _folders_of(file: SourceFile) -> set[str]:
+    """The folder that a file is in, under all its names."""
+    if "://" in file.location:
+        return {file.location.rpartition("/")[0]}
+    path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
+    return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
 
 
 def _all_files(plan: MergePlan) -> list[SourceFile]:
     return [file for source in plan.sources for file in source.files]
 
 
-def _begin(plan: MergePlan, target: LocalOutput, settings: RuntimeSettings) -> None:
-    try:
-        target.root.mkdir(parents=True, exist_ok=True)
-        if settings.overwrite and target.journal.digest() != plan.digest:
-            remove_checkpoint(target.root)
-        target.journal.begin(plan.digest, source_stamps(_all_files(plan)))
-    except OSError as error:
-        what = f"can't be written to: {error.strerror or error}"
-        raise ProblemReport([Problem(where=str(target.root), what=what, remedy="choose another output")]) from error
+def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings) -> None:
+    target.lock()
+    # Another merge may have come and gone since the first look; now nobody else is here.
+    if problems := output_problems(plan, target, settings):
+        raise ProblemReport(problems)
+    stamps = source_stamps(_all_files(plan))
+    goes_on = target.digest() == plan.digest and not target.changed_sources(stamps)
+    target.begin(plan.digest, stamps, fresh=settings.overwrite and not goes_on)
 
 
-def random_gate_rows(gates: GatePlan) -> Rows:
-    """Rows of the experts that have no prompts to read, in the modes that draw them."""
-    if MODES[gates.mode].needs_prompts:
-        return {}
-    members = (*gates.experts, *gates.shared)
-    return {p.owner: random_rows(gates.mode, gates.seed, p.owner, gates.layers, gates.hidden) for p in members}
-
-
-def router_rows(gates: GatePlan, rows: Rows, what: Router) -> npt.NDArray[np.float32]:
-    """One layer's router, (experts, hidden), or the gate of its shared expert, (shared, hidden)."""
-    members = gates.shared if what.shared else gates.experts
-    return np.stack([rows[member.owner][what.layer] for member in members])
+def _check_sources_unchanged(plan: MergePlan, target: Output) -> None:
+    if changed := target.changed_sources(source_stamps(_all_files(plan))):
+        raise MergeFailed(
+            f"source files changed while they were merged: {', '.join(changed[:3])}. The output is of no use; run the "
+            "same command with --overwrite when they no longer change."
+        )
 
 
 def _gate_warnings(gates: GatePlan, rows: Rows) -> Iterator[str]:
@@ -159,22 +167,14 @@ def _gate_warnings(gates: GatePlan, rows: Rows) -> Iterator[str]:
         yield warning
 
 
-def router_bytes(gates: GatePlan, rows: Rows) -> RouterBytes:
-    """A function that gives the bytes of any router part of the plan."""
-
-    def part_bytes(part: Part, what: Router) -> bytes:
-        values: Any = router_rows(gates, rows, what).astype(NUMPY_DTYPES[part.dtype])
-        assert values.shape == part.shape
-        return bytes(values.tobytes())
-
-    return part_bytes
-
-
-def _write_router(plan: MergePlan, rows: Rows, target: LocalOutput, settings: RuntimeSettings) -> Iterator[FileRecord]:
-    with SourceReader(settings.hub) as reader:
+def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
+    """The router's shards, which the driver writes: the gates are here, and they are small."""
+    router = router_bytes(plan.gates, rows)
+    with SourceReader(settings.hub, settings.storage) as reader:
         for shard in plan.shards:
             if shard.owner == "router":
-                yield target.write(shard.file_name, shard_chunks(shard, reader, router_bytes(plan.gates, rows)))
+                results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
+                yield target.complete(shard, results)
 
 
 def side_file_name(file: SourceFile) -> str:
@@ -186,21 +186,21 @@ def side_file_name(file: SourceFile) -> str:
 def _finish(
     plan: MergePlan,
     config: MergeConfig,
-    target: LocalOutput,
+    target: Output,
     settings: RuntimeSettings,
     records: Sequence[FileRecord],
 ) -> tuple[FileRecord, ...]:
     """Small files, the index, the record; then the journal goes."""
     records = list(records)
     for file in plan.side_files:
-        name = side_file_name(file)
-        records.append(target.write(name, [fetch_file(file, settings.hub).read_bytes()]))
-    records.append(target.write("config.json", [_json(plan.config)]))
-    records.append(target.write("README.md", [model_card(plan, config).encode()]))
-    records.append(target.write(INDEX_NAME, [_json(plan.index)]))
+        content = fetch_file(file, settings.hub, settings.storage).read_bytes()
+        records.append(target.write_small(side_file_name(file), content))
+    records.append(target.write_small("config.json", _json(plan.config)))
+    if plan.options.model_card:
+        records.append(target.write_small("README.md", model_card(plan, config).encode()))
+    records.append(target.write_index(_json(plan.index)))
     files = tuple(sorted(records, key=lambda record: record.name))
-    target.write(RECORD_NAME, [_json(merge_record(plan, config, files))])
-    target.journal.end()
+    target.end(_json(merge_record(plan, config, files)))
     return files
 
 

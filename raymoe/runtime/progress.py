@@ -7,14 +7,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.config import MODES
 from raymoe.planning.types import MergePlan
 from raymoe.runtime.schedule import Outcome
 from raymoe.runtime.worker import Status
-from raymoe.storage.journal import FileRecord
+from raymoe.storage.records import FileRecord
 from raymoe.text import human_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +34,9 @@ class Progress:
         self._total = sum(shard.nbytes for shard in plan.shards if shard.owner != "router")
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
         self._latest: dict[int, Status] = {}
+        self._kept = 0
         self._asked: dict[Any, int] = {}
+        self._actors = 0
         self._live: Any = None
         # A dumb terminal or a log gets lines; a person gets one line that moves.
         self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -55,6 +56,7 @@ class Progress:
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
         """A function that looks at the actors and shows what they are at; cheap enough to call often."""
+        self._actors = len(actors)
 
         def tick(outcome: Outcome) -> None:
             import ray
@@ -62,7 +64,8 @@ class Progress:
             now = time.monotonic()
             if now - self._last_look >= _LOOK_EVERY_S and not self._asked:
                 self._last_look = now
-                self._asked = {actor.status.remote(): number for number, actor in enumerate(actors)}
+                up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.away]
+                self._asked = {actor.status.remote(): number for number, actor in up}
             for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else ():
                 number = self._asked.pop(ref)
                 try:
@@ -73,17 +76,21 @@ class Progress:
 
         return tick
 
-    def final_look(self, actors: Sequence[Any]) -> None:
+    def final_look(self, actors: Sequence[Any], outcome: Outcome) -> None:
         """The actors' last words, before they are let go."""
         import ray
 
+        self._kept = outcome.bytes_kept
+
         for number, actor in enumerate(actors):
+            if actor in outcome.away:
+                continue
             try:
                 self._latest[number] = ray.get(actor.status.remote(), timeout=10)
             except ray.exceptions.RayError:
                 continue
 
-    def result(self, output: Path, files: tuple[FileRecord, ...], warnings: Sequence[str]) -> MergeResult:
+    def result(self, output: str, files: tuple[FileRecord, ...], warnings: Sequence[str]) -> MergeResult:
         from raymoe.runtime.merge import MergeResult
 
         last = [self._latest[number] for number in sorted(self._latest)]
@@ -92,7 +99,8 @@ class Progress:
             files=files,
             warnings=tuple(warnings),
             bytes_written=sum(status.bytes_written for status in last),
-            bytes_kept=sum(status.bytes_kept for status in last),
+            bytes_copied_by_store=sum(status.bytes_copied_by_store for status in last),
+            bytes_kept=sum(status.bytes_kept for status in last) + self._kept,
             peak_driver_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             peak_actor_bytes=tuple(status.peak_rss_bytes for status in last),
             peak_gpu_bytes=tuple(status.peak_gpu_bytes for status in last),
@@ -112,16 +120,19 @@ class Progress:
 
     def _line(self, outcome: Outcome) -> str:
         elapsed = time.monotonic() - self._started
-        moved = sum(status.bytes_written for status in self._latest.values())
-        kept = sum(status.bytes_kept for status in self._latest.values())
+        moved = sum(status.bytes_written + status.bytes_copied_by_store for status in self._latest.values())
+        kept = sum(status.bytes_kept for status in self._latest.values()) + outcome.bytes_kept
         done = (moved + kept) / max(1, self._total)
         parts = [
             f"{elapsed:5.0f} s",
             f"written {human_bytes(moved + kept)} of {human_bytes(self._total)} ({done:.0%})",
-            f"{human_bytes(moved / max(elapsed, 1e-9))}/s",
         ]
+        if moved + kept < self._total:
+            parts.append(f"{human_bytes(moved / max(elapsed, 1e-9))}/s")
         if MODES[self._plan.gates.mode].needs_prompts:
             parts.append(f"gates {len(outcome.rows)} of {len(self._gates)} experts")
+        if outcome.away:
+            parts.append(f"waiting for {len(outcome.away)} of {self._actors} actors")
         return " | ".join(parts)
 
     def _table(self, outcome: Outcome) -> Any:

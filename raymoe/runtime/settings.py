@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["RuntimeSettings"]
@@ -23,3 +24,4 @@ class RuntimeSettings:
     overwrite: bool = False
     verbosity: int = 0
     hub: HubOptions = field(default_factory=HubOptions)
+    storage: StorageOptions = field(default_factory=StorageOptions)

@@ -6,31 +6,30 @@ computed anew, and every tensor is compared byte for byte, by the same actors th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raymoe import api
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
-from raymoe.runtime.merge import random_gate_rows, router_bytes
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.local import LocalFolder
+from raymoe.sources.folder import Folder
 from raymoe.sources.types import TensorEntry
-from raymoe.storage.journal import JOURNAL, RECORD_NAME
-from raymoe.storage.local import file_checksum
+from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import different_tensors
 
-__all__ = ["Verification", "read_record", "verify_merge"]
+__all__ = ["Verification", "verify_merge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,46 +47,32 @@ class Verification:
     def summary(self) -> str:
         if self.ok:
             return f"verified: {self.tensors} tensors equal to what the sources give, byte for byte"
-        return f"NOT verified: {len(self.differences)} differences"
+        count = len(self.differences)
+        return f"NOT verified: {count} difference{'s' * (count > 1)}"
 
 
-def verify_merge(folder: Path, settings: RuntimeSettings) -> Verification:
+def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
     """Compare a finished merge with its sources. Raises ProblemReport if there is no merge, or its sources are gone."""
-    record = read_record(folder)
+    folder = open_checkpoint(place, settings.storage)
+    missing = "there is no raymoe.json, the record of a finished merge"
+    record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
         config = MergeConfig.from_plain(_with_resolved_models(record))
         options = MergeOptions(**record["options"])
     except (KeyError, TypeError, ValueError) as error:
         what = f"this record can't be read: {str(error).splitlines()[0]}"
-        raise ProblemReport([Problem(where=str(folder / RECORD_NAME), what=what)]) from error
+        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
+    settings = replace(settings, storage=config.storage)
     plan = api.plan(config, options, hub=settings.hub, allow_all_same=True)
-    differences = _file_differences(folder, record, plan)
+    differences = _file_differences(folder, record, plan, settings)
     try:
-        written = index_model_weights(LocalFolder(str(folder))).tensors
+        written = index_model_weights(folder).tensors
     except CheckpointError as error:
         return Verification(tensors=0, differences=(*differences, *map(str, error.problems)))
     expected = {part.name for shard in plan.shards for part in shard.parts}
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
-    differences += _tensor_differences(plan, folder, written, settings)
+    differences += _tensor_differences(plan, folder.label, written, settings)
     return Verification(tensors=len(expected), differences=tuple(differences))
-
-
-def read_record(folder: Path) -> Mapping[str, Any]:
-    """The record of a finished merge."""
-    path = folder / RECORD_NAME
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        what = "there is no raymoe.json, the record of a finished merge"
-        remedy = "name the folder of a merge made by raymoe"
-        if (folder / JOURNAL).is_dir():
-            what, remedy = "this merge is not finished", "run the merge command again to finish it"
-        raise ProblemReport([Problem(where=str(folder), what=what, remedy=remedy)]) from None
-    except (OSError, ValueError) as error:
-        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}")]) from error
-    if not isinstance(record, dict):
-        raise ProblemReport([Problem(where=str(path), what="is no record of a merge")])
-    return record
 
 
 def _with_resolved_models(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,38 +86,57 @@ def _with_resolved_models(record: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _file_differences(folder: Path, record: Mapping[str, Any], plan: MergePlan) -> list[str]:
-    """Files that are not as the record says. Weights are left to the comparison tensor by tensor."""
+def _file_differences(
+    folder: Folder, record: Mapping[str, Any], plan: MergePlan, settings: RuntimeSettings
+) -> list[str]:
+    """Files that are not as the record says. The bytes of weights are left to the comparison tensor by tensor."""
     differences = []
     if record.get("plan_digest") != plan.digest:
         differences.append("the plan: sources, config or raymoe's output format are not what they were at the merge")
     weights = {shard.file_name for shard in plan.shards}
-    for name, expected in record.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
-            differences.append(f"{name}: missing")
-        elif path.stat().st_size != expected["size"]:
-            differences.append(f"{name}: {path.stat().st_size} bytes, expected {expected['size']}")
-        elif name not in weights and file_checksum(path) != expected["checksum"]:
-            differences.append(f"{name}: changed since the merge")
+    with SourceReader(settings.hub, settings.storage) as reader:
+        for name, expected in record.get("files", {}).items():
+            file, checksum = folder.find(name), expected["checksum"]
+            if file is None:
+                differences.append(f"{name}: missing")
+            elif file.size != expected["size"]:
+                differences.append(f"{name}: {file.size} bytes, expected {expected['size']}")
+            elif name in weights and not checksum.startswith("etag:"):
+                continue
+            elif checksum_like(checksum, file, reader) != checksum:
+                differences.append(f"{name}: changed since the merge")
     return differences
 
 
-def _tensor_differences(
-    plan: MergePlan, folder: Path, written: Mapping[str, TensorEntry], settings: RuntimeSettings
-) -> list[str]:
-    def compare(actor: Any, shard: Shard) -> Any:
-        entries = {part.name: written[part.name] for part in shard.parts if part.name in written}
-        return actor.compare_shard.options(name=f"compare {shard.file_name}").remote(shard, entries)
+class _CompareShards:
+    """The shard work of a verification, for `run_jobs`."""
 
+    def __init__(self, written: Mapping[str, TensorEntry]) -> None:
+        self._written = written
+
+    def jobs(self, shard: Shard) -> Sequence[Shard]:
+        return (shard,)
+
+    def start(self, actor: Any, job: Shard) -> Any:
+        entries = {part.name: self._written[part.name] for part in job.parts if part.name in self._written}
+        return actor.compare_shard.options(name=f"compare {job.file_name}").remote(job, entries)
+
+    def complete(self, shard: Shard, results: Sequence[list[str]]) -> list[str]:
+        """Names of the tensors that differ."""
+        return results[0]
+
+
+def _tensor_differences(
+    plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
+) -> list[str]:
     with connected(settings), Progress(plan, settings.verbosity) as progress:
         compute = MODES[plan.gates.mode].reads_layers
         slots = slots_for(settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise)
-        with expert_actors(slots, str(folder.absolute()), settings) as actors:
-            outcome = run_jobs(plan, actors, compare, progress.watch(actors))
+        with expert_actors(slots, location, settings) as actors:
+            outcome = run_jobs(plan, actors, _CompareShards(written), progress.watch(actors))
         rows = outcome.rows | random_gate_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
-        with SourceReader(settings.hub) as reader:
+        with SourceReader(settings.hub, settings.storage) as reader:
             parts = [part for shard in plan.shards if shard.owner == "router" for part in shard.parts]
             different += different_tensors(parts, written, reader, router_bytes(plan.gates, rows))
     return [f"{name}: differs" if name in written else f"{name}: missing" for name in sorted(different)]

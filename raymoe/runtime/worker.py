@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,9 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.types import GatePlan, GatePrompts, Shard
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.types import TensorEntry
-from raymoe.storage.journal import FileRecord
-from raymoe.storage.local import LocalOutput
+from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import different_tensors, shard_chunks
+from raymoe.storage.stream import different_tensors
 
 __all__ = ["ExpertWorker", "Status", "limit_threads"]
 
@@ -42,6 +40,7 @@ class Status:
     """What an actor has done so far."""
 
     bytes_written: int
+    bytes_copied_by_store: int
     bytes_kept: int
     gate_tokens: int
     peak_rss_bytes: int
@@ -54,9 +53,9 @@ class ExpertWorker:
 
     def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
         self._settings = settings
-        self._output = LocalOutput(Path(output), run)
+        self._output = open_output(output, settings.storage, run)
         self._lock = threading.Lock()
-        self._bytes_written = self._bytes_kept = self._gate_tokens = 0
+        self._bytes_written = self._bytes_copied = self._bytes_kept = self._gate_tokens = 0
         self._busy: list[str] = []
 
     def where(self) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class ExpertWorker:
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "output_visible": self._output.journal.is_of_this_run,
+            "output_visible": self._output.is_reachable(),
             "device": self._device(),
         }
 
@@ -79,7 +78,7 @@ class ExpertWorker:
             check_quantise(gates.quantise, device)
         if gates.mode not in ("cheap_embed",):
             limit_threads()
-        with self._working(f"gates of {prompts.owner}"), SourceReader(self._settings.hub) as reader:
+        with self._working(f"gates of {prompts.owner}"), self._reader() as reader:
             return expert_rows(
                 gates,
                 prompts,
@@ -89,19 +88,19 @@ class ExpertWorker:
                 layer_done=self._count_tokens,
             )
 
-    def write_shard(self, shard: Shard) -> FileRecord:
-        """Write one shard, unless an earlier run left it whole."""
+    def write_shard(self, job: ShardJob) -> Any:
+        """Write a shard, or its part of one; the result is for the output's `complete`."""
         self._check_output()
-        if (record := self._output.finished(shard.file_name, shard.nbytes)) is not None:
-            self._add_bytes(kept=shard.nbytes)
-            return record
-        with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
-            chunks = shard_chunks(shard, reader)
-            return self._output.write(shard.file_name, chunks, expected=shard.nbytes, progress=self._add_bytes)
+        with self._working(job.shard.file_name), self._reader() as reader:
+            result = self._output.do(job, reader, self._add_bytes)
+        if result is None:  # an earlier run left it whole
+            with self._lock:
+                self._bytes_kept += job.shard.nbytes
+        return result
 
     def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
         """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
-        with self._working(shard.file_name), SourceReader(self._settings.hub) as reader:
+        with self._working(shard.file_name), self._reader() as reader:
             return different_tensors(shard.parts, written, reader, progress=self._add_bytes)
 
     def status(self) -> Status:
@@ -113,6 +112,7 @@ class ExpertWorker:
         with self._lock:
             return Status(
                 bytes_written=self._bytes_written,
+                bytes_copied_by_store=self._bytes_copied,
                 bytes_kept=self._bytes_kept,
                 gate_tokens=self._gate_tokens,
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -128,15 +128,18 @@ class ExpertWorker:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
 
     def _check_output(self) -> None:
-        if not self._output.journal.is_of_this_run:
-            what = f"the output folder {self._output.root} is not the same folder on node {socket.gethostname()}"
+        if not self._output.is_reachable():
+            what = f"the output {self._output.location} is not the same folder on node {socket.gethostname()}"
             remedy = "use a folder on a filesystem that all nodes share, or run the merge on one node"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _add_bytes(self, written: int = 0, *, kept: int = 0) -> None:
+    def _reader(self) -> SourceReader:
+        return SourceReader(self._settings.hub, self._settings.storage)
+
+    def _add_bytes(self, written: int, copied: int = 0) -> None:
         with self._lock:
             self._bytes_written += written
-            self._bytes_kept += kept
+            self._bytes_copied += copied
 
     def _count_tokens(self, count: int) -> None:
         with self._lock:

@@ -1,1 +1,4 @@
-"""Where weights come from: local folders, Hub repositories, LoRA adapters. Headers are read, never tensors."""
+"""Where weights come from: local folders, Hub repositories, object stores, LoRA adapters.
+
+Headers are read, never tensors.
+"""

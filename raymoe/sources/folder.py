@@ -1,8 +1,8 @@
 """A checkpoint's folder, wherever it is: the small protocol that indexing is written against.
 
-`LocalFolder` (local.py) and `HubFolder` (hub.py) implement it; `checkpoint.py` and `resolve.py` know only
-this. Every method raises CheckpointError, and nothing else, for what a user can mend. Names are relative to
-the folder, with '/'.
+`LocalFolder` (local.py), `HubFolder` (hub.py) and `ObjectFolder` (objects.py) implement it; `checkpoint.py` and
+`resolve.py` know only this. Every method raises CheckpointError, and nothing else, for what a user can mend. Names are
+relative to the folder, with '/'.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Folder(Protocol):
 
     @property
     def label(self) -> str:
-        """What messages call the folder: an absolute path, or `org/name@<commit>`."""
+        """What messages call the folder: an absolute path, `org/name@<commit>`, or a URL."""
 
     @property
     def revision(self) -> str | None:

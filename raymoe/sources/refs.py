@@ -1,12 +1,13 @@
 """How a config names a model: one string, or mergekit's mapping, parsed to a `ModelRef`.
 
-    org/name    org/name@revision    ./folder    model+adapter    model@revision+adapter@revision
+    org/name    org/name@revision    ./folder    s3://bucket/folder
+    model+adapter    model@revision+adapter@revision    s3://bucket/base+s3://bucket/adapter
     {model: {path: org/name, revision: main}, lora: {path: ./adapter}}
 
 '+' and '@' may occur in the name of a local folder. So what exists as a folder wins over splitting: first the
 whole string, then each way to split it at a '+', then each part before it is split at its '@'. A config that
 works is never read otherwise because of an unrelated folder: only a folder of exactly the written name
-counts.
+counts. URLs are taken literally and have no revisions; one with a '+' is written as a mapping.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from raymoe.objects.urls import check_no_secrets, is_url, normalise
 from raymoe.sources.types import ModelRef, PathRef
 
 __all__ = ["is_local_folder", "parse_model_ref"]
@@ -41,6 +43,7 @@ def is_local_folder(path: str) -> bool:
 
 def _parse_string(text: str) -> ModelRef:
     text = text.strip()
+    check_no_secrets(text)
     if not text:
         raise ValueError(f"the model is empty; {_FORMS}")
     if is_local_folder(text) or "+" not in text:
@@ -51,7 +54,8 @@ def _parse_string(text: str) -> ModelRef:
         if len(local) != 1:
             raise ValueError(
                 f"{text!r} has {len(splits)} '+', but a model takes one adapter; {_FORMS}. "
-                "(Several adapters: merge all but one first. A folder with '+' in its name has to exist.)"
+                "(Several adapters: merge all but one first. A folder with '+' in its name has to exist; "
+                "a URL with '+' is written as {model: {path: s3://...}}.)"
             )
         splits = local
     model, adapter = splits[0]
@@ -66,6 +70,8 @@ def _parse_path(text: str, role: str) -> PathRef:
     text = text.strip()
     if not text:
         raise ValueError(f"the {role} is empty; {_FORMS}")
+    if is_url(text):
+        return PathRef(path=_url_without_revision(text, role))
     if is_local_folder(text) or "@" not in text:
         return PathRef(path=text)
     path, _, revision = text.rpartition("@")
@@ -77,6 +83,17 @@ def _parse_path(text: str, role: str) -> PathRef:
     if "@" in path and not is_local_folder(path):
         raise ValueError(f"{text!r} has more than one '@', and no folder of that name exists here; {_FORMS}")
     return PathRef(path=path.strip(), revision=revision.strip())
+
+
+def _url_without_revision(text: str, role: str) -> str:
+    check_no_secrets(text)
+    name, at, revision = text.rpartition("/")[2].rpartition("@")
+    if at:
+        raise ValueError(
+            f"{text!r} asks for revision {revision!r}, but a URL has none; leave out '@{revision}', or, if the folder "
+            f"is called {name}@{revision}, write {{{role}: {{path: {text}}}}}"
+        )
+    return normalise(text)
 
 
 def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
@@ -105,7 +122,12 @@ def _parse_part(value: Any, role: str) -> PathRef:
     _refuse_unknown(value, {"path", "revision"}, f"'{role}'")
     path, revision = value.get("path"), value.get("revision")
     if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"'{role}' needs a 'path': a local folder or a Hub id such as org/name")
+        raise ValueError(f"'{role}' needs a 'path': a local folder, a Hub id such as org/name, or a URL")
+    check_no_secrets(path)
+    if is_url(path):
+        if revision is not None:
+            raise ValueError(f"'{role}' is a URL, and a URL has no revisions; leave out 'revision'")
+        return PathRef(path=normalise(path))
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
     # As in mergekit, `path` here is a path as it is: nothing is split off it.

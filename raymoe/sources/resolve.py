@@ -3,7 +3,8 @@
     parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
                                   SourceFile --fetch_file--> local path     actors: whole files
 
-A name that exists as a local folder is one; anything else has to be a Hub id. Several models are resolved at
+A URL is one (file:// is a local path in other words); a name that exists as a local folder is one; anything else has to
+be a Hub id. Several models are resolved at
 once, each path only once, and everything wrong with any of them is raised together.
 """
 
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raymoe.errors import CheckpointError, Problem
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
 from raymoe.sources.hub import HubOptions, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder, stat_file
+from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import quantisation_problems
 from raymoe.sources.refs import is_local_folder
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
 
-__all__ = ["HubOptions", "fetch_file", "fetch_side_files", "resolve_model", "resolve_models"]
+__all__ = ["HubOptions", "StorageOptions", "fetch_file", "fetch_side_files", "resolve_model", "resolve_models"]
 
 _MODELS_AT_ONCE = 8
 _T = TypeVar("_T")
@@ -44,20 +48,24 @@ class _Opened:
     warnings: tuple[str, ...]
 
 
-def resolve_model(ref: ModelRef, options: HubOptions | None = None) -> ModelFacts:
+def resolve_model(
+    ref: ModelRef, options: HubOptions | None = None, storage: StorageOptions | None = None
+) -> ModelFacts:
     """Read the config and the headers of one model. Raises CheckpointError with all its problems."""
-    return resolve_models([ref], options)[ref]
+    return resolve_models([ref], options, storage)[ref]
 
 
-def resolve_models(refs: Iterable[ModelRef], options: HubOptions | None = None) -> dict[ModelRef, ModelFacts]:
+def resolve_models(
+    refs: Iterable[ModelRef], options: HubOptions | None = None, storage: StorageOptions | None = None
+) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order."""
-    refs, options = list(dict.fromkeys(refs)), options or HubOptions()
+    refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
     parts: dict[tuple[PathRef, bool], Future[_Opened]] = {}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
         for ref in refs:
             for path, is_adapter in ((ref.model, False), (ref.adapter, True)):
                 if path is not None and (path, is_adapter) not in parts:
-                    parts[path, is_adapter] = pool.submit(_open, path, is_adapter, options)
+                    parts[path, is_adapter] = pool.submit(_open, path, is_adapter, options, storage)
     problems: list[Problem] = []
     opened = {key: part for key, future in parts.items() if (part := _collect(problems, future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
@@ -81,8 +89,8 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _open(path: PathRef, is_adapter: bool, options: HubOptions) -> _Opened:
-    folder = _find_folder(path, is_adapter, options)
+def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> _Opened:
+    folder = _find_folder(path, is_adapter, options, storage)
     problems: list[Problem] = []
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if is_adapter and config_name not in folder.names and "config.json" in folder.names:
@@ -111,8 +119,14 @@ def _open(path: PathRef, is_adapter: bool, options: HubOptions) -> _Opened:
     )
 
 
-def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions) -> Folder:
+def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Folder:
     role = "adapter" if is_adapter else "model"
+    if is_url(path.path):
+        if (local := local_path(path.path)) is None:
+            return open_object_folder(path.path, role, storage)
+        if not os.path.isdir(local):
+            raise unusable(path.path, f"there is no folder {local} here", f"correct the URL of the {role}")
+        return LocalFolder(local)
     if is_local_folder(path.path):
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
@@ -144,13 +158,17 @@ def _facts(ref: ModelRef, model: _Opened, adapter: _Opened | None) -> ModelFacts
     )
 
 
-def fetch_file(file: SourceFile, options: HubOptions | None = None) -> Path:
+def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: StorageOptions | None = None) -> Path:
     """A path on this node with the bytes of `file`: itself, or a copy in the Hub cache, downloaded if needed.
 
+    An object is copied to a temporary file, which goes with this process: meant for small files, since weights are read
+    by range (`sources.objects.read_range`).
     Raises CheckpointError when the file is not there, can't be had, or is not the one that was planned with.
     """
     if parse_location(file.location) is not None:
         return download(file, options or HubOptions())
+    if is_url(file.location):
+        return fetch_object(file, storage or StorageOptions())
     found = stat_file(file.location)
     if found is None:
         remedy = "put the model where every node sees it under this path, or name it by its Hub id"
@@ -161,11 +179,13 @@ def fetch_file(file: SourceFile, options: HubOptions | None = None) -> Path:
     return Path(file.location)
 
 
-def fetch_side_files(facts: ModelFacts, options: HubOptions | None = None) -> dict[str, Path]:
+def fetch_side_files(
+    facts: ModelFacts, options: HubOptions | None = None, storage: StorageOptions | None = None
+) -> dict[str, Path]:
     """Local paths of a model's side files by their names in the folder (`chat_templates/...` included)."""
     paths: dict[str, Path] = {}
     for file in facts.side_files:
         # The one subfolder that side files can be in; see folder.side_files.
         in_templates = file.location.rsplit("/", 2)[-2] == "chat_templates"
-        paths[f"chat_templates/{file.name}" if in_templates else file.name] = fetch_file(file, options)
+        paths[f"chat_templates/{file.name}" if in_templates else file.name] = fetch_file(file, options, storage)
     return paths

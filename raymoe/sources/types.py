@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathRef:
-    """A local folder or a Hub id (`org/name`), with the revision asked for, if any."""
+    """A local folder, a Hub id (`org/name`) with the revision asked for, if any, or a URL in normal form."""
 
     path: str
     revision: str | None = None
@@ -51,11 +51,13 @@ class ModelRef:
 class SourceFile:
     """One file of a checkpoint.
 
-    `location` is an absolute local path or `hf://org/name@<commit>/file`; `size` is in bytes.
+    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `size` is in bytes.
+    `etag` is what tells one content of an object from another, where its store has such a thing; None elsewhere.
     """
 
     location: str
     size: int
+    etag: str | None = None
 
     @property
     def name(self) -> str:
@@ -119,7 +121,7 @@ class AdapterFacts:
 class ModelFacts:
     """One resolved model.
 
-    `label` is what messages and records call it (a local path, or `org/name@<commit>`), `revision` the Hub commit.
+    `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
     `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files,
     chat templates, generation_config.json (never weights, never code).
     """

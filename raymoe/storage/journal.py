@@ -6,7 +6,7 @@
     OUT/.raymoe/done/FILE.json      size and checksum of a finished file; written after the move
     OUT/raymoe.json                 the record of the finished merge; written last, then `.raymoe/` is removed
 
-A directory with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
+A folder with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
 
 Writers may outlive their run: the actors of a killed driver, or an actor on a node that was lost and replaced. So every
 attempt at a file has a name of its own (X), and every run a folder of its own (RUN) that the next one removes: what a
@@ -22,32 +22,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.types import SourceFile
+from raymoe.storage.records import JOURNAL, FileRecord
 
-__all__ = ["INDEX_NAME", "JOURNAL", "RECORD_NAME", "FileRecord", "Journal", "source_stamps"]
-
-JOURNAL = ".raymoe"
-RECORD_NAME = "raymoe.json"
-INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
-    """A finished file: name, size in bytes, checksum as `algorithm:hex`."""
-
-    name: str
-    size: int
-    checksum: str
+__all__ = ["Journal", "source_stamps", "sync_folder"]
 
 
 class Journal:
-    """Reads and writes the journal of one output folder. `run` names the run that it writes for; `begin` gives the name.
+    """Reads and writes the journal of one output folder. Holds no state but the lock and the name of its run.
 
-    Holds no other state but the lock.
+    `run` is the run that it writes for; the coordinator's journal gets it from `begin`.
     """
 
     def __init__(self, root: Path, run: str = "") -> None:
@@ -59,7 +47,7 @@ class Journal:
     @property
     def exists(self) -> bool:
         """Whether there is an unfinished merge in the folder."""
-        return (self.folder / "plan.json").is_file()
+        return os.path.isfile(self.folder / "plan.json")
 
     @property
     def is_of_this_run(self) -> bool:
@@ -132,9 +120,10 @@ class Journal:
         self.release()
 
     def release(self) -> None:
-        """Give the lock back; a folder that holds nothing else goes with it."""
+        """Give the lock back, if it is held. Half-written files go, and the folder too where it holds nothing else."""
         if self._lock is None:
             return
+        self.clear_parts()
         is_over = not self.exists
         if is_over:
             (self.folder / "lock").unlink(missing_ok=True)

@@ -11,14 +11,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from raymoe.errors import MergeFailed, Problem
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.planning.types import Shard
 from raymoe.sources.folder import is_inside
-from raymoe.storage.journal import INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord, Journal, sync_folder
+from raymoe.sources.types import SourceFile
+from raymoe.storage.journal import Journal, sync_folder
+from raymoe.storage.output import Progress, ShardJob
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
+from raymoe.storage.stream import RouterBytes, shard_chunks
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
 
@@ -27,15 +34,79 @@ _READ_BYTES = 8 << 20
 # else in the folder is somebody's own and stays.
 _CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
-Progress = Callable[[int], None]
-
 
 class LocalOutput:
-    """Writes files into one output folder, for the run of that name (the coordinator's is named by the journal)."""
+    """Implements `Output` on a folder, for the run of that name (the coordinator's is named by the journal)."""
 
     def __init__(self, root: Path, run: str = "") -> None:
         self.root = root
+        self.location = str(root)
         self.journal = Journal(root, run)
+
+    @property
+    def run(self) -> str:
+        return self.journal.run
+
+    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
+        return check_output(self.root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
+
+    def digest(self) -> str | None:
+        return self.journal.digest()
+
+    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+        return self.journal.changed_sources(stamps)
+
+    def lock(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.journal.lock()
+        except OSError as error:
+            raise _unusable(self.root, error) from error
+
+    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+        try:
+            if fresh:
+                remove_checkpoint(self.root)
+            self.journal.begin(digest, stamps)
+        except OSError as error:
+            raise _unusable(self.root, error) from error
+
+    def same_store(self, file: SourceFile) -> bool:
+        return False
+
+    def is_reachable(self) -> bool:
+        return self.journal.is_of_this_run
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return (ShardJob(shard=shard),)
+
+    def do(
+        self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None
+    ) -> FileRecord | None:
+        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all."""
+        shard = job.shard
+        if self.finished(shard.file_name, shard.nbytes) is not None:
+            return None
+        chunks = shard_chunks(shard, reader, router)
+        return self.write(shard.file_name, chunks, expected=shard.nbytes, progress=progress)
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        record: FileRecord | None = results[0] or self.journal.finished(shard.file_name)
+        assert record is not None, f"{shard.file_name}: finished without a record"
+        return record
+
+    def write_small(self, name: str, content: bytes) -> FileRecord:
+        return self.write(name, [content])
+
+    def write_index(self, content: bytes) -> FileRecord:
+        return self.write(INDEX_NAME, [content])
+
+    def end(self, record: bytes) -> None:
+        self.write(RECORD_NAME, [record])
+        self.journal.end()
+
+    def release(self) -> None:
+        self.journal.release()
 
     def finished(self, name: str, size: int) -> FileRecord | None:
         """The record of a file that an earlier run finished, if the file still has that size and content."""
@@ -62,7 +133,7 @@ class LocalOutput:
                     _write_all(file.fileno(), memoryview(chunk))
                     size += len(chunk)
                     if progress is not None:
-                        progress(len(chunk))
+                        progress(len(chunk), 0)
                 os.fsync(file.fileno())
             assert expected is None or size == expected, f"{name}: {size} bytes, planned {expected}"
             os.replace(part, self.root / name)
@@ -75,6 +146,11 @@ class LocalOutput:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
         return record
+
+
+def _unusable(root: Path, error: OSError) -> ProblemReport:
+    what = f"can't be written to: {error.strerror or error}"
+    return ProblemReport([Problem(where=str(root), what=what, remedy="choose another output")])
 
 
 def _write_all(descriptor: int, chunk: memoryview) -> None:

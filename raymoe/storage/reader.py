@@ -1,8 +1,12 @@
-"""Ranged reads of source files on this node.
+"""Ranged reads of source files on this node, wherever they lie.
 
-A `SourceReader` opens each file once and serves ranges of it to several threads. Hub files are fetched into the Hub's
-cache first. Two ways to read: `read_into` for bytes that are passed on (one copy, into the caller's buffer), `view` for
-bytes that are computed with (mapped, no copy; pages are private, so that a caller may write to them).
+A `SourceReader` serves ranges to several threads. A file on this node (Hub files are fetched into the Hub's cache
+first) is opened once; an object is read in place by ranged requests, several under way at once. Ways to read:
+
+    chunks      a long range as a stream, for bytes that are passed on; of an object, the next chunks are read ahead
+    read_into   a range into the caller's buffer
+    scattered   many short ranges, joined where they lie close together
+    view        a tensor that is computed with: mapped and private (pages may be written to), or read
 """
 
 from __future__ import annotations
@@ -10,23 +14,38 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from raymoe.errors import CheckpointError, Problem
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.store import open_store
+from raymoe.objects.urls import is_url
+from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
 
-__all__ = ["SourceReader"]
+__all__ = ["CHUNK_BYTES", "SourceReader"]
+
+CHUNK_BYTES = 8 << 20
+_CHUNKS_AHEAD = 3
+_REQUESTS_AT_ONCE = 8
+# Ranges of an object that lie closer than this are one request: the bytes between cost less than a round trip.
+_JOIN_BYTES = 128 << 10
 
 
 class SourceReader:
     """Open source files of one process. Thread-safe. `close()` when done, or use it as a context manager."""
 
-    def __init__(self, options: HubOptions) -> None:
-        self._options = options
+    def __init__(self, hub: HubOptions, storage: StorageOptions | None = None) -> None:
+        self._hub, self._storage = hub, storage or StorageOptions()
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._read_tensors: dict[TensorEntry, bytearray] = {}
 
     def __enter__(self) -> SourceReader:
         return self
@@ -36,41 +55,124 @@ class SourceReader:
 
     def path(self, file: SourceFile) -> Path:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
-        return fetch_file(file, self._options)
+        return fetch_file(file, self._hub, self._storage)
 
     def read_into(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
+        if is_url(file.location):
+            with as_checkpoint_errors():
+                open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
+        else:
+            self._read_local(file, start, buffer)
+
+    def chunks(self, file: SourceFile, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes [start, end) in order. A chunk is valid until the next one is asked for."""
+        spans = [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
+        if is_url(file.location):
+            yield from self._chunks_ahead(file, spans)
+            return
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - start)))
+        for low, high in spans:
+            self._read_local(file, low, buffer[: high - low])
+            yield buffer[: high - low]
+
+    def scattered(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """The bytes of many short ranges, in the order given."""
+        if not is_url(file.location):
+            return [self._read(file, start, end) for start, end in ranges]
+        groups: list[list[tuple[int, int]]] = []
+        for span in sorted(set(ranges)):
+            if not groups or span[0] - groups[-1][-1][1] > _JOIN_BYTES or span[1] - groups[-1][0][0] > CHUNK_BYTES:
+                groups.append([])
+            groups[-1].append(span)
+        found: dict[tuple[int, int], memoryview] = {}
+        reads = [self._requests().submit(self._read, file, group[0][0], group[-1][1]) for group in groups]
+        for group, read in zip(groups, reads, strict=True):
+            content = read.result()
+            first = group[0][0]
+            found |= {(start, end): content[start - first : end - first] for start, end in group}
+        return [found[span] for span in ranges]
+
+    def view(self, entry: TensorEntry) -> memoryview:
+        """The bytes of a tensor; those of a local file are mapped. Valid until `close()`."""
+        if entry.nbytes == 0:
+            return memoryview(bytearray())
+        if is_url(entry.file.location):
+            return memoryview(self._whole_tensor(entry))
+        return memoryview(self._map(entry.file))[entry.start : entry.end]
+
+    def release(self) -> None:
+        """Let go of mapped pages and read tensors: memory is given back as soon as the last view is dropped."""
+        with self._lock:
+            self._maps.clear()
+            self._read_tensors.clear()
+
+    def close(self) -> None:
+        self.release()
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool = None
+
+    def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
+        buffer = memoryview(bytearray(end - start))
+        self.read_into(file, start, buffer)
+        return buffer
+
+    def _read_local(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         descriptor, done = self._descriptor(file), 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+            except OSError as error:
+                raise _unreadable(file, error) from error
             if count == 0:
                 what = f"ends at byte {start + done}, expected at least {start + len(buffer)}"
                 remedy = "the file changed while it was read; run the merge again"
                 raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
             done += count
 
-    def view(self, entry: TensorEntry) -> memoryview:
-        """The bytes of a tensor, mapped. Valid until `close()`."""
-        if entry.nbytes == 0:
-            return memoryview(bytearray())
-        return memoryview(self._map(entry.file))[entry.start : entry.end]
+    def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """Chunks of an object, a few of them under way before they are asked for."""
+        waiting, under_way = deque(spans), deque[Future[memoryview]]()
+        while waiting or under_way:
+            while waiting and len(under_way) < _CHUNKS_AHEAD:
+                under_way.append(self._requests().submit(self._read, file, *waiting.popleft()))
+            yield under_way.popleft().result()
 
-    def release(self) -> None:
-        """Let go of mapped pages: the memory of views is given back as soon as the last of them is dropped."""
+    def _whole_tensor(self, entry: TensorEntry) -> bytearray:
+        """A tensor of an object, kept until `release()`: LoRA factors are used block by block."""
         with self._lock:
-            self._maps.clear()
+            content = self._read_tensors.get(entry)
+        if content is None:
+            content, target = bytearray(entry.nbytes), entry.start
+            view = memoryview(content)
+            reads = [
+                self._requests().submit(self.read_into, entry.file, target + at, view[at : at + CHUNK_BYTES])
+                for at in range(0, entry.nbytes, CHUNK_BYTES)
+            ]
+            for read in reads:
+                read.result()
+            with self._lock:
+                self._read_tensors[entry] = content
+        return content
 
-    def close(self) -> None:
+    def _requests(self) -> ThreadPoolExecutor:
         with self._lock:
-            self._maps.clear()  # a mapping lives on while somebody still holds a view of it
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read")
+            return self._pool
 
     def _descriptor(self, file: SourceFile) -> int:
         with self._lock:
             if file.location not in self._descriptors:
-                self._descriptors[file.location] = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._descriptors[file.location] = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise _unreadable(file, error) from error
             return self._descriptors[file.location]
 
     def _map(self, file: SourceFile) -> mmap.mmap:
@@ -79,3 +181,8 @@ class SourceReader:
             if file.location not in self._maps:
                 self._maps[file.location] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
             return self._maps[file.location]
+
+
+def _unreadable(file: SourceFile, error: OSError) -> CheckpointError:
+    what = f"can't be read: {error.strerror or error}"
+    return CheckpointError([Problem(where=file.location, what=what, remedy="check its permissions and its disk")])

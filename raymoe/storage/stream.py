@@ -1,56 +1,69 @@
 """A shard as a stream of bytes: header, copied ranges, transformed blocks, computed rows, in file order.
 
-Parts whose source ranges touch are read as one range. Memory: two buffers of `CHUNK_BYTES`, or one transformed block.
+Any range of a shard can be asked for by itself, so that several workers may each send a piece of one file. Parts whose
+source ranges touch are read as one range. Memory: a few chunks of `CHUNK_BYTES`, or one transformed block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
-from raymoe.planning.types import Copy, Part, Router, Shard, Transform
-from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.transform import transformed_blocks
+from raymoe.planning.types import Part, Router, Shard, Transform
+from raymoe.planning.upload import CopyRange, Span, spans
+from raymoe.sources.types import TensorEntry
+from raymoe.storage.reader import CHUNK_BYTES, SourceReader
+from raymoe.storage.transform import transformed_bytes
 
-__all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks"]
-
-CHUNK_BYTES = 8 << 20
+__all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks", "shard_range"]
 
 RouterBytes = Callable[[Part, Router], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    file: SourceFile
-    start: int
-    end: int
-
-
 def shard_chunks(shard: Shard, reader: SourceReader, router: RouterBytes | None = None) -> Iterator[memoryview]:
     """All bytes of a shard file in order. A chunk is valid until the next one is asked for."""
-    yield memoryview(shard.header)
-    yield from part_chunks(shard.parts, reader, router)
+    return shard_range(shard, 0, shard.nbytes, reader, router)
+
+
+def shard_range(
+    shard: Shard, start: int, end: int, reader: SourceReader, router: RouterBytes | None = None
+) -> Iterator[memoryview]:
+    """Bytes [start, end) of a shard file, in order."""
+    if start < len(shard.header):
+        yield memoryview(shard.header)[start : min(end, len(shard.header))]
+    yield from _range(shard.parts, start, end, reader, router)
 
 
 def part_chunks(
     parts: tuple[Part, ...], reader: SourceReader, router: RouterBytes | None = None
 ) -> Iterator[memoryview]:
     """The bytes of consecutive parts. `router` gives the bytes of computed rows, where there are any."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    for step in _steps(parts):
-        if isinstance(step, _Range):
-            for start in range(step.start, step.end, CHUNK_BYTES):
-                chunk = buffer[: min(CHUNK_BYTES, step.end - start)]
-                reader.read_into(step.file, start, chunk)
-                yield chunk
-        elif isinstance(step.what, Transform):
-            yield from transformed_blocks(reader, step, step.what)
-        elif isinstance(step.what, Router):
-            assert router is not None, "router rows asked for where none were computed"
-            yield memoryview(router(step, step.what))
-        else:
-            yield from _zeros(step.nbytes)
+    return _range(parts, parts[0].start, parts[-1].end, reader, router)
+
+
+def _range(
+    parts: tuple[Part, ...], start: int, end: int, reader: SourceReader, router: RouterBytes | None
+) -> Iterator[memoryview]:
+    for span in spans(parts):
+        low, high = max(span.start, start), min(span.end, end)
+        if low < high:
+            yield from _span_bytes(span, low - span.start, high - span.start, reader, router)
+
+
+def _span_bytes(
+    span: Span, start: int, end: int, reader: SourceReader, router: RouterBytes | None
+) -> Iterator[memoryview]:
+    """Bytes [start, end) of a span."""
+    if isinstance(span.what, CopyRange):
+        yield from reader.chunks(span.what.file, span.what.start + start, span.what.start + end)
+        return
+    part = span.what
+    if isinstance(part.what, Transform):
+        yield from transformed_bytes(reader, part, part.what, start, end)
+    elif isinstance(part.what, Router):
+        assert router is not None, "router rows asked for where none were computed"
+        yield memoryview(router(part, part.what))[start:end]
+    else:
+        yield from _zeros(end - start)
 
 
 def different_tensors(
@@ -78,27 +91,6 @@ def different_tensors(
         if not same:
             different.append(part.name)
     return different
-
-
-def _steps(parts: tuple[Part, ...]) -> Iterator[_Range | Part]:
-    """Copies joined to the longest ranges, everything else as it is."""
-    pending: _Range | None = None
-    for part in parts:
-        if isinstance(part.what, Copy):
-            source = part.what.source
-            if pending and pending.file == source.file and pending.end == source.start:
-                pending = _Range(pending.file, pending.start, source.end)
-                continue
-            if pending:
-                yield pending
-            pending = _Range(source.file, source.start, source.end)
-            continue
-        if pending:
-            yield pending
-            pending = None
-        yield part
-    if pending:
-        yield pending
 
 
 def _zeros(count: int) -> Iterator[memoryview]:

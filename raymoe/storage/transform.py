@@ -17,7 +17,7 @@ from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
 
-__all__ = ["NUMPY_DTYPES", "load_array", "transformed_blocks", "with_lora"]
+__all__ = ["NUMPY_DTYPES", "load_array", "transformed_bytes", "with_lora"]
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -37,29 +37,51 @@ def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.gener
 
 
 def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice) -> Float32:
-    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A."""
-    a = load_array(reader, lora.a).astype(np.float32)
-    b = load_array(reader, lora.b)[rows].astype(np.float32)
-    merged: Float32 = block + np.float32(lora.scaling) * (b @ a)
+    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A.
+
+    The product is summed in float64: the order of its sums depends on the number of threads and on the processor, and
+    in float32 that would be seen in the last bit.
+    """
+    a = load_array(reader, lora.a).astype(np.float64)
+    b = load_array(reader, lora.b)[rows].astype(np.float64)
+    merged: Float32 = block + np.float32(lora.scaling) * (b @ a).astype(np.float32)
     return merged
 
 
-def transformed_blocks(reader: SourceReader, part: Part, what: Transform) -> Iterator[memoryview]:
-    """The bytes of a transformed part, block by block, in order."""
-    array = load_array(reader, what.source)
+def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a transformed part, block by block, in order."""
+    shape = what.source.shape
+    for number, rows in enumerate(_row_blocks(shape)):
+        row_bytes = part.nbytes // shape[0]
+        first, last = rows.start * row_bytes, rows.stop * row_bytes
+        if last <= start or first >= end:
+            continue
+        block = _transformed_block(reader, part, what, number, rows)
+        yield block[max(0, start - first) : min(last, end) - first]
+
+
+def _transformed_block(reader: SourceReader, part: Part, what: Transform, number: int, rows: slice) -> memoryview:
+    block = _read_rows(reader, what.source, rows)
     target = np.dtype(NUMPY_DTYPES[part.dtype])
-    for number, rows in enumerate(_row_blocks(array.shape)):
-        block = array[rows].astype(np.float32)
-        if what.lora is not None:
-            block = with_lora(reader, block, what.lora, rows)
-        if what.noise_scale is not None:
-            noise = _generator(what.seed, part.name, number).standard_normal(block.shape, dtype=np.float32)
-            block += np.float32(what.noise_scale) * noise
-        if what.scale is not None:
-            block *= np.float32(what.scale)
-        with np.errstate(over="ignore"):  # float16 overflows to infinity, as it does in torch
-            cast = np.ascontiguousarray(block.astype(target))
-        yield cast.reshape(-1).view(np.uint8).data
+    if what.lora is not None:
+        block = with_lora(reader, block, what.lora, rows)
+    if what.noise_scale is not None:
+        noise = _generator(what.seed, part.name, number).standard_normal(block.shape, dtype=np.float32)
+        block += np.float32(what.noise_scale) * noise
+    if what.scale is not None:
+        block *= np.float32(what.scale)
+    with np.errstate(over="ignore"):  # float16 overflows to infinity, as it does in torch
+        cast = np.ascontiguousarray(block.astype(target))
+    return cast.reshape(-1).view(np.uint8).data
+
+
+def _read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
+    """Rows of a tensor in float32. Read, not mapped: pages of a whole shard would count as memory of this process."""
+    width = entry.nbytes // entry.shape[0]
+    buffer = bytearray((rows.stop - rows.start) * width)
+    reader.read_into(entry.file, entry.start + rows.start * width, memoryview(buffer))
+    array = np.frombuffer(buffer, dtype=NUMPY_DTYPES[entry.dtype])
+    return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -1,0 +1,104 @@
+"""What object stores raise: errors for people, and the words of those that the stores themselves find.
+
+Errors of client libraries become these in failures.py. No message may hold a credential: URLs have none by their
+normal form (urls.py), and everything that comes from elsewhere goes through `scrub`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from raymoe.errors import Problem, ProblemReport
+
+__all__ = [
+    "Asked",
+    "BucketMissing",
+    "ObjectChanged",
+    "ObjectExists",
+    "ObjectMissing",
+    "StorageError",
+    "UploadGone",
+    "assembled_wrong",
+    "object_changed",
+    "object_exists",
+    "problem_at",
+    "scrub",
+]
+
+
+class StorageError(ProblemReport):
+    """An object store can't do what it was asked for, and waiting did not help."""
+
+    exit_code = 1
+
+
+class ObjectMissing(StorageError):
+    """There is no such object."""
+
+
+class ObjectExists(StorageError):
+    """There is an object where none was to be."""
+
+
+class ObjectChanged(StorageError):
+    """An object is not the one that was planned with."""
+
+
+class UploadGone(StorageError):
+    """A multipart upload was aborted, or completed as something else, or never was."""
+
+
+class BucketMissing(StorageError):
+    """There is no such bucket."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a store was asked for. `operation` is the client's name of the call, as in `get_object`."""
+
+    operation: str
+    url: str
+    source_url: str | None = None
+    only_if_absent: bool = False
+
+
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ACCESS_KEY_ID")
+_USER_INFO = re.compile(r"(?<=//)[^\s/@]+@")
+_QUERY = re.compile(r"(?i)\b(X-Amz-[A-Za-z-]+|Signature|AWSAccessKeyId|GoogleAccessId|sig|token)=[^\s&'\"]+")
+
+
+def scrub(text: str) -> str:
+    """`text` without presigned queries, credentials in URLs, and the values of this process's credential variables."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name)
+        if value and len(value) >= 4:
+            text = text.replace(value, f"<{name}>")
+    return _QUERY.sub(r"\1=<removed>", _USER_INFO.sub("", text))
+
+
+def problem_at(asked: Asked, what: str, remedy: str, kind: type[StorageError] = StorageError) -> StorageError:
+    """The error of one problem of what was asked."""
+    return kind([Problem(where=asked.url, what=scrub(what), remedy=remedy)])
+
+
+def object_changed(asked: Asked, how: str) -> StorageError:
+    """The error for an object (the source of a copy, where there is one) that is another than was planned with."""
+    which = f"the source {asked.source_url}" if asked.source_url else "the object"
+    what = f"{which} is no longer what was planned with: {how}"
+    return problem_at(asked, what, "run the merge again when the object no longer changes", ObjectChanged)
+
+
+def object_exists(url: str) -> StorageError:
+    """The error for something in the way of an object that was to be new."""
+    what, remedy = "there is an object of this name already", "choose another output, or allow overwriting"
+    return ObjectExists([Problem(where=url, what=what, remedy=remedy)])
+
+
+def assembled_wrong(url: str, size: int | None, expected: int) -> StorageError:
+    """The error for an object that is not the sum of its parts."""
+    found = "it is not there" if size is None else f"it has {size} bytes"
+    what = f"the object was assembled from {expected} bytes in parts, but {found}"
+    remedy = "run the same command again when nothing else writes to this place; else don't use this store"
+    return StorageError([Problem(where=url, what=what, remedy=remedy)])

@@ -1,0 +1,232 @@
+"""Which failures pass, how long to wait for it, and how many requests to have under way meanwhile.
+
+    Retries.run(attempt) --> the result, or a Failure: the last error, for the caller to put into words
+
+One `Retries` a store and process. Every attempt takes a slot of the pacer. A failure that passes by itself (5xx, a
+reset, a timeout, a truncated body) is tried again after a random time that grows from try to try, until the call's
+deadline. A server that asks to slow down also halves the number of slots, which then come back one by one as requests
+succeed: additive increase, multiplicative decrease, as TCP does it.
+
+The client libraries' own retries are switched off, so that there is one policy, one deadline and one count.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+__all__ = ["Failure", "Kind", "Mismatch", "Pacer", "Retries", "ShortRead", "error_code", "error_status", "kind_of"]
+
+T = TypeVar("T")
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 20.0
+_THROTTLED_WAIT_S = 0.5  # the first wait after 'slow down'
+_TRIES_AT_FIRST_CONTACT = 4  # an endpoint that never answered is more likely misspelt than overloaded
+
+_THROTTLE_CODES = frozenset(
+    {"SlowDown", "SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "Throttling", "ThrottlingException"}
+    | {"RequestLimitExceeded", "TooManyRequests", "BandwidthLimitExceeded", "RequestThrottled"}
+)
+# BadDigest and its like: the body was damaged on its way.
+_PASSING_CODES = frozenset(
+    {"InternalError", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"}
+    | {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+)
+_PASSING_STATUS = frozenset({408, 500, 502, 504})
+_THROTTLE_STATUS = frozenset({429, 503})
+# Names and not classes: several HTTP libraries, none of which is imported here. A class counts with its bases.
+_PASSING_ERRORS = frozenset(
+    {"ClientPayloadError", "ClientConnectionError", "ServerDisconnectedError", "HttpProcessingError"}  # aiohttp
+    | {"ConnectionClosedError", "ReadTimeoutError", "ConnectTimeoutError", "ResponseStreamingError"}  # botocore
+    | {"EndpointConnectionError", "ProxyConnectionError", "ChecksumError", "ResponseParserError", "HTTPClientError"}
+    | {"IncompleteRead", "IncompleteReadError", "TimeoutError", "ConnectionError"}
+)
+_LASTING_ERRORS = frozenset({"SSLError", "InvalidProxiesConfigError", "ClientSSLError", "InvalidURL"})
+_CONNECT_ERRORS = frozenset(
+    {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "HTTPClientError"}
+)
+
+
+class ShortRead(Exception):
+    """Fewer bytes, or others, than were asked for or sent."""
+
+
+class Mismatch(Exception):
+    """An object that is not the one that was asked for: shorter, or of another ETag. Waiting does not help."""
+
+
+class Kind(Enum):
+    """What to do about a failure."""
+
+    LASTS = "lasts"
+    PASSES = "passes"
+    THROTTLED = "throttled"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A call that was given up: for a reason that lasts, or at its deadline."""
+
+    error: Exception
+    kind: Kind
+    tries: int
+    elapsed_s: float
+
+
+def error_code(error: BaseException) -> str:
+    """The code that an S3 server gave ('NoSuchKey'), or ''. Answers without a body give the status as their code."""
+    return str(_error_answer(error).get("Code", ""))
+
+
+def error_status(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for, if it is of a kind that has one."""
+    response = getattr(error, "response", None)
+    meta = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    # What gcsfs, adlfs and aiohttp call it.
+    for value in (meta.get("HTTPStatusCode"), getattr(error, "status", None), getattr(error, "code", None)):
+        if str(value).isdigit():
+            return int(str(value))
+    return None
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether waiting may help."""
+    code, status = error_code(error), error_status(error)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if code in _THROTTLE_CODES or status in _THROTTLE_STATUS:
+        return Kind.THROTTLED
+    if code in _PASSING_CODES or status in _PASSING_STATUS:
+        return Kind.PASSES
+    if status is not None or names & _LASTING_ERRORS:
+        return Kind.LASTS
+    passes = isinstance(error, ShortRead) or names & _PASSING_ERRORS
+    return Kind.PASSES if passes else Kind.LASTS
+
+
+class Pacer:
+    """Slots for requests under way. Thread-safe."""
+
+    def __init__(self, slots: int):
+        self._most, self._slots = float(slots), float(slots)
+        self._taken, self._slowed_at = 0, 0.0
+        self._changed = threading.Condition()
+
+    @property
+    def slots(self) -> int:
+        return max(1, int(self._slots))
+
+    @contextmanager
+    def slot(self, timeout_s: float) -> Iterator[None]:
+        """Wait for a free slot and hold it. Raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._taken < self.slots, timeout=timeout_s):
+                raise TimeoutError(f"no request slot came free within {timeout_s:.0f} s")
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= 1
+                self._changed.notify_all()
+
+    def succeeded(self) -> None:
+        """One more slot for as many successes as there are slots."""
+        with self._changed:
+            self._slots = min(self._most, self._slots + 1 / self._slots)
+            self._changed.notify_all()
+
+    def throttled(self, started_at: float) -> None:
+        """Halve the slots: once for all requests that were under way together."""
+        with self._changed:
+            if started_at > self._slowed_at:
+                self._slots = max(1.0, self._slots / 2)
+                self._slowed_at = time.monotonic()
+
+
+class Retries:
+    """Runs attempts until one succeeds. Thread-safe."""
+
+    def __init__(self, max_requests: int, deadline_s: float):
+        self.pacer = Pacer(max_requests)
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._answered = False
+        self.requests, self.retries, self.times_throttled = 0, 0, 0
+
+    def run(self, attempt: Callable[[float], T]) -> T | Failure:
+        """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through."""
+        began, tries = time.monotonic(), 0
+        while True:
+            left = self._deadline_s - (time.monotonic() - began)
+            tries += 1
+            error = self._try(attempt, left, again=tries > 1)
+            if not isinstance(error, _Error):
+                return error
+            kind = kind_of(error.error)
+            if kind is not Kind.LASTS and not self._answered and _is_connect_error(error.error):
+                kind = kind if tries < _TRIES_AT_FIRST_CONTACT else Kind.LASTS
+            wait = _wait_s(tries, kind, error.error)
+            elapsed = time.monotonic() - began
+            if kind is Kind.LASTS or elapsed + wait >= self._deadline_s:
+                return Failure(error.error, kind, tries, elapsed)
+            time.sleep(wait)
+
+    def _try(self, attempt: Callable[[float], T], left: float, *, again: bool) -> T | _Error:
+        started = time.monotonic()
+        try:
+            with self.pacer.slot(left):
+                with self._lock:
+                    self.requests += 1
+                    self.retries += again
+                started = time.monotonic()
+                result = attempt(left)
+        except Exception as error:
+            if kind_of(error) is Kind.THROTTLED:
+                self.pacer.throttled(started)
+                with self._lock:
+                    self.times_throttled += 1
+            self._answered = self._answered or error_status(error) is not None
+            # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,
+            # and an answer about a token that has expired carries the token.
+            return _Error(error)
+        self.pacer.succeeded()
+        self._answered = True
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """Marks an error among results."""
+
+    error: Exception
+
+
+def _is_connect_error(error: BaseException) -> bool:
+    return bool({cls.__name__ for cls in type(error).__mro__[:1]} & _CONNECT_ERRORS)
+
+
+def _wait_s(tries: int, kind: Kind, error: BaseException) -> float:
+    first = _THROTTLED_WAIT_S if kind is Kind.THROTTLED else _FIRST_WAIT_S
+    longest = min(_LONGEST_WAIT_S, first * 2 ** min(tries - 1, 20))
+    # From a half on: no waiting at all would defeat the purpose, equal waits would bring all back at once.
+    return max(_retry_after_s(error), random.uniform(longest / 2, longest))
+
+
+def _retry_after_s(error: BaseException) -> float:
+    response = getattr(error, "response", None)
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}) if isinstance(response, dict) else {}
+    value = str(headers.get("retry-after", ""))
+    return min(float(value), 60.0) if value.isdigit() else 0.0
+
+
+def _error_answer(error: BaseException) -> dict[str, Any]:
+    response = getattr(error, "response", None)
+    answer = response.get("Error") if isinstance(response, dict) else None
+    return answer if isinstance(answer, dict) else {}

@@ -1,0 +1,116 @@
+"""URLs of objects and of folders of objects, as text in one normal form.
+
+    s3://bucket/key/of/object      s3a:// means the same
+    gs://, memory://, https://...  whatever fsspec knows
+    file:///absolute/path          a local path in other words; see `local_path`
+
+In normal form a URL has no trailing slash and no empty, '.' or '..' segment, so that equal places are equal strings. A
+key is taken literally: '%41' is not 'A', '+' is not a space. URLs hold no credentials and no queries: they end up in
+messages, plans and records. What is refused for that reason is refused without being repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+__all__ = [
+    "S3Location",
+    "check_no_secrets",
+    "is_s3",
+    "is_url",
+    "join",
+    "local_path",
+    "normalise",
+    "relative",
+    "s3_location",
+]
+
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9.\-]*)://")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*")
+_AUTHORITY = re.compile(r"://([^/]*)")
+# Hub models are named by their id; hf:// is how *we* call a file of one (sources/hub.py).
+_NOT_OURS = ("hf",)
+_CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
+
+
+class S3Location(NamedTuple):
+    """The parts of `s3://bucket/key`; the key of a whole bucket is empty."""
+
+    bucket: str
+    key: str
+
+
+def is_url(text: str) -> bool:
+    """Whether a path as a user writes it names something in an object store (or any other fsspec file system)."""
+    match = _SCHEME.match(text.strip())
+    return match is not None and match["scheme"].lower() not in _NOT_OURS
+
+
+def is_s3(url: str) -> bool:
+    """Whether a URL (also one not yet normalised) is S3's."""
+    return url.strip().lower().startswith(("s3://", "s3a://"))
+
+
+def normalise(text: str) -> str:
+    """The normal form of a URL. Raises ValueError with a message for the user."""
+    text = text.strip()
+    check_no_secrets(text)
+    match = _SCHEME.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a URL such as s3://bucket/prefix")
+    scheme, rest = match["scheme"].lower(), text[match.end() :]
+    scheme = "s3" if scheme == "s3a" else scheme
+    authority, _, key = rest.partition("/")
+    if "::" in text or not text.isprintable() or "\\" in text:
+        raise ValueError(f"the URL {text!r} has '::', a backslash or unprintable characters")
+    if scheme == "s3" and not _BUCKET.fullmatch(authority):
+        raise ValueError(f"{text!r} has no valid bucket name; write s3://bucket/prefix")
+    if not rest.strip("/"):
+        raise ValueError(f"{text!r} names no place; write {scheme}://bucket/prefix")
+    key = key.rstrip("/")
+    bad = next((part for part in key.split("/") if part in ("", ".", "..")), None) if key else None
+    if bad is not None:
+        raise ValueError(f"{text!r} has the path segment {bad!r}; write the URL without it")
+    return f"{scheme}://{authority}/{key}" if key else f"{scheme}://{authority}"
+
+
+def check_no_secrets(text: str) -> None:
+    """Raise ValueError, without repeating the text, if a URL in it has credentials or a query.
+
+    To be called before anything is made of text from outside: a secret key may itself hold '/', '+' and '@'.
+    """
+    for match in _AUTHORITY.finditer(text):
+        authority, scheme = match[1], text[: match.start()].lower()
+        colon = ":" in authority and (scheme.endswith(("s3", "s3a")) or not authority.rpartition(":")[2].isdigit())
+        if "@" in authority or colon:
+            raise ValueError(f"a URL has credentials or a revision where its bucket or host should be; {_CREDENTIALS}")
+        if "?" in text[match.end() :]:
+            raise ValueError(f"a URL has a query ('?...'); leave it out: {_CREDENTIALS}")
+
+
+def s3_location(url: str) -> S3Location:
+    """Bucket and key of a normalised S3 URL."""
+    assert url.startswith("s3://"), url
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return S3Location(bucket, key)
+
+
+def join(url: str, *names: str) -> str:
+    """The URL of a file (`names`, with '/' for subfolders) in the folder `url`."""
+    return "/".join([url.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def relative(url: str, folder: str) -> str:
+    """The name of `url` inside `folder`."""
+    prefix = folder.rstrip("/") + "/"
+    assert url.startswith(prefix), (url, folder)
+    return url.removeprefix(prefix)
+
+
+def local_path(url: str) -> str | None:
+    """The absolute path that a file:// URL stands for; None for any other."""
+    match = _SCHEME.match(url)
+    if match is None or match["scheme"].lower() not in ("file", "local"):
+        return None
+    return "/" + url[match.end() :].lstrip("/")

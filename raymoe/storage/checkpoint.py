@@ -1,0 +1,61 @@
+"""Reading what a merge has left: a finished checkpoint, in a folder or in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_url
+from raymoe.sources.folder import Folder
+from raymoe.sources.local import LocalFolder
+from raymoe.sources.objects import open_object_folder
+from raymoe.sources.types import SourceFile
+from raymoe.storage.output import output_location
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import JOURNAL
+
+__all__ = ["checksum_like", "open_checkpoint", "read_object"]
+
+
+def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
+    """The folder of a finished checkpoint. Raises ProblemReport if there is none, or the merge is not finished."""
+    try:
+        location = output_location(place)
+    except ValueError as error:
+        raise ProblemReport([Problem(where=str(place), what=str(error))]) from None
+    folder: Folder = open_object_folder(location, "checkpoint", storage) if is_url(location) else LocalFolder(location)
+    if folder.find(f"{JOURNAL}/plan.json") is not None:
+        remedy = "run the merge command again to finish it"
+        raise ProblemReport([Problem(where=location, what="this merge is not finished", remedy=remedy)])
+    return folder
+
+
+def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises ProblemReport; `missing` says what it means if the file is not there."""
+    file = folder.find(name)
+    if file is None:
+        raise ProblemReport([Problem(where=folder.label, what=missing, remedy=remedy)])
+    try:
+        content = json.loads(folder.read(file))
+    except ValueError as error:
+        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what=f"can't be read: {error}")]) from None
+    if not isinstance(content, dict):
+        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what="can't be read: it holds no JSON object")])
+    return content
+
+
+def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str:
+    """The file's checksum as it is now, of the kind that was recorded. All bytes are read, but for an `etag`."""
+    kind = recorded.partition(":")[0]
+    if kind == "etag":
+        return f"etag:{file.etag}"
+    hasher: Any = hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128()
+    for chunk in reader.chunks(file, 0, file.size):
+        hasher.update(chunk)
+    return f"{kind}:{hasher.hexdigest()}"

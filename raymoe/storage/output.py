@@ -1,0 +1,124 @@
+"""The protocol that a merge is written through, whatever the output is: a local folder or an object store.
+
+    coordinator   problems -> begin -> jobs(shard) ... complete(shard, results) -> write small files -> end
+    actors        do(job)
+
+A shard is written by one job or by several, which different actors may do at the same time; nothing of it is visible
+before it is whole. Every step can be repeated: after any death the same calls end in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from raymoe.errors import Problem
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_s3, is_url, local_path, normalise
+from raymoe.planning.types import Shard
+from raymoe.planning.upload import UploadPart
+from raymoe.sources.types import SourceFile
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import FileRecord
+from raymoe.storage.stream import RouterBytes
+
+__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location"]
+
+# Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied."""
+
+    shard: Shard
+    upload_id: str | None = None
+    parts: tuple[UploadPart, ...] = ()
+
+
+class Output(Protocol):
+    """One output. `location` is its absolute path or URL."""
+
+    location: str
+
+    @property
+    def run(self) -> str:
+        """The run that writes; an actor's output is made with it."""
+
+    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
+        """What keeps a merge from being written here. Writes nothing."""
+
+    def digest(self) -> str | None:
+        """The plan of the unfinished merge that is here; None where there is none."""
+
+    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+        """Local source files that were modified since the unfinished merge began."""
+
+    def lock(self) -> None:
+        """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
+
+    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+        """Begin a run; with `fresh`, what an earlier merge left here is removed first."""
+
+    def same_store(self, file: SourceFile) -> bool:
+        """Whether this output's store can copy from that source file itself."""
+
+    def is_reachable(self) -> bool:
+        """Whether this process sees the output of this run, and the run has not been replaced by another."""
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        """What there is to do for a shard: nothing, if an earlier run finished it."""
+
+    def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+        """Do a job; what it returns is for `complete`."""
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        """All jobs of a shard are done: make it visible."""
+
+    def write_small(self, name: str, content: bytes) -> FileRecord:
+        """Write a small file as a whole."""
+
+    def write_index(self, content: bytes) -> FileRecord:
+        """Write the file that makes the output a checkpoint, and never over somebody else's."""
+
+    def end(self, record: bytes) -> None:
+        """Write the record of the merge; it is complete, and the journal goes."""
+
+    def release(self) -> None:
+        """Leave the output, finished or not, with nothing half-written."""
+
+
+def output_location(text: str | Path) -> str:
+    """An output as a user names it, as an absolute path or a URL in normal form. Raises ValueError for a bad URL."""
+    if not is_url(str(text)):
+        return str(Path(text).expanduser().absolute())
+    url = normalise(str(text))
+    return local_path(url) or url
+
+
+def open_output(location: str, storage: StorageOptions, run: str = "") -> Output:
+    """The output at a location; an actor names the `run` that it works for."""
+    if not is_url(location):
+        from raymoe.storage.local import LocalOutput
+
+        return LocalOutput(Path(location), run)
+    if is_s3(location):
+        from raymoe.storage.s3_output import S3Output
+
+        return S3Output(location, storage, run)
+    from raymoe.storage.stream_output import StreamOutput
+
+    return StreamOutput(location, storage, run)
+
+
+def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:
+    """A bounded stream in one buffer of `size` bytes."""
+    buffer, filled = bytearray(size), 0
+    for chunk in chunks:
+        buffer[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    assert filled == size, f"a stream of {filled} bytes, expected {size}"
+    return buffer

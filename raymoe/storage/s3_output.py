@@ -1,0 +1,240 @@
+"""An S3 prefix as output: shards become objects by multipart uploads, whose parts the store copies itself where it can.
+
+The coordinator opens a shard's upload, actors send its parts or have them copied, the coordinator completes it: that is
+the moment in which the whole object becomes visible. Several actors may feed one upload. An upload that a dead run left
+is taken up again where its id is known, and aborted where only the intention is; uploads that the journal does not know
+of are somebody else's and are left alone.
+
+Memory: a job holds `_PARTS_AT_ONCE` parts of at most 16 MiB and as many read buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+from raymoe.errors import MergeFailed, Problem
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.problems import ObjectExists, StorageError, UploadGone
+from raymoe.objects.store import MultipartStore, UploadedPart, open_store
+from raymoe.objects.urls import is_s3, join
+from raymoe.planning.types import Shard
+from raymoe.planning.upload import UploadPart, upload_parts
+from raymoe.sources.types import SourceFile
+from raymoe.storage.object_journal import ObjectJournal, occupied
+from raymoe.storage.output import Progress, ShardJob, read_stream
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.storage.stream import RouterBytes, shard_range
+
+__all__ = ["S3Output"]
+
+_PARTS_AT_ONCE = 4
+# A job is small enough that a death costs little, and that two actors share a large shard.
+_JOB_SENT_BYTES = 256 << 20
+_JOB_COPIED_BYTES = 8 << 30
+_META_RUN = "raymoe-plan"
+
+
+class S3Output:
+    """Implements `Output` on S3."""
+
+    def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
+        self.location = location
+        self._storage = storage
+        self._store = cast(MultipartStore, open_store(location, storage))
+        self._journal = ObjectJournal(self._store, location, run)
+        self._uploads: dict[str, str] = {}  # shard -> id of its open upload
+        self._parts_there: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
+
+    @property
+    def run(self) -> str:
+        return self._journal.run
+
+    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
+        try:
+            problem = occupied(self._store, self._journal, self.location, digest)
+        except StorageError as error:
+            return list(error.problems)
+        return [problem] if problem and not overwrite else []
+
+    def digest(self) -> str | None:
+        return self._journal.plan().get("digest")
+
+    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+        return self._journal.changed_sources(stamps)
+
+    def lock(self) -> None:
+        """Nothing to take: see `ObjectJournal`."""
+
+    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+        if fresh:
+            self._remove_checkpoint()
+        self._journal.begin(digest, stamps)
+
+    def same_store(self, file: SourceFile) -> bool:
+        return is_s3(file.location)
+
+    def is_reachable(self) -> bool:
+        return self._journal.is_of_this_run
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        if self._finished(shard.file_name, shard.nbytes) is not None:
+            return ()
+        parts = upload_parts(shard, self.same_store)
+        upload_id, there = self._open_upload(shard.file_name)
+        usable = {p.number: p for p in there}
+        done = [usable[p.number] for p in parts if p.number in usable and usable[p.number].size == p.nbytes]
+        self._uploads[shard.file_name], self._parts_there[shard.file_name] = upload_id, done
+        numbers = {part.number for part in done}
+        missing = [part for part in parts if part.number not in numbers]
+        groups = _groups(missing)
+        return [ShardJob(shard=shard, upload_id=upload_id, parts=group) for group in groups]
+
+    def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+        """The parts that the store has now. `router` gives computed rows."""
+        assert job.upload_id is not None
+        upload_id, url = job.upload_id, join(self.location, job.shard.file_name)
+
+        def send(part: UploadPart) -> UploadedPart:
+            if part.copy is not None:
+                source = part.copy
+                there = self._store.copy_part(
+                    url, upload_id, part.number, source.file.location, source.start, source.end, source.file.etag
+                )
+                progress(0, part.nbytes)
+                return there
+            chunks = shard_range(job.shard, part.start, part.end, reader, router)
+            there = self._store.upload_part(url, upload_id, part.number, read_stream(chunks, part.nbytes))
+            progress(part.nbytes, 0)
+            return there
+
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+            return list(pool.map(send, job.parts))
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        if (record := self._finished(shard.file_name, shard.nbytes)) is not None:
+            return record
+        self._check_run()
+        name = shard.file_name
+        parts = [*self._parts_there.pop(name), *(part for result in results for part in result)]
+        parts.sort(key=lambda part: part.number)
+        url, upload_id = join(self.location, name), self._uploads[name]
+        info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata())
+        assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
+        record = FileRecord(name=name, size=info.size, checksum=self._checksum(url, info.etag))
+        self._journal.record(record)
+        self._journal.forget_upload(name)
+        del self._uploads[name]
+        return record
+
+    def write_small(self, name: str, content: bytes) -> FileRecord:
+        self._check_run()
+        url = join(self.location, name)
+        info = self._store.put(url, content)
+        return FileRecord(name=name, size=len(content), checksum=self._checksum(url, info.etag))
+
+    def write_index(self, content: bytes) -> FileRecord:
+        self._check_run()
+        url = join(self.location, INDEX_NAME)
+        # Not every server honours a conditional put: look first, so that only a race of moments is left to it.
+        there = self._store.stat(url)
+        if there is not None and self._store.read_all(url) != content:
+            raise MergeFailed(f"{url}: an index of something else has appeared here since the merge began")
+        if there is None:
+            try:
+                info = self._store.put(url, content, only_if_absent=True)
+            except ObjectExists as error:
+                raise MergeFailed(f"{url}: somebody else has written an index here") from error
+        else:
+            info = self._store.put(url, content)
+        return FileRecord(name=INDEX_NAME, size=len(content), checksum=self._checksum(url, info.etag))
+
+    def end(self, record: bytes) -> None:
+        self.write_small(RECORD_NAME, record)
+        self._journal.clear()
+
+    def release(self) -> None:
+        """Abort what this process has opened; a run that was replaced leaves the uploads to the one that goes on."""
+        if self._uploads and self._journal.is_of_this_run:
+            for name, upload_id in self._uploads.items():
+                self._store.abort_upload(join(self.location, name), upload_id)
+                self._journal.forget_upload(name)
+            self._uploads.clear()
+
+    def _finished(self, name: str, size: int) -> FileRecord | None:
+        record = self._journal.finished(name)
+        if record is None or record.size != size:
+            return None
+        url = join(self.location, name)
+        info = self._store.stat(url)
+        if info is None or info.size != size or self._checksum(url, info.etag) != record.checksum:
+            return None
+        return record
+
+    def _checksum(self, url: str, etag: str | None) -> str:
+        """The store's own digest of the object, or with `storage.checksum: sha256` one of its bytes, read back."""
+        if self._storage.checksum is None:
+            return f"etag:{etag}"
+        import hashlib
+
+        info = self._store.stat(url)
+        assert info is not None
+        hasher, step = hashlib.sha256(), 16 << 20
+        for start in range(0, info.size, step):
+            hasher.update(self._store.read(url, start, min(start + step, info.size), info.etag))
+        return f"sha256:{hasher.hexdigest()}"
+
+    def _metadata(self) -> dict[str, str]:
+        # The plan, not the run: whoever completes an upload of this plan has written these very bytes.
+        return {_META_RUN: str(self.digest())}
+
+    def _open_upload(self, name: str) -> tuple[str, Sequence[UploadedPart]]:
+        """An upload of `name`: the one that an earlier run left, with its parts, or a new one."""
+        url, noted = join(self.location, name), self._journal.upload(name)
+        if noted.get("id"):
+            try:
+                return noted["id"], self._store.list_parts(url, noted["id"])
+            except UploadGone:
+                self._journal.forget_upload(name)
+        ours = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
+        if noted and not noted.get("id"):
+            # The run died between its intention and the id: what has been opened since then is its own.
+            for upload_id in set(ours) - set(noted["known"]):
+                self._store.abort_upload(url, upload_id)
+                ours.remove(upload_id)
+        self._journal.intend_upload(name, known=ours)
+        upload_id = self._store.create_upload(url, metadata=self._metadata())
+        self._journal.begun_upload(name, upload_id)
+        return upload_id, ()
+
+    def _check_run(self) -> None:
+        if not self._journal.is_of_this_run:
+            raise MergeFailed(f"{self.location}: another run of this merge has taken over this output")
+
+    def _remove_checkpoint(self) -> None:
+        """Remove the checkpoint here, record and index first; objects that are no checkpoint's stay."""
+        names = {entry.name for entry in self._store.list(self.location)}
+        checkpoint = [n for n in names if "/" not in n and n.startswith(("model", "pytorch_model"))]
+        for name in [n for n in (RECORD_NAME, INDEX_NAME) if n in names] + checkpoint:
+            self._store.delete(join(self.location, name))
+        for name in self._journal.uploads():
+            if upload_id := self._journal.upload(name).get("id"):
+                self._store.abort_upload(join(self.location, name), upload_id)
+        self._journal.clear()
+
+
+def _groups(parts: Sequence[UploadPart]) -> Iterator[tuple[UploadPart, ...]]:
+    """Parts in jobs of bounded size, in order."""
+    group: list[UploadPart] = []
+    sent = copied = 0
+    for part in parts:
+        group.append(part)
+        sent += 0 if part.copy else part.nbytes
+        copied += part.nbytes if part.copy else 0
+        if sent >= _JOB_SENT_BYTES or copied >= _JOB_COPIED_BYTES:
+            yield tuple(group)
+            group, sent, copied = [], 0, 0
+    if group:
+        yield tuple(group)

@@ -1,0 +1,91 @@
+"""`raymoe inspect`: MoE and dense folders, and folders that are no checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raymoe.planning import MergeOptions
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.pico import merge_config
+
+    out = tmp_path_factory.mktemp("inspect") / "out"
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="random")
+    ray_merge(config, out, MergeOptions(max_shard_bytes=300_000))
+    return out
+
+
+def test_moe(cli: Cli, merged: Path) -> None:
+    done = cli("inspect", merged, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    config, index = (json.loads((merged / name).read_text()) for name in ("config.json", "model.safetensors.index.json"))
+    assert found["architecture"] == "MixtralForCausalLM"
+    assert (found["layers"], found["hidden_size"]) == (config["num_hidden_layers"], config["hidden_size"])
+    assert (found["experts"], found["experts_per_token"]) == (3, 2)
+    assert found["parameters"] == index["metadata"]["total_parameters"]
+    assert found["dtypes"] == {"F32": index["metadata"]["total_size"]}
+    assert {shard["file"] for shard in found["shards"]} == set(index["weight_map"].values())
+    for shard in found["shards"]:
+        assert shard["bytes"] == (merged / shard["file"]).stat().st_size
+    # A layer has three matrices of hidden x intermediate an expert.
+    expert = 3 * config["num_hidden_layers"] * config["hidden_size"] * config["intermediate_size"]
+    assert found["parameters_per_expert"] == expert
+    assert found["active_parameters"] == found["parameters"] - expert
+    assert found["routers"]["layers"] == config["num_hidden_layers"]
+    # `random` rows are of unit length, and of no relation to each other.
+    assert found["routers"]["row_norm"] == pytest.approx({"min": 1.0, "max": 1.0}, abs=1e-3)
+    assert abs(found["routers"]["cosine_between_rows"]["mean"]) < 0.5
+    assert [source["owner"] for source in found["merge"]["sources"]] == ["base", "expert 0", "expert 1", "expert 2"]
+
+
+def test_moe_as_text(cli: Cli, merged: Path) -> None:
+    done = cli("inspect", merged)
+    assert done.code == 0
+    assert "3 experts of 55.30K, 2 for each token" in done.out
+    assert "made by raymoe" in done.out and "expert 2" in done.out
+
+
+def test_dense(cli: Cli, zoo: Callable[..., Path]) -> None:
+    folder = zoo("llama", seed=1)
+    found = json.loads(cli("inspect", folder, "--json").out)
+    assert found["architecture"] == "LlamaForCausalLM"
+    assert not found.keys() & {"experts", "routers", "merge"}
+    assert found["bytes"] == (folder / "model.safetensors").stat().st_size
+    done = cli("inspect", folder)
+    assert done.code == 0 and "experts" not in done.out
+
+
+def test_no_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    for folder in (tmp_path / "none", tmp_path):
+        done = cli("inspect", folder)
+        assert done.code == 2
+        assert "no readable config.json: No such file or directory" in done.err
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "[]"), ("config.json", "{"), ("raymoe.json", "{")])
+def test_broken_json(cli: Cli, merged: Path, tmp_path: Path, name: str, text: str) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out" / name).write_text(text)
+    done = cli("inspect", tmp_path / "out")
+    assert done.code == 2
+    assert name in done.err
+
+
+def test_unfinished(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out/.raymoe").mkdir()
+    assert cli("inspect", tmp_path / "out").code == 0  # an empty folder is no journal
+    (tmp_path / "out/.raymoe/plan.json").write_text("{}")
+    done = cli("inspect", tmp_path / "out")
+    assert done.code == 2
+    assert "this merge is not finished" in done.err

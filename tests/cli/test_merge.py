@@ -1,0 +1,134 @@
+"""`raymoe merge` as its users type it, mergekit-moe's arguments among them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import hashes, raymoe
+
+MERGEKIT_IDLE = {
+    "--lazy-unpickle": [],
+    "--low-cpu-memory": [],
+    "--read-to-gpu": [],
+    "--multi-gpu": [],
+    "--gpu-rich": [],
+    "--cuda": [],
+    "--async-write": [],
+    "--write-threads": ["4"],
+    "--num-threads": ["3"],
+    "--clone-tensors": [],
+    "--safe-serialization": [],
+    "--lora-merge-cache": ["/tmp/cache"],
+    "--lora-merge-dtype": ["float16"],
+    "--unsafe-truncate-embeddings": [],
+}
+"""Flags of mergekit-moe that have nothing to do here."""
+
+MERGEKIT_OTHERS = [
+    *("--i-understand-this-is-not-useful-without-training", "--trust-remote-code", "--random-seed", "7"),
+    *("--device", "cpu", "--transformers-cache", "/tmp/cache", "--allow-crimes", "--copy-tokenizer"),
+    *("--out-shard-size", "5B", "--no-write-model-card", "-v"),
+]
+
+
+def test_as_mergekit_moe_is_called(config: Callable[..., Path], ray_env: dict[str, str], tmp_path: Path) -> None:
+    path = config("cheap_embed")
+    assert raymoe("merge", path, tmp_path / "a", "--copy-tokenizer", env=ray_env).returncode == 0
+    flags = ["--copy-tokenizer", "--allow-crimes", "--out-shard-size", "1B", "--lazy-unpickle"]
+    done = raymoe("merge", path, tmp_path / "b", *flags, env=ray_env)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert "note: --lazy-unpickle is accepted and changes nothing here" in done.stderr
+    assert "done: " in done.stderr and "peak memory: driver " in done.stderr
+    names = {"config.json", "README.md", "raymoe.json", "model.safetensors.index.json", "tokenizer.json"}
+    assert names < set(os.listdir(tmp_path / "a"))
+    assert ".raymoe" not in os.listdir(tmp_path / "a")
+    weights = [{k: v for k, v in hashes(tmp_path / d).items() if k != "raymoe.json"} for d in "ab"]
+    assert weights[0] == weights[1]  # and raymoe.json only tells the options apart
+
+
+def test_every_flag_of_mergekit_moe(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    idle = [word for flag, values in MERGEKIT_IDLE.items() for word in (flag, *values)]
+    done = cli("merge", config(), tmp_path / "out", *idle, *MERGEKIT_OTHERS)
+    assert done.code == 0
+    notes = [line for line in done.err.splitlines() if line.startswith("note: ")]
+    assert sorted(note.split()[1] for note in notes) == sorted(MERGEKIT_IDLE)  # once each
+    assert not (tmp_path / "out/README.md").exists()
+    options = json.loads((tmp_path / "out/raymoe.json").read_text())["options"]
+    assert (options["seed"], options["allow_crimes"], options["model_card"]) == (7, True, False)
+
+
+def test_opposites_and_short_forms(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """mergekit's --no-... forms and -j; --quiet takes back all that is said but errors."""
+    opposites = [f"--no-{name}" for name in ("lazy-unpickle", "cuda", "low-cpu-memory", "read-to-gpu", "multi-gpu")]
+    opposites += [f"--no-{name}" for name in ("async-write", "clone-tensors", "safe-serialization", "allow-crimes")]
+    opposites += ["--no-trust-remote-code", "--no-copy-tokenizer", "-j", "2", "--quiet"]
+    done = cli("merge", config(), tmp_path / "out", *opposites)
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert "tokenizer.json" not in os.listdir(tmp_path / "out")
+
+
+def test_finished_merge_is_not_overwritten_unasked(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("merge", config(), out, "--out-shard-size", "300K").code == 0
+    (out / "notes.txt").write_text("mine")
+    before = hashes(out)
+    refused = cli("merge", config(), out)
+    assert refused.code == 2
+    assert "holds a finished merge" in refused.err and "--overwrite" in refused.err
+    assert hashes(out) == before
+    flags = ["--overwrite", "--no-copy-tokenizer", "--no-write-model-card"]
+    assert cli("merge", config(), out, *flags).code == 0
+    # Nothing of the old merge is left, and what is not its own is.
+    left = set(os.listdir(out))
+    assert "notes.txt" in left
+    assert not left & {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    record = json.loads((out / "raymoe.json").read_text())
+    assert left == {*record["files"], "raymoe.json", "notes.txt"}
+
+
+@pytest.mark.parametrize("flag", ["--write-model-card", "--no-write-model-card"])
+def test_model_card(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path, flag: str
+) -> None:
+    assert cli("merge", config(), tmp_path / "out", flag).code == 0
+    assert (tmp_path / "out/README.md").exists() == (flag == "--write-model-card")
+    files = json.loads((tmp_path / "out/raymoe.json").read_text())["files"]
+    assert ("README.md" in files) == (flag == "--write-model-card")
+
+
+def test_a_laptop_without_a_cluster(config: Callable[..., Path], tmp_path: Path) -> None:
+    """No RAY_ADDRESS: Ray starts here and ends with the command."""
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = raymoe("merge", config(), tmp_path / "out", env=env)
+    assert done.returncode == 0
+    said = done.stderr.splitlines()
+    assert said[0].startswith("Mixtral, 3 experts: ") and said[0].endswith(f"to {tmp_path / 'out'}")
+    assert said[1] == "starting Ray on this machine"
+    assert [line.split(":")[0] for line in said[-2:]] == ["done", "peak memory"]
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    import raymoe as package
+
+    done = cli("--version")
+    assert (done.code, done.out) == (0, f"raymoe {package.__version__}\n")
+
+
+def test_help_shows_no_idle_flags(cli: Callable[..., Any]) -> None:
+    done = cli("merge", "--help")
+    assert done.code == 0
+    assert "--out-shard-size" in done.out and "--overwrite" in done.out
+    assert not [flag for flag in MERGEKIT_IDLE if flag in done.out]

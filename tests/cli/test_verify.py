@@ -1,0 +1,169 @@
+"""`raymoe verify`: 0 for a merge that is what its sources give, 1 for any difference, 2 where nothing can be compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from raymoe.planning import MergeOptions
+from safetensors.numpy import save_file
+
+from tests.cli.commands import raymoe, write_config
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def sources(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    for number in range(3):
+        shutil.copytree(zoo("llama", seed=number), folder / f"model-{number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(sources: Path, ray_merge: Callable[..., Any]) -> Path:
+    """Experts with noise, and a router from prompts: every kind of part but zeros."""
+    from tests.pico import merge_config
+
+    experts = [sources / "model-1", sources / "model-2"]
+    config = merge_config(sources / "model-0", experts, mode="cheap_embed", expert_options={"noise_scale": 0.01})
+    ray_merge(config, sources / "out", MergeOptions(max_shard_bytes=300_000, seed=3))
+    return sources / "out"
+
+
+@pytest.fixture
+def merged(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the merge that a test may damage."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return folder / next(file for name, file in weight_map.items() if tensor in name)
+
+
+def flip_byte(path: Path, tensor: str) -> None:
+    """Change the first byte of a tensor whose name holds `tensor`."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start = next(entry["data_offsets"][0] for name, entry in header.items() if tensor in name)
+    content[8 + length + start] ^= 1
+    path.write_bytes(content)
+
+
+def test_good(cli: Cli, local_ray: None, finished: Path) -> None:
+    done = cli("verify", finished)
+    assert (done.code, done.err) == (0, "")
+    tensors = len(json.loads((finished / "model.safetensors.index.json").read_text())["weight_map"])
+    assert done.out == f"verified: {tensors} tensors equal to what the sources give, byte for byte\n"
+    assert cli("verify", finished, "--quiet").out == ""
+
+
+def test_every_difference_is_listed(cli: Cli, local_ray: None, merged: Path) -> None:
+    """A flipped bit in an expert, in attention and in a router, a changed config, and a tensor too many."""
+    for tensor in ("layers.0.block_sparse_moe.experts.1.w2", "layers.2.self_attn.q_proj", "layers.1.block_sparse_moe.gate"):
+        flip_byte(shard_of(merged, tensor), tensor)
+    path = merged / "config.json"
+    path.write_text(path.read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
+    save_file({"model.extra": np.zeros(3)}, merged / "model-extra.safetensors")
+    path = merged / "model.safetensors.index.json"
+    recorded = path.stat().st_size
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra"] = "model-extra.safetensors"
+    path.write_text(json.dumps(index))
+    done = cli("verify", merged)
+    assert done.code == 1
+    assert done.out.splitlines() == [
+        "config.json: changed since the merge",
+        f"model.safetensors.index.json: {path.stat().st_size} bytes, expected {recorded}",
+        "model.extra: a tensor that this merge does not have",
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight: differs",
+        "model.layers.1.block_sparse_moe.gate.weight: differs",
+        "model.layers.2.self_attn.q_proj.weight: differs",
+        "NOT verified: 6 differences",
+    ]
+
+
+def test_truncated_shard(cli: Cli, local_ray: None, merged: Path) -> None:
+    shard = shard_of(merged, "experts.0.w1")
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    done = cli("verify", merged)
+    assert done.code == 1
+    assert f"{shard.name}: {size - 1} bytes, expected {size}" in done.out
+
+
+def test_missing_shard(cli: Cli, local_ray: None, merged: Path) -> None:
+    shard = shard_of(merged, "experts.0.w1")
+    shard.unlink()
+    done = cli("verify", merged)
+    assert done.code == 1
+    assert f"{shard.name}: missing" in done.out
+
+
+def test_changed_source(cli: Cli, local_ray: None, sources: Path, finished: Path) -> None:
+    source = sources / "model-2/model.safetensors"
+    before = source.read_bytes()
+    try:
+        flip_byte(source, "layers.0.mlp.up_proj")
+        done = cli("verify", finished)
+    finally:
+        source.write_bytes(before)
+    assert done.code == 1
+    assert done.out.splitlines()[0] == "model.layers.0.block_sparse_moe.experts.1.w3.weight: differs"
+
+
+def test_source_is_gone(cli: Cli, sources: Path, finished: Path) -> None:
+    (sources / "model-1").rename(sources / "elsewhere")
+    try:
+        done = cli("verify", finished)
+    finally:
+        (sources / "elsewhere").rename(sources / "model-1")
+    assert done.code == 2
+    assert "model-1" in done.err
+
+
+def test_unfinished(cli: Cli, merged: Path) -> None:
+    (merged / ".raymoe").mkdir()
+    (merged / ".raymoe/plan.json").write_text("{}")
+    done = cli("verify", merged)
+    assert done.code == 2
+    assert "this merge is not finished" in done.err
+
+
+def test_no_merge(cli: Cli, sources: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none", sources / "model-0"):
+        done = cli("verify", folder)
+        assert done.code == 2
+        assert "there is no raymoe.json" in done.err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 1, "sources": [], "options": {}}'])
+def test_broken_record(cli: Cli, merged: Path, text: str) -> None:
+    (merged / "raymoe.json").write_text(text)
+    done = cli("verify", merged)
+    assert done.code == 2
+    assert "raymoe.json" in done.err
+
+
+def test_from_another_folder(sources: Path, ray_env: dict[str, str], tmp_path: Path) -> None:
+    """Paths in the config and on the command line are relative; the merge is verified from somewhere else."""
+    content = {
+        "base_model": "model-0",
+        "gate_mode": "random",
+        "experts": [{"source_model": "./model-1"}, {"source_model": "model-2"}],
+    }
+    write_config(sources / "relative.yaml", content)
+    assert raymoe("merge", "relative.yaml", "relative-out", env=ray_env, cwd=sources).returncode == 0
+    out = os.path.relpath(sources / "relative-out", tmp_path)
+    done = raymoe("verify", out, env=ray_env, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("verified: ")

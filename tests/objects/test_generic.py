@@ -1,0 +1,96 @@
+"""Stores through fsspec: memory://, file://, and a web server."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.problems import ObjectChanged, ObjectExists, ObjectMissing, StorageError
+from raymoe.objects.store import ObjectStore, open_store
+from raymoe.objects.urls import join
+
+DATA = os.urandom(100_003)
+
+
+@pytest.fixture(params=["memory", "file"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"memory://{uuid.uuid4().hex}" if request.param == "memory" else f"file://{tmp_path}/out"
+
+
+@pytest.fixture
+def store(folder: str) -> ObjectStore:
+    return open_store(folder, StorageOptions(deadline_s=10))
+
+
+def test_writing_looking_listing_reading_deleting(store: ObjectStore, folder: str) -> None:
+    url = join(folder, "sub/a b+ä.bin")
+    assert store.stat(url) is None
+    assert store.list(folder) == []
+    assert store.put(url, DATA).size == len(DATA)
+    store.put(join(folder, "top"), b"x")
+    info = store.stat(url)
+    assert info is not None
+    assert info.size == len(DATA)
+    assert [(e.name, e.size) for e in store.list(folder)] == [("sub/a b+ä.bin", len(DATA)), ("top", 1)]
+    assert [e.name for e in store.list(folder, recursive=False)] == ["top"]
+    assert store.list(folder)[0].etag == info.etag
+    assert store.read_all(url, info.etag) == DATA
+    for start, end in [(0, 1), (5, 5), (7, 90_000), (0, len(DATA))]:
+        assert store.read(url, start, end, info.etag) == DATA[start:end]
+    store.delete(url)
+    store.delete(url)
+    assert store.stat(url) is None
+
+
+def test_what_is_not_as_planned(store: ObjectStore, folder: str) -> None:
+    url = join(folder, "object")
+    with pytest.raises(ObjectMissing):
+        store.read(url, 0, 1)
+    etag = store.put(url, DATA).etag
+    with pytest.raises(ObjectChanged, match=rf"it has {len(DATA)} bytes, and at least {len(DATA) + 1} were expected"):
+        store.read(url, 5, len(DATA) + 1)
+    store.put(url, DATA[::-1])
+    with pytest.raises(ObjectChanged, match="its ETag or time is another"):
+        store.read(url, 0, 5, etag)
+    assert store.counters.retries == 0
+
+
+def test_only_if_absent(store: ObjectStore, folder: str) -> None:
+    url = join(folder, "index")
+    store.put(url, b"first", only_if_absent=True)
+    with pytest.raises(ObjectExists):
+        store.put(url, b"second", only_if_absent=True)
+    assert store.read_all(url) == b"first"
+
+
+def test_many_threads(store: ObjectStore, folder: str) -> None:
+    def roundtrip(number: int) -> bool:
+        url, content = join(folder, f"n{number}"), os.urandom(1000 + number)
+        store.put(url, content)
+        return store.read(url, 0, len(content)) == content
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(roundtrip, range(40)))
+
+
+def test_reading_from_a_web_server(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(DATA)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/config.json"
+        store = open_store(url, StorageOptions(deadline_s=10))
+        info = store.stat(url)
+        assert info is not None and info.size == len(DATA)
+        assert store.read_all(url) == DATA
+        with pytest.raises(StorageError):
+            store.read_all(url + "x")
+        server.shutdown()

@@ -1,0 +1,167 @@
+"""Processes, nodes and disks that fail under a merge: it ends with the same bytes, or says what happened and goes on later."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import finished_shards, hashes, raymoe, wait_until
+from tests.runtime.conftest import FLAGS, Merge, children_of, expert_actors, kill
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_killed_actor_is_replaced(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path, actors: int) -> None:
+    out = tmp_path / "out"
+    process = many_shards.start(out, ray_env, "--actors", str(actors))
+    wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
+    victims = expert_actors()
+    assert len(victims) == actors
+    kill(victims[0])
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert hashes(out) == many_shards.files
+
+
+def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = many_shards.start(out, ray_env)
+    killed = set()
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        for actor in expert_actors():
+            if actor.pid not in killed:
+                killed.add(actor.pid)
+                kill(actor)
+        time.sleep(0.005)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    last = said[said.index("error: ") :]
+    assert "its actor died" in last or "no actor is left" in last or "an expert actor could not be started" in last
+    assert "from the shards that are finished" in last or "could not be started" in last
+    assert len(killed) == 3  # the first, and two restarts
+    assert not (out / "model.safetensors.index.json").exists()
+    assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
+    assert hashes(out) == many_shards.files
+
+
+def test_a_lost_node(
+    many_shards: Merge,
+    ray_env: dict[str, str],
+    second_node: Callable[[], subprocess.Popen[bytes]],
+    tmp_path: Path,
+) -> None:
+    """Three actors, two CPUs on each of two nodes. One node goes with all its processes, and its actors with it; one of
+    them may find no room any more, and its work is done by the others all the same."""
+    node, out = second_node(), tmp_path / "out"
+    process = many_shards.start(out, ray_env, "--actors", "3")
+    wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
+    assert expert_actors(node.pid)
+    lost = children_of(node.pid)
+    kill(node)
+    for child in lost:
+        kill(child)
+    node.wait()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert hashes(out) == many_shards.files
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_disk_full(many_shards: Merge, ray_env: dict[str, str], small_disk: Path) -> None:
+    """Somebody else fills the disk during the merge."""
+    out = small_disk / "out"
+    process = many_shards.start(out, ray_env)
+    wait_until(lambda: finished_shards(out), "the first shard", [process])
+    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+        while True:
+            filler.write(bytes(4096))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert "the disk is full" in said and "make room and run the same command again" in said
+    check_unfinished(out, many_shards)
+    (small_disk / "filler").unlink()
+    assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
+    assert hashes(out) == many_shards.files
+
+
+def test_file_size_limit(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+    """A write that fails half-way for a reason that any user can arrange: the process's own limit on file sizes."""
+    out = tmp_path / "out"
+    process = many_shards.start(out, ray_env)
+    (actor,) = wait_until(expert_actors, "the actor's start", [process])
+    resource.prlimit(actor.pid, resource.RLIMIT_FSIZE, (3000, 3000))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert "could not be written: File too large" in said
+    check_unfinished(out, many_shards)
+    assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
+    assert hashes(out) == many_shards.files
+
+
+def check_unfinished(out: Path, merge: Merge) -> None:
+    """Whole shards, and nothing else but the journal; no part of a file anywhere."""
+    for name, digest in hashes(out).items():
+        if not name.startswith(".raymoe/"):
+            assert name in merge.shards
+            assert merge.files[name] == digest
+    assert not (out / ".raymoe/parts").exists()
+
+
+def test_source_changes_during_the_merge(
+    zoo: Callable[..., Path], ray_env: dict[str, str], many_shards: Merge, tmp_path: Path
+) -> None:
+    """A source that is written to while it is merged would give a model that is half old, half new."""
+    from tests.cli.commands import start, write_config
+    from tests.pico import merge_config
+
+    models = [Path(shutil.copytree(zoo("llama", seed=n, dtype="bfloat16"), tmp_path / str(n))) for n in range(3)]
+    config = write_config(tmp_path / "config.yaml", merge_config(models[0], models[1:], mode="random"))
+    out = tmp_path / "out"
+    process = start("merge", config, out, *FLAGS, "--actors", "1", env=ray_env)
+    wait_until(lambda: finished_shards(out), "the first shard", [process])
+    os.utime(models[1] / "model.safetensors")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "source files changed while they were merged" in said and "--overwrite" in said
+    assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, tmp_path: Path) -> None:
+    """Planned, and then removed: the actor's message names the file."""
+    import raymoe
+    from raymoe.config import MergeConfig
+    from raymoe.errors import CheckpointError
+    from raymoe.runtime.merge import run_merge
+    from raymoe.runtime.settings import RuntimeSettings
+
+    from tests.pico import merge_config
+
+    models = [Path(shutil.copytree(zoo("llama", seed=n), tmp_path / str(n))) for n in range(3)]
+    config = MergeConfig.model_validate(merge_config(models[0], models[1:], mode="random"))
+    plan = raymoe.plan(config)
+    shutil.rmtree(models[2])
+    with pytest.raises(CheckpointError, match=r"/2/model.safetensors: the file is not there on this node"):
+        run_merge(plan, config, tmp_path / "out", RuntimeSettings(verbosity=-1, actors=1))
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()

@@ -1,0 +1,42 @@
+"""Shards and sources made by hand: real files, real headers, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from raymoe.planning.shards import OutputTensor, pack_shards
+from raymoe.planning.types import Copy, PartSource, Shard
+from raymoe.sources.checkpoint import index_model_weights
+from raymoe.sources.local import LocalFolder
+from raymoe.sources.types import TensorEntry
+from safetensors.numpy import save_file
+
+Array = np.ndarray[Any, Any]
+
+
+def save(folder: Path, tensors: Mapping[str, Array]) -> Mapping[str, TensorEntry]:
+    """Write a checkpoint of one file and index it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "model.safetensors")
+    return index_model_weights(LocalFolder(str(folder))).tensors
+
+
+def tensor(
+    entry: TensorEntry, what: PartSource | None = None, *, name: str = "", dtype: str = "", owner: str = "base"
+) -> OutputTensor:
+    """An output tensor made from a source tensor; a copy of it, unless `what` says otherwise."""
+    return OutputTensor(
+        name=name or entry.name,
+        dtype=dtype or entry.dtype,
+        shape=entry.shape,
+        owner=owner,
+        what=what or Copy(source=entry),
+    )
+
+
+def one_shard(tensors: Sequence[OutputTensor]) -> Shard:
+    (shard,) = pack_shards(tensors, [tensors[0].owner], 1 << 40)
+    return shard

@@ -1,0 +1,121 @@
+"""Transformed tensors against the formula, written out with numpy; in blocks that are the same for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from raymoe.planning.types import Transform
+from raymoe.sources.resolve import HubOptions
+from raymoe.sources.types import LoraPair
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.stream import part_chunks
+from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array
+
+from tests.storage.plans import one_shard, save, tensor
+
+BF16 = ml_dtypes.bfloat16
+# More than a block in rows of this width.
+ROWS, WIDTH = BLOCK_ELEMENTS // 2048 + 100, 2048
+
+
+@pytest.fixture
+def reader() -> Iterator[SourceReader]:
+    with SourceReader(HubOptions()) as opened:
+        yield opened
+
+
+def transformed(reader: SourceReader, entry: Any, what: Transform, dtype: str, name: str = "out") -> Any:
+    """The part's values, and the number of pieces that they came in."""
+    part = one_shard([tensor(entry, what, name=name, dtype=dtype)]).parts[0]
+    chunks = [bytes(chunk) for chunk in part_chunks((part,), reader)]
+    return np.frombuffer(b"".join(chunks), NUMPY_DTYPES[dtype]).reshape(part.shape), len(chunks)
+
+
+@pytest.mark.parametrize("source", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
+def test_cast(reader: SourceReader, tmp_path: Path, source: Any, target: str) -> None:
+    """Through float32, to nearest even; what float16 can't hold is infinite."""
+    values = np.array([[0.1, -2.5, 1e-9, 3.0], [65504.0, 65519.0, 7e4 if source != np.float16 else 1.0, 0.0]])
+    entry = save(tmp_path, {"w": values.astype(source)})["w"]
+    found, _ = transformed(reader, entry, Transform(source=entry), target)
+    with np.errstate(over="ignore"):
+        expected = values.astype(source).astype(np.float32).astype(NUMPY_DTYPES[target])
+    assert np.array_equal(found, expected)
+    if target == "F16" and source != np.float16:
+        assert np.isinf(found[1, 2])
+
+
+def test_scale_and_noise_in_blocks(reader: SourceReader, tmp_path: Path) -> None:
+    """(weight + noise) * scale, and noise of the deviation asked for, in every block."""
+    weight = np.full((ROWS, WIDTH), 3.0, np.float32)
+    entry = save(tmp_path, {"w": weight})["w"]
+    what = Transform(source=entry, noise_scale=0.25, scale=2.0, seed=4)
+    found, pieces = transformed(reader, entry, what, "F32")
+    assert pieces == 2
+    noise = found / 2.0 - 3.0
+    for block in (noise[: ROWS - 100], noise[ROWS - 100 :]):
+        assert abs(block.mean()) < 0.01
+        assert block.std() == pytest.approx(0.25, rel=0.02)
+    assert not np.array_equal(noise[:100], noise[ROWS - 100 :]), "two blocks with the same noise"
+    scaled, _ = transformed(reader, entry, Transform(source=entry, scale=-0.5), "F32")
+    assert np.array_equal(scaled, weight * np.float32(-0.5))
+
+
+def test_noise_depends_on_seed_and_name_alone(reader: SourceReader, tmp_path: Path) -> None:
+    entries = save(tmp_path, {"w": np.zeros((8, 8), np.float32), "v": np.zeros((8, 8), np.float32)})
+
+    def noise(source: str, seed: int, name: str) -> bytes:
+        what = Transform(source=entries[source], noise_scale=1.0, seed=seed)
+        values: bytes = transformed(reader, entries[source], what, "F32", name)[0].tobytes()
+        return values
+
+    assert noise("w", 1, "x") == noise("w", 1, "x") == noise("v", 1, "x")
+    assert len({noise("w", 1, "x"), noise("w", 2, "x"), noise("w", 1, "y")}) == 3
+
+
+def test_lora_in_blocks(reader: SourceReader, tmp_path: Path) -> None:
+    """W + scaling * B A, rows of B with their own rows of W, in the source's dtype at last."""
+    numbers = np.random.default_rng(3)
+    weight = numbers.standard_normal((ROWS, WIDTH), np.float32).astype(BF16)
+    factors = {"a": numbers.standard_normal((2, WIDTH), np.float32), "b": numbers.standard_normal((ROWS, 2), np.float32)}
+    entries = save(tmp_path, {"w": weight, **factors})
+    pair = LoraPair(a=entries["a"], b=entries["b"], scaling=0.75)
+    found, pieces = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair), "F32")
+    assert pieces == 2
+    expected = weight.astype(np.float64) + 0.75 * (factors["b"].astype(np.float64) @ factors["a"].astype(np.float64))
+    assert np.abs(found - expected).max() < 1e-5
+    rounded, _ = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair), "BF16")
+    assert np.array_equal(rounded, found.astype(BF16))
+
+
+def test_order_of_steps(reader: SourceReader, tmp_path: Path) -> None:
+    """LoRA, then noise, then scale: each seen in the result of all."""
+    entries = save(
+        tmp_path,
+        {"w": np.ones((4, 4), np.float32), "a": np.ones((1, 4), np.float32), "b": np.ones((4, 1), np.float32)},
+    )
+    pair = LoraPair(a=entries["a"], b=entries["b"], scaling=10.0)
+    w = entries["w"]
+    all_steps, _ = transformed(reader, w, Transform(source=w, lora=pair, noise_scale=1.0, scale=100.0, seed=1), "F32")
+    noise_only, _ = transformed(reader, w, Transform(source=w, noise_scale=1.0, seed=1), "F32")
+    assert np.allclose(all_steps, 100.0 * (noise_only + 10.0), rtol=1e-6)
+
+
+def test_vector(reader: SourceReader, tmp_path: Path) -> None:
+    values = np.arange(7, dtype=np.float32)
+    entry = save(tmp_path, {"v": values})["v"]
+    found, _ = transformed(reader, entry, Transform(source=entry, scale=0.5), "F16")
+    assert np.array_equal(found, (values / 2).astype(np.float16))
+
+
+def test_load_array(reader: SourceReader, tmp_path: Path) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4).astype(BF16)
+    entry = save(tmp_path, {"w": values})["w"]
+    found = load_array(reader, entry)
+    assert found.dtype == BF16
+    assert np.array_equal(found, values)
