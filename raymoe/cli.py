@@ -202,6 +202,9 @@ def merge(
 @_stoppable
 def plan(
     config: ConfigPath,
+    output: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="Where it would go: shows by which way each byte gets there.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     copy_tokenizer: CopyTokenizer = True,
     allow_crimes: Crimes = False,
@@ -223,7 +226,17 @@ def plan(
     for warning in config_warnings(merge_config):
         say(f"warning: {warning}")
     hub = HubOptions(cache_dir=transformers_cache)
-    print_plan(api.plan(merge_config, options, hub=hub, allow_all_same=True), as_json=as_json)
+    merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
+    ways = None
+    if output is not None:
+        from raymoe.storage.output import open_output, output_location
+        from raymoe.storage.ways import bytes_by_way
+
+        try:
+            ways = bytes_by_way(merge_plan, open_output(output_location(output), merge_config.storage))
+        except ValueError as error:
+            raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
+    print_plan(merge_plan, ways, as_json=as_json)
 
 
 @app.command()

@@ -20,12 +20,18 @@ from raymoe.gates.embeddings import embedding_rows
 from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
 from raymoe.planning.types import GatePrompts, WeightRef
+from raymoe.sources.types import TensorEntry
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import load_array, with_lora
 
 __all__ = ["StreamedDecoder"]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def _entries(ref: WeightRef) -> tuple[TensorEntry, ...]:
+    """What has to be read for a weight."""
+    return (ref.entry,) if ref.lora is None else (ref.entry, ref.lora.a, ref.lora.b)
 
 
 class StreamedDecoder:
@@ -84,12 +90,14 @@ class StreamedDecoder:
             del tensors
             yield layer, module.eval()
             self._model.layers[layer] = torch.nn.Identity()
-            self._reader.release()
 
     def _load(self, layer: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         names = [name for name in self._weights if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self._tensor(self._weights[name]) for name in names}
+        self._reader.load([entry for name in names for entry in _entries(self._weights[name])])
+        tensors = {name.removeprefix(prefix): self._tensor(self._weights[name]) for name in names}
+        self._reader.release()  # what is not used in place has been widened or merged: its source can go
+        return tensors
 
     def _tensor(self, ref: WeightRef) -> torch.Tensor:
         """A weight on the CPU, in the dtype that it is computed with."""

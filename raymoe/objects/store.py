@@ -183,7 +183,8 @@ _stores_lock = threading.Lock()
 def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
     """The store that a normalised URL lies in: a MultipartStore (`S3Store`) for s3://, another for the rest.
 
-    One a process, options and AWS_* environment: connections, pacing and counters are shared. Building it sends nothing.
+    One a process, options and AWS_* environment: connections, pacing and counters are shared. Building it
+    sends nothing.
     """
     options = options or StorageOptions()
     scheme = "s3" if is_s3(url) else url.partition("://")[0].lower()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
 from raymoe.planning.types import MergePlan
+from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ def merge_line(plan: MergePlan, output: str) -> str:
     return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
 
 
-def plan_summary(plan: MergePlan) -> dict[str, Any]:
-    """What `raymoe plan --json` prints."""
+def plan_summary(plan: MergePlan, ways: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What `raymoe plan --json` prints; `ways` are the bytes by way (storage/ways.py), where the output is known."""
     totals = plan.totals
     return {
+        **({"bytes_by_way": dict(ways)} if ways is not None else {}),
         "architecture": plan.host,
         "dtype": plan.dtype,
         "parameters": totals.parameters,
@@ -72,9 +75,9 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
     return {"cpu": _COMPUTING_ACTOR_BYTES + layers * widened, "gpu": layers}
 
 
-def print_plan(plan: MergePlan, *, as_json: bool) -> None:
+def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan_summary(plan), indent=2, ensure_ascii=False))
+        print(json.dumps(plan_summary(plan, ways), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
@@ -88,6 +91,8 @@ def print_plan(plan: MergePlan, *, as_json: bool) -> None:
     console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
     console.print(_source_table(plan))
     console.print(_shard_table(plan))
+    for way, count in (ways or {}).items():
+        console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
     console.print(_gate_line(plan))
     memory = actor_memory(plan)
     gpu = f", or {human_bytes(memory['gpu'])} of GPU memory for weights" if memory["gpu"] else ""

@@ -142,7 +142,7 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
     A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
     """
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import ActorUnavailableError, RayActorError
 
     calls = [actor.where.remote() for actor in actors]
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
@@ -154,10 +154,17 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
             f"no actor with {slots.cpus:g} CPU and {slots.gpus:g} GPU could be started within {_START_TIMEOUT_S} s; "
             f"the cluster has free: {has or 'nothing'}. Other work may hold its resources."
         )
-    try:
-        ray.get(answered)
-    except RayActorError as error:
-        raise MergeFailed(f"an expert actor could not be started: {error}") from error
+    failures = []
+    for answer in answered:
+        try:
+            ray.get(answer)
+        except ActorUnavailableError:
+            continue  # it died in its first moments, and is being restarted
+        except RayActorError as error:
+            failures.append(error)
+    if len(failures) == len(actors):
+        why = str(failures[0]).strip().splitlines()[-1]  # the last line of a remote traceback, if it is one
+        raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]
 
 
 def _grouped(worker: type) -> type:
@@ -168,9 +175,8 @@ def _grouped(worker: type) -> type:
         "gate_rows": "gates",
         "write_shard": "write",
         "compare_shard": "write",
+        "where": "control",
         "status": "control",
     }
     methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
-    # The one call that waits for an actor that is being restarted; work is given to others meanwhile (see schedule.py).
-    methods["where"] = ray.method(concurrency_group="control", max_task_retries=-1)(worker.where)  # type: ignore[attr-defined]
     return type("ExpertActor", (worker,), methods)

@@ -11,6 +11,7 @@ that the cluster has no room for yet is in the same state.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ __all__ = ["Outcome", "ShardWork", "run_jobs"]
 _SHARDS_AT_ONCE = 2
 _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _TICK_S = 0.25
+_ASK_EVERY_S = 1.0
 
 
 @dataclass
@@ -47,7 +49,9 @@ class _Actor:
     gates_for: str = ""  # the owner whose gates it computes now or computed last
     gates_busy: bool = False
     shards_busy: int = 0
-    answer: Any = None  # while it is away: the reference of the answer that tells that it is up
+    is_up: bool = False
+    answer: Any = None  # while it is not up: the reference of the answer that will tell, if it has been asked
+    asked_at: float = 0.0
 
 
 @dataclass
@@ -99,23 +103,25 @@ def run_jobs(plan: MergePlan, handles: Sequence[Any], work: ShardWork, on_tick: 
     import ray
 
     outcome = Outcome()
-    actors = [_Actor(handle, answer=handle.where.remote()) for handle in handles]
+    actors = [_Actor(handle) for handle in handles]
     gates = [_Job(p) for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
     shards = _Shards([shard for shard in plan.shards if shard.owner != "router"], work, outcome)
     gates_ref = ray.put(_without_prompts(plan.gates))
     running: dict[Any, tuple[_Actor, _Job]] = {}
     try:
         while gates or shards.waiting or shards.ready or running:
-            at_work = [actor for actor in actors if actor.answer is None]
-            for actor in at_work:
-                _fill_gates(actor, gates, gates_ref, running)
-                _fill_shards(actor, shards, running)
-            away = {actor.answer: actor for actor in actors if actor.answer is not None}
-            outcome.away = [actor.handle for actor in away.values()]
-            done, _ = ray.wait([*running, *away], num_returns=1, timeout=_TICK_S)
+            for actor in actors:
+                if actor.is_up:
+                    _fill_gates(actor, gates, gates_ref, running)
+                    _fill_shards(actor, shards, running)
+                else:
+                    _ask(actor)
+            outcome.away = [actor.handle for actor in actors if not actor.is_up]
+            asked = {actor.answer: actor for actor in actors if actor.answer is not None}
+            done = _wait([*running, *asked])
             for ref in done:
-                if ref in away:
-                    _welcome(away[ref], actors)
+                if ref in asked:
+                    _welcome(asked[ref], actors)
                 else:
                     actor, job = running.pop(ref)
                     if not _collect(ref, actor, job, outcome, shards):
@@ -125,6 +131,17 @@ def run_jobs(plan: MergePlan, handles: Sequence[Any], work: ShardWork, on_tick: 
         for ref in running:
             ray.cancel(ref, force=False, recursive=False)
     return outcome
+
+
+def _wait(refs: list[Any]) -> list[Any]:
+    """The first reference that is ready, if one is within a tick."""
+    import ray
+
+    if not refs:  # all actors are away, and have just said so
+        time.sleep(_TICK_S)
+        return []
+    ready: list[Any] = ray.wait(refs, num_returns=1, timeout=_TICK_S)[0]
+    return ready
 
 
 def _without_prompts(gates: GatePlan) -> GatePlan:
@@ -222,20 +239,30 @@ def _collect(ref: Any, actor: _Actor, job: _Job, outcome: Outcome, shards: _Shar
 
 
 def _send_back(actor: _Actor, job: _Job, gates: list[_Job], shards: _Shards) -> None:
-    """The actor died: its job goes to the front of the queue, and it is asked to speak up when it is up."""
+    """The actor died: its job goes to the front of the queue."""
     (shards.ready if isinstance(job.work, _OpenShard) else gates).insert(0, job)
-    if actor.answer is None:
-        actor.gates_for = ""
-        actor.answer = actor.handle.where.remote()
+    actor.is_up, actor.gates_for = False, ""
+
+
+def _ask(actor: _Actor) -> None:
+    """Ask an actor that is away whether it is up. One that has not been started yet answers when it is; one that is
+    being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again."""
+    now = time.monotonic()
+    if actor.answer is None and now - actor.asked_at >= _ASK_EVERY_S:
+        actor.answer, actor.asked_at = actor.handle.where.remote(), now
 
 
 def _welcome(actor: _Actor, actors: list[_Actor]) -> None:
     """The actor is up, or will never be. Raises MergeFailed where it was the last one."""
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import ActorUnavailableError, RayActorError
 
+    answer, actor.answer = actor.answer, None
     try:
-        ray.get(actor.answer)
+        ray.get(answer)
+        actor.is_up = True
+    except ActorUnavailableError:
+        return
     except RayActorError as error:
         actors.remove(actor)
         if not actors:
@@ -243,4 +270,3 @@ def _welcome(actor: _Actor, actors: list[_Actor]) -> None:
                 f"no actor is left: the last one died ({str(error).splitlines()[0]}). They may have run out of memory; "
                 "run the same command again to go on from the shards that are finished."
             ) from error
-    actor.answer = None

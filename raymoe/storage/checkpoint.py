@@ -29,6 +29,9 @@ def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
         location = output_location(place)
     except ValueError as error:
         raise ProblemReport([Problem(where=str(place), what=str(error))]) from None
+    if not is_url(location) and not Path(location).is_dir():
+        remedy = "name the folder or URL of a checkpoint"
+        raise ProblemReport([Problem(where=location, what="there is no such folder", remedy=remedy)])
     folder: Folder = open_object_folder(location, "checkpoint", storage) if is_url(location) else LocalFolder(location)
     if folder.find(f"{JOURNAL}/plan.json") is not None:
         remedy = "run the merge command again to finish it"

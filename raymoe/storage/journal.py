@@ -65,10 +65,13 @@ class Journal:
 
     def lock(self) -> None:
         """Take the output for this process. Raises ProblemReport if another merge holds it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "lock"
         while self._lock is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # a merge ended just now, and its folder is gone
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -249,7 +249,7 @@ def remove_checkpoint(root: Path) -> None:
 def _recorded_files(root: Path) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     try:
-        names = json.loads((root / RECORD_NAME).read_text())["files"]
+        names = list(json.loads((root / RECORD_NAME).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [name for name in names if isinstance(name, str) and is_inside(name)]

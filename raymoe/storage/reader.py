@@ -34,6 +34,7 @@ _CHUNKS_AHEAD = 3
 _REQUESTS_AT_ONCE = 8
 # Ranges of an object that lie closer than this are one request: the bytes between cost less than a round trip.
 _JOIN_BYTES = 128 << 10
+_JOINED_BYTES = 64 << 20
 
 
 class SourceReader:
@@ -45,7 +46,7 @@ class SourceReader:
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._read_tensors: dict[TensorEntry, bytearray] = {}
+        self._read_tensors: dict[TensorEntry, memoryview] = {}
 
     def __enter__(self) -> SourceReader:
         return self
@@ -80,25 +81,30 @@ class SourceReader:
         """The bytes of many short ranges, in the order given."""
         if not is_url(file.location):
             return [self._read(file, start, end) for start, end in ranges]
-        groups: list[list[tuple[int, int]]] = []
-        for span in sorted(set(ranges)):
-            if not groups or span[0] - groups[-1][-1][1] > _JOIN_BYTES or span[1] - groups[-1][0][0] > CHUNK_BYTES:
-                groups.append([])
-            groups[-1].append(span)
-        found: dict[tuple[int, int], memoryview] = {}
-        reads = [self._requests().submit(self._read, file, group[0][0], group[-1][1]) for group in groups]
-        for group, read in zip(groups, reads, strict=True):
-            content = read.result()
-            first = group[0][0]
-            found |= {(start, end): content[start - first : end - first] for start, end in group}
+        found = self._joined(file, ranges)
         return [found[span] for span in ranges]
+
+    def load(self, entries: Sequence[TensorEntry]) -> None:
+        """Read tensors of objects that are about to be viewed, neighbours in one go; local ones are left to `view`."""
+        remote = [entry for entry in entries if is_url(entry.file.location) and entry.nbytes]
+        for file in dict.fromkeys(entry.file for entry in remote):
+            members = [entry for entry in remote if entry.file == file]
+            found = self._joined(file, [(entry.start, entry.end) for entry in members])
+            with self._lock:
+                self._read_tensors |= {entry: found[entry.start, entry.end] for entry in members}
 
     def view(self, entry: TensorEntry) -> memoryview:
         """The bytes of a tensor; those of a local file are mapped. Valid until `close()`."""
         if entry.nbytes == 0:
             return memoryview(bytearray())
         if is_url(entry.file.location):
-            return memoryview(self._whole_tensor(entry))
+            # Kept until `release()`: LoRA factors are asked for block by block.
+            content = self._read_tensors.get(entry)
+            if content is None:
+                content = self._joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
+                with self._lock:
+                    self._read_tensors[entry] = content
+            return content
         return memoryview(self._map(entry.file))[entry.start : entry.end]
 
     def release(self) -> None:
@@ -143,22 +149,25 @@ class SourceReader:
                 under_way.append(self._requests().submit(self._read, file, *waiting.popleft()))
             yield under_way.popleft().result()
 
-    def _whole_tensor(self, entry: TensorEntry) -> bytearray:
-        """A tensor of an object, kept until `release()`: LoRA factors are used block by block."""
-        with self._lock:
-            content = self._read_tensors.get(entry)
-        if content is None:
-            content, target = bytearray(entry.nbytes), entry.start
-            view = memoryview(content)
-            reads = [
-                self._requests().submit(self.read_into, entry.file, target + at, view[at : at + CHUNK_BYTES])
-                for at in range(0, entry.nbytes, CHUNK_BYTES)
-            ]
-            for read in reads:
-                read.result()
-            with self._lock:
-                self._read_tensors[entry] = content
-        return content
+    def _joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
+        """Ranges of an object: those that lie close together are one buffer, read by several requests at once."""
+        groups: list[list[tuple[int, int]]] = []
+        for span in sorted(set(ranges)):
+            if groups and span[0] - groups[-1][-1][1] <= _JOIN_BYTES and span[1] - groups[-1][0][0] <= _JOINED_BYTES:
+                groups[-1].append(span)
+            else:
+                groups.append([span])
+        found: dict[tuple[int, int], memoryview] = {}
+        reads = []
+        for group in groups:
+            first = group[0][0]
+            buffer = memoryview(bytearray(group[-1][1] - first))
+            for at in range(0, len(buffer), CHUNK_BYTES):
+                reads.append(self._requests().submit(self.read_into, file, first + at, buffer[at : at + CHUNK_BYTES]))
+            found |= {(start, end): buffer[start - first : end - first] for start, end in group}
+        for read in reads:
+            read.result()
+        return found
 
     def _requests(self) -> ThreadPoolExecutor:
         with self._lock:

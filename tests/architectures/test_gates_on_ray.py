@@ -27,7 +27,7 @@ def test_gates_from_actors(
 
     expected = logits_of(load_dense(dense), ids)
     assert (logits_of(load_merged(tmp_path / "merged"), ids) - expected).abs().max() < 1e-5
-    assert result.output == tmp_path / "merged"
+    assert result.output == str(tmp_path / "merged")
     plan = merge_without_ray(config, tmp_path / "again")
     routers = {part.name for shard in plan.shards for part in shard.parts if shard.owner == "router"}
     there, here = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "again")

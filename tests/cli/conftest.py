@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raymoe.cli import main
 
+from raymoe.cli import main
 from tests.cli.commands import write_config
 
 
@@ -26,7 +26,7 @@ class Answer:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """cli("plan", path, ...) runs a command in this process; an exception that a user would see as a traceback fails."""
+    """cli("plan", path, ...) runs a command in this process; an exception, a traceback to users, fails."""
 
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["raymoe", *map(str, arguments)])

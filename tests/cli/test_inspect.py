@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from raymoe.planning import MergeOptions
 
 Cli = Callable[..., Any]
@@ -28,7 +29,8 @@ def test_moe(cli: Cli, merged: Path) -> None:
     done = cli("inspect", merged, "--json")
     assert done.code == 0
     found = json.loads(done.out)
-    config, index = (json.loads((merged / name).read_text()) for name in ("config.json", "model.safetensors.index.json"))
+    config = json.loads((merged / "config.json").read_text())
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
     assert found["architecture"] == "MixtralForCausalLM"
     assert (found["layers"], found["hidden_size"]) == (config["num_hidden_layers"], config["hidden_size"])
     assert (found["experts"], found["experts_per_token"]) == (3, 2)
@@ -69,7 +71,7 @@ def test_no_checkpoint(cli: Cli, tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         done = cli("inspect", folder)
         assert done.code == 2
-        assert "no readable config.json: No such file or directory" in done.err
+        assert "No such file or directory" in done.err and str(folder) in done.err
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.json", "[]"), ("config.json", "{"), ("raymoe.json", "{")])

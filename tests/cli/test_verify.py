@@ -1,4 +1,4 @@
-"""`raymoe verify`: 0 for a merge that is what its sources give, 1 for any difference, 2 where nothing can be compared."""
+"""`raymoe verify`: 0 for a merge that is what its sources give, 1 for a difference, 2 if nothing can be compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from raymoe.planning import MergeOptions
 from safetensors.numpy import save_file
 
+from raymoe.planning import MergeOptions
 from tests.cli.commands import raymoe, write_config
 
 Cli = Callable[..., Any]
@@ -69,7 +69,7 @@ def test_good(cli: Cli, local_ray: None, finished: Path) -> None:
 
 def test_every_difference_is_listed(cli: Cli, local_ray: None, merged: Path) -> None:
     """A flipped bit in an expert, in attention and in a router, a changed config, and a tensor too many."""
-    for tensor in ("layers.0.block_sparse_moe.experts.1.w2", "layers.2.self_attn.q_proj", "layers.1.block_sparse_moe.gate"):
+    for tensor in ("0.block_sparse_moe.experts.1.w2", "2.self_attn.q_proj", "1.block_sparse_moe.gate"):
         flip_byte(shard_of(merged, tensor), tensor)
     path = merged / "config.json"
     path.write_text(path.read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
@@ -140,10 +140,13 @@ def test_unfinished(cli: Cli, merged: Path) -> None:
 
 
 def test_no_merge(cli: Cli, sources: Path, tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "none", sources / "model-0"):
+    for folder in (tmp_path, sources / "model-0"):
         done = cli("verify", folder)
         assert done.code == 2
         assert "there is no raymoe.json" in done.err
+    done = cli("verify", tmp_path / "none")
+    assert done.code == 2
+    assert "No such file or directory" in done.err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 1, "sources": [], "options": {}}'])

@@ -172,6 +172,7 @@ def _running(command: list[str], folder: Path, variables: Mapping[str, str]) -> 
 
 
 def _die_with_parent() -> None:
+    # The 'parent' is the thread that starts the server: start servers in one that lasts, such as the main thread.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -6,10 +6,12 @@ import json
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raymoe.config import load_config
 from raymoe.errors import ProblemReport
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
@@ -137,17 +139,16 @@ def test_reasons_and_remedies(
     ],
 )
 def test_wrong_regions_are_told_with_the_right_one(secrets: None, answer: Answer) -> None:
-    with canned(answer) as server:  # botocore asks for the bucket's region by itself
-        with pytest.raises(StorageError) as caught:
-            S3Store(StorageOptions(endpoint=server.url, deadline_s=5)).read(URL, 0, 10)
+    with canned(answer) as server, pytest.raises(StorageError) as caught:
+        S3Store(StorageOptions(endpoint=server.url, deadline_s=5)).read(URL, 0, 10)
     assert "the bucket bucket is in region ap-south-1, and it was looked for in eu-west-1" in str(caught.value)
     assert "set storage.region or AWS_REGION to ap-south-1" in str(caught.value)
 
 
 def test_missing_credentials() -> None:
-    with environment({"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_REGION": "us-east-1"}):
-        with environment({"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}):
-            error = refusal(READ[1], Answer(200))
+    files = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    with environment({"AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1", **files}):
+        error = refusal(READ[1], Answer(200))
     assert "no credentials found for http://127.0.0.1" in str(error)
     assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in str(error)
 
@@ -222,6 +223,17 @@ def test_credentials_in_endpoints_are_refused_and_not_repeated(endpoint: str) ->
         StorageOptions(endpoint=endpoint)
     assert SECRET not in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_nor_are_they_in_the_problems_of_a_config(url: str, tmp_path: Path) -> None:
+    expert = {"source_model": url, "positive_prompts": ["a"]}
+    (tmp_path / "config.yaml").write_text(json.dumps({"base_model": url, "experts": [expert, expert]}))
+    with pytest.raises(ProblemReport, match=r"credentials|query") as caught:
+        load_config(tmp_path / "config.yaml")
+    text = "".join(traceback.format_exception(caught.value, chain=True))
+    for told in (str(caught.value), text):
+        assert not any(part in told for part in (KEY, SECRET, SECRET[:12], SECRET[-10:], TOKEN))
 
 
 def test_options_hold_no_credentials() -> None:

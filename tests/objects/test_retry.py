@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import time
@@ -157,9 +158,9 @@ def test_uploads_that_arrive_damaged_are_tried_again(keys: None) -> None:
 
 
 def test_damage_that_stays_is_an_error(keys: None) -> None:
-    with canned(Answer(200, headers={"ETag": '"' + "0" * 32 + '"'})) as server:
-        with pytest.raises(StorageError, match="the store reports other bytes"):
-            store_at(server.url, deadline_s=1).upload_part("s3://bucket/key", "id", 1, DATA)
+    wrong = Answer(200, headers={"ETag": '"' + "0" * 32 + '"'})
+    with canned(wrong) as server, pytest.raises(StorageError, match="the store reports other bytes"):
+        store_at(server.url, deadline_s=1).upload_part("s3://bucket/key", "id", 1, DATA)
 
 
 def test_an_error_in_an_answer_of_200_is_an_error(keys: None) -> None:
@@ -250,7 +251,7 @@ def test_retries_wait_longer_and_longer_and_stop_at_the_deadline() -> None:
     assert outcome.kind is Kind.PASSES
     assert outcome.tries == len(times)
     assert outcome.elapsed_s < 3
-    waits = [after - before for before, after in zip(times, times[1:])]
+    waits = [after - before for before, after in itertools.pairwise(times)]
     assert 3 <= len(waits) <= 6
     assert waits[-1] > waits[0] * 2
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from raymoe.planning import MergeOptions
 
+from raymoe.planning import MergeOptions
 from tests.cli.commands import hashes, start, wait_until, write_config
 
 SHARD_BYTES = 20_000

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from raymoe.runtime.settings import RuntimeSettings
-
 from tests.cli.commands import hashes
 from tests.cli.commands import raymoe as command
 from tests.runtime.conftest import FLAGS, OPTIONS, Merge
@@ -50,7 +50,7 @@ def test_result_and_plan_agree(many_shards: Merge, local_ray: None, tmp_path: Pa
     assert ray.is_initialized(), "Ray was running before, and has to be after"
     assert ray.get(ray.put(1)) == 1
     assert hashes(tmp_path / "out") == many_shards.files
-    assert result.output == tmp_path / "out"
+    assert str(result.output) == str(tmp_path / "out")
     assert {file.name for file in result.files} | {"raymoe.json"} == many_shards.files.keys()
     sizes = {file.name: file.size for file in result.files}
     assert {shard.file_name: shard.nbytes for shard in plan.shards}.items() <= sizes.items()

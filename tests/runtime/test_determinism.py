@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raymoe.planning import MergeOptions
 
+from raymoe.planning import MergeOptions
 from tests.cli.commands import hashes
 
 Zoo = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("dtype", "actors"), [("bfloat16", (1, 2, 3)), ("float32", (1, 3))])
+@pytest.mark.parametrize(("dtype", "actors"), [("bfloat16", (1, 3)), ("float32", (1, 2))])
 def test_actors_and_nodes(
     zoo: Zoo,
     ray_merge: Callable[..., Any],
@@ -76,17 +76,16 @@ def test_threads_of_the_gate_pass(zoo: Zoo, tmp_path: Path) -> None:
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="hidden_avg")
     path = write_config(tmp_path / "config.yaml", config)
-    found = [
-        subprocess.run(
+    processes = [
+        subprocess.Popen(
             [sys.executable, "-c", _ROWS, path],
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
-            timeout=120,
-        ).stdout
+        )
         for threads in ("1", "4")
     ]
+    found = [process.communicate(timeout=120)[0] for process in processes]
     assert len(found[0]) == 65
     assert found[0] == found[1]
 
@@ -121,7 +120,8 @@ def test_threads_of_a_lora_delta(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     numbers = np.random.default_rng(0)
-    factors = {"a": numbers.standard_normal((16, 2048), np.float32), "b": numbers.standard_normal((1024, 16), np.float32)}
+    shapes = {"a": (16, 2048), "b": (1024, 16)}
+    factors = {name: numbers.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     save_file(factors, tmp_path / "lora.safetensors")
     found = [
         subprocess.run(

@@ -1,7 +1,8 @@
-"""Processes, nodes and disks that fail under a merge: it ends with the same bytes, or says what happened and goes on later."""
+"""Processes, nodes and disks that fail under a merge: it ends with the same bytes, or says why and goes on later."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -45,8 +46,8 @@ def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[st
     assert process.returncode == 1
     assert "Traceback" not in said
     last = said[said.index("error: ") :]
-    assert "its actor died" in last or "no actor is left" in last or "an expert actor could not be started" in last
-    assert "from the shards that are finished" in last or "could not be started" in last
+    assert "its actor died" in last or "no actor is left" in last
+    assert "run the same command again to go on from the shards that are finished" in last
     assert len(killed) == 3  # the first, and two restarts
     assert not (out / "model.safetensors.index.json").exists()
     assert raymoe("merge", many_shards.config, out, *FLAGS, env=ray_env).returncode == 0
@@ -81,10 +82,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False).returncode:
+    words = [mount or "true", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if mount is None or subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert shutil.disk_usage(path.parent).free == 0
 
 
 def test_disk_full(many_shards: Merge, ray_env: dict[str, str], small_disk: Path) -> None:
@@ -92,9 +102,7 @@ def test_disk_full(many_shards: Merge, ray_env: dict[str, str], small_disk: Path
     out = small_disk / "out"
     process = many_shards.start(out, ray_env)
     wait_until(lambda: finished_shards(out), "the first shard", [process])
-    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
-        while True:
-            filler.write(bytes(4096))
+    fill(small_disk / "filler")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in said
@@ -155,7 +163,6 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     from raymoe.errors import CheckpointError
     from raymoe.runtime.merge import run_merge
     from raymoe.runtime.settings import RuntimeSettings
-
     from tests.pico import merge_config
 
     models = [Path(shutil.copytree(zoo("llama", seed=n), tmp_path / str(n))) for n in range(3)]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until
 from tests.runtime.conftest import FLAGS, OPTIONS, SHARD_BYTES, Merge, expert_actors, kill
 
@@ -39,7 +39,9 @@ def file_stamps(output: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_anywhere(many_shards: Merge, ray_env: dict[str, str], ray_merge: Run, tmp_path: Path, seed: int) -> None:
+def test_killed_anywhere(
+    many_shards: Merge, ray_env: dict[str, str], ray_merge: Run, tmp_path: Path, seed: int
+) -> None:
     """Killed at a random shard, twice; the second run and the third begin at once, while old actors may still write."""
     out, numbers = tmp_path / "out", random.Random(seed)
     first = numbers.randrange(1, len(many_shards.shards) // 2)
@@ -91,7 +93,8 @@ def half(unfinished: Path, tmp_path: Path) -> Path:
 
 def test_another_plan_is_refused(many_shards: Merge, half: Path, ray_merge: Run) -> None:
     before = hashes(half)
-    for options in (MergeOptions(max_shard_bytes=SHARD_BYTES, seed=1), MergeOptions(max_shard_bytes=SHARD_BYTES + 1000)):
+    other_seed, other_size = MergeOptions(max_shard_bytes=SHARD_BYTES, seed=1), MergeOptions(max_shard_bytes=30_000)
+    for options in (other_seed, other_size):
         with pytest.raises(ProblemReport, match=r"unfinished merge of another plan .* is in this folder"):
             ray_merge(many_shards.config, half, options)
     assert hashes(half) == before

@@ -46,7 +46,8 @@ def test_stopped_in_mid_merge(
 
 def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path) -> None:
     """No cluster: the command starts its own, and is stopped at that. Nothing of Ray stays behind."""
-    with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path, for sockets
+    # A short path, for sockets.
+    with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
         process = start("merge", many_shards.config, tmp_path / "out", env=env)
         wait_until(lambda: any(Path(folder).rglob("gcs_server.out")), "the first Ray process", [process])

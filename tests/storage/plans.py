@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
+
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.types import Copy, PartSource, Shard
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.types import TensorEntry
-from safetensors.numpy import save_file
 
 Array = np.ndarray[Any, Any]
 

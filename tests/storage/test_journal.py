@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import Journal, source_stamps

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+
 from raymoe.errors import CheckpointError, MergeFailed, Problem
 from raymoe.storage.local import LocalOutput, check_output, file_checksum, remove_checkpoint
 
@@ -144,8 +145,7 @@ def test_folder_that_went_away(output: LocalOutput) -> None:
 
 def problems(root: Path, *, overwrite: bool = False, digest: str | None = "plan", output_bytes: int = 1) -> list[str]:
     return [
-        problem.what
-        for problem in check_output(root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
+        problem.what for problem in check_output(root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
     ]
 
 
@@ -194,7 +194,7 @@ def test_permissions(tmp_path: Path) -> None:
 
 
 def test_remove_checkpoint(output: LocalOutput) -> None:
-    """Weights, index, record, what the record names, and the journal but for its lock; nothing else, and nothing outside."""
+    """Weights, index, record, what the record names, and the journal but for its lock; nothing else."""
     root = output.root
     ours = ["model-00001-of-00002.safetensors", "pytorch_model.bin", INDEX, "tokenizer.json", "chat_templates/a.jinja"]
     theirs = ["notes.txt", "weights.safetensors", "tokenizer.model", "chat_templates/b.jinja"]
@@ -203,8 +203,8 @@ def test_remove_checkpoint(output: LocalOutput) -> None:
         (root / name).write_text("x")
     outside = root.parent / "outside.txt"
     outside.write_text("x")
-    named = dict.fromkeys(["tokenizer.json", "chat_templates/a.jinja", "gone.json", "../outside.txt", str(outside)], {})
-    (root / "raymoe.json").write_text(json.dumps({"files": named}))
+    named = ["tokenizer.json", "chat_templates/a.jinja", "gone.json", "../outside.txt", str(outside)]
+    (root / "raymoe.json").write_text(json.dumps({"files": {name: {"size": 1} for name in named}}))
     remove_checkpoint(root)
     left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert left == {*theirs, ".raymoe/lock"}

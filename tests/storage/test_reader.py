@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
 from raymoe.errors import CheckpointError
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-
 from tests.storage.plans import save
 
 

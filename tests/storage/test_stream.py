@@ -1,4 +1,4 @@
-"""A shard as a stream: what the safetensors library reads from it is what the plan says, and sources are read in long ranges."""
+"""A shard as a stream: the safetensors library reads from it what was planned, and sources are read in long ranges."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
+
 from raymoe.errors import CheckpointError
 from raymoe.planning.shards import OutputTensor
 from raymoe.planning.types import Router, Shard, Transform, Zeros
@@ -18,8 +20,6 @@ from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import CHUNK_BYTES, RouterBytes, different_tensors, part_chunks, shard_chunks
 from raymoe.storage.transform import BLOCK_ELEMENTS
-from safetensors.numpy import load
-
 from tests.storage.plans import one_shard, save, tensor
 
 NUMBERS = np.random.default_rng(5)
@@ -90,7 +90,9 @@ def test_neighbours_are_read_as_one_range(reader: SourceReader, reads: list[tupl
     assert found[len(shard.header) :] == (tmp_path / "model.safetensors").read_bytes()[first:]
 
 
-def test_gaps_and_other_files_are_not_joined(reader: SourceReader, reads: list[tuple[int, int]], tmp_path: Path) -> None:
+def test_gaps_and_other_files_are_not_joined(
+    reader: SourceReader, reads: list[tuple[int, int]], tmp_path: Path
+) -> None:
     one = save(tmp_path / "1", {name: NUMBERS.standard_normal(8, np.float32) for name in "abc"})
     two = save(tmp_path / "2", {name: NUMBERS.standard_normal(8, np.float32) for name in "de"})
     shard = one_shard([tensor(entry) for entry in (one["a"], one["c"], two["d"], two["e"])])

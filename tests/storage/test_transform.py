@@ -9,13 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 from raymoe.planning.types import Transform
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import LoraPair
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import part_chunks
 from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array
-
 from tests.storage.plans import one_shard, save, tensor
 
 BF16 = ml_dtypes.bfloat16
@@ -82,7 +82,8 @@ def test_lora_in_blocks(reader: SourceReader, tmp_path: Path) -> None:
     """W + scaling * B A, rows of B with their own rows of W, in the source's dtype at last."""
     numbers = np.random.default_rng(3)
     weight = numbers.standard_normal((ROWS, WIDTH), np.float32).astype(BF16)
-    factors = {"a": numbers.standard_normal((2, WIDTH), np.float32), "b": numbers.standard_normal((ROWS, 2), np.float32)}
+    shapes = {"a": (2, WIDTH), "b": (ROWS, 2)}
+    factors = {name: numbers.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     entries = save(tmp_path, {"w": weight, **factors})
     pair = LoraPair(a=entries["a"], b=entries["b"], scaling=0.75)
     found, pieces = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair), "F32")
