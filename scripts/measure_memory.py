@@ -64,10 +64,11 @@ def row(mode: str, depth: int, result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "out/memory")
+    parser.add_argument("--modes", nargs="*", default=["random", "cheap_embed", "hidden"])
     parser.add_argument("--no-page", action="store_true", help="print only; leave docs/memory.md alone")
     arguments = parser.parse_args()
     lines = ["| gate mode | output | driver | actors |", "|---|---|---|---|"]
-    for mode in ("random", "cheap_embed", "hidden"):
+    for mode in arguments.modes:
         for depth in DEPTHS:
             lines.append(row(mode, depth, measure(arguments.work, depth, mode)))
             print(lines[-1], flush=True)

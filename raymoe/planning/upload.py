@@ -5,6 +5,9 @@ one store), or sent by a worker. The store's rules: all parts but the last have 
 object at most 10,000 parts. So what lies between two copied ranges and is smaller than 5 MiB takes bytes of the range
 after it along, and the header at a shard's beginning takes the first bytes of the data.
 
+A shard of hundreds of gigabytes could have more such parts than an object may: then longer parts are copied, and short
+ranges are sent.
+
 Limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 """
 
@@ -20,7 +23,8 @@ from raymoe.sources.types import SourceFile
 __all__ = ["MIN_PART_BYTES", "CopyRange", "Span", "UploadPart", "copied_by_store", "spans", "upload_parts"]
 
 MIN_PART_BYTES = 5 << 20
-MAX_COPY_BYTES = 1 << 30  # the store allows 5 GiB; smaller ones run side by side and are repeated sooner
+MAX_PART_BYTES = 5 << 30
+COPY_PART_BYTES = 1 << 30  # usual copies: they run side by side and are repeated sooner than the largest possible
 STREAM_PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 
@@ -94,11 +98,11 @@ def _joined(left: Span, right: Span) -> Span | None:
 
 def upload_parts(shard: Shard, same_store: Callable[[SourceFile], bool]) -> tuple[UploadPart, ...]:
     """The parts of a shard's upload. `same_store` says which sources the output's store can copy from."""
-    regions = list(_enough_for_a_part(_regions(shard, same_store)))
     # The usual piece is small enough for memory; a giant shard gets larger ones, so as to stay within MAX_PARTS.
     stream_bytes = max(STREAM_PART_BYTES, math.ceil(shard.nbytes / (MAX_PARTS // 2)))
-    pieces = [piece for region in regions for piece in _split(region, stream_bytes)]
-    assert len(pieces) <= MAX_PARTS, f"{shard.file_name}: {len(pieces)} parts"
+    scale = 1
+    while len(pieces := _pieces(shard, same_store, stream_bytes, scale)) > MAX_PARTS:
+        scale *= 2
     return tuple(
         UploadPart(number=number, start=piece.start, end=piece.end, copy=piece.copy)
         for number, piece in enumerate(pieces, start=1)
@@ -110,12 +114,21 @@ def copied_by_store(parts: Sequence[UploadPart]) -> int:
     return sum(part.nbytes for part in parts if part.copy is not None)
 
 
-def _regions(shard: Shard, same_store: Callable[[SourceFile], bool]) -> Iterator[_Region]:
-    """Header and data as alternating regions: to be sent, or to be copied (large enough for a part)."""
+def _pieces(shard: Shard, same_store: Callable[[SourceFile], bool], stream_bytes: int, scale: int) -> list[_Region]:
+    """The parts, where no range of less than `scale` times a least part is copied."""
+    copy_bytes = min(MAX_PART_BYTES, scale * COPY_PART_BYTES)
+    regions = _enough_for_a_part(_regions(shard, same_store, scale * MIN_PART_BYTES))
+    return [
+        piece for region in regions for piece in _split(region, stream_bytes if region.copy is None else copy_bytes)
+    ]
+
+
+def _regions(shard: Shard, same_store: Callable[[SourceFile], bool], least_copy: int) -> Iterator[_Region]:
+    """Header and data as alternating regions: to be sent, or to be copied (of at least `least_copy` bytes)."""
     sent = _Region(0, len(shard.header), None)
     for span in spans(shard.parts):
         copy = span.what
-        if isinstance(copy, CopyRange) and span.end - span.start >= MIN_PART_BYTES and same_store(copy.file):
+        if isinstance(copy, CopyRange) and span.end - span.start >= least_copy and same_store(copy.file):
             if sent.nbytes:
                 yield sent
             yield _Region(span.start, span.end, copy)
@@ -148,9 +161,8 @@ def _enough_for_a_part(regions: Iterable[_Region]) -> Iterator[_Region]:
         yield pending
 
 
-def _split(region: _Region, stream_bytes: int) -> Iterator[_Region]:
-    """A region in nearly equal pieces of at most the limit of its kind."""
-    limit = stream_bytes if region.copy is None else MAX_COPY_BYTES
+def _split(region: _Region, limit: int) -> Iterator[_Region]:
+    """A region in nearly equal pieces of at most `limit` bytes."""
     count = math.ceil(region.nbytes / limit)
     for index in range(count):
         start = region.start + region.nbytes * index // count

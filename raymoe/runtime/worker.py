@@ -9,6 +9,7 @@ Torch is imported by `gate_rows` alone, and only for modes that run a model.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import socket
@@ -33,6 +34,7 @@ __all__ = ["ExpertWorker", "Status", "limit_threads"]
 
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
+_M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class ExpertWorker:
     """Works for one expert at a time: gate rows on its device, shards to the output."""
 
     def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
+        give_memory_back()
         self._settings = settings
         self._output = open_output(output, settings.storage, run)
         self._lock = threading.Lock()
@@ -162,6 +165,17 @@ class _Working:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._busy.remove(self._on)
+
+
+def give_memory_back() -> None:
+    """Have glibc give freed blocks of a MiB and more back to the system at once.
+
+    By default it learns from the first large blocks that are freed to keep such blocks (up to 32 MiB) for later: with
+    weights coming and going in several threads, an actor would hold several layers' worth of memory that nobody uses.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # not so on other C libraries
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def limit_threads() -> None:

@@ -3,7 +3,7 @@
     OUT/.raymoe/plan.json            digest of the plan and the name of the run that writes; written first
     OUT/.raymoe/uploads/FILE.json    written before a shard's upload begins, again with its id when it has begun
     OUT/.raymoe/done/FILE.json       size and checksum of a finished file
-    OUT/raymoe.json                  the record of the finished merge; then `.raymoe/` is removed
+    OUT/raymoe.json                  the record of the finished merge; then `.raymoe/` is removed, plan.json last
 
 An object store has no locks. A second run on the same output replaces the run's name in `plan.json`; the first one
 notices before it makes anything visible, and stops. Both would write the same bytes: the plan is the same, or refused.
@@ -32,6 +32,7 @@ class ObjectJournal:
     def __init__(self, store: ObjectStore, root: str, run: str = "") -> None:
         self._store, self._root, self.run = store, root, run
         self._folder = join(root, JOURNAL)
+        self._ended: Mapping[str, Any] = {}  # files by name, where an earlier run died while it removed its journal
 
     def plan(self) -> Mapping[str, Any]:
         """Content of plan.json; empty where there is none."""
@@ -39,6 +40,8 @@ class ObjectJournal:
 
     def begin(self, digest: str, stamps: Mapping[str, int]) -> None:
         self.run = uuid.uuid4().hex
+        record = self._read_object(join(self._root, RECORD_NAME))
+        self._ended = record.get("files", {}) if record.get("plan_digest") == digest else {}
         self._write("plan.json", {"digest": digest, "run": self.run, "sources": dict(stamps)})
 
     @property
@@ -52,6 +55,8 @@ class ObjectJournal:
 
     def finished(self, name: str) -> FileRecord | None:
         content = self._read(f"done/{_flat(name)}.json")
+        if not content and name in self._ended:
+            content = {"name": name, **self._ended[name]}
         try:
             return FileRecord(**content)
         except TypeError:
@@ -80,14 +85,21 @@ class ObjectJournal:
         return [entry.name.removesuffix(".json") for entry in entries]
 
     def clear(self) -> None:
-        """Forget everything; `plan.json` goes first, since it is what makes a journal."""
-        self._store.delete(join(self._folder, "plan.json"))
+        """Forget everything; `plan.json` goes last, so that whoever dies over it can be followed by a run that goes on.
+
+        Without it the rest would stay for good: a folder that holds a finished merge is not touched again.
+        """
         for entry in self._store.list(self._folder):
-            self._store.delete(join(self._folder, entry.name))
+            if entry.name != "plan.json":
+                self._store.delete(join(self._folder, entry.name))
+        self._store.delete(join(self._folder, "plan.json"))
 
     def _read(self, name: str) -> dict[str, Any]:
+        return self._read_object(join(self._folder, name))
+
+    def _read_object(self, url: str) -> dict[str, Any]:
         try:
-            content = json.loads(self._store.read_all(join(self._folder, name)))
+            content = json.loads(self._store.read_all(url))
         except (ObjectMissing, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

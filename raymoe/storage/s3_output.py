@@ -205,9 +205,20 @@ class S3Output:
                 self._store.abort_upload(url, upload_id)
                 ours.remove(upload_id)
         self._journal.intend_upload(name, known=ours)
-        upload_id = self._store.create_upload(url, metadata=self._metadata())
+        upload_id = self._create_upload(url, known=ours)
         self._journal.begun_upload(name, upload_id)
         return upload_id, ()
+
+    def _create_upload(self, url: str, known: Sequence[str]) -> str:
+        """Begin an upload. Where a reply was lost and the store asked again, there are two: the first is aborted."""
+        retries = self._store.counters.retries
+        upload_id = self._store.create_upload(url, metadata=self._metadata())
+        if self._store.counters.retries > retries:
+            self._check_run()
+            for upload in self._store.list_uploads(url):
+                if upload.url == url and upload.upload_id not in (upload_id, *known):
+                    self._store.abort_upload(url, upload.upload_id)
+        return upload_id
 
     def _check_run(self) -> None:
         if not self._journal.is_of_this_run:
