@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.config import MergeConfig, check_config, load_config
+from raymoe.config import MergeConfig, check_config, load_config, make_config
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.sources.resolve import HubOptions, resolve_models
@@ -49,20 +49,27 @@ def merge(
     Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
     same call goes on from the shards that are finished.
     """
-    from raymoe.runtime.merge import run_merge
+    from raymoe.runtime.merge import output_of, run_merge
     from raymoe.runtime.settings import RuntimeSettings
 
     settings = settings or RuntimeSettings(verbosity=-1)
     checked = _config(config, allow_all_same)
     settings = replace(settings, storage=checked.storage)
-    return run_merge(plan(checked, options, hub=settings.hub, allow_all_same=True), checked, output, settings)
+    try:
+        merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True)
+    except ProblemReport as report:
+        # What is wrong with the output besides is told in the same breath.
+        target = output_of(output, settings)
+        also = target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
+        raise (ProblemReport([*report.problems, *also]) if also else report) from None
+    return run_merge(merge_plan, checked, output, settings)
 
 
 def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:
     if isinstance(config, (str, Path)):
         return load_config(config, allow_all_same=allow_all_same)
     if isinstance(config, Mapping):
-        config = MergeConfig.model_validate(config)
+        return make_config(config, allow_all_same=allow_all_same)
     if problems := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(problems)
     return config

@@ -6,7 +6,7 @@ in Python. Importing this needs neither torch, transformers nor Ray.
 
 from raymoe.config.checks import ALL_SAME_FLAG, check_config, config_warnings
 from raymoe.config.lines import Lines, Loc
-from raymoe.config.load import load_config, load_config_with_lines, parse_config
+from raymoe.config.load import load_config, load_config_with_lines, make_config, parse_config
 from raymoe.config.modes import MODES, GateMode
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
 
@@ -24,5 +24,6 @@ __all__ = [
     "config_warnings",
     "load_config",
     "load_config_with_lines",
+    "make_config",
     "parse_config",
 ]

@@ -9,18 +9,20 @@ on problems are collected: what the schema refuses is set aside, and the checks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from raymoe.config.checks import find_unsound
-from raymoe.config.lines import Lines
+from raymoe.config.lines import NO_LINES, Found, Lines
 from raymoe.config.problems import salvage, schema_problems
 from raymoe.config.schema import MergeConfig
 from raymoe.config.tree import parse_tree
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["load_config", "load_config_with_lines", "parse_config"]
+__all__ = ["load_config", "load_config_with_lines", "make_config", "parse_config"]
 
 _MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
@@ -44,8 +46,18 @@ def parse_config(text: str, *, name: str, allow_all_same: bool = False) -> Merge
     return _parse(text, name, allow_all_same=allow_all_same)[0]
 
 
+def make_config(data: Mapping[str, Any], *, allow_all_same: bool = False) -> MergeConfig:
+    """As `load_config`, for a config made in Python."""
+    return _check(dict(data), NO_LINES, [], allow_all_same=allow_all_same)
+
+
 def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, Lines]:
     data, lines, found = parse_tree(text, name)
+    return _check(data, lines, found, allow_all_same=allow_all_same), lines
+
+
+def _check(data: Any, lines: Lines, found: list[Found], *, allow_all_same: bool) -> MergeConfig:
+    """The config that `data` is; `found` are the problems that are known already."""
     try:
         config = MergeConfig.model_validate(data)
         found += find_unsound(config, allow_all_same=allow_all_same)
@@ -55,7 +67,7 @@ def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, 
             found += find_unsound(saved[0], allow_all_same=allow_all_same, unread=saved[1])
     if found:
         raise ProblemReport(lines.problems(found))
-    return config, lines
+    return config
 
 
 def _read(path: Path) -> str:

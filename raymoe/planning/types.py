@@ -180,7 +180,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """Everything an executor needs. `digest` names the output's bytes: equal digests, equal files."""
+    """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes."""
 
     host: str
     config: Mapping[str, Any]

@@ -28,8 +28,8 @@ _LOOK_EVERY_S = 0.5
 class Progress:
     """Asks the actors how far they are, now and then, and shows it. A context manager."""
 
-    def __init__(self, plan: MergePlan, verbosity: int) -> None:
-        self._plan, self._quiet = plan, verbosity < 0
+    def __init__(self, plan: MergePlan, verbosity: int, done_to_bytes: str = "written") -> None:
+        self._plan, self._quiet, self._verb = plan, verbosity < 0, done_to_bytes
         self._started = self._last_line = self._last_look = time.monotonic()
         self._total = sum(shard.nbytes for shard in plan.shards if shard.owner != "router")
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
@@ -125,7 +125,7 @@ class Progress:
         done = (moved + kept) / max(1, self._total)
         parts = [
             f"{elapsed:5.0f} s",
-            f"written {human_bytes(moved + kept)} of {human_bytes(self._total)} ({done:.0%})",
+            f"{self._verb} {human_bytes(moved + kept)} of {human_bytes(self._total)} ({done:.0%})",
         ]
         if moved + kept < self._total:
             parts.append(f"{human_bytes(moved / max(elapsed, 1e-9))}/s")
@@ -143,5 +143,5 @@ class Progress:
         for number, status in sorted(self._latest.items()):
             at = ", ".join(status.busy_with) or "waiting"
             tokens = f", {status.gate_tokens:,} token-layers" if status.gate_tokens else ""
-            lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} written{tokens})"))
+            lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
         return Group(*lines)

@@ -129,7 +129,7 @@ class _CompareShards:
 def _tensor_differences(
     plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
-    with connected(settings), Progress(plan, settings.verbosity) as progress:
+    with connected(settings), Progress(plan, settings.verbosity, "compared") as progress:
         compute = MODES[plan.gates.mode].reads_layers
         slots = slots_for(settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise)
         with expert_actors(slots, location, settings) as actors:

@@ -11,6 +11,7 @@ notices before it makes anything visible, and stops. Both would write the same b
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,13 @@ from raymoe.errors import Problem
 from raymoe.objects.problems import ObjectMissing
 from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
-from raymoe.storage.records import JOURNAL, RECORD_NAME, FileRecord
+from raymoe.sources.folder import is_inside
+from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
 
-__all__ = ["ObjectJournal", "occupied"]
+__all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
+
+# As in a local folder (local.py): weights, and what the record of an earlier merge names.
+_CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 class ObjectJournal:
@@ -121,6 +126,21 @@ def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: 
         return None
     what = "the output holds a finished merge" if RECORD_NAME in names else "the output is not empty"
     return Problem(where=location, what=what, remedy="use --overwrite to replace it, or choose another output")
+
+
+def checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
+    """What --overwrite removes, in this order: record and index first. All else is somebody's own and stays."""
+    there = [entry.name for entry in store.list(location)]
+    recorded: list[str] = []
+    if RECORD_NAME in there:
+        try:
+            recorded = list(json.loads(store.read_all(join(location, RECORD_NAME)))["files"])
+        except (ObjectMissing, ValueError, KeyError, TypeError):
+            recorded = []
+    weights = [n for n in there if "/" not in n and any(fnmatch.fnmatchcase(n, p) for p in _CHECKPOINT_FILES)]
+    inside = [name for name in recorded if isinstance(name, str) and is_inside(name) and name in there]
+    first = [name for name in (RECORD_NAME, INDEX_NAME) if name in there]
+    return list(dict.fromkeys([*first, *inside, *weights]))
 
 
 def _flat(name: str) -> str:

@@ -35,6 +35,8 @@ _REQUESTS_AT_ONCE = 8
 # Ranges of an object that lie closer than this are one request: the bytes between cost less than a round trip.
 _JOIN_BYTES = 128 << 10
 _JOINED_BYTES = 64 << 20
+# What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
+_KEPT_BYTES = 64 << 20
 
 
 class SourceReader:
@@ -98,12 +100,11 @@ class SourceReader:
         if entry.nbytes == 0:
             return memoryview(bytearray())
         if is_url(entry.file.location):
-            # Kept until `release()`: LoRA factors are asked for block by block.
+            # Kept for a while: LoRA factors are asked for block by block.
             content = self._read_tensors.get(entry)
             if content is None:
                 content = self._joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
-                with self._lock:
-                    self._read_tensors[entry] = content
+                self._keep(entry, content)
             return content
         return memoryview(self._map(entry.file))[entry.start : entry.end]
 
@@ -122,6 +123,16 @@ class SourceReader:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
                 self._pool = None
+
+    def _keep(self, entry: TensorEntry, content: memoryview) -> None:
+        """Remember a tensor that was read, and forget the oldest: a shard may need more of them than memory holds."""
+        with self._lock:
+            kept = sum(map(len, self._read_tensors.values())) + len(content)
+            for oldest in list(self._read_tensors):
+                if kept <= _KEPT_BYTES:
+                    break
+                kept -= len(self._read_tensors.pop(oldest))
+            self._read_tensors[entry] = content
 
     def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
         buffer = memoryview(bytearray(end - start))

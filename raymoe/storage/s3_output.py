@@ -5,13 +5,17 @@ the moment in which the whole object becomes visible. Several actors may feed on
 is taken up again where its id is known, and aborted where only the intention is; uploads that the journal does not know
 of are somebody else's and are left alone.
 
-Memory: a job holds `_PARTS_AT_ONCE` parts of at most 16 MiB and as many read buffers.
+Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part counts
+with its own bytes (about as many go to the connection's buffer and to reading), a computed one with more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, cast
 
 from raymoe.errors import MergeFailed, Problem
@@ -19,10 +23,10 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError, UploadGone
 from raymoe.objects.store import MultipartStore, UploadedPart, open_store
 from raymoe.objects.urls import is_s3, join
-from raymoe.planning.types import Shard
+from raymoe.planning.types import Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
-from raymoe.storage.object_journal import ObjectJournal, occupied
+from raymoe.storage.object_journal import ObjectJournal, checkpoint_objects, occupied
 from raymoe.storage.output import Progress, ShardJob, read_stream
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
@@ -31,10 +35,13 @@ from raymoe.storage.stream import RouterBytes, shard_range
 __all__ = ["S3Output"]
 
 _PARTS_AT_ONCE = 4
+_SENDING_BYTES = 96 << 20
+_COMPUTING_BYTES = 32 << 20
 # A job is small enough that a death costs little, and that two actors share a large shard.
 _JOB_SENT_BYTES = 256 << 20
 _JOB_COPIED_BYTES = 8 << 30
 _META_RUN = "raymoe-plan"
+_RELEASE_S = 60
 
 
 class S3Output:
@@ -47,6 +54,7 @@ class S3Output:
         self._journal = ObjectJournal(self._store, location, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
         self._parts_there: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
+        self._memory = _Budget(_SENDING_BYTES)
 
     @property
     def run(self) -> str:
@@ -105,8 +113,9 @@ class S3Output:
                 )
                 progress(0, part.nbytes)
                 return there
-            chunks = shard_range(job.shard, part.start, part.end, reader, router)
-            there = self._store.upload_part(url, upload_id, part.number, read_stream(chunks, part.nbytes))
+            with self._memory.taken(_bytes_to_send(job.shard, part)):
+                chunks = shard_range(job.shard, part.start, part.end, reader, router)
+                there = self._store.upload_part(url, upload_id, part.number, read_stream(chunks, part.nbytes))
             progress(part.nbytes, 0)
             return there
 
@@ -156,12 +165,22 @@ class S3Output:
         self._journal.clear()
 
     def release(self) -> None:
-        """Abort what this process has opened; a run that was replaced leaves the uploads to the one that goes on."""
-        if self._uploads and self._journal.is_of_this_run:
-            for name, upload_id in self._uploads.items():
-                self._store.abort_upload(join(self.location, name), upload_id)
-                self._journal.forget_upload(name)
-            self._uploads.clear()
+        """Abort what this process has opened; a run that was replaced leaves the uploads to the one that goes on.
+
+        A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows the
+        uploads, and the next run takes them up.
+        """
+        if not self._uploads:
+            return
+        options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
+        store = cast(MultipartStore, open_store(self.location, options))
+        journal = ObjectJournal(store, self.location, self.run)
+        with contextlib.suppress(StorageError):
+            if journal.is_of_this_run:
+                for name, upload_id in self._uploads.items():
+                    store.abort_upload(join(self.location, name), upload_id)
+                    journal.forget_upload(name)
+        self._uploads.clear()
 
     def _finished(self, name: str, size: int) -> FileRecord | None:
         record = self._journal.finished(name)
@@ -198,16 +217,20 @@ class S3Output:
                 return noted["id"], self._store.list_parts(url, noted["id"])
             except UploadGone:
                 self._journal.forget_upload(name)
+        self._abort_unnoted(name, noted)
         ours = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
-        if noted and not noted.get("id"):
-            # The run died between its intention and the id: what has been opened since then is its own.
-            for upload_id in set(ours) - set(noted["known"]):
-                self._store.abort_upload(url, upload_id)
-                ours.remove(upload_id)
         self._journal.intend_upload(name, known=ours)
         upload_id = self._create_upload(url, known=ours)
         self._journal.begun_upload(name, upload_id)
         return upload_id, ()
+
+    def _abort_unnoted(self, name: str, noted: Mapping[str, Any]) -> None:
+        """Where a run died between its intention and the id: abort what was opened since then, which is its own."""
+        if noted and not noted.get("id"):
+            url = join(self.location, name)
+            for upload in self._store.list_uploads(url):
+                if upload.url == url and upload.upload_id not in noted["known"]:
+                    self._store.abort_upload(url, upload.upload_id)
 
     def _create_upload(self, url: str, known: Sequence[str]) -> str:
         """Begin an upload. Where a reply was lost and the store asked again, there are two: the first is aborted."""
@@ -225,15 +248,40 @@ class S3Output:
             raise MergeFailed(f"{self.location}: another run of this merge has taken over this output")
 
     def _remove_checkpoint(self) -> None:
-        """Remove the checkpoint here, record and index first; objects that are no checkpoint's stay."""
-        names = {entry.name for entry in self._store.list(self.location)}
-        checkpoint = [n for n in names if "/" not in n and n.startswith(("model", "pytorch_model"))]
-        for name in [n for n in (RECORD_NAME, INDEX_NAME) if n in names] + checkpoint:
+        """Remove the checkpoint here and the journal, with the uploads that it knows of."""
+        for name in checkpoint_objects(self._store, self.location):
             self._store.delete(join(self.location, name))
         for name in self._journal.uploads():
-            if upload_id := self._journal.upload(name).get("id"):
+            noted = self._journal.upload(name)
+            self._abort_unnoted(name, noted)
+            if upload_id := noted.get("id"):
                 self._store.abort_upload(join(self.location, name), upload_id)
         self._journal.clear()
+
+
+class _Budget:
+    """Lets threads go on as long as what they take together stays within a limit; one alone may exceed it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + count <= self._limit)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= count
+                self._changed.notify_all()
+
+
+def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
+    computed = any(isinstance(p.what, Transform) and p.start < part.end and part.start < p.end for p in shard.parts)
+    return part.nbytes + (_COMPUTING_BYTES if computed else 0)
 
 
 def _groups(parts: Sequence[UploadPart]) -> Iterator[tuple[UploadPart, ...]]:

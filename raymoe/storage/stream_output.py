@@ -19,7 +19,7 @@ from raymoe.objects.store import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Shard
 from raymoe.sources.types import SourceFile
-from raymoe.storage.object_journal import ObjectJournal, occupied
+from raymoe.storage.object_journal import ObjectJournal, checkpoint_objects, occupied
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
@@ -60,7 +60,7 @@ class StreamOutput:
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         if fresh:
-            for name in (RECORD_NAME, INDEX_NAME, *self._checkpoint_names()):
+            for name in checkpoint_objects(self._store, self.location):
                 self._store.delete(join(self.location, name))
             self._journal.clear()
         self._journal.begin(digest, stamps)
@@ -89,6 +89,8 @@ class StreamOutput:
             stream.close()
         except BaseException:
             stream.discard()
+            # Not every file system waits for the commit: what it has made visible already is removed.
+            self._store.delete(join(self.location, shard.file_name))
             raise
         stream.commit()
         return FileRecord(name=shard.file_name, size=shard.nbytes, checksum=f"xxh3-128:{hasher.hexdigest()}")
@@ -110,6 +112,10 @@ class StreamOutput:
         return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
 
     def write_index(self, content: bytes) -> FileRecord:
+        url = join(self.location, INDEX_NAME)
+        # fsspec knows no condition that all file systems keep: look first.
+        if self._store.stat(url) is not None and self._store.read_all(url) != content:
+            raise MergeFailed(f"{url}: an index of something else has appeared here since the merge began")
         return self.write_small(INDEX_NAME, content)
 
     def end(self, record: bytes) -> None:
@@ -118,10 +124,6 @@ class StreamOutput:
 
     def release(self) -> None:
         """Nothing is held: a stream that did not end well was discarded by its writer."""
-
-    def _checkpoint_names(self) -> list[str]:
-        names = [entry.name for entry in self._store.list(self.location, recursive=False)]
-        return [name for name in names if name.startswith(("model", "pytorch_model"))]
 
     def _finished(self, shard: Shard) -> FileRecord | None:
         """The record of a shard that an earlier run finished, if what is there still has that size and content."""

@@ -34,6 +34,7 @@ def test_a_killed_actor_is_replaced(many_shards: Merge, ray_env: dict[str, str],
 def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = many_shards.start(out, ray_env)
+    wait_until(lambda: finished_shards(out), "the first shard", [process])
     killed = set()
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:

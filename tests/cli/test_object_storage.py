@@ -1,0 +1,278 @@
+"""The commands with object stores, from end to end, on a Ray cluster of their own whose processes have credentials.
+
+Everything goes through a proxy that counts. The server is the juicefs gateway: it checks credentials.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import hashes, raymoe, write_config
+from tests.objects.canned import Answer, canned
+from tests.objects.fault_proxy import FaultProxy
+from tests.objects.servers import Server, environment, running_server
+
+SHARD = ("--out-shard-size", "200000", "--random-seed", "3")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A bucket with models in it, and the same models here."""
+
+    server: Server
+    proxy: FaultProxy
+    env: dict[str, str]
+    bucket: str
+    here: list[Path]
+    session: Path  # Ray's files
+
+    @property
+    def there(self) -> list[str]:
+        return [f"s3://{self.bucket}/models/m{number}" for number in range(len(self.here))]
+
+    def url(self) -> str:
+        return f"s3://{self.bucket}/out/{uuid.uuid4().hex[:8]}"
+
+    def files(self, url: str) -> dict[str, bytes]:
+        client, prefix = self.server.client(), url.removeprefix(f"s3://{self.bucket}/") + "/"
+        found = client.list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])
+        names = [item["Key"] for item in found]
+        return {
+            name.removeprefix(prefix): client.get_object(Bucket=self.bucket, Key=name)["Body"].read() for name in names
+        }
+
+    def run(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        return raymoe(*arguments, env={**self.env, **variables})
+
+
+@pytest.fixture(scope="module")
+def store(zoo: Callable[..., Path]) -> Iterator[Store]:
+    from ray.cluster_utils import Cluster
+
+    server = running_server("juicefs")
+    here = [zoo("llama", seed=seed, dtype="bfloat16") for seed in (0, 1, 2)]
+    bucket, client = f"cli-{uuid.uuid4().hex[:8]}", server.client()
+    client.create_bucket(Bucket=bucket)
+    for number, folder in enumerate(here):
+        for path in folder.iterdir():
+            client.put_object(Bucket=bucket, Key=f"models/m{number}/{path.name}", Body=path.read_bytes())
+    with FaultProxy(server.endpoint) as proxy, environment(server.environment | {"AWS_ENDPOINT_URL": proxy.url}):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        env = {**os.environ, "RAY_ADDRESS": cluster.address}
+        session = Path(cluster.head_node.get_session_dir_path())
+        yield Store(server=server, proxy=proxy, env=env, bucket=bucket, here=here, session=session)
+        cluster.shutdown()
+
+
+def config_of(models: list[Any], path: Path, mode: str = "random", **keys: Any) -> Path:
+    from tests.pico import merge_config
+
+    base, *experts = models
+    content = merge_config(base, experts, mode=mode, expert_options={"noise_scale": 0.01}) | keys
+    content["experts"][0].pop("noise_scale")
+    return write_config(path, content)
+
+
+def merged(store: Store, config: Path, output: object, *flags: str) -> subprocess.CompletedProcess[str]:
+    done = store.run("merge", config, output, *SHARD, *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# What names the sources, by their places.
+OF_PLACES = {"README.md", "raymoe.json"}
+
+
+def test_from_and_to_everywhere(store: Store, tmp_path: Path) -> None:
+    """S3 to S3, S3 to local, local to S3: the files of local to local. Then the record, verify and inspect."""
+    outputs: dict[str, Mapping[str, Any]] = {}
+    said = ""
+    for source, models in (("here", store.here), ("there", store.there)):
+        config = config_of(models, tmp_path / f"{source}.yaml", mode="cheap_embed")
+        said += merged(store, config, tmp_path / source).stderr
+        outputs[f"{source} to here"] = hashes(tmp_path / source)
+        url = store.url()
+        # A trailing slash is no other place.
+        said += merged(store, config, url + "/").stderr
+        outputs[f"{source} to there"] = {name: sha256(data).hexdigest() for name, data in store.files(url).items()}
+    expected = outputs["here to here"]
+    assert len([name for name in expected if name.endswith(".safetensors")]) > 5
+    for way, found in outputs.items():
+        assert found.keys() == expected.keys(), way
+        assert {name for name in found if found[name] != expected[name]} <= OF_PLACES, way
+    record = json.loads(store.files(url)["raymoe.json"])
+    assert record["files"].keys() == expected.keys() - {"raymoe.json"}
+    assert all(file["checksum"].startswith("etag:") and file["size"] > 0 for file in record["files"].values())
+    done = store.run("verify", url)
+    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
+    assert "equal to what the sources give, byte for byte" in done.stdout
+    done = store.run("inspect", url, "--json")
+    local = store.run("inspect", tmp_path / "there", "--json")
+    remote_summary, local_summary = json.loads(done.stdout), json.loads(local.stdout)
+    same = remote_summary.keys() - {"checkpoint", "path", "location", "place"}
+    assert {key: remote_summary[key] for key in same} == {key: local_summary[key] for key in same}
+    assert "ixtral" in store.run("inspect", url).stdout
+    check_no_secrets(store, said + done.stdout, tmp_path, store.files(url))
+
+
+def check_no_secrets(store: Store, said: str, folder: Path, objects: Mapping[str, bytes]) -> None:
+    """Neither key nor secret in what was said and written, in Ray's files included."""
+    for secret in (store.server.key, store.server.secret):
+        assert secret not in said
+        assert not [name for name, content in objects.items() if secret.encode() in content]
+        for place in (folder, store.session):
+            files = [path for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
+            assert files
+            assert not [str(path) for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
+    """With a checksum of the bytes: a weight and a small file, each replaced by another of its size."""
+    config = config_of(store.there, tmp_path / "config.yaml", storage={"checksum": "sha256"})
+    url = store.url()
+    merged(store, config, url)
+    files, client = store.files(url), store.server.client()
+    record = json.loads(files["raymoe.json"])["files"]
+
+    assert {name: file["checksum"] for name, file in record.items()} == {
+        name: f"sha256:{sha256(content).hexdigest()}" for name, content in files.items() if name != "raymoe.json"
+    }
+    key = url.removeprefix(f"s3://{store.bucket}/")
+    shard = next(name for name in files if name.endswith("-00001.safetensors") or name.startswith("model-00002"))
+    for name, content in ((shard, files[shard]), ("README.md", files["README.md"])):
+        changed = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+        client.put_object(Bucket=store.bucket, Key=f"{key}/{name}", Body=changed)
+    done = store.run("verify", url)
+    assert done.returncode == 1
+    assert "README.md: changed since the merge" in done.stdout
+    assert ": differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
+
+
+def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:
+    """Under 1% of the sources, of which a pico model's tokenizer is the most: weights are counted by themselves."""
+    from tests.storage.test_upload_plan import SMOLLM2, tensor_shapes
+
+    client, names = store.server.client(), []
+    header, end = {}, 0
+    for name, dims in tensor_shapes(SMOLLM2 | {"num_hidden_layers": 6}).items():
+        start, end = end, end + 2 * dims[0] * (dims[1] if len(dims) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    body = len(text).to_bytes(8, "little") + text + bytes(end)
+    for number in range(2):
+        key = f"plan/m{number}"
+        client.put_object(Bucket=store.bucket, Key=f"{key}/model.safetensors", Body=body)
+        config = json.dumps(SMOLLM2 | {"num_hidden_layers": 6}).encode()
+        client.put_object(Bucket=store.bucket, Key=f"{key}/config.json", Body=config)
+        names.append(f"s3://{store.bucket}/{key}")
+    path = config_of([names[0], *names], tmp_path / "config.yaml")
+    store.proxy.reset_stats()
+    done = store.run("plan", path, f"s3://{store.bucket}/out/planned", "--json")
+    assert done.returncode == 0, done.stderr
+    stats = store.proxy.stats()
+    assert 2 * len(text) <= stats.total_body_bytes < 0.01 * 2 * len(body)
+    assert stats.requests["PutObject"] == stats.requests["CreateMultipartUpload"] == 0
+    ways = json.loads(done.stdout)["bytes_by_way"]
+    assert sum(ways.values()) == json.loads(done.stdout)["output_bytes"]
+    assert ways["store_copy"] > 0 and "local" not in ways
+
+
+# --- what goes wrong
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One message with these words, and no more than a report of problems."""
+    assert done.returncode == code, (done.returncode, done.stderr)
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert len(done.stderr) < 1500
+
+
+def test_nothing_there(store: Store, tmp_path: Path) -> None:
+    missing = f"s3://{store.bucket}/models/none"
+    config = config_of([*store.there[:2], missing], tmp_path / "config.yaml")
+    refused(store.run("plan", config), 2, missing, "there are no files under this URL")
+    config = config_of([*store.there[:2], "s3://no-such-bucket-here/m"], tmp_path / "config.yaml")
+    refused(store.run("plan", config), 2, "s3://no-such-bucket-here/m", "there is no bucket no-such-bucket-here")
+    config = config_of(store.there, tmp_path / "config.yaml")
+    done = store.run("merge", config, "s3://no-such-bucket-here/out")
+    refused(done, 2, "s3://no-such-bucket-here/out", "there is no bucket no-such-bucket-here")
+    for command in ("inspect", "verify"):
+        done = store.run(command, f"s3://{store.bucket}/out/none")
+        refused(done, 2, f"s3://{store.bucket}/out/none", "there are no files under this URL")
+
+
+def test_refused(store: Store, tmp_path: Path) -> None:
+    """Wrong keys; and a bucket that may not be listed, with the permission by name."""
+    config = config_of(store.there, tmp_path / "config.yaml")
+    secret = "WRONGSECRET" + uuid.uuid4().hex
+    done = store.run("plan", config, AWS_SECRET_ACCESS_KEY=secret)
+    refused(done, 2, store.there[0], "refuses the secret key")
+    assert secret not in done.stderr + done.stdout
+    with canned(Answer(403, code="AccessDenied")) as denied:
+        done = store.run("plan", config, AWS_ENDPOINT_URL=denied.url)
+        refused(done, 2, f"s3:ListBucket on {store.bucket} is needed", f"arn:aws:s3:::{store.bucket}")
+        local = config_of(store.here, tmp_path / "local.yaml")
+        done = store.run("merge", local, f"s3://{store.bucket}/out/denied", AWS_ENDPOINT_URL=denied.url)
+        refused(done, 2, f"s3:GetObject on {store.bucket}/out/denied/.raymoe/plan.json is needed")
+
+
+def test_nobody_listens(store: Store, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    config = config_of(store.there, tmp_path / "config.yaml")
+    done = store.run("plan", config, AWS_ENDPOINT_URL=endpoint)
+    refused(done, 2, f"{endpoint} can't be reached", "AWS_ENDPOINT_URL")
+    local = config_of(store.here, tmp_path / "local.yaml")
+    done = store.run("merge", local, f"s3://{store.bucket}/out/nowhere", AWS_ENDPOINT_URL=endpoint)
+    refused(done, 2, f"{endpoint} can't be reached")
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("s3://", "names no place"),
+        ("s3://Bucket_/a//b", "segment ''"),
+        ("s3://KEYID:SECRETWORD@bucket/out", "credentials"),
+        ("s3://bucket/out?X-Amz-Signature=SECRETWORD", "query"),
+        ("s3://bucket/../out", "'..'"),
+    ],
+)
+def test_an_output_that_is_no_url(store: Store, tmp_path: Path, output: str, words: str) -> None:
+    config = config_of(store.here, tmp_path / "config.yaml")
+    for command in ("merge", "plan"):
+        done = store.run(command, config, output)
+        refused(done, 2, words)
+        assert "SECRETWORD" not in done.stderr + done.stdout
+
+
+def test_the_output_is_a_source(store: Store, tmp_path: Path) -> None:
+    config = config_of(store.there, tmp_path / "config.yaml")
+    before = store.files(store.there[1])
+    for flags in ((), ("--overwrite",)):
+        done = store.run("merge", config, store.there[1] + "/", *flags)
+        refused(done, 2, store.there[1], "the output is the folder of expert 0")
+    assert store.files(store.there[1]) == before
+
+
+def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, tmp_path: Path) -> None:
+    config = config_of(store.there, tmp_path / "config.yaml")
+    url = store.url()
+    merged(store, config, url)
+    before = store.files(url)
+    refused(store.run("merge", config, url, *SHARD), 2, url, "holds a finished merge", "--overwrite")
+    merged(store, config, url, "--overwrite")
+    assert store.files(url) == before

@@ -1,0 +1,169 @@
+"""Where a soak takes place: servers, the Ray cluster, models in folders and buckets, and undisturbed merges.
+
+World.source(model, reads_s3)       what a config calls a model; uploaded when first asked for
+World.place(case)                   an output: a folder, or a prefix of a bucket with neighbours (places.py)
+World.reference(case)               the undisturbed merge of the same kind, made once: its files and its requests
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.objects.fault_proxy import FaultProxy
+from tests.objects.servers import Server, start_server
+from tests.pico import PROMPTS
+from tests.soak.cases import Case
+from tests.soak.cluster import ray_cluster
+from tests.soak.models import Models
+from tests.soak.places import FolderPlace, Place, S3Place
+
+__all__ = ["Reference", "World", "command", "open_world"]
+
+_TIMEOUT_S = 300
+_SOURCES, _OUTPUTS = "soak-models", "soak-out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """An undisturbed merge: the folder of its files, and how many requests it took."""
+
+    folder: Path
+    requests: int
+
+
+class World:
+    """Shared by the threads of a soak."""
+
+    def __init__(self, folder: Path, servers: Mapping[str, Server], ray_env: Mapping[str, str]) -> None:
+        self.folder, self.servers = folder, servers
+        self.models = Models(folder / "models")
+        self._ray_env = dict(ray_env)
+        self._clients = {name: server.client() for name, server in servers.items()}
+        self._uploaded: set[tuple[str, str]] = set()
+        self._references: dict[tuple[str, ...], Reference] = {}
+        self._locks: dict[object, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        for client in self._clients.values():
+            for bucket in (_SOURCES, _OUTPUTS):
+                client.create_bucket(Bucket=bucket)
+
+    def source(self, model: str, server: str | None) -> str:
+        """How a config names a model: its folder, or its URL in a server."""
+        path = self.models.path(model)
+        if server is None:
+            return str(path)
+        with self._locked(("upload", server, model)):
+            if (server, model) not in self._uploaded:
+                for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                    with open(file, "rb") as body:
+                        key = f"{model}/{file.relative_to(path)}"
+                        self._clients[server].put_object(Bucket=_SOURCES, Key=key, Body=body)
+                self._uploaded.add((server, model))
+        return f"s3://{_SOURCES}/{model}"
+
+    def place(self, case: Case, shards: Sequence[str] = ()) -> Place:
+        """A new place for the output of a case. Somebody else's upload is begun under the name of one of `shards`."""
+        name = f"merge-{next(self._numbers)}"
+        if not case.writes_s3:
+            return FolderPlace(self.folder / "outputs" / name)
+        # Every second time somebody else is at work on an object of the very same name.
+        foreign = shards[case.seed % len(shards)] if shards and case.seed % 2 else "somebody-elses.bin"
+        return S3Place(self._clients[case.server], _OUTPUTS, name, foreign)
+
+    def environment(self, case: Case, endpoint: str) -> dict[str, str]:
+        """The environment of a driver."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_"))}
+        return {**kept, **self.servers[case.server].environment, **self._ray_env, "AWS_ENDPOINT_URL": endpoint}
+
+    def write_config(self, case: Case, endpoint: str, path: Path) -> Path:
+        variant, server = case.variant, case.server if case.reads_s3 else None
+        prompted = variant.mode not in ("random", "uniform_random")
+
+        def expert(number: int, model: str) -> dict[str, Any]:
+            prompts = {"positive_prompts": list(PROMPTS[number])} if prompted else {}
+            return {"source_model": self.source(model, server), **prompts, **variant.expert_keys}
+
+        content = {
+            "base_model": self.source(variant.base, server),
+            "gate_mode": variant.mode,
+            **variant.config,
+            "experts": [expert(number, model) for number, model in enumerate(variant.experts)],
+            # Actors run in a cluster that knows nothing of this driver's environment.
+            "storage": {"endpoint": endpoint, **({"checksum": "sha256"} if case.sha256 else {})},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def reference(self, case: Case) -> Reference:
+        key = (case.variant.name, case.direction)  # servers must make no difference
+        with self._locked(key):
+            if key not in self._references:
+                self._references[key] = self._merge_undisturbed(case, "-".join(key).replace(" ", "_"))
+            return self._references[key]
+
+    def _merge_undisturbed(self, case: Case, name: str) -> Reference:
+        plain, place = replace(case, sha256=False, kills=(), rate=0.0), self.place(case)
+        with FaultProxy(self.servers[case.server].endpoint) as proxy:
+            config = self.write_config(plain, proxy.url, self.folder / "references" / f"{name}.yaml")
+            run = subprocess.run(
+                command(plain, config, place.name),
+                env=self.environment(plain, proxy.url),
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+            )
+            requests = sum(proxy.stats().requests.values())
+        if run.returncode != 0:
+            raise RuntimeError(f"the undisturbed merge {name} failed:\n{run.stdout}{run.stderr}")
+        folder = self.folder / "references" / name
+        place.download(folder)
+        place.remove()
+        return Reference(folder=folder, requests=requests)
+
+    @contextmanager
+    def _locked(self, key: object) -> Iterator[None]:
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            yield
+
+
+def command(case: Case, config: Path, output: str) -> list[str]:
+    """The merge as a user runs it. The seed is that of random gates; it is always the same."""
+    words = [sys.executable, "-m", "raymoe", "merge", str(config), output, "--quiet"]
+    return [*words, "--out-shard-size", str(case.variant.shard_bytes), "--actors", str(case.actors)]
+
+
+@contextmanager
+def open_world(folder: Path, kinds: Sequence[str], cpus: int) -> Iterator[World]:
+    """Servers and cluster start here; all of it is gone at the end, but for the work folder's logs."""
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for kind in kinds:
+            place = folder / "servers" / kind
+            place.mkdir(parents=True)
+            servers[kind] = stack.enter_context(start_server(kind, place))
+        # moto takes any credentials, the gateway only its own: so actors can have one pair for both.
+        one = servers.get("juicefs") or next(iter(servers.values()))
+        servers = {kind: replace(server, key=one.key, secret=one.secret) for kind, server in servers.items()}
+        variables = {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
+        ray_env = stack.enter_context(ray_cluster(variables, folder / "ray.log", cpus))
+        for name in ("models", "outputs", "references"):
+            stack.callback(shutil.rmtree, folder / name, ignore_errors=True)
+            (folder / name).mkdir(exist_ok=True)
+        yield World(folder, servers, ray_env)
