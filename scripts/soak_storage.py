@@ -79,7 +79,6 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
         "merges": len(outcomes),
         "killed": sum(1 for outcome in outcomes if outcome.kills),
         "kills": sum(outcome.kills for outcome in outcomes),
-        "resumes": sum(outcome.resumes for outcome in outcomes),
         "faults": sum(outcome.faults.total() for outcome in outcomes),
         **{verdict: verdicts[verdict] for verdict in VERDICTS},
         "uploads left open": sum(outcome.left_open for outcome in outcomes),

@@ -5,8 +5,8 @@ the moment in which the whole object becomes visible. Several actors may feed on
 is taken up again where its id is known, and aborted where only the intention is; uploads that the journal does not know
 of are somebody else's and are left alone.
 
-Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part counts
-with its own bytes (about as many go to the connection's buffer and to reading), a computed one with more.
+Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part
+counts with its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
 """
 
 from __future__ import annotations

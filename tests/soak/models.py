@@ -43,7 +43,7 @@ class Models:
         if not path.exists():
             from tests.pico import save_model
 
-            sizes = _WIDE if kind == "wide" else {}
+            sizes: dict[str, Any] = _WIDE if kind == "wide" else {}
             save_model(path, "llama", seed=seed, dtype="bfloat16", **sizes)
         return path
 
@@ -90,7 +90,7 @@ def _write_in_shards(source: Path, target: Path) -> None:
         if sum(t.nbytes for t in shards[-1].values()) >= _SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, target / file_name, {"format": "pt"})

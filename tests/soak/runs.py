@@ -43,7 +43,6 @@ class Outcome:
     case: Case
     verdict: str = ""
     kills: int = 0
-    resumes: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     left_open: int = 0
@@ -107,9 +106,7 @@ def _disturbed(runner: _Runner, case: Case, reference: Reference, outcome: Outco
         if tried.status is not None or tried.hung:
             return tried
         outcome.kills += 1
-    last = runner.run()
-    outcome.resumes += bool(outcome.kills)
-    return last
+    return runner.run()
 
 
 def _verdict(runner: _Runner, last: _Try, place: Place, reference: Reference, outcome: Outcome) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import raymoe
@@ -22,7 +24,7 @@ from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
-from raymoe.planning.types import Shard
+from raymoe.planning.types import Copy, Shard
 from raymoe.planning.upload import upload_parts
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.local import LocalOutput
@@ -33,7 +35,7 @@ from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.s3_output import S3Output
 from tests.objects.fault_proxy import FaultProxy, FaultRates
 from tests.objects.fixtures import bucket, server
-from tests.objects.servers import Server, running_server
+from tests.objects.servers import Server, environment, running_server
 
 __all__ = ["bucket", "server"]
 
@@ -190,6 +192,56 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
     with FaultProxy(server.endpoint) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
+
+
+def test_smollm2_on_the_wire() -> None:
+    """Four full checkpoints of the shape of SmolLM2-135M, S3 to S3: a tenth of the output passes the workers.
+
+    Each of those bytes is read once and sent once. Random gates read nothing; gates from token embeddings read at most
+    the rows of the prompts' tokens, other modes the whole layers.
+    """
+    from tests.storage.test_upload_plan import SMOLLM2, tensor_shapes
+
+    server, bucket = running_server("juicefs"), f"wire-{uuid.uuid4().hex[:8]}"
+    client = server.client()
+    client.create_bucket(Bucket=bucket)
+    with FaultProxy(server.endpoint) as proxy, environment(server.environment | {"AWS_ENDPOINT_URL": proxy.url}):
+        bodies = []
+        for number in range(4):
+            bodies.append(checkpoint(tensor_shapes(SMOLLM2), seed=number))
+            client.put_object(Bucket=bucket, Key=f"m{number}/model.safetensors", Body=bodies[-1])
+            client.put_object(Bucket=bucket, Key=f"m{number}/config.json", Body=json.dumps(SMOLLM2).encode())
+        models = [f"s3://{bucket}/m{number}" for number in range(4)]
+        experts = [{"source_model": model} for model in models]
+        config = {"base_model": models[0], "gate_mode": "random", "architecture": "mixtral", "experts": experts}
+        plan = raymoe.plan(config, MERGE)
+        planning = proxy.reset_stats().total_body_bytes
+        assert planning < 0.01 * sum(map(len, bodies))
+        merge(plan, f"s3://{bucket}/out")
+        stats, total = proxy.stats(), plan.totals.output_bytes
+        sent = stats.request_body_bytes["UploadPart"] + stats.request_body_bytes["PutObject"]
+        read = stats.response_body_bytes["GetObject"]
+        print(f"sent {sent / total:.4f}, read {read / total:.4f} of {total:,} bytes")
+        assert 0 < sent <= 0.10 * total
+        assert 0 < read <= sent
+        for shard in plan.shards:
+            body = client.get_object(Bucket=bucket, Key=f"out/{shard.file_name}")["Body"].read()
+            assert body[: len(shard.header)] == shard.header and len(body) == shard.nbytes
+            for part in shard.parts:
+                if isinstance(part.what, Copy):
+                    source = part.what.source
+                    number = int(source.file.location.split("/")[-2].removeprefix("m"))
+                    assert body[part.start : part.end] == bodies[number][source.start : source.end], part.name
+
+
+def checkpoint(shapes: Mapping[str, Sequence[int]], seed: int) -> bytes:
+    """A safetensors file of random bytes."""
+    header, end = {}, 0
+    for name, dims in shapes.items():
+        start, end = end, end + 2 * math.prod(dims)
+        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    return len(text).to_bytes(8, "little") + text + np.random.default_rng(seed).bytes(end)
 
 
 def expert_shards(plan: MergePlan) -> tuple[Shard, Shard]:
