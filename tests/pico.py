@@ -25,8 +25,8 @@ from raymoe.gates.states import expert_rows
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.runtime.merge import random_gate_rows, router_bytes
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.records import INDEX_NAME
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import INDEX_NAME
 from raymoe.storage.stream import shard_chunks
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
