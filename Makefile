@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	@# -qq: where the CPU index can't be reached, pip tries it in vain before it takes TORCH from its default index.
-	$(PIP) -qq -c constraints.txt $(TORCH_PIP) "$(TORCH)"
+	$(PIP) -qq --retries 1 -c constraints.txt $(TORCH_PIP) "$(TORCH)"
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -160,6 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.05, help="share of requests that suffer, on average")
     parser.add_argument("--server", default="moto,juicefs", help="which servers, with commas")
+    parser.add_argument("--impatient", action="store_true", help="give up requests early: merges end with errors")
     parser.add_argument("--only", type=int, action="append", help="number of a case to be run alone; repeat for more")
     parser.add_argument("--first", type=int, default=0, help="leave out the cases before this one")
     parser.add_argument("--add", type=Path, action="append", default=[], help="add the counts of this --json file")
@@ -178,6 +180,7 @@ def main() -> int:
     servers, began = arguments.server.split(","), time.monotonic()
     cases = make_cases(arguments.merges, arguments.seed, arguments.rate, servers)[arguments.first :]
     examples = make_cases(arguments.example_merges, arguments.seed, arguments.rate, servers, EXAMPLE_VARIANTS)
+    cases = [dataclasses.replace(case, impatient=arguments.impatient) for case in cases]
     if arguments.only is not None:
         cases = [case for case in cases if case.number in arguments.only]
         examples = [case for case in examples if case.number in arguments.only]

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,7 +138,13 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
     if not is_hub_id(path.path):
         what = f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
         raise unusable(path.path, what, f"correct the name of the {role}")
-    return open_hub_folder(path, options)
+    try:
+        return open_hub_folder(path, options)
+    except CheckpointError as error:
+        # A name such as models/base may have been meant as a folder: say that this was looked for first.
+        first, *rest = error.problems
+        what = f"{first.what}; and there is no folder {path.path} here"
+        raise CheckpointError([replace(first, what=what), *rest]) from None
 
 
 def _facts(ref: ModelRef, model: _Opened, adapter: _Opened | None) -> ModelFacts:

@@ -56,6 +56,7 @@ class Case:
     sha256: bool
     actors: int
     kills: tuple[Kill, ...]
+    impatient: bool = False  # gives up a request after a second, so that some faults end the merge
 
     @property
     def reads_s3(self) -> bool:
@@ -69,6 +70,7 @@ class Case:
     def label(self) -> str:
         checked = ", sha256" if self.sha256 else ""
         kills = ", ".join(f"killed at {kill.share:.0%}" for kill in self.kills) or "not killed"
+        kills += ", impatient" if self.impatient else ""
         return f"{self.variant.name}, {self.direction}, {self.server}, rate {self.rate:.3f}{checked}, {kills}"
 
 

@@ -103,7 +103,11 @@ class World:
             **variant.config,
             "experts": [expert(number, model) for number, model in enumerate(variant.experts)],
             # Actors run in a cluster that knows nothing of this driver's environment.
-            "storage": {"endpoint": endpoint, **({"checksum": "sha256"} if case.sha256 else {})},
+            "storage": {
+                "endpoint": endpoint,
+                **({"checksum": "sha256"} if case.sha256 else {}),
+                **({"deadline_s": 1} if case.impatient else {}),
+            },
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -117,7 +121,7 @@ class World:
             return self._references[key]
 
     def _merge_undisturbed(self, case: Case, name: str) -> Reference:
-        plain, place = replace(case, sha256=False, kills=(), rate=0.0), self.place(case)
+        plain, place = replace(case, sha256=False, kills=(), rate=0.0, impatient=False), self.place(case)
         with FaultProxy(self.servers[case.server].endpoint) as proxy:
             config = self.write_config(plain, proxy.url, self.folder / "references" / f"{name}.yaml")
             run = subprocess.run(
