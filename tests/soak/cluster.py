@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import secrets
 import shutil
@@ -34,7 +35,9 @@ def ray_cluster(variables: Mapping[str, str], log: Path, cpus: int) -> Iterator[
     words += [f"--port={address.split(':')[1]}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
     words += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=200000000"]
     words += ["--include-log-monitor=false", "--min-worker-port=0", "--max-worker-port=0"]
-    words += [f"--ray-client-server-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}"]
+    words += [f"--dashboard-agent-listen-port={_free_port()}"]
+    if importlib.util.find_spec("grpc"):  # what Ray Client needs: with it Ray opens a fixed port, without it takes none
+        words += [f"--ray-client-server-port={_free_port()}"]
     with open(log, "wb") as output:
         process = subprocess.Popen(words, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
