@@ -24,15 +24,12 @@ from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import Journal, sync_folder
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
+from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
 from raymoe.storage.stream import RouterBytes, shard_chunks
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
 
 _READ_BYTES = 8 << 20
-# What --overwrite removes, beside the files that the record of the merge names: the weights of a checkpoint. Anything
-# else in the folder is somebody's own and stays.
-_CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 class LocalOutput:
@@ -229,7 +226,7 @@ def _already_there(root: Path) -> int:
     """Bytes that need no new room: files that will be kept or replaced."""
     if not root.is_dir():
         return 0
-    return sum(p.stat().st_size for pattern in _CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())
+    return sum(p.stat().st_size for pattern in CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())
 
 
 def remove_checkpoint(root: Path) -> None:
@@ -240,7 +237,7 @@ def remove_checkpoint(root: Path) -> None:
     recorded = _recorded_files(root)
     for path in (root / RECORD_NAME, root / INDEX_NAME, *map(root.joinpath, recorded)):
         path.unlink(missing_ok=True)
-    for pattern in _CHECKPOINT_FILES:
+    for pattern in CHECKPOINT_FILES:
         for path in root.glob(pattern):
             path.unlink(missing_ok=True)
     Journal(root).clear()

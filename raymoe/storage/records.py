@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INDEX_NAME", "JOURNAL", "RECORD_NAME", "FileRecord"]
+__all__ = ["CHECKPOINT_FILES", "INDEX_NAME", "JOURNAL", "RECORD_NAME", "FileRecord"]
 
 JOURNAL = ".raymoe"
 RECORD_NAME = "raymoe.json"
 INDEX_NAME = "model.safetensors.index.json"
+# The weights of a checkpoint: what --overwrite removes, beside the files that the record of the merge names. Anything
+# else is somebody's own and stays.
+CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
