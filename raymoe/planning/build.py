@@ -12,6 +12,7 @@ from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
 from raymoe.architectures.hosts import host_config
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.modes import MODES
+from raymoe.config.prompts import written_out
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
@@ -53,7 +54,8 @@ _GENERATION_CONFIG = "generation_config.json"
 def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], options: MergeOptions) -> MergePlan:
     """Plan a merge.
 
-    `facts` holds every model that `config` names. Raises ProblemReport with all problems found.
+    `facts` holds every model that `config` names, and `config` the prompts of its files (`sources.prompts`). Raises
+    ProblemReport with all problems found.
     """
     base_facts = facts[config.base_model]
     base, problems = spec_of(base_facts, "base_model")
@@ -201,8 +203,9 @@ def _gate_plan(
             weights = {name: ref for name, ref in weights.items() if mode.reads(name, base.layers)}
         return GatePrompts(
             owner=member.owner,
-            positive=expert.positive_prompts if mode.needs_prompts else (),
-            negative=expert.negative_prompts if mode.needs_prompts else (),
+            positive=written_out(expert.positive_prompts) if mode.needs_prompts else (),
+            negative=written_out(expert.negative_prompts) if mode.needs_prompts else (),
+            chat_template=mode.needs_prompts and config.uses_chat_template(expert),
             config=model_config,
             weights=weights,
         )

@@ -14,7 +14,7 @@ from raymoe.sources.types import SourceFile
 __all__ = ["plan_digest"]
 
 # Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
-OUTPUT_FORMAT = 1
+OUTPUT_FORMAT = 2
 
 
 def plan_digest(

@@ -10,6 +10,7 @@ File format: https://huggingface.co/docs/safetensors (8 bytes of header length, 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ __all__ = ["OutputTensor", "pack_shards"]
 
 # Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
 _ALIGN = 64
+# Some filesystems let two files share what they have in common, if it lies on whole blocks in both.
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,5 +144,20 @@ def _header(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -
             "data_offsets": list(span),
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    padded = text + b" " * (-(8 + len(text)) % _ALIGN)
+    place, align = _data_place(tensors, spans)
+    padded = text + b" " * ((place - 8 - len(text)) % align)
     return len(padded).to_bytes(8, "little") + padded
+
+
+def _data_place(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Where the data has to start, as (rest, modulus).
+
+    With long copies: so that most of their bytes lie in their blocks as they do in the source. A source's data starts
+    at a multiple of 8 at least, which every reader of that source is content with.
+    """
+    rests: Counter[int] = Counter()
+    for tensor, (start, end) in zip(tensors, spans, strict=True):
+        if isinstance(tensor.what, Copy):
+            rests[(tensor.what.source.start - start) % _BLOCK] += end - start
+    rest, count = max(rests.items(), key=lambda item: item[1], default=(0, 0))
+    return (rest, _BLOCK) if count >= MIN_PART_BYTES and rest % 8 == 0 else (0, _ALIGN)

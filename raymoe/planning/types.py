@@ -128,7 +128,8 @@ class GatePrompts:
     """The prompts of one expert and the model that reads them.
 
     `weights` maps parameter names (`model.layers.0.mlp.up_proj.weight`) to what is loaded for them: the base's, the
-    expert's, or grafted (the base with this expert's FFN). Empty where no model reads the prompts.
+    expert's, or grafted (the base with this expert's FFN). Empty where no model reads the prompts. With
+    `chat_template` each prompt is read as a user's turn in the base's template.
     """
 
     owner: str
@@ -136,6 +137,7 @@ class GatePrompts:
     negative: tuple[str, ...]
     config: Mapping[str, Any]
     weights: Mapping[str, WeightRef]
+    chat_template: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

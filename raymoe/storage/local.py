@@ -18,18 +18,19 @@ from typing import Any
 import xxhash
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.objects.urls import is_url
 from raymoe.planning.types import Shard
+from raymoe.planning.upload import CopyRange, spans
 from raymoe.sources.folder import is_inside
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import Journal, sync_folder
+from raymoe.storage.new_file import NewFile, SharedRange
 from raymoe.storage.output import Progress, ShardJob
-from raymoe.storage.reader import SourceReader
+from raymoe.storage.reader import LOCAL_CHUNK_BYTES, SourceReader
 from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
 from raymoe.storage.stream import RouterBytes, shard_chunks
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
-
-_READ_BYTES = 8 << 20
 
 
 class LocalOutput:
@@ -84,8 +85,13 @@ class LocalOutput:
         shard = job.shard
         if self.finished(shard.file_name, shard.nbytes) is not None:
             return None
-        chunks = shard_chunks(shard, reader, router)
-        return self.write(shard.file_name, chunks, expected=shard.nbytes, progress=progress)
+        return self.write(
+            shard.file_name,
+            shard_chunks(shard, reader, router),
+            expected=shard.nbytes,
+            shared=_local_ranges(shard, reader),
+            progress=progress,
+        )
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         record: FileRecord | None = results[0] or self.journal.finished(shard.file_name)
@@ -118,24 +124,24 @@ class LocalOutput:
         chunks: Iterable[memoryview | bytes],
         *,
         expected: int | None = None,
+        shared: Iterable[SharedRange] = (),
         progress: Progress | None = None,
     ) -> FileRecord:
         """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place."""
-        part, hasher, size = self.journal.new_part(name), xxhash.xxh3_128(), 0
+        part = self.journal.new_part(name)
         try:
             (self.root / name).parent.mkdir(exist_ok=True)
-            with open(part, "wb", buffering=0) as file:
+            with NewFile(part, expected) as file:
+                file.share(shared)
                 for chunk in chunks:
-                    hasher.update(chunk)
-                    _write_all(file.fileno(), memoryview(chunk))
-                    size += len(chunk)
+                    file.append(chunk)
                     if progress is not None:
                         progress(len(chunk), 0)
-                os.fsync(file.fileno())
-            assert expected is None or size == expected, f"{name}: {size} bytes, planned {expected}"
+                checksum = file.finish()
+            assert expected is None or file.size == expected, f"{name}: {file.size} bytes, planned {expected}"
             os.replace(part, self.root / name)
             sync_folder((self.root / name).parent)
-            record = FileRecord(name=name, size=size, checksum=f"xxh3-128:{hasher.hexdigest()}")
+            record = FileRecord(name=name, size=file.size, checksum=checksum)
             self.journal.record(record)
         except OSError as error:
             raise _write_error(self.root / name, error) from error
@@ -150,9 +156,11 @@ def _unusable(root: Path, error: OSError) -> ProblemReport:
     return ProblemReport([Problem(where=str(root), what=what, remedy="choose another output")])
 
 
-def _write_all(descriptor: int, chunk: memoryview) -> None:
-    while chunk:
-        chunk = chunk[os.write(descriptor, chunk) :]
+def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
+    """The shard's copies from files of this machine, which may be on the output's own filesystem."""
+    for span in spans(shard.parts):
+        if isinstance(span.what, CopyRange) and not is_url(span.what.file.location):
+            yield reader.descriptor(span.what.file), span.what.start, span.what.end, span.start
 
 
 def _write_error(path: Path, error: OSError) -> MergeFailed:
@@ -174,7 +182,7 @@ def file_checksum(path: Path) -> str:
 
 
 def _file_chunks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(bytearray(LOCAL_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             yield buffer[:count]

@@ -2,12 +2,18 @@
 
 A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape: every
 random number and every rounding then depends on the plan alone, not on who computes it or how many threads there are.
+Blocks with noise or a LoRA delta, which cost time, are computed a few ahead by threads. Casting and scaling go element
+by element, so that any blocks give the same bytes: theirs are small enough to stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +23,7 @@ from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
 
-__all__ = ["NUMPY_DTYPES", "load_array", "transformed_bytes", "with_lora"]
+__all__ = ["NUMPY_DTYPES", "load_array", "read_rows", "transformed_bytes", "with_lora"]
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -26,6 +32,8 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
 }
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32
+_CAST_ELEMENTS = 1 << 17
+_THREADS = min(4, os.cpu_count() or 1)
 
 Float32 = npt.NDArray[np.float32]
 
@@ -51,17 +59,38 @@ def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice)
 def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: int, end: int) -> Iterator[memoryview]:
     """Bytes [start, end) of a transformed part, block by block, in order."""
     shape = what.source.shape
-    for number, rows in enumerate(_row_blocks(shape)):
+    is_cast = what.lora is None and what.noise_scale is None
+    blocks = []
+    for number, rows in enumerate(_row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS)):
         row_bytes = part.nbytes // shape[0]
         first, last = rows.start * row_bytes, rows.stop * row_bytes
-        if last <= start or first >= end:
-            continue
-        block = _transformed_block(reader, part, what, number, rows)
-        yield block[max(0, start - first) : min(last, end) - first]
+        if start < last and first < end:
+            blocks.append(((reader, part, what, number, rows), slice(max(0, start - first), min(last, end) - first)))
+    if is_cast or len(blocks) == 1:
+        for block, piece in blocks:
+            yield _transformed_block(*block)[piece]
+        return
+    under_way = deque[tuple[Future[memoryview], slice]]()
+    try:
+        while blocks or under_way:
+            while blocks and len(under_way) < _THREADS:
+                block, piece = blocks.pop(0)
+                under_way.append((_threads().submit(_transformed_block, *block), piece))
+            done, piece = under_way.popleft()
+            yield done.result()[piece]
+    finally:
+        for left, _ in under_way:
+            left.cancel()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """The process's threads for blocks: all its shards share them, so that memory does not grow with their number."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="transform")
 
 
 def _transformed_block(reader: SourceReader, part: Part, what: Transform, number: int, rows: slice) -> memoryview:
-    block = _read_rows(reader, what.source, rows)
+    block = read_rows(reader, what.source, rows)
     target = np.dtype(NUMPY_DTYPES[part.dtype])
     if what.lora is not None:
         block = with_lora(reader, block, what.lora, rows)
@@ -75,7 +104,7 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
     return cast.reshape(-1).view(np.uint8).data
 
 
-def _read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
+def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
     """Rows of a tensor in float32. Read, not mapped: pages of a whole shard would count as memory of this process."""
     width = entry.nbytes // entry.shape[0]
     buffer = bytearray((rows.stop - rows.start) * width)
@@ -84,11 +113,11 @@ def _read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32
     return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+def _row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
     if not shape or 0 in shape:
         return
     width = int(np.prod(shape[1:], dtype=np.int64))
-    rows = max(1, BLOCK_ELEMENTS // width)
+    rows = max(1, elements // width)
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 

@@ -17,7 +17,7 @@ from raymoe.planning.types import Router, Shard, Transform, Zeros
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.reader import SourceReader
+from raymoe.storage.reader import LOCAL_CHUNK_BYTES, SourceReader
 from raymoe.storage.stream import CHUNK_BYTES, RouterBytes, different_tensors, part_chunks, shard_chunks
 from raymoe.storage.transform import BLOCK_ELEMENTS
 from tests.storage.plans import one_shard, save, tensor
@@ -80,13 +80,14 @@ def test_every_kind_of_part(reader: SourceReader, tmp_path: Path) -> None:
 
 
 def test_neighbours_are_read_as_one_range(reader: SourceReader, reads: list[tuple[int, int]], tmp_path: Path) -> None:
-    """Twelve tensors of 1 MiB, back to back in their source: two reads, of a chunk and of the rest."""
-    entries = save(tmp_path, {f"t{n:02}": NUMBERS.integers(0, 255, 1 << 20, np.uint8) for n in range(12)})
+    """Twelve tensors of 100 kB, back to back in their source: full chunks across their borders, and the rest."""
+    entries = save(tmp_path, {f"t{n:02}": NUMBERS.integers(0, 255, 100_000, np.uint8) for n in range(12)})
     shard = one_shard([tensor(entry) for entry in entries.values()])
     reads.clear()
     found = content(shard, reader)
     first = min(entry.start for entry in entries.values())
-    assert reads == [(first, CHUNK_BYTES), (first + CHUNK_BYTES, 12 * (1 << 20) - CHUNK_BYTES)]
+    whole = [(first + n * LOCAL_CHUNK_BYTES, LOCAL_CHUNK_BYTES) for n in range(4)]
+    assert reads == [*whole, (first + 4 * LOCAL_CHUNK_BYTES, 1_200_000 - 4 * LOCAL_CHUNK_BYTES)]
     assert found[len(shard.header) :] == (tmp_path / "model.safetensors").read_bytes()[first:]
 
 

@@ -15,7 +15,7 @@ from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import LoraPair
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import part_chunks
-from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array
+from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array, transformed_bytes
 from tests.storage.plans import one_shard, save, tensor
 
 BF16 = ml_dtypes.bfloat16
@@ -120,3 +120,36 @@ def test_load_array(reader: SourceReader, tmp_path: Path) -> None:
     found = load_array(reader, entry)
     assert found.dtype == BF16
     assert np.array_equal(found, values)
+
+
+@pytest.mark.parametrize("how", [{}, {"noise_scale": 0.5}])
+def test_any_range_is_a_piece_of_the_whole(reader: SourceReader, tmp_path: Path, how: dict[str, float]) -> None:
+    """Of a tensor of six blocks of noise, or many of a cast; threads work ahead, and bytes still come in order."""
+    rows = 5 * BLOCK_ELEMENTS // 65536 + 1
+    values = np.random.default_rng(1).standard_normal((rows, 65536), np.float32)
+    entry = save(tmp_path, {"w": values})["w"]
+    part = one_shard([tensor(entry, Transform(source=entry, **how), name="out", dtype="F16")]).parts[0]
+
+    def read(start: int, end: int) -> bytes:
+        return b"".join(bytes(chunk) for chunk in transformed_bytes(reader, part, part.what, start, end))
+
+    whole = read(0, part.nbytes)
+    assert len(whole) == part.nbytes
+    if not how:
+        assert whole == values.astype(np.float16).tobytes()
+    third = part.nbytes // 3
+    for start, end in ((0, 10), (third, third), (third - 1, 2 * third + 1), (part.nbytes - 7, part.nbytes)):
+        assert read(start, end) == whole[start:end]
+
+
+def test_blocks_ahead_are_given_up(reader: SourceReader, tmp_path: Path) -> None:
+    """A reader that stops early leaves nothing behind, and the next one starts from the beginning."""
+    entry = save(tmp_path, {"w": np.zeros((5 * BLOCK_ELEMENTS // 65536, 65536), np.float32)})["w"]
+    part = one_shard([tensor(entry, Transform(source=entry, noise_scale=1.0), dtype="F32")]).parts[0]
+    first = []
+    for _ in range(3):
+        blocks = transformed_bytes(reader, part, part.what, 0, part.nbytes)
+        first.append(bytes(next(blocks)))
+        blocks.close()
+    assert first[0] == first[1] == first[2]
+    assert len(first[0]) < part.nbytes

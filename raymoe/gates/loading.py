@@ -1,0 +1,190 @@
+"""A model's layers one after the other on the device where they are computed, the next ones on their way meanwhile.
+
+    CPU   the next layer is mapped and widened to float32 by a thread, while this one is computed with
+    GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy a layer
+
+On a GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at
+most are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others (another
+dtype, a LoRA delta) are made on the CPU and join them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymoe.objects.urls import is_url
+from raymoe.planning.types import WeightRef
+from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.transform import load_array, with_lora
+
+__all__ = ["LayerLoader", "Named", "compute_dtype", "load_weight"]
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
+_PIECE_BYTES = 8 << 20
+_ALIGNED = 256  # bytes; a tensor in a buffer begins where kernels like it
+
+Named = Mapping[str, WeightRef]
+"""A layer's weights by what its module calls them."""
+
+
+def compute_dtype(stored: str, device: torch.device, *, exact: bool) -> torch.dtype:
+    """What weights stored as `stored` are computed with: on a GPU the same; on a CPU float32.
+
+    bfloat16 stays what it is on CPUs that multiply it natively, several times as fast as float32, unless `exact`.
+    """
+    if device.type != "cpu":
+        return _TORCH_DTYPES[stored]
+    return torch.bfloat16 if stored == "BF16" and not exact and _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices (AVX-512 BF16 or AMX)."""
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(test is not None and test() for test in tests)
+
+
+def load_weight(reader: SourceReader, ref: WeightRef, dtype: torch.dtype) -> torch.Tensor:
+    """A weight on the CPU, in the dtype that it is computed with."""
+    array = load_array(reader, ref.entry)
+    if ref.lora is not None:
+        merged = with_lora(reader, array.astype(np.float32), ref.lora, slice(None))
+        return torch.from_numpy(merged).to(dtype)
+    flat = torch.frombuffer(reader.view(ref.entry), dtype=_TORCH_DTYPES[ref.entry.dtype])
+    return flat.reshape(ref.entry.shape).to(dtype)
+
+
+class LayerLoader:
+    """Gives the tensors of each layer on `device`, in order. Use it for one run over the layers."""
+
+    def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype) -> None:
+        self._reader, self._device, self._dtype = reader, device, dtype
+
+    def layers(self, layers: Sequence[Named]) -> Generator[dict[str, torch.Tensor], None, None]:
+        """The tensors of each layer; they are valid until the next ones are asked for."""
+        if self._device.type == "cuda":
+            with _Ring(self._reader, self._device, self._dtype, layers) as ring:
+                yield from ring.layers()
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead: Future[dict[str, torch.Tensor]] | None = pool.submit(self._load, layers[0]) if layers else None
+            for number in range(len(layers)):
+                assert ahead is not None
+                tensors = ahead.result()
+                ahead = pool.submit(self._load, layers[number + 1]) if number + 1 < len(layers) else None
+                yield tensors
+                del tensors
+
+    def _load(self, layer: Named) -> dict[str, torch.Tensor]:
+        self._reader.load([entry for ref in layer.values() for entry in _entries(ref)])
+        tensors = {name: load_weight(self._reader, ref, self._dtype) for name, ref in layer.items()}
+        self._reader.release()  # what is not used in place has been widened or merged: its source can go
+        return tensors
+
+
+def _entries(ref: WeightRef) -> tuple[TensorEntry, ...]:
+    """What has to be read for a weight."""
+    return (ref.entry,) if ref.lora is None else (ref.entry, ref.lora.a, ref.lora.b)
+
+
+@dataclass
+class _Layout:
+    """Where each weight of a layer is in a buffer: name -> (start, end). `spans` are neighbours in a file, joined."""
+
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spans: list[tuple[SourceFile, int, int, int]] = field(default_factory=list)  # file, start and end there, start here
+    size: int = 0
+
+    def add(self, name: str, entry: TensorEntry) -> None:
+        if self.spans and self.spans[-1][0] == entry.file and self.spans[-1][2] == entry.start:
+            file, start, _, at = self.spans[-1]
+            self.places[name] = (at + entry.start - start, at + entry.end - start)
+            self.spans[-1] = (file, start, entry.end, at)
+        else:
+            at = -(-self.size // _ALIGNED) * _ALIGNED
+            self.places[name] = (at, at + entry.nbytes)
+            self.spans.append((entry.file, entry.start, entry.end, at))
+        self.size = max(self.size, self.places[name][1])
+
+
+class _Ring:
+    """Layers on their way to a GPU. A context manager."""
+
+    def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype, layers: Sequence[Named]) -> None:
+        self._reader, self._device, self._dtype, self._layers = reader, device, dtype, layers
+        self._layouts = [self._layout(layer) for layer in layers]
+        largest = max((layout.size for layout in self._layouts), default=0)
+        self._pinned = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied: list[Any] = [None, None]  # the event after which a pinned buffer may be filled again
+        self._stream = torch.cuda.Stream(device)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read-layer")
+
+    def __enter__(self) -> _Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._stream.synchronize()
+
+    def layers(self) -> Iterator[dict[str, torch.Tensor]]:
+        waiting = [self._ahead.submit(self._send, number) for number in range(min(2, len(self._layers)))]
+        for number in range(len(self._layers)):
+            tensors, ready = waiting.pop(0).result()
+            torch.cuda.current_stream(self._device).wait_event(ready)
+            for tensor in tensors.values():  # their memory is not given to others before this stream is done with them
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+            if number + 2 < len(self._layers):
+                waiting.append(self._ahead.submit(self._send, number + 2))
+            yield tensors
+            del tensors
+
+    def _layout(self, layer: Named) -> _Layout:
+        layout = _Layout()
+        direct = [(ref.entry, name) for name, ref in layer.items() if self._goes_as_it_is(ref)]
+        for entry, name in sorted(direct, key=lambda pair: (pair[0].file.location, pair[0].start)):
+            layout.add(name, entry)
+        return layout
+
+    def _goes_as_it_is(self, ref: WeightRef) -> bool:
+        return ref.lora is None and _TORCH_DTYPES[ref.entry.dtype] == self._dtype and ref.entry.nbytes > 0
+
+    def _send(self, number: int) -> tuple[dict[str, torch.Tensor], Any]:
+        """Read a layer and start its copy; its tensors on the GPU, and the event after which they are there."""
+        layout, layer, slot = self._layouts[number], self._layers[number], number % 2
+        if self._copied[slot] is not None:
+            self._copied[slot].synchronize()
+        pinned = self._pinned[slot]
+        self._fill(layout, memoryview(pinned.numpy()))
+        others = [name for name in layer if name not in layout.places]
+        self._reader.load([entry for name in others for entry in _entries(layer[name])])
+        made = {name: load_weight(self._reader, layer[name], self._dtype) for name in others}
+        with torch.cuda.stream(self._stream):
+            whole = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
+            whole.copy_(pinned[: layout.size], non_blocking=True)
+            tensors = {name: tensor.to(self._device) for name, tensor in made.items()}
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        self._copied[slot] = ready
+        self._reader.release()
+        for name, (start, end) in layout.places.items():
+            tensors[name] = whole[start:end].view(self._dtype).reshape(layer[name].entry.shape)
+        return tensors, ready
+
+    def _fill(self, layout: _Layout, buffer: memoryview) -> None:
+        reads = []
+        for file, start, end, at in layout.spans:
+            step = end - start if is_url(file.location) else _PIECE_BYTES
+            for low in range(start, end, step):
+                part = buffer[at + low - start : at + min(low + step, end) - start]
+                reads.append(self._readers.submit(self._reader.read_into, file, low, part))
+        for read in reads:
+            read.result()

@@ -1,0 +1,164 @@
+"""The tables and the plot of docs/benchmarks.md, from the results of scripts/bench.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+MARK = "<!-- scripts/bench.py: {} -->"
+NAMES = {"raymoe": "raymoe", "mergekit": "mergekit-moe", "raw": "raw copy"}
+COLOURS = {"raymoe": "#2563eb", "mergekit": "#d97706", "raw": "#6b7280"}
+PHASES = ("plan", "start Ray", "start actors", "gates", "write", "finish", "stop Ray")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 52, 92, 34, 44
+
+Result = dict[str, Any]
+Point = tuple[float, float]
+
+
+def update_page(page: Path, results: Sequence[Result]) -> None:
+    """Put tables between the page's marks, and the plot beside the page."""
+    ordered = sorted(
+        results, key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"], r["actors"] or 0)
+    )
+    text = page.read_text()
+    for name, table in (("times", times_table), ("phases", phase_table), ("memory", memory_table)):
+        mark = MARK.format(name)
+        before, _, after = text.split(mark)
+        text = f"{before}{mark}\n{table(ordered)}\n{mark}{after}"
+    page.write_text(text)
+    page.with_suffix(".svg").write_text(plot(ordered) + "\n")
+
+
+def case(result: Result) -> str:
+    """A row's first cells: model, mode, page cache, actors."""
+    size = f"{result['output_bytes'] / 1e9:.2f} GB"
+    actors = result["actors"] or "all"
+    return f"| {result['experts']} × {result['shape']} | {size} | {result['mode']} | {result['cache']} | {actors} |"
+
+
+def times_table(results: Sequence[Result]) -> str:
+    lines = [
+        "| models | output | mode | page cache | actors | raymoe | mergekit-moe | raw copy | raymoe : mergekit-moe "
+        "| writing : raw copy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        programs = result["programs"]
+        ours, raw = programs["raymoe"], programs["raw"]
+        theirs = programs.get("mergekit")
+        ratio = f"{ours['seconds'] / theirs['seconds']:.2f}" if theirs else "-"
+        cells = [
+            f"{ours['seconds']:.1f} s",
+            f"{theirs['seconds']:.1f} s" if theirs else "-",
+            f"{raw['seconds']:.1f} s",
+            ratio,
+            f"{ours['phases']['write'] / raw['seconds']:.2f}",
+        ]
+        lines.append(f"{case(result)} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def phase_table(results: Sequence[Result]) -> str:
+    lines = [
+        f"| models | output | mode | page cache | actors | {' | '.join(PHASES)} |",
+        "|---" * (5 + len(PHASES)) + "|",
+    ]
+    for result in results:
+        found = result["programs"]["raymoe"]["phases"]
+        cells = [f"{found[name]:.1f} s" if name in found else "-" for name in PHASES]
+        lines.append(f"{case(result)} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory_table(results: Sequence[Result]) -> str:
+    lines = [
+        "| models | output | mode | page cache | actors | raymoe | without file pages | mergekit-moe |",
+        "|---" * 8 + "|",
+    ]
+    for result in results:
+        programs = result["programs"]
+        cells = [megabytes(programs["raymoe"]["peak_pss"]), megabytes(programs["raymoe"]["peak_anonymous"])]
+        cells.append(megabytes(programs["mergekit"]["peak_pss"]) if "mergekit" in programs else "-")
+        lines.append(f"{case(result)} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def plot(results: Sequence[Result]) -> str:
+    """Time against the output's size and, where there are results for it, against the number of actors."""
+    mode = max({r["mode"] for r in results}, key=lambda m: sum(r["mode"] == m for r in results))
+    mine = [r for r in results if r["mode"] == mode and r["cache"] == results[0]["cache"]]
+    panels = [
+        (f"seconds against output ({mode})", "GB written", [r for r in mine if not r["actors"]], _gigabytes),
+        (f"seconds against actors ({mode})", "actors", [r for r in mine if r["actors"]], lambda r: float(r["actors"])),
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    root = ElementTree.Element("svg", xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH * len(panels)} {HEIGHT}")
+    root.set("font-family", "sans-serif")
+    root.set("font-size", "12")
+    ElementTree.SubElement(root, "rect", width="100%", height="100%", fill="#ffffff")
+    for number, panel in enumerate(panels):
+        group = ElementTree.SubElement(root, "g", transform=f"translate({WIDTH * number} 0)")
+        _panel(group, *panel)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _gigabytes(result: Result) -> float:
+    return float(result["output_bytes"]) / 1e9
+
+
+def _panel(
+    group: ElementTree.Element, title: str, axis: str, results: Sequence[Result], x_of: Callable[[Result], float]
+) -> None:
+    curves: dict[str, list[Point]] = {}
+    for result in results:
+        for name, program in result["programs"].items():
+            curves.setdefault(name, []).append((x_of(result), program["seconds"]))
+    x_ticks = _ticks(max(x for curve in curves.values() for x, _ in curve))
+    y_ticks = _ticks(max(y for curve in curves.values() for _, y in curve))
+    x_scale, y_scale = (WIDTH - LEFT - RIGHT) / x_ticks[-1], (HEIGHT - TOP - BOTTOM) / y_ticks[-1]
+
+    def at(point: Point) -> Point:
+        return LEFT + point[0] * x_scale, HEIGHT - BOTTOM - point[1] * y_scale
+
+    _text(group, LEFT, 18, title)
+    _text(group, WIDTH - RIGHT, HEIGHT - 8, axis, "end")
+    for tick in y_ticks:
+        x, y = at((0, tick))
+        _line(group, x, y, WIDTH - RIGHT, y, "#e5e7eb")
+        _text(group, x - 8, y + 4, f"{tick:g}", "end")
+    for tick in x_ticks:
+        _text(group, at((tick, 0))[0], HEIGHT - BOTTOM + 16, f"{tick:g}", "middle")
+    for name, curve in curves.items():
+        points = [at(point) for point in sorted(curve)]
+        for start, end in itertools.pairwise(points):
+            _line(group, *start, *end, COLOURS[name], 2)
+        for x, y in points:
+            ElementTree.SubElement(group, "circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="3.5", fill=COLOURS[name])
+        _text(group, points[-1][0] + 8, points[-1][1] + 4, NAMES[name], fill=COLOURS[name])
+
+
+def _ticks(largest: float) -> list[float]:
+    """From 0 to at least the largest value, in at most six round steps."""
+    step = next(s for e in range(-2, 7) for s in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if largest / s <= 6)
+    count = int(-(-largest // step))
+    return [round(n * step, 6) for n in range(count + 1)]
+
+
+def _line(group: ElementTree.Element, x1: float, y1: float, x2: float, y2: float, colour: str, width: int = 1) -> None:
+    ends = {name: f"{value:.1f}" for name, value in (("x1", x1), ("y1", y1), ("x2", x2), ("y2", y2))}
+    ElementTree.SubElement(group, "line", ends, stroke=colour).set("stroke-width", str(width))
+
+
+def _text(
+    group: ElementTree.Element, x: float, y: float, text: str, anchor: str = "start", fill: str = "#111827"
+) -> None:
+    element = ElementTree.SubElement(group, "text", x=f"{x:.1f}", y=f"{y:.1f}", fill=fill)
+    element.set("text-anchor", anchor)
+    element.text = text

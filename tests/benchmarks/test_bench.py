@@ -1,0 +1,136 @@
+"""The benchmark: what it runs and measures is real, what it compares is the same bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from bench import add_result, median_phases, phases  # noqa: E402
+from bench_page import MARK, update_page  # noqa: E402
+from raw_copy import copy_all  # noqa: E402
+from run_measures import Run, run_program  # noqa: E402
+
+_FAMILY = """
+import subprocess, sys, time
+block = b"x" * 50_000_000
+print("holding", file=sys.stderr, flush=True)
+if len(sys.argv) > 1:
+    subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+time.sleep(1.5)
+"""
+
+
+def test_memory_and_steps_of_a_family() -> None:
+    """A process and its child, which has a session of its own, as Ray's have."""
+    run = run_program([sys.executable, "-c", _FAMILY, _FAMILY], steps=["holding", "never"], memory=True)
+    assert run.peak_pss is not None
+    assert run.peak_anonymous is not None
+    assert 100_000_000 < run.peak_anonymous <= run.peak_pss < 250_000_000
+    assert list(run.steps) == ["holding"]
+    assert 0 < run.steps["holding"] < run.seconds
+
+
+def test_program_that_fails() -> None:
+    with pytest.raises(RuntimeError, match="ended with 3:\nno luck"):
+        run_program([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
+
+
+def test_raw_copy(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(range(256)) * 100)
+    source = str(tmp_path / "source")
+    files = [
+        {"name": "a", "size": 700, "ranges": [[source, 10, 110, 0], [source, 300, 900, 100]]},
+        {"name": "b", "size": 40, "ranges": [[source, 0, 5, 20]]},
+    ]
+    (tmp_path / "copies.json").write_text(json.dumps(files))
+    copy_all(str(tmp_path / "copies.json"), str(tmp_path / "output"))
+    content = (tmp_path / "source").read_bytes()
+    assert (tmp_path / "output/a").read_bytes() == content[10:110] + content[300:900]
+    assert (tmp_path / "output/b").read_bytes() == bytes(20) + content[:5] + bytes(15)
+
+
+def test_phases() -> None:
+    """Gates and writing begin together; what follows begins when both have ended."""
+    steps = {
+        "starting Ray on this machine": 0.5,
+        "Ray is up": 2.5,
+        "actors are up": 3.0,
+        "gates are computed": 7.0,
+        "shards are written": 5.0,
+        "checkpoint is complete": 7.5,
+    }
+    found = phases(Run(9.0, steps))
+    assert found == {
+        "plan": 0.5,
+        "start Ray": 2.0,
+        "start actors": 0.5,
+        "gates": 4.0,
+        "write": 2.0,
+        "finish": 0.5,
+        "stop Ray": 1.5,
+    }
+    without = phases(Run(9.0, {step: at for step, at in steps.items() if step != "gates are computed"}))
+    assert "gates" not in without
+    assert median_phases([found, without, found])["plan"] == 0.5
+    assert "gates" not in median_phases([found, without])
+
+
+def result(shape: str, size: int, actors: int | None, seconds: float) -> dict[str, Any]:
+    def program(seconds: float) -> dict[str, Any]:
+        return {"seconds": seconds, "phases": {"write": 2.0}, "peak_pss": 700_000_000, "peak_anonymous": 600_000_000}
+
+    return {
+        "shape": shape,
+        "mode": "hidden",
+        "actors": actors,
+        "cache": "warm",
+        "processors": 2,
+        "experts": 4,
+        "output_bytes": size,
+        "programs": {"raymoe": program(seconds), "mergekit": program(2 * seconds), "raw": program(1.6)},
+    }
+
+
+def test_page(tmp_path: Path) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("".join(f"# {name}\n{MARK.format(name) * 2}\n" for name in ("times", "phases", "memory")))
+    for entry in (
+        result("1b", 6_890_000_000, None, 9.0),
+        result("2b", 14_000_000_000, None, 12.0),
+        result("1b", 6_890_000_000, 1, 9.5),
+        result("1b", 6_890_000_000, None, 8.0),  # instead of the first one
+    ):
+        add_result(results, entry)
+    stored = json.loads(results.read_text())
+    assert [entry["programs"]["raymoe"]["seconds"] for entry in stored] == [12.0, 9.5, 8.0]
+    for _ in range(2):
+        update_page(page, stored)
+    text = page.read_text()
+    assert text.count("| 4 × 1b | 6.89 GB | hidden | warm | all | 8.0 s | 16.0 s | 1.6 s | 0.50 | 1.25 |") == 1
+    assert text.count("| 4 × 1b | 6.89 GB | hidden | warm | 1 |") == 3
+    drawing = ElementTree.parse(tmp_path / "page.svg").getroot()
+    assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
+
+
+def test_whole_run(tmp_path: Path) -> None:
+    """Two programs, once for memory and once for time; their outputs are removed."""
+    command = [sys.executable, "scripts/bench.py", "run", "--work", str(tmp_path), "--shapes", "tiny"]
+    subprocess.run([*command, "--modes", "random", "--runs", "1", "--actors", "1"], cwd=ROOT, check=True, timeout=300)
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert (found["shape"], found["mode"], found["actors"]) == ("tiny", "random", 1)
+    assert found["output_bytes"] > 50_000_000
+    assert set(found["programs"]) == {"raymoe", "raw"}
+    ours = found["programs"]["raymoe"]
+    assert set(ours["phases"]) == {"plan", "start Ray", "start actors", "write", "finish", "stop Ray"}
+    assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"])
+    assert ours["peak_pss"] >= ours["peak_anonymous"] > 100_000_000
+    assert not (tmp_path / "output").exists()
