@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raymoe.config import MergeConfig, check_config, load_config, make_config
-from raymoe.errors import ProblemReport
+from raymoe.errors import Problem, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
+from raymoe.sources.prompts import chat_template_problems, read_prompts
 from raymoe.sources.resolve import HubOptions, resolve_models
 
 if TYPE_CHECKING:
+    from raymoe.evaluation.options import EvaluationOptions
     from raymoe.runtime.merge import MergeResult
+    from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
-__all__ = ["load_config", "merge", "plan"]
+_T = TypeVar("_T")
+
+__all__ = ["evaluate", "load_config", "merge", "plan"]
 
 
 def plan(
@@ -26,14 +31,29 @@ def plan(
     hub: HubOptions | None = None,
     allow_all_same: bool = False,
 ) -> MergePlan:
-    """Plan a merge: reads configs and file headers, no weights.
+    """Plan a merge: reads configs, file headers and prompts, no weights.
 
     `config` is a MergeConfig, the same as a mapping, or the path of a YAML file. Raises ProblemReport with everything
-    that is wrong with the config or its models.
+    that is wrong with the config, its models or its files of prompts.
     """
     checked = _config(config, allow_all_same)
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
-    return build_plan(checked, resolve_models(models, hub, checked.storage), options or MergeOptions())
+    problems: list[Problem] = []
+    concrete = _collect(problems, lambda: read_prompts(checked))
+    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage))
+    if facts is not None:
+        problems += chat_template_problems(checked, facts[checked.base_model], hub)
+    if problems or concrete is None or facts is None:
+        raise ProblemReport(problems)
+    return build_plan(concrete, facts, options or MergeOptions())
+
+
+def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except ProblemReport as report:
+        problems += report.problems
+        return None
 
 
 def merge(
@@ -43,26 +63,46 @@ def merge(
     *,
     settings: RuntimeSettings | None = None,
     allow_all_same: bool = False,
+    report: RunReport | None = None,
 ) -> MergeResult:
     """Merge into `output`, a folder or a URL, on Ray: the connected cluster, or the one of `settings`, or a local one.
 
     Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
-    same call goes on from the shards that are finished.
+    same call goes on from the shards that are finished. `report` is told how the run goes, and may be read after a
+    failure too.
     """
     from raymoe.runtime.merge import output_of, run_merge
+    from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
-    settings = settings or RuntimeSettings(verbosity=-1)
+    settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
     settings = replace(settings, storage=checked.storage)
+    report.storage = checked.storage
     try:
-        merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True)
-    except ProblemReport as report:
+        with report.phase("plan"):
+            merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True)
+    except ProblemReport as refusal:
         # What is wrong with the output besides is told in the same breath.
         target = output_of(output, settings)
         also = target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
-        raise (ProblemReport([*report.problems, *also]) if also else report) from None
-    return run_merge(merge_plan, checked, output, settings)
+        raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
+    return run_merge(merge_plan, checked, output, settings, report)
+
+
+def evaluate(
+    merged: str | Path, data: str | Path, options: EvaluationOptions | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Evaluate a finished merge, a folder or a URL, on a file of labelled texts, in this process.
+
+    `changes` are fields of `EvaluationOptions`, such as `against=("oracle",)` or `limit=5`. The result is what
+    eval.json holds: losses of the merge and of what it is compared with, and where its routers send the tokens.
+    Raises ProblemReport, before anything is computed, with everything that is wrong.
+    """
+    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.run import evaluate_merge
+
+    return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
 
 
 def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:

@@ -136,6 +136,10 @@ def merge(
     device: Device = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    result: Annotated[
+        str | None,
+        typer.Option("--result", metavar="FILE", help="Write phases, bytes, retries, memory; also if the merge fails."),
+    ] = None,
     lazy_unpickle: _idle("lazy_unpickle", "--lazy-unpickle/--no-lazy-unpickle") = False,  # type: ignore[valid-type]
     low_cpu_memory: _idle("low_cpu_memory", "--low-cpu-memory/--no-low-cpu-memory") = False,  # type: ignore[valid-type]
     read_to_gpu: _idle("read_to_gpu", "--read-to-gpu/--no-read-to-gpu") = False,  # type: ignore[valid-type]
@@ -162,6 +166,7 @@ def merge(
     from raymoe import api
     from raymoe.config import config_warnings, load_config
     from raymoe.report.display import print_result, say
+    from raymoe.runtime.run_report import recorded
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
 
@@ -188,14 +193,66 @@ def merge(
     if not quiet:
         for note in _idle_notes(context):
             say(note)
-    merge_config = load_config(config, allow_all_same=all_same)
-    for warning in config_warnings(merge_config):
-        say(f"warning: {warning}")
-    result = api.merge(merge_config, output, options, settings=settings, allow_all_same=True)
-    for warning in result.warnings:
+    with recorded(result) as report:
+        merge_config = load_config(config, allow_all_same=all_same)
+        for warning in config_warnings(merge_config):
+            say(f"warning: {warning}")
+        merged = api.merge(merge_config, output, options, settings=settings, allow_all_same=True, report=report)
+    for warning in merged.warnings:
         say(f"warning: {warning}")
     if not quiet:
-        print_result(result)
+        print_result(merged)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG OUT [OPTIONS OF merge]", help="What `raymoe merge` is given."),
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="Job server: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine.",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="The cluster's token. Better: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the merge ends.")] = True,
+    install: Annotated[
+        bool,
+        typer.Option("--install/--no-install", help="Send this raymoe's code; else the cluster's own raymoe is run."),
+    ] = True,
+) -> None:
+    """Run a merge as a job of a Ray cluster, follow its log, and exit with its status.
+
+    Models are not sent: they are Hub ids, URLs or folders that the cluster's nodes have.
+    """
+    from raymoe.config import load_config
+    from raymoe.report.display import say
+    from raymoe.submit.job import make_job
+    from raymoe.submit.run import follow_job, send_job
+    from raymoe.submit.server import job_server
+
+    params, options = _merge_arguments(context, arguments)
+    job = make_job(
+        load_config(params["config"], allow_all_same=params["all_same"]),
+        params["output"],
+        options,
+        result=params["result"],
+    )
+    client = job_server(address, token)
+    name = send_job(client, job, install=install)
+    say(f"job {name}: {job.entrypoint}")
+    for model in job.models:
+        say(f"note: {model} is not sent; the nodes of the cluster need that folder")
+    if not wait:
+        say(f"follow it with: ray job logs --follow {name}")
+        return
+    raise typer.Exit(follow_job(client, name, job))
 
 
 @app.command()
@@ -284,6 +341,63 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(name="eval")
+@_stoppable
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
+    data: Annotated[Path, typer.Option("--data", help="Labelled texts: one JSON object a line.")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Of base,experts,oracle,hidden: what to compare with, or none. Default: all."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="LABEL=EXPERT for a label that is no expert's name; repeat.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Texts of a label, the first of the file; 0 is all.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text; what is beyond is left out.")] = 512,
+    text_field: Annotated[str, typer.Option("--text-field", help="The text's key.")] = "text",
+    label_field: Annotated[str, typer.Option("--label-field", help="The label's key.")] = "label",
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page of pictures to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="'cpu' computes on the CPU; default: a GPU, if there is one.")
+    ] = None,
+    trust_remote_code: Remote = False,
+    transformers_cache: Cache = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory."""
+    from raymoe import api
+    from raymoe.evaluation.options import EvaluationOptions, parse_against
+    from raymoe.evaluation.written import check_writable, write_evaluation
+    from raymoe.report.display import say
+    from raymoe.report.eval_table import print_evaluation
+    from raymoe.sources.resolve import HubOptions
+
+    options = EvaluationOptions(
+        against=parse_against(against),
+        labels=tuple(label or ()),
+        limit=limit,
+        max_tokens=max_tokens,
+        text_field=text_field,
+        label_field=label_field,
+        device=_device(device),
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+    )
+    check_writable({"--json": json_file, "--html": html})
+    result = api.evaluate(checkpoint, data, options)
+    try:
+        write_evaluation(result, json_file, html)
+    finally:  # a full disk must not take the numbers from the screen too
+        if not quiet:
+            print_evaluation(result)
+        else:
+            for warning in result["warnings"]:
+                say(f"warning: {warning}")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from raymoe import __version__
@@ -342,6 +456,29 @@ def _options(
         model_card=model_card,
         quantise_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
     )
+
+
+def _merge_arguments(context: typer.Context, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `raymoe merge`, as it takes them: its parameters by name, and the options among them anew.
+
+    What it refuses ends this command as it would end that one.
+    """
+    assert context.parent is not None
+    command: Any = context.parent.command
+    merging = command.commands["merge"].make_context("merge", list(arguments), parent=context.parent)
+    options: list[str] = []
+    for param in merging.command.params:
+        source = merging.get_parameter_source(param.name)
+        if not param.name or param.param_type_name != "option" or source is None or source.name != "COMMANDLINE":
+            continue
+        value, flag = merging.params[param.name], max(param.opts, key=len)
+        if param.is_flag:
+            options.append(flag if value else param.secondary_opts[0])
+        elif param.count:
+            options += [flag] * value
+        else:
+            options.append(f"{flag}={value}")
+    return merging.params, options
 
 
 def _device(device: str | None) -> str | None:

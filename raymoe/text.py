@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["human_bytes", "human_count", "parse_size"]
+from collections.abc import Sequence
+
+__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size"]
 
 
 def human_bytes(count: float) -> str:
@@ -21,6 +23,17 @@ def human_count(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{unit}"
     return str(count)
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
 
 
 _UNITS = {"": 1, "b": 10**9, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}

@@ -663,11 +663,11 @@ CONFIG_HEADER = """\
 
 
 def config_text(examples: Path, base: Path) -> str:
-    """configs/example.yaml, in the schema of mergekit-moe."""
+    """configs/example.yaml, in the schema of mergekit-moe but for the gate mode."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    lines = [f"base_model: {BASE.as_posix()}", "gate_mode: hidden", "dtype: bfloat16", "experts:"]
+    lines = [f"base_model: {BASE.as_posix()}", "gate_mode: ridge", "dtype: bfloat16", "experts:"]
     for label in KINDS:
         texts = [row["text"] for row in read_jsonl(examples / "prompts" / f"{label}.jsonl")]
         lines.append(f"  - source_model: {BASE.as_posix()}+{EXAMPLES.as_posix()}/adapters/{label}")

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import raymoe
 from raymoe.errors import ProblemReport
-from raymoe.gates.states import expert_rows
+from raymoe.gates.assemble import router_bytes
+from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergeOptions, MergePlan
-from raymoe.runtime.merge import random_gate_rows, router_bytes
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME
@@ -31,7 +31,7 @@ from raymoe.storage.stream import shard_chunks
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")
+MODES = ("hidden", "hidden_avg", "ridge", "cheap_embed", "random", "uniform_random")
 PROMPTS = (
     ("def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)"),
     ("The licensor grants you a copyright licence.", "You may reproduce the Work"),
@@ -218,10 +218,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
     plan = raymoe.plan(config, options, allow_all_same=True)
     folder.mkdir(parents=True)
     with SourceReader(HubOptions()) as reader:
-        rows = random_gate_rows(plan.gates)
-        for prompts in (*plan.gates.experts, *plan.gates.shared):
-            if prompts.positive:
-                rows[prompts.owner] = expert_rows(plan.gates, prompts, reader, device="cpu")
+        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
         for shard in plan.shards:
             with open(folder / shard.file_name, "wb") as file:
                 for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows)):

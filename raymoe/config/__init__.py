@@ -8,6 +8,7 @@ from raymoe.config.checks import ALL_SAME_FLAG, check_config, config_warnings
 from raymoe.config.lines import Lines, Loc
 from raymoe.config.load import load_config, load_config_with_lines, make_config, parse_config
 from raymoe.config.modes import MODES, GateMode
+from raymoe.config.prompts import PromptFile
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Lines",
     "Loc",
     "MergeConfig",
+    "PromptFile",
     "PromptModel",
     "check_config",
     "config_warnings",

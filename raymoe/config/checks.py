@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from raymoe.config.lines import NO_LINES, Found, Lines, Loc, path_text, shown
+from raymoe.config.prompts import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.errors import Problem
 
@@ -79,8 +80,9 @@ def _are(count: int) -> str:
     return "is only 1 expert" if count == 1 else f"are only {count} experts"
 
 
-def _is_blank(prompts: tuple[str, ...]) -> bool:
-    return not any(prompt.strip() for prompt in prompts)
+def _is_blank(prompts: tuple[str, ...] | PromptFile) -> bool:
+    # What a file holds is known when it is read; these checks run again then.
+    return not isinstance(prompts, PromptFile) and not any(prompt.strip() for prompt in prompts)
 
 
 def _prompts(checked: _Checked) -> _Findings:
@@ -127,7 +129,7 @@ def _identical_prompts(checked: _Checked) -> _Findings:
         return
     if any(_is_blank(expert.positive_prompts) for expert in config.experts):
         return  # reported expert by expert
-    if len({_prompts_of(expert) for expert in config.experts}) == 1:
+    if len({_prompts_of(config, expert) for expert in config.experts}) == 1:
         yield (
             ("experts",),
             f"all {len(config.experts)} experts have the same prompts, so the router cannot tell them apart",
@@ -135,8 +137,8 @@ def _identical_prompts(checked: _Checked) -> _Findings:
         )
 
 
-def _prompts_of(expert: ExpertConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return expert.positive_prompts, expert.negative_prompts
+def _prompts_of(config: MergeConfig, expert: ExpertConfig) -> tuple[object, ...]:
+    return expert.positive_prompts, expert.negative_prompts, config.uses_chat_template(expert)
 
 
 def _is_all_same(config: MergeConfig) -> bool:
@@ -168,7 +170,7 @@ def _same_experts(config: MergeConfig) -> Iterator[str]:
         return
     groups: dict[object, list[str]] = defaultdict(list)
     for index, expert in enumerate(config.experts):
-        groups[(expert.source_model, _prompts_of(expert))].append(path_text(("experts", index)))
+        groups[(expert.source_model, _prompts_of(config, expert))].append(path_text(("experts", index)))
     for names in groups.values():
         if len(names) > 1:
             yield f"{', '.join(names)} have the same source_model and prompts: one expert {len(names)} times"
@@ -177,8 +179,8 @@ def _same_experts(config: MergeConfig) -> Iterator[str]:
 def _blank_prompts(config: MergeConfig) -> Iterator[str]:
     for index, expert in enumerate(config.experts):
         for key in ("positive_prompts", "negative_prompts"):
-            prompts: tuple[str, ...] = getattr(expert, key)
-            for number, prompt in enumerate(prompts):
+            prompts: tuple[str, ...] | PromptFile = getattr(expert, key)
+            for number, prompt in enumerate(() if isinstance(prompts, PromptFile) else prompts):
                 if not prompt.strip() and config.needs_prompts:
                     yield f"{path_text(('experts', index, key, number))} is blank"
 
@@ -186,3 +188,8 @@ def _blank_prompts(config: MergeConfig) -> Iterator[str]:
 def _idle_keys(config: MergeConfig) -> Iterator[str]:
     if config.prompt_model and not config.needs_prompts:
         yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
+    if not config.needs_prompts and any(map(config.uses_chat_template, (*config.experts, *config.shared_experts))):
+        yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
+    for loc, prompts in config.prompt_files.items():
+        if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":
+            yield f"{path_text((*loc, 'field'))} has no effect: a text file has one prompt a line"

@@ -6,30 +6,37 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["MODES", "GateMode"]
+__all__ = ["EMBEDDING", "FFN", "MODES", "GateMode"]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING = "model.embed_tokens.weight"
+FFN = "mlp"
+"""Name of the FFN in a decoder layer, the same in all dense families."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateMode:
-    """`needs_prompts`: gates come from prompts. `reads_layers`: a model has to read them, layer by layer."""
+    """`needs_prompts`: gates come from prompts. `reads_layers`: a model has to read them, layer by layer.
+    `fits_rows`: a layer's rows are fitted to what its router sees, of all experts' prompts at once."""
 
     name: str
     needs_prompts: bool
     reads_layers: bool
+    fits_rows: bool = False
     default_prompt_model: str = "base"
 
     def reads(self, name: str, layers: int) -> bool:
         """Whether this mode loads the parameter `name` of a model with that many layers.
 
-        The gate of a layer comes from that layer's input, so the last layer is never run and neither is the head.
+        The gate of a layer comes from that layer's input, so the last layer is never run and neither is the head; where
+        rows are fitted, it comes from what the layer's FFN gets, so the last layer's FFN is not run.
         """
         if name == EMBEDDING:
             return self.needs_prompts
         match = _LAYER.match(name)
-        return self.reads_layers and match is not None and int(match[1]) < layers - 1
+        if not self.reads_layers or match is None:
+            return False
+        return int(match[1]) < layers - 1 or (self.fits_rows and f".{FFN}." not in name)
 
 
 MODES: Mapping[str, GateMode] = {
@@ -37,6 +44,7 @@ MODES: Mapping[str, GateMode] = {
     for mode in (
         GateMode(name="hidden", needs_prompts=True, reads_layers=True),
         GateMode(name="hidden_avg", needs_prompts=True, reads_layers=True),
+        GateMode(name="ridge", needs_prompts=True, reads_layers=True, fits_rows=True, default_prompt_model="grafted"),
         GateMode(name="cheap_embed", needs_prompts=True, reads_layers=False),
         GateMode(name="random", needs_prompts=False, reads_layers=False),
         GateMode(name="uniform_random", needs_prompts=False, reads_layers=False),

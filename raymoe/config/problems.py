@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from raymoe.config.lines import Found, Lines, Loc, excerpt, kind_of
+from raymoe.config.prompts import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.sources.types import ModelRef, PathRef
 
@@ -24,9 +25,11 @@ __all__ = ["salvage", "schema_problems"]
 
 _TOP_KEYS = tuple(MergeConfig.model_fields)
 _EXPERT_KEYS = tuple(ExpertConfig.model_fields)
+_PROMPT_FILE_KEYS = tuple(PromptFile.model_fields)
+_NO_KEYS: tuple[str, ...] = ()
 _OTHER_COMMANDS = {
     **dict.fromkeys(("models", "merge_method", "slices", "modules", "parameters"), "mergekit-yaml"),
-    **dict.fromkeys(("tokenizer", "tokenizer_source", "chat_template", "out_dtype"), "mergekit-yaml"),
+    **dict.fromkeys(("tokenizer", "tokenizer_source", "out_dtype"), "mergekit-yaml"),
     **dict.fromkeys(("genome", "tasks"), "mergekit-evolve"),
     **dict.fromkeys(("layer_slices", "embedding_source", "lm_head_source"), "bakllama"),
 }
@@ -34,8 +37,10 @@ _REMEDIES = {
     "base_model": "add 'base_model: org/name' or a local folder: it gives attention, norms and embeddings",
     "experts": "add 'experts:' with one '- source_model: ...' for each expert",
     "source_model": "add 'source_model: org/name' or a local folder: it gives the expert's FFN weights",
+    "file": "name the file as {file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
 }
 _PLACEHOLDER_MODEL = ModelRef(model=PathRef(path="?"))
+_PLACEHOLDER_FILE = "?.txt"
 
 
 def schema_problems(error: ValidationError, lines: Lines) -> list[Found]:
@@ -70,7 +75,10 @@ def _value_problem(details: ErrorDetails, lines: Lines) -> tuple[str, str]:
 
 def _unknown_key(loc: Loc) -> tuple[str, str]:
     key, at_top = str(loc[-1]), len(loc) == 1
-    known, elsewhere = (_TOP_KEYS, _EXPERT_KEYS) if at_top else (_EXPERT_KEYS, _TOP_KEYS)
+    if len(loc) == 4:  # of a file of prompts
+        known, elsewhere = _PROMPT_FILE_KEYS, _NO_KEYS
+    else:
+        known, elsewhere = (_TOP_KEYS, _EXPERT_KEYS) if at_top else (_EXPERT_KEYS, _TOP_KEYS)
     if key in elsewhere:
         level = "an expert, beside its source_model" if at_top else "the top level of the config"
         return "unknown key here", f"it belongs to {level}"
@@ -105,13 +113,15 @@ def _replace(data: Any, loc: Sequence[str | int], *, unknown: bool) -> None:
         parent = parent[step]
     last = loc[-1]
     if unknown:
-        del parent[last]
+        parent.pop(last, None)  # one object may stand in several places of a config made in Python
     elif last in ("base_model", "source_model"):
         parent[last] = _PLACEHOLDER_MODEL
+    elif last == "file":
+        parent[last] = _PLACEHOLDER_FILE
     elif last == "experts":
         parent[last] = []
     elif isinstance(last, int):
         # An item is an expert or a prompt; it stays in its place, since others are named by their number.
         parent[last] = {"source_model": _PLACEHOLDER_MODEL} if len(loc) == 2 else "?"
     else:
-        del parent[last]
+        parent.pop(last, None)

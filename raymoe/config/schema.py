@@ -7,22 +7,21 @@ values go together is the business of `checks`. Names are cleaned on the way in 
 `torch.bfloat16` is `bfloat16`), so that two configs that mean the same compare equal and have the same
 `to_plain`.
 
-Validators raise errors with a remedy in their context, which `problems` turns into what a person reads.
+Values that are nothing special to a key are read by `values`, prompts by `prompts`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
-from pydantic_core import PydanticCustomError
 
-from raymoe.config.lines import excerpt, kind_of, shown
+from raymoe.config.lines import Loc, excerpt, kind_of, shown
 from raymoe.config.modes import MODES
+from raymoe.config.prompts import PromptFile, Prompts
 from raymoe.config.storage import plain_storage, storage_options
+from raymoe.config.values import flag, one_of, scale, text, value_error, whole_number
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.types import ModelRef
@@ -35,6 +34,8 @@ PromptModel = Literal["base", "expert", "grafted"]
 NUMBER_KEYS = frozenset({"noise_scale", "residual_scale"})
 """Keys that take a number with a fraction."""
 
+_EXPERTS = ("experts", "shared_experts")
+_PROMPTS = ("positive_prompts", "negative_prompts")
 _GATE_MODE_ALIASES = {"hidden_last": "hidden"}
 # Names that are only suggested: mergekit does not know them, so no config relies on them.
 _DTYPE_NICKNAMES = {
@@ -46,40 +47,11 @@ _DTYPE_NICKNAMES = {
 }
 
 
-def _error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
-    """An error of one value. `quote`: with quotes around it, YAML would have read the text that was meant."""
-    return PydanticCustomError("raymoe", "{what}", {"what": what, "remedy": remedy, "quote": quote})
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        raise _error("expected text, got nothing", "write the text, or remove the entry", quote=True)
-    if not isinstance(value, str):
-        raise _error(f"expected text, got {kind_of(value)}", "put it in quotes", quote=True)
-    try:
-        # JSON may spell a character beyond U+FFFF as two escapes, which YAML reads as two halves of one.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise _error(
-            f"{shown(value)} is not valid Unicode text", "remove the lone surrogate (\\uD800-\\uDFFF)"
-        ) from None
-
-
-def _one_of(value: Any, names: tuple[str, ...], nicknames: Mapping[str, str]) -> str:
-    text = _text(value)
-    if text in names:
-        return text
-    near = text.strip().lower()
-    close = [nicknames[near]] if near in nicknames else get_close_matches(near, names, n=1)
-    remedy = f"did you mean {close[0]}? (one of {', '.join(names)})" if close else f"use one of {', '.join(names)}"
-    raise _error(f"{shown(text)} is not a known value", remedy)
-
-
 def _gate_mode(value: Any) -> str:
     if value is None:
         return "hidden"
     names = (*MODES, *_GATE_MODE_ALIASES)
-    name = _one_of(value, names, {})
+    name = one_of(value, names, {})
     return _GATE_MODE_ALIASES.get(name, name)
 
 
@@ -87,71 +59,49 @@ def _dtype(value: Any) -> str | None:
     if value is None:
         return None
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    return _one_of(name, get_args(Dtype), _DTYPE_NICKNAMES)
+    return one_of(name, get_args(Dtype), _DTYPE_NICKNAMES)
 
 
 def _prompt_model(value: Any) -> str | None:
-    return None if value is None else _one_of(value, get_args(PromptModel), {})
+    return None if value is None else one_of(value, get_args(PromptModel), {})
 
 
 def _architecture(value: Any) -> str | None:
     if value is None:
         return None
-    name = _text(value).strip().lower()
+    name = text(value).strip().lower()
     if not name:
-        raise _error("is blank", "name an output architecture, or leave the key out to have it chosen")
+        raise value_error("is blank", "name an output architecture, or leave the key out to have it chosen")
     return name
 
 
 def _count(value: Any) -> int:
-    if value is None:
-        return 2
-    if isinstance(value, str):
-        raise _error(f"expected a whole number, got the text {shown(value)}", "write it as digits without quotes")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _error(f"expected a whole number, got {kind_of(value)}", "write a number, for example 2")
-    if isinstance(value, float) and not value.is_integer():
-        raise _error(f"expected a whole number, got {shown(value)}", "write a number without a fraction, for example 2")
-    return int(value)
+    return 2 if value is None else whole_number(value, example=2)
 
 
 def _scale(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        number = _number_in(value)
-        remedy = f"write it without quotes: {number}" if number is not None else "write a number, for example 0.1"
-        raise _error(f"expected a number, got the text {shown(value)}", remedy)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _error(f"expected a number, got {kind_of(value)}", "write a number, for example 0.1")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _error(f"{shown(value)} is not a finite number", "write a number, for example 0.1")
-    return number
+    return None if value is None else scale(value)
 
 
 def _noise_scale(value: Any) -> float | None:
     number = _scale(value)
     if number is not None and number < 0:
-        raise _error(f"{shown(value)} is below zero", "write zero or more: it is a standard deviation")
+        raise value_error(f"{shown(value)} is below zero", "write zero or more: it is a standard deviation")
     return number
 
 
-def _number_in(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+def _flag(value: Any) -> bool:
+    return False if value is None else flag(value)
+
+
+def _own_flag(value: Any) -> bool | None:
+    return None if value is None else flag(value)
 
 
 def _model_ref(value: Any) -> ModelRef:
     if isinstance(value, ModelRef):
         return value
-    ref = value if isinstance(value, Mapping) else _text(value)
+    ref = value if isinstance(value, Mapping) else text(value)
     try:
         return parse_model_ref(ref)
     except ValueError as error:
@@ -159,7 +109,7 @@ def _model_ref(value: Any) -> ModelRef:
         if isinstance(ref, str):
             message = message.replace(repr(ref.strip()), shown(ref.strip()))
         example = "name a local folder or a Hub model: org/name, org/name@revision, org/name+org/adapter"
-        raise _error(excerpt(message, 400), example) from None
+        raise value_error(excerpt(message, 400), example) from None
 
 
 def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
@@ -170,42 +120,16 @@ def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
     return {key: {"path": part.path, "revision": part.revision} for key, part in parts.items()}
 
 
-def _prompts(value: Any) -> Any:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        raise _error(
-            f"expected a list of prompts, got the text {shown(value)}",
-            "make it a list: one prompt a line, each after '- '",
-        )
-    if not isinstance(value, (list, tuple)):
-        raise _error(
-            f"expected a list of prompts, got {kind_of(value)}",
-            "make it a list: one prompt a line, each after '- '",
-        )
-    return value
-
-
-def _prompt(value: Any) -> str:
-    if isinstance(value, (Mapping, list)):
-        # "- Note: this" is a mapping and "- [INST] ..." a list: the prompt as a whole has to be quoted.
-        raise _error(
-            f"expected text, got {kind_of(value)}",
-            "quote the whole prompt: ': ' inside it, or '[' or '{' at its start, has a meaning in YAML",
-        )
-    return _text(value)
-
-
 def _expert(value: Any) -> Any:
     if isinstance(value, (Mapping, ExpertConfig)):
         return value
     name = excerpt(value) if isinstance(value, str) else "org/name"
-    raise _error(f"expected a mapping, got {kind_of(value)}", f"write '- source_model: {name}'")
+    raise value_error(f"expected a mapping, got {kind_of(value)}", f"write '- source_model: {name}'")
 
 
 def _experts(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise _error(
+        raise value_error(
             f"expected a list of experts, got {kind_of(value)}",
             "start each expert with '- source_model: ...'",
         )
@@ -220,18 +144,18 @@ def _storage(value: Any) -> StorageOptions:
     try:
         return storage_options(value)
     except ValueError as error:
-        raise _error(str(error.args[0]), str(error.args[1])) from None
+        raise value_error(str(error.args[0]), str(error.args[1])) from None
 
 
 Model = Annotated[ModelRef, PlainValidator(_model_ref), PlainSerializer(_plain_ref)]
-Prompts = Annotated[tuple[Annotated[str, PlainValidator(_prompt)], ...], BeforeValidator(_prompts)]
 
 
 class ExpertConfig(BaseModel):
     """One expert: the model that gives its FFN weights, and the prompts it should be good at.
 
     `noise_scale` is the standard deviation of Gaussian noise added to the FFN weights; `residual_scale` is
-    a factor on the FFN's output. `None` leaves the weights as they are.
+    a factor on the FFN's output. `None` leaves the weights as they are. `chat_template` is raymoe's own key: `None`
+    takes the whole config's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -241,6 +165,7 @@ class ExpertConfig(BaseModel):
     negative_prompts: Prompts = ()
     noise_scale: Annotated[float | None, BeforeValidator(_noise_scale)] = None
     residual_scale: Annotated[float | None, BeforeValidator(_scale)] = None
+    chat_template: Annotated[bool | None, PlainValidator(_own_flag)] = None
 
 
 Expert = Annotated[ExpertConfig, BeforeValidator(_expert)]
@@ -249,9 +174,9 @@ Expert = Annotated[ExpertConfig, BeforeValidator(_expert)]
 class MergeConfig(BaseModel):
     """A whole merge config. Each value is sound by itself; `check_config` says whether they go together.
 
-    `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`
-    and `storage` are raymoe's own keys: which model reads the prompts, `None` being the gate mode's default;
-    and how object stores are reached.
+    `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`,
+    `chat_template` and `storage` are raymoe's own keys: which model reads the prompts, `None` being the gate
+    mode's default; whether it reads them as a user's turn of its chat template; and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -264,12 +189,39 @@ class MergeConfig(BaseModel):
     experts_per_token: Annotated[int, PlainValidator(_count)] = Field(default=2)
     architecture: Annotated[str | None, PlainValidator(_architecture)] = None
     prompt_model: Annotated[PromptModel | None, BeforeValidator(_prompt_model)] = None
+    chat_template: Annotated[bool, PlainValidator(_flag)] = False
     storage: Annotated[StorageOptions, PlainValidator(_storage), PlainSerializer(plain_storage)] = StorageOptions()
 
     @property
     def needs_prompts(self) -> bool:
         """Whether the router is computed from the experts' prompts."""
         return MODES[self.gate_mode].needs_prompts
+
+    def uses_chat_template(self, expert: ExpertConfig) -> bool:
+        """Whether the prompts of one of this config's experts are put into the chat template."""
+        return self.chat_template if expert.chat_template is None else expert.chat_template
+
+    @property
+    def prompt_files(self) -> dict[Loc, PromptFile]:
+        """The files to draw prompts from, by place; none where the gate mode reads no prompts."""
+        return {
+            (experts, number, key): prompts
+            for experts in _EXPERTS
+            for number, expert in enumerate(getattr(self, experts))
+            for key in _PROMPTS
+            if self.needs_prompts and isinstance(prompts := getattr(expert, key), PromptFile)
+        }
+
+    def with_prompts(self, texts: Mapping[Loc, tuple[str, ...]]) -> MergeConfig:
+        """This config with the prompts at some places replaced by `texts`."""
+        changed = {
+            experts: tuple(
+                expert.model_copy(update={k: texts[experts, n, k] for k in _PROMPTS if (experts, n, k) in texts})
+                for n, expert in enumerate(getattr(self, experts))
+            )
+            for experts in _EXPERTS
+        }
+        return self.model_copy(update=changed)
 
     def to_plain(self) -> dict[str, Any]:
         """All keys, defaults included, as values that JSON has. Equal configs give equal results."""

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raymoe.config.modes import MODES
+from raymoe.gates.layer_rows import LayerRows
 from raymoe.gates.router import random_rows
+from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, Part, Router
 from raymoe.storage.stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = ["Rows", "random_gate_rows", "router_bytes", "router_rows"]
+__all__ = ["Rows", "collected", "random_gate_rows", "router_bytes", "router_rows"]
 
 Rows = dict[str, npt.NDArray[np.float32]]
 """Rows of each expert by its owner name, (layers, hidden)."""
+
+
+def collected(
+    layers: Mapping[int, LayerRows], experts: Sequence[str], shared: Sequence[str]
+) -> tuple[Rows, RouterSummary | None]:
+    """Rows by owner out of those of all layers, and the summary of the layers that could be judged."""
+    order = [layers[number] for number in sorted(layers)]
+    rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
+    rows |= {owner: np.stack([layer.shared[n] for layer in order]) for n, owner in enumerate(shared)}
+    checks = {number: layers[number].check for number in sorted(layers)}
+    known = {number: check for number, check in checks.items() if check is not None}
+    return rows, RouterSummary(experts=len(experts), layers=known) if known else None
 
 
 def random_gate_rows(gates: GatePlan) -> Rows:

@@ -1,7 +1,7 @@
-"""A decoder that is never in memory: one layer is loaded, all prompts go through it, it is dropped.
+"""A decoder that is never in memory: one layer is loaded, all texts go through it, it is dropped.
 
 The layers are transformers' own modules, made on the meta device, so that every family computes what transformers
-computes. While a layer runs, a thread reads the next one: two layers at most are held, whatever the model's size.
+computes. While a layer runs, the next ones are read (see loading.py): a few layers are held, whatever the model's size.
 
 The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
 """
@@ -9,116 +9,177 @@ The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import closing
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from raymoe.config.modes import EMBEDDING
+from raymoe.config.modes import EMBEDDING, FFN
 from raymoe.gates.embeddings import embedding_rows
+from raymoe.gates.loading import LayerLoader, compute_dtype, load_weight
 from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
-from raymoe.planning.types import GatePrompts, WeightRef
-from raymoe.sources.types import TensorEntry
+from raymoe.planning.types import WeightRef
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.transform import load_array, with_lora
+from raymoe.storage.transform import read_rows, with_lora
 
-__all__ = ["StreamedDecoder"]
+__all__ = ["ReadableModel", "StreamedDecoder"]
 
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FINAL_NORM, _HEAD = "model.norm.weight", "lm_head.weight"
+Visit = Callable[[int, int, torch.Tensor], None]
 
 
-def _entries(ref: WeightRef) -> tuple[TensorEntry, ...]:
-    """What has to be read for a weight."""
-    return (ref.entry,) if ref.lora is None else (ref.entry, ref.lora.a, ref.lora.b)
+class ReadableModel(Protocol):
+    """What can be streamed: a dense model's config.json, and where its parameters lie (`GatePrompts`, for one)."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def weights(self) -> Mapping[str, WeightRef]: ...
+
+
+def _look(visit: Visit, layer: int, number: int, ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    visit(layer, number, args[0])
 
 
 class StreamedDecoder:
-    """Runs prompts through a model whose weights are loaded layer by layer.
+    """Runs texts through a model whose weights are loaded layer by layer.
 
-    On a GPU it computes in the weights' own dtype, on a CPU in float32: there bfloat16 is slower, and less exact.
+    It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
+    `ffn` makes another module out of a layer's `mlp.` tensors, to stand where the dense layer has its FFN.
     """
 
-    def __init__(self, prompts: GatePrompts, reader: SourceReader, device: str, *, quantise: str | None = None) -> None:
+    def __init__(
+        self,
+        model: ReadableModel,
+        reader: SourceReader,
+        device: str,
+        *,
+        quantise: str | None = None,
+        exact: bool = False,
+        ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
+    ) -> None:
         from transformers import AutoConfig, AutoModel
 
-        self._reader, self._weights = reader, prompts.weights
-        self._device, self._quantise = torch.device(device), quantise
-        config = {k: v for k, v in prompts.config.items() if k not in ("model_type", "quantization_config")}
-        self._config: Any = AutoConfig.for_model(prompts.config["model_type"], **config)
+        self._reader, self._weights = reader, model.weights
+        self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
+        config = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config")}
+        self._config: Any = AutoConfig.for_model(model.config["model_type"], **config)
         self._config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)
-        self._dtype = torch.float32
-        if self._device.type == "cuda":
-            self._dtype = _TORCH_DTYPES[self._weights[EMBEDDING].entry.dtype]
+        self._dtype = compute_dtype(self._weights[EMBEDDING].entry.dtype, self._device, exact=exact)
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether a token's state depends on how long its sequence is, padding included: prompts must go alone."""
+        """Whether a token's state depends on how long its sequence is, padding included: texts must go alone."""
         return self._model.rotary_emb.rope_type in ("dynamic", "longrope")
 
-    def layer_inputs(
-        self, batches: Sequence[Batch], layers: int, visit: Callable[[int, int, torch.Tensor], None]
-    ) -> None:
+    def layer_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit, look: Visit | None = None) -> None:
         """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1.
 
-        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for.
+        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for. `look` is
+        called as by `router_inputs`, for the layers that are run.
         """
-        with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            states = [self._embed(batch) for batch in batches]
+        with torch.inference_mode():
+            states = [self.embed(batch) for batch in batches]
             for number, hidden in enumerate(states):
                 visit(0, number, hidden)
-            for layer, module in self._modules(layers - 1, pool):
-                for number, batch in enumerate(batches):
-                    states[number] = self._run(module, layer, states[number], batch)
+            for layer in self.loaded_layers(layers - 1):
+                for number in range(len(batches)):
+                    states[number] = self._run_seen(layer, number, states[number], look)
                     visit(layer + 1, number, states[number])
 
-    def _modules(self, count: int, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Any]]:
-        """The first `count` layers, each loaded while the one before it is in use."""
-        ahead: Future[Mapping[str, torch.Tensor]] | None = pool.submit(self._load, 0) if count else None
-        for layer in range(count):
-            assert ahead is not None
-            tensors = ahead.result()
-            ahead = pool.submit(self._load, layer + 1) if layer + 1 < count else None
-            module = self._model.layers[layer]
-            if self._quantise:
-                module = quantised_layer(module, tensors, self._device, self._quantise)
-            else:
-                module.load_state_dict({name: t.to(self._device) for name, t in tensors.items()}, assign=True)
-            del tensors
-            yield layer, module.eval()
-            self._model.layers[layer] = torch.nn.Identity()
+    def router_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit) -> None:
+        """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1.
 
-    def _load(self, layer: int) -> dict[str, torch.Tensor]:
+        It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
+        layer is neither read nor run.
+        """
+        with torch.inference_mode():
+            states = [self.embed(batch) for batch in batches]
+            for layer in self.loaded_layers(layers, last_ffn=False):
+                for number in range(len(batches)):
+                    states[number] = self._run_seen(layer, number, states[number], visit)
+
+    def _run_seen(self, layer: int, number: int, hidden_BTH: torch.Tensor, look: Visit | None) -> torch.Tensor:
+        if look is None:
+            return self.run_layer(layer, hidden_BTH)
+        with self.ffn_of(layer).register_forward_pre_hook(partial(_look, look, layer, number)):
+            return self.run_layer(layer, hidden_BTH)
+
+    def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
+        """The numbers of the first `count` layers, each loaded while the one before it is in use.
+
+        A layer can be run until the next one is asked for. Without `last_ffn` the last one has no FFN: what stands in
+        its place gives back its input.
+        """
+        wanted = [self._layer_weights(layer, last_ffn or layer < count - 1) for layer in range(count)]
+        with closing(LayerLoader(self._reader, self._device, self._dtype).layers(wanted)) as loaded:
+            for layer in range(count):  # enumerate would hold on to each layer until the next is there
+                self._install(layer, next(loaded))
+                yield layer
+                self._model.layers[layer] = torch.nn.Identity()
+
+    def ffn_of(self, layer: int) -> torch.nn.Module:
+        """What stands in the place of the FFN of a layer that is loaded."""
+        module: torch.nn.Module = getattr(self._model.layers[layer], FFN)
+        return module
+
+    def final_norm(self) -> torch.nn.Module:
+        """The norm after the last layer."""
+        module: torch.nn.Module = self._model.norm
+        weight = load_weight(self._reader, self._weights[_FINAL_NORM], self._dtype)
+        module.load_state_dict({"weight": weight.to(self._device)}, assign=True)
+        self._reader.release()
+        return module
+
+    def head_blocks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). Tied, it is the embedding."""
+        ref = self._weights.get(_HEAD, self._weights[EMBEDDING])
+        vocab = ref.entry.shape[0]
+        for start in range(0, vocab, rows):
+            part = slice(start, min(start + rows, vocab))
+            block = read_rows(self._reader, ref.entry, part)
+            if ref.lora is not None:
+                block = with_lora(self._reader, block, ref.lora, part)
+            yield start, torch.from_numpy(block).to(self._device, self._dtype)
+
+    def _install(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        module, prefix = self._model.layers[layer], f"{FFN}."
+        ffn = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if self._ffn is not None or not ffn:
+            setattr(module, FFN, torch.nn.Identity())
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        if self._quantise:
+            module = quantised_layer(module, tensors, self._device, self._quantise)
+        else:
+            module.load_state_dict(tensors, assign=True)
+        if self._ffn is not None and ffn:
+            setattr(module, FFN, self._ffn(ffn))
+        module.eval()
+
+    def _layer_weights(self, layer: int, with_ffn: bool) -> dict[str, WeightRef]:
         prefix = f"model.layers.{layer}."
-        names = [name for name in self._weights if name.startswith(prefix)]
-        self._reader.load([entry for name in names for entry in _entries(self._weights[name])])
-        tensors = {name.removeprefix(prefix): self._tensor(self._weights[name]) for name in names}
-        self._reader.release()  # what is not used in place has been widened or merged: its source can go
-        return tensors
+        weights = {name.removeprefix(prefix): ref for name, ref in self._weights.items() if name.startswith(prefix)}
+        return {name: ref for name, ref in weights.items() if with_ffn or not name.startswith(f"{FFN}.")}
 
-    def _tensor(self, ref: WeightRef) -> torch.Tensor:
-        """A weight on the CPU, in the dtype that it is computed with."""
-        array = load_array(self._reader, ref.entry)
-        if ref.lora is not None:
-            merged = with_lora(self._reader, array.astype(np.float32), ref.lora, slice(None))
-            return torch.from_numpy(merged).to(self._dtype)
-        flat = torch.frombuffer(self._reader.view(ref.entry), dtype=_TORCH_DTYPES[ref.entry.dtype])
-        return flat.reshape(ref.entry.shape).to(self._dtype)
-
-    def _embed(self, batch: Batch) -> torch.Tensor:
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """The input of layer 0, (batch, tokens, hidden)."""
         rows = embedding_rows(self._reader, self._weights[EMBEDDING], batch.ids.flatten().tolist())
         hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
         return hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
 
-    def _run(self, module: Any, layer: int, hidden_BTH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def run_layer(self, layer: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """A loaded layer's output for its input of the same shape."""
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
         # Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
         rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
-        output = module(
+        output = self._model.layers[layer](
             hidden_BTH,
             attention_mask=self._mask(layer, tokens),
             position_ids=positions,

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.gates.router import normalised
-from raymoe.planning.types import WeightRef
+from raymoe.config.modes import EMBEDDING
+from raymoe.gates.router import gate_rows, normalised
+from raymoe.planning.types import GatePlan, GatePrompts, WeightRef
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
 
-__all__ = ["embedding_rows", "mean_embedding"]
+__all__ = ["embedding_gate_rows", "embedding_rows", "mean_embedding"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -37,3 +38,15 @@ def mean_embedding(reader: SourceReader, ref: WeightRef, prompts: Sequence[Seque
     rows = embedding_rows(reader, ref, tokens)
     total = np.sum([rows[token] for token in tokens], axis=0, dtype=np.float64)
     return normalised(total)
+
+
+def embedding_gate_rows(
+    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
+) -> Float32:
+    """The router row (hidden,) of one expert, the same for every layer. Raises ProblemReport for bad prompts."""
+    from raymoe.gates.capture import prompt_ids
+
+    positive, negative, _ = prompt_ids(gates, prompts, reader, trust_remote_code=trust_remote_code)
+    ref = prompts.weights[EMBEDDING]
+    without = mean_embedding(reader, ref, negative) if negative else None
+    return gate_rows(mean_embedding(reader, ref, positive), without)

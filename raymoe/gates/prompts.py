@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.sources.prompts import NO_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,15 @@ __all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize"]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048
+_PROMPTS_AT_ONCE = 256
+# Some templates write today's date, by this function; what is computed must not depend on the day.
+_TEMPLATE_DAY = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024", "%j": "208"}
+_TEMPLATE_DAY |= {"%a": "Fri", "%A": "Friday", "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%Z": "UTC"}
+_FIXED_DAY = "".join(
+    ["{%- macro strftime_now(format) -%}{{ format"]
+    + [f"|replace('{code}', '{text}')" for code, text in _TEMPLATE_DAY.items()]
+    + [" }}{%- endmacro +%}"]
+)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -33,26 +43,58 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: str) -> list[list[int]]:
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: str, chat_template: bool = False
+) -> list[list[int]]:
     """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
 
-    Raises ProblemReport for a prompt without tokens or with tokens that the model has no embedding for.
+    With `chat_template` a prompt is one turn of the user in the tokenizer's template, and the answer is about to begin.
+    Raises ProblemReport for a missing template, a prompt without tokens or one with tokens that the model has no
+    embedding for.
     """
+    if chat_template and not tokenizer.chat_template:
+        raise ProblemReport([NO_CHAT_TEMPLATE])
     bos = tokenizer.bos_token or ""
-    texts = [prompt if bos and prompt.startswith(bos) else bos + prompt for prompt in prompts]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    problems = []
-    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
-        where = f"{owner}, prompt {number + 1} ({prompt[:40]!r})"
-        if not tokens:
-            problems.append(Problem(where=where, what="it has no tokens", remedy="give it some text"))
-        elif max(tokens) >= vocab:
-            what = f"token id {max(tokens)} is beyond the model's vocabulary of {vocab}"
-            remedy = "the base model's tokenizer and weights do not belong together"
-            problems.append(Problem(where=where, what=what, remedy=remedy))
-    if problems:
-        raise ProblemReport(problems)
+    ids: list[list[int]] = []
+    problems: list[Problem] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        some = prompts[start : start + _PROMPTS_AT_ONCE]
+        texts = [_rendered(tokenizer, prompt) for prompt in some] if chat_template else some
+        whole = [text if bos and text.startswith(bos) else bos + text for text in texts]
+        found: list[list[int]] = tokenizer(whole, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for number, (prompt, tokens) in enumerate(zip(some, found, strict=True), start + 1):
+            where = f"{owner}, prompt {number} ({prompt[:40]!r})"
+            problems += _token_problems(tokens, vocab, where)
+        if problems:
+            raise ProblemReport(problems)
+        ids += found
     return ids
+
+
+def _rendered(tokenizer: Any, prompt: str) -> str:
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _FIXED_DAY + template
+        text: str = tokenizer.apply_chat_template(
+            turn, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program of its own
+        what = f"its chat template can't be used: {(str(error) or type(error).__name__).splitlines()[0]}"
+        remedy = "use a base model whose template takes one turn of a user, or leave chat_template out"
+        raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
+    return text
+
+
+def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> list[Problem]:
+    if not tokens:
+        return [Problem(where=where, what="it has no tokens", remedy="give it some text")]
+    if max(tokens) >= vocab:
+        what = f"token id {max(tokens)} is beyond the model's vocabulary of {vocab}"
+        remedy = "the base model's tokenizer and weights do not belong together"
+        return [Problem(where=where, what=what, remedy=remedy)]
+    return []
 
 
 class Batch:

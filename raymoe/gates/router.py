@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.text import number_ranges
+
 __all__ = ["conditioning_warning", "gate_rows", "normalised", "random_rows"]
 
 Float32 = npt.NDArray[np.float32]
@@ -62,18 +64,7 @@ def conditioning_warning(rows: Sequence[Float32]) -> str | None:
     cosines = (units @ units.T)[np.triu_indices(len(rows), 1)]
     return (
         f"the router rows of {len(bad)} of {len(conditions)} layers are nearly parallel (condition number above "
-        f"{MAX_CONDITION:g}): layers {_ranges(bad)}. Worst is layer {worst}: condition number {conditions[worst]:.1f}, "
-        f"cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some experts will get few "
-        "tokens; use prompts that differ more, add negative_prompts, or another gate_mode"
+        f"{MAX_CONDITION:g}): layers {number_ranges(bad)}. Worst is layer {worst}: condition number "
+        f"{conditions[worst]:.1f}, cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some "
+        "experts will get few tokens; use prompts that differ more, add negative_prompts, or gate_mode: ridge"
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as '0-2, 5'."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)

@@ -3,6 +3,7 @@
     options.py   StorageOptions: how to reach a store; plain data that travels to actors, never credentials
     urls.py      what a URL is, its normal form, its parts
     store.py     the ObjectStore protocol, and `open_store`: one store a process and URL
+    stream.py    an object as a file to read
     s3.py        S3 and what speaks its language, with conditional reads, multipart uploads and server-side copies
     generic.py   whatever fsspec reaches (gs://, memory://, https://, ...) at plain speed
     retry.py     which failures pass, how long to wait, how many requests at once

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from raymoe.objects.options import StorageOptions
@@ -33,6 +33,7 @@ __all__ = [
     "StoreCounters",
     "UploadedPart",
     "open_store",
+    "process_counters",
 ]
 
 
@@ -196,6 +197,13 @@ def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
         if key not in _stores:
             _stores[key] = _build(scheme, options)
         return _stores[key]
+
+
+def process_counters() -> StoreCounters:
+    """What this process has done through all its stores."""
+    with _stores_lock:
+        counters = [store.counters for key, store in _stores.items() if key[0] == os.getpid()]
+    return StoreCounters(**{f.name: sum(getattr(each, f.name) for each in counters) for f in fields(StoreCounters)})
 
 
 def _build(scheme: str, options: StorageOptions) -> ObjectStore:

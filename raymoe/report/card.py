@@ -20,9 +20,10 @@ def model_card(plan: MergePlan, config: MergeConfig) -> str:
     models = sorted({source.label.partition("@")[0] for source in plan.sources if source.revision})
     if models:
         metadata["base_model"] = models
-    experts = [f"| {n} | `{e.source_model}` | {len(e.positive_prompts)} |" for n, e in enumerate(config.experts)]
+    counts = [len(prompts.positive) or "-" for prompts in plan.gates.experts]
+    experts = [f"| {n} | `{e.source_model}` | {counts[n]} |" for n, e in enumerate(config.experts)]
     shared = [f"| shared {n} | `{e.source_model}` | - |" for n, e in enumerate(config.shared_experts)]
-    plain = {k: v for k, v in config.to_plain().items() if v not in (None, [], ())}
+    plain = {k: v for k, v in config.to_plain().items() if v not in (None, False, [], ())}
     return "\n".join(
         [
             "---",

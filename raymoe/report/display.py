@@ -150,6 +150,8 @@ def print_result(result: MergeResult) -> None:
     size = sum(record.size for record in result.files)
     kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
     say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}{kept} in {result.seconds:.1f} s")
+    for line in result.router_lines:
+        say(line)
     actors = ", ".join(human_bytes(peak) for peak in result.peak_actor_bytes)
     say(f"peak memory: driver {human_bytes(result.peak_driver_bytes)}, actors {actors}")
     if any(result.peak_gpu_bytes):

@@ -7,12 +7,13 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.report.display import say
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.torchless import leave_torch_out
 
 __all__ = ["Slots", "connected", "expert_actors", "slots_for"]
 
@@ -20,15 +21,21 @@ _START_GRACE_S = 5
 _START_TIMEOUT_S = 60
 _REACH_TIMEOUT_S = 10
 _RESTARTS = 2
+_MOST_LAYERS_AT_ONCE = 4
+_SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """How many actors run at once and what each is given."""
+    """How many actors run at once, what each is given, how many layers' routers and shards it works on side by side,
+    and whether it runs a model."""
 
     actors: int
     cpus: float
     gpus: float
+    layers_at_once: int
+    shards_at_once: int
+    runs_model: bool
 
 
 @contextmanager
@@ -107,7 +114,18 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
         raise ProblemReport(problems)
     fit = int(min(cpus, gpus / wanted)) if wanted else int(cpus)
     actors = max(1, min(jobs, fit, settings.actors or jobs))
-    return Slots(actors=actors, cpus=1.0, gpus=wanted)
+    # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
+    layers_at_once = 1 if wanted else max(1, min(_MOST_LAYERS_AT_ONCE, int(cpus) // actors))
+    # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
+    shards_at_once = max(_SHARDS_AT_ONCE, min(_MOST_SHARDS_AT_ONCE, int(cpus) // actors))
+    return Slots(
+        actors=actors,
+        cpus=1.0,
+        gpus=wanted,
+        layers_at_once=layers_at_once,
+        shards_at_once=shards_at_once,
+        runs_model=compute,
+    )
 
 
 @contextmanager
@@ -117,7 +135,11 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
 
     from raymoe.runtime.worker import ExpertWorker
 
-    remote = ray.remote(concurrency_groups={"gates": 1, "write": 2, "control": 1})(_grouped(ExpertWorker))
+    if not slots.runs_model:
+        settings = replace(settings, device="cpu")  # an actor that does not look for a GPU need not import torch
+    needs_torch = slots.runs_model or settings.trust_remote_code
+    groups = {"gates": 1, "layers": slots.layers_at_once, "write": slots.shards_at_once, "control": 1}
+    remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch))
     actors = [
         remote.options(
             name=f"raymoe-expert-actor-{number}-{os.getpid()}",
@@ -167,16 +189,24 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
         raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]
 
 
-def _grouped(worker: type) -> type:
+def _actor_class(worker: type, needs_torch: bool) -> type:
     """The worker with each method in its concurrency group."""
     import ray
 
     groups = {
-        "gate_rows": "gates",
+        "embedding_rows": "gates",
+        "capture": "gates",
+        "layer_rows": "layers",
         "write_shard": "write",
         "compare_shard": "write",
         "where": "control",
         "status": "control",
     }
     methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
-    return type("ExpertActor", (worker,), methods)
+
+    def start(actor: Any, *arguments: Any) -> None:
+        if not needs_torch:
+            leave_torch_out()
+        worker.__init__(actor, *arguments)  # type: ignore[misc]
+
+    return type("ExpertActor", (worker,), {**methods, "__init__": start})

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,27 +22,32 @@ from raymoe.config import MODES, MergeConfig
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.router import conditioning_warning
+from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
 from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
 from raymoe.report.display import merge_line, say
 from raymoe.report.record import merge_record
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
 from raymoe.runtime.progress import Progress
+from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.sources.refs import short_name
 from raymoe.sources.resolve import fetch_file
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
 from raymoe.storage.output import Output, ShardJob, open_output, output_location
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
+from raymoe.storage.ways import bytes_by_way
 
 __all__ = ["MergeResult", "output_of", "output_problems", "run_merge", "side_file_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What a finished merge was: files by name, warnings, and memory as the processes saw it (bytes)."""
+    """What a finished merge was: files by name, warnings, memory as the processes saw it (bytes), and in words how the
+    routers did on held-out prompts."""
 
     output: str
     files: tuple[FileRecord, ...]
@@ -54,31 +59,50 @@ class MergeResult:
     peak_actor_bytes: tuple[int, ...]
     peak_gpu_bytes: tuple[int, ...]
     seconds: float
+    router_lines: tuple[str, ...] = ()
 
 
-def run_merge(plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings) -> MergeResult:
-    """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed."""
+def run_merge(
+    plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings, report: RunReport | None = None
+) -> MergeResult:
+    """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
+
+    `report` is told how it goes.
+    """
+    report = report or RunReport()
     target = output_of(output, settings)
+    report.output, report.plan_digest = target.location, plan.digest
+    report.planned_bytes_by_way = bytes_by_way(plan, target)
     if problems := output_problems(plan, target, settings):
         raise ProblemReport(problems)
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))
+    report.begin("start of Ray")
     with connected(settings), _stop_on_sigterm():
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
         slots = slots_for(settings, jobs=jobs, compute=reads_layers, quantise=plan.gates.quantise)
         try:
             _begin(plan, target, settings)
-            with Progress(plan, settings.verbosity) as progress:
+            with Progress(plan, settings.verbosity, report=report) as progress:
                 with expert_actors(slots, target.location, settings, target.run) as actors:
-                    outcome = run_jobs(plan, actors, WriteShards(target), progress.watch(actors))
+                    outcome = run_jobs(
+                        plan,
+                        actors,
+                        WriteShards(target),
+                        progress.watch(actors),
+                        layers_at_once=slots.layers_at_once,
+                        shards_at_once=slots.shards_at_once,
+                    )
                     progress.final_look(actors, outcome)
                 _check_sources_unchanged(plan, target)
                 rows = outcome.rows | random_gate_rows(plan.gates)
-                warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows)]
+                names = _expert_names(plan)
+                warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
-                files = _finish(plan, config, target, settings, records)
-                return progress.result(target.location, files, warnings)
+                files = _finish(plan, config, target, settings, records, outcome.summary)
+                lines = summary_lines(outcome.summary, names) if outcome.summary else ()
+                return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
 
@@ -160,11 +184,24 @@ def _check_sources_unchanged(plan: MergePlan, target: Output) -> None:
         )
 
 
-def _gate_warnings(gates: GatePlan, rows: Rows) -> Iterator[str]:
-    if MODES[gates.mode].needs_prompts and (
-        warning := conditioning_warning([rows[member.owner] for member in gates.experts])
-    ):
+def _expert_names(plan: MergePlan) -> list[str]:
+    experts = [source for source in plan.sources if source.owner.startswith("expert ")]
+    return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
+
+
+def _gate_warnings(gates: GatePlan, rows: Rows, summary: RouterSummary | None, names: Sequence[str]) -> Iterator[str]:
+    mode = MODES[gates.mode]
+    # Fitted rows add up to nothing by construction, and their lengths mean something: no condition number judges them.
+    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.fits_rows else []
+    if warning := conditioning_warning(judged):
         yield warning
+    if summary is not None:
+        yield from router_warnings(summary, names, fitted=mode.fits_rows)
+    elif mode.fits_rows and len(gates.experts) > 1:
+        yield (
+            "with one prompt an expert none can be held out: how strict the routers are is a guess, and what they are "
+            "worth can't be said; give each expert two prompts or more, 16 of them if you can"
+        )
 
 
 def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
@@ -189,6 +226,7 @@ def _finish(
     target: Output,
     settings: RuntimeSettings,
     records: Sequence[FileRecord],
+    summary: RouterSummary | None,
 ) -> tuple[FileRecord, ...]:
     """Small files, the index, the record; then the journal goes."""
     records = list(records)
@@ -200,7 +238,7 @@ def _finish(
         records.append(target.write_small("README.md", model_card(plan, config).encode()))
     records.append(target.write_index(_json(plan.index)))
     files = tuple(sorted(records, key=lambda record: record.name))
-    target.end(_json(merge_record(plan, config, files)))
+    target.end(_json(merge_record(plan, config, files, summary)))
     return files
 
 

@@ -1,9 +1,11 @@
-"""What a person sees of a running merge: a live line on a terminal, a plain line every few seconds elsewhere."""
+"""What a person sees of a running merge: a live line on a terminal, a plain line every few seconds elsewhere.
+
+With -v each step is said too when it is reached; `scripts/bench.py` takes a merge's phases from these lines.
+"""
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.config import MODES
 from raymoe.planning.types import MergePlan
+from raymoe.report.display import say
+from raymoe.runtime.memory import peak_rss_bytes
+from raymoe.runtime.metrics import MergeMetrics
+from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import Outcome
 from raymoe.runtime.worker import Status
 from raymoe.storage.records import FileRecord
@@ -28,10 +34,17 @@ _LOOK_EVERY_S = 0.5
 class Progress:
     """Asks the actors how far they are, now and then, and shows it. A context manager."""
 
-    def __init__(self, plan: MergePlan, verbosity: int, done_to_bytes: str = "written") -> None:
+    def __init__(
+        self, plan: MergePlan, verbosity: int, done_to_bytes: str = "written", report: RunReport | None = None
+    ) -> None:
+        self._report = report or RunReport()
+        self._metrics: MergeMetrics | None = None
+        self._up: set[Any] = set()
         self._plan, self._quiet, self._verb = plan, verbosity < 0, done_to_bytes
+        self._steps_wanted, self._steps = verbosity > 0, set[str]()
         self._started = self._last_line = self._last_look = time.monotonic()
-        self._total = sum(shard.nbytes for shard in plan.shards if shard.owner != "router")
+        shards = [shard for shard in plan.shards if shard.owner != "router"]
+        self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
         self._latest: dict[int, Status] = {}
         self._kept = 0
@@ -48,15 +61,24 @@ class Progress:
 
             self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
             self._live.start()
+        self._report.end("start of Ray")
+        self._report.begin("start of actors")
+        self._step("Ray is up")
+        if self._report.output is not None:
+            self._metrics = MergeMetrics(self._plan, self._report.output)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._report.actors, self._report.bytes_kept = self._statuses(), self._kept
         if self._live is not None:
             self._live.stop()
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
         """A function that looks at the actors and shows what they are at; cheap enough to call often."""
         self._actors = len(actors)
+        self._report.end("start of actors")
+        self._report.begin(*(["gates"] if self._gates else []), "shards")
+        self._step("actors are up")
 
         def tick(outcome: Outcome) -> None:
             import ray
@@ -72,15 +94,24 @@ class Progress:
                     self._latest[number] = ray.get(ref)
                 except ray.exceptions.RayError:
                     continue  # the actor is being restarted; its work is what is waited for, not its words
+            self._account(actors, outcome)
+            self._reached(outcome)
             self._show(outcome)
 
         return tick
 
+    def _account(self, actors: Sequence[Any], outcome: Outcome) -> None:
+        """For the report and the metrics: what was done, and which actors were lost."""
+        self._kept = outcome.bytes_kept
+        up = {actor for actor in actors if actor not in outcome.away}
+        self._report.actors_lost += len(self._up - up)
+        self._up = up
+        if self._metrics is not None:
+            self._metrics.record(self._latest.values(), outcome)
+
     def final_look(self, actors: Sequence[Any], outcome: Outcome) -> None:
         """The actors' last words, before they are let go."""
         import ray
-
-        self._kept = outcome.bytes_kept
 
         for number, actor in enumerate(actors):
             if actor in outcome.away:
@@ -89,11 +120,18 @@ class Progress:
                 self._latest[number] = ray.get(actor.status.remote(), timeout=10)
             except ray.exceptions.RayError:
                 continue
+        self._account(actors, outcome)
+        self._report.begin("end")
+
+    def _statuses(self) -> list[Status]:
+        return [self._latest[number] for number in sorted(self._latest)]
 
     def result(self, output: str, files: tuple[FileRecord, ...], warnings: Sequence[str]) -> MergeResult:
         from raymoe.runtime.merge import MergeResult
 
-        last = [self._latest[number] for number in sorted(self._latest)]
+        self._step("checkpoint is complete")
+        self._report.end("end")
+        last = self._statuses()
         return MergeResult(
             output=output,
             files=files,
@@ -101,11 +139,26 @@ class Progress:
             bytes_written=sum(status.bytes_written for status in last),
             bytes_copied_by_store=sum(status.bytes_copied_by_store for status in last),
             bytes_kept=sum(status.bytes_kept for status in last) + self._kept,
-            peak_driver_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_driver_bytes=peak_rss_bytes(),
             peak_actor_bytes=tuple(status.peak_rss_bytes for status in last),
             peak_gpu_bytes=tuple(status.peak_gpu_bytes for status in last),
             seconds=time.monotonic() - self._started,
         )
+
+    def _reached(self, outcome: Outcome) -> None:
+        if self._gates and outcome.gates_done:
+            self._report.end("gates")
+            self._step("gates are computed")
+        if len(outcome.shard_results) == self._shards:
+            self._report.end("shards")
+            self._step(f"shards are {self._verb}")
+
+    def _step(self, reached: str) -> None:
+        if not self._steps_wanted or reached in self._steps:
+            return
+        self._steps.add(reached)
+        line = f"{time.monotonic() - self._started:5.1f} s | {reached}"
+        self._live.console.print(line) if self._live is not None else say(line)
 
     def _show(self, outcome: Outcome) -> None:
         if self._quiet:
@@ -130,10 +183,19 @@ class Progress:
         if moved + kept < self._total:
             parts.append(f"{human_bytes(moved / max(elapsed, 1e-9))}/s")
         if MODES[self._plan.gates.mode].needs_prompts:
-            parts.append(f"gates {len(outcome.rows)} of {len(self._gates)} experts")
+            parts.append(self._gate_words(outcome))
         if outcome.away:
             parts.append(f"waiting for {len(outcome.away)} of {self._actors} actors")
         return " | ".join(parts)
+
+    def _gate_words(self, outcome: Outcome) -> str:
+        gates, count = self._plan.gates, len(self._gates)
+        if not MODES[gates.mode].reads_layers:
+            return f"gates {outcome.members_done} of {count} experts"
+        if outcome.members_done == count:
+            return f"routers of {outcome.layers_done} of {gates.layers} layers"
+        passed = sum(status.gate_tokens for status in self._latest.values())
+        return f"prompts of {outcome.members_done} of {count} experts read ({passed:,} tokens x layers)"
 
     def _table(self, outcome: Outcome) -> Any:
         from rich.console import Group

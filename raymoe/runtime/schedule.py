@@ -1,7 +1,7 @@
 """Gives actors their work and collects what comes back.
 
-Every actor has two lanes that run side by side: gate rows (one expert at a time) and shards. An actor that computes an
-expert's gates writes that expert's shards first, then the base's, then whatever is left, so that no actor idles while
+Every actor has two lanes that run side by side: gates (see gate_work.py) and shards. An actor that reads an expert's
+prompts writes that expert's shards first, then the base's, then whatever is left, so that no actor idles while
 there is work. More experts than actors simply means that lanes are filled again: waves without a pause between them.
 
 The jobs of an actor that dies go back to the front of the queue, for whoever has room. Ray restarts the actor, which
@@ -16,15 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from raymoe.errors import MergeFailed, RaymoeError
-from raymoe.planning.types import GatePlan, GatePrompts, MergePlan, Shard
+from raymoe.gates.assemble import Rows
+from raymoe.gates.summary import RouterSummary
+from raymoe.planning.types import MergePlan, Shard
+from raymoe.runtime.gate_work import GateJob, GateWork
 
 __all__ = ["Outcome", "ShardWork", "run_jobs"]
 
-_SHARDS_AT_ONCE = 2
 _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _TICK_S = 0.25
 _ASK_EVERY_S = 1.0
@@ -32,12 +31,17 @@ _ASK_EVERY_S = 1.0
 
 @dataclass
 class Outcome:
-    """Gate rows by owner, and what came of each shard.
+    """Gate rows by owner, what held-out prompts say of them, and what came of each shard.
 
-    `bytes_kept` are those that an earlier run had written. `away`: actors that are not up (yet, or again).
+    `members_done`: members whose prompts have been read; `layers_done`: layers whose rows are made. `bytes_kept` are
+    those that an earlier run had written. `away`: actors that are not up (yet, or again).
     """
 
-    rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
+    summary: RouterSummary | None = None
+    members_done: int = 0
+    layers_done: int = 0
+    gates_done: bool = False
     shard_results: list[Any] = field(default_factory=list)
     bytes_kept: int = 0
     away: list[Any] = field(default_factory=list)
@@ -46,8 +50,9 @@ class Outcome:
 @dataclass
 class _Actor:
     handle: Any
-    gates_for: str = ""  # the owner whose gates it computes now or computed last
+    gates_for: tuple[str, ...] = ()  # the members whose prompts it reads now or read last
     gates_busy: bool = False
+    layers_busy: int = 0
     shards_busy: int = 0
     is_up: bool = False
     answer: Any = None  # while it is not up: the reference of the answer that will tell, if it has been asked
@@ -63,23 +68,24 @@ class _OpenShard:
     results: list[Any] = field(default_factory=list)
 
 
-@dataclass
-class _Job:
-    """Work for one actor: the gates of an expert, or a job of a shard."""
+@dataclass(eq=False)
+class _ShardJob:
+    """A job of a shard: `detail` is what the actor is given."""
 
-    work: GatePrompts | _OpenShard
-    detail: Any = None  # what is given to the actor, for a shard
+    opened: _OpenShard
+    detail: Any
     failures: int = 0
 
     @property
     def owner(self) -> str:
-        return self.work.shard.owner if isinstance(self.work, _OpenShard) else self.work.owner
+        return self.opened.shard.owner
 
     @property
     def label(self) -> str:
-        if isinstance(self.work, _OpenShard):
-            return f"{self.work.shard.file_name} ({self.owner})"
-        return f"gates of {self.owner}"
+        return f"{self.opened.shard.file_name} ({self.owner})"
+
+
+_Running = dict[Any, "tuple[_Actor, GateJob | _ShardJob]"]
 
 
 class ShardWork(Protocol):
@@ -95,25 +101,33 @@ class ShardWork(Protocol):
         """All jobs of a shard came back: what is to be kept of it."""
 
 
-def run_jobs(plan: MergePlan, handles: Sequence[Any], work: ShardWork, on_tick: Callable[[Outcome], None]) -> Outcome:
+def run_jobs(
+    plan: MergePlan,
+    handles: Sequence[Any],
+    work: ShardWork,
+    on_tick: Callable[[Outcome], None],
+    *,
+    layers_at_once: int,
+    shards_at_once: int,
+) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
+    An actor works on the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
     `on_tick` is called several times a second.
     """
     import ray
 
     outcome = Outcome()
     actors = [_Actor(handle) for handle in handles]
-    gates = [_Job(p) for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
+    gates = GateWork(plan.gates, len(handles))
     shards = _Shards([shard for shard in plan.shards if shard.owner != "router"], work, outcome)
-    gates_ref = ray.put(_without_prompts(plan.gates))
-    running: dict[Any, tuple[_Actor, _Job]] = {}
+    running: _Running = {}
     try:
-        while gates or shards.waiting or shards.ready or running:
+        while gates.is_waiting or shards.waiting or shards.ready or running:
             for actor in actors:
                 if actor.is_up:
-                    _fill_gates(actor, gates, gates_ref, running)
-                    _fill_shards(actor, shards, running)
+                    _fill_gates(actor, gates, layers_at_once, running)
+                    _fill_shards(actor, shards, shards_at_once, running)
                 else:
                     _ask(actor)
             outcome.away = [actor.handle for actor in actors if not actor.is_up]
@@ -124,12 +138,14 @@ def run_jobs(plan: MergePlan, handles: Sequence[Any], work: ShardWork, on_tick: 
                     _welcome(asked[ref], actors)
                 else:
                     actor, job = running.pop(ref)
-                    if not _collect(ref, actor, job, outcome, shards):
-                        _send_back(actor, job, gates, shards)
+                    _collect(ref, actor, job, gates, shards)
+            outcome.members_done, outcome.layers_done = gates.members_done, gates.layers_done
+            outcome.gates_done = gates.is_done
             on_tick(outcome)
     finally:
         for ref in running:
             ray.cancel(ref, force=False, recursive=False)
+    outcome.rows, outcome.summary = gates.result()
     return outcome
 
 
@@ -144,23 +160,17 @@ def _wait(refs: list[Any]) -> list[Any]:
     return ready
 
 
-def _without_prompts(gates: GatePlan) -> GatePlan:
-    """What all experts' gate jobs share; each job gets its own prompts beside it."""
-    import dataclasses
-
-    return dataclasses.replace(gates, experts=(), shared=())
-
-
-def _fill_gates(actor: _Actor, waiting: list[_Job], gates_ref: Any, running: dict[Any, tuple[_Actor, _Job]]) -> None:
-    if waiting and not actor.gates_busy:
-        job = waiting.pop(0)
-        actor.gates_for, actor.gates_busy = job.owner, True
-        ref = actor.handle.gate_rows.options(name=job.label).remote(gates_ref, job.work)
-        running[ref] = (actor, job)
+def _fill_gates(actor: _Actor, gates: GateWork, layers_at_once: int, running: _Running) -> None:
+    if not actor.gates_busy and (job := gates.next_member()) is not None:
+        actor.gates_for, actor.gates_busy = job.owners, True
+        running[gates.start(actor.handle, job)] = (actor, job)
+    while actor.layers_busy < layers_at_once and (job := gates.next_layer()) is not None:
+        actor.layers_busy += 1
+        running[gates.start(actor.handle, job)] = (actor, job)
 
 
-def _fill_shards(actor: _Actor, shards: _Shards, running: dict[Any, tuple[_Actor, _Job]]) -> None:
-    while actor.shards_busy < _SHARDS_AT_ONCE and (job := shards.next_for(actor)) is not None:
+def _fill_shards(actor: _Actor, shards: _Shards, shards_at_once: int, running: _Running) -> None:
+    while actor.shards_busy < shards_at_once and (job := shards.next_for(actor)) is not None:
         actor.shards_busy += 1
         running[shards.work.start(actor.handle, job.detail)] = (actor, job)
 
@@ -170,9 +180,9 @@ class _Shards:
 
     def __init__(self, waiting: list[Shard], work: ShardWork, outcome: Outcome) -> None:
         self.waiting, self.work, self._outcome = waiting, work, outcome
-        self.ready: list[_Job] = []
+        self.ready: list[_ShardJob] = []
 
-    def next_for(self, actor: _Actor) -> _Job | None:
+    def next_for(self, actor: _Actor) -> _ShardJob | None:
         """A job for an actor: of its own expert's shards, else of the base's, else of any; begun shards first."""
         while self.waiting or self.ready:
             job = min(self.ready, key=lambda job: _preference(actor, job.owner), default=None)
@@ -188,7 +198,7 @@ class _Shards:
     def _begin(self, shard: Shard) -> None:
         jobs = self.work.jobs(shard)
         opened = _OpenShard(shard, len(jobs))
-        self.ready += [_Job(opened, detail=job) for job in jobs]
+        self.ready += [_ShardJob(opened, detail=job) for job in jobs]
         if not jobs:
             self._outcome.bytes_kept += shard.nbytes
             self._outcome.shard_results.append(self.work.complete(shard, ()))
@@ -202,46 +212,61 @@ class _Shards:
 
 def _preference(actor: _Actor, owner: str) -> tuple[bool, bool]:
     """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
-    return (owner != actor.gates_for, owner != "base")
+    return (owner not in actor.gates_for, owner != "base")
 
 
-def _collect(ref: Any, actor: _Actor, job: _Job, outcome: Outcome, shards: _Shards) -> bool:
-    """Take a job's result. False if its actor died over it and another may try; raises any other error."""
-    import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError
-
-    if isinstance(job.work, _OpenShard):
+def _collect(ref: Any, actor: _Actor, job: GateJob | _ShardJob, gates: GateWork, shards: _Shards) -> None:
+    """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
+    if isinstance(job, _ShardJob):
         actor.shards_busy -= 1
+    elif isinstance(job.what, int):
+        actor.layers_busy -= 1
     else:
         actor.gates_busy = False
+    loss, result = _result(ref, job)
+    if loss == "actor":
+        if isinstance(job, _ShardJob):
+            shards.ready.insert(0, job)
+        else:
+            gates.send_back(job)
+        actor.is_up, actor.gates_for = False, ()
+    elif loss == "states":
+        assert isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
+        gates.capture_again()
+    elif isinstance(job, _ShardJob):
+        shards.came_back(job.opened, result)
+    else:
+        gates.came_back(job, result)
+
+
+def _result(ref: Any, job: GateJob | _ShardJob) -> tuple[str, Any]:
+    """What came back, or what was lost ('actor', or the prompts' 'states'), if it has not been lost too often."""
+    import ray
+    from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+
     try:
-        result = ray.get(ref)
+        return "", ray.get(ref)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, RaymoeError):
             raise cause from None
-        raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
+        if not isinstance(cause, ObjectLostError):
+            raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
+        failure, what = cause, "states"
     except RayActorError as error:
-        job.failures += 1
-        if job.failures < _ATTEMPTS:
-            return False
-        raise MergeFailed(
-            f"{job.label}: its actor died ({str(error).splitlines()[0]}), {job.failures} times. It may have run out of "
-            "memory; run the same command again to go on from the shards that are finished."
-        ) from error
+        failure, what = error, "actor"
+    except ObjectLostError as error:
+        failure, what = error, "states"
     except RayError as error:
         raise MergeFailed(f"{job.label}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    if isinstance(job.work, _OpenShard):
-        shards.came_back(job.work, result)
-    else:
-        outcome.rows[job.work.owner] = result
-    return True
-
-
-def _send_back(actor: _Actor, job: _Job, gates: list[_Job], shards: _Shards) -> None:
-    """The actor died: its job goes to the front of the queue."""
-    (shards.ready if isinstance(job.work, _OpenShard) else gates).insert(0, job)
-    actor.is_up, actor.gates_for = False, ""
+    job.failures += 1
+    if job.failures < _ATTEMPTS:
+        return what, None
+    lost = "its actor died" if what == "actor" else "what it works with was lost with its node"
+    raise MergeFailed(
+        f"{job.label}: {lost} ({str(failure).splitlines()[0]}), {job.failures} times. Memory may have run out; run the "
+        "same command again to go on from the shards that are finished."
+    ) from failure
 
 
 def _ask(actor: _Actor) -> None:

@@ -17,6 +17,7 @@ from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
+from raymoe.report.record import prompt_records
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import run_jobs
@@ -29,7 +30,7 @@ from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import different_tensors
 
-__all__ = ["Verification", "verify_merge"]
+__all__ = ["Verification", "recorded_config", "verify_merge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +58,14 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
     missing = "there is no raymoe.json, the record of a finished merge"
     record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
-        config = MergeConfig.from_plain(_with_resolved_models(record))
+        config = MergeConfig.from_plain(recorded_config(record))
         options = MergeOptions(**record["options"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"this record can't be read: {str(error).splitlines()[0]}"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
     settings = replace(settings, storage=config.storage)
     plan = api.plan(config, options, hub=settings.hub, allow_all_same=True)
-    differences = _file_differences(folder, record, plan, settings)
+    differences = [*_prompt_differences(record, plan, config), *_file_differences(folder, record, plan, settings)]
     try:
         written = index_model_weights(folder).tensors
     except CheckpointError as error:
@@ -75,15 +76,30 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
     return Verification(tensors=len(expected), differences=tuple(differences))
 
 
-def _with_resolved_models(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded config, its models named as they were resolved: whole paths, Hub commits."""
+def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}
     config["base_model"] = models["base"]
     for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
         experts = enumerate(config.get(key) or ())
         config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
+        for file in record.get("prompt_files", ()):
+            kind, number = file["owner"].split()
+            if kind == owner:
+                expert = config[key][int(number)]
+                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
+
+
+def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: MergeConfig) -> list[str]:
+    """Files of prompts from which other prompts are drawn now than at the merge."""
+    return [
+        f"{now['file']}: {now['key']} of {now['owner']} are not those of the merge "
+        f"({then['count']} prompts then, {now['count']} now)"
+        for then, now in zip(record.get("prompt_files", ()), prompt_records(plan, config), strict=False)
+        if then != now
+    ]
 
 
 def _file_differences(
@@ -133,7 +149,14 @@ def _tensor_differences(
         compute = MODES[plan.gates.mode].reads_layers
         slots = slots_for(settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise)
         with expert_actors(slots, location, settings) as actors:
-            outcome = run_jobs(plan, actors, _CompareShards(written), progress.watch(actors))
+            outcome = run_jobs(
+                plan,
+                actors,
+                _CompareShards(written),
+                progress.watch(actors),
+                layers_at_once=slots.layers_at_once,
+                shards_at_once=slots.shards_at_once,
+            )
         rows = outcome.rows | random_gate_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:

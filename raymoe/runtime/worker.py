@@ -4,18 +4,17 @@ An actor serves one expert at a time. Its three kinds of call run side by side (
 the expert's prompts on the device, `write` writes shards, `control` answers questions while the other two work. Calls
 may be repeated after a death: a shard that is already whole is found in the journal and not written again.
 
-Torch is imported by `gate_rows` alone, and only for modes that run a model.
+Torch is imported by `capture` and `layer_rows` alone, for modes that run a model.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +22,22 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gates.capture import MemberLayer
+from raymoe.gates.layer_rows import LayerRows
+from raymoe.objects.store import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts, Shard
+from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import different_tensors
 
-__all__ = ["ExpertWorker", "Status", "limit_threads"]
+__all__ = ["GATES_OF", "ExpertWorker", "Status", "limit_threads"]
 
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
+GATES_OF = "gates of "  # how `Status.busy_with` names the reading of prompts
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
@@ -45,6 +49,7 @@ class Status:
     bytes_copied_by_store: int
     bytes_kept: int
     gate_tokens: int
+    store_retries: int
     peak_rss_bytes: int
     peak_gpu_bytes: int
     busy_with: tuple[str, ...]
@@ -70,26 +75,44 @@ class ExpertWorker:
             "device": self._device(),
         }
 
-    def gate_rows(self, gates: GatePlan, prompts: GatePrompts) -> npt.NDArray[np.float32]:
-        """Router rows of one expert, (layers, hidden)."""
-        from raymoe.gates.states import expert_rows
+    def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
+        """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
+        from raymoe.gates.embeddings import embedding_gate_rows
+
+        with self._working(_gates_of(members)), self._reader() as reader:
+            remote_code = self._settings.trust_remote_code
+            return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
+
+    def capture(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> tuple[Any, ...]:
+        """What the prompts of some of `experts` experts leave at each layer, one expert after the other; nothing comes
+        before them, for the caller to see the end by."""
+        from raymoe.gates.capture import capture_together
 
         device = self._device()
         if gates.quantise:
             from raymoe.gates.quantise import check_quantise
 
             check_quantise(gates.quantise, device)
-        if gates.mode not in ("cheap_embed",):
-            limit_threads()
-        with self._working(f"gates of {prompts.owner}"), self._reader() as reader:
-            return expert_rows(
+        limit_threads()
+        with self._working(_gates_of(members)), self._reader() as reader:
+            captured = capture_together(
                 gates,
-                prompts,
+                members,
                 reader,
+                members=experts,
                 device=device,
                 trust_remote_code=self._settings.trust_remote_code,
                 layer_done=self._count_tokens,
             )
+        return (None, *(layer for layers in captured for layer in layers))
+
+    def layer_rows(self, mode: str, experts: int, *members: MemberLayer) -> LayerRows:
+        """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones."""
+        from raymoe.gates.layer_rows import layer_rows
+
+        limit_threads(1)
+        with self._working("routers"):
+            return layer_rows(mode, members[:experts], members[experts:], self._device())
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
@@ -108,7 +131,7 @@ class ExpertWorker:
 
     def status(self) -> Status:
         gpu = 0
-        if "torch" in sys.modules:
+        if sys.modules.get("torch") is not None:
             import torch
 
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -118,7 +141,8 @@ class ExpertWorker:
                 bytes_copied_by_store=self._bytes_copied,
                 bytes_kept=self._bytes_kept,
                 gate_tokens=self._gate_tokens,
-                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                store_retries=process_counters().retries,
+                peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=gpu,
                 busy_with=tuple(self._busy),
             )
@@ -152,6 +176,10 @@ class ExpertWorker:
         return _Working(self._busy, self._lock, on)
 
 
+def _gates_of(members: Sequence[GatePrompts]) -> str:
+    return f"{GATES_OF}{', '.join(member.owner for member in members)}"
+
+
 class _Working:
     """Names what a call works on, for the time that it does."""
 
@@ -178,9 +206,9 @@ def give_memory_back() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def limit_threads() -> None:
+def limit_threads(count: int = COMPUTE_THREADS) -> None:
     """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
     import torch
 
-    if torch.get_num_threads() != COMPUTE_THREADS:
-        torch.set_num_threads(COMPUTE_THREADS)
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)

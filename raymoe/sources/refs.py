@@ -13,14 +13,16 @@ counts. URLs are taken literally and have no revisions; one with a '+' is writte
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from raymoe.objects.urls import check_no_secrets, is_url, normalise
 from raymoe.sources.types import ModelRef, PathRef
 
-__all__ = ["is_local_folder", "parse_model_ref"]
+__all__ = ["is_local_folder", "parse_model_ref", "short_name"]
 
+_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _FORMS = "write 'model', 'model@revision', 'model+adapter' or 'model@revision+adapter@revision'"
 
 
@@ -143,3 +145,8 @@ def _refuse_unknown(value: Mapping[str, Any], known: set[str], what: str) -> Non
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def short_name(model: str, adapter: str | None) -> str:
+    """What people call a source: the last part of the place of its adapter, or else of its model."""
+    return _COMMIT.sub("", (adapter or model).rstrip("/")).rpartition("/")[2]

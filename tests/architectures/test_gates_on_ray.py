@@ -15,7 +15,8 @@ from tests.pico import load_dense, logits_of, merge_without_ray, tensors_of, tok
 ONE_A_HOST = {pair.host: pair for pair in PAIRS}
 
 
-@pytest.mark.parametrize(("pair", "mode"), [(p, "hidden") for p in ONE_A_HOST.values()], ids=str)
+@pytest.mark.parametrize("mode", ["hidden", "ridge"])
+@pytest.mark.parametrize("pair", ONE_A_HOST.values(), ids=str)
 def test_gates_from_actors(
     pair: Pair, mode: str, zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -34,6 +35,7 @@ def test_gates_from_actors(
     assert there.keys() == here.keys()
     for name, tensor in here.items():
         if name in routers:  # another number of threads may round a sum differently
-            torch.testing.assert_close(there[name], tensor, rtol=0, atol=1e-6)
+            assert tensor.abs().max() > 0 or name.endswith("bias")
+            torch.testing.assert_close(there[name], tensor, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(there[name], tensor)

@@ -175,10 +175,13 @@ def test_disk_too_small(cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> N
 
 
 _AS_ORDINARY_USER = """
-import os, sys
+import contextlib, io, os, sys
 from raymoe import api, cli
-import raymoe.runtime.merge
-api.plan(sys.argv[2])  # imports all that comes before a look at the output, which nobody may not read
+import raymoe.runtime.merge, raymoe.storage.local
+# All that is imported before a look at the output, which nobody may not read.
+with contextlib.redirect_stdout(io.StringIO()):
+    cli.app(["merge", "--help"], standalone_mode=False)
+api.plan(sys.argv[2])
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)

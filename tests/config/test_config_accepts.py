@@ -14,6 +14,7 @@ import pytest
 
 from raymoe.config import (
     MergeConfig,
+    PromptFile,
     check_config,
     config_warnings,
     load_config,
@@ -232,6 +233,42 @@ def test_names_with_plus_and_at_survive_to_plain() -> None:
     assert MergeConfig.from_plain(plain).base_model == ref
 
 
+def test_prompt_files() -> None:
+    text = """\
+base_model: a
+chat_template: true
+experts:
+  - source_model: x/a
+    positive_prompts: {file: " prompts/a.TXT "}
+    negative_prompts: ["no"]
+  - source_model: x/b
+    chat_template: false
+    positive_prompts: {file: S3A://bucket/b.jsonl.gz, field: q, limit: null, seed: 3}
+"""
+    config = parse_config(text, name="x.yaml")
+    first, second = config.experts
+    assert first.positive_prompts == PromptFile(file="prompts/a.TXT", field="text", limit=256, seed=0)
+    assert second.positive_prompts == PromptFile(file="s3://bucket/b.jsonl.gz", field="q", limit=None, seed=3)
+    assert [config.uses_chat_template(expert) for expert in config.experts] == [True, False]
+    assert list(config.prompt_files) == [("experts", 0, "positive_prompts"), ("experts", 1, "positive_prompts")]
+    nulls = {"file": "prompts/a.TXT", "field": None, "limit": 256, "seed": None}
+    assert PromptFile.model_validate(nulls) == first.positive_prompts
+    plain = json.loads(json.dumps(config.to_plain()))
+    assert MergeConfig.from_plain(plain) == config
+    assert hash(MergeConfig.from_plain(plain)) == hash(config)
+    assert (config_warnings(config), check_config(config)) == ([], [])
+    replaced = config.with_prompts(dict.fromkeys(config.prompt_files, ("x", "y")))
+    assert [expert.positive_prompts for expert in replaced.experts] == [("x", "y")] * 2
+    assert (replaced.experts[0].negative_prompts, replaced.chat_template) == (("no",), True)
+
+
+def test_modes_without_prompts_read_no_files() -> None:
+    experts = [{"source_model": name, "positive_prompts": {"file": "none.txt"}} for name in ("x/a", "x/b")]
+    config = MergeConfig.model_validate(two(experts=experts, gate_mode="random"))
+    assert config.prompt_files == {}
+    assert check_config(config) == []
+
+
 def test_configs_are_frozen_and_hashable() -> None:
     config = MergeConfig.model_validate(TWO)
     assert hash(config) == hash(MergeConfig.model_validate(copy.deepcopy(TWO)))
@@ -264,8 +301,21 @@ def test_one_expert_is_not_all_the_same() -> None:
             {"gate_mode": "random", "prompt_model": "expert"},
             r"^prompt_model has no effect: gate_mode random reads no",
         ),
+        (
+            {"gate_mode": "random", "chat_template": True},
+            r"^chat_template has no effect: gate_mode random reads no prompts$",
+        ),
+        (
+            {
+                "experts": [
+                    TWO["experts"][0],
+                    {"source_model": "y", "positive_prompts": {"file": "a.txt", "field": "b"}},
+                ]
+            },
+            r"^experts\[1\]\.positive_prompts\.field has no effect: a text file has one prompt a line$",
+        ),
     ],
-    ids=["twins", "blank", "idle"],
+    ids=["twins", "blank", "idle", "idle template", "idle field"],
 )
 def test_warnings(change: dict[str, object], warning: str) -> None:
     config = MergeConfig.model_validate(two(**change))

@@ -81,7 +81,6 @@ def test_unknown_key(case: tuple[tuple[str, str], str, str, str], only_problem: 
         "parameters",
         "tokenizer",
         "tokenizer_source",
-        "chat_template",
         "out_dtype",
     ],
 )

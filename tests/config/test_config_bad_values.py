@@ -28,7 +28,7 @@ BAD_VALUES = {
     ),
     "gate mode far off": (
         ("hidden", "moe"), "2: gate_mode",
-        "'moe' is not", "^use one of hidden, hidden_avg, cheap_emb",
+        "'moe' is not", "^use one of hidden, hidden_avg, ridge, cheap_emb",
     ),
     "gate mode boolean": (("hidden", "on"), "2: gate_mode", "YAML reads 'on' as a boolean", 'quote it: "on"'),
     "dtype nickname": (("bfloat16", "bf16"), "3: dtype", "'bf16' is not", "did you mean bfloat16"),
@@ -108,8 +108,26 @@ BAD_VALUES = {
     ),
     "prompts mapping": (
         ('    negative_prompts:\n      - "poem"', "    negative_prompts: {a: b}\n"),
+        r"13: experts\[1\].negative_prompts.file",
+        "this key is required", "{file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
+    ),
+    "prompts number": (
+        ('    negative_prompts:\n      - "poem"', "    negative_prompts: 3\n"),
         r"13: experts\[1\].negative_prompts",
-        "expected a list of prompts, got a mapping", "one prompt a line, each after '- '",
+        "expected a list of prompts, got a number", "one prompt a line, each after '- '",
+    ),
+    "prompts file name": (
+        ('    negative_prompts:\n      - "poem"', "    negative_prompts: p.txt\n"),
+        r"13: experts\[1\].negative_prompts",
+        "got the text 'p.txt'", "a file is named as {file: ...}",
+    ),
+    "chat template": (
+        ("dtype: bfloat16", "chat_template: chatml"), "3: chat_template",
+        "expected true or false, got the text 'chatml'", "without quotes",
+    ),
+    "chat template of expert": (
+        ("noise_scale: 0.5", "chat_template: 1"), r"15: experts\[1\].chat_template",
+        "expected true or false, got a number", "without quotes",
     ),
     "prompt yes": (
         ('"proof"', "yes"), r"9: experts\[0\].positive_prompts\[1\]",
@@ -195,6 +213,44 @@ BAD_VALUES = {
     ),
 }
 # fmt: on
+
+
+# Each: keys of a file of prompts, the key that is wrong, what, remedy.
+# fmt: off
+BAD_PROMPT_FILES = {
+    "suffix": ("file: p.csv", "file", "can't tell the format of 'p.csv' by its", r"\.txt, \.jsonl, .*parquet$"),
+    "json": ("file: p.json", "file", "can't tell the format", "one object a line$"),
+    "compressed parquet": ("file: p.parquet.gz", "file", "can't tell the format", "parquet$"),
+    "folder": ("file: prompts/", "file", "can't tell the format of 'prompts'", "name a file"),
+    "blank": ("file: ' '", "file", "is blank", "name a file"),
+    "no text": ("file: yes", "file", "YAML reads 'yes' as a boolean", 'quote it: "yes"'),
+    "hub": ("file: hf://a/b.txt", "file", "files on the Hub can't be named here", "download the file"),
+    "bad URL": ("file: s3://b/../p.txt", "file", r"has the path segment '\.\.'", "s3://bucket/folder/"),
+    "secret URL": ("file: 's3://me:hidden@b/p.txt'", "file", "a URL has credentials", "s3://bucket"),
+    "field number": ("file: p.txt, field: 3", "field", "reads '3' as a number", 'quote it: "3"'),
+    "field empty": ("file: p.txt, field: ''", "field", "is empty", "key or column"),
+    "limit negative": ("file: p.txt, limit: -1", "limit", "-1 is not a number from 1 up", "null for all"),
+    "limit zero": ("file: p.txt, limit: 0", "limit", "0 is not a number from 1 up", "null for all"),
+    "limit text": ("file: p.txt, limit: all", "limit", "got the text 'all'", "digits"),
+    "limit fraction": ("file: p.txt, limit: 2.5", "limit", "whole number, got 2.5", "for example 256"),
+    "limit huge": (f"file: p.txt, limit: 0x{'f' * 9000}", "limit", "a number of 36000 bits", "null"),
+    "seed negative": ("file: p.txt, seed: -1", "seed", "-1 is not a number from 0 up", "such as 0"),
+    "seed list": ("file: p.txt, seed: [1]", "seed", "whole number, got a list", "for example 0"),
+    "near": ("file: p.txt, fild: x", "fild", "unknown key", r"did you mean (file|field)\?"),
+    "far": ("file: p.txt, zz: x", "zz", "unknown key", "keys here: file, field, limit, seed"),
+    "top's": ("file: p.txt, dtype: x", "dtype", "unknown key", "keys here: file"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", BAD_PROMPT_FILES.values(), ids=BAD_PROMPT_FILES)
+def test_bad_prompt_file(case: tuple[str, str, str, str], only_problem: OnlyProblem, edited: Edited) -> None:
+    keys, key, what, remedy = case
+    problem = only_problem(edited(('positive_prompts:\n      - "def"', f"positive_prompts: {{{keys}}}")))
+    assert problem.where == f"m.yaml:11: experts[1].positive_prompts.{key}"
+    assert re.search(what, problem.what)
+    assert re.search(remedy, problem.remedy)
+    assert "hidden" not in str(problem)
 
 
 @pytest.mark.parametrize("case", BAD_VALUES.values(), ids=BAD_VALUES)

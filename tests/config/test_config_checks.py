@@ -9,7 +9,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from raymoe.config import ALL_SAME_FLAG, MergeConfig, check_config, load_config, parse_config
+from raymoe.config import ALL_SAME_FLAG, MergeConfig, check_config, load_config, make_config, parse_config
 from raymoe.errors import Problem, ProblemReport
 
 ProblemsOf = Callable[[str], tuple[Problem, ...]]
@@ -64,6 +64,31 @@ def test_identical_prompts(only_problem: OnlyProblem) -> None:
     assert re.search("all 3 experts have the same prompts, so the router cannot tell them apart", problem.what)
     # The negative prompts, or one expert of the three, make the difference.
     parse_config(head + expert % (1, "c") + expert % (2, "d"), name="m.yaml")
+
+
+def test_files_of_prompts(only_problem: OnlyProblem, problems_of: ProblemsOf) -> None:
+    """The same file drawn alike is known to be the same before it is read; other draws may differ."""
+    expert = "  - {source_model: x/%s, positive_prompts: {file: p.txt, seed: %d}%s}\n"
+    head = "base_model: a\nexperts:\n"
+    problem = only_problem(head + expert % (1, 0, "") + expert % (2, 0, ""))
+    assert re.search("all 2 experts have the same prompts", problem.what)
+    parse_config(head + expert % (1, 0, "") + expert % (2, 1, ""), name="m.yaml")
+    parse_config(head + expert % (1, 0, "") + expert % (2, 0, ", chat_template: true"), name="m.yaml")
+    # One that the schema refuses says nothing about missing prompts.
+    found = problems_of(head + expert % (1, -1, "") + "  - {source_model: x/2, positive_prompts: {}}\n")
+    assert [p.where.partition(": ")[2] for p in found] == [
+        "experts[0].positive_prompts.seed",
+        "experts[1].positive_prompts.file",
+    ]
+
+
+def test_one_bad_object_in_many_places() -> None:
+    """YAML gives each alias an object of its own; Python does not."""
+    prompts = {"fil": "p.txt", "limit": 0}
+    expert = {"source_model": "b", "positive_prompts": prompts, "negative_prompts": prompts, "noise": 1}
+    with pytest.raises(ProblemReport) as caught:
+        make_config({"base_model": "a", "experts": [expert, expert]}, allow_all_same=True)
+    assert len(caught.value.problems) == 2 * (2 * 3 + 1)
 
 
 def test_all_experts_the_same_model(only_problem: OnlyProblem, edited: Edited) -> None:

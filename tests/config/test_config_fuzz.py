@@ -28,10 +28,17 @@ experts:
     positive_prompts: ["def", 'it''s', "\\u00e9"]
     negative_prompts:
       - plain words
+    chat_template: false
     noise_scale: 0.5
     residual_scale: 1e-1
 shared_experts:
-  - {source_model: base/model, positive_prompts: [a]}
+  - {source_model: base/model, positive_prompts: [a], negative_prompts: {file: a.txt, limit: 3}}
+  - source_model: base/other
+    positive_prompts:
+      file: s3://a/b.jsonl
+      field: "q"
+      limit: ~
+      seed: 1
 """
 SCALARS = [
     "yes",

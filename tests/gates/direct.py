@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import raymoe
-from raymoe.gates.states import expert_rows
+from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergePlan
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
@@ -27,7 +27,8 @@ def computed_rows(config: Mapping[str, Any]) -> list[Array]:
 
 def rows_of_plan(plan: MergePlan) -> list[Array]:
     with SourceReader(HubOptions()) as reader:
-        return [expert_rows(plan.gates, prompts, reader, device="cpu") for prompts in plan.gates.experts]
+        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
+    return [rows[prompts.owner] for prompts in plan.gates.experts]
 
 
 def direct_rows(

@@ -127,15 +127,15 @@ def test_a_model_of_one_layer_needs_no_layer(zoo: Callable[..., Path]) -> None:
 
 
 def test_progress_counts_every_token_of_every_layer(zoo: Callable[..., Path]) -> None:
+    from raymoe.gates.capture import capture
     from raymoe.gates.prompts import load_tokenizer, tokenize
-    from raymoe.gates.states import expert_rows
 
     base = zoo("llama")
     plan = raymoe.plan(merge_config(base, [base] * 2), allow_all_same=True)
     prompts = plan.gates.experts[0]
     counts: list[int] = []
     with SourceReader(HubOptions()) as reader:
-        expert_rows(plan.gates, prompts, reader, device="cpu", layer_done=counts.append)
+        capture(plan.gates, prompts, reader, members=2, device="cpu", layer_done=counts.append)
     tokenizer = load_tokenizer(base, trust_remote_code=False)
     ids = tokenize(tokenizer, prompts.positive, vocab=416, owner="expert 0")
     assert sum(counts) == (LAYERS - 1) * sum(map(len, ids))

@@ -51,6 +51,7 @@ class Merge:
 
     config: Path
     files: dict[str, str]
+    flags: tuple[str, ...] = FLAGS
 
     @property
     def shards(self) -> set[str]:
@@ -58,7 +59,7 @@ class Merge:
 
     def start(self, output: Path, env: dict[str, str], *flags: str) -> subprocess.Popen[str]:
         """This merge as a command; it works with one actor, unless `flags` say otherwise."""
-        _started.append(start("merge", self.config, output, *FLAGS, "--actors", "1", *flags, env=env))
+        _started.append(start("merge", self.config, output, *self.flags, "--actors", "1", *flags, env=env))
         return _started[-1]
 
 
@@ -112,7 +113,7 @@ def children_of(pid: int) -> list[psutil.Process]:
 
 
 # What an expert actor's process is called while it has nothing to do, and by the names of its tasks.
-_TITLES = ("ray::ExpertActor", "ray::write ", "ray::gates of ", "ray::compare ")
+_TITLES = ("ray::ExpertActor", "ray::write ", "ray::gates of ", "ray::router of layer ", "ray::compare ")
 
 
 def expert_actors(*pids: int) -> list[psutil.Process]:

@@ -96,7 +96,7 @@ def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp
     """A caller that catches an error, or Ctrl-C in a notebook, may call again: the lock is not held for ever."""
     import raymoe.runtime.merge as merge_module
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -16,12 +16,20 @@ from tests.cli.commands import hashes
 Zoo = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("dtype", "actors"), [("bfloat16", (1, 3)), ("float32", (1, 2))])
+@pytest.mark.parametrize(
+    ("mode", "dtype", "actors"),
+    [
+        ("hidden", "bfloat16", (1, 3)),
+        ("hidden", "float32", (1, 2)),
+        ("ridge", "bfloat16", (1, 2, 3, 3)),
+    ],
+)
 def test_actors_and_nodes(
     zoo: Zoo,
     ray_merge: Callable[..., Any],
     second_node: Callable[[], Any],
     tmp_path: Path,
+    mode: str,
     dtype: str,
     actors: Sequence[int],
 ) -> None:
@@ -32,10 +40,10 @@ def test_actors_and_nodes(
     base = zoo("llama", dtype=dtype)
     lora = save_lora(tmp_path / "lora", base, ["gate_proj", "down_proj"])
     experts = [zoo("llama", seed=1, dtype=dtype), f"{base}+{lora}", zoo("llama", seed=3, dtype=dtype)]
-    config = merge_config(base, experts, mode="hidden", expert_options={"noise_scale": 0.02, "residual_scale": 0.5})
+    config = merge_config(base, experts, mode=mode, expert_options={"noise_scale": 0.02, "residual_scale": 0.5})
     found = []
-    for count in actors:
-        out = tmp_path / f"out-{count}"
+    for run, count in enumerate(actors):
+        out = tmp_path / f"out-{run}"
         result = ray_merge(config, out, MergeOptions(max_shard_bytes=100_000), actors=count)
         assert len(result.peak_actor_bytes) == count
         found.append(hashes(out))
@@ -47,7 +55,7 @@ def test_actors_and_nodes(
 _ROWS = """
 import hashlib, sys, threading
 import raymoe
-from raymoe.gates.states import expert_rows
+from raymoe.gates.here import gate_rows_here
 from raymoe.runtime.worker import COMPUTE_THREADS, limit_threads
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
@@ -58,8 +66,8 @@ def compute():  # in a thread, as an actor does
     assert torch.get_num_threads() == COMPUTE_THREADS
     plan = raymoe.plan(sys.argv[1])
     with SourceReader(HubOptions()) as reader:
-        rows = expert_rows(plan.gates, plan.gates.experts[0], reader, device="cpu")
-    print(hashlib.sha256(rows.tobytes()).hexdigest())
+        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
+    print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows))).hexdigest())
 
 thread = threading.Thread(target=compute)
 thread.start()

@@ -1,0 +1,108 @@
+"""Numbers out of log-likelihoods and of what routers chose. numpy only.
+
+Losses are nats per token, over the tokens of all texts of a label. What is said of routing counts every token but BOS;
+means over labels give each label the same weight, however many tokens it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["MEAN", "RoutingCounts", "gap_closed", "losses", "rounded"]
+
+MEAN = "mean"
+Float64 = npt.NDArray[np.float64]
+
+
+def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> dict[str, float]:
+    """Loss of each label, in the order in which they come, and `mean` over labels.
+
+    `values` are the log-likelihoods of each text's tokens, `labels` the texts' labels.
+    """
+    found = {}
+    for label in dict.fromkeys(labels):
+        own = [value for value, text in zip(values, labels, strict=True) if text == label]
+        total = sum(float(value.sum(dtype=np.float64)) for value in own)
+        found[label] = -total / sum(value.size for value in own)
+    return found | {MEAN: sum(found.values()) / len(found)}
+
+
+def gap_closed(merged: float, hidden: float, oracle: float) -> float | None:
+    """How much of the way from the router of mode `hidden` to the right expert always; None if there is no way."""
+    gap = hidden - oracle
+    return (hidden - merged) / gap if gap else None
+
+
+class RoutingCounts:
+    """What each layer's router chose for the tokens of each label; arrays are (labels, layers, experts)."""
+
+    def __init__(self, labels: Sequence[str], own: Sequence[int], layers: int, experts: int) -> None:
+        """`own` is the number of the expert of each label."""
+        self._labels, self._own = list(labels), np.array(own)
+        shape = (len(labels), layers, experts)
+        self._first, self._chosen, self._weight = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self._slots = np.zeros(shape[:2])
+        self._tokens = np.zeros(shape[:2])
+
+    def add(
+        self, label: int, layer: int, experts_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32]
+    ) -> None:
+        """The experts chosen for some tokens of a label, highest score first, and their weights.
+
+        The weights of a token whose state has overflown are not numbers, and count as none.
+        """
+        count = self._first.shape[2]
+        weights_TK = np.nan_to_num(weights_TK, nan=0.0)
+        self._first[label, layer] += np.bincount(experts_TK[:, 0], minlength=count)
+        self._chosen[label, layer] += np.bincount(experts_TK.ravel(), minlength=count)
+        self._weight[label, layer] += np.bincount(experts_TK.ravel(), weights_TK.ravel(), minlength=count)
+        self._tokens[label, layer] += len(experts_TK)
+        self._slots[label, layer] += experts_TK.size
+
+    def shares(self) -> dict[str, Any]:
+        """`routing` of eval.json."""
+        tokens = np.maximum(self._tokens, 1)[..., None]
+        first, chosen, weight = self._first / tokens, self._chosen / tokens, self._weight / tokens
+        load = (self._chosen / np.maximum(self._slots, 1)[..., None]).mean(axis=0)
+        first_accuracy, chosen_accuracy = self._accuracy(first), self._accuracy(chosen)
+        return {
+            "first_choice": self._by_label(first),
+            "chosen": self._by_label(chosen),
+            "weight": self._by_label(weight),
+            "first_accuracy": rounded(first_accuracy),
+            "chosen_accuracy": rounded(chosen_accuracy),
+            "first_accuracy_mean": rounded(first_accuracy.mean()),
+            "chosen_accuracy_mean": rounded(chosen_accuracy.mean()),
+            "load": rounded(load),
+            "load_entropy": rounded(_entropy(load)),
+            "confusion": self._by_label(first.mean(axis=1)),
+        }
+
+    def _accuracy(self, shares: Float64) -> Float64:
+        """(layers,): mean over labels of the share for the label's own expert."""
+        own: Float64 = np.take_along_axis(shares, self._own[:, None, None], axis=2)[..., 0]
+        mean: Float64 = own.mean(axis=0)
+        return mean
+
+    def _by_label(self, shares: Float64) -> dict[str, Any]:
+        return {label: rounded(values) for label, values in zip(self._labels, shares, strict=True)}
+
+
+def rounded(values: npt.ArrayLike) -> Any:
+    """As JSON holds them: six digits after the point are more than a few thousand tokens can tell."""
+    return np.round(np.asarray(values, dtype=np.float64), 6).tolist()
+
+
+def _entropy(load: Float64) -> Float64:
+    """(layers,): entropy of each layer's load over its largest value; 1 is even."""
+    experts = load.shape[1]
+    if experts == 1:
+        return np.ones(len(load))
+    terms = load * np.log(np.where(load > 0, load, 1.0))
+    entropy: Float64 = -terms.sum(axis=1) / math.log(experts)
+    return np.clip(entropy, 0.0, 1.0)

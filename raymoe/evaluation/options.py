@@ -1,0 +1,77 @@
+"""What is asked of an evaluation, and what can't be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from raymoe.errors import Problem
+from raymoe.objects.options import StorageOptions
+from raymoe.sources.resolve import HubOptions
+
+__all__ = ["AGAINST", "EvaluationOptions", "option_problems", "parse_against", "unknown_pair"]
+
+AGAINST = ("base", "experts", "oracle", "hidden")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
+    labels that are no expert's name. `limit`: texts of a label, the first of the file (0: all); `max_tokens`: of a
+    text. `device`: `cpu` or None, which is a GPU where there is one."""
+
+    against: tuple[str, ...] | None = None
+    labels: tuple[str, ...] = ()
+    limit: int = 0
+    max_tokens: int = 512
+    text_field: str = "text"
+    label_field: str = "label"
+    device: str | None = None
+    trust_remote_code: bool = False
+    quiet: bool = False
+    hub: HubOptions = field(default_factory=HubOptions)
+    storage: StorageOptions = field(default_factory=StorageOptions)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """What to compare with, in the order in which it is shown."""
+        return AGAINST if self.against is None else tuple(name for name in AGAINST if name in self.against)
+
+
+def parse_against(text: str | None) -> tuple[str, ...] | None:
+    """'base, oracle' as ('base', 'oracle'); 'none' is nothing at all."""
+    if text is None:
+        return None
+    names = [name.strip().lower() for name in text.split(",")]
+    return () if names == ["none"] else tuple(names)
+
+
+def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
+    for name in options.against or ():
+        if name not in AGAINST:
+            close = get_close_matches(name, AGAINST, n=1)
+            remedy = f"{f'did you mean {close[0]}? ' if close else ''}(any of {', '.join(AGAINST)}, or none)"
+            yield Problem(where="--against", what=f"{name!r} is nothing to compare with", remedy=remedy)
+    if options.limit < 0:
+        yield Problem(where="--limit", what=f"{options.limit} is below zero", remedy="give a number; 0 is all texts")
+    if options.max_tokens < 2:
+        what = f"{options.max_tokens} leaves nothing to predict"
+        yield Problem(where="--max-tokens", what=what, remedy="give 2 or more")
+    if options.text_field == options.label_field:
+        what = f"{options.text_field!r} is the text's field too"
+        yield Problem(where="--label-field", what=what, remedy="name two fields")
+
+
+def unknown_pair(pair: str, names: Sequence[str]) -> Problem:
+    """A `--label` that gives no label to one expert, by what is wrong with it."""
+    label, equals, expert = (part.strip() for part in pair.partition("="))
+    if not (label and equals and expert):
+        what = f"{pair!r} is not LABEL=EXPERT"
+    elif names.count(expert) > 1:
+        what = f"{pair!r}: {expert!r} is the name of {names.count(expert)} experts"
+    else:
+        what = f"{pair!r}: there is no expert {expert!r}"
+    known = ", ".join(dict.fromkeys(names))
+    remedy = f"write LABEL=EXPERT with one of {known}, or a number from 0 to {len(names) - 1}"
+    return Problem(where="--label", what=what, remedy=remedy)

@@ -1,0 +1,183 @@
+"""`evaluate_merge`: one pass over the layers of each model, and the numbers out of them.
+
+gate pass (mode `hidden`)                            router rows to compare with
+one pass over the merge                              merged, oracle and hidden share the reading of its layers
+one pass over the base, one over each expert
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, rounded
+from raymoe.evaluation.models import EvaluatedModel
+from raymoe.evaluation.opened import Opened, open_evaluation
+from raymoe.evaluation.options import EvaluationOptions
+from raymoe.evaluation.progress import EvaluationProgress
+from raymoe.evaluation.samples import Samples
+from raymoe.gates.assemble import router_rows
+from raymoe.planning.types import GatePlan, Router
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.transform import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from raymoe.evaluation.engine import Variant
+
+__all__ = ["evaluate_merge"]
+
+FORMAT = 1
+Float32 = npt.NDArray[np.float32]
+Values = dict[str, list[Float32]]
+
+
+def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
+    """Evaluate the merge at `place` on a file of labelled texts; the result is what eval.json holds.
+
+    Raises ProblemReport, before anything is computed, with everything that is wrong with the merge, the texts, the
+    sources to compare with and the options.
+    """
+    opened = open_evaluation(place, data, options)
+    with (
+        SourceReader(options.hub, opened.merge.config.storage) as reader,
+        EvaluationProgress(options.quiet) as progress,
+    ):
+        computation = _Computation(opened, options, reader, progress)
+        values = computation.mixture() | computation.dense()
+    labels = [text.label for text in opened.texts]
+    loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(opened)}
+    warnings = [*opened.warnings, *_number_warnings(loss)]
+    config = opened.merge.facts.config
+    return {
+        "format": FORMAT,
+        "model": str(place),
+        "architecture": config["model_type"],
+        "gate_mode": opened.merge.config.gate_mode,
+        "prompt_model": opened.merge.prompt_model,
+        "seed": opened.merge.options.seed,
+        "layers": opened.mixture.spec.layers,
+        "experts_per_token": config["num_experts_per_tok"],
+        "experts": list(opened.names),
+        "data": _data_summary(opened, str(data)),
+        "loss": {name: each and _written(each) for name, each in loss.items()},
+        "gap_closed": _gap_closed(loss),
+        "routing": computation.counts.shares(),
+        "samples": computation.samples.result(opened.tokenizer),
+        "warnings": warnings,
+    }
+
+
+class _Computation:
+    """The passes of one evaluation. `counts` and `samples` are filled by the merge's own routers."""
+
+    def __init__(
+        self, opened: Opened, options: EvaluationOptions, reader: SourceReader, progress: EvaluationProgress
+    ) -> None:
+        import torch
+
+        self._opened, self._reader, self._progress = opened, reader, progress
+        self._remote_code = options.trust_remote_code
+        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        labels, experts = opened.labels, len(opened.names)
+        own = [opened.own[label] for label in labels]
+        self._label_numbers = [labels.index(text.label) for text in opened.texts]
+        self.counts = RoutingCounts(labels, own, opened.mixture.spec.layers, experts)
+        skipped = opened.tokens.skipped
+        self.samples = Samples(opened.tokens.ids, [text.label for text in opened.texts], skipped, experts)
+
+    def mixture(self) -> Values:
+        """Log-likelihoods of `merged` and of the routings that it is compared with."""
+        from raymoe.evaluation.engine import Variant
+
+        variants = [Variant(name="merged", see=self._see)]
+        if self._opened.oracle:
+            variants.append(Variant(name="oracle", forced=[text.expert for text in self._opened.texts]))
+        if self._opened.gates is not None:
+            variants.append(self._hidden(self._opened.gates))
+        return self._pass(self._opened.mixture, variants)
+
+    def dense(self) -> Values:
+        """Log-likelihoods of the base and of each expert. One that is there twice is run once."""
+        from raymoe.evaluation.engine import Variant
+
+        found: Values = {}
+        for name, model in self._opened.dense.items():
+            twin = next((other for other in found if self._opened.dense[other].label == model.label), None)
+            found |= {name: found[twin]} if twin else self._pass(model, [Variant(name=name)])
+        return found
+
+    def _pass(self, model: EvaluatedModel, variants: list[Variant]) -> Values:
+        from raymoe.evaluation.engine import log_likelihoods
+
+        ids = self._opened.tokens.ids
+        total = sum(map(len, ids)) * model.spec.layers * len(variants)
+        self._progress.stage(", ".join(variant.name for variant in variants), total)
+        return log_likelihoods(model, ids, variants, self._reader, self._device, layer_done=self._progress.layer_done)
+
+    def _see(self, layer: int, text: int, experts_TK: npt.NDArray[np.int64], weights_TK: Float32) -> None:
+        skipped = self._opened.tokens.skipped
+        self.counts.add(self._label_numbers[text], layer, experts_TK[skipped:], weights_TK[skipped:])
+        self.samples.see(text, experts_TK)
+
+    def _hidden(self, gates: GatePlan) -> Variant:
+        """The rows that gate mode `hidden` gives, rounded as they would be in the checkpoint."""
+        from raymoe.evaluation.engine import Variant
+        from raymoe.gates.here import gate_rows_here
+
+        rows, _ = gate_rows_here(
+            gates,
+            self._reader,
+            device=self._device,
+            trust_remote_code=self._remote_code,
+            layer_done=self._progress.layer_done,
+            begun=lambda owner: self._progress.stage(f"gates of mode hidden, {owner}"),
+        )
+        dtype = NUMPY_DTYPES[self._opened.mixture.weights["model.layers.0.mlp.router"].entry.dtype]
+
+        def stacked(*, shared: bool) -> Float32:
+            layers = [router_rows(gates, rows, Router(layer=layer, shared=shared)) for layer in range(gates.layers)]
+            return np.stack(layers).astype(dtype).astype(np.float32)
+
+        shared_rows = stacked(shared=True) if gates.shared else None
+        return Variant(name="hidden", rows=stacked(shared=False), shared_rows=shared_rows)
+
+
+def _loss_names(opened: Opened) -> list[str]:
+    return ["merged", "base", "oracle", "hidden", *(f"expert {name}" for name in opened.names)]
+
+
+def _written(loss: Mapping[str, float]) -> dict[str, float | None]:
+    """As JSON holds it, which has no infinity and nothing that is not a number."""
+    return {label: rounded(value) if math.isfinite(value) else None for label, value in loss.items()}
+
+
+def _number_warnings(loss: Mapping[str, dict[str, float] | None]) -> list[str]:
+    return [
+        f"the loss of {name} on {', '.join(broken)} is not a finite number: its weights or its arithmetic overflow"
+        for name, each in loss.items()
+        if each and (broken := [label for label, value in each.items() if not math.isfinite(value) and label != MEAN])
+    ]
+
+
+def _gap_closed(loss: Mapping[str, dict[str, float] | None]) -> float | None:
+    merged, hidden, oracle = loss["merged"], loss["hidden"], loss["oracle"]
+    if merged is None or hidden is None or oracle is None:
+        return None
+    share = gap_closed(merged[MEAN], hidden[MEAN], oracle[MEAN])
+    return float(rounded(share)) if share is not None and math.isfinite(share) else None
+
+
+def _data_summary(opened: Opened, file: str) -> dict[str, Any]:
+    """Tokens are those that are predicted."""
+    per_label: dict[str, dict[str, int]] = {}
+    for text, ids in zip(opened.texts, opened.tokens.ids, strict=True):
+        label = per_label.setdefault(text.label, {"expert": text.expert, "texts": 0, "tokens": 0})
+        label["texts"] += 1
+        label["tokens"] += len(ids) - 1
+    tokens = sum(label["tokens"] for label in per_label.values())
+    return {"file": file, "texts": len(opened.texts), "tokens": tokens, "per_label": per_label}

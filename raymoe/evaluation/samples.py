@@ -1,0 +1,63 @@
+"""A few texts token by token, with the experts that the layers' routers preferred: what the routing page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Samples", "pieces"]
+
+TEXTS_A_LABEL = 2
+MAX_TOKENS = 120
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Samples:
+    """Counts, for each token of the first texts of each label, the layers whose first choice was an expert."""
+
+    def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[str], skipped: int, experts: int) -> None:
+        self._labels, self._experts = labels, experts
+        self._span = slice(skipped, skipped + MAX_TOKENS)
+        taken = [
+            text
+            for label in dict.fromkeys(labels)
+            for text in [number for number, own in enumerate(labels) if own == label][:TEXTS_A_LABEL]
+        ]
+        self._ids = {text: list(ids[text]) for text in taken}
+        self._counts = {
+            text: np.zeros((len(tokens[self._span]), experts), np.int64) for text, tokens in self._ids.items()
+        }
+
+    def see(self, text: int, experts_TK: npt.NDArray[np.int64]) -> None:
+        """What one layer chose for the tokens of a text."""
+        if text in self._counts:
+            first = experts_TK[self._span, 0]
+            self._counts[text] += first[:, None] == np.arange(self._experts)
+
+    def result(self, tokenizer: Any) -> list[dict[str, Any]]:
+        """`samples` of eval.json."""
+        return [
+            {
+                "label": self._labels[text],
+                "tokens": [
+                    {"text": piece, "experts": counts.tolist()}
+                    for piece, counts in zip(pieces(tokenizer, ids)[self._span], self._counts[text], strict=True)
+                ],
+            }
+            for text, ids in self._ids.items()
+        ]
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text. A character of several tokens stands at its last one."""
+    found: list[str] = []
+    before = ""
+    for end in range(1, min(len(ids), MAX_TOKENS + 1) + 1):
+        now: str = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        unfinished = now.endswith(_UNFINISHED) and end < len(ids)
+        found.append("" if unfinished else now[len(before) :])
+        before = before if unfinished else now
+    return found

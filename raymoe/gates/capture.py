@@ -1,0 +1,281 @@
+"""What an expert's prompts leave behind at each layer, for that layer's router to be made of.
+
+`hidden`      per fold of prompts, the sum of the layer's input at each prompt's last token
+`hidden_avg`  the same of its mean over the prompt's tokens; padding does not count
+`ridge`       the state of every token, as the layer's router will see it (see ridge.py)
+
+Modes that only sum keep a few tokens' states as well: the finished routers are judged by them (see summary.py). BOS
+says nothing of a prompt's kind, and is left out of the states. They are kept in bfloat16, as they are on most GPUs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.config.modes import EMBEDDING, MODES
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, load_tokenizer, tokenize
+from raymoe.planning.types import GatePlan, GatePrompts
+from raymoe.storage.reader import SourceReader
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FOLDS", "MemberLayer", "capture", "capture_together", "prompt_ids", "readings", "token_limit"]
+
+FOLDS = 5
+"""Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
+
+_MOST_TOKENS = 16_384  # of all experts together, that a layer's router is fitted to: past that, more hardly help
+_CHECK_TOKENS = 1_024  # of all experts together, that other modes' routers are judged by
+_NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
+
+Float64 = npt.NDArray[np.float64]
+LayerDone = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberLayer:
+    """One member's prompts at one layer.
+
+    `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
+    prompt that each token is of, `negative` (tokens,) whether that is a negative one. No tokens: nothing was kept here.
+    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum.
+    """
+
+    states: npt.NDArray[np.int16]
+    prompts: npt.NDArray[np.int64]
+    negative: npt.NDArray[np.bool_]
+    sums: Float64 | None = None
+    counts: npt.NDArray[np.int64] | None = None
+    negative_mean: Float64 | None = None
+
+
+def prompt_ids(
+    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
+) -> tuple[list[list[int]], list[list[int]], int | None]:
+    """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
+        for file in gates.tokenizer_files:
+            target = Path(folder) / Path(file.location).name
+            target.symlink_to(reader.path(file))
+        tokenizer = load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
+    vocab = prompts.weights[EMBEDDING].entry.shape[0]
+    positive, negative = (
+        tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
+        for texts in (prompts.positive, prompts.negative)
+    )
+    return positive, negative, tokenizer.bos_token_id if tokenizer.bos_token else None
+
+
+def token_limit(mode: str, members: int) -> int:
+    """How many tokens' states are kept of each expert's prompts; of more, every so manyth."""
+    return max(1, (_MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
+
+
+def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GatePrompts, ...]]:
+    """Members by the model that reads their prompts, in as many parts as can be read side by side.
+
+    In the modes where the base reads all prompts its layers are so read once by each actor, not once for each expert.
+    """
+    groups: list[list[GatePrompts]] = []
+    for member in members:
+        same = (g for g in groups if g[0].weights == member.weights and g[0].config == member.config)
+        group = next(same, None)
+        if group is None:
+            groups.append([member])
+        else:
+            group.append(member)
+    parts = []
+    for group in groups:
+        count = min(max(1, actors), len(group))
+        cuts = [len(group) * number // count for number in range(count + 1)]
+        parts += [tuple(group[start:end]) for start, end in pairwise(cuts)]
+    return parts
+
+
+def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
+    """`capture_together` for one member alone."""
+    return capture_together(gates, [prompts], reader, **options)[0]
+
+
+def capture_together(
+    gates: GatePlan,
+    prompts: Sequence[GatePrompts],
+    reader: SourceReader,
+    *,
+    members: int,
+    device: str,
+    trust_remote_code: bool = False,
+    layer_done: LayerDone | None = None,
+) -> list[list[MemberLayer]]:
+    """What the prompts of some of `members` experts, which the same model reads, leave at each layer; by expert.
+
+    The model's layers are read once. Batches hold prompts of one expert only, so that it makes no difference to the
+    result who is read together. `layer_done` is called with the number of prompt tokens that have passed a layer.
+    Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
+    """
+    from raymoe.gates.decoder import StreamedDecoder
+
+    decoder = StreamedDecoder(prompts[0], reader, device, quantise=gates.quantise)
+    budget = 1 if decoder.rope_depends_on_length else TOKEN_BUDGET
+    captured = [_Captured(gates, each, reader, budget, members, trust_remote_code) for each in prompts]
+    placed = [(member, number) for member in captured for number in range(len(member.batches))]
+
+    def add(layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
+        member, batch = placed[number]
+        member.add(layer, batch, hidden_BTH)
+
+    def look(layer: int, number: int, state_BTH: torch.Tensor) -> None:
+        member, batch = placed[number]
+        member.keep(layer, batch, state_BTH)
+        if layer_done is not None:
+            layer_done(int(member.batches[batch].lengths.sum()))
+
+    together = [batch for member in captured for batch in member.batches]
+    if MODES[gates.mode].fits_rows:
+        decoder.router_inputs(together, gates.layers, look)
+    else:
+        decoder.layer_inputs(together, gates.layers, add, look)
+    return [member.layers() for member in captured]
+
+
+class _Captured:
+    """One member's prompts on their way through the layers."""
+
+    def __init__(
+        self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
+    ) -> None:
+        positive, negative, bos = prompt_ids(gates, prompts, reader, trust_remote_code=remote_code)
+        groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget)]
+        signs = [sign for _, sign in groups]
+        self.batches = [Batch(group) for group, _ in groups]
+        self._owner = prompts.owner
+        self._tokens = _Tokens(self.batches, signs, bos, token_limit(gates.mode, members))
+        fits = MODES[gates.mode].fits_rows
+        if fits and not (~self._tokens.negative).any():
+            what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
+            raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
+        self._sums = None if fits else _Sums(gates, self.batches, signs)
+        self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]
+
+    def add(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
+        assert self._sums is not None
+        self._sums.add(layer, batch, hidden_BTH)
+
+    def keep(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
+        bits = self._tokens.taken(batch, state_BTH)
+        if (bits & _NOT_FINITE == _NOT_FINITE).any():
+            raise MergeFailed(
+                f"gates of {self._owner}: the states of its prompts are not finite numbers at layer {layer}. The "
+                "model that reads them has weights that are not finite, or so large that its sums overflow"
+            )
+        self._states[layer].append(bits)
+
+    def layers(self) -> list[MemberLayer]:
+        return [self._layer(number, states) for number, states in enumerate(self._states)]
+
+    def _layer(self, layer: int, states: Sequence[npt.NDArray[np.int16]]) -> MemberLayer:
+        tokens = self._tokens
+        summed: dict[str, Any] = {} if self._sums is None else self._sums.at(layer)
+        if not states:  # the last layer of modes that do not run it
+            none = np.zeros((0, 0), np.int16)
+            return MemberLayer(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
+        return MemberLayer(states=np.concatenate(states), prompts=tokens.prompts, negative=tokens.negative, **summed)
+
+
+class _Tokens:
+    """The tokens whose states are kept: of all real ones but BOS, `limit` at even distances.
+
+    Batches of positive prompts come first. Few of them are not lost among many negative ones, nor the other way round.
+    """
+
+    def __init__(self, groups: Sequence[Batch], signs: Sequence[bool], bos: int | None, limit: int) -> None:
+        import torch
+
+        real = []
+        for group in groups:
+            mask = torch.arange(group.ids.shape[1])[None] < group.lengths[:, None]
+            if bos is not None:
+                mask[:, 0] &= group.ids[:, 0] != bos
+            real.append(mask)
+        total = [
+            sum(int(mask.sum()) for mask, s in zip(real, signs, strict=True) if s is sign) for sign in (False, True)
+        ]
+        positive = min(total[False], max((limit + 1) // 2, limit - total[True]))
+        chosen = torch.cat([_spread(total[False], positive), _spread(total[True], min(total[True], limit - positive))])
+        prompts, negative, number, at = [], [], [0, 0], 0
+        self._masks = []
+        for mask, sign in zip(real, signs, strict=True):
+            count = int(mask.sum())
+            kept = mask.clone()
+            kept[mask] = chosen[at : at + count]
+            at += count
+            self._masks.append(kept)
+            rows = torch.arange(number[sign], number[sign] + len(mask))
+            number[sign] += len(mask)
+            prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
+            negative.append(np.full(int(kept.sum()), sign))
+        self.prompts = np.concatenate(prompts).astype(np.int64)
+        self.negative = np.concatenate(negative).astype(np.bool_)
+
+    def taken(self, number: int, state_BTH: torch.Tensor) -> npt.NDArray[np.int16]:
+        """The chosen tokens' states of one batch, (chosen, hidden)."""
+        import torch
+
+        chosen = state_BTH[self._masks[number].to(state_BTH.device)]
+        bits: npt.NDArray[np.int16] = chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        return bits
+
+
+def _spread(total: int, count: int) -> torch.Tensor:
+    """(total,) bool: `count` of them at even distances."""
+    import torch
+
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.arange(count) * total // max(1, count)] = True
+    return chosen
+
+
+class _Sums:
+    """Sums of what `hidden` and `hidden_avg` take from each prompt, by layer and fold."""
+
+    def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool]) -> None:
+        self._last, self._groups, self._signs = gates.mode == "hidden", groups, signs
+        self._positive = np.zeros((gates.layers, FOLDS, gates.hidden))
+        self._negative = np.zeros((gates.layers, gates.hidden))
+        self._first: list[int] = []  # number of a batch's first prompt
+        counts = [0, 0]
+        for group, sign in zip(groups, signs, strict=True):
+            self._first.append(counts[sign])
+            counts[sign] += len(group.lengths)
+        self._negatives = counts[True]
+        self._counts = np.bincount(np.arange(counts[False]) % FOLDS, minlength=FOLDS)
+
+    def add(self, layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
+        import torch
+
+        lengths = self._groups[number].lengths.to(hidden_BTH.device)
+        if self._last:
+            taken = hidden_BTH[torch.arange(len(lengths), device=hidden_BTH.device), lengths - 1].float()
+        else:
+            real = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None] < lengths[:, None]
+            taken = (hidden_BTH.float() * real[..., None]).sum(dim=1) / lengths[:, None]
+        vectors = taken.cpu().numpy().astype(np.float64)
+        if self._signs[number]:
+            self._negative[layer] += vectors.sum(axis=0)
+        else:
+            folds = (self._first[number] + np.arange(len(vectors))) % FOLDS
+            np.add.at(self._positive[layer], folds, vectors)
+
+    def at(self, layer: int) -> dict[str, Any]:
+        mean = self._negative[layer] / self._negatives if self._negatives else None
+        return {"sums": self._positive[layer], "counts": self._counts, "negative_mean": mean}

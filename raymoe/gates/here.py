@@ -1,0 +1,61 @@
+"""All routers computed in this process, one expert after the other: what actors and the coordinator do together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from raymoe.config.modes import MODES
+from raymoe.gates.assemble import Rows, collected, random_gate_rows
+from raymoe.gates.capture import LayerDone, capture_together, readings
+from raymoe.gates.embeddings import embedding_gate_rows
+from raymoe.gates.layer_rows import layer_rows
+from raymoe.gates.summary import RouterSummary
+from raymoe.planning.types import GatePlan
+from raymoe.storage.reader import SourceReader
+
+__all__ = ["gate_rows_here"]
+
+
+def gate_rows_here(
+    gates: GatePlan,
+    reader: SourceReader,
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+    layer_done: LayerDone | None = None,
+    begun: Callable[[str], None] | None = None,
+) -> tuple[Rows, RouterSummary | None]:
+    """The rows of all members, and what held-out prompts say of them. `begun` is told whose prompts are read next."""
+    mode, members = MODES[gates.mode], [p for p in (*gates.experts, *gates.shared) if p.positive]
+    if not mode.needs_prompts:
+        return random_gate_rows(gates), None
+    if not mode.reads_layers:
+        rows: Rows = {}
+        for member in members:
+            row = embedding_gate_rows(gates, member, reader, trust_remote_code=trust_remote_code)
+            rows[member.owner] = np.repeat(row[None], gates.layers, axis=0)
+        return rows, None
+    by_owner = {}
+    for together in readings(members, 1):
+        owners = [member.owner for member in together]
+        if begun is not None:
+            begun(", ".join(owners))
+        options: dict[str, Any] = {
+            "members": len(gates.experts),
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        found = capture_together(gates, together, reader, layer_done=layer_done, **options)
+        by_owner |= dict(zip(owners, found, strict=True))
+    captured = [by_owner[member.owner] for member in members]
+    count = len(gates.experts)
+    layers = {
+        layer: layer_rows(
+            gates.mode, [c[layer] for c in captured[:count]], [c[layer] for c in captured[count:]], device
+        )
+        for layer in range(gates.layers)
+    }
+    return collected(layers, [m.owner for m in members[:count]], [m.owner for m in members[count:]])

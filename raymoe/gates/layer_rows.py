@@ -1,0 +1,93 @@
+"""One layer's router out of what all experts' prompts left there, and how it does on prompts it was not made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.config.modes import MODES
+from raymoe.gates.capture import FOLDS, MemberLayer
+from raymoe.gates.router import gate_rows
+from raymoe.gates.summary import LayerCheck, check_of
+
+__all__ = ["LayerRows", "layer_rows"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRows:
+    """`experts` (experts, hidden), `shared` (shared experts, hidden); `check`: None where nothing could be held out."""
+
+    experts: Float32
+    shared: Float32
+    check: LayerCheck | None
+
+
+def layer_rows(mode: str, experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], device: str) -> LayerRows:
+    """The rows of one layer, in the members' order. Ridge regression is computed on `device`."""
+    if MODES[mode].fits_rows:
+        return _fitted(experts, shared, device)
+    none = np.zeros((0, _mean(experts[0]).shape[-1]), np.float32)
+    return LayerRows(
+        experts=np.stack([_row(member) for member in experts]),
+        shared=np.stack([_row(member) for member in shared]) if shared else none,
+        check=_check(experts),
+    )
+
+
+def _mean(member: MemberLayer, without: int | None = None) -> npt.NDArray[np.float32]:
+    """Mean over the prompts of all folds but one, (hidden,)."""
+    assert member.sums is not None and member.counts is not None
+    folds = [fold for fold in range(FOLDS) if fold != without]
+    mean: Float32 = (member.sums[folds].sum(axis=0) / member.counts[folds].sum()).astype(np.float32)
+    return mean
+
+
+def _row(member: MemberLayer, without: int | None = None) -> Float32:
+    negative = None if member.negative_mean is None else member.negative_mean.astype(np.float32)
+    return gate_rows(_mean(member, without), negative)
+
+
+def _check(experts: Sequence[MemberLayer]) -> LayerCheck | None:
+    """The states of each fold, scored by the rows of the others."""
+    if len(experts) < 2 or any(len(e.prompts) == 0 or e.counts is None or e.counts.sum() < 2 for e in experts):
+        return None
+    labels, first = [], []
+    for fold in range(FOLDS):
+        rows = np.stack([_row(member, fold) for member in experts])
+        for number, member in enumerate(experts):
+            outside = (member.prompts % FOLDS == fold) & ~member.negative
+            first.append((_float(member.states[outside]) @ rows.T).argmax(axis=1))
+            labels.append(np.full(len(first[-1]), number))
+    return check_of(np.concatenate(labels), np.concatenate(first), len(experts))
+
+
+def _float(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float64]:
+    """bfloat16, as its bits: the upper half of the same number in float32. Given in float64, in which the order of a
+    product's sums, which the number of threads decides, changes no first choice."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _fitted(experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], device: str) -> LayerRows:
+    import torch
+
+    from raymoe.gates.ridge import Examples, fit_gate, fit_rows
+
+    def examples(member: MemberLayer) -> Examples:
+        # Copied, since what comes out of Ray's store can't be written to, which torch wants of its tensors.
+        states = torch.from_numpy(member.states.copy()).view(torch.bfloat16).to(device)
+        prompts, negative = torch.from_numpy(member.prompts.copy()), torch.from_numpy(member.negative.copy())
+        return Examples(states=states, prompts=prompts.to(device), negative=negative.to(device))
+
+    given = [examples(member) for member in experts]
+    fitted = fit_rows(given)
+    gates = [fit_gate(examples(member), given) for member in shared]
+    return LayerRows(
+        experts=fitted.rows,
+        shared=np.stack(gates) if gates else np.zeros((0, fitted.rows.shape[1]), np.float32),
+        check=fitted.check,
+    )

@@ -1,0 +1,95 @@
+"""What both views of an evaluation (terminal and page) read out of `eval.json`: losses by model, weak layers, loads.
+
+Names of the file are kept: a *label* is a kind of text, its *own expert* is the one that should be chosen for it.
+A loss that was not asked for is `null` or missing in the file, and None here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "MEAN",
+    "best_of",
+    "labels_of",
+    "loss_of",
+    "loss_rows",
+    "mean_load",
+    "own_expert",
+    "own_expert_loss",
+    "perplexity",
+    "router_origin",
+    "weakest_layers",
+]
+
+MEAN = "mean"
+_ROW_ORDER = ("base", "hidden", "merged", "oracle")
+
+
+def labels_of(result: Mapping[str, Any]) -> list[str]:
+    return list(result["data"]["per_label"])
+
+
+def own_expert(result: Mapping[str, Any], label: str) -> int | None:
+    """Number of the expert that is made for this label's texts."""
+    number: int | None = result["data"]["per_label"][label].get("expert")
+    return number
+
+
+def loss_of(result: Mapping[str, Any], model: str, label: str) -> float | None:
+    """Loss of a model ('merged', 'base', 'expert go', ...) on a label, or 'mean' over labels."""
+    losses = result["loss"].get(model) or {}
+    value: float | None = losses.get(label)
+    return value
+
+
+def loss_rows(result: Mapping[str, Any]) -> list[str]:
+    """The models that have a loss, those with a meaning of their own first, then the dense experts."""
+    known = [
+        model for model in result["loss"] if any(value is not None for value in (result["loss"][model] or {}).values())
+    ]
+    return [model for model in _ROW_ORDER if model in known] + [model for model in known if model not in _ROW_ORDER]
+
+
+def own_expert_loss(result: Mapping[str, Any], label: str) -> float | None:
+    """Loss of the dense expert that a label belongs to; for 'mean', the mean of those over labels."""
+    if label == MEAN:
+        losses = [own_expert_loss(result, each) for each in labels_of(result)]
+        present = [loss for loss in losses if loss is not None]
+        return sum(present) / len(present) if losses and len(present) == len(losses) else None
+    number = own_expert(result, label)
+    return None if number is None else loss_of(result, f"expert {result['experts'][number]}", label)
+
+
+def best_of(result: Mapping[str, Any], label: str) -> float | None:
+    """The lowest loss on a label over all models."""
+    losses = [loss_of(result, model, label) for model in loss_rows(result)]
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss) to three digits; a broken model's may be beyond any float."""
+    value = math.exp(loss) if loss < 700 else math.inf
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def mean_load(result: Mapping[str, Any]) -> list[float]:
+    """An expert's share of the work, mean over layers."""
+    layers: Sequence[Sequence[float]] = result["routing"]["load"]
+    return [sum(column) / len(layers) for column in zip(*layers)]
+
+
+def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int, float]]:
+    """(layer, accuracy of the first choice) of the layers that most often choose another expert first."""
+    accuracy = result["routing"]["first_accuracy"]
+    return sorted(enumerate(accuracy), key=lambda pair: pair[1])[:count]
+
+
+def router_origin(result: Mapping[str, Any]) -> list[str]:
+    """How the routers were made, as far as it is known: gate mode, and the model that read the prompts."""
+    origin = {"gate mode": result.get("gate_mode"), "prompt model": result.get("prompt_model")}
+    return [f"{what} {name}" for what, name in origin.items() if name]

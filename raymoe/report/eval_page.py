@@ -1,0 +1,268 @@
+"""An evaluation as one HTML page that needs nothing else: pictures of losses and of where tokens are routed.
+
+Three parts: this module turns an evaluation into a view (plain data and finished drawings), svg.py draws, and the
+template beside this file lays out. The template escapes every text by default; its style sheet holds all colours, for
+light and dark. Its content security policy forbids whatever would be loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from raymoe.report import svg
+from raymoe.report.eval_figures import (
+    MEAN,
+    best_of,
+    labels_of,
+    loss_of,
+    loss_rows,
+    mean_load,
+    own_expert,
+    own_expert_loss,
+    perplexity,
+    router_origin,
+    weakest_layers,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+__all__ = ["evaluation_page"]
+
+_NAMES = {"base": "base model", "hidden": "hidden router", "merged": "merged", "oracle": "oracle", "own": "own expert"}
+# What HTML can't hold: control characters and halves of surrogate pairs, which json reads without complaint.
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def evaluation_page(result: Mapping[str, Any]) -> str:
+    """The page of an evaluation (what `eval.json` holds), complete without scripts, network and other files."""
+    view = {
+        "result": result,
+        "facts": _facts(result),
+        "summary": _summary(result),
+        "tiles": _tiles(result),
+        "experts": [_chip(name, number) for number, name in enumerate(result["experts"])],
+        "loss": _loss_view(result),
+        "routing": _routing_view(result),
+        "layers": _layer_rows(result),
+        "samples": [_sample(result, sample) for sample in result.get("samples") or ()],
+    }
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", _template().render(view))
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("raymoe", "report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{share:.0%}"
+    environment.filters["percent1"] = lambda share: f"{share:.1%}"
+    return environment.get_template("eval_page.html.jinja")
+
+
+def _facts(result: Mapping[str, Any]) -> list[str]:
+    count, data = len(result["experts"]), result["data"]
+    return [
+        result["architecture"],
+        f"{count} experts, {result['experts_per_token']} for each token",
+        f"{result['layers']} layers",
+        *router_origin(result),
+        f"{data['texts']:,} texts, {data['tokens']:,} tokens of {data['file']}",
+    ]
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    """The sentence that somebody who reads nothing else should have read."""
+    right = result["routing"]["first_accuracy_mean"]
+    parts = [f"Routers choose a token's own expert first in {right:.0%} of all cases"]
+    merged, base = loss_of(result, "merged", MEAN), loss_of(result, "base", MEAN)
+    if merged is not None and base is not None:
+        way = "below" if merged <= base else "above"
+        parts.append(f"the mean loss is {abs(base - merged):.2f} nats {way} the base model's")
+    if result.get("gap_closed") is not None:
+        parts.append(f"{result['gap_closed']:.0%} of the gap from the hidden router to the oracle is closed")
+    return "; ".join(parts) + "."
+
+
+def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures that matter, each with what to hold it against."""
+    routing, count, used = result["routing"], len(result["experts"]), result["experts_per_token"]
+    entropy = routing["load_entropy"]
+    least = min(range(len(entropy)), key=entropy.__getitem__)
+    tiles = []
+    merged, base = loss_of(result, "merged", MEAN), loss_of(result, "base", MEAN)
+    if merged is not None:
+        beside = "" if base is None else f"; base {base:.3f}"
+        tiles.append(_tile("Mean loss", f"{merged:.3f}", f"perplexity {perplexity(merged)}{beside}"))
+    if result.get("gap_closed") is not None:
+        tiles.append(_tile("Gap closed", f"{result['gap_closed']:.0%}", "from hidden router to oracle"))
+    tiles += [
+        _tile("Own expert first", f"{routing['first_accuracy_mean']:.1%}", f"chance {1 / count:.0%}"),
+        _tile(f"Own expert in top {used}", f"{routing['chosen_accuracy_mean']:.1%}", f"chance {used / count:.0%}"),
+        _tile(
+            "Load entropy", f"{sum(entropy) / len(entropy):.3f}", f"1 is even; {entropy[least]:.3f} in layer {least}"
+        ),
+    ]
+    return tiles
+
+
+def _tile(name: str, value: str, note: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _chip(name: str, expert: int | None) -> dict[str, Any]:
+    """A name with the colour of an expert."""
+    return {"name": name, "expert": expert, "kind": "plain" if expert is None else svg.expert_kind(expert)}
+
+
+def _compared(result: Mapping[str, Any], label: str) -> dict[str, float]:
+    """Losses that a picture sets side by side, by kind, in the order in which they are drawn."""
+    losses = {kind: loss_of(result, kind, label) for kind in ("base", "hidden", "merged", "oracle")}
+    if label != MEAN or losses["oracle"] is None:  # their means hardly differ, and would stand on each other
+        losses["own"] = own_expert_loss(result, label)
+    return {kind: loss for kind, loss in losses.items() if loss is not None}
+
+
+def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
+    labels, columns = labels_of(result), [*labels_of(result), MEAN]
+    compared = {label: losses for label in labels if (losses := _compared(result, label))}
+    largest = max((loss for losses in compared.values() for loss in losses.values()), default=0.0)
+    panels = [
+        {**_chip(label, own_expert(result, label)), "drawing": _loss_bars(label, losses, largest)}
+        for label, losses in compared.items()
+    ]
+    table = [
+        {"name": model, "cells": [_loss_cell(result, model, label) for label in columns]} for model in loss_rows(result)
+    ]
+    means = _compared(result, MEAN)
+    return {
+        "ladder": _ladder(means),
+        "compared": means.keys(),
+        "panels": panels,
+        "columns": columns,
+        "table": table,
+    }
+
+
+def _loss_bars(label: str, losses: Mapping[str, float], largest: float) -> Markup:
+    rows = [
+        svg.Bar(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
+        for kind, loss in losses.items()
+    ]
+    said = ", ".join(f"{row.name} {row.text}" for row in rows)
+    return svg.bars(rows, largest, f"Loss on {label}: {said}")
+
+
+def _loss_cell(result: Mapping[str, Any], model: str, label: str) -> dict[str, Any]:
+    loss = loss_of(result, model, label)
+    if loss is None:
+        return {"loss": "–", "perplexity": "", "best": False}
+    return {"loss": f"{loss:.3f}", "perplexity": perplexity(loss), "best": loss == best_of(result, label)}
+
+
+def _ladder(losses: Mapping[str, float]) -> Markup | None:
+    """Mean losses on one axis; nothing if there is nothing to compare with."""
+    if len(losses) < 2:
+        return None
+    marks = [svg.Mark(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind) for kind, loss in losses.items()]
+    # The merge's label is the one to see first: it is placed first, on the lowest row.
+    marks.sort(key=lambda mark: (mark.kind != "merged", mark.value))
+    span = ("hidden", "oracle", "merged") if {"hidden", "oracle", "merged"} <= losses.keys() else None
+    said = ", ".join(f"{mark.name} {mark.text}" for mark in sorted(marks, key=lambda mark: mark.value))
+    return svg.ladder(marks, span, f"Mean loss, lower is better: {said}")
+
+
+def _routing_view(result: Mapping[str, Any]) -> dict[str, Any]:
+    routing, experts, labels = result["routing"], result["experts"], labels_of(result)
+    owns = [own_expert(result, label) for label in labels]
+    heatmaps = []
+    for label, own in zip(labels, owns):
+        rows_LE = routing["first_choice"][label]
+        share = None if own is None else routing["confusion"][label][own]
+        said = f"Share of {label} tokens whose first choice is each expert, by layer"
+        drawing = svg.heatmap(rows_LE, experts, own, said)
+        heatmaps.append({**_chip(label, own), "share": share, "drawing": drawing})
+    confusion = [routing["confusion"][label] for label in labels]
+    weakest = weakest_layers(result)
+    return {
+        "heatmaps": heatmaps,
+        "matrix": svg.matrix(labels, experts, confusion, owns, "First choices of each kind of text, by expert"),
+        "confusion": [{"name": label, "shares": shares} for label, shares in zip(labels, confusion)],
+        "lines": _accuracy_lines(result),
+        "weakest": ", ".join(f"layer {layer} ({accuracy:.0%})" for layer, accuracy in weakest),
+        "stack": svg.stack(
+            routing["load"], experts, routing["load_entropy"], "Share of the work by expert in each layer"
+        ),
+        "load": _load_bars(result),
+    }
+
+
+def _accuracy_lines(result: Mapping[str, Any]) -> Markup:
+    routing, count, used = result["routing"], len(result["experts"]), result["experts_per_token"]
+    first, chosen = routing["first_accuracy"], routing["chosen_accuracy"]
+    series = [
+        svg.Series(name="first choice", values=first, chance=1 / count, kind="first"),
+        svg.Series(name=f"among the {used} chosen", values=chosen, chance=used / count, kind="chosen"),
+    ]
+    said = f"Accuracy by layer: first choice {min(first):.0%} to {max(first):.0%}"
+    return svg.lines(series, len(first), f"{said}, among the chosen {min(chosen):.0%} to {max(chosen):.0%}")
+
+
+def _load_bars(result: Mapping[str, Any]) -> Markup:
+    rows = []
+    for number, (name, share) in enumerate(zip(result["experts"], mean_load(result))):
+        rows.append(svg.Bar(name=name, value=share, text=f"{share:.1%}", kind=svg.expert_kind(number)))
+    even = 1 / len(rows)
+    said = ", ".join(f"{row.name} {row.text}" for row in rows)
+    largest = max(*(row.value for row in rows), even)
+    return svg.bars(rows, largest, f"Share of the work, mean over layers: {said}", width=340, rule=even)
+
+
+def _layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    routing = result["routing"]
+    columns = (routing["first_accuracy"], routing["chosen_accuracy"], routing["load_entropy"], routing["load"])
+    return [
+        {"layer": layer, "first": first, "chosen": chosen, "entropy": f"{entropy:.3f}", "load": load}
+        for layer, (first, chosen, entropy, load) in enumerate(zip(*columns))
+    ]
+
+
+def _sample(result: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
+    own = own_expert(result, sample["label"]) if sample["label"] in result["data"]["per_label"] else None
+    tokens = [_token(result["experts"], token["text"], token["experts"]) for token in sample["tokens"]]
+    right = sum(token["expert"] == own for token in tokens) / len(tokens) if tokens and own is not None else None
+    return {**_chip(sample["label"], own), "right": right, "tokens": tokens}
+
+
+def _token(experts: Sequence[str], text: str, counts: Sequence[int]) -> dict[str, Any]:
+    """A token with the expert that most layers choose first. A tie goes to the lower number, as everywhere."""
+    layers = sum(counts)
+    winner = max(range(len(counts)), key=counts.__getitem__)
+    order = sorted((n for n in range(len(counts)) if counts[n]), key=lambda n: -counts[n])
+    title = ", ".join(f"{experts[n]} {counts[n]}" for n in order) + f" of {layers} layers"
+    strength = f"{counts[winner] / layers:.2f}" if layers else "0"
+    return {
+        "expert": winner,
+        "kind": svg.expert_kind(winner),
+        "strength": strength,
+        "title": title,
+        "text": _visible(text),
+    }
+
+
+def _visible(text: str) -> str:
+    """A token's text with signs for what can't be seen: ends of lines, tabs, lone spaces, control characters."""
+    if not text:
+        return "∅"
+    if not text.strip(" "):
+        return "·" * len(text)
+    signs = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t", "\x7f": "␡", "\u00a0": "⍽"}
+    return "".join(signs.get(c, chr(0x2400 + ord(c)) if c < " " else c) for c in text)

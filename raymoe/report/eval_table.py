@@ -1,0 +1,150 @@
+"""An evaluation on a terminal: losses, how often the right expert was chosen, and how the work is shared.
+
+Tables are cut into blocks of columns that fit into 100 characters, so that 16 labels read as well as 2. Piped output
+has the same blocks; a mark that is a colour on a terminal is a `*` everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from raymoe.report.eval_figures import (
+    MEAN,
+    best_of,
+    labels_of,
+    loss_of,
+    loss_rows,
+    mean_load,
+    own_expert,
+    perplexity,
+    router_origin,
+    weakest_layers,
+)
+
+__all__ = ["print_evaluation"]
+
+_WIDTH = 100
+_Column = TypeVar("_Column", str, int)
+
+
+def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print an evaluation (what `eval.json` holds) on standard output, for people or as it is."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    # Names are printed as they are: '[...]' in one is no markup. What is piped is not wrapped.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    data = result["data"]
+    count, used = len(result["experts"]), result["experts_per_token"]
+    console.print(f"{result['model']} ({result['architecture']})", style="bold")
+    facts = [f"{count} experts", f"{used} for each token", f"{result['layers']} layers", *router_origin(result)]
+    console.print(", ".join(facts))
+    console.print(f"{data['texts']:,} texts of {data['file']}, {data['tokens']:,} tokens")
+    _print_losses(console, result)
+    _print_routing(console, result)
+    _print_confusion(console, result)
+    _print_load(console, result)
+    for warning in result.get("warnings") or ():
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
+    rows = loss_rows(result)
+
+    def cell(model: str, label: str) -> tuple[str, str]:
+        loss = loss_of(result, model, label)
+        if loss is None:
+            return "-", ""
+        best = loss == best_of(result, label)
+        return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold green" if best else ""
+
+    console.print("\nLoss in nats a token, perplexity in brackets; * is the lowest of a column")
+    _print_blocks(console, "model", rows, {label: label for label in (*labels_of(result), MEAN)}, cell)
+    if "oracle" in rows:
+        console.print("oracle: the merge, always asking a text's own expert")
+    if "hidden" in rows:
+        console.print("hidden: the merge with routers of gate mode hidden")
+    if result.get("gap_closed") is not None:
+        share = result["gap_closed"]
+        console.print(f"{share:.0%} of the gap from hidden to oracle is closed.")
+
+
+def _print_routing(console: Any, result: Mapping[str, Any]) -> None:
+    routing, used = result["routing"], result["experts_per_token"]
+    console.print("\nRouting accuracy, mean over layers and labels")
+    console.print(f"own expert is the first choice   {routing['first_accuracy_mean']:6.1%}")
+    console.print(f"own expert among the {used} chosen    {routing['chosen_accuracy_mean']:6.1%}")
+    weakest = ", ".join(f"{layer} ({accuracy:.0%})" for layer, accuracy in weakest_layers(result))
+    console.print(f"weakest layers, by first choice: {weakest}")
+
+
+def _print_confusion(console: Any, result: Mapping[str, Any]) -> None:
+
+    def cell(label: str, expert: int) -> tuple[str, str]:
+        own = expert == own_expert(result, label)
+        return f"{result['routing']['confusion'][label][expert]:.0%}{'*' if own else ' '}", "bold" if own else ""
+
+    console.print("\nFirst choices of each label's tokens, all layers; * is the label's own expert")
+    _print_blocks(console, "label", labels_of(result), dict(enumerate(result["experts"])), cell)
+
+
+def _print_load(console: Any, result: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    load, entropy = result["routing"]["load"], result["routing"]["load_entropy"]
+    table = Table("expert", "load", "least", "most", "in layer", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for number, (name, mean) in enumerate(zip(result["experts"], mean_load(result))):
+        shares = [row[number] for row in load]
+        most = max(range(len(shares)), key=shares.__getitem__)
+        table.add_row(name, f"{mean:.1%}", f"{min(shares):.1%}", f"{shares[most]:.1%}", str(most))
+    even = 1 / len(result["experts"])
+    console.print(f"\nLoad: share of the work, mean over layers, and the layers' extremes; even is {even:.1%}")
+    console.print(table)
+    least = min(range(len(entropy)), key=entropy.__getitem__)
+    mean = sum(entropy) / len(entropy)
+    console.print(f"load entropy {mean:.3f} (1 is even), lowest {entropy[least]:.3f} in layer {least}")
+
+
+def _print_blocks(
+    console: Any,
+    corner: str,
+    rows: Sequence[str],
+    heads: Mapping[_Column, str],
+    cell: Callable[[str, _Column], tuple[str, str]],
+) -> None:
+    """One table, or several below each other where the columns don't fit side by side. `cell` gives text and style."""
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    first = max(cell_len(text) for text in (corner, *rows))
+    width = {
+        column: max(cell_len(head), *(cell_len(cell(row, column)[0]) for row in rows)) for column, head in heads.items()
+    }
+    for block in _blocks(width, min(console.width, _WIDTH) - first):
+        table = Table(corner, box=None, pad_edge=False)
+        for column in block:
+            table.add_column(heads[column], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row, *(Text(*cell(row, column)) for column in block))
+        console.print(table)
+
+
+def _blocks(width: Mapping[_Column, int], room: int) -> Iterator[list[_Column]]:
+    """Runs of columns that fit into `room` characters with two between them; at least one column each."""
+    block: list[_Column] = []
+    used = 0
+    for column, size in width.items():
+        if block and used + size + 2 > room:
+            yield block
+            block, used = [], 0
+        block.append(column)
+        used += size + 2
+    yield block

@@ -1,0 +1,154 @@
+"""What makes the routers, as jobs for actors: the members' prompts, and then each layer's rows.
+
+    prompts of members  --> an object for each member and layer, in Ray's store
+    a layer             --> its objects of all members, to whoever has room --> rows, to the coordinator
+
+So the states of prompts go from actor to actor, never through the coordinator, and layers are worked on side by side.
+Modes that read no layers (`cheap_embed`) are done with the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raymoe.config import MODES
+from raymoe.gates.assemble import Rows, collected
+from raymoe.gates.capture import readings
+from raymoe.gates.summary import RouterSummary
+from raymoe.planning.types import GatePlan, GatePrompts
+
+__all__ = ["GateJob", "GateWork"]
+
+
+@dataclass(eq=False)
+class GateJob:
+    """Prompts that one model reads, or the number of a layer. `failures`: how often an actor died over it or input was
+    lost.
+
+    `states` refer to what the prompts will leave at each layer, one member after the other, once they are being read.
+    """
+
+    what: tuple[GatePrompts, ...] | int
+    failures: int = 0
+    states: list[Any] = field(default_factory=list)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The members whose prompts these are."""
+        return () if isinstance(self.what, int) else tuple(prompts.owner for prompts in self.what)
+
+    @property
+    def label(self) -> str:
+        return f"router of layer {self.what}" if isinstance(self.what, int) else f"gates of {', '.join(self.owners)}"
+
+
+class GateWork:
+    """The queue of gate jobs and what came of them."""
+
+    def __init__(self, gates: GatePlan, actors: int) -> None:
+        import ray
+
+        self._gates, self._mode = gates, MODES[gates.mode]
+        self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
+        self._readings = readings(self.members, actors)
+        self._waiting = [GateJob(members) for members in self._readings]
+        # What all jobs share; each gets its own prompts beside it.
+        self._shared_plan = ray.put(dataclasses.replace(gates, experts=(), shared=())) if self.members else None
+        self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
+        self._captured: dict[str, list[Any]] = {}
+        self._layers: dict[int, Any] = {}
+        self._rows: Rows = {}
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def members_done(self) -> int:
+        return len(self._captured) + len(self._rows)
+
+    @property
+    def layers_done(self) -> int:
+        return len(self._layers)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows are there."""
+        if self._mode.reads_layers and self.members:
+            return len(self._layers) == self._gates.layers
+        return len(self._rows) == len(self.members)
+
+    @property
+    def _all_captured(self) -> bool:
+        return self._mode.reads_layers and len(self._captured) == len(self.members)
+
+    def next_member(self) -> GateJob | None:
+        """The prompts that are to be read next, if there are any."""
+        return next((self._take(job) for job in self._waiting if not isinstance(job.what, int)), None)
+
+    def next_layer(self) -> GateJob | None:
+        """The layer whose router is to be made next, if all prompts have been read."""
+        if not self._all_captured:
+            return None
+        while job := next((self._take(job) for job in self._waiting), None):
+            if job.what not in self._layers:  # so if it was under way while states were captured again
+                return job
+        return None
+
+    def _take(self, job: GateJob) -> GateJob:
+        self._waiting.remove(job)
+        return job
+
+    def send_back(self, job: GateJob) -> None:
+        """Its actor died: it goes to the front of the queue."""
+        if self._all_captured or not isinstance(job.what, int):  # else its layer will be asked for again anyway
+            self._waiting.insert(0, job)
+
+    def start(self, actor: Any, job: GateJob) -> Any:
+        """Start a job on an actor; a reference that is ready when it is done."""
+        experts = len(self._gates.experts)
+        if isinstance(job.what, int):
+            inputs = [self._captured[member.owner][job.what] for member in self.members]
+            return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, *inputs)
+        if not self._mode.reads_layers:
+            return actor.embedding_rows.options(name=job.label).remote(self._shared_plan, job.what)
+        options = {"name": job.label, "num_returns": 1 + self._gates.layers * len(job.what)}
+        done, *job.states = actor.capture.options(**options).remote(self._shared_plan, job.what, experts)
+        return done
+
+    def came_back(self, job: GateJob, result: Any) -> None:
+        """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""
+        if isinstance(job.what, int):
+            self._layers[job.what] = result
+            for layers in self._captured.values():  # the store may have the room for others
+                layers[job.what] = None
+        elif self._mode.reads_layers:
+            count = self._gates.layers
+            for number, owner in enumerate(job.owners):
+                self._captured[owner] = job.states[number * count : (number + 1) * count]
+            if self._all_captured:
+                missing = [n for n in range(self._gates.layers) if n not in self._layers]
+                self._waiting += [GateJob(layer, failures=self._losses) for layer in missing]
+        else:
+            rows = [np.repeat(row[None], self._gates.layers, axis=0) for row in result]
+            self._rows |= dict(zip(job.owners, rows, strict=True))
+
+    def capture_again(self) -> None:
+        """States of prompts were lost with their node: all are captured anew, for the layers that are not done."""
+        if self._all_captured:  # else another layer has seen to it
+            self._losses += 1
+            self._captured.clear()
+            self._waiting = [GateJob(members, failures=self._losses) for members in self._readings]
+
+    def result(self) -> tuple[Rows, RouterSummary | None]:
+        """Rows of all members with prompts, and how they did on held-out prompts."""
+        if not self._layers:
+            return self._rows, None
+        count = len(self._gates.experts)
+        owners: Sequence[str] = [member.owner for member in self.members]
+        return collected(self._layers, owners[:count], owners[count:])

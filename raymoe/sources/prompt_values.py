@@ -1,0 +1,203 @@
+"""The prompts of one file, one after the other: lines of text, lines of JSON or a column of Parquet.
+
+    path or URL --> bytes (--gunzip) --> lines --> texts
+                    or a Parquet column, batch by batch
+
+Nothing is held but the line or batch at hand. What is wrong with a line is told to `Faults`, which ends the pass when
+there is too much of it; what is wrong with the whole file ends it at once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, BinaryIO, NoReturn, cast
+
+from raymoe.config.lines import excerpt, kind_of
+from raymoe.config.prompts import PromptFile, file_format, is_compressed
+from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.stream import ObjectStream
+from raymoe.objects.urls import is_url, local_path
+
+__all__ = ["Faults", "prompt_values"]
+
+_MAX_FAULTS = 5  # of one file; one wrong field makes every line wrong in the same way
+_MAX_LINE_BYTES = 16 * 2**20
+_READ_BYTES = 4 * 2**20
+_BATCH_ROWS = 256
+_SHOWN_FIELDS = 12
+_TEXT_TYPES = ("string", "large_string", "string_view")
+
+
+class Faults:
+    """What is wrong with one file; `owner` is the key of the config that names it."""
+
+    def __init__(self, file: str, owner: str) -> None:
+        self._file, self._owner = excerpt(file, 400), owner
+        self.problems: list[Problem] = []
+
+    def add(self, what: str, remedy: str, at: str = "") -> None:
+        """Note a problem at a line (':12') or row; raises ProblemReport when there are too many to go on."""
+        self.problems.append(Problem(where=f"{self._file}{at}: {self._owner}", what=what, remedy=remedy))
+        if len(self.problems) == _MAX_FAULTS:
+            what = f"stopped reading after {_MAX_FAULTS} problems"
+            self.problems.append(Problem(where=f"{self._file}: {self._owner}", what=what))
+            raise ProblemReport(self.problems)
+
+    def end(self, what: str, remedy: str, at: str = "") -> NoReturn:
+        """Note a problem after which nothing more can be read."""
+        self.add(what, remedy, at)
+        raise ProblemReport(self.problems)
+
+
+def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> Iterator[str]:
+    """All prompts of the file that are not blank, in order. Raises ProblemReport, StorageError."""
+    raw = _open(file.file, storage, faults)
+    with raw:
+        if file_format(file.file) == "parquet":
+            yield from filter(str.strip, _column(raw, file.field, faults))
+            return
+        lines = _lines(_unpacked(raw) if is_compressed(file.file) else raw, faults)
+        if file_format(file.file) == "jsonl":
+            lines = _fields(lines, file.field, faults)
+        for _, text in lines:
+            if text.strip():
+                yield text
+
+
+def _open(file: str, storage: StorageOptions, faults: Faults) -> BinaryIO:
+    path = local_path(file) if is_url(file) else os.path.abspath(os.path.expanduser(file))
+    if path is None:
+        return cast(BinaryIO, io.BufferedReader(ObjectStream(file, storage), _READ_BYTES))
+    if os.path.isdir(path):
+        faults.end("this is a folder, not a file", "name the file in it")
+    if not os.path.exists(path):
+        faults.end(f"there is no file {path} here", "correct the path; it is relative to the working directory")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        faults.end(f"the file can't be read: {error.strerror}", "check its permissions")
+
+
+def _unpacked(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+
+
+def _lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
+    """The lines by number, without their ends."""
+    for number, raw in _raw_lines(stream, faults):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 text (byte 0x{raw[error.start]:02x})"
+            faults.add(what, "save the file as UTF-8", f":{number}")
+        else:
+            yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def _raw_lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = stream.readline(_MAX_LINE_BYTES + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            faults.end(f"the gzip data is damaged: {error}", "make the file again", f":{number}")
+        except OSError as error:
+            faults.end(f"the file can't be read: {error.strerror or error}", "check the disk it is on", f":{number}")
+        if not line:
+            return
+        if len(line) > _MAX_LINE_BYTES:
+            what = f"the line has more than {_MAX_LINE_BYTES >> 20} MiB"
+            faults.end(what, "write one prompt a line", f":{number}")
+        yield number, line
+
+
+def _fields(lines: Iterator[tuple[int, str]], field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    for number, line in lines:
+        if line.strip() and (text := _field(line, field, faults, f":{number}")) is not None:
+            yield number, text
+
+
+def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
+    try:
+        found: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object a line", at)
+        return None
+    except (ValueError, RecursionError):
+        faults.add("not a JSON value that can be read", "write one JSON object a line", at)
+        return None
+    if not isinstance(found, dict):
+        faults.add(f"expected a JSON object, got {kind_of(found)}", f'write {{"{excerpt(field)}": "..."}}', at)
+        return None
+    if field not in found:
+        faults.add(*_no_field("key", field, list(found)), at)
+        return None
+    return _text(found[field], field, faults, at)
+
+
+def _no_field(kind: str, field: str, names: list[str]) -> tuple[str, str]:
+    shown = ", ".join(excerpt(name) for name in names[:_SHOWN_FIELDS]) or "none"
+    more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
+    near = get_close_matches(field, names, n=1)
+    remedy = f"did you mean field: {excerpt(near[0])}?" if near else f"set field to the {kind} that holds the prompt"
+    return f"there is no {kind} '{excerpt(field)}'; {kind}s here: {shown}{more}", remedy
+
+
+def _text(value: Any, field: str, faults: Faults, at: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        what = f"'{excerpt(field)}' is {kind_of(value)}, not text"
+        faults.add(what, "set field to what holds the prompt as text", at)
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        what = f"'{excerpt(field)}' is not valid Unicode text"
+        faults.add(what, "remove the lone surrogate (\\uD800-\\uDFFF)", at)
+        return None
+    return value
+
+
+def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
+    """The texts of one column; of the others nothing is read."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        remedy = "pip install 'raymoe[parquet]', or save the prompts as .jsonl"
+        faults.end("reading Parquet needs pyarrow, which is not installed", remedy)
+    try:
+        # By default a whole row group's column is read ahead.
+        opened = parquet.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
+        names = opened.schema_arrow.names
+        if field not in names:
+            faults.end(*_no_field("column", field, names))
+        kind = opened.schema_arrow.field(names.index(field)).type
+        kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+        if str(kind) not in (*_TEXT_TYPES, "null"):
+            faults.end(f"the column '{excerpt(field)}' holds {excerpt(str(kind))}, not text", "name a column of text")
+        row = 0
+        for batch in opened.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False):
+            for value in batch.column(0):
+                row += 1
+                if (text := _cell(value, faults, f" row {row}")) is not None:
+                    yield text
+    except (ArrowException, OSError, ValueError) as error:
+        faults.end(f"the Parquet file can't be read: {excerpt(str(error), 200)}", "make the file again")
+
+
+def _cell(value: Any, faults: Faults, at: str) -> str | None:
+    try:
+        text: str | None = value.as_py()
+    except UnicodeDecodeError:
+        faults.add("not UTF-8 text", "write the column as UTF-8", at)
+        return None
+    return text

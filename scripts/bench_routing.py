@@ -1,0 +1,345 @@
+"""How well each gate mode routes: loss on held-out text for every mode and number of prompts, against the oracle.
+
+    python scripts/bench_routing.py routers --out routing.json          # the example experts
+    python scripts/bench_routing.py routers --second-split --out b.json # other prompts, other held-out texts
+    python scripts/bench_routing.py routers --base org/base --expert law=org/law --expert code=org/code \\
+        --prompts law=law.jsonl --prompts code=code.jsonl --heldout heldout.jsonl --out mine.json
+    python scripts/bench_routing.py solve --out solve.json              # time to fit the routers of a 7B shape
+    python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into docs/routing.md
+
+`routers` merges once, and puts each mode's rows into the same weights: `raymoe eval`'s engine, so that one pass over
+the layers serves all of them. A loss is the mean over labels of the mean over their held-out tokens, in nats. `closed`
+is the share of the way from `hidden` with the same prompts to the oracle, which always takes the text's own expert.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import raymoe
+from raymoe.evaluation.engine import Variant, log_likelihoods
+from raymoe.evaluation.models import mixture_model
+from raymoe.gates.assemble import router_bytes, router_rows
+from raymoe.gates.here import gate_rows_here
+from raymoe.planning.types import MergePlan, Router
+from raymoe.sources.refs import parse_model_ref
+from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import INDEX_NAME
+from raymoe.storage.stream import shard_chunks
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
+MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "ridge")
+COUNTS = ("keywords", "16", "64", "256")
+PAGE, MARK = ROOT / "docs/routing.md", "<!-- tables: scripts/bench_routing.py -->"
+# Mistral-7B: what four experts with a base of their own have to be read for a merge.
+SHAPE_7B = {"layers": 32, "hidden": 4096, "experts": 4, "tokens": 16_000, "ffn": 3 * 4096 * 14336, "rest": 41_943_040}
+
+
+# --- the texts
+
+
+def pairs(values: Sequence[str], what: str) -> dict[str, str]:
+    found = dict(value.partition("=")[::2] for value in values)
+    if not all(found.values()):
+        sys.exit(f"error: {what} is written label=value")
+    return found
+
+
+def jsonl(path: Path, field: str = "text") -> list[str]:
+    return [json.loads(line)[field] for line in path.read_text().splitlines() if line.strip()]
+
+
+def read_texts(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Prompts by number of prompts and label, and held-out texts by label."""
+    files = pairs(arguments.prompts, "--prompts") or {kind: f"examples/prompts/{kind}.jsonl" for kind in labels}
+    prompts = {label: jsonl(Path(files[label])) for label in labels}
+    held_out: dict[str, list[str]] = {label: [] for label in labels}
+    for line in Path(arguments.heldout).read_text().splitlines():
+        row = json.loads(line)
+        held_out[row["label"]].append(row["text"])
+    if arguments.second_split:
+        held_out = {label: texts[:40] for label, texts in prompts.items()}
+        prompts = {label: texts[:39:-1] for label, texts in prompts.items()}
+    if arguments.limit:
+        held_out = {label: texts[: arguments.limit] for label, texts in held_out.items()}
+    counts: dict[str, Any] = {}
+    for count in arguments.counts:
+        if count == "keywords":
+            counts[count] = json.loads(Path(arguments.keywords).read_text())
+        elif min(map(len, prompts.values())) >= int(count):
+            counts[count] = {label: texts[: int(count)] for label, texts in prompts.items()}
+    return counts, held_out
+
+
+# --- routers
+
+
+def config_of(arguments: argparse.Namespace, experts: Mapping[str, str], mode: str, prompts: Mapping[str, Any]) -> Any:
+    entries = [{"source_model": model, "positive_prompts": prompts[label]} for label, model in experts.items()]
+    return {"base_model": arguments.base, "gate_mode": mode, "dtype": "bfloat16", "experts": entries}
+
+
+def write_merge(plan: MergePlan, folder: Path) -> None:
+    """The merge's files that hold weights and config, with routers of zeros."""
+    with SourceReader(HubOptions()) as reader:
+        rows = {p.owner: np.zeros((plan.gates.layers, plan.gates.hidden), np.float32) for p in plan.gates.experts}
+        for shard in plan.shards:
+            with open(folder / shard.file_name, "wb") as file:
+                for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows)):
+                    file.write(chunk)
+    (folder / "config.json").write_text(json.dumps(plan.config))
+    (folder / INDEX_NAME).write_text(json.dumps(plan.index))
+
+
+def rows_of(plan: MergePlan, device: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(layers, experts, hidden), rounded to bfloat16 as in a checkpoint."""
+    with SourceReader(HubOptions()) as reader:
+        rows, _ = gate_rows_here(plan.gates, reader, device=device)
+    stacked = np.stack([router_rows(plan.gates, rows, Router(layer=layer)) for layer in range(plan.gates.layers)])
+    return torch.from_numpy(stacked).bfloat16().float().numpy()
+
+
+def bench_routers(arguments: argparse.Namespace) -> dict[str, Any]:
+    experts = pairs(arguments.expert, "--expert") or {kind: f"{BASE}+examples/adapters/{kind}" for kind in KINDS}
+    labels = list(experts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts, held_out = read_texts(arguments, labels)
+    tokenizer = raymoe_tokenizer(arguments.base)
+    texts = [(number, tokenizer(text)["input_ids"]) for number, label in enumerate(labels) for text in held_out[label]]
+    variants = [Variant(name="oracle", forced=[number for number, _ in texts])]
+    for count, prompts in counts.items():
+        for mode in arguments.modes:
+            began = time.monotonic()
+            plan = raymoe.plan(config_of(arguments, experts, mode, prompts), allow_all_same=True)
+            variants.append(Variant(name=f"{count}/{mode}", rows=rows_of(plan, device)))
+            print(f"rows of {mode}, {count}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder, SourceReader(HubOptions()) as reader:
+        write_merge(raymoe.plan(config_of(arguments, experts, "random", prompts), allow_all_same=True), Path(folder))
+        model = mixture_model(resolve_model(parse_model_ref(folder)))
+        results = {}
+        for top in (1, 2):
+            assert model.rule is not None
+            changed = dataclasses.replace(model, rule=dataclasses.replace(model.rule, per_token=top))
+            results[f"top-{top}"] = measured(changed, texts, variants, labels, reader, device)
+    return {
+        "experts": labels,
+        "split": "second" if arguments.second_split else "first",
+        "held_out_tokens": sum(len(ids) - 1 for _, ids in texts),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "results": results,
+    }
+
+
+def raymoe_tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+def measured(
+    model: Any, texts: Sequence[tuple[int, list[int]]], variants: Sequence[Variant], labels: Sequence[str], *where: Any
+) -> dict[str, dict[str, float]]:
+    """Loss and first-choice accuracy of each variant."""
+    right = {variant.name: np.zeros((len(labels), 2)) for variant in variants}
+
+    def seeing(variant: Variant) -> Variant:
+        def see(layer: int, text: int, experts_TK: Any, weights_TK: Any) -> None:
+            label = texts[text][0]
+            right[variant.name][label] += (int((experts_TK[:, 0] == label).sum()), len(experts_TK))
+
+        return dataclasses.replace(variant, see=see)
+
+    values = log_likelihoods(model, [ids for _, ids in texts], [seeing(variant) for variant in variants], *where)
+    results = {}
+    for variant in variants:
+        by_label: dict[int, list[Any]] = {}
+        for (label, _), likely in zip(texts, values[variant.name], strict=True):
+            by_label.setdefault(label, []).append(likely)
+        loss = float(np.mean([-np.concatenate(each).mean() for each in by_label.values()]))
+        share = right[variant.name]
+        results[variant.name] = {"loss": loss, "accuracy": float((share[:, 0] / share[:, 1]).mean())}
+    return results
+
+
+# --- time to solve
+
+
+def bench_solve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds for a layer's router of a 7B shape on each device, and for reading the experts' weights."""
+    from raymoe.gates.capture import token_limit
+    from raymoe.gates.ridge import Examples, fit_rows
+
+    shape = SHAPE_7B
+    generator = torch.Generator().manual_seed(0)
+    each = min(shape["tokens"] // shape["experts"], token_limit("ridge", shape["experts"]))  # as capturing leaves them
+    # Token states as those of a model: a common mean, a decaying spectrum, a little that tells the experts apart.
+    spectrum = torch.arange(1, shape["hidden"] + 1).float() ** -0.5
+    examples = [
+        Examples(
+            states=(
+                torch.randn((each, shape["hidden"]), generator=generator) * spectrum
+                + torch.randn(shape["hidden"], generator=generator) * spectrum * 0.3
+            ).bfloat16(),
+            prompts=torch.arange(each) * 16 // each,
+            negative=torch.zeros(each, dtype=torch.bool),
+        )
+        for _ in range(shape["experts"])
+    ]
+    threads = os.cpu_count() or 1
+    result: dict[str, Any] = {"shape": shape, "cores": threads, "layer_seconds": {}}
+    torch.set_num_threads(1)  # as actors do: layers side by side, one thread each
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        given = [
+            Examples(states=e.states.to(device), prompts=e.prompts.to(device), negative=e.negative.to(device))
+            for e in examples
+        ]
+        times = list(timed_fits(fit_rows, given, arguments.layers, 1 if device == "cuda" else threads))
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        result["layer_seconds"][name] = float(np.median(times))
+    result["read_bytes"] = shape["layers"] * (shape["experts"] * shape["ffn"] + shape["rest"]) * 2
+    result["read_rate"] = read_rate(Path(arguments.work), arguments.read_bytes)
+    return result
+
+
+def timed_fits(fit: Any, given: Any, layers: int, at_once: int) -> Iterator[float]:
+    """Seconds a layer, with `at_once` layers under way."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(_: int) -> None:
+        torch.set_num_threads(1)
+        fit(given)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, range(at_once)))
+        for _ in range(layers):
+            began = time.monotonic()
+            list(pool.map(one, range(at_once)))
+            yield (time.monotonic() - began) / at_once
+
+
+def read_rate(folder: Path, count: int) -> float:
+    """Bytes a second from the disk of `folder`, the page cache dropped; one reader, 8 MiB at a time."""
+    path = folder / "read-rate.bin"
+    block = os.urandom(8 << 20)
+    with open(path, "wb") as file:
+        for _ in range(count // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.monotonic()
+    buffer = bytearray(8 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    seconds = time.monotonic() - began
+    path.unlink()
+    return count / seconds
+
+
+# --- tables
+
+
+def tables(paths: Sequence[str]) -> str:
+    return "\n\n".join(table_of(json.loads(Path(path).read_text())) for path in paths)
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    return solve_table(result) if "layer_seconds" in result else routing_table(result)
+
+
+def solve_table(result: Mapping[str, Any]) -> str:
+    shape, read = result["shape"], result["read_bytes"] / result["read_rate"]
+    lines = [
+        f"{shape['layers']} layers, width {shape['hidden']}, {shape['experts']} experts, {shape['tokens']:,} tokens; "
+        f"{result['cores']} cores:",
+        "",
+        "| fitted on | seconds for all layers |",
+        "|---|---:|",
+    ]
+    lines += [f"| {name} | {seconds * shape['layers']:.1f} |" for name, seconds in result["layer_seconds"].items()]
+    rate = f"at the measured {result['read_rate'] / 1e9:.2f} GB/s"
+    what = f"reading {result['read_bytes'] / 1e9:.0f} GB of weights from disk {rate}"
+    return "\n".join([*lines, f"| ({what}) | {read:.1f} |"])
+
+
+def routing_table(result: Mapping[str, Any]) -> str:
+    tops = result["results"]
+    counts = list(dict.fromkeys(name.partition("/")[0] for name in tops["top-1"] if "/" in name))
+    modes = list(dict.fromkeys(name.partition("/")[2] for name in tops["top-1"] if "/" in name))
+    losses = ", ".join(f"{top} {values['oracle']['loss']:.3f}" for top, values in tops.items())
+    split = {"first": "", "second": ", second split"}[result["split"]]
+    lines = [
+        f"{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}; loss of the oracle: "
+        f"{losses}.",
+        "",
+        "| prompts an expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for count in counts:
+        for mode in modes:
+            cells = [count if mode == modes[0] else "", f"`{mode}`"]
+            for top, values in tops.items():
+                own, hidden = values[f"{count}/{mode}"], values[f"{count}/hidden"]["loss"]
+                closed = (hidden - own["loss"]) / (hidden - values["oracle"]["loss"])
+                cells += [f"{own['loss']:.3f}"] + ([f"{own['accuracy']:.0%}"] if top == "top-1" else [])
+                cells += ["-" if mode == "hidden" else f"{closed:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def into_page(text: str) -> None:
+    before, _, rest = PAGE.read_text().partition(MARK)
+    _, _, after = rest.partition(MARK)
+    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    routers = commands.add_parser("routers", help="losses of all modes")
+    routers.add_argument("--base", default=BASE)
+    routers.add_argument("--expert", action="append", default=[], metavar="LABEL=MODEL")
+    routers.add_argument("--prompts", action="append", default=[], metavar="LABEL=FILE", help="JSONL with 'text'")
+    routers.add_argument("--heldout", default="examples/heldout.jsonl", help="JSONL with 'label' and 'text'")
+    routers.add_argument("--keywords", default="examples/keywords.json", help="JSON: label -> words")
+    routers.add_argument("--counts", nargs="+", default=COUNTS)
+    routers.add_argument("--modes", nargs="+", default=MODES)
+    routers.add_argument("--limit", type=int, default=0, help="held-out texts a label (0: all)")
+    routers.add_argument("--second-split", action="store_true", help="hold out the first 40 prompts, use the others")
+    solve = commands.add_parser("solve", help="seconds to fit the routers of a 7B shape")
+    solve.add_argument("--layers", type=int, default=3, help="how often a layer is timed")
+    solve.add_argument("--work", default=".", help="a folder on the disk that weights would be read from")
+    solve.add_argument("--read-bytes", type=int, default=4_000_000_000)
+    for command in (routers, solve):
+        command.add_argument("--out", required=True, help="JSON of the results")
+    table = commands.add_parser("table", help="results as markdown, into docs/routing.md")
+    table.add_argument("results", nargs="+")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        into_page(tables(arguments.results))
+        return
+    result = bench_routers(arguments) if arguments.command == "routers" else bench_solve(arguments)
+    Path(arguments.out).write_text(json.dumps(result, indent=1))
+    print(table_of(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`raymoe eval`: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import raymoe
+from tests.pico import merge_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLE_BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge of two experts, `code` and `law`, and texts for them beside it."""
+    folder = tmp_path_factory.mktemp("eval")
+    for number, name in enumerate(("base", "code", "law")):
+        shutil.copytree(zoo("llama", seed=number), folder / name)
+    ray_merge(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden"), folder / "out")
+    texts = [("code", "def area(radius): return 3"), ("law", "You may reproduce the Work"), ("law", "The licensor")]
+    lines = [json.dumps({"label": label, "text": text}) + "\n" for label, text in texts]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_a_table_a_page_and_numbers(merged: Path, tmp_path: Path) -> None:
+    html, numbers = tmp_path / "page.html", tmp_path / "eval.json"
+    arguments = ("--data", "texts.jsonl", "--json", numbers, "--html", html, "--device", "cpu", "--limit", 1)
+    done = raymoe("eval", "out", *arguments, cwd=merged)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(numbers.read_text())
+    assert result["model"] == "out" and result["data"]["file"] == "texts.jsonl" and result["data"]["texts"] == 2
+    assert set(result["loss"]) == {"merged", "base", "oracle", "hidden", "expert code", "expert law"}
+    for word in ("merged", "oracle", "hidden", "code", "law", f"{result['loss']['base']['mean']:.3f}"):
+        assert word in done.stdout
+    page = html.read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>") and "code" in page and "law" in page
+
+
+def test_only_what_is_asked_for(merged: Path, cli: Cli, tmp_path: Path) -> None:
+    numbers = tmp_path / "eval.json"
+    asked = ("--against", "oracle", "--quiet", "--device", "cpu", "--label", "code=law", "--label", "law=1")
+    answer = cli("eval", merged / "out", "--data", merged / "texts.jsonl", "--json", numbers, *asked)
+    assert answer.code == 0 and answer.out == ""
+    assert answer.err.startswith("warning: no text is for code") and answer.err.count("\n") == 1
+    result = json.loads(numbers.read_text())
+    assert [name for name, loss in result["loss"].items() if loss] == ["merged", "oracle"]
+    assert [label["expert"] for label in result["data"]["per_label"].values()] == [1, 1]
+
+
+def test_mistakes_are_told_together(merged: Path, cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"label": "rust", "text": "fn main"}\nnot json\n')
+    answer = cli("eval", merged / "out", "--data", data, "--against", "bse", "--max-tokens", 1)
+    assert answer.code == 2 and answer.out == ""
+    for part in ("did you mean base?", "--max-tokens: 1", "line 1: unknown label 'rust'", "line 2: not JSON"):
+        assert part in answer.err
+
+
+def test_files_that_can_not_be_written_are_refused_first(merged: Path, cli: Cli, tmp_path: Path) -> None:
+    files = ("--json", tmp_path, "--html", tmp_path / "gone/page.html")
+    answer = cli("eval", merged / "out", "--data", merged / "texts.jsonl", *files)
+    assert answer.code == 2
+    assert "this is a folder" in answer.err and "there is no such folder" in answer.err
+
+
+def test_what_is_no_merge(merged: Path, cli: Cli) -> None:
+    for place in ("gone", "base"):
+        assert cli("eval", merged / place, "--data", merged / "texts.jsonl").code == 2
+
+
+@pytest.mark.skipif(not EXAMPLE_BASE.is_dir(), reason="needs scripts/fetch_example_base.py")
+def test_the_example_experts_are_told_apart(ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+    """The merge of the example predicts each kind of text better than the base, and the right expert better still."""
+    import yaml
+
+    import raymoe as package
+
+    config = yaml.safe_load((REPOSITORY / "configs/example.yaml").read_text())
+    config["base_model"] = str(EXAMPLE_BASE)
+    for expert in config["experts"]:
+        adapter = REPOSITORY / expert["source_model"].partition("+")[2]
+        expert["source_model"] = f"{EXAMPLE_BASE}+{adapter}"
+        expert["positive_prompts"] = expert["positive_prompts"][:4]
+    ray_merge(config, tmp_path / "out")
+    asked: dict[str, Any] = {"against": ("base", "oracle"), "limit": 1, "max_tokens": 96, "device": "cpu"}
+    result = package.evaluate(tmp_path / "out", REPOSITORY / "examples/heldout.jsonl", **asked)
+    assert result["experts"] == ["go", "metamath", "spanish", "dictionary"]
+    loss = {name: result["loss"][name] for name in ("base", "merged", "oracle")}
+    for label in result["experts"]:
+        assert loss["oracle"][label] < loss["base"][label]
+    assert loss["oracle"]["mean"] < loss["merged"]["mean"] < loss["base"]["mean"]
+    assert result["routing"]["first_accuracy_mean"] > 0.4

@@ -1,0 +1,70 @@
+"""An evaluation on a terminal: all figures, the best marked, never wider than 100 columns."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+from raymoe.report.eval_table import print_evaluation
+from tests.report.synthetic import synthetic_evaluation
+
+
+def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    print_evaluation(result)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experts", [2, 4, 16])
+def test_fits_and_names_everything(experts: int, capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(experts, 12)
+    text = printed(result, capsys)
+    assert max(cell_len(line) for line in text.splitlines()) <= 100
+    for label, own in result["data"]["per_label"].items():
+        assert f"{result['routing']['confusion'][label][own['expert']]:.0%}*" in text
+        for model in result["loss"]:
+            assert f"{result['loss'][model][label]:.3f} (" in text
+    assert f"{result['gap_closed']:.0%} of the gap from hidden to oracle is closed" in text
+
+
+def test_lowest_of_a_column_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(2, 8)
+    result["loss"]["merged"]["go"] = 0.5
+    lines = printed(result, capsys).splitlines()
+    marked = {line.split("  ")[0]: re.findall(r"[\d.]+ \([\d.]+\)\*", line) for line in lines if ")*" in line}
+    assert marked["merged"] == ["0.500 (1.65)*"]
+    assert set(marked) == {"merged", "expert metamath", "oracle"}, "metamath's own, and the mean"
+
+
+def test_weakest_layers_and_load(capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(2, 4)
+    result["routing"]["first_accuracy"] = [0.9, 0.25, 0.5, 0.75]
+    result["routing"]["load"] = [[0.5, 0.5], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]]
+    text = printed(result, capsys)
+    assert "weakest layers, by first choice: 1 (25%), 2 (50%), 3 (75%)" in text
+    assert re.search(r"^go +40\.0% +20\.0% +50\.0% +0$", text, re.M)
+    assert re.search(r"^metamath +60\.0% +50\.0% +80\.0% +1$", text, re.M)
+
+
+def test_what_was_not_asked_for_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(2, 8)
+    result["loss"] = {
+        "merged": result["loss"]["merged"],
+        "base": {"go": 2.5, "metamath": None, "mean": None},
+        "oracle": None,
+    }
+    result |= {"gap_closed": None, "warnings": ["[few] tokens"]}
+    text = printed(result, capsys)
+    assert "oracle" not in text
+    assert "hidden" not in text
+    assert re.search(r"^base +2\.500 \(12\.2\)\S? +- +-$", text, re.M)
+    assert "warning: [few] tokens" in text
+
+
+def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(2, 4)
+    print_evaluation(result, as_json=True)
+    assert json.loads(capsys.readouterr().out) == result

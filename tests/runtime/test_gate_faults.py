@@ -1,0 +1,115 @@
+"""Actors and nodes that are lost while the routers are made: prompts are read again, and the bytes are the same."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from raymoe.planning import MergeOptions
+from tests.cli.commands import finished_shards, hashes, raymoe, wait_until, write_config
+from tests.runtime.conftest import Merge, children_of, expert_actors, kill
+
+# Wide enough for a layer's router to take a while, and for its states to lie on the node where they were computed.
+_WIDE = {"hidden_size": 512, "head_dim": 16, "intermediate_size": 64, "num_hidden_layers": 16}
+_FLAGS = ("--out-shard-size", "1MB", "--no-write-model-card")
+# What actors say that they are at.
+READING, FITTING = "gates of ", "routers"
+
+
+@pytest.fixture(scope="module")
+def wide(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    from tests.pico import merge_config
+
+    folder = tmp_path_factory.mktemp("wide")
+    content = merge_config(
+        zoo("llama", **_WIDE), [zoo("llama", seed=seed, **_WIDE) for seed in (1, 2, 3)], mode="ridge"
+    )
+    numbers = np.random.default_rng(0)
+    for number, expert in enumerate(content["experts"]):
+        words = [f"{chr(97 + number)}{word}" for word in numbers.integers(0, 1000, 1000)]
+        expert["positive_prompts"] = [" ".join(words[n : n + 25]) for n in range(0, 300, 25)]
+    config = write_config(folder / "config.yaml", content)
+    ray_merge(config, folder / "out", MergeOptions(max_shard_bytes=1_000_000, model_card=False))
+    return Merge(config=config, files=hashes(folder / "out"), flags=_FLAGS)
+
+
+def busy(with_what: str) -> list[psutil.Process]:
+    """Expert actors that say that they are at such a job."""
+    import ray
+
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        try:
+            handle = ray.get_actor(**actor)
+            status, where = ray.get([handle.status.remote(), handle.where.remote()], timeout=5)
+            if any(job.startswith(with_what) for job in status.busy_with):
+                found.append(psutil.Process(where["pid"]))
+        except (ValueError, ray.exceptions.RayError, psutil.NoSuchProcess):
+            continue  # it has gone, or is being restarted
+    return found
+
+
+@pytest.mark.parametrize(("at", "actors"), [(READING, "2"), (FITTING, "1")])
+def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at: str, actors: str) -> None:
+    process = wide.start(tmp_path / "out", ray_env, "--actors", actors)
+    kill(wait_until(lambda: busy(at), at, [process])[0])
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert hashes(tmp_path / "out") == wide.files
+
+
+def test_states_that_are_lost_with_their_node(
+    wide: Merge,
+    ray_env: dict[str, str],
+    second_node: Callable[[], subprocess.Popen[bytes]],
+    tmp_path: Path,
+) -> None:
+    """A node goes with what prompts have left there, while layers are worked on: the prompts are read again."""
+    node, out = second_node(), tmp_path / "out"
+    process = wide.start(out, ray_env, "--actors", "3")
+    there = wait_until(lambda: set(busy(READING)) & set(expert_actors(node.pid)), "a reader on that node", [process])
+    wait_until(lambda: busy(FITTING), "the first router", [process])
+    lost = children_of(node.pid)
+    assert there <= set(lost)
+    kill(node)
+    for child in lost:
+        kill(child)
+    node.wait()
+    wait_until(lambda: busy(READING), "prompts that are read again", [process])
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert hashes(out) == wide.files
+
+
+def test_a_router_that_kills_every_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+    """One message, and the same command goes on from there."""
+    out = tmp_path / "out"
+    process = wide.start(out, ray_env)
+    killed = set()
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        for actor in busy(FITTING):
+            if actor.pid not in killed:
+                killed.add(actor.pid)
+                kill(actor)
+        time.sleep(0.01)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    last = said[said.index("error: ") :]
+    assert re.search(r"router of layer \d: its actor died .*, 3 times|no actor is left: the last one died", last)
+    assert "run the same command again to go on from the shards that are finished" in last
+    assert len(killed) == 3
+    assert finished_shards(out) and not (out / "model.safetensors.index.json").exists()
+    assert raymoe("merge", wide.config, out, *_FLAGS, "--actors", "1", env=ray_env).returncode == 0
+    assert hashes(out) == wide.files
