@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from raymoe.config.modes import MODES
 from raymoe.gates.assemble import Rows, collected, random_gate_rows
-from raymoe.gates.capture import LayerDone, capture_together, readings
+from raymoe.gates.capture import LayerDone, MemberLayer, capture_together, readings
 from raymoe.gates.embeddings import embedding_gate_rows
 from raymoe.gates.layer_rows import layer_rows
 from raymoe.gates.summary import RouterSummary
@@ -38,7 +38,7 @@ def gate_rows_here(
             row = embedding_gate_rows(gates, member, reader, trust_remote_code=trust_remote_code)
             rows[member.owner] = np.repeat(row[None], gates.layers, axis=0)
         return rows, None
-    by_owner = {}
+    by_owner: dict[str, Sequence[MemberLayer]] = {}
     for together in readings(members, 1):
         owners = [member.owner for member in together]
         if begun is not None:

@@ -1,0 +1,10 @@
+"""The command line: arguments in, calls to the package, messages out. No logic of its own.
+
+A file a command. Imports are inside the commands, so that `--help` does not wait for them.
+"""
+
+# Commands register with the app as they are imported, and are listed by `--help` in this order.
+from raymoe.cli import merge, submit, plan, checkpoints, evaluate  # noqa: F401  # isort: skip
+from raymoe.cli.application import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,72 @@
+"""The application that commands register with, and how it ends."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from raymoe.errors import RaymoeError
+
+__all__ = ["app", "main", "stoppable"]
+
+app = typer.Typer(
+    name="raymoe",
+    help="Make Mixture-of-Experts checkpoints out of dense language models, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Stopped(RaymoeError):
+    """Ctrl-C, or a stopped job."""
+
+
+def stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn Ctrl-C into a message and exit status 1; typer's own answer to it differs between versions."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
+            raise Stopped("stopped; a merge that had begun goes on from here when its command is run again") from None
+
+    return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from raymoe import __version__
+
+        typer.echo(f"raymoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
+    try:
+        app()
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
+    except RaymoeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,55 @@
+"""Commands about a finished checkpoint: `inspect`, `verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, Verbose, log_level, on_device
+
+
+@app.command()
+@stoppable
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Summarise a checkpoint: architecture, parameters, experts, shards, routers, how it was made."""
+    from raymoe.report.inspect import inspect_checkpoint, print_summary
+
+    print_summary(inspect_checkpoint(checkpoint), as_json=as_json)
+
+
+@app.command()
+@stoppable
+def verify(
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
+    address: Address = None,
+    actors: Actors = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    transformers_cache: Cache = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Make a merge again from its sources, in memory, and compare every tensor byte for byte."""
+    from raymoe.report.display import print_verification
+    from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.runtime.verify import verify_merge
+    from raymoe.sources.resolve import HubOptions
+
+    log_level(verbose)
+    settings = RuntimeSettings(
+        address=address,
+        actors=actors,
+        device=on_device(device),
+        trust_remote_code=trust_remote_code,
+        verbosity=-1 if quiet else verbose,
+        hub=HubOptions(cache_dir=transformers_cache),
+    )
+    verification = verify_merge(checkpoint, settings)
+    print_verification(verification, quiet=quiet)
+    if not verification.ok:
+        raise typer.Exit(1)

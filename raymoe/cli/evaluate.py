@@ -1,0 +1,68 @@
+"""`raymoe eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+from raymoe.cli.options import Cache, Quiet, Remote, on_device
+
+
+@app.command(name="eval")
+@stoppable
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
+    data: Annotated[Path, typer.Option("--data", help="Labelled texts: one JSON object a line.")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Of base,experts,oracle,hidden: what to compare with, or none. Default: all."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="LABEL=EXPERT for a label that is no expert's name; repeat.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Texts of a label, the first of the file; 0 is all.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text; what is beyond is left out.")] = 512,
+    text_field: Annotated[str, typer.Option("--text-field", help="The text's key.")] = "text",
+    label_field: Annotated[str, typer.Option("--label-field", help="The label's key.")] = "label",
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page of pictures to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="'cpu' computes on the CPU; default: a GPU, if there is one.")
+    ] = None,
+    trust_remote_code: Remote = False,
+    transformers_cache: Cache = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory."""
+    from raymoe import api
+    from raymoe.evaluation.options import EvaluationOptions, parse_against
+    from raymoe.evaluation.written import check_writable, write_evaluation
+    from raymoe.report.display import say
+    from raymoe.report.eval_table import print_evaluation
+    from raymoe.sources.resolve import HubOptions
+
+    options = EvaluationOptions(
+        against=parse_against(against),
+        labels=tuple(label or ()),
+        limit=limit,
+        max_tokens=max_tokens,
+        text_field=text_field,
+        label_field=label_field,
+        device=on_device(device),
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+    )
+    check_writable({"--json": json_file, "--html": html})
+    result = api.evaluate(checkpoint, data, options)
+    try:
+        write_evaluation(result, json_file, html)
+    finally:  # a full disk must not take the numbers from the screen too
+        if not quiet:
+            print_evaluation(result)
+        else:
+            for warning in result["warnings"]:
+                say(f"warning: {warning}")

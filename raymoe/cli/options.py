@@ -1,0 +1,93 @@
+"""Options that several commands take, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.text import parse_size
+
+if TYPE_CHECKING:
+    from raymoe.planning import MergeOptions
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Merge config (mergekit-moe's YAML schema).")]
+ShardSize = Annotated[str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")]
+Seed = Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")]
+AllSame = Annotated[
+    bool,
+    typer.Option(
+        "--i-understand-this-is-not-useful-without-training",
+        help="Allow all experts to be the same model.",
+    ),
+]
+Crimes = Annotated[
+    bool,
+    typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape."),
+]
+CopyTokenizer = Annotated[
+    bool,
+    typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
+]
+Card = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
+Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
+Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster. Default: RAY_ADDRESS, else one is started here.")
+]
+GpusPerExpert = Annotated[
+    float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs an expert actor gets, fractions too.")
+]
+Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="'cpu' computes gates on CPUs; anything else leaves the choice to Ray."),
+]
+Remote = Annotated[
+    bool,
+    typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run."),
+]
+
+
+def merge_options(
+    shard_size: str,
+    seed: int,
+    allow_crimes: bool,
+    copy_tokenizer: bool,
+    model_card: bool,
+    load_in_8bit: bool,
+    load_in_4bit: bool,
+) -> MergeOptions:
+    from raymoe.planning import MergeOptions
+
+    problems = []
+    try:
+        max_shard_bytes = parse_size(shard_size)
+    except ValueError as error:
+        problems.append(Problem(where="--out-shard-size", what=str(error)))
+    if load_in_8bit and load_in_4bit:
+        problems.append(Problem(where="--load-in-8bit", what="can't go with --load-in-4bit", remedy="choose one"))
+    if problems:
+        raise ProblemReport(problems)
+    return MergeOptions(
+        max_shard_bytes=max_shard_bytes,
+        seed=seed,
+        allow_crimes=allow_crimes,
+        copy_tokenizer=copy_tokenizer,
+        model_card=model_card,
+        quantise_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
+    )
+
+
+def on_device(device: str | None) -> str | None:
+    return "cpu" if device is not None and device.lower() == "cpu" else None
+
+
+def log_level(verbose: int) -> None:
+    logging.basicConfig(level=[logging.WARNING, logging.INFO][min(verbose, 1)], format="%(message)s")

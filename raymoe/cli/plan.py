@@ -1,0 +1,63 @@
+"""`raymoe plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+from raymoe.cli.options import (
+    AllSame,
+    Cache,
+    ConfigPath,
+    CopyTokenizer,
+    Crimes,
+    In4Bit,
+    In8Bit,
+    Seed,
+    ShardSize,
+    merge_options,
+)
+from raymoe.errors import Problem, ProblemReport
+
+
+@app.command()
+@stoppable
+def plan(
+    config: ConfigPath,
+    output: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="Where it would go: shows by which way each byte gets there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    copy_tokenizer: CopyTokenizer = True,
+    allow_crimes: Crimes = False,
+    out_shard_size: ShardSize = "5B",
+    random_seed: Seed = 0,
+    all_same: AllSame = False,
+    load_in_8bit: In8Bit = False,
+    load_in_4bit: In4Bit = False,
+    transformers_cache: Cache = None,
+) -> None:
+    """Show what a merge would do: reads configs and file headers only, writes nothing."""
+    from raymoe import api
+    from raymoe.config import config_warnings, load_config
+    from raymoe.report.display import print_plan, say
+    from raymoe.sources.resolve import HubOptions
+
+    options = merge_options(out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit)
+    merge_config = load_config(config, allow_all_same=all_same)
+    for warning in config_warnings(merge_config):
+        say(f"warning: {warning}")
+    hub = HubOptions(cache_dir=transformers_cache)
+    merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
+    ways = None
+    if output is not None:
+        from raymoe.storage.output import open_output, output_location
+        from raymoe.storage.ways import bytes_by_way
+
+        try:
+            ways = bytes_by_way(merge_plan, open_output(output_location(output), merge_config.storage))
+        except ValueError as error:
+            raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
+    print_plan(merge_plan, ways, as_json=as_json)

@@ -1,0 +1,83 @@
+"""`raymoe submit`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from raymoe.cli.application import app
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG OUT [OPTIONS OF merge]", help="What `raymoe merge` is given."),
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="Job server: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine.",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="The cluster's token. Better: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the merge ends.")] = True,
+    install: Annotated[
+        bool,
+        typer.Option("--install/--no-install", help="Send this raymoe's code; else the cluster's own raymoe is run."),
+    ] = True,
+) -> None:
+    """Run a merge as a job of a Ray cluster, follow its log, and exit with its status.
+
+    Models are not sent: they are Hub ids, URLs or folders that the cluster's nodes have.
+    """
+    from raymoe.config import load_config
+    from raymoe.report.display import say
+    from raymoe.submit.job import make_job
+    from raymoe.submit.run import follow_job, send_job
+    from raymoe.submit.server import job_server
+
+    params, options = _merge_arguments(context, arguments)
+    job = make_job(
+        load_config(params["config"], allow_all_same=params["all_same"]),
+        params["output"],
+        options,
+        result=params["result"],
+    )
+    client = job_server(address, token)
+    name = send_job(client, job, install=install)
+    say(f"job {name}: {job.entrypoint}")
+    for model in job.models:
+        say(f"note: {model} is not sent; the nodes of the cluster need that folder")
+    if not wait:
+        say(f"follow it with: ray job logs --follow {name}")
+        return
+    raise typer.Exit(follow_job(client, name, job))
+
+
+def _merge_arguments(context: typer.Context, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `raymoe merge`, as it takes them: its parameters by name, and the options among them anew.
+
+    What it refuses ends this command as it would end that one.
+    """
+    assert context.parent is not None
+    command: Any = context.parent.command
+    merging = command.commands["merge"].make_context("merge", list(arguments), parent=context.parent)
+    options: list[str] = []
+    for param in merging.command.params:
+        source = merging.get_parameter_source(param.name)
+        if not param.name or param.param_type_name != "option" or source is None or source.name != "COMMANDLINE":
+            continue
+        value, flag = merging.params[param.name], max(param.opts, key=len)
+        if param.is_flag:
+            options.append(flag if value else param.secondary_opts[0])
+        elif param.count:
+            options += [flag] * value
+        else:
+            options.append(f"{flag}={value}")
+    return merging.params, options
