@@ -10,11 +10,9 @@ says nothing of a prompt's kind, and is left out of the states. They are kept in
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import numpy.typing as npt
 
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, load_tokenizer, tokenize
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, tokenize, tokenizer_of
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.storage.reader import SourceReader
 
@@ -63,11 +61,7 @@ def prompt_ids(
     gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> tuple[list[list[int]], list[list[int]], int | None]:
     """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
-        for file in gates.tokenizer_files:
-            target = Path(folder) / Path(file.location).name
-            target.symlink_to(reader.path(file))
-        tokenizer = load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
     vocab = prompts.weights[EMBEDDING].entry.shape[0]
     positive, negative = (
         tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)

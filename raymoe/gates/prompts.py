@@ -6,17 +6,20 @@ needs no mask, changes no position, and is simply not read afterwards.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.prompts import NO_CHAT_TEMPLATE
+from raymoe.sources.types import SourceFile
+from raymoe.storage.reader import SourceReader
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize"]
+__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize", "tokenizer_of"]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048
@@ -29,6 +32,24 @@ _FIXED_DAY = "".join(
     + [f"|replace('{code}', '{text}')" for code, text in _TEMPLATE_DAY.items()]
     + [" }}{%- endmacro +%}"]
 )
+
+
+# The tokenizer that was loaded last, by its files and their state. All experts of a merge have one and the same.
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+def tokenizer_of(files: Sequence[SourceFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
+    """The tokenizer that these files make up. Raises ProblemReport where they don't."""
+    paths = [reader.path(file) for file in files]
+    key = (trust_remote_code, *((file, path.stat().st_mtime_ns) for file, path in zip(files, paths, strict=True)))
+    if key not in _loaded:
+        with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
+            for file, path in zip(files, paths, strict=True):
+                (Path(folder) / Path(file.location).name).symlink_to(path)
+            tokenizer = load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
+        _loaded.clear()
+        _loaded[key] = tokenizer
+    return _loaded[key]
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:

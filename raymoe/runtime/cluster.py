@@ -14,6 +14,7 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.report.display import say
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.torchless import leave_torch_out
+from raymoe.runtime.worker import COMPUTE_THREADS, ExpertWorker
 
 __all__ = ["Slots", "connected", "expert_actors", "slots_for"]
 
@@ -27,12 +28,13 @@ _SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """How many actors run at once, what each is given, how many layers' routers and shards it works on side by side,
-    and whether it runs a model."""
+    """How many actors run at once, what each is given, how many of them read prompts at once, how many layers' routers
+    and shards each works on side by side, and whether it runs a model."""
 
     actors: int
     cpus: float
     gpus: float
+    readers: int
     layers_at_once: int
     shards_at_once: int
     runs_model: bool
@@ -114,6 +116,8 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
         raise ProblemReport(problems)
     fit = int(min(cpus, gpus / wanted)) if wanted else int(cpus)
     actors = max(1, min(jobs, fit, settings.actors or jobs))
+    # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
+    readers = actors if wanted else max(1, min(actors, int(cpus) // COMPUTE_THREADS))
     # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
     layers_at_once = 1 if wanted else max(1, min(_MOST_LAYERS_AT_ONCE, int(cpus) // actors))
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
@@ -122,6 +126,7 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
         actors=actors,
         cpus=1.0,
         gpus=wanted,
+        readers=readers,
         layers_at_once=layers_at_once,
         shards_at_once=shards_at_once,
         runs_model=compute,
@@ -132,8 +137,6 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
 def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
     """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
     import ray
-
-    from raymoe.runtime.worker import ExpertWorker
 
     if not slots.runs_model:
         settings = replace(settings, device="cpu")  # an actor that does not look for a GPU need not import torch

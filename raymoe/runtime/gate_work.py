@@ -21,6 +21,7 @@ from raymoe.gates.assemble import Rows, collected
 from raymoe.gates.capture import readings
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, GatePrompts
+from raymoe.report.display import say
 
 __all__ = ["GateJob", "GateWork"]
 
@@ -50,13 +51,15 @@ class GateJob:
 class GateWork:
     """The queue of gate jobs and what came of them."""
 
-    def __init__(self, gates: GatePlan, actors: int) -> None:
+    def __init__(self, gates: GatePlan, readers: int) -> None:
+        """`readers`: how many actors read prompts side by side."""
         import ray
 
         self._gates, self._mode = gates, MODES[gates.mode]
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
-        self._readings = readings(self.members, actors)
+        self._readings = readings(self.members, readers)
         self._waiting = [GateJob(members) for members in self._readings]
+        self._idle_readers = readers
         # What all jobs share; each gets its own prompts beside it.
         self._shared_plan = ray.put(dataclasses.replace(gates, experts=(), shared=())) if self.members else None
         self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
@@ -89,6 +92,8 @@ class GateWork:
 
     def next_member(self) -> GateJob | None:
         """The prompts that are to be read next, if there are any."""
+        if not self._idle_readers:
+            return None
         return next((self._take(job) for job in self._waiting if not isinstance(job.what, int)), None)
 
     def next_layer(self) -> GateJob | None:
@@ -102,10 +107,12 @@ class GateWork:
 
     def _take(self, job: GateJob) -> GateJob:
         self._waiting.remove(job)
+        self._idle_readers -= not isinstance(job.what, int)
         return job
 
     def send_back(self, job: GateJob) -> None:
         """Its actor died: it goes to the front of the queue."""
+        self._idle_readers += not isinstance(job.what, int)
         if self._all_captured or not isinstance(job.what, int):  # else its layer will be asked for again anyway
             self._waiting.insert(0, job)
 
@@ -123,6 +130,7 @@ class GateWork:
 
     def came_back(self, job: GateJob, result: Any) -> None:
         """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""
+        self._idle_readers += not isinstance(job.what, int)
         if isinstance(job.what, int):
             self._layers[job.what] = result
             for layers in self._captured.values():  # the store may have the room for others
@@ -141,6 +149,7 @@ class GateWork:
     def capture_again(self) -> None:
         """States of prompts were lost with their node: all are captured anew, for the layers that are not done."""
         if self._all_captured:  # else another layer has seen to it
+            say("what prompts had left at the layers was lost with its node: they are read again")
             self._losses += 1
             self._captured.clear()
             self._waiting = [GateJob(members, failures=self._losses) for members in self._readings]

@@ -91,6 +91,7 @@ def run_merge(
                         actors,
                         WriteShards(target),
                         progress.watch(actors),
+                        readers=slots.readers,
                         layers_at_once=slots.layers_at_once,
                         shards_at_once=slots.shards_at_once,
                     )

@@ -107,19 +107,21 @@ def run_jobs(
     work: ShardWork,
     on_tick: Callable[[Outcome], None],
     *,
+    readers: int,
     layers_at_once: int,
     shards_at_once: int,
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
-    An actor works on the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
+    `readers` actors at most read prompts at once. An actor works on the routers of `layers_at_once` layers and on
+    `shards_at_once` jobs of shards side by side.
     `on_tick` is called several times a second.
     """
     import ray
 
     outcome = Outcome()
     actors = [_Actor(handle) for handle in handles]
-    gates = GateWork(plan.gates, len(handles))
+    gates = GateWork(plan.gates, min(readers, len(handles)))
     shards = _Shards([shard for shard in plan.shards if shard.owner != "router"], work, outcome)
     running: _Running = {}
     try:

@@ -154,6 +154,7 @@ def _tensor_differences(
                 actors,
                 _CompareShards(written),
                 progress.watch(actors),
+                readers=slots.readers,
                 layers_at_once=slots.layers_at_once,
                 shards_at_once=slots.shards_at_once,
             )

@@ -33,7 +33,7 @@ from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import different_tensors
 
-__all__ = ["GATES_OF", "ExpertWorker", "Status", "limit_threads"]
+__all__ = ["COMPUTE_THREADS", "GATES_OF", "ExpertWorker", "Status", "limit_threads"]
 
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
