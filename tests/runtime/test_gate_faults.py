@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +67,50 @@ def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at
     assert hashes(tmp_path / "out") == wide.files
 
 
+@pytest.fixture
+def full_head(local_ray: None) -> Iterator[list[Any]]:
+    """Actors that hold all CPUs of the session's own node, so that others go elsewhere until these are killed."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def is_there(self) -> bool:
+            return True
+
+    head = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    holders = [Holder.options(scheduling_strategy=head).remote() for _ in range(2)]
+    ray.get([holder.is_there.remote() for holder in holders])
+    yield holders
+    for holder in holders:
+        ray.kill(holder)
+
+
 def test_states_that_are_lost_with_their_node(
     wide: Merge,
     ray_env: dict[str, str],
     second_node: Callable[[], subprocess.Popen[bytes]],
+    full_head: list[Any],
     tmp_path: Path,
 ) -> None:
     """A node goes with what prompts have left there, while layers are worked on: the prompts are read again."""
+    import ray
+
     node, out = second_node(), tmp_path / "out"
-    process = wide.start(out, ray_env, "--actors", "3")
-    there = wait_until(lambda: set(busy(READING)) & set(expert_actors(node.pid)), "a reader on that node", [process])
+    process = wide.start(out, ray_env, "--actors", "2")
     wait_until(lambda: busy(FITTING), "the first router", [process])
     lost = children_of(node.pid)
-    assert there <= set(lost)
+    assert len(expert_actors(node.pid)) == len(expert_actors()) == 2  # so all that prompts have left is there
+    for holder in full_head:
+        ray.kill(holder)
     kill(node)
     for child in lost:
         kill(child)
     node.wait()
-    wait_until(lambda: busy(READING), "prompts that are read again", [process])
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "Traceback" not in said
+    assert "lost with its node: they are read again" in said
     assert hashes(out) == wide.files
 
 
