@@ -12,9 +12,10 @@ from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.report.display import say
+from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.torchless import leave_torch_out
-from raymoe.runtime.worker import COMPUTE_THREADS, ExpertWorker
+from raymoe.runtime.worker import ExpertWorker
 
 __all__ = ["Slots", "connected", "expert_actors", "slots_for"]
 

@@ -9,7 +9,6 @@ Torch is imported by `capture` and `layer_rows` alone, for modes that run a mode
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import sys
@@ -27,18 +26,16 @@ from raymoe.gates.layer_rows import LayerRows
 from raymoe.objects.store import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts, Shard
 from raymoe.runtime.memory import peak_rss_bytes
+from raymoe.runtime.process import give_memory_back, let_gates_go_first, limit_threads
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.stream import different_tensors
 
-__all__ = ["COMPUTE_THREADS", "GATES_OF", "ExpertWorker", "Status", "limit_threads"]
+__all__ = ["GATES_OF", "ExpertWorker", "Status"]
 
-# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
-COMPUTE_THREADS = 2
 GATES_OF = "gates of "  # how `Status.busy_with` names the reading of prompts
-_M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +114,7 @@ class ExpertWorker:
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
         self._check_output()
+        let_gates_go_first()
         with self._working(job.shard.file_name), self._reader() as reader:
             result = self._output.do(job, reader, self._add_bytes)
         if result is None:  # an earlier run left it whole
@@ -193,22 +191,3 @@ class _Working:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._busy.remove(self._on)
-
-
-def give_memory_back() -> None:
-    """Have glibc give freed blocks of a MiB and more back to the system at once.
-
-    By default it learns from the first large blocks that are freed to keep such blocks (up to 32 MiB) for later: with
-    weights coming and going in several threads, an actor would hold several layers' worth of memory that nobody uses.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # not so on other C libraries
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def limit_threads(count: int = COMPUTE_THREADS) -> None:
-    """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
-    import torch
-
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)

@@ -56,7 +56,7 @@ _ROWS = """
 import hashlib, sys, threading
 import raymoe
 from raymoe.gates.here import gate_rows_here
-from raymoe.runtime.worker import COMPUTE_THREADS, limit_threads
+from raymoe.runtime.process import COMPUTE_THREADS, limit_threads
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 import torch
