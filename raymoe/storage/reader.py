@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from raymoe.errors import CheckpointError, Problem
@@ -26,6 +27,7 @@ from raymoe.objects.urls import is_url
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.spool import Side, Spool
 
 __all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
 
@@ -45,8 +47,17 @@ _KEPT_BYTES = 64 << 20
 class SourceReader:
     """Open source files of one process. Thread-safe. `close()` when done, or use it as a context manager."""
 
-    def __init__(self, hub: HubOptions, storage: StorageOptions | None = None) -> None:
+    def __init__(
+        self,
+        hub: HubOptions,
+        storage: StorageOptions | None = None,
+        *,
+        spool: Spool | None = None,
+        side: Side = "shards",
+    ) -> None:
+        """With a `spool`, objects' bytes that the other `side` reads too are fetched once."""
         self._hub, self._storage = hub, storage or StorageOptions()
+        self._spool, self._side = spool, side
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -77,7 +88,10 @@ class SourceReader:
         """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
         if is_url(file.location):
             with as_checkpoint_errors():
-                open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
+                if self._spool is None:
+                    self._fetch(file, start, buffer)
+                else:
+                    self._spool.read_into(self._side, file, start, buffer, partial(self._fetch, file))
         else:
             self._read_local(file, start, buffer)
 
@@ -148,6 +162,9 @@ class SourceReader:
                     break
                 kept -= len(self._read_tensors.pop(oldest))
             self._read_tensors[entry] = content
+
+    def _fetch(self, file: SourceFile, start: int, buffer: memoryview) -> None:
+        open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
 
     def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
         buffer = memoryview(bytearray(end - start))

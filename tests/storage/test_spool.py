@@ -1,0 +1,130 @@
+"""What gates and shards both read of an object is fetched once, whoever comes first; both get the object's bytes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.spool import Side, Spool
+
+SIZE = 100_000
+CONTENT = random.Random(0).randbytes(SIZE)
+FILE = SourceFile(location="s3://bucket/model.safetensors", size=SIZE, etag="1")
+SIDES: tuple[Side, Side] = ("gates", "shards")
+
+
+class Store:
+    """An object, and how often each of its bytes has been fetched."""
+
+    def __init__(self) -> None:
+        self.fetched, self.failing = [0] * SIZE, False
+        self._lock = threading.Lock()
+
+    def fetch(self, start: int, buffer: memoryview) -> None:
+        if self.failing:
+            raise OSError("no answer")
+        buffer[:] = CONTENT[start : start + len(buffer)]
+        with self._lock:
+            for at in range(start, start + len(buffer)):
+                self.fetched[at] += 1
+
+
+def entry(start: int, end: int, location: str = FILE.location) -> TensorEntry:
+    file = SourceFile(location=location, size=SIZE, etag="1")
+    return TensorEntry(name=f"{start}", dtype="U8", shape=(end - start,), file=file, start=start, end=end)
+
+
+def read(spool: Spool, store: Store, side: Side, start: int, end: int) -> None:
+    found = bytearray(end - start)
+    spool.read_into(side, FILE, start, memoryview(found), store.fetch)
+    assert found == CONTENT[start:end]
+
+
+def room_taken(spool: Spool) -> int:
+    """Bytes on disk of what is kept."""
+    import os
+
+    files = [kept.file for kept in spool._objects.values() if kept.file is not None]
+    return sum(os.fstat(file.fileno()).st_blocks * 512 for file in files)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_sides_that_cut_the_object_differently(tmp_path: Path, seed: int) -> None:
+    """Both read all of it, in pieces of their own, at the same time: each expected byte is fetched once."""
+    numbers, spool, store = random.Random(seed), Spool(tmp_path), Store()
+    bounds = sorted(numbers.sample(range(SIZE), 12))
+    spool.expect(entry(start, end) for start, end in itertools.pairwise(bounds))
+    reads = []
+    for side in SIDES:
+        cuts = sorted({0, SIZE, *numbers.sample(range(SIZE), numbers.choice([3, 40]))})
+        pieces = [(side, start, end) for start, end in itertools.pairwise(cuts)]
+        numbers.shuffle(pieces)
+        reads.append(pieces)
+    mixed = [piece for pair in itertools.zip_longest(*reads) for piece in pair if piece is not None]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda piece: read(spool, store, *piece), mixed))
+    for at in range(SIZE):
+        assert store.fetched[at] == (1 if bounds[0] <= at < bounds[-1] else 2), at
+    assert spool._kept_bytes == 0
+    assert not any(kept.segments for kept in spool._objects.values())
+    assert room_taken(spool) <= 2 * 4096 * len(mixed)  # holes are whole blocks
+    assert not list(tmp_path.iterdir()), "the file has no name that could be left behind"
+
+
+def test_what_is_kept_is_read_from_the_disk(tmp_path: Path) -> None:
+    spool, store = Spool(tmp_path), Store()
+    spool.expect([entry(0, 8192)])
+    read(spool, store, "gates", 0, 8192)
+    assert room_taken(spool) >= 8192
+    store.failing = True
+    read(spool, store, "shards", 0, 8192)
+    assert room_taken(spool) == 0
+    with pytest.raises(OSError, match="no answer"):
+        read(spool, store, "shards", 0, 8192)  # a third time it is not there
+
+
+def test_a_fetch_that_fails_leaves_the_range_to_others(tmp_path: Path) -> None:
+    spool, store = Spool(tmp_path), Store()
+    spool.expect([entry(100, 300)])
+    store.failing = True
+    for side in SIDES:
+        with pytest.raises(OSError, match="no answer"):
+            read(spool, store, side, 0, 1000)
+    store.failing = False
+    for side in SIDES:
+        read(spool, store, side, 0, 1000)
+    assert store.fetched[100:300] == [1] * 200
+
+
+def test_no_room(tmp_path: Path) -> None:
+    """What does not fit is fetched twice, and that is all."""
+    spool, store = Spool(tmp_path, most_bytes=150), Store()
+    spool.expect([entry(0, 100), entry(100, 200)])
+    for side in SIDES:
+        read(spool, store, side, 0, 200)
+    assert store.fetched[:200] == [1] * 100 + [2] * 100
+
+
+def test_gates_that_end_early(tmp_path: Path) -> None:
+    """Shards are not kept for a gate pass that has ended; what it has left for shards is."""
+    spool, store = Spool(tmp_path), Store()
+    spool.expect([entry(0, 100), entry(100, 200), entry(200, 300)])
+    read(spool, store, "gates", 0, 100)
+    read(spool, store, "shards", 100, 200)
+    spool.gates_are_done()
+    assert spool._kept_bytes == 100
+    read(spool, store, "shards", 0, 300)
+    assert spool._kept_bytes == 0
+    assert store.fetched[:300] == [1] * 100 + [2] * 100 + [1] * 100
+
+
+def test_local_files_are_not_kept(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.expect([entry(0, 100, location=str(tmp_path / "model.safetensors"))])
+    assert not spool._objects
