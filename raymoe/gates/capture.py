@@ -10,7 +10,7 @@ says nothing of a prompt's kind, and is left out of the states. They are kept in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from raymoe.storage.reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MemberLayer", "capture", "capture_together", "prompt_ids", "readings", "token_limit"]
+__all__ = ["FOLDS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "readings", "token_limit"]
 
 FOLDS = 5
 """Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
@@ -97,11 +97,11 @@ def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GateProm
 
 
 def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
-    """`capture_together` for one member alone."""
-    return capture_together(gates, [prompts], reader, **options)[0]
+    """`capture_layers` for one member alone, as a whole."""
+    return [layer for (layer,) in capture_layers(gates, [prompts], reader, **options)]
 
 
-def capture_together(
+def capture_layers(
     gates: GatePlan,
     prompts: Sequence[GatePrompts],
     reader: SourceReader,
@@ -110,11 +110,13 @@ def capture_together(
     device: str,
     trust_remote_code: bool = False,
     layer_done: LayerDone | None = None,
-) -> list[list[MemberLayer]]:
-    """What the prompts of some of `members` experts, which the same model reads, leave at each layer; by expert.
+) -> Iterator[list[MemberLayer]]:
+    """What the prompts of some of `members` experts, which the same model reads, leave at a layer, by expert; one layer
+    after the other.
 
-    The model's layers are read once. Batches hold prompts of one expert only, so that it makes no difference to the
-    result who is read together. `layer_done` is called with the number of prompt tokens that have passed a layer.
+    The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
+    so that it makes no difference to the result who is read together. `layer_done` is called with the number of prompt
+    tokens that have passed a layer.
     Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
     """
     from raymoe.gates.decoder import StreamedDecoder
@@ -136,10 +138,11 @@ def capture_together(
 
     together = [batch for member in captured for batch in member.batches]
     if MODES[gates.mode].fits_rows:
-        decoder.router_inputs(together, gates.layers, look)
+        layers = decoder.router_inputs(together, gates.layers, look)
     else:
-        decoder.layer_inputs(together, gates.layers, add, look)
-    return [member.layers() for member in captured]
+        layers = decoder.layer_inputs(together, gates.layers, add, look)
+    for layer in layers:
+        yield [member.take(layer) for member in captured]
 
 
 class _Captured:
@@ -174,11 +177,10 @@ class _Captured:
             )
         self._states[layer].append(bits)
 
-    def layers(self) -> list[MemberLayer]:
-        return [self._layer(number, states) for number, states in enumerate(self._states)]
-
-    def _layer(self, layer: int, states: Sequence[npt.NDArray[np.int16]]) -> MemberLayer:
-        tokens = self._tokens
+    def take(self, layer: int) -> MemberLayer:
+        """What the prompts left at a layer that they have passed."""
+        tokens, states = self._tokens, self._states[layer]
+        self._states[layer] = []
         summed: dict[str, Any] = {} if self._sums is None else self._sums.at(layer)
         if not states:  # the last layer of modes that do not run it
             none = np.zeros((0, 0), np.int16)

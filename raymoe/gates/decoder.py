@@ -78,38 +78,44 @@ class StreamedDecoder:
         """Whether a token's state depends on how long its sequence is, padding included: texts must go alone."""
         return self._model.rotary_emb.rope_type in ("dynamic", "longrope")
 
-    def layer_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit, look: Visit | None = None) -> None:
-        """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1.
+    def layer_inputs(
+        self, batches: Sequence[Batch], layers: int, visit: Visit, look: Visit | None = None
+    ) -> Iterator[int]:
+        """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the number of each
+        layer, when all is said of it.
 
         Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for. `look` is
         called as by `router_inputs`, for the layers that are run.
         """
-        with torch.inference_mode():
-            states = [self.embed(batch) for batch in batches]
-            for number, hidden in enumerate(states):
-                visit(0, number, hidden)
-            for layer in self.loaded_layers(layers - 1):
-                for number in range(len(batches)):
-                    states[number] = self._run_seen(layer, number, states[number], look)
-                    visit(layer + 1, number, states[number])
+        states = [self.embed(batch) for batch in batches]
+        for number, hidden in enumerate(states):
+            visit(0, number, hidden)
+        for layer in self.loaded_layers(layers - 1):
+            for number in range(len(batches)):
+                states[number] = self._run_seen(layer, number, states[number], look)
+                visit(layer + 1, number, states[number])
+            yield layer
+        yield layers - 1
 
-    def router_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit) -> None:
-        """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1.
+    def router_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit) -> Iterator[int]:
+        """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1; the
+        number of each layer, when all batches have been through it.
 
         It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
         layer is neither read nor run.
         """
-        with torch.inference_mode():
-            states = [self.embed(batch) for batch in batches]
-            for layer in self.loaded_layers(layers, last_ffn=False):
-                for number in range(len(batches)):
-                    states[number] = self._run_seen(layer, number, states[number], visit)
+        states = [self.embed(batch) for batch in batches]
+        for layer in self.loaded_layers(layers, last_ffn=False):
+            for number in range(len(batches)):
+                states[number] = self._run_seen(layer, number, states[number], visit)
+            yield layer
 
     def _run_seen(self, layer: int, number: int, hidden_BTH: torch.Tensor, look: Visit | None) -> torch.Tensor:
-        if look is None:
-            return self.run_layer(layer, hidden_BTH)
-        with self.ffn_of(layer).register_forward_pre_hook(partial(_look, look, layer, number)):
-            return self.run_layer(layer, hidden_BTH)
+        with torch.inference_mode():
+            if look is None:
+                return self.run_layer(layer, hidden_BTH)
+            with self.ffn_of(layer).register_forward_pre_hook(partial(_look, look, layer, number)):
+                return self.run_layer(layer, hidden_BTH)
 
     def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
         """The numbers of the first `count` layers, each loaded while the one before it is in use.

@@ -9,7 +9,7 @@ import numpy as np
 
 from raymoe.config.modes import MODES
 from raymoe.gates.assemble import Rows, collected, random_gate_rows
-from raymoe.gates.capture import LayerDone, MemberLayer, capture_together, readings
+from raymoe.gates.capture import LayerDone, MemberLayer, capture_layers, readings
 from raymoe.gates.embeddings import embedding_gate_rows
 from raymoe.gates.layer_rows import layer_rows
 from raymoe.gates.summary import RouterSummary
@@ -48,14 +48,14 @@ def gate_rows_here(
             "device": device,
             "trust_remote_code": trust_remote_code,
         }
-        found = capture_together(gates, together, reader, layer_done=layer_done, **options)
-        by_owner |= dict(zip(owners, found, strict=True))
+        layers = capture_layers(gates, together, reader, layer_done=layer_done, **options)
+        by_owner |= dict(zip(owners, zip(*layers, strict=True), strict=True))
     captured = [by_owner[member.owner] for member in members]
     count = len(gates.experts)
-    layers = {
+    found = {
         layer: layer_rows(
             gates.mode, [c[layer] for c in captured[:count]], [c[layer] for c in captured[count:]], device
         )
         for layer in range(gates.layers)
     }
-    return collected(layers, [m.owner for m in members[:count]], [m.owner for m in members[count:]])
+    return collected(found, [m.owner for m in members[:count]], [m.owner for m in members[count:]])

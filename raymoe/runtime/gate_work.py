@@ -31,7 +31,7 @@ class GateJob:
     """Prompts that one model reads, or the number of a layer. `failures`: how often an actor died over it or input was
     lost.
 
-    `states` refer to what the prompts will leave at each layer, one member after the other, once they are being read.
+    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by member.
     """
 
     what: tuple[GatePrompts, ...] | int
@@ -125,7 +125,7 @@ class GateWork:
         if not self._mode.reads_layers:
             return actor.embedding_rows.options(name=job.label).remote(self._shared_plan, job.what)
         options = {"name": job.label, "num_returns": 1 + self._gates.layers * len(job.what)}
-        done, *job.states = actor.capture.options(**options).remote(self._shared_plan, job.what, experts)
+        *job.states, done = actor.capture.options(**options).remote(self._shared_plan, job.what, experts)
         return done
 
     def came_back(self, job: GateJob, result: Any) -> None:
@@ -136,9 +136,8 @@ class GateWork:
             for layers in self._captured.values():  # the store may have the room for others
                 layers[job.what] = None
         elif self._mode.reads_layers:
-            count = self._gates.layers
             for number, owner in enumerate(job.owners):
-                self._captured[owner] = job.states[number * count : (number + 1) * count]
+                self._captured[owner] = job.states[number :: len(job.owners)]
             if self._all_captured:
                 missing = [n for n in range(self._gates.layers) if n not in self._layers]
                 self._waiting += [GateJob(layer, failures=self._losses) for layer in missing]

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,10 @@ class ExpertWorker:
             remote_code = self._settings.trust_remote_code
             return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
-    def capture(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> tuple[Any, ...]:
-        """What the prompts of some of `experts` experts leave at each layer, one expert after the other; nothing comes
-        before them, for the caller to see the end by."""
-        from raymoe.gates.capture import capture_together
+    def capture(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer | None]:
+        """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
+        None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here."""
+        from raymoe.gates.capture import capture_layers
 
         device = self._device()
         if gates.quantise:
@@ -92,7 +92,7 @@ class ExpertWorker:
             check_quantise(gates.quantise, device)
         limit_threads()
         with self._working(_gates_of(members)), self._reader() as reader:
-            captured = capture_together(
+            layers = capture_layers(
                 gates,
                 members,
                 reader,
@@ -101,7 +101,9 @@ class ExpertWorker:
                 trust_remote_code=self._settings.trust_remote_code,
                 layer_done=self._count_tokens,
             )
-        return (None, *(layer for layers in captured for layer in layers))
+            for layer in layers:
+                yield from layer
+        yield None
 
     def layer_rows(self, mode: str, experts: int, *members: MemberLayer) -> LayerRows:
         """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones."""

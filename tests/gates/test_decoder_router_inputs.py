@@ -58,7 +58,7 @@ def streamed(model: GatePrompts, groups: Sequence[Sequence[Sequence[int]]]) -> d
             assert len(found[tuple(text)]) == layer + 1
 
     with SourceReader(HubOptions()) as reader:
-        StreamedDecoder(model, reader, "cpu").router_inputs([Batch(group) for group in groups], LAYERS, visit)
+        list(StreamedDecoder(model, reader, "cpu").router_inputs([Batch(group) for group in groups], LAYERS, visit))
     return {text: torch.stack(layers) for text, layers in found.items()}
 
 
@@ -110,6 +110,7 @@ def test_a_grafted_model_sees_the_experts_ffn(zoo: Callable[..., Path]) -> None:
     found: list[torch.Tensor] = []
     with SourceReader(HubOptions()) as reader:
         decoder = StreamedDecoder(plan.gates.experts[0], reader, "cpu")
-        decoder.router_inputs([Batch([text])], LAYERS - 1, lambda layer, number, state: found.append(state[0].clone()))
+        for _ in decoder.router_inputs([Batch([text])], LAYERS - 1, lambda *seen: found.append(seen[2][0].clone())):
+            pass
     assert torch.equal(found[0], own[0])
     assert (found[1] - own[1]).abs().max() > 0.01

@@ -38,7 +38,7 @@ def states(plan_prompts: GatePrompts, groups: Sequence[Sequence[Sequence[int]]])
             assert len(found[tuple(prompt)]) == layer + 1
 
     with SourceReader(HubOptions()) as reader:
-        StreamedDecoder(plan_prompts, reader, "cpu").layer_inputs(made, LAYERS, visit)
+        list(StreamedDecoder(plan_prompts, reader, "cpu").layer_inputs(made, LAYERS, visit))
     return {prompt: torch.nn.functional.normalize(torch.stack(layers), dim=-1) for prompt, layers in found.items()}
 
 

@@ -33,7 +33,6 @@ def read_all(work: GateWork) -> list[GateJob]:
         assert work.next_layer() is None
         job.states = [ray.put(np.zeros(200_000, np.uint8)) for _ in range(LAYERS * len(job.owners))]
         jobs.append(job)
-    for job in jobs:
         work.came_back(job, None)
     return jobs
 
@@ -71,6 +70,19 @@ def test_layers_come_when_all_prompts_have_been_read(work: GateWork) -> None:
     jobs = layers_of(work)
     assert [job.what for job in jobs] == [0, 1, 2]
     assert jobs[1].label == "router of layer 1"
+
+
+def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="ridge")
+    work = GateWork(raymoe.plan(config).gates, 2)
+    first, second = work.next_member(), work.next_member()
+    assert first is not None and second is not None and work.next_member() is None
+    work.send_back(first)  # its actor died
+    again = work.next_member()
+    assert again is first and work.next_member() is None
+    work.came_back(second, None)
+    third = work.next_member()
+    assert third is not None and third.owners == ("expert 2",)
 
 
 def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> None:
