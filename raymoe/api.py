@@ -11,7 +11,7 @@ from raymoe.config import MergeConfig, check_config, load_config, make_config
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.sources.prompts import chat_template_problems, read_prompts
-from raymoe.sources.resolve import HubOptions, resolve_models
+from raymoe.sources.resolve import Elsewhere, HubOptions, resolve_models
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
@@ -30,19 +30,21 @@ def plan(
     *,
     hub: HubOptions | None = None,
     allow_all_same: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
     `config` is a MergeConfig, the same as a mapping, or the path of a YAML file. Raises ProblemReport with everything
-    that is wrong with the config, its models or its files of prompts.
+    that is wrong with the config, its models or its files of prompts. Folders that are not here are looked for
+    `elsewhere`, on the nodes of a cluster.
     """
     checked = _config(config, allow_all_same)
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
     problems: list[Problem] = []
     concrete = _collect(problems, lambda: read_prompts(checked))
-    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage))
+    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere))
     if facts is not None:
-        problems += chat_template_problems(checked, facts[checked.base_model], hub)
+        problems += chat_template_problems(checked, facts[checked.base_model], hub, elsewhere)
     if problems or concrete is None or facts is None:
         raise ProblemReport(problems)
     return build_plan(concrete, facts, options or MergeOptions())
@@ -72,6 +74,7 @@ def merge(
     failure too.
     """
     from raymoe.runtime.merge import output_of, run_merge
+    from raymoe.runtime.other_nodes import OtherNodes
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
@@ -81,7 +84,8 @@ def merge(
     report.storage = checked.storage
     try:
         with report.phase("plan"):
-            merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True)
+            elsewhere = OtherNodes(settings)
+            merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True, elsewhere=elsewhere)
     except ProblemReport as refusal:
         # What is wrong with the output besides is told in the same breath.
         target = output_of(output, settings)

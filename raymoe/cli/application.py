@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -29,17 +32,39 @@ class Stopped(RaymoeError):
 
 
 def stoppable(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn Ctrl-C into a message and exit status 1; typer's own answer to it differs between versions."""
+    """Turn Ctrl-C and SIGTERM into a message and exit status 1; typer's own answer to them differs between versions."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _sigterm_as_ctrl_c():
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
             raise Stopped("stopped; a merge that had begun goes on from here when its command is run again") from None
 
     return wrapped
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Ray puts its own handler in the place of this one while it connects, which exits with the signal's number."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as exit:
+        if exit.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _version(wanted: bool) -> None:

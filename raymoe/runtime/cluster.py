@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.planning.types import MergePlan
 from raymoe.report.display import say
+from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.stream import PIECES_AHEAD
 from raymoe.runtime.torchless import leave_torch_out
 from raymoe.runtime.worker import ExpertWorker
+from raymoe.sources.types import SourceFile
 
-__all__ = ["Slots", "connected", "expert_actors", "slots_for"]
+__all__ = ["Slots", "connected", "expert_actors", "placed", "slots_for"]
 
 _START_GRACE_S = 5
 _START_TIMEOUT_S = 60
 _REACH_TIMEOUT_S = 10
 _RESTARTS = 2
+_CPUS = 1.0  # an actor's
 _MOST_LAYERS_AT_ONCE = 4
 _SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """How many actors run at once, what each is given, how many of them read prompts at once, how many layers' routers
-    and shards each works on side by side, and whether it runs a model."""
+    """The actors that run at once, by where they are started; what each is given, how many of them read prompts at
+    once, how many layers' routers and shards each works on side by side, and whether it runs a model."""
 
-    actors: int
-    cpus: float
+    seats: tuple[Seat, ...]
     gpus: float
     readers: int
     layers_at_once: int
@@ -91,32 +96,40 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
-def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: str | None) -> Slots:
-    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use.
+def slots_for(
+    settings: RuntimeSettings,
+    *,
+    jobs: int,
+    compute: bool,
+    quantise: str | None,
+    placement: Placement | None = None,
+    beside_driver: bool = False,
+) -> Slots:
+    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `beside_driver`: one
+    of them is to be on the driver's node, if there is room.
 
-    Raises ProblemReport where the cluster can't hold a single actor.
+    Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
     """
-    import ray
-
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    nodes = placement.nodes if placement is not None else cluster_nodes()
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     wanted = settings.gpus_per_expert
     if wanted is None:
         wanted = 1.0 if gpus >= 1 and compute and settings.device != "cpu" else 0.0
-    problems = []
-    if wanted > gpus:
-        what = f"{wanted:g} GPUs an expert were asked for, but the cluster has {gpus:g}"
-        problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
-    if quantise and not wanted:
-        what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
-        remedy = "run on a cluster with GPUs, or leave the flag out: layers are streamed, so that no model is too large"
-        problems.append(Problem(where=f"--load-in-{quantise}", what=what, remedy=remedy))
-    if cpus < 1:
-        problems.append(Problem(where="Ray cluster", what=f"it has {cpus:g} CPUs", remedy="an actor needs one"))
-    if problems:
+    if problems := _resource_problems(nodes, wanted, quantise):
         raise ProblemReport(problems)
-    fit = int(min(cpus, gpus / wanted)) if wanted else int(cpus)
+    if placement is not None and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
+        raise ProblemReport(problems)
+    fit = sum(node.room(wanted) for node in nodes)
     actors = max(1, min(jobs, fit, settings.actors or jobs))
+    seats = placement.seats(actors, wanted) if placement is not None and not placement.is_free else ()
+    if len(seats) > (settings.actors or len(seats)):
+        what = f"{settings.actors} are too few: {len(seats)} are needed, since no node has the folders of all models"
+        raise ProblemReport([Problem(where="--actors", what=what, remedy=f"allow {len(seats)}, or leave it out")])
+    if not seats:
+        seats = (Seat(gpus=wanted),) * actors
+        if beside_driver and len(nodes) > 1:
+            seats = (Seat(node_id=driver_node(), spills=True, gpus=wanted), *seats[1:])
+    actors = len(seats)
     # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
     readers = actors if wanted else max(1, min(actors, int(cpus) // COMPUTE_THREADS))
     # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
@@ -124,14 +137,42 @@ def slots_for(settings: RuntimeSettings, *, jobs: int, compute: bool, quantise: 
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
     shards_at_once = max(_SHARDS_AT_ONCE, min(_MOST_SHARDS_AT_ONCE, int(cpus) // actors))
     return Slots(
-        actors=actors,
-        cpus=1.0,
+        seats=seats,
         gpus=wanted,
         readers=readers,
         layers_at_once=layers_at_once,
         shards_at_once=shards_at_once,
         runs_model=compute,
     )
+
+
+def _resource_problems(nodes: Sequence[Node], gpus: float, quantise: str | None) -> list[Problem]:
+    """What keeps even one actor from any node."""
+    problems = []
+    has = "; ".join(node.words for node in nodes)
+    most = max((node.gpus for node in nodes), default=0.0)
+    if gpus > most:
+        what = f"{gpus:g} GPUs an expert were asked for, but no node has more than {most:g}: {has}"
+        problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
+    if quantise and not gpus:
+        what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
+        remedy = "run on a cluster with GPUs, or leave the flag out: layers are streamed, so that no model is too large"
+        problems.append(Problem(where=f"--load-in-{quantise}", what=what, remedy=remedy))
+    if not problems and not any(node.room(gpus) for node in nodes):
+        what = f"no node has room for an actor with {_CPUS:g} CPU and {gpus:g} GPU: {has}"
+        remedy = "start Ray with the machine's CPUs (ray start --num-cpus), or add a node"
+        problems.append(Problem(where="Ray cluster", what=what, remedy=remedy))
+    return problems
+
+
+def placed(plan: MergePlan, also: Mapping[str, Iterable[SourceFile]] | None = None) -> Placement | None:
+    """What the cluster's nodes have of the plan's sources; None where that makes no difference: on one node, and where
+    no source is a local folder. `also` are further files that a shard needs, by its name."""
+    nodes = cluster_nodes()
+    if len(nodes) < 2:
+        return None
+    needs = Needs(plan, also)
+    return Placement(needs, ask_nodes(needs.files, nodes), driver_node()) if needs.files else None
 
 
 @contextmanager
@@ -144,15 +185,16 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
     needs_torch = slots.runs_model or settings.trust_remote_code
     groups = {"gates": 1, "layers": slots.layers_at_once, "write": slots.shards_at_once, "control": 1}
     remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch))
+    mark = secrets.token_hex(3)  # Ray wants names that no other merge in the cluster has
     actors = [
         remote.options(
-            name=f"raymoe-expert-actor-{number}-{os.getpid()}",
-            num_cpus=slots.cpus,
-            num_gpus=slots.gpus,
+            name=f"raymoe actor {number}{f' for {seat.label}' if seat.label else ''} [{mark}]",
+            num_cpus=_CPUS,
+            num_gpus=seat.gpus,
             max_restarts=_RESTARTS,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=_strategy(seat),
         ).remote(output, settings, run)
-        for number in range(slots.actors)
+        for number, seat in enumerate(slots.seats)
     ]
     try:
         _wait_for_one(actors, slots)
@@ -160,6 +202,14 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
     finally:
         for actor in actors:
             ray.kill(actor, no_restart=True)
+
+
+def _strategy(seat: Seat) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if seat.node_id is None:
+        return "SPREAD"
+    return NodeAffinitySchedulingStrategy(seat.node_id, soft=not seat.only_there, _spill_on_unavailable=seat.spills)
 
 
 def _wait_for_one(actors: list[Any], slots: Slots) -> None:
@@ -175,10 +225,9 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
     if not answered:
         answered, _ = ray.wait(calls, num_returns=1, timeout=_START_TIMEOUT_S - _START_GRACE_S)
     if not answered:
-        has = ", ".join(f"{v:g} {k}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
         raise MergeFailed(
-            f"no actor with {slots.cpus:g} CPU and {slots.gpus:g} GPU could be started within {_START_TIMEOUT_S} s; "
-            f"the cluster has free: {has or 'nothing'}. Other work may hold its resources."
+            f"no actor with {_CPUS:g} CPU and {slots.gpus:g} GPU could be started within {_START_TIMEOUT_S} s; "
+            f"the cluster has: {'; '.join(node.words for node in cluster_nodes())}. Other work may hold its resources."
         )
     failures = []
     for answer in answered:
@@ -202,11 +251,14 @@ def _actor_class(worker: type, needs_torch: bool) -> type:
         "capture": "gates",
         "layer_rows": "layers",
         "write_shard": "write",
+        "send_shard": "write",
         "compare_shard": "write",
         "where": "control",
         "status": "control",
     }
     methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
+    streams = ray.method(num_returns="streaming", _generator_backpressure_num_objects=PIECES_AHEAD)
+    methods["send_shard"] = streams(methods["send_shard"])
 
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:

@@ -10,7 +10,7 @@ Modes that read no layers (`cheap_embed`) are done with the first step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,11 +51,11 @@ class GateJob:
 class GateWork:
     """The queue of gate jobs and what came of them."""
 
-    def __init__(self, gates: GatePlan, readers: int) -> None:
-        """`readers`: how many actors read prompts side by side."""
+    def __init__(self, gates: GatePlan, readers: int, names: Mapping[str, str] | None = None) -> None:
+        """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners."""
         import ray
 
-        self._gates, self._mode = gates, MODES[gates.mode]
+        self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
         self._readings = readings(self.members, readers)
         self._waiting = [GateJob(members) for members in self._readings]
@@ -90,11 +90,17 @@ class GateWork:
     def _all_captured(self) -> bool:
         return self._mode.reads_layers and len(self._captured) == len(self.members)
 
-    def next_member(self) -> GateJob | None:
-        """The prompts that are to be read next, if there are any."""
+    @property
+    def waiting_owners(self) -> tuple[str, ...]:
+        """The members whose prompts are to be read next."""
+        return next((job.owners for job in self._waiting), ())
+
+    def next_member(self, may_read: Callable[[GateJob], bool] = bool) -> GateJob | None:
+        """The prompts that are to be read next, of those that may be read by whoever asks."""
         if not self._idle_readers:
             return None
-        return next((self._take(job) for job in self._waiting if not isinstance(job.what, int)), None)
+        jobs = (job for job in self._waiting if not isinstance(job.what, int) and may_read(job))
+        return next((self._take(job) for job in jobs), None)
 
     def next_layer(self) -> GateJob | None:
         """The layer whose router is to be made next, if all prompts have been read."""
@@ -119,12 +125,13 @@ class GateWork:
     def start(self, actor: Any, job: GateJob) -> Any:
         """Start a job on an actor; a reference that is ready when it is done."""
         experts = len(self._gates.experts)
+        name = f"gates of {', '.join(self._names.get(owner, owner) for owner in job.owners)}"
         if isinstance(job.what, int):
             inputs = [self._captured[member.owner][job.what] for member in self.members]
             return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, *inputs)
         if not self._mode.reads_layers:
-            return actor.embedding_rows.options(name=job.label).remote(self._shared_plan, job.what)
-        options = {"name": job.label, "num_returns": 1 + self._gates.layers * len(job.what)}
+            return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
+        options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
         *job.states, done = actor.capture.options(**options).remote(self._shared_plan, job.what, experts)
         return done
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,17 +23,21 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.router import conditioning_warning
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
+from raymoe.objects.urls import is_url
 from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
 from raymoe.report.display import merge_line, say
 from raymoe.report.record import merge_record
-from raymoe.runtime.cluster import connected, expert_actors, slots_for
+from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
+from raymoe.runtime.other_nodes import OtherNodes
+from raymoe.runtime.placement import Placement, owner_names
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.shard_work import Sending
+from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
-from raymoe.sources.resolve import fetch_file
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
 from raymoe.storage.output import Output, ShardJob, open_output, output_location
@@ -81,22 +85,32 @@ def run_merge(
     with connected(settings), _stop_on_sigterm():
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
-        slots = slots_for(settings, jobs=jobs, compute=reads_layers, quantise=plan.gates.quantise)
+        placement = placed(plan)
+        slots = slots_for(
+            settings,
+            jobs=jobs,
+            compute=reads_layers,
+            quantise=plan.gates.quantise,
+            placement=placement,
+            beside_driver=not is_url(target.location),
+        )
+        sources = _Sources(plan, placement)
         try:
-            _begin(plan, target, settings)
+            _begin(plan, target, settings, sources)
             with Progress(plan, settings.verbosity, report=report) as progress:
                 with expert_actors(slots, target.location, settings, target.run) as actors:
                     outcome = run_jobs(
                         plan,
                         actors,
-                        WriteShards(target),
+                        WriteShards(target, owner_names(plan)),
                         progress.watch(actors),
                         readers=slots.readers,
                         layers_at_once=slots.layers_at_once,
                         shards_at_once=slots.shards_at_once,
+                        needs=placement.needs if placement is not None else None,
                     )
                     progress.final_look(actors, outcome)
-                _check_sources_unchanged(plan, target)
+                _check_sources_unchanged(target, sources)
                 rows = outcome.rows | random_gate_rows(plan.gates)
                 names = _expert_names(plan)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
@@ -120,26 +134,69 @@ def output_of(output: str | Path, settings: RuntimeSettings) -> Output:
 class WriteShards:
     """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output) -> None:
-        self._target = target
+    def __init__(self, target: Output, names: Mapping[str, str]) -> None:
+        """`names` are what Ray's dashboard calls the owners of shards."""
+        self._target, self._names = target, names
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return self._target.jobs(shard)
 
     def start(self, actor: Any, job: ShardJob) -> Any:
-        return actor.write_shard.options(name=f"write {job.shard.file_name}").remote(job)
+        return actor.write_shard.options(name=self._name("write", job)).remote(job)
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         return self._target.complete(shard, results)
 
+    @property
+    def sending(self) -> Sending | None:
+        return None if is_url(self._target.location) else _SendShards(self._target, self._name)
 
-def output_problems(plan: MergePlan, target: Output, settings: RuntimeSettings) -> list[Problem]:
-    """Everything that keeps this plan from being written to `target`, found without writing."""
+    def _name(self, what: str, job: ShardJob) -> str:
+        return f"{what} {job.shard.file_name} of {self._names.get(job.shard.owner, job.shard.owner)}"
+
+
+class _SendShards:
+    """The shards of a local folder that actors of other nodes do not see."""
+
+    def __init__(self, target: Output, name: Callable[[str, ShardJob], str]) -> None:
+        self._target, self._name = target, name
+
+    def start_writer(self) -> Any:
+        return start_writer(self._target.location, self._target.run)
+
+    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
+        return writer.receive.options(name=self._name("receive", job)).remote(actor, job)
+
+
+class _Sources:
+    """The source files as all nodes see them, for the question whether they are still what they were."""
+
+    def __init__(self, plan: MergePlan, placement: Placement | None) -> None:
+        self._files, self._placement = _all_files(plan), placement
+
+    def stamps(self) -> dict[str, int]:
+        """Modification times and the like, by location."""
+        far = self._placement.stamps() if self._placement is not None else {}
+        return {**far, **source_stamps(self._files)}
+
+    def look_again(self) -> None:
+        if self._placement is not None:
+            self._placement = self._placement.asked_again()
+
+
+def output_problems(
+    plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources | None = None
+) -> list[Problem]:
+    """Everything that keeps this plan from being written to `target`, found without writing.
+
+    `sources` as all nodes see them, where they have been asked.
+    """
+    sources = sources or _Sources(plan, None)
     bytes_needed = plan.totals.output_bytes
     problems = target.problems(digest=plan.digest, output_bytes=bytes_needed, overwrite=settings.overwrite)
     problems += _source_overlap(plan, target.location)
     if not problems and not settings.overwrite and target.digest() == plan.digest:
-        changed = target.changed_sources(source_stamps(_all_files(plan)))
+        changed = target.changed_sources(sources.stamps())
         if changed:
             what = f"source files changed since the merge in this folder was interrupted: {', '.join(changed[:3])}"
             remedy = "use --overwrite to start again from the new files"
@@ -167,18 +224,19 @@ def _all_files(plan: MergePlan) -> list[SourceFile]:
     return [file for source in plan.sources for file in source.files]
 
 
-def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings) -> None:
+def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources) -> None:
     target.lock()
     # Another merge may have come and gone since the first look; now nobody else is here.
-    if problems := output_problems(plan, target, settings):
+    if problems := output_problems(plan, target, settings, sources):
         raise ProblemReport(problems)
-    stamps = source_stamps(_all_files(plan))
+    stamps = sources.stamps()
     goes_on = target.digest() == plan.digest and not target.changed_sources(stamps)
     target.begin(plan.digest, stamps, fresh=settings.overwrite and not goes_on)
 
 
-def _check_sources_unchanged(plan: MergePlan, target: Output) -> None:
-    if changed := target.changed_sources(source_stamps(_all_files(plan))):
+def _check_sources_unchanged(target: Output, sources: _Sources) -> None:
+    sources.look_again()
+    if changed := target.changed_sources(sources.stamps()):
         raise MergeFailed(
             f"source files changed while they were merged: {', '.join(changed[:3])}. The output is of no use; run the "
             "same command with --overwrite when they no longer change."
@@ -232,7 +290,7 @@ def _finish(
     """Small files, the index, the record; then the journal goes."""
     records = list(records)
     for file in plan.side_files:
-        content = fetch_file(file, settings.hub, settings.storage).read_bytes()
+        content = OtherNodes(settings).read(file)
         records.append(target.write_small(side_file_name(file), content))
     records.append(target.write_small("config.json", _json(plan.config)))
     if plan.options.model_card:

@@ -86,8 +86,7 @@ class Progress:
             now = time.monotonic()
             if now - self._last_look >= _LOOK_EVERY_S and not self._asked:
                 self._last_look = now
-                up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.away]
-                self._asked = {actor.status.remote(): number for number, actor in up}
+                self._asked = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
             for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else ():
                 number = self._asked.pop(ref)
                 try:
@@ -113,9 +112,7 @@ class Progress:
         """The actors' last words, before they are let go."""
         import ray
 
-        for number, actor in enumerate(actors):
-            if actor in outcome.away:
-                continue
+        for number, actor in _up(actors, outcome):
             try:
                 self._latest[number] = ray.get(actor.status.remote(), timeout=10)
             except ray.exceptions.RayError:
@@ -207,3 +204,9 @@ class Progress:
             tokens = f", {status.gate_tokens:,} token-layers" if status.gate_tokens else ""
             lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
         return Group(*lines)
+
+
+def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:
+    """The actors that can be asked, by number; the writer, where there is one, comes after the others."""
+    up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.away]
+    return [*up, (len(actors), outcome.writer)] if outcome.writer is not None else up

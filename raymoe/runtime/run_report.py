@@ -108,7 +108,8 @@ def recorded(place: str | None) -> Iterator[RunReport]:
         yield report
     except BaseException as error:
         reason = "refused" if isinstance(error, ProblemReport) else "failed"
-        _write(report, place, "stopped" if isinstance(error, KeyboardInterrupt) else reason, error)
+        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
+        _write(report, place, "stopped" if is_stopped else reason, error)
         raise
     _write(report, place, "done", None)
 

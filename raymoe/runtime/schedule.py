@@ -4,6 +4,11 @@ Every actor has two lanes that run side by side: gates (see gate_work.py) and sh
 prompts writes that expert's shards first, then the base's, then whatever is left, so that no actor idles while
 there is work. More experts than actors simply means that lanes are filled again: waves without a pause between them.
 
+Work goes to actors that can do it: that see the local source files it takes (`Needs`), and have a GPU, if any has. An
+actor on a node that does not see a local output sends shards to a writer that does (see writer.py), but only shards
+that no actor could write there itself. What nobody can do any more, since the only node with its files is lost, ends
+the merge within a minute.
+
 The jobs of an actor that dies go back to the front of the queue, for whoever has room. Ray restarts the actor, which
 may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An actor
 that the cluster has no room for yet is in the same state.
@@ -14,19 +19,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.gates.assemble import Rows
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
 from raymoe.runtime.gate_work import GateJob, GateWork
+from raymoe.runtime.placement import Needs, owner_names
+from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork
+from raymoe.runtime.stream import SenderLost
+from raymoe.runtime.worker import Whereabouts
+from raymoe.sources.types import SourceFile
 
-__all__ = ["Outcome", "ShardWork", "run_jobs"]
+__all__ = ["Outcome", "run_jobs"]
 
 _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _TICK_S = 0.25
 _ASK_EVERY_S = 1.0
+_HOPE_S = 50.0  # how long work that nobody can do waits for actors that are away
+_SETTLE_S = 10.0  # how long a shard that would have to be sent waits for actors that could write it in its place
 
 
 @dataclass
@@ -34,7 +46,8 @@ class Outcome:
     """Gate rows by owner, what held-out prompts say of them, and what came of each shard.
 
     `members_done`: members whose prompts have been read; `layers_done`: layers whose rows are made. `bytes_kept` are
-    those that an earlier run had written. `away`: actors that are not up (yet, or again).
+    those that an earlier run had written. `away`: actors that are not up (yet, or again). `writer`: the actor that
+    writes what other nodes send, if it is up.
     """
 
     rows: Rows = field(default_factory=dict)
@@ -45,9 +58,10 @@ class Outcome:
     shard_results: list[Any] = field(default_factory=list)
     bytes_kept: int = 0
     away: list[Any] = field(default_factory=list)
+    writer: Any = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Actor:
     handle: Any
     gates_for: tuple[str, ...] = ()  # the members whose prompts it reads now or read last
@@ -55,50 +69,29 @@ class _Actor:
     layers_busy: int = 0
     shards_busy: int = 0
     is_up: bool = False
+    place: Whereabouts | None = None  # what it said when it came up
     answer: Any = None  # while it is not up: the reference of the answer that will tell, if it has been asked
     asked_at: float = 0.0
 
-
-@dataclass
-class _OpenShard:
-    """A shard whose jobs have been asked for: how many are still to come back, and what came back."""
-
-    shard: Shard
-    missing: int
-    results: list[Any] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _ShardJob:
-    """A job of a shard: `detail` is what the actor is given."""
-
-    opened: _OpenShard
-    detail: Any
-    failures: int = 0
+    def reads(self, files: frozenset[str]) -> bool:
+        return self.place is not None and not files & self.place["missing"]
 
     @property
-    def owner(self) -> str:
-        return self.opened.shard.owner
+    def sees_output(self) -> bool:
+        return self.place is not None and self.place["output_visible"]
 
     @property
-    def label(self) -> str:
-        return f"{self.opened.shard.file_name} ({self.owner})"
+    def on_gpu(self) -> bool:
+        return self.place is not None and self.place["device"] != "cpu"
 
 
-_Running = dict[Any, "tuple[_Actor, GateJob | _ShardJob]"]
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A job that is being done by an actor; `sent`: written by the writer, as that actor sends it."""
 
-
-class ShardWork(Protocol):
-    """What is done with shards. A shard is one or several jobs, which several actors may do at the same time."""
-
-    def jobs(self, shard: Shard) -> Sequence[Any]:
-        """Begin with a shard; nothing, if there is nothing left for actors to do."""
-
-    def start(self, actor: Any, job: Any) -> Any:
-        """Start a job on an actor; the reference of its result."""
-
-    def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
-        """All jobs of a shard came back: what is to be kept of it."""
+    actor: _Actor
+    job: GateJob | ShardTask
+    sent: bool = False
 
 
 def run_jobs(
@@ -110,45 +103,205 @@ def run_jobs(
     readers: int,
     layers_at_once: int,
     shards_at_once: int,
+    needs: Needs | None = None,
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
     `readers` actors at most read prompts at once. An actor works on the routers of `layers_at_once` layers and on
     `shards_at_once` jobs of shards side by side.
-    `on_tick` is called several times a second.
+    `needs`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several times a
+    second.
     """
-    import ray
-
-    outcome = Outcome()
-    actors = [_Actor(handle) for handle in handles]
-    gates = GateWork(plan.gates, min(readers, len(handles)))
-    shards = _Shards([shard for shard in plan.shards if shard.owner != "router"], work, outcome)
-    running: _Running = {}
+    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan))
+    run = _Jobs(plan, gates, [_Actor(handle) for handle in handles], work, needs)
+    run.layers_at_once, run.shards_at_once = layers_at_once, shards_at_once
     try:
-        while gates.is_waiting or shards.waiting or shards.ready or running:
-            for actor in actors:
-                if actor.is_up:
-                    _fill_gates(actor, gates, layers_at_once, running)
-                    _fill_shards(actor, shards, shards_at_once, running)
-                else:
-                    _ask(actor)
-            outcome.away = [actor.handle for actor in actors if not actor.is_up]
-            asked = {actor.answer: actor for actor in actors if actor.answer is not None}
-            done = _wait([*running, *asked])
-            for ref in done:
-                if ref in asked:
-                    _welcome(asked[ref], actors)
-                else:
-                    actor, job = running.pop(ref)
-                    _collect(ref, actor, job, gates, shards)
-            outcome.members_done, outcome.layers_done = gates.members_done, gates.layers_done
-            outcome.gates_done = gates.is_done
-            on_tick(outcome)
+        while run.has_work:
+            run.step()
+            on_tick(run.outcome)
     finally:
-        for ref in running:
+        run.end()
+    run.outcome.rows, run.outcome.summary = gates.result()
+    return run.outcome
+
+
+class _Jobs:
+    """The state of `run_jobs`: who is there, what waits, what is being done."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        gates: GateWork,
+        actors: list[_Actor],
+        work: ShardWork,
+        needs: Needs | None,
+    ) -> None:
+        self.outcome, self.gates = Outcome(), gates
+        self.shards = ShardQueue([shard for shard in plan.shards if shard.owner != "router"], work)
+        self.layers_at_once = self.shards_at_once = 1
+        self._actors = actors
+        self._writer: _Actor | None = None
+        self._sending = work.sending
+        self._needs, self._files = needs, needs.files if needs is not None else ()
+        self._running: dict[Any, _Run] = {}
+        self._began = self._busy_at = time.monotonic()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.gates.is_waiting or self.shards.waiting or self.shards.ready or self._running)
+
+    def step(self) -> None:
+        """Give out work, and take what has come back within a tick."""
+        everyone = [*self._actors, *([self._writer] if self._writer else [])]
+        for actor in everyone:
+            if not actor.is_up:
+                _ask(actor, self._files)
+        for actor in self._actors:
+            if actor.is_up:
+                self._fill_gates(actor)
+                self._fill_shards(actor)
+        self._check_hope()
+        self.outcome.writer = self._writer.handle if self._writer is not None and self._writer.is_up else None
+        self.outcome.away = [actor.handle for actor in self._actors if not actor.is_up]
+        asked = {actor.answer: actor for actor in everyone if actor.answer is not None}
+        for ref in _wait([*self._running, *asked]):
+            if ref in asked:
+                self._welcome(asked[ref])
+            else:
+                self._collect(ref, self._running.pop(ref))
+        self.outcome.members_done, self.outcome.layers_done = self.gates.members_done, self.gates.layers_done
+        self.outcome.gates_done = self.gates.is_done
+        self.outcome.shard_results, self.outcome.bytes_kept = self.shards.results, self.shards.bytes_kept
+
+    def end(self) -> None:
+        """Nothing more is wanted."""
+        import ray
+
+        for ref in self._running:
             ray.cancel(ref, force=False, recursive=False)
-    outcome.rows, outcome.summary = gates.result()
-    return outcome
+        if self._writer is not None:
+            ray.kill(self._writer.handle, no_restart=True)
+
+    def _fill_gates(self, actor: _Actor) -> None:
+        if not actor.gates_busy and (job := self.gates.next_member(lambda job: self._may_read(actor, job))) is not None:
+            actor.gates_for, actor.gates_busy = job.owners, True
+            self._running[self.gates.start(actor.handle, job)] = _Run(actor, job)
+        if not actor.on_gpu and any(other.is_up and other.on_gpu for other in self._actors):
+            return
+        while actor.layers_busy < self.layers_at_once and (job := self.gates.next_layer()) is not None:
+            actor.layers_busy += 1
+            self._running[self.gates.start(actor.handle, job)] = _Run(actor, job)
+
+    def _may_read(self, actor: _Actor, job: GateJob) -> bool:
+        """Whether an actor is to read these prompts: it can, and none with a GPU could."""
+        files = self._needs.of_members(job.owners) if self._needs is not None else frozenset()
+        on_gpus = any(other.is_up and other.on_gpu and other.reads(files) for other in self._actors)
+        return actor.reads(files) and (actor.on_gpu or not on_gpus)
+
+    def _fill_shards(self, actor: _Actor) -> None:
+        while actor.shards_busy < self.shards_at_once:
+            job = self.shards.next_for(actor.gates_for, lambda shard: self._may_do(actor, shard))
+            if job is None:
+                return
+            actor.shards_busy += 1
+            if actor.sees_output or self._sending is None:
+                ref = self.shards.work.start(actor.handle, job.detail)
+                self._running[ref] = _Run(actor, job)
+            else:
+                assert self._writer is not None
+                ref = self._sending.start(self._writer.handle, actor.handle, job.detail)
+                self._running[ref] = _Run(actor, job, sent=True)
+
+    def _may_do(self, actor: _Actor, shard: Shard) -> bool:
+        """Whether an actor is to do a shard: it can, and if it would have to send it, nobody can write it directly."""
+        files = self._needs.shards[shard.file_name] if self._needs is not None else frozenset()
+        if not actor.reads(files):
+            return False
+        if actor.sees_output or self._sending is None:
+            return True
+        if time.monotonic() - self._began < _SETTLE_S and any(other.place is None for other in self._actors):
+            return False
+        if any(other.is_up and other.sees_output and other.reads(files) for other in self._actors):
+            return False
+        if self._writer is None:
+            self._writer = _Actor(self._sending.start_writer())
+        return self._writer.is_up
+
+    def _check_hope(self) -> None:
+        """Raises MergeFailed where what is left can't be done by anybody who is here or may come soon."""
+        now = time.monotonic()
+        here = [actor for actor in self._actors if actor.is_up]
+        if self._running or not here or (self._writer is not None and not self._writer.is_up):
+            self._busy_at = now
+            return
+        away = len(here) < len(self._actors)
+        if now - self._busy_at < (_HOPE_S if away else _SETTLE_S):
+            return
+        places = {actor.place["node"]: actor.place["missing"] for actor in here if actor.place is not None}
+        files, label = self._first_waiting()
+        missing = sorted({file for file in files if all(file in gone for gone in places.values())})
+        what = f"{missing[0]} is on none of the nodes" if missing else "no node has all the files that it takes"
+        raise MergeFailed(
+            f"{label}: {what} with an actor ({', '.join(sorted(places))}). A node that had it may be lost; run the "
+            "same command again when it is back, to go on from the shards that are finished."
+        )
+
+    def _first_waiting(self) -> tuple[frozenset[str], str]:
+        """The files and the name of work that waits."""
+        if self._needs is None:
+            return frozenset(), "the merge"
+        if (shard := self.shards.first_waiting()) is not None:
+            return self._needs.shards[shard.file_name], f"{shard.file_name} ({shard.owner})"
+        owners = self.gates.waiting_owners
+        return self._needs.of_members(owners), f"gates of {', '.join(owners)}"
+
+    def _collect(self, ref: Any, run: _Run) -> None:
+        """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
+        actor, job = run.actor, run.job
+        if isinstance(job, ShardTask):
+            actor.shards_busy -= 1
+        elif isinstance(job.what, int):
+            actor.layers_busy -= 1
+        else:
+            actor.gates_busy = False
+        loss, result = _result(ref, job)
+        if loss == "actor" and run.sent and self._writer is not None:
+            self._writer.is_up = False
+        if loss in ("actor", "sender"):
+            if isinstance(job, ShardTask):
+                self.shards.ready.insert(0, job)
+            else:
+                self.gates.send_back(job)
+            if not (loss == "actor" and run.sent):
+                actor.is_up, actor.gates_for = False, ()
+        elif loss == "states":
+            assert isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
+            self.gates.capture_again()
+        elif isinstance(job, ShardTask):
+            self.shards.came_back(job.opened, result)
+        else:
+            self.gates.came_back(job, result)
+
+    def _welcome(self, actor: _Actor) -> None:
+        """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
+        import ray
+        from ray.exceptions import ActorUnavailableError, RayActorError
+
+        answer, actor.answer = actor.answer, None
+        try:
+            actor.place = ray.get(answer)
+            actor.is_up = True
+        except ActorUnavailableError:
+            return
+        except RayActorError as error:
+            if actor is not self._writer:
+                self._actors.remove(actor)
+            who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
+            if actor is self._writer or not self._actors:
+                raise MergeFailed(
+                    f"{who} died ({str(error).splitlines()[0]}). Memory may have run out; run the same command again "
+                    "to go on from the shards that are finished."
+                ) from error
 
 
 def _wait(refs: list[Any]) -> list[Any]:
@@ -162,87 +315,9 @@ def _wait(refs: list[Any]) -> list[Any]:
     return ready
 
 
-def _fill_gates(actor: _Actor, gates: GateWork, layers_at_once: int, running: _Running) -> None:
-    if not actor.gates_busy and (job := gates.next_member()) is not None:
-        actor.gates_for, actor.gates_busy = job.owners, True
-        running[gates.start(actor.handle, job)] = (actor, job)
-    while actor.layers_busy < layers_at_once and (job := gates.next_layer()) is not None:
-        actor.layers_busy += 1
-        running[gates.start(actor.handle, job)] = (actor, job)
-
-
-def _fill_shards(actor: _Actor, shards: _Shards, shards_at_once: int, running: _Running) -> None:
-    while actor.shards_busy < shards_at_once and (job := shards.next_for(actor)) is not None:
-        actor.shards_busy += 1
-        running[shards.work.start(actor.handle, job.detail)] = (actor, job)
-
-
-class _Shards:
-    """The queue of shards: `waiting` have not been begun, `ready` are jobs of begun ones that nobody does yet."""
-
-    def __init__(self, waiting: list[Shard], work: ShardWork, outcome: Outcome) -> None:
-        self.waiting, self.work, self._outcome = waiting, work, outcome
-        self.ready: list[_ShardJob] = []
-
-    def next_for(self, actor: _Actor) -> _ShardJob | None:
-        """A job for an actor: of its own expert's shards, else of the base's, else of any; begun shards first."""
-        while self.waiting or self.ready:
-            job = min(self.ready, key=lambda job: _preference(actor, job.owner), default=None)
-            shard = min(self.waiting, key=lambda shard: _preference(actor, shard.owner), default=None)
-            if job is not None and (shard is None or _preference(actor, job.owner) <= _preference(actor, shard.owner)):
-                self.ready.remove(job)
-                return job
-            assert shard is not None
-            self.waiting.remove(shard)
-            self._begin(shard)
-        return None
-
-    def _begin(self, shard: Shard) -> None:
-        jobs = self.work.jobs(shard)
-        opened = _OpenShard(shard, len(jobs))
-        self.ready += [_ShardJob(opened, detail=job) for job in jobs]
-        if not jobs:
-            self._outcome.bytes_kept += shard.nbytes
-            self._outcome.shard_results.append(self.work.complete(shard, ()))
-
-    def came_back(self, opened: _OpenShard, result: Any) -> None:
-        opened.results.append(result)
-        opened.missing -= 1
-        if not opened.missing:
-            self._outcome.shard_results.append(self.work.complete(opened.shard, opened.results))
-
-
-def _preference(actor: _Actor, owner: str) -> tuple[bool, bool]:
-    """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
-    return (owner not in actor.gates_for, owner != "base")
-
-
-def _collect(ref: Any, actor: _Actor, job: GateJob | _ShardJob, gates: GateWork, shards: _Shards) -> None:
-    """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
-    if isinstance(job, _ShardJob):
-        actor.shards_busy -= 1
-    elif isinstance(job.what, int):
-        actor.layers_busy -= 1
-    else:
-        actor.gates_busy = False
-    loss, result = _result(ref, job)
-    if loss == "actor":
-        if isinstance(job, _ShardJob):
-            shards.ready.insert(0, job)
-        else:
-            gates.send_back(job)
-        actor.is_up, actor.gates_for = False, ()
-    elif loss == "states":
-        assert isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
-        gates.capture_again()
-    elif isinstance(job, _ShardJob):
-        shards.came_back(job.opened, result)
-    else:
-        gates.came_back(job, result)
-
-
-def _result(ref: Any, job: GateJob | _ShardJob) -> tuple[str, Any]:
-    """What came back, or what was lost ('actor', or the prompts' 'states'), if it has not been lost too often."""
+def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
+    """What came back, or what was lost (the 'actor' that was asked, the 'sender' of what it writes, or the prompts'
+    'states'), if it has not been lost too often."""
     import ray
     from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
@@ -252,9 +327,9 @@ def _result(ref: Any, job: GateJob | _ShardJob) -> tuple[str, Any]:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, RaymoeError):
             raise cause from None
-        if not isinstance(cause, ObjectLostError):
+        if not isinstance(cause, (ObjectLostError, SenderLost)):
             raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
-        failure, what = cause, "states"
+        failure, what = cause, "sender" if isinstance(cause, SenderLost) else "states"
     except RayActorError as error:
         failure, what = error, "actor"
     except ObjectLostError as error:
@@ -264,36 +339,16 @@ def _result(ref: Any, job: GateJob | _ShardJob) -> tuple[str, Any]:
     job.failures += 1
     if job.failures < _ATTEMPTS:
         return what, None
-    lost = "its actor died" if what == "actor" else "what it works with was lost with its node"
+    lost = "what it works with was lost with its node" if what == "states" else "its actor died"
     raise MergeFailed(
         f"{job.label}: {lost} ({str(failure).splitlines()[0]}), {job.failures} times. Memory may have run out; run the "
         "same command again to go on from the shards that are finished."
     ) from failure
 
 
-def _ask(actor: _Actor) -> None:
+def _ask(actor: _Actor, files: Sequence[SourceFile]) -> None:
     """Ask an actor that is away whether it is up. One that has not been started yet answers when it is; one that is
     being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again."""
     now = time.monotonic()
     if actor.answer is None and now - actor.asked_at >= _ASK_EVERY_S:
-        actor.answer, actor.asked_at = actor.handle.where.remote(), now
-
-
-def _welcome(actor: _Actor, actors: list[_Actor]) -> None:
-    """The actor is up, or will never be. Raises MergeFailed where it was the last one."""
-    import ray
-    from ray.exceptions import ActorUnavailableError, RayActorError
-
-    answer, actor.answer = actor.answer, None
-    try:
-        ray.get(answer)
-        actor.is_up = True
-    except ActorUnavailableError:
-        return
-    except RayActorError as error:
-        actors.remove(actor)
-        if not actors:
-            raise MergeFailed(
-                f"no actor is left: the last one died ({str(error).splitlines()[0]}). They may have run out of memory; "
-                "run the same command again to go on from the shards that are finished."
-            ) from error
+        actor.answer, actor.asked_at = actor.handle.where.remote(files), now

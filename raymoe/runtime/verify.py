@@ -19,6 +19,7 @@ from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
 from raymoe.report.record import prompt_records
 from raymoe.runtime.cluster import connected, expert_actors, slots_for
+from raymoe.runtime.other_nodes import OtherNodes
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
@@ -64,7 +65,7 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         what = f"this record can't be read: {str(error).splitlines()[0]}"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
     settings = replace(settings, storage=config.storage)
-    plan = api.plan(config, options, hub=settings.hub, allow_all_same=True)
+    plan = api.plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
     differences = [*_prompt_differences(record, plan, config), *_file_differences(folder, record, plan, settings)]
     try:
         written = index_model_weights(folder).tensors
@@ -140,6 +141,8 @@ class _CompareShards:
     def complete(self, shard: Shard, results: Sequence[list[str]]) -> list[str]:
         """Names of the tensors that differ."""
         return results[0]
+
+    sending = None  # sources and output are read by the same actor
 
 
 def _tensor_differences(

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,16 @@ from raymoe.gates.layer_rows import LayerRows
 from raymoe.objects.store import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts, Shard
 from raymoe.runtime.memory import peak_rss_bytes
-from raymoe.runtime.process import give_memory_back, let_gates_go_first, limit_threads
+from raymoe.runtime.process import let_gates_go_first, limit_threads, set_up_process
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.sources.types import TensorEntry
+from raymoe.runtime.stream import pieces_of
+from raymoe.sources.local import stat_file
+from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import different_tensors
+from raymoe.storage.stream import different_tensors, shard_chunks
 
-__all__ = ["GATES_OF", "ExpertWorker", "Status"]
+__all__ = ["GATES_OF", "ExpertWorker", "Status", "Whereabouts", "Working", "node_words"]
 
 GATES_OF = "gates of "  # how `Status.busy_with` names the reading of prompts
 
@@ -52,25 +54,39 @@ class Status:
     busy_with: tuple[str, ...]
 
 
+class Whereabouts(TypedDict):
+    """What an actor says of itself when it comes up: its process, its node (in words, and by Ray's id), whether it sees
+    the output, what it computes on, and which of the files that it was asked about it can't read."""
+
+    pid: int
+    node: str
+    node_id: str
+    output_visible: bool
+    device: str
+    missing: frozenset[str]
+
+
 class ExpertWorker:
     """Works for one expert at a time: gate rows on its device, shards to the output."""
 
     def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
-        give_memory_back()
+        set_up_process()
         self._settings = settings
         self._output = open_output(output, settings.storage, run)
         self._lock = threading.Lock()
         self._bytes_written = self._bytes_copied = self._bytes_kept = self._gate_tokens = 0
         self._busy: list[str] = []
 
-    def where(self) -> dict[str, Any]:
-        """This actor's process, node and view of the output."""
-        return {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "output_visible": self._output.is_reachable(),
-            "device": self._device(),
-        }
+    def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
+        """Where this actor is, and which of some local files it can't read (those of another size included)."""
+        return Whereabouts(
+            pid=os.getpid(),
+            node=node_words(),
+            node_id=_node_id(),
+            output_visible=self._output.is_reachable(),
+            device=self._device(),
+            missing=frozenset(f.location for f in files if (found := stat_file(f.location)) is None or found != f),
+        )
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
         """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
@@ -124,6 +140,15 @@ class ExpertWorker:
                 self._bytes_kept += job.shard.nbytes
         return result
 
+    def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
+        with self._working(job.shard.file_name), self._reader() as reader:
+            for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
+                yield piece
+                if _is_cancelled():
+                    return
+                self._add_bytes(len(piece))
+
     def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
         """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
         with self._working(shard.file_name), self._reader() as reader:
@@ -156,8 +181,8 @@ class ExpertWorker:
 
     def _check_output(self) -> None:
         if not self._output.is_reachable():
-            what = f"the output {self._output.location} is not the same folder on node {socket.gethostname()}"
-            remedy = "use a folder on a filesystem that all nodes share, or run the merge on one node"
+            what = f"the output {self._output.location} is no longer that of this run on {node_words()}"
+            remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
     def _reader(self) -> SourceReader:
@@ -172,15 +197,15 @@ class ExpertWorker:
         with self._lock:
             self._gate_tokens += count
 
-    def _working(self, on: str) -> _Working:
-        return _Working(self._busy, self._lock, on)
+    def _working(self, on: str) -> Working:
+        return Working(self._busy, self._lock, on)
 
 
 def _gates_of(members: Sequence[GatePrompts]) -> str:
     return f"{GATES_OF}{', '.join(member.owner for member in members)}"
 
 
-class _Working:
+class Working:
     """Names what a call works on, for the time that it does."""
 
     def __init__(self, busy: list[str], lock: threading.Lock, on: str) -> None:
@@ -193,3 +218,30 @@ class _Working:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._busy.remove(self._on)
+
+
+def node_words() -> str:
+    """This node as messages call it: its host's name, and the address that Ray knows it by."""
+    host = socket.gethostname()
+    if "ray" not in sys.modules:
+        return f"node {host}"
+    import ray
+
+    return f"node {ray.util.get_node_ip_address()} ({host})" if ray.is_initialized() else f"node {host}"
+
+
+def _node_id() -> str:
+    """Ray's id of this node; empty where this class is run without Ray."""
+    if "ray" not in sys.modules:
+        return ""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _is_cancelled() -> bool:
+    """Whether Ray has been told that nobody wants the rest of this call; older versions of Ray do not tell actors."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return bool(getattr(context, "is_canceled", bool)()) if context.get_actor_id() is not None else False

@@ -26,7 +26,7 @@ from raymoe.objects.problems import StorageError
 from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_values import Faults, prompt_values
-from raymoe.sources.resolve import fetch_file
+from raymoe.sources.resolve import Elsewhere, fetch_file
 from raymoe.sources.types import ModelFacts
 
 __all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "draw", "prompt_file_place", "read_prompts"]
@@ -96,7 +96,9 @@ def prompt_file_place(file: PromptFile) -> str:
     return file.file if is_url(file.file) else os.path.abspath(os.path.expanduser(file.file))
 
 
-def chat_template_problems(config: MergeConfig, base: ModelFacts, hub: HubOptions | None = None) -> list[Problem]:
+def chat_template_problems(
+    config: MergeConfig, base: ModelFacts, hub: HubOptions | None = None, elsewhere: Elsewhere | None = None
+) -> list[Problem]:
     """That the base has no chat template and the config asks for one, as far as its small files show it."""
     experts = (*config.experts, *config.shared_experts)
     if not config.needs_prompts or not any(map(config.uses_chat_template, experts)):
@@ -107,8 +109,9 @@ def chat_template_problems(config: MergeConfig, base: ModelFacts, hub: HubOption
     settings: Any = {}
     if "tokenizer_config.json" in files:
         try:
-            path = fetch_file(files["tokenizer_config.json"], hub, config.storage)
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            file = files["tokenizer_config.json"]
+            read = elsewhere.read(file) if elsewhere else fetch_file(file, hub, config.storage).read_bytes()
+            settings = json.loads(read)
         except CheckpointError as error:
             return list(error.problems)
         except (OSError, ValueError):

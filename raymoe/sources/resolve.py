@@ -2,6 +2,7 @@
 
     parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
                                   SourceFile --fetch_file--> local path     actors: whole files
+                                  open_folders                              another node: headers that the driver lacks
 
 A URL is one (file:// is a local path in other words); a name that exists as a local folder is one; anything else has to
 be a Hub id. Several models are resolved at
@@ -12,11 +13,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
@@ -31,14 +32,28 @@ from raymoe.sources.quantised import quantisation_problems
 from raymoe.sources.refs import is_local_folder
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
 
-__all__ = ["HubOptions", "StorageOptions", "fetch_file", "fetch_side_files", "resolve_model", "resolve_models"]
+__all__ = [
+    "Elsewhere",
+    "HubOptions",
+    "Opened",
+    "PathKey",
+    "StorageOptions",
+    "fetch_file",
+    "fetch_side_files",
+    "open_folders",
+    "resolve_model",
+    "resolve_models",
+]
 
 _MODELS_AT_ONCE = 8
 _T = TypeVar("_T")
 
+PathKey = tuple[PathRef, bool]
+"""A path of a config, and whether it names an adapter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
+class Opened:
     """One path of a config, read: a model, or an adapter (whose check needs its model's index as well)."""
 
     folder: Folder
@@ -46,6 +61,16 @@ class _Opened:
     index: CheckpointIndex
     side_files: tuple[SourceFile, ...]
     warnings: tuple[str, ...]
+
+
+class Elsewhere(Protocol):
+    """Other machines, which may have the folders that this one lacks."""
+
+    def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, Opened | CheckpointError]:
+        """Local folders as another machine read them, or why they can't be used; {} where nobody can be asked."""
+
+    def read(self, file: SourceFile) -> bytes:
+        """A small file as a whole, from here or from there. Raises CheckpointError."""
 
 
 def resolve_model(
@@ -56,16 +81,24 @@ def resolve_model(
 
 
 def resolve_models(
-    refs: Iterable[ModelRef], options: HubOptions | None = None, storage: StorageOptions | None = None
+    refs: Iterable[ModelRef],
+    options: HubOptions | None = None,
+    storage: StorageOptions | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> dict[ModelRef, ModelFacts]:
-    """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order."""
+    """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
+
+    Local folders that are not here are looked for `elsewhere`.
+    """
     refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
-    parts: dict[tuple[PathRef, bool], Future[_Opened]] = {}
+    named = (key for ref in refs for key in ((ref.model, False), (ref.adapter, True)))
+    keys: list[PathKey] = list(dict.fromkeys((path, is_adapter) for path, is_adapter in named if path is not None))
+    absent = [key for key in keys if elsewhere and (place := _local_place(key[0])) and not os.path.exists(place)]
+    far = elsewhere.open(absent) if elsewhere and absent else {}
+    parts: dict[PathKey, Future[Opened]] = {}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
-        for ref in refs:
-            for path, is_adapter in ((ref.model, False), (ref.adapter, True)):
-                if path is not None and (path, is_adapter) not in parts:
-                    parts[path, is_adapter] = pool.submit(_open, path, is_adapter, options, storage)
+        for key in keys:
+            parts[key] = _known(far[key]) if key in far else pool.submit(_open, *key, options, storage)
     problems: list[Problem] = []
     opened = {key: part for key, future in parts.items() if (part := _collect(problems, future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
@@ -81,6 +114,38 @@ def resolve_models(
     return facts
 
 
+def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[PathKey, Opened | CheckpointError]:
+    """Those of some local paths that are folders of this machine, read; or what is wrong with them."""
+    found: dict[PathKey, Opened | CheckpointError] = {}
+    for path, is_adapter in paths:
+        place = _local_place(path)
+        if place is None or not os.path.isdir(place):
+            continue
+        try:
+            found[path, is_adapter] = _open(PathRef(path=place), is_adapter, HubOptions(), storage)
+        except CheckpointError as error:
+            found[path, is_adapter] = error
+    return found
+
+
+def _local_place(path: PathRef) -> str | None:
+    """The absolute path that a name must mean, whether it exists or not; None for URLs and what may be a Hub id."""
+    if is_url(path.path):
+        return local_path(path.path)
+    if path.revision is not None or is_hub_id(path.path):
+        return None
+    return os.path.abspath(os.path.expanduser(path.path))
+
+
+def _known(result: Opened | CheckpointError) -> Future[Opened]:
+    future: Future[Opened] = Future()
+    if isinstance(result, CheckpointError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+    return future
+
+
 def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
     try:
         return step()
@@ -89,7 +154,7 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> _Opened:
+def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Opened:
     folder = _find_folder(path, is_adapter, options, storage)
     problems: list[Problem] = []
     config_name = "adapter_config.json" if is_adapter else "config.json"
@@ -110,7 +175,7 @@ def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: Storage
     if problems or config is None or index is None:
         raise CheckpointError(problems)
     warned = folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None
-    return _Opened(
+    return Opened(
         folder=folder,
         config=config,
         index=index,
@@ -147,7 +212,7 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
         raise CheckpointError([replace(first, what=what), *rest]) from None
 
 
-def _facts(ref: ModelRef, model: _Opened, adapter: _Opened | None) -> ModelFacts:
+def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
     facts = None
     if adapter is not None:
         folder = adapter.folder

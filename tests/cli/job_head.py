@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.cli.commands import wait_until
 
-__all__ = ["MISSING", "JobHead", "job_head"]
+__all__ = ["MISSING", "JobHead", "asks_for_token", "job_head"]
 
 MISSING = [
     name for name in ("aiohttp_cors", "opencensus", "prometheus_client", "virtualenv") if find_spec(name) is None
@@ -69,7 +69,7 @@ def job_head(folder: Path) -> Iterator[JobHead]:
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_until(lambda: _answers(url), "an answer of the job server", [])
+        wait_until(lambda: asks_for_token(url), "an answer of the job server", [])
         yield JobHead(url, f"http://127.0.0.1:{metrics}/metrics", {**env, "RAY_ADDRESS": url})
     finally:
         head.send_signal(signal.SIGTERM)
@@ -77,7 +77,8 @@ def job_head(folder: Path) -> Iterator[JobHead]:
         shutil.rmtree(session, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
+def asks_for_token(url: str) -> bool:
+    """Whether a job server is up there. Fails if it is and wants no token."""
     try:
         urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
     except urllib.error.HTTPError as error:

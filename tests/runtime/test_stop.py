@@ -44,14 +44,15 @@ def test_stopped_in_mid_merge(
     assert hashes(out) == many_shards.files
 
 
-def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path, sent: signal.Signals) -> None:
     """No cluster: the command starts its own, and is stopped at that. Nothing of Ray stays behind."""
     # A short path, for sockets.
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
         process = start("merge", many_shards.config, tmp_path / "out", env=env)
         wait_until(lambda: any(Path(folder).rglob("gcs_server.out")), "the first Ray process", [process])
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         said, err = process.communicate(timeout=60)
         assert (process.returncode, said) == (1, "")
         assert "Traceback" not in err

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DIRECTIONS", "EXAMPLE_VARIANTS", "VARIANTS", "Case", "Kill", "Variant", "make_cases"]
+__all__ = ["DIRECTIONS", "EXAMPLE_VARIANTS", "VARIANTS", "Case", "Kill", "MergeCase", "Variant", "make_cases"]
 
 DIRECTIONS = ("S3 to S3", "local to S3", "S3 to local")
 MB = 1_000_000
@@ -20,7 +20,10 @@ MB = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A merge: the models `base` and `experts` (names in models.py), keys of the config, and the size of shards."""
+    """A merge: the models `base` and `experts` (names in models.py), keys of the config, and the size of shards.
+
+    `prompts`: so many made-up prompts an expert, for gate passes that take a while; 0: two short ones.
+    """
 
     name: str
     base: str
@@ -29,7 +32,12 @@ class Variant:
     config: Mapping[str, Any] = field(default_factory=dict)
     expert_keys: Mapping[str, Any] = field(default_factory=dict)
     shard_bytes: int
+    prompts: int = 0
     share: int = 1  # how often it is drawn, relative to others
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.mode not in ("random", "uniform_random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +52,16 @@ class Kill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One merge with its disturbances. `kills`: when each try is killed, see `Kill`."""
+class MergeCase:
+    """What is merged, from where to where. `server`: of the object store; None where none takes part."""
 
     number: int
     seed: int
     variant: Variant
     direction: str
-    server: str
-    rate: float
-    sha256: bool
+    server: str | None
     actors: int
-    kills: tuple[Kill, ...]
+    sha256: bool = False
     impatient: bool = False  # gives up a request after a second, so that some faults end the merge
 
     @property
@@ -65,6 +71,21 @@ class Case:
     @property
     def writes_s3(self) -> bool:
         return self.direction.endswith("S3")
+
+    @property
+    def plain(self) -> MergeCase:
+        """The same merge as anybody would run it."""
+        chosen = {key: getattr(self, key) for key in ("number", "seed", "variant", "direction", "server", "actors")}
+        return MergeCase(**chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(MergeCase):
+    """One merge with its disturbances. `kills`: when each try is killed, see `Kill`."""
+
+    server: str
+    rate: float
+    kills: tuple[Kill, ...]
 
     @property
     def label(self) -> str:

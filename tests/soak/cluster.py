@@ -1,4 +1,8 @@
-"""A Ray cluster of one node that outlives the drivers of a soak: attaching costs less than a second."""
+"""A Ray cluster that outlives the drivers of a soak: attaching costs less than a second. Its nodes are real ones, each
+with processes of its own, all on this machine; they can be added and lost.
+
+Every cluster wants its own token, and takes ports that are free.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,48 +19,120 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["ray_cluster"]
+from tests.cli.job_head import asks_for_token
+
+__all__ = ["Cluster", "ray_cluster"]
 
 _START_S = 90
+_STORE_BYTES = 200_000_000
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    """`environment` is what drivers need; `job_server` the URL to submit to, if there is one. `workers` are the nodes
+    that are up beside the head."""
+
+    folder: Path
+    address: str
+    environment: Mapping[str, str]
+    head: subprocess.Popen[bytes]
+    job_server: str | None
+    _env: Mapping[str, str]
+    _log: Path
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that all others of the nodes descend from."""
+        return [node.pid for node in (self.head, *self.workers)]
+
+    @property
+    def temp(self) -> Path:
+        """Ray's folder for logs, sockets and what is spilled."""
+        return self.folder / "ray"
+
+    def add_worker(self, cpus: int) -> None:
+        """Add a node, and wait until it is up."""
+        log = self._log.with_suffix(f".{len(list(self._log.parent.glob('*.worker')))}.worker")
+        words = [f"--address={self.address}", f"--num-cpus={cpus}", *_common_words()]
+        self.workers.append(_start(words, self._env, log))
+        _wait_for("Ray runtime started", self.workers[-1], log)
+
+    def lose_worker(self, number: int) -> None:
+        """A node goes without a word, with all its processes."""
+        _end(self.workers.pop(number))
 
 
 @contextmanager
-def ray_cluster(variables: Mapping[str, str], log: Path, cpus: int) -> Iterator[dict[str, str]]:
-    """Start a node with `variables` in its environment (actors get theirs from it); what drivers need is yielded."""
+def ray_cluster(
+    variables: Mapping[str, str], log: Path, cpus: int, *, job_server: bool = False, store_bytes: int = _STORE_BYTES
+) -> Iterator[Cluster]:
+    """Start a head with `variables` in its environment (actors get theirs from it). `store_bytes`: of the object store.
+
+    The logs of worker nodes lie beside `log`.
+    """
     # Sockets lie in this folder, and their paths may not be long.
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     (folder / "token").write_text(secrets.token_hex(32))
-    address = f"127.0.0.1:{_free_port()}"
+    gcs, dashboard = _free_port(), _free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     env = {**os.environ, **variables, **token, "RAY_DISABLE_IMPORT_WARNING": "1"}
     env.pop("RAY_ADDRESS", None)
-    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    words += [f"--port={address.split(':')[1]}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
-    words += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=200000000"]
-    words += ["--include-log-monitor=false", "--min-worker-port=0", "--max-worker-port=0"]
-    words += [f"--dashboard-agent-listen-port={_free_port()}"]
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # 'python' of a job is this one
+    words = ["--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
+    words += [f"--include-dashboard={str(job_server).lower()}", f"--dashboard-port={dashboard}"]
+    words += ["--include-log-monitor=false", *_common_words(store_bytes)]
     if importlib.util.find_spec("grpc"):  # what Ray Client needs: with it Ray opens a fixed port, without it takes none
         words += [f"--ray-client-server-port={_free_port()}"]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(words, env=env, stdout=output, stderr=output, start_new_session=True)
+    address, url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}" if job_server else None
+    cluster = Cluster(
+        folder=folder,
+        address=address,
+        environment={**token, "RAY_ADDRESS": address},
+        head=_start(words, env, log),
+        job_server=url,
+        _env=env,
+        _log=log,
+    )
     try:
-        _wait_for(address, process, log)
-        yield {**token, "RAY_ADDRESS": address}
+        _wait_for("Ray runtime started", cluster.head, log)
+        while url is not None and not asks_for_token(url):
+            time.sleep(0.2)
+        yield cluster
     finally:
-        _end(process)
+        for node in (*cluster.workers, cluster.head):
+            _end(node)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    host, port = address.split(":")
+def _common_words(store_bytes: int = _STORE_BYTES) -> list[str]:
+    """Arguments of every node."""
+    return [
+        "--block",
+        "--disable-usage-stats",
+        f"--object-store-memory={store_bytes}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={_free_port()}",
+        f"--metrics-export-port={_free_port()}",
+    ]
+
+
+def _start(words: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *words]
+    with open(log, "wb") as output:
+        return subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
+
+
+def _wait_for(words: str, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + _START_S
     while time.monotonic() < end and process.poll() is None:
-        if "Ray runtime started" in log.read_text(errors="replace"):
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
-                return
-        time.sleep(0.2)
+        if words in log.read_text(errors="replace"):
+            return
+        time.sleep(0.1)
     raise RuntimeError(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
@@ -63,7 +140,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)  # first, so that it can't see the others go
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
     process.kill()

@@ -1,4 +1,6 @@
-"""The models of a soak, made when first asked for: `pico-N` (some 300 KB), `wide-N` (some 30 MB), and the examples'.
+"""The models of a soak, made when first asked for: `pico-N` (some 300 KB), `wide-N` (some 30 MB), `deep-N` (some 15 MB,
+with 16 layers, so that a gate pass takes a while), and the examples': `example-NAME`, written out in full, and
+`adapter-NAME`, as they are, for merges from local folders.
 
 The examples' are written again in files of some 60 MB: moto reads a whole object for each range of it, which would take
 minutes with files of 270 MB.
@@ -21,8 +23,10 @@ __all__ = ["Models"]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE_BASE = ROOT / "models/SmolLM2-135M-Instruct"
+ADAPTERS = ROOT / "examples/adapters"
 EXAMPLE_EXPERTS = ROOT / "out/compare/experts"
 _SHARD_BYTES = 60_000_000
+_DEEP = {"hidden_size": 512, "head_dim": 16, "intermediate_size": 64, "num_hidden_layers": 16}
 _WIDE = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
@@ -36,6 +40,9 @@ class Models:
     def path(self, name: str) -> Path:
         kind, _, rest = name.partition("-")
         with self._lock:
+            if kind == "adapter":
+                base = self._whole_example("base")
+                return base if rest == "base" else Path(f"{base}+{ADAPTERS / rest}")
             return self._example(rest) if kind == "example" else self._random(name, kind, int(rest))
 
     def _random(self, name: str, kind: str, seed: int) -> Path:
@@ -43,8 +50,8 @@ class Models:
         if not path.exists():
             from tests.pico import save_model
 
-            sizes: dict[str, Any] = _WIDE if kind == "wide" else {}
-            save_model(path, "llama", seed=seed, dtype="bfloat16", **sizes)
+            sizes: dict[str, dict[str, Any]] = {"wide": _WIDE, "deep": _DEEP}
+            save_model(path, "llama", seed=seed, dtype="bfloat16", **sizes.get(kind, {}))
         return path
 
     def _example(self, name: str) -> Path:

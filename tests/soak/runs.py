@@ -9,10 +9,7 @@ Anything else is `corrupt` or `hung`. After that nothing of ours may be left, an
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -20,20 +17,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from tests.objects.fault_proxy import FaultProxy, FaultRates
 from tests.soak.cases import Case, Kill
-from tests.soak.places import FolderPlace, Place
+from tests.soak.compare import INDEX, JOURNAL, differences
+from tests.soak.places import Place
+from tests.soak.tries import Try
 from tests.soak.world import Reference, World, command
 
 __all__ = ["Outcome", "run_case"]
 
-_INDEX, _RECORD, _CARD, _JOURNAL = "model.safetensors.index.json", "raymoe.json", "README.md", ".raymoe/"
 _SLOW_S = (0.05, 0.6)
-_HELD = "holds a finished merge"
 
 
 @dataclass(kw_only=True)
@@ -53,26 +47,6 @@ class Outcome:
     @property
     def failed(self) -> bool:
         return self.verdict in ("corrupt", "hung") or bool(self.problems)
-
-
-@dataclass(kw_only=True)
-class _Try:
-    """A run of the command: its exit status (None: killed by us; 'hung' is a timeout) and what it said."""
-
-    status: int | None
-    said: str
-    hung: bool = False
-
-    @property
-    def is_clean_error(self) -> bool:
-        """One message and no traceback."""
-        messages = [line for line in self.said.splitlines() if line.startswith("error: ")]
-        return self.status in (1, 2) and "Traceback" not in self.said and len(messages) == 1
-
-    @property
-    def found_finished(self) -> bool:
-        """An earlier try had ended before it was killed."""
-        return self.is_clean_error and _HELD in self.said
 
 
 def run_case(world: World, case: Case, logs: Path, timeout_s: float) -> Outcome:
@@ -99,7 +73,7 @@ def run_case(world: World, case: Case, logs: Path, timeout_s: float) -> Outcome:
     return outcome
 
 
-def _disturbed(runner: _Runner, case: Case, reference: Reference, outcome: Outcome) -> _Try:
+def _disturbed(runner: _Runner, case: Case, reference: Reference, outcome: Outcome) -> Try:
     """All tries but the one that mends an error. Kills may come too late: then that try was the last."""
     for kill in case.kills:
         tried = runner.run(kill, reference.requests)
@@ -109,7 +83,7 @@ def _disturbed(runner: _Runner, case: Case, reference: Reference, outcome: Outco
     return runner.run()
 
 
-def _verdict(runner: _Runner, last: _Try, place: Place, reference: Reference, outcome: Outcome) -> str:
+def _verdict(runner: _Runner, last: Try, place: Place, reference: Reference, outcome: Outcome) -> str:
     if last.hung:
         return "hung"
     verdict = "identical"
@@ -117,79 +91,26 @@ def _verdict(runner: _Runner, last: _Try, place: Place, reference: Reference, ou
         if not last.is_clean_error:
             outcome.problems.append(f"exit status {last.status}, and no clean error")
         verdict = "clean error"
-        if _INDEX in place.files() and _differences(place, reference):
+        if INDEX in place.files() and differences(place, reference.folder):
             outcome.problems.append("an index is visible after an error")
         again = runner.run()
         if again.hung:
             return "hung"
         if again.status != 0 and not again.found_finished:
             outcome.problems.append(f"the run without faults failed: {again.said[-300:]}")
-    if differences := _differences(place, reference):
-        outcome.problems += differences
+    if wrong := differences(place, reference.folder):
+        outcome.problems += wrong
         return "corrupt"
     return verdict
 
 
 def _look_around(place: Place, outcome: Outcome) -> None:
-    outcome.journal_left = any(name.startswith(_JOURNAL) for name in place.files())
+    outcome.journal_left = any(name.startswith(JOURNAL) for name in place.files())
     found = place.leftovers()
     outcome.left_open = sum(1 for problem in found if problem.startswith("upload left open"))
     outcome.problems += found
     if outcome.journal_left:
-        outcome.problems.append("journal left: " + ", ".join(n for n in place.files() if n.startswith(_JOURNAL)))
-
-
-# --- comparing
-
-
-def _differences(place: Place, reference: Reference) -> list[str]:
-    """Names of files that are not as in the undisturbed merge, and why."""
-    expected, found = FolderPlace(reference.folder).files(), place.files()
-    found = {name: size for name, size in found.items() if not name.startswith(_JOURNAL)}
-    if found.keys() != expected.keys():
-        return [f"other files: {', '.join(sorted(found.keys() ^ expected.keys()))}"]
-    same = [name for name in expected if name not in (_RECORD, _CARD)]
-    wrong = [f"{name} differs" for name in same if not _same_bytes(place, name, reference.folder / name)]
-    if _card(b"".join(place.chunks(_CARD))) != _card((reference.folder / _CARD).read_bytes()):
-        wrong.append(f"{_CARD} differs")
-    return wrong + _record_differences(place, reference, found)
-
-
-def _card(content: bytes) -> bytes:
-    """The model card without the config's storage block: it names the endpoint, and every proxy has its own port."""
-    return re.sub(rb"^storage:\n(  .*\n)+", b"", content, flags=re.MULTILINE)
-
-
-def _same_bytes(place: Place, name: str, path: Path) -> bool:
-    with open(path, "rb") as file:
-        return all(chunk == file.read(len(chunk)) for chunk in place.chunks(name)) and not file.read(1)
-
-
-def _record_differences(place: Place, reference: Reference, sizes: dict[str, int]) -> list[str]:
-    """raymoe.json: the storage block and the kind of checksums may be others, and have to be right; nothing else."""
-    record = json.loads(b"".join(place.chunks(_RECORD)))
-    expected = json.loads((reference.folder / _RECORD).read_text())
-    wrong = [
-        f"{_RECORD}: {name} has another checksum"
-        for name, file in record["files"].items()
-        if not _is_checksum(file.pop("checksum"), place, name) or file["size"] != sizes[name]
-    ]
-    record["files"][_CARD]["size"] = expected["files"][_CARD]["size"]
-    for file in expected["files"].values():
-        file.pop("checksum")
-    for content in (record, expected):
-        content["config"].pop("storage", None)
-    return wrong + ([] if record == expected else [f"{_RECORD} differs"])
-
-
-def _is_checksum(recorded: str, place: Place, name: str) -> bool:
-    kind, _, digest = recorded.partition(":")
-    if kind == "etag":
-        return place.etag(name) == digest
-    hasher: Any = hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128()
-    for chunk in place.chunks(name):
-        hasher.update(chunk)
-    return bool(hasher.hexdigest() == digest)
+        outcome.problems.append("journal left: " + ", ".join(n for n in place.files() if n.startswith(JOURNAL)))
 
 
 # --- running
@@ -206,7 +127,7 @@ class _Runner:
         self._proxy, self._timeout_s = proxy, timeout_s
         self.story = [case.label, " ".join(self._words)]
 
-    def run(self, kill: Kill | None = None, requests: int = 0) -> _Try:
+    def run(self, kill: Kill | None = None, requests: int = 0) -> Try:
         """Run the command to its end, or until `kill`; `requests` are those of an undisturbed merge."""
         began = time.monotonic()
         with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -229,7 +150,7 @@ class _Runner:
         status = process.returncode if ended else None
         how = "hung" if hung else "killed" if not ended else f"status {status}"
         self.story.append(f"--- {how} after {time.monotonic() - began:.1f} s\n{said}")
-        return _Try(status=status, said=said, hung=hung)
+        return Try(status=status, said=said, hung=hung)
 
     def _ends(self, process: subprocess.Popen[bytes], seconds: float | None = None) -> bool:
         try:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,32 +27,34 @@ import yaml
 from tests.objects.fault_proxy import FaultProxy
 from tests.objects.servers import Server, start_server
 from tests.pico import PROMPTS
-from tests.soak.cases import Case
-from tests.soak.cluster import ray_cluster
+from tests.soak.cases import MergeCase, Variant
+from tests.soak.cluster import Cluster, ray_cluster
 from tests.soak.models import Models
 from tests.soak.places import FolderPlace, Place, S3Place
 
 __all__ = ["Reference", "World", "command", "open_world"]
 
 _TIMEOUT_S = 300
+_PROMPT_WORDS = 25
 _SOURCES, _OUTPUTS = "soak-models", "soak-out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """An undisturbed merge: the folder of its files, and how many requests it took."""
+    """An undisturbed merge: the folder of its files, how many requests it took, and its phases by name ("start_s" and
+    "end_s", seconds from the start)."""
 
     folder: Path
     requests: int
+    phases: Mapping[str, Mapping[str, float]]
 
 
 class World:
     """Shared by the threads of a soak."""
 
-    def __init__(self, folder: Path, servers: Mapping[str, Server], ray_env: Mapping[str, str]) -> None:
-        self.folder, self.servers = folder, servers
+    def __init__(self, folder: Path, servers: Mapping[str, Server], cluster: Cluster) -> None:
+        self.folder, self.servers, self.cluster = folder, servers, cluster
         self.models = Models(folder / "models")
-        self._ray_env = dict(ray_env)
         self._clients = {name: server.client() for name, server in servers.items()}
         self._uploaded: set[tuple[str, str]] = set()
         self._references: dict[tuple[str, ...], Reference] = {}
@@ -75,26 +79,30 @@ class World:
                 self._uploaded.add((server, model))
         return f"s3://{_SOURCES}/{model}"
 
-    def place(self, case: Case, shards: Sequence[str] = ()) -> Place:
+    def endpoint(self, case: MergeCase) -> str | None:
+        """Where the case's object store is, if it has one."""
+        return self.servers[case.server].endpoint if case.server else None
+
+    def place(self, case: MergeCase, shards: Sequence[str] = ()) -> Place:
         """A new place for the output of a case. Somebody else's upload is begun under the name of one of `shards`."""
         name = f"merge-{next(self._numbers)}"
-        if not case.writes_s3:
+        if not (case.writes_s3 and case.server):
             return FolderPlace(self.folder / "outputs" / name)
         # Every second time somebody else is at work on an object of the very same name.
         foreign = shards[case.seed % len(shards)] if shards and case.seed % 2 else "somebody-elses.bin"
         return S3Place(self._clients[case.server], _OUTPUTS, name, foreign)
 
-    def environment(self, case: Case, endpoint: str) -> dict[str, str]:
+    def environment(self, case: MergeCase, endpoint: str | None) -> dict[str, str]:
         """The environment of a driver."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_"))}
-        return {**kept, **self.servers[case.server].environment, **self._ray_env, "AWS_ENDPOINT_URL": endpoint}
+        store = {**self.servers[case.server].environment, "AWS_ENDPOINT_URL": endpoint} if case.server else {}
+        return {**kept, **store, **self.cluster.environment}
 
-    def write_config(self, case: Case, endpoint: str, path: Path) -> Path:
+    def write_config(self, case: MergeCase, endpoint: str | None, path: Path) -> Path:
         variant, server = case.variant, case.server if case.reads_s3 else None
-        prompted = variant.mode not in ("random", "uniform_random")
 
         def expert(number: int, model: str) -> dict[str, Any]:
-            prompts = {"positive_prompts": list(PROMPTS[number])} if prompted else {}
+            prompts = {"positive_prompts": prompts_of(variant, number)} if variant.has_prompts else {}
             return {"source_model": self.source(model, server), **prompts, **variant.expert_keys}
 
         content = {
@@ -102,42 +110,52 @@ class World:
             "gate_mode": variant.mode,
             **variant.config,
             "experts": [expert(number, model) for number, model in enumerate(variant.experts)],
-            # Actors run in a cluster that knows nothing of this driver's environment.
-            "storage": {
+        }
+        if endpoint is not None:
+            content["storage"] = {
+                # Actors run in a cluster that knows nothing of this driver's environment.
                 "endpoint": endpoint,
                 **({"checksum": "sha256"} if case.sha256 else {}),
                 **({"deadline_s": 1} if case.impatient else {}),
-            },
-        }
+            }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
-    def reference(self, case: Case) -> Reference:
+    def reference(self, case: MergeCase) -> Reference:
         key = (case.variant.name, case.direction)  # servers must make no difference
         with self._locked(key):
             if key not in self._references:
                 self._references[key] = self._merge_undisturbed(case, "-".join(key).replace(" ", "_"))
             return self._references[key]
 
-    def _merge_undisturbed(self, case: Case, name: str) -> Reference:
-        plain, place = replace(case, sha256=False, kills=(), rate=0.0, impatient=False), self.place(case)
-        with FaultProxy(self.servers[case.server].endpoint) as proxy:
-            config = self.write_config(plain, proxy.url, self.folder / "references" / f"{name}.yaml")
+    def _merge_undisturbed(self, case: MergeCase, name: str) -> Reference:
+        plain, place, report = case.plain, self.place(case), self.folder / "references" / f"{name}.json"
+        with self._counted(case) as (endpoint, requests):
+            config = self.write_config(plain, endpoint, self.folder / "references" / f"{name}.yaml")
             run = subprocess.run(
-                command(plain, config, place.name),
-                env=self.environment(plain, proxy.url),
+                [*command(plain, config, place.name), "--result", str(report)],
+                env=self.environment(plain, endpoint),
                 capture_output=True,
                 text=True,
                 timeout=_TIMEOUT_S,
             )
-            requests = sum(proxy.stats().requests.values())
+            count = requests()
         if run.returncode != 0:
             raise RuntimeError(f"the undisturbed merge {name} failed:\n{run.stdout}{run.stderr}")
         folder = self.folder / "references" / name
         place.download(folder)
         place.remove()
-        return Reference(folder=folder, requests=requests)
+        return Reference(folder=folder, requests=count, phases=json.loads(report.read_text())["phases"])
+
+    @contextmanager
+    def _counted(self, case: MergeCase) -> Iterator[tuple[str | None, Callable[[], int]]]:
+        """An endpoint of the case's object store that counts its requests, and their number so far."""
+        if case.server is None:
+            yield None, lambda: 0
+            return
+        with FaultProxy(self.servers[case.server].endpoint) as proxy:
+            yield proxy.url, lambda: sum(proxy.stats().requests.values())
 
     @contextmanager
     def _locked(self, key: object) -> Iterator[None]:
@@ -147,14 +165,23 @@ class World:
             yield
 
 
-def command(case: Case, config: Path, output: str) -> list[str]:
+def prompts_of(variant: Variant, expert: int) -> list[str]:
+    """The prompts of an expert: words that no other expert's have, or a few that all tests use."""
+    if not variant.prompts:
+        return list(PROMPTS[expert])
+    numbers = random.Random(expert)
+    words = [f"{chr(97 + expert)}{numbers.randrange(1000)}" for _ in range(_PROMPT_WORDS * variant.prompts)]
+    return [" ".join(words[start : start + _PROMPT_WORDS]) for start in range(0, len(words), _PROMPT_WORDS)]
+
+
+def command(case: MergeCase, config: Path, output: str) -> list[str]:
     """The merge as a user runs it. The seed is that of random gates; it is always the same."""
     words = [sys.executable, "-m", "raymoe", "merge", str(config), output, "--quiet"]
     return [*words, "--out-shard-size", str(case.variant.shard_bytes), "--actors", str(case.actors)]
 
 
 @contextmanager
-def open_world(folder: Path, kinds: Sequence[str], cpus: int) -> Iterator[World]:
+def open_world(folder: Path, kinds: Sequence[str], cpus: int, *, job_server: bool = False) -> Iterator[World]:
     """Servers and cluster start here; all of it is gone at the end, but for the work folder's logs."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
@@ -162,12 +189,14 @@ def open_world(folder: Path, kinds: Sequence[str], cpus: int) -> Iterator[World]
             place = folder / "servers" / kind
             place.mkdir(parents=True)
             servers[kind] = stack.enter_context(start_server(kind, place))
-        # moto takes any credentials, the gateway only its own: so actors can have one pair for both.
-        one = servers.get("juicefs") or next(iter(servers.values()))
-        servers = {kind: replace(server, key=one.key, secret=one.secret) for kind, server in servers.items()}
-        variables = {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
-        ray_env = stack.enter_context(ray_cluster(variables, folder / "ray.log", cpus))
+        variables: dict[str, str] = {}
+        if servers:
+            # moto takes any credentials, the gateway only its own: so actors can have one pair for both.
+            one = servers.get("juicefs") or next(iter(servers.values()))
+            servers = {kind: replace(server, key=one.key, secret=one.secret) for kind, server in servers.items()}
+            variables = {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
+        cluster = stack.enter_context(ray_cluster(variables, folder / "ray.log", cpus, job_server=job_server))
         for name in ("models", "outputs", "references"):
             stack.callback(shutil.rmtree, folder / name, ignore_errors=True)
             (folder / name).mkdir(exist_ok=True)
-        yield World(folder, servers, ray_env)
+        yield World(folder, servers, cluster)

@@ -1,0 +1,67 @@
+"""`raymoe gguf`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+from raymoe.cli.options import AllSame, Cache, Crimes, Quiet, Remote, Seed, Verbose, log_level, merge_options, on_device
+
+
+@app.command()
+@stoppable
+def gguf(
+    source: Annotated[
+        str, typer.Argument(metavar="OUT|CONFIG", help="Folder or URL of a checkpoint, or a config (.yaml) of a merge.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="FILE.gguf", help="The file to write.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_0. Default: what the checkpoint's weights are."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of this name.")] = False,
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if raymoe can't tell."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name. Default: the file's.")] = None,
+    random_seed: Seed = 0,
+    allow_crimes: Crimes = False,
+    all_same: AllSame = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Of a config: 'cpu' computes its gates there; default: a GPU.")
+    ] = None,
+    trust_remote_code: Remote = False,
+    transformers_cache: Cache = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp; no Ray, little memory."""
+    from raymoe.gguf import GgufOptions, write_gguf
+    from raymoe.report.display import say
+    from raymoe.sources.resolve import HubOptions
+    from raymoe.text import human_bytes, human_count
+
+    log_level(verbose)
+    options = GgufOptions(
+        type=kind,
+        pre=pre,
+        name=name,
+        overwrite=overwrite,
+        merge=merge_options("5B", random_seed, allow_crimes, True, False, False, False),
+        allow_all_same=all_same,
+        device=on_device(device),
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+    )
+    written = write_gguf(source, output, options)
+    for warning in written.warnings:
+        say(f"warning: {warning}")
+    if not quiet:
+        typer.echo(
+            f"{written.path}: {human_bytes(written.size)}, {human_count(written.parameters)} parameters in "
+            f"{written.tensors} tensors, {written.type}, architecture {written.architecture}"
+        )

@@ -1,0 +1,177 @@
+"""`write_gguf`: everything is looked at and refused first, then the file is written from front to back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from raymoe.architectures.hosts import EMPTY_SHARED_WIDTH
+from raymoe.errors import Problem, ProblemReport
+from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
+from raymoe.gguf.layout import GgufTensor, file_tensors
+from raymoe.gguf.metadata import add_metadata
+from raymoe.gguf.model import ConvertedModel, open_model
+from raymoe.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
+from raymoe.gguf.progress import GgufProgress
+from raymoe.gguf.targets import Target, choose_target
+from raymoe.gguf.values import TensorEncoder
+from raymoe.gguf.vocabulary import Vocabulary, read_vocabulary
+
+__all__ = ["GgufFile", "write_gguf"]
+
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT: every tensor begins at a multiple
+_NO_DTYPE = np.dtype(np.float32)  # asked for by the writer, which goes by `raw_dtype`
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFile:
+    """A file that was written: `size` in bytes, `parameters` the numbers in its tensors."""
+
+    path: Path
+    size: int
+    architecture: str
+    type: str
+    tensors: int
+    parameters: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Conversion:
+    """All that is known before the first byte is written."""
+
+    model: ConvertedModel
+    target: Target
+    vocabulary: Vocabulary
+    tensors: tuple[GgufTensor, ...]
+    type: TensorType
+    name: str
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(tensor.nbytes + -tensor.nbytes % _ALIGNMENT for tensor in self.tensors)
+
+
+def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | None = None) -> GgufFile:
+    """Write the checkpoint, or the merge of the config (.yaml), `source` as the GGUF file `output`.
+
+    Raises ProblemReport, and leaves no file, with everything that is wrong.
+    """
+    options = options or GgufOptions()
+    path = Path(output).expanduser().absolute()
+    problems = [*option_problems(options), *output_problems(output, overwrite=options.overwrite)]
+    with ExitStack() as stack:
+        model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
+        if model is None or not has_gguf():
+            raise ProblemReport(problems)
+        conversion = _conversion(model, path, options, problems)
+        progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
+        model.prepare(progress.stage)
+        with new_file(path) as file:
+            _write(conversion, file, progress)
+    return GgufFile(
+        path=path,
+        size=path.stat().st_size,
+        architecture=conversion.target.architecture.name,
+        type=conversion.type.name,
+        tensors=len(conversion.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in conversion.tensors),
+        warnings=(*model.warnings, *conversion.target.warnings, *_type_warnings(conversion)),
+    )
+
+
+def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except ProblemReport as report:
+        problems += report.problems
+        return None
+
+
+def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
+    """Raises ProblemReport with `problems` and all others."""
+    spec = model.spec
+    target = _collect(
+        problems,
+        lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),
+    )
+    vocabulary = _collect(
+        problems,
+        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, label=model.label),
+    )
+    if problems or target is None or vocabulary is None:
+        raise ProblemReport(problems)
+    kind = TYPES[options.type or model.weights["model.embed_tokens.weight"].dtype.lower()]
+    conversion = _Conversion(
+        model=model,
+        target=target,
+        vocabulary=vocabulary,
+        tensors=file_tensors(spec, target, model.weights, kind),
+        type=kind,
+        name=options.name or path.stem,
+    )
+    if problems := output_without_room(path, conversion.data_bytes):
+        raise ProblemReport(problems)
+    return conversion
+
+
+def _shared_is_empty(model: ConvertedModel) -> bool:
+    """Whether the shared expert is the one of zeros that a Qwen2-MoE without one has; its last matrices are read."""
+    downs = [entry for name, entry in model.weights.items() if name.endswith(".mlp.shared.down")]
+    if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
+        return False
+    return not any(any(chunk) for entry in downs for chunk in model.chunks(entry))
+
+
+def _type_warnings(conversion: _Conversion) -> list[str]:
+    odd = [t for t in conversion.tensors if conversion.type.is_quantised and t.type.name == "f16"]
+    if not odd:
+        return []
+    return [f"{len(odd)} tensors are f16: their rows are no multiple of {conversion.type.block} ({odd[0].name}, ...)"]
+
+
+def _write(conversion: _Conversion, file: PartFile, progress: GgufProgress) -> None:
+    _write_header(conversion, file.part)
+    file.continue_after_header(conversion.data_bytes)
+    file.append(bytes(-file.size % _ALIGNMENT))
+    progress.stage("writing")
+    with TensorEncoder(conversion.model.chunks) as encoder:
+        for tensor in conversion.tensors:
+            start = file.size
+            for piece in encoder.bytes_of(tensor):
+                file.append(piece)
+                progress.written(len(piece))
+            assert file.size - start == tensor.nbytes, f"{tensor.name}: {file.size - start} bytes"
+            file.append(bytes(-file.size % _ALIGNMENT))
+
+
+def _write_header(conversion: _Conversion, part: Path) -> None:
+    """Everything before the tensors' bytes, by the gguf package."""
+    import gguf
+
+    writer = gguf.GGUFWriter(part, conversion.target.architecture.name)
+    try:
+        for tensor in conversion.tensors:
+            number = gguf.GGMLQuantizationType(tensor.type.number)
+            writer.add_tensor_info(tensor.name, tensor.shape, _NO_DTYPE, tensor.nbytes, raw_dtype=number)
+        add_metadata(
+            writer,
+            name=conversion.name,
+            spec=conversion.model.spec,
+            target=conversion.target,
+            tensors=conversion.tensors,
+            vocabulary=conversion.vocabulary,
+            kind=conversion.type,
+        )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()

@@ -1,0 +1,129 @@
+"""The file: whether it can be written, and how it comes to its place only when it is whole.
+
+It is written as `NAME.part` beside its place, synced, and moved there in one step. A part that was left by a run that
+died is written anew; one that another run is writing is locked, and refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.urls import is_url
+from raymoe.storage.linux import allocate, start_writeback
+
+__all__ = ["PartFile", "new_file", "output_problems", "output_without_room"]
+
+_WRITEBACK_BYTES = 64 << 20
+
+
+def output_problems(output: str | Path, *, overwrite: bool) -> list[Problem]:
+    """What can be said against writing there before it is known how much."""
+    if is_url(str(output)):
+        remedy = "write it to a local file, and copy that"
+        return [Problem(where=str(output), what="a GGUF file is written to a local path", remedy=remedy)]
+    path = Path(output).expanduser().absolute()
+    if path.is_dir():
+        return [Problem(where=str(path), what="this is a folder", remedy=f"name a file, such as {path / 'model.gguf'}")]
+    if path.suffix.lower() != ".gguf":
+        remedy = f"call it {path.name}.gguf"
+        return [Problem(where=str(path), what="the name does not end in .gguf, as all readers expect", remedy=remedy)]
+    if not path.parent.is_dir():
+        return [Problem(where=str(path), what="there is no such folder", remedy="make it first")]
+    if os.path.lexists(path) and not overwrite:
+        return [Problem(where=str(path), what="this file is there already", remedy="--overwrite replaces it")]
+    try:
+        with new_file(path):
+            pass
+    except ProblemReport as report:
+        return list(report.problems)
+    return []
+
+
+def output_without_room(path: Path, size: int) -> list[Problem]:
+    """Less free than `size` bytes. What a file holds that is replaced counts as used: both are there for a moment."""
+    free = shutil.disk_usage(path.parent).free
+    if free >= size:
+        return []
+    what = f"not enough disk: {size:,} bytes are to be written, {free:,} are free"
+    return [Problem(where=str(path), what=what, remedy="make room, or choose a smaller --type or another folder")]
+
+
+class PartFile:
+    """The file under its name of the meantime, open and locked. `commit` brings it to its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(path.name + ".part")
+        self._descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not self._locked():
+            os.close(self._descriptor)
+            remedy = "wait for it, or choose another name"
+            raise ProblemReport([Problem(where=str(path), what="another run is writing this file", remedy=remedy)])
+        os.ftruncate(self._descriptor, 0)
+        self.size = self._written_back = 0
+
+    def _locked(self) -> bool:
+        """Whether the lock is ours, on the file that has the name: another run may have moved it to its place since."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._descriptor), self.part.stat())
+        except OSError:
+            return False
+
+    def continue_after_header(self, size: int) -> None:
+        """Go on behind what has been written under the name `part`; the file will have `size` more bytes."""
+        self.size = os.fstat(self._descriptor).st_size
+        allocate(self._descriptor, self.size + size)
+
+    def append(self, chunk: memoryview | bytes) -> None:
+        left = memoryview(chunk)
+        while left:
+            count = os.pwrite(self._descriptor, left, self.size)
+            left, self.size = left[count:], self.size + count
+        if self.size - self._written_back >= _WRITEBACK_BYTES:
+            start_writeback(self._descriptor, self._written_back, self.size - self._written_back)
+            self._written_back = self.size
+
+    def commit(self) -> None:
+        os.ftruncate(self._descriptor, self.size)
+        os.fsync(self._descriptor)
+        os.replace(self.part, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self, *, remove: bool) -> None:
+        if remove:
+            self.part.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[PartFile]:
+    """A file that is gone again unless it was committed. Raises ProblemReport for what the filesystem refuses."""
+    try:
+        file = PartFile(path)
+    except OSError as error:
+        raise ProblemReport([_not_written(path, error)]) from None
+    committed = False
+    try:
+        yield file
+        if file.size:
+            file.commit()
+            committed = True
+    except OSError as error:
+        raise ProblemReport([_not_written(path, error)]) from error
+    finally:
+        file.close(remove=not committed)
+
+
+def _not_written(path: Path, error: OSError) -> Problem:
+    what = f"it can't be written: {error.strerror or error}"
+    return Problem(where=str(path), what=what, remedy="name a file in a folder that you may write to, with space left")

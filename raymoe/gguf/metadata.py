@@ -1,0 +1,104 @@
+"""The keys of a GGUF file: what llama.cpp builds the model from, and the tokenizer.
+
+Source of keys and meanings: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what the architectures in
+llama.cpp's src/models ask for (`load_arch_hparams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raymoe.architectures import DenseSpec
+from raymoe.gguf.layout import GgufTensor
+from raymoe.gguf.options import TensorType
+from raymoe.gguf.targets import Target
+from raymoe.gguf.vocabulary import Vocabulary
+
+__all__ = ["add_metadata"]
+
+_QUANTISATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
+
+
+def add_metadata(
+    writer: Any,
+    *,
+    name: str,
+    spec: DenseSpec,
+    target: Target,
+    tensors: Sequence[GgufTensor],
+    vocabulary: Vocabulary,
+    kind: TensorType,
+) -> None:
+    """Add every key to a GGUFWriter of the target's architecture; the tensors have been added before."""
+    from gguf.utility import size_label
+
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    writer.add_file_type(kind.file_type)
+    if kind.is_quantised:
+        writer.add_quantization_version(_QUANTISATION_VERSION)
+    _add_sizes(writer, spec, target, {tensor.name: tensor for tensor in tensors})
+    _add_rope(writer, spec)
+    _add_vocabulary(writer, vocabulary)
+
+
+def _add_sizes(writer: Any, spec: DenseSpec, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
+    writer.add_block_count(spec.layers)
+    writer.add_context_length(target.context)
+    writer.add_embedding_length(spec.hidden)
+    writer.add_head_count(spec.heads)
+    writer.add_head_count_kv(spec.kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_vocab_size(spec.vocab)
+    rule = target.rule
+    if rule is None:
+        writer.add_feed_forward_length(spec.intermediate)
+        return
+    width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
+    # Where an architecture has both lengths, this one is that of layers without experts, of which there are none.
+    writer.add_feed_forward_length(width)
+    writer.add_expert_count(rule.experts)
+    writer.add_expert_used_count(rule.per_token)
+    if target.architecture.name != "llama":
+        writer.add_expert_feed_forward_length(width)
+    if target.has_shared:
+        shared = tensors["blk.0.ffn_up_shexp.weight"].shape[0]
+        if target.architecture.name == "bailingmoe":
+            writer.add_expert_shared_count(shared // width)
+            writer.add_expert_weights_scale(1.0)
+            writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
+            writer.add_leading_dense_block_count(0)
+        else:
+            writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _add_rope(writer: Any, spec: DenseSpec) -> None:
+    from gguf import RopeScalingType
+
+    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_freq_base(spec.rope_theta)
+    scaling = spec.rope_scaling or {"rope_type": "default"}
+    # Llama 3's is in the tensor rope_freqs, and dynamic scaling only begins where the context of the file ends.
+    if scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    elif scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or spec.max_positions)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    vocabulary.special.add_to_gguf(writer, quiet=True)

@@ -1,0 +1,182 @@
+"""What is converted: a checkpoint that exists, or the merge that a config describes, which is not written for it.
+
+Both come as the same thing, tensors with a way to get their bytes. Those of a merge are made from its plan's parts as
+they are asked for, in the order of the GGUF file; only the routers are computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raymoe import api
+from raymoe.architectures import DenseSpec
+from raymoe.config import config_warnings
+from raymoe.errors import Problem, ProblemReport
+from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
+from raymoe.gguf.options import GgufOptions
+from raymoe.gguf.targets import DENSE, MIXTURES
+from raymoe.objects.urls import is_url
+from raymoe.planning import MergePlan
+from raymoe.planning.types import Part
+from raymoe.sources.resolve import fetch_side_files, resolve_model
+from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
+from raymoe.storage.checkpoint import open_checkpoint
+from raymoe.storage.output import output_location
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.stream import RouterBytes, part_chunks
+
+__all__ = ["Chunks", "ConvertedModel", "open_model"]
+
+Chunks = Callable[[TensorEntry], Iterator[memoryview]]
+"""The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
+
+_AS_WRITTEN = "convert a merge as raymoe wrote it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedModel:
+    """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `evaluation/models.py`).
+
+    `rule` is None for a dense model. `files` are the tokenizer's by their names in the folder. `prepare` computes what
+    is not in any file, and has to be called before `chunks`.
+    """
+
+    label: str
+    spec: DenseSpec
+    rule: RoutingRule | None
+    config: Mapping[str, Any]
+    weights: Mapping[str, TensorEntry]
+    files: Mapping[str, Path]
+    warnings: tuple[str, ...]
+    chunks: Chunks
+    prepare: Callable[[Callable[[str], None]], None]
+
+
+@contextmanager
+def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+    """A checkpoint in a folder or at a URL, or a config (.yaml) of a merge. Raises ProblemReport with what is wrong."""
+    if Path(source).suffix.lower() in (".yaml", ".yml") and not is_url(str(source)):
+        with _planned(Path(source), options) as model:
+            yield model
+        return
+    if not is_url(str(source)) and Path(source).expanduser().is_file():
+        remedy = "name the folder of a checkpoint, or the config (.yaml) of a merge"
+        raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
+    open_checkpoint(source, options.storage)
+    facts = resolve_model(ModelRef(model=PathRef(path=output_location(source))), options.hub, options.storage)
+    with SourceReader(options.hub, options.storage) as reader:
+        yield _model(
+            facts,
+            options,
+            chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
+            prepare=lambda tell: None,
+        )
+
+
+@contextmanager
+def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+    checked = api.load_config(config, allow_all_same=options.allow_all_same)
+    plan = api.plan(checked, options.merge, hub=options.hub, allow_all_same=True)
+    options = replace(options, storage=checked.storage)
+    with SourceReader(options.hub, options.storage) as reader:
+        parts = _PlannedParts(plan, reader, options)
+        facts = _facts_of(plan, config, config_warnings(checked))
+        yield _model(facts, options, chunks=parts.chunks, prepare=parts.prepare)
+
+
+class _PlannedParts:
+    """The tensors of a merge, made from its sources one by one."""
+
+    def __init__(self, plan: MergePlan, reader: SourceReader, options: GgufOptions) -> None:
+        self._plan, self._reader, self._options = plan, reader, options
+        self._parts: dict[str, Part] = {part.name: part for shard in plan.shards for part in shard.parts}
+        self._router: RouterBytes | None = None
+
+    def prepare(self, tell: Callable[[str], None]) -> None:
+        """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
+        import torch
+
+        from raymoe.gates.assemble import router_bytes
+        from raymoe.gates.here import gate_rows_here
+        from raymoe.runtime.process import limit_threads
+
+        limit_threads()
+        rows, _ = gate_rows_here(
+            self._plan.gates,
+            self._reader,
+            device=self._options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            trust_remote_code=self._options.trust_remote_code,
+            begun=lambda owners: tell(f"reading the prompts of {owners}"),
+        )
+        self._reader.release()
+        self._router = router_bytes(self._plan.gates, rows)
+
+    def chunks(self, entry: TensorEntry) -> Iterator[memoryview]:
+        return part_chunks((self._parts[entry.name],), self._reader, self._router)
+
+
+def _facts_of(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
+    """The checkpoint that the merge would leave: same names, dtypes and shapes, files that are not there."""
+    tensors = {}
+    for shard in plan.shards:
+        file = SourceFile(location=f"{config}/{shard.file_name}", size=shard.nbytes)
+        for part in shard.parts:
+            tensors[part.name] = TensorEntry(
+                name=part.name, dtype=part.dtype, shape=part.shape, file=file, start=part.start, end=part.end
+            )
+    return ModelFacts(
+        ref=ModelRef(model=PathRef(path=str(config))),
+        label=f"the merge of {config}",
+        revision=None,
+        config=plan.config,
+        index=CheckpointIndex(files=(), tensors=tensors),
+        side_files=plan.gates.tokenizer_files,
+        warnings=(*warnings, *plan.warnings),
+    )
+
+
+def _model(
+    facts: ModelFacts,
+    options: GgufOptions,
+    *,
+    chunks: Chunks,
+    prepare: Callable[[Callable[[str], None]], None],
+) -> ConvertedModel:
+    found = _evaluated(facts)
+    return ConvertedModel(
+        label=facts.label,
+        spec=found.spec,
+        rule=found.rule,
+        config=facts.config,
+        weights={name: ref.entry for name, ref in found.weights.items()},
+        files=fetch_side_files(facts, options.hub, options.storage),
+        warnings=facts.warnings,
+        chunks=chunks,
+        prepare=prepare,
+    )
+
+
+def _evaluated(facts: ModelFacts) -> EvaluatedModel:
+    """The model as a table of weights by role. Raises ProblemReport for what raymoe can't convert."""
+    model_type = facts.config.get("model_type")
+    if model_type in DENSE:
+        return dense_model(facts, "checkpoint")
+    if model_type not in MIXTURES:
+        what = f"model_type is {model_type!r}, which raymoe can't convert"
+        remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
+        raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
+    try:
+        model = mixture_model(facts)
+    except ProblemReport as report:
+        # The remedies there speak of evaluating.
+        raise ProblemReport([replace(p, remedy=_AS_WRITTEN) for p in report.problems]) from None
+    used = {ref.entry.name for ref in model.weights.values()}
+    left = sorted(name for name in facts.index.tensors.keys() - used if not name.endswith(model.spec.family.ignored))
+    if left:
+        what = f"{len(left)} tensor(s) have no place in a {model_type}: {', '.join(left[:4])}"
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])
+    return model

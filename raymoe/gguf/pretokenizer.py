@@ -1,0 +1,79 @@
+"""The name under which llama.cpp knows how a byte-level BPE tokenizer cuts text before it merges bytes.
+
+llama.cpp has the cutting of each tokenizer it knows in its own code, under names that only it uses. Here the name is
+found by what the tokenizer.json says: the steps of its `pre_tokenizer` have to be those of a row, character by
+character. What is in no row is never guessed: another cutting gives other tokens for the same text, which nobody
+notices but in the quality of answers.
+
+Source of the table: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp, which quotes the patterns of the
+tokenizer.json that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["KNOWN", "pre_tokenizer_name"]
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+
+Steps = tuple[tuple[str, ...], ...]
+_BYTES: tuple[str, ...] = ("bytes",)
+_GPT2_BYTES: tuple[str, ...] = ("bytes", "gpt2")  # ByteLevel cuts by GPT-2's pattern itself
+
+# (steps, whether a word that is a token as a whole is taken without merging) -> name; None: either.
+_TABLE: tuple[tuple[Steps, bool | None, str], ...] = (
+    ((_GPT2_BYTES,), False, "gpt-2"),
+    ((("digits", "each"), _GPT2_BYTES), False, "smollm"),
+    ((("split", _LLAMA3), _BYTES), True, "llama-bpe"),
+    ((("split", _LLAMA3), _BYTES), False, "smaug-bpe"),
+    ((("split", _QWEN2), _BYTES), False, "qwen2"),
+    ((("split", _QWEN35), _BYTES), False, "qwen35"),
+    ((("split", _TEKKEN), _BYTES), True, "tekken"),
+    ((("split", _GPT4O), _BYTES), False, "gpt-4o"),
+)
+KNOWN = tuple(name for _, _, name in _TABLE)
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the cutting of a tokenizer.json; None if it is none of the table's."""
+    steps = _steps(tokenizer.get("pre_tokenizer"))
+    whole_words = bool(tokenizer["model"].get("ignore_merges"))
+    for known, ignores_merges, name in _TABLE:
+        if steps == known and ignores_merges in (None, whole_words):
+            return name
+    return None
+
+
+def _steps(stage: Mapping[str, Any] | None) -> Steps:
+    """A pre-tokenizer as the table writes it; a step of another kind, or with other settings, as ('other', ...)."""
+    if stage is None:
+        return ()
+    if stage["type"] == "Sequence":
+        return tuple(step for inner in stage["pretokenizers"] for step in _steps(inner))
+    if stage["type"] == "ByteLevel" and not stage.get("add_prefix_space"):
+        return (_GPT2_BYTES if stage.get("use_regex", True) else _BYTES,)
+    if stage["type"] == "Digits" and stage.get("individual_digits"):
+        return (("digits", "each"),)
+    pattern = stage.get("pattern", {}).get("Regex")
+    if stage["type"] == "Split" and pattern and stage.get("behavior") == "Isolated" and not stage.get("invert"):
+        return (("split", pattern),)
+    return (("other", str(stage)),)

@@ -1,0 +1,181 @@
+"""Which architecture of llama.cpp computes what a model computes.
+
+llama.cpp's architectures are programs, and each takes some things for granted. What decides between them is how the
+weights of a token's experts are made of the router's scores, and what a shared expert is multiplied by:
+
+    llama       softmax over all experts, the highest k of them, made to sum to one; no shared expert
+    qwen3moe    the same, with norms on queries and keys
+    bailingmoe  the same (or not made to sum to one: `expert_weights_norm`), plus a shared expert
+    qwen2moe    not made to sum to one, plus a shared expert times the sigmoid of its gate
+
+So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
+empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
+shared expert, a `bailingmoe` (`deepseek` does not make the weights sum to one). A merge that no architecture computes
+exactly is refused: a file that loads and says something else is worse than none.
+
+Source: `build_moe_ffn` in llama.cpp's src/llama-graph.cpp and the files of these names in src/models; the kinds of
+rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from raymoe.architectures import DenseSpec
+from raymoe.errors import Problem, ProblemReport
+from raymoe.evaluation.models import RoutingRule
+
+__all__ = ["DENSE", "MIXTURES", "Architecture", "Target", "choose_target"]
+
+MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
+
+# Kinds of RoPE scaling that can be written, and the settings of each that are.
+_ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "linear": frozenset({"factor"}),
+        "dynamic": frozenset({"factor"}),
+        "yarn": frozenset({"factor", "original_max_position_embeddings"}),
+        "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    }
+)
+# Settings that may be there with these values, which are llama.cpp's too.
+_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What an architecture of llama.cpp has.
+
+    `interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i + d/2);
+    rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
+    `tied`: the output matrix may be left out, and is the embedding then. The rest are biases that it adds.
+    """
+
+    name: str
+    interleaved: bool = False
+    factors: bool = False
+    tied: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+
+_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        architecture.name: architecture
+        for architecture in (
+            Architecture(name="llama", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
+            Architecture(name="bailingmoe", interleaved=True, factors=True, tied=False),
+            Architecture(name="qwen2moe", tied=False, qkv_bias=True),
+            Architecture(name="qwen3moe"),
+            Architecture(name="qwen2", qkv_bias=True),
+            Architecture(name="qwen3"),
+        )
+    }
+)
+# Model types of transformers that are converted: dense ones with their architecture, and mixtures, see `_mixture`.
+DENSE: Mapping[str, str] = MappingProxyType({"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
+MIXTURES = ("mixtral", "deepseek", "qwen2_moe", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The architecture that a model is written for, and up to how many tokens it computes what the model computes."""
+
+    architecture: Architecture
+    context: int
+    rule: RoutingRule | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether a shared expert is written: one that is all zeros is not."""
+        return self.architecture.name in ("bailingmoe", "qwen2moe")
+
+
+def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
+    """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
+    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared_is_empty=shared_is_empty)
+    if isinstance(found, _Reason):
+        raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
+    architecture = _ARCHITECTURES[found]
+    reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture)]
+    if rule is not None and rule.experts > MAX_EXPERTS:
+        reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
+    if reasons:
+        what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
+        raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
+    context, warnings = _context(spec)
+    return Target(architecture=architecture, context=context, rule=rule, warnings=tuple(warnings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reason:
+    """Why no architecture will do."""
+
+    what: str
+    remedy: str = "run it with transformers, vLLM or SGLang"
+
+
+def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared_is_empty: bool) -> str | _Reason:
+    """The name of the architecture. Weights over all experts sum to one in any case."""
+    sums_to_one = rule.renormalises or rule.per_token == rule.experts
+    shared = rule.shared and not shared_is_empty
+    if shared and rule.gates_shared:
+        if sums_to_one and rule.per_token != rule.experts:
+            what = (
+                f"it has a shared expert with a gate, and the weights of each token's {rule.per_token} experts sum to "
+                f"one (norm_topk_prob); llama.cpp has no architecture for both"
+            )
+            remedy = f"merge without shared_experts, or with experts_per_token: {rule.experts}"
+            return _Reason(what=what, remedy=remedy)
+        return "qwen2moe"
+    if shared:
+        return "bailingmoe"
+    if not sums_to_one:
+        what = f"the weights of each token's {rule.per_token} experts do not sum to one, and there is no shared expert"
+        return _Reason(what=f"{what}; llama.cpp has no architecture for both")
+    return "qwen3moe" if spec.qk_norm else "llama"
+
+
+def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
+    if spec.hidden_act != "silu":
+        yield f"activation {spec.hidden_act!r}: it has silu"
+    for flag, where in (("qkv_bias", "q, k and v"), ("o_bias", "attention's output"), ("mlp_bias", "the FFN")):
+        if getattr(spec, flag) and not getattr(architecture, flag):
+            yield f"a bias on {where}: it has none"
+    if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):
+        yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
+
+
+def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
+    if spec.rope_scaling is None:
+        return
+    kind = spec.rope_scaling["rope_type"]
+    known = _ROPE_KEYS.get(kind)
+    if known is None or (kind == "llama3" and not architecture.factors):
+        able = [name for name in _ROPE_KEYS if name != "llama3" or architecture.factors]
+        yield f"RoPE scaling {kind!r}: it knows {', '.join(able)}"
+        return
+    unset = object()
+    for key, value in spec.rope_scaling.items():
+        if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
+            yield f"RoPE scaling {kind!r} with {key} {value!r}"
+
+
+def _context(spec: DenseSpec) -> tuple[int, list[str]]:
+    """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
+    context, warnings = spec.max_positions, []
+    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic":
+        warnings.append(
+            f"dynamic RoPE scaling is left out: it begins after {context} tokens, the file's context length"
+        )
+    if spec.sliding_window is not None and spec.sliding_window < context:
+        context = spec.sliding_window
+        warnings.append(
+            f"llama.cpp attends to all tokens, the model to the last {context}: the same up to {context} tokens, which "
+            f"the file names as its context length"
+        )
+    return context, warnings

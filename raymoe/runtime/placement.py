@@ -1,0 +1,392 @@
+"""Which node can do what: a cluster's nodes are asked which source files they have, and actors go where the work is.
+
+    Needs       the local files that each shard, and the reading of each expert's prompts, is made of
+    Placement   Needs, and the nodes' answers --> problems (what no node can do), seats (an actor each)
+
+Models on the Hub and in object stores are read from anywhere, and so are folders that all nodes have: then Ray spreads
+the actors as it likes, and nothing of this matters. A node *has* a file if it has one of the planned size with the
+content, where it is sampled, that it has on the coordinator's node: an older copy of a model is not that model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from raymoe.config import MODES
+from raymoe.errors import Problem
+from raymoe.planning.types import Copy, GatePrompts, MergePlan, Part, Transform
+from raymoe.sources.refs import short_name
+from raymoe.sources.types import LoraPair, SourceFile
+
+__all__ = [
+    "FileView",
+    "Needs",
+    "Node",
+    "Placement",
+    "Seat",
+    "ask_nodes",
+    "cluster_nodes",
+    "driver_node",
+    "files_on",
+    "on_nodes",
+    "owner_names",
+]
+
+_ANSWER_S = 45  # a node's first task starts a Python process there
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileView:
+    """A file as one node sees it. `sample` is a checksum of some of its blocks."""
+
+    size: int
+    mtime_ns: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node of the cluster: what it has in all, and what it answered, if it did (`files` by location)."""
+
+    node_id: str
+    name: str
+    cpus: float
+    gpus: float
+    free: Mapping[str, float]
+    files: Mapping[str, FileView] | None = None
+
+    @property
+    def words(self) -> str:
+        """The node in a message, with what it has and has free."""
+        said = [f"{self.free.get('CPU', 0):g} of {self.cpus:g} CPUs free"]
+        if self.gpus:
+            said.append(f"{self.free.get('GPU', 0):g} of {self.gpus:g} GPUs free")
+        if memory := self.free.get("memory"):
+            said.append(f"{memory / 1e9:.1f} GB of memory free")
+        return f"{self.name} ({', '.join(said)})"
+
+    def room(self, gpus: float) -> int:
+        """How many actors fit on it, with that many GPUs each."""
+        return int(min(self.cpus, self.gpus / gpus)) if gpus else int(self.cpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where an actor is started: on that node, on no other if `only_there`; without a node, where Ray has room.
+
+    `spills`: elsewhere also if that node is busy. `label` says for people what it is there for.
+    """
+
+    node_id: str | None = None
+    only_there: bool = False
+    spills: bool = False
+    gpus: float = 0.0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """A piece of work: what it is in words, who it is done for, the local files that it reads, its bytes, whether a
+    model computes."""
+
+    what: str
+    label: str
+    files: frozenset[str]
+    nbytes: int
+    computes: bool
+
+
+class Needs:
+    """The local source files (by location) that each shard is made of, and that reading each member's prompts takes.
+
+    `also` are files that a shard needs besides, by the shard's name.
+    """
+
+    def __init__(self, plan: MergePlan, also: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
+        found: dict[str, SourceFile] = {}
+        self.shards: dict[str, frozenset[str]] = {}
+        self.members: dict[str, frozenset[str]] = {}
+        self.tasks: list[_Task] = []
+        names = owner_names(plan)
+        for shard in plan.shards:
+            if shard.owner != "router":
+                read = [*_part_files(shard.parts), *(also or {}).get(shard.file_name, ())]
+                self.shards[shard.file_name] = _local(read, found)
+                self._add(
+                    "the shards of", names.get(shard.owner, shard.owner), self.shards[shard.file_name], shard.nbytes
+                )
+        for member in (*plan.gates.experts, *plan.gates.shared):
+            if member.positive:
+                self.members[member.owner] = _local([*_prompt_files(member), *plan.gates.tokenizer_files], found)
+                computes = MODES[plan.gates.mode].reads_layers
+                files = self.members[member.owner]
+                self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
+        self.files = tuple(found.values())
+
+    def of_members(self, owners: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(self.members[owner] for owner in owners))
+
+    def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
+        """Shards of one expert that read the same files are one task."""
+        same = next(
+            (at for at, t in enumerate(self.tasks) if (t.label, t.files, t.computes) == (label, files, computes)), None
+        )
+        if same is not None:
+            nbytes += self.tasks.pop(same).nbytes
+        self.tasks.append(_Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes))
+
+
+def owner_names(plan: MergePlan) -> dict[str, str]:
+    """Owners of shards and prompts as people call them: `expert 0 (name)`."""
+    return {source.owner: f"{source.owner} ({short_name(source.label, source.adapter)})" for source in plan.sources}
+
+
+def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozenset[str]:
+    local = {file.location: file for file in files if "://" not in file.location}
+    found |= local
+    return frozenset(local)
+
+
+def _part_files(parts: Iterable[Part]) -> Iterator[SourceFile]:
+    for part in parts:
+        if isinstance(part.what, (Copy, Transform)):
+            yield part.what.source.file
+        if isinstance(part.what, Transform):
+            yield from _lora_files(part.what.lora)
+
+
+def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:
+    for weight in member.weights.values():
+        yield weight.entry.file
+        yield from _lora_files(weight.lora)
+
+
+def _lora_files(lora: LoraPair | None) -> Iterator[SourceFile]:
+    if lora is not None:
+        yield from (lora.a.file, lora.b.file)
+
+
+class Placement:
+    """Who can do what. `here` is the id of the coordinator's node."""
+
+    def __init__(self, needs: Needs, nodes: Sequence[Node], here: str) -> None:
+        self.needs, self.nodes, self.here = needs, tuple(nodes), here
+        self._holders = {file.location: self._holders_of(file) for file in needs.files}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether every node can do everything."""
+        return all(len(holders) == len(self.nodes) for holders in self._holders.values())
+
+    def able(self, files: Iterable[str]) -> list[Node]:
+        """The nodes that have all of these files."""
+        return [node for node in self.nodes if all(node.node_id in self._holders[file] for file in files)]
+
+    def _holders_of(self, file: SourceFile) -> frozenset[str]:
+        seen = {node.node_id: (node.files or {}).get(file.location) for node in self.nodes}
+        views = {node_id: view for node_id, view in seen.items() if view is not None and view.size == file.size}
+        planned = views.get(self.here, next(iter(views.values()), None))
+        return frozenset(node_id for node_id, view in views.items() if planned and view.sample == planned.sample)
+
+    def stamps(self) -> dict[str, int]:
+        """What tells one state from another of the files that the coordinator's own node does not have."""
+        stamps = {}
+        for file in self.needs.files:
+            views = {node.node_id: (node.files or {}).get(file.location) for node in self.nodes}
+            held = [view for node_id, view in views.items() if node_id in self._holders[file.location] and view]
+            if held and views.get(self.here) is None:
+                times = {view.mtime_ns for view in held}
+                # Copies have times of their own, and which of them there are depends on the nodes that are up.
+                stamps[file.location] = times.pop() if len(times) == 1 else held[0].sample
+        return stamps
+
+    def asked_again(self) -> Placement:
+        """The same, as it is now; nodes that are gone keep their answers."""
+        now = {node.node_id: node for node in ask_nodes(self.needs.files, cluster_nodes())}
+        nodes = [now[n.node_id] if n.node_id in now and now[n.node_id].files is not None else n for n in self.nodes]
+        return Placement(self.needs, nodes, self.here)
+
+    def problems(self, gpus: float) -> list[Problem]:
+        """The work that no node can do; reading prompts takes `gpus`."""
+        problems = []
+        for task in self.needs.tasks:
+            able = self.able(task.files)
+            needed = gpus if task.computes else 0.0
+            if not able:
+                problems.append(self._nowhere(task))
+            elif not any(node.room(needed) for node in able):
+                where = ", ".join(node.words for node in able)
+                what = f"{task.what}: its files are on {where} only, where no actor with 1 CPU and {needed:g} GPU fits"
+                remedy = (
+                    "start Ray there with the CPUs and GPUs of the machine, or put the model where other nodes see it"
+                )
+                problems.append(Problem(where="placement", what=what, remedy=remedy))
+        return list(dict.fromkeys(problems))
+
+    def _nowhere(self, task: _Task) -> Problem:
+        folders: dict[str, list[str]] = {}
+        for file in sorted(task.files):
+            folders.setdefault(os.path.dirname(file), []).append(file)
+        found = [f"{folder} is {self._whereabouts(files)}" for folder, files in folders.items()]
+        silent = [node.name for node in self.nodes if node.files is None]
+        asked = ", ".join(node.name for node in self.nodes if node.files is not None)
+        what = f"{task.what}: no node has all that this takes: {'; '.join(found)} (asked: {asked}"
+        what += f"; without an answer: {', '.join(silent)})" if silent else ")"
+        remedy = (
+            "put the folders on one node (or on a filesystem that all share), or name the models by Hub ids or URLs"
+        )
+        if task.computes and len(folders) > 1:
+            remedy += "; with prompt_model: base the experts' folders are not read for prompts"
+        return Problem(where="placement", what=what, remedy=remedy)
+
+    def _whereabouts(self, files: Sequence[str]) -> str:
+        """On which nodes a folder's files are, and what keeps other nodes' files from being the same."""
+        holders = [node.name for node in self.able(files)]
+        partly = [
+            node.name
+            for node in self.nodes
+            if any(file in (node.files or {}) for file in files) and node.name not in holders
+        ]
+        said = f"on {', '.join(holders)}" if holders else "on no node"
+        return f"{said}, and incomplete or another version on {', '.join(partly)}" if partly else said
+
+    def seats(self, count: int, gpus: float) -> tuple[Seat, ...]:
+        """Places for `count` actors, and for more where fewer could not do all the work: first one for every piece of
+        work, then where there is most of it. To be asked where there are no problems."""
+        taken: Counter[tuple[str, float]] = Counter()
+        labels: dict[tuple[str, float], list[str]] = {}
+
+        def free(node: Node, share: float) -> int:
+            held = taken[node.node_id, gpus] + (taken[node.node_id, 0.0] if gpus else 0)
+            return min(node.room(0.0) - held, node.room(share) - taken[node.node_id, share])
+
+        demand: Counter[str] = Counter()
+        for task in sorted(self.needs.tasks, key=lambda task: len(self.able(task.files))):
+            able = self.able(task.files)
+            for node in able:
+                demand[node.node_id] += max(1, task.nbytes // len(able))
+            # A node without GPUs can still move bytes, and reads prompts that no other can.
+            shares = {gpus} if task.computes and any(node.room(gpus) for node in able) else {gpus, 0.0}
+            if any(taken[node.node_id, share] for node in able for share in shares):
+                continue
+            options = [(node, share) for node in able for share in shares if free(node, share) > 0]
+            if options:
+                node, share = max(options, key=lambda o: (o[1], free(*o), o[0].node_id == self.here))
+                taken[node.node_id, share] += 1
+                labels.setdefault((node.node_id, share), []).append(task.label)
+        while taken.total() < count and (more := [n for n in self.nodes if demand[n.node_id] and free(n, gpus) > 0]):
+            best = max(more, key=lambda node: demand[node.node_id] / (1 + taken[node.node_id, gpus]))
+            taken[best.node_id, gpus] += 1
+        alone = {able[0].node_id for task in self.needs.tasks if len(able := self.able(task.files)) == 1}
+        seats = []
+        for (node_id, share), number in taken.items():
+            known = [*labels.get((node_id, share), ()), *[""] * number]
+            seats += [Seat(node_id=node_id, only_there=node_id in alone, gpus=share, label=x) for x in known[:number]]
+        return tuple(seats)
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive, by name, not asked yet."""
+    import ray
+
+    free = _free_resources()
+    nodes = [
+        Node(
+            node_id=node["NodeID"],
+            name=f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})",
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            free=free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (node.name, node.node_id))
+
+
+def driver_node() -> str:
+    """Ray's id of the node that this process is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _free_resources() -> Mapping[str, Mapping[str, float]]:
+    """By node what Ray has free. It has no public name for this; without it, messages say less."""
+    try:
+        from ray._private.state import available_resources_per_node
+
+        found: Mapping[str, Mapping[str, float]] = available_resources_per_node()
+    except Exception:  # of another version of Ray, or in Ray's client
+        return {}
+    return found
+
+
+def ask_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with their answers, of those that give one in time."""
+    answers = on_nodes(files_on, [(file.location, file.size) for file in files], nodes, "look for source files")
+    return [
+        Node(
+            node_id=node.node_id,
+            name=node.name,
+            cpus=node.cpus,
+            gpus=node.gpus,
+            free=node.free,
+            files=answers.get(node.node_id),
+        )
+        for node in nodes
+    ]
+
+
+def on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> dict[str, Any]:
+    """Call a function of one argument on each node, all at once: results by node id, of those that give one in time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0, max_retries=1)(function)
+    calls = {
+        remote.options(name=name, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+            argument
+        ): node.node_id
+        for node in nodes
+    }
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_S)
+    for call in late:
+        ray.cancel(call, force=True)
+    answers = {}
+    for call in ready:
+        try:
+            answers[calls[call]] = ray.get(call)
+        except ray.exceptions.RayError:
+            continue  # lost since, or it has not got this raymoe: as if it were not there
+    return answers
+
+
+def files_on(wanted: Sequence[tuple[str, int]]) -> dict[str, FileView]:
+    """What this machine has of some files, given as location and size; of another size they have no sample."""
+    found = {}
+    for location, size in wanted:
+        try:
+            status = os.stat(location)
+            sample = _sample(location, size) if status.st_size == size else 0
+        except OSError:
+            continue
+        found[location] = FileView(size=status.st_size, mtime_ns=status.st_mtime_ns, sample=sample)
+    return found
+
+
+def _sample(path: str, size: int) -> int:
+    """A checksum of blocks all over a file; under 64 bits, so that it can be kept in the place of a time."""
+    hasher = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            hasher.update(file.read(_SAMPLE_BYTES))
+    return hasher.intdigest() >> 1

@@ -1,0 +1,53 @@
+"""Pico models and merges with a tokenizer, as checkpoints that `raymoe gguf` takes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="session")
+def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """merged(family, host, shared=False, top=2, model={...}) is the folder of a merge of three experts. Read-only.
+
+    `model` are keys of the dense models' config.json, further options those of the merge's config.
+    """
+    from tests.pico import merge_config, merge_without_ray
+
+    root = tmp_path_factory.mktemp("merged")
+
+    def merge(
+        family: str,
+        host: str,
+        *,
+        shared: bool = False,
+        top: int = 2,
+        model: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Path:
+        model = model or {}
+        base = zoo(family, **model)
+        experts = [zoo(family, seed=seed, **model) for seed in (1, 2, 3)]
+        sharer = zoo(family, seed=9, **model) if shared else None
+        config = merge_config(
+            base,
+            experts,
+            architecture=host,
+            experts_per_token=top,
+            shared=sharer,
+            shared_prompts=shared and host == "qwen2_moe",
+            **options,
+        )
+        folder = root / str(len(list(root.iterdir())))
+        merge_without_ray(config, folder)
+        for name in TOKENIZER_FILES:
+            shutil.copy(base / name, folder / name)
+        return folder
+
+    return merge

@@ -1,0 +1,125 @@
+"""What llama.cpp computes with a file is what transformers computes with the checkpoint: every token's probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raymoe.errors import ProblemReport
+from raymoe.gguf import GgufOptions, write_gguf
+from tests.architectures.hosts import load_merged
+from tests.gguf.llama import LlamaCpp
+from tests.pico import VOCAB, load_dense, logits_of, token_ids
+
+# Both compute in float32, in other orders; log-probabilities of these models lie some 6 apart.
+CLOSE = 5e-5
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+BIASES = {"attention_bias": True, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A merge of `family` models in `host` that llama.cpp runs as `architecture`."""
+
+    family: str
+    host: str
+    architecture: str
+    shared: bool = False
+    top: int = 2
+    model: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 40
+
+    def __str__(self) -> str:
+        named = [str(value.get("rope_type")) if isinstance(value, dict) else key for key, value in self.model.items()]
+        return "-".join([self.family, self.host, *(["shared"] * self.shared), str(self.top), *named])
+
+
+MERGES = (
+    Case("llama", "mixtral", "llama", top=1),
+    Case("llama", "mixtral", "llama"),
+    Case("llama", "mixtral", "llama", model={"rope_scaling": LLAMA3}),
+    Case("llama", "mixtral", "llama", model={"rope_scaling": LINEAR}),
+    Case("llama", "mixtral", "llama", model={"rope_scaling": YARN}),
+    Case("llama", "mixtral", "llama", model={"rope_scaling": DYNAMIC}),
+    Case("llama", "mixtral", "llama", model={"head_dim": 24, "tie_word_embeddings": True}),
+    Case("mistral", "mixtral", "llama", model={"sliding_window": 12}, tokens=11),
+    Case("llama", "deepseek", "llama", model=BIASES),
+    Case("llama", "deepseek", "bailingmoe", shared=True, model={"rope_scaling": LINEAR}),
+    Case("llama", "deepseek", "bailingmoe", shared=True, top=3, model={"tie_word_embeddings": True}),
+    Case("llama", "qwen2_moe", "llama"),
+    Case("qwen2", "qwen2_moe", "llama", model={"tie_word_embeddings": True}),
+    Case("qwen2", "qwen2_moe", "qwen2moe", shared=True, top=3),
+    Case("llama", "qwen2_moe", "qwen2moe", shared=True, top=3, model={"tie_word_embeddings": True}),
+    Case("qwen3", "qwen3_moe", "qwen3moe", model={"tie_word_embeddings": True}),
+    Case("qwen3", "qwen3_moe", "qwen3moe", model={"head_dim": 24, "rope_scaling": YARN}),
+)
+
+
+def difference(model: Any, file: Path, tokens: int = 40) -> float:
+    """The largest difference between log-probabilities of a next token, over the vocabulary."""
+    ids = token_ids(tokens)
+    expected = torch.log_softmax(logits_of(model, ids)[0, -1].double(), -1).numpy()
+    found = LlamaCpp(file).log_probs(ids[0].tolist(), VOCAB)
+    return float(np.abs(found - expected).max())
+
+
+@pytest.mark.parametrize("case", MERGES, ids=str)
+def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None:
+    folder = merged(case.family, case.host, shared=case.shared, top=case.top, model=case.model)
+    written = write_gguf(folder, tmp_path / "model.gguf")
+    assert (written.architecture, written.type) == (case.architecture, "f32")
+    assert difference(load_merged(folder), written.path, case.tokens) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": LLAMA3}),
+        ("mistral", {"head_dim": 24}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_dense_models(family: str, options: dict[str, Any], zoo: Callable[..., Path], tmp_path: Path) -> None:
+    folder = zoo(family, **options)
+    written = write_gguf(folder, tmp_path / "model.gguf")
+    assert difference(load_dense(folder), written.path) < CLOSE
+
+
+@pytest.mark.parametrize(("kind", "close"), [("f16", 0.01), ("bf16", 0.08), ("q8_0", 0.15), ("q4_0", 2.0)])
+def test_types(kind: str, close: float, merged: Callable[..., Path], tmp_path: Path) -> None:
+    folder = merged("llama", "mixtral")
+    written = write_gguf(folder, tmp_path / "model.gguf", GgufOptions(type=kind))
+    off = difference(load_merged(folder), written.path)
+    assert close / 100 < off < close
+
+
+def test_a_window_ends_the_context(merged: Callable[..., Path], tmp_path: Path) -> None:
+    """Beyond its window the model sees less than llama.cpp would: its server takes no longer texts."""
+    folder = merged("mistral", "mixtral", model={"sliding_window": 12})
+    written = write_gguf(folder, tmp_path / "model.gguf")
+    assert any("to the last 12" in warning for warning in written.warnings)
+    assert LlamaCpp(written.path).props()["default_generation_settings"]["n_ctx"] == 12
+
+
+def test_refused_since_no_architecture_computes_it(merged: Callable[..., Path], tmp_path: Path) -> None:
+    folder = merged("qwen2", "qwen2_moe", shared=True, top=2)
+    wanted = r"a shared expert with a gate, and .* sum to one.*\n.*experts_per_token: 3"
+    with pytest.raises(ProblemReport, match=wanted):
+        write_gguf(folder, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
