@@ -10,7 +10,7 @@ Modes that read no layers (`cheap_embed`) are done with the first step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from raymoe.gates.capture import readings
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.report.display import say
+from raymoe.sources.types import TensorEntry
 
 __all__ = ["GateJob", "GateWork"]
 
@@ -51,10 +52,18 @@ class GateJob:
 class GateWork:
     """The queue of gate jobs and what came of them."""
 
-    def __init__(self, gates: GatePlan, readers: int, names: Mapping[str, str] | None = None) -> None:
-        """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners."""
+    def __init__(
+        self,
+        gates: GatePlan,
+        readers: int,
+        names: Mapping[str, str] | None = None,
+        written: Set[TensorEntry] = frozenset(),
+    ) -> None:
+        """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners;
+        `written`: tensors of objects that actors read for shards."""
         import ray
 
+        self._written = written
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
         self._readings = readings(self.members, readers)
@@ -132,8 +141,14 @@ class GateWork:
         if not self._mode.reads_layers:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
         options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
-        *job.states, done = actor.capture.options(**options).remote(self._shared_plan, job.what, experts)
+        capture = actor.capture.options(**options)
+        *job.states, done = capture.remote(self._shared_plan, job.what, experts, self._also_written(job))
         return done
+
+    def _also_written(self, job: GateJob) -> tuple[TensorEntry, ...]:
+        assert not isinstance(job.what, int)
+        read = (ref.entry for prompts in job.what for ref in prompts.weights.values())
+        return tuple(dict.fromkeys(entry for entry in read if entry in self._written))
 
     def came_back(self, job: GateJob, result: Any) -> None:
         """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""

@@ -23,7 +23,7 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.router import conditioning_warning
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
-from raymoe.objects.urls import is_url
+from raymoe.objects.urls import is_s3, is_url
 from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
 from raymoe.report.display import merge_line, say
@@ -143,6 +143,9 @@ class WriteShards:
 
     def start(self, actor: Any, job: ShardJob) -> Any:
         return actor.write_shard.options(name=self._name("write", job)).remote(job)
+
+    def reads(self, file: SourceFile) -> bool:
+        return not (is_s3(self._target.location) and self._target.same_store(file))
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         return self._target.complete(shard, results)

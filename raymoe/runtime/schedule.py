@@ -27,7 +27,7 @@ from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
 from raymoe.runtime.gate_work import GateJob, GateWork
 from raymoe.runtime.placement import Needs, owner_names
-from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork
+from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, read_for_shards
 from raymoe.runtime.stream import SenderLost
 from raymoe.runtime.worker import Whereabouts
 from raymoe.sources.types import SourceFile
@@ -112,7 +112,8 @@ def run_jobs(
     `needs`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several times a
     second.
     """
-    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan))
+    written = read_for_shards(plan, work.reads)
+    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), written)
     run = _Jobs(plan, gates, [_Actor(handle) for handle in handles], work, needs)
     run.layers_at_once, run.shards_at_once = layers_at_once, shards_at_once
     try:

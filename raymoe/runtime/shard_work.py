@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from raymoe.planning.types import Shard
+from raymoe.objects.urls import is_url
+from raymoe.planning.types import Copy, MergePlan, Shard, Transform
+from raymoe.sources.types import SourceFile, TensorEntry
 
-__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork"]
+__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "read_for_shards"]
 
 
 class Sending(Protocol):
@@ -30,12 +32,21 @@ class ShardWork(Protocol):
     def start(self, actor: Any, job: Any) -> Any:
         """Start a job on an actor; the reference of its result."""
 
+    def reads(self, file: SourceFile) -> bool:
+        """Whether actors read that object for shards: not so where a store copies it."""
+
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
         """All jobs of a shard came back: what is to be kept of it."""
 
     @property
     def sending(self) -> Sending | None:
         """How actors that do not see the output do their jobs; None: they all do them as they are."""
+
+
+def read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
+    """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
+    sources = (part.what.source for s in plan.shards for part in s.parts if isinstance(part.what, Copy | Transform))
+    return frozenset(entry for entry in sources if is_url(entry.file.location) and reads(entry.file))
 
 
 @dataclass

@@ -25,7 +25,7 @@ from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.folder import Folder
-from raymoe.sources.types import TensorEntry
+from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
@@ -137,6 +137,9 @@ class _CompareShards:
     def start(self, actor: Any, job: Shard) -> Any:
         entries = {part.name: self._written[part.name] for part in job.parts if part.name in self._written}
         return actor.compare_shard.options(name=f"compare {job.file_name}").remote(job, entries)
+
+    def reads(self, file: SourceFile) -> bool:
+        return True
 
     def complete(self, shard: Shard, results: Sequence[list[str]]) -> list[str]:
         """Names of the tensors that differ."""

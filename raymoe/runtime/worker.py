@@ -33,6 +33,7 @@ from raymoe.sources.local import stat_file
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.spool import Side, Spool
 from raymoe.storage.stream import different_tensors, shard_chunks
 
 __all__ = ["GATES_OF", "ExpertWorker", "Status", "Whereabouts", "Working", "node_words"]
@@ -73,6 +74,7 @@ class ExpertWorker:
         set_up_process()
         self._settings = settings
         self._output = open_output(output, settings.storage, run)
+        self._spool = Spool()
         self._lock = threading.Lock()
         self._bytes_written = self._bytes_copied = self._bytes_kept = self._gate_tokens = 0
         self._busy: list[str] = []
@@ -96,9 +98,22 @@ class ExpertWorker:
             remote_code = self._settings.trust_remote_code
             return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
-    def capture(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer | None]:
+    def capture(
+        self, gates: GatePlan, members: Sequence[GatePrompts], experts: int, also_written: Sequence[TensorEntry] = ()
+    ) -> Iterator[MemberLayer | None]:
         """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
-        None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here."""
+        None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
+
+        `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
+        """
+        self._spool.expect(also_written)  # before torch is imported: shards do not wait for that
+        try:
+            yield from self._captured_layers(gates, members, experts)
+        finally:
+            self._spool.gates_are_done()
+        yield None
+
+    def _captured_layers(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer]:
         from raymoe.gates.capture import capture_layers
 
         device = self._device()
@@ -107,7 +122,7 @@ class ExpertWorker:
 
             check_quantise(gates.quantise, device)
         limit_threads()
-        with self._working(_gates_of(members)), self._reader() as reader:
+        with self._working(_gates_of(members)), self._reader("gates") as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -119,7 +134,6 @@ class ExpertWorker:
             )
             for layer in layers:
                 yield from layer
-        yield None
 
     def layer_rows(self, mode: str, experts: int, *members: MemberLayer) -> LayerRows:
         """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones."""
@@ -185,8 +199,8 @@ class ExpertWorker:
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _reader(self) -> SourceReader:
-        return SourceReader(self._settings.hub, self._settings.storage)
+    def _reader(self, side: Side = "shards") -> SourceReader:
+        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, side=side)
 
     def _add_bytes(self, written: int, copied: int = 0) -> None:
         with self._lock:

@@ -276,3 +276,37 @@ def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, tmp_path: P
     refused(store.run("merge", config, url, *SHARD), 2, url, "holds a finished merge", "--overwrite")
     merged(store, config, url, "--overwrite")
     assert store.files(url) == before
+
+
+def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """The weights of FFNs that the gate pass reads are those that shards are written from."""
+    from tests.pico import merge_config
+
+    options = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 1024, "dtype": "bfloat16"}
+    here = [zoo("llama", seed=seed, **options) for seed in (0, 1, 2)]
+    client = store.server.client()
+    there = [f"s3://{store.bucket}/wide/m{number}" for number in range(3)]
+    for number, folder in enumerate(here):
+        for path in folder.iterdir():
+            client.put_object(Bucket=store.bucket, Key=f"wide/m{number}/{path.name}", Body=path.read_bytes())
+    content = merge_config(here[0], here[1:], mode="ridge")
+    content["base_model"] = there[0]
+    for expert, url in zip(content["experts"], there[1:], strict=True):
+        expert["source_model"] = url
+    config = write_config(tmp_path / "config.yaml", content)
+    planned = store.proxy.reset_stats() and store.run("plan", config, "--json")
+    headers = store.proxy.reset_stats().response_body_bytes["GetObject"]
+    plan = json.loads(planned.stdout)
+    done = store.run("merge", config, tmp_path / "out", "--actors", "1")
+    assert done.returncode == 0, done.stderr
+    read = store.proxy.reset_stats().response_body_bytes["GetObject"] - headers
+    output, sources = plan["output_bytes"], plan["bytes_by_source"]
+    ffn = sources["expert 0"] + sources["expert 1"]
+    print(f"read {read:,} of {output:,} bytes, FFNs {ffn:,}")
+    # What is no FFN is read for the base's shards and for each expert's prompts.
+    assert ffn > 0.8 * output
+    assert output - ffn < read < output + 3 * (output - ffn)
+    local = write_config(tmp_path / "local.yaml", merge_config(here[0], here[1:], mode="ridge"))
+    assert store.run("merge", local, tmp_path / "same", "--actors", "1").returncode == 0
+    for shard in (tmp_path / "same").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
