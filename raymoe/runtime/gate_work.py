@@ -142,12 +142,14 @@ class GateWork:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
         options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
         capture = actor.capture.options(**options)
-        *job.states, done = capture.remote(self._shared_plan, job.what, experts, self._also_written(job))
+        both = self._also_written(job), self._also_written(*self._waiting)
+        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *both)
         return done
 
-    def _also_written(self, job: GateJob) -> tuple[TensorEntry, ...]:
-        assert not isinstance(job.what, int)
-        read = (ref.entry for prompts in job.what for ref in prompts.weights.values())
+    def _also_written(self, *jobs: GateJob) -> tuple[TensorEntry, ...]:
+        """Tensors that reading these prompts takes and shards too."""
+        prompts = (each for job in jobs if not isinstance(job.what, int) for each in job.what)
+        read = (ref.entry for each in prompts for ref in each.weights.values())
         return tuple(dict.fromkeys(entry for entry in read if entry in self._written))
 
     def came_back(self, job: GateJob, result: Any) -> None:

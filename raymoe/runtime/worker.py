@@ -99,18 +99,24 @@ class ExpertWorker:
             return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
     def capture(
-        self, gates: GatePlan, members: Sequence[GatePrompts], experts: int, also_written: Sequence[TensorEntry] = ()
+        self,
+        gates: GatePlan,
+        members: Sequence[GatePrompts],
+        experts: int,
+        also_written: Sequence[TensorEntry] = (),
+        later: Sequence[TensorEntry] = (),
     ) -> Iterator[MemberLayer | None]:
         """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
         None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
 
         `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
+        `later`: the same of experts whose prompts are still waiting.
         """
-        self._spool.expect(also_written)  # before torch is imported: shards do not wait for that
+        self._spool.expect((*also_written, *later))  # before torch is imported: shards do not wait for that
         try:
             yield from self._captured_layers(gates, members, experts)
         finally:
-            self._spool.gates_are_done()
+            self._spool.gates_are_done(also_written)
         yield None
 
     def _captured_layers(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer]:

@@ -35,12 +35,16 @@ Fetch = Callable[[int, memoryview], None]
 
 @dataclass(eq=False)
 class _Segment:
-    """Bytes [start, end) that both sides want. `kept_by`: the side that has read them and left them for the other."""
+    """Bytes [start, end) that both sides want. `kept_by`: the side that has read them and left them for the other.
+
+    `gates_gone`: the gate pass has ended meanwhile.
+    """
 
     start: int
     end: int
     kept_by: Side | None = None
     in_use: bool = False
+    gates_gone: bool = False
 
     def split(self, at: int) -> _Segment:
         """Keep what lies before `at`; the rest."""
@@ -70,10 +74,10 @@ class _Object:
         return [segment for segment in self.segments[first:last] if segment.end > start]
 
     def cut_out(self, start: int, end: int) -> list[_Segment]:
-        """The segments within [start, end); those that reach beyond are split."""
+        """The segments within [start, end); those that reach beyond are split, unless they are in use."""
         for at in (start, end):
             for segment in self.overlapping(at, at + 1):
-                if segment.start < at:
+                if segment.start < at and not segment.in_use:
                     self.segments.insert(self.segments.index(segment) + 1, segment.split(at))
         return self.overlapping(start, end)
 
@@ -95,23 +99,23 @@ class Spool:
         self._changed = threading.Condition()
         self._objects: dict[SourceFile, _Object] = {}
         self._kept_bytes = 0
-        self._gates_to_come = False
 
     def expect(self, entries: Iterable[TensorEntry]) -> None:
-        """The gate pass is about to read these, and they are also written. Local files are left to the page cache."""
+        """The gate pass will read these, and they are also written. Local files are left to the page cache."""
         with self._changed:
-            self._gates_to_come = True
             for entry in entries:
                 if is_url(entry.file.location):
                     self._objects.setdefault(entry.file, _Object()).add(entry.start, entry.end)
 
-    def gates_are_done(self) -> None:
-        """Nothing is kept for the gate pass any more."""
+    def gates_are_done(self, entries: Iterable[TensorEntry]) -> None:
+        """The gate pass has read what it wanted of these: they are not kept for it any more."""
         with self._changed:
-            self._gates_to_come = False
-            for kept in self._objects.values():
-                gone = [s for s in kept.segments if s.kept_by != "gates" and not s.in_use]
-                self._drop(kept, gone)
+            for entry in entries:
+                if (kept := self._objects.get(entry.file)) is not None:
+                    left = [s for s in kept.cut_out(entry.start, entry.end) if s.kept_by != "gates"]
+                    for segment in left:
+                        segment.gates_gone = True
+                    self._drop(kept, [segment for segment in left if not segment.in_use])
 
     def read_into(self, side: Side, file: SourceFile, start: int, buffer: memoryview, fetch: Fetch) -> None:
         """Fill `buffer` from `start` on: what the other side has left from the spool, the rest by `fetch`."""
@@ -133,7 +137,7 @@ class Spool:
         with self._changed:
             for segment in stored:
                 segment.kept_by = side
-            of_use = stored if side == "gates" or self._gates_to_come else []
+            of_use = [segment for segment in stored if side == "gates" or not segment.gates_gone]
             self._drop(kept, [segment for segment in segments if segment not in of_use])
         self._give_back(of_use)
 

@@ -117,7 +117,7 @@ def test_gates_that_end_early(tmp_path: Path) -> None:
     spool.expect([entry(0, 100), entry(100, 200), entry(200, 300)])
     read(spool, store, "gates", 0, 100)
     read(spool, store, "shards", 100, 200)
-    spool.gates_are_done()
+    spool.gates_are_done([entry(0, 300)])
     assert spool._kept_bytes == 100
     read(spool, store, "shards", 0, 300)
     assert spool._kept_bytes == 0
