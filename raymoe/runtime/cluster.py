@@ -104,9 +104,11 @@ def slots_for(
     quantise: str | None,
     placement: Placement | None = None,
     beside_driver: bool = False,
+    shares_reads: bool = False,
 ) -> Slots:
     """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `beside_driver`: one
-    of them is to be on the driver's node, if there is room.
+    of them is to be on the driver's node, if there is room. `shares_reads`: gates and shards read the same objects,
+    each actor its own once.
 
     Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
     """
@@ -120,7 +122,9 @@ def slots_for(
     if placement is not None and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
         raise ProblemReport(problems)
     fit = sum(node.room(wanted) for node in nodes)
-    actors = max(1, min(jobs, fit, settings.actors or jobs))
+    # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
+    readers = fit if wanted else max(1, int(cpus) // COMPUTE_THREADS)
+    actors = max(1, min(jobs, fit, settings.actors or (readers if shares_reads else jobs)))
     seats = placement.seats(actors, wanted) if placement is not None and not placement.is_free else ()
     if len(seats) > (settings.actors or len(seats)):
         what = f"{settings.actors} are too few: {len(seats)} are needed, since no node has the folders of all models"
@@ -130,8 +134,6 @@ def slots_for(
         if beside_driver and len(nodes) > 1:
             seats = (Seat(node_id=driver_node(), spills=True, gpus=wanted), *seats[1:])
     actors = len(seats)
-    # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
-    readers = actors if wanted else max(1, min(actors, int(cpus) // COMPUTE_THREADS))
     # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
     layers_at_once = 1 if wanted else max(1, min(_MOST_LAYERS_AT_ONCE, int(cpus) // actors))
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
@@ -139,7 +141,7 @@ def slots_for(
     return Slots(
         seats=seats,
         gpus=wanted,
-        readers=readers,
+        readers=min(actors, readers),
         layers_at_once=layers_at_once,
         shards_at_once=shards_at_once,
         runs_model=compute,

@@ -35,7 +35,7 @@ from raymoe.runtime.progress import Progress
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.shard_work import Sending
+from raymoe.runtime.shard_work import Sending, read_for_shards
 from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
@@ -86,6 +86,7 @@ def run_merge(
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
         placement = placed(plan)
+        work = WriteShards(target, owner_names(plan))
         slots = slots_for(
             settings,
             jobs=jobs,
@@ -93,6 +94,7 @@ def run_merge(
             quantise=plan.gates.quantise,
             placement=placement,
             beside_driver=not is_url(target.location),
+            shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
         )
         sources = _Sources(plan, placement)
         try:
@@ -102,7 +104,7 @@ def run_merge(
                     outcome = run_jobs(
                         plan,
                         actors,
-                        WriteShards(target, owner_names(plan)),
+                        work,
                         progress.watch(actors),
                         readers=slots.readers,
                         layers_at_once=slots.layers_at_once,
