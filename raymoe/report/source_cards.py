@@ -110,9 +110,7 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
         licence=licence,
         languages=_texts(metadata.get("language")),
         # A folder that is meant by the name here is no model of the Hub.
-        bases=tuple(
-            name for name in _texts(metadata.get("base_model")) if is_hub_id(name) and not is_local_folder(name)
-        ),
+        bases=tuple(name for name in _texts(metadata.get("base_model")) if _is_model_of_hub(name)),
     )
 
 
