@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raymoe.config import MergeConfig, check_config, load_config, make_config
 from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.sources.prompts import chat_template_problems, read_prompts
 from raymoe.sources.resolve import Elsewhere, HubOptions, resolve_models
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.publish.target import PushTarget
+    from raymoe.publish.upload import Pushed
     from raymoe.runtime.merge import MergeResult
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
 _T = TypeVar("_T")
 
-__all__ = ["evaluate", "load_config", "merge", "plan"]
+__all__ = ["evaluate", "load_config", "merge", "merge_and_push", "plan", "push"]
 
 
 def plan(
@@ -73,25 +76,65 @@ def merge(
     same call goes on from the shards that are finished. `report` is told how the run goes, and may be read after a
     failure too.
     """
-    from raymoe.runtime.merge import output_of, run_merge
-    from raymoe.runtime.other_nodes import OtherNodes
+    from raymoe.runtime.merge import run_merge
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
     settings = replace(settings, storage=checked.storage)
-    report.storage = checked.storage
-    try:
-        with report.phase("plan"):
-            elsewhere = OtherNodes(settings)
-            merge_plan = plan(checked, options, hub=settings.hub, allow_all_same=True, elsewhere=elsewhere)
-    except ProblemReport as refusal:
-        # What is wrong with the output besides is told in the same breath.
-        target = output_of(output, settings)
-        also = target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
-        raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
-    return run_merge(merge_plan, checked, output, settings, report)
+    return run_merge(_planned(checked, output, options, settings, report), checked, output, settings, report)
+
+
+def merge_and_push(
+    config: MergeConfig | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    target: PushTarget,
+    options: MergeOptions | None = None,
+    *,
+    settings: RuntimeSettings | None = None,
+    allow_all_same: bool = False,
+    report: RunReport | None = None,
+    on_merged: Callable[[MergeResult], None] | None = None,
+) -> Pushed:
+    """`merge`, then `push`. The token and the repository are checked before the merge starts.
+
+    `on_merged` is called with the merge's result before the push. After any death the same call goes on, in the merge
+    or, where `output` holds this merge finished, in the push. Raises what `merge` raises, and PushFailed.
+    """
+    from raymoe.publish.push import merge_and_push
+    from raymoe.runtime.run_report import RunReport
+    from raymoe.runtime.settings import RuntimeSettings
+
+    settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
+    checked = _config(config, allow_all_same)
+    settings = replace(settings, storage=checked.storage)
+    merge_plan = _planned(checked, output, options, settings, report)
+    merged = on_merged or (lambda result: None)
+    return merge_and_push(merge_plan, checked, output, target, settings, report, merged)
+
+
+def push(
+    merged: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    hub: HubOptions | None = None,
+    storage: StorageOptions | None = None,
+    quiet: bool = True,
+) -> Pushed:
+    """Publish a finished merge, a folder or a URL, as the model `repo` (org/name) on the Hub, in one commit.
+
+    `revision` is a branch, made if it is missing. Raises ProblemReport before anything is sent and PushFailed
+    afterwards; after either the same call goes on, and sends nothing again that the Hub has.
+    """
+    from raymoe.publish.push import push_merge
+    from raymoe.publish.target import PushTarget
+
+    target = PushTarget(repo=repo, private=private, revision=revision, message=message)
+    return push_merge(merged, target, hub or HubOptions(), storage or StorageOptions(), quiet=quiet)
 
 
 def evaluate(
@@ -107,6 +150,28 @@ def evaluate(
     from raymoe.evaluation.run import evaluate_merge
 
     return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
+
+
+def _planned(
+    config: MergeConfig,
+    output: str | Path,
+    options: MergeOptions | None,
+    settings: RuntimeSettings,
+    report: RunReport,
+) -> MergePlan:
+    """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
+    from raymoe.runtime.merge import output_of
+    from raymoe.runtime.other_nodes import OtherNodes
+
+    report.storage = config.storage
+    try:
+        with report.phase("plan"):
+            elsewhere = OtherNodes(settings)
+            return plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=elsewhere)
+    except ProblemReport as refusal:
+        target = output_of(output, settings)
+        also = target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
+        raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
 
 
 def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:

@@ -30,7 +30,7 @@ from raymoe.storage.records import INDEX_NAME
 from raymoe.storage.stream import shard_chunks
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those whose tables are Llama's
 MODES = ("hidden", "hidden_avg", "ridge", "cheap_embed", "random", "uniform_random")
 PROMPTS = (
     ("def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)"),
@@ -54,7 +54,34 @@ _SIZES: dict[str, Any] = {
     "rope_theta": 20_000.0,
 }
 # A family's usual shape where the configuration class has another default, too large for a pico model.
-_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}}
+# Multipliers differ from 1, and layers from each other, where a family has such things.
+_FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+    "internlm3": {"head_dim": 16},
+    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": False},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.2,
+    },
+    "cohere2": {
+        "layer_norm_eps": 1e-4,
+        "logit_scale": 1.3,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
+    "lfm2": {
+        "norm_eps": 1e-4,
+        "block_multiple_of": 16,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": False,
+    },
+}
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Tensors = dict[str, torch.Tensor]

@@ -1,6 +1,7 @@
 """One table a dense family and one a MoE host: tensor names, shapes, output config, and what a host can't hold."""
 
-from raymoe.architectures.dense import FAMILIES, DenseFamily, TensorRow
+from raymoe.architectures.dense import DenseFamily, TensorRow
+from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.hosts import HOSTS, MoeHost, MoeShape
 from raymoe.architectures.select import Selection, select_host
 from raymoe.architectures.spec import DenseSpec, read_spec

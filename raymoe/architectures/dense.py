@@ -1,30 +1,41 @@
-"""The dense families that experts come from: which tensors a layer has, under which names, with which shapes.
+"""What a dense family is: which tensors a layer has, under which names, with which shapes.
 
 A row names a tensor's *role* (`attn.q`, `ffn.down`, ...). Hosts map roles to their own names, so a family and a host
 meet in roles and nowhere else, and adding either is adding a table. Shapes are written in symbols that `DenseSpec`
 resolves to numbers; `when` names the `DenseSpec` flag without which the row does not exist.
 
-Names and shapes: transformers' modelling files of each family (`models/llama`, `models/mistral`, `models/qwen2`,
-`models/qwen3`), which follow the layout of the checkpoints on the Hub.
+Some families store several matrices as one (Phi-3 has q, k and v in `qkv_proj`). Such a row `holds` them: blocks of its
+rows, each with a role of its own. The families themselves are in families.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FAMILIES", "FFN_ROLES", "DenseFamily", "TensorRow"]
+__all__ = ["FFN_ROLES", "DenseFamily", "TensorRow", "Windows"]
+
+FFN_ROLES = ("ffn.gate", "ffn.up", "ffn.down")
+
+Windows = Callable[[Mapping[str, Any], int], tuple[int | None, tuple[bool, ...]]]
+"""From a config and a number of layers to the sliding window and the layers that it holds for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
-    """One kind of tensor: `name` may hold `{layer}`; `shape` is in symbols of `DenseSpec.size_of`."""
+    """One kind of tensor: `name` may hold `{layer}`; `shape` is in symbols of `DenseSpec.size_of`.
+
+    `kind`: only layers of that kind have it, in families whose layers differ. `holds`: what the tensor is made of,
+    as (role, symbol of its number of rows) from the first row on.
+    """
 
     role: str
     name: str
     shape: tuple[str, ...]
     when: str = ""
+    kind: str = ""
+    holds: tuple[tuple[str, str], ...] = ()
 
     @property
     def per_layer(self) -> bool:
@@ -35,118 +46,44 @@ class TensorRow:
         return self.role.startswith("ffn.")
 
 
+def _no_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    return None, (False,) * layers
+
+
+def _no_limits(config: Mapping[str, Any]) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFamily:
     """One dense model type of transformers.
 
     `defaults` are the values that transformers assumes for keys missing from a config.json; they matter, since a
     config saved by an older version leaves out what was the default then.
-    `fixed` are features that the family has by construction and no config key switches.
+    `keys` are the family's own names of keys that most families name alike (`norm_eps` for `rms_norm_eps`); of several
+    the first that a config has.
+    `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
+    construction. `carried` are keys of the family's own that its hosts have too, under the same names.
+    `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
+    follow from `layer_types`. `limits` says what about a config no host can hold; `adjust` gives values that follow
+    from others.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
+    `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
     """
 
     model_type: str
+    title: str
     rows: tuple[TensorRow, ...]
     defaults: Mapping[str, Any]
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    switches: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, bool] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    windows: Windows = _no_windows
+    reads_layer_types: bool = False
+    kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
+    limits: Callable[[Mapping[str, Any]], list[str]] = _no_limits
+    adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-
-
-FFN_ROLES = ("ffn.gate", "ffn.up", "ffn.down")
-
-_LAYER = "model.layers.{layer}."
-
-
-def _attention(proj: str, out: str, inner: str, bias_flag: str) -> tuple[TensorRow, ...]:
-    prefix = f"{_LAYER}self_attn.{proj}_proj."
-    return (
-        TensorRow(role=f"attn.{proj}", name=prefix + "weight", shape=(out, inner)),
-        TensorRow(role=f"attn.{proj}.bias", name=prefix + "bias", shape=(out,), when=bias_flag),
-    )
-
-
-def _ffn(proj: str, out: str, inner: str) -> tuple[TensorRow, ...]:
-    prefix = f"{_LAYER}mlp.{proj}_proj."
-    return (
-        TensorRow(role=f"ffn.{proj}", name=prefix + "weight", shape=(out, inner)),
-        TensorRow(role=f"ffn.{proj}.bias", name=prefix + "bias", shape=(out,), when="mlp_bias"),
-    )
-
-
-# Rows in the order in which a model runs: neighbouring rows are neighbours in the files that transformers writes,
-# so that a copy in this order reads its sources forwards.
-_ROWS = (
-    TensorRow(role="embed", name="model.embed_tokens.weight", shape=("vocab", "hidden")),
-    TensorRow(role="norm.input", name=_LAYER + "input_layernorm.weight", shape=("hidden",)),
-    *_ffn("down", "hidden", "intermediate"),
-    *_ffn("gate", "intermediate", "hidden"),
-    *_ffn("up", "intermediate", "hidden"),
-    TensorRow(role="norm.post", name=_LAYER + "post_attention_layernorm.weight", shape=("hidden",)),
-    TensorRow(role="attn.k_norm", name=_LAYER + "self_attn.k_norm.weight", shape=("head_dim",), when="qk_norm"),
-    *_attention("k", "kv_out", "hidden", "qkv_bias"),
-    *_attention("o", "hidden", "q_out", "o_bias"),
-    TensorRow(role="attn.q_norm", name=_LAYER + "self_attn.q_norm.weight", shape=("head_dim",), when="qk_norm"),
-    *_attention("q", "q_out", "hidden", "qkv_bias"),
-    *_attention("v", "kv_out", "hidden", "qkv_bias"),
-    TensorRow(role="norm.final", name="model.norm.weight", shape=("hidden",)),
-    TensorRow(role="lm_head", name="lm_head.weight", shape=("vocab", "hidden"), when="untied"),
-)
-
-_COMMON_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "rope_theta": 10000.0,
-    "mlp_bias": False,
-    "attention_bias": False,
-    "sliding_window": None,
-}
-_QWEN_DEFAULTS = {
-    **_COMMON_DEFAULTS,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-
-FAMILIES: Mapping[str, DenseFamily] = {
-    family.model_type: family
-    for family in (
-        DenseFamily(
-            model_type="llama",
-            rows=_ROWS,
-            defaults={
-                **_COMMON_DEFAULTS,
-                "max_position_embeddings": 2048,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-        ),
-        DenseFamily(
-            model_type="mistral",
-            rows=_ROWS,
-            defaults={
-                **_COMMON_DEFAULTS,
-                "max_position_embeddings": 131072,
-                "num_key_value_heads": 8,
-                "sliding_window": 4096,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-        ),
-        DenseFamily(
-            model_type="qwen2",
-            rows=_ROWS,
-            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 32},
-            fixed={"qkv_bias": True},
-        ),
-        DenseFamily(
-            model_type="qwen3",
-            rows=_ROWS,
-            defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
-            fixed={"qk_norm": True},
-        ),
-    )
-}
+    ffn: str = "mlp"
+    final_norm: str = "norm"

@@ -7,10 +7,13 @@ a config leaves out take the family's default (see `DenseFamily.defaults`), neve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-from raymoe.architectures.dense import FAMILIES, DenseFamily, TensorRow
+from raymoe.architectures.dense import DenseFamily, TensorRow
+from raymoe.architectures.families import FAMILIES
+from raymoe.architectures.unheld import why_not
 from raymoe.errors import Problem
 
 __all__ = ["DenseSpec", "read_spec"]
@@ -23,7 +26,8 @@ class DenseSpec:
     """Sizes and features of one dense model.
 
     `rope_scaling` is None for plain RoPE, else transformers' dict with `rope_type`. `sliding_layers` says for each
-    layer whether it attends within `sliding_window` tokens only.
+    layer whether it attends within `sliding_window` tokens only, `kinds` its kind in families whose layers differ.
+    `extra` are the family's own keys (`DenseFamily.carried`) with their values.
     """
 
     model_type: str
@@ -46,6 +50,8 @@ class DenseSpec:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    kinds: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> DenseFamily:
@@ -61,23 +67,44 @@ class DenseSpec:
         return self.head_dim * self.heads != self.hidden
 
     def size_of(self, symbol: str) -> int:
-        """The number behind a symbol in a `TensorRow`'s shape."""
+        """The number behind a symbol in a `TensorRow`'s shape: a name, a number, or products and sums of them."""
+        return sum(prod(self._size(name) for name in term.split("*")) for term in symbol.split("+"))
+
+    def _size(self, name: str) -> int:
+        if name.isdecimal():
+            return int(name)
         sizes = {
             "vocab": self.vocab,
             "hidden": self.hidden,
             "intermediate": self.intermediate,
+            "heads": self.heads,
             "head_dim": self.head_dim,
             "q_out": self.heads * self.head_dim,
             "kv_out": self.kv_heads * self.head_dim,
         }
-        return sizes[symbol]
+        size: int = sizes[name] if name in sizes else self.extra[name]
+        return size
 
     def shape_of(self, row: TensorRow) -> tuple[int, ...]:
         return tuple(self.size_of(symbol) for symbol in row.shape)
 
-    def rows(self) -> Iterator[TensorRow]:
-        """The family's rows that this model has."""
-        return (row for row in self.family.rows if not row.when or getattr(self, row.when))
+    def held_by(self, row: TensorRow) -> Iterator[tuple[str, int, int]]:
+        """(role, first row, row after the last) of what a tensor is made of; most are one thing, with one role."""
+        if not row.holds:
+            yield row.role, 0, self.shape_of(row)[0]
+        start = 0
+        for role, rows in row.holds:
+            yield role, start, start + self.size_of(rows)
+            start += self.size_of(rows)
+
+    def rows(self, layer: int | None = None) -> Iterator[TensorRow]:
+        """The family's rows that this model has; those of one layer, where one is given."""
+        kind = self.kinds[layer] if layer is not None and self.kinds else ""
+        for row in self.family.rows:
+            if row.when and not (self.extra[row.when] if row.when in self.extra else getattr(self, row.when)):
+                continue
+            if layer is None or (row.per_layer and row.kind in ("", kind)):
+                yield row
 
     def tensors(self) -> Iterator[tuple[TensorRow, int | None, str]]:
         """Every tensor of the model as (row, layer or None, name), in the order in which the model runs."""
@@ -86,9 +113,8 @@ class DenseSpec:
         for row in rows[:first_layer_row]:
             yield row, None, row.name
         for layer in range(self.layers):
-            for row in rows:
-                if row.per_layer:
-                    yield row, layer, row.name.format(layer=layer)
+            for row in self.rows(layer):
+                yield row, layer, row.name.format(layer=layer)
         for row in rows[first_layer_row:]:
             if not row.per_layer:
                 yield row, None, row.name
@@ -99,13 +125,8 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     where = f"{label}/config.json"
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        what = f"model_type is {model_type!r}, which is no dense family that raymoe knows"
-        return [Problem(where=where, what=what, remedy=f"use models of one of these types: {known}")]
-    merged = {**FAMILIES[model_type].defaults, **{k: v for k, v in config.items() if v is not None}}
-    # An explicit null means 'no sliding window', and must not fall back to the family's default.
-    if "sliding_window" in config:
-        merged["sliding_window"] = config["sliding_window"]
+        return [_unknown(model_type, where)]
+    merged = _with_defaults(FAMILIES[model_type], config)
     problems = [
         Problem(where=where, what=f"{key} is {merged.get(key)!r}", remedy="expected a positive whole number")
         for key in _REQUIRED
@@ -117,9 +138,36 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         for key in keys
         if merged.get(key) is not None and not is_valid(merged[key])
     ]
-    if not problems:
-        problems = _check_heads(merged, where)
-    return problems or _build(model_type, merged, config)
+    if problems:
+        return problems
+    family = FAMILIES[model_type]
+    merged |= family.adjust(merged)
+    problems = [*_check_heads(merged, where), *_check_layers(family, merged, where)]
+    remedy = "`raymoe archs` lists what works; use other models"
+    problems += [Problem(where=where, what=reason, remedy=remedy) for reason in family.limits(merged)]
+    return problems or _build(family, merged)
+
+
+def _unknown(model_type: object, where: str) -> Problem:
+    if isinstance(model_type, str) and (reason := why_not(model_type)):
+        what, remedy = f"model_type is {model_type!r}: {reason}", "use models of a family that `raymoe archs` lists"
+        return Problem(where=where, what=what, remedy=remedy)
+    known = ", ".join(sorted(FAMILIES))
+    what = f"model_type is {model_type!r}, which is no dense family that raymoe knows"
+    return Problem(where=where, what=what, remedy=f"use models of one of these types: {known}")
+
+
+def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the family's defaults, and under the usual names what the family calls otherwise."""
+    merged = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    # An explicit null means 'no sliding window', and must not fall back to the family's default.
+    if "sliding_window" in config:
+        merged["sliding_window"] = config["sliding_window"]
+    for usual, names in family.keys.items():
+        found = [name for name in names if name in merged]
+        if found:
+            merged[usual] = merged[found[0]]
+    return merged
 
 
 def _is_positive_int(value: object) -> bool:
@@ -134,12 +182,18 @@ def _is_positive(value: object) -> bool:
 _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
     (("sliding_window", "max_window_layers"), lambda v: v == 0 or _is_positive_int(v), "a whole number or null"),
-    (("rms_norm_eps", "rope_theta"), _is_positive, "a number over 0"),
+    (("rms_norm_eps", "rope_theta", "logits_scaling"), _is_positive, "a number over 0"),
+    (
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_scale"),
+        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+        "a number",
+    ),
+    (("conv_L_cache", "sliding_window_pattern", "block_multiple_of"), _is_positive_int, "a positive whole number"),
     (("rope_scaling", "rope_parameters"), lambda v: isinstance(v, Mapping), "an object or null"),
     (("layer_types",), lambda v: isinstance(v, list), "a list or null"),
     (("hidden_act",), lambda v: isinstance(v, str), "text"),
     (
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "use_sliding_window"),
         lambda v: isinstance(v, bool),
         "true or false",
     ),
@@ -159,14 +213,33 @@ def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:
     return problems
 
 
-def _build(model_type: str, merged: Mapping[str, Any], config: Mapping[str, Any]) -> DenseSpec:
-    family = FAMILIES[model_type]
+def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) -> list[Problem]:
+    """Where `layer_types` matters it must name every layer, with kinds that the family has."""
+    types, layers = merged.get("layer_types"), merged["num_hidden_layers"]
+    known = {row.kind for row in family.rows if row.kind}
+    if not types or not family.reads_layer_types:
+        return []
+    if len(types) != layers:
+        what = f"layer_types has {len(types)} entries, but num_hidden_layers is {layers}"
+        return [Problem(where=where, what=what, remedy="give one for each layer")]
+    odd = sorted({str(kind) for kind in types} - known) if known else []
+    if odd:
+        what = f"layer_types has {', '.join(odd)}, which a {family.model_type} model does not have"
+        return [Problem(where=where, what=what, remedy=f"expected {' or '.join(sorted(known))}")]
+    return []
+
+
+def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
     heads, layers = merged["num_attention_heads"], merged["num_hidden_layers"]
-    attention_bias = bool(merged["attention_bias"]) and model_type in ("llama", "qwen3")
-    theta, scaling = _rope(merged, config)
-    window, sliding = _sliding(model_type, merged, layers)
+    theta, scaling = _rope(merged)
+    window, sliding = family.windows(merged, layers)
+
+    def has(feature: str) -> bool:
+        key = family.switches.get(feature)
+        return family.fixed.get(feature, False) or (key is not None and bool(merged.get(key)))
+
     return DenseSpec(
-        model_type=model_type,
+        model_type=family.model_type,
         hidden=merged["hidden_size"],
         intermediate=merged["intermediate_size"],
         layers=layers,
@@ -182,37 +255,23 @@ def _build(model_type: str, merged: Mapping[str, Any], config: Mapping[str, Any]
         sliding_window=window,
         sliding_layers=sliding,
         tied=bool(merged["tie_word_embeddings"]),
-        qkv_bias=attention_bias or family.fixed.get("qkv_bias", False),
-        o_bias=attention_bias,
-        mlp_bias=bool(merged["mlp_bias"]) and model_type == "llama",
-        qk_norm=family.fixed.get("qk_norm", False),
+        qkv_bias=has("qkv_bias"),
+        o_bias=has("o_bias"),
+        mlp_bias=has("mlp_bias"),
+        qk_norm=has("qk_norm"),
+        kinds=family.kinds(merged, layers) if family.kinds else (),
+        extra={key: merged[key] for key in family.carried},
     )
 
 
-def _rope(merged: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+def _rope(merged: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     """theta and scaling. transformers reads `rope_scaling` before `rope_parameters` where a config has both."""
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    parameters = dict(merged.get("rope_scaling") or merged.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", None) or merged["rope_theta"]
     kind = parameters.pop("rope_type", None) or parameters.get("type", "default")
     parameters.pop("type", None)
+    if parameters.get("partial_rotary_factor") == 1.0:
+        parameters.pop("partial_rotary_factor")
     if kind == "default":
         return float(theta), None
     return float(theta), {"rope_type": kind, **parameters}
-
-
-def _sliding(model_type: str, merged: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and the layers it holds for (rules: each family's configuration class in transformers)."""
-    none = (None, (False,) * layers)
-    window = merged["sliding_window"]
-    if model_type == "llama" or not window:
-        return none
-    if model_type == "mistral":
-        return window, (True,) * layers
-    if not merged["use_sliding_window"]:
-        return none
-    types = merged.get("layer_types")
-    if types:
-        sliding = tuple(kind == "sliding_attention" for kind in types)
-    else:
-        sliding = tuple(layer >= merged["max_window_layers"] for layer in range(layers))
-    return (window, sliding) if any(sliding) else none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,9 @@ from raymoe.cli.options import (
     merge_options,
     on_device,
 )
+
+if TYPE_CHECKING:
+    from raymoe.runtime.merge import MergeResult
 
 
 @app.command()
@@ -59,6 +62,11 @@ def merge(
         str | None,
         typer.Option("--result", metavar="FILE", help="Write phases, bytes, retries, memory; also if the merge fails."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Publish the merge on the Hugging Face Hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
     lazy_unpickle: idle("lazy_unpickle", "--lazy-unpickle/--no-lazy-unpickle") = False,  # type: ignore[valid-type]
     low_cpu_memory: idle("low_cpu_memory", "--low-cpu-memory/--no-low-cpu-memory") = False,  # type: ignore[valid-type]
     read_to_gpu: idle("read_to_gpu", "--read-to-gpu/--no-read-to-gpu") = False,  # type: ignore[valid-type]
@@ -80,10 +88,11 @@ def merge(
 ) -> None:
     """Merge dense models into a Mixture-of-Experts checkpoint in OUT.
 
-    A merge that was interrupted goes on when the same command is run again.
+    A merge that was interrupted goes on when the same command is run again, and so does its push.
     """
     from raymoe import api
     from raymoe.config import config_warnings, load_config
+    from raymoe.publish.target import push_target
     from raymoe.report.display import print_result, say
     from raymoe.runtime.run_report import recorded
     from raymoe.runtime.settings import RuntimeSettings
@@ -109,6 +118,14 @@ def merge(
         verbosity=-1 if quiet else verbose,
         hub=HubOptions(cache_dir=transformers_cache),
     )
+    target = push_target(push_to_hub, private=private)
+
+    def tell(merged: MergeResult) -> None:
+        for warning in merged.warnings:
+            say(f"warning: {warning}")
+        if not quiet:
+            print_result(merged)
+
     if not quiet:
         for note in idle_notes(context):
             say(note)
@@ -116,8 +133,11 @@ def merge(
         merge_config = load_config(config, allow_all_same=all_same)
         for warning in config_warnings(merge_config):
             say(f"warning: {warning}")
-        merged = api.merge(merge_config, output, options, settings=settings, allow_all_same=True, report=report)
-    for warning in merged.warnings:
-        say(f"warning: {warning}")
+        if target is None:
+            tell(api.merge(merge_config, output, options, settings=settings, allow_all_same=True, report=report))
+            return
+        pushed = api.merge_and_push(
+            merge_config, output, target, options, settings=settings, allow_all_same=True, report=report, on_merged=tell
+        )
     if not quiet:
-        print_result(merged)
+        say(pushed.summary)

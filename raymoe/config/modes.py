@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["EMBEDDING", "FFN", "MODES", "GateMode"]
+__all__ = ["EMBEDDING", "MODES", "GateMode"]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING = "model.embed_tokens.weight"
-FFN = "mlp"
-"""Name of the FFN in a decoder layer, the same in all dense families."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +23,8 @@ class GateMode:
     fits_rows: bool = False
     default_prompt_model: str = "base"
 
-    def reads(self, name: str, layers: int) -> bool:
-        """Whether this mode loads the parameter `name` of a model with that many layers.
+    def reads(self, name: str, layers: int, ffn: str) -> bool:
+        """Whether this mode loads the parameter `name` of a model with that many layers, whose FFNs are called `ffn`.
 
         The gate of a layer comes from that layer's input, so the last layer is never run and neither is the head; where
         rows are fitted, it comes from what the layer's FFN gets, so the last layer's FFN is not run.
@@ -36,7 +34,7 @@ class GateMode:
         match = _LAYER.match(name)
         if not self.reads_layers or match is None:
             return False
-        return int(match[1]) < layers - 1 or (self.fits_rows and f".{FFN}." not in name)
+        return int(match[1]) < layers - 1 or (self.fits_rows and f".{ffn}." not in name)
 
 
 MODES: Mapping[str, GateMode] = {

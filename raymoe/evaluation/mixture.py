@@ -1,7 +1,7 @@
 """One layer's experts and router as one module that stands where a dense layer has its FFN.
 
 Sizes: N tokens, E experts, K experts chosen for a token, H hidden. Only the experts that a token chose are computed
-for it. Formulas: transformers' modelling files of Mixtral, Qwen2-MoE and Qwen3-MoE; for DeepSeek-MoE its own code.
+for it. Formulas: transformers' modelling files of the hosts; for DeepSeek-MoE its own code.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ class MixtureFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
             return Choice(experts=chosen, weights=torch.ones(chosen.shape, device=states_NH.device))
         router = self._tensors["router"] if self.route.router is None else self.route.router
         scores_NE = torch.nn.functional.linear(states_NH, router)
-        weights, chosen = scores_NE.softmax(dim=-1, dtype=torch.float32).topk(self._rule.per_token, dim=-1)
+        if self._rule.scores == "sigmoid":
+            scores_NE = scores_NE.float().sigmoid()
+        else:
+            scores_NE = scores_NE.softmax(dim=-1, dtype=torch.float32)
+        weights, chosen = scores_NE.topk(self._rule.per_token, dim=-1)
         if self._rule.renormalises:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Choice(experts=chosen, weights=weights)

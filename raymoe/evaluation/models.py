@@ -1,7 +1,7 @@
 """What is run: dense models and mixtures as tables of weights that `StreamedDecoder` can load.
 
 A mixture is a dense decoder with another module where the FFN was, so its weights go under the dense names, and what
-belongs to the mixture under `mlp.` of the layer:
+belongs to the mixture under what the FFN is called there (`mlp.` in most families):
 
     mlp.experts.3.gate   mlp.experts.3.up   mlp.experts.3.down   mlp.router
     mlp.shared.gate      mlp.shared.up      mlp.shared.down      mlp.shared_router
@@ -10,25 +10,18 @@ belongs to the mixture under `mlp.` of the layer:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from raymoe.architectures import HOSTS, DenseSpec, MoeHost, read_spec
+from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, MoeHost, read_spec
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
-from raymoe.planning.tensors import weight_refs
+from raymoe.planning.tensors import rows_of, weight_refs
 from raymoe.planning.types import WeightRef
-from raymoe.sources.types import ModelFacts
+from raymoe.sources.types import ModelFacts, TensorEntry
 
 __all__ = ["EvaluatedModel", "RoutingRule", "dense_model", "mixture_model"]
 
-_EXPERTS_KEY = {
-    "mixtral": "num_local_experts",
-    "deepseek": "n_routed_experts",
-    "qwen2_moe": "num_experts",
-    "qwen3_moe": "num_experts",
-}
-_DENSE_TYPE = {"mixtral": "llama", "deepseek": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 # Keys of a host's config.json that mean the same in the dense model whose attention and norms it has.
 _DENSE_KEYS = (
     "vocab_size",
@@ -55,8 +48,9 @@ _REMEDY = "evaluate a merge as raymoe wrote it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRule:
-    """How a host goes from router scores to weights: softmax over all experts, the highest `per_token` of them,
-    which sum to one again where it `renormalises`. `gates_shared`: the shared expert counts by its own gate's sigmoid.
+    """How a host goes from router scores to weights: `scores` of all experts (softmax or sigmoid), the highest
+    `per_token` of them, which are made to sum to one where it `renormalises`. `gates_shared`: the shared expert counts
+    by its own gate's sigmoid.
     """
 
     experts: int
@@ -65,6 +59,7 @@ class RoutingRule:
     shared: bool
     gates_shared: bool
     activation: str
+    scores: str = "softmax"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,21 +94,24 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
     rule = _rule(host, facts, spec)
-    names = dict(_names(host, spec, rule))
     tensors = facts.index.tensors
-    if missing := [name for name in names.values() if name not in tensors]:
+    if missing := [name for name in _output_names(host, spec, rule) if name not in tensors]:
         what = f"{len(missing)} tensor(s) missing: {', '.join(missing[:4])}"
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])
-    if odd := sorted({tensors[name].dtype for name in names.values()} - set(FLOAT_DTYPES)):
+    entries = dict(_entries(host, spec, rule, tensors))
+    if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
         raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
-    weights = {name: WeightRef(entry=tensors[output]) for name, output in names.items()}
+    weights = {name: WeightRef(entry=entry) for name, entry in entries.items()}
     return EvaluatedModel(label=facts.label, spec=spec, config=config, weights=weights, rule=rule)
 
 
 def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the dense model that has the mixture's attention and norms."""
-    dense = {key: config[key] for key in _DENSE_KEYS if config.get(key) is not None}
-    dense["model_type"] = _DENSE_TYPE[host.name]
+    family = FAMILIES[host.dense]
+    own_names = [name for names in family.keys.values() for name in names]
+    keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
+    dense = {key: config[key] for key in keys if config.get(key) is not None}
+    dense |= {"model_type": host.dense, **host.dense_keys}
     if dense["model_type"] == "llama" and config.get("sliding_window"):
         dense["model_type"] = "mistral"
     scaling = config.get("rope_scaling")
@@ -124,36 +122,70 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rule(host: MoeHost, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
     config = facts.config
-    experts, per_token = config.get(_EXPERTS_KEY[host.name]), config.get("num_experts_per_tok")
+    experts, per_token = config.get(host.experts_key), config.get("num_experts_per_tok")
     if not isinstance(experts, int) or not isinstance(per_token, int) or not 1 <= per_token <= experts:
-        what = f"{_EXPERTS_KEY[host.name]} is {experts!r} and num_experts_per_tok is {per_token!r}"
+        what = f"{host.experts_key} is {experts!r} and num_experts_per_tok is {per_token!r}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
-    # Mixtral's softmax over the chosen ones is the same as one over all that is made to sum to one again.
-    renormalises = host.name == "mixtral" or bool(config.get("norm_topk_prob"))
+    # A softmax over the chosen ones, as Mixtral has it, is the same as one over all that is made to sum to one again.
+    renormalises = not host.renormalise_key or bool(config.get(host.renormalise_key))
     return RoutingRule(
         experts=experts,
         per_token=per_token,
         # The code of DeepSeek-MoE leaves the weight of a single expert as it is.
         renormalises=renormalises and not (host.name == "deepseek" and per_token == 1),
-        shared=bool(host.shared) and (host.name != "deepseek" or bool(config.get("n_shared_experts"))),
+        shared=bool(host.shared) and (not host.shared_key or bool(config.get(host.shared_key))),
         gates_shared=bool(host.shared_router),
         activation=spec.hidden_act,
+        scores=host.scores,
     )
 
 
-def _names(host: MoeHost, spec: DenseSpec, rule: RoutingRule) -> Iterator[tuple[str, str]]:
-    """(name to load under, name in the checkpoint) of every tensor."""
+def _output_names(host: MoeHost, spec: DenseSpec, rule: RoutingRule) -> Iterator[str]:
+    """Every tensor that the checkpoint must have."""
+    for row, layer, _ in spec.tensors():
+        if not row.is_ffn:
+            yield host.backbone[row.role].format(layer=layer)
+    for layer in range(spec.layers):
+        yield host.router.format(layer=layer)
+        for name in host.expert.values():
+            yield from (name.format(layer=layer, expert=expert) for expert in range(rule.experts))
+        if rule.shared:
+            yield from (name.format(layer=layer) for name in host.shared.values())
+            if rule.gates_shared:
+                yield host.shared_router.format(layer=layer)
+
+
+def _entries(
+    host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
+) -> Iterator[tuple[str, TensorEntry]]:
+    """(name to load under, where it lies) of everything that is loaded."""
     for row, layer, name in spec.tensors():
         if not row.is_ffn:
-            yield name, host.backbone[row.role].format(layer=layer)
+            yield name, tensors[host.backbone[row.role].format(layer=layer)]
     for layer in range(spec.layers):
-        prefix = f"model.layers.{layer}.mlp."
-        yield f"{prefix}router", host.router.format(layer=layer)
-        for role, name in host.expert.items():
-            for expert in range(rule.experts):
-                yield f"{prefix}experts.{expert}.{role[4:]}", name.format(layer=layer, expert=expert)
+        prefix = f"model.layers.{layer}.{spec.family.ffn}."
+        yield f"{prefix}router", tensors[host.router.format(layer=layer)]
+        for expert in range(rule.experts):
+            for role, entry in _ffn(host.expert, tensors, layer, expert):
+                yield f"{prefix}experts.{expert}.{role}", entry
         if rule.shared:
-            for role, name in host.shared.items():
-                yield f"{prefix}shared.{role[4:]}", name.format(layer=layer)
+            for role, entry in _ffn(host.shared, tensors, layer, 0):
+                yield f"{prefix}shared.{role}", entry
             if rule.gates_shared:
-                yield f"{prefix}shared_router", host.shared_router.format(layer=layer)
+                yield f"{prefix}shared_router", tensors[host.shared_router.format(layer=layer)]
+
+
+def _ffn(
+    names: Mapping[str, str], tensors: Mapping[str, TensorEntry], layer: int, expert: int
+) -> Iterator[tuple[str, TensorEntry]]:
+    """(gate, up or down, its entry): a tensor, or rows of one that holds several of them, or all experts'."""
+    for role, template in names.items():
+        entry = tensors[template.format(layer=layer, expert=expert)]
+        together = [other for other in names if names[other] == template]
+        if len(entry.shape) == 3:
+            experts, rows, width = entry.shape
+            entry = rows_of(replace(entry, shape=(experts * rows, width)), expert * rows, (expert + 1) * rows)
+        if len(together) > 1:
+            rows, at = entry.shape[0] // len(together), together.index(role)
+            entry = rows_of(entry, at * rows, (at + 1) * rows)
+        yield role[4:], entry

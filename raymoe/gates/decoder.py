@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from raymoe.config.modes import EMBEDDING, FFN
+from raymoe.architectures import FAMILIES
+from raymoe.config.modes import EMBEDDING
 from raymoe.gates.embeddings import embedding_rows
 from raymoe.gates.loading import LayerLoader, compute_dtype, load_weight
 from raymoe.gates.prompts import Batch
@@ -27,7 +28,7 @@ from raymoe.storage.transform import read_rows, with_lora
 
 __all__ = ["ReadableModel", "StreamedDecoder"]
 
-_FINAL_NORM, _HEAD = "model.norm.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 Visit = Callable[[int, int, torch.Tensor], None]
 
 
@@ -49,7 +50,7 @@ class StreamedDecoder:
     """Runs texts through a model whose weights are loaded layer by layer.
 
     It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
-    `ffn` makes another module out of a layer's `mlp.` tensors, to stand where the dense layer has its FFN.
+    `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class StreamedDecoder:
         from transformers import AutoConfig, AutoModel
 
         self._reader, self._weights = reader, model.weights
+        self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
         config = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config")}
         self._config: Any = AutoConfig.for_model(model.config["model_type"], **config)
@@ -132,52 +134,59 @@ class StreamedDecoder:
 
     def ffn_of(self, layer: int) -> torch.nn.Module:
         """What stands in the place of the FFN of a layer that is loaded."""
-        module: torch.nn.Module = getattr(self._model.layers[layer], FFN)
+        module: torch.nn.Module = getattr(self._model.layers[layer], self._family.ffn)
         return module
 
     def final_norm(self) -> torch.nn.Module:
         """The norm after the last layer."""
-        module: torch.nn.Module = self._model.norm
-        weight = load_weight(self._reader, self._weights[_FINAL_NORM], self._dtype)
+        name = self._family.final_norm
+        module: torch.nn.Module = getattr(self._model, name)
+        weight = load_weight(self._reader, self._weights[f"model.{name}.weight"], self._dtype)
         module.load_state_dict({"weight": weight.to(self._device)}, assign=True)
         self._reader.release()
         return module
 
     def head_blocks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). Tied, it is the embedding."""
+        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). Tied, it is the embedding.
+
+        Where a family scales its logits, the rows are scaled.
+        """
         ref = self._weights.get(_HEAD, self._weights[EMBEDDING])
+        factor = getattr(self._config, "logit_scale", 1.0) / getattr(self._config, "logits_scaling", 1.0)
         vocab = ref.entry.shape[0]
         for start in range(0, vocab, rows):
             part = slice(start, min(start + rows, vocab))
             block = read_rows(self._reader, ref.entry, part)
             if ref.lora is not None:
                 block = with_lora(self._reader, block, ref.lora, part)
-            yield start, torch.from_numpy(block).to(self._device, self._dtype)
+            rows_VH = torch.from_numpy(block).to(self._device, self._dtype)
+            yield start, rows_VH if factor == 1.0 else rows_VH * factor
 
     def _install(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        module, prefix = self._model.layers[layer], f"{FFN}."
+        module, prefix = self._model.layers[layer], f"{self._family.ffn}."
         ffn = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if self._ffn is not None or not ffn:
-            setattr(module, FFN, torch.nn.Identity())
+            setattr(module, self._family.ffn, torch.nn.Identity())
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         if self._quantise:
             module = quantised_layer(module, tensors, self._device, self._quantise)
         else:
             module.load_state_dict(tensors, assign=True)
         if self._ffn is not None and ffn:
-            setattr(module, FFN, self._ffn(ffn))
+            setattr(module, self._family.ffn, self._ffn(ffn))
         module.eval()
 
     def _layer_weights(self, layer: int, with_ffn: bool) -> dict[str, WeightRef]:
         prefix = f"model.layers.{layer}."
         weights = {name.removeprefix(prefix): ref for name, ref in self._weights.items() if name.startswith(prefix)}
-        return {name: ref for name, ref in weights.items() if with_ffn or not name.startswith(f"{FFN}.")}
+        return {name: ref for name, ref in weights.items() if with_ffn or not name.startswith(f"{self._family.ffn}.")}
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """The input of layer 0, (batch, tokens, hidden)."""
         rows = embedding_rows(self._reader, self._weights[EMBEDDING], batch.ids.flatten().tolist())
         hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
-        return hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
+        hidden = hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
+        return hidden * getattr(self._config, "embedding_multiplier", 1.0)
 
     def run_layer(self, layer: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """A loaded layer's output for its input of the same shape."""

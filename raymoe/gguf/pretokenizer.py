@@ -3,7 +3,7 @@
 llama.cpp has the cutting of each tokenizer it knows in its own code, under names that only it uses. Here the name is
 found by what the tokenizer.json says: the steps of its `pre_tokenizer` have to be those of a row, character by
 character. What is in no row is never guessed: another cutting gives other tokens for the same text, which nobody
-notices but in the quality of answers.
+notices but in the quality of answers. Of normalisers only NFC passes, which llama.cpp leaves to the writer of the text.
 
 Source of the table: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp, which quotes the patterns of the
 tokenizer.json that it stands for.
@@ -39,8 +39,8 @@ Steps = tuple[tuple[str, ...], ...]
 _BYTES: tuple[str, ...] = ("bytes",)
 _GPT2_BYTES: tuple[str, ...] = ("bytes", "gpt2")  # ByteLevel cuts by GPT-2's pattern itself
 
-# (steps, whether a word that is a token as a whole is taken without merging) -> name; None: either.
-_TABLE: tuple[tuple[Steps, bool | None, str], ...] = (
+# (steps, whether a word that is a token as a whole is taken without merging, name)
+_TABLE: tuple[tuple[Steps, bool, str], ...] = (
     ((_GPT2_BYTES,), False, "gpt-2"),
     ((("digits", "each"), _GPT2_BYTES), False, "smollm"),
     ((("split", _LLAMA3), _BYTES), True, "llama-bpe"),
@@ -55,10 +55,12 @@ KNOWN = tuple(name for _, _, name in _TABLE)
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for the cutting of a tokenizer.json; None if it is none of the table's."""
+    if (tokenizer.get("normalizer") or {}).get("type") not in (None, "NFC"):
+        return None
     steps = _steps(tokenizer.get("pre_tokenizer"))
     whole_words = bool(tokenizer["model"].get("ignore_merges"))
     for known, ignores_merges, name in _TABLE:
-        if steps == known and ignores_merges in (None, whole_words):
+        if (steps, whole_words) == (known, ignores_merges):
             return name
     return None
 

@@ -77,7 +77,7 @@ def read_vocabulary(
         types=tuple(tokens.type[number] for number in order),
         scores=tuple(tokens.score[number] for number in order) if model == "llama" else None,
         add_space_prefix=tokens.add_space_prefix if model == "llama" else None,
-        special=_special(files, config, size, with_merges=model == "gpt2"),
+        special=_special(files, config, tokens, size, with_merges=model == "gpt2"),
     )
 
 
@@ -118,7 +118,7 @@ def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
 def _known_pre(tokenizer: Mapping[str, Any], where: str) -> str:
     name = pre_tokenizer_name(tokenizer)
     if name is None:
-        what = f"its pre_tokenizer is none that raymoe knows llama.cpp's name of ({', '.join(KNOWN)})"
+        what = f"it cuts text in no way that raymoe knows llama.cpp's name of ({', '.join(KNOWN)})"
         remedy = "if llama.cpp has one that cuts text the same way, name it: --pre NAME (tokenizer.ggml.pre)"
         raise ProblemReport([Problem(where=where, what=what, remedy=remedy)])
     return name
@@ -199,7 +199,9 @@ def _stages(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, An
     return [step for part in stage[inner] for step in _stages(part, inner)] if inner in stage else [stage]
 
 
-def _special(files: Mapping[str, Path], config: Mapping[str, Any], size: int, *, with_merges: bool) -> Any:
+def _special(
+    files: Mapping[str, Path], config: Mapping[str, Any], tokens: _Tokens, size: int, *, with_merges: bool
+) -> Any:
     import gguf
 
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
@@ -209,17 +211,23 @@ def _special(files: Mapping[str, Path], config: Mapping[str, Any], size: int, *,
             target.symlink_to(path.absolute())
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
         special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
-    special.add_special_token = _added_around(files, special)
+    said = _read_config(files)
+    numbers = {text: number for number, text in tokens.text.items()}
+    for kind in special.special_token_types:
+        # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
+        token = said.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in numbers:
+            special.special_token_ids[kind] = numbers[text]
+    special.add_special_token = _added_around(files, said, special.special_token_ids)
     return special
 
 
-def _added_around(files: Mapping[str, Path], special: Any) -> dict[str, bool]:
+def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:
     """Whether BOS and EOS are put around a text: as the tokenizer's config says, else as its tokenizer.json does.
 
     Always said outright: llama.cpp has a default of its own for each pre-tokenizer.
     """
-    config = _read_config(files)
-    ids = special.special_token_ids
     around: dict[str, bool] = {}
     seen: list[int] | None = None
     for kind, place in (("bos", 0), ("eos", -1)):

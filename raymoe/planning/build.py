@@ -18,7 +18,7 @@ from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.tensors import Member, base_tensors, computed_tensors, member_tensors, weight_refs
+from raymoe.planning.tensors import Member, base_tensors, computed_tensors, expert_tensors, weight_refs
 from raymoe.planning.totals import totals_of
 from raymoe.planning.types import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
@@ -130,10 +130,9 @@ def _assemble(
 ) -> MergePlan:
     dtype = _output_dtype(config, base_facts)
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, host, dtype))
-    for member in members:
-        tensors += member_tensors(member, host, dtype, options.seed)
+    tensors += expert_tensors(members, host, dtype, options.seed)
     tensors += computed_tensors(base, moe, host, dtype)
-    owners = ["base", *(m.owner for m in members), "router"]
+    owners = ["base", *(["experts"] if host.is_fused else []), *(m.owner for m in members), "router"]
     gates = _gate_plan(config, options, base_facts, base, members, bool(host.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
@@ -200,7 +199,7 @@ def _gate_plan(
             else:
                 graft = member if prompt_model == "grafted" else None
                 weights = weight_refs(base_facts, base, ffn_from=graft)
-            weights = {name: ref for name, ref in weights.items() if mode.reads(name, base.layers)}
+            weights = {name: ref for name, ref in weights.items() if mode.reads(name, base.layers, base.family.ffn)}
         return GatePrompts(
             owner=member.owner,
             positive=written_out(expert.positive_prompts) if mode.needs_prompts else (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from raymoe.planning.shards import OutputTensor
 from raymoe.planning.types import Copy, Shard
@@ -13,9 +14,12 @@ __all__ = ["check_plan"]
 
 def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None:
     """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""
-    placed = [part.name for shard in shards for part in shard.parts]
-    assert len(placed) == len(set(placed)), "an output tensor is written twice"
-    assert set(placed) == {t.name for t in tensors}, "an output tensor is not written"
+    parts = [part.name for shard in shards for part in shard.parts]
+    assert len(parts) == len(set(parts)), "a part is written twice"
+    placed = [tensor for shard in shards for tensor, _ in groupby(part.tensor for part in shard.parts)]
+    names = {tensor.name for tensor in placed}
+    assert len(names) == len(placed), "an output tensor is written twice"
+    assert names == {t.name for t in tensors}, "an output tensor is not written"
     files = [shard.file_name for shard in shards]
     assert len(files) == len(set(files)), "two shards of one name"
     for shard in shards:
@@ -28,3 +32,7 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
                 source = part.what.source
                 assert (source.dtype, source.shape, source.nbytes) == (part.dtype, part.shape, part.nbytes)
             end = part.end
+        for tensor, of_tensor in groupby(shard.parts, key=lambda part: part.tensor):
+            pieces = list(of_tensor)
+            size = sum(piece.nbytes for piece in pieces)
+            assert size == tensor_nbytes(pieces[0].dtype, tensor.shape), f"{tensor.name}: its parts do not make it up"

@@ -33,6 +33,9 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
         what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
         remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
         problems.append(Problem(where=where, what=what, remedy=remedy))
+    elif [row.name for row in expert.rows() if row.is_ffn] != [row.name for row in base.rows() if row.is_ffn]:
+        what = f"a {expert.model_type} model stores its FFN otherwise than a {base.model_type} model"
+        problems.append(Problem(where=where, what=what, remedy="use models of one type"))
     for key, name in (
         ("layers", "num_hidden_layers"),
         ("hidden", "hidden_size"),

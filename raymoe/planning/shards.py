@@ -1,6 +1,7 @@
 """Packs output tensors into shard files: names, headers and offsets, final before anything is written.
 
 A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
+Only tensors that hold all experts of a layer have many sources; they are in shards of their own.
 Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
 output and a run of copies is one long range; short runs come before long ones (see `_small_runs_first`).
 
@@ -10,16 +11,17 @@ File format: https://huggingface.co/docs/safetensors (8 bytes of header length, 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raymoe.planning.types import Copy, Part, PartSource, Shard, Transform
+from raymoe.planning.types import Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.planning.upload import MIN_PART_BYTES
 from raymoe.sources.dtypes import DTYPE_BYTES
 
-__all__ = ["OutputTensor", "pack_shards"]
+__all__ = ["OutputTensor", "Piece", "pack_shards"]
 
 # Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
 _ALIGN = 64
@@ -28,25 +30,32 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A block of an output tensor's rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    what: PartSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputTensor:
-    """A tensor of the merged model that has no place in a file yet."""
+    """A tensor of the merged model that has no place in a file yet. `what` is its source, or what it is made of."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     owner: str
-    what: PartSource
+    what: PartSource | tuple[Piece, ...]
 
     @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+    def pieces(self) -> tuple[Piece, ...]:
+        """What it is made of, in order: of most tensors one thing, themselves."""
+        return self.what if isinstance(self.what, tuple) else (Piece(name=self.name, shape=self.shape, what=self.what),)
 
     @property
     def nbytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -64,8 +73,9 @@ def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shar
 
 def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     def key(tensor: OutputTensor) -> tuple[str, int, str]:
-        if isinstance(tensor.what, (Copy, Transform)):
-            return (tensor.what.source.file.location, tensor.what.source.start, tensor.name)
+        what = tensor.pieces[0].what
+        if isinstance(what, (Copy, Transform)):
+            return (what.source.file.location, what.source.start, tensor.name)
         return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's
 
     return sorted(tensors, key=key)
@@ -98,7 +108,7 @@ def _touches(left: OutputTensor, right: OutputTensor) -> bool:
 
 
 def _is_long(run: Sequence[OutputTensor]) -> bool:
-    return isinstance(run[0].what, Copy) and sum(tensor.nbytes for tensor in run) >= MIN_PART_BYTES
+    return isinstance(run[0].pieces[0].what, Copy) and sum(tensor.nbytes for tensor in run) >= MIN_PART_BYTES
 
 
 def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
@@ -115,49 +125,55 @@ def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[Ou
 
 def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
     (owner,) = [key for key, _ in groupby(tensors, key=lambda t: t.owner)]
-    offset, spans = 0, []
+    parts, offset = [], 0  # places in the data
     for tensor in tensors:
-        spans.append((offset, offset + tensor.nbytes))
-        offset += tensor.nbytes
-    header = _header(tensors, spans)
-    parts = tuple(
-        Part(
-            name=t.name,
-            dtype=t.dtype,
-            shape=t.shape,
-            start=len(header) + start,
-            end=len(header) + end,
-            what=t.what,
-        )
-        for t, (start, end) in zip(tensors, spans, strict=True)
-    )
-    return Shard(file_name=file_name, owner=owner, header=header, parts=parts)
+        whole = WholeTensor(name=tensor.name, shape=tensor.shape) if isinstance(tensor.what, tuple) else None
+        for piece in tensor.pieces:
+            end = offset + math.prod(piece.shape) * DTYPE_BYTES[tensor.dtype]
+            parts.append(
+                Part(
+                    name=piece.name,
+                    dtype=tensor.dtype,
+                    shape=piece.shape,
+                    start=offset,
+                    end=end,
+                    what=piece.what,
+                    whole=whole,
+                )
+            )
+            offset = end
+    header = _header(tensors, _data_place(parts))
+    shift = len(header)
+    placed = tuple(replace(part, start=part.start + shift, end=part.end + shift) for part in parts)
+    return Shard(file_name=file_name, owner=owner, header=header, parts=placed)
 
 
-def _header(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -> bytes:
+def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> bytes:
     # transformers refuses files without this metadata entry.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for tensor, span in zip(tensors, spans, strict=True):
+    offset = 0
+    for tensor in tensors:
         entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": list(span),
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
+        offset += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    place, align = _data_place(tensors, spans)
+    place, align = data_place
     padded = text + b" " * ((place - 8 - len(text)) % align)
     return len(padded).to_bytes(8, "little") + padded
 
 
-def _data_place(tensors: Sequence[OutputTensor], spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _data_place(parts: Sequence[Part]) -> tuple[int, int]:
     """Where the data has to start, as (rest, modulus).
 
     With long copies: so that most of their bytes lie in their blocks as they do in the source. A source's data starts
     at a multiple of 8 at least, which every reader of that source is content with.
     """
     rests: Counter[int] = Counter()
-    for tensor, (start, end) in zip(tensors, spans, strict=True):
-        if isinstance(tensor.what, Copy):
-            rests[(tensor.what.source.start - start) % _BLOCK] += end - start
+    for part in parts:
+        if isinstance(part.what, Copy):
+            rests[(part.what.source.start - part.start) % _BLOCK] += part.nbytes
     rest, count = max(rests.items(), key=lambda item: item[1], default=(0, 0))
     return (rest, _BLOCK) if count >= MIN_PART_BYTES and rest % 8 == 0 else (0, _ALIGN)

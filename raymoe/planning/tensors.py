@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
-from raymoe.planning.shards import OutputTensor
+from raymoe.planning.shards import OutputTensor, Piece
 from raymoe.planning.types import Copy, PartSource, Router, Transform, WeightRef, Zeros
-from raymoe.sources.types import LoraPair, ModelFacts
+from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 
-__all__ = ["Member", "base_tensors", "computed_tensors", "member_tensors", "weight_refs"]
+__all__ = ["Member", "base_tensors", "computed_tensors", "expert_tensors", "rows_of", "weight_refs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,30 +27,125 @@ class Member:
     spec: DenseSpec
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """One matrix (or vector) of a dense model, with what becomes of it: a stored tensor, or some rows of one."""
+
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    what: PartSource
+
+
 def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
     """Embeddings, norms, attention, head."""
-    for row, layer, name in spec.tensors():
-        if row.is_ffn:
-            continue
-        output = host.backbone[row.role].format(layer=layer)
-        what = _from_source(facts, name, dtype)
-        yield OutputTensor(name=output, dtype=dtype, shape=spec.shape_of(row), owner="base", what=what)
+    for matrix in _matrices(facts, spec, dtype, ffn=False):
+        output = host.backbone[matrix.role].format(layer=matrix.layer)
+        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=matrix.what)
 
 
-def member_tensors(member: Member, host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
-    """The FFN of one expert, or of one shared expert."""
+def expert_tensors(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFNs of all experts and shared experts, in the tensors that the host has for them."""
+    if host.is_fused:
+        yield from _fused([m for m in members if not m.is_shared], host, dtype, seed)
+    for member in members:
+        if member.is_shared or not host.is_fused:
+            yield from _member_tensors(member, host, dtype, seed)
+
+
+def _member_tensors(member: Member, host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFN of one expert, or of one shared expert. Roles that share a name lie in one tensor, row by row."""
     names = host.shared if member.is_shared else host.expert
+    for matrices in _ffn_layers(member, dtype, seed):
+        for template, roles in _roles_by_name(names).items():
+            output = template.format(layer=matrices[roles[0]].layer, expert=member.number)
+            (width,) = {matrices[role].shape[1:] for role in roles}
+            shape = (sum(matrices[role].shape[0] for role in roles), *width)
+            what = matrices[roles[0]].what if len(roles) == 1 else _pieces(output, matrices, roles)
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=member.owner, what=what)
+
+
+def _fused(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFNs of all experts of a layer as the few tensors of (experts, rows, columns) that they are in this host."""
+    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+        for template, roles in _roles_by_name(host.expert).items():
+            first = of_layer[0]
+            output = template.format(layer=first[roles[0]].layer)
+            rows, width = sum(first[role].shape[0] for role in roles), first[roles[0]].shape[1]
+            yield OutputTensor(
+                name=output,
+                dtype=dtype,
+                shape=(len(members), rows, width),
+                owner="experts",
+                what=tuple(
+                    piece
+                    for member, matrices in zip(members, of_layer, strict=True)
+                    for piece in _pieces(f"{output}[{member.number}]", matrices, roles)
+                ),
+            )
+
+
+def _ffn_layers(member: Member, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
+    """The matrices of each layer's FFN by their roles."""
     config = member.config
-    for row, layer, name in member.spec.tensors():
-        if not row.is_ffn:
+    matrices = _matrices(
+        member.facts, member.spec, dtype, ffn=True, noise=config.noise_scale, scale=config.residual_scale, seed=seed
+    )
+    for _, of_layer in groupby(matrices, key=lambda matrix: matrix.layer):
+        yield {matrix.role: matrix for matrix in of_layer}
+
+
+def _roles_by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
+    roles: dict[str, list[str]] = {}
+    for role, name in names.items():
+        roles.setdefault(name, []).append(role)
+    return roles
+
+
+def _pieces(tensor: str, matrices: Mapping[str, _Matrix], roles: Sequence[str]) -> tuple[Piece, ...]:
+    return tuple(
+        Piece(name=f"{tensor}.{role[4:]}", shape=matrices[role].shape, what=matrices[role].what) for role in roles
+    )
+
+
+def _matrices(
+    facts: ModelFacts,
+    spec: DenseSpec,
+    dtype: str,
+    *,
+    ffn: bool,
+    noise: float | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+) -> Iterator[_Matrix]:
+    """The matrices of a model's FFNs, or all others, in the order of its table."""
+    for row, layer, name in spec.tensors():
+        if row.is_ffn is not ffn:
             continue
-        output = names[row.role].format(layer=layer, expert=member.number)
-        # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
-        scale = config.residual_scale if row.role == "ffn.down" else None
-        noise = config.noise_scale or None
-        what = _from_source(member.facts, name, dtype, noise=noise, scale=scale, seed=seed)
-        shape = member.spec.shape_of(row)
-        yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=member.owner, what=what)
+        entry, lora = facts.index.tensors[name], _lora(facts, name)
+        for role, first, last in spec.held_by(row):
+            shape = (last - first, *spec.shape_of(row)[1:])
+            part = entry if shape == entry.shape else rows_of(entry, first, last)
+            part_lora = lora if lora is None or part is entry else replace(lora, b=rows_of(lora.b, first, last))
+            # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
+            own_scale = scale if role == "ffn.down" else None
+            what: PartSource
+            if part.dtype == dtype and lora is None and not noise and own_scale is None:
+                what = Copy(source=part)
+            else:
+                what = Transform(source=part, lora=part_lora, noise_scale=noise or None, scale=own_scale, seed=seed)
+            yield _Matrix(role=role, layer=layer, shape=shape, what=what)
+
+
+def rows_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """Rows [first, last) of a tensor as one of its own: they lie together in its file."""
+    width = entry.nbytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(last - first, *entry.shape[1:]),
+        start=entry.start + first * width,
+        end=entry.start + last * width,
+    )
 
 
 def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
@@ -80,18 +176,3 @@ def _computed(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -
 
 def _lora(facts: ModelFacts, name: str) -> LoraPair | None:
     return facts.adapter.pairs.get(name) if facts.adapter else None
-
-
-def _from_source(
-    facts: ModelFacts,
-    name: str,
-    dtype: str,
-    *,
-    noise: float | None = None,
-    scale: float | None = None,
-    seed: int = 0,
-) -> PartSource:
-    entry, lora = facts.index.tensors[name], _lora(facts, name)
-    if entry.dtype == dtype and lora is None and noise is None and scale is None:
-        return Copy(source=entry)
-    return Transform(source=entry, lora=lora, noise_scale=noise, scale=scale, seed=seed)

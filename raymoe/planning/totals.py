@@ -23,7 +23,7 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
         for part in shard.parts:
             count = math.prod(part.shape)
             parameters += count
-            expert_parameters += count if shard.owner.startswith("expert ") else 0
+            expert_parameters += count if shard.owner.startswith("expert") else 0
             kind = type(part.what).__name__.lower()
             by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
     idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts

@@ -2,7 +2,7 @@
 
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
-        .parts     Part: one output tensor, bytes [start, end) of the shard
+        .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
           .what    Copy | Transform | Router | Zeros: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .side_files  small files taken over from the base byte for byte
@@ -32,6 +32,7 @@ __all__ = [
     "Totals",
     "Transform",
     "WeightRef",
+    "WholeTensor",
     "Zeros",
 ]
 
@@ -86,8 +87,19 @@ PartSource = Copy | Transform | Router | Zeros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTensor:
+    """A tensor of the file that several parts make up, one after the other."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One output tensor at bytes [start, end) of its shard file."""
+    """One output tensor at bytes [start, end) of its shard file, or a block of the rows of `whole`.
+
+    Some hosts have one tensor for all experts of a layer. Its parts come from one source each.
+    """
 
     name: str
     dtype: str
@@ -95,15 +107,22 @@ class Part:
     start: int
     end: int
     what: PartSource
+    whole: WholeTensor | None = None
 
     @property
     def nbytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def tensor(self) -> WholeTensor:
+        """What the file's header calls the tensor that these bytes are of, and its shape there."""
+        return self.whole or WholeTensor(name=self.name, shape=self.shape)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`."""
+    """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`;
+    `experts`, where they come from all experts."""
 
     file_name: str
     owner: str
@@ -199,7 +218,7 @@ class MergePlan:
     @property
     def index(self) -> dict[str, Any]:
         """Content of model.safetensors.index.json."""
-        weight_map = {part.name: shard.file_name for shard in self.shards for part in shard.parts}
+        weight_map = {part.tensor.name: shard.file_name for shard in self.shards for part in shard.parts}
         total = sum(part.nbytes for shard in self.shards for part in shard.parts)
         metadata = {"total_size": total, "total_parameters": self.totals.parameters}
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,60 +1,194 @@
-"""README.md of a merged model: what it was made of, how, and how to load it."""
+"""README.md of a merged model: what it was made of, how its routers do, how to load it, and the Hub's metadata.
+
+What the metadata state is known or left out: `base_model` are models of the Hub, `license` and `language` are there
+where all sources state the same. The same merge gives the same card.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import yaml
 
-from raymoe.architectures import HOSTS
-from raymoe.config import MergeConfig
+import raymoe
+from raymoe.architectures import HOSTS, MoeHost
+from raymoe.config import ExpertConfig, MergeConfig
+from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan
+from raymoe.report.source_cards import Licence, SourceCard, agreed
 from raymoe.text import human_count
 
-__all__ = ["model_card"]
+__all__ = ["PLACE", "model_card"]
 
+PLACE = "<this folder>"
+"""What the card calls the model before it has a name on the Hub."""
 
-def model_card(plan: MergePlan, config: MergeConfig) -> str:
-    """A model card in Hub form: metadata, experts, how the router was made, the config."""
-    host = HOSTS[plan.host]
-    metadata = {"library_name": "transformers", "tags": ["merge", "moe", "frankenmoe", "raymoe", plan.host]}
-    # Paths on somebody's machine are no base models for anybody else.
-    models = sorted({source.label.partition("@")[0] for source in plan.sources if source.revision})
-    if models:
-        metadata["base_model"] = models
-    counts = [len(prompts.positive) or "-" for prompts in plan.gates.experts]
-    experts = [f"| {n} | `{e.source_model}` | {counts[n]} |" for n, e in enumerate(config.experts)]
-    shared = [f"| shared {n} | `{e.source_model}` | - |" for n, e in enumerate(config.shared_experts)]
-    plain = {k: v for k, v in config.to_plain().items() if v not in (None, False, [], ())}
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(metadata, sort_keys=False).rstrip(),
-            "---",
-            "",
-            f"# {host.title} mixture of {len(config.experts)} experts",
-            "",
-            f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
-            f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
-            f"embeddings come from `{config.base_model}`; each expert gives its feed-forward weights.",
-            "",
-            "| expert | model | prompts |",
-            "|---|---|---|",
-            *experts,
-            *shared,
-            "",
-            f"The routers were made from prompts without training: gate mode `{config.gate_mode}`.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")',
-            'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
-            "```",
-            "",
-            "Merge config:",
-            "",
-            "```yaml",
-            yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip(),
-            "```",
-            "",
-        ]
+_EXAMPLES = 2
+_EXAMPLE_CHARACTERS = 60
+# Architectures of vLLM's registry of models (0.11), and those that llama.cpp's converter and loader have.
+_IN_VLLM = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Mixtral", "Deepseek", "Qwen2Moe", "Qwen3Moe", "FlexOlmo", "GraniteMoe", "GraniteMoeShared"),
+        *("Ernie4_5_Moe", "HunYuanMoEV1", "Lfm2Moe", "Olmoe", "PhiMoE"),
     )
+)
+_IN_LLAMA_CPP = frozenset(("MixtralForCausalLM", "DeepseekForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"))
+
+
+def model_card(
+    plan: MergePlan, config: MergeConfig, summary: RouterSummary | None = None, sources: Sequence[SourceCard] = ()
+) -> str:
+    """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
+    models."""
+    host = HOSTS[plan.host]
+    sections = (_head(plan, config, host), _experts(plan, config, summary), _routers(config, summary))
+    lines = [line for section in (*sections, _loading(host), _licences(sources), _making(config)) for line in section]
+    return f"---\n{_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
+    from huggingface_hub import ModelCardData
+
+    # Models of the Hub by their names; a folder on somebody's machine is for others what it was made from.
+    bases = [name for source in sources for name in ((source.hub_id,) if source.hub_id else source.bases)]
+    licence: Licence | None = agreed([source.licence for source in sources])
+    languages: tuple[str, ...] | None = agreed([source.languages for source in sources])
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(bases)) or None,
+        language=list(languages) if languages else None,
+        library_name="transformers",
+        license=licence.name if licence else None,
+        license_name=licence.title if licence else None,
+        license_link=licence.link if licence else None,
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["merge", "moe", "frankenmoe", "raymoe", plan.host])),
+        **({"base_model_relation": "merge"} if bases else {}),
+    )
+    text: str = data.to_yaml()
+    return text
+
+
+def _head(plan: MergePlan, config: MergeConfig, host: MoeHost) -> Iterator[str]:
+    yield f"# {host.title} mixture of {len(config.experts)} experts"
+    yield ""
+    yield (
+        f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
+        f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
+        f"embeddings come from `{config.base_model}`; each expert gives its feed-forward weights. "
+        "Nothing was trained."
+    )
+    yield ""
+
+
+def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+    """One row an expert; with a summary also how its prompts are routed."""
+    yield "## Experts"
+    yield ""
+    measured = [" tokens that find it |", " share of tokens |"] if summary else []
+    yield "| expert | model | prompts | for example |" + "".join(measured)
+    yield "|---|---|---:|---|" + "---:|" * len(measured)
+    prompts = {member.owner: member.positive for member in (*plan.gates.experts, *plan.gates.shared)}
+    for number, expert in enumerate(config.experts):
+        row = _expert_row(str(number), expert, prompts.get(f"expert {number}", ()))
+        if summary:
+            layers = summary.layers.values()
+            right = sum(layer.right[number] for layer in layers) / len(layers)
+            load = sum(layer.load[number] for layer in layers) / len(layers)
+            row += f" {right:.0%} | {load:.0%} |"
+        yield row
+    for number, expert in enumerate(config.shared_experts):
+        row = _expert_row(f"shared {number}", expert, prompts.get(f"shared {number}", ()))
+        yield row + " - |" * len(measured)
+    yield ""
+
+
+def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
+    examples = "<br>".join(_code(prompt) for prompt in prompts[:_EXAMPLES])
+    return f"| {name} | `{expert.source_model}` | {len(prompts) or '-'} | {examples} |"
+
+
+def _code(text: str) -> str:
+    """The beginning of a text as a code span that is safe in a table."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    if len(line) > _EXAMPLE_CHARACTERS:
+        line = line[:_EXAMPLE_CHARACTERS].rstrip("\\ ") + " ..."
+    fence = _fence(line, 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _fence(text: str, at_least: int) -> str:
+    """Backticks, one more than the longest run of them in a text."""
+    runs = re.findall("`+", text)
+    return "`" * max(at_least, 1 + max(map(len, runs), default=0))
+
+
+def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+    yield "## Routing"
+    yield ""
+    origin = "prompts" if config.needs_prompts else "a seed"
+    yield f"The routers were made from {origin}: gate mode `{config.gate_mode}`."
+    if summary:
+        chance = 1 / summary.experts
+        weakest = min(summary.layers, key=lambda number: summary.layers[number].accuracy)
+        yield (
+            "The table's last columns come from prompts that the judged routers had not seen: how many of an expert's "
+            "prompt tokens have it as their first choice, and how many of all experts' tokens do, over the layers. "
+            f"Together {summary.accuracy:.0%} of tokens find their expert (chance: {chance:.0%}), in the weakest layer "
+            f"({weakest}) {summary.layers[weakest].accuracy:.0%}."
+        )
+    yield ""
+
+
+def _loading(host: MoeHost) -> Iterator[str]:
+    yield "## Use it"
+    yield ""
+    yield "```python"
+    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield ""
+    yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
+    yield "```"
+    yield ""
+    if host.architecture in _IN_VLLM:
+        yield f'With vLLM: `vllm serve "{PLACE}"`'
+        yield ""
+    if host.architecture in _IN_LLAMA_CPP:
+        yield "For llama.cpp, in the folder of a copy: `raymoe gguf . model.gguf --type q8_0`"
+        yield ""
+
+
+def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
+    """What each source says of its licence, where the metadata can't say one thing of all."""
+    if not sources or agreed([source.licence for source in sources]):
+        return
+    yield "## Licence"
+    yield ""
+    yield "No one licence is stated by all models that this one is made of. They say:"
+    yield ""
+    for source in sources:
+        yield f"- `{source.label}`: {source.licence or 'nothing that could be read'}"
+    yield ""
+
+
+def _without_defaults(value: Any) -> Any:
+    """A plain config without its keys that say nothing, in experts too."""
+    if isinstance(value, dict):
+        said = {key: _without_defaults(each) for key, each in value.items()}
+        return {key: each for key, each in said.items() if each not in (None, False, [], {})}
+    return [_without_defaults(each) for each in value] if isinstance(value, list) else value
+
+
+def _making(config: MergeConfig) -> Iterator[str]:
+    plain = _without_defaults(config.to_plain())
+    yield "## How it was made"
+    yield ""
+    yield f"Merged with raymoe {raymoe.__version__}; `raymoe.json` is the record of it. The config:"
+    yield ""
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip()
+    fence = _fence(text, 3)
+    yield f"{fence}yaml"
+    yield text
+    yield fence

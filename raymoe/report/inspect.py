@@ -74,12 +74,14 @@ def _moe_summary(
     host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int, storage: StorageOptions
 ) -> dict[str, Any]:
     per_expert: dict[int, int] = {}
-    for template in host.expert.values():
+    for template in set(host.expert.values()):
         pattern = _pattern(template)
         for entry in index.tensors.values():
             if match := pattern.match(entry.name):
-                number = int(match["expert"])
-                per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape)
+                # One expert's, or with the experts along the first axis all of theirs.
+                numbers = range(entry.shape[0]) if host.is_fused else [int(match["expert"])]
+                for number in numbers:
+                    per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape) // len(numbers)
     active = config.get("num_experts_per_tok", 1)
     idle = sum(per_expert.values()) * (len(per_expert) - active) // max(1, len(per_expert))
     return {

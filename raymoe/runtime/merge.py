@@ -28,6 +28,7 @@ from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
 from raymoe.report.display import merge_line, say
 from raymoe.report.record import merge_record
+from raymoe.report.source_cards import source_cards
 from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
 from raymoe.runtime.other_nodes import OtherNodes
 from raymoe.runtime.placement import Placement, owner_names
@@ -299,7 +300,8 @@ def _finish(
         records.append(target.write_small(side_file_name(file), content))
     records.append(target.write_small("config.json", _json(plan.config)))
     if plan.options.model_card:
-        records.append(target.write_small("README.md", model_card(plan, config).encode()))
+        card = model_card(plan, config, summary, source_cards(plan, settings.hub, settings.storage))
+        records.append(target.write_small("README.md", card.encode()))
     records.append(target.write_index(_json(plan.index)))
     files = tuple(sorted(records, key=lambda record: record.name))
     target.end(_json(merge_record(plan, config, files, summary)))

@@ -72,7 +72,7 @@ def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
     except RayError as error:
         raise SenderLost(str(error).splitlines()[0]) from error
     finally:
-        # A stream that nobody takes from any more would not stand still, but run to its end.
+        # Ray ends a sender that stands still when it is told so; one whose stream is just dropped would run to its end.
         ray.cancel(stream)
 
 

@@ -71,7 +71,7 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         written = index_model_weights(folder).tensors
     except CheckpointError as error:
         return Verification(tensors=0, differences=(*differences, *map(str, error.problems)))
-    expected = {part.name for shard in plan.shards for part in shard.parts}
+    expected = {part.tensor.name for shard in plan.shards for part in shard.parts}
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
     differences += _tensor_differences(plan, folder.label, written, settings)
     return Verification(tensors=len(expected), differences=tuple(differences))
@@ -135,7 +135,8 @@ class _CompareShards:
         return (shard,)
 
     def start(self, actor: Any, job: Shard) -> Any:
-        entries = {part.name: self._written[part.name] for part in job.parts if part.name in self._written}
+        names = {part.tensor.name for part in job.parts}
+        entries = {name: self._written[name] for name in names if name in self._written}
         return actor.compare_shard.options(name=f"compare {job.file_name}").remote(job, entries)
 
     def reads(self, file: SourceFile) -> bool:

@@ -165,8 +165,6 @@ class ExpertWorker:
         with self._working(job.shard.file_name), self._reader() as reader:
             for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
                 yield piece
-                if _is_cancelled():
-                    return
                 self._add_bytes(len(piece))
 
     def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
@@ -257,11 +255,3 @@ def _node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
-
-
-def _is_cancelled() -> bool:
-    """Whether Ray has been told that nobody wants the rest of this call; older versions of Ray do not tell actors."""
-    import ray
-
-    context = ray.get_runtime_context()
-    return bool(getattr(context, "is_canceled", bool)()) if context.get_actor_id() is not None else False

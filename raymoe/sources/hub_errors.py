@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem
 
-__all__ = ["hub_errors"]
+__all__ = ["hub_errors", "is_network_error", "reason_of"]
 
 _HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
 
@@ -49,13 +49,13 @@ def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Pr
         what, remedy = "the repository has no such file", "name another revision or model"
         return Problem(where=where, what=what, remedy=remedy)
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
-        return Problem(where=where, what=f"the Hub answered {_reason(error)}", remedy=_advice(status))
-    if _is_network(error):
+        return Problem(where=where, what=f"the Hub answered {reason_of(error)}", remedy=_advice(status))
+    if is_network_error(error):
         remedy = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 works with what is in the cache"
-        return Problem(where=repo, what=f"the Hub can't be reached ({_reason(error)})", remedy=remedy)
+        return Problem(where=repo, what=f"the Hub can't be reached ({reason_of(error)})", remedy=remedy)
     if isinstance(error, OSError):
         remedy = "check the space and the permissions of the Hub cache (HF_HOME)"
-        return Problem(where=where, what=f"the file can't be stored ({_reason(error)})", remedy=remedy)
+        return Problem(where=where, what=f"the file can't be stored ({reason_of(error)})", remedy=remedy)
     return None
 
 
@@ -89,13 +89,14 @@ def _advice(status: int) -> str:
     return "the rate limit is reached: wait, or use a token" if status == 429 else "try again later"
 
 
-def _is_network(error: BaseException) -> bool:
+def is_network_error(error: BaseException) -> bool:
+    """Whether an error is one of a connection, and not an answer of the Hub."""
     # requests' errors are OSErrors and httpx's are not.
     known = isinstance(error, (ConnectionError, TimeoutError))
     return known or type(error).__module__.split(".")[0] in _HTTP_MODULES
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The operating system's own words where they are at the bottom of it; else the first line."""
     seen: BaseException | None = error
     while seen is not None:

@@ -7,6 +7,7 @@ source ranges touch are read as one range. Memory: a few chunks of `CHUNK_BYTES`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 
 from raymoe.planning.types import Part, Router, Shard, Transform
 from raymoe.planning.upload import CopyRange, Span, spans
@@ -73,15 +74,16 @@ def different_tensors(
     router: RouterBytes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Names of the parts whose bytes, as `written` holds them, are not what the plan says; all of them are read."""
+    """Names of the tensors whose bytes, as `written` holds them, are not what the plan says; all of them are read."""
     different = []
-    for part in parts:
-        entry = written.get(part.name)
-        if entry is None or (entry.dtype, entry.shape) != (part.dtype, part.shape):
-            different.append(part.name)
+    for tensor, group in groupby(parts, key=lambda part: part.tensor):
+        of_tensor = tuple(group)
+        entry = written.get(tensor.name)
+        if entry is None or (entry.dtype, entry.shape) != (of_tensor[0].dtype, tensor.shape):
+            different.append(tensor.name)
             continue
         offset, same = entry.start, True
-        for chunk in part_chunks((part,), reader, router):
+        for chunk in part_chunks(of_tensor, reader, router):
             found = bytearray(len(chunk))
             reader.read_into(entry.file, offset, memoryview(found))
             same = same and found == chunk
@@ -89,7 +91,7 @@ def different_tensors(
             if progress is not None:
                 progress(len(chunk))
         if not same:
-            different.append(part.name)
+            different.append(tensor.name)
     return different
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from raymoe.architectures import FAMILIES, DenseFamily
 from tests.architectures.deepseek_reference import load_deepseek
 from tests.pico import load_dense, merge_config
 
@@ -42,8 +43,17 @@ class Pair:
         return f"{self.family}-{self.host}{'-shared' * self.shared}"
 
     @property
+    def dense(self) -> DenseFamily:
+        return FAMILIES[self.family]
+
+    @property
     def gates_shared(self) -> bool:
         return self.shared and self.host == "qwen2_moe"
+
+    @property
+    def max_difference(self) -> float:
+        """Of logits. LFM2 MoE divides by the chosen scores plus 1e-6."""
+        return 5e-5 if self.host == "lfm2_moe" else 1e-5
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
@@ -70,6 +80,23 @@ PAIRS = (
     Pair("llama", "deepseek", shared=True),
     Pair("mistral", "deepseek"),
     Pair("mistral", "deepseek", shared=True),
+    Pair("internlm3", "mixtral"),
+    Pair("internlm3", "qwen2_moe"),
+    Pair("internlm3", "deepseek"),
+    Pair("phi3", "mixtral", options=_WINDOW),
+    Pair("phi3", "qwen2_moe"),
+    Pair("phi3", "deepseek"),
+    Pair("olmo2", "flex_olmo"),
+    Pair("granite", "granitemoe"),
+    Pair("granite", "granitemoeshared", shared=True),
+    Pair("ernie4_5", "ernie4_5_moe"),
+    Pair("ernie4_5", "ernie4_5_moe", shared=True),
+    Pair("helium", "ernie4_5_moe"),
+    Pair("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    Pair("hunyuan_v1_dense", "hunyuan_v1_moe", shared=True),
+    Pair("cohere2", "cohere2_moe"),
+    Pair("cohere2", "cohere2_moe", shared=True),
+    Pair("lfm2", "lfm2_moe"),
 )
 
 
@@ -101,19 +128,34 @@ def load_grafted(
     """The base with an expert's FFN, and optionally a shared expert's, whose factor is `gates[layer]` (default 1)."""
     model, donor = load_dense(base), load_dense(expert)
     sharer = load_dense(shared) if shared is not None else None
+    name = FAMILIES[model.config.model_type].ffn
     for number, layer in enumerate(model.model.layers):
-        layer.mlp = donor.model.layers[number].mlp
+        ffn = getattr(donor.model.layers[number], name)
         if sharer is not None:
             gate = gates[number] if gates is not None else 1.0
-            layer.mlp = _FeedForward(layer.mlp, sharer.model.layers[number].mlp, gate)
+            ffn = _FeedForward(ffn, getattr(sharer.model.layers[number], name), gate)
+        setattr(layer, name, ffn)
     return model
 
 
 def moe_blocks(merged: Any) -> list[Any]:
     """The MoE block of each layer (transformers 4 gives Mixtral's another name)."""
-    blocks = [getattr(layer, "block_sparse_moe", None) or layer.mlp for layer in merged.model.layers]
-    assert all(block.gate.weight.shape[0] > 1 for block in blocks)
+    names = ("block_sparse_moe", "feed_forward", "mlp")
+    blocks = [next(getattr(layer, name) for name in names if hasattr(layer, name)) for layer in merged.model.layers]
+    assert all(router_of(block).shape[0] > 1 for block in blocks)
     return blocks
+
+
+def router_of(block: Any) -> torch.Tensor:
+    """The rows of a MoE block's router, (experts, hidden)."""
+    router = router_module(block)
+    weight: torch.Tensor = getattr(router, "wg", router).weight
+    return weight
+
+
+def router_module(block: Any) -> Any:
+    """The module of a MoE block that is given what its router sees."""
+    return getattr(block, "gate", None) or block.router
 
 
 @torch.inference_mode()
@@ -124,8 +166,9 @@ def force_router(merged: Any, reference: Any, ids: torch.Tensor, expert: int) ->
     FFNs of `reference`, the model that is to come out, see. There must be fewer tokens than dimensions.
     """
     seen: list[torch.Tensor] = []
+    ffn = FAMILIES[reference.config.model_type].ffn
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+        getattr(layer, ffn).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
         for layer in reference.model.layers
     ]
     reference(ids, use_cache=False)
@@ -134,5 +177,6 @@ def force_router(merged: Any, reference: Any, ids: torch.Tensor, expert: int) ->
     for block, states_NH in zip(moe_blocks(merged), seen, strict=True):
         assert states_NH.shape[0] < states_NH.shape[1]
         row = 50.0 * torch.linalg.pinv(states_NH.double()).sum(dim=1).float()
-        block.gate.weight.copy_(-row.expand_as(block.gate.weight))
-        block.gate.weight[expert] = row
+        router = router_of(block)
+        router.copy_(-row.expand_as(router))
+        router[expert] = row

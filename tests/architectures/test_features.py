@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import raymoe
-from raymoe.architectures import DenseSpec, read_spec
+from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, read_spec
 from tests.architectures.hosts import ALL_LAYERS, DYNAMIC, LINEAR, LLAMA3, PAIRS, WINDOW, YARN, Pair, load_merged
 from tests.pico import (
     VOCAB,
@@ -24,6 +24,17 @@ from tests.pico import (
 )
 
 TOKENS = 48
+LONG = {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * n for n in range(8)],
+        "long_factor": [2.0 + n for n in range(8)],
+    },
+    "original_max_position_embeddings": 32,
+    "max_position_embeddings": 96,
+}
+SHORT = {**LONG, "original_max_position_embeddings": 64}
+ALPHA = {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}}
 TIED = {"tie_word_embeddings": True}
 
 # host, family, keys of the dense config, the same keys as a model without the feature has them (None: can't be had)
@@ -50,6 +61,35 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "qwen3_moe biases": ("qwen3_moe", "qwen3", {"attention_bias": True}, None),
     "qwen3_moe yarn": ("qwen3_moe", "qwen3", {"rope_scaling": YARN}, {"rope_scaling": None}),
     "qwen3_moe window": ("qwen3_moe", "qwen3", ALL_LAYERS, {"use_sliding_window": False, "layer_types": None}),
+    "mixtral phi3 long": ("mixtral", "phi3", LONG, {"rope_scaling": None}),
+    "mixtral phi3 short": ("mixtral", "phi3", SHORT, {"rope_scaling": None}),
+    "mixtral phi3 window": ("mixtral", "phi3", {"sliding_window": WINDOW}, {"sliding_window": None}),
+    "mixtral phi3 tied": ("mixtral", "phi3", TIED, None),
+    "mixtral phi3 wide heads": ("mixtral", "phi3", {"head_dim": 32}, None),
+    "qwen2_moe phi3 long": ("qwen2_moe", "phi3", LONG, {"rope_scaling": None}),
+    "flex_olmo biases": ("flex_olmo", "olmo2", {"attention_bias": True}, None),
+    "flex_olmo linear rope": ("flex_olmo", "olmo2", {"rope_scaling": LINEAR}, {"rope_scaling": None}),
+    "granitemoe tied": ("granitemoe", "granite", TIED, None),
+    "granitemoe biases": ("granitemoe", "granite", {"attention_bias": True}, None),
+    "granitemoe embedding": ("granitemoe", "granite", {"embedding_multiplier": 5.0}, {"embedding_multiplier": 1.0}),
+    "granitemoe residual": ("granitemoe", "granite", {"residual_multiplier": 0.3}, {"residual_multiplier": 1.0}),
+    "granitemoe attention": ("granitemoe", "granite", {"attention_multiplier": 0.5}, {"attention_multiplier": 1.0}),
+    "granitemoe logits": ("granitemoe", "granite", {"logits_scaling": 0.5}, {"logits_scaling": 1.0}),
+    "ernie4_5_moe tied": ("ernie4_5_moe", "ernie4_5", TIED, None),
+    "ernie4_5_moe narrow heads": ("ernie4_5_moe", "ernie4_5", {"head_dim": 16}, None),
+    "hunyuan_v1_moe biases": ("hunyuan_v1_moe", "hunyuan_v1_dense", {"attention_bias": True}, None),
+    "hunyuan_v1_moe alpha": ("hunyuan_v1_moe", "hunyuan_v1_dense", ALPHA, {"rope_scaling": None}),
+    "cohere2_moe tied": ("cohere2_moe", "cohere2", TIED, None),
+    "cohere2_moe biases": ("cohere2_moe", "cohere2", {"attention_bias": True}, None),
+    "cohere2_moe layers": (
+        "cohere2_moe",
+        "cohere2",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "lfm2_moe biases": ("lfm2_moe", "lfm2", {"conv_bias": True}, None),
+    "lfm2_moe tied": ("lfm2_moe", "lfm2", TIED, None),
+    "lfm2_moe plain width": ("lfm2_moe", "lfm2", {"block_auto_adjust_ff_dim": False}, None),
     "deepseek tied": ("deepseek", "llama", TIED, None),
     "deepseek biases": ("deepseek", "llama", {"attention_bias": True}, None),
     "deepseek linear rope": ("deepseek", "llama", {"rope_scaling": LINEAR}, {"rope_scaling": None}),
@@ -70,7 +110,9 @@ def test_a_feature_comes_through_exactly(name: str, zoo: Callable[..., Path], tm
     merge_without_ray(merge_config(dense, [dense] * 2, mode="random", architecture=host), tmp_path / "merged")
 
     expected = logits_of(load_dense(dense), ids)
-    assert (logits_of(load_merged(tmp_path / "merged"), ids) - expected).abs().max() < 1e-5
+    # Tied embeddings make large logits: the bound is on the difference as a share of their size.
+    bound = 1e-5 * max(1.0, expected.std().item())
+    assert (logits_of(load_merged(tmp_path / "merged"), ids) - expected).abs().max() < bound
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, _, without) in HELD.items() if without])
@@ -106,12 +148,10 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     dense = copy_model(zoo(pair.family), tmp_path / "dense", config=old, drop_config=["dtype"])
     plan = raymoe.plan(pair.config(dense, [dense] * 2, dense, mode="random"), allow_all_same=True)
     assert plan.config["model_type"] == pair.host
-    assert "MoeFor" in plan.config["architectures"][0] or plan.config["architectures"][0] in (
-        "MixtralForCausalLM",
-        "DeepseekForCausalLM",
-    )
-    for key in ("_name_or_path", "pretraining_tp", "rope_parameters", "layer_types", "dtype", "transformers_version"):
+    assert plan.config["architectures"] == [HOSTS[pair.host].architecture]
+    for key in ("_name_or_path", "pretraining_tp", "rope_parameters", "dtype", "transformers_version"):
         assert key not in plan.config
+    assert ("layer_types" in plan.config) is (pair.host in ("cohere2_moe", "lfm2_moe"))
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"
     kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
@@ -164,12 +204,13 @@ def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], 
     assert not any("inv_freq" in name for name in plan.index["weight_map"])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
 @pytest.mark.parametrize("scaling", [None, LINEAR, YARN], ids=["plain", "linear", "yarn"])
 def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str, Any] | None) -> None:
     new = make_config(family, **({"rope_scaling": scaling} if scaling else {})).to_dict()
     assert new["rope_parameters"]["rope_theta"] == 20_000.0
-    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "layer_types", "dtype")}
+    kept = ("layer_types",) if family in ("cohere2", "lfm2") else ()
+    old = {k: v for k, v in new.items() if k in kept or k not in ("rope_parameters", "layer_types", "dtype")}
     old |= {"rope_theta": 20_000.0, "rope_scaling": None, "torch_dtype": "float32"}
     if scaling:
         kind, *rest = scaling.items()
@@ -177,9 +218,10 @@ def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str
     assert read_spec(old, "old") == read_spec(new, "new")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keys_left_out_have_the_values_that_transformers_gives_them(family: str) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 32}
+    heads = 20 if family == "helium" else 32  # a multiple of how many key-value heads there are by default
+    sizes = {"hidden_size": 8 * heads, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": heads}
     written_out = make_config(family).from_dict({**sizes, "vocab_size": VOCAB}).to_dict()
     short = read_spec({"model_type": family, "vocab_size": VOCAB, **sizes}, "short")
     full = read_spec(written_out, "full")

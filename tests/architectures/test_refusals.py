@@ -11,10 +11,17 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.architectures import FAMILIES
+from raymoe.architectures.unheld import why_not
 from raymoe.planning import MergeOptions
 from tests.architectures.hosts import DYNAMIC, LLAMA3, WINDOW, YARN
 from tests.pico import LAYERS, copy_model, merge_config, plan_problems, tensors_of
 
+LONG = {
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "original_max_position_embeddings": 64,
+}
+PARTIAL = {"partial_rotary_factor": 0.5}
 MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 
 # host asked for, family, keys of the dense config, keys of the merge config, what the report says
@@ -32,9 +39,24 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "mixed, qwen2": ("qwen2_moe", "qwen2", MIXED, {}, r"Qwen MoE: sliding window on some layers only"),
     "mixed, qwen3": ("qwen3_moe", "qwen3", MIXED, {}, r"Qwen3 MoE: sliding window on some layers only"),
     "one a token": ("deepseek", "llama", {}, {"experts_per_token": 1}, r"DeepSeek MoE: experts_per_token 1"),
-    "qwen3 in mixtral": ("mixtral", "qwen3", {}, {}, r"Mixtral: takes llama, mistral models only"),
-    "qwen2 in deepseek": ("deepseek", "qwen2", {}, {}, r"DeepSeek MoE: takes llama, mistral models only"),
+    "qwen3 in mixtral": ("mixtral", "qwen3", {}, {}, r"Mixtral: takes llama, mistral, internlm3, phi3 models only"),
+    "qwen2 in deepseek": (
+        "deepseek",
+        "qwen2",
+        {},
+        {},
+        r"DeepSeek MoE: takes llama, mistral, internlm3, phi3 models only",
+    ),
     "llama in qwen3": ("qwen3_moe", "llama", {}, {}, r"Qwen3 MoE: takes qwen3 models only"),
+    "mlp_bias, granite": (None, "granite", {"mlp_bias": True}, {}, r"Granite MoE: mlp_bias"),
+    "biases, ernie": (None, "ernie4_5", {"use_bias": True}, {}, r"ERNIE 4.5 MoE: mlp_bias.*attention_bias"),
+    "biases, helium": (None, "helium", {"attention_bias": True}, {}, r"ERNIE 4.5 MoE: attention_bias: its q, k, v"),
+    "head_dim, granite": (None, "granite", {"head_dim": 32}, {}, r"Granite MoE: head_dim 32"),
+    "head_dim, olmo2": (None, "olmo2", {"head_dim": 32}, {}, r"FlexOlmo: head_dim 32"),
+    "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite models only"),
+    "olmo2 in mixtral": ("mixtral", "olmo2", {}, {}, r"Mixtral: takes llama, "),
+    "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
+    "a part of each head": (None, "phi3", PARTIAL, {}, r"partial_rotary_factor is 0.5: no MoE architecture that takes"),
     "unknown host": ("switch", "llama", {}, {}, r"unknown architecture 'switch'(.|\n)*mixtral \(Mixtral\), deepseek"),
 }
 
@@ -52,6 +74,9 @@ def test_what_a_host_cannot_hold_is_named(name: str, zoo: Callable[..., Path]) -
     [
         ("mixtral", "llama", r"Mixtral: shared_experts: it has none"),
         ("qwen3_moe", "qwen3", r"Qwen3 MoE: shared_experts: it has none"),
+        ("flex_olmo", "olmo2", r"FlexOlmo: shared_experts: it has none"),
+        ("granitemoe", "granite", r"Granite MoE: shared_experts: it has none"),
+        ("lfm2_moe", "lfm2", r"LFM2 MoE: shared_experts: it has none"),
     ],
 )
 def test_hosts_without_shared_experts(host: str, family: str, pattern: str, zoo: Callable[..., Path]) -> None:
@@ -61,10 +86,18 @@ def test_hosts_without_shared_experts(host: str, family: str, pattern: str, zoo:
 
 
 @pytest.mark.parametrize(
-    ("host", "pattern"), [("qwen2_moe", "2 shared experts: it has one"), ("deepseek", "2 shared experts: at most one")]
+    ("host", "family", "pattern"),
+    [
+        ("qwen2_moe", "llama", "2 shared experts: it has one"),
+        ("deepseek", "llama", "2 shared experts: at most one"),
+        ("granitemoeshared", "granite", "2 shared experts: at most one"),
+        ("ernie4_5_moe", "ernie4_5", "2 shared experts: at most one"),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", "2 shared experts: at most one"),
+        ("cohere2_moe", "cohere2", "2 shared experts: at most one"),
+    ],
 )
-def test_two_shared_experts_are_too_many(host: str, pattern: str, zoo: Callable[..., Path]) -> None:
-    dense = zoo("llama")
+def test_two_shared_experts_are_too_many(host: str, family: str, pattern: str, zoo: Callable[..., Path]) -> None:
+    dense = zoo(family)
     config = merge_config(dense, [dense] * 2, mode="random", architecture=host, shared=dense)
     config["shared_experts"] *= 2
     assert re.search(pattern, plan_problems(config))
@@ -104,6 +137,16 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("llama", "Qwen MoE", "qwen2_moe"),
         ("mistral", "deepseek", "deepseek"),
         ("llama", "DeepSeek MoE", "deepseek"),
+        ("phi3", None, "mixtral"),
+        ("internlm3", None, "mixtral"),
+        ("olmo2", None, "flex_olmo"),
+        ("granite", None, "granitemoe"),
+        ("granite", "Granite", "granitemoe"),
+        ("ernie4_5", None, "ernie4_5_moe"),
+        ("helium", "ernie", "ernie4_5_moe"),
+        ("hunyuan_v1_dense", None, "hunyuan_v1_moe"),
+        ("cohere2", None, "cohere2_moe"),
+        ("lfm2", "LFM2", "lfm2_moe"),
     ],
 )
 def test_architecture_may_be_the_start_of_a_name(
@@ -175,7 +218,7 @@ def test_differences_that_do_not_matter_are_warned_of(zoo: Callable[..., Path]) 
     assert "experts[0]" not in warnings
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "mixtral", None, 3])
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox", "mixtral", "no_such_type", None, 3])
 @pytest.mark.parametrize("place", ["base_model", "experts[0]"])
 def test_other_model_types_are_refused(
     model_type: object, place: str, zoo: Callable[..., Path], tmp_path: Path
@@ -187,8 +230,43 @@ def test_other_model_types_are_refused(
         other = copy_model(dense, tmp_path / "other", config={"model_type": model_type})
     base, expert = (other, dense) if place == "base_model" else (dense, other)
     report = plan_problems(merge_config(base, [expert, dense], mode="random"))
-    assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}, which is no dense family", report)
-    assert re.search(r"llama, mistral, qwen2, qwen3", report)
+    reason = why_not(model_type) if isinstance(model_type, str) else ""
+    assert bool(reason) is (model_type in ("gemma2", "gpt_neox", "mixtral"))
+    if reason:
+        assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}: {re.escape(reason)}", report)
+        assert "`raymoe archs`" in report
+    else:
+        assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}, which is no dense family", report)
+        assert ", ".join(sorted(FAMILIES)) in report
+
+
+def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_too(zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("llama"), [zoo("phi3", seed=s) for s in (1, 2)], mode="random")
+    report = plan_problems(config, MergeOptions(allow_crimes=True))
+    assert re.search(r"experts\[1\].*a phi3 model stores its FFN otherwise than a llama model", report)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "pattern"),
+    [
+        ("lfm2", {"layer_types": ["conv"] * 2}, r"layer_types has 2 entries, but num_hidden_layers is 3"),
+        (
+            "lfm2",
+            {"layer_types": ["conv", "mamba", "conv"]},
+            r"layer_types has mamba, which a lfm2 model does not have",
+        ),
+        ("cohere2", {"layer_types": ["full_attention"] * 4}, r"layer_types has 4 entries"),
+        ("granite", {"residual_multiplier": "x"}, r"residual_multiplier is 'x'.*\n?.*expected a number"),
+        ("granite", {"logits_scaling": 0}, r"logits_scaling is 0.*\n?.*expected a number over 0"),
+        ("lfm2", {"conv_L_cache": "3"}, r"conv_L_cache is '3'"),
+        ("cohere2", {"layer_norm_eps": 0}, r"rms_norm_eps is 0"),
+    ],
+)
+def test_keys_of_one_family_are_checked(
+    family: str, config: dict[str, Any], pattern: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = copy_model(zoo(family), tmp_path / "other", config=config)
+    assert re.search(pattern, plan_problems(merge_config(other, [zoo(family)] * 2, mode="random")))
 
 
 @pytest.mark.parametrize(

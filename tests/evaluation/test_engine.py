@@ -15,7 +15,18 @@ import torch
 from raymoe.evaluation import engine
 from raymoe.evaluation.engine import Variant
 from raymoe.gates.loading import LayerLoader, Named
-from tests.architectures.hosts import DYNAMIC, LLAMA3, PAIRS, YARN, Pair, load_grafted, load_merged, moe_blocks
+from tests.architectures.hosts import (
+    DYNAMIC,
+    LLAMA3,
+    PAIRS,
+    YARN,
+    Pair,
+    load_grafted,
+    load_merged,
+    moe_blocks,
+    router_module,
+    router_of,
+)
 from tests.evaluation.streamed import LENGTHS, assert_close, open_dense, open_mixture, resident, streamed, texts_of
 from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_without_ray, save_lora, tensors_of
 
@@ -103,12 +114,14 @@ def test_a_mixture_is_what_transformers_computes(
 def router_scores(model: Any, text: list[int]) -> list[Any]:
     """(tokens, experts) of each layer, from what the resident model's routers see."""
     seen: list[Any] = []
-    hooks = [
-        block.gate.register_forward_pre_hook(
-            lambda gate, args: seen.append((args[0].reshape(-1, HIDDEN) @ gate.weight.T).numpy())
+
+    def watch(block: Any) -> Any:
+        rows = router_of(block)
+        return router_module(block).register_forward_pre_hook(
+            lambda _, args: seen.append((args[0].reshape(-1, HIDDEN) @ rows.T).numpy())
         )
-        for block in moe_blocks(model)
-    ]
+
+    hooks = [watch(block) for block in moe_blocks(model)]
     resident(model, [text])
     for hook in hooks:
         hook.remove()

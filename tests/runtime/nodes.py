@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,12 @@ def can_hide_folders() -> bool:
 
 
 class Nodes:
-    """A cluster; the first node that is added is its head. A context manager."""
+    """A cluster; the first node that is added is its head. A context manager.
 
-    def __init__(self, folder: Path) -> None:
+    `variables` are put into the environment of all nodes, and of what runs beside them.
+    """
+
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         # Sockets lie in this folder, and their paths may not be long.
         self._ray = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
@@ -52,7 +55,7 @@ class Nodes:
         self._names: list[str] = []
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{self._ray}/token"}
-        self.env |= {"RAY_ADDRESS": self.address, "RAY_DISABLE_IMPORT_WARNING": "1"}
+        self.env |= {"RAY_ADDRESS": self.address, "RAY_DISABLE_IMPORT_WARNING": "1", **(variables or {})}
 
     def __enter__(self) -> Nodes:
         return self

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HubRepo", "HubServer", "Request"]
+__all__ = ["Handler", "HubRepo", "HubServer", "Request"]
 
 _API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<kind>revision|tree)/(?P<rev>[^/]+)(?P<under>/.*)?)?")
 _RESOLVE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<name>.+)")
@@ -63,10 +63,15 @@ class HubServer:
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self._http.hub = self  # type: ignore[attr-defined]
         self._connections: set[socket.socket] = set()
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+
+    @staticmethod
+    def handler() -> type[Handler]:
+        """What answers requests; tests/publish has one that takes uploads too."""
+        return Handler
 
     @property
     def url(self) -> str:
@@ -96,7 +101,7 @@ class HubServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     @property
@@ -183,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Type": kind, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        sent = body if self.command == "GET" else b""
+        sent = b"" if self.command == "HEAD" else body
         self.hub.requests.append(Request(self.command, urlsplit(self.path).path, status, len(sent)))
         self.wfile.write(sent)
 

@@ -1,0 +1,188 @@
+"""What a MoE host is: names of the output tensors, the output's config.json, how it routes, and the limits.
+
+A host holds a dense model exactly when, with one expert's FFN in every place, it computes what the dense model
+computes. Whatever a host can't express (a bias that its attention lacks, a window on some layers only) is refused by
+name: a checkpoint that loads and computes something else is worse than none. The hosts themselves are in hosts.py,
+siblings.py and sigmoid.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.architectures.dense import FFN_ROLES
+from raymoe.architectures.spec import DenseSpec
+
+__all__ = [
+    "BACKBONE",
+    "EXPERTS",
+    "LAYER",
+    "O_BIAS",
+    "QKV_BIAS",
+    "QK_NORM",
+    "MoeHost",
+    "MoeShape",
+    "ZeroRow",
+    "bias_reasons",
+    "common_reasons",
+    "head_dim_reason",
+    "host_config",
+    "ungated_shared_reasons",
+    "zero_ffn",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeShape:
+    """How many experts there are, how many run for a token, how many are shared (run for every token).
+
+    `shared_prompted`: the shared experts have prompts. `needs_prompts`: the gate mode computes gates from prompts.
+    """
+
+    experts: int
+    experts_per_token: int
+    shared: int = 0
+    shared_prompted: bool = False
+    needs_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroRow:
+    """A tensor that the host demands and the dense model lacks; zeros make it do nothing."""
+
+    name: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeHost:
+    """One MoE architecture.
+
+    `backbone` maps roles to output names, `expert` and `shared` map FFN roles to names with `{layer}` and `{expert}`.
+    Names of experts without `{expert}` are of tensors with all experts in them, (experts, rows, columns), and roles
+    that share a name lie one after the other in it, in the order of the mapping.
+    `zeros` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
+    `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
+    `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
+    one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
+    is made of router scores before the highest are chosen: softmax or sigmoid.
+    `since` is the first version of transformers that has the host; empty where it comes with code of its own. `note`
+    is what else there is to know of it.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    architecture: str
+    accepts: tuple[str, ...]
+    backbone: Mapping[str, str]
+    expert: Mapping[str, str]
+    router: str
+    config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
+    refusals: Callable[[DenseSpec, MoeShape], list[str]]
+    dense: str
+    shared: Mapping[str, str] = field(default_factory=dict)
+    shared_router: str = ""
+    zeros: Callable[[DenseSpec, MoeShape], tuple[ZeroRow, ...]] = lambda spec, moe: ()
+    experts_key: str = "num_experts"
+    shared_key: str = ""
+    renormalise_key: str = ""
+    scores: str = "softmax"
+    dense_keys: Mapping[str, Any] = field(default_factory=dict)
+    since: str = ""
+    note: str = ""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all experts of a layer are in the same tensors."""
+        return any("{expert}" not in name for name in self.expert.values())
+
+
+LAYER = "model.layers.{layer}."
+BACKBONE = {
+    "embed": "model.embed_tokens.weight",
+    "norm.input": LAYER + "input_layernorm.weight",
+    "norm.post": LAYER + "post_attention_layernorm.weight",
+    "norm.final": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    **{f"attn.{p}": f"{LAYER}self_attn.{p}_proj.weight" for p in "qkvo"},
+}
+QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}
+O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
+QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
+EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    """Keys of the output's config.json that follow from the dense model and the host.
+
+    Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
+    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows.
+    """
+    return {
+        "architectures": [host.architecture],
+        "model_type": host.model_type,
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "hidden_act": spec.hidden_act,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
+        "sliding_window": spec.sliding_window,
+        "tie_word_embeddings": spec.tied,
+        "num_experts_per_tok": moe.experts_per_token,
+        **spec.extra,
+        **host.config(spec, moe),
+    }
+
+
+# --- reasons and rows that several hosts share
+
+
+def common_reasons(spec: DenseSpec) -> list[str]:
+    reasons = []
+    if spec.mlp_bias:
+        reasons.append("mlp_bias: its experts have no bias")
+    if len(set(spec.sliding_layers)) > 1:
+        reasons.append("sliding window on some layers only (max_window_layers / layer_types): it has one rule for all")
+    return reasons
+
+
+def bias_reasons(spec: DenseSpec, *, qkv: bool, o: bool) -> list[str]:
+    if (spec.qkv_bias and not qkv) or (spec.o_bias and not o):
+        missing = "q, k, v and output projections" if not qkv else "output projection"
+        return [f"attention_bias: its {missing} of attention have no bias"]
+    return []
+
+
+def head_dim_reason(spec: DenseSpec) -> list[str]:
+    if spec.explicit_head_dim:
+        return [f"head_dim {spec.head_dim}: its head_dim is always hidden_size / num_attention_heads"]
+    return []
+
+
+def ungated_shared_reasons(moe: MoeShape) -> list[str]:
+    """Of hosts with one shared expert that has no gate."""
+    reasons = []
+    if moe.shared > 1:
+        reasons.append(f"{moe.shared} shared experts: at most one")
+    if moe.shared_prompted:
+        reasons.append("prompts of the shared expert: its shared expert has no gate")
+    return reasons
+
+
+def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ZeroRow, ...]:
+    """A shared expert that adds exactly nothing."""
+    shapes: dict[str, tuple[str | int, ...]] = {
+        "ffn.gate": (width, "hidden"),
+        "ffn.up": (width, "hidden"),
+        "ffn.down": ("hidden", width),
+    }
+    return tuple(ZeroRow(name=names[role], shape=shape) for role, shape in shapes.items())

@@ -1,0 +1,156 @@
+"""Tables of tensors: the rows of each dense family, in the order in which transformers writes them.
+
+A copy in this order reads its sources forwards.
+"""
+
+from __future__ import annotations
+
+from raymoe.architectures.dense import TensorRow
+
+__all__ = ["ATTENTION", "COHERE2_ROWS", "CONV", "HUNYUAN_ROWS", "LFM2_ROWS", "LLAMA_ROWS", "OLMO2_ROWS", "PHI3_ROWS"]
+
+_LAYER = "model.layers.{layer}."
+_PROJECTIONS = {
+    "q": ("q_out", "hidden", "qkv_bias"),
+    "k": ("kv_out", "hidden", "qkv_bias"),
+    "v": ("kv_out", "hidden", "qkv_bias"),
+    "o": ("hidden", "q_out", "o_bias"),
+}
+
+
+def _attention(proj: str, name: str = "", kind: str = "") -> tuple[TensorRow, ...]:
+    out, inner, bias = _PROJECTIONS[proj]
+    prefix = f"{_LAYER}self_attn.{name or proj + '_proj'}."
+    return (
+        TensorRow(role=f"attn.{proj}", name=prefix + "weight", shape=(out, inner), kind=kind),
+        TensorRow(role=f"attn.{proj}.bias", name=prefix + "bias", shape=(out,), when=bias, kind=kind),
+    )
+
+
+def _ffn(proj: str, out: str, inner: str) -> tuple[TensorRow, ...]:
+    prefix = f"{_LAYER}mlp.{proj}_proj."
+    return (
+        TensorRow(role=f"ffn.{proj}", name=prefix + "weight", shape=(out, inner)),
+        TensorRow(role=f"ffn.{proj}.bias", name=prefix + "bias", shape=(out,), when="mlp_bias"),
+    )
+
+
+def _norm(role: str, name: str, size: str = "hidden", kind: str = "") -> TensorRow:
+    return TensorRow(role=f"norm.{role}", name=f"{_LAYER}{name}.weight", shape=(size,), kind=kind)
+
+
+def _head_norm(proj: str, name: str, size: str, when: str = "", kind: str = "") -> TensorRow:
+    weight = f"{_LAYER}self_attn.{name}.weight"
+    return TensorRow(role=f"attn.{proj}_norm", name=weight, shape=(size,), when=when, kind=kind)
+
+
+_EMBED = TensorRow(role="embed", name="model.embed_tokens.weight", shape=("vocab", "hidden"))
+_HEAD = TensorRow(role="lm_head", name="lm_head.weight", shape=("vocab", "hidden"), when="untied")
+_FINAL_NORM = TensorRow(role="norm.final", name="model.norm.weight", shape=("hidden",))
+_FFN = (
+    *_ffn("down", "hidden", "intermediate"),
+    *_ffn("gate", "intermediate", "hidden"),
+    *_ffn("up", "intermediate", "hidden"),
+)
+
+LLAMA_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    _head_norm("k", "k_norm", "head_dim", "qk_norm"),
+    *_attention("k"),
+    *_attention("o"),
+    _head_norm("q", "q_norm", "head_dim", "qk_norm"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+# Norms after attention and FFN, and none before; those of q and k are over all heads at once.
+OLMO2_ROWS = (
+    _EMBED,
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    _norm("post_ffn", "post_feedforward_layernorm"),
+    _head_norm("k", "k_norm", "kv_out"),
+    *_attention("k"),
+    *_attention("o"),
+    _head_norm("q", "q_norm", "q_out"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+HUNYUAN_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    *_attention("k"),
+    _head_norm("k", "key_layernorm", "head_dim"),
+    *_attention("o"),
+    *_attention("q"),
+    _head_norm("q", "query_layernorm", "head_dim"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+# Attention and FFN side by side, behind one norm.
+COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
+PHI3_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    TensorRow(role="ffn.down", name=f"{_LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
+    TensorRow(
+        role="ffn.gate_up",
+        name=f"{_LAYER}mlp.gate_up_proj.weight",
+        shape=("2*intermediate", "hidden"),
+        holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+    ),
+    _norm("post", "post_attention_layernorm"),
+    *_attention("o")[:1],
+    TensorRow(
+        role="attn.qkv",
+        name=f"{_LAYER}self_attn.qkv_proj.weight",
+        shape=("q_out+2*kv_out", "hidden"),
+        holds=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
+    ),
+    _FINAL_NORM,
+    _HEAD,
+)
+CONV, ATTENTION = "conv", "full_attention"
+
+
+def _lfm2_rows() -> tuple[TensorRow, ...]:
+    conv, ffn = f"{_LAYER}conv.", f"{_LAYER}feed_forward."
+
+    def convolution(role: str, name: str, shape: tuple[str, ...]) -> tuple[TensorRow, ...]:
+        weight = TensorRow(role=f"conv.{role}", name=f"{conv}{name}.weight", shape=shape, kind=CONV)
+        bias = TensorRow(
+            role=f"conv.{role}.bias", name=f"{conv}{name}.bias", shape=shape[:1], when="conv_bias", kind=CONV
+        )
+        return weight, bias
+
+    return (
+        _EMBED,
+        *convolution("kernel", "conv", ("hidden", "1", "conv_L_cache")),
+        *convolution("in", "in_proj", ("3*hidden", "hidden")),
+        *convolution("out", "out_proj", ("hidden", "hidden")),
+        TensorRow(role="ffn.gate", name=ffn + "w1.weight", shape=("intermediate", "hidden")),
+        TensorRow(role="ffn.down", name=ffn + "w2.weight", shape=("hidden", "intermediate")),
+        TensorRow(role="ffn.up", name=ffn + "w3.weight", shape=("intermediate", "hidden")),
+        _norm("post", "ffn_norm"),
+        _norm("input", "operator_norm"),
+        _head_norm("k", "k_layernorm", "head_dim", kind=ATTENTION),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", "out_proj", kind=ATTENTION),
+        _head_norm("q", "q_layernorm", "head_dim", kind=ATTENTION),
+        *_attention("q", kind=ATTENTION),
+        *_attention("v", kind=ATTENTION),
+        TensorRow(role="norm.final", name="model.embedding_norm.weight", shape=("hidden",)),
+        _HEAD,
+    )
+
+
+LFM2_ROWS = _lfm2_rows()

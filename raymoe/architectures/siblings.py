@@ -1,0 +1,321 @@
+"""Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
+
+Sources: transformers' `models/flex_olmo`, `models/granitemoe`, `models/granitemoeshared`, `models/ernie4_5_moe`,
+`models/hunyuan_v1_moe`, `models/cohere2_moe` and `models/lfm2_moe`, each read next to its dense sibling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.architectures.dense import FFN_ROLES
+from raymoe.architectures.moe import (
+    BACKBONE,
+    EXPERTS,
+    LAYER,
+    O_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    MoeHost,
+    MoeShape,
+    ZeroRow,
+    bias_reasons,
+    common_reasons,
+    head_dim_reason,
+    ungated_shared_reasons,
+    zero_ffn,
+)
+from raymoe.architectures.rows import LFM2_ROWS
+from raymoe.architectures.spec import DenseSpec
+
+__all__ = ["SIBLINGS"]
+
+
+def _no_shared(moe: MoeShape) -> list[str]:
+    return ["shared_experts: it has none"] if moe.shared else []
+
+
+def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_experts": moe.experts,
+        "norm_topk_prob": True,
+        "attention_bias": spec.qkv_bias,
+        "output_router_logits": False,
+    }
+
+
+def _flex_olmo_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + head_dim_reason(spec) + _no_shared(moe)
+
+
+# --- Granite: the experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
+
+_GRANITE_MOE = LAYER + "block_sparse_moe."
+_GRANITE_EXPERTS = {
+    "ffn.gate": _GRANITE_MOE + "input_linear.weight",
+    "ffn.up": _GRANITE_MOE + "input_linear.weight",
+    "ffn.down": _GRANITE_MOE + "output_linear.weight",
+}
+_GRANITE_SHARED = {
+    "ffn.gate": LAYER + "shared_mlp.input_linear.weight",
+    "ffn.up": LAYER + "shared_mlp.input_linear.weight",
+    "ffn.down": LAYER + "shared_mlp.output_linear.weight",
+}
+
+
+def _granite_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_local_experts": moe.experts,
+        "attention_bias": spec.qkv_bias,
+        "output_router_logits": False,
+    }
+
+
+def _granite_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + head_dim_reason(spec) + _no_shared(moe)
+
+
+def _granite_shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {**_granite_config(spec, moe), "shared_intermediate_size": spec.intermediate if moe.shared else 0}
+
+
+def _granite_shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + head_dim_reason(spec) + ungated_shared_reasons(moe)
+
+
+# --- ERNIE 4.5: chooses by softmax plus a bias, which is zero here
+
+_ERNIE_SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def _ernie_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "use_bias": False,
+        "moe_num_experts": moe.experts,
+        "moe_k": moe.experts_per_token,
+        "moe_num_shared_experts": moe.shared,
+        "moe_intermediate_size": spec.intermediate,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": spec.layers - 1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        "output_router_logits": False,
+    }
+
+
+def _ernie_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + bias_reasons(spec, qkv=False, o=False) + ungated_shared_reasons(moe)
+
+
+def _ernie_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+    return (ZeroRow(name=LAYER + "mlp.moe_statics.e_score_correction_bias", shape=(1, moe.experts)),)
+
+
+# --- Hunyuan v1: always has a shared expert, as wide as the others
+
+_HUNYUAN_SHARED = {role: f"{LAYER}mlp.shared_mlp.{role[4:]}_proj.weight" for role in FFN_ROLES}
+_HUNYUAN_NORMS = {
+    "attn.q_norm": LAYER + "self_attn.query_layernorm.weight",
+    "attn.k_norm": LAYER + "self_attn.key_layernorm.weight",
+}
+
+
+def _hunyuan_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias,
+        "num_experts": moe.experts,
+        "moe_topk": moe.experts_per_token,
+        "moe_intermediate_size": spec.intermediate,
+        # Keys of the published model's own code, which vLLM reads.
+        "use_mixed_mlp_moe": True,
+        "num_shared_expert": 1,
+        "use_qk_norm": True,
+        "output_router_logits": False,
+    }
+
+
+def _hunyuan_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + ungated_shared_reasons(moe)
+
+
+def _hunyuan_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+    return () if moe.shared else zero_ffn(_HUNYUAN_SHARED, "intermediate")
+
+
+# --- Cohere 2: layers with a window have RoPE, the others have none; one LayerNorm for attention and FFN
+
+
+def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": None,  # a number there means RMSNorm in place of LayerNorm
+        "layer_norm_eps": spec.rms_norm_eps,
+        "attention_bias": spec.qkv_bias,
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in spec.sliding_layers],
+        "mlp_layer_types": ["sparse"] * spec.layers,
+        "num_experts": moe.experts,
+        "num_shared_experts": moe.shared,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "softmax",
+        "output_router_logits": False,
+    }
+
+
+def _cohere2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return ungated_shared_reasons(moe)
+
+
+# --- LFM2: some layers have a short convolution in place of attention
+
+
+def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "rms_norm_eps": None,
+        "norm_eps": spec.rms_norm_eps,
+        "layer_types": list(spec.kinds),
+        "num_dense_layers": 0,
+        "num_experts": moe.experts,
+        "moe_intermediate_size": spec.intermediate,
+        "use_expert_bias": False,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "output_router_logits": False,
+    }
+
+
+def _lfm2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return head_dim_reason(spec) + _no_shared(moe)
+
+
+_LFM2_EXPERT = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
+
+SIBLINGS = (
+    MoeHost(
+        name="flex_olmo",
+        title="FlexOlmo",
+        model_type="flex_olmo",
+        architecture="FlexOlmoForCausalLM",
+        accepts=("olmo2",),
+        backbone={
+            **{role: name for role, name in BACKBONE.items() if role != "norm.input"},
+            "norm.post_ffn": LAYER + "post_feedforward_layernorm.weight",
+            **QKV_BIAS,
+            **O_BIAS,
+            **QK_NORM,
+        },
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        config=_flex_olmo_config,
+        refusals=_flex_olmo_refusals,
+        dense="olmo2",
+        renormalise_key="norm_topk_prob",
+        since="4.57",
+    ),
+    MoeHost(
+        name="granitemoe",
+        title="Granite MoE",
+        model_type="granitemoe",
+        architecture="GraniteMoeForCausalLM",
+        accepts=("granite",),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        expert=_GRANITE_EXPERTS,
+        router=_GRANITE_MOE + "router.layer.weight",
+        config=_granite_config,
+        refusals=_granite_refusals,
+        dense="granite",
+        experts_key="num_local_experts",
+        since="4.45",
+    ),
+    MoeHost(
+        name="granitemoeshared",
+        title="Granite MoE with a shared expert",
+        model_type="granitemoeshared",
+        architecture="GraniteMoeSharedForCausalLM",
+        accepts=("granite",),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        expert=_GRANITE_EXPERTS,
+        router=_GRANITE_MOE + "router.layer.weight",
+        shared=_GRANITE_SHARED,
+        config=_granite_shared_config,
+        refusals=_granite_shared_refusals,
+        dense="granite",
+        experts_key="num_local_experts",
+        shared_key="shared_intermediate_size",
+        since="4.49",
+    ),
+    MoeHost(
+        name="ernie4_5_moe",
+        title="ERNIE 4.5 MoE",
+        model_type="ernie4_5_moe",
+        architecture="Ernie4_5_MoeForCausalLM",
+        accepts=("ernie4_5", "helium"),
+        backbone=BACKBONE,
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_ERNIE_SHARED,
+        zeros=_ernie_zeros,
+        config=_ernie_config,
+        refusals=_ernie_refusals,
+        dense="ernie4_5",
+        experts_key="moe_num_experts",
+        shared_key="moe_num_shared_experts",
+        since="4.54",
+    ),
+    MoeHost(
+        name="hunyuan_v1_moe",
+        title="Hunyuan MoE",
+        model_type="hunyuan_v1_moe",
+        architecture="HunYuanMoEV1ForCausalLM",
+        accepts=("hunyuan_v1_dense",),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **_HUNYUAN_NORMS},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.wg.weight",
+        shared=_HUNYUAN_SHARED,
+        zeros=_hunyuan_zeros,
+        config=_hunyuan_config,
+        refusals=_hunyuan_refusals,
+        dense="hunyuan_v1_dense",
+        since="4.56",
+        note="without a shared expert has one of zeros, as wide as the experts",
+    ),
+    MoeHost(
+        name="cohere2_moe",
+        title="Cohere 2 MoE",
+        model_type="cohere2_moe",
+        architecture="Cohere2MoeForCausalLM",
+        accepts=("cohere2",),
+        backbone={
+            **{role: name for role, name in BACKBONE.items() if role != "norm.post"},
+            **QKV_BIAS,
+            **O_BIAS,
+        },
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_ERNIE_SHARED,
+        config=_cohere2_config,
+        refusals=_cohere2_refusals,
+        dense="cohere2",
+        shared_key="num_shared_experts",
+        since="5",
+    ),
+    MoeHost(
+        name="lfm2_moe",
+        title="LFM2 MoE",
+        model_type="lfm2_moe",
+        architecture="Lfm2MoeForCausalLM",
+        accepts=("lfm2",),
+        backbone={row.role: row.name for row in LFM2_ROWS if not row.is_ffn},
+        expert={r: f"{LAYER}feed_forward.experts.{{expert}}.{w}.weight" for r, w in _LFM2_EXPERT.items()},
+        router=LAYER + "feed_forward.gate.weight",
+        config=_lfm2_config,
+        refusals=_lfm2_refusals,
+        dense="lfm2",
+        dense_keys={"block_auto_adjust_ff_dim": False},
+        renormalise_key="norm_topk_prob",
+        scores="sigmoid",
+        since="4.57",
+        note="divides the chosen scores by their sum plus 1e-6, and is off by that share",
+    ),
+)

@@ -1,0 +1,165 @@
+"""Families that people ask for and that no MoE architecture of transformers computes exactly, with the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["UNHELD", "UnheldFamily", "why_not"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnheldFamily:
+    """`model_types` of transformers that share the reason."""
+
+    title: str
+    model_types: tuple[str, ...]
+    reason: str
+
+
+_NO_GATE = "its FFN is two matrices without a gate, and the experts of every MoE architecture that fits have three"
+_HYBRID = "it is a hybrid of attention and state-space layers, and no MoE architecture has its layers with experts"
+
+UNHELD: tuple[UnheldFamily, ...] = (
+    UnheldFamily(
+        title="Gemma 1 to 4",
+        model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        reason="its embeddings are scaled by the square root of the width and it has norms of its own kind; the one "
+        "MoE with those, Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
+    ),
+    UnheldFamily(
+        title="GLM-4",
+        model_types=("glm", "glm4"),
+        reason="its RoPE turns pairs of neighbouring dimensions and that of GLM-4.5's MoE turns halves, which is the "
+        "same only with the rows of q and k rearranged; glm4 also has norms behind attention and FFN",
+    ),
+    UnheldFamily(
+        title="OLMo 1",
+        model_types=("olmo",),
+        reason="its LayerNorm has no weights; OLMoE has RMSNorm, and norms of q and k",
+    ),
+    UnheldFamily(
+        title="OLMo 3",
+        model_types=("olmo3", "olmo_hybrid"),
+        reason="most of its layers have a sliding window (in the hybrid: no attention), and FlexOlmo's have none",
+    ),
+    UnheldFamily(
+        title="SmolLM3",
+        model_types=("smollm3",),
+        reason="every fourth layer has no RoPE, and no MoE architecture with its layers leaves it out",
+    ),
+    UnheldFamily(
+        title="EXAONE 4",
+        model_types=("exaone4",),
+        reason="its norms stand behind attention and FFN, those of EXAONE MoE before them",
+    ),
+    UnheldFamily(
+        title="Ministral 3",
+        model_types=("ministral3", "mistral3"),
+        reason="its queries are scaled by their position, which no MoE architecture with its attention does",
+    ),
+    UnheldFamily(
+        title="Code World Model, Ministral 8B",
+        model_types=("cwm", "ministral"),
+        reason="some layers have a sliding window and some have none; Mixtral has one rule for all",
+    ),
+    UnheldFamily(
+        title="HyperCLOVA X",
+        model_types=("hyperclovax",),
+        reason="its norms behind attention and FFN have no place in Granite's MoE",
+    ),
+    UnheldFamily(
+        title="Command R (Cohere 1)",
+        model_types=("cohere",),
+        reason="all its layers have RoPE and none a window; in Cohere 2's MoE only layers with a window have RoPE",
+    ),
+    UnheldFamily(
+        title="StableLM",
+        model_types=("stablelm",),
+        reason="its LayerNorm has biases and its RoPE turns a part of each head; PhiMoE, which has such norms, turns "
+        "whole heads, and the weights of its two experts do not sum to one",
+    ),
+    UnheldFamily(
+        title="Falcon",
+        model_types=("falcon",),
+        reason=_NO_GATE,
+    ),
+    UnheldFamily(
+        title="GPT-2, GPT-J, GPT-Neo, GPT-NeoX (Pythia), OPT, BLOOM, MPT, CodeGen, StarCoder",
+        model_types=("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "gpt_bigcode"),
+        reason=_NO_GATE,
+    ),
+    UnheldFamily(
+        title="StarCoder2, Phi-1 and Phi-2, Persimmon",
+        model_types=("starcoder2", "phi", "persimmon"),
+        reason=_NO_GATE,
+    ),
+    UnheldFamily(
+        title="Nemotron, Arcee AFM, Apertus, Jais 2, nanochat",
+        model_types=("nemotron", "arcee", "apertus", "jais2", "nanochat"),
+        reason=_NO_GATE,
+    ),
+    UnheldFamily(
+        title="BitNet",
+        model_types=("bitnet",),
+        reason="it has norms inside attention and FFN, and weights of three values",
+    ),
+    UnheldFamily(
+        title="DiffLlama, MiniCPM3",
+        model_types=("diffllama", "minicpm3"),
+        reason="no MoE architecture has its attention",
+    ),
+    UnheldFamily(
+        title="Mamba, RWKV, xLSTM",
+        model_types=("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
+        reason="its layers have no FFN that could become experts",
+    ),
+    UnheldFamily(
+        title="Jamba, Bamba, Falcon-H1, Zamba, Nemotron-H, Granite 4, RecurrentGemma",
+        model_types=(
+            "jamba",
+            "bamba",
+            "falcon_h1",
+            "zamba",
+            "zamba2",
+            "nemotron_h",
+            "granitemoehybrid",
+            "recurrent_gemma",
+        ),
+        reason=_HYBRID,
+    ),
+    UnheldFamily(
+        title="Models that are mixtures already",
+        model_types=(
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "flex_olmo",
+            "granitemoe",
+            "granitemoeshared",
+            "ernie4_5_moe",
+            "hunyuan_v1_moe",
+            "cohere2_moe",
+            "lfm2_moe",
+            "phimoe",
+            "gpt_oss",
+            "dbrx",
+            "llama4",
+            "llama4_text",
+            "deepseek",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe",
+        ),
+        reason="it is a mixture of experts already; experts are made of dense models",
+    ),
+)
+
+
+_REASONS: Mapping[str, str] = {name: family.reason for family in UNHELD for name in family.model_types}
+
+
+def why_not(model_type: str) -> str:
+    """The reason why models of this type are refused; empty for a type that is not listed."""
+    return _REASONS.get(model_type, "")

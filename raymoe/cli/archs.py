@@ -1,0 +1,18 @@
+"""`raymoe archs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+
+
+@app.command()
+@stoppable
+def archs(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List which dense models become which mixtures, and why others do not."""
+    from raymoe.report.archs import print_archs
+
+    print_archs(as_json=as_json)

@@ -1,0 +1,34 @@
+"""`raymoe push`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raymoe.cli.application import app, stoppable
+from raymoe.cli.options import Quiet
+
+
+@app.command()
+@stoppable
+def push(
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", "--branch", help="Branch; made if it is not there. Default: main.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a finished merge as a model on the Hugging Face Hub.
+
+    A push that was interrupted goes on when the same command is run again; what is there is not sent again.
+    """
+    from raymoe import api
+    from raymoe.report.display import say
+
+    pushed = api.push(checkpoint, repo, private=private, revision=revision, message=message, quiet=quiet)
+    if not quiet:
+        say(pushed.summary)

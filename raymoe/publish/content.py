@@ -1,0 +1,160 @@
+"""What of a finished merge is published: the files that its record names, and the record. Nothing else that lies there.
+
+    raymoe.json --> PublishedFile by name: a file of the output, or for the card and the record the bytes to publish
+
+The card calls the model by its name on the Hub, and so differs from the output's; the published record says so. The
+card may have been edited; any other file that is missing or has another size than recorded is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.report.card import PLACE
+from raymoe.sources.folder import Folder, is_inside
+from raymoe.sources.types import SourceFile
+from raymoe.storage.checkpoint import open_checkpoint, read_object
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME
+
+__all__ = ["CARD_NAME", "Published", "PublishedFile", "open_published", "recorded_digest"]
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedFile:
+    """One file of the repository-to-be, of `size` bytes: `content` where it is set, else `file`. `sha256` (hex) is
+    there where the record has it, so that nothing has to be read to compare."""
+
+    name: str
+    size: int
+    file: SourceFile | None = None
+    content: bytes | None = None
+    sha256: str | None = None
+
+    @property
+    def is_shard(self) -> bool:
+        return self.name.endswith(".safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words."""
+
+    folder: Folder
+    files: tuple[PublishedFile, ...]
+    title: str
+    card: str | None
+    local_sources: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Published:
+    """The merge at a folder or URL as `repo` would have it. Raises ProblemReport with all that is not in order."""
+    folder = open_checkpoint(place, storage)
+    record = _record(folder)
+    problems: list[Problem] = []
+    files = [_of_output(folder, name, recorded, problems) for name, recorded in record["files"].items()]
+    if INDEX_NAME not in record["files"]:
+        problems.append(_broken(folder, f"no {INDEX_NAME} is among its files"))
+    if problems:
+        raise ProblemReport(problems)
+    found = [file for file in files if file is not None and file.name != CARD_NAME]
+    card = _card(folder, record, repo)
+    if card is not None:
+        content = card.encode()
+        found.append(PublishedFile(name=CARD_NAME, size=len(content), content=content))
+    plain = _published_record(record, card)
+    found.append(PublishedFile(name=RECORD_NAME, size=len(plain), content=plain))
+    return Published(
+        folder=folder,
+        files=tuple(sorted(found, key=lambda file: file.name)),
+        title=_title(record),
+        card=card,
+        local_sources=_local_sources(record),
+    )
+
+
+def recorded_digest(place: str | Path, storage: StorageOptions) -> str | None:
+    """The plan of the finished merge that is at a place; None where there is none that can be read."""
+    try:
+        record = read_object(open_checkpoint(place, storage), RECORD_NAME, "no record", "")
+    except ProblemReport:
+        return None
+    digest = record.get("plan_digest")
+    return digest if isinstance(digest, str) else None
+
+
+def _record(folder: Folder) -> dict[str, Any]:
+    missing = "no finished merge is here: it has no raymoe.json"
+    record = read_object(folder, RECORD_NAME, missing, "name the output of `raymoe merge`, and let it finish")
+    files = record.get("files")
+    if not isinstance(files, Mapping) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise ProblemReport([_broken(folder, f"{RECORD_NAME} can't be read: it names no files with their sizes")])
+    return record
+
+
+def _is_entry(name: Any, entry: Any) -> bool:
+    is_file = isinstance(name, str) and is_inside(name)
+    return is_file and isinstance(entry, Mapping) and isinstance(entry.get("size"), int)
+
+
+def _of_output(folder: Folder, name: str, recorded: Mapping[str, Any], problems: list[Problem]) -> PublishedFile | None:
+    file, size = folder.find(name), recorded["size"]
+    if file is None:
+        problems.append(_broken(folder, f"{name} is missing"))
+        return None
+    if name != CARD_NAME and file.size != size:
+        problems.append(_broken(folder, f"{name} has {file.size:,} bytes, and had {size:,} when it was merged"))
+        return None
+    kind, _, digits = str(recorded.get("checksum", "")).partition(":")
+    return PublishedFile(name=name, size=file.size, file=file, sha256=digits if kind == "sha256" else None)
+
+
+def _broken(folder: Folder, what: str) -> Problem:
+    remedy = "merge again (with --overwrite), or put the file back; `raymoe verify` compares every byte"
+    return Problem(where=folder.label, what=what, remedy=remedy)
+
+
+def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
+    """The card with the repository's name in place of the folder; None for a merge without one."""
+    file = folder.find(CARD_NAME) if CARD_NAME in record["files"] else None
+    if file is None:
+        return None
+    try:
+        return folder.read(file).decode().replace(PLACE, repo)
+    except UnicodeDecodeError as error:
+        what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
+        raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
+
+
+def _published_record(record: Mapping[str, Any], card: str | None) -> bytes:
+    """The record, with size and checksum of the card as it is published."""
+    files = dict(record["files"])
+    if card is not None:
+        content = card.encode()
+        files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
+    return (json.dumps({**record, "files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    sources = record.get("sources") or []
+    experts = sum(1 for source in sources if str(source.get("owner", "")).startswith("expert "))
+    return f"{record.get('architecture', 'MoE')} merge of {experts} experts"
+
+
+def _local_sources(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Models that the record names by a path of this machine."""
+    names = [str(source.get("model", "")) for source in record.get("sources") or []]
+    return tuple(dict.fromkeys(name for name in names if name.startswith("/")))

@@ -1,0 +1,110 @@
+"""What goes wrong on the way to the Hub, in words: before anything is sent a ProblemReport, afterwards `PushFailed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from raymoe.errors import Problem, ProblemReport, RaymoeError
+from raymoe.sources.hub_errors import is_network_error, reason_of
+
+__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "server_message", "stops"]
+
+TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
+
+
+class PushFailed(RaymoeError):
+    """A push that had begun could not be finished; the message says what happened, and that it can go on."""
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """Turn what the library raises into a ProblemReport about `where`; nothing has been sent."""
+    try:
+        yield
+    except RaymoeError:
+        raise
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        what, remedy = told
+        raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
+
+
+@contextmanager
+def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
+    """The same as PushFailed; `progress` says what has been sent so far."""
+    try:
+        yield
+    except RaymoeError:
+        raise
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        what, remedy = told
+        raise PushFailed(f"{where}: {what}; {progress()}\n    -> {remedy}") from error
+
+
+def _told(error: BaseException) -> tuple[str, str] | None:
+    """What happened and what to do, from the first error of a chain that says so; None: it is not about the Hub."""
+    again = "run the same command again to go on from there"
+    for cause in _chain(error):
+        if told := _library_error(cause, again):
+            return told
+        # hf_xet raises errors of Python's own types: only their text tells that they are of its storage.
+        if "xet" in f"{type(cause).__module__} {cause}".lower():
+            remedy = f"{again}; HF_HUB_DISABLE_XET=1 takes the older way, for servers that have no Xet storage"
+            return f"the upload to Xet storage failed ({_first_line(cause)})", remedy
+        if is_network_error(cause):
+            return f"the Hub can't be reached ({reason_of(cause)})", f"check the network and HF_ENDPOINT, then {again}"
+        if isinstance(cause, OSError) and cause.filename:
+            return f"{cause.filename}: {cause.strerror}", again
+    return None
+
+
+def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
+    from huggingface_hub import constants, errors
+
+    token = TOKEN_REMEDY.format(endpoint=constants.ENDPOINT)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "no token for the Hub was found", token
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing can be sent", "unset HF_HUB_OFFLINE"
+    if isinstance(error, errors.HFValidationError):
+        return _first_line(error), "name the repository as org/name"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such branch", "name a branch; one that is missing is made from main"
+    if not isinstance(error, errors.HfHubHTTPError) or status is None:
+        return None
+    said = f" ({message})" if (message := server_message(error)) else ""
+    if status == 401:
+        return f"the Hub refuses the token{said}", token
+    if status in (402, 403):
+        return f"the Hub does not allow it{said}", f"use a token that may write there: {token}"
+    if status == 412:
+        return "somebody else changed the repository meanwhile", "look at its history; " + again
+    if status == 429:
+        return f"the rate limit of the Hub is reached{said}", f"wait, then {again}"
+    return f"the Hub answered {status}{said}", again if status >= 500 else f"mend that, then {again}"
+
+
+def server_message(error: BaseException | None) -> str:
+    """The Hub's own words on one line; empty where it has none."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    message = headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
+    return " ".join(message.split())
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,191 @@
+"""The upload: what the repository lacks goes up file by file, and one commit makes it visible.
+
+    listing of the branch --compare--> files that are there already, files to send, weights of another model to remove
+    shards to send --one at a time--> the Hub's storage        not visible yet, and known to it after a kill
+    one commit                                                 additions and removals together
+
+Readers of the repository see the old model or the new one, never a mixture. The same push again finds what the storage
+has (by LFS' SHA-256, or by Xet's chunks) and does not send it again; when all is committed it does nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raymoe.objects.urls import is_url
+from raymoe.publish.content import Published, PublishedFile
+from raymoe.publish.failures import refusals, stops
+from raymoe.publish.target import Repository
+from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME
+from raymoe.text import human_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, RepoFile
+
+__all__ = ["Comparison", "Pushed", "compare", "upload"]
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """A push that is done. `commit` is where the branch is now; `sent` and `there` are names of files."""
+
+    url: str
+    commit: str
+    commit_url: str
+    sent: tuple[str, ...]
+    there: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        if not self.sent and not self.removed:
+            return f"nothing to push: {self.url} has these files (commit {self.commit[:8]})"
+        return f"pushed: {self.commit_url}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The branch against what is to be there. `head` is its commit; `others` are files that stay as they are."""
+
+    head: str
+    there: tuple[PublishedFile, ...]
+    missing: tuple[PublishedFile, ...]
+    removed: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def compare(published: Published, repository: Repository) -> Comparison:
+    """Look at the branch. Weights there that are not this merge's are to be removed: a reader that takes all weights
+    of a folder would mix two models. Raises ProblemReport."""
+    from huggingface_hub import RepoFile
+
+    target, api = repository.target, repository.api
+    with refusals(target.repo):
+        head = str(api.model_info(target.repo, revision=target.branch).sha)
+        listing = api.list_repo_tree(target.repo, recursive=True, revision=head)
+        entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+    known = [file for file in published.files if file.name in entries]
+    same = {file.name for file in known if _is_same(file, entries[file.name], published)}
+    foreign = sorted(entries.keys() - {file.name for file in published.files})
+    removed = tuple(name for name in foreign if _is_weight(name))
+    return Comparison(
+        head=head,
+        there=tuple(file for file in published.files if file.name in same),
+        missing=tuple(file for file in published.files if file.name not in same),
+        removed=removed,
+        others=tuple(name for name in foreign if name not in removed and name != ".gitattributes"),
+    )
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*CHECKPOINT_FILES, INDEX_NAME))
+
+
+def _is_same(file: PublishedFile, entry: RepoFile, published: Published) -> bool:
+    if entry.size != file.size:
+        return False
+    if entry.lfs is not None:
+        return bool((file.sha256 or _digest(file, published, hashlib.sha256())) == entry.lfs.sha256)
+    git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    return bool(_digest(file, published, git) == entry.blob_id)
+
+
+def _digest(file: PublishedFile, published: Published, hasher: Any) -> str:
+    """Hex digest of a file's bytes; of an object as they are read, without a copy."""
+    if file.content is not None:
+        hasher.update(file.content)
+    else:
+        assert file.file is not None
+        for start in range(0, file.size, _CHUNK_BYTES):
+            hasher.update(published.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES)))
+    digest: str = hasher.hexdigest()
+    return digest
+
+
+def upload(published: Published, repository: Repository, comparison: Comparison, say: Callable[[str], None]) -> Pushed:
+    """Send what is missing and commit. Raises PushFailed; the same call again goes on."""
+    from huggingface_hub import CommitOperationDelete
+
+    target, api = repository.target, repository.api
+    sender = _Sender(published, repository, comparison, say)
+    if not comparison.missing and not comparison.removed:
+        return _pushed(repository, comparison, comparison.head)
+    with stops(f"push to {target.repo}", sender.progress):
+        additions = sender.send()
+        removals = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in comparison.removed]
+        commit = api.create_commit(
+            target.repo,
+            [*additions, *removals],
+            commit_message=target.message or f"{published.title}, made with raymoe",
+            revision=target.branch,
+            parent_commit=comparison.head,
+        )
+    return _pushed(repository, comparison, commit.oid)
+
+
+def _pushed(repository: Repository, comparison: Comparison, commit: str) -> Pushed:
+    return Pushed(
+        url=repository.url,
+        commit=commit,
+        commit_url=f"{repository.url}/commit/{commit}",
+        sent=tuple(file.name for file in comparison.missing),
+        there=tuple(file.name for file in comparison.there),
+        removed=comparison.removed,
+    )
+
+
+class _Sender:
+    """Sends shards to the Hub's storage, in the order of their names, and counts."""
+
+    def __init__(
+        self, published: Published, repository: Repository, comparison: Comparison, say: Callable[[str], None]
+    ) -> None:
+        self._published, self._repository, self._say = published, repository, say
+        self._shards = [file for file in comparison.missing if file.is_shard]
+        self._others = [file for file in comparison.missing if not file.is_shard]
+        self._sent: list[PublishedFile] = []
+
+    def progress(self) -> str:
+        sent = f"{len(self._sent)} of {len(self._shards)} shards are on the Hub, and will not be sent again"
+        return sent if self._sent else "the repository is as it was"
+
+    def send(self) -> list[CommitOperationAdd]:
+        """The additions for the commit: shards, sent already, and the other files as they are."""
+        from huggingface_hub import CommitOperationAdd
+
+        additions = [CommitOperationAdd(file.name, self._bytes(file)) for file in self._others]
+        total = sum(file.size for file in self._shards)
+        for file in self._shards:
+            additions.append(self._send_shard(file))
+            self._sent.append(file)
+            count, done = f"{len(self._sent)} of {len(self._shards)} shards", sum(each.size for each in self._sent)
+            self._say(f"sent {count}, {human_bytes(done)} of {human_bytes(total)}")
+        return additions
+
+    def _send_shard(self, file: PublishedFile) -> CommitOperationAdd:
+        """One at a time: what is killed loses one, and Ctrl-C waits for no thread of the library. (Xet sends the chunks
+        of one file side by side.) Of an object there is a copy on this machine's disk as long as it is sent."""
+        from huggingface_hub import CommitOperationAdd
+
+        assert file.file is not None
+        target, path = self._repository.target, self._published.folder.local_path(file.file)
+        operation = CommitOperationAdd(file.name, str(path))
+        self._repository.api.preupload_lfs_files(target.repo, [operation], revision=target.branch)
+        # The library takes the path out of what it has sent; what it has not goes with the commit.
+        is_sent = operation.path_or_fileobj == b""
+        if is_sent and is_url(file.file.location):
+            path.unlink(missing_ok=True)
+        return operation
+
+    def _bytes(self, file: PublishedFile) -> bytes:
+        if file.content is not None:
+            return file.content
+        assert file.file is not None
+        return self._published.folder.read(file.file)

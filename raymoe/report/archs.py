@@ -1,0 +1,43 @@
+"""`raymoe archs`: which dense models become which mixtures, and why others do not."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from raymoe.architectures.table import held_pairs, table
+from raymoe.architectures.unheld import UNHELD
+
+__all__ = ["print_archs"]
+
+_SHARED = {
+    "no": "",
+    "gated": "optional, with a gate",
+    "plain": "optional",
+    "always": "optional; zeros without",
+}
+
+
+def print_archs(*, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(table(), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    exact = Table("dense models", "model_type", "become", "architecture", "shared expert", "transformers", box=None)
+    last = ""
+    for pair in held_pairs():
+        names = (pair.family_title, pair.family) if pair.family != last else ("", "")
+        since = f"{pair.since} and later" if pair.since else "its own code"
+        exact.add_row(*names, pair.host_title, pair.host, _SHARED[pair.shared_expert], since)
+        last = pair.family
+    console.print("A merge of copies of one model computes exactly what that model computes:", style="bold")
+    console.print(exact)
+    console.print("\nThe first one named is taken where a config has no `architecture`.")
+    refused = Table("dense models", "why not", box=None)
+    for family in UNHELD:
+        refused.add_row(f"{family.title} ({', '.join(family.model_types)})", family.reason)
+    console.print("\nRefused, since no MoE architecture computes the same:", style="bold")
+    console.print(refused)

@@ -1,0 +1,180 @@
+"""Which node gets which work, decided from what nodes say of their files: no cluster is needed for that."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import raymoe
+from raymoe.planning import MergePlan
+from raymoe.runtime.cluster import slots_for
+from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, files_on
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.stream import PIECE_BYTES, pieces_of
+from tests.pico import merge_config
+
+PlanOf = Callable[..., MergePlan]
+
+
+@pytest.fixture
+def plan_of(zoo: Callable[..., Path]) -> PlanOf:
+    """plan_of(mode, experts=3, **config) is a plan of pico models."""
+
+    def plan(mode: str, experts: int = 3, **config: object) -> MergePlan:
+        models = [zoo("llama", seed=seed) for seed in range(1, experts + 1)]
+        return raymoe.plan(merge_config(zoo("llama"), models, mode=mode, **config))
+
+    return plan
+
+
+def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float, float]) -> Placement:
+    """Nodes by name, each with the folders of some owners ('base 0 1' for the base and two experts); the first is the
+    coordinator's. `resources`: CPUs and GPUs of a node, where these are not 4 and 0."""
+    needs = Needs(plan)
+    every = files_on([(file.location, file.size) for file in needs.files])
+    folders = {s.owner.removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
+    nodes = []
+    for name, owners in has.items():
+        mine = {folders[owner] for owner in owners.split()}
+        cpus, gpus = resources.get(name, (4.0, 0.0))
+        files = {path: view for path, view in every.items() if os.path.dirname(path) in mine}
+        nodes.append(Node(node_id=name, name=name, cpus=cpus, gpus=gpus, free={"CPU": cpus}, files=files))
+    return Placement(needs, nodes, nodes[0].node_id)
+
+
+def count(seats: tuple[Seat, ...]) -> Counter[tuple[str | None, float]]:
+    return Counter((seat.node_id, seat.gpus) for seat in seats)
+
+
+def test_everything_everywhere_binds_nobody(plan_of: PlanOf) -> None:
+    all_three = "base 0 1 2"
+    found = placement(plan_of("hidden"), {"a": all_three, "b": all_three})
+    assert found.is_free and not found.problems(0)
+    assert not found.stamps()
+
+
+def test_each_folder_gets_an_actor_on_its_node(plan_of: PlanOf) -> None:
+    found = placement(plan_of("hidden"), {"a": "base", "b": "0", "c": "1 2"})
+    assert not found.is_free and not found.problems(0)
+    seats = found.seats(1, 0.0)
+    assert count(seats) == {("a", 0.0): 1, ("b", 0.0): 1, ("c", 0.0): 1}
+    assert all(seat.only_there for seat in seats)
+    assert sorted(seat.label.partition(" (")[0] for seat in seats) == ["base", "expert 0", "expert 1"]
+    assert found.seats(100, 0.0) == tuple(found.seats(12, 0.0))  # no more than there are CPUs
+
+
+def test_further_actors_go_where_there_is_most_to_do(plan_of: PlanOf) -> None:
+    found = placement(plan_of("random", experts=4), {"a": "base", "b": "0 1 2", "c": "3"})
+    assert count(found.seats(5, 0.0)) == {("a", 0.0): 1, ("b", 0.0): 3, ("c", 0.0): 1}
+
+
+def test_copies_on_several_nodes_leave_a_choice(plan_of: PlanOf) -> None:
+    found = placement(plan_of("random"), {"a": "base 0 1 2", "b": "0 1 2"})
+    seats = found.seats(4, 0.0)
+    assert {seat.node_id: seat.only_there for seat in seats} == {"a": True, "b": False}
+
+
+def test_gpus_read_prompts_and_a_node_without_any_moves_its_own_bytes(plan_of: PlanOf) -> None:
+    found = placement(plan_of("hidden"), {"a": "base", "b": "0 1 2"}, a=(8.0, 2.0))
+    assert not found.problems(1.0)
+    assert count(found.seats(4, 1.0)) == {("a", 1.0): 2, ("b", 0.0): 1}
+
+
+def test_gpus_that_were_asked_for_have_to_be_where_prompts_are_read(plan_of: PlanOf) -> None:
+    plan = plan_of("ridge", prompt_model="grafted")
+    found = placement(plan, {"a": "base 0 1", "b": "base 2"}, a=(8.0, 2.0))
+    (problem,) = found.problems(1.0)
+    assert problem.what.startswith("reading the prompts of expert 2 (")
+    assert "b (4 of 4 CPUs free) only, where no actor with 1 CPU and 1 GPU fits" in problem.what
+    assert not found.problems(0.0)  # where they were not, it is read on the CPU
+    assert count(found.seats(1, 1.0)) == {("a", 1.0): 1, ("b", 0.0): 1}
+
+
+def test_shares_of_a_gpu(plan_of: PlanOf) -> None:
+    found = placement(plan_of("hidden"), {"a": "base", "b": "0 1 2"}, a=(8.0, 1.0), b=(8.0, 1.0))
+    assert count(found.seats(8, 0.5)) == {("a", 0.5): 2, ("b", 0.5): 2}
+
+
+def test_no_node_has_both(plan_of: PlanOf) -> None:
+    """The base with an expert's FFN is read where both are."""
+    found = placement(plan_of("ridge", prompt_model="grafted", experts=2), {"a": "base 0", "b": "1"})
+    (problem,) = found.problems(0)
+    assert problem.what.startswith("reading the prompts of expert 1 (llama-")
+    assert "no node has all that this takes: " in problem.what
+    assert " is on a" in problem.what and " is on b" in problem.what and problem.what.endswith("(asked: a, b)")
+    assert "prompt_model: base" in problem.remedy
+
+
+def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
+    plan = plan_of("random", experts=2)
+    both = placement(plan, {"a": "base 0 1", "b": "base 0 1"})
+    location = next(s.files[0].location for s in plan.sources if s.owner == "expert 1")
+    files = dict(both.nodes[1].files or {})
+    for change in ({"sample": 1}, {"size": 1}):
+        changed = replace(both.nodes[1], files={**files, location: replace(files[location], **change)})
+        found = Placement(both.needs, [both.nodes[0], changed], "a")
+        assert [node.name for node in found.able([location])] == ["a"]
+    alone = replace(both.nodes[0], files={})
+    (problem, *_) = Placement(both.needs, [alone, changed], "a").problems(0)
+    assert "another version on b" in problem.what
+
+
+def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
+    plan = plan_of("random", experts=2)
+    found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
+    zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
+    assert found.stamps() == {path: os.stat(path).st_mtime_ns for path in (zero, one)}
+    copied = dict(found.nodes[2].files or {})
+    copied[zero] = replace(copied[zero], mtime_ns=5)
+    apart = Placement(found.needs, [*found.nodes[:2], replace(found.nodes[2], files=copied)], "a")
+    assert apart.stamps()[zero] == copied[zero].sample  # whichever of the copies is there
+
+
+def test_too_few_actors_allowed(plan_of: PlanOf) -> None:
+    found = placement(plan_of("random"), {"a": "base", "b": "0 1 2"})
+    with pytest.raises(raymoe.errors.ProblemReport, match=r"--actors: 1 are too few: 2 are needed"):
+        slots_for(RuntimeSettings(actors=1), jobs=9, compute=False, quantise=None, placement=found)
+
+
+def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
+    found = placement(plan_of("hidden"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(4.0, 1.0), b=(4.0, 1.0))
+    with pytest.raises(
+        raymoe.errors.ProblemReport, match=r"2 GPUs an expert were asked for, but no node has more than 1"
+    ):
+        slots_for(RuntimeSettings(gpus_per_expert=2.0), jobs=9, compute=True, quantise=None, placement=found)
+    slots = slots_for(RuntimeSettings(), jobs=9, compute=True, quantise=None, placement=found)
+    assert len(slots.seats) == 2 and {seat.gpus for seat in slots.seats} == {1.0}
+    none = placement(plan_of("random"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(0.0, 0.0), b=(0.5, 0.0))
+    with pytest.raises(raymoe.errors.ProblemReport, match=r"no node has room for an actor .*: a \(.*; b \("):
+        slots_for(RuntimeSettings(), jobs=9, compute=False, quantise=None, placement=none)
+
+
+def test_samples_see_changes_all_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = bytearray(np.random.default_rng(0).bytes(200_000))
+    path.write_bytes(content)
+    size = len(content)
+    first = files_on([(str(path), size)])[str(path)]
+    assert first == FileView(size=size, mtime_ns=path.stat().st_mtime_ns, sample=first.sample)
+    for at in (0, size - 1):
+        content[at] ^= 1
+        path.write_bytes(content)
+        assert files_on([(str(path), size)])[str(path)].sample != first.sample
+    assert files_on([(str(tmp_path / "none"), 1), (str(tmp_path), 1)]).keys() == {str(tmp_path)}
+
+
+@pytest.mark.parametrize("sizes", [[], [5], [PIECE_BYTES], [PIECE_BYTES + 1], [3 << 20, 1, 6 << 20, 9 << 20]])
+def test_pieces_hold_the_stream(sizes: list[int]) -> None:
+    content = np.random.default_rng(1).integers(0, 256, sum(sizes), np.uint8)
+    cuts = np.cumsum([0, *sizes])
+    chunks = [memoryview(content[start:end]) for start, end in pairwise(cuts)]
+    pieces = [piece.copy() for piece in pieces_of(chunks, len(content))]
+    assert all(len(piece) == PIECE_BYTES for piece in pieces[:-1])
+    assert np.array_equal(np.concatenate([content[:0], *pieces]), content)
