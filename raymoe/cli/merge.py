@@ -60,7 +60,11 @@ def merge(
     quiet: Quiet = False,
     result: Annotated[
         str | None,
-        typer.Option("--result", metavar="FILE", help="Write phases, bytes, retries, memory; also if the merge fails."),
+        typer.Option(
+            "--result",
+            metavar="FILE",
+            help="Where to write phases, bytes, retries, memory; also if the merge fails. Default: OUT/result.json.",
+        ),
     ] = None,
     push_to_hub: Annotated[
         str | None,

@@ -1,4 +1,5 @@
-"""How a run of a merge went: what `raymoe merge --result FILE` writes, also of a run that failed.
+"""How a run of a merge went: `result.json` at the output of a merge that came to its end, and what `raymoe merge
+--result FILE` writes in its place, also of a run that failed.
 
 Filled in by the coordinator as it goes, so that at any time it says how far the run came. Times and memory are kept out
 of the output's own record, which is the same for every run of a merge.
@@ -22,6 +23,7 @@ from raymoe.objects.urls import is_url, normalise
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
+from raymoe.storage.records import RESULT_NAME
 
 __all__ = ["RunReport", "recorded"]
 
@@ -100,7 +102,10 @@ class RunReport:
 
 @contextmanager
 def recorded(place: str | None) -> Iterator[RunReport]:
-    """A report that is written to a file or URL when the block ends, however it ends; `None`: written nowhere."""
+    """A report that is written to a file or URL when the block ends, however it ends.
+
+    `None`: to the output, if the merge is done; whose output it is otherwise is not known.
+    """
     if place is not None:
         _check(place)
     report = RunReport()
@@ -111,6 +116,8 @@ def recorded(place: str | None) -> Iterator[RunReport]:
         is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
         _write(report, place, "stopped" if is_stopped else reason, error)
         raise
+    if place is None and report.output is not None:
+        place = f"{report.output.rstrip('/')}/{RESULT_NAME}"
     _write(report, place, "done", None)
 
 
@@ -140,4 +147,4 @@ def _write(report: RunReport, place: str | None, reason: str, error: BaseExcepti
         else:
             Path(place).write_text(content, encoding="utf-8")
     except (OSError, RaymoeError) as failure:
-        say(f"warning: --result {place} could not be written: {failure}")
+        say(f"warning: {place} could not be written: {failure}")

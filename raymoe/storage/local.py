@@ -27,7 +27,7 @@ from raymoe.storage.journal import Journal, sync_folder
 from raymoe.storage.new_file import NewFile, SharedRange
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import LOCAL_CHUNK_BYTES, SourceReader
-from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
+from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord
 from raymoe.storage.stream import RouterBytes, shard_chunks
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
@@ -243,7 +243,7 @@ def remove_checkpoint(root: Path) -> None:
     The journal goes too, but for its lock, which the caller holds.
     """
     recorded = _recorded_files(root)
-    for path in (root / RECORD_NAME, root / INDEX_NAME, *map(root.joinpath, recorded)):
+    for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
         path.unlink(missing_ok=True)
     for pattern in CHECKPOINT_FILES:
         for path in root.glob(pattern):

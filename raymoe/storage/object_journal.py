@@ -23,7 +23,7 @@ from raymoe.objects.problems import ObjectMissing
 from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
-from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, FileRecord
+from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord
 
 __all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
 
@@ -136,7 +136,7 @@ def checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
             recorded = []
     weights = [n for n in there if "/" not in n and any(fnmatch.fnmatchcase(n, p) for p in CHECKPOINT_FILES)]
     inside = [name for name in recorded if isinstance(name, str) and is_inside(name) and name in there]
-    first = [name for name in (RECORD_NAME, INDEX_NAME) if name in there]
+    first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
     return list(dict.fromkeys([*first, *inside, *weights]))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHECKPOINT_FILES", "INDEX_NAME", "JOURNAL", "RECORD_NAME", "FileRecord"]
+__all__ = ["CHECKPOINT_FILES", "INDEX_NAME", "JOURNAL", "RECORD_NAME", "RESULT_NAME", "FileRecord"]
 
 JOURNAL = ".raymoe"
 RECORD_NAME = "raymoe.json"
+RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint
 INDEX_NAME = "model.safetensors.index.json"
 # The weights of a checkpoint: what --overwrite removes, beside the files that the record of the merge names. Anything
 # else is somebody's own and stays.

@@ -50,8 +50,8 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """SHA-256 of every file below a folder, but for what tells of one run."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "result.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

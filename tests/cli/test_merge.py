@@ -96,7 +96,10 @@ def test_finished_merge_is_not_overwritten_unasked(
     assert "notes.txt" in left
     assert not left & {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     record = json.loads((out / "raymoe.json").read_text())
-    assert left == {*record["files"], "raymoe.json", "notes.txt"}
+    assert left == {*record["files"], "raymoe.json", "result.json", "notes.txt"}
+    result = json.loads((out / "result.json").read_text())
+    assert result["exit_reason"] == "done" and result["output"] == str(out)
+    assert all(phase["end_s"] is not None for phase in result["phases"].values())
 
 
 @pytest.mark.parametrize("flag", ["--write-model-card", "--no-write-model-card"])

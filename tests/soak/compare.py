@@ -15,13 +15,16 @@ from tests.soak.places import FolderPlace, Place
 __all__ = ["INDEX", "JOURNAL", "RECORD", "differences"]
 
 INDEX, RECORD, JOURNAL = "model.safetensors.index.json", "raymoe.json", ".raymoe/"
+RESULT = "result.json"
 _CARD = "README.md"
 
 
 def differences(place: Place, reference: Path) -> list[str]:
-    """Names of files other than in the undisturbed merge in folder `reference`, and why. The journal is left out."""
+    """Names of files other than in the undisturbed merge in folder `reference`, and why. The journal is left out, and
+    what tells of one run."""
     expected, found = FolderPlace(reference).files(), place.files()
-    found = {name: size for name, size in found.items() if not name.startswith(JOURNAL)}
+    found = {name: size for name, size in found.items() if not name.startswith(JOURNAL) and name != RESULT}
+    expected.pop(RESULT, None)
     if found.keys() != expected.keys():
         return [f"other files: {', '.join(sorted(found.keys() ^ expected.keys()))}"]
     same = [name for name in expected if name not in (RECORD, _CARD)]
