@@ -21,13 +21,13 @@ from raymoe.gguf.options import GgufOptions
 from raymoe.gguf.targets import DENSE, MIXTURES
 from raymoe.objects.urls import is_url
 from raymoe.planning import MergePlan
-from raymoe.planning.types import Part
+from raymoe.planning.types import Shard
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.output import output_location
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import RouterBytes, part_chunks
+from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["Chunks", "ConvertedModel", "open_model"]
 
@@ -93,7 +93,7 @@ class _PlannedParts:
 
     def __init__(self, plan: MergePlan, reader: SourceReader, options: GgufOptions) -> None:
         self._plan, self._reader, self._options = plan, reader, options
-        self._parts: dict[str, Part] = {part.name: part for shard in plan.shards for part in shard.parts}
+        self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
         self._router: RouterBytes | None = None
 
     def prepare(self, tell: Callable[[str], None]) -> None:
@@ -116,7 +116,8 @@ class _PlannedParts:
         self._router = router_bytes(self._plan.gates, rows)
 
     def chunks(self, entry: TensorEntry) -> Iterator[memoryview]:
-        return part_chunks((self._parts[entry.name],), self._reader, self._router)
+        shard = self._shards[entry.file.name]
+        return shard_range(shard, entry.start, entry.end, self._reader, self._router)
 
 
 def _facts_of(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
