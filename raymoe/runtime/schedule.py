@@ -286,7 +286,7 @@ class _Jobs:
     def _welcome(self, actor: _Actor) -> None:
         """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
         import ray
-        from ray.exceptions import ActorUnavailableError, RayActorError
+        from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
         answer, actor.answer = actor.answer, None
         try:
@@ -294,7 +294,7 @@ class _Jobs:
             actor.is_up = True
         except ActorUnavailableError:
             return
-        except RayActorError as error:
+        except (RayActorError, ActorUnschedulableError) as error:  # the latter if it was to be on a node that is lost
             if actor is not self._writer:
                 self._actors.remove(actor)
             who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
@@ -321,6 +321,7 @@ def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
     'states'), if it has not been lost too often."""
     import ray
     from ray.exceptions import (
+        ActorUnschedulableError,
         ObjectLostError,
         ObjectStoreFullError,
         OutOfDiskError,
@@ -340,7 +341,7 @@ def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
         if not isinstance(cause, (ObjectLostError, SenderLost)):
             raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
         failure, what = cause, "sender" if isinstance(cause, SenderLost) else "states"
-    except RayActorError as error:
+    except (RayActorError, ActorUnschedulableError) as error:
         failure, what = error, "actor"
     except ObjectLostError as error:
         failure, what = error, "states"
