@@ -34,6 +34,8 @@ __all__ = ["Chunks", "ConvertedModel", "open_model"]
 Chunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
+# ERNIE's addition to router scores, of which only the choice of experts depends: zeros in a merge.
+_ADDED = ".e_score_correction_bias"
 _AS_WRITTEN = "convert a merge as raymoe wrote it"
 
 
@@ -148,6 +150,7 @@ def _model(
     prepare: Callable[[Callable[[str], None]], None],
 ) -> ConvertedModel:
     found = _evaluated(facts)
+    _check_no_more(facts, found, chunks)
     return ConvertedModel(
         label=facts.label,
         spec=found.spec,
@@ -175,9 +178,20 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     except ProblemReport as report:
         # The remedies there speak of evaluating.
         raise ProblemReport([replace(p, remedy=_AS_WRITTEN) for p in report.problems]) from None
-    used = {ref.entry.name for ref in model.weights.values()}
-    left = sorted(name for name in facts.index.tensors.keys() - used if not name.endswith(model.spec.family.ignored))
-    if left:
-        what = f"{len(left)} tensor(s) have no place in a {model_type}: {', '.join(left[:4])}"
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])
     return model
+
+
+def _check_no_more(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
+    """Raises ProblemReport for tensors of a mixture that would be left out, but for those of zeros that only add."""
+    if model.rule is None:
+        return
+    used = {ref.entry.name for ref in model.weights.values()}
+    left = []
+    for name, entry in sorted(facts.index.tensors.items()):
+        if name in used or name.endswith(model.spec.family.ignored):
+            continue
+        if not name.endswith(_ADDED) or any(any(chunk) for chunk in chunks(entry)):
+            left.append(name)
+    if left:
+        what = f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])
