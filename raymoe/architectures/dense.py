@@ -2,7 +2,7 @@
 
 A row names a tensor's *role* (`attn.q`, `ffn.down`, ...). Hosts map roles to their own names, so a family and a host
 meet in roles and nowhere else, and adding either is adding a table. Shapes are written in symbols that `DenseSpec`
-resolves to numbers; `when` names the `DenseSpec` flag without which the row does not exist.
+resolves to numbers; `when` names the `DenseSpec` flag without which the row does not exist (`!flag`: with which).
 
 Some families store several matrices as one (Phi-3 has q, k and v in `qkv_proj`). Such a row `holds` them: blocks of its
 rows, each with a role of its own. The families themselves are in families.py.
@@ -50,10 +50,6 @@ def _no_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tup
     return None, (False,) * layers
 
 
-def _no_limits(config: Mapping[str, Any]) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFamily:
     """One dense model type of transformers.
@@ -65,8 +61,8 @@ class DenseFamily:
     `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
     construction. `carried` are keys of the family's own that its hosts have too, under the same names.
     `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
-    follow from `layer_types`. `limits` says what about a config no host can hold; `adjust` gives values that follow
-    from others.
+    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `adjust` gives values that
+    follow from others.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
     `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
     """
@@ -82,7 +78,7 @@ class DenseFamily:
     windows: Windows = _no_windows
     reads_layer_types: bool = False
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
-    limits: Callable[[Mapping[str, Any]], list[str]] = _no_limits
+    turns_part: bool = False
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
     ffn: str = "mlp"

@@ -16,9 +16,12 @@ from raymoe.architectures.rows import (
     CONV,
     HUNYUAN_ROWS,
     LFM2_ROWS,
+    LINEAR,
     LLAMA_ROWS,
+    MLA_ROWS,
     OLMO2_ROWS,
     PHI3_ROWS,
+    QWEN3_5_ROWS,
 )
 
 __all__ = ["FAMILIES"]
@@ -60,6 +63,20 @@ def _lfm2_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     return tuple(ATTENTION if attention is None or layer in attention else CONV for layer in range(layers))
 
 
+def _qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    every = config["full_attention_interval"]
+    return tuple(config.get("layer_types") or (ATTENTION if n % every == 0 else LINEAR for n in range(1, layers + 1)))
+
+
+def _qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of RoPE in the newer form, which has more than theta and scaling."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        rope.setdefault(key, config[key])
+    return {"rope_parameters": rope}
+
+
 def _lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
     """The width of the FFN, which is not what the key says unless `block_auto_adjust_ff_dim` is off."""
     width = config["intermediate_size"]
@@ -68,14 +85,6 @@ def _lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
         width = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3))
         width = multiple * ((width + multiple - 1) // multiple)
     return {"intermediate_size": width}
-
-
-def _whole_rotation(config: Mapping[str, Any]) -> list[str]:
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if factor == 1.0:
-        return []
-    return [f"partial_rotary_factor is {factor}: no MoE architecture that takes it rotates a part of each head only"]
 
 
 def _phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +116,20 @@ _QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 _GRANITE_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+_QWEN3_5_SIZES = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_MLA_SIZES = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_nope_head_dim": 128,
+}
 _BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
 _ALL_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
@@ -153,6 +176,59 @@ FAMILIES: Mapping[str, DenseFamily] = {
             defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         ),
         DenseFamily(
+            model_type="qwen3_5_text",
+            title="Qwen3.5 (text)",
+            rows=QWEN3_5_ROWS,
+            kinds=_qwen3_5_kinds,
+            reads_layer_types=True,
+            switches=_ALL_BIASES,
+            carried=(*_QWEN3_5_SIZES, "rope_parameters"),
+            adjust=_qwen3_5_rope,
+            defaults={
+                **_COMMON_DEFAULTS,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "head_dim": 256,
+                "partial_rotary_factor": 0.25,
+                "full_attention_interval": 4,
+                **_QWEN3_5_SIZES,
+            },
+        ),
+        DenseFamily(
+            model_type="seed_oss",
+            title="Seed-OSS",
+            rows=LLAMA_ROWS,
+            switches={"qkv_bias": "attention_bias", "o_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
+            defaults={
+                **_COMMON_DEFAULTS,
+                "max_position_embeddings": 524288,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "attention_bias": True,
+                "pad_token_id": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+            },
+        ),
+        DenseFamily(
+            model_type="youtu",
+            title="Youtu-LLM",
+            rows=MLA_ROWS,
+            switches=_ALL_BIASES,
+            carried=(*_MLA_SIZES, "rope_interleave"),
+            adjust=lambda config: {"head_dim": config["qk_rope_head_dim"]},  # what RoPE turns
+            defaults={
+                **_COMMON_DEFAULTS,
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 16,
+                "tie_word_embeddings": True,
+                "rope_interleave": True,
+                "bos_token_id": 128000,
+                "eos_token_id": 128001,
+                **_MLA_SIZES,
+            },
+        ),
+        DenseFamily(
             model_type="internlm3",
             title="InternLM3",
             rows=LLAMA_ROWS,
@@ -174,7 +250,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="Phi-3, Phi-3.5, Phi-4",
             rows=PHI3_ROWS,
             windows=_windows_everywhere,
-            limits=_whole_rotation,
+            turns_part=True,
             adjust=_phi3_values,
             defaults={
                 **_COMMON_DEFAULTS,

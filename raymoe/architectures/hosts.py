@@ -29,7 +29,9 @@ from raymoe.architectures.moe import (
     ungated_shared_reasons,
     zero_ffn,
 )
+from raymoe.architectures.rows import QWEN3_5_ROWS
 from raymoe.architectures.siblings import SIBLINGS
+from raymoe.architectures.sigmoid import SIGMOID_HOSTS
 from raymoe.architectures.spec import DenseSpec
 
 __all__ = ["HOSTS", "MoeHost", "MoeShape", "ZeroRow", "host_config"]
@@ -81,7 +83,11 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 def _qwen2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec) + bias_reasons(spec, qkv=True, o=False)
-    reasons += head_dim_reason(spec)
+    return reasons + head_dim_reason(spec) + _gated_shared_reasons(moe)
+
+
+def _gated_shared_reasons(moe: MoeShape) -> list[str]:
+    reasons = []
     if moe.shared > 1:
         reasons.append(f"{moe.shared} shared experts: it has one")
     if moe.shared and moe.needs_prompts and not moe.shared_prompted:
@@ -95,10 +101,14 @@ def _qwen2_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
         # Not every reader honours `qkv_bias: false`; zeros mean the same to all of them.
         widths = {"q": "q_out", "k": "kv_out", "v": "kv_out"}
         rows += [ZeroRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
-    if not moe.shared:
-        rows += zero_ffn(_QWEN2_SHARED, EMPTY_SHARED_WIDTH)
-        rows.append(ZeroRow(name=LAYER + "mlp.shared_expert_gate.weight", shape=(1, "hidden")))
-    return tuple(rows)
+    return (*rows, *_empty_shared(spec, moe))
+
+
+def _empty_shared(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+    if moe.shared:
+        return ()
+    gate = ZeroRow(name=LAYER + "mlp.shared_expert_gate.weight", shape=(1, "hidden"))
+    return (*zero_ffn(_QWEN2_SHARED, EMPTY_SHARED_WIDTH), gate)
 
 
 _QWEN2_SHARED = {role: f"{LAYER}mlp.shared_expert.{role[4:]}_proj.weight" for role in FFN_ROLES}
@@ -110,6 +120,22 @@ def _qwen3_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 def _qwen3_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + (["shared_experts: it has none"] if moe.shared else [])
+
+
+def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias,
+        "layer_types": list(spec.kinds),
+        "num_experts": moe.experts,
+        "moe_intermediate_size": spec.intermediate,
+        "shared_expert_intermediate_size": spec.intermediate if moe.shared else EMPTY_SHARED_WIDTH,
+        "output_router_logits": False,
+    }
+
+
+def _qwen3_5_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return _gated_shared_reasons(moe)
 
 
 _DEEPSEEK_ROPE = ("linear", "dynamic")
@@ -170,7 +196,7 @@ HOSTS: Mapping[str, MoeHost] = {
             refusals=_mixtral_refusals,
             dense="llama",
             experts_key="num_local_experts",
-            since="4.36",
+            since="4.57",
         ),
         MoeHost(
             name="deepseek",
@@ -205,7 +231,7 @@ HOSTS: Mapping[str, MoeHost] = {
             refusals=_qwen2_refusals,
             dense="qwen2",
             renormalise_key="norm_topk_prob",
-            since="4.40",
+            since="4.57",
         ),
         MoeHost(
             name="qwen3_moe",
@@ -220,8 +246,26 @@ HOSTS: Mapping[str, MoeHost] = {
             refusals=_qwen3_refusals,
             dense="qwen3",
             renormalise_key="norm_topk_prob",
-            since="4.51",
+            since="4.57",
+        ),
+        MoeHost(
+            name="qwen3_5_moe",
+            title="Qwen3.5 MoE (text)",
+            model_type="qwen3_5_moe_text",
+            architecture="Qwen3_5MoeForCausalLM",
+            accepts=("qwen3_5_text",),
+            backbone={row.role: row.name for row in QWEN3_5_ROWS if not row.is_ffn},
+            expert=EXPERTS,
+            router=LAYER + "mlp.gate.weight",
+            shared=_QWEN2_SHARED,
+            shared_router=LAYER + "mlp.shared_expert_gate.weight",
+            zeros=_empty_shared,
+            config=_qwen3_5_config,
+            refusals=_qwen3_5_refusals,
+            dense="qwen3_5_text",
+            since="5.23",
         ),
         *SIBLINGS,
+        *SIGMOID_HOSTS,
     )
 }

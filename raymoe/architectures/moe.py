@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymoe.architectures.dense import FFN_ROLES
+from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.spec import DenseSpec
 
 __all__ = [
@@ -68,8 +69,8 @@ class MoeHost:
     `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
     one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
     is made of router scores before the highest are chosen: softmax or sigmoid.
-    `since` is the first version of transformers that has the host; empty where it comes with code of its own. `note`
-    is what else there is to know of it.
+    `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
+    it comes with code of its own. `note` is what else there is to know of it.
     """
 
     name: str
@@ -93,6 +94,11 @@ class MoeHost:
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
     note: str = ""
+
+    @property
+    def dense_turns_whole_heads(self) -> bool:
+        """Whether the RoPE of `dense` can't turn a part of each head, as the host's may."""
+        return any(FAMILIES[name].turns_part for name in self.accepts) and not FAMILIES[self.dense].turns_part
 
     @property
     def is_fused(self) -> bool:
@@ -150,6 +156,8 @@ def common_reasons(spec: DenseSpec) -> list[str]:
     reasons = []
     if spec.mlp_bias:
         reasons.append("mlp_bias: its experts have no bias")
+    if spec.partial_rotary != 1.0:
+        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: its RoPE turns whole heads")
     if len(set(spec.sliding_layers)) > 1:
         reasons.append("sliding window on some layers only (max_window_layers / layer_types): it has one rule for all")
     return reasons

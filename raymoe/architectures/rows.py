@@ -5,9 +5,23 @@ A copy in this order reads its sources forwards.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from raymoe.architectures.dense import TensorRow
 
-__all__ = ["ATTENTION", "COHERE2_ROWS", "CONV", "HUNYUAN_ROWS", "LFM2_ROWS", "LLAMA_ROWS", "OLMO2_ROWS", "PHI3_ROWS"]
+__all__ = [
+    "ATTENTION",
+    "COHERE2_ROWS",
+    "CONV",
+    "HUNYUAN_ROWS",
+    "LFM2_ROWS",
+    "LINEAR",
+    "LLAMA_ROWS",
+    "MLA_ROWS",
+    "OLMO2_ROWS",
+    "PHI3_ROWS",
+    "QWEN3_5_ROWS",
+]
 
 _LAYER = "model.layers.{layer}."
 _PROJECTIONS = {
@@ -119,7 +133,7 @@ PHI3_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
-CONV, ATTENTION = "conv", "full_attention"
+CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
 
 
 def _lfm2_rows() -> tuple[TensorRow, ...]:
@@ -153,4 +167,69 @@ def _lfm2_rows() -> tuple[TensorRow, ...]:
     )
 
 
+def _mla_rows() -> tuple[TensorRow, ...]:
+    """Attention whose q, k and v are made of a few latent numbers (DeepSeek's)."""
+    attention = f"{_LAYER}self_attn."
+
+    def projection(role: str, name: str, shape: tuple[str, str], when: str = "", bias: str = "") -> list[TensorRow]:
+        rows = [TensorRow(role=f"mla.{role}", name=f"{attention}{name}.weight", shape=shape, when=when)]
+        if bias:
+            rows.append(TensorRow(role=f"mla.{role}.bias", name=f"{attention}{name}.bias", shape=shape[:1], when=bias))
+        return rows
+
+    q_out, latent = "heads*qk_nope_head_dim+heads*qk_rope_head_dim", "q_lora_rank"
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *_FFN,
+        _norm("post", "post_attention_layernorm"),
+        TensorRow(role="mla.kv_norm", name=f"{attention}kv_a_layernorm.weight", shape=("kv_lora_rank",)),
+        *projection("kv_a", "kv_a_proj_with_mqa", ("kv_lora_rank+qk_rope_head_dim", "hidden"), bias="qkv_bias"),
+        *projection("kv_b", "kv_b_proj", ("heads*qk_nope_head_dim+heads*v_head_dim", "kv_lora_rank")),
+        *projection("o", "o_proj", ("hidden", "heads*v_head_dim"), bias="o_bias"),
+        TensorRow(role="mla.q_norm", name=f"{attention}q_a_layernorm.weight", shape=(latent,), when=latent),
+        *projection("q_a", "q_a_proj", (latent, "hidden"), latent, bias="latent_q_bias"),
+        *projection("q_b", "q_b_proj", (q_out, latent), latent),
+        *projection("q", "q_proj", (q_out, "hidden"), f"!{latent}"),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
+def _qwen3_5_rows() -> tuple[TensorRow, ...]:
+    linear = f"{_LAYER}linear_attn."
+    keys, values = "linear_num_key_heads*linear_key_head_dim", "linear_num_value_heads*linear_value_head_dim"
+    shapes = {
+        "A_log": ("linear_num_value_heads",),
+        "conv1d.weight": (f"2*{keys}+{values}", "1", "linear_conv_kernel_dim"),
+        "dt_bias": ("linear_num_value_heads",),
+        "in_proj_a.weight": ("linear_num_value_heads", "hidden"),
+        "in_proj_b.weight": ("linear_num_value_heads", "hidden"),
+        "in_proj_qkv.weight": (f"2*{keys}+{values}", "hidden"),
+        "in_proj_z.weight": (values, "hidden"),
+        "norm.weight": ("linear_value_head_dim",),
+        "out_proj.weight": ("hidden", values),
+    }
+    (_, q_bias) = _attention("q", kind=ATTENTION)
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *(TensorRow(role=f"linear.{n}", name=linear + n, shape=s, kind=LINEAR) for n, s in shapes.items()),
+        *_FFN,
+        _norm("post", "post_attention_layernorm"),
+        _head_norm("k", "k_norm", "head_dim", kind=ATTENTION),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", kind=ATTENTION),
+        _head_norm("q", "q_norm", "head_dim", kind=ATTENTION),
+        # Queries, and as many numbers again that attention's output is gated by.
+        TensorRow(role="attn.q", name=f"{_LAYER}self_attn.q_proj.weight", shape=("2*q_out", "hidden"), kind=ATTENTION),
+        replace(q_bias, shape=("2*q_out",)),
+        *_attention("v", kind=ATTENTION),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
 LFM2_ROWS = _lfm2_rows()
+MLA_ROWS = _mla_rows()
+QWEN3_5_ROWS = _qwen3_5_rows()

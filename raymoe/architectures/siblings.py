@@ -226,7 +226,7 @@ SIBLINGS = (
         refusals=_granite_refusals,
         dense="granite",
         experts_key="num_local_experts",
-        since="4.45",
+        since="4.57",
     ),
     MoeHost(
         name="granitemoeshared",
@@ -243,7 +243,7 @@ SIBLINGS = (
         dense="granite",
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
-        since="4.49",
+        since="4.57",
     ),
     MoeHost(
         name="ernie4_5_moe",
@@ -261,7 +261,7 @@ SIBLINGS = (
         dense="ernie4_5",
         experts_key="moe_num_experts",
         shared_key="moe_num_shared_experts",
-        since="4.54",
+        since="4.57",
     ),
     MoeHost(
         name="hunyuan_v1_moe",
@@ -277,7 +277,7 @@ SIBLINGS = (
         config=_hunyuan_config,
         refusals=_hunyuan_refusals,
         dense="hunyuan_v1_dense",
-        since="4.56",
+        since="4.57",
         note="without a shared expert has one of zeros, as wide as the experts",
     ),
     MoeHost(
@@ -298,7 +298,7 @@ SIBLINGS = (
         refusals=_cohere2_refusals,
         dense="cohere2",
         shared_key="num_shared_experts",
-        since="5",
+        since="5.23",
     ),
     MoeHost(
         name="lfm2_moe",
@@ -315,7 +315,7 @@ SIBLINGS = (
         dense_keys={"block_auto_adjust_ff_dim": False},
         renormalise_key="norm_topk_prob",
         scores="sigmoid",
-        since="4.57",
+        since="5.23",
         note="divides the chosen scores by their sum plus 1e-6, and is off by that share",
     ),
 )

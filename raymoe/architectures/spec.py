@@ -51,6 +51,7 @@ class DenseSpec:
     mlp_bias: bool
     qk_norm: bool
     kinds: tuple[str, ...] = ()
+    partial_rotary: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,6 +61,11 @@ class DenseSpec:
     @property
     def untied(self) -> bool:
         return not self.tied
+
+    @property
+    def latent_q_bias(self) -> bool:
+        """Whether queries are made of latent numbers that have a bias (DeepSeek's attention)."""
+        return self.qkv_bias and bool(self.extra["q_lora_rank"])
 
     @property
     def explicit_head_dim(self) -> bool:
@@ -101,10 +107,13 @@ class DenseSpec:
         """The family's rows that this model has; those of one layer, where one is given."""
         kind = self.kinds[layer] if layer is not None and self.kinds else ""
         for row in self.family.rows:
-            if row.when and not (self.extra[row.when] if row.when in self.extra else getattr(self, row.when)):
+            if row.when and self._has(row.when.removeprefix("!")) is row.when.startswith("!"):
                 continue
             if layer is None or (row.per_layer and row.kind in ("", kind)):
                 yield row
+
+    def _has(self, flag: str) -> bool:
+        return bool(self.extra[flag] if flag in self.extra else getattr(self, flag))
 
     def tensors(self) -> Iterator[tuple[TensorRow, int | None, str]]:
         """Every tensor of the model as (row, layer or None, name), in the order in which the model runs."""
@@ -143,8 +152,6 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     family = FAMILIES[model_type]
     merged |= family.adjust(merged)
     problems = [*_check_heads(merged, where), *_check_layers(family, merged, where)]
-    remedy = "`raymoe archs` lists what works; use other models"
-    problems += [Problem(where=where, what=reason, remedy=remedy) for reason in family.limits(merged)]
     return problems or _build(family, merged)
 
 
@@ -160,9 +167,8 @@ def _unknown(model_type: object, where: str) -> Problem:
 def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the family's defaults, and under the usual names what the family calls otherwise."""
     merged = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    # An explicit null means 'no sliding window', and must not fall back to the family's default.
-    if "sliding_window" in config:
-        merged["sliding_window"] = config["sliding_window"]
+    # An explicit null means that there is no such thing, and must not fall back to the family's default.
+    merged |= {key: config[key] for key in ("sliding_window", "q_lora_rank") if key in config}
     for usual, names in family.keys.items():
         found = [name for name in names if name in merged]
         if found:
@@ -188,7 +194,19 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
         "a number",
     ),
-    (("conv_L_cache", "sliding_window_pattern", "block_multiple_of"), _is_positive_int, "a positive whole number"),
+    (
+        (
+            "conv_L_cache",
+            "sliding_window_pattern",
+            "block_multiple_of",
+            "full_attention_interval",
+            *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+            *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+            *("linear_num_key_heads", "linear_num_value_heads"),
+        ),
+        _is_positive_int,
+        "a positive whole number",
+    ),
     (("rope_scaling", "rope_parameters"), lambda v: isinstance(v, Mapping), "an object or null"),
     (("layer_types",), lambda v: isinstance(v, list), "a list or null"),
     (("hidden_act",), lambda v: isinstance(v, str), "text"),
@@ -260,7 +278,8 @@ def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
         mlp_bias=has("mlp_bias"),
         qk_norm=has("qk_norm"),
         kinds=family.kinds(merged, layers) if family.kinds else (),
-        extra={key: merged[key] for key in family.carried},
+        partial_rotary=_rotary_share(merged) if family.turns_part else 1.0,
+        extra={key: merged.get(key) for key in family.carried},
     )
 
 
@@ -270,8 +289,13 @@ def _rope(merged: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     theta = parameters.pop("rope_theta", None) or merged["rope_theta"]
     kind = parameters.pop("rope_type", None) or parameters.get("type", "default")
     parameters.pop("type", None)
-    if parameters.get("partial_rotary_factor") == 1.0:
-        parameters.pop("partial_rotary_factor")
+    parameters.pop("partial_rotary_factor", None)  # see _rotary_share
     if kind == "default":
         return float(theta), None
     return float(theta), {"rope_type": kind, **parameters}
+
+
+def _rotary_share(merged: Mapping[str, Any]) -> float:
+    """The share of each head's dimensions that RoPE turns."""
+    parameters = merged.get("rope_scaling") or merged.get("rope_parameters") or {}
+    return float(parameters.get("partial_rotary_factor") or merged.get("partial_rotary_factor") or 1.0)

@@ -19,7 +19,7 @@ class HeldPair:
     """A dense family and a MoE host that holds it exactly.
 
     `is_default`: the host that is taken where a config names none. `shared_expert`: `no`, `gated`, `plain`, or `always`
-    (a plain one that is zeros where the config has none). `since`: the first transformers with that host.
+    (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it.
     """
 
     family: str

@@ -15,7 +15,7 @@ from raymoe.cli.options import Cache, Quiet, Remote, on_device
 @stoppable
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
-    data: Annotated[Path, typer.Option("--data", help="Labelled texts: one JSON object a line.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Labelled texts: one JSON object a line.")] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", help="Of base,experts,oracle,hidden: what to compare with, or none. Default: all."),
@@ -23,10 +23,21 @@ def evaluate(
     label: Annotated[
         list[str] | None, typer.Option("--label", help="LABEL=EXPERT for a label that is no expert's name; repeat.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", help="Texts of a label, the first of the file; 0 is all.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", help="Texts of a label, or of a task, the first; 0 is all.")] = 0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text; what is beyond is left out.")] = 512,
     text_field: Annotated[str, typer.Option("--text-field", help="The text's key.")] = "text",
     label_field: Annotated[str, typer.Option("--label-field", help="The label's key.")] = "label",
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="With --tasks: a folder with task files of your own.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", help="With --tasks: examples shown first. Default: as the task says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="With --tasks: questions at once.")] = 1,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page of pictures to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     device: Annotated[
@@ -36,14 +47,42 @@ def evaluate(
     transformers_cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory."""
+    """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory.
+
+    With --tasks the merge is given to lm-evaluation-harness instead, which loads it whole.
+    """
     from raymoe import api
+    from raymoe.evaluation.harness import HarnessOptions, check_choice, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
     from raymoe.evaluation.written import check_writable, write_evaluation
     from raymoe.report.display import say
     from raymoe.report.eval_table import print_evaluation
+    from raymoe.report.tasks_table import print_tasks
     from raymoe.sources.resolve import HubOptions
 
+    texts = check_choice(
+        data,
+        tasks,
+        {"--against": against, "--label": label or None, "--html": html},
+        {"--include-path": include_path, "--fewshot": fewshot},
+    )
+    check_writable({"--json": json_file, "--html": html})
+    if texts is None:
+        questions = HarnessOptions(
+            tasks=tasks or "",
+            include_path=include_path,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=batch_size,
+            device=on_device(device),
+            trust_remote_code=trust_remote_code,
+        )
+        scores = run_harness(checkpoint, questions)
+        try:
+            write_evaluation(scores, json_file, None)
+        finally:
+            print_tasks(scores)
+        return
     options = EvaluationOptions(
         against=parse_against(against),
         labels=tuple(label or ()),
@@ -56,8 +95,7 @@ def evaluate(
         quiet=quiet,
         hub=HubOptions(cache_dir=transformers_cache),
     )
-    check_writable({"--json": json_file, "--html": html})
-    result = api.evaluate(checkpoint, data, options)
+    result = api.evaluate(checkpoint, texts, options)
     try:
         write_evaluation(result, json_file, html)
     finally:  # a full disk must not take the numbers from the screen too

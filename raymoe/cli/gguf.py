@@ -62,6 +62,6 @@ def gguf(
         say(f"warning: {warning}")
     if not quiet:
         typer.echo(
-            f"{written.path}: {human_bytes(written.size)}, {human_count(written.parameters)} parameters in "
+            f"{output}: {human_bytes(written.size)}, {human_count(written.parameters)} parameters in "
             f"{written.tensors} tensors, {written.type}, architecture {written.architecture}"
         )

@@ -89,6 +89,9 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
+    if (share := facts.config.get("partial_rotary_factor", 1.0)) != 1.0 and host.dense_turns_whole_heads:
+        what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
+        raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what)])
     config = _dense_config(host, facts.config)
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):

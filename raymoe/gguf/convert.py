@@ -165,6 +165,7 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
             writer,
             name=conversion.name,
             spec=conversion.model.spec,
+            config=conversion.model.config,
             target=conversion.target,
             tensors=conversion.tensors,
             vocabulary=conversion.vocabulary,

@@ -91,11 +91,12 @@ def file_tensors(
         if row.is_ffn and target.rule is not None:
             continue
         output = (_FFN if row.is_ffn else _BACKBONE)[row.role].format(layer=layer)
-        head = spec.head_dim if target.architecture.interleaved and row.role in _ROTATED else 0
+        head = spec.head_dim if target.reorders and row.role in _ROTATED else 0
         add(layer if row.per_layer else None, output, [weights[name]], head=head)
     if target.rule is not None:
         for layer in range(spec.layers):
-            for name, sources, stacked in _mixture(layer, target.rule, target, weights):
+            mlp = f"model.layers.{layer}.{spec.family.ffn}."
+            for name, sources, stacked in _mixture(layer, mlp, target.rule, target, weights):
                 add(layer, name, sources, stacked=stacked)
     if spec.tied and not target.architecture.tied:
         embedding = next(tensor for tensor in found[""] if tensor.name == _BACKBONE["embed"])
@@ -111,15 +112,15 @@ def file_tensors(
 
 
 def _mixture(
-    layer: int, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
+    layer: int, mlp: str, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, list[TensorEntry], bool]]:
     """(name in the file, sources, whether they are stacked) of what a layer has in the place of its FFN."""
-    mlp, block = f"model.layers.{layer}.mlp.", f"blk.{layer}.ffn_"
+    block = f"blk.{layer}.ffn_"
     yield f"{block}gate_inp.weight", [weights[f"{mlp}router"]], False
     for matrix in _MATRICES:
         experts = [weights[f"{mlp}experts.{expert}.{matrix}"] for expert in range(rule.experts)]
         yield f"{block}{matrix}_exps.weight", experts, True
-    if target.has_shared:
+    if target.shared:
         if rule.gates_shared:
             yield f"{block}gate_inp_shexp.weight", [weights[f"{mlp}shared_router"]], False
         for matrix in _MATRICES:

@@ -25,6 +25,7 @@ def add_metadata(
     *,
     name: str,
     spec: DenseSpec,
+    config: Mapping[str, Any],
     target: Target,
     tensors: Sequence[GgufTensor],
     vocabulary: Vocabulary,
@@ -41,6 +42,8 @@ def add_metadata(
         writer.add_quantization_version(_QUANTISATION_VERSION)
     _add_sizes(writer, spec, target, {tensor.name: tensor for tensor in tensors})
     _add_rope(writer, spec)
+    if target.architecture.name in ("granite", "granitemoe"):
+        _add_multipliers(writer, config)
     _add_vocabulary(writer, vocabulary)
 
 
@@ -65,7 +68,7 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target, tensors: Mapping[st
     writer.add_expert_used_count(rule.per_token)
     if target.architecture.name != "llama":
         writer.add_expert_feed_forward_length(width)
-    if target.has_shared:
+    if target.shared:
         shared = tensors["blk.0.ffn_up_shexp.weight"].shape[0]
         if target.architecture.name == "bailingmoe":
             writer.add_expert_shared_count(shared // width)
@@ -74,6 +77,14 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target, tensors: Mapping[st
             writer.add_leading_dense_block_count(0)
         else:
             writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _add_multipliers(writer: Any, config: Mapping[str, Any]) -> None:
+    """Granite's: of the embedding, of what every block adds, of attention's scores, and what logits are divided by."""
+    writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
+    writer.add_residual_scale(config.get("residual_multiplier", 1.0))
+    writer.add_attention_scale(config.get("attention_multiplier", 1.0))
+    writer.add_logit_scale(config.get("logits_scaling", 1.0))
 
 
 def _add_rope(writer: Any, spec: DenseSpec) -> None:

@@ -21,19 +21,21 @@ from raymoe.gguf.options import GgufOptions
 from raymoe.gguf.targets import DENSE, MIXTURES
 from raymoe.objects.urls import is_url
 from raymoe.planning import MergePlan
-from raymoe.planning.types import Part
+from raymoe.planning.types import Shard
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.output import output_location
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import RouterBytes, part_chunks
+from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["Chunks", "ConvertedModel", "open_model"]
 
 Chunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
+# ERNIE's addition to router scores, of which only the choice of experts depends: zeros in a merge.
+_ADDED = ".e_score_correction_bias"
 _AS_WRITTEN = "convert a merge as raymoe wrote it"
 
 
@@ -93,7 +95,7 @@ class _PlannedParts:
 
     def __init__(self, plan: MergePlan, reader: SourceReader, options: GgufOptions) -> None:
         self._plan, self._reader, self._options = plan, reader, options
-        self._parts: dict[str, Part] = {part.name: part for shard in plan.shards for part in shard.parts}
+        self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
         self._router: RouterBytes | None = None
 
     def prepare(self, tell: Callable[[str], None]) -> None:
@@ -116,7 +118,8 @@ class _PlannedParts:
         self._router = router_bytes(self._plan.gates, rows)
 
     def chunks(self, entry: TensorEntry) -> Iterator[memoryview]:
-        return part_chunks((self._parts[entry.name],), self._reader, self._router)
+        shard = self._shards[entry.file.name]
+        return shard_range(shard, entry.start, entry.end, self._reader, self._router)
 
 
 def _facts_of(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
@@ -147,6 +150,7 @@ def _model(
     prepare: Callable[[Callable[[str], None]], None],
 ) -> ConvertedModel:
     found = _evaluated(facts)
+    _check_no_more(facts, found, chunks)
     return ConvertedModel(
         label=facts.label,
         spec=found.spec,
@@ -174,9 +178,20 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     except ProblemReport as report:
         # The remedies there speak of evaluating.
         raise ProblemReport([replace(p, remedy=_AS_WRITTEN) for p in report.problems]) from None
-    used = {ref.entry.name for ref in model.weights.values()}
-    left = sorted(name for name in facts.index.tensors.keys() - used if not name.endswith(model.spec.family.ignored))
-    if left:
-        what = f"{len(left)} tensor(s) have no place in a {model_type}: {', '.join(left[:4])}"
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])
     return model
+
+
+def _check_no_more(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
+    """Raises ProblemReport for tensors of a mixture that would be left out, but for those of zeros that only add."""
+    if model.rule is None:
+        return
+    used = {ref.entry.name for ref in model.weights.values()}
+    left = []
+    for name, entry in sorted(facts.index.tensors.items()):
+        if name in used or name.endswith(model.spec.family.ignored):
+            continue
+        if not name.endswith(_ADDED) or any(any(chunk) for chunk in chunks(entry)):
+            left.append(name)
+    if left:
+        what = f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])

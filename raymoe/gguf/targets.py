@@ -7,11 +7,13 @@ weights of a token's experts are made of the router's scores, and what a shared 
     qwen3moe    the same, with norms on queries and keys
     bailingmoe  the same (or not made to sum to one: `expert_weights_norm`), plus a shared expert
     qwen2moe    not made to sum to one, plus a shared expert times the sigmoid of its gate
+    granitemoe  made to sum to one, with or without a shared expert, and Granite's multipliers
+    hunyuan-moe the same, always with a shared expert, and norms on queries and keys behind the rotary embedding
 
 So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
 empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
-shared expert, a `bailingmoe` (`deepseek` does not make the weights sum to one). A merge that no architecture computes
-exactly is refused: a file that loads and says something else is worse than none.
+shared expert, a `bailingmoe` (`deepseek` does not make the weights sum to one); so is ERNIE's. A merge that no
+architecture computes exactly is refused: a file that loads and says something else is worse than none.
 
 Source: `build_moe_ffn` in llama.cpp's src/llama-graph.cpp and the files of these names in src/models; the kinds of
 rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
@@ -70,34 +72,61 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="bailingmoe", interleaved=True, factors=True, tied=False),
             Architecture(name="qwen2moe", tied=False, qkv_bias=True),
             Architecture(name="qwen3moe"),
+            Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
+            Architecture(name="hunyuan-moe", factors=True, qkv_bias=True),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
+            Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
         )
     }
 )
 # Model types of transformers that are converted: dense ones with their architecture, and mixtures, see `_mixture`.
-DENSE: Mapping[str, str] = MappingProxyType({"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
-MIXTURES = ("mixtral", "deepseek", "qwen2_moe", "qwen3_moe")
+DENSE: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "llama",
+        "mistral": "llama",
+        "qwen2": "qwen2",
+        "qwen3": "qwen3",
+        "granite": "granite",
+        "ernie4_5": "llama",
+        "helium": "llama",
+    }
+)
+MIXTURES = (
+    "mixtral",
+    "deepseek",
+    "qwen2_moe",
+    "qwen3_moe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+)
+# Families whose mixture has an architecture of its own, for whatever it is made of.
+_OWN = {"granite": "granitemoe", "hunyuan_v1_dense": "hunyuan-moe"}
+# Families whose rotary embedding turns neighbours in transformers too (`rotate_half` in their modelling files).
+_TURNS_NEIGHBOURS = ("ernie4_5", "helium")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The architecture that a model is written for, and up to how many tokens it computes what the model computes."""
+    """The architecture that a model is written for, and up to how many tokens it computes what the model computes.
+
+    `reorders`: rows of q and k change places. `shared`: a shared expert is written.
+    """
 
     architecture: Architecture
     context: int
     rule: RoutingRule | None
+    reorders: bool
+    shared: bool
     warnings: tuple[str, ...] = ()
-
-    @property
-    def has_shared(self) -> bool:
-        """Whether a shared expert is written: one that is all zeros is not."""
-        return self.architecture.name in ("bailingmoe", "qwen2moe")
 
 
 def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
     """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared_is_empty=shared_is_empty)
+    shared = rule is not None and rule.shared and not shared_is_empty
+    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared)
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
     architecture = _ARCHITECTURES[found]
@@ -108,7 +137,14 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
         what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
         raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
     context, warnings = _context(spec)
-    return Target(architecture=architecture, context=context, rule=rule, warnings=tuple(warnings))
+    return Target(
+        architecture=architecture,
+        context=context,
+        rule=rule,
+        reorders=architecture.interleaved and spec.model_type not in _TURNS_NEIGHBOURS,
+        shared=shared,
+        warnings=tuple(warnings),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +155,11 @@ class _Reason:
     remedy: str = "run it with transformers, vLLM or SGLang"
 
 
-def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared_is_empty: bool) -> str | _Reason:
+def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reason:
     """The name of the architecture. Weights over all experts sum to one in any case."""
     sums_to_one = rule.renormalises or rule.per_token == rule.experts
-    shared = rule.shared and not shared_is_empty
+    if spec.model_type in _OWN:
+        return _OWN[spec.model_type]
     if shared and rule.gates_shared:
         if sums_to_one and rule.per_token != rule.experts:
             what = (

@@ -30,7 +30,7 @@ def print_archs(*, as_json: bool) -> None:
     last = ""
     for pair in held_pairs():
         names = (pair.family_title, pair.family) if pair.family != last else ("", "")
-        since = f"{pair.since} and later" if pair.since else "its own code"
+        since = f"{pair.since} and later" if pair.since else "code of its own"
         exact.add_row(*names, pair.host_title, pair.host, _SHARED[pair.shared_expert], since)
         last = pair.family
     console.print("A merge of copies of one model computes exactly what that model computes:", style="bold")

@@ -220,7 +220,7 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
     A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
     """
     import ray
-    from ray.exceptions import ActorUnavailableError, RayActorError
+    from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
     calls = [actor.where.remote() for actor in actors]
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
@@ -237,7 +237,7 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
             ray.get(answer)
         except ActorUnavailableError:
             continue  # it died in its first moments, and is being restarted
-        except RayActorError as error:
+        except (RayActorError, ActorUnschedulableError) as error:
             failures.append(error)
     if len(failures) == len(actors):
         why = str(failures[0]).strip().splitlines()[-1]  # the last line of a remote traceback, if it is one

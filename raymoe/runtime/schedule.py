@@ -286,7 +286,7 @@ class _Jobs:
     def _welcome(self, actor: _Actor) -> None:
         """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
         import ray
-        from ray.exceptions import ActorUnavailableError, RayActorError
+        from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
         answer, actor.answer = actor.answer, None
         try:
@@ -294,7 +294,7 @@ class _Jobs:
             actor.is_up = True
         except ActorUnavailableError:
             return
-        except RayActorError as error:
+        except (RayActorError, ActorUnschedulableError) as error:  # the latter if it was to be on a node that is lost
             if actor is not self._writer:
                 self._actors.remove(actor)
             who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
@@ -320,7 +320,15 @@ def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
     """What came back, or what was lost (the 'actor' that was asked, the 'sender' of what it writes, or the prompts'
     'states'), if it has not been lost too often."""
     import ray
-    from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import (
+        ActorUnschedulableError,
+        ObjectLostError,
+        ObjectStoreFullError,
+        OutOfDiskError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+    )
 
     try:
         return "", ray.get(ref)
@@ -328,13 +336,17 @@ def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, RaymoeError):
             raise cause from None
+        if isinstance(cause, (ObjectStoreFullError, OutOfDiskError)):
+            raise _no_room(job.label, cause) from error
         if not isinstance(cause, (ObjectLostError, SenderLost)):
             raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
         failure, what = cause, "sender" if isinstance(cause, SenderLost) else "states"
-    except RayActorError as error:
+    except (RayActorError, ActorUnschedulableError) as error:
         failure, what = error, "actor"
     except ObjectLostError as error:
         failure, what = error, "states"
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise _no_room(job.label, error) from error
     except RayError as error:
         raise MergeFailed(f"{job.label}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     job.failures += 1
@@ -345,6 +357,15 @@ def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
         f"{job.label}: {lost} ({str(failure).splitlines()[0]}), {job.failures} times. Memory may have run out; run the "
         "same command again to go on from the shards that are finished."
     ) from failure
+
+
+def _no_room(label: str, error: Exception) -> MergeFailed:
+    """Ray spills what its object store can't hold to the node's disk; so neither has room."""
+    return MergeFailed(
+        f"{label}: no room for the states of prompts: Ray's object store is full, and so is the disk that it moves "
+        f"objects to ({type(error).__name__}). Start Ray with more of either (ray start --object-store-memory, "
+        "--object-spilling-directory), and run the same command again to go on from the shards that are finished."
+    )
 
 
 def _ask(actor: _Actor, files: Sequence[SourceFile]) -> None:

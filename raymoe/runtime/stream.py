@@ -66,7 +66,7 @@ def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
                 yield piece[start : start + LOCAL_CHUNK_BYTES]
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, RaymoeError):
+        if isinstance(cause, (RaymoeError, RayError)):  # the latter where the store is full, say
             raise cause from None
         raise MergeFailed(f"{job.shard.file_name}: {type(cause).__name__}: {cause}") from error
     except RayError as error:

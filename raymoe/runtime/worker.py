@@ -162,6 +162,7 @@ class ExpertWorker:
 
     def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
+        let_gates_go_first()
         with self._working(job.shard.file_name), self._reader() as reader:
             for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
                 yield piece

@@ -34,6 +34,7 @@ LONG = {
     "max_position_embeddings": 96,
 }
 SHORT = {**LONG, "original_max_position_embeddings": 64}
+HALF = {"partial_rotary_factor": 0.5}
 ALPHA = {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}}
 TIED = {"tie_word_embeddings": True}
 
@@ -90,6 +91,36 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "lfm2_moe biases": ("lfm2_moe", "lfm2", {"conv_bias": True}, None),
     "lfm2_moe tied": ("lfm2_moe", "lfm2", TIED, None),
     "lfm2_moe plain width": ("lfm2_moe", "lfm2", {"block_auto_adjust_ff_dim": False}, None),
+    "qwen3_5_moe tied": ("qwen3_5_moe", "qwen3_5_text", TIED, None),
+    "qwen3_5_moe biases": ("qwen3_5_moe", "qwen3_5_text", {"attention_bias": True}, None),
+    "qwen3_5_moe other theta": (
+        "qwen3_5_moe",
+        "qwen3_5_text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}},
+    ),
+    "deepseek_v3 one q": ("deepseek_v3", "youtu", {"q_lora_rank": None}, None),
+    "deepseek_v3 biases": ("deepseek_v3", "youtu", {"attention_bias": True}, None),
+    "deepseek_v3 biases, one q": ("deepseek_v3", "youtu", {"attention_bias": True, "q_lora_rank": None}, None),
+    "deepseek_v3 halves": ("deepseek_v3", "youtu", {"rope_interleave": False}, {"rope_interleave": True}),
+    # With a padding token transformers loads a tied Youtu with zeros for that token's row.
+    "deepseek_v3 tied": ("deepseek_v3", "youtu", {**TIED, "pad_token_id": None}, None),
+    "deepseek_v3 yarn": ("deepseek_v3", "youtu", {"rope_scaling": YARN}, {"rope_scaling": None}),
+    "glm4_moe wide heads": ("glm4_moe", "qwen2", {"head_dim": 32}, None),
+    "glm4_moe no biases": ("glm4_moe", "seed_oss", {"attention_bias": False}, None),
+    "glm4_moe llama3 rope": ("glm4_moe", "llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),
+    "glm4_moe yarn": ("glm4_moe", "qwen2", {"rope_scaling": YARN}, {"rope_scaling": None}),
+    "glm4_moe part": ("glm4_moe", "phi3", HALF, {"rope_parameters": None, "partial_rotary_factor": 1.0}),
+    "glm4_moe part, long": (
+        "glm4_moe",
+        "phi3",
+        {
+            **HALF,
+            **LONG,
+            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+        },
+        None,
+    ),
     "deepseek tied": ("deepseek", "llama", TIED, None),
     "deepseek biases": ("deepseek", "llama", {"attention_bias": True}, None),
     "deepseek linear rope": ("deepseek", "llama", {"rope_scaling": LINEAR}, {"rope_scaling": None}),
@@ -147,11 +178,12 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     old = {"_name_or_path": "x/y", "auto_map": {"AutoConfig": "x--y.Z"}, "pretraining_tp": 1, "torch_dtype": "float32"}
     dense = copy_model(zoo(pair.family), tmp_path / "dense", config=old, drop_config=["dtype"])
     plan = raymoe.plan(pair.config(dense, [dense] * 2, dense, mode="random"), allow_all_same=True)
-    assert plan.config["model_type"] == pair.host
+    assert plan.config["model_type"] == HOSTS[pair.host].model_type
     assert plan.config["architectures"] == [HOSTS[pair.host].architecture]
-    for key in ("_name_or_path", "pretraining_tp", "rope_parameters", "dtype", "transformers_version"):
+    for key in ("_name_or_path", "pretraining_tp", "dtype", "transformers_version"):
         assert key not in plan.config
-    assert ("layer_types" in plan.config) is (pair.host in ("cohere2_moe", "lfm2_moe"))
+    assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")
+    assert ("layer_types" in plan.config) is (pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe"))
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"
     kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
@@ -204,12 +236,12 @@ def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], 
     assert not any("inv_freq" in name for name in plan.index["weight_map"])
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("phi3", "qwen3_5_text")])
 @pytest.mark.parametrize("scaling", [None, LINEAR, YARN], ids=["plain", "linear", "yarn"])
 def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str, Any] | None) -> None:
     new = make_config(family, **({"rope_scaling": scaling} if scaling else {})).to_dict()
     assert new["rope_parameters"]["rope_theta"] == 20_000.0
-    kept = ("layer_types",) if family in ("cohere2", "lfm2") else ()
+    kept = ("layer_types",) if family in ("cohere2", "lfm2", "qwen3_5_text") else ()
     old = {k: v for k, v in new.items() if k in kept or k not in ("rope_parameters", "layer_types", "dtype")}
     old |= {"rope_theta": 20_000.0, "rope_scaling": None, "torch_dtype": "float32"}
     if scaling:

@@ -56,7 +56,22 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite models only"),
     "olmo2 in mixtral": ("mixtral", "olmo2", {}, {}, r"Mixtral: takes llama, "),
     "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
-    "a part of each head": (None, "phi3", PARTIAL, {}, r"partial_rotary_factor is 0.5: no MoE architecture that takes"),
+    "a part of each head": (
+        "mixtral",
+        "phi3",
+        PARTIAL,
+        {},
+        r"Mixtral: partial_rotary_factor 0.5: its RoPE turns whole",
+    ),
+    "o bias, glm": (
+        "glm4_moe",
+        "seed_oss",
+        {"attention_out_bias": True},
+        {},
+        r"GLM-4.5 MoE: bias of attention's output",
+    ),
+    "mlp bias, glm": ("glm4_moe", "seed_oss", {"mlp_bias": True}, {}, r"GLM-4.5 MoE: mlp_bias"),
+    "window, glm": ("glm4_moe", "mistral", {"sliding_window": WINDOW}, {}, r"GLM-4.5 MoE: sliding_window 12"),
     "unknown host": ("switch", "llama", {}, {}, r"unknown architecture 'switch'(.|\n)*mixtral \(Mixtral\), deepseek"),
 }
 
@@ -94,6 +109,8 @@ def test_hosts_without_shared_experts(host: str, family: str, pattern: str, zoo:
         ("ernie4_5_moe", "ernie4_5", "2 shared experts: at most one"),
         ("hunyuan_v1_moe", "hunyuan_v1_dense", "2 shared experts: at most one"),
         ("cohere2_moe", "cohere2", "2 shared experts: at most one"),
+        ("qwen3_5_moe", "qwen3_5_text", "2 shared experts: it has one"),
+        ("deepseek_v3", "youtu", "2 shared experts: at most one"),
     ],
 )
 def test_two_shared_experts_are_too_many(host: str, family: str, pattern: str, zoo: Callable[..., Path]) -> None:
@@ -147,6 +164,10 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("hunyuan_v1_dense", None, "hunyuan_v1_moe"),
         ("cohere2", None, "cohere2_moe"),
         ("lfm2", "LFM2", "lfm2_moe"),
+        ("qwen3_5_text", None, "qwen3_5_moe"),
+        ("youtu", None, "deepseek_v3"),
+        ("seed_oss", None, "glm4_moe"),
+        ("llama", "glm", "glm4_moe"),
     ],
 )
 def test_architecture_may_be_the_start_of_a_name(
@@ -238,6 +259,13 @@ def test_other_model_types_are_refused(
     else:
         assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}, which is no dense family", report)
         assert ", ".join(sorted(FAMILIES)) in report
+
+
+@pytest.mark.parametrize(("host", "family"), [("glm4_moe", "seed_oss"), ("deepseek_v3", "youtu")])
+def test_routers_that_compare_the_two_best_need_two_experts(host: str, family: str, zoo: Callable[..., Path]) -> None:
+    dense = zoo(family)
+    config = merge_config(dense, [dense], mode="random", architecture=host, experts_per_token=1)
+    assert re.search(r"1 expert: its router compares the two best", plan_problems(config))
 
 
 def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_too(zoo: Callable[..., Path]) -> None:

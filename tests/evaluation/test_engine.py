@@ -30,7 +30,7 @@ from tests.architectures.hosts import (
 from tests.evaluation.streamed import LENGTHS, assert_close, open_dense, open_mixture, resident, streamed, texts_of
 from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_without_ray, save_lora, tensors_of
 
-MIXTURES = [(pair, k) for pair in PAIRS for k in pair.experts_per_token]
+MIXTURES = [(pair, k) for pair in PAIRS if pair.can_be_evaluated for k in pair.experts_per_token]
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -101,7 +101,7 @@ def test_a_mixture_is_what_transformers_computes(
         choices[layer, text] = experts
 
     found = streamed(open_mixture(merged.folder), texts, Variant(name="own", see=see))["own"]
-    assert_close(found, resident(model, texts))
+    assert_close(found, resident(model, texts), tolerance=pair.max_difference)
     assert len(choices) == LAYERS * len(texts)
     for number, text in enumerate(texts):
         for layer, scores_TE in enumerate(router_scores(model, text)):
@@ -129,7 +129,7 @@ def router_scores(model: Any, text: list[int]) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.can_be_evaluated], ids=str)
 def test_forced_to_an_expert_it_is_the_base_with_its_ffn(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
     merged, texts = Merged(pair, zoo, tmp_path / "merged", "random"), texts_of()
     own = [number % 3 for number in range(len(texts))]
@@ -142,9 +142,9 @@ def test_forced_to_an_expert_it_is_the_base_with_its_ffn(pair: Pair, zoo: Callab
     shared = merged.shared if pair.shared else None
     grafted = [load_grafted(merged.base, expert, shared, gates) for expert in merged.experts]
     expected = [resident(grafted[expert], [text])[0] for expert, text in zip(own, texts, strict=True)]
-    assert_close(found["oracle"], expected)
+    assert_close(found["oracle"], expected, tolerance=pair.max_difference)
     # Variants share the pass, and nothing else.
-    assert_close(found["own"], resident(load_merged(merged.folder), texts))
+    assert_close(found["own"], resident(load_merged(merged.folder), texts), tolerance=pair.max_difference)
     assert_close(found["two"], found["own"], tolerance=0)
 
 

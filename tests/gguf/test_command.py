@@ -116,7 +116,7 @@ def test_tensors_without_a_place(cli: Cli, merged: Callable[..., Path], tmp_path
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     done = cli(folder, tmp_path / "m.gguf")
     assert done.code == 2
-    assert "1 tensor(s) have no place in a mixtral: model.layers.0.extra.weight" in done.err
+    assert "1 tensor(s) have no place in the file: model.layers.0.extra.weight" in done.err
 
 
 def test_an_unfinished_merge(cli: Cli, merged: Callable[..., Path], tmp_path: Path) -> None:

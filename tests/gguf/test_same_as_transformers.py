@@ -29,6 +29,12 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 1.5,
+}
 BIASES = {"attention_bias": True, "tie_word_embeddings": True}
 
 
@@ -67,6 +73,13 @@ MERGES = (
     Case("llama", "qwen2_moe", "qwen2moe", shared=True, top=3, model={"tie_word_embeddings": True}),
     Case("qwen3", "qwen3_moe", "qwen3moe", model={"tie_word_embeddings": True}),
     Case("qwen3", "qwen3_moe", "qwen3moe", model={"head_dim": 24, "rope_scaling": YARN}),
+    Case("granite", "granitemoe", "granitemoe", model={**MULTIPLIERS, "attention_bias": True}),
+    Case("granite", "granitemoeshared", "granitemoe", shared=True, model={**MULTIPLIERS, "rope_scaling": LLAMA3}),
+    Case("ernie4_5", "ernie4_5_moe", "llama"),
+    Case("ernie4_5", "ernie4_5_moe", "bailingmoe", shared=True),
+    Case("helium", "ernie4_5_moe", "llama"),
+    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe"),
+    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=True, top=1),
 )
 
 
@@ -93,6 +106,9 @@ def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None
         ("mistral", {"head_dim": 24}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
+        ("granite", {**MULTIPLIERS, "mlp_bias": True}),
+        ("ernie4_5", {"use_bias": True}),
+        ("helium", {}),
     ],
 )
 def test_dense_models(family: str, options: dict[str, Any], zoo: Callable[..., Path], tmp_path: Path) -> None:

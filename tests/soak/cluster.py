@@ -65,12 +65,27 @@ class Cluster:
         """A node goes without a word, with all its processes."""
         _end(self.workers.pop(number))
 
+    def cut_off_worker(self, number: int) -> None:
+        """All processes of a node stand still: to others it looks as if its network were gone."""
+        _signal_all(self.workers[number], signal.SIGSTOP)
+
+    def bring_back_worker(self, number: int) -> None:
+        """They go on as if nothing had been; Ray lets none of them in again that it took for dead."""
+        _signal_all(self.workers[number], signal.SIGCONT)
+
 
 @contextmanager
 def ray_cluster(
-    variables: Mapping[str, str], log: Path, cpus: int, *, job_server: bool = False, store_bytes: int = _STORE_BYTES
+    variables: Mapping[str, str],
+    log: Path,
+    cpus: int,
+    *,
+    job_server: bool = False,
+    store_bytes: int = _STORE_BYTES,
+    spill: Path | None = None,
 ) -> Iterator[Cluster]:
-    """Start a head with `variables` in its environment (actors get theirs from it). `store_bytes`: of the object store.
+    """Start a head with `variables` in its environment (actors get theirs from it). `store_bytes`: of the object store;
+    `spill`: the folder for objects that find no room in it, else one of Ray's own.
 
     The logs of worker nodes lie beside `log`.
     """
@@ -85,6 +100,8 @@ def ray_cluster(
     words = ["--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
     words += [f"--include-dashboard={str(job_server).lower()}", f"--dashboard-port={dashboard}"]
     words += ["--include-log-monitor=false", *_common_words(store_bytes)]
+    if spill is not None:
+        words.append(f"--object-spilling-directory={spill}")
     if importlib.util.find_spec("grpc"):  # what Ray Client needs: with it Ray opens a fixed port, without it takes none
         words += [f"--ray-client-server-port={_free_port()}"]
     address, url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}" if job_server else None
@@ -137,16 +154,20 @@ def _wait_for(words: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    _signal_all(process, signal.SIGKILL)
+    process.wait(30)
+
+
+def _signal_all(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To a process first, so that it can't see what becomes of the others, then to all that descend from it."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)  # first, so that it can't see the others go
+        process.send_signal(number)
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
-    process.wait(30)
+                child.send_signal(number)
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ World.reference(case)               the undisturbed merge of the same kind, made
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -64,6 +65,12 @@ class World:
         for client in self._clients.values():
             for bucket in (_SOURCES, _OUTPUTS):
                 client.create_bucket(Bucket=bucket)
+
+    def on(self, cluster: Cluster) -> World:
+        """The same with another cluster."""
+        other = copy.copy(self)
+        other.cluster = cluster
+        return other
 
     def source(self, model: str, server: str | None) -> str:
         """How a config names a model: its folder, or its URL in a server."""

@@ -1,0 +1,32 @@
+"""The scores of an evaluation on tasks, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["print_tasks"]
+
+
+def print_tasks(result: Mapping[str, Any]) -> None:
+    """Print what `raymoe eval --tasks --json` writes on standard output, a row a metric."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    console.print(result["model"], style="bold")
+    table = Table("task", "version", "shots", "examples", "metric", "value", "standard error", box=None, pad_edge=False)
+    for column in (*table.columns[1:4], *table.columns[5:]):
+        column.justify = "right"
+    for name, task in result["tasks"].items():
+        facts = [_shown(task[key]) for key in ("version", "fewshot", "samples")]
+        for metric, value in task["metrics"].items():
+            table.add_row(name, *facts, metric, _shown(value["value"]), _shown(value["stderr"]))
+    console.print(table)
+
+
+def _shown(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,47 @@
+"""A short chaos run: an actor and a node are lost during a gate pass, a driver is killed and one is stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.cases import KINDS, MOMENTS, make_case
+from tests.cli.job_head import MISSING
+
+ROOT = Path(__file__).resolve().parents[2]
+STRUCK = ("actor", "node", "driver", "sigterm")
+SERVERS = ("moto", "juicefs")
+# Chosen for short merges: a gate pass where actors and nodes go, and none where drivers do.
+SEED, FIRST = 58, 5
+
+
+def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:
+    for kind in STRUCK:
+        cases = [make_case(kind, number, 1, SERVERS) for number in range(20)]
+        assert cases == [make_case(kind, number, 1, SERVERS) for number in range(20)]
+        assert cases != [make_case(kind, number, 2, SERVERS) for number in range(20)]
+        assert {case.merge.server for case in cases} == {None, *SERVERS}
+        assert {case.merge.variant.name for case in cases} >= {"ridge", "many shards", "wide"}
+        assert {moment.at for case in cases for moment in case.moments} >= set(MOMENTS) - {"end"}
+        if kind in ("driver", "sigterm"):
+            assert {case.way for case in cases} >= {"command", "job"}
+
+
+@pytest.mark.skipif(bool(MISSING), reason="Ray's job server needs ray[default]")
+def test_every_merge_of_a_short_chaos_run_ends_right(tmp_path: Path) -> None:
+    words = [sys.executable, "scripts/chaos.py", "--kinds", *STRUCK, "--count", "1", "--server", "", "--no-examples"]
+    words += ["--seed", str(SEED), "--first", str(FIRST)]
+    words += ["--logs", str(tmp_path), "--json", str(tmp_path / "counts.json")]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:] + logs
+    cases = json.loads((tmp_path / "counts.json").read_text())["cases"]
+    struck = {
+        kind: [moment for case in cases if case["kind"] == kind for moment in case["struck_at"]] for kind in KINDS
+    }
+    assert all(struck[kind] for kind in STRUCK), struck
+    assert all(case["verdict"] == "identical" and not case["left"] for case in cases)
