@@ -99,8 +99,8 @@ def merge_and_push(
 ) -> Pushed:
     """`merge`, then `push`. The token and the repository are checked before the merge starts.
 
-    `on_merged` is called with the merge's result before the push. After any death the same call goes on, in the merge
-    or, where `output` holds this merge finished, in the push. Raises what `merge` raises, and PushFailed.
+    `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
+    or, where `output` holds this merge finished, in the push alone. Raises what `merge` raises, and PushFailed.
     """
     from raymoe.publish.push import merge_and_push
     from raymoe.runtime.run_report import RunReport

@@ -156,5 +156,5 @@ def _title(record: Mapping[str, Any]) -> str:
 
 def _local_sources(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Models that the record names by a path of this machine."""
-    names = [str(source.get("model", "")) for source in record.get("sources") or []]
+    names = [name for source in record.get("sources") or [] for name in str(source.get("model", "")).split("+")]
     return tuple(dict.fromkeys(name for name in names if name.startswith("/")))

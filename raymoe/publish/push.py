@@ -6,8 +6,8 @@ merge, or, where the output holds this very merge finished, in the push.
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +15,19 @@ from pathlib import Path
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published, recorded_digest
 from raymoe.publish.failures import refusals, server_message
 from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.display import say
-from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.merge import MergeResult, output_of, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
-from raymoe.storage.records import FileRecord
+from raymoe.storage.journal import source_stamps
+from raymoe.storage.records import RECORD_NAME
 from raymoe.text import human_bytes
 
 __all__ = ["merge_and_push", "push_merge"]
@@ -53,25 +54,23 @@ def merge_and_push(
     report: RunReport,
     on_merged: Callable[[MergeResult], None],
 ) -> Pushed:
-    """Merge, call `on_merged`, and publish.
+    """Merge, call `on_merged` (unless the output holds this merge finished), and publish.
 
     Raises ProblemReport before the merge starts, for all that keeps either from being done.
     """
-    started = time.monotonic()
     out = output_of(output, settings)
     is_merged = not settings.overwrite and recorded_digest(output, settings.storage) == plan.digest
-    problems = [*target_problems(target), *([] if is_merged else output_problems(plan, out, settings))]
-    if problems:
+    of_output = _newer_sources(plan, out.location) if is_merged else output_problems(plan, out, settings)
+    if problems := [*target_problems(target), *of_output]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
     repository = open_repository(target, settings.hub)
     if is_merged:
         if not quiet:
-            say(f"{out.location} holds this merge, finished")
+            say(f"{out.location} holds this merge, finished: going on with the push")
         published = open_published(output, target.repo, settings.storage)
         report.output, report.plan_digest = out.location, plan.digest
         report.bytes_kept = published.nbytes
-        on_merged(_kept(out.location, published, plan, time.monotonic() - started))
     else:
         on_merged(run_merge(plan, config, output, settings, report))
         published = open_published(output, target.repo, settings.storage)
@@ -79,20 +78,17 @@ def merge_and_push(
         return _push(published, repository, quiet=quiet)
 
 
-def _kept(location: str, published: Published, plan: MergePlan, seconds: float) -> MergeResult:
-    """The result of a merge that was finished before."""
-    return MergeResult(
-        output=location,
-        files=tuple(FileRecord(name=f.name, size=f.size, checksum="") for f in published.files),
-        warnings=plan.warnings,
-        bytes_written=0,
-        bytes_copied_by_store=0,
-        bytes_kept=published.nbytes,
-        peak_driver_bytes=peak_rss_bytes(),
-        peak_actor_bytes=(),
-        peak_gpu_bytes=(),
-        seconds=seconds,
-    )
+def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
+    """Local models that were written after the merge in a folder was finished: it may not be what they give now."""
+    if is_url(location):
+        return []
+    finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    stamps = source_stamps(file for source in plan.sources for file in source.files)
+    if newer := sorted(name for name, stamp in stamps.items() if stamp > finished):
+        what = f"the merge in this folder is older than its sources: {_some(tuple(newer))}"
+        remedy = "use --overwrite to merge them again, or publish it as it is with `raymoe push`"
+        return [Problem(where=location, what=what, remedy=remedy)]
+    return []
 
 
 def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushed:
@@ -122,7 +118,8 @@ def _plan_lines(published: Published, repository: Repository, comparison: Compar
     if comparison.others and not repository.is_new:
         yield f"note: the repository has other files, which stay: {_some(comparison.others)}"
     if published.local_sources:
-        yield f"note: raymoe.json names folders of this machine: {_some(published.local_sources)}"
+        example = published.local_sources[-1]
+        yield f"note: raymoe.json and the card name folders of this machine, such as {example}"
 
 
 def _some(names: tuple[str, ...]) -> str:

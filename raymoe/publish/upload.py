@@ -166,7 +166,7 @@ class _Sender:
             additions.append(self._send_shard(file))
             self._sent.append(file)
             count, done = f"{len(self._sent)} of {len(self._shards)} shards", sum(each.size for each in self._sent)
-            self._say(f"sent {count}, {human_bytes(done)} of {human_bytes(total)}")
+            self._say(f"on the Hub: {count}, {human_bytes(done)} of {human_bytes(total)}")
         return additions
 
     def _send_shard(self, file: PublishedFile) -> CommitOperationAdd:

@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 import raymoe
 from tests.cli.commands import hashes, start
@@ -117,7 +119,7 @@ def test_merge_and_push_in_one(
     result = tmp_path / "result.json"
     again = command("merge", path, out, *FLAGS, "--private", "--result", result, env=env)
     assert again.returncode == 0
-    assert again.stderr.splitlines()[0] == f"{out} holds this merge, finished"
+    assert again.stderr.splitlines()[0] == f"{out} holds this merge, finished: going on with the push"
     assert again.stderr.splitlines()[-1].startswith(f"pushed: {hub.url}/org/name/commit/")
     assert hashes(out) == before
     assert hub.written["org/name"].private
@@ -126,6 +128,14 @@ def test_merge_and_push_in_one(
     last = command("merge", path, out, *FLAGS, env=env)
     assert last.returncode == 0
     assert last.stderr.splitlines()[-1].startswith("nothing to push")
+    # Sources that were written since are not what is there.
+    later = time.time() + 100
+    base = Path(yaml.safe_load(path.read_text())["base_model"])
+    times = (base / "model.safetensors").stat()
+    os.utime(base / "model.safetensors", (later, later))
+    newer = command("merge", path, out, *FLAGS, env=env)
+    os.utime(base / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert newer.returncode == 2 and "older than its sources" in newer.stderr
     # Another merge's output is no reason to push it under this one's name.
     other = command("merge", config(experts_per_token=1), out, *FLAGS, env=env)
     assert other.returncode == 2 and "holds a finished merge" in other.stderr
