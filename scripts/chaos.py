@@ -14,13 +14,13 @@ Exit status 1 if a merge was wrong or hung, or left something behind. Logs of th
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import signal
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +42,7 @@ Case = dict[str, Any]
 Counted = dict[str, int]
 VERDICTS = (IDENTICAL, RESUMED, "wrong", "hung")
 HEAD_CPUS = 3
+_CASES_A_STRIKE = 3  # at most: not every case is struck
 
 
 def run_kind(world: World, kind: str, strikes: int, arguments: argparse.Namespace, end: float) -> Iterator[Outcome]:
@@ -53,11 +54,14 @@ def run_kind(world: World, kind: str, strikes: int, arguments: argparse.Namespac
         return
     hit = 0
     only = variant_named(arguments.only) if arguments.only else None
-    for number in itertools.count(arguments.first):
+    for number in range(arguments.first, arguments.first + _CASES_A_STRIKE * strikes):
         if hit >= strikes or time.monotonic() > end:
             return
         case = make_case(kind, number, arguments.seed, arguments.servers, only=only, examples=arguments.examples)
-        outcome = run_case(world, case, arguments.logs, arguments.timeout)
+        try:
+            outcome = run_case(world, case, arguments.logs, arguments.timeout)
+        except Exception:
+            outcome = Outcome(case=case, verdict="wrong", problems=[traceback.format_exc()])
         hit += len(outcome.strikes)
         say(outcome, hit, strikes)
         yield outcome

@@ -6,7 +6,9 @@ They have to survive every merge.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +65,12 @@ class FolderPlace(_Base):
         self.path, self.name = path, str(path)
 
     def files(self) -> dict[str, int]:
-        found = [path for path in self.path.rglob("*") if path.is_file()] if self.path.exists() else []
-        return {str(path.relative_to(self.path)): path.stat().st_size for path in sorted(found)}
+        found = {}
+        for path in sorted(self.path.rglob("*")) if self.path.exists() else ():
+            with contextlib.suppress(FileNotFoundError):  # a merge is at work here
+                if stat.S_ISREG((about := path.stat()).st_mode):
+                    found[str(path.relative_to(self.path))] = about.st_size
+        return found
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with open(self.path / name, "rb") as file:
