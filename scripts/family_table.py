@@ -74,11 +74,11 @@ def read_report(report: Path) -> dict[str, Measured]:
 
 def exact_table(measured: dict[str, Measured]) -> str:
     lines = [
-        "| dense models | `model_type` | become | `architecture` | shared expert | copies of one model "
-        "| an expert alone | transformers |",
+        "| dense models | `model_type` | become | `architecture` | shared expert | copies: difference "
+        "| alone: difference | transformers |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    notes = {}
+    notes: dict[str, list[str]] = {}
     for pair in held_pairs():
         parts = [m for name in variants(pair) if (m := measured.get(name)) is not None]
         if not parts:
@@ -94,8 +94,9 @@ def exact_table(measured: dict[str, Measured]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
         if pair.note:
-            notes[pair.host_title] = pair.note
-    lines += ["", *(f"- {title} {note}." for title, note in notes.items())]
+            titles = notes.setdefault(pair.note, [])
+            titles += [pair.host_title] if pair.host_title not in titles else []
+    lines += ["", *(f"- {', '.join(titles)}: {note}." for note, titles in notes.items())]
     return "\n".join(lines)
 
 
@@ -106,7 +107,7 @@ def variants(pair: HeldPair) -> tuple[str, str]:
 
 def summed(parts: list[Measured], kind: str) -> str:
     tests, difference = sum(m.tests[kind] for m in parts), max(m.difference[kind] for m in parts)
-    return f"{tests} tests, {difference:.1e}"
+    return f"{tests} test{'s' * (tests != 1)}, {f'{difference:.1e}' if difference else 'none'}"
 
 
 def refused_table() -> str:

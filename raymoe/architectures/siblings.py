@@ -278,7 +278,7 @@ SIBLINGS = (
         refusals=_hunyuan_refusals,
         dense="hunyuan_v1_dense",
         since="4.57",
-        note="without a shared expert has one of zeros, as wide as the experts",
+        note="without a shared expert there is one of zeros, as wide as the experts",
     ),
     MoeHost(
         name="cohere2_moe",
@@ -316,6 +316,6 @@ SIBLINGS = (
         renormalise_key="norm_topk_prob",
         scores="sigmoid",
         since="5.23",
-        note="divides the chosen scores by their sum plus 1e-6, and is off by that share",
+        note="the chosen scores are divided by their sum plus 1e-6, so that it is off by that share",
     ),
 )

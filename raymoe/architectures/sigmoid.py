@@ -76,7 +76,7 @@ def _zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
     return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, "intermediate"))
 
 
-_NOTE = "without a shared expert has one of zeros, as wide as the experts"
+_NOTE = "without a shared expert there is one of zeros, as wide as the experts"
 
 SIGMOID_HOSTS = (
     MoeHost(

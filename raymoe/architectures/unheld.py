@@ -18,7 +18,7 @@ class UnheldFamily:
 
 
 _NO_GATE = "its FFN is two matrices without a gate, and the experts of every MoE architecture that fits have three"
-_HYBRID = "it is a hybrid of attention and state-space layers, and no MoE architecture has its layers with experts"
+_HYBRID = "it is a hybrid of attention and state-space layers, which raymoe's tables do not describe"
 
 UNHELD: tuple[UnheldFamily, ...] = (
     UnheldFamily(
@@ -134,6 +134,8 @@ UNHELD: tuple[UnheldFamily, ...] = (
             "mixtral",
             "qwen2_moe",
             "qwen3_moe",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
             "olmoe",
             "flex_olmo",
             "granitemoe",

@@ -1,0 +1,99 @@
+"""`raymoe archs`, docs/families.md, the tests' pairs and the tables of the code are of one mind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import transformers
+
+from raymoe.architectures import FAMILIES, HOSTS
+from raymoe.architectures.table import held_pairs, table
+from raymoe.architectures.unheld import UNHELD
+from raymoe.report.archs import print_archs
+from tests.architectures.hosts import PAIRS
+from tests.pico import REPOSITORY
+
+PAGE = REPOSITORY / "docs/families.md"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("family_table", REPOSITORY / "scripts/family_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_names_exactly_the_pairs_of_the_code(script: ModuleType) -> None:
+    page = PAGE.read_text()
+    remedy = "run scripts/family_table.py"
+    assert script.pairs_of_page(page) == [(pair.family, pair.host) for pair in held_pairs()], remedy
+    assert script.refused_of_page(page) == [name for family in UNHELD for name in family.model_types], remedy
+
+
+def test_every_pair_of_the_code_is_tested() -> None:
+    assert {(pair.family, pair.host) for pair in PAIRS} == {(pair.family, pair.host) for pair in held_pairs()}
+    with_shared = {(pair.family, pair.host) for pair in PAIRS if pair.shared}
+    assert {host for _, host in with_shared} == {host.name for host in HOSTS.values() if host.shared}
+
+
+def test_a_family_is_held_or_refused_and_not_both() -> None:
+    refused = [name for family in UNHELD for name in family.model_types]
+    assert len(refused) == len(set(refused))
+    assert not set(refused) & FAMILIES.keys()
+    assert {host.model_type for host in HOSTS.values()} <= set(refused), "a merge is no source of experts"
+    assert {host.dense for host in HOSTS.values()} <= FAMILIES.keys()
+    assert all(set(host.accepts) <= FAMILIES.keys() for host in HOSTS.values())
+
+
+def test_every_named_type_is_one_that_transformers_knows() -> None:
+    known = set(transformers.CONFIG_MAPPING)
+    assert FAMILIES.keys() <= known
+    assert {name for family in UNHELD for name in family.model_types} - known == {"deepseek"}
+
+
+def test_the_table_is_of_measured_rows(script: ModuleType) -> None:
+    measured = {str(pair): script.Measured() for pair in PAIRS}
+    for found in measured.values():
+        found.add(script.COPIES, 2e-6)
+        found.add(script.COPIES, 1e-6)
+        found.add(script.FORCED, 3e-6)
+    page = script.put(f"a\n{script.MARK.format('exact')}{script.MARK.format('exact')}\nb", "exact", "")
+    page = script.put(page, "exact", script.exact_table(measured))
+    assert script.pairs_of_page(page) == script.pairs_of_code()
+    row = next(cells for cells in script.rows_of(page, "exact") if cells[1] == "`granite`")
+    assert row[5:7] == ["2 tests, 2.0e-06", "1 test, 3.0e-06"]
+    with pytest.raises(SystemExit, match="no test of"):
+        script.exact_table({name: found for name, found in measured.items() if "phi3" not in name})
+
+
+def test_archs_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    print_archs(as_json=False)
+    text = capsys.readouterr().out
+    for pair in held_pairs():
+        assert pair.family_title in text and pair.host in text
+    for family in UNHELD:
+        assert family.title in text and family.reason in text
+    print_archs(as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(table()))
+
+
+def test_archs_needs_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from raymoe.cli import app\n"
+        "result = CliRunner().invoke(app, ['archs', '--json'])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

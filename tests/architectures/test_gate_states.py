@@ -1,0 +1,47 @@
+"""What a gate pass sees of each family: the streamed states against hooks on a resident transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymoe.architectures import FAMILIES
+from raymoe.gates.prompts import batches
+from tests.gates.test_decoder_router_inputs import readable, streamed
+from tests.gates.test_streaming import prompts_of
+from tests.pico import load_dense
+
+LENGTHS = (3, 30, 17, 8)
+# Families whose tables are Llama's are looked at in tests/gates.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in FAMILIES if name not in ("llama", "mistral", "qwen2", "qwen3")},
+    "phi3, window": ("phi3", {"sliding_window": 12}),
+    "phi3, part": ("phi3", {"partial_rotary_factor": 0.5}),
+    "youtu, one q": ("youtu", {"q_lora_rank": None}),
+}
+
+
+def hooked(folder: Path, text: Sequence[int]) -> torch.Tensor:
+    """(layers, tokens, hidden): what the FFNs of the resident model get."""
+    model, seen = load_dense(folder), []
+    for layer in model.model.layers:
+        ffn = getattr(layer, FAMILIES[model.config.model_type].ffn)
+        ffn.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].clone()))
+    with torch.inference_mode():
+        model(torch.tensor([text]), use_cache=False)
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_router_inputs_are_what_the_ffns_get(name: str, zoo: Callable[..., Path]) -> None:
+    family, options = OTHERS[name]
+    folder, texts = zoo(family, **options), prompts_of(LENGTHS)
+    found = streamed(readable(folder, last_ffn=True), list(batches(texts)))
+    for text in texts:
+        expected = hooked(folder, text)
+        assert expected[-1].std() > 0.1
+        torch.testing.assert_close(found[tuple(text)], expected, rtol=1e-4, atol=2e-5)
