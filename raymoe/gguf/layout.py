@@ -74,57 +74,72 @@ class GgufTensor:
 def file_tensors(
     spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry], wanted: TensorType
 ) -> tuple[GgufTensor, ...]:
-    """All tensors of the file, those of a layer together."""
-    found: dict[str, list[GgufTensor]] = {}
+    """All tensors of the file: those of no layer, then layer by layer."""
+    tensors = [_tensor(name, sources, wanted, head) for name, sources, head in _dense_rows(spec, target, weights)]
+    if target.rule is not None:
+        for layer in range(spec.layers):
+            mlp = f"model.layers.{layer}.{spec.family.ffn}."
+            for name, sources in _mixture(layer, mlp, target.rule, target, weights):
+                tensors.append(_tensor(name, sources, wanted))
+    tensors += _constants(spec, target)
+    return tuple(sorted(tensors, key=_layer_of))
 
-    def add(
-        layer: int | None, name: str, sources: Sequence[TensorEntry], *, stacked: bool = False, head: int = 0
-    ) -> None:
-        shape = (len(sources), *sources[0].shape) if stacked else sources[0].shape
-        if name.endswith("ffn_gate_inp_shexp.weight"):
-            shape = shape[-1:]
-        kind = _type_of(name, shape, wanted)
-        tensor = GgufTensor(name=name, shape=shape, type=kind, sources=tuple(sources), head=head)
-        found.setdefault("" if layer is None else f"{layer:06}", []).append(tensor)
 
+def _tensor(name: str, sources: Sequence[TensorEntry], wanted: TensorType, head: int = 0) -> GgufTensor:
+    shape = (len(sources), *sources[0].shape) if "_exps." in name else sources[0].shape
+    if name.endswith("ffn_gate_inp_shexp.weight"):
+        shape = shape[-1:]  # one row, which llama.cpp has as a vector
+    return GgufTensor(name=name, shape=shape, type=_type_of(name, shape, wanted), sources=tuple(sources), head=head)
+
+
+def _dense_rows(
+    spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry]
+) -> Iterator[tuple[str, list[TensorEntry], int]]:
+    """(name in the file, sources, rows of a head that change places) of all but a mixture's FFN."""
     for row, layer, name in spec.tensors():
         if row.is_ffn and target.rule is not None:
             continue
         output = (_FFN if row.is_ffn else _BACKBONE)[row.role].format(layer=layer)
-        head = spec.head_dim if target.reorders and row.role in _ROTATED else 0
-        add(layer if row.per_layer else None, output, [weights[name]], head=head)
-    if target.rule is not None:
-        for layer in range(spec.layers):
-            mlp = f"model.layers.{layer}.{spec.family.ffn}."
-            for name, sources, stacked in _mixture(layer, mlp, target.rule, target, weights):
-                add(layer, name, sources, stacked=stacked)
-    if spec.tied and not target.architecture.tied:
-        embedding = next(tensor for tensor in found[""] if tensor.name == _BACKBONE["embed"])
-        add(None, _BACKBONE["lm_head"], embedding.sources)
-    factors = rope_factors(spec) if target.architecture.factors else None
-    if factors is not None:
-        found[""].append(
-            GgufTensor(
-                name="rope_freqs.weight", shape=(len(factors),), type=TYPES["f32"], values=tuple(factors.tolist())
-            )
-        )
-    return tuple(tensor for layer in sorted(found) for tensor in found[layer])
+        if target.architecture.name == "glm4moe":
+            output = output.replace(".ffn_norm.", ".post_attention_norm.")
+        yield output, [weights[name]], spec.head_dim if target.reorders and row.role in _ROTATED else 0
+        if row.role == "embed" and spec.tied and not target.architecture.tied:
+            yield _BACKBONE["lm_head"], [weights[name]], 0
 
 
 def _mixture(
     layer: int, mlp: str, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
-) -> Iterator[tuple[str, list[TensorEntry], bool]]:
-    """(name in the file, sources, whether they are stacked) of what a layer has in the place of its FFN."""
+) -> Iterator[tuple[str, list[TensorEntry]]]:
+    """(name in the file, sources) of what a layer has in the place of its FFN."""
     block = f"blk.{layer}.ffn_"
-    yield f"{block}gate_inp.weight", [weights[f"{mlp}router"]], False
+    yield f"{block}gate_inp.weight", [weights[f"{mlp}router"]]
     for matrix in _MATRICES:
-        experts = [weights[f"{mlp}experts.{expert}.{matrix}"] for expert in range(rule.experts)]
-        yield f"{block}{matrix}_exps.weight", experts, True
+        yield f"{block}{matrix}_exps.weight", [weights[f"{mlp}experts.{e}.{matrix}"] for e in range(rule.experts)]
     if target.shared:
         if rule.gates_shared:
-            yield f"{block}gate_inp_shexp.weight", [weights[f"{mlp}shared_router"]], False
+            yield f"{block}gate_inp_shexp.weight", [weights[f"{mlp}shared_router"]]
         for matrix in _MATRICES:
-            yield f"{block}{matrix}_shexp.weight", [weights[f"{mlp}shared.{matrix}"]], False
+            yield f"{block}{matrix}_shexp.weight", [weights[f"{mlp}shared.{matrix}"]]
+
+
+def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
+    """Tensors whose values follow from the config."""
+    factors = rope_factors(spec) if target.architecture.factors else None
+    if factors is not None:
+        yield _of_values("rope_freqs.weight", factors.tolist())
+    if target.architecture.name == "glm4moe" and target.rule is not None:
+        # An addition to the scores by which experts are chosen; a merge's is zero (`model.open_model` sees to that).
+        for layer in range(spec.layers):
+            yield _of_values(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
+
+
+def _of_values(name: str, values: Sequence[float]) -> GgufTensor:
+    return GgufTensor(name=name, shape=(len(values),), type=TYPES["f32"], values=tuple(values))
+
+
+def _layer_of(tensor: GgufTensor) -> int:
+    parts = tensor.name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else -1
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:

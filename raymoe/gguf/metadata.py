@@ -12,7 +12,7 @@ from typing import Any
 from raymoe.architectures import DenseSpec
 from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
-from raymoe.gguf.targets import Target
+from raymoe.gguf.targets import Target, has_alpha
 from raymoe.gguf.vocabulary import Vocabulary
 
 __all__ = ["add_metadata"]
@@ -70,7 +70,7 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target, tensors: Mapping[st
         writer.add_expert_feed_forward_length(width)
     if target.shared:
         shared = tensors["blk.0.ffn_up_shexp.weight"].shape[0]
-        if target.architecture.name == "bailingmoe":
+        if target.architecture.name in ("bailingmoe", "glm4moe"):
             writer.add_expert_shared_count(shared // width)
             writer.add_expert_weights_scale(1.0)
             writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
@@ -91,8 +91,11 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
     from gguf import RopeScalingType
 
     writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_rope_freq_base(spec.rope_theta)
     scaling = spec.rope_scaling or {"rope_type": "default"}
+    stretch = 1.0
+    if has_alpha(spec):  # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe
+        stretch = scaling["alpha"] ** (spec.head_dim / (spec.head_dim - 2))
+    writer.add_rope_freq_base(spec.rope_theta * stretch)
     # Llama 3's is in the tensor rope_freqs, and dynamic scaling only begins where the context of the file ends.
     if scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

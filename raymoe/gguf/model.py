@@ -34,8 +34,17 @@ __all__ = ["Chunks", "ConvertedModel", "open_model"]
 Chunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
-# ERNIE's addition to router scores, of which only the choice of experts depends: zeros in a merge.
-_ADDED = ".e_score_correction_bias"
+# ERNIE's and GLM's addition to router scores, on which only the choice of experts depends: zeros in a merge.
+_ADDED = "e_score_correction_bias"
+# Mixtures that raymoe writes, but not as GGUF.
+_ONLY_LLAMA_CPP = "which only llama.cpp's own convert_hf_to_gguf.py converts"
+_NOT_CONVERTED = {
+    "flex_olmo": "for which llama.cpp has no architecture",
+    "cohere2_moe": _ONLY_LLAMA_CPP,
+    "deepseek_v3": _ONLY_LLAMA_CPP,
+    "lfm2_moe": _ONLY_LLAMA_CPP,
+    "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
+}
 _AS_WRITTEN = "convert a merge as raymoe wrote it"
 
 
@@ -170,8 +179,9 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     if model_type in DENSE:
         return dense_model(facts, "checkpoint")
     if model_type not in MIXTURES:
-        what = f"model_type is {model_type!r}, which raymoe can't convert"
+        why = _NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
         remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
+        what = f"model_type is {model_type!r}, {why}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
     try:
         model = mixture_model(facts)

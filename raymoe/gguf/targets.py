@@ -9,6 +9,7 @@ weights of a token's experts are made of the router's scores, and what a shared 
     qwen2moe    not made to sum to one, plus a shared expert times the sigmoid of its gate
     granitemoe  made to sum to one, with or without a shared expert, and Granite's multipliers
     hunyuan-moe the same, always with a shared expert, and norms on queries and keys behind the rotary embedding
+    glm4moe     sigmoids in the place of the softmax, made to sum to one, plus a shared expert
 
 So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
 empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
@@ -29,7 +30,7 @@ from raymoe.architectures import DenseSpec
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import RoutingRule
 
-__all__ = ["DENSE", "MIXTURES", "Architecture", "Target", "choose_target"]
+__all__ = ["DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha"]
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
@@ -43,7 +44,9 @@ _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 # Settings that may be there with these values, which are llama.cpp's too.
-_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
+_ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
+    {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": 1, "mscale_all_dim": 1}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +55,12 @@ class Architecture:
 
     `interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i + d/2);
     rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
-    `tied`: the output matrix may be left out, and is the embedding then. The rest are biases that it adds.
+    `scores`: what it makes of the router's before the highest are chosen. `tied`: the output matrix may be left out,
+    and is the embedding then. The rest are biases that it adds.
     """
 
     name: str
+    scores: str = "softmax"
     interleaved: bool = False
     factors: bool = False
     tied: bool = True
@@ -74,6 +79,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="qwen3moe"),
             Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
             Architecture(name="hunyuan-moe", factors=True, qkv_bias=True),
+            Architecture(name="glm4moe", scores="sigmoid", qkv_bias=True),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
             Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
@@ -101,9 +107,10 @@ MIXTURES = (
     "granitemoeshared",
     "ernie4_5_moe",
     "hunyuan_v1_moe",
+    "glm4_moe",
 )
 # Families whose mixture has an architecture of its own, for whatever it is made of.
-_OWN = {"granite": "granitemoe", "hunyuan_v1_dense": "hunyuan-moe"}
+_OWN = {"granite": "granitemoe", "hunyuan_v1_dense": "hunyuan-moe", "seed_oss": "glm4moe"}
 # Families whose rotary embedding turns neighbours in transformers too (`rotate_half` in their modelling files).
 _TURNS_NEIGHBOURS = ("ernie4_5", "helium")
 
@@ -133,6 +140,8 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
     reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
+    if rule is not None and rule.scores != architecture.scores:
+        reasons.append(f"router scores by {rule.scores}: it has {architecture.scores}")
     if reasons:
         what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
         raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
@@ -198,14 +207,24 @@ def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
         return
     unset = object()
     for key, value in spec.rope_scaling.items():
+        if key == "alpha" and has_alpha(spec):
+            continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
             yield f"RoPE scaling {kind!r} with {key} {value!r}"
+
+
+def has_alpha(spec: DenseSpec) -> bool:
+    """Whether `dynamic` scaling is Hunyuan's: a larger theta from the first token on."""
+    scaling = spec.rope_scaling or {}
+    return (
+        spec.model_type.startswith("hunyuan") and scaling.get("rope_type") == "dynamic" and bool(scaling.get("alpha"))
+    )
 
 
 def _context(spec: DenseSpec) -> tuple[int, list[str]]:
     """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
     context, warnings = spec.max_positions, []
-    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic":
+    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic" and not has_alpha(spec):
         warnings.append(
             f"dynamic RoPE scaling is left out: it begins after {context} tokens, the file's context length"
         )

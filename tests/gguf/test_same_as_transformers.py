@@ -28,6 +28,7 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+ALPHA = {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
@@ -79,7 +80,10 @@ MERGES = (
     Case("ernie4_5", "ernie4_5_moe", "bailingmoe", shared=True),
     Case("helium", "ernie4_5_moe", "llama"),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe"),
+    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"rope_scaling": ALPHA}),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=True, top=1),
+    Case("qwen2", "glm4_moe", "glm4moe"),
+    Case("llama", "glm4_moe", "glm4moe", shared=True, model={"head_dim": 24}),
 )
 
 
