@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.sources.hub_errors import is_network_error, reason_of
 
-__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "server_message", "stops"]
+__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "stops"]
 
 TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
 
@@ -75,9 +75,9 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
         return _first_line(error), "name the repository as org/name"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such branch", "name a branch; one that is missing is made from main"
-    if not isinstance(error, errors.HfHubHTTPError) or status is None:
+    if status is None:  # not all errors of an answer are of the library's own type
         return None
-    said = f" ({message})" if (message := server_message(error)) else ""
+    said = f" ({message})" if (message := _server_message(error)) else ""
     if status == 401:
         return f"the Hub refuses the token{said}", token
     if status in (402, 403):
@@ -89,7 +89,7 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
     return f"the Hub answered {status}{said}", again if status >= 500 else f"mend that, then {again}"
 
 
-def server_message(error: BaseException | None) -> str:
+def _server_message(error: BaseException) -> str:
     """The Hub's own words on one line; empty where it has none."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     message = headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""

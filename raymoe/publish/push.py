@@ -18,7 +18,7 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published, recorded_digest
-from raymoe.publish.failures import refusals, server_message
+from raymoe.publish.failures import refusals
 from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.display import say
@@ -97,7 +97,7 @@ def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushe
             say(text)
 
     if published.card is not None:
-        _check_card(published.card)
+        _check_card(published.card, repository)
     comparison = compare(published, repository)
     for line in _plan_lines(published, repository, comparison):
         tell(line)
@@ -127,18 +127,20 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _check_card(card: str) -> None:
+def _check_card(card: str, repository: Repository) -> None:
     """Have the Hub look at the card before anything is sent: it would refuse the commit after all is."""
-    import yaml
-    from huggingface_hub import ModelCard
+    # Documented (package_reference/utilities), if not re-exported for type checkers.
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
+    url, asked = f"{repository.api.endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
     with refusals("README.md"):
-        try:
-            ModelCard(card).validate()
-        except (ValueError, yaml.YAMLError) as error:
-            what = f"the Hub refuses its metadata: {server_message(error.__context__) or error}"
+        response = http_backoff("POST", url, json=asked, headers=build_hf_headers())
+        if response.status_code == 400:
+            reasons = "; ".join(str(each.get("message")) for each in response.json().get("errors", []))
+            what = f"the Hub refuses its metadata: {reasons or response.text}"
             remedy = "correct the lines between '---' at its head, in the output"
-            raise ProblemReport([Problem(where="README.md", what=what, remedy=remedy)]) from None
+            raise ProblemReport([Problem(where="README.md", what=what, remedy=remedy)])
+        hf_raise_for_status(response)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME
 from raymoe.text import human_bytes
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, RepoFile
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.hf_api import RepoFile
 
 __all__ = ["Comparison", "Pushed", "compare", "upload"]
 
@@ -64,7 +65,7 @@ class Comparison:
 def compare(published: Published, repository: Repository) -> Comparison:
     """Look at the branch. Weights there that are not this merge's are to be removed: a reader that takes all weights
     of a folder would mix two models. Raises ProblemReport."""
-    from huggingface_hub import RepoFile
+    from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
     with refusals(target.repo):
