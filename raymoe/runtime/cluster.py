@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.planning.types import MergePlan
 from raymoe.report.display import say
+from raymoe.runtime.autoscaler import has_autoscaler
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
@@ -26,6 +28,8 @@ __all__ = ["Slots", "connected", "expert_actors", "placed", "slots_for"]
 
 _START_GRACE_S = 5
 _START_TIMEOUT_S = 60
+_GROW_TIMEOUT_S = 1800  # machines with GPUs may be hours away, but then a job is better submitted again
+_SAY_EVERY_S = 30
 _REACH_TIMEOUT_S = 10
 _RESTARTS = 2
 _CPUS = 1.0  # an actor's
@@ -36,7 +40,8 @@ _SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
     """The actors that run at once, by where they are started; what each is given, how many of them read prompts at
-    once, how many layers' routers and shards each works on side by side, and whether it runs a model."""
+    once, how many layers' routers and shards each works on side by side, and whether it runs a model. `may_grow`: an
+    autoscaler is there to make room for those that do not fit."""
 
     seats: tuple[Seat, ...]
     gpus: float
@@ -44,6 +49,7 @@ class Slots:
     layers_at_once: int
     shards_at_once: int
     runs_model: bool
+    may_grow: bool = False
 
 
 @contextmanager
@@ -103,12 +109,15 @@ def slots_for(
     compute: bool,
     quantise: str | None,
     placement: Placement | None = None,
+    experts: int = 1,
+    reads_folders: bool = True,
     beside_driver: bool = False,
     shares_reads: bool = False,
 ) -> Slots:
-    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `beside_driver`: one
-    of them is to be on the driver's node, if there is room. `shares_reads`: gates and shards read the same objects,
-    each actor its own once.
+    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `experts`: how many
+    actors a cluster with an autoscaler is to have room for; `reads_folders`: some sources are local folders.
+    `beside_driver`: one actor is to be on the driver's node, if there is room. `shares_reads`: gates and shards read
+    the same objects, each actor its own once.
 
     Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
     """
@@ -117,11 +126,15 @@ def slots_for(
     wanted = settings.gpus_per_expert
     if wanted is None:
         wanted = 1.0 if gpus >= 1 and compute and settings.device != "cpu" else 0.0
-    if problems := _resource_problems(nodes, wanted, quantise):
-        raise ProblemReport(problems)
-    if placement is not None and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
-        raise ProblemReport(problems)
     fit = sum(node.room(wanted) for node in nodes)
+    # New nodes have no folders but shared ones: for models in folders they are waited for only if nothing else helps.
+    may_grow = (not fit or (experts > fit and not reads_folders)) and has_autoscaler()
+    if problems := _resource_problems(nodes, wanted, quantise, may_grow=may_grow):
+        raise ProblemReport(problems)
+    if placement is not None and fit and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
+        raise ProblemReport(problems)
+    if may_grow:
+        fit = max(fit, experts)
     # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
     readers = fit if wanted else max(1, int(cpus) // COMPUTE_THREADS)
     actors = max(1, min(jobs, fit, settings.actors or (readers if shares_reads else jobs)))
@@ -145,22 +158,23 @@ def slots_for(
         layers_at_once=layers_at_once,
         shards_at_once=shards_at_once,
         runs_model=compute,
+        may_grow=may_grow,
     )
 
 
-def _resource_problems(nodes: Sequence[Node], gpus: float, quantise: str | None) -> list[Problem]:
-    """What keeps even one actor from any node."""
+def _resource_problems(nodes: Sequence[Node], gpus: float, quantise: str | None, *, may_grow: bool) -> list[Problem]:
+    """What keeps even one actor from any node, of those that are there or may come."""
     problems = []
     has = "; ".join(node.words for node in nodes)
     most = max((node.gpus for node in nodes), default=0.0)
-    if gpus > most:
+    if gpus > most and not may_grow:
         what = f"{gpus:g} GPUs an expert were asked for, but no node has more than {most:g}: {has}"
         problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
     if quantise and not gpus:
         what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
         remedy = "run on a cluster with GPUs, or leave the flag out: layers are streamed, so that no model is too large"
         problems.append(Problem(where=f"--load-in-{quantise}", what=what, remedy=remedy))
-    if not problems and not any(node.room(gpus) for node in nodes):
+    if not problems and not may_grow and not any(node.room(gpus) for node in nodes):
         what = f"no node has room for an actor with {_CPUS:g} CPU and {gpus:g} GPU: {has}"
         remedy = "start Ray with the machine's CPUs (ray start --num-cpus), or add a node"
         problems.append(Problem(where="Ray cluster", what=what, remedy=remedy))
@@ -168,10 +182,10 @@ def _resource_problems(nodes: Sequence[Node], gpus: float, quantise: str | None)
 
 
 def placed(plan: MergePlan, also: Mapping[str, Iterable[SourceFile]] | None = None) -> Placement | None:
-    """What the cluster's nodes have of the plan's sources; None where that makes no difference: on one node, and where
-    no source is a local folder. `also` are further files that a shard needs, by its name."""
+    """What the cluster's nodes have of the plan's sources; None where that makes no difference: on one node that can do
+    it all, and where no source is a local folder. `also` are further files that a shard needs, by its name."""
     nodes = cluster_nodes()
-    if len(nodes) < 2:
+    if len(nodes) < 2 and any(node.room(0.0) for node in nodes):
         return None
     needs = Needs(plan, also)
     return Placement(needs, ask_nodes(needs.files, nodes), driver_node()) if needs.files else None
@@ -199,7 +213,7 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
         for number, seat in enumerate(slots.seats)
     ]
     try:
-        _wait_for_one(actors, slots)
+        _wait_for_one(actors, slots, quiet=settings.verbosity < 0)
         yield actors
     finally:
         for actor in actors:
@@ -214,7 +228,7 @@ def _strategy(seat: Seat) -> Any:
     return NodeAffinitySchedulingStrategy(seat.node_id, soft=not seat.only_there, _spill_on_unavailable=seat.spills)
 
 
-def _wait_for_one(actors: list[Any], slots: Slots) -> None:
+def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
     """Wait for all actors a while, and longer for one of them: the rest may come later (see schedule.py).
 
     A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
@@ -224,11 +238,15 @@ def _wait_for_one(actors: list[Any], slots: Slots) -> None:
 
     calls = [actor.where.remote() for actor in actors]
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
-    if not answered:
-        answered, _ = ray.wait(calls, num_returns=1, timeout=_START_TIMEOUT_S - _START_GRACE_S)
+    limit = _GROW_TIMEOUT_S if slots.may_grow else _START_TIMEOUT_S
+    end = time.monotonic() + limit - _START_GRACE_S
+    while not answered and (left := end - time.monotonic()) > 0:
+        if slots.may_grow and not quiet:
+            say(f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {slots.gpus:g} GPU want room")
+        answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, _SAY_EVERY_S))
     if not answered:
         raise MergeFailed(
-            f"no actor with {_CPUS:g} CPU and {slots.gpus:g} GPU could be started within {_START_TIMEOUT_S} s; "
+            f"no actor with {_CPUS:g} CPU and {slots.gpus:g} GPU could be started within {limit} s; "
             f"the cluster has: {'; '.join(node.words for node in cluster_nodes())}. Other work may hold its resources."
         )
     failures = []

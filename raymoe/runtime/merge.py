@@ -94,6 +94,8 @@ def run_merge(
             compute=reads_layers,
             quantise=plan.gates.quantise,
             placement=placement,
+            experts=len(plan.gates.experts),
+            reads_folders=any("://" not in file.location for file in _all_files(plan)),
             beside_driver=not is_url(target.location),
             shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
         )

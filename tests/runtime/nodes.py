@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Nodes", "can_hide_folders"]
+__all__ = ["Nodes", "can_hide_folders", "free_port"]
 
 _START_S = 90
 
@@ -50,7 +50,7 @@ class Nodes:
         # Sockets lie in this folder, and their paths may not be long.
         self._ray = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
         (self._ray / "token").write_text(secrets.token_hex(32))
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._names: list[str] = []
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -80,13 +80,13 @@ class Nodes:
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"]
         words += [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={store_bytes}"]
         words += ["--disable-usage-stats", "--include-log-monitor=false", "--min-worker-port=0", "--max-worker-port=0"]
-        words += [f"--dashboard-agent-listen-port={_free_port()}"]
+        words += [f"--dashboard-agent-listen-port={free_port()}"]
         env = {key: value for key, value in self.env.items() if key != "RAY_ADDRESS"}
         if not self.processes:
             words += ["--head", f"--port={self.address.split(':')[1]}", f"--temp-dir={self._ray}/ray"]
             words += ["--include-dashboard=false"]
             if importlib.util.find_spec("grpc"):  # what Ray Client needs: with it Ray opens a fixed port
-                words += [f"--ray-client-server-port={_free_port()}"]
+                words += [f"--ray-client-server-port={free_port()}"]
         else:
             words += [f"--address={self.address}"]
         log = self._ray / f"{name}.log"
@@ -135,7 +135,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
