@@ -16,7 +16,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
 from raymoe.gguf.layout import GgufTensor, file_tensors
 from raymoe.gguf.metadata import add_metadata
-from raymoe.gguf.model import ConvertedModel, open_model
+from raymoe.gguf.model import ConvertedModel, is_zero, open_model
 from raymoe.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
 from raymoe.gguf.progress import GgufProgress
 from raymoe.gguf.targets import Target, choose_target
@@ -108,7 +108,9 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
     )
     if problems or target is None or vocabulary is None:
         raise ProblemReport(problems)
-    kind = TYPES[options.type or model.weights["model.embed_tokens.weight"].dtype.lower()]
+    # No type of ggml's matrices is as wide as F64.
+    own = model.weights["model.embed_tokens.weight"].dtype.lower()
+    kind = TYPES[options.type or own.replace("f64", "f32")]
     conversion = _Conversion(
         model=model,
         target=target,
@@ -127,7 +129,7 @@ def _shared_is_empty(model: ConvertedModel) -> bool:
     downs = [entry for name, entry in model.weights.items() if name.endswith(".mlp.shared.down")]
     if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
         return False
-    return not any(any(chunk) for entry in downs for chunk in model.chunks(entry))
+    return all(is_zero(entry, model.chunks) for entry in downs)
 
 
 def _type_warnings(conversion: _Conversion) -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raymoe import api
 from raymoe.architectures import DenseSpec
 from raymoe.config import config_warnings
@@ -45,6 +47,9 @@ _NOT_CONVERTED = {
     "lfm2_moe": _ONLY_LLAMA_CPP,
     "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
 }
+# Settings of other mixtures that raymoe's have at these values, or not at all.
+_PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
+_SHOWN = 4
 _AS_WRITTEN = "convert a merge as raymoe wrote it"
 
 
@@ -159,7 +164,8 @@ def _model(
     prepare: Callable[[Callable[[str], None]], None],
 ) -> ConvertedModel:
     found = _evaluated(facts)
-    _check_no_more(facts, found, chunks)
+    if found.rule is not None:
+        _check_mixture(facts, found, chunks)
     return ConvertedModel(
         label=facts.label,
         spec=found.spec,
@@ -191,17 +197,46 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     return model
 
 
-def _check_no_more(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
-    """Raises ProblemReport for tensors of a mixture that would be left out, but for those of zeros that only add."""
-    if model.rule is None:
-        return
+def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
+    """Whether every number of a tensor is zero; it is read as far as that takes."""
+    return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
+
+
+def _check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
+    """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
+
+    Additions to router scores of zeros are no loss; other tensors, sizes and settings that raymoe does not write are.
+    """
     used = {ref.entry.name for ref in model.weights.values()}
     left = []
     for name, entry in sorted(facts.index.tensors.items()):
         if name in used or name.endswith(model.spec.family.ignored):
             continue
-        if not name.endswith(_ADDED) or any(any(chunk) for chunk in chunks(entry)):
+        if not name.endswith(_ADDED) or not is_zero(entry, chunks):
             left.append(name)
-    if left:
-        what = f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN)])
+    found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
+    for name, expected in _shapes(model):
+        if (shape := model.weights[name].entry.shape) != expected:
+            found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
+    for key, plain in _PLAIN.items():
+        if (value := facts.config.get(key)) not in (None, plain):
+            found.append(f"{key} is {value!r}, and only {plain!r} is converted")
+    if found:
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN) for what in found[:_SHOWN]])
+
+
+def _shapes(model: EvaluatedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape that it must have) of each tensor; how wide experts are, the first of them says."""
+    spec, rule = model.spec, model.rule
+    assert rule is not None
+    for row, _, name in spec.tensors():
+        if not row.is_ffn:
+            yield name, spec.shape_of(row)
+    width = model.weights[f"model.layers.0.{spec.family.ffn}.experts.0.up"].entry.shape[0]
+    for layer in range(spec.layers):
+        prefix = f"model.layers.{layer}.{spec.family.ffn}."
+        yield f"{prefix}router", (rule.experts, spec.hidden)
+        for expert in range(rule.experts):
+            yield f"{prefix}experts.{expert}.gate", (width, spec.hidden)
+            yield f"{prefix}experts.{expert}.up", (width, spec.hidden)
+            yield f"{prefix}experts.{expert}.down", (spec.hidden, width)

@@ -119,6 +119,26 @@ def test_tensors_without_a_place(cli: Cli, merged: Callable[..., Path], tmp_path
     assert "1 tensor(s) have no place in the file: model.layers.0.extra.weight" in done.err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_key_value_heads", 4, r"k_proj\.weight has shape \(32, 64\), expected \(64, 64\)"),
+        ("routed_scaling_factor", 2.5, "routed_scaling_factor is 2.5, and only 1.0 is converted"),
+        ("num_local_experts", 2, r"no place in the file: model\.layers\.0\.block_sparse_moe\.experts\.2"),
+        ("num_experts_per_tok", 4, "num_experts_per_tok is 4"),
+    ],
+)
+def test_configs_that_do_not_fit(
+    key: str, value: Any, message: str, cli: Cli, merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(merged("llama", "mixtral"), tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    done = cli(folder, tmp_path / "m.gguf")
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+
+
 def test_an_unfinished_merge(cli: Cli, merged: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged("llama", "mixtral"), tmp_path / "unfinished"))
     (folder / ".raymoe").mkdir()
