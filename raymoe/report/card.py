@@ -27,15 +27,21 @@ PLACE = "<this folder>"
 
 _EXAMPLES = 2
 _EXAMPLE_CHARACTERS = 60
-# Architectures of vLLM's registry of models (0.11), and those that llama.cpp's converter and loader have.
+# Architectures in vLLM's registry of models (read at its commit 0002bff0), and those that `raymoe gguf` writes for llama.cpp.
 _IN_VLLM = frozenset(
     f"{name}ForCausalLM"
     for name in (
-        *("Mixtral", "Deepseek", "Qwen2Moe", "Qwen3Moe", "FlexOlmo", "GraniteMoe", "GraniteMoeShared"),
-        *("Ernie4_5_Moe", "HunYuanMoEV1", "Lfm2Moe", "Olmoe", "PhiMoE"),
+        *("Mixtral", "Deepseek", "DeepseekV3", "Ernie4_5_Moe", "FlexOlmo", "Glm4Moe", "GraniteMoe"),
+        *("GraniteMoeShared", "HunYuanMoEV1", "Lfm2Moe", "Qwen2Moe", "Qwen3Moe"),
     )
 )
-_IN_LLAMA_CPP = frozenset(("MixtralForCausalLM", "DeepseekForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"))
+_IN_LLAMA_CPP = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Mixtral", "Deepseek", "Ernie4_5_Moe", "Glm4Moe", "GraniteMoe", "GraniteMoeShared", "HunYuanMoEV1"),
+        *("Qwen2Moe", "Qwen3Moe"),
+    )
+)
 
 
 def model_card(
@@ -44,8 +50,15 @@ def model_card(
     """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
     models."""
     host = HOSTS[plan.host]
-    sections = (_head(plan, config, host), _experts(plan, config, summary), _routers(config, summary))
-    lines = [line for section in (*sections, _loading(host), _licences(sources), _making(config)) for line in section]
+    sections = (
+        _head(plan, config, host),
+        _experts(plan, config, summary),
+        _routers(config, summary),
+        _loading(host, config),
+        _licences(sources),
+        _making(config),
+    )
+    lines = [line for section in sections for line in section]
     return f"---\n{_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
 
 
@@ -142,20 +155,25 @@ def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str
     yield ""
 
 
-def _loading(host: MoeHost) -> Iterator[str]:
+def _loading(host: MoeHost, config: MergeConfig) -> Iterator[str]:
     yield "## Use it"
+    yield ""
+    trust = "" if host.since else ", trust_remote_code=True"
+    yield f"With transformers {host.since} or later:" if host.since else "With transformers, and the model's own code:"
     yield ""
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
-    yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")'
+    yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
     yield "```"
     yield ""
     if host.architecture in _IN_VLLM:
         yield f'With vLLM: `vllm serve "{PLACE}"`'
         yield ""
-    if host.architecture in _IN_LLAMA_CPP:
+    # llama.cpp does not make the weights of the chosen experts sum to one where this host has a shared expert.
+    is_refused = host.name == "qwen2_moe" and config.shared_experts and config.experts_per_token < len(config.experts)
+    if host.architecture in _IN_LLAMA_CPP and not is_refused:
         yield "For llama.cpp, in the folder of a copy: `raymoe gguf . model.gguf --type q8_0`"
         yield ""
 

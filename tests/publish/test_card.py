@@ -180,6 +180,14 @@ def test_how_to_load_it(zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("qwen3"), [zoo("qwen3", seed=1), zoo("qwen3", seed=2)], mode="random")
     text = card_of(config, HubOptions()).text
     assert 'from_pretrained("<this folder>", dtype="auto")' in text
+    assert "With transformers 4.57 or later:" in text
     assert 'vllm serve "<this folder>"' in text and "raymoe gguf . model.gguf --type q8_0" in text
     assert "made from a seed: gate mode `random`" in text
     assert json.dumps(None) not in text
+    config = merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="random")
+    assert "trust_remote_code=True" in card_of(config | {"architecture": "deepseek"}, HubOptions()).text
+    config = merge_config(
+        zoo("qwen2"), [zoo("qwen2", seed=n) for n in (1, 2, 3)], mode="random", shared=zoo("qwen2", seed=1)
+    )
+    assert "raymoe gguf" not in card_of(config, HubOptions()).text
+    assert "raymoe gguf" in card_of(config | {"experts_per_token": 3}, HubOptions()).text
