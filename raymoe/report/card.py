@@ -27,7 +27,7 @@ PLACE = "<this folder>"
 
 _EXAMPLES = 2
 _EXAMPLE_CHARACTERS = 60
-# Architectures in vLLM's registry of models (read at its commit 0002bff0), and those that `raymoe gguf` writes for llama.cpp.
+# Architectures in vLLM's registry of models (read at its commit 0002bff0), and those that `raymoe gguf` writes.
 _IN_VLLM = frozenset(
     f"{name}ForCausalLM"
     for name in (
