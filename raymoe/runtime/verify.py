@@ -18,7 +18,7 @@ from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
 from raymoe.report.record import prompt_records
-from raymoe.runtime.cluster import connected, expert_actors, slots_for
+from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
 from raymoe.runtime.other_nodes import OtherNodes
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import run_jobs
@@ -154,7 +154,14 @@ def _tensor_differences(
 ) -> list[str]:
     with connected(settings), Progress(plan, settings.verbosity, "compared") as progress:
         compute = MODES[plan.gates.mode].reads_layers
-        slots = slots_for(settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise)
+        beside = {
+            shard.file_name: [written[p.tensor.name].file for p in shard.parts if p.tensor.name in written]
+            for shard in plan.shards
+        }
+        placement = placed(plan, beside)
+        slots = slots_for(
+            settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise, placement=placement
+        )
         with expert_actors(slots, location, settings) as actors:
             outcome = run_jobs(
                 plan,
@@ -164,6 +171,7 @@ def _tensor_differences(
                 readers=slots.readers,
                 layers_at_once=slots.layers_at_once,
                 shards_at_once=slots.shards_at_once,
+                needs=placement.needs if placement is not None else None,
             )
         rows = outcome.rows | random_gate_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
