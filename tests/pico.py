@@ -87,6 +87,17 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.6,
         "attention_multiplier": 0.2,
     },
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 80,
+        "position_embedding_type": "rope",
+        "layer_types": ["full_attention"] * LAYERS,
+        "mamba_n_heads": 8,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.2,
+    },
     "cohere2": {
         "layer_norm_eps": 1e-4,
         "logit_scale": 1.3,

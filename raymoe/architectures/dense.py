@@ -61,8 +61,9 @@ class DenseFamily:
     `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
     construction. `carried` are keys of the family's own that its hosts have too, under the same names.
     `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
-    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `adjust` gives values that
-    follow from others.
+    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `limits` says
+    what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
+    nothing of a mixture.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
     `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
     """
@@ -79,7 +80,9 @@ class DenseFamily:
     reads_layer_types: bool = False
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     turns_part: bool = False
+    limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+    dropped: tuple[str, ...] = ()
     ffn: str = "mlp"
     final_norm: str = "norm"

@@ -1,4 +1,4 @@
-"""The dense families that experts come from, and what their configs mean.
+"""The dense families that experts come from.
 
 Names, shapes and defaults: transformers' modelling and configuration files of each family (`models/llama`,
 `models/olmo2`, ...), which follow the layout of the checkpoints on the Hub.
@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raymoe.architectures.configs import (
+    cohere2_windows,
+    granite4_limits,
+    lfm2_kinds,
+    lfm2_width,
+    phi3_values,
+    qwen3_5_kinds,
+    qwen3_5_rope,
+    qwen_windows,
+    windows_everywhere,
+)
 from raymoe.architectures.dense import DenseFamily
 from raymoe.architectures.rows import (
-    ATTENTION,
     COHERE2_ROWS,
-    CONV,
+    GRANITE4_ROWS,
     HUNYUAN_ROWS,
     LFM2_ROWS,
-    LINEAR,
     LLAMA_ROWS,
     MLA_ROWS,
     OLMO2_ROWS,
@@ -25,79 +34,6 @@ from raymoe.architectures.rows import (
 )
 
 __all__ = ["FAMILIES"]
-
-# --- what a config says, where families differ
-
-
-def _windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    window = config["sliding_window"]
-    return (window, (True,) * layers) if window else (None, (False,) * layers)
-
-
-def _qwen_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    window = config["sliding_window"]
-    if not window or not config["use_sliding_window"]:
-        return None, (False,) * layers
-    types = config.get("layer_types")
-    if types:
-        sliding = tuple(kind == "sliding_attention" for kind in types)
-    else:
-        sliding = tuple(layer >= config["max_window_layers"] for layer in range(layers))
-    return (window, sliding) if any(sliding) else (None, sliding)
-
-
-def _cohere2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Layers with a window have RoPE, the others have none: which is which matters even where no window bites."""
-    types = config.get("layer_types")
-    if types:
-        return config["sliding_window"], tuple(kind == "sliding_attention" for kind in types)
-    pattern = config["sliding_window_pattern"]
-    return config["sliding_window"], tuple((layer + 1) % pattern != 0 for layer in range(layers))
-
-
-def _lfm2_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    types = config.get("layer_types")
-    if types:
-        return tuple(types)
-    attention = config.get("full_attn_idxs")
-    return tuple(ATTENTION if attention is None or layer in attention else CONV for layer in range(layers))
-
-
-def _qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    every = config["full_attention_interval"]
-    return tuple(config.get("layer_types") or (ATTENTION if n % every == 0 else LINEAR for n in range(1, layers + 1)))
-
-
-def _qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of RoPE in the newer form, which has more than theta and scaling."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    for key in ("rope_theta", "partial_rotary_factor"):
-        rope.setdefault(key, config[key])
-    return {"rope_parameters": rope}
-
-
-def _lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The width of the FFN, which is not what the key says unless `block_auto_adjust_ff_dim` is off."""
-    width = config["intermediate_size"]
-    if config["block_auto_adjust_ff_dim"]:
-        multiple = config["block_multiple_of"]
-        width = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3))
-        width = multiple * ((width + multiple - 1) // multiple)
-    return {"intermediate_size": width}
-
-
-def _phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE scaling under the name and with the keys that it has elsewhere."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
-        return {}
-    rope.update(rope_type="longrope", original_max_position_embeddings=config["original_max_position_embeddings"])
-    rope.pop("type", None)
-    return {"rope_scaling": rope}
-
-
-# --- defaults
 
 _COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -147,7 +83,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="mistral",
             title="Mistral",
             rows=LLAMA_ROWS,
-            windows=_windows_everywhere,
+            windows=windows_everywhere,
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 131072,
@@ -160,7 +96,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="qwen2",
             title="Qwen2, Qwen2.5",
             rows=LLAMA_ROWS,
-            windows=_qwen_windows,
+            windows=qwen_windows,
             reads_layer_types=True,
             fixed={"qkv_bias": True},
             defaults=_QWEN_DEFAULTS,
@@ -169,7 +105,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="qwen3",
             title="Qwen3",
             rows=LLAMA_ROWS,
-            windows=_qwen_windows,
+            windows=qwen_windows,
             reads_layer_types=True,
             switches=_ALL_BIASES,
             fixed={"qk_norm": True},
@@ -179,11 +115,11 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="qwen3_5_text",
             title="Qwen3.5 (text)",
             rows=QWEN3_5_ROWS,
-            kinds=_qwen3_5_kinds,
+            kinds=qwen3_5_kinds,
             reads_layer_types=True,
             switches=_ALL_BIASES,
             carried=(*_QWEN3_5_SIZES, "rope_parameters"),
-            adjust=_qwen3_5_rope,
+            adjust=qwen3_5_rope,
             defaults={
                 **_COMMON_DEFAULTS,
                 "num_key_value_heads": 4,
@@ -249,9 +185,9 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="phi3",
             title="Phi-3, Phi-3.5, Phi-4",
             rows=PHI3_ROWS,
-            windows=_windows_everywhere,
+            windows=windows_everywhere,
             turns_part=True,
-            adjust=_phi3_values,
+            adjust=phi3_values,
             defaults={
                 **_COMMON_DEFAULTS,
                 "rms_norm_eps": 1e-5,
@@ -285,6 +221,30 @@ FAMILIES: Mapping[str, DenseFamily] = {
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 2048,
+                **dict.fromkeys(_GRANITE_MULTIPLIERS, 1.0),
+                **_BOS_EOS,
+            },
+        ),
+        DenseFamily(
+            model_type="granitemoehybrid",
+            title="Granite 4 (dense, without Mamba)",
+            rows=GRANITE4_ROWS,
+            keys={"intermediate_size": ("shared_intermediate_size", "intermediate_size")},
+            switches=_ALL_BIASES,
+            carried=_GRANITE_MULTIPLIERS,
+            limits=granite4_limits,
+            ffn="shared_mlp",
+            dropped=(
+                "layers_block_type",
+                "position_embedding_type",
+                "time_step_limit",
+                *(f"mamba_{key}" for key in ("n_heads", "n_groups", "d_state", "d_head", "d_conv")),
+                *(f"mamba_{key}" for key in ("expand", "chunk_size", "conv_bias", "proj_bias")),
+            ),
+            defaults={
+                **_COMMON_DEFAULTS,
+                "max_position_embeddings": 2048,
+                "num_local_experts": 8,
                 **dict.fromkeys(_GRANITE_MULTIPLIERS, 1.0),
                 **_BOS_EOS,
             },
@@ -340,7 +300,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="Command R7B, Command A (Cohere 2)",
             rows=COHERE2_ROWS,
             keys={"rms_norm_eps": ("layer_norm_eps",)},
-            windows=_cohere2_windows,
+            windows=cohere2_windows,
             reads_layer_types=True,
             switches=_ALL_BIASES,
             carried=("logit_scale",),
@@ -366,11 +326,19 @@ FAMILIES: Mapping[str, DenseFamily] = {
                 "intermediate_size": ("block_ff_dim", "intermediate_size"),
                 "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
             },
-            kinds=_lfm2_kinds,
+            kinds=lfm2_kinds,
             reads_layer_types=True,
-            adjust=_lfm2_width,
+            adjust=lfm2_width,
             carried=("conv_L_cache", "conv_bias"),
             ffn="feed_forward",
+            dropped=(
+                "block_dim",
+                "block_ff_dim",
+                "block_auto_adjust_ff_dim",
+                "block_ffn_dim_multiplier",
+                "block_multiple_of",
+                "full_attn_idxs",
+            ),
             final_norm="embedding_norm",
             defaults={
                 **_COMMON_DEFAULTS,

@@ -13,6 +13,7 @@ __all__ = [
     "ATTENTION",
     "COHERE2_ROWS",
     "CONV",
+    "GRANITE4_ROWS",
     "HUNYUAN_ROWS",
     "LFM2_ROWS",
     "LINEAR",
@@ -130,6 +131,25 @@ PHI3_ROWS = (
         shape=("q_out+2*kv_out", "hidden"),
         holds=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
     ),
+    _FINAL_NORM,
+    _HEAD,
+)
+# Granite 4 without state-space layers: its FFN has the name and the form of a mixture's shared expert.
+GRANITE4_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    _norm("post", "post_attention_layernorm"),
+    *_attention("k"),
+    *_attention("o"),
+    *_attention("q"),
+    *_attention("v"),
+    TensorRow(
+        role="ffn.gate_up",
+        name=f"{_LAYER}shared_mlp.input_linear.weight",
+        shape=("2*intermediate", "hidden"),
+        holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+    ),
+    TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
     _FINAL_NORM,
     _HEAD,
 )

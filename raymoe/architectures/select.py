@@ -23,7 +23,7 @@ def select_host(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: st
 
     `forced` is the config's `architecture` and may be the start of a host's name or title ("qwen", "Mixtral").
     """
-    candidates: Sequence[MoeHost] = list(HOSTS.values())
+    candidates: Sequence[MoeHost] = [host for host in HOSTS.values() if base.model_type in host.accepts]
     if forced is not None:
         candidates = _named(forced)
         if not candidates:

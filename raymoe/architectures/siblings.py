@@ -67,6 +67,7 @@ def _granite_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         "num_local_experts": moe.experts,
         "attention_bias": spec.qkv_bias,
+        "shared_intermediate_size": 0,
         "output_router_logits": False,
     }
 
@@ -218,7 +219,7 @@ SIBLINGS = (
         title="Granite MoE",
         model_type="granitemoe",
         architecture="GraniteMoeForCausalLM",
-        accepts=("granite",),
+        accepts=("granite", "granitemoehybrid"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
         expert=_GRANITE_EXPERTS,
         router=_GRANITE_MOE + "router.layer.weight",
@@ -233,7 +234,7 @@ SIBLINGS = (
         title="Granite MoE with a shared expert",
         model_type="granitemoeshared",
         architecture="GraniteMoeSharedForCausalLM",
-        accepts=("granite",),
+        accepts=("granite", "granitemoehybrid"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
         expert=_GRANITE_EXPERTS,
         router=_GRANITE_MOE + "router.layer.weight",

@@ -150,6 +150,8 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     if problems:
         return problems
     family = FAMILIES[model_type]
+    if limits := family.limits(merged):
+        return [Problem(where=where, what=reason, remedy="`raymoe archs` lists what works") for reason in limits]
     merged |= family.adjust(merged)
     problems = [*_check_heads(merged, where), *_check_layers(family, merged, where)]
     return problems or _build(family, merged)

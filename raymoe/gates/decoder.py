@@ -18,6 +18,7 @@ import torch
 
 from raymoe.architectures import FAMILIES
 from raymoe.config.modes import EMBEDDING
+from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.embeddings import embedding_rows
 from raymoe.gates.loading import LayerLoader, compute_dtype, load_weight
 from raymoe.gates.prompts import Batch
@@ -46,6 +47,28 @@ def _look(visit: Visit, layer: int, number: int, ffn: torch.nn.Module, args: tup
     visit(layer, number, args[0])
 
 
+def _configuration(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family."""
+    import transformers
+
+    model_type = config["model_type"]
+    if model_type not in transformers.CONFIG_MAPPING:
+        what = f"transformers {transformers.__version__} has no {model_type} models, which are to read prompts"
+        remedy = "install transformers 5 where this runs, or use a gate mode that reads no layers (cheap_embed, random)"
+        raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
+    keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", "quantization_config")}
+    return transformers.AutoConfig.for_model(model_type, **keys)
+
+
+def _decoded(value: Any) -> Any:
+    """A value of config.json as configuration classes take it: transformers 5 writes infinity as an object."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else dict(value)
+    return value
+
+
 class StreamedDecoder:
     """Runs texts through a model whose weights are loaded layer by layer.
 
@@ -63,13 +86,12 @@ class StreamedDecoder:
         exact: bool = False,
         ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
         self._reader, self._weights = reader, model.weights
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
-        config = {k: v for k, v in model.config.items() if k not in ("model_type", "quantization_config")}
-        self._config: Any = AutoConfig.for_model(model.config["model_type"], **config)
+        self._config = _configuration(model.config)
         self._config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)

@@ -174,7 +174,7 @@ def _output_config(
     base_config: Mapping[str, Any], base: DenseSpec, host: MoeHost, moe: MoeShape, dtype: str
 ) -> dict[str, Any]:
     family_ids = {k: v for k, v in base.family.defaults.items() if k.endswith("_token_id")}
-    kept = {k: v for k, v in base_config.items() if k not in _DROPPED_KEYS}
+    kept = {k: v for k, v in base_config.items() if k not in _DROPPED_KEYS and k not in base.family.dropped}
     output = {**family_ids, **kept, **host_config(host, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
     return dict(sorted(output.items()))
 

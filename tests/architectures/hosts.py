@@ -97,6 +97,8 @@ PAIRS = (
     Pair("olmo2", "flex_olmo"),
     Pair("granite", "granitemoe"),
     Pair("granite", "granitemoeshared", shared=True),
+    Pair("granitemoehybrid", "granitemoe"),
+    Pair("granitemoehybrid", "granitemoeshared", shared=True),
     Pair("ernie4_5", "ernie4_5_moe"),
     Pair("ernie4_5", "ernie4_5_moe", shared=True),
     Pair("helium", "ernie4_5_moe"),

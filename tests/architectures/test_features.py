@@ -241,7 +241,7 @@ def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], 
 def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str, Any] | None) -> None:
     new = make_config(family, **({"rope_scaling": scaling} if scaling else {})).to_dict()
     assert new["rope_parameters"]["rope_theta"] == 20_000.0
-    kept = ("layer_types",) if family in ("cohere2", "lfm2", "qwen3_5_text") else ()
+    kept = ("layer_types",) if family in ("cohere2", "lfm2", "granitemoehybrid") else ()
     old = {k: v for k, v in new.items() if k in kept or k not in ("rope_parameters", "layer_types", "dtype")}
     old |= {"rope_theta": 20_000.0, "rope_scaling": None, "torch_dtype": "float32"}
     if scaling:
@@ -250,7 +250,7 @@ def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str
     assert read_spec(old, "old") == read_spec(new, "new")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granitemoehybrid"])
 def test_keys_left_out_have_the_values_that_transformers_gives_them(family: str) -> None:
     heads = 20 if family == "helium" else 32  # a multiple of how many key-value heads there are by default
     sizes = {"hidden_size": 8 * heads, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": heads}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raymoe.architectures import FAMILIES
+from raymoe.errors import ProblemReport
 from raymoe.gates.prompts import batches
 from tests.gates.test_decoder_router_inputs import readable, streamed
 from tests.gates.test_streaming import prompts_of
@@ -34,6 +35,15 @@ def hooked(folder: Path, text: Sequence[int]) -> torch.Tensor:
     with torch.inference_mode():
         model(torch.tensor([text]), use_cache=False)
     return torch.stack(seen)
+
+
+def test_a_family_that_transformers_does_not_have_is_named(
+    zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = readable(zoo("youtu"), last_ffn=True)
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {"llama": None})
+    with pytest.raises(ProblemReport, match=r"transformers 5\S* has no youtu models(.|\n)*install transformers 5"):
+        streamed(model, [[[3, 4, 5]]])
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -21,6 +21,8 @@ LONG = {
     "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     "original_max_position_embeddings": 64,
 }
+MAMBA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+NO_ROPE = {"position_embedding_type": None}
 PARTIAL = {"partial_rotary_factor": 0.5}
 MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 
@@ -53,9 +55,18 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "biases, helium": (None, "helium", {"attention_bias": True}, {}, r"ERNIE 4.5 MoE: attention_bias: its q, k, v"),
     "head_dim, granite": (None, "granite", {"head_dim": 32}, {}, r"Granite MoE: head_dim 32"),
     "head_dim, olmo2": (None, "olmo2", {"head_dim": 32}, {}, r"FlexOlmo: head_dim 32"),
-    "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite models only"),
+    "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite, granitemoehybrid models only"),
     "olmo2 in mixtral": ("mixtral", "olmo2", {}, {}, r"Mixtral: takes llama, "),
     "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
+    "granite 4, mamba": (None, "granitemoehybrid", MAMBA, {}, r"layer_types has linear_attention: only models whose"),
+    "granite 4, no rope": (None, "granitemoehybrid", NO_ROPE, {}, r"position_embedding_type is None: Granite MoE has"),
+    "granite 4, mixture": (
+        None,
+        "granitemoehybrid",
+        {"num_local_experts": 2},
+        {},
+        r"num_local_experts is 2: it is a mix",
+    ),
     "a part of each head": (
         "mixtral",
         "phi3",
@@ -135,7 +146,8 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
     assert re.search(r"Mixtral: mlp_bias", report)
     assert re.search(r"DeepSeek MoE: mlp_bias.*head_dim 32", report)
     assert re.search(r"Qwen MoE: mlp_bias.*head_dim 32", report)
-    assert re.search(r"Qwen3 MoE: takes qwen3 models only", report)
+    assert re.search(r"GLM-4.5 MoE: mlp_bias", report)
+    assert "Qwen3 MoE" not in report, "hosts of other families have nothing to say"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""What configs say, where families differ: windows, kinds of layers, values that follow from others.
+
+Functions of a config with the family's defaults filled in. Rules: each family's configuration class in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raymoe.architectures.rows import ATTENTION, CONV, LINEAR
+
+__all__ = [
+    "cohere2_windows",
+    "granite4_limits",
+    "lfm2_kinds",
+    "lfm2_width",
+    "phi3_values",
+    "qwen3_5_kinds",
+    "qwen3_5_rope",
+    "qwen_windows",
+    "windows_everywhere",
+]
+
+
+def windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    window = config["sliding_window"]
+    return (window, (True,) * layers) if window else (None, (False,) * layers)
+
+
+def qwen_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    window = config["sliding_window"]
+    if not window or not config["use_sliding_window"]:
+        return None, (False,) * layers
+    types = config.get("layer_types")
+    if types:
+        sliding = tuple(kind == "sliding_attention" for kind in types)
+    else:
+        sliding = tuple(layer >= config["max_window_layers"] for layer in range(layers))
+    return (window, sliding) if any(sliding) else (None, sliding)
+
+
+def cohere2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Layers with a window have RoPE, the others have none: which is which matters even where no window bites."""
+    types = config.get("layer_types")
+    if types:
+        return config["sliding_window"], tuple(kind == "sliding_attention" for kind in types)
+    pattern = config["sliding_window_pattern"]
+    return config["sliding_window"], tuple((layer + 1) % pattern != 0 for layer in range(layers))
+
+
+def lfm2_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    types = config.get("layer_types")
+    if types:
+        return tuple(types)
+    attention = config.get("full_attn_idxs")
+    return tuple(ATTENTION if attention is None or layer in attention else CONV for layer in range(layers))
+
+
+def qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    every = config["full_attention_interval"]
+    return tuple(config.get("layer_types") or (ATTENTION if n % every == 0 else LINEAR for n in range(1, layers + 1)))
+
+
+def qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of RoPE in the newer form, which has more than theta and scaling."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        rope.setdefault(key, config[key])
+    return {"rope_parameters": rope}
+
+
+def lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The width of the FFN, which is not what the key says unless `block_auto_adjust_ff_dim` is off."""
+    width = config["intermediate_size"]
+    if config["block_auto_adjust_ff_dim"]:
+        multiple = config["block_multiple_of"]
+        width = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3))
+        width = multiple * ((width + multiple - 1) // multiple)
+    return {"intermediate_size": width}
+
+
+def granite4_limits(config: Mapping[str, Any]) -> list[str]:
+    """Models of this type may also be hybrids, or mixtures."""
+    kinds = {str(kind) for kind in config.get("layer_types") or config.get("layers_block_type") or ["mamba"]}
+    reasons = []
+    if other := sorted(kinds - {"attention", ATTENTION}):
+        reasons.append(f"layer_types has {', '.join(other)}: only models whose layers all have attention are taken")
+    if config["num_local_experts"]:
+        reasons.append(f"num_local_experts is {config['num_local_experts']!r}: it is a mixture of experts already")
+    if config.get("position_embedding_type") != "rope":
+        what = f"position_embedding_type is {config.get('position_embedding_type')!r}"
+        reasons.append(f"{what}: Granite MoE has RoPE in every layer")
+    return reasons
+
+
+def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE scaling under the name and with the keys that it has elsewhere."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        return {}
+    rope.update(rope_type="longrope", original_max_position_embeddings=config["original_max_position_embeddings"])
+    rope.pop("type", None)
+    return {"rope_scaling": rope}
