@@ -81,7 +81,8 @@ def evaluate(
         try:
             write_evaluation(scores, json_file, None)
         finally:
-            print_tasks(scores)
+            if not quiet:
+                print_tasks(scores)
         return
     options = EvaluationOptions(
         against=parse_against(against),

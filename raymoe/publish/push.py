@@ -64,14 +64,14 @@ def merge_and_push(
     if problems := [*target_problems(target), *of_output]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
-    repository = open_repository(target, settings.hub)
     if is_merged:
+        published = open_published(output, target.repo, settings.storage)
+        repository = open_repository(target, settings.hub)
+        report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
         if not quiet:
             say(f"{out.location} holds this merge, finished: going on with the push")
-        published = open_published(output, target.repo, settings.storage)
-        report.output, report.plan_digest = out.location, plan.digest
-        report.bytes_kept = published.nbytes
     else:
+        repository = open_repository(target, settings.hub)
         on_merged(run_merge(plan, config, output, settings, report))
         published = open_published(output, target.repo, settings.storage)
     with report.phase("push"):

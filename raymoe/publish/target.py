@@ -101,7 +101,7 @@ def open_repository(target: PushTarget, hub: HubOptions) -> Repository:
 def _account_problem(target: PushTarget, account: Mapping[str, Any], api: HfApi) -> Problem | None:
     """Why the token's account can't write there, as far as the Hub tells: fine-grained tokens are not judged here."""
     token = TOKEN_REMEDY.format(endpoint=api.endpoint)
-    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role in _READERS:
         return Problem(where="push", what="the token in use is for reading only", remedy=f"use another: {token}")
     namespace = target.repo.partition("/")[0]

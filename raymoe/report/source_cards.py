@@ -7,6 +7,7 @@ is no reason for a merge to fail.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _LICENCE_TEXTS = {
         'THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND',
     ),
 }
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
         label=label,
         hub_id=on_hub.repo if on_hub else None,
         licence=licence,
-        languages=_texts(metadata.get("language")),
+        languages=_languages(metadata),
         # A folder that is meant by the name here is no model of the Hub.
         bases=tuple(name for name in _texts(metadata.get("base_model")) if _is_model_of_hub(name)),
     )
@@ -131,14 +134,21 @@ def _stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
     names = _texts(metadata.get("license"))
     if len(names) != 1:
         return None  # a list of licences says nothing of which applies to what
-    if names[0].lower() != "other":
-        return Licence(name=names[0].lower())
+    name = names[0].lower()
+    if name != "other":
+        return Licence(name=name) if _LICENCE_ID.fullmatch(name) else None
     title, link = metadata.get("license_name"), metadata.get("license_link")
     if not isinstance(title, str):
         return None
     # A link to a file of the source's own repository leads nowhere from another one.
     is_absolute = isinstance(link, str) and link.startswith("https://")
     return Licence(name="other", title=title, link=link if is_absolute else None)
+
+
+def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The languages as codes, which is all that the Hub takes; none where one is no code."""
+    codes = _texts(metadata.get("language"))
+    return codes if all(_LANGUAGE_CODE.fullmatch(code) for code in codes) else ()
 
 
 def _recognised_licence(folder: Folder) -> Licence | None:

@@ -20,13 +20,11 @@ def print_tasks(result: Mapping[str, Any]) -> None:
     for column in (*table.columns[1:4], *table.columns[5:]):
         column.justify = "right"
     for name, task in result["tasks"].items():
-        facts = [_shown(task[key]) for key in ("version", "fewshot", "samples")]
+        facts = ["-" if task[key] is None else str(task[key]) for key in ("version", "fewshot", "samples")]
         for metric, value in task["metrics"].items():
             table.add_row(name, *facts, metric, _shown(value["value"]), _shown(value["stderr"]))
     console.print(table)
 
 
-def _shown(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

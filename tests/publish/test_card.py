@@ -106,6 +106,7 @@ def test_local_models_and_what_they_were_made_from(models: Callable[..., Path]) 
         ("---\nlicense: [mit, apache-2.0]\n---\n", "nothing that could be read"),
         ("---\nlicense: other\nlicense_name: custom\nlicense_link: LICENSE\n---\n", "custom (other)"),
         ("---\nlicense: other\n---\n", "nothing that could be read"),
+        ("---\nlicense: The Apache Licence\nlanguage: English\n---\n", "nothing that could be read"),
         ("---\n: [broken\n---\n", "nothing that could be read"),
         ("---\n- a list\n---\n", "nothing that could be read"),
         ("# No metadata\n\nlicense: mit\n", "nothing that could be read"),
@@ -114,7 +115,7 @@ def test_local_models_and_what_they_were_made_from(models: Callable[..., Path]) 
 )
 def test_no_licence_where_they_do_not_agree(models: Callable[..., Path], readme: str | None, said: str) -> None:
     card = card_of(local(models("base"), models("law"), models("other", readme)), HubOptions())
-    assert not {"license", "license_name", "license_link"} & card.data.to_dict().keys()
+    assert not {"license", "license_name", "license_link", "language"} & card.data.to_dict().keys()
     assert "No one licence is stated by all models" in card.text
     assert "- `law`: apache-2.0" in card.text and f"- `other`: {said}" in card.text
 
