@@ -39,9 +39,17 @@ _BACKBONE = {
     "attn.o.bias": "blk.{layer}.attn_output.bias",
     "attn.q_norm": "blk.{layer}.attn_q_norm.weight",
     "attn.k_norm": "blk.{layer}.attn_k_norm.weight",
+    "conv.kernel": "blk.{layer}.shortconv.conv.weight",
+    "conv.in": "blk.{layer}.shortconv.in_proj.weight",
+    "conv.out": "blk.{layer}.shortconv.out_proj.weight",
     "norm.post": "blk.{layer}.ffn_norm.weight",
     "norm.final": "output_norm.weight",
     "lm_head": "output.weight",
+}
+# What some architectures call otherwise.
+_OWN_NAMES = {
+    "glm4moe": {"norm.post": "blk.{layer}.post_attention_norm.weight"},
+    "lfm2moe": {"norm.final": "token_embd_norm.weight"},
 }
 _FFN = {
     f"ffn.{matrix}{ending}": f"blk.{{layer}}.ffn_{matrix}.{'bias' if ending else 'weight'}"
@@ -49,6 +57,7 @@ _FFN = {
     for ending in ("", ".bias")
 }
 _ROTATED = ("attn.q", "attn.q.bias", "attn.k", "attn.k.bias")
+_KERNEL = ".shortconv.conv.weight"
 _MATRICES = ("gate", "up", "down")
 
 
@@ -89,6 +98,8 @@ def _tensor(name: str, sources: Sequence[TensorEntry], wanted: TensorType, head:
     shape = (len(sources), *sources[0].shape) if "_exps." in name else sources[0].shape
     if name.endswith("ffn_gate_inp_shexp.weight"):
         shape = shape[-1:]  # one row, which llama.cpp has as a vector
+    if name.endswith(_KERNEL):
+        shape = (shape[0], shape[-1])  # of one channel each
     return GgufTensor(name=name, shape=shape, type=_type_of(name, shape, wanted), sources=tuple(sources), head=head)
 
 
@@ -99,9 +110,8 @@ def _dense_rows(
     for row, layer, name in spec.tensors():
         if row.is_ffn and target.rule is not None:
             continue
-        output = (_FFN if row.is_ffn else _BACKBONE)[row.role].format(layer=layer)
-        if target.architecture.name == "glm4moe":
-            output = output.replace(".ffn_norm.", ".post_attention_norm.")
+        names = _FFN if row.is_ffn else _BACKBONE | _OWN_NAMES.get(target.architecture.name, {})
+        output = names[row.role].format(layer=layer)
         yield output, [weights[name]], spec.head_dim if target.reorders and row.role in _ROTATED else 0
         if row.role == "embed" and spec.tied and not target.architecture.tied:
             yield _BACKBONE["lm_head"], [weights[name]], 0
@@ -127,7 +137,7 @@ def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
     factors = rope_factors(spec) if target.architecture.factors else None
     if factors is not None:
         yield _of_values("rope_freqs.weight", factors.tolist())
-    if target.architecture.name == "glm4moe" and target.rule is not None:
+    if target.architecture.name in ("glm4moe", "lfm2moe") and target.rule is not None:
         # An addition to the scores by which experts are chosen; a merge's is zero (`model.open_model` sees to that).
         for layer in range(spec.layers):
             yield _of_values(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
@@ -143,11 +153,11 @@ def _layer_of(tensor: GgufTensor) -> int:
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:
-    """Vectors and routers are small and sensitive: always f32, as llama.cpp's own converter has them.
+    """Vectors, routers and kernels are small and sensitive: always f32, as llama.cpp's own converter has them.
 
     In a file of 4 bits, embedding and output matrix have 8. Rows that are no whole number of blocks stay f16.
     """
-    if len(shape) == 1 or "ffn_gate_inp" in name:
+    if len(shape) == 1 or "ffn_gate_inp" in name or name.endswith(_KERNEL):
         return TYPES["f32"]
     if wanted.is_quantised and shape[-1] % wanted.block:
         return TYPES["f16"]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.rows import ATTENTION
+from raymoe.evaluation.models import RoutingRule
 from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
 from raymoe.gguf.targets import Target, has_alpha
@@ -40,41 +42,62 @@ def add_metadata(
     writer.add_file_type(kind.file_type)
     if kind.is_quantised:
         writer.add_quantization_version(_QUANTISATION_VERSION)
-    _add_sizes(writer, spec, target, {tensor.name: tensor for tensor in tensors})
+    _add_sizes(writer, spec, target)
+    if target.rule is None:
+        writer.add_feed_forward_length(spec.intermediate)
+    else:
+        _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
     _add_rope(writer, spec)
     if target.architecture.name in ("granite", "granitemoe"):
         _add_multipliers(writer, config)
+    elif target.architecture.name == "cohere2moe":
+        writer.add_logit_scale(spec.extra["logit_scale"])
     _add_vocabulary(writer, vocabulary)
 
 
-def _add_sizes(writer: Any, spec: DenseSpec, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
+def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
+    architecture = target.architecture
     writer.add_block_count(spec.layers)
     writer.add_context_length(target.context)
     writer.add_embedding_length(spec.hidden)
     writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
+    # A layer without heads is one with a short convolution.
+    kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
+    writer.add_head_count_kv(kv_heads or spec.kv_heads)
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab)
-    rule = target.rule
-    if rule is None:
-        writer.add_feed_forward_length(spec.intermediate)
-        return
+    if architecture.name == "cohere2moe":
+        writer.add_layer_norm_eps(spec.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    if architecture.name == "lfm2moe":
+        writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
+    if architecture.windows:
+        writer.add_sliding_window(spec.sliding_window or spec.max_positions)
+        writer.add_sliding_window_pattern(spec.sliding_layers)
+
+
+def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
+    from gguf import ExpertGatingFuncType
+
+    architecture = target.architecture.name
     width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
     # Where an architecture has both lengths, this one is that of layers without experts, of which there are none.
     writer.add_feed_forward_length(width)
     writer.add_expert_count(rule.experts)
     writer.add_expert_used_count(rule.per_token)
-    if target.architecture.name != "llama":
+    if architecture != "llama":
         writer.add_expert_feed_forward_length(width)
+    if architecture in ("bailingmoe", "cohere2moe", "glm4moe", "lfm2moe"):
+        writer.add_leading_dense_block_count(0)
+        writer.add_expert_gating_func(ExpertGatingFuncType[rule.scores.upper()])
+        writer.add_expert_weights_scale(1.0)
+        writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
     if target.shared:
         shared = tensors["blk.0.ffn_up_shexp.weight"].shape[0]
-        if target.architecture.name in ("bailingmoe", "glm4moe"):
+        if architecture in ("bailingmoe", "glm4moe"):
             writer.add_expert_shared_count(shared // width)
-            writer.add_expert_weights_scale(1.0)
-            writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
-            writer.add_leading_dense_block_count(0)
         else:
             writer.add_expert_shared_feed_forward_length(shared)
 

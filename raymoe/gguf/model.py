@@ -42,9 +42,7 @@ _ADDED = "e_score_correction_bias"
 _ONLY_LLAMA_CPP = "which only llama.cpp's own convert_hf_to_gguf.py converts"
 _NOT_CONVERTED = {
     "flex_olmo": "for which llama.cpp has no architecture",
-    "cohere2_moe": _ONLY_LLAMA_CPP,
     "deepseek_v3": _ONLY_LLAMA_CPP,
-    "lfm2_moe": _ONLY_LLAMA_CPP,
     "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
 }
 # Settings of other mixtures that raymoe's have at these values, or not at all.

@@ -10,6 +10,8 @@ weights of a token's experts are made of the router's scores, and what a shared 
     granitemoe  made to sum to one, with or without a shared expert, and Granite's multipliers
     hunyuan-moe the same, always with a shared expert, and norms on queries and keys behind the rotary embedding
     glm4moe     sigmoids in the place of the softmax, made to sum to one, plus a shared expert
+    lfm2moe     sigmoids, made to sum to one; short convolutions in the place of attention on some layers
+    cohere2moe  softmax, made to sum to one; attention and FFN side by side, windows on some layers
 
 So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
 empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
@@ -55,14 +57,16 @@ class Architecture:
 
     `interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i + d/2);
     rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
-    `scores`: what it makes of the router's before the highest are chosen. `tied`: the output matrix may be left out,
-    and is the embedding then. The rest are biases that it adds.
+    `scores`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on the
+    layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. The rest are
+    biases that it adds.
     """
 
     name: str
     scores: str = "softmax"
     interleaved: bool = False
     factors: bool = False
+    windows: bool = False
     tied: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -80,6 +84,8 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
             Architecture(name="hunyuan-moe", factors=True, qkv_bias=True),
             Architecture(name="glm4moe", scores="sigmoid", qkv_bias=True),
+            Architecture(name="cohere2moe", interleaved=True, factors=True, windows=True),
+            Architecture(name="lfm2moe", scores="sigmoid"),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
             Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
@@ -108,11 +114,19 @@ MIXTURES = (
     "ernie4_5_moe",
     "hunyuan_v1_moe",
     "glm4_moe",
+    "cohere2_moe",
+    "lfm2_moe",
 )
 # Families whose mixture has an architecture of its own, for whatever it is made of.
-_OWN = {"granite": "granitemoe", "hunyuan_v1_dense": "hunyuan-moe", "seed_oss": "glm4moe"}
+_OWN = {
+    "cohere2": "cohere2moe",
+    "granite": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-moe",
+    "lfm2": "lfm2moe",
+    "seed_oss": "glm4moe",
+}
 # Families whose rotary embedding turns neighbours in transformers too (`rotate_half` in their modelling files).
-_TURNS_NEIGHBOURS = ("ernie4_5", "helium")
+_TURNS_NEIGHBOURS = ("cohere2", "ernie4_5", "helium")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +159,7 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
     if reasons:
         what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
         raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
-    context, warnings = _context(spec)
+    context, warnings = _context(spec, architecture)
     return Target(
         architecture=architecture,
         context=context,
@@ -167,6 +181,9 @@ class _Reason:
 def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reason:
     """The name of the architecture. Weights over all experts sum to one in any case."""
     sums_to_one = rule.renormalises or rule.per_token == rule.experts
+    if shared and spec.model_type == "cohere2":
+        what = "it adds up its shared expert and the others; llama.cpp's cohere2moe takes the mean of both"
+        return _Reason(what=what, remedy="merge without shared_experts")
     if spec.model_type in _OWN:
         return _OWN[spec.model_type]
     if shared and rule.gates_shared:
@@ -192,6 +209,10 @@ def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[st
     for flag, where in (("qkv_bias", "q, k and v"), ("o_bias", "attention's output"), ("mlp_bias", "the FFN")):
         if getattr(spec, flag) and not getattr(architecture, flag):
             yield f"a bias on {where}: it has none"
+    if spec.extra.get("conv_bias"):
+        yield "a bias on convolutions: it has none"
+    if spec.partial_rotary != 1.0:
+        yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
     if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):
         yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
 
@@ -221,14 +242,14 @@ def has_alpha(spec: DenseSpec) -> bool:
     )
 
 
-def _context(spec: DenseSpec) -> tuple[int, list[str]]:
+def _context(spec: DenseSpec, architecture: Architecture) -> tuple[int, list[str]]:
     """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
     context, warnings = spec.max_positions, []
     if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic" and not has_alpha(spec):
         warnings.append(
             f"dynamic RoPE scaling is left out: it begins after {context} tokens, the file's context length"
         )
-    if spec.sliding_window is not None and spec.sliding_window < context:
+    if spec.sliding_window is not None and spec.sliding_window < context and not architecture.windows:
         context = spec.sliding_window
         warnings.append(
             f"llama.cpp attends to all tokens, the model to the last {context}: the same up to {context} tokens, which "

@@ -83,6 +83,8 @@ MERGES = (
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"rope_scaling": ALPHA}),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=True, top=1),
     Case("qwen2", "glm4_moe", "glm4moe"),
+    Case("lfm2", "lfm2_moe", "lfm2moe"),
+    Case("cohere2", "cohere2_moe", "cohere2moe", model={"sliding_window": 12, "sliding_window_pattern": 3}),
     Case("llama", "glm4_moe", "glm4moe", shared=True, model={"head_dim": 24}),
 )
 
@@ -129,6 +131,13 @@ def test_types(kind: str, close: float, merged: Callable[..., Path], tmp_path: P
     assert close / 100 < off < close
 
 
+def test_kernels_stay_f32(merged: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp convolves in f32 only."""
+    folder = merged("lfm2", "lfm2_moe")
+    written = write_gguf(folder, tmp_path / "model.gguf", GgufOptions(type="f16"))
+    assert CLOSE < difference(load_merged(folder), written.path) < 0.01
+
+
 def test_a_window_ends_the_context(merged: Callable[..., Path], tmp_path: Path) -> None:
     """Beyond its window the model sees less than llama.cpp would: its server takes no longer texts."""
     folder = merged("mistral", "mixtral", model={"sliding_window": 12})
@@ -137,9 +146,17 @@ def test_a_window_ends_the_context(merged: Callable[..., Path], tmp_path: Path) 
     assert LlamaCpp(written.path).props()["default_generation_settings"]["n_ctx"] == 12
 
 
-def test_refused_since_no_architecture_computes_it(merged: Callable[..., Path], tmp_path: Path) -> None:
-    folder = merged("qwen2", "qwen2_moe", shared=True, top=2)
-    wanted = r"a shared expert with a gate, and .* sum to one.*\n.*experts_per_token: 3"
+@pytest.mark.parametrize(
+    ("family", "host", "wanted"),
+    [
+        ("qwen2", "qwen2_moe", r"a shared expert with a gate, and .* sum to one.*\n.*experts_per_token: 3"),
+        ("cohere2", "cohere2_moe", r"cohere2moe takes the mean of both\n.*without shared_experts"),
+    ],
+)
+def test_refused_since_no_architecture_computes_it(
+    family: str, host: str, wanted: str, merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = merged(family, host, shared=True)
     with pytest.raises(ProblemReport, match=wanted):
         write_gguf(folder, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
