@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
-from raymoe.planning.types import MergePlan
+from raymoe.planning.types import MergePlan, Shard
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
@@ -55,7 +55,7 @@ def plan_summary(plan: MergePlan, ways: Mapping[str, int] | None = None) -> dict
         },
         "actor_memory_bytes": actor_memory(plan),
         "shards": [
-            {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": len(s.parts)} for s in plan.shards
+            {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
         ],
         "sources": [
             {"owner": s.owner, "model": s.label, "revision": s.revision, "files": len(s.files)} for s in plan.sources
@@ -114,9 +114,16 @@ def _source_table(plan: MergePlan) -> Any:
     table = Table("source", "model", "writes", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     for source in plan.sources:
-        table.add_row(source.owner, source.label, human_bytes(plan.totals.bytes_by_owner.get(source.owner, 0)))
+        own = plan.totals.bytes_by_owner.get(source.owner)
+        table.add_row(source.owner, source.label, human_bytes(own) if own else "in experts")
+    if "experts" in plan.totals.bytes_by_owner:
+        table.add_row("experts", "all of them, tensor by tensor", human_bytes(plan.totals.bytes_by_owner["experts"]))
     table.add_row("router", f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner["router"]))
     return table
+
+
+def _tensors(shard: Shard) -> int:
+    return len({part.tensor.name for part in shard.parts})
 
 
 def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
@@ -126,7 +133,7 @@ def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
     for column in table.columns[2:]:
         column.justify = "right"
     for shard in plan.shards[:limit]:
-        table.add_row(shard.file_name, shard.owner, str(len(shard.parts)), human_bytes(shard.nbytes))
+        table.add_row(shard.file_name, shard.owner, str(_tensors(shard)), human_bytes(shard.nbytes))
     if len(plan.shards) > limit:
         table.add_row(f"and {len(plan.shards) - limit} more", "", "", "")
     return table

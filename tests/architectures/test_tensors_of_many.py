@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import raymoe
 from raymoe.gates.assemble import router_bytes
 from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergeOptions
+from raymoe.report.display import plan_summary, print_plan
 from raymoe.report.inspect import inspect_checkpoint
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
@@ -185,3 +188,15 @@ def test_an_adapter_of_such_a_tensor_reaches_all_of_it(zoo: Callable[..., Path],
         for name, expected in zip(("w1", "w3"), both.chunk(2), strict=True):
             written = merged[f"{prefix}block_sparse_moe.experts.0.{name}.weight"]
             torch.testing.assert_close(written, expected, rtol=0, atol=1e-6)
+
+
+def test_a_plan_says_what_all_experts_write_together(
+    zoo: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = zoo("granite")
+    plan = raymoe.plan(merge_config(dense, [dense] * 2, mode="random"), allow_all_same=True)
+    print_plan(plan, as_json=False)
+    text = capsys.readouterr().out
+    assert re.search(r"expert 1 .* in experts\nexperts +all of them, tensor by tensor +\d", text)
+    (shard,) = [shard for shard in plan_summary(plan)["shards"] if shard["owner"] == "experts"]
+    assert shard["tensors"] == 2 * LAYERS
