@@ -63,7 +63,7 @@ def read_vocabulary(
     llama.cpp has none for, or that is not known to be one of its own.
     """
     tokens, model, pre = _tokens(files, pre, label)
-    if max(tokens.text) >= size:
+    if max(tokens.text, default=0) >= size:
         what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
         raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
     for number in range(size):
@@ -210,14 +210,18 @@ def _special(
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(path.absolute())
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
-    said = _read_config(files)
+        said = _read_config(files)
+        try:
+            special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            what = f"the gguf package can't read this tokenizer: {type(error).__name__} {error}"
+            raise ProblemReport([Problem(where=str(next(iter(files.values()))), what=what, remedy=_FILES)]) from error
     numbers = {text: number for number, text in tokens.text.items()}
     for kind in special.special_token_types:
         # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
         token = said.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in numbers:
+        if isinstance(text, str) and text in numbers:
             special.special_token_ids[kind] = numbers[text]
     special.add_special_token = _added_around(files, said, special.special_token_ids)
     return special

@@ -133,6 +133,32 @@ def test_broken_tokenizers(content: str, message: str, model: Path) -> None:
         write_gguf(model, model / "model.gguf", GgufOptions(pre="gpt-2"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: can't be read"),
+        ("tokenizer_config.json", '{"chat_template": {"a": 1}, "bos_token": ["<s>"]}', None),
+        ("tokenizer.json", {"merges": [1, 2]}, "the gguf package can't read this tokenizer"),
+        ("tokenizer.json", {"vocab": {}, "merges": []}, None),
+        ("tokenizer.model", "no protobuf", r"tokenizer\.model: can't be read"),
+    ],
+)
+def test_odd_files(name: str, content: Any, message: str | None, model: Path) -> None:
+    """They are refused, or what can be read is taken, but none ends in a traceback."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    if isinstance(content, dict):
+        tokenizer["model"] |= content
+        content = json.dumps(tokenizer)
+    elif name == "tokenizer.model":
+        (model / "tokenizer.json").unlink()
+    (model / name).write_text(content)
+    if message is None:
+        write_gguf(model, model / "model.gguf")
+        return
+    with pytest.raises(ProblemReport, match=message):
+        write_gguf(model, model / "model.gguf")
+
+
 def test_no_tokenizer(model: Path) -> None:
     made.put(model)
     with pytest.raises(ProblemReport, match=r"neither a tokenizer\.json nor a tokenizer\.model.*\n.*of the base model"):
