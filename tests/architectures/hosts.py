@@ -13,7 +13,7 @@ import transformers
 
 from raymoe.architectures import FAMILIES, DenseFamily
 from tests.architectures.deepseek_reference import load_deepseek
-from tests.pico import load_dense, merge_config
+from tests.pico import MODES, load_dense, merge_config
 
 WINDOW = 12
 # Keys of dense configs: RoPE scalings, and a window for all layers of a Qwen.
@@ -62,6 +62,16 @@ class Pair:
     @property
     def can_be_evaluated(self) -> bool:
         return "partial_rotary_factor" not in self.options
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """All gate modes for the first pair of a family, and for the first of a host with and without a shared expert.
+
+        They read the family and write the host; no mode knows which family is in which host.
+        """
+        same_family = next(pair for pair in PAIRS if pair.family == self.family)
+        same_host = next(pair for pair in PAIRS if (pair.host, pair.shared) == (self.host, self.shared))
+        return MODES if self in (same_family, same_host) else ("random",)
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.architectures.hosts import PAIRS, WINDOW, Pair, load_grafted, load_merged
-from tests.pico import MODES, load_dense, logits_of, merge_without_ray, token_ids
+from tests.pico import load_dense, logits_of, merge_without_ray, token_ids
 
 TOKENS = 40
 assert TOKENS > 3 * WINDOW
@@ -17,7 +17,7 @@ assert TOKENS > 3 * WINDOW
 CASES = [
     pytest.param(pair, mode, per_token, id=f"{pair}-{mode}-{per_token}")
     for pair in PAIRS
-    for mode in MODES
+    for mode in pair.modes
     for per_token in pair.experts_per_token
 ]
 SHARED = [pair for pair in PAIRS if pair.shared]
