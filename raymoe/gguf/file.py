@@ -71,9 +71,11 @@ class PartFile:
         """Whether the lock is ours, on the file that has the name: another run may have moved it to its place since."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._descriptor), self.part.stat())
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError:
+            pass  # a filesystem without locks
+        return self.part.exists() and os.path.samestat(os.fstat(self._descriptor), self.part.stat())
 
     def continue_after_header(self, size: int) -> None:
         """Go on behind what has been written under the name `part`; the file will have `size` more bytes."""

@@ -188,11 +188,10 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
         what = f"model_type is {model_type!r}, {why}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
     try:
-        model = mixture_model(facts)
+        return mixture_model(facts)
     except ProblemReport as report:
         # The remedies there speak of evaluating.
         raise ProblemReport([replace(p, remedy=_AS_WRITTEN) for p in report.problems]) from None
-    return model
 
 
 def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
