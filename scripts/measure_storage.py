@@ -37,12 +37,14 @@ import json, sys
 import ray, raymoe
 from raymoe.planning import MergeOptions
 from raymoe.runtime.cluster import Slots, expert_actors
+from raymoe.runtime.placement import Seat
 from raymoe.runtime.settings import RuntimeSettings
 
 config, output = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 settings = RuntimeSettings(verbosity=-1)
-with expert_actors(Slots(actors=1, cpus=1.0, gpus=0.0), output, settings) as (actor,):
+slots = Slots(seats=(Seat(),), gpus=0.0, readers=1, layers_at_once=1, shards_at_once=1, runs_model=False)
+with expert_actors(slots, output, settings) as (actor,):
     ray.get(actor.where.remote())
     idle = ray.get(actor.status.remote()).peak_rss_bytes
 options = MergeOptions(max_shard_bytes=5_000_000_000)
