@@ -91,7 +91,7 @@ class WritableHub(HubServer):
         root = self.snapshot(repo_id, revision)
         return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
-    def history(self, repo_id: str, revision: str = "main") -> list[str]:
+    def history(self, repo_id: str) -> list[str]:
         """The messages of all commits of a repository, oldest first."""
         return list(self.written[repo_id].messages.values())
 
