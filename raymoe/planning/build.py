@@ -137,7 +137,8 @@ def _assemble(
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
-    warnings = [w for m in members for w in expert_warnings(base, m.spec, _key(m))]
+    warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
+    warnings += [w for m in members for w in expert_warnings(base, m.spec, _key(m))]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import raymoe
 from raymoe.architectures import FAMILIES
 from raymoe.architectures.unheld import why_not
+from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from tests.architectures.hosts import DYNAMIC, LLAMA3, WINDOW, YARN
-from tests.pico import LAYERS, copy_model, merge_config, plan_problems, tensors_of
+from tests.evaluation.streamed import open_mixture
+from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems
 
 LONG = {
     "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
@@ -336,79 +337,6 @@ def test_a_config_value_that_makes_no_sense_is_named(
     assert re.search(rf"base_model \(.*/other/config.json\): .*{key}", report), report
 
 
-# --- weights that are not what config.json says
-
-ATTENTION, FFN = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.mark.parametrize("prompt_model", ["base", "expert", "grafted"])
-@pytest.mark.parametrize("name", [ATTENTION, FFN, "model.norm.weight", "model.embed_tokens.weight"])
-def test_a_tensor_that_the_base_lacks_is_named(
-    name: str, prompt_model: str, zoo: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = copy_model(zoo("llama"), tmp_path / "base", tensors={name: None})
-    report = plan_problems(merge_config(base, [zoo("llama")] * 2, prompt_model=prompt_model))
-    assert re.search(rf"base_model \(.*\): 1 tensor\(s\) missing: {re.escape(name)}", report), report
-
-
-def test_a_missing_head_has_its_own_remedy(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    base = copy_model(zoo("llama"), tmp_path / "base", tensors={"lm_head.weight": None})
-    report = plan_problems(merge_config(base, [zoo("llama")] * 2))
-    assert re.search(r"missing: lm_head.weight\n.*tie_word_embeddings: true", report)
-
-
-def test_many_missing_tensors_are_counted(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    names = [name for name in tensors_of(zoo("llama")) if ".mlp." in name]
-    expert = copy_model(zoo("llama"), tmp_path / "expert", tensors=dict.fromkeys(names))
-    report = plan_problems(merge_config(zoo("llama"), [expert, zoo("llama", seed=1)]))
-    assert len(names) == 3 * LAYERS
-    assert re.search(r"experts\[0\].*: 9 tensor\(s\) missing: .* and 5 more", report)
-
-
-def test_an_expert_needs_no_more_than_is_read_of_it(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    base = zoo("llama")
-    attention = [name for name in tensors_of(base) if ".mlp." not in name]
-    ffn_only = copy_model(base, tmp_path / "ffn", tensors=dict.fromkeys(attention))
-    for mode, prompt_model in (("hidden", "base"), ("hidden", "grafted"), ("cheap_embed", "expert")):
-        config = merge_config(base, [ffn_only, zoo("llama", seed=1)], mode=mode, prompt_model=prompt_model)
-        assert raymoe.plan(config).host == "mixtral"
-    config = merge_config(base, [ffn_only, zoo("llama", seed=1)], prompt_model="expert")
-    assert re.search(r"experts\[0\].*tensor\(s\) missing: model.embed_tokens.weight", plan_problems(config))
-
-
-@pytest.mark.parametrize("place", ["base_model", "experts[1]"])
-def test_a_tensor_that_no_row_names_is_an_error(place: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
-    dense = zoo("llama")
-    extra = {
-        "model.layers.0.self_attn.q_norm.weight": torch.ones(16),
-        "model.layers.3.mlp.up_proj.weight": torch.ones(1),
-    }
-    other = copy_model(dense, tmp_path / "other", tensors=extra)
-    base, expert = (other, dense) if place == "base_model" else (dense, other)
-    report = plan_problems(merge_config(base, [dense, expert], mode="random"))
-    assert re.search(rf"{re.escape(place)}.*2 tensor\(s\) that a llama model does not have: ", report)
-    assert "model.layers.0.self_attn.q_norm.weight" in report
-    assert "model.layers.3.mlp.up_proj.weight" in report
-
-
-def test_a_tensor_of_another_shape_is_named(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    dense = zoo("llama")
-    other = copy_model(dense, tmp_path / "other", tensors={FFN: torch.ones(96, 60), ATTENTION: torch.ones(64)})
-    report = plan_problems(merge_config(other, [dense, dense], mode="random"))
-    assert re.search(
-        rf"base_model.*2 tensor\(s\) with a shape.*{re.escape(FFN)} is \[96, 60\], expected \[96, 64\]", report
-    )
-    assert re.search(rf"{re.escape(ATTENTION)} is \[64\], expected \[64, 64\]", report)
-    report = plan_problems(merge_config(dense, [dense, other], mode="random"))
-    assert re.search(rf"experts\[1\].*1 tensor\(s\) with a shape.*{re.escape(FFN)}", report)
-
-
-def test_integer_weights_are_refused(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    dense = zoo("llama")
-    other = copy_model(dense, tmp_path / "other", tensors={FFN: torch.ones(96, 64, dtype=torch.int32)})
-    assert re.search(r"I32", plan_problems(merge_config(dense, [other, dense], mode="random")))
-
-
 def test_dynamic_rope_is_held_by_deepseek_and_mixtral_alike(zoo: Callable[..., Path]) -> None:
     dense = zoo("llama", rope_scaling=DYNAMIC)
     configs = {}
@@ -418,3 +346,22 @@ def test_dynamic_rope_is_held_by_deepseek_and_mixtral_alike(zoo: Callable[..., P
     assert configs["mixtral"] == {"rope_type": "dynamic", "factor": 2.0}
     assert configs["deepseek"]["type"] == "dynamic"
     assert configs["deepseek"]["factor"] == 2.0
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(False, 1), (True, 0)])
+def test_a_shared_expert_of_zeros_is_warned_of(shared: bool, expected: int, zoo: Callable[..., Path]) -> None:
+    dense = zoo("seed_oss")
+    config = merge_config(dense, [dense] * 2, mode="random", shared=dense if shared else None)
+    warnings = raymoe.plan(config, allow_all_same=True).warnings
+    assert [w for w in warnings if "one of zeros" in w] == [
+        "GLM-4.5 MoE: without a shared expert there is one of zeros, as wide as the experts"
+    ] * expected
+
+
+def test_a_mixture_that_turns_a_part_of_each_head_has_no_dense_model_to_evaluate_it_with(
+    zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = zoo("phi3", **PARTIAL)
+    merge_without_ray(merge_config(dense, [dense] * 2, mode="random"), tmp_path / "merged")
+    with pytest.raises(ProblemReport, match=r"partial_rotary_factor is 0.5: no dense model has this attention"):
+        open_mixture(tmp_path / "merged")
