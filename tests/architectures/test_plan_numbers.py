@@ -41,6 +41,21 @@ MISTRAL_7B = {
 }
 
 
+def sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **other: object
+) -> dict[str, object]:
+    """Keys of a config.json; what is left out is the family's default."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        **other,
+    }
+
+
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistral-7b")
@@ -95,3 +110,28 @@ def test_importing_and_planning_need_neither_torch_nor_ray(zoo: Callable[..., Pa
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+# model_type, sizes of its config.json, parameters as published
+PUBLISHED: dict[str, tuple[str, dict[str, object], float]] = {
+    "Phi-4": ("phi3", sizes(5120, 17920, 40, 40, 10, 100352), 14.66e9),
+    "OLMo-2-1124-7B": ("olmo2", sizes(4096, 11008, 32, 32, 32, 100352), 7.30e9),
+    "granite-3.1-8b-base": ("granite", sizes(4096, 12800, 40, 32, 8, 49155, tie_word_embeddings=True), 8.17e9),
+    "ERNIE-4.5-0.3B": ("ernie4_5", sizes(1024, 3072, 18, 16, 2, 103424), 0.36e9),
+    "Seed-OSS-36B": ("seed_oss", sizes(5120, 27648, 64, 80, 8, 155136), 36.15e9),
+    "c4ai-command-r7b": ("cohere2", sizes(4096, 14336, 32, 32, 8, 256000), 8.03e9),
+    "LFM2-1.2B": (
+        "lfm2",
+        sizes(2048, 12288, 16, 32, 8, 65536, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+        1.17e9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models(name: str) -> None:
+    model_type, config, expected = PUBLISHED[name]
+    spec = read_spec({"model_type": model_type, **config}, name)
+    assert isinstance(spec, DenseSpec)
+    found = sum(math.prod(spec.shape_of(row)) for row, _, _ in spec.tensors())
+    assert found == pytest.approx(expected, rel=0.003)
