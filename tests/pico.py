@@ -91,7 +91,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "num_local_experts": 0,
         "shared_intermediate_size": 80,
         "position_embedding_type": "rope",
-        "layer_types": ["full_attention"] * LAYERS,
+        "layer_types": ["attention"] * LAYERS,
         "mamba_n_heads": 8,
         "embedding_multiplier": 3.0,
         "logits_scaling": 0.7,

@@ -28,14 +28,19 @@ def print_archs(*, as_json: bool) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
     exact = Table("dense models", "model_type", "become", "architecture", "shared expert", "transformers", box=None)
     last = ""
+    notes: dict[str, list[str]] = {}
     for pair in held_pairs():
         names = (pair.family_title, pair.family) if pair.family != last else ("", "")
         since = f"{pair.since} and later" if pair.since else "code of its own"
         exact.add_row(*names, pair.host_title, pair.host, _SHARED[pair.shared_expert], since)
         last = pair.family
+        if pair.note and pair.host_title not in notes.setdefault(pair.note, []):
+            notes[pair.note].append(pair.host_title)
     console.print("A merge of copies of one model computes exactly what that model computes:", style="bold")
     console.print(exact)
     console.print("\nThe first one named is taken where a config has no `architecture`.")
+    for note, titles in notes.items():
+        console.print(f"{', '.join(titles)}: {note}.")
     refused = Table("dense models", "why not", box=None)
     for family in UNHELD:
         refused.add_row(f"{family.title} ({', '.join(family.model_types)})", family.reason)

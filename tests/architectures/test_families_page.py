@@ -81,6 +81,8 @@ def test_archs_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert pair.family_title in text and pair.host in text
     for family in UNHELD:
         assert family.title in text and family.reason in text
+    assert all(host.note in text for host in HOSTS.values())
+    assert text.count(HOSTS["glm4_moe"].note) == 1
     print_archs(as_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(table()))
 
