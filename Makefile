@@ -13,6 +13,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 BASE := models/SmolLM2-135M-Instruct
 # Rebuilt when what is installed changes.
 READY := $(VENV)/.ready
+# lm-evaluation-harness and what it brings, on top of the environment and apart from it: with pandas and sklearn there,
+# transformers takes more memory, and what users without it have would not be what is tested.
+HARNESS := $(VENV)/lm-eval
 
 .PHONY: help demo test lint install clean
 
@@ -31,6 +34,13 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
+$(HARNESS)/.ready: $(READY)
+	$(PYTHON) -m venv $(HARNESS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(HARNESS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt lm_eval
+	touch $@
+
 $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)
 	$(BIN)/python scripts/fetch_example_base.py $(BASE)
 
@@ -43,8 +53,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(BASE)/config.json
+test: lint $(BASE)/config.json $(HARNESS)/.ready
 	$(BIN)/python -m pytest
+	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
