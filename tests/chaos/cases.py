@@ -70,8 +70,8 @@ class ChaosCase:
     def label(self) -> str:
         merge = self.merge
         server = f" ({merge.server})" if merge.server else ""
-        when = ", ".join(f"{moment.at} {moment.share:.0%}" for moment in self.moments)
-        return f"{self.kind} {merge.number}: {merge.variant.name}, {merge.direction}{server}, by {self.way}, at {when}"
+        when = "".join(f", at {moment.at} {moment.share:.0%}" for moment in self.moments)
+        return f"{self.kind} {merge.number}: {merge.variant.name}, {merge.direction}{server}, by {self.way}{when}"
 
 
 _ADAPTERS = tuple(f"adapter-{name}" for name in ("go", "metamath", "spanish", "dictionary"))
