@@ -15,7 +15,7 @@ _WRITERS_NICE = 5
 _SWITCH_S = 0.0002
 # From malloc.h, and what they are set to.
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 64 << 20
-_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 32 << 20
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
 
 
 def set_up_process() -> None:
@@ -30,9 +30,9 @@ def _give_memory_back() -> None:
     """Have glibc give back large freed blocks at once, and what lies free at the end of its heap past 64 MiB.
 
     By default both limits grow with the blocks that are freed: with weights coming and going in several threads, an
-    actor would hold several layers' worth of memory that nobody uses. Smaller limits than these cost more than they
-    save: a layer's activations are mapped and zeroed by the kernel again for every operation, a third of the gate
-    pass's time on a CPU.
+    actor would hold several layers' worth of memory that nobody uses, and several parts of uploads. Smaller limits than
+    these cost more than they save: a layer's activations are mapped and zeroed by the kernel again for every operation,
+    a third of the gate pass's time on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # not so on other C libraries
