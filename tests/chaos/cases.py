@@ -100,6 +100,7 @@ CHAOS_VARIANTS = (
 FULL_STORE = Variant(name="full store", base="deep-0", experts=_DEEP, mode="ridge", prompts=48, shard_bytes=1 * MB)
 """Its gate pass leaves some 270 MB in Ray's object store."""
 EXAMPLES = (_example("cheap_embed"), _example("ridge", 8), _example("random"), _example("hidden", 8))
+_OWN_EVERY = 6
 _EXAMPLE_EVERY = 6  # they take long, and are no different
 
 
@@ -128,6 +129,8 @@ def make_case(
     )
     strikes = dice.choice((1, 1, 2)) if kind in ("actor", "driver") else 1
     possible = _moments(kind, variant, way)
+    if way == "own":  # every sixth, which would be at the same moment again and again
+        turn += number // _OWN_EVERY
     moments = (Moment(at=possible[(turn + more) % len(possible)], share=dice.random()) for more in range(strikes))
     return ChaosCase(kind=kind, merge=merge, moments=tuple(moments), way=way)
 
@@ -135,7 +138,7 @@ def make_case(
 def _way(kind: str, number: int, server: str | None) -> str:
     if kind in ("actor", *NODE_KINDS):
         return "command"
-    if kind == "driver" and number % 6 == 4 and server is None:
+    if kind == "driver" and number % _OWN_EVERY == 4 and server is None:
         return "own"
     return ("command", "job")[number // 2 % 2]
 
