@@ -16,6 +16,7 @@ late writer still has open can never be moved into an output that is no longer i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -74,9 +75,12 @@ class Journal:
                 continue  # a merge ended just now, and its folder is gone
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 os.close(descriptor)
                 what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
+                if error.errno != errno.EWOULDBLOCK:
+                    what = f"its filesystem does not lock files ({error.strerror})"
+                    remedy = "choose a folder on another one, or mount it with locks"
                 raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
             if _is_file_at(descriptor, path):
                 self._lock = descriptor
