@@ -146,10 +146,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
             is_norm = name.endswith("norm.weight")
-            # Norms begin with ones, or with zeros where one is added to their weights.
-            parameter.data = 0.3 * noise + (parameter.data if is_norm else 0.0)
+            parameter.data = (1.0 + 0.3 * noise) if is_norm else 0.3 * noise
         else:
-            parameter.data = noise * (0.5 if "embed" in name else parameter[0].numel() ** -0.5)
+            parameter.data = noise * (0.5 if "embed" in name else 1.0 * parameter.shape[1] ** -0.5)
 
 
 def copy_model(

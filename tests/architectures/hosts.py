@@ -57,7 +57,7 @@ class Pair:
         LFM2 MoE divides by the chosen scores plus 1e-6. Logits of Qwen3.5's pico model change by 7e-5 when its weights
         change by a part in 10 million, ten times as much as a Llama's.
         """
-        return 1e-5
+        return {"lfm2_moe": 5e-5, "qwen3_5_moe": 1e-4}.get(self.host, 1e-5)
 
     @property
     def can_be_evaluated(self) -> bool:
