@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ROOT, write_config, write_copies
+from pages import put_between
 from random_model import SHAPES, write_model
 
 EXPERTS, PROMPTS, WORDS, READERS = 4, 16, 30, 6
@@ -162,12 +163,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def into_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(MARK)
-    _, _, after = rest.partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, help="folder for the experts (58 GB), a RAM disk for instance")
@@ -179,7 +174,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="put the table of these results into docs/benchmarks.md")
     arguments = parser.parse_args()
     if arguments.page:
-        into_page(table(json.loads(arguments.page.read_text())))
+        put_between(PAGE, MARK, table(json.loads(arguments.page.read_text())))
     else:
         print(table(measure(arguments)))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from pages import put_between
+
 MARK = "<!-- scripts/bench.py: {} -->"
 NAMES = {"raymoe": "raymoe", "mergekit": "mergekit-moe", "raw": "raw copy"}
 COLOURS = {"raymoe": "#2563eb", "mergekit": "#d97706", "raw": "#6b7280"}
@@ -23,12 +25,8 @@ def update_page(page: Path, results: Sequence[Result]) -> None:
     ordered = sorted(
         results, key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"], r["actors"] or 0)
     )
-    text = page.read_text()
     for name, table in (("times", times_table), ("phases", phase_table), ("memory", memory_table)):
-        mark = MARK.format(name)
-        before, _, after = text.split(mark)
-        text = f"{before}{mark}\n{table(ordered)}\n{mark}{after}"
-    page.write_text(text)
+        put_between(page, MARK.format(name), table(ordered))
     page.with_suffix(".svg").write_text(plot(ordered) + "\n")
 
 

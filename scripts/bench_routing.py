@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import put_between
 
 import raymoe
 from raymoe.evaluation.engine import Variant, log_likelihoods
@@ -305,12 +306,6 @@ def routing_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def into_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(MARK)
-    _, _, after = rest.partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -334,7 +329,7 @@ def main() -> None:
     table.add_argument("results", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        into_page(tables(arguments.results))
+        put_between(PAGE, MARK, tables(arguments.results))
         return
     result = bench_routers(arguments) if arguments.command == "routers" else bench_solve(arguments)
     Path(arguments.out).write_text(json.dumps(result, indent=1))

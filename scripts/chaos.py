@@ -26,8 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import put_between
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 
 from tests.chaos.cases import KINDS, MOMENTS, make_case, variant_named  # noqa: E402
 from tests.chaos.full_store import run_full_store  # noqa: E402
@@ -154,8 +157,7 @@ def table(parts: Sequence[dict[str, Any]]) -> str:
 
 def update_page(text: str) -> None:
     """Put the table between the page's marks."""
-    before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+    put_between(PAGE, MARK, text)
 
 
 def parse() -> argparse.Namespace:

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pages import put_between
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, MARK = ROOT / "docs/families.md", "<!-- table: scripts/check_loading.py -->"
 TOKENS = list(range(3, 43))
@@ -40,8 +42,7 @@ def main() -> None:
     text = table(found)
     print(text)
     if arguments.page:
-        before, _, after = PAGE.read_text().split(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+        put_between(PAGE, MARK, text)
     if any(entry.get("problem") for result in found for entry in result["merges"].values()):
         sys.exit(1)
 

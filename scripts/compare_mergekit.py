@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from pages import put_between
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,8 +143,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def update_page(text: str) -> None:
     """Put the table between the page's marks."""
-    before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+    put_between(PAGE, MARK, text)
 
 
 def main() -> int:

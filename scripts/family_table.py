@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from pages import put_between
+
 from raymoe.architectures.table import HeldPair, held_pairs
 from raymoe.architectures.unheld import UNHELD
 
@@ -46,8 +48,8 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit(0 if pairs_of_page(PAGE.read_text()) == pairs_of_code() else "docs/families.md is not of this code")
     measured = run_tests()
-    text = put(PAGE.read_text(), "exact", exact_table(measured))
-    PAGE.write_text(put(text, "refused", refused_table()))
+    put_between(PAGE, MARK.format("exact"), exact_table(measured))
+    put_between(PAGE, MARK.format("refused"), refused_table())
 
 
 def run_tests() -> dict[str, Measured]:
@@ -116,12 +118,6 @@ def refused_table() -> str:
         types = ", ".join(f"`{name}`" for name in family.model_types)
         lines.append(f"| {family.title} | {types} | {family.reason} |")
     return "\n".join(lines)
-
-
-def put(page: str, name: str, table: str) -> str:
-    mark = MARK.format(name)
-    before, _, after = page.split(mark)
-    return f"{before}{mark}\n{table}\n{mark}{after}"
 
 
 # --- what the page says, for tests

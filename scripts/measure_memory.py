@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import put_between
 from random_model import Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +74,7 @@ def main() -> None:
             lines.append(row(mode, depth, measure(arguments.work, depth, mode)))
             print(lines[-1], flush=True)
     if not arguments.no_page:
-        before, _, after = PAGE.read_text().split(MARK)
-        PAGE.write_text("\n".join([before + MARK, *lines, MARK + after]))
+        put_between(PAGE, MARK, "\n".join(lines))
 
 
 if __name__ == "__main__":

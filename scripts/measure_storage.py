@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import put_between
 from random_model import Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,8 +121,7 @@ def main() -> None:
             too_much += [way for peak in result["actors"] if peak - result["idle"] > LIMIT_BYTES]
     shutil.rmtree(model)
     if arguments.page:
-        before, _, after = PAGE.read_text().split(MARK)
-        PAGE.write_text("\n".join([before + MARK, *lines, MARK + after]))
+        put_between(PAGE, MARK, "\n".join(lines))
     print("\n".join(lines))
     if too_much:
         raise SystemExit(f"an actor used more than {LIMIT_BYTES / 1e6:.0f} MB beside its imports: {too_much}")

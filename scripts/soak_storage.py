@@ -30,8 +30,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from pages import put_between
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 
 from tests.objects.fault_proxy import KINDS  # noqa: E402
 from tests.soak.cases import DIRECTIONS, EXAMPLE_VARIANTS, Case, make_cases  # noqa: E402
@@ -150,8 +153,7 @@ def as_json(outcomes: Sequence[Outcome], arguments: argparse.Namespace, seconds:
 
 def update_page(text: str) -> None:
     """Put the table between the page's marks."""
-    before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+    put_between(PAGE, MARK, text)
 
 
 def parse() -> argparse.Namespace:

@@ -28,10 +28,12 @@ from pathlib import Path
 
 import psutil
 import yaml
+from pages import put_between
 from random_model import Shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 
 from tests.cli.commands import command, hashes  # noqa: E402
 from tests.objects.servers import start_server  # noqa: E402
@@ -180,9 +182,7 @@ def main() -> None:
     text = table(found)
     print(text)
     if options.page:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{rest.partition(MARK)[2]}", encoding="utf-8")
+        put_between(PAGE, MARK, text)
     if not all(row.equal for _, row in found):
         raise SystemExit("bytes differ")
 

@@ -23,6 +23,7 @@ PAGE = REPOSITORY / "docs/families.md"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
+    sys.path.insert(0, str(REPOSITORY / "scripts"))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("family_table", REPOSITORY / "scripts/family_table.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
