@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -60,14 +61,16 @@ def test_every_named_type_is_one_that_transformers_knows() -> None:
     assert {name for family in UNHELD for name in family.model_types} - known == {"deepseek"}
 
 
-def test_the_table_is_of_measured_rows(script: ModuleType) -> None:
+def test_the_table_is_of_measured_rows(script: ModuleType, tmp_path: Path) -> None:
     measured = {str(pair): script.Measured() for pair in PAIRS}
     for found in measured.values():
         found.add(script.COPIES, 2e-6)
         found.add(script.COPIES, 1e-6)
         found.add(script.FORCED, 3e-6)
-    page = script.put(f"a\n{script.MARK.format('exact')}{script.MARK.format('exact')}\nb", "exact", "")
-    page = script.put(page, "exact", script.exact_table(measured))
+    mark = script.MARK.format("exact")
+    (tmp_path / "page.md").write_text(f"a\n{mark}{mark}\nb")
+    script.put_between(tmp_path / "page.md", mark, script.exact_table(measured))
+    page = (tmp_path / "page.md").read_text()
     assert script.pairs_of_page(page) == script.pairs_of_code()
     row = next(cells for cells in script.rows_of(page, "exact") if cells[1] == "`granite`")
     assert row[5:7] == ["2 tests, 2.0e-06", "1 test, 3.0e-06"]
