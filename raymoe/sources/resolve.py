@@ -132,7 +132,9 @@ def _local_place(path: PathRef) -> str | None:
     """The absolute path that a name must mean, whether it exists or not; None for URLs and what may be a Hub id."""
     if is_url(path.path):
         return local_path(path.path)
-    if path.revision is not None or is_hub_id(path.path):
+    # No Hub id begins so, and asking takes an import of the Hub's library.
+    is_path = path.path.startswith(("/", "./", "../", "~"))
+    if path.revision is not None or (not is_path and is_hub_id(path.path)):
         return None
     return os.path.abspath(os.path.expanduser(path.path))
 
