@@ -237,12 +237,15 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
     from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
     calls = [actor.where.remote() for actor in actors]
+    waiting = f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {slots.gpus:g} GPU want room"
+    if slots.may_grow and not quiet and not any(node.room(slots.gpus) for node in cluster_nodes()):
+        say(waiting)
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
     limit = _GROW_TIMEOUT_S if slots.may_grow else _START_TIMEOUT_S
     end = time.monotonic() + limit - _START_GRACE_S
     while not answered and (left := end - time.monotonic()) > 0:
         if slots.may_grow and not quiet:
-            say(f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {slots.gpus:g} GPU want room")
+            say(waiting)
         answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, _SAY_EVERY_S))
     if not answered:
         raise MergeFailed(
