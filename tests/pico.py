@@ -65,8 +65,10 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "head_dim": 32,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
+        # Outputs of linear attention are normalised head by head: in heads of a few dimensions some are nearly zero,
+        # and rounding is all that is left of them. The published models have 128 dimensions.
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 48,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
@@ -145,8 +147,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            is_norm = name.endswith("norm.weight")
-            parameter.data = (1.0 + 0.3 * noise) if is_norm else 0.3 * noise
+            # Around what it does nothing with: one, or zero in families that add one to it.
+            neutral = parameter.data if name.endswith("norm.weight") else 0.0
+            parameter.data = neutral + 0.3 * noise
         else:
             parameter.data = noise * (0.5 if "embed" in name else 1.0 * parameter.shape[1] ** -0.5)
 

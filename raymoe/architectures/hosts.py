@@ -73,7 +73,7 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     keys = {
         **_qwen_keys(spec, moe),
         "qkv_bias": True,
-        "shared_expert_intermediate_size": spec.intermediate if moe.shared else EMPTY_SHARED_WIDTH,
+        "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
     }
     if window:
         # transformers 5 derives other layers from max_window_layers than transformers 4 did: say it outright.
@@ -87,12 +87,9 @@ def _qwen2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _gated_shared_reasons(moe: MoeShape) -> list[str]:
-    reasons = []
-    if moe.shared > 1:
-        reasons.append(f"{moe.shared} shared experts: it has one")
     if moe.shared and moe.needs_prompts and not moe.shared_prompted:
-        reasons.append("a shared expert without positive_prompts: its shared expert has a gate")
-    return reasons
+        return ["a shared expert without positive_prompts: its shared expert has a gate"]
+    return []
 
 
 def _qwen2_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
@@ -129,7 +126,7 @@ def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "layer_types": list(spec.kinds),
         "num_experts": moe.experts,
         "moe_intermediate_size": spec.intermediate,
-        "shared_expert_intermediate_size": spec.intermediate if moe.shared else EMPTY_SHARED_WIDTH,
+        "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
         "output_router_logits": False,
     }
 

@@ -177,13 +177,8 @@ def head_dim_reason(spec: DenseSpec) -> list[str]:
 
 
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
-    """Of hosts with one shared expert that has no gate."""
-    reasons = []
-    if moe.shared > 1:
-        reasons.append(f"{moe.shared} shared experts: at most one")
-    if moe.shared_prompted:
-        reasons.append("prompts of the shared expert: its shared expert has no gate")
-    return reasons
+    """Of hosts whose shared experts have no gate."""
+    return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_prompted else []
 
 
 def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ZeroRow, ...]:

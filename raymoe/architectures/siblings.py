@@ -77,7 +77,7 @@ def _granite_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _granite_shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    return {**_granite_config(spec, moe), "shared_intermediate_size": spec.intermediate if moe.shared else 0}
+    return {**_granite_config(spec, moe), "shared_intermediate_size": spec.intermediate * moe.shared}
 
 
 def _granite_shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
@@ -138,7 +138,10 @@ def _hunyuan_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _hunyuan_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return common_reasons(spec) + ungated_shared_reasons(moe)
+    reasons = common_reasons(spec) + ungated_shared_reasons(moe)
+    if moe.shared > 1:
+        reasons.append(f"{moe.shared} shared experts: it has one, as wide as an expert")
+    return reasons
 
 
 def _hunyuan_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
@@ -170,6 +173,10 @@ def _cohere2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 # --- LFM2: some layers have a short convolution in place of attention
 
+# transformers divides the scores of the chosen, between 0.5 and 1 each where they are the best of several, by their sum
+# plus this. A factor that is right for scores of 0.75 takes back all of it but a quarter at most (see _lfm2_config).
+_LFM2_EPSILON = 1e-6
+
 
 def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
@@ -181,7 +188,7 @@ def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "moe_intermediate_size": spec.intermediate,
         "use_expert_bias": False,
         "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
+        "routed_scaling_factor": 1.0 + _LFM2_EPSILON / (0.75 * moe.experts_per_token),
         "output_router_logits": False,
     }
 
@@ -317,6 +324,6 @@ SIBLINGS = (
         renormalise_key="norm_topk_prob",
         scores="sigmoid",
         since="5.23",
-        note="the chosen scores are divided by their sum plus 1e-6, so that it is off by that share",
+        note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor takes that back",
     ),
 )

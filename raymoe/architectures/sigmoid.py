@@ -32,7 +32,7 @@ _SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in
 def _routing(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {
         "n_routed_experts": moe.experts,
-        "n_shared_experts": 1,
+        "n_shared_experts": max(1, moe.shared),
         "moe_intermediate_size": spec.intermediate,
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,

@@ -10,25 +10,35 @@ import numpy.typing as npt
 
 from raymoe.config.modes import MODES
 from raymoe.gates.layer_rows import LayerRows
-from raymoe.gates.router import random_rows
+from raymoe.gates.router import random_rows, shared_gate_row
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, Part, Router
 from raymoe.storage.stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = ["Rows", "collected", "random_gate_rows", "router_bytes", "router_rows"]
+__all__ = [
+    "SHARED_GATE",
+    "Rows",
+    "collected",
+    "embedding_rows_by_owner",
+    "random_gate_rows",
+    "router_bytes",
+    "router_rows",
+]
 
 Rows = dict[str, npt.NDArray[np.float32]]
-"""Rows of each expert by its owner name, (layers, hidden)."""
+"""Rows (layers, hidden) of each expert by its owner name, and under `SHARED_GATE` those of the shared experts' gate."""
+
+SHARED_GATE = "gate of the shared experts"
 
 
-def collected(
-    layers: Mapping[int, LayerRows], experts: Sequence[str], shared: Sequence[str]
-) -> tuple[Rows, RouterSummary | None]:
+def collected(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[Rows, RouterSummary | None]:
     """Rows by owner out of those of all layers, and the summary of the layers that could be judged."""
     order = [layers[number] for number in sorted(layers)]
     rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
-    rows |= {owner: np.stack([layer.shared[n] for layer in order]) for n, owner in enumerate(shared)}
+    gates = [layer.shared for layer in order if layer.shared is not None]
+    if gates:
+        rows[SHARED_GATE] = np.stack(gates)
     checks = {number: layers[number].check for number in sorted(layers)}
     known = {number: check for number, check in checks.items() if check is not None}
     return rows, RouterSummary(experts=len(experts), layers=known) if known else None
@@ -38,14 +48,26 @@ def random_gate_rows(gates: GatePlan) -> Rows:
     """Rows of the experts that have no prompts to read, in the modes that draw them."""
     if MODES[gates.mode].needs_prompts:
         return {}
-    members = (*gates.experts, *gates.shared)
-    return {p.owner: random_rows(gates.mode, gates.seed, p.owner, gates.layers, gates.hidden) for p in members}
+
+    def drawn(owner: str) -> npt.NDArray[np.float32]:
+        return random_rows(gates.mode, gates.seed, owner, gates.layers, gates.hidden)
+
+    rows = {member.owner: drawn(member.owner) for member in gates.experts}
+    return {**rows, SHARED_GATE: drawn(gates.shared[0].owner)} if gates.shared else rows
+
+
+def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[str, npt.NDArray[np.float32]]) -> Rows:
+    """Rows (hidden,) by owner, of the mode that reads no layers, for each layer."""
+    by_owner = {member.owner: rows[member.owner] for member in gates.experts}
+    if gates.shared:
+        by_owner[SHARED_GATE] = shared_gate_row([rows[member.owner] for member in gates.shared])
+    return {owner: np.repeat(row[None], gates.layers, axis=0) for owner, row in by_owner.items()}
 
 
 def router_rows(gates: GatePlan, rows: Rows, what: Router) -> npt.NDArray[np.float32]:
-    """One layer's router, (experts, hidden), or the gate of its shared expert, (shared, hidden)."""
-    members = gates.shared if what.shared else gates.experts
-    return np.stack([rows[member.owner][what.layer] for member in members])
+    """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden)."""
+    owners = [SHARED_GATE] if what.shared else [member.owner for member in gates.experts]
+    return np.stack([rows[owner][what.layer] for owner in owners])
 
 
 def router_bytes(gates: GatePlan, rows: Rows) -> RouterBytes:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from raymoe.config.modes import MODES
-from raymoe.gates.assemble import Rows, collected, random_gate_rows
+from raymoe.gates.assemble import Rows, collected, embedding_rows_by_owner, random_gate_rows
 from raymoe.gates.capture import LayerDone, MemberLayer, capture_layers, readings
 from raymoe.gates.embeddings import embedding_gate_rows
 from raymoe.gates.layer_rows import layer_rows
@@ -33,11 +31,8 @@ def gate_rows_here(
     if not mode.needs_prompts:
         return random_gate_rows(gates), None
     if not mode.reads_layers:
-        rows: Rows = {}
-        for member in members:
-            row = embedding_gate_rows(gates, member, reader, trust_remote_code=trust_remote_code)
-            rows[member.owner] = np.repeat(row[None], gates.layers, axis=0)
-        return rows, None
+        rows = {m.owner: embedding_gate_rows(gates, m, reader, trust_remote_code=trust_remote_code) for m in members}
+        return embedding_rows_by_owner(gates, rows), None
     by_owner: dict[str, Sequence[MemberLayer]] = {}
     for together in readings(members, 1):
         owners = [member.owner for member in together]
@@ -58,4 +53,4 @@ def gate_rows_here(
         )
         for layer in range(gates.layers)
     }
-    return collected(found, [m.owner for m in members[:count]], [m.owner for m in members[count:]])
+    return collected(found, [member.owner for member in gates.experts])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from raymoe.config.modes import MODES
 from raymoe.gates.capture import FOLDS, MemberLayer
-from raymoe.gates.router import gate_rows
+from raymoe.gates.router import gate_rows, shared_gate_row
 from raymoe.gates.summary import LayerCheck, check_of
 
 __all__ = ["LayerRows", "layer_rows"]
@@ -20,10 +20,11 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRows:
-    """`experts` (experts, hidden), `shared` (shared experts, hidden); `check`: None where nothing could be held out."""
+    """`experts` (experts, hidden); `shared` (hidden,) is the one gate of all shared experts, if they have prompts;
+    `check`: None where nothing could be held out."""
 
     experts: Float32
-    shared: Float32
+    shared: Float32 | None
     check: LayerCheck | None
 
 
@@ -31,10 +32,9 @@ def layer_rows(mode: str, experts: Sequence[MemberLayer], shared: Sequence[Membe
     """The rows of one layer, in the members' order. Ridge regression is computed on `device`."""
     if MODES[mode].fits_rows:
         return _fitted(experts, shared, device)
-    none = np.zeros((0, _mean(experts[0]).shape[-1]), np.float32)
     return LayerRows(
         experts=np.stack([_row(member) for member in experts]),
-        shared=np.stack([_row(member) for member in shared]) if shared else none,
+        shared=shared_gate_row([_row(member) for member in shared]) if shared else None,
         check=_check(experts),
     )
 
@@ -85,9 +85,5 @@ def _fitted(experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], devic
 
     given = [examples(member) for member in experts]
     fitted = fit_rows(given)
-    gates = [fit_gate(examples(member), given) for member in shared]
-    return LayerRows(
-        experts=fitted.rows,
-        shared=np.stack(gates) if gates else np.zeros((0, fitted.rows.shape[1]), np.float32),
-        check=fitted.check,
-    )
+    gate = fit_gate([examples(member) for member in shared], given) if shared else None
+    return LayerRows(experts=fitted.rows, shared=gate, check=fitted.check)

@@ -69,9 +69,10 @@ def fit_rows(examples: Sequence[Examples]) -> FittedRows:
     return FittedRows(rows=rows.float().cpu().numpy(), check=check)
 
 
-def fit_gate(own: Examples, others: Sequence[Examples]) -> npt.NDArray[np.float32]:
-    """The gate (hidden,) of a shared expert, a sigmoid: open on its own prompts, closed on its negative ones and on the
-    experts' prompts."""
+def fit_gate(shared: Sequence[Examples], others: Sequence[Examples]) -> npt.NDArray[np.float32]:
+    """The gate (hidden,) of all shared experts, a sigmoid: open on their prompts, closed on their negative ones and on
+    the experts' prompts."""
+    own = _together(shared)
     rest = Examples(
         states=torch.cat([own.states[own.negative], *(e.states[~e.negative] for e in others)]),
         prompts=torch.cat([own.prompts[own.negative], *(e.prompts[~e.negative] for e in others)]),
@@ -87,6 +88,14 @@ def fit_gate(own: Examples, others: Sequence[Examples]) -> npt.NDArray[np.float3
     rows = fit_rows([positive, rest]).rows
     difference: npt.NDArray[np.float32] = rows[0] - rows[1]
     return difference
+
+
+def _together(examples: Sequence[Examples]) -> Examples:
+    return Examples(
+        states=torch.cat([e.states for e in examples]),
+        prompts=torch.cat([e.prompts for e in examples]),
+        negative=torch.cat([e.negative for e in examples]),
+    )
 
 
 class _Problem:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from raymoe.text import number_ranges
 
-__all__ = ["conditioning_warning", "gate_rows", "normalised", "random_rows"]
+__all__ = ["conditioning_warning", "gate_rows", "normalised", "random_rows", "shared_gate_row"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -29,6 +29,14 @@ def normalised(vectors: npt.ArrayLike) -> Float32:
 def gate_rows(positive: Float32, negative: Float32 | None) -> Float32:
     """Router rows of one expert, (layers, hidden), each at unit length."""
     return normalised(positive if negative is None else positive.astype(np.float64) - negative)
+
+
+def shared_gate_row(rows: Sequence[Float32]) -> Float32:
+    """The one gate (hidden,) of all shared experts out of a row for each of them: each of them counts alike.
+
+    Hosts have one gate, however many experts stand behind it.
+    """
+    return rows[0] if len(rows) == 1 else normalised(np.sum(rows, axis=0, dtype=np.float64))
 
 
 def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> Float32:

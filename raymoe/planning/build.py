@@ -20,7 +20,7 @@ from raymoe.planning.digest import plan_digest
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.tensors import Member, base_tensors, computed_tensors, expert_tensors, weight_refs
 from raymoe.planning.totals import totals_of
-from raymoe.planning.types import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
+from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
 from raymoe.sources.types import ModelFacts, ModelRef, SourceFile
 
@@ -132,7 +132,7 @@ def _assemble(
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, host, dtype))
     tensors += expert_tensors(members, host, dtype, options.seed)
     tensors += computed_tensors(base, moe, host, dtype)
-    owners = ["base", *(["experts"] if host.is_fused else []), *(m.owner for m in members), "router"]
+    owners = list(dict.fromkeys(["base", FUSED, *(m.owner for m in members), SHARED, "router"]))
     gates = _gate_plan(config, options, base_facts, base, members, bool(host.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, host, moe, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from raymoe.planning.shards import OutputTensor
-from raymoe.planning.types import Copy, Shard
+from raymoe.planning.types import Columns, Copy, Shard
 from raymoe.sources.dtypes import tensor_nbytes
 
 __all__ = ["check_plan"]
@@ -28,9 +28,14 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
         for part in shard.parts:
             assert part.start == end, f"{part.name}: gap or overlap in {shard.file_name}"
             assert part.nbytes == tensor_nbytes(part.dtype, part.shape), f"{part.name}: bytes do not fit its shape"
-            if isinstance(part.what, Copy):
-                source = part.what.source
-                assert (source.dtype, source.shape, source.nbytes) == (part.dtype, part.shape, part.nbytes)
+            matrices = part.what.matrices if isinstance(part.what, Columns) else (part,)
+            for matrix in matrices:
+                if isinstance(matrix.what, Copy):
+                    source = matrix.what.source
+                    assert (source.dtype, source.shape, source.nbytes) == (matrix.dtype, matrix.shape, matrix.nbytes)
+            if isinstance(part.what, Columns):
+                assert {(matrix.dtype, matrix.shape[0]) for matrix in matrices} == {(part.dtype, part.shape[0])}
+                assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: columns missing"
             end = part.end
         for tensor, of_tensor in groupby(shard.parts, key=lambda part: part.tensor):
             pieces = list(of_tensor)

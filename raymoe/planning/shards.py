@@ -1,7 +1,7 @@
 """Packs output tensors into shard files: names, headers and offsets, final before anything is written.
 
 A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
-Only tensors that hold all experts of a layer have many sources; they are in shards of their own.
+Only tensors that hold several experts of a layer have many sources; they are in shards of their own.
 Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
 output and a run of copies is one long range; short runs come before long ones (see `_small_runs_first`).
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raymoe.planning.types import Copy, Part, PartSource, Shard, Transform, WholeTensor
+from raymoe.planning.types import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.planning.upload import MIN_PART_BYTES
 from raymoe.sources.dtypes import DTYPE_BYTES
 
@@ -74,6 +74,8 @@ def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shar
 def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     def key(tensor: OutputTensor) -> tuple[str, int, str]:
         what = tensor.pieces[0].what
+        if isinstance(what, Columns):
+            what = what.matrices[0].what
         if isinstance(what, (Copy, Transform)):
             return (what.source.file.location, what.source.start, tensor.name)
         return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -9,10 +10,18 @@ from itertools import groupby
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.planning.shards import OutputTensor, Piece
-from raymoe.planning.types import Copy, PartSource, Router, Transform, WeightRef, Zeros
+from raymoe.planning.types import FUSED, SHARED, Columns, Copy, Part, PartSource, Router, Transform, WeightRef, Zeros
+from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 
-__all__ = ["Member", "base_tensors", "computed_tensors", "expert_tensors", "rows_of", "weight_refs"]
+__all__ = [
+    "Member",
+    "base_tensors",
+    "computed_tensors",
+    "expert_tensors",
+    "rows_of",
+    "weight_refs",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +55,22 @@ def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) 
 
 def expert_tensors(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
     """The FFNs of all experts and shared experts, in the tensors that the host has for them."""
+    experts = [member for member in members if not member.is_shared]
+    shared = [member for member in members if member.is_shared]
     if host.is_fused:
-        yield from _fused([m for m in members if not m.is_shared], host, dtype, seed)
-    for member in members:
-        if member.is_shared or not host.is_fused:
-            yield from _member_tensors(member, host, dtype, seed)
+        yield from _fused(experts, host, dtype, seed)
+    else:
+        for member in experts:
+            yield from _member_tensors(member, host.expert, dtype, seed)
+    if len(shared) > 1:
+        yield from _widened(shared, host.shared, dtype, seed)
+    else:
+        for member in shared:
+            yield from _member_tensors(member, host.shared, dtype, seed)
 
 
-def _member_tensors(member: Member, host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
     """The FFN of one expert, or of one shared expert. Roles that share a name lie in one tensor, row by row."""
-    names = host.shared if member.is_shared else host.expert
     for matrices in _ffn_layers(member, dtype, seed):
         for template, roles in _roles_by_name(names).items():
             output = template.format(layer=matrices[roles[0]].layer, expert=member.number)
@@ -76,13 +91,39 @@ def _fused(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> I
                 name=output,
                 dtype=dtype,
                 shape=(len(members), rows, width),
-                owner="experts",
+                owner=FUSED,
                 what=tuple(
                     piece
                     for member, matrices in zip(members, of_layer, strict=True)
                     for piece in _pieces(f"{output}[{member.number}]", matrices, roles)
                 ),
             )
+
+
+def _widened(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """Several shared experts as one that is as wide as all of them, which is their sum exactly: rows of gate and up
+    below each other, columns of down side by side."""
+    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+        for template, roles in _roles_by_name(names).items():
+            output = template.format(layer=of_layer[0][roles[0]].layer)
+            blocks = [
+                Piece(name=f"{output}[{member.number}].{role[4:]}", shape=found[role].shape, what=found[role].what)
+                for role in roles
+                for member, found in zip(members, of_layer, strict=True)
+            ]
+            rows, columns = blocks[0].shape
+            what: PartSource | tuple[Piece, ...]
+            if roles == ["ffn.down"]:
+                shape = (rows, columns * len(members))
+                what = Columns(matrices=tuple(_alone(block, dtype) for block in blocks))
+            else:
+                shape, what = (rows * len(blocks), columns), tuple(blocks)
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=SHARED, what=what)
+
+
+def _alone(piece: Piece, dtype: str) -> Part:
+    nbytes = math.prod(piece.shape) * DTYPE_BYTES[dtype]
+    return Part(name=piece.name, dtype=dtype, shape=piece.shape, start=0, end=nbytes, what=piece.what)
 
 
 def _ffn_layers(member: Member, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
@@ -155,7 +196,7 @@ def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) 
         yield _computed(host.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer))
         if moe.shared and host.shared_router:
             name = host.shared_router.format(layer=layer)
-            yield _computed(name, (moe.shared, spec.hidden), dtype, Router(layer=layer, shared=True))
+            yield _computed(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
         for row in zero_rows:
             shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
             yield _computed(row.name.format(layer=layer), shape, dtype, Zeros())

@@ -3,7 +3,7 @@
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
         .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
-          .what    Copy | Transform | Router | Zeros: where those bytes come from
+          .what    Copy | Transform | Columns | Router | Zeros: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .side_files  small files taken over from the base byte for byte
 
@@ -20,6 +20,9 @@ from typing import Any
 from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
 
 __all__ = [
+    "FUSED",
+    "SHARED",
+    "Columns",
     "Copy",
     "GatePlan",
     "GatePrompts",
@@ -35,6 +38,9 @@ __all__ = [
     "WholeTensor",
     "Zeros",
 ]
+
+# Owners of shards whose tensors hold several experts.
+FUSED, SHARED = "experts", "shared experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +78,7 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """Rows of the router of `layer`: one an expert, or with `shared` the gate of the shared expert."""
+    """Rows of the router of `layer`: one an expert, or with `shared` the one row of the shared experts' gate."""
 
     layer: int
     shared: bool = False
@@ -83,7 +89,17 @@ class Zeros:
     """All zero."""
 
 
-PartSource = Copy | Transform | Router | Zeros
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Matrices side by side: each row is that of the first, then that of the second, and so on.
+
+    Each is a part of its own, copied or transformed, at bytes [0, its size); they agree in dtype and number of rows.
+    """
+
+    matrices: tuple[Part, ...]
+
+
+PartSource = Copy | Transform | Columns | Router | Zeros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +130,13 @@ class Part:
         return self.end - self.start
 
     @property
+    def read(self) -> tuple[Copy | Transform, ...]:
+        """What is read for it: nothing for what is computed."""
+        if isinstance(self.what, Columns):
+            return tuple(source for matrix in self.what.matrices for source in matrix.read)
+        return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
+
+    @property
     def tensor(self) -> WholeTensor:
         """What the file's header calls the tensor that these bytes are of, and its shape there."""
         return self.whole or WholeTensor(name=self.name, shape=self.shape)
@@ -122,7 +145,7 @@ class Part:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`;
-    `experts`, where they come from all experts."""
+    `FUSED` or `SHARED`, where they come from several experts or shared experts."""
 
     file_name: str
     owner: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
-from raymoe.planning.types import MergePlan, Shard
+from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
@@ -103,7 +103,13 @@ def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_jso
 
 
 def _kinds(plan: MergePlan) -> str:
-    names = {"copy": "copied", "transform": "transformed", "router": "routers", "zeros": "zeros"}
+    names = {
+        "copy": "copied",
+        "transform": "transformed",
+        "columns": "put side by side",
+        "router": "routers",
+        "zeros": "zeros",
+    }
     kinds = plan.totals.bytes_by_kind.items()
     return ", ".join(f"{human_bytes(count)} {names[kind]}" for kind, count in kinds)
 
@@ -115,9 +121,11 @@ def _source_table(plan: MergePlan) -> Any:
     table.columns[2].justify = "right"
     for source in plan.sources:
         own = plan.totals.bytes_by_owner.get(source.owner)
-        table.add_row(source.owner, source.label, human_bytes(own) if own else "in experts")
-    if "experts" in plan.totals.bytes_by_owner:
-        table.add_row("experts", "all of them, tensor by tensor", human_bytes(plan.totals.bytes_by_owner["experts"]))
+        together = SHARED if source.owner.startswith("shared") else FUSED
+        table.add_row(source.owner, source.label, human_bytes(own) if own else f"in {together}")
+    for together in (FUSED, SHARED):
+        if (own := plan.totals.bytes_by_owner.get(together)) is not None:
+            table.add_row(together, "all of them, tensor by tensor", human_bytes(own))
     table.add_row("router", f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner["router"]))
     return table
 

@@ -10,14 +10,15 @@ Modes that read no layers (`cheap_embed`) are done with the first step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raymoe.config import MODES
-from raymoe.gates.assemble import Rows, collected
+from raymoe.gates.assemble import Rows, collected, embedding_rows_by_owner
 from raymoe.gates.capture import readings
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, GatePrompts
@@ -74,7 +75,7 @@ class GateWork:
         self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
         self._captured: dict[str, list[Any]] = {}
         self._layers: dict[int, Any] = {}
-        self._rows: Rows = {}
+        self._rows: dict[str, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
 
     @property
     def is_waiting(self) -> bool:
@@ -166,8 +167,7 @@ class GateWork:
                 missing = [n for n in range(self._gates.layers) if n not in self._layers]
                 self._waiting += [GateJob(layer, failures=self._losses) for layer in missing]
         else:
-            rows = [np.repeat(row[None], self._gates.layers, axis=0) for row in result]
-            self._rows |= dict(zip(job.owners, rows, strict=True))
+            self._rows |= dict(zip(job.owners, result, strict=True))
 
     def capture_again(self) -> None:
         """States of prompts were lost with their node: all are captured anew, for the layers that are not done."""
@@ -179,8 +179,8 @@ class GateWork:
 
     def result(self) -> tuple[Rows, RouterSummary | None]:
         """Rows of all members with prompts, and how they did on held-out prompts."""
-        if not self._layers:
-            return self._rows, None
-        count = len(self._gates.experts)
-        owners: Sequence[str] = [member.owner for member in self.members]
-        return collected(self._layers, owners[:count], owners[count:])
+        if not self.members:
+            return {}, None
+        if not self._mode.reads_layers:
+            return embedding_rows_by_owner(self._gates, self._rows), None
+        return collected(self._layers, [member.owner for member in self._gates.experts])

@@ -20,7 +20,7 @@ import xxhash
 
 from raymoe.config import MODES
 from raymoe.errors import Problem
-from raymoe.planning.types import Copy, GatePrompts, MergePlan, Part, Transform
+from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import LoraPair, SourceFile
 
@@ -156,10 +156,10 @@ def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozens
 
 def _part_files(parts: Iterable[Part]) -> Iterator[SourceFile]:
     for part in parts:
-        if isinstance(part.what, (Copy, Transform)):
-            yield part.what.source.file
-        if isinstance(part.what, Transform):
-            yield from _lora_files(part.what.lora)
+        for read in part.read:
+            yield read.source.file
+            if isinstance(read, Transform):
+                yield from _lora_files(read.lora)
 
 
 def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:

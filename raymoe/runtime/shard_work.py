@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from raymoe.objects.urls import is_url
-from raymoe.planning.types import Copy, MergePlan, Shard, Transform
+from raymoe.planning.types import MergePlan, Shard
 from raymoe.sources.types import SourceFile, TensorEntry
 
 __all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "read_for_shards"]
@@ -45,7 +45,7 @@ class ShardWork(Protocol):
 
 def read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
     """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
-    sources = (part.what.source for s in plan.shards for part in s.parts if isinstance(part.what, Copy | Transform))
+    sources = (read.source for shard in plan.shards for part in shard.parts for read in part.read)
     return frozenset(entry for entry in sources if is_url(entry.file.location) and reads(entry.file))
 
 

@@ -23,7 +23,7 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError, UploadGone
 from raymoe.objects.store import MultipartStore, UploadedPart, open_store
 from raymoe.objects.urls import is_s3, join
-from raymoe.planning.types import Shard, Transform
+from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
 from raymoe.storage.object_journal import ObjectJournal, checkpoint_objects, occupied
@@ -280,7 +280,9 @@ class _Budget:
 
 
 def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
-    computed = any(isinstance(p.what, Transform) and p.start < part.end and part.start < p.end for p in shard.parts)
+    computed = any(
+        isinstance(p.what, (Columns, Transform)) and p.start < part.end and part.start < p.end for p in shard.parts
+    )
     return part.nbytes + (_COMPUTING_BYTES if computed else 0)
 
 

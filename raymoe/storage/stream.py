@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 
-from raymoe.planning.types import Part, Router, Shard, Transform
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.planning.types import Columns, Part, Router, Shard, Transform
 from raymoe.planning.upload import CopyRange, Span, spans
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.reader import CHUNK_BYTES, SourceReader
-from raymoe.storage.transform import transformed_bytes
+from raymoe.storage.transform import row_blocks, transformed_bytes
 
 __all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks", "shard_range"]
 
@@ -60,11 +63,37 @@ def _span_bytes(
     part = span.what
     if isinstance(part.what, Transform):
         yield from transformed_bytes(reader, part, part.what, start, end)
+    elif isinstance(part.what, Columns):
+        yield from _side_by_side(part, part.what, start, end, reader)
     elif isinstance(part.what, Router):
         assert router is not None, "router rows asked for where none were computed"
         yield memoryview(router(part, part.what))[start:end]
     else:
         yield from _zeros(end - start)
+
+
+def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+    """Bytes [start, end) of matrices that share their rows, block of rows by block.
+
+    The blocks are those that a transformed matrix is computed in, so that none is computed twice.
+    """
+    row_bytes = part.nbytes // part.shape[0]
+    for rows in row_blocks(what.matrices[0].shape):
+        first, last = rows.start * row_bytes, rows.stop * row_bytes
+        if first >= end or last <= start:
+            continue
+        block: npt.NDArray[np.uint8] = np.empty((rows.stop - rows.start, row_bytes), np.uint8)
+        at = 0
+        for matrix in what.matrices:
+            width = matrix.nbytes // matrix.shape[0]
+            (span,) = spans((matrix,))
+            filled, done = np.empty((rows.stop - rows.start) * width, np.uint8), 0
+            for chunk in _span_bytes(span, rows.start * width, rows.stop * width, reader, None):
+                filled[done : done + len(chunk)] = chunk
+                done += len(chunk)
+            block[:, at : at + width] = filled.reshape(-1, width)
+            at += width
+        yield block.reshape(-1).data[max(0, start - first) : min(last, end) - first]
 
 
 def different_tensors(

@@ -23,7 +23,7 @@ from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
 
-__all__ = ["NUMPY_DTYPES", "load_array", "read_rows", "transformed_bytes", "with_lora"]
+__all__ = ["NUMPY_DTYPES", "load_array", "read_rows", "row_blocks", "transformed_bytes", "with_lora"]
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -61,7 +61,7 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
     shape = what.source.shape
     is_cast = what.lora is None and what.noise_scale is None
     blocks = []
-    for number, rows in enumerate(_row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS)):
+    for number, rows in enumerate(row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS)):
         row_bytes = part.nbytes // shape[0]
         first, last = rows.start * row_bytes, rows.stop * row_bytes
         if start < last and first < end:
@@ -113,7 +113,8 @@ def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
     return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
-def _row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
+def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Blocks of rows of about so many elements."""
     if not shape or 0 in shape:
         return
     width = int(np.prod(shape[1:], dtype=np.int64))

@@ -16,6 +16,8 @@ from tests.architectures.deepseek_reference import load_deepseek
 from tests.pico import MODES, load_dense, merge_config
 
 WINDOW = 12
+# Of logits, on weights of float32.
+MAX_DIFFERENCE = 1e-5
 # Keys of dense configs: RoPE scalings, and a window for all layers of a Qwen.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 3.0}
@@ -49,15 +51,6 @@ class Pair:
     @property
     def gates_shared(self) -> bool:
         return self.shared and self.host in ("qwen2_moe", "qwen3_5_moe")
-
-    @property
-    def max_difference(self) -> float:
-        """Of logits, on weights of float32.
-
-        LFM2 MoE divides by the chosen scores plus 1e-6. Logits of Qwen3.5's pico model change by 7e-5 when its weights
-        change by a part in 10 million, ten times as much as a Llama's.
-        """
-        return {"lfm2_moe": 5e-5, "qwen3_5_moe": 1e-4}.get(self.host, 1e-5)
 
     @property
     def can_be_evaluated(self) -> bool:
@@ -141,30 +134,34 @@ def load_merged(folder: Path) -> Any:
 
 
 class _FeedForward(torch.nn.Module):
-    """An expert's FFN, plus that of a shared expert times a factor (a number, or a gate's row before the sigmoid)."""
+    """An expert's FFN, plus those of shared experts times a factor (a number, or a gate's row before the sigmoid)."""
 
-    def __init__(self, routed: Any, shared: Any, gate: torch.Tensor | float) -> None:
+    def __init__(self, routed: Any, shared: Sequence[Any], gate: torch.Tensor | float) -> None:
         super().__init__()
-        self.routed, self.shared, self.gate = routed, shared, gate
+        self.routed, self.shared, self.gate = routed, torch.nn.ModuleList(shared), gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         factor = torch.sigmoid(x @ self.gate.T) if isinstance(self.gate, torch.Tensor) else self.gate
-        result: torch.Tensor = self.routed(x) + factor * self.shared(x)
+        result: torch.Tensor = self.routed(x) + factor * sum(shared(x) for shared in self.shared)
         return result
 
 
 def load_grafted(
-    base: Path, expert: Path, shared: Path | None = None, gates: Sequence[torch.Tensor | float] | None = None
+    base: Path,
+    expert: Path,
+    shared: Path | Sequence[Path] | None = None,
+    gates: Sequence[torch.Tensor | float] | None = None,
 ) -> Any:
-    """The base with an expert's FFN, and optionally a shared expert's, whose factor is `gates[layer]` (default 1)."""
+    """The base with an expert's FFN, and optionally shared experts' with it, whose factor is `gates[layer]` or 1."""
     model, donor = load_dense(base), load_dense(expert)
-    sharer = load_dense(shared) if shared is not None else None
+    folders = [shared] if isinstance(shared, Path) else shared or []
+    sharers = [load_dense(folder) for folder in folders]
     name = FAMILIES[model.config.model_type].ffn
     for number, layer in enumerate(model.model.layers):
         ffn = getattr(donor.model.layers[number], name)
-        if sharer is not None:
+        if sharers:
             gate = gates[number] if gates is not None else 1.0
-            ffn = _FeedForward(ffn, getattr(sharer.model.layers[number], name), gate)
+            ffn = _FeedForward(ffn, [getattr(sharer.model.layers[number], name) for sharer in sharers], gate)
         setattr(layer, name, ffn)
     return model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.architectures.hosts import PAIRS, WINDOW, Pair, load_grafted, load_merged
+from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, WINDOW, Pair, load_grafted, load_merged
 from tests.pico import load_dense, logits_of, merge_without_ray, token_ids
 
 TOKENS = 40
@@ -27,7 +27,7 @@ def assert_same_logits(pair: Pair, actual: torch.Tensor, expected: torch.Tensor)
     """The largest difference."""
     assert expected.std() > 0.5, "logits of no size prove nothing"
     difference = (actual - expected).abs().max().item()
-    assert difference < pair.max_difference
+    assert difference < MAX_DIFFERENCE
     return difference
 
 

@@ -254,7 +254,7 @@ def test_a_sample_that_lost_an_experts_prompts_chooses_nothing(monkeypatch: pyte
 @pytest.mark.parametrize("noise", [0.3, 2.0])
 def test_a_shared_experts_gate_is_open_on_its_own_prompts(noise: float) -> None:
     own, *others = clusters(24, noise=noise, negatives=3)
-    gate = fit_gate(own, others)
+    gate = fit_gate([own], others)
     assert gate.shape == (24,) and gate.dtype == np.float32
     score = own.states.numpy() @ gate
     closed = np.concatenate([score[own.negative.numpy()], *(e.states.numpy() @ gate for e in others)])
@@ -271,6 +271,15 @@ def test_a_shared_experts_gate_is_open_on_its_own_prompts(noise: float) -> None:
     np.testing.assert_allclose(gate, rows[0] - rows[1], rtol=1e-6)
 
 
+def test_the_gate_of_several_shared_experts_is_open_on_the_prompts_of_all() -> None:
+    expert, *shared = clusters(24)
+    gate = fit_gate(shared, [expert])
+    assert gate.shape == (24,)
+    for own in shared:
+        assert np.median(own.states.numpy() @ gate) > 0.3
+    assert np.median(expert.states.numpy() @ gate) < -0.3
+
+
 def test_negative_prompts_of_experts_close_no_shared_gate() -> None:
     expert, *_, own = clusters(16, negatives=4)
     plain = Examples(
@@ -278,4 +287,4 @@ def test_negative_prompts_of_experts_close_no_shared_gate() -> None:
         prompts=expert.prompts[~expert.negative],
         negative=expert.negative[~expert.negative],
     )
-    np.testing.assert_array_equal(fit_gate(own, [expert]), fit_gate(own, [plain]))
+    np.testing.assert_array_equal(fit_gate([own], [expert]), fit_gate([own], [plain]))

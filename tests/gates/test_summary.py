@@ -112,7 +112,7 @@ def test_rows_of_modes_that_sum_are_judged_without_the_fold() -> None:
     rows = layer_rows("hidden", [first, second], [], "cpu")
     half = 0.5**0.5
     np.testing.assert_allclose(rows.experts, [[half, 0, half], [0, 1, 0]], atol=1e-7)
-    assert rows.shared.shape == (0, 3)
+    assert rows.shared is None
     # Without prompt 0 its row is z, which ties at 0 with y on x; without prompt 1 it is x, and z goes to y by 0.25.
     assert rows.check is not None
     assert rows.check.right == (pytest.approx(2 / 3), 1.0)
@@ -133,7 +133,7 @@ def test_negative_prompts_count_in_rows_and_are_not_judged() -> None:
     other = member([[0, 1], [0, 1]], [0, 1], [[0, 1], [0, 1]])
     rows = layer_rows("hidden", [with_no, other], [with_no], "cpu")
     np.testing.assert_allclose(rows.experts, [[0.5**0.5, -(0.5**0.5)], [0, 1]], atol=1e-7)
-    np.testing.assert_array_equal(rows.shared, rows.experts[:1])
+    np.testing.assert_array_equal(rows.shared, rows.experts[0])
     assert rows.check is not None and rows.check.right == (1.0, 1.0)
 
 

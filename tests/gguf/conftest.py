@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 @pytest.fixture(scope="session")
 def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """merged(family, host, shared=False, top=2, model={...}) is the folder of a merge of three experts. Read-only.
+    """merged(family, host, shared=0, top=2, model={...}) is the folder of a merge of three experts. Read-only.
 
     `model` are keys of the dense models' config.json, further options those of the merge's config.
     """
@@ -30,7 +30,7 @@ def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         family: str,
         host: str,
         *,
-        shared: bool = False,
+        shared: int = 0,
         top: int = 2,
         model: dict[str, Any] | None = None,
         **options: Any,
@@ -38,16 +38,19 @@ def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         model = model or {}
         base = zoo(family, **model)
         experts = [zoo(family, seed=seed, **model) for seed in (1, 2, 3)]
-        sharer = zoo(family, seed=9, **model) if shared else None
+        sharers = [zoo(family, seed=9 + number, **model) for number in range(shared)]
         config = merge_config(
             base,
             experts,
             architecture=host,
             experts_per_token=top,
-            shared=sharer,
-            shared_prompts=shared and host == "qwen2_moe",
+            shared=sharers[0] if sharers else None,
+            shared_prompts=bool(shared) and host == "qwen2_moe",
             **options,
         )
+        if shared:
+            (first,) = config["shared_experts"]
+            config["shared_experts"] = [{**first, "source_model": str(sharer)} for sharer in sharers]
         folder = root / str(len(list(root.iterdir())))
         merge_without_ray(config, folder)
         for name in TOKENIZER_FILES:

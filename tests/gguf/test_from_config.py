@@ -27,13 +27,21 @@ from tests.pico import merge_config, merge_without_ray, save_lora
         ),
         # A shared expert of zeros, and biases.
         ("llama", {"mode": "random", "architecture": "qwen2_moe"}),
+        # Two shared experts as one.
+        ("llama", {"mode": "random", "architecture": "deepseek"}),
         ("qwen3", {"mode": "cheap_embed"}),
+        # All experts in one tensor.
+        ("granite", {"mode": "random"}),
+        ("lfm2", {"mode": "random", "experts_per_token": 1}),
     ],
 )
 def test_same_bytes(family: str, options: dict[str, Any], kind: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
     base = zoo(family)
-    adapter = save_lora(tmp_path / "adapter", base, ["up_proj", "down_proj"])
+    adapter = save_lora(tmp_path / "adapter", base, ["up_proj", "down_proj", "w1", "w2"])
     config = merge_config(base, [zoo(family, seed=1), f"{base}+{adapter}"], **options)
+    if options.get("architecture") == "deepseek":
+        sharer = {"source_model": str(zoo(family, seed=2))}
+        config["shared_experts"] = [{**sharer, "residual_scale": 0.5}, sharer]
     merge_without_ray(config, tmp_path / "merged", MergeOptions(seed=5))
     for name in TOKENIZER_FILES:
         shutil.copy(base / name, tmp_path / "merged" / name)

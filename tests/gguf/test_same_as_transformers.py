@@ -46,7 +46,7 @@ class Case:
     family: str
     host: str
     architecture: str
-    shared: bool = False
+    shared: int = 0
     top: int = 2
     model: dict[str, Any] = field(default_factory=dict)
     tokens: int = 40
@@ -66,26 +66,30 @@ MERGES = (
     Case("llama", "mixtral", "llama", model={"head_dim": 24, "tie_word_embeddings": True}),
     Case("mistral", "mixtral", "llama", model={"sliding_window": 12}, tokens=11),
     Case("llama", "deepseek", "llama", model=BIASES),
-    Case("llama", "deepseek", "bailingmoe", shared=True, model={"rope_scaling": LINEAR}),
-    Case("llama", "deepseek", "bailingmoe", shared=True, top=3, model={"tie_word_embeddings": True}),
+    Case("llama", "deepseek", "bailingmoe", shared=1, model={"rope_scaling": LINEAR}),
+    Case("llama", "deepseek", "bailingmoe", shared=1, top=3, model={"tie_word_embeddings": True}),
+    Case("llama", "deepseek", "bailingmoe", shared=2),
     Case("llama", "qwen2_moe", "llama"),
     Case("qwen2", "qwen2_moe", "llama", model={"tie_word_embeddings": True}),
-    Case("qwen2", "qwen2_moe", "qwen2moe", shared=True, top=3),
-    Case("llama", "qwen2_moe", "qwen2moe", shared=True, top=3, model={"tie_word_embeddings": True}),
+    Case("qwen2", "qwen2_moe", "qwen2moe", shared=1, top=3),
+    Case("llama", "qwen2_moe", "qwen2moe", shared=1, top=3, model={"tie_word_embeddings": True}),
+    Case("llama", "qwen2_moe", "qwen2moe", shared=2, top=3),
     Case("qwen3", "qwen3_moe", "qwen3moe", model={"tie_word_embeddings": True}),
     Case("qwen3", "qwen3_moe", "qwen3moe", model={"head_dim": 24, "rope_scaling": YARN}),
     Case("granite", "granitemoe", "granitemoe", model={**MULTIPLIERS, "attention_bias": True}),
-    Case("granite", "granitemoeshared", "granitemoe", shared=True, model={**MULTIPLIERS, "rope_scaling": LLAMA3}),
+    Case("granite", "granitemoeshared", "granitemoe", shared=1, model={**MULTIPLIERS, "rope_scaling": LLAMA3}),
     Case("ernie4_5", "ernie4_5_moe", "llama"),
-    Case("ernie4_5", "ernie4_5_moe", "bailingmoe", shared=True),
+    Case("ernie4_5", "ernie4_5_moe", "bailingmoe", shared=1),
+    Case("granite", "granitemoeshared", "granitemoe", shared=3, model=MULTIPLIERS),
+    Case("llama", "glm4_moe", "glm4moe", shared=2),
     Case("helium", "ernie4_5_moe", "llama"),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe"),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"rope_scaling": ALPHA}),
-    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=True, top=1),
+    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=1, top=1),
     Case("qwen2", "glm4_moe", "glm4moe"),
     Case("lfm2", "lfm2_moe", "lfm2moe"),
     Case("cohere2", "cohere2_moe", "cohere2moe", model={"sliding_window": 12, "sliding_window_pattern": 3}),
-    Case("llama", "glm4_moe", "glm4moe", shared=True, model={"head_dim": 24}),
+    Case("llama", "glm4_moe", "glm4moe", shared=1, model={"head_dim": 24}),
 )
 
 
@@ -156,7 +160,7 @@ def test_a_window_ends_the_context(merged: Callable[..., Path], tmp_path: Path) 
 def test_refused_since_no_architecture_computes_it(
     family: str, host: str, wanted: str, merged: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = merged(family, host, shared=True)
+    folder = merged(family, host, shared=1)
     with pytest.raises(ProblemReport, match=wanted):
         write_gguf(folder, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
