@@ -76,14 +76,14 @@ def token_limit(mode: str, members: int) -> int:
 
 
 def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GatePrompts, ...]]:
-    """Members by the model that reads their prompts, in as many parts as can be read side by side.
+    """Members by the stored weights of the model that reads their prompts, in as many parts as are read side by side.
 
-    In the modes where the base reads all prompts its layers are so read once by each actor, not once for each expert.
+    So its layers are read once by each actor, not once for each expert: where the base reads all prompts, and where
+    experts are one model with different adapters.
     """
     groups: list[list[GatePrompts]] = []
     for member in members:
-        same = (g for g in groups if g[0].weights == member.weights and g[0].config == member.config)
-        group = next(same, None)
+        group = next((group for group in groups if _same_but_adapters(group[0], member)), None)
         if group is None:
             groups.append([member])
         else:
@@ -94,6 +94,12 @@ def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GateProm
         cuts = [len(group) * number // count for number in range(count + 1)]
         parts += [tuple(group[start:end]) for start, end in pairwise(cuts)]
     return parts
+
+
+def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
+    if one.config != other.config or one.weights.keys() != other.weights.keys():
+        return False
+    return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
 
 
 def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
@@ -111,8 +117,8 @@ def capture_layers(
     trust_remote_code: bool = False,
     layer_done: LayerDone | None = None,
 ) -> Iterator[list[MemberLayer]]:
-    """What the prompts of some of `members` experts, which the same model reads, leave at a layer, by expert; one layer
-    after the other.
+    """What the prompts of some of `members` experts, which the same model reads, or it with their adapters, leave at a
+    layer, by expert; one layer after the other.
 
     The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
     so that it makes no difference to the result who is read together. `layer_done` is called with the number of prompt
@@ -121,7 +127,7 @@ def capture_layers(
     """
     from raymoe.gates.decoder import StreamedDecoder
 
-    decoder = StreamedDecoder(prompts[0], reader, device, quantise=gates.quantise)
+    decoder = StreamedDecoder(prompts[0], reader, device, others=prompts[1:], quantise=gates.quantise)
     budget = 1 if decoder.rope_depends_on_length else TOKEN_BUDGET
     captured = [_Captured(gates, each, reader, budget, members, trust_remote_code) for each in prompts]
     placed = [(member, number) for member in captured for number in range(len(member.batches))]
@@ -137,10 +143,11 @@ def capture_layers(
             layer_done(int(member.batches[batch].lengths.sum()))
 
     together = [batch for member in captured for batch in member.batches]
+    models = [number for number, member in enumerate(captured) for _ in member.batches]
     if MODES[gates.mode].fits_rows:
-        layers = decoder.router_inputs(together, gates.layers, look)
+        layers = decoder.router_inputs(together, gates.layers, look, models=models)
     else:
-        layers = decoder.layer_inputs(together, gates.layers, add, look)
+        layers = decoder.layer_inputs(together, gates.layers, add, look, models=models)
     for layer in layers:
         yield [member.take(layer) for member in captured]
 

@@ -3,11 +3,15 @@
 The layers are transformers' own modules, made on the meta device, so that every family computes what transformers
 computes. While a layer runs, the next ones are read (see loading.py): a few layers are held, whatever the model's size.
 
+Several models are run at once where they are one base with different adapters (see adapted.py): the base's layers are
+read once for all of them.
+
 The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -19,8 +23,9 @@ import torch
 from raymoe.architectures import FAMILIES
 from raymoe.config.modes import EMBEDDING
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gates.adapted import adapted_weight
 from raymoe.gates.embeddings import embedding_rows
-from raymoe.gates.loading import LayerLoader, compute_dtype, load_weight
+from raymoe.gates.loading import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
 from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
 from raymoe.planning.types import WeightRef
@@ -74,6 +79,7 @@ class StreamedDecoder:
 
     It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
     `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
+    `others` are models of the same config and the same stored weights, with other adapters on them; model 0 is `model`.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class StreamedDecoder:
         reader: SourceReader,
         device: str,
         *,
+        others: Sequence[ReadableModel] = (),
         quantise: str | None = None,
         exact: bool = False,
         ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
@@ -89,6 +96,12 @@ class StreamedDecoder:
         from transformers import AutoModel
 
         self._reader, self._weights = reader, model.weights
+        self._models = (model, *others)
+        adapters = [{name: ref.lora for name, ref in each.weights.items() if ref.lora} for each in self._models]
+        self._adapters = [one for number, one in enumerate(adapters) if one not in adapters[:number]]
+        self._adapter_of = [self._adapters.index(one) for one in adapters]  # by model
+        self._at: tuple[int, LoadedLayer, torch.nn.Module] | None = None  # the layer in use, what it is made of
+        self._in_place = 0  # whose adapters are in it
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
         self._config = _configuration(model.config)
@@ -103,34 +116,46 @@ class StreamedDecoder:
         return self._model.rotary_emb.rope_type in ("dynamic", "longrope")
 
     def layer_inputs(
-        self, batches: Sequence[Batch], layers: int, visit: Visit, look: Visit | None = None
+        self,
+        batches: Sequence[Batch],
+        layers: int,
+        visit: Visit,
+        look: Visit | None = None,
+        *,
+        models: Sequence[int] | None = None,
     ) -> Iterator[int]:
         """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the number of each
-        layer, when all is said of it.
+        layer, when all is said of it. `models` says which model reads each batch (default: model 0).
 
         Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for. `look` is
         called as by `router_inputs`, for the layers that are run.
         """
-        states = [self.embed(batch) for batch in batches]
+        models = models or [0] * len(batches)
+        states = [self.embed(batch, model) for batch, model in zip(batches, models, strict=True)]
         for number, hidden in enumerate(states):
             visit(0, number, hidden)
         for layer in self.loaded_layers(layers - 1):
-            for number in range(len(batches)):
+            for number, model in enumerate(models):
+                self.read_as(model)
                 states[number] = self._run_seen(layer, number, states[number], look)
                 visit(layer + 1, number, states[number])
             yield layer
         yield layers - 1
 
-    def router_inputs(self, batches: Sequence[Batch], layers: int, visit: Visit) -> Iterator[int]:
+    def router_inputs(
+        self, batches: Sequence[Batch], layers: int, visit: Visit, *, models: Sequence[int] | None = None
+    ) -> Iterator[int]:
         """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1; the
-        number of each layer, when all batches have been through it.
+        number of each layer, when all batches have been through it. `models` as in `layer_inputs`.
 
         It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
         layer is neither read nor run.
         """
-        states = [self.embed(batch) for batch in batches]
+        models = models or [0] * len(batches)
+        states = [self.embed(batch, model) for batch, model in zip(batches, models, strict=True)]
         for layer in self.loaded_layers(layers, last_ffn=False):
-            for number in range(len(batches)):
+            for number, model in enumerate(models):
+                self.read_as(model)
                 states[number] = self._run_seen(layer, number, states[number], visit)
             yield layer
 
@@ -147,12 +172,18 @@ class StreamedDecoder:
         A layer can be run until the next one is asked for. Without `last_ffn` the last one has no FFN: what stands in
         its place gives back its input.
         """
-        wanted = [self._layer_weights(layer, last_ffn or layer < count - 1) for layer in range(count)]
+        wanted = [self._layer_parts(layer, last_ffn or layer < count - 1) for layer in range(count)]
         with closing(LayerLoader(self._reader, self._device, self._dtype).layers(wanted)) as loaded:
             for layer in range(count):  # enumerate would hold on to each layer until the next is there
-                self._install(layer, next(loaded))
+                self._at = layer, next(loaded), self._model.layers[layer]
+                self._install(0)
                 yield layer
-                self._model.layers[layer] = torch.nn.Identity()
+                self._at, self._model.layers[layer] = None, torch.nn.Identity()
+
+    def read_as(self, model: int) -> None:
+        """Put the adapters of one of the models into the layer that is loaded."""
+        if self._adapter_of[model] != self._in_place:
+            self._install(self._adapter_of[model])
 
     def ffn_of(self, layer: int) -> torch.nn.Module:
         """What stands in the place of the FFN of a layer that is loaded."""
@@ -163,7 +194,7 @@ class StreamedDecoder:
         """The norm after the last layer."""
         name = self._family.final_norm
         module: torch.nn.Module = getattr(self._model, name)
-        weight = load_weight(self._reader, self._weights[f"model.{name}.weight"], self._dtype)
+        weight = load_weight(self._reader, self._weights[f"model.{name}.weight"].entry, self._dtype)
         module.load_state_dict({"weight": weight.to(self._device)}, assign=True)
         self._reader.release()
         return module
@@ -184,8 +215,14 @@ class StreamedDecoder:
             rows_VH = torch.from_numpy(block).to(self._device, self._dtype)
             yield start, rows_VH if factor == 1.0 else rows_VH * factor
 
-    def _install(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        module, prefix = self._model.layers[layer], f"{self._family.ffn}."
+    def _install(self, adapters: int) -> None:
+        """Make the layer in use out of what was loaded, with the adapters of that number on it."""
+        assert self._at is not None
+        layer, loaded, blank = self._at
+        tensors: Mapping[str, torch.Tensor] = self._adapted(layer, loaded, adapters)
+        module, prefix = blank, f"{self._family.ffn}."
+        if len(self._adapters) > 1:
+            module = self._model.layers[layer] = copy.deepcopy(blank)
         ffn = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if self._ffn is not None or not ffn:
             setattr(module, self._family.ffn, torch.nn.Identity())
@@ -197,15 +234,37 @@ class StreamedDecoder:
         if self._ffn is not None and ffn:
             setattr(module, self._family.ffn, self._ffn(ffn))
         module.eval()
+        self._in_place = adapters
 
-    def _layer_weights(self, layer: int, with_ffn: bool) -> dict[str, WeightRef]:
+    def _adapted(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
+        """The layer's weights, those that adapters change made anew."""
+        prefix, tensors = f"model.layers.{layer}.", dict(loaded.weights)
+        for full, lora in self._adapters[adapters].items():
+            name = full.removeprefix(prefix)
+            if full.startswith(prefix) and name in tensors:
+                factors = {part: loaded.factors[adapters, name, part] for part in lora.entries}
+                tensors[name] = adapted_weight(tensors[name], factors, lora.scaling)
+        return tensors
+
+    def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:
         prefix = f"model.layers.{layer}."
-        weights = {name.removeprefix(prefix): ref for name, ref in self._weights.items() if name.startswith(prefix)}
-        return {name: ref for name, ref in weights.items() if with_ffn or not name.startswith(f"{self._family.ffn}.")}
+        names = {full: full.removeprefix(prefix) for full in self._weights if full.startswith(prefix)}
+        if not with_ffn:
+            names = {full: name for full, name in names.items() if not name.startswith(f"{self._family.ffn}.")}
+        factors = {
+            (number, names[full], part): entry
+            for number, adapters in enumerate(self._adapters)
+            for full, lora in adapters.items()
+            if full in names
+            for part, entry in lora.entries.items()
+        }
+        weights = {name: self._weights[full].entry for full, name in names.items()}
+        return LayerParts(weights=weights, factors=factors)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
+    def embed(self, batch: Batch, model: int = 0) -> torch.Tensor:
         """The input of layer 0, (batch, tokens, hidden)."""
-        rows = embedding_rows(self._reader, self._weights[EMBEDDING], batch.ids.flatten().tolist())
+        ref = self._models[model].weights[EMBEDDING]
+        rows = embedding_rows(self._reader, ref, batch.ids.flatten().tolist())
         hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
         hidden = hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
         return hidden * getattr(self._config, "embedding_multiplier", 1.0)

@@ -4,8 +4,8 @@
     GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy a layer
 
 On a GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at
-most are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others (another
-dtype, a LoRA delta) are made on the CPU and join them.
+most are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on
+the CPU and join them, and so do the factors of adapters, which are made float64.
 """
 
 from __future__ import annotations
@@ -19,20 +19,39 @@ import numpy as np
 import torch
 
 from raymoe.objects.urls import is_url
-from raymoe.planning.types import WeightRef
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.transform import load_array, with_lora
+from raymoe.storage.transform import load_array
 
-__all__ = ["LayerLoader", "Named", "compute_dtype", "load_weight"]
+__all__ = ["LayerLoader", "LayerParts", "LoadedLayer", "compute_dtype", "load_weight"]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
 _PIECE_BYTES = 8 << 20
 _ALIGNED = 256  # bytes; a tensor in a buffer begins where kernels like it
 
-Named = Mapping[str, WeightRef]
-"""A layer's weights by what its module calls them."""
+FactorKey = tuple[int, str, str]
+"""Which of several adapters, on which weight, and which of its factors (see `LoraPair.entries`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """Where a layer's weights lie, by what its module calls them, and the factors of adapters on them."""
+
+    weights: Mapping[str, TensorEntry]
+    factors: Mapping[FactorKey, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        return [*self.weights.values(), *self.factors.values()]
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedLayer:
+    """The same on the device: weights in the dtype of computation, factors in float64."""
+
+    weights: dict[str, torch.Tensor]
+    factors: dict[FactorKey, torch.Tensor]
 
 
 def compute_dtype(stored: str, device: torch.device, *, exact: bool) -> torch.dtype:
@@ -51,14 +70,15 @@ def _multiplies_bfloat16() -> bool:
     return any(test is not None and test() for test in tests)
 
 
-def load_weight(reader: SourceReader, ref: WeightRef, dtype: torch.dtype) -> torch.Tensor:
+def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """A weight on the CPU, in the dtype that it is computed with."""
-    array = load_array(reader, ref.entry)
-    if ref.lora is not None:
-        merged = with_lora(reader, array.astype(np.float32), ref.lora, slice(None))
-        return torch.from_numpy(merged).to(dtype)
-    flat = torch.frombuffer(reader.view(ref.entry), dtype=_TORCH_DTYPES[ref.entry.dtype])
-    return flat.reshape(ref.entry.shape).to(dtype)
+    flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
+    return flat.reshape(entry.shape).to(dtype)
+
+
+def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, torch.Tensor]:
+    """On the CPU, in memory of their own."""
+    return {key: torch.from_numpy(load_array(reader, e).astype(np.float64)) for key, e in layer.factors.items()}
 
 
 class LayerLoader:
@@ -67,31 +87,27 @@ class LayerLoader:
     def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype) -> None:
         self._reader, self._device, self._dtype = reader, device, dtype
 
-    def layers(self, layers: Sequence[Named]) -> Generator[dict[str, torch.Tensor], None, None]:
+    def layers(self, layers: Sequence[LayerParts]) -> Generator[LoadedLayer, None, None]:
         """The tensors of each layer; they are valid until the next ones are asked for."""
         if self._device.type == "cuda":
             with _Ring(self._reader, self._device, self._dtype, layers) as ring:
                 yield from ring.layers()
             return
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            ahead: Future[dict[str, torch.Tensor]] | None = pool.submit(self._load, layers[0]) if layers else None
+            ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0]) if layers else None
             for number in range(len(layers)):
                 assert ahead is not None
-                tensors = ahead.result()
+                loaded = ahead.result()
                 ahead = pool.submit(self._load, layers[number + 1]) if number + 1 < len(layers) else None
-                yield tensors
-                del tensors
+                yield loaded
+                del loaded
 
-    def _load(self, layer: Named) -> dict[str, torch.Tensor]:
-        self._reader.load([entry for ref in layer.values() for entry in _entries(ref)])
-        tensors = {name: load_weight(self._reader, ref, self._dtype) for name, ref in layer.items()}
-        self._reader.release()  # what is not used in place has been widened or merged: its source can go
-        return tensors
-
-
-def _entries(ref: WeightRef) -> tuple[TensorEntry, ...]:
-    """What has to be read for a weight."""
-    return (ref.entry,) if ref.lora is None else (ref.entry, ref.lora.a, ref.lora.b)
+    def _load(self, layer: LayerParts) -> LoadedLayer:
+        self._reader.load(layer.entries)
+        weights = {name: load_weight(self._reader, entry, self._dtype) for name, entry in layer.weights.items()}
+        factors = _load_factors(self._reader, layer)
+        self._reader.release()  # what is not used in place has been widened: its source can go
+        return LoadedLayer(weights=weights, factors=factors)
 
 
 @dataclass
@@ -117,7 +133,9 @@ class _Layout:
 class _Ring:
     """Layers on their way to a GPU. A context manager."""
 
-    def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype, layers: Sequence[Named]) -> None:
+    def __init__(
+        self, reader: SourceReader, device: torch.device, dtype: torch.dtype, layers: Sequence[LayerParts]
+    ) -> None:
         self._reader, self._device, self._dtype, self._layers = reader, device, dtype, layers
         self._layouts = [self._layout(layer) for layer in layers]
         largest = max((layout.size for layout in self._layouts), default=0)
@@ -135,49 +153,52 @@ class _Ring:
         self._readers.shutdown(cancel_futures=True)
         self._stream.synchronize()
 
-    def layers(self) -> Iterator[dict[str, torch.Tensor]]:
+    def layers(self) -> Iterator[LoadedLayer]:
         waiting = [self._ahead.submit(self._send, number) for number in range(min(2, len(self._layers)))]
         for number in range(len(self._layers)):
-            tensors, ready = waiting.pop(0).result()
+            loaded, ready = waiting.pop(0).result()
             torch.cuda.current_stream(self._device).wait_event(ready)
-            for tensor in tensors.values():  # their memory is not given to others before this stream is done with them
+            # Their memory is not given to others before this stream is done with them.
+            for tensor in (*loaded.weights.values(), *loaded.factors.values()):
                 tensor.record_stream(torch.cuda.current_stream(self._device))
             if number + 2 < len(self._layers):
                 waiting.append(self._ahead.submit(self._send, number + 2))
-            yield tensors
-            del tensors
+            yield loaded
+            del loaded
 
-    def _layout(self, layer: Named) -> _Layout:
+    def _layout(self, layer: LayerParts) -> _Layout:
         layout = _Layout()
-        direct = [(ref.entry, name) for name, ref in layer.items() if self._goes_as_it_is(ref)]
+        direct = [(entry, name) for name, entry in layer.weights.items() if self._goes_as_it_is(entry)]
         for entry, name in sorted(direct, key=lambda pair: (pair[0].file.location, pair[0].start)):
             layout.add(name, entry)
         return layout
 
-    def _goes_as_it_is(self, ref: WeightRef) -> bool:
-        return ref.lora is None and _TORCH_DTYPES[ref.entry.dtype] == self._dtype and ref.entry.nbytes > 0
+    def _goes_as_it_is(self, entry: TensorEntry) -> bool:
+        return _TORCH_DTYPES[entry.dtype] == self._dtype and entry.nbytes > 0
 
-    def _send(self, number: int) -> tuple[dict[str, torch.Tensor], Any]:
+    def _send(self, number: int) -> tuple[LoadedLayer, Any]:
         """Read a layer and start its copy; its tensors on the GPU, and the event after which they are there."""
         layout, layer, slot = self._layouts[number], self._layers[number], number % 2
         if self._copied[slot] is not None:
             self._copied[slot].synchronize()
         pinned = self._pinned[slot]
         self._fill(layout, memoryview(pinned.numpy()))
-        others = [name for name in layer if name not in layout.places]
-        self._reader.load([entry for name in others for entry in _entries(layer[name])])
-        made = {name: load_weight(self._reader, layer[name], self._dtype) for name in others}
+        others = {name: entry for name, entry in layer.weights.items() if name not in layout.places}
+        self._reader.load([*others.values(), *layer.factors.values()])
+        cast = {name: load_weight(self._reader, entry, self._dtype) for name, entry in others.items()}
+        made = _load_factors(self._reader, layer)
         with torch.cuda.stream(self._stream):
             whole = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
             whole.copy_(pinned[: layout.size], non_blocking=True)
-            tensors = {name: tensor.to(self._device) for name, tensor in made.items()}
+            weights = {name: tensor.to(self._device) for name, tensor in cast.items()}
+            factors = {key: tensor.to(self._device) for key, tensor in made.items()}
             ready = torch.cuda.Event()
             ready.record(self._stream)
         self._copied[slot] = ready
         self._reader.release()
         for name, (start, end) in layout.places.items():
-            tensors[name] = whole[start:end].view(self._dtype).reshape(layer[name].entry.shape)
-        return tensors, ready
+            weights[name] = whole[start:end].view(self._dtype).reshape(layer.weights[name].shape)
+        return LoadedLayer(weights=weights, factors=factors), ready
 
     def _fill(self, layout: _Layout, buffer: memoryview) -> None:
         reads = []

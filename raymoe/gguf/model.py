@@ -47,8 +47,8 @@ _NOT_CONVERTED = {
     "deepseek_v3": _ONLY_LLAMA_CPP,
     "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
 }
-# Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes back
-# what transformers adds to a sum and llama.cpp does not.
+# Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
+# back what transformers adds to a sum and llama.cpp does not.
 _PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
 _NEARLY = 3e-6
 _SHOWN = 4

@@ -167,7 +167,7 @@ def _matrices(
         for role, first, last in spec.held_by(row):
             shape = (last - first, *spec.shape_of(row)[1:])
             part = entry if shape == entry.shape else rows_of(entry, first, last)
-            part_lora = lora if lora is None or part is entry else replace(lora, b=rows_of(lora.b, first, last))
+            part_lora = lora if lora is None or part is entry else _lora_rows(lora, first, last)
             # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
             own_scale = scale if role == "ffn.down" else None
             what: PartSource
@@ -187,6 +187,11 @@ def rows_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
         start=entry.start + first * width,
         end=entry.start + last * width,
     )
+
+
+def _lora_rows(lora: LoraPair, first: int, last: int) -> LoraPair:
+    magnitude = rows_of(lora.magnitude, first, last) if lora.magnitude is not None else None
+    return replace(lora, b=rows_of(lora.b, first, last), magnitude=magnitude)
 
 
 def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:

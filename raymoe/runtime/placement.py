@@ -170,7 +170,7 @@ def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:
 
 def _lora_files(lora: LoraPair | None) -> Iterator[SourceFile]:
     if lora is not None:
-        yield from (lora.a.file, lora.b.file)
+        yield from (entry.file for entry in lora.entries.values())
 
 
 class Placement:

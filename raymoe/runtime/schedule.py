@@ -27,7 +27,7 @@ from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
 from raymoe.runtime.gate_work import GateJob, GateWork
 from raymoe.runtime.placement import Needs, owner_names
-from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, read_for_shards
+from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, SharedReads, read_for_shards
 from raymoe.runtime.stream import SenderLost
 from raymoe.runtime.worker import Whereabouts
 from raymoe.sources.types import SourceFile
@@ -142,7 +142,7 @@ class _Jobs:
         self.layers_at_once = self.shards_at_once = 1
         self._actors = actors
         self._writer: _Actor | None = None
-        self._sending = work.sending
+        self._sending, self._shared = work.sending, SharedReads(plan, work.reads)
         self._needs, self._files = needs, needs.files if needs is not None else ()
         self._running: dict[Any, _Run] = {}
         self._began = self._busy_at = time.monotonic()
@@ -205,12 +205,14 @@ class _Jobs:
             if job is None:
                 return
             actor.shards_busy += 1
+            actors = sum(other.is_up for other in self._actors)
+            detail = self._shared.told(job.detail, self.shards.names, actors)
             if actor.sees_output or self._sending is None:
-                ref = self.shards.work.start(actor.handle, job.detail)
+                ref = self.shards.work.start(actor.handle, detail)
                 self._running[ref] = _Run(actor, job)
             else:
                 assert self._writer is not None
-                ref = self._sending.start(self._writer.handle, actor.handle, job.detail)
+                ref = self._sending.start(self._writer.handle, actor.handle, detail)
                 self._running[ref] = _Run(actor, job, sent=True)
 
     def _may_do(self, actor: _Actor, shard: Shard) -> bool:

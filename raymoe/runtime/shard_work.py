@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raymoe.objects.urls import is_url
-from raymoe.planning.types import MergePlan, Shard
+from raymoe.planning.types import Copy, MergePlan, Part, Shard
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.output import ShardJob
 
-__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "read_for_shards"]
+__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "SharedReads", "read_for_shards"]
 
 
 class Sending(Protocol):
@@ -19,17 +20,17 @@ class Sending(Protocol):
     def start_writer(self) -> Any:
         """The actor that writes; it may not be up yet."""
 
-    def start(self, writer: Any, actor: Any, job: Any) -> Any:
+    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
         """Start a job; the reference of its result."""
 
 
 class ShardWork(Protocol):
     """What is done with shards. A shard is one or several jobs, which several actors may do at the same time."""
 
-    def jobs(self, shard: Shard) -> Sequence[Any]:
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         """Begin with a shard; nothing, if there is nothing left for actors to do."""
 
-    def start(self, actor: Any, job: Any) -> Any:
+    def start(self, actor: Any, job: ShardJob) -> Any:
         """Start a job on an actor; the reference of its result."""
 
     def reads(self, file: SourceFile) -> bool:
@@ -45,8 +46,38 @@ class ShardWork(Protocol):
 
 def read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
     """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
-    sources = (read.source for shard in plan.shards for part in shard.parts for read in part.read)
-    return frozenset(entry for entry in sources if is_url(entry.file.location) and reads(entry.file))
+    return frozenset(entry for shard in plan.shards for part in shard.parts for entry in _fetched(part, reads))
+
+
+def _fetched(part: Part, reads: Callable[[SourceFile], bool]) -> Iterator[TensorEntry]:
+    """What actors fetch for a part. A store copies nothing that is to be changed."""
+    for read in part.read:
+        copies = isinstance(part.what, Copy)
+        if is_url(read.source.file.location) and (not copies or reads(read.source.file)):
+            yield read.source
+
+
+class SharedReads:
+    """Tensors of objects that several shards are made of, as experts are that are one model with different adapters."""
+
+    def __init__(self, plan: MergePlan, reads: Callable[[SourceFile], bool]) -> None:
+        self._reads = reads
+        self._shards: dict[TensorEntry, set[str]] = {}
+        for shard in plan.shards:
+            for part in shard.parts:
+                for entry in _fetched(part, reads):
+                    self._shards.setdefault(entry, set()).add(shard.file_name)
+
+    def told(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
+        """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
+        that are `waiting` (by name) as many need it as there are actors."""
+        fetched = (e for part in job.shard.parts if job.does(part) for e in _fetched(part, self._reads))
+        shared = tuple(dict.fromkeys(entry for entry in fetched if len(self._shards[entry]) > 1))
+        if not shared:
+            return job
+        others = waiting - {job.shard.file_name}
+        later = tuple(entry for entry in shared if len(self._shards[entry] & others) >= actors)
+        return replace(job, shared=shared, later=later)
 
 
 @dataclass
@@ -63,7 +94,7 @@ class ShardTask:
     """A job of a shard: `detail` is what the actor is given."""
 
     opened: _OpenShard
-    detail: Any
+    detail: ShardJob
     failures: int = 0
 
     @property
@@ -101,6 +132,11 @@ class ShardQueue:
                 return None
             self.waiting.remove(shard)
             self._begin(shard)
+
+    @property
+    def names(self) -> set[str]:
+        """The shards that wait, or have jobs that do."""
+        return {shard.file_name for shard in (*self.waiting, *(job.opened.shard for job in self.ready))}
 
     def first_waiting(self) -> Shard | None:
         return next(iter([*(job.opened.shard for job in self.ready), *self.waiting]), None)

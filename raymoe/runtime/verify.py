@@ -27,6 +27,7 @@ from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.folder import Folder
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
+from raymoe.storage.output import ShardJob
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import different_tensors
@@ -131,13 +132,13 @@ class _CompareShards:
     def __init__(self, written: Mapping[str, TensorEntry]) -> None:
         self._written = written
 
-    def jobs(self, shard: Shard) -> Sequence[Shard]:
-        return (shard,)
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return (ShardJob(shard=shard),)
 
-    def start(self, actor: Any, job: Shard) -> Any:
-        names = {part.tensor.name for part in job.parts}
+    def start(self, actor: Any, job: ShardJob) -> Any:
+        names = {part.tensor.name for part in job.shard.parts}
         entries = {name: self._written[name] for name in names if name in self._written}
-        return actor.compare_shard.options(name=f"compare {job.file_name}").remote(job, entries)
+        return actor.compare_shard.options(name=f"compare {job.name}").remote(job, entries)
 
     def reads(self, file: SourceFile) -> bool:
         return True

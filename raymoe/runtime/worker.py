@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -24,7 +25,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.capture import MemberLayer
 from raymoe.gates.layer_rows import LayerRows
 from raymoe.objects.store import process_counters
-from raymoe.planning.types import GatePlan, GatePrompts, Shard
+from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.process import let_gates_go_first, limit_threads, set_up_process
 from raymoe.runtime.settings import RuntimeSettings
@@ -33,7 +34,7 @@ from raymoe.sources.local import stat_file
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.spool import Side, Spool
+from raymoe.storage.spool import GATES, SHARDS, Spool
 from raymoe.storage.stream import different_tensors, shard_chunks
 
 __all__ = ["GATES_OF", "ExpertWorker", "Status", "Whereabouts", "Working", "node_words"]
@@ -112,11 +113,12 @@ class ExpertWorker:
         `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
         `later`: the same of experts whose prompts are still waiting.
         """
-        self._spool.expect((*also_written, *later))  # before torch is imported: shards do not wait for that
+        # Before torch is imported, which shards do not wait for.
+        self._spool.expect((*also_written, *later), GATES, SHARDS)
         try:
             yield from self._captured_layers(gates, members, experts)
         finally:
-            self._spool.gates_are_done(also_written)
+            self._spool.forget(also_written, GATES)
         yield None
 
     def _captured_layers(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer]:
@@ -128,7 +130,7 @@ class ExpertWorker:
 
             check_quantise(gates.quantise, device)
         limit_threads()
-        with self._working(_gates_of(members)), self._reader("gates") as reader:
+        with self._working(_gates_of(members)), self._reader(GATES) as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -153,7 +155,7 @@ class ExpertWorker:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
         self._check_output()
         let_gates_go_first()
-        with self._working(job.shard.file_name), self._reader() as reader:
+        with self._working(job.shard.file_name), self._reading(job) as reader:
             result = self._output.do(job, reader, self._add_bytes)
         if result is None:  # an earlier run left it whole
             with self._lock:
@@ -163,15 +165,15 @@ class ExpertWorker:
     def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
         let_gates_go_first()
-        with self._working(job.shard.file_name), self._reader() as reader:
+        with self._working(job.shard.file_name), self._reading(job) as reader:
             for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
                 yield piece
                 self._add_bytes(len(piece))
 
-    def compare_shard(self, shard: Shard, written: Mapping[str, TensorEntry]) -> list[str]:
+    def compare_shard(self, job: ShardJob, written: Mapping[str, TensorEntry]) -> list[str]:
         """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
-        with self._working(shard.file_name), self._reader() as reader:
-            return different_tensors(shard.parts, written, reader, progress=self._add_bytes)
+        with self._working(job.shard.file_name), self._reading(job) as reader:
+            return different_tensors(job.shard.parts, written, reader, progress=self._add_bytes)
 
     def status(self) -> Status:
         gpu = 0
@@ -204,8 +206,20 @@ class ExpertWorker:
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _reader(self, side: Side = "shards") -> SourceReader:
-        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, side=side)
+    def _reader(self, name: str = SHARDS) -> SourceReader:
+        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, name=name)
+
+    @contextmanager
+    def _reading(self, job: ShardJob) -> Iterator[SourceReader]:
+        """A reader for a shard; what other shards are made of too is kept for those that this actor will do."""
+        self._spool.expect(job.shared, job.name)
+        self._spool.expect(job.later, SHARDS)
+        self._spool.forget(set(job.shared).difference(job.later), SHARDS)
+        try:
+            with self._reader(job.name if job.shared else SHARDS) as reader:
+                yield reader
+        finally:
+            self._spool.forget(job.shared, job.name)
 
     def _add_bytes(self, written: int, copied: int = 0) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
     base_model.model.<module>.lora_A.weight  (rank, in_features)   \\
     base_model.model.<module>.lora_B.weight  (out_features, rank)   --> <module>.weight += scaling * B @ A
+    base_model.model.<module>.lora_magnitude_vector  (out_features,), with DoRA: lengths of that weight's rows
 
 Everything that PEFT can put into an adapter beyond that is refused by name: silently leaving part of it out
 would make an expert that nobody trained. The way out is the same for all: merge the adapter into its model
@@ -24,7 +25,10 @@ from raymoe.sources.types import AdapterFacts, CheckpointIndex, LoraPair, Tensor
 __all__ = ["adapter_facts"]
 
 _REMEDY = "merge the adapter into its model with peft (merge_and_unload, save_pretrained) and use the result"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(lora_(?P<factor>[AB])\.weight|(?P<magnitude>lora_magnitude_vector)(\.weight)?)"
+)
+_MAGNITUDE = "magnitude"
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _NAMED = 5  # how many of many problems of a kind are listed
 
@@ -57,13 +61,13 @@ _INERT = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",
         "use_rslora",
     }
 )
 
 # Settings that do, with what they are.
 _REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA, which rescales the weight's columns",
     "fan_in_fan_out": "weights stored transposed",
     "lora_bias": "biases on the factors",
     "modules_to_save": "whole modules that replace the model's",
@@ -86,7 +90,6 @@ _INITS_KEEPING_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 # Tensors that are no pair of factors: part of the key -> what it is.
 _FOREIGN_KEYS: Mapping[str, str] = {
-    "lora_magnitude_vector": "DoRA's magnitudes",
     "lora_embedding_": "LoRA on an embedding",
     "token_adapter": "trained embedding rows",
     "trainable_tokens": "trained embedding rows",
@@ -172,7 +175,7 @@ def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) ->
 
 
 def _factors(index: CheckpointIndex) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
-    """module -> {'A': ..., 'B': ...}, and what is wrong with the names that are neither."""
+    """module -> {'A': ..., 'B': ..., with DoRA 'magnitude': ...}, and what is wrong with names of anything else."""
     factors: dict[str, dict[str, TensorEntry]] = {}
     wrong: list[str] = []
     for name, entry in index.tensors.items():
@@ -186,7 +189,7 @@ def _factors(index: CheckpointIndex) -> tuple[dict[str, dict[str, TensorEntry]],
                 "a whole weight, perhaps of resized embeddings?"
             )
         else:
-            factors.setdefault(match["module"], {})[match["factor"]] = entry
+            factors.setdefault(match["module"], {})[match["factor"] or _MAGNITUDE] = entry
     return factors, wrong
 
 
@@ -212,7 +215,21 @@ def _pair(module: str, found: Mapping[str, TensorEntry], config: Mapping[str, An
     if target.shape != (b.shape[0], a.shape[1]):
         delta = [b.shape[0], a.shape[1]]
         raise ValueError(f"{module!r}: the adapter's delta is {delta}, the model's weight {list(target.shape)}")
-    return LoraPair(a=a, b=b, scaling=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraPair(a=a, b=b, scaling=scaling, magnitude=_magnitude(module, found, config, rows=b.shape[0]))
+
+
+def _magnitude(
+    module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], rows: int
+) -> TensorEntry | None:
+    """DoRA's lengths of the rows, if the adapter is one. Raises ValueError for one without the other."""
+    entry = found.get(_MAGNITUDE)
+    if bool(config.get("use_dora")) is not (entry is not None):
+        there, not_there = ("a", "no use_dora") if entry is not None else ("no", "use_dora")
+        raise ValueError(f"{module!r} has {there} lora_magnitude_vector, and adapter_config.json has {not_there}")
+    if entry is not None and (entry.dtype not in _FLOATS or entry.shape != (rows,)):
+        raise ValueError(f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; {rows} floats are expected")
+    return entry
 
 
 def _rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -96,14 +96,22 @@ class CheckpointIndex:
 class LoraPair:
     """The two factors of one weight's delta: W' = W + scaling * (B @ A).
 
-    `a` has shape (rank, in_features), `b` has shape (out_features, rank).
-    Source of the formula: Hu et al. 2021, https://arxiv.org/abs/2106.09685; scaling is alpha / rank, or
-    alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732).
+    `a` has shape (rank, in_features), `b` has shape (out_features, rank). With DoRA, `magnitude` (out_features,) is how
+    long each row of W' is made. Sources of the formulas: Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et
+    al. 2024, https://arxiv.org/abs/2402.09353; scaling is alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (https://arxiv.org/abs/2312.03732).
     """
 
     a: TensorEntry
     b: TensorEntry
     scaling: float
+    magnitude: TensorEntry | None = None
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """What there is to read, by its name here."""
+        entries = {"a": self.a, "b": self.b}
+        return entries if self.magnitude is None else {**entries, "magnitude": self.magnitude}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from raymoe.errors import Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_s3, is_url, local_path, normalise
-from raymoe.planning.types import Shard
+from raymoe.planning.types import Part, Shard
 from raymoe.planning.upload import UploadPart
-from raymoe.sources.types import SourceFile
+from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
 from raymoe.storage.stream import RouterBytes
@@ -32,11 +32,26 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardJob:
-    """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied."""
+    """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied.
+
+    `shared`: tensors of objects that other shards are made of too; `later`: those of them that whoever does this job
+    will probably read again.
+    """
 
     shard: Shard
     upload_id: str | None = None
     parts: tuple[UploadPart, ...] = ()
+    shared: tuple[TensorEntry, ...] = ()
+    later: tuple[TensorEntry, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Another for each job."""
+        return f"{self.shard.file_name} from part {self.parts[0].number}" if self.parts else self.shard.file_name
+
+    def does(self, part: Part) -> bool:
+        """Whether that part of the shard is done by this job."""
+        return not self.parts or any(each.start < part.end and part.start < each.end for each in self.parts)
 
 
 class Output(Protocol):

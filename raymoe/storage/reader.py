@@ -27,7 +27,7 @@ from raymoe.objects.urls import is_url
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.spool import Side, Spool
+from raymoe.storage.spool import SHARDS, Spool
 
 __all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
 
@@ -53,11 +53,11 @@ class SourceReader:
         storage: StorageOptions | None = None,
         *,
         spool: Spool | None = None,
-        side: Side = "shards",
+        name: str = SHARDS,
     ) -> None:
-        """With a `spool`, objects' bytes that the other `side` reads too are fetched once."""
+        """With a `spool`, where it is called `name`, what others read of objects too is fetched once."""
         self._hub, self._storage = hub, storage or StorageOptions()
-        self._spool, self._side = spool, side
+        self._spool, self._name = spool, name
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -91,7 +91,7 @@ class SourceReader:
                 if self._spool is None:
                     self._fetch(file, start, buffer)
                 else:
-                    self._spool.read_into(self._side, file, start, buffer, partial(self._fetch, file))
+                    self._spool.read_into(self._name, file, start, buffer, partial(self._fetch, file))
         else:
             self._read_local(file, start, buffer)
 

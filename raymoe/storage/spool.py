@@ -1,10 +1,11 @@
-"""One read of each byte: what the gate pass and the writing of shards both want of an object is fetched once.
+"""One read of each byte: what several pieces of work want of an object is fetched once by a process.
 
-    gates  --read--> object store --+--> gates
-                                    +--> a file without a name --read--> shards, and its room is free again
+    gates    --read--> object store --+--> gates
+                                      +--> a file without a name --read--> shards, and its room is free again
 
-and the other way round, whichever comes first. Ranges that are on their way are waited for. The file has the object's
-own offsets and holds only what the other side has not read yet; it is gone with the process, however that ends.
+and the other way round, whichever comes first; so too for shards that are made of the same weights, as those of experts
+that are one model with different adapters. Ranges that are on their way are waited for. The file has the object's own
+offsets and holds only what somebody is still expected to read; it is gone with the process, however that ends.
 """
 
 from __future__ import annotations
@@ -17,40 +18,46 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from raymoe.objects.urls import is_url
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.linux import free_range
 
-__all__ = ["Fetch", "Side", "Spool"]
+__all__ = ["GATES", "SHARDS", "Fetch", "Spool"]
 
 _MOST_BYTES = 64 << 30
 _MOST_IN_MEMORY = 256 << 20  # where temporary files lie in memory
 
-Side = Literal["gates", "shards"]
+GATES = "gates"
+SHARDS = "shards"
+"""Who reads: the gate pass, and shards of which no more is known than that one will come. A shard that others share
+weights with reads under its own name."""
+
 Fetch = Callable[[int, memoryview], None]
 """Fills a buffer with the bytes of an object from a position on."""
 
 
 @dataclass(eq=False)
 class _Segment:
-    """Bytes [start, end) that both sides want. `kept_by`: the side that has read them and left them for the other.
-
-    `gates_gone`: the gate pass has ended meanwhile.
-    """
+    """Bytes [start, end), who is still expected to read them, and whether they are in the file."""
 
     start: int
     end: int
-    kept_by: Side | None = None
+    wanted: set[str] = field(default_factory=set)
+    is_stored: bool = False
     in_use: bool = False
-    gates_gone: bool = False
 
     def split(self, at: int) -> _Segment:
         """Keep what lies before `at`; the rest."""
-        rest = _Segment(at, self.end, self.kept_by)
+        rest = _Segment(at, self.end, set(self.wanted), self.is_stored)
         self.end = at
         return rest
+
+    def others(self, reader: str) -> set[str]:
+        """Who wants it besides one who reads it now."""
+        served = reader if reader in self.wanted or reader == GATES else SHARDS
+        return self.wanted - {served}
 
 
 @dataclass
@@ -60,13 +67,15 @@ class _Object:
     segments: list[_Segment] = field(default_factory=list)
     file: IO[bytes] | None = None
 
-    def add(self, start: int, end: int) -> None:
-        """Want a range, as far as it is not wanted already."""
+    def add(self, start: int, end: int, readers: Iterable[str]) -> None:
+        """Have a range wanted by `readers`."""
         at = start
-        for known in [*self.overlapping(start, end), _Segment(end, end)]:
+        for known in [*self.cut_out(start, end), _Segment(end, end)]:
             if at < known.start:
                 self.segments.insert(bisect_left(self.segments, at, key=_start), _Segment(at, known.start))
             at = max(at, known.end)
+        for segment in self.overlapping(start, end):
+            segment.wanted |= set(readers)
 
     def overlapping(self, start: int, end: int) -> list[_Segment]:
         first = max(0, bisect_left(self.segments, start, key=_start) - 1)
@@ -100,56 +109,56 @@ class Spool:
         self._objects: dict[SourceFile, _Object] = {}
         self._kept_bytes = 0
 
-    def expect(self, entries: Iterable[TensorEntry]) -> None:
-        """The gate pass will read these, and they are also written. Local files are left to the page cache."""
+    def expect(self, entries: Iterable[TensorEntry], *readers: str) -> None:
+        """These will be read by all of `readers`. Local files are left to the page cache."""
         with self._changed:
             for entry in entries:
-                if is_url(entry.file.location):
-                    self._objects.setdefault(entry.file, _Object()).add(entry.start, entry.end)
+                if is_url(entry.file.location) and entry.nbytes:
+                    self._objects.setdefault(entry.file, _Object()).add(entry.start, entry.end, readers)
 
-    def gates_are_done(self, entries: Iterable[TensorEntry]) -> None:
-        """The gate pass has read what it wanted of these: they are not kept for it any more."""
+    def forget(self, entries: Iterable[TensorEntry], *readers: str) -> None:
+        """These will be read by `readers` no more: they are not kept for them."""
         with self._changed:
             for entry in entries:
                 if (kept := self._objects.get(entry.file)) is not None:
-                    left = [s for s in kept.cut_out(entry.start, entry.end) if s.kept_by != "gates"]
-                    for segment in left:
-                        segment.gates_gone = True
-                    self._drop(kept, [segment for segment in left if not segment.in_use])
+                    segments = kept.cut_out(entry.start, entry.end)
+                    for segment in segments:
+                        segment.wanted -= set(readers)
+                    self._drop(kept, [s for s in segments if not s.wanted and not s.in_use])
 
-    def read_into(self, side: Side, file: SourceFile, start: int, buffer: memoryview, fetch: Fetch) -> None:
-        """Fill `buffer` from `start` on: what the other side has left from the spool, the rest by `fetch`."""
-        found = self._claim(side, file, start, start + len(buffer))
+    def read_into(self, reader: str, file: SourceFile, start: int, buffer: memoryview, fetch: Fetch) -> None:
+        """Fill `buffer` from `start` on: what others have left from the spool, the rest by `fetch`."""
+        found = self._claim(file, start, start + len(buffer))
         if found is None:
             fetch(start, buffer)
             return
         kept, segments = found
-        there = [segment for segment in segments if segment.kept_by is not None]
-        stored: list[_Segment] = []
         try:
+            there = [segment for segment in segments if segment.is_stored]
             self._read(kept, there, start, buffer)
             for low, high in _gaps(start, start + len(buffer), there):
                 fetch(low, buffer[low - start : high - start])
-            stored = self._store(kept, [s for s in segments if s.kept_by is None], start, buffer)
+            new = [segment for segment in segments if not segment.is_stored and segment.others(reader)]
+            stored = self._store(kept, new, start, buffer)
         except BaseException:
             self._give_back(segments)
             raise
         with self._changed:
-            for segment in stored:
-                segment.kept_by = side
-            of_use = [segment for segment in stored if side == "gates" or not segment.gates_gone]
-            self._drop(kept, [segment for segment in segments if segment not in of_use])
-        self._give_back(of_use)
+            for segment in segments:
+                segment.is_stored |= segment in stored
+                segment.wanted = segment.others(reader)
+            self._drop(kept, [segment for segment in segments if not segment.wanted])
+        self._give_back(segments)
 
-    def _claim(self, side: Side, file: SourceFile, start: int, end: int) -> tuple[_Object, list[_Segment]] | None:
-        """The segments of a range that this call is to fetch and keep, or to take; None if it has none of either."""
+    def _claim(self, file: SourceFile, start: int, end: int) -> tuple[_Object, list[_Segment]] | None:
+        """The segments of a range, for this call alone to fetch or to take; None if nobody wants any of it."""
         with self._changed:
             kept = self._objects.get(file)
             if kept is None:
                 return None
             while any(segment.in_use for segment in kept.overlapping(start, end)):
                 self._changed.wait()
-            segments = [segment for segment in kept.cut_out(start, end) if segment.kept_by != side]
+            segments = kept.cut_out(start, end)
             for segment in segments:
                 segment.in_use = True
             return (kept, segments) if segments else None
@@ -189,10 +198,10 @@ class Spool:
         return stored
 
     def _drop(self, kept: _Object, segments: Iterable[_Segment]) -> None:
-        """Forget segments; both sides have read them, or one never will. Call it with the lock held."""
+        """Forget segments that nobody wants any more. Call it with the lock held."""
         for segment in segments:
             kept.segments.remove(segment)
-            if segment.kept_by is not None and kept.file is not None:
+            if segment.is_stored and kept.file is not None:
                 self._kept_bytes -= segment.end - segment.start
                 free_range(kept.file.fileno(), segment.start, segment.end - segment.start)
             segment.in_use = False

@@ -1,4 +1,4 @@
-"""Tensors that are not copied as they are: LoRA delta, noise, scale, cast; computed in float32, in bounded pieces.
+"""Tensors that are not copied as they are: LoRA or DoRA, noise, scale, cast; computed in float32, in bounded pieces.
 
 A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape: every
 random number and every rounding then depends on the plan alone, not on who computes it or how many threads there are.
@@ -45,14 +45,18 @@ def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.gener
 
 
 def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice) -> Float32:
-    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A.
+    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A; with DoRA, at their magnitudes.
 
-    The product is summed in float64: the order of its sums depends on the number of threads and on the processor, and
-    in float32 that would be seen in the last bit.
+    Products and lengths are summed in float64: the order of sums depends on the number of threads and on the processor,
+    and in float32 that would be seen in the last bit.
     """
     a = load_array(reader, lora.a).astype(np.float64)
     b = load_array(reader, lora.b)[rows].astype(np.float64)
     merged: Float32 = block + np.float32(lora.scaling) * (b @ a).astype(np.float32)
+    if lora.magnitude is not None:
+        magnitude = load_array(reader, lora.magnitude)[rows].astype(np.float64)
+        lengths = np.linalg.norm(merged.astype(np.float64), axis=1)
+        merged *= (magnitude / lengths).astype(np.float32)[:, None]
     return merged
 
 

@@ -310,3 +310,52 @@ def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path
     assert store.run("merge", local, tmp_path / "same", "--actors", "1").returncode == 0
     for shard in (tmp_path / "same").glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("to_bucket", [False, True])
+@pytest.mark.parametrize("actors", [1, 2])
+def test_eight_adapters_of_one_base_read_it_once(
+    actors: int, to_bucket: bool, store: Store, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By each actor, whether for prompts or for shards, of which each takes the same FFNs and another adapter."""
+    from tests.pico import merge_config, save_lora
+
+    options = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 1024, "dtype": "bfloat16"}
+    base, client, name = zoo("llama", **options), store.server.client(), f"lora/{uuid.uuid4().hex[:8]}"
+    adapters = [save_lora(tmp_path / f"a{n}", base, ["up_proj", "gate_proj", "down_proj"], seed=n) for n in range(8)]
+    for folder in (base, *adapters):
+        for path in folder.iterdir():
+            client.put_object(Bucket=store.bucket, Key=f"{name}/{folder.name}/{path.name}", Body=path.read_bytes())
+    prompts = [["def f(x):", "return x"], ["The licence", "Work"], ["Two eggs", "Bake it"], ["The river", "Old town"]]
+
+    def config_of(file: str, model: object, sources: list[str]) -> Path:
+        content = merge_config(base, sources[:4], mode="ridge")
+        content["base_model"] = str(model)
+        content["experts"] = [
+            {"source_model": source, "positive_prompts": [f"{text} {number}" for text in prompts[number % 4]]}
+            for number, source in enumerate(sources)
+        ]
+        return write_config(tmp_path / file, content)
+
+    there = f"s3://{store.bucket}/{name}"
+    remote = config_of(
+        "remote.yaml", f"{there}/{base.name}", [f"{there}/{base.name}+{there}/{a.name}" for a in adapters]
+    )
+    output = store.url() if to_bucket else str(tmp_path / "out")
+    planned = store.proxy.reset_stats() and store.run("plan", remote, "--json")
+    headers = store.proxy.reset_stats().response_body_bytes["GetObject"]
+    done = store.run("merge", remote, output, "--actors", str(actors))
+    assert done.returncode == 0, done.stderr
+    read = store.proxy.reset_stats().response_body_bytes["GetObject"] - headers
+    model = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    factors = sum(path.stat().st_size for adapter in adapters for path in adapter.glob("*.safetensors"))
+    written = json.loads(planned.stdout)["output_bytes"]
+    print(f"read {read:,} bytes; the base has {model:,}, the adapters {factors:,}, the output {written:,}")
+    assert written > 6 * model
+    # The attention is read for prompts and for the base's shard; factors for prompts, and for each matrix of shards.
+    assert read < actors * 1.3 * model + 3 * factors
+    local = config_of("local.yaml", base, [f"{base}+{adapter}" for adapter in adapters])
+    assert store.run("merge", local, tmp_path / "same", "--actors", "1").returncode == 0
+    files = store.files(output) if to_bucket else {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for shard in (tmp_path / "same").glob("*.safetensors"):
+        assert files[shard.name] == shard.read_bytes()

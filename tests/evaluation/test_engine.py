@@ -14,7 +14,7 @@ import torch
 
 from raymoe.evaluation import engine
 from raymoe.evaluation.engine import Variant
-from raymoe.gates.loading import LayerLoader, Named
+from raymoe.gates.loading import LayerLoader, LayerParts, LoadedLayer
 from tests.architectures.hosts import (
     DYNAMIC,
     LLAMA3,
@@ -184,12 +184,12 @@ def test_two_layers_at_most_are_alive(
     held: list[tuple[int, weakref.ref[torch.Tensor]]] = []
     load = LayerLoader._load
 
-    def watched(loader: LayerLoader, weights: Named) -> dict[str, torch.Tensor]:
-        tensors = load(loader, weights)
-        held.extend((len(alive), weakref.ref(tensor)) for tensor in tensors.values())
+    def watched(loader: LayerLoader, parts: LayerParts) -> LoadedLayer:
+        loaded = load(loader, parts)
+        held.extend((len(alive), weakref.ref(tensor)) for tensor in loaded.weights.values())
         gc.collect()
         alive.append({number for number, tensor in held if tensor() is not None})
-        return tensors
+        return loaded
 
     monkeypatch.setattr(LayerLoader, "_load", watched)
     streamed(model, texts_of())

@@ -64,6 +64,13 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
     },
     "fractional alpha": {"target_modules": ALL, "lora_alpha": 5},
     "gaussian": {"target_modules": ALL, "init_lora_weights": "gaussian"},
+    "dora": {"target_modules": ALL, "use_dora": True},
+    "dora and patterns": {
+        "target_modules": ALL,
+        "use_dora": True,
+        "rank_pattern": {"down_proj": 2},
+        "use_rslora": True,
+    },
 }
 
 
@@ -76,7 +83,9 @@ def test_same_delta_as_peft(case: str, pico: Path, tmp_path: Path) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     torch.manual_seed(1)
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
+        if "magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+        elif "lora_" in name:
             torch.nn.init.normal_(parameter)
     wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
     # Read back: what counts is the file, in which peft sorts the patterns.
@@ -89,8 +98,11 @@ def test_same_delta_as_peft(case: str, pico: Path, tmp_path: Path) -> None:
         name for name, entry in facts.index.tensors.items() if not np.array_equal(read(entry), merged[name].numpy())
     }
     assert set(facts.adapter.pairs) == changed
+    assert any(pair.magnitude is not None for pair in facts.adapter.pairs.values()) is case.startswith("dora")
     for name, pair in facts.adapter.pairs.items():
         ours = read(facts.index.tensors[name]) + np.float32(pair.scaling) * (read(pair.b) @ read(pair.a))
+        if pair.magnitude is not None:
+            ours *= (read(pair.magnitude) / np.linalg.norm(ours, axis=1))[:, None]
         np.testing.assert_allclose(ours, merged[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -157,7 +169,7 @@ def test_bin_adapter(model: Path, tmp_path: Path) -> None:
     [
         ({"peft_type": "IA3"}, "an adapter of type 'IA3' .* only LORA is supported"),
         ({"peft_type": None}, "an adapter of type None"),
-        ({"use_dora": True}, "the adapter uses DoRA, which rescales the weight's columns (use_dora)"),
+        ({"use_qalora": True}, "the adapter uses QALoRA, which pools the inputs (use_qalora)"),
         ({"fan_in_fan_out": True}, "weights stored transposed (fan_in_fan_out)"),
         ({"lora_bias": True}, "biases on the factors (lora_bias)"),
         ({"bias": "lora_only"}, "the adapter trains biases (bias: 'lora_only')"),
@@ -185,7 +197,7 @@ def test_refused_settings(model: Path, setting: dict[str, Any], message: str) ->
 
 
 def test_settings_are_refused_together(model: Path) -> None:
-    text = refusal(model, CONFIG | {"use_dora": True, "bias": "all", "init_lora_weights": "olora"}, factors())
+    text = refusal(model, CONFIG | {"lora_bias": True, "bias": "all", "init_lora_weights": "olora"}, factors())
     assert text.startswith("3 problems:")
 
 
@@ -208,7 +220,10 @@ def test_unset_settings_are_fine(model: Path) -> None:
             "'model.layers.0.mlp.up_proj' has lora_A but no lora_B",
         ),
         ({f"{UP}.lora_B.weight": factors()[f"{UP}.lora_B.weight"]}, "has lora_B but no lora_A"),
-        (factors() | {f"{UP}.lora_magnitude_vector.weight": np.ones(6)}, "is DoRA's magnitudes"),
+        (
+            factors() | {f"{UP}.lora_magnitude_vector.weight": np.ones(6)},
+            "has a lora_magnitude_vector, and .* no use_dora",
+        ),
         (factors() | {f"{UP}.lora_B.bias": np.ones(6)}, "is a bias on a factor"),
         (factors() | {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 4))}, "LoRA on an embedding"),
         (factors() | {"base_model.model.lm_head.weight": np.ones((4, 4))}, "is not a LoRA factor .* a whole weight"),

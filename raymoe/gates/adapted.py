@@ -1,0 +1,32 @@
+"""A weight of a base with an adapter on it, made on the device from the weight and the adapter's factors.
+
+Models that are one base with different adapters are read together: a layer of the base is brought to the device once,
+and each model's weights are made of it when its texts are next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+__all__ = ["adapted_weight"]
+
+_BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64
+
+
+def adapted_weight(weight_OI: torch.Tensor, factors: Mapping[str, torch.Tensor], scaling: float) -> torch.Tensor:
+    """`weight` + scaling * B A, in the weight's dtype; with DoRA's magnitudes, each row at its magnitude.
+
+    `factors` are float64, named as by `LoraPair.entries`. The arithmetic is that of `storage.transform.with_lora`.
+    """
+    a_RI, b_OR, magnitude_O = factors["a"], factors["b"], factors.get("magnitude")
+    adapted_OI = torch.empty_like(weight_OI)
+    rows = max(1, _BLOCK_ELEMENTS // weight_OI.shape[1])
+    for start in range(0, len(weight_OI), rows):
+        part = slice(start, start + rows)
+        block = weight_OI[part].float() + (b_OR[part] @ a_RI).float() * scaling
+        if magnitude_O is not None:
+            block *= (magnitude_O[part] / torch.linalg.vector_norm(block.double(), dim=1)).float()[:, None]
+        adapted_OI[part] = block.to(weight_OI.dtype)
+    return adapted_OI
