@@ -2,10 +2,13 @@
 
     python scripts/bench_gpu.py --models /dev/shm/bench --output /data/bench --tokenizer models/SmolLM2-135M-Instruct \\
         --out gpu.json
-    python scripts/bench_gpu.py --page gpu.json            # its table, into docs/benchmarks.md
+    python scripts/bench_gpu.py --page gpu.json            # its tables, into docs/benchmarks.md
 
-Makes four random experts of Mistral-7B's shape, then lets the kernel's copy of the output's bytes (raw_copy.py) and
-merges in modes `hidden` and `ridge` take turns, each a whole process. 16 prompts of 64 tokens an expert.
+Makes four random experts of Mistral-7B's shape. Then the kernel's copy of the output's bytes (raw_copy.py), merges in
+modes `hidden` and `ridge` with all GPUs and with one, and mergekit-moe, if it is installed, take turns, each a whole
+process; after one merge that does not count, which finds nothing in the page cache. 16 prompts of 64 tokens an expert.
+Rounds are added to the results that OUT has, and TIMELINE tells when which actor's GPU read prompts, from Ray's own
+record of a merge.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,15 @@ from random_model import SHAPES, write_model
 EXPERTS, PROMPTS, WORDS, READERS = 4, 16, 30, 6
 MODES = ("hidden", "ridge")
 PAGE, MARK = ROOT / "docs/benchmarks.md", "<!-- table: scripts/bench_gpu.py -->"
+TIMELINE = """
+import json, sys, time, ray, raymoe
+from raymoe.runtime.settings import RuntimeSettings
+ray.init(address="local", include_dashboard=False, log_to_driver=False)
+raymoe.merge(sys.argv[1], sys.argv[2], settings=RuntimeSettings(verbosity=-1, overwrite=True))
+time.sleep(3)  # actors send what they did from time to time
+print(json.dumps(ray.timeline()))
+"""
+GATES = "task::gates of"
 START_RAY = """
 import time, ray
 began = time.perf_counter()
@@ -74,10 +86,10 @@ def gate_bytes(config: Path, actors: int) -> int:
     return sum(ref.entry.nbytes for members in parts for n, ref in members[0].weights.items() if ".layers." in n)
 
 
-def timed(command: Sequence[str]) -> dict[str, Any]:
+def timed(command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
     """Seconds of a process, and when it said what on standard error."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    began, env = time.perf_counter(), {**os.environ, **variables}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stderr is not None
     said = [(time.perf_counter() - began, line.rstrip()) for line in process.stderr]
     if process.wait():
@@ -100,31 +112,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     models = made(arguments.models, arguments.shape, arguments.tokenizer)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    folder = arguments.output / "merged"
+    folder, gpus = arguments.output / "merged", torch.cuda.device_count()
     configs = {mode: write_config(arguments.output / f"{mode}.yaml", models, mode, PROMPTS, WORDS) for mode in MODES}
-    copies = write_copies(arguments.output / "copies.json", configs["hidden"])
-    commands = {"raw": [sys.executable, str(ROOT / "scripts/raw_copy.py"), str(copies), str(folder)]}
-    for mode, config in configs.items():
-        commands[mode] = [sys.executable, "-m", "raymoe", "merge", str(config), str(folder), "-v"]
-    result: dict[str, Any] = {
-        "gpus": torch.cuda.device_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU",
-        "processors": os.cpu_count(),
-        "shape": arguments.shape,
-        "read_rates": [read_rate(models[0]) for _ in range(3)],
-        "gate_bytes": {mode: gate_bytes(config, max(1, torch.cuda.device_count())) for mode, config in configs.items()},
-        "runs": {name: [] for name in commands},
-    }
-    done = subprocess.run([sys.executable, "-c", START_RAY], capture_output=True, text=True, check=True)
-    result["ray_seconds"] = float(done.stdout.split()[-1])
+    commands = _commands(arguments, configs, folder, gpus)
+    result: dict[str, Any] = (
+        json.loads(arguments.out.read_text())
+        if arguments.out.exists()
+        else {
+            "gpus": gpus,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU",
+            "processors": os.cpu_count(),
+            "shape": arguments.shape,
+            "read_rates": [read_rate(models[0]) for _ in range(3)],
+            "gate_bytes": {mode: gate_bytes(config, max(1, gpus)) for mode, config in configs.items()},
+            "ray_seconds": [],
+            "runs": {name: [] for name in commands},
+        }
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    if not result["ray_seconds"]:
+        timed(*commands["hidden"])
     for _ in range(arguments.rounds):
+        done = subprocess.run([sys.executable, "-c", START_RAY], capture_output=True, text=True, check=True)
+        result["ray_seconds"].append(float(done.stdout.split()[-1]))
         for name, command in commands.items():
             shutil.rmtree(folder, ignore_errors=True)
             os.sync()
-            run = timed(command)
+            run = timed(*command)
             result["output_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
             facts = {"seconds": run["seconds"]}
-            if name != "raw":
+            if name not in ("raw", "mergekit"):
                 up = at(run, "actors are up")
                 facts |= {
                     "gates": at(run, "gates are computed") - up,
@@ -136,30 +153,82 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             print(name, {k: round(v, 2) for k, v in facts.items()}, file=sys.stderr, flush=True)
             arguments.out.write_text(json.dumps(result, indent=1))
     shutil.rmtree(folder)
+    if arguments.timeline:
+        result["timeline"] = timeline(configs["ridge"], folder)
+        arguments.out.write_text(json.dumps(result, indent=1))
+        shutil.rmtree(folder)
     return result
+
+
+def _commands(
+    arguments: argparse.Namespace, configs: dict[str, Path], folder: Path, gpus: int
+) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """What takes turns: each a command, and variables of its environment."""
+    copies = write_copies(arguments.output / "copies.json", configs["hidden"])
+    commands = {"raw": ([sys.executable, str(ROOT / "scripts/raw_copy.py"), str(copies), str(folder)], {})}
+    for mode, config in configs.items():
+        merge = [sys.executable, "-m", "raymoe", "merge", str(config), str(folder), "-v"]
+        commands[mode] = (merge, {})
+        if gpus > 1:
+            commands[f"{mode}, one GPU"] = (merge, {"CUDA_VISIBLE_DEVICES": "0"})
+    if arguments.mergekit:
+        peer = [sys.executable, "-m", "mergekit.scripts.moe", str(configs["hidden"]), str(folder), "--cuda", "--quiet"]
+        commands["mergekit"] = (peer, {})
+    return commands
+
+
+def timeline(config: Path, folder: Path) -> list[dict[str, Any]]:
+    """When each actor read prompts, as Ray recorded it: seconds since the first began."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMELINE, str(config), str(folder)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    events = [e for e in json.loads(done.stdout.splitlines()[-1]) if e.get("cat", "").startswith(GATES)]
+    first = min(event["ts"] for event in events)
+    return [
+        {
+            "what": event["cat"].removeprefix("task::"),
+            "actor": event["tid"],
+            "from_s": (event["ts"] - first) / 1e6,
+            "to_s": (event["ts"] + event["dur"] - first) / 1e6,
+        }
+        for event in events
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
     def median(name: str, what: str) -> float:
         return statistics.median(run[what] for run in result["runs"][name])
 
-    rate = statistics.median(result["read_rates"])
+    rate, ray = statistics.median(result["read_rates"]), statistics.median(result["ray_seconds"])
+    raw, rounds = median("raw", "seconds"), len(result["runs"]["raw"])
     lines = [
-        f"{result['gpus']} x {result['gpu']}, {result['processors']} cores, four experts of shape {result['shape']}, "
-        f"{result['output_bytes'] / 1e9:.1f} GB out; medians of {len(result['runs']['raw'])} runs in turns.",
-        f"Weights are read from memory at {rate / 1e9:.1f} GB/s by {READERS} threads.",
-        f"`ray.init` takes {result['ray_seconds']:.1f} s.",
+        f"{result['gpus']} × {result['gpu']}, {result['processors']} cores; four experts of shape {result['shape']}, "
+        f"{result['output_bytes'] / 1e9:.1f} GB out; medians of {rounds} rounds. Weights are read from memory at "
+        f"{rate / 1e9:.1f} GB/s by {READERS} threads; `ray.init` takes {ray:.1f} s.",
         "",
-        "| | whole | gate phase | reading its weights | writing | GPU memory |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| raw copy | {median('raw', 'seconds'):.1f} s | | | | |",
+        "| | whole | of (raw copy + `ray.init`) | until actors are up | gate phase | reading its weights | writing "
+        "| writing : raw copy | GPU memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| raw copy | {raw:.1f} s | | | | | | | |",
     ]
-    for mode in MODES:
-        read = result["gate_bytes"][mode] / rate
-        lines.append(
-            f"| `{mode}` | {median(mode, 'seconds'):.1f} s | {median(mode, 'gates'):.1f} s | {read:.1f} s | "
-            f"{median(mode, 'write'):.1f} s | {median(mode, 'gpu_bytes') / 1e9:.2f} GB |"
-        )
+    for name in result["runs"]:
+        whole = median(name, "seconds")
+        if name == "mergekit":
+            lines.append(f"| mergekit-moe, `hidden --cuda` | {whole:.1f} s | | | | | | | |")
+        elif name != "raw":
+            mode, _, gpus = name.partition(",")
+            read, write = result["gate_bytes"][mode] / rate, median(name, "write")
+            lines.append(
+                f"| `{mode}`{',' * bool(gpus)}{gpus} | {whole:.1f} s | {whole / (raw + ray):.2f} "
+                f"| {median(name, 'until_actors'):.1f} s | {median(name, 'gates'):.1f} s | {read:.1f} s "
+                f"| {write:.1f} s | {write / raw:.2f} | {median(name, 'gpu_bytes') / 1e9:.1f} GB |"
+            )
+    if result.get("timeline"):
+        lines += ["", "Prompts in `ridge`, by Ray's timeline:", "", "| task | actor | from | to |", "|---|---|---|---|"]
+        actors = sorted({event["actor"] for event in result["timeline"]})
+        for event in sorted(result["timeline"], key=lambda event: float(event["from_s"])):
+            number = actors.index(event["actor"])
+            lines.append(f"| {event['what']} | {number} | {event['from_s']:.1f} s | {event['to_s']:.1f} s |")
     return "\n".join(lines)
 
 
@@ -170,6 +239,8 @@ def main() -> None:
     parser.add_argument("--shape", default="mistral-7b", choices=sorted(SHAPES))
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--mergekit", action="store_true", help="mergekit-moe, installed here, takes part")
+    parser.add_argument("--timeline", action="store_true", help="at the end, when which actor read prompts")
     parser.add_argument("--out", type=Path, help="JSON of the results")
     parser.add_argument("--page", type=Path, help="put the table of these results into docs/benchmarks.md")
     arguments = parser.parse_args()

@@ -16,11 +16,11 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.planning.types import MergePlan
 from raymoe.report.display import say
 from raymoe.runtime.autoscaler import has_autoscaler
+from raymoe.runtime.left_out import leave_sklearn_out, leave_torch_out
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import PIECES_AHEAD
-from raymoe.runtime.torchless import leave_torch_out
 from raymoe.runtime.worker import ExpertWorker
 from raymoe.sources.types import SourceFile
 
@@ -35,6 +35,7 @@ _RESTARTS = 2
 _CPUS = 1.0  # an actor's
 _MOST_LAYERS_AT_ONCE = 4
 _SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
+_MOST_COPIERS, _CPUS_A_COPIER = 4, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +147,18 @@ def slots_for(
         seats = (Seat(gpus=wanted),) * actors
         if beside_driver and len(nodes) > 1:
             seats = (Seat(node_id=driver_node(), spills=True, gpus=wanted), *seats[1:])
+    # Threads that copy and one that computes in Python wait for each other in one process. Where there are cores for
+    # it, others move the bytes while those with a GPU read prompts; not where both read the same objects.
+    apart = wanted and not shares_reads and not settings.actors and (placement is None or placement.is_free)
+    spare = int(cpus) - len(seats) if apart else 0
+    copiers = max(0, min(_MOST_COPIERS, jobs, spare // _CPUS_A_COPIER))
     actors = len(seats)
     # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
     layers_at_once = 1 if wanted else max(1, min(_MOST_LAYERS_AT_ONCE, int(cpus) // actors))
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
-    shards_at_once = max(_SHARDS_AT_ONCE, min(_MOST_SHARDS_AT_ONCE, int(cpus) // actors))
+    shards_at_once = max(_SHARDS_AT_ONCE, min(_MOST_SHARDS_AT_ONCE, int(cpus) // (actors + copiers)))
     return Slots(
-        seats=seats,
+        seats=(*seats, *(Seat(),) * copiers),
         gpus=wanted,
         readers=min(actors, readers),
         layers_at_once=layers_at_once,
@@ -200,7 +206,7 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
         settings = replace(settings, device="cpu")  # an actor that does not look for a GPU need not import torch
     needs_torch = slots.runs_model or settings.trust_remote_code
     groups = {"gates": 1, "layers": slots.layers_at_once, "write": slots.shards_at_once, "control": 1}
-    remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch))
+    remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch, settings.trust_remote_code))
     mark = secrets.token_hex(3)  # Ray wants names that no other merge in the cluster has
     actors = [
         remote.options(
@@ -265,7 +271,7 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
         raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]
 
 
-def _actor_class(worker: type, needs_torch: bool) -> type:
+def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
     """The worker with each method in its concurrency group."""
     import ray
 
@@ -286,6 +292,8 @@ def _actor_class(worker: type, needs_torch: bool) -> type:
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:
             leave_torch_out()
+        elif not trusts_code:  # which may want anything
+            leave_sklearn_out()
         worker.__init__(actor, *arguments)  # type: ignore[misc]
 
     return type("ExpertActor", (worker,), {**methods, "__init__": start})

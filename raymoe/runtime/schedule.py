@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from raymoe.errors import MergeFailed, RaymoeError
@@ -38,7 +39,7 @@ _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will no
 _TICK_S = 0.25
 _ASK_EVERY_S = 1.0
 _HOPE_S = 50.0  # how long work that nobody can do waits for actors that are away
-_SETTLE_S = 10.0  # how long a shard that would have to be sent waits for actors that could write it in its place
+_SETTLE_S = 10.0  # how long work waits for actors that are not up yet and would be better for it
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Outcome:
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    has_gpu: bool = False  # whether it was given one
     gates_for: tuple[str, ...] = ()  # the members whose prompts it reads now or read last
     gates_busy: bool = False
     layers_busy: int = 0
@@ -100,6 +102,7 @@ def run_jobs(
     work: ShardWork,
     on_tick: Callable[[Outcome], None],
     *,
+    gpus: Sequence[bool] = (),
     readers: int,
     layers_at_once: int,
     shards_at_once: int,
@@ -107,14 +110,15 @@ def run_jobs(
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
-    `readers` actors at most read prompts at once. An actor works on the routers of `layers_at_once` layers and on
-    `shards_at_once` jobs of shards side by side.
+    `gpus` says which of the actors were given a GPU. `readers` actors at most read prompts at once. An actor works on
+    the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
     `needs`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several times a
     second.
     """
     written = read_for_shards(plan, work.reads)
     gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), written)
-    run = _Jobs(plan, gates, [_Actor(handle) for handle in handles], work, needs)
+    actors = [_Actor(handle, has_gpu=given) for handle, given in zip_longest(handles, gpus, fillvalue=False)]
+    run = _Jobs(plan, gates, actors, work, needs)
     run.layers_at_once, run.shards_at_once = layers_at_once, shards_at_once
     try:
         while run.has_work:
@@ -196,8 +200,20 @@ class _Jobs:
     def _may_read(self, actor: _Actor, job: GateJob) -> bool:
         """Whether an actor is to read these prompts: it can, and none with a GPU could."""
         files = self._needs.of_members(job.owners) if self._needs is not None else frozenset()
-        on_gpus = any(other.is_up and other.on_gpu and other.reads(files) for other in self._actors)
-        return actor.reads(files) and (actor.on_gpu or not on_gpus)
+        if not actor.reads(files):
+            return False
+        return actor.on_gpu or not self._others_do(files, gpu=True)
+
+    @property
+    def _is_settling(self) -> bool:
+        return time.monotonic() - self._began < _SETTLE_S
+
+    def _others_do(self, files: frozenset[str], *, gpu: bool) -> bool:
+        """Whether actors with, or without, a GPU are there that can read these files, or will be in a moment."""
+        alike = [other for other in self._actors if (other.on_gpu if other.place else other.has_gpu) is gpu]
+        return any(other.is_up and other.reads(files) for other in alike) or (
+            self._is_settling and any(other.place is None for other in alike)
+        )
 
     def _fill_shards(self, actor: _Actor) -> None:
         while actor.shards_busy < self.shards_at_once:
@@ -220,9 +236,11 @@ class _Jobs:
         files = self._needs.shards[shard.file_name] if self._needs is not None else frozenset()
         if not actor.reads(files):
             return False
+        if actor.on_gpu and not self.gates.is_done and self._others_do(files, gpu=False):
+            return False  # those that read prompts leave the bytes to others (see `slots_for`)
         if actor.sees_output or self._sending is None:
             return True
-        if time.monotonic() - self._began < _SETTLE_S and any(other.place is None for other in self._actors):
+        if self._is_settling and any(other.place is None for other in self._actors):
             return False
         if any(other.is_up and other.sees_output and other.reads(files) for other in self._actors):
             return False

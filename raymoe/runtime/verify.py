@@ -169,6 +169,7 @@ def _tensor_differences(
                 actors,
                 _CompareShards(written),
                 progress.watch(actors),
+                gpus=[seat.gpus > 0 for seat in slots.seats],
                 readers=slots.readers,
                 layers_at_once=slots.layers_at_once,
                 shards_at_once=slots.shards_at_once,

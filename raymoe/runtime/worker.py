@@ -87,7 +87,7 @@ class ExpertWorker:
             node=node_words(),
             node_id=_node_id(),
             output_visible=self._output.is_reachable(),
-            device=self._device(),
+            device="cuda:0" if self._has_gpu() else "cpu",
             missing=frozenset(f.location for f in files if (found := stat_file(f.location)) is None or found != f),
         )
 
@@ -193,8 +193,12 @@ class ExpertWorker:
                 busy_with=tuple(self._busy),
             )
 
+    def _has_gpu(self) -> bool:
+        """Whether Ray gave this actor one. Asked without torch, which takes seconds to import."""
+        return self._settings.device != "cpu" and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
     def _device(self) -> str:
-        if self._settings.device == "cpu" or not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        if not self._has_gpu():
             return "cpu"
         import torch
 

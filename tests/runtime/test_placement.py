@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,10 +151,34 @@ def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
     ):
         slots_for(RuntimeSettings(gpus_per_expert=2.0), jobs=9, compute=True, quantise=None, placement=found)
     slots = slots_for(RuntimeSettings(), jobs=9, compute=True, quantise=None, placement=found)
-    assert len(slots.seats) == 2 and {seat.gpus for seat in slots.seats} == {1.0}
+    assert [seat.gpus for seat in slots.seats] == [1.0, 1.0, 0.0]
     none = placement(plan_of("random"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(0.0, 0.0), b=(0.5, 0.0))
     with pytest.raises(raymoe.errors.ProblemReport, match=r"no node has room for an actor .*: a \(.*; b \("):
         slots_for(RuntimeSettings(), jobs=9, compute=False, quantise=None, placement=none)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "options", "copiers"),
+    [
+        (16.0, {}, 4),  # as many as are of use
+        (8.0, {}, 3),
+        (2.0, {}, 0),  # no cores to spare
+        (16.0, {"jobs": 2}, 2),
+        (16.0, {"compute": False}, 0),
+        (16.0, {"shares_reads": True}, 0),  # what gates and shards both read of a bucket is read in one process
+    ],
+)
+def test_actors_that_only_copy_where_others_have_gpus(
+    cpus: float, options: dict[str, Any], copiers: int, plan_of: PlanOf
+) -> None:
+    found = placement(plan_of("hidden"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(cpus, 1.0), b=(cpus, 1.0))
+    asked = {"jobs": 9, "compute": True, "quantise": None, "placement": found, **options}
+    slots = slots_for(RuntimeSettings(), **asked)
+    computing = 2 if asked["compute"] else min(9, int(2 * cpus))
+    gpus = [seat.gpus for seat in slots.seats]
+    assert len(gpus) == computing + copiers
+    assert gpus.count(1.0) == (2 if asked["compute"] else 0) == slots.readers or not asked["compute"]
+    assert len(slots_for(RuntimeSettings(actors=2), **asked).seats) == 2
 
 
 def test_samples_see_changes_all_over_a_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.pico import merge_config
 _TOKENIZE = """
 import json, sys
 from pathlib import Path
-from raymoe.runtime.torchless import leave_torch_out
+from raymoe.runtime.left_out import leave_torch_out
 if sys.argv[2] == "without":
     leave_torch_out()
 from raymoe.gates.prompts import load_tokenizer, tokenize
@@ -47,7 +47,7 @@ def test_same_tokens(zoo: Callable[..., Path]) -> None:
 def test_torch_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from raymoe.runtime.torchless import leave_torch_out
+    from raymoe.runtime.left_out import leave_torch_out
 
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "")
     leave_torch_out()
