@@ -202,8 +202,10 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
     """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
     import ray
 
+    # Who gets no GPU is not to look for one: it would take those that CUDA_VISIBLE_DEVICES names for its own.
+    on_cpu = replace(settings, device="cpu")
     if not slots.runs_model:
-        settings = replace(settings, device="cpu")  # an actor that does not look for a GPU need not import torch
+        settings = on_cpu
     needs_torch = slots.runs_model or settings.trust_remote_code
     groups = {"gates": 1, "layers": slots.layers_at_once, "write": slots.shards_at_once, "control": 1}
     remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch, settings.trust_remote_code))
@@ -215,7 +217,7 @@ def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str
             num_gpus=seat.gpus,
             max_restarts=_RESTARTS,
             scheduling_strategy=_strategy(seat),
-        ).remote(output, settings, run)
+        ).remote(output, settings if seat.gpus else on_cpu, run)
         for number, seat in enumerate(slots.seats)
     ]
     try:

@@ -14,12 +14,16 @@ from tests.pico import merge_config
 
 
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])
-def test_prompts_are_read_by_the_actor_with_a_gpu(mode: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
+def test_prompts_are_read_by_the_actor_with_a_gpu(
+    mode: str, zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An actor that runs a model has torch, and more than 350 MB; one that only copies has 150."""
     from ray.cluster_utils import Cluster
 
     base, *experts = (zoo("llama", seed=seed) for seed in range(4))
     config = write_config(tmp_path / "config.yaml", merge_config(base, experts, mode=mode))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # the user's own word reaches all actors
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     cluster = Cluster(head_node_args={"num_cpus": 9, "num_gpus": 1, "include_dashboard": False}, initialize_head=True)
     try:
         env = {**os.environ, "RAY_ADDRESS": cluster.address}
