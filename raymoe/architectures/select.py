@@ -35,10 +35,14 @@ def select_host(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: st
         if not why_not:
             return Selection(host=host)
     details = "".join(f"\n      {host.title}: {'; '.join(why)}" for host, why in reasons)
-    what = f"no MoE architecture can hold a {base.model_type} base with {_describe(moe)}:{details}"
+    nothing = "no MoE architecture" if forced is None else f"architecture {forced!r}"
+    can = "can" if forced is None else "can't"
+    what = f"{nothing} {can} hold a {base.model_type} base with {_describe(moe)}:{details}"
     remedy = "change what is named above, or use other models"
     if forced is not None:
-        remedy += ", or leave out `architecture` to let raymoe choose"
+        others = [host.name for host in HOSTS.values() if not _reasons(host, base, moe)]
+        able = f" ({', '.join(others)} can)" if others else ""
+        remedy += f", or another architecture{able}, or leave it out to let raymoe choose"
     return Selection(host=None, problems=(Problem(where=where, what=what, remedy=remedy),))
 
 

@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        what = f"the base model's tokenizer can't be loaded: {str(error).splitlines()[0]}"
+        what = f"the base model's tokenizer can't be loaded: {' '.join(str(error).split())[:300]}"
         remedy = "gates from prompts need it; check the tokenizer files of base_model"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
 

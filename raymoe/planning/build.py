@@ -18,10 +18,18 @@ from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.tensors import Member, base_tensors, computed_tensors, expert_tensors, weight_refs
+from raymoe.planning.tensors import (
+    Member,
+    adapter_warnings,
+    base_tensors,
+    computed_tensors,
+    expert_tensors,
+    weight_refs,
+)
 from raymoe.planning.totals import totals_of
 from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
+from raymoe.sources.folder import has_vocabulary
 from raymoe.sources.types import ModelFacts, ModelRef, SourceFile
 
 __all__ = ["build_plan"]
@@ -62,6 +70,7 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     members = _members(config, facts, problems)
     if base is None:
         raise ProblemReport(problems)
+    problems += _tokenizer_problems(config, base_facts)
     moe = _moe_shape(config)
     selection = select_host(base, moe, forced=config.architecture, where="architecture")
     problems += selection.problems
@@ -75,6 +84,14 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     if problems or selection.host is None:
         raise ProblemReport(problems)
     return _assemble(config, options, base_facts, base, members, moe, selection.host)
+
+
+def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
+    if not MODES[config.gate_mode].needs_prompts or has_vocabulary(base.side_files):
+        return []
+    what = f"there is no tokenizer in it, with which gate_mode {config.gate_mode} reads prompts"
+    remedy = "copy the files of its tokenizer (tokenizer.json, for one) to it, or use gate_mode: random"
+    return [Problem(where=f"base_model ({base.label})", what=what, remedy=remedy)]
 
 
 def _prompt_model(config: MergeConfig) -> str:
@@ -94,7 +111,8 @@ def _members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems
         for number, expert in enumerate(experts):
             model = facts[expert.source_model]
             spec, found = spec_of(model, f"{key}[{number}].source_model")
-            problems += found
+            # What is wrong with a type of models is said once.
+            problems += [problem for problem in found if problem.what not in {known.what for known in problems}]
             if spec is not None:
                 members.append(
                     Member(
@@ -138,7 +156,9 @@ def _assemble(
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
     warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
-    warnings += [w for m in members for w in expert_warnings(base, m.spec, _key(m))]
+    if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
+        warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")
+    warnings += [w for m in members for w in [*expert_warnings(base, m.spec, _key(m)), *adapter_warnings(m, _key(m))]]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]

@@ -33,7 +33,7 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
         what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
         remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
         problems.append(Problem(where=where, what=what, remedy=remedy))
-    elif [row.name for row in expert.rows() if row.is_ffn] != [row.name for row in base.rows() if row.is_ffn]:
+    elif expert.model_type != base.model_type and _ffn_names(expert) != _ffn_names(base):
         what = f"a {expert.model_type} model stores its FFN otherwise than a {base.model_type} model"
         problems.append(Problem(where=where, what=what, remedy="use models of one type"))
     for key, name in (
@@ -51,14 +51,28 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
     return problems
 
 
+def _ffn_names(spec: DenseSpec) -> list[str]:
+    """Weights of an FFN, biases left out: whether those are there is told apart."""
+    return [row.name for row in spec.rows() if row.is_ffn and not row.role.endswith(".bias")]
+
+
 def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]:
     """Differences that the merged model does not carry, since the base's attention and embeddings rule."""
     warnings = []
+    if expert.model_type != base.model_type:
+        warnings.append(
+            f"{where}: its FFNs are those of a {expert.model_type} model, in the layers of a {base.model_type} model"
+        )
     if (expert.rope_theta, expert.rope_scaling) != (base.rope_theta, base.rope_scaling):
         warnings.append(f"{where}: its RoPE settings differ from the base's; the base's are used")
     if expert.vocab != base.vocab:
         warnings.append(
             f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used"
+        )
+    if expert.max_positions != base.max_positions:
+        warnings.append(
+            f"{where}: max_position_embeddings {expert.max_positions} differs from the base's {base.max_positions}, "
+            "which is used"
         )
     if expert.rms_norm_eps != base.rms_norm_eps:
         warnings.append(f"{where}: rms_norm_eps {expert.rms_norm_eps} differs from the base's {base.rms_norm_eps}")

@@ -16,6 +16,7 @@ from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 
 __all__ = [
     "Member",
+    "adapter_warnings",
     "base_tensors",
     "computed_tensors",
     "expert_tensors",
@@ -218,6 +219,17 @@ def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None =
 
 def _computed(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:
     return OutputTensor(name=name, dtype=dtype, shape=shape, owner="router", what=what)
+
+
+def adapter_warnings(member: Member, where: str) -> list[str]:
+    """What an adapter leaves of itself in a merge, where that is nothing."""
+    adapter = member.facts.adapter
+    if adapter is None or any(row.is_ffn and name in adapter.pairs for row, _, name in member.spec.tensors()):
+        return []
+    return [
+        f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
+        f"it is the same as {member.config.source_model.model} without it"
+    ]
 
 
 def _lora(facts: ModelFacts, name: str) -> LoraPair | None:

@@ -128,7 +128,9 @@ def adapter_facts(
     if len(wrong) > _NAMED:
         wrong = [*wrong[:_NAMED], f"and {len(wrong) - _NAMED} more tensors that don't fit"]
     if wrong:
-        raise CheckpointError([Problem(where=label, what=what, remedy=_REMEDY) for what in wrong])
+        made_for = config.get("base_model_name_or_path")
+        remedy = f"{_REMEDY}; it was made for {made_for}" if made_for else _REMEDY
+        raise CheckpointError([Problem(where=label, what=what, remedy=remedy) for what in wrong])
     return AdapterFacts(label=label, revision=revision, config=config, index=index, pairs=pairs)
 
 

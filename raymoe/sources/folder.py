@@ -17,25 +17,22 @@ from typing import Any, Protocol
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.types import SourceFile
 
-__all__ = ["Folder", "is_inside", "read_json_object", "side_files", "unusable"]
+__all__ = ["Folder", "has_vocabulary", "is_inside", "read_json_object", "side_files", "unusable"]
 
 _MAX_JSON_BYTES = 200 * 1024 * 1024  # an index of a million tensors is a tenth of this
 
+# Files of which every tokenizer has one.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # What travels with a model besides its weights and config: never weights, never code (*.py).
 _SIDE_FILE_PATTERNS = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *_VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     "chat_templates/*.jinja",
-    "spiece.model",
-    "*.tiktoken",
     "generation_config.json",
 )
 
@@ -103,6 +100,11 @@ def side_files(folder: Folder) -> tuple[SourceFile, ...]:
     """The small files that travel with a model, sorted by name."""
     names = [name for name in folder.names if any(fnmatch.fnmatchcase(name, p) for p in _SIDE_FILE_PATTERNS)]
     return tuple(file for name in sorted(names) if (file := folder.find(name)) is not None)
+
+
+def has_vocabulary(files: Sequence[SourceFile]) -> bool:
+    """Whether a model's side files hold a tokenizer."""
+    return any(fnmatch.fnmatchcase(file.name, pattern) for file in files for pattern in _VOCABULARIES)
 
 
 def is_inside(name: str) -> bool:

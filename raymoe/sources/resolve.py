@@ -30,7 +30,7 @@ from raymoe.sources.local import LocalFolder, stat_file
 from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import quantisation_problems
 from raymoe.sources.refs import is_local_folder
-from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
+from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
 
 __all__ = [
     "Elsewhere",
@@ -215,10 +215,11 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
 
 
 def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
-    facts = None
+    facts, warnings = None, model.warnings
     if adapter is not None:
         folder = adapter.folder
         facts = adapter_facts(folder.label, folder.revision, adapter.config, adapter.index, model.index)
+        warnings += adapter.warnings + _other_base(facts, ref.model)
     return ModelFacts(
         ref=ref,
         label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
@@ -227,8 +228,23 @@ def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
         index=model.index,
         side_files=model.side_files,
         adapter=facts,
-        warnings=model.warnings + (adapter.warnings if adapter else ()),
+        warnings=warnings,
     )
+
+
+def _other_base(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:
+    """A warning where an adapter says that it was made for a model of another name. Models move: only the last part of
+    the name is compared."""
+    made_for = adapter.config.get("base_model_name_or_path")
+    if not isinstance(made_for, str) or not made_for.strip("/") or "snapshots/" in made_for:
+        return ()
+    if _last_part(made_for) == _last_part(model.path):
+        return ()
+    return (f"{adapter.label}: this adapter was made for {made_for}, and is applied to {model}",)
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2].casefold()
 
 
 def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: StorageOptions | None = None) -> Path:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.errors import MergeFailed
 from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
@@ -103,8 +104,13 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
         block += np.float32(what.noise_scale) * noise
     if what.scale is not None:
         block *= np.float32(what.scale)
-    with np.errstate(over="ignore"):  # float16 overflows to infinity, as it does in torch
+    with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(block.astype(target))
+    if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
+        raise MergeFailed(
+            f"{part.name}: its weights are as large as {np.abs(large[np.isfinite(large)]).max():.3g}, and float16 ends "
+            "at 65504. Use dtype: bfloat16 or float32"
+        )
     return cast.reshape(-1).view(np.uint8).data
 
 

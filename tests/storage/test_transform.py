@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from raymoe.errors import MergeFailed
 from raymoe.planning.types import Transform
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import LoraPair
@@ -39,15 +40,23 @@ def transformed(reader: SourceReader, entry: Any, what: Transform, dtype: str, n
 @pytest.mark.parametrize("source", [np.float32, np.float16, np.float64])
 @pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
 def test_cast(reader: SourceReader, tmp_path: Path, source: Any, target: str) -> None:
-    """Through float32, to nearest even; what float16 can't hold is infinite."""
-    values = np.array([[0.1, -2.5, 1e-9, 3.0], [65504.0, 65519.0, 7e4 if source != np.float16 else 1.0, 0.0]])
+    """Through float32, to nearest even; infinity stays what it is."""
+    values = np.array([[0.1, -2.5, 1e-9, 3.0], [65504.0, 65519.0, np.inf, 0.0]])
     entry = save(tmp_path, {"w": values.astype(source)})["w"]
     found, _ = transformed(reader, entry, Transform(source=entry), target)
     with np.errstate(over="ignore"):
         expected = values.astype(source).astype(np.float32).astype(NUMPY_DTYPES[target])
     assert np.array_equal(found, expected)
-    if target == "F16" and source != np.float16:
-        assert np.isinf(found[1, 2])
+    assert np.isinf(found[1, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 1e4}])
+def test_weights_that_float16_can_not_hold(reader: SourceReader, tmp_path: Path, options: dict[str, float]) -> None:
+    values = np.array([[1.0, 7e4 if not options else 7.0], [np.nan, -np.inf]], np.float32)
+    entry = save(tmp_path, {"w": values})["w"]
+    with pytest.raises(MergeFailed, match=r"^out: its weights are as large as 7e\+04, and float16 ends at 65504"):
+        transformed(reader, entry, Transform(source=entry, **options), "F16")
+    transformed(reader, entry, Transform(source=entry, **options), "BF16")
 
 
 def test_scale_and_noise_in_blocks(reader: SourceReader, tmp_path: Path) -> None:
