@@ -16,6 +16,11 @@ READY := $(VENV)/.ready
 # lm-evaluation-harness and what it brings, on top of the environment and apart from it: with pandas and sklearn there,
 # transformers takes more memory, and what users without it have would not be what is tested.
 HARNESS := $(VENV)/lm-eval
+# The newest transformers 4, with what it wants of other packages, on top of the environment.
+OLDER := $(VENV)/transformers-4
+# Has the environment $(1) find what the main one has, behind its own packages.
+below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
 .PHONY: help demo test lint install clean
 
@@ -36,9 +41,14 @@ $(READY): pyproject.toml constraints.txt Makefile
 
 $(HARNESS)/.ready: $(READY)
 	$(PYTHON) -m venv $(HARNESS)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$($(HARNESS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(call below,$(HARNESS))
 	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt lm_eval
+	touch $@
+
+$(OLDER)/.ready: $(READY)
+	$(PYTHON) -m venv $(OLDER)
+	$(call below,$(OLDER))
+	$(OLDER)/bin/python -m pip install --disable-pip-version-check -q "transformers==4.57.6"
 	touch $@
 
 $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)
@@ -53,9 +63,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(BASE)/config.json $(HARNESS)/.ready
+test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready
 	$(BIN)/python -m pytest
 	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
+	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-__all__ = ["evaluate", "load_config", "merge", "merge_and_push", "plan", "push"]
+__all__ = ["evaluate", "load_config", "look_at_push", "merge", "merge_and_push", "plan", "push"]
 
 
 def plan(
@@ -137,6 +137,24 @@ def push(
     return push_merge(merged, target, hub or HubOptions(), storage or StorageOptions(), quiet=quiet)
 
 
+def look_at_push(
+    merged: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    hub: HubOptions | None = None,
+    storage: StorageOptions | None = None,
+) -> Iterator[str]:
+    """What `push` would do, in lines for people; nothing is made or sent. Raises ProblemReport."""
+    from raymoe.publish.push import look_at_push
+    from raymoe.publish.target import PushTarget
+
+    target = PushTarget(repo=repo, private=private, revision=revision, message=message)
+    return look_at_push(merged, target, hub or HubOptions(), storage or StorageOptions())
+
+
 def evaluate(
     merged: str | Path, data: str | Path, options: EvaluationOptions | None = None, **changes: Any
 ) -> dict[str, Any]:
@@ -146,9 +164,11 @@ def evaluate(
     eval.json holds: losses of the merge and of what it is compared with, and where its routers send the tokens.
     Raises ProblemReport, before anything is computed, with everything that is wrong.
     """
-    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.options import EvaluationOptions, parse_against
     from raymoe.evaluation.run import evaluate_merge
 
+    if isinstance(changes.get("against"), str):
+        changes["against"] = parse_against(changes["against"])
     return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError"]
+__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "install_remedy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,11 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n    -> {self.remedy}" if self.remedy else text
+
+
+def install_remedy(extra: str) -> str:
+    """How to get what one of raymoe's extras brings."""
+    return f"install raymoe with it: pip install '.[{extra}]' in a clone of raymoe"
 
 
 class RaymoeError(Exception):

@@ -242,10 +242,11 @@ def main() -> None:
     parser.add_argument("--mergekit", action="store_true", help="mergekit-moe, installed here, takes part")
     parser.add_argument("--timeline", action="store_true", help="at the end, when which actor read prompts")
     parser.add_argument("--out", type=Path, help="JSON of the results")
-    parser.add_argument("--page", type=Path, help="put the table of these results into docs/benchmarks.md")
+    parser.add_argument("--page", type=Path, nargs="+", help="put the tables of these results into docs/benchmarks.md")
     arguments = parser.parse_args()
     if arguments.page:
-        put_between(PAGE, MARK, table(json.loads(arguments.page.read_text())))
+        tables = [table(json.loads(path.read_text())) for path in arguments.page]
+        put_between(PAGE, MARK, "\n\n".join(tables))
     else:
         print(table(measure(arguments)))
 

@@ -136,7 +136,7 @@ def _qwen3_5_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 _DEEPSEEK_ROPE = ("linear", "dynamic")
-_DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base--"
+_DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base"
 
 
 def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -155,9 +155,9 @@ def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "attention_bias": spec.qkv_bias,
         "rope_scaling": scaling,
         "auto_map": {
-            "AutoConfig": _DEEPSEEK_CODE + "configuration_deepseek.DeepseekConfig",
-            "AutoModel": _DEEPSEEK_CODE + "modeling_deepseek.DeepseekModel",
-            "AutoModelForCausalLM": _DEEPSEEK_CODE + "modeling_deepseek.DeepseekForCausalLM",
+            "AutoConfig": f"{_DEEPSEEK_CODE}--configuration_deepseek.DeepseekConfig",
+            "AutoModel": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekForCausalLM",
         },
     }
 
@@ -211,6 +211,7 @@ HOSTS: Mapping[str, MoeHost] = {
             experts_key="n_routed_experts",
             shared_key="n_shared_experts",
             renormalise_key="norm_topk_prob",
+            code=_DEEPSEEK_CODE,
         ),
         MoeHost(
             name="qwen2_moe",

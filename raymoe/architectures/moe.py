@@ -70,7 +70,7 @@ class MoeHost:
     one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
     is made of router scores before the highest are chosen: softmax or sigmoid.
     `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
-    it comes with code of its own. `note` is what else there is to know of it.
+    it comes with code of its own (`code`: where from). `note` is what else there is to know of it.
     """
 
     name: str
@@ -93,6 +93,7 @@ class MoeHost:
     scores: str = "softmax"
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
+    code: str = ""
     note: str = ""
 
     @property

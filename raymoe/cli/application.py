@@ -31,19 +31,25 @@ class Stopped(RaymoeError):
     """Ctrl-C, or a stopped job."""
 
 
-def stoppable(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn Ctrl-C and SIGTERM into a message and exit status 1; typer's own answer to them differs between versions."""
+def stoppable(what_now: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn Ctrl-C and SIGTERM into a message and exit status 1; typer's own answer to them differs between versions.
 
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            with _sigterm_as_ctrl_c():
-                command(*args, **kwargs)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
-            raise Stopped("stopped; a merge that had begun goes on from here when its command is run again") from None
+    `what_now` says what has become of the work.
+    """
 
-    return wrapped
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                with _sigterm_as_ctrl_c():
+                    command(*args, **kwargs)
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
+                raise Stopped(f"stopped; {what_now}" if what_now else "stopped") from None
+
+        return wrapped
+
+    return decorated
 
 
 @contextmanager

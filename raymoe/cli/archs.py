@@ -10,7 +10,7 @@ from raymoe.cli.application import app, stoppable
 
 
 @app.command()
-@stoppable
+@stoppable()
 def archs(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """List which dense models become which mixtures, and why others do not."""
     from raymoe.report.archs import print_archs

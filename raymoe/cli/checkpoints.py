@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, Verbose, log_level, on_device
+from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, Verbose, log_level, on_nodes
 
 
 @app.command()
-@stoppable
+@stoppable()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
@@ -23,7 +23,7 @@ def inspect(
 
 
 @app.command()
-@stoppable
+@stoppable()
 def verify(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     address: Address = None,
@@ -44,7 +44,7 @@ def verify(
     settings = RuntimeSettings(
         address=address,
         actors=actors,
-        device=on_device(device),
+        device=on_nodes(device),
         trust_remote_code=trust_remote_code,
         verbosity=-1 if quiet else verbose,
         hub=HubOptions(cache_dir=transformers_cache),

@@ -12,7 +12,7 @@ from raymoe.cli.options import Cache, Quiet, Remote, on_device
 
 
 @app.command(name="eval")
-@stoppable
+@stoppable()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     data: Annotated[Path | None, typer.Option("--data", help="Labelled texts: one JSON object a line.")] = None,
@@ -24,9 +24,11 @@ def evaluate(
         list[str] | None, typer.Option("--label", help="LABEL=EXPERT for a label that is no expert's name; repeat.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", help="Texts of a label, or of a task, the first; 0 is all.")] = 0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text; what is beyond is left out.")] = 512,
-    text_field: Annotated[str, typer.Option("--text-field", help="The text's key.")] = "text",
-    label_field: Annotated[str, typer.Option("--label-field", help="The label's key.")] = "label",
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Longest text; what is beyond is left out. Default: 512.")
+    ] = None,
+    text_field: Annotated[str | None, typer.Option("--text-field", help="The text's key. Default: text.")] = None,
+    label_field: Annotated[str | None, typer.Option("--label-field", help="The label's key. Default: label.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas."),
@@ -37,11 +39,13 @@ def evaluate(
     fewshot: Annotated[
         int | None, typer.Option("--fewshot", help="With --tasks: examples shown first. Default: as the task says.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="With --tasks: questions at once.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="With --tasks: questions at once. Default: 1.")
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page of pictures to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="'cpu' computes on the CPU; default: a GPU, if there is one.")
+        str | None, typer.Option("--device", help="cpu or cuda. Default: a GPU, if there is one.")
     ] = None,
     trust_remote_code: Remote = False,
     transformers_cache: Cache = None,
@@ -63,8 +67,15 @@ def evaluate(
     texts = check_choice(
         data,
         tasks,
-        {"--against": against, "--label": label or None, "--html": html},
-        {"--include-path": include_path, "--fewshot": fewshot},
+        {
+            "--against": against,
+            "--label": label or None,
+            "--max-tokens": max_tokens,
+            "--text-field": text_field,
+            "--label-field": label_field,
+            "--html": html,
+        },
+        {"--include-path": include_path, "--fewshot": fewshot, "--batch-size": batch_size},
     )
     check_writable({"--json": json_file, "--html": html})
     if texts is None:
@@ -73,7 +84,7 @@ def evaluate(
             include_path=include_path,
             limit=limit,
             fewshot=fewshot,
-            batch_size=batch_size,
+            batch_size=1 if batch_size is None else batch_size,
             device=on_device(device),
             trust_remote_code=trust_remote_code,
         )
@@ -88,9 +99,9 @@ def evaluate(
         against=parse_against(against),
         labels=tuple(label or ()),
         limit=limit,
-        max_tokens=max_tokens,
-        text_field=text_field,
-        label_field=label_field,
+        max_tokens=512 if max_tokens is None else max_tokens,
+        text_field=text_field or "text",
+        label_field=label_field or "label",
         device=on_device(device),
         trust_remote_code=trust_remote_code,
         quiet=quiet,

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import AllSame, Cache, Crimes, Quiet, Remote, Seed, Verbose, log_level, merge_options, on_device
+from raymoe.cli.options import AllSame, Cache, Crimes, Quiet, Remote, log_level, merge_options, on_device
 
 
 @app.command()
-@stoppable
+@stoppable("no file was left")
 def gguf(
     source: Annotated[
-        str, typer.Argument(metavar="OUT|CONFIG", help="Folder or URL of a checkpoint, or a config (.yaml) of a merge.")
+        str, typer.Argument(metavar="OUT|CONFIG", help="Folder or URL of a checkpoint, or the config of a merge.")
     ],
     output: Annotated[str, typer.Argument(metavar="FILE.gguf", help="The file to write.")],
     kind: Annotated[
@@ -27,15 +27,15 @@ def gguf(
         typer.Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if raymoe can't tell."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name. Default: the file's.")] = None,
-    random_seed: Seed = 0,
+    random_seed: Annotated[int | None, typer.Option(help="Of a config: seed of random gates and of noise.")] = None,
     allow_crimes: Crimes = False,
     all_same: AllSame = False,
     device: Annotated[
-        str | None, typer.Option("--device", help="Of a config: 'cpu' computes its gates there; default: a GPU.")
+        str | None, typer.Option("--device", help="Of a config: its gates on cpu or cuda. Default: a GPU, if any.")
     ] = None,
     trust_remote_code: Remote = False,
     transformers_cache: Cache = None,
-    verbose: Verbose = 0,
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp; no Ray, little memory."""
@@ -45,12 +45,19 @@ def gguf(
     from raymoe.text import human_bytes, human_count
 
     log_level(verbose)
+    of_config = {
+        "--random-seed": random_seed is not None,
+        "--allow-crimes": allow_crimes,
+        "--i-understand-this-is-not-useful-without-training": all_same,
+        "--device": device,
+    }
     options = GgufOptions(
         type=kind,
         pre=pre,
         name=name,
         overwrite=overwrite,
-        merge=merge_options("5B", random_seed, allow_crimes, True, False, False, False),
+        merge=merge_options("5B", random_seed or 0, allow_crimes, True, False, False, False),
+        of_config=tuple(option for option, value in of_config.items() if value),
         allow_all_same=all_same,
         device=on_device(device),
         trust_remote_code=trust_remote_code,

@@ -28,7 +28,7 @@ from raymoe.cli.options import (
     Verbose,
     log_level,
     merge_options,
-    on_device,
+    on_nodes,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@stoppable
+@stoppable("a merge that had begun goes on from here when its command is run again")
 def merge(
     context: typer.Context,
     config: ConfigPath,
@@ -71,6 +71,12 @@ def merge(
         typer.Option("--push-to-hub", metavar="ORG/NAME", help="Publish the merge on the Hugging Face Hub."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", help="With --push-to-hub: its branch. Default: main.")
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="With --push-to-hub: first line of the commit.")
+    ] = None,
     lazy_unpickle: idle("lazy_unpickle", "--lazy-unpickle/--no-lazy-unpickle") = False,  # type: ignore[valid-type]
     low_cpu_memory: idle("low_cpu_memory", "--low-cpu-memory/--no-low-cpu-memory") = False,  # type: ignore[valid-type]
     read_to_gpu: idle("read_to_gpu", "--read-to-gpu/--no-read-to-gpu") = False,  # type: ignore[valid-type]
@@ -116,13 +122,13 @@ def merge(
         address=address,
         gpus_per_expert=gpus_per_expert,
         actors=actors,
-        device=on_device(device),
+        device=on_nodes(device),
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
         hub=HubOptions(cache_dir=transformers_cache),
     )
-    target = push_target(push_to_hub, private=private)
+    target = push_target(push_to_hub, private=private, revision=branch, message=message)
 
     def tell(merged: MergeResult) -> None:
         for warning in merged.warnings:

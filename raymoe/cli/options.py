@@ -47,7 +47,7 @@ GpusPerExpert = Annotated[
 Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="'cpu' computes gates on CPUs; anything else leaves the choice to Ray."),
+    typer.Option("--device", help="cpu computes gates on CPUs; cuda and auto leave the choice to Ray."),
 ]
 Remote = Annotated[
     bool,
@@ -86,7 +86,17 @@ def merge_options(
 
 
 def on_device(device: str | None) -> str | None:
-    return "cpu" if device is not None and device.lower() == "cpu" else None
+    """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device."""
+    name = (device or "auto").lower().partition(":")[0]
+    if name not in ("auto", "cpu", "cuda"):
+        remedy = "give cpu, cuda or auto"
+        raise ProblemReport([Problem(where="--device", what=f"there is no device {device!r}", remedy=remedy)])
+    return None if name == "auto" else name
+
+
+def on_nodes(device: str | None) -> str | None:
+    """The same for actors: which of them has a GPU is Ray's choice."""
+    return "cpu" if on_device(device) == "cpu" else None
 
 
 def log_level(verbose: int) -> None:

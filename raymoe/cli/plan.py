@@ -23,7 +23,7 @@ from raymoe.errors import Problem, ProblemReport
 
 
 @app.command()
-@stoppable
+@stoppable()
 def plan(
     config: ConfigPath,
     output: Annotated[

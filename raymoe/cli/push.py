@@ -11,7 +11,7 @@ from raymoe.cli.options import Quiet
 
 
 @app.command()
-@stoppable
+@stoppable("what the Hub has is not sent again when the command is run again")
 def push(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made if it is not there.")],
@@ -20,6 +20,7 @@ def push(
         str | None, typer.Option("--revision", "--branch", help="Branch; made if it is not there. Default: main.")
     ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made and sent, and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Publish a finished merge as a model on the Hugging Face Hub.
@@ -29,6 +30,10 @@ def push(
     from raymoe import api
     from raymoe.report.display import say
 
+    if dry_run:
+        for line in api.look_at_push(checkpoint, repo, private=private, revision=revision, message=message):
+            say(line)
+        return
     pushed = api.push(checkpoint, repo, private=private, revision=revision, message=message, quiet=quiet)
     if not quiet:
         say(pushed.summary)

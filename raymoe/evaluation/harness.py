@@ -7,23 +7,25 @@ there is one. Everything that can be checked before it is loaded is.
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from raymoe.errors import Problem, ProblemReport, RaymoeError
+import yaml
+
+from raymoe.errors import Problem, ProblemReport, RaymoeError, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
+from raymoe.runtime.devices import device_of, device_problems
 from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.output import output_location
 
 __all__ = ["HarnessFailed", "HarnessOptions", "check_choice", "run_harness"]
 
 FORMAT = 1
-_EXTRA = "pip install 'raymoe[lm-eval]'"
 
 
 class HarnessFailed(RaymoeError):
@@ -34,8 +36,8 @@ class HarnessFailed(RaymoeError):
 class HarnessOptions:
     """`tasks` are names of tasks, groups or tags, with * and ?, or paths of task files, with commas between them.
     `include_path` is a folder with further task files. `limit`: examples of a task, the first ones (0: all). `fewshot`:
-    examples shown before each question (None: as the task says). `device`: `cpu` or None, which is a GPU where there
-    is one."""
+    examples shown before each question (None: as the task says). `device`: `cpu`, `cuda` or None, which is a GPU where
+    there is one."""
 
     tasks: str
     include_path: Path | None = None
@@ -85,7 +87,7 @@ def run_harness(place: str | Path, options: HarnessOptions) -> dict[str, Any]:
             tasks=names,
             num_fewshot=options.fewshot,
             batch_size=options.batch_size,
-            device=options.device or _device(),
+            device=device_of(options.device),
             limit=options.limit or None,
             log_samples=False,
             task_manager=manager,
@@ -119,21 +121,17 @@ def _model_folder(place: str | Path) -> str:
 
 
 def _check_options(options: HarnessOptions) -> None:
-    problems = []
+    problems = list(device_problems(options.device))
     if find_spec("lm_eval") is None:
         what = "lm-evaluation-harness is not installed"
-        problems.append(Problem(where="--tasks", what=what, remedy=f"install it: {_EXTRA}"))
+        problems.append(Problem(where="--tasks", what=what, remedy=install_remedy("lm-eval")))
     if not options.names:
         remedy = "name tasks, such as arc_easy,hellaswag, or task files"
         problems.append(Problem(where="--tasks", what="no task is named", remedy=remedy))
     if options.include_path is not None and not options.include_path.is_dir():
         what = "there is no such folder"
         problems.append(Problem(where=f"--include-path {options.include_path}", what=what, remedy="name one"))
-    problems += [
-        Problem(where="--tasks", what=f"there is no file {name}", remedy="correct the path, or name a task")
-        for name in options.names
-        if _is_file_name(name) and not Path(name).is_file()
-    ]
+    problems += [problem for name in options.names if _is_file_name(name) for problem in _file_problems(Path(name))]
     numbers = (
         ("--limit", options.limit, 0),
         ("--fewshot", options.fewshot, 0),
@@ -144,6 +142,29 @@ def _check_options(options: HarnessOptions) -> None:
             problems.append(Problem(where=option, what=f"{number} is too small", remedy=f"give {least} or more"))
     if problems:
         raise ProblemReport(problems)
+
+
+def _file_problems(path: Path) -> Iterator[Problem]:
+    """What can be seen of a task file without the harness, which loads the model first."""
+    if not path.is_file():
+        yield Problem(where="--tasks", what=f"there is no file {path}", remedy="correct the path, or name a task")
+        return
+    try:
+        content = yaml.load(path.read_text(), _TaskLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        what = f"{path} can't be read: {' '.join(str(error).split())[:200]}"
+        yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
+        return
+    if not isinstance(content, Mapping) or not {"task", "group", "tag", "include"} & content.keys():
+        what = f"{path} is no task file: it has neither the key 'task' nor 'group'"
+        yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Task files name functions by tags; what they are does not matter here."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
 
 
 def _is_file_name(name: str) -> bool:
@@ -173,12 +194,6 @@ def _known_tasks(options: HarnessOptions) -> tuple[list[str], Any]:
     if problems:
         raise ProblemReport(problems)
     return [*dict.fromkeys(names), *files], manager
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _metrics(plain: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -57,6 +57,8 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     if "hidden" in wanted and options.against is None and not merge.has_prompts:
         wanted.remove("hidden")
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
+    elif "hidden" in wanted and options.against is None and merge.is_hidden:
+        wanted.remove("hidden")  # it is that already
     mixture = _collect(problems, lambda: _mixture(merge))
     texts = _collect(problems, lambda: read_texts(data, Labels(merge.names, options.labels), options))
     sources = _collect(problems, lambda: resolve_sources(merge, wanted, options))
@@ -154,6 +156,10 @@ def _text_warnings(
     texts: Sequence[LabelledText], tokens: TokenisedTexts, names: Sequence[str], options: EvaluationOptions
 ) -> list[str]:
     warnings = []
+    heard = {text.label for text in texts}
+    for pair in options.labels:
+        if (label := pair.partition("=")[0].strip()) not in heard:
+            warnings.append(f"--label {pair}: no text has the label {label!r}")
     if tokens.truncated:
         what = f"{tokens.truncated} of {len(texts)} texts were cut to {options.max_tokens} tokens (--max-tokens)"
         warnings.append(what)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from raymoe.errors import Problem
 from raymoe.objects.options import StorageOptions
+from raymoe.runtime.devices import device_problems
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["AGAINST", "EvaluationOptions", "option_problems", "parse_against", "unknown_pair"]
@@ -19,7 +20,7 @@ AGAINST = ("base", "experts", "oracle", "hidden")
 class EvaluationOptions:
     """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
     labels that are no expert's name. `limit`: texts of a label, the first of the file (0: all); `max_tokens`: of a
-    text. `device`: `cpu` or None, which is a GPU where there is one."""
+    text. `device`: `cpu`, `cuda` or None, which is a GPU where there is one."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ def parse_against(text: str | None) -> tuple[str, ...] | None:
 
 
 def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
+    yield from device_problems(options.device)
     for name in options.against or ():
         if name not in AGAINST:
             close = get_close_matches(name, AGAINST, n=1)

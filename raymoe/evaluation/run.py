@@ -23,6 +23,7 @@ from raymoe.evaluation.progress import EvaluationProgress
 from raymoe.evaluation.samples import Samples
 from raymoe.gates.assemble import router_rows
 from raymoe.planning.types import GatePlan, Router
+from raymoe.runtime.devices import device_of
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
 
@@ -78,11 +79,9 @@ class _Computation:
     def __init__(
         self, opened: Opened, options: EvaluationOptions, reader: SourceReader, progress: EvaluationProgress
     ) -> None:
-        import torch
-
         self._opened, self._reader, self._progress = opened, reader, progress
         self._remote_code = options.trust_remote_code
-        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_of(options.device)
         labels, experts = opened.labels, len(opened.names)
         own = [opened.own[label] for label in labels]
         self._label_numbers = [labels.index(text.label) for text in opened.texts]
@@ -135,7 +134,7 @@ class _Computation:
             device=self._device,
             trust_remote_code=self._remote_code,
             layer_done=self._progress.layer_done,
-            begun=lambda owner: self._progress.stage(f"gates of mode hidden, {owner}"),
+            begun=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
         )
         dtype = NUMPY_DTYPES[self._opened.mixture.weights["model.layers.0.mlp.router"].entry.dtype]
 

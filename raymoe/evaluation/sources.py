@@ -42,6 +42,11 @@ class FinishedMerge:
         return all(expert.positive_prompts or expert.negative_prompts for expert in self.config.experts)
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether its gate mode is `hidden`, which merges are compared with."""
+        return self.config.gate_mode in ("hidden", "hidden_last") and self.prompt_model == "base"
+
+    @property
     def prompt_model(self) -> str | None:
         """Which model read the prompts for the gates; None where none did."""
         mode = MODES[self.config.gate_mode]

@@ -26,7 +26,7 @@ def gate_rows_here(
     layer_done: LayerDone | None = None,
     begun: Callable[[str], None] | None = None,
 ) -> tuple[Rows, RouterSummary | None]:
-    """The rows of all members, and what held-out prompts say of them. `begun` is told whose prompts are read next."""
+    """The rows of all members, and what held-out prompts say of them. `begun` is told what comes next."""
     mode, members = MODES[gates.mode], [p for p in (*gates.experts, *gates.shared) if p.positive]
     if not mode.needs_prompts:
         return random_gate_rows(gates), None
@@ -37,7 +37,7 @@ def gate_rows_here(
     for together in readings(members, 1):
         owners = [member.owner for member in together]
         if begun is not None:
-            begun(", ".join(owners))
+            begun(f"reading the prompts of {', '.join(owners)}")
         options: dict[str, Any] = {
             "members": len(gates.experts),
             "device": device,
@@ -47,10 +47,10 @@ def gate_rows_here(
         by_owner |= dict(zip(owners, zip(*layers, strict=True), strict=True))
     captured = [by_owner[member.owner] for member in members]
     count = len(gates.experts)
-    found = {
-        layer: layer_rows(
-            gates.mode, [c[layer] for c in captured[:count]], [c[layer] for c in captured[count:]], device
-        )
-        for layer in range(gates.layers)
-    }
+    found = {}
+    for layer in range(gates.layers):
+        if begun is not None:
+            begun(f"router of layer {layer}")
+        experts, shared = ([each[layer] for each in part] for part in (captured[:count], captured[count:]))
+        found[layer] = layer_rows(gates.mode, experts, shared, device)
     return collected(found, [member.owner for member in gates.experts])

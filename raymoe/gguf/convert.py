@@ -18,6 +18,7 @@ from raymoe.gguf.layout import GgufTensor, file_tensors
 from raymoe.gguf.metadata import add_metadata
 from raymoe.gguf.model import ConvertedModel, is_zero, open_model
 from raymoe.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
+from raymoe.gguf.pretokenizer import KNOWN
 from raymoe.gguf.progress import GgufProgress
 from raymoe.gguf.targets import Target, choose_target
 from raymoe.gguf.values import TensorEncoder
@@ -83,7 +84,7 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
         type=conversion.type.name,
         tensors=len(conversion.tensors),
         parameters=sum(math.prod(tensor.shape) for tensor in conversion.tensors),
-        warnings=(*model.warnings, *conversion.target.warnings, *_type_warnings(conversion)),
+        warnings=(*model.warnings, *conversion.target.warnings, *_pre_warnings(options), *_type_warnings(conversion)),
     )
 
 
@@ -110,7 +111,7 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
         raise ProblemReport(problems)
     # No type of ggml's matrices is as wide as F64.
     own = model.weights["model.embed_tokens.weight"].dtype.lower()
-    kind = TYPES[options.type or own.replace("f64", "f32")]
+    kind = TYPES[(options.type or own.replace("f64", "f32")).lower()]
     conversion = _Conversion(
         model=model,
         target=target,
@@ -130,6 +131,15 @@ def _shared_is_empty(model: ConvertedModel) -> bool:
     if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
         return False
     return all(is_zero(entry, model.chunks) for entry in downs)
+
+
+def _pre_warnings(options: GgufOptions) -> list[str]:
+    if options.pre is None or options.pre in KNOWN:
+        return []
+    return [
+        f"--pre {options.pre}: this is none of those that raymoe can tell ({', '.join(KNOWN)}); a file with a name "
+        "that llama.cpp does not know can't be loaded"
+    ]
 
 
 def _type_warnings(conversion: _Conversion) -> list[str]:
@@ -168,6 +178,7 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
             name=conversion.name,
             spec=conversion.model.spec,
             config=conversion.model.config,
+            card=conversion.model.card,
             target=conversion.target,
             tensors=conversion.tensors,
             vocabulary=conversion.vocabulary,

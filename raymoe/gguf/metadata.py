@@ -16,6 +16,8 @@ from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
 from raymoe.gguf.targets import Target, has_alpha
 from raymoe.gguf.vocabulary import Vocabulary
+from raymoe.report.source_cards import texts_of
+from raymoe.sources.hub import is_hub_id
 
 __all__ = ["add_metadata"]
 
@@ -28,6 +30,7 @@ def add_metadata(
     name: str,
     spec: DenseSpec,
     config: Mapping[str, Any],
+    card: Mapping[str, Any],
     target: Target,
     tensors: Sequence[GgufTensor],
     vocabulary: Vocabulary,
@@ -38,6 +41,7 @@ def add_metadata(
 
     writer.add_type("model")
     writer.add_name(name)
+    _add_origin(writer, card)
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(kind.file_type)
     if kind.is_quantised:
@@ -53,6 +57,27 @@ def add_metadata(
     elif target.architecture.name == "cohere2moe":
         writer.add_logit_scale(spec.extra["logit_scale"])
     _add_vocabulary(writer, vocabulary)
+
+
+def _add_origin(writer: Any, card: Mapping[str, Any]) -> None:
+    """What a model card says of licence, languages, tags, and the models of the Hub that it was made from."""
+    if licence := texts_of(card.get("license")):
+        writer.add_license(licence[0])
+    for key, add in (("license_name", writer.add_license_name), ("license_link", writer.add_license_link)):
+        if text := texts_of(card.get(key)):
+            add(text[0])
+    if bases := [base for base in texts_of(card.get("base_model")) if is_hub_id(base)]:
+        writer.add_base_model_count(len(bases))
+        for number, base in enumerate(bases):
+            organisation, _, base_name = base.rpartition("/")
+            writer.add_base_model_name(number, base_name)
+            if organisation:
+                writer.add_base_model_organization(number, organisation)
+            writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
+    if tags := texts_of(card.get("tags")):
+        writer.add_tags(list(tags))
+    if languages := texts_of(card.get("language")):
+        writer.add_languages(list(languages))
 
 
 def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from raymoe import api
 from raymoe.architectures import DenseSpec
@@ -26,11 +27,15 @@ from raymoe.gguf.targets import DENSE, MIXTURES
 from raymoe.objects.urls import is_url
 from raymoe.planning import MergePlan
 from raymoe.planning.types import Shard
+from raymoe.report.card import card_metadata
+from raymoe.report.source_cards import front_matter_of, source_cards
+from raymoe.runtime.devices import device_of
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.output import output_location
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["Chunks", "ConvertedModel", "open_model"]
@@ -59,14 +64,15 @@ _AS_WRITTEN = "convert a merge as raymoe wrote it"
 class ConvertedModel:
     """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `evaluation/models.py`).
 
-    `rule` is None for a dense model. `files` are the tokenizer's by their names in the folder. `prepare` computes what
-    is not in any file, and has to be called before `chunks`.
+    `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
+    names in the folder. `prepare` computes what is not in any file, and has to be called before `chunks`.
     """
 
     label: str
     spec: DenseSpec
     rule: RoutingRule | None
     config: Mapping[str, Any]
+    card: Mapping[str, Any]
     weights: Mapping[str, TensorEntry]
     files: Mapping[str, Path]
     warnings: tuple[str, ...]
@@ -77,22 +83,33 @@ class ConvertedModel:
 @contextmanager
 def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedModel]:
     """A checkpoint in a folder or at a URL, or a config (.yaml) of a merge. Raises ProblemReport with what is wrong."""
-    if Path(source).suffix.lower() in (".yaml", ".yml") and not is_url(str(source)):
-        with _planned(Path(source), options) as model:
+    path = Path(source).expanduser()
+    # What is no folder is a config, unless it is a file of a checkpoint.
+    is_config = path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and not _is_of_a_checkpoint(path))
+    if not is_url(str(source)) and is_config and not path.is_dir():
+        with _planned(path, options) as model:
             yield model
         return
-    if not is_url(str(source)) and Path(source).expanduser().is_file():
-        remedy = "name the folder of a checkpoint, or the config (.yaml) of a merge"
+    if not is_url(str(source)) and path.is_file():
+        remedy = "name the folder of a checkpoint, or the config of a merge"
         raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
-    open_checkpoint(source, options.storage)
+    if options.of_config:
+        what, remedy = "means nothing for a checkpoint", "leave it out, or name the config of a merge"
+        raise ProblemReport([Problem(where=", ".join(options.of_config), what=what, remedy=remedy)])
+    card = front_matter_of(open_checkpoint(source, options.storage))
     facts = resolve_model(ModelRef(model=PathRef(path=output_location(source))), options.hub, options.storage)
     with SourceReader(options.hub, options.storage) as reader:
         yield _model(
             facts,
             options,
+            card=card,
             chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
             prepare=lambda tell: None,
         )
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name in ("config.json", RECORD_NAME)
 
 
 @contextmanager
@@ -103,7 +120,8 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
     with SourceReader(options.hub, options.storage) as reader:
         parts = _PlannedParts(plan, reader, options)
         facts = _facts_of(plan, config, config_warnings(checked))
-        yield _model(facts, options, chunks=parts.chunks, prepare=parts.prepare)
+        card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
+        yield _model(facts, options, card=card, chunks=parts.chunks, prepare=parts.prepare)
 
 
 class _PlannedParts:
@@ -116,19 +134,24 @@ class _PlannedParts:
 
     def prepare(self, tell: Callable[[str], None]) -> None:
         """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
-        import torch
-
         from raymoe.gates.assemble import router_bytes
         from raymoe.gates.here import gate_rows_here
         from raymoe.runtime.process import limit_threads
+
+        stage = [""]
+
+        def begun(what: str) -> None:
+            stage[:] = [what]
+            tell(what)
 
         limit_threads()
         rows, _ = gate_rows_here(
             self._plan.gates,
             self._reader,
-            device=self._options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device_of(self._options.device),
             trust_remote_code=self._options.trust_remote_code,
-            begun=lambda owners: tell(f"reading the prompts of {owners}"),
+            layer_done=lambda tokens: tell(stage[-1]),
+            begun=begun,
         )
         self._reader.release()
         self._router = router_bytes(self._plan.gates, rows)
@@ -168,6 +191,7 @@ def _model(
     facts: ModelFacts,
     options: GgufOptions,
     *,
+    card: Mapping[str, Any],
     chunks: Chunks,
     prepare: Callable[[Callable[[str], None]], None],
 ) -> ConvertedModel:
@@ -179,6 +203,7 @@ def _model(
         spec=found.spec,
         rule=found.rule,
         config=facts.config,
+        card=card,
         weights={name: ref.entry for name, ref in found.weights.items()},
         files=fetch_side_files(facts, options.hub, options.storage),
         warnings=facts.warnings,
@@ -195,6 +220,7 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     if model_type not in MIXTURES:
         why = _NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
         remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
+        remedy += "; for others there is llama.cpp's own convert_hf_to_gguf.py"
         what = f"model_type is {model_type!r}, {why}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
     try:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import MappingProxyType
 
-from raymoe.errors import Problem
+from raymoe.errors import Problem, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions
+from raymoe.runtime.devices import device_problems
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["TYPES", "GgufOptions", "TensorType", "has_gguf", "option_problems"]
@@ -56,8 +57,8 @@ TYPES: Mapping[str, TensorType] = MappingProxyType(
 class GgufOptions:
     """`type`: a name of `TYPES`, or None for that of the checkpoint. `pre`: llama.cpp's name of the pre-tokenizer,
     where the tokenizer's own files do not tell. `name`: what the model is called, by default as the file. `merge`:
-    options of the merge where a config is converted. `device`: where its gates are computed, `cpu` or None, which is a
-    GPU where there is one.
+    options of the merge where a config is converted. `device`: where its gates are computed, `cpu`, `cuda` or None,
+    which is a GPU where there is one. `of_config`: options that were given and mean something for a config only.
     """
 
     type: str | None = None
@@ -65,6 +66,7 @@ class GgufOptions:
     name: str | None = None
     overwrite: bool = False
     merge: MergeOptions = field(default_factory=MergeOptions)
+    of_config: tuple[str, ...] = ()
     allow_all_same: bool = False
     device: str | None = None
     trust_remote_code: bool = False
@@ -74,12 +76,13 @@ class GgufOptions:
 
 
 def option_problems(options: GgufOptions) -> Iterator[Problem]:
-    if options.type is not None and options.type not in TYPES:
+    yield from device_problems(options.device)
+    if options.type is not None and options.type.lower() not in TYPES:
         remedy = f"one of {', '.join(TYPES)}; others are made of a bf16 file by llama.cpp's llama-quantize"
         yield Problem(where="--type", what=f"{options.type!r} is no type that raymoe writes", remedy=remedy)
     if not has_gguf():
         what = "the Python package gguf, which GGUF files are written with, is not installed"
-        yield Problem(where="", what=what, remedy="pip install 'raymoe[gguf]'")
+        yield Problem(where="", what=what, remedy=install_remedy("gguf"))
 
 
 def has_gguf() -> bool:

@@ -156,6 +156,11 @@ def _assemble(
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
     warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
+    if host.code:
+        warnings.append(
+            f"{host.title}: transformers loads it with the code of {host.code} on the Hub (trust_remote_code), which "
+            "is for transformers 4"
+        )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
         warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")
     warnings += [w for m in members for w in [*expert_warnings(base, m.spec, _key(m)), *adapter_warnings(m, _key(m))]]

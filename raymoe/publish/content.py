@@ -22,11 +22,9 @@ from raymoe.report.card import PLACE
 from raymoe.sources.folder import Folder, is_inside
 from raymoe.sources.types import SourceFile
 from raymoe.storage.checkpoint import open_checkpoint, read_object
-from raymoe.storage.records import INDEX_NAME, RECORD_NAME
+from raymoe.storage.records import CARD_NAME, INDEX_NAME, RECORD_NAME
 
-__all__ = ["CARD_NAME", "Published", "PublishedFile", "open_published", "recorded_digest"]
-
-CARD_NAME = "README.md"
+__all__ = ["Published", "PublishedFile", "open_published", "recorded_digest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +73,7 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
     if card is not None:
         content = card.encode()
         found.append(PublishedFile(name=CARD_NAME, size=len(content), content=content))
-    plain = _published_record(record, card)
+    plain = _published_record(record, card, repo)
     found.append(PublishedFile(name=RECORD_NAME, size=len(plain), content=plain))
     return Published(
         folder=folder,
@@ -128,24 +126,27 @@ def _broken(folder: Folder, what: str) -> Problem:
 
 
 def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
-    """The card with the repository's name in place of the folder; None for a merge without one."""
+    """The card with the repository's name in place of the folder, or of where it was published before; None for a
+    merge without one."""
     file = folder.find(CARD_NAME) if CARD_NAME in record["files"] else None
     if file is None:
         return None
     try:
-        return folder.read(file).decode().replace(PLACE, repo)
+        card = folder.read(file).decode().replace(PLACE, repo)
     except UnicodeDecodeError as error:
         what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
+    before = record.get("published_as")
+    return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) else card
 
 
-def _published_record(record: Mapping[str, Any], card: str | None) -> bytes:
-    """The record, with size and checksum of the card as it is published."""
+def _published_record(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
+    """The record, with the repository, and size and checksum of the card as it is published."""
     files = dict(record["files"])
     if card is not None:
         content = card.encode()
         files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
-    return (json.dumps({**record, "files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps({**record, "published_as": repo, "files": files}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _title(record: Mapping[str, Any]) -> str:
@@ -155,6 +156,7 @@ def _title(record: Mapping[str, Any]) -> str:
 
 
 def _local_sources(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Models that the record names by a path of this machine."""
+    """Models and files of prompts that the record names by a path of this machine."""
     names = [name for source in record.get("sources") or [] for name in str(source.get("model", "")).split("+")]
+    names += [str(file.get("file", "")) for file in record.get("prompt_files") or []]
     return tuple(dict.fromkeys(name for name in names if name.startswith("/")))

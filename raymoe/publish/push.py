@@ -30,7 +30,7 @@ from raymoe.storage.journal import source_stamps
 from raymoe.storage.records import RECORD_NAME
 from raymoe.text import human_bytes
 
-__all__ = ["merge_and_push", "push_merge"]
+__all__ = ["look_at_push", "merge_and_push", "push_merge"]
 
 _NAMED = 3
 
@@ -43,6 +43,24 @@ def push_merge(
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
     return _push(published, open_repository(target, hub), quiet=quiet)
+
+
+def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions) -> Iterator[str]:
+    """Lines that say what `push_merge` would do. Nothing is made or sent. Raises ProblemReport."""
+    if problems := target_problems(target):
+        raise ProblemReport(problems)
+    published = open_published(place, target.repo, storage)
+    repository = open_repository(target, hub, make=False)
+    if published.card is not None:
+        _check_card(published.card, repository)
+    if repository.is_new:
+        yield f"{repository.url} would be made{', private' if target.private else ''}"
+    nothing = Comparison(head="", there=(), missing=published.files, removed=(), others=())
+    comparison = nothing if repository.is_new else compare(published, repository)
+    yield from _plan_lines(published, repository, comparison)
+    yield from (f"  would send {file.name}, {human_bytes(file.size)}" for file in comparison.missing)
+    yield from (f"  names {path}" for path in published.local_sources)
+    yield "nothing was sent (--dry-run)"
 
 
 def merge_and_push(
@@ -114,12 +132,12 @@ def _plan_lines(published: Published, repository: Repository, comparison: Compar
     yield f"push to {repository.url} (branch {branch}): {count}{there}"
     if comparison.removed:
         names = _some(comparison.removed)
-        yield f"note: weights of another model there are removed by the commit, and stay in its history: {names}"
+        yield f"note: files of another model there are removed by the commit, and stay in its history: {names}"
     if comparison.others and not repository.is_new:
         yield f"note: the repository has other files, which stay: {_some(comparison.others)}"
     if published.local_sources:
         example = published.local_sources[-1]
-        yield f"note: raymoe.json and the card name folders of this machine, such as {example}"
+        yield f"note: raymoe.json and the card name files of this machine, such as {example}"
 
 
 def _some(names: tuple[str, ...]) -> str:

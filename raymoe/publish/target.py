@@ -22,6 +22,8 @@ __all__ = ["PushTarget", "Repository", "open_repository", "push_target", "target
 
 _MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What git refuses (git-check-ref-format).
+_NO_BRANCH = re.compile(r"^$|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|^@$|//|^[/.-]|/\.|[/.]$|\.lock(/|$)")
 _READERS = ("read", "no_access")
 
 
@@ -42,7 +44,7 @@ class PushTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has made it."""
+    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has made it, or would."""
 
     target: PushTarget
     api: HfApi
@@ -50,14 +52,17 @@ class Repository:
     is_new: bool
 
 
-def push_target(repo: str | None, *, private: bool) -> PushTarget | None:
-    """What `--push-to-hub` and `--private` ask for. Raises ProblemReport."""
+def push_target(
+    repo: str | None, *, private: bool, revision: str | None = None, message: str | None = None
+) -> PushTarget | None:
+    """What `--push-to-hub` and the options that go with it ask for. Raises ProblemReport."""
     if repo is None:
-        if private:
+        given = {"--private": private, "--branch": revision is not None, "--message": message is not None}
+        if lost := [option for option, is_given in given.items() if is_given]:
             what, remedy = "nothing is pushed", "name the repository with --push-to-hub org/name"
-            raise ProblemReport([Problem(where="--private", what=what, remedy=remedy)])
+            raise ProblemReport([Problem(where=", ".join(lost), what=what, remedy=remedy)])
         return None
-    return PushTarget(repo=repo, private=private)
+    return PushTarget(repo=repo, private=private, revision=revision, message=message)
 
 
 def target_problems(target: PushTarget) -> list[Problem]:
@@ -67,7 +72,7 @@ def target_problems(target: PushTarget) -> list[Problem]:
         what = f"{target.repo!r} is no name of a repository"
         remedy = "write org/name: letters, digits, '-', '_' and '.', at most 96 characters"
         problems.append(Problem(where="push", what=what, remedy=remedy))
-    if target.revision is not None and (_COMMIT.fullmatch(target.revision) or not target.revision.strip()):
+    if target.revision is not None and (_COMMIT.fullmatch(target.revision) or _NO_BRANCH.search(target.revision)):
         what = f"{target.revision!r} is no branch that could be pushed to"
         problems.append(Problem(where="push", what=what, remedy="name a branch, or leave it out for main"))
     if target.message is not None and not target.message.strip():
@@ -76,8 +81,8 @@ def target_problems(target: PushTarget) -> list[Problem]:
     return problems
 
 
-def open_repository(target: PushTarget, hub: HubOptions) -> Repository:
-    """The repository, made if it is not there, and the branch too. Raises ProblemReport."""
+def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True) -> Repository:
+    """The repository, made if it is not there (or only looked for), and the branch too. Raises ProblemReport."""
     from huggingface_hub import HfApi
 
     if problems := target_problems(target):
@@ -88,12 +93,12 @@ def open_repository(target: PushTarget, hub: HubOptions) -> Repository:
     if problem := _account_problem(target, account, api):
         raise ProblemReport([problem])
     with refusals(target.repo):
-        is_new = _create(api, target)
-        if target.private and not api.model_info(target.repo).private:
+        is_new = _create(api, target) if make else not api.repo_exists(target.repo)
+        if target.private and not (is_new or api.model_info(target.repo).private):
             what = "the repository is there already, and public"
             remedy = "make it private in its settings on the Hub, leave out --private, or push to another one"
             raise ProblemReport([Problem(where=target.repo, what=what, remedy=remedy)])
-        if target.branch != _MAIN and not target.branch.startswith("refs/"):
+        if make and target.branch != _MAIN and not target.branch.startswith("refs/"):
             api.create_branch(target.repo, branch=target.branch, exist_ok=True)
     return Repository(target=target, api=api, url=f"{api.endpoint}/{target.repo}", is_new=is_new)
 

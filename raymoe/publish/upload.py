@@ -1,6 +1,6 @@
 """The upload: what the repository lacks goes up file by file, and one commit makes it visible.
 
-    listing of the branch --compare--> files that are there already, files to send, weights of another model to remove
+    listing of the branch --compare--> files that are there already, files to send, those of another model to remove
     shards to send --one at a time--> the Hub's storage        not visible yet, and known to it after a kill
     one commit                                                 additions and removals together
 
@@ -10,7 +10,6 @@ has (by LFS' SHA-256, or by Xet's chunks) and does not send it again; when all i
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from raymoe.objects.urls import is_url
 from raymoe.publish.content import Published, PublishedFile
 from raymoe.publish.failures import refusals, stops
 from raymoe.publish.target import Repository
-from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME
+from raymoe.storage.records import is_part_of_a_model
 from raymoe.text import human_bytes
 
 if TYPE_CHECKING:
@@ -63,8 +62,8 @@ class Comparison:
 
 
 def compare(published: Published, repository: Repository) -> Comparison:
-    """Look at the branch. Weights there that are not this merge's are to be removed: a reader that takes all weights
-    of a folder would mix two models. Raises ProblemReport."""
+    """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
+    reader of the folder would mix two models. Raises ProblemReport."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
@@ -75,7 +74,7 @@ def compare(published: Published, repository: Repository) -> Comparison:
     known = [file for file in published.files if file.name in entries]
     same = {file.name for file in known if _is_same(file, entries[file.name], published)}
     foreign = sorted(entries.keys() - {file.name for file in published.files})
-    removed = tuple(name for name in foreign if _is_weight(name))
+    removed = tuple(name for name in foreign if is_part_of_a_model(name))
     return Comparison(
         head=head,
         there=tuple(file for file in published.files if file.name in same),
@@ -83,10 +82,6 @@ def compare(published: Published, repository: Repository) -> Comparison:
         removed=removed,
         others=tuple(name for name in foreign if name not in removed and name != ".gitattributes"),
     )
-
-
-def _is_weight(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*CHECKPOINT_FILES, INDEX_NAME))
 
 
 def _is_same(file: PublishedFile, entry: RepoFile, published: Published) -> bool:

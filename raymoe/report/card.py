@@ -20,7 +20,7 @@ from raymoe.planning.types import MergePlan
 from raymoe.report.source_cards import Licence, SourceCard, agreed
 from raymoe.text import human_count
 
-__all__ = ["PLACE", "model_card"]
+__all__ = ["PLACE", "card_metadata", "model_card"]
 
 PLACE = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
@@ -39,7 +39,7 @@ _IN_LLAMA_CPP = frozenset(
     f"{name}ForCausalLM"
     for name in (
         *("Mixtral", "Deepseek", "Ernie4_5_Moe", "Glm4Moe", "GraniteMoe", "GraniteMoeShared", "HunYuanMoEV1"),
-        *("Qwen2Moe", "Qwen3Moe"),
+        *("Qwen2Moe", "Qwen3Moe", "Lfm2Moe", "Cohere2Moe"),
     )
 )
 
@@ -59,10 +59,11 @@ def model_card(
         _making(config),
     )
     lines = [line for section in sections for line in section]
-    return f"---\n{_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
+    return f"---\n{card_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
 
 
-def _metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
+def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
+    """The card's front matter, YAML."""
     from huggingface_hub import ModelCardData
 
     # Models of the Hub by their names; a folder on somebody's machine is for others what it was made from.
@@ -166,15 +167,21 @@ def _loading(host: MoeHost, config: MergeConfig) -> Iterator[str]:
     yield ""
     yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
+    yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+    yield "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"
     yield "```"
     yield ""
+    if host.code:
+        yield f"Its code is that of {host.code} on the Hub, written for transformers 4; it is downloaded and run."
+        yield ""
     if host.architecture in _IN_VLLM:
         yield f'With vLLM: `vllm serve "{PLACE}"`'
         yield ""
     # llama.cpp does not make the weights of the chosen experts sum to one where this host has a shared expert.
     is_refused = host.name == "qwen2_moe" and config.shared_experts and config.experts_per_token < len(config.experts)
     if host.architecture in _IN_LLAMA_CPP and not is_refused:
-        yield "For llama.cpp, in the folder of a copy: `raymoe gguf . model.gguf --type q8_0`"
+        yield "For llama.cpp, with raymoe, from a folder that it was downloaded to:"
+        yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""
 
 

@@ -164,7 +164,8 @@ def print_result(result: MergeResult) -> None:
     """The last lines of a merge."""
     size = sum(record.size for record in result.files)
     kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
-    say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}{kept} in {result.seconds:.1f} s")
+    what = f"{len(result.files) + 1} files, {human_bytes(size)}{kept}"
+    say(f"done: {result.output}, {what} in {result.run_seconds:.1f} s")
     for line in result.router_lines:
         say(line)
     actors = ", ".join(human_bytes(peak) for peak in result.peak_actor_bytes)
@@ -176,5 +177,7 @@ def print_result(result: MergeResult) -> None:
 def print_verification(verification: Verification, *, quiet: bool) -> None:
     for line in verification.differences:
         print(line)
+    for line in verification.notes:
+        print(f"note: {line}")
     if not quiet or not verification.ok:
         print(verification.summary)

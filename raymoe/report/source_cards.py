@@ -23,8 +23,9 @@ from raymoe.sources.local import LocalFolder
 from raymoe.sources.objects import open_object_folder
 from raymoe.sources.refs import is_local_folder, short_name
 from raymoe.sources.types import PathRef
+from raymoe.storage.records import CARD_NAME
 
-__all__ = ["Licence", "SourceCard", "agreed", "read_front_matter", "source_cards"]
+__all__ = ["Licence", "SourceCard", "agreed", "front_matter_of", "read_front_matter", "source_cards", "texts_of"]
 
 _MAX_CARD_BYTES = 1 << 20
 _AT_ONCE = 8
@@ -93,9 +94,14 @@ def read_front_matter(card: str) -> dict[str, Any]:
     return content
 
 
+def front_matter_of(folder: Folder) -> dict[str, Any]:
+    """The metadata of a folder's model card; empty where it says nothing that can be read. Raises CheckpointError."""
+    return read_front_matter(_text(folder, CARD_NAME))
+
+
 def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceCard:
     """The card of what lies in one folder: a path, `hf://org/name@<commit>` or a URL."""
-    on_hub = parse_location(f"{location}/README.md")
+    on_hub = parse_location(f"{location}/{CARD_NAME}")
     label = on_hub.repo if on_hub else short_name(location, None)
     try:
         folder: Folder
@@ -103,7 +109,7 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
             folder = open_hub_folder(PathRef(path=on_hub.repo, revision=on_hub.commit), hub)
         else:
             folder = open_object_folder(location, "model", storage) if is_url(location) else LocalFolder(location)
-        metadata = read_front_matter(_text(folder, "README.md"))
+        metadata = front_matter_of(folder)
         licence = _stated_licence(metadata) if "license" in metadata else _recognised_licence(folder)
     except CheckpointError:
         metadata, licence = {}, None
@@ -113,7 +119,7 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
         licence=licence,
         languages=_languages(metadata),
         # A folder that is meant by the name here is no model of the Hub.
-        bases=tuple(name for name in _texts(metadata.get("base_model")) if _is_model_of_hub(name)),
+        bases=tuple(name for name in texts_of(metadata.get("base_model")) if _is_model_of_hub(name)),
     )
 
 
@@ -131,7 +137,7 @@ def _text(folder: Folder, name: str) -> str:
 
 
 def _stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
-    names = _texts(metadata.get("license"))
+    names = texts_of(metadata.get("license"))
     if len(names) != 1:
         return None  # a list of licences says nothing of which applies to what
     name = names[0].lower()
@@ -147,7 +153,7 @@ def _stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
 
 def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The languages as codes, which is all that the Hub takes; none where one is no code."""
-    codes = _texts(metadata.get("language"))
+    codes = texts_of(metadata.get("language"))
     return codes if all(_LANGUAGE_CODE.fullmatch(code) for code in codes) else ()
 
 
@@ -160,7 +166,7 @@ def _recognised_licence(folder: Folder) -> Licence | None:
     return None
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts_of(value: Any) -> tuple[str, ...]:
     """A metadata value that is a text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return tuple(each.strip() for each in values if isinstance(each, str) and each.strip())

@@ -63,7 +63,8 @@ class MergeResult:
     peak_driver_bytes: int
     peak_actor_bytes: tuple[int, ...]
     peak_gpu_bytes: tuple[int, ...]
-    seconds: float
+    seconds: float  # since the actors were started
+    run_seconds: float  # since the run was
     router_lines: tuple[str, ...] = ()
 
 
@@ -102,7 +103,7 @@ def run_merge(
         sources = _Sources(plan, placement)
         try:
             _begin(plan, target, settings, sources)
-            with Progress(plan, settings.verbosity, report=report) as progress:
+            with _begun(), Progress(plan, settings.verbosity, report=report) as progress:
                 with expert_actors(slots, target.location, settings, target.run) as actors:
                     outcome = run_jobs(
                         plan,
@@ -126,6 +127,15 @@ def run_merge(
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """What is found wrong with prompts, once they are read, is no refusal any more: shards may have been written."""
+    try:
+        yield
+    except ProblemReport as report:
+        raise MergeFailed(str(report)) from report
 
 
 def output_of(output: str | Path, settings: RuntimeSettings) -> Output:

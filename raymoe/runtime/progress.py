@@ -140,6 +140,7 @@ class Progress:
             peak_actor_bytes=tuple(status.peak_rss_bytes for status in last),
             peak_gpu_bytes=tuple(status.peak_gpu_bytes for status in last),
             seconds=time.monotonic() - self._started,
+            run_seconds=self._report.seconds,
         )
 
     def _reached(self, outcome: Outcome) -> None:

@@ -93,6 +93,11 @@ class RunReport:
             },
         }
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return self._seconds()
+
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
 

@@ -29,7 +29,7 @@ from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.storage.output import ShardJob
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import RECORD_NAME
+from raymoe.storage.records import CARD_NAME, RECORD_NAME
 from raymoe.storage.stream import different_tensors
 
 __all__ = ["Verification", "recorded_config", "verify_merge"]
@@ -37,10 +37,11 @@ __all__ = ["Verification", "recorded_config", "verify_merge"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was compared, and every difference, one line each."""
+    """What was compared, and every difference, one line each. `notes`: what differs and may."""
 
     tensors: int
     differences: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -63,19 +64,23 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         config = MergeConfig.from_plain(recorded_config(record))
         options = MergeOptions(**record["options"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"this record can't be read: {str(error).splitlines()[0]}"
-        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
+        what = f"this record can't be read: {type(error).__name__}: {str(error).splitlines()[0]}"
+        remedy = "put back the record that the merge wrote, or merge again with --overwrite"
+        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
     settings = replace(settings, storage=config.storage)
     plan = api.plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
     differences = [*_prompt_differences(record, plan, config), *_file_differences(folder, record, plan, settings)]
+    edited = [line for line in differences if line.startswith(f"{CARD_NAME}: ")]
+    notes = tuple(f"{line} (a card may be edited)" for line in edited)
+    differences = [line for line in differences if line not in edited]
     try:
         written = index_model_weights(folder).tensors
     except CheckpointError as error:
-        return Verification(tensors=0, differences=(*differences, *map(str, error.problems)))
+        return Verification(tensors=0, differences=(*differences, *map(str, error.problems)), notes=notes)
     expected = {part.tensor.name for shard in plan.shards for part in shard.parts}
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
     differences += _tensor_differences(plan, folder.label, written, settings)
-    return Verification(tensors=len(expected), differences=tuple(differences))
+    return Verification(tensors=len(expected), differences=tuple(differences), notes=notes)
 
 
 def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:

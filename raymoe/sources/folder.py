@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.types import SourceFile
 
-__all__ = ["Folder", "has_vocabulary", "is_inside", "read_json_object", "side_files", "unusable"]
+__all__ = ["SIDE_FILES", "Folder", "has_vocabulary", "is_inside", "read_json_object", "side_files", "unusable"]
 
 _MAX_JSON_BYTES = 200 * 1024 * 1024  # an index of a million tensors is a tenth of this
 
 # Files of which every tokenizer has one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # What travels with a model besides its weights and config: never weights, never code (*.py).
-_SIDE_FILE_PATTERNS = (
+SIDE_FILES = (
     *_VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -98,7 +98,7 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
 
 def side_files(folder: Folder) -> tuple[SourceFile, ...]:
     """The small files that travel with a model, sorted by name."""
-    names = [name for name in folder.names if any(fnmatch.fnmatchcase(name, p) for p in _SIDE_FILE_PATTERNS)]
+    names = [name for name in folder.names if any(fnmatch.fnmatchcase(name, p) for p in SIDE_FILES)]
     return tuple(file for name in sorted(names) if (file := folder.find(name)) is not None)
 
 

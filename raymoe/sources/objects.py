@@ -11,6 +11,7 @@ later read is made for that ETag only.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ __all__ = ["ObjectFolder", "as_checkpoint_errors", "fetch_object", "open_object_
 
 _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
+_HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")
 
 # Copies of objects, by location and ETag; the folder is removed at the end of the process.
 _copies: tempfile.TemporaryDirectory[str] | None = None
@@ -82,7 +84,10 @@ def open_object_folder(url: str, role: str, options: StorageOptions) -> ObjectFo
     if is_object:
         raise unusable(url, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
     if not files:
-        raise unusable(url, "there are no files under this URL", f"correct the URL of the {role}")
+        remedy = f"correct the URL of the {role}"
+        if (match := _HUB_PAGE.match(url)) is not None:
+            remedy = f"a model of the Hub is named by its id: {match[1]}"
+        raise unusable(url, "there are no files under this URL", remedy)
     return ObjectFolder(url, files, options)
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from raymoe.config.lines import excerpt, kind_of
 from raymoe.config.prompts import PromptFile, file_format, is_compressed
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemReport, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.stream import ObjectStream
 from raymoe.objects.urls import is_url, local_path
@@ -172,7 +172,7 @@ def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        remedy = "pip install 'raymoe[parquet]', or save the prompts as .jsonl"
+        remedy = f"{install_remedy('parquet')}, or save the prompts as .jsonl"
         faults.end("reading Parquet needs pyarrow, which is not installed", remedy)
     try:
         # By default a whole row group's column is read ahead.

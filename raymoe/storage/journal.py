@@ -64,6 +64,29 @@ class Journal:
         recorded = self._plan().get("sources", {})
         return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
 
+    @property
+    def taken(self) -> Problem:
+        """What is wrong with an output that `is_taken`."""
+        what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
+        return Problem(where=str(self.root), what=what, remedy=remedy)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another merge is writing to the output just now."""
+        if self._lock is not None:
+            return False
+        try:
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno == errno.EWOULDBLOCK
+        finally:
+            os.close(descriptor)
+        return False
+
     def lock(self) -> None:
         """Take the output for this process. Raises ProblemReport if another merge holds it."""
         path = self.folder / "lock"
@@ -77,10 +100,10 @@ class Journal:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(descriptor)
-                what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
-                if error.errno != errno.EWOULDBLOCK:
-                    what = f"its filesystem does not lock files ({error.strerror})"
-                    remedy = "choose a folder on another one, or mount it with locks"
+                if error.errno == errno.EWOULDBLOCK:
+                    raise ProblemReport([self.taken]) from None
+                what = f"its filesystem does not lock files ({error.strerror})"
+                remedy = "choose a folder on another one, or mount it with locks"
                 raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
             if _is_file_at(descriptor, path):
                 self._lock = descriptor

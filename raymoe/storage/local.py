@@ -27,7 +27,15 @@ from raymoe.storage.journal import Journal, sync_folder
 from raymoe.storage.new_file import NewFile, SharedRange
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import LOCAL_CHUNK_BYTES, SourceReader
-from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord
+from raymoe.storage.records import (
+    CHECKPOINT_FILES,
+    INDEX_NAME,
+    JOURNAL,
+    RECORD_NAME,
+    RESULT_NAME,
+    FileRecord,
+    is_part_of_a_model,
+)
 from raymoe.storage.stream import RouterBytes, shard_chunks
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
@@ -46,6 +54,8 @@ class LocalOutput:
         return self.journal.run
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
+        if self.journal.is_taken:
+            return [self.journal.taken]
         return check_output(self.root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
 
     def digest(self) -> str | None:
@@ -245,8 +255,8 @@ def remove_checkpoint(root: Path) -> None:
     recorded = _recorded_files(root)
     for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
         path.unlink(missing_ok=True)
-    for pattern in CHECKPOINT_FILES:
-        for path in root.glob(pattern):
+    for path in (*root.glob("*"), *root.glob("chat_templates/*")):
+        if path.is_file() and is_part_of_a_model(path.relative_to(root).as_posix()):
             path.unlink(missing_ok=True)
     Journal(root).clear()
 

@@ -11,7 +11,6 @@ notices before it makes anything visible, and stops. Both would write the same b
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from raymoe.objects.problems import ObjectMissing
 from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
-from raymoe.storage.records import CHECKPOINT_FILES, INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord
+from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord, is_part_of_a_model
 
 __all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
 
@@ -134,10 +133,10 @@ def checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
             recorded = list(json.loads(store.read_all(join(location, RECORD_NAME)))["files"])
         except (ObjectMissing, ValueError, KeyError, TypeError):
             recorded = []
-    weights = [n for n in there if "/" not in n and any(fnmatch.fnmatchcase(n, p) for p in CHECKPOINT_FILES)]
+    parts = [name for name in there if is_part_of_a_model(name)]
     inside = [name for name in recorded if isinstance(name, str) and is_inside(name) and name in there]
     first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
-    return list(dict.fromkeys([*first, *inside, *weights]))
+    return list(dict.fromkeys([*first, *inside, *parts]))
 
 
 def _flat(name: str) -> str:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 
-__all__ = ["CHECKPOINT_FILES", "INDEX_NAME", "JOURNAL", "RECORD_NAME", "RESULT_NAME", "FileRecord"]
+from raymoe.sources.folder import SIDE_FILES
+
+__all__ = [
+    "CARD_NAME",
+    "CHECKPOINT_FILES",
+    "INDEX_NAME",
+    "JOURNAL",
+    "RECORD_NAME",
+    "RESULT_NAME",
+    "FileRecord",
+    "is_part_of_a_model",
+]
 
 JOURNAL = ".raymoe"
+CARD_NAME = "README.md"
 RECORD_NAME = "raymoe.json"
 RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint
 INDEX_NAME = "model.safetensors.index.json"
-# The weights of a checkpoint: what --overwrite removes, beside the files that the record of the merge names. Anything
-# else is somebody's own and stays.
+# The weights of a checkpoint.
 CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# What transformers puts on top of a model that lies beside it.
+_ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
+
+
+def is_part_of_a_model(name: str) -> bool:
+    """Whether a reader of a folder would take this file for a part of the model in it: weights, adapters, tokenizer.
+
+    Of another model, these are removed where a merge takes its place; anything else is somebody's own and stays.
+    """
+    patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_fac
     for number, name in enumerate(("base", "code", "law")):
         shutil.copytree(zoo("llama", seed=number), folder / name)
     ray_merge(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden"), folder / "out")
+    ray_merge(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden_avg"), folder / "avg")
     texts = [("code", "def area(radius): return 3"), ("law", "You may reproduce the Work"), ("law", "The licensor")]
     lines = [json.dumps({"label": label, "text": text}) + "\n" for label, text in texts]
     (folder / "texts.jsonl").write_text("".join(lines))
@@ -34,10 +35,10 @@ def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_fac
 def test_a_table_a_page_and_numbers(merged: Path, tmp_path: Path) -> None:
     html, numbers = tmp_path / "page.html", tmp_path / "eval.json"
     arguments = ("--data", "texts.jsonl", "--json", numbers, "--html", html, "--device", "cpu", "--limit", 1)
-    done = raymoe("eval", "out", *arguments, cwd=merged)
+    done = raymoe("eval", "avg", *arguments, cwd=merged)
     assert done.returncode == 0, done.stderr
     result = json.loads(numbers.read_text())
-    assert result["model"] == "out" and result["data"]["file"] == "texts.jsonl" and result["data"]["texts"] == 2
+    assert result["model"] == "avg" and result["data"]["file"] == "texts.jsonl" and result["data"]["texts"] == 2
     assert set(result["loss"]) == {"merged", "base", "oracle", "hidden", "expert code", "expert law"}
     for word in ("merged", "oracle", "hidden", "code", "law", f"{result['loss']['base']['mean']:.3f}"):
         assert word in done.stdout
@@ -70,6 +71,41 @@ def test_files_that_can_not_be_written_are_refused_first(merged: Path, cli: Cli,
     answer = cli("eval", merged / "out", "--data", merged / "texts.jsonl", *files)
     assert answer.code == 2
     assert "this is a folder" in answer.err and "there is no such folder" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "texts.jsonl", "--device", "tpu"), "--device: there is no device 'tpu'"),
+        (("--data", "texts.jsonl", "--device", "cuda"), "--device cuda: torch sees no GPU here"),
+        (("--data", "texts.jsonl", "--batch-size", "1"), "--batch-size: means nothing with --data"),
+        (
+            ("--tasks", "x", "--max-tokens", "9", "--text-field", "t"),
+            "--max-tokens, --text-field: means nothing with",
+        ),
+    ],
+)
+def test_options_that_can_not_be(arguments: tuple[str, ...], message: str, merged: Path, cli: Cli) -> None:
+    answer = cli("eval", merged / "out", *(merged / a if a.endswith("jsonl") else a for a in arguments))
+    assert answer.code == 2 and message in answer.err, answer.err
+
+
+def test_a_label_that_no_text_has(merged: Path, cli: Cli) -> None:
+    answer = cli(
+        *("eval", merged / "out", "--data", merged / "texts.jsonl", "--label", "rust=0", "--against", "none", "--quiet")
+    )
+    assert answer.code == 0 and "warning: --label rust=0: no text has the label 'rust'" in answer.err
+
+
+def test_hidden_is_not_compared_with_itself(merged: Path) -> None:
+    import raymoe as package
+
+    texts = merged / "texts.jsonl"
+    result = package.evaluate(merged / "out", texts, device="cpu", limit=1, max_tokens=16)
+    assert result["loss"]["hidden"] is None and result["gap_closed"] is None
+    assert package.evaluate(merged / "out", texts, against="none", device="cpu", limit=1)["loss"]["base"] is None
+    with pytest.raises(package.errors.ProblemReport, match="'tpu'"):
+        package.evaluate(merged / "out", texts, device="tpu")
 
 
 def test_what_is_no_merge(merged: Path, cli: Cli) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import hashes, raymoe
+from tests.cli.commands import hashes, raymoe, write_config
+from tests.pico import merge_config
+
+Cli = Callable[..., Any]
 
 MERGEKIT_IDLE = {
     "--lazy-unpickle": [],
@@ -135,3 +138,36 @@ def test_help_shows_no_idle_flags(cli: Callable[..., Any]) -> None:
     assert done.code == 0
     assert "--out-shard-size" in done.out and "--overwrite" in done.out
     assert not [flag for flag in MERGEKIT_IDLE if flag in done.out]
+
+
+def test_overwriting_leaves_nothing_of_another_model(zoo: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "chat_templates").mkdir(parents=True)
+    theirs = (
+        "chat_template.jinja",
+        "chat_templates/tool.jinja",
+        "added_tokens.json",
+        "adapter_config.json",
+        "vocab.json",
+    )
+    own = ("notes.txt", "eval.json", "chat_templates/notes.txt")
+    for name in (*theirs, *own, "model-00001-of-00009.safetensors"):
+        (out / name).write_text("x")
+    base = zoo("llama")
+    config = write_config(tmp_path / "c.yaml", merge_config(base, [zoo("llama", seed=1), base], mode="random"))
+    assert cli("merge", config, out, "--actors", "1", "--overwrite").code == 0
+    assert all((out / name).read_text() == "x" for name in own)
+    for name in theirs:
+        assert not (out / name).exists() or (out / name).read_text() == (base / name).read_text()
+    assert (out / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
+
+
+def test_prompts_that_can_not_be_read_end_a_merge_that_has_begun(
+    zoo: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """1 and not 2: shards may have been written by then."""
+    small = zoo("llama", seed=3, vocab_size=80)
+    content = merge_config(small, [small, zoo("llama", seed=4, vocab_size=80)], mode="hidden")
+    answer = cli("merge", write_config(tmp_path / "c.yaml", content), tmp_path / "out", "--actors", "1")
+    assert answer.code == 1
+    assert "expert 0, prompt 1" in answer.err and "Traceback" not in answer.err

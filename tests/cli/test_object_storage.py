@@ -155,7 +155,7 @@ def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
         client.put_object(Bucket=store.bucket, Key=f"{key}/{name}", Body=changed)
     done = store.run("verify", url)
     assert done.returncode == 1
-    assert "README.md: changed since the merge" in done.stdout
+    assert "note: README.md: changed since the merge (a card may be edited)" in done.stdout
     assert ": differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
 
 

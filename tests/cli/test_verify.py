@@ -172,3 +172,22 @@ def test_from_another_folder(sources: Path, ray_env: dict[str, str], tmp_path: P
     done = raymoe("verify", out, *ONE, env=ray_env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith("verified: ")
+
+
+def test_a_card_may_be_edited(merged: Path, cli: Cli) -> None:
+    with open(merged / "README.md", "a") as file:
+        file.write("\nBy hand.\n")
+    answer = cli("verify", merged, *ONE)
+    assert answer.code == 0, answer.err
+    assert "note: README.md: " in answer.out and "(a card may be edited)" in answer.out and "verified: " in answer.out
+    (merged / "README.md").unlink()
+    assert cli("verify", merged, *ONE).code == 0
+
+
+def test_a_record_that_says_nothing(merged: Path, cli: Cli) -> None:
+    (merged / "raymoe.json").write_text("{}")
+    answer = cli("verify", merged, *ONE)
+    assert answer.code == 2
+    assert (
+        "this record can't be read: KeyError: 'config'" in answer.err and "merge again with --overwrite" in answer.err
+    )

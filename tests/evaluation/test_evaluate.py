@@ -76,7 +76,7 @@ def hidden(world: World, ray_merge: Callable[..., Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def result(world: World, hidden: Path) -> dict[str, Any]:
-    return raymoe.evaluate(hidden, world.data, device="cpu")
+    return raymoe.evaluate(hidden, world.data, against="base,experts,oracle,hidden", device="cpu")
 
 
 def loss(model: Any, world: World, texts: Sequence[str]) -> float:

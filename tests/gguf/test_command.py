@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from raymoe.cli import main
@@ -40,6 +41,11 @@ def test_a_config(cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
     done = cli(config, tmp_path / "model.gguf", "--device", "cpu")
     assert done.code == 0, done.err
     assert "f32, architecture llama" in done.out
+    as_json = tmp_path / "c.json"
+    as_json.write_text(json.dumps(yaml.safe_load(config.read_text())))
+    assert cli(as_json, tmp_path / "same.gguf", "--name", "model").code == 0
+    assert cli(config, tmp_path / "model.gguf", "--type", "F32", "--overwrite").code == 0
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,9 @@ def test_a_config(cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
         (("model", "no/m.gguf"), "there is no such folder\n    -> make it first"),
         (("model", "s3://bucket/m.gguf"), "a GGUF file is written to a local path"),
         (("model", "/proc/m.gguf"), "/proc/m.gguf: it can't be written"),
+        (("model", "m.gguf", "--random-seed", "0"), "--random-seed: means nothing for a checkpoint"),
+        (("model", "m.gguf", "--allow-crimes", "--device", "cpu"), "--allow-crimes, --device: means nothing"),
+        (("model", "m.gguf", "--device", "tpu"), "--device: there is no device 'tpu'\n.*cpu, cuda or auto"),
     ],
 )
 def test_refusals(
@@ -162,7 +171,7 @@ def test_without_the_gguf_package(cli: Cli, zoo: Callable[..., Path], tmp_path: 
     monkeypatch.setitem(sys.modules, "gguf", None)
     done = cli(zoo("llama"), tmp_path / "m.gguf")
     assert done.code == 2
-    assert "the Python package gguf" in done.err and "pip install 'raymoe[gguf]'" in done.err
+    assert "the Python package gguf" in done.err and "pip install '.[gguf]'" in done.err
 
 
 def test_help_needs_no_gguf_and_no_torch(capsys: Any, monkeypatch: Any) -> None:

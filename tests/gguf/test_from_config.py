@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
+from raymoe.config import make_config
 from raymoe.gguf import GgufOptions, write_gguf
+from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions
+from raymoe.report.card import model_card
+from raymoe.report.source_cards import source_cards
+from raymoe.sources.resolve import HubOptions
 from tests.cli.commands import write_config
 from tests.gguf.conftest import TOKENIZER_FILES
 from tests.pico import merge_config, merge_without_ray, save_lora
@@ -42,10 +47,32 @@ def test_same_bytes(family: str, options: dict[str, Any], kind: str, zoo: Callab
     if options.get("architecture") == "deepseek":
         sharer = {"source_model": str(zoo(family, seed=2))}
         config["shared_experts"] = [{**sharer, "residual_scale": 0.5}, sharer]
-    merge_without_ray(config, tmp_path / "merged", MergeOptions(seed=5))
+    plan = merge_without_ray(config, tmp_path / "merged", MergeOptions(seed=5))
     for name in TOKENIZER_FILES:
         shutil.copy(base / name, tmp_path / "merged" / name)
+    card = model_card(plan, make_config(config), None, source_cards(plan, HubOptions(), StorageOptions()))
+    (tmp_path / "merged/README.md").write_text(card)
     asked = GgufOptions(type=kind, name="same", merge=MergeOptions(seed=5), device="cpu")
     of_files = write_gguf(tmp_path / "merged", tmp_path / "files.gguf", asked)
     of_config = write_gguf(write_config(tmp_path / "merge.yaml", config), tmp_path / "config.gguf", asked)
     assert of_config.path.read_bytes() == of_files.path.read_bytes()
+
+
+def test_the_file_says_where_it_is_from(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    import gguf
+
+    base = Path(shutil.copytree(zoo("llama"), tmp_path / "base"))
+    head = "license: apache-2.0\nlanguage: en\nbase_model: org/first\ntags: [merge, own]\n"
+    (base / "README.md").write_text(f"---\n{head}---\n\n# A model\n")
+    written = write_gguf(base, tmp_path / "model.gguf", GgufOptions())
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(written.path).fields.items()}
+    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/org/first"
+    assert (fields["general.base_model.0.name"], fields["general.base_model.0.organization"]) == ("first", "org")
+    assert fields["general.tags"] == ["merge", "own"] and fields["general.languages"] == ["en"]
+    # Of a merge that is not written: what its card would say.
+    config = write_config(tmp_path / "merge.yaml", merge_config(base, [base, zoo("llama", seed=1)], mode="random"))
+    merged = write_gguf(config, tmp_path / "merged.gguf", GgufOptions())
+    of_merge = {key: field.contents() for key, field in gguf.GGUFReader(merged.path).fields.items()}
+    assert "general.license" not in of_merge, "one source states none"
+    assert of_merge["general.base_model.0.name"] == "first" and "frankenmoe" in of_merge["general.tags"]

@@ -190,6 +190,9 @@ class _WritingHandler(Handler):
             self._drop()
             return
         content = self._body()
+        if len(content) != int(self.headers["Content-Length"]):  # the sender is gone: nothing is kept of it
+            self._drop()
+            return
         part = int(parse_qs(url.query).get("part", ["0"])[0])
         target = hub.stored(match["id"], match["oid"])
         _write(target.with_name(f"{target.name}.{part}") if part else target, content)

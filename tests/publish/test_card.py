@@ -182,13 +182,23 @@ def test_how_to_load_it(zoo: Callable[..., Path]) -> None:
     text = card_of(config, HubOptions()).text
     assert 'from_pretrained("<this folder>", dtype="auto")' in text
     assert "With transformers 4.57 or later:" in text
-    assert 'vllm serve "<this folder>"' in text and "raymoe gguf . model.gguf --type q8_0" in text
+    assert 'vllm serve "<this folder>"' in text and "raymoe gguf FOLDER model.gguf --type q8_0" in text
+    assert "model.generate(**prompt, max_new_tokens=40)" in text
     assert "made from a seed: gate mode `random`" in text
     assert json.dumps(None) not in text
     config = merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="random")
-    assert "trust_remote_code=True" in card_of(config | {"architecture": "deepseek"}, HubOptions()).text
+    deepseek = card_of(config | {"architecture": "deepseek"}, HubOptions()).text
+    assert "trust_remote_code=True" in deepseek and "deepseek-ai/deepseek-moe-16b-base" in deepseek
     config = merge_config(
         zoo("qwen2"), [zoo("qwen2", seed=n) for n in (1, 2, 3)], mode="random", shared=zoo("qwen2", seed=1)
     )
     assert "raymoe gguf" not in card_of(config, HubOptions()).text
     assert "raymoe gguf" in card_of(config | {"experts_per_token": 3}, HubOptions()).text
+
+
+def test_what_the_card_says_of_llama_cpp_is_what_raymoe_converts() -> None:
+    from raymoe.architectures import HOSTS
+    from raymoe.gguf.targets import MIXTURES
+    from raymoe.report.card import _IN_LLAMA_CPP
+
+    assert {host.architecture for host in HOSTS.values() if host.model_type in MIXTURES} == _IN_LLAMA_CPP

@@ -108,16 +108,20 @@ def test_weights_of_another_model_go_and_other_files_stay(hub: WritableHub, merg
     old = {
         "model-00001-of-00009.safetensors": b"old",
         "pytorch_model.bin": b"old",
+        "adapter_config.json": b"{}",
+        "added_tokens.json": b"{}",
+        "chat_templates/tool.jinja": b"x",
+        "notes/adapter_config.json": b"{}",
         "eval.json": b"{}",
         SHARDS[0]: b"old",
     }
     hub.commit("org/name", "main", "old model", old, {}, [])
     done = cli("push", merged, "org/name")
     assert done.code == 0
-    assert "weights of another model there are removed by the commit" in done.err
-    assert "the repository has other files, which stay: eval.json" in done.err
+    assert "files of another model there are removed by the commit" in done.err
+    assert "the repository has other files, which stay: eval.json, notes/adapter_config.json" in done.err
     there = hub.files("org/name")
-    assert there.keys() == local_files(merged).keys() | {".gitattributes", "eval.json"}
+    assert there.keys() == local_files(merged).keys() | {".gitattributes", "eval.json", "notes/adapter_config.json"}
     assert there[SHARDS[0]] == (merged / SHARDS[0]).read_bytes()
     assert hub.history("org/name")[1:] == ["old model", "mixtral merge of 3 experts, made with raymoe"]
 
@@ -237,3 +241,35 @@ def test_a_server_without_xet(hub: WritableHub, merged: Path, tmp_path: Path) ->
     assert "error: push to org/name: the upload to Xet storage failed" in done.stderr
     assert "HF_HUB_DISABLE_XET=1" in done.stderr
     assert hub.history("org/name") == ["initial commit"]
+
+
+def test_a_dry_run_makes_and_sends_nothing(hub: WritableHub, merged: Path, cli: Cli) -> None:
+    looked = cli("push", merged, "org/name", "--dry-run", "--private")
+    assert looked.code == 0, looked.err
+    assert f"{hub.url}/org/name would be made, private" in looked.err
+    assert f"  would send {SHARDS[0]}, " in looked.err and "  would send README.md, " in looked.err
+    assert "  names /" in looked.err, "the merge's models are folders"
+    assert "nothing was sent" in looked.err
+    assert not any(request.path.startswith("/api/repos/create") for request in hub.requests) and not hub.uploads
+    assert cli("push", merged, "org/name").code == 0
+    again = cli("push", merged, "org/name", "--dry-run")
+    assert again.code == 0 and "no file to send" in again.err and "would send" not in again.err
+
+
+@pytest.mark.parametrize("branch", ["a b", "a..b", "x.lock", "/x", "x/", "a~1", "a@{b", "", "@"])
+def test_branches_that_git_refuses(branch: str, hub: WritableHub, merged: Path, cli: Cli) -> None:
+    refused = cli("push", merged, "org/name", "--branch", branch)
+    assert refused.code == 2 and "is no branch that could be pushed to" in refused.err
+
+
+def test_a_copy_of_a_published_merge_is_published_under_its_own_name(
+    hub: WritableHub, merged: Path, cli: Cli, tmp_path: Path
+) -> None:
+    assert cli("push", merged, "org/first").code == 0
+    copied = tmp_path / "copy"
+    for name, content in hub.files("org/first").items():
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_bytes(content)
+    assert cli("push", copied, "org/second").code == 0
+    card = hub.files("org/second")["README.md"].decode()
+    assert 'from_pretrained("org/second"' in card and "org/first" not in card

@@ -161,7 +161,7 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     """Planned, and then removed: the actor's message names the file."""
     import raymoe
     from raymoe.config import MergeConfig
-    from raymoe.errors import CheckpointError
+    from raymoe.errors import MergeFailed
     from raymoe.runtime.merge import run_merge
     from raymoe.runtime.settings import RuntimeSettings
     from tests.pico import merge_config
@@ -170,6 +170,6 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     config = MergeConfig.model_validate(merge_config(models[0], models[1:], mode="random"))
     plan = raymoe.plan(config)
     shutil.rmtree(models[2])
-    with pytest.raises(CheckpointError, match=r"/2/model.safetensors: the file is not there on this node"):
+    with pytest.raises(MergeFailed, match=r"/2/model.safetensors: the file is not there on this node"):
         run_merge(plan, config, tmp_path / "out", RuntimeSettings(verbosity=-1, actors=1))
     assert not (tmp_path / "out/model.safetensors.index.json").exists()

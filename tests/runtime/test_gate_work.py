@@ -39,7 +39,7 @@ def read_all(work: GateWork) -> list[GateJob]:
 
 def rows(value: float) -> LayerRows:
     check = LayerCheck(right=(value, 1.0, 1.0), load=(1 / 3, 1 / 3, 1 / 3))
-    return LayerRows(experts=np.full((3, HIDDEN), value), shared=np.zeros((0, HIDDEN)), check=check)
+    return LayerRows(experts=np.full((3, HIDDEN), value), shared=None, check=check)
 
 
 def layers_of(work: GateWork) -> list[GateJob]:

@@ -79,8 +79,12 @@ def test_lock_is_for_one(tmp_path: Path) -> None:
     with pytest.raises(ProblemReport, match="another merge is writing to this folder"):
         Journal(tmp_path).lock()
     assert first.journal.is_of_this_run, "the second one's try has changed nothing"
+    assert Journal(tmp_path).is_taken and not first.journal.is_taken
+    (problem,) = LocalOutput(tmp_path).problems(digest="plan A", output_bytes=0, overwrite=True)
+    assert problem.what == "another merge is writing to this folder"
     first.journal.release()
     second = Journal(tmp_path)
+    assert not second.is_taken
     second.lock()
     second.release()
 
