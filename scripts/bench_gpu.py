@@ -201,17 +201,18 @@ def table(result: dict[str, Any]) -> str:
 
     rate, ray = statistics.median(result["read_rates"]), statistics.median(result["ray_seconds"])
     raw, rounds = median("raw", "seconds"), len(result["runs"]["raw"])
+    count = f"medians of {rounds} rounds" if rounds > 1 else "one run each"
     lines = [
         f"{result['gpus']} × {result['gpu']}, {result['processors']} cores; four experts of shape {result['shape']}, "
-        f"{result['output_bytes'] / 1e9:.1f} GB out; medians of {rounds} rounds. Weights are read from memory at "
-        f"{rate / 1e9:.1f} GB/s by {READERS} threads; `ray.init` takes {ray:.1f} s.",
+        f"{result['output_bytes'] / 1e9:.1f} GB out; {count}. Weights are read from memory at {rate / 1e9:.1f} GB/s by "
+        f"{READERS} threads; `ray.init` takes {ray:.1f} s.",
         "",
         "| | whole | of (raw copy + `ray.init`) | until actors are up | gate phase | reading its weights | writing "
         "| writing : raw copy | GPU memory |",
         "|---|---|---|---|---|---|---|---|---|",
         f"| raw copy | {raw:.1f} s | | | | | | | |",
     ]
-    for name in result["runs"]:
+    for name in (name for name, runs in result["runs"].items() if runs):
         whole = median(name, "seconds")
         if name == "mergekit":
             lines.append(f"| mergekit-moe, `hidden --cuda` | {whole:.1f} s | | | | | | | |")
