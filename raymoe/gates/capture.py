@@ -27,12 +27,12 @@ from raymoe.storage.reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "readings", "token_limit"]
+__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "readings", "token_limit"]
 
 FOLDS = 5
 """Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
 
-_MOST_TOKENS = 16_384  # of all experts together, that a layer's router is fitted to: past that, more hardly help
+MOST_TOKENS = 16_384  # of all experts together, that a layer's router is fitted to: past that, more hardly help
 _CHECK_TOKENS = 1_024  # of all experts together, that other modes' routers are judged by
 _NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
 
@@ -72,7 +72,7 @@ def prompt_ids(
 
 def token_limit(mode: str, members: int) -> int:
     """How many tokens' states are kept of each expert's prompts; of more, every so manyth."""
-    return max(1, (_MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
+    return max(1, (MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
 
 
 def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GatePrompts, ...]]:

@@ -35,11 +35,19 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(
-            ref.entry.nbytes for reader in readers for name, ref in reader.weights.items() if _LAYER.search(name)
-        ),
+        gate_bytes=sum(_layer_bytes(reader) for reader in _different(readers)),
         peak_gate_bytes=max((_largest_layer(reader) for reader in readers), default=0),
     )
+
+
+def _different(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
+    """One reader of each model: those that differ by adapters alone are read together (`gates.capture.readings`)."""
+    models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in readers}
+    return list(models.values())
+
+
+def _layer_bytes(reader: GatePrompts) -> int:
+    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if _LAYER.search(name))
 
 
 def _largest_layer(reader: GatePrompts) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
+from raymoe.gates.capture import MOST_TOKENS
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
@@ -22,6 +23,8 @@ __all__ = ["merge_line", "plan_summary", "print_plan", "print_result", "print_ve
 # Measured on Linux with torch 2.13: an actor that computes, one that only copies (resident bytes, see docs/memory.md).
 _COMPUTING_ACTOR_BYTES = 520_000_000
 _COPYING_ACTOR_BYTES = 120_000_000
+# CUDA's libraries in an actor's memory, and what it computes with on the GPU; measured on H100.
+_GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 200_000_000
 
 
 def say(text: str) -> None:
@@ -67,12 +70,22 @@ def plan_summary(plan: MergePlan, ways: Mapping[str, int] | None = None) -> dict
 
 
 def actor_memory(plan: MergePlan) -> dict[str, int]:
-    """What one actor holds at most, in bytes: two layers of weights on the device, in float32 on a CPU."""
-    if not MODES[plan.gates.mode].reads_layers:
-        return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0}
-    layers = 2 * plan.totals.peak_gate_bytes
+    """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
+    of the machine's then.
+
+    On a CPU two layers of weights, in float32; on a GPU three, and two in pinned buffers. What fits rows holds the
+    tokens' states of a layer too, and some matrices of (hidden, hidden) in float64.
+    """
+    mode, layer, hidden = MODES[plan.gates.mode], plan.totals.peak_gate_bytes, plan.gates.hidden
+    if not mode.reads_layers:
+        return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0, "beside_gpu": 0}
     widened = 4 // {"BF16": 2, "F16": 2}.get(plan.dtype, 4)
-    return {"cpu": _COMPUTING_ACTOR_BYTES + layers * widened, "gpu": layers}
+    fitting = 4 * MOST_TOKENS * hidden + 4 * 8 * hidden**2 if mode.fits_rows else 0
+    return {
+        "cpu": _COMPUTING_ACTOR_BYTES + 2 * layer * widened + fitting,
+        "gpu": 3 * layer + _GPU_WORK_BYTES,
+        "beside_gpu": _GPU_ACTOR_BYTES + 2 * layer + fitting,
+    }
 
 
 def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_json: bool) -> None:
@@ -95,7 +108,8 @@ def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_jso
         console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
     console.print(_gate_line(plan))
     memory = actor_memory(plan)
-    gpu = f", or {human_bytes(memory['gpu'])} of GPU memory for weights" if memory["gpu"] else ""
+    on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
+    gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")

@@ -117,7 +117,7 @@ def words(count: int, length: int) -> list[str]:
     return [f"{n} " + "ab cd " * length for n in range(count)]
 
 
-@pytest.mark.parametrize(("mode", "constant"), [("ridge", "_MOST_TOKENS"), ("hidden", "_CHECK_TOKENS")])
+@pytest.mark.parametrize(("mode", "constant"), [("ridge", "MOST_TOKENS"), ("hidden", "_CHECK_TOKENS")])
 @pytest.mark.parametrize("members", [2, 5])
 def test_past_the_limit_tokens_are_kept_at_even_distances(
     mode: str, constant: str, members: int, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
@@ -148,7 +148,7 @@ def test_few_prompts_are_not_lost_among_many_of_the_other_sign(
     base = zoo("llama")
     config = config_of(base, base, {"positive_prompts": words(positive, 1), "negative_prompts": words(negative, 1)})
     everything = captured(config)[0].negative
-    monkeypatch.setattr(capture_module, "_MOST_TOKENS", 200)
+    monkeypatch.setattr(capture_module, "MOST_TOKENS", 200)
     some = captured(config)[0].negative
     assert len(some) == min(100, len(everything))
     for sign, count in zip((False, True), kept, strict=True):
