@@ -55,6 +55,7 @@ def make_merges(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from raymoe.architectures import HOSTS
     from tests.architectures.hosts import PAIRS
     from tests.pico import load_dense, logits_of, merge_without_ray, save_model
 
@@ -64,7 +65,9 @@ def make_merges(folder: Path) -> None:
             continue
         dense = save_model(place / "dense", pair.family, **pair.options)
         off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}
-        merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random", **off), place / "merged")
+        plan = merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random", **off), place / "merged")
+        mixed_windows = len(set(plan.config.get("layer_types") or [])) > 1
+        (place / "since").write_text(HOSTS[pair.host].loaded_since(mixed_windows=mixed_windows))
         logits = logits_of(load_dense(dense), torch.tensor([TOKENS]))
         (place / "logits.json").write_text(json.dumps(logits.tolist()))
 
@@ -108,11 +111,14 @@ def load_all(folder: Path) -> dict[str, Any]:
 
 def load(place: Path) -> dict[str, Any]:
     import torch
+    import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = json.loads((place / "merged/config.json").read_text())
     if config["model_type"] not in CONFIG_MAPPING:
         return {"absent": "not in this version"}
+    if int((place / "since").read_text().split(".")[0]) > int(transformers.__version__.split(".")[0]):
+        return {"absent": "not its windows in this version"}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(place / "merged", output_loading_info=True)
     except Exception as error:  # whatever a version has against it is what is asked for

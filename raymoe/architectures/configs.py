@@ -12,9 +12,14 @@ from raymoe.architectures.rows import ATTENTION, CONV, LINEAR
 
 __all__ = [
     "cohere2_windows",
+    "cohere_limits",
+    "cohere_windows",
+    "cwm_rope",
+    "cwm_windows",
     "granite4_limits",
     "lfm2_kinds",
     "lfm2_width",
+    "ministral_windows",
     "phi3_values",
     "qwen3_5_kinds",
     "qwen3_5_rope",
@@ -47,6 +52,50 @@ def cohere2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None,
         return config["sliding_window"], tuple(kind == "sliding_attention" for kind in types)
     pattern = config["sliding_window_pattern"]
     return config["sliding_window"], tuple((layer + 1) % pattern != 0 for layer in range(layers))
+
+
+def cohere_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """All layers have RoPE, which in Cohere 2's MoE those with a window have: a window that nothing is longer than."""
+    return config["max_position_embeddings"], (True,) * layers
+
+
+def cohere_limits(config: Mapping[str, Any]) -> list[str]:
+    if config["use_qk_norm"]:
+        return ["use_qk_norm: its norms of q and k have no place in Cohere 2's MoE"]
+    return []
+
+
+def ministral_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    types = config.get("layer_types")
+    if not types:
+        return windows_everywhere(config, layers)
+    return _windows_of(config, tuple(kind == "sliding_attention" for kind in types))
+
+
+def cwm_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    types = config.get("layer_types")
+    sliding = (kind == "sliding_attention" for kind in types) if types else (n % 4 != 0 for n in range(layers))
+    return _windows_of(config, tuple(sliding))
+
+
+def _windows_of(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int | None, tuple[bool, ...]]:
+    window = config["sliding_window"]
+    return (window, sliding) if window and any(sliding) else (None, (False,) * len(sliding))
+
+
+def cwm_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Its RoPE is scaled where a config does not say how."""
+    if config.get("rope_parameters") or config.get("rope_scaling"):
+        return {}
+    return {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        }
+    }
 
 
 def lfm2_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:

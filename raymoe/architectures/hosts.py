@@ -36,7 +36,7 @@ from raymoe.architectures.spec import DenseSpec
 
 __all__ = ["HOSTS", "MoeHost", "MoeShape", "ZeroRow", "host_config"]
 
-_LLAMAS = ("llama", "mistral", "internlm3", "phi3")
+_LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
 
 # With no shared expert, Qwen2-MoE still has one in every layer: it gets this width and zeros. 256 is a multiple of
@@ -77,12 +77,12 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
     if window:
         # transformers 5 derives other layers from max_window_layers than transformers 4 did: say it outright.
-        keys["layer_types"] = ["sliding_attention"] * spec.layers
+        keys["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in spec.sliding_layers]
     return keys
 
 
 def _qwen2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    reasons = common_reasons(spec) + bias_reasons(spec, qkv=True, o=False)
+    reasons = common_reasons(spec, mixed_windows=True) + bias_reasons(spec, qkv=True, o=False)
     return reasons + head_dim_reason(spec) + _gated_shared_reasons(moe)
 
 
@@ -185,7 +185,7 @@ HOSTS: Mapping[str, MoeHost] = {
             title="Mixtral",
             model_type="mixtral",
             architecture="MixtralForCausalLM",
-            accepts=_LLAMAS,
+            accepts=(*_LLAMAS, "ministral"),
             backbone=BACKBONE,
             expert={r: f"{LAYER}block_sparse_moe.experts.{{expert}}.{w}.weight" for r, w in _MIXTRAL_NAMES.items()},
             router=LAYER + "block_sparse_moe.gate.weight",
@@ -218,7 +218,7 @@ HOSTS: Mapping[str, MoeHost] = {
             title="Qwen MoE",
             model_type="qwen2_moe",
             architecture="Qwen2MoeForCausalLM",
-            accepts=(*_LLAMAS, "qwen2"),
+            accepts=(*_LLAMAS, "ministral", "cwm", "qwen2"),
             backbone={**BACKBONE, **QKV_BIAS},
             expert=EXPERTS,
             router=LAYER + "mlp.gate.weight",
@@ -230,6 +230,7 @@ HOSTS: Mapping[str, MoeHost] = {
             dense="qwen2",
             renormalise_key="norm_topk_prob",
             since="4.57",
+            mixed_windows_since="5.23",
         ),
         MoeHost(
             name="qwen3_moe",

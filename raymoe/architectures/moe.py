@@ -70,7 +70,8 @@ class MoeHost:
     one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
     is made of router scores before the highest are chosen: softmax or sigmoid.
     `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
-    it comes with code of its own (`code`: where from). `note` is what else there is to know of it.
+    it comes with code of its own (`code`: where from). `mixed_windows_since`: the oldest that has a window on some
+    layers only, where the host can have that. `note` is what else there is to know of it.
     """
 
     name: str
@@ -94,12 +95,19 @@ class MoeHost:
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
     code: str = ""
+    mixed_windows_since: str = ""
     note: str = ""
 
     @property
     def dense_turns_whole_heads(self) -> bool:
         """Whether the RoPE of `dense` can't turn a part of each head, as the host's may."""
         return any(FAMILIES[name].turns_part for name in self.accepts) and not FAMILIES[self.dense].turns_part
+
+    def loaded_since(self, *, mixed_windows: bool) -> str:
+        """The oldest transformers that computes a merge, with a window on some layers only or not; empty: code of its
+        own.
+        """
+        return self.mixed_windows_since if mixed_windows and self.mixed_windows_since else self.since
 
     @property
     def is_fused(self) -> bool:
@@ -126,9 +134,10 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
     """Keys of the output's config.json that follow from the dense model and the host.
 
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
-    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows.
+    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
+    does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
     """
-    return {
+    keys = {
         "architectures": [host.architecture],
         "model_type": host.model_type,
         "vocab_size": spec.vocab,
@@ -148,18 +157,20 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
         **spec.extra,
         **host.config(spec, moe),
     }
+    return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
 
 
 # --- reasons and rows that several hosts share
 
 
-def common_reasons(spec: DenseSpec) -> list[str]:
+def common_reasons(spec: DenseSpec, *, mixed_windows: bool = False) -> list[str]:
+    """`mixed_windows`: the host may have a window on some layers only."""
     reasons = []
     if spec.mlp_bias:
         reasons.append("mlp_bias: its experts have no bias")
     if spec.partial_rotary != 1.0:
         reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: its RoPE turns whole heads")
-    if len(set(spec.sliding_layers)) > 1:
+    if spec.has_mixed_windows and not mixed_windows:
         reasons.append("sliding window on some layers only (max_window_layers / layer_types): it has one rule for all")
     return reasons
 

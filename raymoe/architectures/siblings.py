@@ -156,6 +156,8 @@ def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "rms_norm_eps": None,  # a number there means RMSNorm in place of LayerNorm
         "layer_norm_eps": spec.rms_norm_eps,
+        # transformers has `rope_scaling` among this configuration's keys and does not read it.
+        **({"rope_parameters": {"rope_theta": spec.rope_theta, **spec.rope_scaling}} if spec.rope_scaling else {}),
         "attention_bias": spec.qkv_bias,
         "layer_types": ["sliding_attention" if s else "full_attention" for s in spec.sliding_layers],
         "mlp_layer_types": ["sparse"] * spec.layers,
@@ -293,7 +295,7 @@ SIBLINGS = (
         title="Cohere 2 MoE",
         model_type="cohere2_moe",
         architecture="Cohere2MoeForCausalLM",
-        accepts=("cohere2",),
+        accepts=("cohere2", "cohere"),
         backbone={
             **{role: name for role, name in BACKBONE.items() if role != "norm.post"},
             **QKV_BIAS,

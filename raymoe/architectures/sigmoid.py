@@ -14,6 +14,7 @@ from raymoe.architectures.moe import (
     BACKBONE,
     EXPERTS,
     LAYER,
+    QK_NORM,
     QKV_BIAS,
     MoeHost,
     MoeShape,
@@ -49,7 +50,7 @@ def _routing(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _glm4_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    keys = {"head_dim": spec.head_dim, "use_qk_norm": False, "partial_rotary_factor": spec.partial_rotary}
+    keys = {"head_dim": spec.head_dim, "use_qk_norm": spec.qk_norm, "partial_rotary_factor": spec.partial_rotary}
     return {**_routing(spec, moe), **keys}
 
 
@@ -84,8 +85,8 @@ SIGMOID_HOSTS = (
         title="GLM-4.5 MoE",
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
-        accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "qwen2"),
-        backbone={**BACKBONE, **QKV_BIAS},
+        accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "iquestcoder", "qwen2", "qwen3"),
+        backbone={**BACKBONE, **QKV_BIAS, **QK_NORM},
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared=_SHARED,

@@ -68,6 +68,11 @@ class DenseSpec:
         return self.qkv_bias and bool(self.extra["q_lora_rank"])
 
     @property
+    def has_mixed_windows(self) -> bool:
+        """Whether some layers have a sliding window and some have none."""
+        return len(set(self.sliding_layers)) > 1
+
+    @property
     def explicit_head_dim(self) -> bool:
         """Whether head_dim is not simply hidden / heads."""
         return self.head_dim * self.heads != self.hidden

@@ -19,7 +19,8 @@ class HeldPair:
     """A dense family and a MoE host that holds it exactly.
 
     `is_default`: the host that is taken where a config names none. `shared_expert`: `no`, `gated`, `plain`, or `always`
-    (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it.
+    (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it, of models
+    with the windows that the family has where a config does not say otherwise.
     """
 
     family: str
@@ -36,6 +37,7 @@ class HeldPair:
 def held_pairs() -> Iterator[HeldPair]:
     """Every pair, by family, in the order in which hosts are chosen."""
     for family in FAMILIES.values():
+        _, windows = family.windows(family.defaults, 8)
         for number, host in enumerate(h for h in HOSTS.values() if family.model_type in h.accepts):
             yield HeldPair(
                 family=family.model_type,
@@ -45,7 +47,7 @@ def held_pairs() -> Iterator[HeldPair]:
                 architecture=host.architecture,
                 is_default=number == 0,
                 shared_expert=_shared_expert(host),
-                since=host.since,
+                since=host.loaded_since(mixed_windows=len(set(windows)) > 1),
                 note=host.note,
             )
 

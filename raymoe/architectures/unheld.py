@@ -24,8 +24,8 @@ UNHELD: tuple[UnheldFamily, ...] = (
     UnheldFamily(
         title="Gemma 1 to 4",
         model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        reason="its embeddings are scaled by the square root of the width and it has norms of its own kind; the one "
-        "MoE with those, Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
+        reason="its norms multiply by one plus their weight (but for Gemma 4's), and the one MoE with its four norms, "
+        "Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
     ),
     UnheldFamily(
         title="GLM-4",
@@ -56,22 +56,13 @@ UNHELD: tuple[UnheldFamily, ...] = (
     UnheldFamily(
         title="Ministral 3",
         model_types=("ministral3", "mistral3"),
-        reason="its queries are scaled by their position, which no MoE architecture with its attention does",
-    ),
-    UnheldFamily(
-        title="Code World Model, Ministral 8B",
-        model_types=("cwm", "ministral"),
-        reason="some layers have a sliding window and some have none; Mixtral has one rule for all",
+        reason="beyond its original context its queries are scaled by their position, which no MoE architecture with "
+        "its attention does",
     ),
     UnheldFamily(
         title="HyperCLOVA X",
         model_types=("hyperclovax",),
         reason="its norms behind attention and FFN have no place in Granite's MoE",
-    ),
-    UnheldFamily(
-        title="Command R (Cohere 1)",
-        model_types=("cohere",),
-        reason="all its layers have RoPE and none a window; in Cohere 2's MoE only layers with a window have RoPE",
     ),
     UnheldFamily(
         title="StableLM",
@@ -105,9 +96,38 @@ UNHELD: tuple[UnheldFamily, ...] = (
         reason="it has norms inside attention and FFN, and weights of three values",
     ),
     UnheldFamily(
-        title="DiffLlama, MiniCPM3",
-        model_types=("diffllama", "minicpm3"),
+        title="MiniCPM3",
+        model_types=("minicpm3",),
+        reason="its residuals and embeddings are scaled by constants, which DeepSeek's MoE, whose attention it has, "
+        "does not do",
+    ),
+    UnheldFamily(
+        title="DiffLlama",
+        model_types=("diffllama",),
         reason="no MoE architecture has its attention",
+    ),
+    UnheldFamily(
+        title="Doge",
+        model_types=("doge",),
+        reason="its attention chooses keys by a learned mask and its residuals have weights; its own MoE keeps the "
+        "dense FFN and adds single rows to it",
+    ),
+    UnheldFamily(
+        title="LFM3",
+        model_types=("lfm3",),
+        reason="it has norms behind attention, convolution and FFN and a gate on attention's output, which LFM2's MoE "
+        "lacks",
+    ),
+    UnheldFamily(
+        title="VaultGemma",
+        model_types=("vaultgemma",),
+        reason="its norms multiply by one plus their weight and its attention has a soft cap by default; no MoE "
+        "architecture has both",
+    ),
+    UnheldFamily(
+        title="HRM-Text",
+        model_types=("hrm_text",),
+        reason="it runs its layers several times over, and its norms have no weights",
     ),
     UnheldFamily(
         title="Mamba, RWKV, xLSTM",

@@ -36,6 +36,7 @@ _DENSE_KEYS = (
     "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
+    "rope_parameters",
     "sliding_window",
     "use_sliding_window",
     "max_window_layers",
@@ -117,6 +118,8 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     dense |= {"model_type": host.dense, **host.dense_keys}
     if dense["model_type"] == "llama" and config.get("sliding_window"):
         dense["model_type"] = "mistral"
+    if dense["model_type"] == "seed_oss" and config.get("use_qk_norm"):
+        dense["model_type"] = "qwen3"
     scaling = config.get("rope_scaling")
     if scaling and "rope_type" not in scaling:
         dense["rope_scaling"] = {**scaling, "rope_type": scaling.get("type", "default")}

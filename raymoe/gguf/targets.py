@@ -9,7 +9,8 @@ weights of a token's experts are made of the router's scores, and what a shared 
     qwen2moe    not made to sum to one, plus a shared expert times the sigmoid of its gate
     granitemoe  made to sum to one, with or without a shared expert, and Granite's multipliers
     hunyuan-moe the same, always with a shared expert, and norms on queries and keys behind the rotary embedding
-    glm4moe     sigmoids in the place of the softmax, made to sum to one, plus a shared expert
+    glm4moe     sigmoids in the place of the softmax, made to sum to one, plus a shared expert; norms on queries and
+                keys where the file has them
     lfm2moe     sigmoids, made to sum to one; short convolutions in the place of attention on some layers
     cohere2moe  softmax, made to sum to one; attention and FFN side by side, windows on some layers
 
@@ -186,6 +187,8 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reas
         return _Reason(what=what, remedy="merge without shared_experts")
     if spec.model_type in _OWN:
         return _OWN[spec.model_type]
+    if spec.model_type == "qwen3" and rule.scores == "sigmoid":
+        return "glm4moe"
     if shared and rule.gates_shared:
         if sums_to_one and rule.per_token != rule.experts:
             what = (

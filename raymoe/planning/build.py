@@ -156,6 +156,11 @@ def _assemble(
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
     warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
+    if (since := host.loaded_since(mixed_windows=base.has_mixed_windows)) != host.since:
+        warnings.append(
+            f"{host.title}: windows on some layers only take transformers {since} or later; 4 puts the window on all "
+            "layers and says nothing"
+        )
     if host.code:
         warnings.append(
             f"{host.title}: transformers loads it with the code of {host.code} on the Hub (trust_remote_code), which "

@@ -7,7 +7,7 @@ where all sources state the same. The same merge gives the same card.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -54,7 +54,7 @@ def model_card(
         _head(plan, config, host),
         _experts(plan, config, summary),
         _routers(config, summary),
-        _loading(host, config),
+        _loading(host, config, plan.config),
         _licences(sources),
         _making(config),
     )
@@ -156,11 +156,13 @@ def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str
     yield ""
 
 
-def _loading(host: MoeHost, config: MergeConfig) -> Iterator[str]:
+def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
+    """`output` is the merge's config.json."""
+    since = host.loaded_since(mixed_windows=len(set(output.get("layer_types") or [])) > 1)
     yield "## Use it"
     yield ""
-    trust = "" if host.since else ", trust_remote_code=True"
-    yield f"With transformers {host.since} or later:" if host.since else "With transformers, and the model's own code:"
+    trust = "" if since else ", trust_remote_code=True"
+    yield f"With transformers {since} or later:" if since else "With transformers, and the model's own code:"
     yield ""
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -174,7 +176,7 @@ def _loading(host: MoeHost, config: MergeConfig) -> Iterator[str]:
     if host.code:
         yield f"Its code is that of {host.code} on the Hub, written for transformers 4; it is downloaded and run."
         yield ""
-    if host.architecture in _IN_VLLM:
+    if host.architecture in _IN_VLLM and since == host.since:
         yield f'With vLLM: `vllm serve "{PLACE}"`'
         yield ""
     # llama.cpp does not make the weights of the chosen experts sum to one where this host has a shared expert.

@@ -179,11 +179,18 @@ def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: Storage
     warned = folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None
     return Opened(
         folder=folder,
-        config=config,
+        config=_as_loaded(config),
         index=index,
         side_files=side_files(folder),
         warnings=(warned,) if warned else (),
     )
+
+
+def _as_loaded(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What transformers takes a config.json for: a Mistral that has `layer_types` is a Ministral (AutoConfig, 5.x)."""
+    if config.get("model_type") == "mistral" and "layer_types" in config:
+        return {**config, "model_type": "ministral"}
+    return config
 
 
 def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Folder:

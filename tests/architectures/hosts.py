@@ -84,6 +84,7 @@ class Pair:
 
 
 _WINDOW = {"sliding_window": WINDOW}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 PAIRS = (
     Pair("llama", "mixtral"),
     Pair("mistral", "mixtral", options=_WINDOW),
@@ -128,6 +129,18 @@ PAIRS = (
     Pair("internlm3", "glm4_moe"),
     Pair("qwen2", "glm4_moe"),
     Pair("phi3", "glm4_moe", options={"partial_rotary_factor": 0.5}),
+    Pair("qwen3", "glm4_moe"),
+    Pair("qwen3", "glm4_moe", shared=True),
+    Pair("iquestcoder", "mixtral"),
+    Pair("iquestcoder", "qwen2_moe"),
+    Pair("iquestcoder", "deepseek"),
+    Pair("iquestcoder", "glm4_moe"),
+    Pair("ministral", "mixtral", options=_WINDOW),
+    Pair("ministral", "qwen2_moe", options={**_WINDOW, "layer_types": MIXED_LAYERS}),
+    Pair("cwm", "qwen2_moe", options=_WINDOW),
+    Pair("cwm", "qwen2_moe", shared=True, options=_WINDOW),
+    Pair("cohere", "cohere2_moe"),
+    Pair("cohere", "cohere2_moe", shared=True),
 )
 
 

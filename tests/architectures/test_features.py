@@ -10,7 +10,19 @@ import pytest
 
 import raymoe
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, read_spec
-from tests.architectures.hosts import ALL_LAYERS, DYNAMIC, LINEAR, LLAMA3, PAIRS, WINDOW, YARN, Pair, load_merged
+from tests.architectures.hosts import (
+    ALL_LAYERS,
+    DYNAMIC,
+    LINEAR,
+    LLAMA3,
+    MAX_DIFFERENCE,
+    MIXED_LAYERS,
+    PAIRS,
+    WINDOW,
+    YARN,
+    Pair,
+    load_merged,
+)
 from tests.pico import (
     VOCAB,
     copy_model,
@@ -54,6 +66,26 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "qwen2_moe tied": ("qwen2_moe", "qwen2", TIED, None),
     "qwen2_moe yarn": ("qwen2_moe", "qwen2", {"rope_scaling": YARN}, {"rope_scaling": None}),
     "qwen2_moe window": ("qwen2_moe", "qwen2", ALL_LAYERS, {"use_sliding_window": False, "layer_types": None}),
+    "qwen2_moe window on some layers": (
+        "qwen2_moe",
+        "qwen2",
+        {**ALL_LAYERS, "layer_types": MIXED_LAYERS},
+        {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "qwen2_moe cwm, no window": ("qwen2_moe", "cwm", {"layer_types": ["full_attention"] * 3}, None),
+    "qwen2_moe cwm llama3 rope": ("qwen2_moe", "cwm", {"rope_scaling": LLAMA3}, None),
+    "qwen2_moe mistral, windows on some layers": (
+        "qwen2_moe",
+        "mistral",
+        {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS},
+        {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "qwen2_moe ministral, one window": (
+        "qwen2_moe",
+        "ministral",
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 3},
+        {"layer_types": ["full_attention"] * 3},
+    ),
     "qwen2_moe mistral window": ("qwen2_moe", "mistral", {"sliding_window": WINDOW}, {"sliding_window": None}),
     "qwen2_moe llama3 rope": ("qwen2_moe", "llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),
     "qwen2_moe linear rope": ("qwen2_moe", "llama", {"rope_scaling": LINEAR}, {"rope_scaling": None}),
@@ -82,6 +114,8 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "hunyuan_v1_moe alpha": ("hunyuan_v1_moe", "hunyuan_v1_dense", ALPHA, {"rope_scaling": None}),
     "cohere2_moe tied": ("cohere2_moe", "cohere2", TIED, None),
     "cohere2_moe biases": ("cohere2_moe", "cohere2", {"attention_bias": True}, None),
+    "cohere2_moe cohere biases": ("cohere2_moe", "cohere", {"attention_bias": True}, None),
+    "cohere2_moe cohere linear rope": ("cohere2_moe", "cohere", {"rope_scaling": LINEAR}, {"rope_scaling": None}),
     "cohere2_moe layers": (
         "cohere2_moe",
         "cohere2",
@@ -106,6 +140,7 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     # With a padding token transformers loads a tied Youtu with zeros for that token's row.
     "deepseek_v3 tied": ("deepseek_v3", "youtu", {**TIED, "pad_token_id": None}, None),
     "deepseek_v3 yarn": ("deepseek_v3", "youtu", {"rope_scaling": YARN}, {"rope_scaling": None}),
+    "glm4_moe norms, wide heads": ("glm4_moe", "qwen3", {"head_dim": 32}, None),
     "glm4_moe wide heads": ("glm4_moe", "qwen2", {"head_dim": 32}, None),
     "glm4_moe no biases": ("glm4_moe", "seed_oss", {"attention_bias": False}, None),
     "glm4_moe llama3 rope": ("glm4_moe", "llama", {"rope_scaling": LLAMA3}, {"rope_scaling": None}),
@@ -158,6 +193,29 @@ def test_the_feature_makes_a_difference(name: str, zoo: Callable[..., Path], tmp
     assert (logits_of(load_dense(plain), ids) - logits_of(load_dense(dense), ids)).abs().max() > 1e-3
 
 
+# Phi-3 has LongRoPE only, and DeepSeek-MoE's code refuses two of these; see HELD and test_refusals.py.
+SCALED = [
+    (pair, scaling)
+    for pair in PAIRS
+    for scaling in (LINEAR, YARN, LLAMA3)
+    if not pair.shared and pair.family != "phi3" and (pair.host != "deepseek" or scaling is LINEAR)
+]
+
+
+@pytest.mark.parametrize(("pair", "scaling"), SCALED, ids=lambda of: of["rope_type"] if isinstance(of, dict) else of)
+def test_a_scaled_rope_comes_through(
+    pair: Pair, scaling: dict[str, Any], zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {**pair.options, "rope_scaling": dict(scaling)}
+    if pair.family == "qwen3_5_text":
+        options = {"rope_parameters": {**scaling, "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    dense, ids = zoo(pair.family, **options), token_ids(TOKENS, rows=2)
+    config = merge_config(dense, [dense] * 2, mode="random", architecture=pair.host)
+    merge_without_ray(config, tmp_path / "merged")
+    off = (logits_of(load_merged(tmp_path / "merged"), ids) - logits_of(load_dense(dense), ids)).abs().max()
+    assert off < MAX_DIFFERENCE
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_layers_with_a_window_follow_from_their_number(family: str, first: int) -> None:
@@ -183,7 +241,9 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     for key in ("_name_or_path", "pretraining_tp", "dtype", "transformers_version"):
         assert key not in plan.config
     assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")
-    assert ("layer_types" in plan.config) is (pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe"))
+    assert ("layer_types" in plan.config) is (
+        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe") or pair.family == "cwm"
+    )
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"
     kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
@@ -239,6 +299,8 @@ def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("phi3", "qwen3_5_text")])
 @pytest.mark.parametrize("scaling", [None, LINEAR, YARN], ids=["plain", "linear", "yarn"])
 def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str, Any] | None) -> None:
+    if family == "cwm":  # has scaling in any case, and then a theta of its own
+        scaling = scaling or LLAMA3
     new = make_config(family, **({"rope_scaling": scaling} if scaling else {})).to_dict()
     assert new["rope_parameters"]["rope_theta"] == 20_000.0
     kept = ("layer_types",) if family in ("cohere2", "lfm2", "granitemoehybrid") else ()

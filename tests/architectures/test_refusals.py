@@ -14,7 +14,7 @@ from raymoe.architectures import FAMILIES
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-from tests.architectures.hosts import DYNAMIC, LLAMA3, WINDOW, YARN
+from tests.architectures.hosts import DYNAMIC, LLAMA3, MIXED_LAYERS, WINDOW, YARN
 from tests.evaluation.streamed import open_mixture
 from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems
 
@@ -39,16 +39,38 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "window, deepseek": ("deepseek", "mistral", {"sliding_window": WINDOW}, {}, r"DeepSeek MoE: sliding_window 12"),
     "llama3, deepseek": ("deepseek", "llama", {"rope_scaling": LLAMA3}, {}, r"'llama3': it knows linear, dynamic$"),
     "yarn, deepseek": ("deepseek", "llama", {"rope_scaling": YARN}, {}, r"'yarn': it knows linear, dynamic$"),
-    "mixed, qwen2": ("qwen2_moe", "qwen2", MIXED, {}, r"Qwen MoE: sliding window on some layers only"),
+    "mlp_bias, iquestcoder": ("mixtral", "iquestcoder", {"mlp_bias": True}, {}, r"Mixtral: mlp_bias"),
+    "norms, cohere": (None, "cohere", {"use_qk_norm": True}, {}, r"use_qk_norm: its norms of q and k have no place"),
+    "o bias, glm, qwen3": (
+        "glm4_moe",
+        "qwen3",
+        {"attention_bias": True},
+        {},
+        r"GLM-4.5 MoE: bias of attention.s output",
+    ),
+    "window, glm, qwen3": ("glm4_moe", "qwen3", MIXED, {}, r"GLM-4.5 MoE: sliding"),
     "mixed, qwen3": ("qwen3_moe", "qwen3", MIXED, {}, r"Qwen3 MoE: sliding window on some layers only"),
     "one a token": ("deepseek", "llama", {}, {"experts_per_token": 1}, r"DeepSeek MoE: experts_per_token 1"),
-    "qwen3 in mixtral": ("mixtral", "qwen3", {}, {}, r"Mixtral: takes llama, mistral, internlm3, phi3 models only"),
+    "mixed, mixtral": (
+        "mixtral",
+        "ministral",
+        {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS},
+        {},
+        r"Mixtral: sliding window on some layers only(.|\n)*another architecture \(qwen2_moe can\)",
+    ),
+    "qwen3 in mixtral": (
+        "mixtral",
+        "qwen3",
+        {},
+        {},
+        r"Mixtral: takes llama, mistral, internlm3, phi3, iquestcoder, ministral models only",
+    ),
     "qwen2 in deepseek": (
         "deepseek",
         "qwen2",
         {},
         {},
-        r"DeepSeek MoE: takes llama, mistral, internlm3, phi3 models only",
+        r"DeepSeek MoE: takes llama, mistral, internlm3, phi3, iquestcoder models only",
     ),
     "llama in qwen3": ("qwen3_moe", "llama", {}, {}, r"Qwen3 MoE: takes qwen3 models only"),
     "mlp_bias, granite": (None, "granite", {"mlp_bias": True}, {}, r"Granite MoE: mlp_bias"),
@@ -163,6 +185,11 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("helium", "ernie", "ernie4_5_moe"),
         ("hunyuan_v1_dense", None, "hunyuan_v1_moe"),
         ("cohere2", None, "cohere2_moe"),
+        ("cohere", None, "cohere2_moe"),
+        ("cwm", None, "qwen2_moe"),
+        ("ministral", None, "mixtral"),
+        ("iquestcoder", None, "mixtral"),
+        ("qwen3", "glm", "glm4_moe"),
         ("lfm2", "LFM2", "lfm2_moe"),
         ("qwen3_5_text", None, "qwen3_5_moe"),
         ("youtu", None, "deepseek_v3"),

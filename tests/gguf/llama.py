@@ -35,6 +35,8 @@ class LlamaCpp:
         params.use_jinja = True
         params.verbosity = 0
         self._server = xllamacpp.Server(params)
+        # It answers before its loop has begun, and a server that is closed before that waits for its loop for ever.
+        self._complete([0], 1, 1)
 
     def greedy(self, prompt: str | Sequence[int], count: int) -> list[int]:
         """The next `count` tokens, the likeliest each time; fewer where the model ends the text."""

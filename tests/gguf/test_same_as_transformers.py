@@ -13,7 +13,7 @@ import torch
 
 from raymoe.errors import ProblemReport
 from raymoe.gguf import GgufOptions, write_gguf
-from tests.architectures.hosts import load_merged
+from tests.architectures.hosts import MIXED_LAYERS, load_merged
 from tests.gguf.llama import LlamaCpp
 from tests.pico import VOCAB, load_dense, logits_of, token_ids
 
@@ -87,6 +87,11 @@ MERGES = (
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"rope_scaling": ALPHA}),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", shared=1, top=1),
     Case("qwen2", "glm4_moe", "glm4moe"),
+    Case("qwen3", "glm4_moe", "glm4moe"),
+    Case("qwen3", "glm4_moe", "glm4moe", shared=1),
+    Case("iquestcoder", "mixtral", "llama"),
+    Case("ministral", "qwen2_moe", "llama", model={"sliding_window": 12, "layer_types": MIXED_LAYERS}, tokens=11),
+    Case("cohere", "cohere2_moe", "cohere2moe"),
     Case("lfm2", "lfm2_moe", "lfm2moe"),
     Case("cohere2", "cohere2_moe", "cohere2moe", model={"sliding_window": 12, "sliding_window_pattern": 3}),
     Case("llama", "glm4_moe", "glm4moe", shared=1, model={"head_dim": 24}),
