@@ -16,7 +16,9 @@ __all__ = [
     "cohere_windows",
     "cwm_rope",
     "cwm_windows",
+    "granite4_kinds",
     "granite4_limits",
+    "granite4_values",
     "lfm2_kinds",
     "lfm2_width",
     "ministral_windows",
@@ -131,17 +133,26 @@ def lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def granite4_limits(config: Mapping[str, Any]) -> list[str]:
-    """Models of this type may also be hybrids, or mixtures."""
-    kinds = {str(kind) for kind in config.get("layer_types") or config.get("layers_block_type") or ["mamba"]}
-    reasons = []
-    if other := sorted(kinds - {"attention", ATTENTION}):
-        reasons.append(f"layer_types has {', '.join(other)}: only models whose layers all have attention are taken")
+    """Models of this type may also be mixtures."""
     if config["num_local_experts"]:
-        reasons.append(f"num_local_experts is {config['num_local_experts']!r}: it is a mixture of experts already")
-    if config.get("position_embedding_type") != "rope":
-        what = f"position_embedding_type is {config.get('position_embedding_type')!r}"
-        reasons.append(f"{what}: Granite MoE has RoPE in every layer")
-    return reasons
+        return [f"num_local_experts is {config['num_local_experts']!r}: it is a mixture of experts already"]
+    return []
+
+
+_GRANITE4_KINDS = {"mamba": LINEAR, "attention": ATTENTION}
+
+
+def granite4_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Kinds of layers as transformers 5 names them, and how wide each head of a state-space layer is."""
+    types = config.get("layer_types") or config.get("layers_block_type") or [LINEAR] * config["num_hidden_layers"]
+    width = config["mamba_d_head"]
+    if width == "auto":
+        width = config["mamba_expand"] * config["hidden_size"] // config["mamba_n_heads"]
+    return {"layer_types": [_GRANITE4_KINDS.get(kind, kind) for kind in types], "mamba_d_head": width}
+
+
+def granite4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    return tuple(config["layer_types"])
 
 
 def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from raymoe.architectures.dense import FFN_ROLES
 from raymoe.architectures.moe import (
     BACKBONE,
+    EMPTY_SHARED_WIDTH,
     EXPERTS,
     LAYER,
     O_BIAS,
@@ -38,10 +39,6 @@ __all__ = ["HOSTS", "MoeHost", "MoeShape", "ZeroRow", "host_config"]
 
 _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
-
-# With no shared expert, Qwen2-MoE still has one in every layer: it gets this width and zeros. 256 is a multiple of
-# every block size that quantised formats use; a width of 0 is not read by llama.cpp.
-EMPTY_SHARED_WIDTH = 256
 
 
 def _mixtral_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:

@@ -18,6 +18,7 @@ from raymoe.architectures.spec import DenseSpec
 
 __all__ = [
     "BACKBONE",
+    "EMPTY_SHARED_WIDTH",
     "EXPERTS",
     "LAYER",
     "O_BIAS",
@@ -129,6 +130,10 @@ O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
 QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
 EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
 
+# Where a host has a shared expert in every layer and the merge none, it gets this width and zeros. 256 is a multiple of
+# every block size that quantised formats use; a width of 0 is not read by llama.cpp.
+EMPTY_SHARED_WIDTH = 256
+
 
 def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     """Keys of the output's config.json that follow from the dense model and the host.
@@ -137,6 +142,7 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
     RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
     does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
     """
+    carried = FAMILIES[host.dense].carried
     keys = {
         "architectures": [host.architecture],
         "model_type": host.model_type,
@@ -154,7 +160,7 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
         "sliding_window": spec.sliding_window,
         "tie_word_embeddings": spec.tied,
         "num_experts_per_tok": moe.experts_per_token,
-        **spec.extra,
+        **{key: value for key, value in spec.extra.items() if key in carried},
         **host.config(spec, moe),
     }
     return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys

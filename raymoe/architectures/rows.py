@@ -134,26 +134,48 @@ PHI3_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
-# Granite 4 without state-space layers: its FFN has the name and the form of a mixture's shared expert.
-GRANITE4_ROWS = (
-    _EMBED,
-    _norm("input", "input_layernorm"),
-    _norm("post", "post_attention_layernorm"),
-    *_attention("k"),
-    *_attention("o"),
-    *_attention("q"),
-    *_attention("v"),
-    TensorRow(
-        role="ffn.gate_up",
-        name=f"{_LAYER}shared_mlp.input_linear.weight",
-        shape=("2*intermediate", "hidden"),
-        holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
-    ),
-    TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
-    _FINAL_NORM,
-    _HEAD,
-)
 CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
+
+
+def _granite4_rows() -> tuple[TensorRow, ...]:
+    """Layers with attention and with a state space (Mamba 2). The FFN is named as a mixture's shared expert is."""
+    heads, inner = "mamba_n_heads", "mamba_n_heads*mamba_d_head"
+    convolved = f"{inner}+2*mamba_n_groups*mamba_d_state"
+    shapes = {
+        "A_log": (heads,),
+        "D": (heads,),
+        "conv1d.bias": (convolved,),
+        "conv1d.weight": (convolved, "1", "mamba_d_conv"),
+        "dt_bias": (heads,),
+        "in_proj.bias": (f"{inner}+{convolved}+{heads}",),
+        "in_proj.weight": (f"{inner}+{convolved}+{heads}", "hidden"),
+        "norm.weight": (inner,),
+        "out_proj.bias": ("hidden",),
+        "out_proj.weight": ("hidden", inner),
+    }
+    when = {"conv1d.bias": "mamba_conv_bias", "in_proj.bias": "mamba_proj_bias", "out_proj.bias": "mamba_proj_bias"}
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *(
+            TensorRow(role=f"mamba.{n}", name=f"{_LAYER}mamba.{n}", shape=s, when=when.get(n, ""), kind=LINEAR)
+            for n, s in shapes.items()
+        ),
+        _norm("post", "post_attention_layernorm"),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", kind=ATTENTION),
+        *_attention("q", kind=ATTENTION),
+        *_attention("v", kind=ATTENTION),
+        TensorRow(
+            role="ffn.gate_up",
+            name=f"{_LAYER}shared_mlp.input_linear.weight",
+            shape=("2*intermediate", "hidden"),
+            holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+        ),
+        TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
+        _FINAL_NORM,
+        _HEAD,
+    )
 
 
 def _lfm2_rows() -> tuple[TensorRow, ...]:
@@ -250,6 +272,7 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
     )
 
 
+GRANITE4_ROWS = _granite4_rows()
 LFM2_ROWS = _lfm2_rows()
 MLA_ROWS = _mla_rows()
 QWEN3_5_ROWS = _qwen3_5_rows()

@@ -1,7 +1,8 @@
 """Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
 
-Sources: transformers' `models/flex_olmo`, `models/granitemoe`, `models/granitemoeshared`, `models/ernie4_5_moe`,
-`models/hunyuan_v1_moe`, `models/cohere2_moe` and `models/lfm2_moe`, each read next to its dense sibling.
+Sources: transformers' `models/flex_olmo`, `models/granitemoe`, `models/granitemoeshared`,
+`models/granitemoehybrid`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
+`models/lfm2_moe`, each read next to its dense sibling.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from raymoe.architectures.dense import FFN_ROLES
 from raymoe.architectures.moe import (
     BACKBONE,
+    EMPTY_SHARED_WIDTH,
     EXPERTS,
     LAYER,
     O_BIAS,
@@ -25,7 +27,7 @@ from raymoe.architectures.moe import (
     ungated_shared_reasons,
     zero_ffn,
 )
-from raymoe.architectures.rows import LFM2_ROWS
+from raymoe.architectures.rows import ATTENTION, GRANITE4_ROWS, LFM2_ROWS, LINEAR
 from raymoe.architectures.spec import DenseSpec
 
 __all__ = ["SIBLINGS"]
@@ -73,7 +75,16 @@ def _granite_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _granite_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return common_reasons(spec) + head_dim_reason(spec) + _no_shared(moe)
+    return _granite_attention_reasons(spec) + _no_shared(moe)
+
+
+def _granite_attention_reasons(spec: DenseSpec) -> list[str]:
+    reasons = common_reasons(spec) + head_dim_reason(spec)
+    if spec.layers_of(LINEAR):
+        reasons.append(f"{len(spec.layers_of(LINEAR))} layers with Mamba: all of its layers have attention")
+    if spec.extra.get("position_embedding_type", "rope") != "rope":
+        reasons.append(f"position_embedding_type {spec.extra['position_embedding_type']!r}: it has RoPE in every layer")
+    return reasons
 
 
 def _granite_shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -81,7 +92,31 @@ def _granite_shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _granite_shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return _granite_attention_reasons(spec) + ungated_shared_reasons(moe)
+
+
+def _granite_hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    # transformers 4 knows kinds of layers by these names only, and transformers 5 by these too.
+    kinds = {LINEAR: "mamba", ATTENTION: "attention"}
+    return {
+        **_granite_config(spec, moe),
+        "layer_types": [kinds[kind] for kind in spec.kinds],
+        "shared_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
+    }
+
+
+def _granite_hybrid_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + head_dim_reason(spec) + ungated_shared_reasons(moe)
+
+
+def _granite_hybrid_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+    if moe.shared:
+        return ()
+    width = EMPTY_SHARED_WIDTH
+    return (
+        ZeroRow(name=_GRANITE_SHARED["ffn.gate"], shape=(2 * width, "hidden")),
+        ZeroRow(name=_GRANITE_SHARED["ffn.down"], shape=("hidden", width)),
+    )
 
 
 # --- ERNIE 4.5: chooses by softmax plus a bias, which is zero here
@@ -254,6 +289,25 @@ SIBLINGS = (
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
         since="4.57",
+    ),
+    MoeHost(
+        name="granitemoehybrid",
+        title="Granite MoE with Mamba",
+        model_type="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        accepts=("granitemoehybrid",),
+        backbone={row.role: row.name for row in GRANITE4_ROWS if not row.is_ffn},
+        expert=_GRANITE_EXPERTS,
+        router=_GRANITE_MOE + "router.layer.weight",
+        shared=_GRANITE_SHARED,
+        zeros=_granite_hybrid_zeros,
+        config=_granite_hybrid_config,
+        refusals=_granite_hybrid_refusals,
+        dense="granitemoehybrid",
+        dense_keys={"num_local_experts": 0},
+        experts_key="num_local_experts",
+        since="4.57",
+        note="without a shared expert there is one of zeros",
     ),
     MoeHost(
         name="ernie4_5_moe",

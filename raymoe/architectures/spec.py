@@ -67,6 +67,9 @@ class DenseSpec:
         """Whether queries are made of latent numbers that have a bias (DeepSeek's attention)."""
         return self.qkv_bias and bool(self.extra["q_lora_rank"])
 
+    def layers_of(self, kind: str) -> list[int]:
+        return [layer for layer, this in enumerate(self.kinds) if this == kind]
+
     @property
     def has_mixed_windows(self) -> bool:
         """Whether some layers have a sliding window and some have none."""
@@ -210,6 +213,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
             *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
             *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
             *("linear_num_key_heads", "linear_num_value_heads"),
+            *("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_chunk_size"),
         ),
         _is_positive_int,
         "a positive whole number",

@@ -116,6 +116,8 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
     dense = {key: config[key] for key in keys if config.get(key) is not None}
     dense |= {"model_type": host.dense, **host.dense_keys}
+    # What a host may call otherwise is how wide its shared expert is.
+    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config["intermediate_size"])
     if dense["model_type"] == "llama" and config.get("sliding_window"):
         dense["model_type"] = "mistral"
     if dense["model_type"] == "seed_oss" and config.get("use_qk_norm"):

@@ -113,7 +113,8 @@ class StreamedDecoder:
     @property
     def rope_depends_on_length(self) -> bool:
         """Whether a token's state depends on how long its sequence is, padding included: texts must go alone."""
-        return self._model.rotary_emb.rope_type in ("dynamic", "longrope")
+        rope = self._model.rotary_emb  # None in models without
+        return rope is not None and rope.rope_type in ("dynamic", "longrope")
 
     def layer_inputs(
         self,
@@ -273,13 +274,15 @@ class StreamedDecoder:
         """A loaded layer's output for its input of the same shape."""
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
-        # Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
-        rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
+        rotary = None
+        if self._model.rotary_emb is not None:
+            # Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
+            rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
         output = self._model.layers[layer](
             hidden_BTH,
             attention_mask=self._mask(layer, tokens),
             position_ids=positions,
-            position_embeddings=rotary(hidden_BTH, positions),
+            position_embeddings=rotary and rotary(hidden_BTH, positions),
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from raymoe.architectures.hosts import EMPTY_SHARED_WIDTH
+from raymoe.architectures.moe import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
 from raymoe.gguf.layout import GgufTensor, file_tensors

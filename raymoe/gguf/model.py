@@ -50,6 +50,7 @@ _ONLY_LLAMA_CPP = "which only llama.cpp's own convert_hf_to_gguf.py converts"
 _NOT_CONVERTED = {
     "flex_olmo": "for which llama.cpp has no architecture",
     "deepseek_v3": _ONLY_LLAMA_CPP,
+    "granitemoehybrid": _ONLY_LLAMA_CPP,
     "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
 }
 # Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes

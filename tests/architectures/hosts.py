@@ -84,6 +84,12 @@ class Pair:
 
 
 _WINDOW = {"sliding_window": WINDOW}
+MAMBA = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "position_embedding_type": None,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 PAIRS = (
     Pair("llama", "mixtral"),
@@ -110,6 +116,8 @@ PAIRS = (
     Pair("granite", "granitemoeshared", shared=True),
     Pair("granitemoehybrid", "granitemoe"),
     Pair("granitemoehybrid", "granitemoeshared", shared=True),
+    Pair("granitemoehybrid", "granitemoehybrid", options=MAMBA),
+    Pair("granitemoehybrid", "granitemoehybrid", shared=True, options=MAMBA),
     Pair("ernie4_5", "ernie4_5_moe"),
     Pair("ernie4_5", "ernie4_5_moe", shared=True),
     Pair("helium", "ernie4_5_moe"),

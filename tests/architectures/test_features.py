@@ -15,6 +15,7 @@ from tests.architectures.hosts import (
     DYNAMIC,
     LINEAR,
     LLAMA3,
+    MAMBA,
     MAX_DIFFERENCE,
     MIXED_LAYERS,
     PAIRS,
@@ -108,6 +109,28 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "granitemoe residual": ("granitemoe", "granite", {"residual_multiplier": 0.3}, {"residual_multiplier": 1.0}),
     "granitemoe attention": ("granitemoe", "granite", {"attention_multiplier": 0.5}, {"attention_multiplier": 1.0}),
     "granitemoe logits": ("granitemoe", "granite", {"logits_scaling": 0.5}, {"logits_scaling": 1.0}),
+    "granitemoehybrid tied": ("granitemoehybrid", "granitemoehybrid", {**MAMBA, **TIED}, None),
+    "granitemoehybrid biases": ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "attention_bias": True}, None),
+    "granitemoehybrid rope": (
+        "granitemoehybrid",
+        "granitemoehybrid",
+        {**MAMBA, "position_embedding_type": "rope"},
+        {"position_embedding_type": None},
+    ),
+    "granitemoehybrid other biases": (
+        "granitemoehybrid",
+        "granitemoehybrid",
+        {**MAMBA, "mamba_proj_bias": True, "mamba_conv_bias": False},
+        None,
+    ),
+    "granitemoehybrid groups": ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_n_groups": 2}, None),
+    "granitemoehybrid steps": (
+        "granitemoehybrid",
+        "granitemoehybrid",
+        {**MAMBA, "time_step_limit": [0.5, 0.9]},
+        {"time_step_limit": [0.0, 0.6]},
+    ),
+    "granitemoehybrid no mamba": ("granitemoehybrid", "granitemoehybrid", {"position_embedding_type": None}, None),
     "ernie4_5_moe tied": ("ernie4_5_moe", "ernie4_5", TIED, None),
     "ernie4_5_moe narrow heads": ("ernie4_5_moe", "ernie4_5", {"head_dim": 16}, None),
     "hunyuan_v1_moe biases": ("hunyuan_v1_moe", "hunyuan_v1_dense", {"attention_bias": True}, None),
@@ -242,7 +265,7 @@ def test_the_output_config_says_nothing_of_the_dense_model(
         assert key not in plan.config
     assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")
     assert ("layer_types" in plan.config) is (
-        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe") or pair.family == "cwm"
+        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe", "granitemoehybrid") or pair.family == "cwm"
     )
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"

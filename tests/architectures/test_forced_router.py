@@ -97,6 +97,7 @@ def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
         "flex_olmo": {"mlp.gate.weight", "mlp.experts.2.up_proj.weight", "post_feedforward_layernorm.weight"},
         "granitemoe": GRANITE_NAMES,
         "granitemoeshared": GRANITE_NAMES | {"shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"},
+        "granitemoehybrid": GRANITE_NAMES | {"shared_mlp.input_linear.weight", "mamba.in_proj.weight", "mamba.A_log"},
         "ernie4_5_moe": {
             "mlp.gate.weight",
             "mlp.moe_statics.e_score_correction_bias",

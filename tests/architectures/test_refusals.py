@@ -14,7 +14,7 @@ from raymoe.architectures import FAMILIES
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-from tests.architectures.hosts import DYNAMIC, LLAMA3, MIXED_LAYERS, WINDOW, YARN
+from tests.architectures.hosts import DYNAMIC, LLAMA3, MAMBA, MIXED_LAYERS, WINDOW, YARN
 from tests.evaluation.streamed import open_mixture
 from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems
 
@@ -22,7 +22,6 @@ LONG = {
     "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     "original_max_position_embeddings": 64,
 }
-MAMBA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 NO_ROPE = {"position_embedding_type": None}
 PARTIAL = {"partial_rotary_factor": 0.5}
 MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
@@ -81,8 +80,8 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "llama in granite": ("granite", "llama", {}, {}, r"Granite MoE: takes granite, granitemoehybrid models only"),
     "olmo2 in mixtral": ("mixtral", "olmo2", {}, {}, r"Mixtral: takes llama, "),
     "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
-    "granite 4, mamba": (None, "granitemoehybrid", MAMBA, {}, r"layer_types has linear_attention: only models whose"),
-    "granite 4, no rope": (None, "granitemoehybrid", NO_ROPE, {}, r"position_embedding_type is None: Granite MoE has"),
+    "granite 4, mamba": ("granitemoe", "granitemoehybrid", MAMBA, {}, r"Granite MoE: 2 layers with Mamba: all of its"),
+    "granite 4, no rope": ("granitemoe", "granitemoehybrid", NO_ROPE, {}, r"Granite MoE: position_embedding_type None"),
     "granite 4, mixture": (
         None,
         "granitemoehybrid",
@@ -181,6 +180,8 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("olmo2", None, "flex_olmo"),
         ("granite", None, "granitemoe"),
         ("granite", "Granite", "granitemoe"),
+        ("granitemoehybrid", None, "granitemoe"),
+        ("granitemoehybrid", "Granite MoE with Mamba", "granitemoehybrid"),
         ("ernie4_5", None, "ernie4_5_moe"),
         ("helium", "ernie", "ernie4_5_moe"),
         ("hunyuan_v1_dense", None, "hunyuan_v1_moe"),
@@ -304,6 +305,12 @@ def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_to
 @pytest.mark.parametrize(
     ("family", "config", "pattern"),
     [
+        (
+            "granitemoehybrid",
+            {"layer_types": ["mamba", "rwkv", "mamba"]},
+            r"layer_types has rwkv, which a granitemoehybrid",
+        ),
+        ("granitemoehybrid", {"mamba_d_state": 0}, r"mamba_d_state is 0"),
         ("lfm2", {"layer_types": ["conv"] * 2}, r"layer_types has 2 entries, but num_hidden_layers is 3"),
         (
             "lfm2",

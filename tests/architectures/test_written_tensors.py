@@ -66,7 +66,9 @@ def special(zoo: Callable[..., Path], tmp_path: Path) -> Path:
 def test_a_cast_is_torchs(dtype: str, special: Path, tmp_path: Path) -> None:
     source = tensors_of(special)
     if dtype == "float16":  # numbers that it can't have are refused: tests/storage/test_transform.py
-        source = {name: torch.where(tensor.isfinite() & (tensor.abs() >= 65520), 0, tensor) for name, tensor in source.items()}
+        source = {
+            name: torch.where(tensor.isfinite() & (tensor.abs() >= 65520), 0, tensor) for name, tensor in source.items()
+        }
         special = copy_model(special, tmp_path / "in range", tensors=source)
     merged = merge(merge_config(special, [special] * 2, mode="random", dtype=dtype), tmp_path / "merged")
     for name, tensor in source.items():
