@@ -26,6 +26,9 @@ __all__ = [
     "qwen3_5_kinds",
     "qwen3_5_rope",
     "qwen_windows",
+    "smollm3_limits",
+    "smollm3_values",
+    "smollm3_windows",
     "windows_everywhere",
 ]
 
@@ -153,6 +156,34 @@ def granite4_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def granite4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     return tuple(config["layer_types"])
+
+
+def smollm3_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    types = config.get("layer_types")
+    if types:
+        return _windows_of(config, tuple(kind == "sliding_attention" for kind in types))
+    return _windows_of(config, tuple(config["use_sliding_window"] and not rope for rope in _ropes(config, layers)))
+
+
+def smollm3_limits(config: Mapping[str, Any]) -> list[str]:
+    layers = config.get("no_rope_layers")
+    if layers is not None and (
+        not isinstance(layers, list)
+        or len(layers) != config["num_hidden_layers"]
+        or any(rope not in (0, 1) for rope in layers)
+    ):
+        return [f"no_rope_layers is {layers!r:.80}: not a list of {config['num_hidden_layers']} zeros and ones"]
+    return []
+
+
+def smollm3_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"no_rope_layers": _ropes(config, config["num_hidden_layers"])}
+
+
+def _ropes(config: Mapping[str, Any], layers: int) -> list[int]:
+    """Which layers have RoPE (1) and which have none (0), whatever the key's name says."""
+    every = config["no_rope_layer_interval"]
+    return config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
 
 
 def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.architectures.dense import FFN_ROLES
+from raymoe.architectures.granite import GRANITE_HOSTS
 from raymoe.architectures.moe import (
     BACKBONE,
     EMPTY_SHARED_WIDTH,
@@ -20,9 +21,9 @@ from raymoe.architectures.moe import (
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
+    ConstantRow,
     MoeHost,
     MoeShape,
-    ZeroRow,
     bias_reasons,
     common_reasons,
     head_dim_reason,
@@ -35,7 +36,7 @@ from raymoe.architectures.siblings import SIBLINGS
 from raymoe.architectures.sigmoid import SIGMOID_HOSTS
 from raymoe.architectures.spec import DenseSpec
 
-__all__ = ["HOSTS", "MoeHost", "MoeShape", "ZeroRow", "host_config"]
+__all__ = ["HOSTS", "ConstantRow", "MoeHost", "MoeShape", "host_config"]
 
 _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
@@ -89,19 +90,19 @@ def _gated_shared_reasons(moe: MoeShape) -> list[str]:
     return []
 
 
-def _qwen2_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
-    rows: list[ZeroRow] = []
+def _qwen2_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    rows: list[ConstantRow] = []
     if not spec.qkv_bias:
         # Not every reader honours `qkv_bias: false`; zeros mean the same to all of them.
         widths = {"q": "q_out", "k": "kv_out", "v": "kv_out"}
-        rows += [ZeroRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
+        rows += [ConstantRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
     return (*rows, *_empty_shared(spec, moe))
 
 
-def _empty_shared(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+def _empty_shared(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     if moe.shared:
         return ()
-    gate = ZeroRow(name=LAYER + "mlp.shared_expert_gate.weight", shape=(1, "hidden"))
+    gate = ConstantRow(name=LAYER + "mlp.shared_expert_gate.weight", shape=(1, "hidden"))
     return (*zero_ffn(_QWEN2_SHARED, EMPTY_SHARED_WIDTH), gate)
 
 
@@ -221,7 +222,7 @@ HOSTS: Mapping[str, MoeHost] = {
             router=LAYER + "mlp.gate.weight",
             shared=_QWEN2_SHARED,
             shared_router=LAYER + "mlp.shared_expert_gate.weight",
-            zeros=_qwen2_zeros,
+            constants=_qwen2_constants,
             config=_qwen2_config,
             refusals=_qwen2_refusals,
             dense="qwen2",
@@ -255,12 +256,13 @@ HOSTS: Mapping[str, MoeHost] = {
             router=LAYER + "mlp.gate.weight",
             shared=_QWEN2_SHARED,
             shared_router=LAYER + "mlp.shared_expert_gate.weight",
-            zeros=_empty_shared,
+            constants=_empty_shared,
             config=_qwen3_5_config,
             refusals=_qwen3_5_refusals,
             dense="qwen3_5_text",
             since="5.23",
         ),
+        *GRANITE_HOSTS,
         *SIBLINGS,
         *SIGMOID_HOSTS,
     )

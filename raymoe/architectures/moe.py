@@ -3,7 +3,7 @@
 A host holds a dense model exactly when, with one expert's FFN in every place, it computes what the dense model
 computes. Whatever a host can't express (a bias that its attention lacks, a window on some layers only) is refused by
 name: a checkpoint that loads and computes something else is worse than none. The hosts themselves are in hosts.py,
-siblings.py and sigmoid.py.
+granite.py, siblings.py and sigmoid.py.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ __all__ = [
     "O_BIAS",
     "QKV_BIAS",
     "QK_NORM",
+    "ConstantRow",
     "MoeHost",
     "MoeShape",
-    "ZeroRow",
     "bias_reasons",
     "common_reasons",
     "head_dim_reason",
     "host_config",
+    "no_shared_reasons",
     "ungated_shared_reasons",
     "zero_ffn",
 ]
@@ -51,11 +52,12 @@ class MoeShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ZeroRow:
-    """A tensor that the host demands and the dense model lacks; zeros make it do nothing."""
+class ConstantRow:
+    """A tensor that the host demands and the dense model lacks. `value` makes it do nothing: zero, mostly."""
 
     name: str
     shape: tuple[str | int, ...]
+    value: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class MoeHost:
     `backbone` maps roles to output names, `expert` and `shared` map FFN roles to names with `{layer}` and `{expert}`.
     Names of experts without `{expert}` are of tensors with all experts in them, (experts, rows, columns), and roles
     that share a name lie one after the other in it, in the order of the mapping.
-    `zeros` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
+    `constants` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
     `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
     `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
     one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
@@ -88,7 +90,7 @@ class MoeHost:
     dense: str
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_router: str = ""
-    zeros: Callable[[DenseSpec, MoeShape], tuple[ZeroRow, ...]] = lambda spec, moe: ()
+    constants: Callable[[DenseSpec, MoeShape], tuple[ConstantRow, ...]] = lambda spec, moe: ()
     experts_key: str = "num_experts"
     shared_key: str = ""
     renormalise_key: str = ""
@@ -194,16 +196,20 @@ def head_dim_reason(spec: DenseSpec) -> list[str]:
     return []
 
 
+def no_shared_reasons(moe: MoeShape) -> list[str]:
+    return ["shared_experts: it has none"] if moe.shared else []
+
+
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
     """Of hosts whose shared experts have no gate."""
     return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_prompted else []
 
 
-def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ZeroRow, ...]:
+def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ConstantRow, ...]:
     """A shared expert that adds exactly nothing."""
     shapes: dict[str, tuple[str | int, ...]] = {
         "ffn.gate": (width, "hidden"),
         "ffn.up": (width, "hidden"),
         "ffn.down": ("hidden", width),
     }
-    return tuple(ZeroRow(name=names[role], shape=shape) for role, shape in shapes.items())
+    return tuple(ConstantRow(name=names[role], shape=shape) for role, shape in shapes.items())

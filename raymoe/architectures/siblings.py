@@ -1,7 +1,6 @@
 """Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
 
-Sources: transformers' `models/flex_olmo`, `models/granitemoe`, `models/granitemoeshared`,
-`models/granitemoehybrid`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
+Sources: transformers' `models/flex_olmo`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
 `models/lfm2_moe`, each read next to its dense sibling.
 """
 
@@ -12,29 +11,25 @@ from typing import Any
 from raymoe.architectures.dense import FFN_ROLES
 from raymoe.architectures.moe import (
     BACKBONE,
-    EMPTY_SHARED_WIDTH,
     EXPERTS,
     LAYER,
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
+    ConstantRow,
     MoeHost,
     MoeShape,
-    ZeroRow,
     bias_reasons,
     common_reasons,
     head_dim_reason,
+    no_shared_reasons,
     ungated_shared_reasons,
     zero_ffn,
 )
-from raymoe.architectures.rows import ATTENTION, GRANITE4_ROWS, LFM2_ROWS, LINEAR
+from raymoe.architectures.rows import LFM2_ROWS
 from raymoe.architectures.spec import DenseSpec
 
 __all__ = ["SIBLINGS"]
-
-
-def _no_shared(moe: MoeShape) -> list[str]:
-    return ["shared_experts: it has none"] if moe.shared else []
 
 
 def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -47,76 +42,7 @@ def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _flex_olmo_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return common_reasons(spec) + head_dim_reason(spec) + _no_shared(moe)
-
-
-# --- Granite: the experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
-
-_GRANITE_MOE = LAYER + "block_sparse_moe."
-_GRANITE_EXPERTS = {
-    "ffn.gate": _GRANITE_MOE + "input_linear.weight",
-    "ffn.up": _GRANITE_MOE + "input_linear.weight",
-    "ffn.down": _GRANITE_MOE + "output_linear.weight",
-}
-_GRANITE_SHARED = {
-    "ffn.gate": LAYER + "shared_mlp.input_linear.weight",
-    "ffn.up": LAYER + "shared_mlp.input_linear.weight",
-    "ffn.down": LAYER + "shared_mlp.output_linear.weight",
-}
-
-
-def _granite_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    return {
-        "num_local_experts": moe.experts,
-        "attention_bias": spec.qkv_bias,
-        "shared_intermediate_size": 0,
-        "output_router_logits": False,
-    }
-
-
-def _granite_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return _granite_attention_reasons(spec) + _no_shared(moe)
-
-
-def _granite_attention_reasons(spec: DenseSpec) -> list[str]:
-    reasons = common_reasons(spec) + head_dim_reason(spec)
-    if spec.layers_of(LINEAR):
-        reasons.append(f"{len(spec.layers_of(LINEAR))} layers with Mamba: all of its layers have attention")
-    if spec.extra.get("position_embedding_type", "rope") != "rope":
-        reasons.append(f"position_embedding_type {spec.extra['position_embedding_type']!r}: it has RoPE in every layer")
-    return reasons
-
-
-def _granite_shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    return {**_granite_config(spec, moe), "shared_intermediate_size": spec.intermediate * moe.shared}
-
-
-def _granite_shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return _granite_attention_reasons(spec) + ungated_shared_reasons(moe)
-
-
-def _granite_hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    # transformers 4 knows kinds of layers by these names only, and transformers 5 by these too.
-    kinds = {LINEAR: "mamba", ATTENTION: "attention"}
-    return {
-        **_granite_config(spec, moe),
-        "layer_types": [kinds[kind] for kind in spec.kinds],
-        "shared_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
-    }
-
-
-def _granite_hybrid_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return common_reasons(spec) + head_dim_reason(spec) + ungated_shared_reasons(moe)
-
-
-def _granite_hybrid_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
-    if moe.shared:
-        return ()
-    width = EMPTY_SHARED_WIDTH
-    return (
-        ZeroRow(name=_GRANITE_SHARED["ffn.gate"], shape=(2 * width, "hidden")),
-        ZeroRow(name=_GRANITE_SHARED["ffn.down"], shape=("hidden", width)),
-    )
+    return common_reasons(spec) + head_dim_reason(spec) + no_shared_reasons(moe)
 
 
 # --- ERNIE 4.5: chooses by softmax plus a bias, which is zero here
@@ -144,8 +70,8 @@ def _ernie_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + bias_reasons(spec, qkv=False, o=False) + ungated_shared_reasons(moe)
 
 
-def _ernie_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
-    return (ZeroRow(name=LAYER + "mlp.moe_statics.e_score_correction_bias", shape=(1, moe.experts)),)
+def _ernie_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    return (ConstantRow(name=LAYER + "mlp.moe_statics.e_score_correction_bias", shape=(1, moe.experts)),)
 
 
 # --- Hunyuan v1: always has a shared expert, as wide as the others
@@ -179,7 +105,7 @@ def _hunyuan_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
-def _hunyuan_zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
+def _hunyuan_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     return () if moe.shared else zero_ffn(_HUNYUAN_SHARED, "intermediate")
 
 
@@ -231,7 +157,7 @@ def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
 
 
 def _lfm2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
-    return head_dim_reason(spec) + _no_shared(moe)
+    return head_dim_reason(spec) + no_shared_reasons(moe)
 
 
 _LFM2_EXPERT = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
@@ -259,57 +185,6 @@ SIBLINGS = (
         since="4.57",
     ),
     MoeHost(
-        name="granitemoe",
-        title="Granite MoE",
-        model_type="granitemoe",
-        architecture="GraniteMoeForCausalLM",
-        accepts=("granite", "granitemoehybrid"),
-        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
-        expert=_GRANITE_EXPERTS,
-        router=_GRANITE_MOE + "router.layer.weight",
-        config=_granite_config,
-        refusals=_granite_refusals,
-        dense="granite",
-        experts_key="num_local_experts",
-        since="4.57",
-    ),
-    MoeHost(
-        name="granitemoeshared",
-        title="Granite MoE with a shared expert",
-        model_type="granitemoeshared",
-        architecture="GraniteMoeSharedForCausalLM",
-        accepts=("granite", "granitemoehybrid"),
-        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
-        expert=_GRANITE_EXPERTS,
-        router=_GRANITE_MOE + "router.layer.weight",
-        shared=_GRANITE_SHARED,
-        config=_granite_shared_config,
-        refusals=_granite_shared_refusals,
-        dense="granite",
-        experts_key="num_local_experts",
-        shared_key="shared_intermediate_size",
-        since="4.57",
-    ),
-    MoeHost(
-        name="granitemoehybrid",
-        title="Granite MoE with Mamba",
-        model_type="granitemoehybrid",
-        architecture="GraniteMoeHybridForCausalLM",
-        accepts=("granitemoehybrid",),
-        backbone={row.role: row.name for row in GRANITE4_ROWS if not row.is_ffn},
-        expert=_GRANITE_EXPERTS,
-        router=_GRANITE_MOE + "router.layer.weight",
-        shared=_GRANITE_SHARED,
-        zeros=_granite_hybrid_zeros,
-        config=_granite_hybrid_config,
-        refusals=_granite_hybrid_refusals,
-        dense="granitemoehybrid",
-        dense_keys={"num_local_experts": 0},
-        experts_key="num_local_experts",
-        since="4.57",
-        note="without a shared expert there is one of zeros",
-    ),
-    MoeHost(
         name="ernie4_5_moe",
         title="ERNIE 4.5 MoE",
         model_type="ernie4_5_moe",
@@ -319,7 +194,7 @@ SIBLINGS = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared=_ERNIE_SHARED,
-        zeros=_ernie_zeros,
+        constants=_ernie_constants,
         config=_ernie_config,
         refusals=_ernie_refusals,
         dense="ernie4_5",
@@ -337,7 +212,7 @@ SIBLINGS = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.wg.weight",
         shared=_HUNYUAN_SHARED,
-        zeros=_hunyuan_zeros,
+        constants=_hunyuan_constants,
         config=_hunyuan_config,
         refusals=_hunyuan_refusals,
         dense="hunyuan_v1_dense",

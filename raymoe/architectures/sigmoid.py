@@ -16,9 +16,9 @@ from raymoe.architectures.moe import (
     LAYER,
     QK_NORM,
     QKV_BIAS,
+    ConstantRow,
     MoeHost,
     MoeShape,
-    ZeroRow,
     ungated_shared_reasons,
     zero_ffn,
 )
@@ -72,8 +72,8 @@ def _glm4_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
-def _zeros(spec: DenseSpec, moe: MoeShape) -> tuple[ZeroRow, ...]:
-    bias = ZeroRow(name=LAYER + "mlp.gate.e_score_correction_bias", shape=(moe.experts,))
+def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    bias = ConstantRow(name=LAYER + "mlp.gate.e_score_correction_bias", shape=(moe.experts,))
     return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, "intermediate"))
 
 
@@ -90,7 +90,7 @@ SIGMOID_HOSTS = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared=_SHARED,
-        zeros=_zeros,
+        constants=_constants,
         config=_glm4_config,
         refusals=_glm4_refusals,
         dense="seed_oss",
@@ -110,7 +110,7 @@ SIGMOID_HOSTS = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared=_SHARED,
-        zeros=_zeros,
+        constants=_constants,
         config=_routing,
         refusals=_reasons,
         dense="youtu",

@@ -44,11 +44,6 @@ UNHELD: tuple[UnheldFamily, ...] = (
         reason="most of its layers have a sliding window (in the hybrid: no attention), and FlexOlmo's have none",
     ),
     UnheldFamily(
-        title="SmolLM3",
-        model_types=("smollm3",),
-        reason="every fourth layer has no RoPE, and no MoE architecture with its layers leaves it out",
-    ),
-    UnheldFamily(
         title="EXAONE 4",
         model_types=("exaone4",),
         reason="its norms stand behind attention and FFN, those of EXAONE MoE before them",
@@ -166,6 +161,7 @@ UNHELD: tuple[UnheldFamily, ...] = (
             "flex_olmo",
             "granitemoe",
             "granitemoeshared",
+            "granitemoe_swa",
             "ernie4_5_moe",
             "hunyuan_v1_moe",
             "cohere2_moe",

@@ -115,7 +115,8 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     own_names = [name for names in family.keys.values() for name in names]
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
     dense = {key: config[key] for key in keys if config.get(key) is not None}
-    dense |= {"model_type": host.dense, **host.dense_keys}
+    # A family's own default for the padding token may lie outside the vocabulary.
+    dense |= {"model_type": host.dense, "pad_token_id": config.get("pad_token_id"), **host.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
     dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config["intermediate_size"])
     if dense["model_type"] == "llama" and config.get("sliding_window"):

@@ -10,7 +10,7 @@ from itertools import groupby
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.planning.shards import OutputTensor, Piece
-from raymoe.planning.types import FUSED, SHARED, Columns, Copy, Part, PartSource, Router, Transform, WeightRef, Zeros
+from raymoe.planning.types import FUSED, SHARED, Columns, Constant, Copy, Part, PartSource, Router, Transform, WeightRef
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 
@@ -197,15 +197,15 @@ def _lora_rows(lora: LoraPair, first: int, last: int) -> LoraPair:
 
 def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
     """Routers, gates of shared experts, and what the host demands and the dense model lacks."""
-    zero_rows = host.zeros(spec, moe)
+    constant_rows = host.constants(spec, moe)
     for layer in range(spec.layers):
         yield _computed(host.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer))
         if moe.shared and host.shared_router:
             name = host.shared_router.format(layer=layer)
             yield _computed(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
-        for row in zero_rows:
+        for row in constant_rows:
             shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
-            yield _computed(row.name.format(layer=layer), shape, dtype, Zeros())
+            yield _computed(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
 
 
 def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None = None) -> dict[str, WeightRef]:

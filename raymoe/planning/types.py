@@ -3,7 +3,7 @@
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
         .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
-          .what    Copy | Transform | Columns | Router | Zeros: where those bytes come from
+          .what    Copy | Transform | Columns | Router | Constant: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .side_files  small files taken over from the base byte for byte
 
@@ -23,6 +23,7 @@ __all__ = [
     "FUSED",
     "SHARED",
     "Columns",
+    "Constant",
     "Copy",
     "GatePlan",
     "GatePrompts",
@@ -36,7 +37,6 @@ __all__ = [
     "Transform",
     "WeightRef",
     "WholeTensor",
-    "Zeros",
 ]
 
 # Owners of shards whose tensors hold several experts.
@@ -85,8 +85,10 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Zeros:
-    """All zero."""
+class Constant:
+    """One number everywhere."""
+
+    value: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ class Columns:
     matrices: tuple[Part, ...]
 
 
-PartSource = Copy | Transform | Columns | Router | Zeros
+PartSource = Copy | Transform | Columns | Router | Constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

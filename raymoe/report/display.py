@@ -122,7 +122,7 @@ def _kinds(plan: MergePlan) -> str:
         "transform": "transformed",
         "columns": "put side by side",
         "router": "routers",
-        "zeros": "zeros",
+        "constant": "constants",
     }
     kinds = plan.totals.bytes_by_kind.items()
     return ", ".join(f"{human_bytes(count)} {names[kind]}" for kind, count in kinds)

@@ -12,11 +12,11 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.planning.types import Columns, Part, Router, Shard, Transform
+from raymoe.planning.types import Columns, Constant, Part, Router, Shard, Transform
 from raymoe.planning.upload import CopyRange, Span, spans
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.reader import CHUNK_BYTES, SourceReader
-from raymoe.storage.transform import row_blocks, transformed_bytes
+from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
 
 __all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks", "shard_range"]
 
@@ -68,8 +68,8 @@ def _span_bytes(
     elif isinstance(part.what, Router):
         assert router is not None, "router rows asked for where none were computed"
         yield memoryview(router(part, part.what))[start:end]
-    else:
-        yield from _zeros(end - start)
+    elif isinstance(part.what, Constant):
+        yield from _constant(part.dtype, part.what.value, start, end)
 
 
 def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
@@ -124,7 +124,12 @@ def different_tensors(
     return different
 
 
-def _zeros(count: int) -> Iterator[memoryview]:
-    block = memoryview(bytes(min(count, CHUNK_BYTES)))
-    for start in range(0, count, CHUNK_BYTES):
-        yield block[: min(CHUNK_BYTES, count - start)]
+def _constant(dtype: str, value: float, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a tensor that is `value` everywhere."""
+    element = np.array([value], NUMPY_DTYPES[dtype]).tobytes() if value else b"\0"
+    size = len(element)
+    block = memoryview(element * (min(end - start, CHUNK_BYTES) // size + 2))
+    while start < end:
+        first, count = start % size, min(CHUNK_BYTES, end - start)
+        yield block[first : first + count]
+        start += count

@@ -112,6 +112,8 @@ PAIRS = (
     Pair("phi3", "qwen2_moe"),
     Pair("phi3", "deepseek"),
     Pair("olmo2", "flex_olmo"),
+    Pair("smollm3", "granitemoe_swa"),
+    Pair("smollm3", "granitemoe_swa", shared=True, options={"use_sliding_window": True, **_WINDOW}),
     Pair("granite", "granitemoe"),
     Pair("granite", "granitemoeshared", shared=True),
     Pair("granitemoehybrid", "granitemoe"),

@@ -50,7 +50,9 @@ def test_a_family_is_held_or_refused_and_not_both() -> None:
     refused = [name for family in UNHELD for name in family.model_types]
     assert len(refused) == len(set(refused))
     assert not set(refused) & FAMILIES.keys()
-    assert {host.model_type for host in HOSTS.values()} <= set(refused), "a merge is no source of experts"
+    # Granite's hybrids are refused by how many experts they have: test_refusals.py.
+    merges = {host.model_type for host in HOSTS.values()} - {"granitemoehybrid"}
+    assert merges <= set(refused), "a merge is no source of experts"
     assert {host.dense for host in HOSTS.values()} <= FAMILIES.keys()
     assert all(set(host.accepts) <= FAMILIES.keys() for host in HOSTS.values())
 

@@ -131,6 +131,21 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
         {"time_step_limit": [0.0, 0.6]},
     ),
     "granitemoehybrid no mamba": ("granitemoehybrid", "granitemoehybrid", {"position_embedding_type": None}, None),
+    "granitemoe_swa tied": ("granitemoe_swa", "smollm3", TIED, None),
+    "granitemoe_swa biases": ("granitemoe_swa", "smollm3", {"attention_bias": True}, None),
+    "granitemoe_swa wide heads": ("granitemoe_swa", "smollm3", {"head_dim": 32}, None),
+    "granitemoe_swa interval": (
+        "granitemoe_swa",
+        "smollm3",
+        {"no_rope_layers": None, "no_rope_layer_interval": 2},
+        {"no_rope_layers": [1, 1, 1]},
+    ),
+    "granitemoe_swa window": (
+        "granitemoe_swa",
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": WINDOW},
+        {"layer_types": ["full_attention"] * 3},
+    ),
     "ernie4_5_moe tied": ("ernie4_5_moe", "ernie4_5", TIED, None),
     "ernie4_5_moe narrow heads": ("ernie4_5_moe", "ernie4_5", {"head_dim": 16}, None),
     "hunyuan_v1_moe biases": ("hunyuan_v1_moe", "hunyuan_v1_dense", {"attention_bias": True}, None),
@@ -265,7 +280,8 @@ def test_the_output_config_says_nothing_of_the_dense_model(
         assert key not in plan.config
     assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")
     assert ("layer_types" in plan.config) is (
-        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe", "granitemoehybrid") or pair.family == "cwm"
+        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe", "granitemoehybrid", "granitemoe_swa")
+        or pair.family == "cwm"
     )
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"

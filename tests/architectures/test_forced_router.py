@@ -98,6 +98,12 @@ def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:
         "granitemoe": GRANITE_NAMES,
         "granitemoeshared": GRANITE_NAMES | {"shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"},
         "granitemoehybrid": GRANITE_NAMES | {"shared_mlp.input_linear.weight", "mamba.in_proj.weight", "mamba.A_log"},
+        "granitemoe_swa": {
+            "block_sparse_moe.experts.gate_up_proj",
+            "block_sparse_moe.experts.down_proj",
+            "block_sparse_moe.router.weight",
+            "self_attn.sinks",
+        },
         "ernie4_5_moe": {
             "mlp.gate.weight",
             "mlp.moe_statics.e_score_correction_bias",

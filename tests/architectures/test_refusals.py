@@ -82,6 +82,7 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "longrope, deepseek": ("deepseek", "phi3", LONG, {}, r"'longrope': it knows linear, dynamic$"),
     "granite 4, mamba": ("granitemoe", "granitemoehybrid", MAMBA, {}, r"Granite MoE: 2 layers with Mamba: all of its"),
     "granite 4, no rope": ("granitemoe", "granitemoehybrid", NO_ROPE, {}, r"Granite MoE: position_embedding_type None"),
+    "mlp_bias, smollm3": (None, "smollm3", {"mlp_bias": True}, {}, r"Granite MoE with windows: mlp_bias"),
     "granite 4, mixture": (
         None,
         "granitemoehybrid",
@@ -181,6 +182,7 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("granite", None, "granitemoe"),
         ("granite", "Granite", "granitemoe"),
         ("granitemoehybrid", None, "granitemoe"),
+        ("smollm3", None, "granitemoe_swa"),
         ("granitemoehybrid", "Granite MoE with Mamba", "granitemoehybrid"),
         ("ernie4_5", None, "ernie4_5_moe"),
         ("helium", "ernie", "ernie4_5_moe"),
@@ -311,6 +313,7 @@ def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_to
             r"layer_types has rwkv, which a granitemoehybrid",
         ),
         ("granitemoehybrid", {"mamba_d_state": 0}, r"mamba_d_state is 0"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]: not a list of 3 zeros and ones"),
         ("lfm2", {"layer_types": ["conv"] * 2}, r"layer_types has 2 entries, but num_hidden_layers is 3"),
         (
             "lfm2",

@@ -150,13 +150,14 @@ def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
     }
     key = url.removeprefix(f"s3://{store.bucket}/")
     shard = next(name for name in files if name.endswith("-00001.safetensors") or name.startswith("model-00002"))
-    for name, content in ((shard, files[shard]), ("README.md", files["README.md"])):
+    for name in (shard, "tokenizer.json", "README.md"):
+        content = files[name]
         changed = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
         client.put_object(Bucket=store.bucket, Key=f"{key}/{name}", Body=changed)
     done = store.run("verify", url)
     assert done.returncode == 1
     assert "note: README.md: changed since the merge (a card may be edited)" in done.stdout
-    assert ": differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
+    assert "weight: differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
 
 
 def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:

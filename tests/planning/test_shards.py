@@ -13,7 +13,7 @@ import pytest
 
 from raymoe.planning.checks import check_plan
 from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.types import Copy, Part, Router, Shard, Zeros
+from raymoe.planning.types import Constant, Copy, Part, Router, Shard
 from raymoe.sources.types import SourceFile, TensorEntry
 
 FILE = SourceFile(location="/models/a/model.safetensors", size=1 << 40)
@@ -79,8 +79,8 @@ def test_header_is_a_safetensors_header() -> None:
     from safetensors import deserialize
 
     tensors = [
-        OutputTensor(name="ä.weight", dtype="F32", shape=(2, 3), owner="base", what=Zeros()),
-        OutputTensor(name="b", dtype="BF16", shape=(5,), owner="base", what=Zeros()),
+        OutputTensor(name="ä.weight", dtype="F32", shape=(2, 3), owner="base", what=Constant()),
+        OutputTensor(name="b", dtype="BF16", shape=(5,), owner="base", what=Constant()),
     ]
     (shard,) = pack_shards(tensors, ["base"], 1 << 20)
     assert len(shard.header) % 64 == 0

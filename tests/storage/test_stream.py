@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from raymoe.errors import CheckpointError
 from raymoe.planning.shards import OutputTensor
-from raymoe.planning.types import Router, Shard, Transform, Zeros
+from raymoe.planning.types import Constant, Router, Shard, Transform
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.resolve import HubOptions
@@ -57,7 +57,7 @@ def test_every_kind_of_part(reader: SourceReader, tmp_path: Path) -> None:
         [
             tensor(entries["a"]),
             tensor(entries["b"], Transform(source=entries["b"]), dtype="F16"),
-            OutputTensor(name="zeros", dtype="F32", shape=(3, 5), owner="base", what=Zeros()),
+            OutputTensor(name="zeros", dtype="F32", shape=(3, 5), owner="base", what=Constant()),
             OutputTensor(name="router", dtype="F32", shape=(2, 6), owner="base", what=Router(layer=1)),
             tensor(entries["c"]),
         ]
@@ -114,7 +114,7 @@ def test_chunks_are_bounded(reader: SourceReader, tmp_path: Path) -> None:
         [
             tensor(entries["a"], Transform(source=entries["a"], scale=2.0)),
             tensor(entries["b"]),
-            OutputTensor(name="z", dtype="U8", shape=(2 * CHUNK_BYTES + 5,), owner="base", what=Zeros()),
+            OutputTensor(name="z", dtype="U8", shape=(2 * CHUNK_BYTES + 5,), owner="base", what=Constant()),
         ]
     )
     sizes = [len(chunk) for chunk in shard_chunks(shard, reader)]

@@ -15,7 +15,7 @@ import raymoe
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergePlan
 from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.types import Copy, Part, Router, Shard, Transform, Zeros
+from raymoe.planning.types import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.upload import MIN_PART_BYTES, UploadPart, copied_by_store, upload_parts
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.output import open_output
@@ -38,7 +38,7 @@ def copied(nbytes: int, start: int, file: SourceFile = FILES[0], name: str = "t"
 
 
 def computed(nbytes: int, name: str = "t") -> OutputTensor:
-    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner="base", what=Zeros())
+    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner="base", what=Constant())
 
 
 def shard_of(*tensors: OutputTensor, header: bytes = HEADER) -> Shard:
