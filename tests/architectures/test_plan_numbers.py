@@ -127,6 +127,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, object], float]] = {
     "granite-3.1-8b-base": ("granite", sizes(4096, 12800, 40, 32, 8, 49155, tie_word_embeddings=True), 8.17e9),
     "ERNIE-4.5-0.3B": ("ernie4_5", sizes(1024, 3072, 18, 16, 2, 103424), 0.36e9),
     "Seed-OSS-36B": ("seed_oss", sizes(5120, 27648, 64, 80, 8, 155136), 36.15e9),
+    "SmolLM3-3B": ("smollm3", sizes(2048, 11008, 36, 16, 4, 128256, tie_word_embeddings=True), 3.08e9),
+    "Ministral-8B-Instruct-2410": ("ministral", sizes(4096, 12288, 36, 32, 8, 131072), 8.02e9),
+    "c4ai-command-r-v01": ("cohere", sizes(8192, 22528, 40, 64, 64, 256000, tie_word_embeddings=True), 34.98e9),
     "c4ai-command-r7b": ("cohere2", sizes(4096, 14336, 32, 32, 8, 256000), 8.03e9),
     "LFM2-1.2B": (
         "lfm2",

@@ -198,7 +198,7 @@ def test_requests_at_once_are_bounded(keys: None) -> None:
         store = store_at(server.url, max_requests=3)
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(store.read_all, ["s3://bucket/key"] * 24))
-        assert server.most_at_once == 3
+        assert 1 < server.most_at_once <= 3
 
 
 # --- pacing
