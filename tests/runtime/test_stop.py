@@ -51,7 +51,10 @@ def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path, sent: sign
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
         process = start("merge", many_shards.config, tmp_path / "out", env=env)
-        wait_until(lambda: any(Path(folder).rglob("gcs_server.out")), "the first Ray process", [process])
+        # glob and not rglob: Ray makes and removes folders there meanwhile.
+        wait_until(
+            lambda: any(Path(folder).glob("ray/session_*/logs/gcs_server.out")), "the first Ray process", [process]
+        )
         process.send_signal(sent)
         said, err = process.communicate(timeout=60)
         assert (process.returncode, said) == (1, "")

@@ -194,16 +194,23 @@ def test_permissions(tmp_path: Path) -> None:
 
 
 def test_remove_checkpoint(output: LocalOutput) -> None:
-    """Weights, index, record, what the record names, and the journal but for its lock; nothing else."""
+    """What a model consists of, what the record names, and the journal but for its lock; nothing else."""
     root = output.root
-    ours = ["model-00001-of-00002.safetensors", "pytorch_model.bin", INDEX, "tokenizer.json", "chat_templates/a.jinja"]
-    theirs = ["notes.txt", "weights.safetensors", "tokenizer.model", "chat_templates/b.jinja"]
+    model = [
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        INDEX,
+        "tokenizer.model",
+        "chat_templates/b.jinja",
+    ]
+    ours = [*model, "recorded.txt", "named/a.txt"]
+    theirs = ["notes.txt", "weights.safetensors", "named/b.txt"]
     for name in (*ours, *theirs):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("x")
     outside = root.parent / "outside.txt"
     outside.write_text("x")
-    named = ["tokenizer.json", "chat_templates/a.jinja", "gone.json", "../outside.txt", str(outside)]
+    named = ["recorded.txt", "named/a.txt", "gone.json", "../outside.txt", str(outside)]
     (root / "raymoe.json").write_text(json.dumps({"files": {name: {"size": 1} for name in named}}))
     remove_checkpoint(root)
     left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
