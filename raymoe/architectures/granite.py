@@ -25,7 +25,7 @@ from raymoe.architectures.moe import (
 from raymoe.architectures.rows import ATTENTION, GRANITE4_ROWS, LINEAR
 from raymoe.architectures.spec import DenseSpec
 
-__all__ = ["GRANITE_HOSTS"]
+__all__ = ["GRANITE_HOSTS", "NO_SINK"]
 
 # The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
 _MOE = LAYER + "block_sparse_moe."
@@ -104,7 +104,7 @@ _SWA_EXPERTS = {
 }
 # A head's output is multiplied by sigmoid(logsumexp(its scores) - sink), which is exactly 1 here. bfloat16 has this
 # number, and float16.
-_NO_SINK = -9984.0
+NO_SINK = -9984.0
 
 
 def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _swa_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
-    return (ConstantRow(name=LAYER + "self_attn.sinks", shape=("heads",), value=_NO_SINK),)
+    return (ConstantRow(name=LAYER + "self_attn.sinks", shape=("heads",), value=NO_SINK),)
 
 
 GRANITE_HOSTS = (

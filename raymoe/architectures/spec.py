@@ -16,8 +16,10 @@ from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import Problem
 
-__all__ = ["DenseSpec", "read_spec"]
+__all__ = ["NULL_MEANS_NONE", "DenseSpec", "read_spec"]
 
+# Keys whose null says that there is no such thing. That of others leaves the default.
+NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -177,8 +179,7 @@ def _unknown(model_type: object, where: str) -> Problem:
 def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the family's defaults, and under the usual names what the family calls otherwise."""
     merged = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    # An explicit null means that there is no such thing, and must not fall back to the family's default.
-    merged |= {key: config[key] for key in ("sliding_window", "q_lora_rank") if key in config}
+    merged |= {key: config[key] for key in NULL_MEANS_NONE & config.keys()}
     for usual, names in family.keys.items():
         found = [name for name in names if name in merged]
         if found:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, MoeHost, read_spec
+from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
 from raymoe.planning.tensors import rows_of, weight_refs
@@ -114,7 +115,8 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES[host.dense]
     own_names = [name for names in family.keys.values() for name in names]
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
-    dense = {key: config[key] for key in keys if config.get(key) is not None}
+    # null says that there is no such thing; of other keys, that the default holds.
+    dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
     # A family's own default for the padding token may lie outside the vocabulary.
     dense |= {"model_type": host.dense, "pad_token_id": config.get("pad_token_id"), **host.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.

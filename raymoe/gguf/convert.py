@@ -13,10 +13,11 @@ import numpy as np
 
 from raymoe.architectures.moe import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gguf.checks import is_zero
 from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
 from raymoe.gguf.layout import GgufTensor, file_tensors
 from raymoe.gguf.metadata import add_metadata
-from raymoe.gguf.model import ConvertedModel, is_zero, open_model
+from raymoe.gguf.model import ConvertedModel, open_model
 from raymoe.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
 from raymoe.gguf.pretokenizer import KNOWN
 from raymoe.gguf.progress import GgufProgress
@@ -127,7 +128,8 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
 
 def _shared_is_empty(model: ConvertedModel) -> bool:
     """Whether the shared expert is the one of zeros that a Qwen2-MoE without one has; its last matrices are read."""
-    downs = [entry for name, entry in model.weights.items() if name.endswith(".mlp.shared.down")]
+    ending = f".{model.spec.family.ffn}.shared.down"
+    downs = [entry for name, entry in model.weights.items() if name.endswith(ending)]
     if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
         return False
     return all(is_zero(entry, model.chunks) for entry in downs)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.rows import ATTENTION
+from raymoe.architectures.rows import ATTENTION, LINEAR
 from raymoe.evaluation.models import RoutingRule
 from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
@@ -52,10 +52,11 @@ def add_metadata(
     else:
         _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
     _add_rope(writer, spec)
-    if target.architecture.name in ("granite", "granitemoe"):
+    if target.architecture.name in ("granite", "granitemoe", "granitehybrid", "granite_swa"):
         _add_multipliers(writer, config)
     elif target.architecture.name == "cohere2moe":
         writer.add_logit_scale(spec.extra["logit_scale"])
+    _add_own(writer, spec, target.architecture.name)
     _add_vocabulary(writer, vocabulary)
 
 
@@ -86,12 +87,15 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     writer.add_context_length(target.context)
     writer.add_embedding_length(spec.hidden)
     writer.add_head_count(spec.heads)
-    # A layer without heads is one with a short convolution.
-    kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
-    writer.add_head_count_kv(kv_heads or spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
     writer.add_vocab_size(spec.vocab)
+    if architecture.name == "deepseek2":
+        _add_latent(writer, spec)
+    else:
+        # A layer without heads is one with a short convolution, or with Mamba.
+        kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
+        writer.add_head_count_kv(kv_heads if kv_heads and architecture.name != "qwen35moe" else spec.kv_heads)
+        writer.add_key_length(spec.head_dim)
+        writer.add_value_length(spec.head_dim)
     if architecture.name == "cohere2moe":
         writer.add_layer_norm_eps(spec.rms_norm_eps)
     else:
@@ -99,8 +103,56 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     if architecture.name == "lfm2moe":
         writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
     if architecture.windows:
-        writer.add_sliding_window(spec.sliding_window or spec.max_positions)
-        writer.add_sliding_window_pattern(spec.sliding_layers)
+        # Some layer has to have a window: where none has, all get one that ends with the context.
+        has_windows = any(spec.sliding_layers)
+        writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
+        writer.add_sliding_window_pattern(spec.sliding_layers if has_windows else (True,) * spec.layers)
+
+
+def _add_latent(writer: Any, spec: DenseSpec) -> None:
+    """Of attention whose keys and values are made of latent numbers: all heads have the same, and so one of each."""
+    latent, turned = spec.extra["kv_lora_rank"], spec.extra["qk_rope_head_dim"]
+    writer.add_head_count_kv(1)
+    writer.add_key_length(latent + turned)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(spec.extra["qk_nope_head_dim"] + turned)
+    writer.add_value_length_mla(spec.extra["v_head_dim"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_q_lora_rank(spec.extra["q_lora_rank"] or 0)
+
+
+def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
+    """Of layers that not all are alike."""
+    extra = spec.extra
+    if architecture == "granite_swa":
+        writer.add_array("granite_swa.attention.rope_pattern", [bool(rope) for rope in extra["no_rope_layers"]])
+    elif architecture == "granitehybrid":
+        writer.add_ssm_conv_kernel(extra["mamba_d_conv"])
+        writer.add_ssm_inner_size(spec.size_of("mamba_n_heads*mamba_d_head"))
+        writer.add_ssm_state_size(extra["mamba_d_state"])
+        writer.add_ssm_time_step_rank(extra["mamba_n_heads"])
+        writer.add_ssm_group_count(extra["mamba_n_groups"])
+        writer.add_rope_scaling_finetuned(extra["position_embedding_type"] == "rope")
+    elif architecture == "qwen35moe":
+        writer.add_ssm_conv_kernel(extra["linear_conv_kernel_dim"])
+        writer.add_ssm_inner_size(spec.size_of("linear_num_value_heads*linear_value_head_dim"))
+        writer.add_ssm_state_size(extra["linear_key_head_dim"])
+        writer.add_ssm_time_step_rank(extra["linear_num_value_heads"])
+        writer.add_ssm_group_count(extra["linear_num_key_heads"])
+        writer.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in spec.kinds])
+        # Older versions know every n-th layer with attention only.
+        every = spec.kinds.index(ATTENTION) + 1 if ATTENTION in spec.kinds else spec.layers + 1
+        if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
+            writer.add_full_attention_interval(every)
+        # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
+        pairs = _turned(spec) // 2
+        writer.add_rope_dimension_sections([len(range(axis, pairs, 3)) for axis in range(3)] + [0])
+
+
+def _turned(spec: DenseSpec) -> int:
+    """How many dimensions of each head the rotary embedding turns."""
+    share = spec.extra.get("rope_parameters") or {}
+    return int(spec.head_dim * share.get("partial_rotary_factor", 1.0))
 
 
 def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
@@ -114,14 +166,14 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
     writer.add_expert_used_count(rule.per_token)
     if architecture != "llama":
         writer.add_expert_feed_forward_length(width)
-    if architecture in ("bailingmoe", "cohere2moe", "glm4moe", "lfm2moe"):
+    if architecture in ("bailingmoe", "cohere2moe", "deepseek2", "glm4moe", "lfm2moe"):
         writer.add_leading_dense_block_count(0)
         writer.add_expert_gating_func(ExpertGatingFuncType[rule.scores.upper()])
         writer.add_expert_weights_scale(1.0)
         writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
     if target.shared:
-        shared = tensors["blk.0.ffn_up_shexp.weight"].shape[0]
-        if architecture in ("bailingmoe", "glm4moe"):
+        shared = tensors["blk.0.ffn_down_shexp.weight"].shape[1]
+        if architecture in ("bailingmoe", "deepseek2", "glm4moe"):
             writer.add_expert_shared_count(shared // width)
         else:
             writer.add_expert_shared_feed_forward_length(shared)
@@ -138,7 +190,7 @@ def _add_multipliers(writer: Any, config: Mapping[str, Any]) -> None:
 def _add_rope(writer: Any, spec: DenseSpec) -> None:
     from gguf import RopeScalingType
 
-    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_dimension_count(_turned(spec))
     scaling = spec.rope_scaling or {"rope_type": "default"}
     stretch = 1.0
     if has_alpha(spec):  # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe

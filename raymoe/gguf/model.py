@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import isclose
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from raymoe import api
@@ -22,6 +20,7 @@ from raymoe.architectures import DenseSpec
 from raymoe.config import config_warnings
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
+from raymoe.gguf.checks import AS_WRITTEN, Chunks, check_mixture
 from raymoe.gguf.options import GgufOptions
 from raymoe.gguf.targets import DENSE, MIXTURES
 from raymoe.objects.urls import is_url
@@ -38,27 +37,10 @@ from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import RouterBytes, shard_range
 
-__all__ = ["Chunks", "ConvertedModel", "open_model"]
+__all__ = ["ConvertedModel", "open_model"]
 
-Chunks = Callable[[TensorEntry], Iterator[memoryview]]
-"""The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
-
-# ERNIE's and GLM's addition to router scores, on which only the choice of experts depends: zeros in a merge.
-_ADDED = "e_score_correction_bias"
 # Mixtures that raymoe writes, but not as GGUF.
-_ONLY_LLAMA_CPP = "which only llama.cpp's own convert_hf_to_gguf.py converts"
-_NOT_CONVERTED = {
-    "flex_olmo": "for which llama.cpp has no architecture",
-    "deepseek_v3": _ONLY_LLAMA_CPP,
-    "granitemoehybrid": _ONLY_LLAMA_CPP,
-    "qwen3_5_moe_text": _ONLY_LLAMA_CPP,
-}
-# Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
-# back what transformers adds to a sum and llama.cpp does not.
-_PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
-_NEARLY = 3e-6
-_SHOWN = 4
-_AS_WRITTEN = "convert a merge as raymoe wrote it"
+_NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +180,7 @@ def _model(
 ) -> ConvertedModel:
     found = _evaluated(facts)
     if found.rule is not None:
-        _check_mixture(facts, found, chunks)
+        check_mixture(facts, found, chunks)
     return ConvertedModel(
         label=facts.label,
         spec=found.spec,
@@ -228,50 +210,4 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
         return mixture_model(facts)
     except ProblemReport as report:
         # The remedies there speak of evaluating.
-        raise ProblemReport([replace(p, remedy=_AS_WRITTEN) for p in report.problems]) from None
-
-
-def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
-    """Whether every number of a tensor is zero; it is read as far as that takes."""
-    return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
-
-
-def _check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
-    """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
-
-    Additions to router scores of zeros are no loss; other tensors, sizes and settings that raymoe does not write are.
-    """
-    used = {ref.entry.name for ref in model.weights.values()}
-    left = []
-    for name, entry in sorted(facts.index.tensors.items()):
-        if name in used or name.endswith(model.spec.family.ignored):
-            continue
-        if not name.endswith(_ADDED) or not is_zero(entry, chunks):
-            left.append(name)
-    found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
-    for name, expected in _shapes(model):
-        if (shape := model.weights[name].entry.shape) != expected:
-            found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
-    for key, plain in _PLAIN.items():
-        value = facts.config.get(key)
-        if value is not None and not (isinstance(value, float | int) and isclose(value, plain, rel_tol=_NEARLY)):
-            found.append(f"{key} is {value!r}, and only {plain!r} is converted")
-    if found:
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_AS_WRITTEN) for what in found[:_SHOWN]])
-
-
-def _shapes(model: EvaluatedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape that it must have) of each tensor; how wide experts are, the first of them says."""
-    spec, rule = model.spec, model.rule
-    assert rule is not None
-    for row, _, name in spec.tensors():
-        if not row.is_ffn:
-            yield name, spec.shape_of(row)
-    width = model.weights[f"model.layers.0.{spec.family.ffn}.experts.0.up"].entry.shape[0]
-    for layer in range(spec.layers):
-        prefix = f"model.layers.{layer}.{spec.family.ffn}."
-        yield f"{prefix}router", (rule.experts, spec.hidden)
-        for expert in range(rule.experts):
-            yield f"{prefix}experts.{expert}.gate", (width, spec.hidden)
-            yield f"{prefix}experts.{expert}.up", (width, spec.hidden)
-            yield f"{prefix}experts.{expert}.down", (spec.hidden, width)
+        raise ProblemReport([replace(p, remedy=AS_WRITTEN) for p in report.problems]) from None

@@ -13,6 +13,11 @@ weights of a token's experts are made of the router's scores, and what a shared 
                 keys where the file has them
     lfm2moe     sigmoids, made to sum to one; short convolutions in the place of attention on some layers
     cohere2moe  softmax, made to sum to one; attention and FFN side by side, windows on some layers
+    deepseek2   sigmoids, made to sum to one, plus a shared expert; attention with latent keys and values
+    granite_swa softmax, made to sum to one, with or without a shared expert; windows and RoPE on some layers, and sinks
+    granitehybrid  the same with Mamba in the place of attention on some layers, RoPE on all others or on none
+    qwen35moe   softmax, made to sum to one, plus a shared expert times the sigmoid of its gate; linear attention on
+                some layers, a gate on attention's output on the others
 
 So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
 empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
@@ -25,11 +30,14 @@ rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.architectures.rows import LINEAR
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import RoutingRule
 
@@ -59,8 +67,8 @@ class Architecture:
     `interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i + d/2);
     rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
     `scores`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on the
-    layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. The rest are
-    biases that it adds.
+    layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
+    rotary embedding may be scaled. The rest are biases that it adds.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Architecture:
     factors: bool = False
     windows: bool = False
     tied: bool = True
+    scales: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -87,6 +96,10 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="glm4moe", scores="sigmoid", qkv_bias=True),
             Architecture(name="cohere2moe", interleaved=True, factors=True, windows=True),
             Architecture(name="lfm2moe", scores="sigmoid"),
+            Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False),
+            Architecture(name="granitehybrid", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
+            Architecture(name="granite_swa", interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True),
+            Architecture(name="qwen35moe"),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
             Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
@@ -117,17 +130,23 @@ MIXTURES = (
     "glm4_moe",
     "cohere2_moe",
     "lfm2_moe",
+    "deepseek_v3",
+    "granitemoehybrid",
+    "granitemoe_swa",
+    "qwen3_5_moe_text",
 )
 # Families whose mixture has an architecture of its own, for whatever it is made of.
 _OWN = {
     "cohere2": "cohere2moe",
     "granite": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "hunyuan_v1_dense": "hunyuan-moe",
     "lfm2": "lfm2moe",
+    "qwen3_5_text": "qwen35moe",
     "seed_oss": "glm4moe",
+    "smollm3": "granite_swa",
+    "youtu": "deepseek2",
 }
-# Families whose rotary embedding turns neighbours in transformers too (`rotate_half` in their modelling files).
-_TURNS_NEIGHBOURS = ("cohere2", "ernie4_5", "helium")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +166,9 @@ class Target:
 
 def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
     """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    shared = rule is not None and rule.shared and not shared_is_empty
+    # Every layer of a qwen35moe has a shared expert, an empty one too.
+    empty = shared_is_empty and spec.model_type != "qwen3_5_text"
+    shared = rule is not None and rule.shared and not empty
     found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared)
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
@@ -165,10 +186,17 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
         architecture=architecture,
         context=context,
         rule=rule,
-        reorders=architecture.interleaved and spec.model_type not in _TURNS_NEIGHBOURS,
+        reorders=architecture.interleaved and not _turns_neighbours(spec),
         shared=shared,
         warnings=tuple(warnings),
     )
+
+
+def _turns_neighbours(spec: DenseSpec) -> bool:
+    """Whether the rotary embedding does in transformers too (`rotate_half` in the modelling files)."""
+    if spec.model_type == "youtu":
+        return bool(spec.extra["rope_interleave"])
+    return spec.model_type in ("cohere2", "ernie4_5", "helium")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +244,42 @@ def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[st
         yield "a bias on convolutions: it has none"
     if spec.partial_rotary != 1.0:
         yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
+    yield from _own_reasons(spec)
     if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):
         yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
+
+
+def _own_reasons(spec: DenseSpec) -> Iterator[str]:
+    """What llama.cpp takes for granted in the architecture of one family."""
+    extra = spec.extra
+    if spec.model_type == "youtu":
+        if extra["q_lora_rank"] and (spec.layers in (26, 27) or (spec.layers, spec.vocab) == (48, 128256)):
+            yield f"{spec.layers} layers: it takes such a model for one without latent queries (q_lora_rank)"
+        if spec.rms_norm_eps != 1e-6:
+            yield f"rms_norm_eps {spec.rms_norm_eps:g}: norms of latent numbers have it there, and 1e-06 in the model"
+    if spec.model_type == "granitemoehybrid":
+        inner = spec.size_of("mamba_n_heads*mamba_d_head")
+        if not spec.layers_of(LINEAR):
+            yield "no layer with Mamba: it has some"
+        if inner != 2 * spec.hidden:
+            yield f"{inner} channels of Mamba: it has twice the hidden_size, {2 * spec.hidden}"
+        if extra["mamba_n_groups"] != 1:
+            yield f"mamba_n_groups {extra['mamba_n_groups']}: it takes the norm of each group, the model that of all"
+        if not extra["mamba_conv_bias"]:
+            yield "no bias on Mamba's convolution: it has one"
+        if extra["mamba_proj_bias"]:
+            yield "a bias on Mamba's projections: it has none"
+        if not _is_unlimited(extra["time_step_limit"]):
+            yield f"time_step_limit {extra['time_step_limit']}: it has none"
+    if spec.model_type == "qwen3_5_text" and extra["linear_key_head_dim"] != extra["linear_value_head_dim"]:
+        keys, values = extra["linear_key_head_dim"], extra["linear_value_head_dim"]
+        yield f"linear attention with keys of {keys} and values of {values}: it has both of one size"
+
+
+def _is_unlimited(limit: Sequence[Any]) -> bool:
+    """Whether steps in time may be anything from 0. transformers writes an infinity as an object."""
+    lowest, highest = limit
+    return float(lowest) == 0 and (isinstance(highest, Mapping) or float(highest) == math.inf)
 
 
 def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
@@ -225,13 +287,14 @@ def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
         return
     kind = spec.rope_scaling["rope_type"]
     known = _ROPE_KEYS.get(kind)
-    if known is None or (kind == "llama3" and not architecture.factors):
-        able = [name for name in _ROPE_KEYS if name != "llama3" or architecture.factors]
+    able = [kind for kind in _ROPE_KEYS if kind == "dynamic" or (architecture.scales and kind != "llama3")]
+    able += ["llama3"] if architecture.factors else []
+    if known is None or kind not in able:
         yield f"RoPE scaling {kind!r}: it knows {', '.join(able)}"
         return
     unset = object()
     for key, value in spec.rope_scaling.items():
-        if key == "alpha" and has_alpha(spec):
+        if (key == "alpha" and has_alpha(spec)) or key.startswith("mrope_"):  # of images
             continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
             yield f"RoPE scaling {kind!r} with {key} {value!r}"

@@ -1,7 +1,7 @@
 """The bytes of a tensor as the file has them: taken over as they are, or block by block in another order or type.
 
-A block is whole rows of about `_BLOCK_ELEMENTS`, whole heads where rows change places. Blocks are converted a few ahead
-by threads, so that at any time only some of them are in memory, whatever the size of the model.
+A block is whole rows of about `_BLOCK_ELEMENTS`, whole units where rows change places (`changes.Change`). Blocks are
+converted a few ahead by threads, so that at any time only some of them are in memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gguf.changes import AS_IT_IS
+from raymoe.gguf.checks import Chunks
 from raymoe.gguf.layout import GgufTensor
-from raymoe.gguf.model import Chunks
 from raymoe.gguf.options import TensorType
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = ["TensorEncoder", "interleaved"]
+__all__ = ["TensorEncoder"]
 
 _BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32
 _THREADS = min(4, os.cpu_count() or 1)
@@ -49,7 +50,7 @@ class TensorEncoder:
         if not tensor.sources:
             yield memoryview(np.array(tensor.values, dtype=np.float32).tobytes())
         for entry in tensor.sources:
-            if entry.dtype.lower() == tensor.type.name and not tensor.head:
+            if entry.dtype.lower() == tensor.type.name and tensor.change == AS_IT_IS:
                 yield from self._chunks(entry)
             else:
                 yield from self._converted(tensor, entry)
@@ -57,7 +58,7 @@ class TensorEncoder:
     def _converted(self, tensor: GgufTensor, entry: TensorEntry) -> Iterator[memoryview]:
         under_way = deque[Future[memoryview]]()
         try:
-            for block in _row_blocks(entry, tensor.head, self._chunks):
+            for block in _row_blocks(entry, tensor.change.unit, self._chunks):
                 under_way.append(self._pool.submit(_encoded, tensor, entry, block))
                 if len(under_way) > _THREADS:
                     yield under_way.popleft().result()
@@ -68,12 +69,10 @@ class TensorEncoder:
                 left.cancel()
 
 
-def _row_blocks(entry: TensorEntry, head: int, chunks: Chunks) -> Iterator[bytearray]:
-    """The tensor's bytes cut into blocks of whole rows, a buffer of its own each."""
+def _row_blocks(entry: TensorEntry, unit: int, chunks: Chunks) -> Iterator[bytearray]:
+    """The tensor's bytes cut into blocks of whole units of rows, a buffer of its own each."""
     width = math.prod(entry.shape[1:])
-    rows = max(1, _BLOCK_ELEMENTS // width)
-    if head:
-        rows = max(1, rows // head) * head
+    rows = max(1, _BLOCK_ELEMENTS // width // unit) * unit
     size = rows * width * np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize
     left = entry.nbytes
     block, filled = bytearray(min(size, left)), 0
@@ -92,28 +91,13 @@ def _row_blocks(entry: TensorEntry, head: int, chunks: Chunks) -> Iterator[bytea
 def _encoded(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryview:
     source: npt.NDArray[np.generic] = np.frombuffer(block, dtype=NUMPY_DTYPES[entry.dtype])
     rows = source.astype(np.float32, copy=False).reshape(-1, math.prod(entry.shape[1:]))
-    if tensor.head:
-        rows = interleaved(rows, tensor.head)
-    encoded = _as_type(rows, tensor.type)
+    encoded = _as_type(tensor.change(rows), tensor.type)
     if encoded is None:
         highest = "65504" if tensor.type.name == "f16" else "numbers that are finite"
         what = f"holds values beyond {highest}, which {tensor.type.name} can't"
         remedy = "write --type bf16" if np.isfinite(rows).all() else "the model's weights are damaged: get them again"
         raise ProblemReport([Problem(where=entry.name, what=what, remedy=remedy)])
     return np.ascontiguousarray(encoded).reshape(-1).view(np.uint8).data
-
-
-def interleaved(rows: Float32, head: int) -> Float32:
-    """Rows of q or k in the order of an embedding that turns neighbours.
-
-    Of each head, rows i and i + head / 2 become rows 2i and 2i + 1: the pairs that are turned together, and by which
-    angle, stay the same.
-
-    Source: ggml's GGML_ROPE_TYPE_NORMAL, and `rotate_half` of transformers' models/llama.
-    """
-    halves = rows.reshape(-1, 2, head // 2, rows.shape[1])
-    paired: Float32 = halves.swapaxes(1, 2).reshape(rows.shape)
-    return paired
 
 
 def _as_type(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:

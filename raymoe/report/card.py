@@ -39,7 +39,8 @@ _IN_LLAMA_CPP = frozenset(
     f"{name}ForCausalLM"
     for name in (
         *("Mixtral", "Deepseek", "Ernie4_5_Moe", "Glm4Moe", "GraniteMoe", "GraniteMoeShared", "HunYuanMoEV1"),
-        *("Qwen2Moe", "Qwen3Moe", "Lfm2Moe", "Cohere2Moe"),
+        *("Qwen2Moe", "Qwen3Moe", "Lfm2Moe", "Cohere2Moe", "DeepseekV3", "GraniteMoeHybrid", "GraniteMoeSWA"),
+        "Qwen3_5Moe",
     )
 )
 
@@ -179,8 +180,10 @@ def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> I
     if host.architecture in _IN_VLLM and since == host.since:
         yield f'With vLLM: `vllm serve "{PLACE}"`'
         yield ""
-    # llama.cpp does not make the weights of the chosen experts sum to one where this host has a shared expert.
-    is_refused = host.name == "qwen2_moe" and config.shared_experts and config.experts_per_token < len(config.experts)
+    # Where these hosts have a shared expert, llama.cpp does not make the weights of the chosen experts sum to one, and
+    # takes a mean with it.
+    chosen = host.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
+    is_refused = config.shared_experts and (chosen or host.name == "cohere2_moe")
     if host.architecture in _IN_LLAMA_CPP and not is_refused:
         yield "For llama.cpp, with raymoe, from a folder that it was downloaded to:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"

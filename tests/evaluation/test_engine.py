@@ -29,7 +29,7 @@ from tests.architectures.hosts import (
     router_of,
 )
 from tests.evaluation.streamed import LENGTHS, assert_close, open_dense, open_mixture, resident, streamed, texts_of
-from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_without_ray, save_lora, tensors_of
+from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_config, merge_without_ray, save_lora, tensors_of
 
 MIXTURES = [(pair, k) for pair in PAIRS if pair.can_be_evaluated for k in pair.experts_per_token]
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,6 +110,16 @@ def test_a_mixture_is_what_transformers_computes(
             best = scores_TE.max(axis=1)
             first = np.take_along_axis(scores_TE, choices[layer, number][:, :1], axis=1)[:, 0]
             np.testing.assert_allclose(first, best, rtol=0, atol=1e-5)
+
+
+def test_null_says_that_there_is_none(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Queries that are not made of latent numbers: where the key is missing, they would be."""
+    base, expert = zoo("youtu", q_lora_rank=None), zoo("youtu", seed=1, q_lora_rank=None)
+    folder = tmp_path / "merged"
+    merge_without_ray(merge_config(base, [base, expert]), folder)
+    texts = texts_of()
+    found = streamed(open_mixture(folder), texts)["own"]
+    assert_close(found, resident(load_merged(folder), texts), tolerance=MAX_DIFFERENCE)
 
 
 def router_scores(model: Any, text: list[int]) -> list[Any]:

@@ -45,7 +45,7 @@ def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
             architecture=host,
             experts_per_token=top,
             shared=sharers[0] if sharers else None,
-            shared_prompts=bool(shared) and host == "qwen2_moe",
+            shared_prompts=bool(shared) and host in ("qwen2_moe", "qwen3_5_moe"),
             **options,
         )
         if shared:

@@ -13,9 +13,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.gguf import GgufOptions, write_gguf
+from raymoe.gguf.changes import Change, neighbours
 from raymoe.gguf.layout import GgufTensor, rope_factors
 from raymoe.gguf.options import TYPES, TensorType
-from raymoe.gguf.values import TensorEncoder, interleaved
+from raymoe.gguf.values import TensorEncoder
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
@@ -33,7 +34,10 @@ def test_types_are_those_of_the_gguf_package(kind: TensorType) -> None:
 
 def test_pairs_that_are_turned_together_become_neighbours() -> None:
     rows = np.arange(2 * 6, dtype=np.float32)[:, None] + np.zeros((1, 3), np.float32)
-    assert interleaved(rows, 6)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    turned = Change(unit=6, rows=neighbours(6))
+    assert turned(rows)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    some = Change(unit=6, rows=neighbours(4, before=2))
+    assert some(rows)[:, 0].tolist() == [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]
 
 
 def test_rope_factors_are_those_of_transformers() -> None:
@@ -90,7 +94,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
         file.truncate(size)
     source = SourceFile(location=str(tmp_path / "weights"), size=size)
     entry = TensorEntry(name="w", dtype="BF16", shape=shape, file=source, start=0, end=size)
-    tensor = GgufTensor(name="w", shape=shape, type=TYPES["f16"], sources=(entry,), head=64)
+    change = Change(unit=64, rows=neighbours(64))
+    tensor = GgufTensor(name="w", shape=shape, type=TYPES["f16"], sources=(entry,), change=change)
     tracemalloc.start()
     with (
         SourceReader(HubOptions()) as reader,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from raymoe.architectures import HOSTS
 from raymoe.errors import ProblemReport
 from raymoe.gguf import GgufOptions, write_gguf
-from tests.architectures.hosts import MIXED_LAYERS, load_merged
+from tests.architectures.hosts import MAMBA, MIXED_LAYERS, load_merged
 from tests.gguf.llama import LlamaCpp
 from tests.pico import VOCAB, load_dense, logits_of, token_ids
 
@@ -36,6 +40,9 @@ MULTIPLIERS = {
     "attention_multiplier": 0.3,
     "logits_scaling": 1.5,
 }
+SOME_WINDOWS = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
+LATENT = {"rms_norm_eps": 1e-6}
+LINEAR_HEADS = {"linear_value_head_dim": 64}
 BIASES = {"attention_bias": True, "tie_word_embeddings": True}
 
 
@@ -95,6 +102,18 @@ MERGES = (
     Case("lfm2", "lfm2_moe", "lfm2moe"),
     Case("cohere2", "cohere2_moe", "cohere2moe", model={"sliding_window": 12, "sliding_window_pattern": 3}),
     Case("llama", "glm4_moe", "glm4moe", shared=1, model={"head_dim": 24}),
+    Case("youtu", "deepseek_v3", "deepseek2", model=LATENT),
+    Case("youtu", "deepseek_v3", "deepseek2", shared=2, top=1, model={**LATENT, "q_lora_rank": None}),
+    Case("youtu", "deepseek_v3", "deepseek2", shared=1, model={**LATENT, "rope_interleave": False}),
+    Case("smollm3", "granitemoe_swa", "granite_swa"),
+    Case("smollm3", "granitemoe_swa", "granite_swa", shared=2, model={**SOME_WINDOWS, "attention_bias": True}),
+    Case("smollm3", "granitemoe_swa", "granite_swa", shared=1, top=1, model={"rope_scaling": LLAMA3}),
+    Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", model=MAMBA),
+    Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", shared=1, model={**MAMBA, "attention_bias": True}),
+    Case("granitemoehybrid", "granitemoehybrid", "granitehybrid", model={**MAMBA, "position_embedding_type": None}),
+    Case("qwen3_5_text", "qwen3_5_moe", "qwen35moe", model=LINEAR_HEADS),
+    Case("qwen3_5_text", "qwen3_5_moe", "qwen35moe", shared=1, model={**LINEAR_HEADS, "tie_word_embeddings": True}),
+    Case("qwen3_5_text", "qwen3_5_moe", "qwen35moe", shared=2, top=1, model={**LINEAR_HEADS, "rope_scaling": YARN}),
 )
 
 
@@ -140,6 +159,26 @@ def test_types(kind: str, close: float, merged: Callable[..., Path], tmp_path: P
     assert close / 100 < off < close
 
 
+@pytest.mark.parametrize(
+    ("family", "host", "model"),
+    [
+        ("youtu", "deepseek_v3", LATENT),
+        ("smollm3", "granitemoe_swa", {}),
+        ("granitemoehybrid", "granitemoehybrid", MAMBA),
+        ("qwen3_5_text", "qwen3_5_moe", LINEAR_HEADS),
+    ],
+)
+@pytest.mark.parametrize(("kind", "close"), [("bf16", 0.3), ("q8_0", 0.5)])
+def test_types_of_other_tensors_than_attentions(
+    kind: str, close: float, family: str, host: str, model: dict[str, Any], merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    """llama.cpp takes each of them in the type that it has there, or it would not load the file."""
+    folder = merged(family, host, model=model)
+    written = write_gguf(folder, tmp_path / "model.gguf", GgufOptions(type=kind))
+    off = difference(load_merged(folder), written.path)
+    assert CLOSE < off < close
+
+
 def test_kernels_stay_f32(merged: Callable[..., Path], tmp_path: Path) -> None:
     """llama.cpp convolves in f32 only."""
     folder = merged("lfm2", "lfm2_moe")
@@ -169,3 +208,58 @@ def test_refused_since_no_architecture_computes_it(
     with pytest.raises(ProblemReport, match=wanted):
         write_gguf(folder, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "model", "wanted"),
+    [
+        (
+            "youtu",
+            "deepseek_v3",
+            {},
+            "rms_norm_eps 1e-05: norms of latent numbers have it there, and 1e-06 in the model",
+        ),
+        ("youtu", "deepseek_v3", {**LATENT, "rope_scaling": YARN}, "RoPE scaling 'yarn': it knows dynamic\n"),
+        ("youtu", "deepseek_v3", {**LATENT, "num_hidden_layers": 26}, "26 layers: .* for one without latent queries"),
+        ("granitemoehybrid", "granitemoehybrid", {"position_embedding_type": None}, "no layer with Mamba: it has some"),
+        ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_n_groups": 2}, "mamba_n_groups 2: it takes the norm"),
+        ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_expand": 4}, "256 channels of Mamba: .*, 128"),
+        ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_conv_bias": False}, "no bias on Mamba's convolution"),
+        ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_proj_bias": True}, "a bias on Mamba's projections"),
+        (
+            "granitemoehybrid",
+            "granitemoehybrid",
+            {**MAMBA, "time_step_limit": [0.0, 0.5]},
+            "time_step_limit .*: it has none",
+        ),
+        ("qwen3_5_text", "qwen3_5_moe", {}, "linear attention with keys of 64 and values of 48"),
+    ],
+)
+def test_refused_since_its_architecture_takes_it_for_granted(
+    family: str, host: str, model: dict[str, Any], wanted: str, merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = merged(family, host, model=model)
+    with pytest.raises(ProblemReport, match=wanted):
+        write_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_sinks_that_are_no_merges(merged: Callable[..., Path], tmp_path: Path) -> None:
+    """A merge's do nothing, which the file relies on."""
+    folder = tmp_path / "other"
+    shutil.copytree(merged("smollm3", "granitemoe_swa"), folder)
+    name = "model.layers.1.self_attn.sinks"
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][2] = 0.5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ProblemReport, match=r"1 tensor\(s\) have no place in the file: model.layers.1.self_attn.sinks"):
+        write_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_a_host_for_which_there_is_no_architecture(merged: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ProblemReport, match=r"model_type is 'flex_olmo', for which llama\.cpp has no architecture"):
+        write_gguf(merged("olmo2", "flex_olmo"), tmp_path / "model.gguf")
+
+
+def test_no_host_is_left_out() -> None:
+    assert {case.host for case in MERGES} == HOSTS.keys() - {"flex_olmo"}

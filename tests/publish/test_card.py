@@ -194,6 +194,12 @@ def test_how_to_load_it(zoo: Callable[..., Path]) -> None:
     )
     assert "raymoe gguf" not in card_of(config, HubOptions()).text
     assert "raymoe gguf" in card_of(config | {"experts_per_token": 3}, HubOptions()).text
+    config = merge_config(zoo("cohere2"), [zoo("cohere2"), zoo("cohere2", seed=1)], mode="random")
+    assert "raymoe gguf" in card_of(config, HubOptions()).text
+    config = merge_config(
+        zoo("cohere2"), [zoo("cohere2"), zoo("cohere2", seed=1)], mode="random", shared=zoo("cohere2")
+    )
+    assert "raymoe gguf" not in card_of(config, HubOptions()).text
 
 
 def test_what_the_card_says_of_llama_cpp_is_what_raymoe_converts() -> None:
