@@ -94,6 +94,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.6,
         "attention_multiplier": 0.2,
     },
+    "granite_swa": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 12,
+        "layer_rope_theta": [20000.0, 0, 20000.0],
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": False,
+    },
     "granitemoehybrid": {
         "num_local_experts": 0,
         "shared_intermediate_size": 80,

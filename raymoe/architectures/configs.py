@@ -19,6 +19,8 @@ __all__ = [
     "granite4_kinds",
     "granite4_limits",
     "granite4_values",
+    "granite_swa_limits",
+    "granite_swa_values",
     "lfm2_kinds",
     "lfm2_width",
     "ministral_windows",
@@ -156,6 +158,26 @@ def granite4_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def granite4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     return tuple(config["layer_types"])
+
+
+def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:
+    thetas = config.get("layer_rope_theta")
+    if thetas is not None and (
+        not isinstance(thetas, list)
+        or len(thetas) != config["num_hidden_layers"]
+        or not all(isinstance(theta, int | float) and theta >= 0 for theta in thetas)
+    ):
+        return [f"layer_rope_theta is {thetas!r:.80}: not a list of {config['num_hidden_layers']} numbers"]
+    return []
+
+
+def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of each layer's RoPE (0: none), and the one that all with RoPE have, if they have the same."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    theta = rope.get("rope_theta") or config["rope_theta"]
+    thetas = config.get("layer_rope_theta") or [theta] * config["num_hidden_layers"]
+    rope["rope_theta"] = next((theta for theta in thetas if theta), theta)
+    return {"layer_rope_theta": thetas, "rope_parameters": rope, "rope_scaling": None}
 
 
 def smollm3_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -65,7 +65,8 @@ class DenseFamily:
     what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
     nothing of a mixture.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
-    `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
+    `ffn` and `final_norm` are the names of those modules in transformers' model of this family, and `sdpa` says whether
+    it runs with PyTorch's scaled dot product attention.
     """
 
     model_type: str
@@ -86,3 +87,4 @@ class DenseFamily:
     dropped: tuple[str, ...] = ()
     ffn: str = "mlp"
     final_norm: str = "norm"
+    sdpa: bool = True

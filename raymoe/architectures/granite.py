@@ -25,7 +25,7 @@ from raymoe.architectures.moe import (
 from raymoe.architectures.rows import ATTENTION, GRANITE4_ROWS, LINEAR
 from raymoe.architectures.spec import DenseSpec
 
-__all__ = ["GRANITE_HOSTS", "NO_SINK"]
+__all__ = ["GRANITE_HOSTS"]
 
 # The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
 _MOE = LAYER + "block_sparse_moe."
@@ -102,24 +102,29 @@ _SWA_EXPERTS = {
     "ffn.up": _MOE + "experts.gate_up_proj",
     "ffn.down": _MOE + "experts.down_proj",
 }
-# A head's output is multiplied by sigmoid(logsumexp(its scores) - sink), which is exactly 1 here. bfloat16 has this
-# number, and float16.
-NO_SINK = -9984.0
+# A head's output is multiplied by sigmoid(logsumexp(its scores) - sink). SmolLM3 has no sinks, and for this one that is
+# exactly 1. bfloat16 has this number, and float16.
+_NO_SINK = -9984.0
+_SINKS = LAYER + "self_attn.sinks"
 
 
 def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    return {
+    keys = {
         **_moe_config(spec, moe),
         "head_dim": spec.head_dim,
         "shared_intermediate_size": spec.intermediate * moe.shared,
-        "attention_multiplier": spec.head_dim**-0.5,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in spec.sliding_layers],
         "sliding_window": spec.sliding_window or spec.max_positions,
-        "layer_rope_theta": [spec.rope_theta if rope else 0 for rope in spec.extra["no_rope_layers"]],
     }
+    if spec.model_type == "smollm3":
+        keys |= {
+            "attention_multiplier": spec.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "layer_rope_theta": [spec.rope_theta if rope else 0 for rope in spec.extra["no_rope_layers"]],
+        }
+    return keys
 
 
 def _swa_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
@@ -127,7 +132,9 @@ def _swa_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
-    return (ConstantRow(name=LAYER + "self_attn.sinks", shape=("heads",), value=NO_SINK),)
+    if spec.model_type == "granite_swa":
+        return ()
+    return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK),)
 
 
 GRANITE_HOSTS = (
@@ -187,18 +194,18 @@ GRANITE_HOSTS = (
         title="Granite MoE with windows",
         model_type="granitemoe_swa",
         architecture="GraniteMoeSWAForCausalLM",
-        accepts=("smollm3",),
-        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        accepts=("granite_swa", "smollm3"),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, "attn.sinks": _SINKS},
         expert=_SWA_EXPERTS,
         router=_MOE + "router.weight",
         shared=_SHARED,
         constants=_swa_constants,
         config=_swa_config,
         refusals=_swa_refusals,
-        dense="smollm3",
+        dense="granite_swa",
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
         since="5.23",
-        note="transformers runs its attention without SDPA, slower than the dense model's",
+        note="transformers runs its attention, as that of Granite with windows, without SDPA; SmolLM3's own is faster",
     ),
 )

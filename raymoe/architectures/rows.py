@@ -14,6 +14,7 @@ __all__ = [
     "COHERE2_ROWS",
     "CONV",
     "GRANITE4_ROWS",
+    "GRANITE_SWA_ROWS",
     "HUNYUAN_ROWS",
     "LFM2_ROWS",
     "LINEAR",
@@ -97,6 +98,8 @@ OLMO2_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
+_SINKS = TensorRow(role="attn.sinks", name=f"{_LAYER}self_attn.sinks", shape=("heads",))
+GRANITE_SWA_ROWS = (*LLAMA_ROWS[:-4], _SINKS, *LLAMA_ROWS[-4:])  # before v
 HUNYUAN_ROWS = (
     _EMBED,
     _norm("input", "input_layernorm"),

@@ -105,7 +105,7 @@ class StreamedDecoder:
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
         self._config = _configuration(model.config)
-        self._config._attn_implementation = "sdpa"
+        self._config._attn_implementation = "sdpa" if self._family.sdpa else "eager"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)
         self._dtype = compute_dtype(self._weights[EMBEDDING].entry.dtype, self._device, exact=exact)
@@ -274,25 +274,47 @@ class StreamedDecoder:
         """A loaded layer's output for its input of the same shape."""
         tokens = hidden_BTH.shape[1]
         positions = torch.arange(tokens, device=self._device)[None]
-        rotary = None
-        if self._model.rotary_emb is not None:
-            # Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
-            rotary = type(self._model.rotary_emb)(config=self._config).to(self._device)
+        rotary = self._rotary(layer)
         output = self._model.layers[layer](
             hidden_BTH,
-            attention_mask=self._mask(layer, tokens),
+            attention_mask=self._mask(layer, tokens, hidden_BTH.dtype),
             position_ids=positions,
             position_embeddings=rotary and rotary(hidden_BTH, positions),
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return result
 
-    def _mask(self, layer: int, tokens: int) -> torch.Tensor | None:
-        """None is plain causal attention; a mask (1, 1, tokens, tokens) only where a sliding window bites."""
-        window = getattr(self._config, "sliding_window", None)
+    def _rotary(self, layer: int) -> torch.nn.Module | None:
+        """The rotary embedding of a layer, None where it has none.
+
+        Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
+        """
+        if self._model.rotary_emb is None:
+            return None
+        config = self._config
+        if thetas := getattr(config, "layer_rope_theta", None):
+            if not thetas[layer]:
+                return None
+            config = copy.copy(config)
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": thetas[layer]}
+        rotary: torch.nn.Module = type(self._model.rotary_emb)(config=config).to(self._device)
+        return rotary
+
+    def _mask(self, layer: int, tokens: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Which tokens each one attends to, (1, 1, tokens, tokens).
+
+        SDPA needs a mask only where a sliding window bites: None is plain causal attention. What it does without is
+        added to the scores.
+        """
         types = getattr(self._config, "layer_types", None)
-        if not window or tokens <= window or (types and types[layer] != "sliding_attention"):
+        slides = not types or types[layer] == "sliding_attention"
+        window = (getattr(self._config, "sliding_window", None) or tokens) if slides else tokens
+        if tokens <= window and self._family.sdpa:
             return None
         index = torch.arange(tokens, device=self._device)
         distance = index[:, None] - index[None]
-        return ((distance >= 0) & (distance < window))[None, None]
+        seen = (distance >= 0) & (distance < window)
+        if self._family.sdpa:
+            return seen[None, None]
+        scores = torch.zeros(tokens, tokens, dtype=dtype, device=self._device)
+        return scores.masked_fill(~seen, torch.finfo(dtype).min)[None, None]

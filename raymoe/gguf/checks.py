@@ -7,11 +7,9 @@ from math import isclose
 
 import numpy as np
 
-from raymoe.architectures.granite import NO_SINK
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.sources.types import ModelFacts, TensorEntry
-from raymoe.storage.transform import NUMPY_DTYPES
 
 __all__ = ["AS_WRITTEN", "Chunks", "check_mixture", "is_zero"]
 
@@ -19,9 +17,8 @@ Chunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
 AS_WRITTEN = "convert a merge as raymoe wrote it"
-# Tensors that a merge has with one number throughout, which the file has too: additions to router scores on which only
-# the choice of experts depends (ERNIE's, GLM's), and what Granite's attention adds to its sum of weights.
-_CONSTANT = {"e_score_correction_bias": 0.0, "self_attn.sinks": NO_SINK}
+# ERNIE's and GLM's addition to router scores, on which only the choice of experts depends: zeros in a merge.
+_ADDED = "e_score_correction_bias"
 # Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
 # back what transformers adds to a sum and llama.cpp does not.
 _PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
@@ -31,31 +28,20 @@ _SHOWN = 4
 
 def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
     """Whether every number of a tensor is zero; it is read as far as that takes."""
-    return _is_all(entry, 0.0, chunks)
-
-
-def _is_all(entry: TensorEntry, value: float, chunks: Chunks) -> bool:
-    if value == 0.0:
-        return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
-    data = bytearray()
-    for chunk in chunks(entry):
-        data += chunk
-    found = np.frombuffer(data, dtype=NUMPY_DTYPES[entry.dtype])
-    return bool((found == found.dtype.type(value)).all())
+    return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
 
 
 def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
     """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
 
-    Tensors of one number that the file has too are no loss; others, sizes and settings that raymoe does not write are.
+    Additions to router scores of zeros are no loss; other tensors, sizes and settings that raymoe does not write are.
     """
     used = {ref.entry.name for ref in model.weights.values()}
     left = []
     for name, entry in sorted(facts.index.tensors.items()):
         if name in used or name.endswith(model.spec.family.ignored):
             continue
-        value = next((value for ending, value in _CONSTANT.items() if name.endswith(ending)), None)
-        if value is None or not _is_all(entry, value, chunks):
+        if not name.endswith(_ADDED) or not is_zero(entry, chunks):
             left.append(name)
     found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
     for name, expected in _shapes(model):

@@ -30,19 +30,18 @@ class Form(NamedTuple):
     change: Change = AS_IT_IS
 
 
-# Roles of a dense model (architectures/rows.py), and what llama.cpp calls them.
+# Roles of a dense model (architectures/rows.py), and what llama.cpp calls them, in each layer or once.
 _NAMES = {
     "embed": "token_embd.weight",
     "norm.final": "output_norm.weight",
     "lm_head": "output.weight",
-}
-_BLOCK_NAMES = {
     "norm.input": "attn_norm.weight",
     "norm.post": "ffn_norm.weight",
     **{f"attn.{p}.{kind}": f"attn_{p}.{kind}" for p in "qkv" for kind in ("weight", "bias")},
     "attn.o.weight": "attn_output.weight",
     "attn.o.bias": "attn_output.bias",
     "attn.q_norm": "attn_q_norm.weight",
+    "attn.sinks": "attn_sinks.weight",
     "attn.k_norm": "attn_k_norm.weight",
     "conv.kernel": "shortconv.conv.weight",
     "conv.in": "shortconv.in_proj.weight",
@@ -99,7 +98,7 @@ def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None,
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
-    names = _NAMES | _BLOCK_NAMES | _OWN_NAMES.get(target.architecture.name, {})
+    names = _NAMES | _OWN_NAMES.get(target.architecture.name, {})
     name = names.get(role) or names.get(f"{role}.weight", "")
     return name if layer is None else f"blk.{layer}.{name}"
 

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.granite import NO_SINK
 from raymoe.evaluation.models import RoutingRule
 from raymoe.gguf.changes import AS_IT_IS, Change
 from raymoe.gguf.forms import Form, forms_of
@@ -112,12 +111,10 @@ def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
     factors = rope_factors(spec) if target.architecture.factors else None
     if factors is not None:
         yield _of_values("rope_freqs.weight", factors.tolist())
-    for layer in range(spec.layers):
-        if target.architecture.scores == "sigmoid" and target.rule is not None:
-            # An addition to the scores by which experts are chosen; a merge's is zero (`checks.check_mixture`).
+    if target.architecture.scores == "sigmoid" and target.rule is not None:
+        # An addition to the scores by which experts are chosen; a merge's is zero (`checks.check_mixture`).
+        for layer in range(spec.layers):
             yield _of_values(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
-        if target.architecture.name == "granite_swa":
-            yield _of_values(f"blk.{layer}.attn_sinks.weight", [NO_SINK] * spec.heads)
 
 
 def _of_values(name: str, values: Sequence[float]) -> GgufTensor:

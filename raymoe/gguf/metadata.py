@@ -125,7 +125,7 @@ def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
     """Of layers that not all are alike."""
     extra = spec.extra
     if architecture == "granite_swa":
-        writer.add_array("granite_swa.attention.rope_pattern", [bool(rope) for rope in extra["no_rope_layers"]])
+        writer.add_array("granite_swa.attention.rope_pattern", [bool(theta) for theta in extra["layer_rope_theta"]])
     elif architecture == "granitehybrid":
         writer.add_ssm_conv_kernel(extra["mamba_d_conv"])
         writer.add_ssm_inner_size(spec.size_of("mamba_n_heads*mamba_d_head"))

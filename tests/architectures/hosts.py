@@ -112,6 +112,8 @@ PAIRS = (
     Pair("phi3", "qwen2_moe"),
     Pair("phi3", "deepseek"),
     Pair("olmo2", "flex_olmo"),
+    Pair("granite_swa", "granitemoe_swa"),
+    Pair("granite_swa", "granitemoe_swa", shared=True),
     Pair("smollm3", "granitemoe_swa"),
     Pair("smollm3", "granitemoe_swa", shared=True, options={"use_sliding_window": True, **_WINDOW}),
     Pair("granite", "granitemoe"),

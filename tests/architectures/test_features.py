@@ -131,6 +131,17 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
         {"time_step_limit": [0.0, 0.6]},
     ),
     "granitemoehybrid no mamba": ("granitemoehybrid", "granitemoehybrid", {"position_embedding_type": None}, None),
+    "granitemoe_swa thetas": (
+        "granitemoe_swa",
+        "granite_swa",
+        {"layer_rope_theta": [1e4, 0, 2e2]},
+        {"layer_rope_theta": None},
+    ),
+    "granitemoe_swa one theta": ("granitemoe_swa", "granite_swa", {"layer_rope_theta": None}, None),
+    "granitemoe_swa pattern": ("granitemoe_swa", "granite_swa", {"layer_types": None}, None),
+    "granitemoe_swa own biases": ("granitemoe_swa", "granite_swa", {"attention_bias": True, **TIED}, None),
+    "granitemoe_swa own heads": ("granitemoe_swa", "granite_swa", {"head_dim": 32}, None),
+    "granitemoe_swa sinks": ("granitemoe_swa", "granite_swa", {"sliding_window": 5}, {"sliding_window": 128}),
     "granitemoe_swa tied": ("granitemoe_swa", "smollm3", TIED, None),
     "granitemoe_swa biases": ("granitemoe_swa", "smollm3", {"attention_bias": True}, None),
     "granitemoe_swa wide heads": ("granitemoe_swa", "smollm3", {"head_dim": 32}, None),
@@ -342,7 +353,7 @@ def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str
         scaling = scaling or LLAMA3
     new = make_config(family, **({"rope_scaling": scaling} if scaling else {})).to_dict()
     assert new["rope_parameters"]["rope_theta"] == 20_000.0
-    kept = ("layer_types",) if family in ("cohere2", "lfm2", "granitemoehybrid") else ()
+    kept = ("layer_types",) if family in ("cohere2", "lfm2", "granite_swa", "granitemoehybrid") else ()
     old = {k: v for k, v in new.items() if k in kept or k not in ("rope_parameters", "layer_types", "dtype")}
     old |= {"rope_theta": 20_000.0, "rope_scaling": None, "torch_dtype": "float32"}
     if scaling:

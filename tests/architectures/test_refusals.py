@@ -183,6 +183,7 @@ def test_without_a_host_each_one_says_why_not(zoo: Callable[..., Path]) -> None:
         ("granite", "Granite", "granitemoe"),
         ("granitemoehybrid", None, "granitemoe"),
         ("smollm3", None, "granitemoe_swa"),
+        ("granite_swa", None, "granitemoe_swa"),
         ("granitemoehybrid", "Granite MoE with Mamba", "granitemoehybrid"),
         ("ernie4_5", None, "ernie4_5_moe"),
         ("helium", "ernie", "ernie4_5_moe"),
@@ -313,6 +314,8 @@ def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_to
             r"layer_types has rwkv, which a granitemoehybrid",
         ),
         ("granitemoehybrid", {"mamba_d_state": 0}, r"mamba_d_state is 0"),
+        ("granite_swa", {"layer_rope_theta": [1e4, 0]}, r"layer_rope_theta is \[10000.0, 0\]: not a list of 3 numbers"),
+        ("granite_swa", {"layer_rope_theta": [1e4, 0, -1]}, r"layer_rope_theta is .*: not a list of 3 numbers"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]: not a list of 3 zeros and ones"),
         ("lfm2", {"layer_types": ["conv"] * 2}, r"layer_types has 2 entries, but num_hidden_layers is 3"),
         (
