@@ -27,12 +27,13 @@ PLACE = "<this folder>"
 
 _EXAMPLES = 2
 _EXAMPLE_CHARACTERS = 60
-# Architectures in vLLM's registry of models (read at its commit 0002bff0), and those that `raymoe gguf` writes.
+# Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
 _IN_VLLM = frozenset(
     f"{name}ForCausalLM"
     for name in (
         *("Mixtral", "Deepseek", "DeepseekV3", "Ernie4_5_Moe", "FlexOlmo", "Glm4Moe", "GraniteMoe"),
-        *("GraniteMoeShared", "HunYuanMoEV1", "Lfm2Moe", "Qwen2Moe", "Qwen3Moe"),
+        *("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA", "HunYuanMoEV1", "Lfm2Moe", "Qwen2Moe", "Qwen3Moe"),
+        *("Cohere2Moe", "Qwen3_5Moe"),
     )
 )
 _IN_LLAMA_CPP = frozenset(
