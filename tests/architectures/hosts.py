@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from raymoe.architectures import FAMILIES, HOSTS, DenseFamily
 from tests.architectures.deepseek_reference import load_deepseek
@@ -55,9 +56,13 @@ class Pair:
 
     def skip_where_unknown(self) -> None:
         """End the test where the transformers that is installed is older than the pair."""
-        types = {self.family, HOSTS[self.host].model_type} - {"deepseek"}  # which comes with code of its own
+        host, here = HOSTS[self.host], transformers.__version__
+        types = {self.family, host.model_type} - {"deepseek"}  # which comes with code of its own
         if missing := sorted(types - set(transformers.CONFIG_MAPPING)):
-            pytest.skip(f"transformers {transformers.__version__} has no {' and no '.join(missing)}")
+            pytest.skip(f"transformers {here} has no {' and no '.join(missing)}")
+        since = host.loaded_since(mixed_windows=len(set(self.options.get("layer_types", ()))) > 1)
+        if since and Version(here) < Version(since):
+            pytest.skip(f"transformers {here} puts a window of some layers on all of them")
 
     @property
     def can_be_evaluated(self) -> bool:

@@ -71,6 +71,7 @@ def test_half_a_routed_and_half_a_shared_expert_make_the_model(
 def test_a_gated_shared_expert_adds_its_sigmoid_share(
     pair: Pair, mode: str, zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
+    pair.skip_where_unknown()
     dense, other = zoo(pair.family, **pair.options), zoo(pair.family, seed=4, **pair.options)
     ids = token_ids(TOKENS)
 
