@@ -65,8 +65,7 @@ class DenseFamily:
     what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
     nothing of a mixture.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
-    `ffn` and `final_norm` are the names of those modules in transformers' model of this family, and `sdpa` says whether
-    it runs with PyTorch's scaled dot product attention.
+    `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
     """
 
     model_type: str
@@ -87,4 +86,8 @@ class DenseFamily:
     dropped: tuple[str, ...] = ()
     ffn: str = "mlp"
     final_norm: str = "norm"
-    sdpa: bool = True
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether its attention has sinks, which PyTorch's scaled dot product attention knows nothing of."""
+        return any(row.role == "attn.sinks" for row in self.rows)

@@ -334,7 +334,6 @@ FAMILIES: Mapping[str, DenseFamily] = {
             carried=(*_GRANITE_MULTIPLIERS, "layer_rope_theta"),
             limits=granite_swa_limits,
             adjust=granite_swa_values,
-            sdpa=False,
             defaults={
                 **_COMMON_DEFAULTS,
                 "rms_norm_eps": 1e-5,

@@ -99,7 +99,9 @@ OLMO2_ROWS = (
     _HEAD,
 )
 _SINKS = TensorRow(role="attn.sinks", name=f"{_LAYER}self_attn.sinks", shape=("heads",))
-GRANITE_SWA_ROWS = (*LLAMA_ROWS[:-4], _SINKS, *LLAMA_ROWS[-4:])  # before v
+GRANITE_SWA_ROWS = tuple(
+    row for llama in LLAMA_ROWS for row in ((_SINKS, llama) if llama.role == "attn.v" else (llama,))
+)
 HUNYUAN_ROWS = (
     _EMBED,
     _norm("input", "input_layernorm"),

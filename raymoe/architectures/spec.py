@@ -18,7 +18,7 @@ from raymoe.errors import Problem
 
 __all__ = ["NULL_MEANS_NONE", "DenseSpec", "read_spec"]
 
-# Keys whose null says that there is no such thing. That of others leaves the default.
+# Keys whose null says that there is no such thing.
 NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -179,7 +179,12 @@ def _unknown(model_type: object, where: str) -> Problem:
 def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the family's defaults, and under the usual names what the family calls otherwise."""
     merged = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    # transformers takes null for a switch as off, and for this number as another; of other keys it leaves the default.
+    off = {key for key, default in family.defaults.items() if isinstance(default, bool) and key in config}
+    merged |= {key: False for key in off if config[key] is None}
     merged |= {key: config[key] for key in NULL_MEANS_NONE & config.keys()}
+    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+        merged["num_key_value_heads"] = merged.get("num_attention_heads")
     for usual, names in family.keys.items():
         found = [name for name in names if name in merged]
         if found:
@@ -246,13 +251,13 @@ def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:
 def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) -> list[Problem]:
     """Where `layer_types` matters it must name every layer, with kinds that the family has."""
     types, layers = merged.get("layer_types"), merged["num_hidden_layers"]
-    known = {row.kind for row in family.rows if row.kind}
+    known = {row.kind for row in family.rows if row.kind} or {"full_attention", "sliding_attention"}
     if not types or not family.reads_layer_types:
         return []
     if len(types) != layers:
         what = f"layer_types has {len(types)} entries, but num_hidden_layers is {layers}"
         return [Problem(where=where, what=what, remedy="give one for each layer")]
-    odd = sorted({str(kind) for kind in types} - known) if known else []
+    odd = sorted({str(kind) for kind in types} - known)
     if odd:
         what = f"layer_types has {', '.join(odd)}, which a {family.model_type} model does not have"
         return [Problem(where=where, what=what, remedy=f"expected {' or '.join(sorted(known))}")]

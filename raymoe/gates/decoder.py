@@ -28,6 +28,7 @@ from raymoe.gates.embeddings import embedding_rows
 from raymoe.gates.loading import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
 from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
+from raymoe.gates.sinks import ATTENTION_WITH_SINKS, register
 from raymoe.planning.types import WeightRef
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import read_rows, with_lora
@@ -59,7 +60,7 @@ def _configuration(config: Mapping[str, Any]) -> Any:
     model_type = config["model_type"]
     if model_type not in transformers.CONFIG_MAPPING:
         what = f"transformers {transformers.__version__} has no {model_type} models, which are to read prompts"
-        remedy = "install transformers 5 where this runs, or use a gate mode that reads no layers (cheap_embed, random)"
+        remedy = "install a newer transformers where this runs, or use a gate mode that reads no layers (cheap_embed, random)"
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
     keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", "quantization_config")}
     return transformers.AutoConfig.for_model(model_type, **keys)
@@ -105,7 +106,9 @@ class StreamedDecoder:
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
         self._config = _configuration(model.config)
-        self._config._attn_implementation = "sdpa" if self._family.sdpa else "eager"
+        if self._family.has_sinks:
+            register()
+        self._config._attn_implementation = ATTENTION_WITH_SINKS if self._family.has_sinks else "sdpa"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)
         self._dtype = compute_dtype(self._weights[EMBEDDING].entry.dtype, self._device, exact=exact)
@@ -277,7 +280,7 @@ class StreamedDecoder:
         rotary = self._rotary(layer)
         output = self._model.layers[layer](
             hidden_BTH,
-            attention_mask=self._mask(layer, tokens, hidden_BTH.dtype),
+            attention_mask=self._mask(layer, tokens),
             position_ids=positions,
             position_embeddings=rotary and rotary(hidden_BTH, positions),
         )
@@ -300,21 +303,15 @@ class StreamedDecoder:
         rotary: torch.nn.Module = type(self._model.rotary_emb)(config=config).to(self._device)
         return rotary
 
-    def _mask(self, layer: int, tokens: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Which tokens each one attends to, (1, 1, tokens, tokens).
-
-        SDPA needs a mask only where a sliding window bites: None is plain causal attention. What it does without is
-        added to the scores.
+    def _mask(self, layer: int, tokens: int) -> torch.Tensor | None:
+        """Which tokens each one attends to, (1, 1, tokens, tokens); None is plain causal attention, where SDPA needs no
+        mask: no sliding window bites, and there are no sinks.
         """
         types = getattr(self._config, "layer_types", None)
         slides = not types or types[layer] == "sliding_attention"
         window = (getattr(self._config, "sliding_window", None) or tokens) if slides else tokens
-        if tokens <= window and self._family.sdpa:
+        if tokens <= window and not self._family.has_sinks:
             return None
         index = torch.arange(tokens, device=self._device)
         distance = index[:, None] - index[None]
-        seen = (distance >= 0) & (distance < window)
-        if self._family.sdpa:
-            return seen[None, None]
-        scores = torch.zeros(tokens, tokens, dtype=dtype, device=self._device)
-        return scores.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+        return ((distance >= 0) & (distance < window))[None, None]

@@ -9,15 +9,15 @@ import numpy as np
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
+from raymoe.gguf.targets import AS_WRITTEN
 from raymoe.sources.types import ModelFacts, TensorEntry
 
-__all__ = ["AS_WRITTEN", "Chunks", "check_mixture", "is_zero"]
+__all__ = ["Chunks", "check_mixture", "is_zero"]
 
 Chunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
-AS_WRITTEN = "convert a merge as raymoe wrote it"
-# ERNIE's and GLM's addition to router scores, on which only the choice of experts depends: zeros in a merge.
+# ERNIE's, GLM's and DeepSeek's addition to router scores, on which only the choice of experts depends: a merge's is 0.
 _ADDED = "e_score_correction_bias"
 # Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
 # back what transformers adds to a sum and llama.cpp does not.

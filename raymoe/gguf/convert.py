@@ -127,7 +127,7 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
 
 
 def _shared_is_empty(model: ConvertedModel) -> bool:
-    """Whether the shared expert is the one of zeros that a Qwen2-MoE without one has; its last matrices are read."""
+    """Whether the shared expert is the one of zeros that some hosts have without one; its last matrices are read."""
     ending = f".{model.spec.family.ffn}.shared.down"
     downs = [entry for name, entry in model.weights.items() if name.endswith(ending)]
     if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
@@ -179,7 +179,6 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
             writer,
             name=conversion.name,
             spec=conversion.model.spec,
-            config=conversion.model.config,
             card=conversion.model.card,
             target=conversion.target,
             tensors=conversion.tensors,

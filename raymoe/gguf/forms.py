@@ -1,7 +1,8 @@
 """Which tensors of a GGUF file are made of which tensor of the model, and in what form.
 
 Most are taken over under another name. What is not: q and k for a rotary embedding that turns neighbours, DeepSeek's
-latent keys and values, which llama.cpp has in two tensors, and the states of Mamba and of Qwen3.5's linear attention.
+latent keys and values, which llama.cpp has in two tensors, the states of Mamba and of Qwen3.5's linear attention, and
+Qwen3.5's norms.
 
 Names: LLM_TENSOR_NAMES in llama.cpp's src/llama-arch.cpp; shapes: `load_arch_tensors` in its src/models.
 """
@@ -37,8 +38,9 @@ _NAMES = {
     "lm_head": "output.weight",
     "norm.input": "attn_norm.weight",
     "norm.post": "ffn_norm.weight",
-    **{f"attn.{p}.{kind}": f"attn_{p}.{kind}" for p in "qkv" for kind in ("weight", "bias")},
-    "attn.o.weight": "attn_output.weight",
+    **{f"attn.{p}": f"attn_{p}.weight" for p in "qkv"},
+    **{f"attn.{p}.bias": f"attn_{p}.bias" for p in "qkv"},
+    "attn.o": "attn_output.weight",
     "attn.o.bias": "attn_output.bias",
     "attn.q_norm": "attn_q_norm.weight",
     "attn.sinks": "attn_sinks.weight",
@@ -70,7 +72,8 @@ _NAMES = {
     "linear.A_log": "ssm_a",
     "linear.norm.weight": "ssm_norm.weight",
     "linear.out_proj.weight": "ssm_out.weight",
-    **{f"ffn.{m}.{kind}": f"ffn_{m}.{kind}" for m in ("gate", "up", "down") for kind in ("weight", "bias")},
+    **{f"ffn.{m}": f"ffn_{m}.weight" for m in ("gate", "up", "down")},
+    **{f"ffn.{m}.bias": f"ffn_{m}.bias" for m in ("gate", "up", "down")},
 }
 # What some architectures call otherwise.
 _POST_NORM = {"norm.post": "post_attention_norm.weight"}
@@ -85,10 +88,11 @@ _ADDED_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_no
 
 def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None, source: TensorEntry) -> Iterator[Form]:
     """What the file has of one tensor of the model."""
-    name = _name(target, row.role, layer)
     if row.role == "mla.kv_b":
         yield from _latent(spec, f"blk.{layer}.", source)
-    elif row.role.startswith("linear."):
+        return
+    name = _name(target, row.role, layer)
+    if row.role.startswith("linear."):
         yield _linear(spec, name, row.role, source)
     elif row.role.startswith("mamba."):
         yield _mamba(name, row.role, source)
@@ -98,8 +102,7 @@ def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None,
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
-    names = _NAMES | _OWN_NAMES.get(target.architecture.name, {})
-    name = names.get(role) or names.get(f"{role}.weight", "")
+    name = (_NAMES | _OWN_NAMES.get(target.architecture.name, {}))[role]
     return name if layer is None else f"blk.{layer}.{name}"
 
 
@@ -146,15 +149,15 @@ def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> Form:
     keys, values = spec.extra["linear_num_key_heads"], spec.extra["linear_num_value_heads"]
     width = spec.extra["linear_value_head_dim"]
     order = [key * (values // keys) + number for number in range(values // keys) for key in range(keys)]
-    kept = source.shape[0] - values * width  # rows of queries and keys, before those of values
-    if role in ("linear.in_proj_qkv.weight", "linear.in_proj_z.weight"):
-        starts = [kept + head * width for head in order]
-        heads = (rows_of(source, start, start + width) for start in starts)
-        before = (rows_of(source, 0, kept),) if kept else ()
-        return Form(name, (*before, *heads), source.shape)
     by_width = [head * width + i for head in order for i in range(width)]
+    before = 2 * keys * spec.extra["linear_key_head_dim"]  # rows of queries and keys
+    if role == "linear.in_proj_qkv.weight":
+        heads = tuple(rows_of(source, before + head * width, before + (head + 1) * width) for head in order)
+        return Form(name, (rows_of(source, 0, before), *heads), source.shape)
+    if role == "linear.in_proj_z.weight":
+        return Form(name, tuple(rows_of(source, head * width, (head + 1) * width) for head in order), source.shape)
     if role == "linear.conv1d.weight":
-        rows = (*range(kept), *(kept + i for i in by_width))
+        rows = (*range(before), *(before + i for i in by_width))
         return Form(name, (source,), (source.shape[0], source.shape[-1]), Change(unit=len(rows), rows=rows))
     if role == "linear.out_proj.weight":
         return Form(name, (source,), source.shape, Change(columns=tuple(by_width)))

@@ -152,7 +152,8 @@ def rope_factors(spec: DenseSpec) -> Float32 | None:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
     # How many waves fit into the original context: all of them with `high` and more, none with `low` and less.
-    waves = scaling["original_max_position_embeddings"] * turns / (2 * math.pi)
+    original = scaling.get("original_max_position_embeddings") or spec.max_positions
+    waves = original * turns / (2 * math.pi)
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
     factors: Float32 = (1.0 / ((1.0 - kept) / scaling["factor"] + kept)).astype(np.float32)
     return factors

@@ -29,7 +29,6 @@ def add_metadata(
     *,
     name: str,
     spec: DenseSpec,
-    config: Mapping[str, Any],
     card: Mapping[str, Any],
     target: Target,
     tensors: Sequence[GgufTensor],
@@ -53,7 +52,7 @@ def add_metadata(
         _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
     _add_rope(writer, spec)
     if target.architecture.name in ("granite", "granitemoe", "granitehybrid", "granite_swa"):
-        _add_multipliers(writer, config)
+        _add_multipliers(writer, spec)
     elif target.architecture.name == "cohere2moe":
         writer.add_logit_scale(spec.extra["logit_scale"])
     _add_own(writer, spec, target.architecture.name)
@@ -103,7 +102,7 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     if architecture.name == "lfm2moe":
         writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
     if architecture.windows:
-        # Some layer has to have a window: where none has, all get one that ends with the context.
+        # Some layer has to have a window: where none has (Granite's), all get one that ends with the context.
         has_windows = any(spec.sliding_layers)
         writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
         writer.add_sliding_window_pattern(spec.sliding_layers if has_windows else (True,) * spec.layers)
@@ -122,7 +121,7 @@ def _add_latent(writer: Any, spec: DenseSpec) -> None:
 
 
 def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
-    """Of layers that not all are alike."""
+    """Keys that only one architecture has."""
     extra = spec.extra
     if architecture == "granite_swa":
         writer.add_array("granite_swa.attention.rope_pattern", [bool(theta) for theta in extra["layer_rope_theta"]])
@@ -141,7 +140,7 @@ def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
         writer.add_ssm_group_count(extra["linear_num_key_heads"])
         writer.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in spec.kinds])
         # Older versions know every n-th layer with attention only.
-        every = spec.kinds.index(ATTENTION) + 1 if ATTENTION in spec.kinds else spec.layers + 1
+        every = spec.kinds.index(ATTENTION) + 1
         if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
             writer.add_full_attention_interval(every)
         # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
@@ -179,12 +178,12 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
             writer.add_expert_shared_feed_forward_length(shared)
 
 
-def _add_multipliers(writer: Any, config: Mapping[str, Any]) -> None:
+def _add_multipliers(writer: Any, spec: DenseSpec) -> None:
     """Granite's: of the embedding, of what every block adds, of attention's scores, and what logits are divided by."""
-    writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
-    writer.add_residual_scale(config.get("residual_multiplier", 1.0))
-    writer.add_attention_scale(config.get("attention_multiplier", 1.0))
-    writer.add_logit_scale(config.get("logits_scaling", 1.0))
+    writer.add_embedding_scale(spec.extra["embedding_multiplier"])
+    writer.add_residual_scale(spec.extra["residual_multiplier"])
+    writer.add_attention_scale(spec.extra["attention_multiplier"])
+    writer.add_logit_scale(spec.extra["logits_scaling"])
 
 
 def _add_rope(writer: Any, spec: DenseSpec) -> None:

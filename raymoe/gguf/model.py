@@ -20,9 +20,9 @@ from raymoe.architectures import DenseSpec
 from raymoe.config import config_warnings
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
-from raymoe.gguf.checks import AS_WRITTEN, Chunks, check_mixture
+from raymoe.gguf.checks import Chunks, check_mixture
 from raymoe.gguf.options import GgufOptions
-from raymoe.gguf.targets import DENSE, MIXTURES
+from raymoe.gguf.targets import AS_WRITTEN, DENSE, MIXTURES
 from raymoe.objects.urls import is_url
 from raymoe.planning import MergePlan
 from raymoe.planning.types import Shard

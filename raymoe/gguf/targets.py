@@ -37,11 +37,10 @@ from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.rows import LINEAR
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import RoutingRule
 
-__all__ = ["DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha"]
+__all__ = ["AS_WRITTEN", "DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha"]
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
@@ -56,7 +55,7 @@ _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 # Settings that may be there with these values, which are llama.cpp's too.
 _ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
-    {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": 1, "mscale_all_dim": 1}
+    {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
 )
 
 
@@ -68,7 +67,8 @@ class Architecture:
     rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
     `scores`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on the
     layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
-    rotary embedding may be scaled. The rest are biases that it adds.
+    rotary embedding may be scaled. `needs_shared`: every layer has a shared expert, if one of zeros. The rest are
+    biases that it adds.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Architecture:
     windows: bool = False
     tied: bool = True
     scales: bool = True
+    needs_shared: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -92,14 +93,14 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="qwen2moe", tied=False, qkv_bias=True),
             Architecture(name="qwen3moe"),
             Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
-            Architecture(name="hunyuan-moe", factors=True, qkv_bias=True),
-            Architecture(name="glm4moe", scores="sigmoid", qkv_bias=True),
+            Architecture(name="hunyuan-moe", factors=True, needs_shared=True, qkv_bias=True),
+            Architecture(name="glm4moe", scores="sigmoid", needs_shared=True, qkv_bias=True),
             Architecture(name="cohere2moe", interleaved=True, factors=True, windows=True),
             Architecture(name="lfm2moe", scores="sigmoid"),
-            Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False),
+            Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False, needs_shared=True),
             Architecture(name="granitehybrid", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
             Architecture(name="granite_swa", interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True),
-            Architecture(name="qwen35moe"),
+            Architecture(name="qwen35moe", needs_shared=True),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
             Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
@@ -166,13 +167,12 @@ class Target:
 
 def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
     """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    # Every layer of a qwen35moe has a shared expert, an empty one too.
-    empty = shared_is_empty and spec.model_type != "qwen3_5_text"
-    shared = rule is not None and rule.shared and not empty
+    shared = rule is not None and rule.shared and not shared_is_empty
     found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared)
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
     architecture = _ARCHITECTURES[found]
+    shared = shared or (architecture.needs_shared and rule is not None and rule.shared)
     reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
@@ -199,6 +199,9 @@ def _turns_neighbours(spec: DenseSpec) -> bool:
     return spec.model_type in ("cohere2", "ernie4_5", "helium")
 
 
+AS_WRITTEN = "convert a merge as raymoe wrote it"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reason:
     """Why no architecture will do."""
@@ -213,8 +216,11 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reas
     if shared and spec.model_type == "cohere2":
         what = "it adds up its shared expert and the others; llama.cpp's cohere2moe takes the mean of both"
         return _Reason(what=what, remedy="merge without shared_experts")
+    unequal = f"the weights of each token's {rule.per_token} experts do not sum to one"
     if spec.model_type in _OWN:
-        return _OWN[spec.model_type]
+        if sums_to_one:
+            return _OWN[spec.model_type]
+        return _Reason(what=f"{unequal}, as a merge's do", remedy=AS_WRITTEN)
     if spec.model_type == "qwen3" and rule.scores == "sigmoid":
         return "glm4moe"
     if shared and rule.gates_shared:
@@ -229,8 +235,7 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reas
     if shared:
         return "bailingmoe"
     if not sums_to_one:
-        what = f"the weights of each token's {rule.per_token} experts do not sum to one, and there is no shared expert"
-        return _Reason(what=f"{what}; llama.cpp has no architecture for both")
+        return _Reason(what=f"{unequal}, and there is no shared expert; llama.cpp has no architecture for both")
     return "qwen3moe" if spec.qk_norm else "llama"
 
 
@@ -252,17 +257,19 @@ def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[st
 def _own_reasons(spec: DenseSpec) -> Iterator[str]:
     """What llama.cpp takes for granted in the architecture of one family."""
     extra = spec.extra
+    if len(set(spec.kinds)) == 1:
+        yield f"all layers of one kind, {spec.kinds[0]}: it has two"
+    if spec.model_type == "cohere2" and not any(spec.sliding_layers):
+        yield "no layer with a sliding window: it has RoPE on those, and the model on none"
     if spec.model_type == "youtu":
         if extra["q_lora_rank"] and (spec.layers in (26, 27) or (spec.layers, spec.vocab) == (48, 128256)):
             yield f"{spec.layers} layers: it takes such a model for one without latent queries (q_lora_rank)"
         if spec.rms_norm_eps != 1e-6:
             yield f"rms_norm_eps {spec.rms_norm_eps:g}: norms of latent numbers have it there, and 1e-06 in the model"
-    if spec.model_type == "granite_swa" and len(thetas := {theta for theta in extra["layer_rope_theta"] if theta}) > 1:
+    if spec.model_type == "granite_swa" and len(thetas := {theta for theta in extra["layer_rope_theta"] if theta}) != 1:
         yield f"rotary embeddings of {len(thetas)} kinds (layer_rope_theta): it has one, or none, in each layer"
     if spec.model_type == "granitemoehybrid":
         inner = spec.size_of("mamba_n_heads*mamba_d_head")
-        if not spec.layers_of(LINEAR):
-            yield "no layer with Mamba: it has some"
         if inner != 2 * spec.hidden:
             yield f"{inner} channels of Mamba: it has twice the hidden_size, {2 * spec.hidden}"
         if extra["mamba_n_groups"] != 1:
@@ -289,14 +296,20 @@ def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
         return
     kind = spec.rope_scaling["rope_type"]
     known = _ROPE_KEYS.get(kind)
-    able = [kind for kind in _ROPE_KEYS if kind == "dynamic" or (architecture.scales and kind != "llama3")]
+    able = [name for name in _ROPE_KEYS if name == "dynamic" or (architecture.scales and name != "llama3")]
     able += ["llama3"] if architecture.factors else []
     if known is None or kind not in able:
         yield f"RoPE scaling {kind!r}: it knows {', '.join(able)}"
         return
+    if not spec.rope_scaling.get("factor"):
+        yield f"RoPE scaling {kind!r} without a factor"
+    both = spec.rope_scaling.get("mscale") and spec.rope_scaling.get("mscale_all_dim")
+    if kind == "yarn" and both:
+        yield "RoPE scaling 'yarn' with both mscale and mscale_all_dim"
     unset = object()
     for key, value in spec.rope_scaling.items():
-        if (key == "alpha" and has_alpha(spec)) or key.startswith("mrope_"):  # of images
+        # Of images, and of yarn (where one of them alone has no effect).
+        if (key == "alpha" and has_alpha(spec)) or key.startswith(("mrope_", "mscale")):
             continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
             yield f"RoPE scaling {kind!r} with {key} {value!r}"

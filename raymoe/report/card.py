@@ -181,12 +181,12 @@ def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> I
     if host.architecture in _IN_VLLM and since == host.since:
         yield f'With vLLM: `vllm serve "{PLACE}"`'
         yield ""
-    # Where these hosts have a shared expert, llama.cpp does not make the weights of the chosen experts sum to one, and
-    # takes a mean with it.
+    # With a shared expert llama.cpp computes something else: of Qwen's MoE it does not make the weights of the chosen
+    # experts sum to one, of Cohere's it takes a mean. What else can keep it from a file, the command says.
     chosen = host.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
     is_refused = config.shared_experts and (chosen or host.name == "cohere2_moe")
     if host.architecture in _IN_LLAMA_CPP and not is_refused:
-        yield "For llama.cpp, with raymoe, from a folder that it was downloaded to:"
+        yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""
 

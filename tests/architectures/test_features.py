@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import raymoe
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, read_spec
@@ -141,7 +142,7 @@ HELD: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "granitemoe_swa pattern": ("granitemoe_swa", "granite_swa", {"layer_types": None}, None),
     "granitemoe_swa own biases": ("granitemoe_swa", "granite_swa", {"attention_bias": True, **TIED}, None),
     "granitemoe_swa own heads": ("granitemoe_swa", "granite_swa", {"head_dim": 32}, None),
-    "granitemoe_swa sinks": ("granitemoe_swa", "granite_swa", {"sliding_window": 5}, {"sliding_window": 128}),
+    "granitemoe_swa own window": ("granitemoe_swa", "granite_swa", {"sliding_window": 5}, {"sliding_window": 128}),
     "granitemoe_swa tied": ("granitemoe_swa", "smollm3", TIED, None),
     "granitemoe_swa biases": ("granitemoe_swa", "smollm3", {"attention_bias": True}, None),
     "granitemoe_swa wide heads": ("granitemoe_swa", "smollm3", {"head_dim": 32}, None),
@@ -336,14 +337,37 @@ def test_a_stored_copy_of_tied_embeddings_is_left_out(zoo: Callable[..., Path], 
 
 
 def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    import torch
-
     dense = zoo("llama")
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(3)}
     plan = merge_without_ray(
         merge_config(copy_model(dense, tmp_path / "old", tensors=old), [dense] * 2, mode="random"), tmp_path / "merged"
     )
     assert not any("inv_freq" in name for name in plan.index["weight_map"])
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "meant"),
+    [
+        ("mistral", "num_key_value_heads", 4),
+        ("granite_swa", "num_key_value_heads", 4),
+        ("youtu", "rope_interleave", False),
+        ("seed_oss", "attention_bias", False),
+        ("youtu", "q_lora_rank", None),
+        ("mistral", "sliding_window", None),
+        ("mistral", "rms_norm_eps", 1e-6),
+    ],
+)
+def test_null_means_what_it_means_to_transformers(family: str, key: str, meant: object) -> None:
+    config = make_config(family).to_dict()
+    assert read_spec(config | {key: None}, "null") == read_spec(config | {key: meant}, "said")
+
+
+def test_sinks_make_a_difference(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    dense, ids = zoo("granite_swa"), token_ids(TOKENS)
+    sinks = {name: torch.zeros_like(held) for name, held in tensors_of(dense).items() if name.endswith("sinks")}
+    assert len(sinks) == 3
+    without = copy_model(dense, tmp_path / "without", tensors=sinks)
+    assert (logits_of(load_dense(dense), ids) - logits_of(load_dense(without), ids)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("phi3", "qwen3_5_text")])

@@ -315,6 +315,7 @@ def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_to
         ),
         ("granitemoehybrid", {"mamba_d_state": 0}, r"mamba_d_state is 0"),
         ("granite_swa", {"layer_rope_theta": [1e4, 0]}, r"layer_rope_theta is \[10000.0, 0\]: not a list of 3 numbers"),
+        ("granite_swa", {"layer_types": ["attention"] * 3}, r"layer_types has attention, which a granite_swa model"),
         ("granite_swa", {"layer_rope_theta": [1e4, 0, -1]}, r"layer_rope_theta is .*: not a list of 3 numbers"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]: not a list of 3 zeros and ones"),
         ("lfm2", {"layer_types": ["conv"] * 2}, r"layer_types has 2 entries, but num_hidden_layers is 3"),

@@ -51,6 +51,15 @@ def test_rope_factors_are_those_of_transformers() -> None:
     np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
 
 
+def test_the_original_context_is_the_models_own_where_none_is_named() -> None:
+    keys = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    named = make_config("llama", max_position_embeddings=32).to_dict() | {"rope_parameters": None}
+    specs = [read_spec(named | {"rope_scaling": scaling}, "") for scaling in (LLAMA3, keys)]
+    factors = [rope_factors(spec) for spec in specs if isinstance(spec, DenseSpec)]
+    assert factors[0] is not None and factors[1] is not None
+    np.testing.assert_array_equal(factors[0], factors[1])
+
+
 def test_what_a_quantised_file_holds(merged: Callable[..., Path], tmp_path: Path) -> None:
     folder = merged("llama", "mixtral")
     written = write_gguf(folder, tmp_path / "a-name.gguf", GgufOptions(type="q4_0"))

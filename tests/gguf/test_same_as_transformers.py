@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +95,10 @@ MERGES = (
     Case("qwen2", "glm4_moe", "glm4moe"),
     Case("qwen3", "glm4_moe", "glm4moe"),
     Case("qwen3", "glm4_moe", "glm4moe", shared=1),
+    # As wide as the shared expert of zeros that other hosts have, which is left out.
+    Case("llama", "glm4_moe", "glm4moe", model={"intermediate_size": 256}),
+    Case("youtu", "deepseek_v3", "deepseek2", model={**LATENT, "intermediate_size": 256}),
+    Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"intermediate_size": 256}),
     Case("iquestcoder", "mixtral", "llama"),
     Case("ministral", "qwen2_moe", "llama", model={"sliding_window": 12, "layer_types": MIXED_LAYERS}, tokens=11),
     Case("cohere", "cohere2_moe", "cohere2moe"),
@@ -221,7 +227,21 @@ def test_refused_since_no_architecture_computes_it(
         ("youtu", "deepseek_v3", {**LATENT, "rope_scaling": YARN}, "RoPE scaling 'yarn': it knows dynamic\n"),
         ("youtu", "deepseek_v3", {**LATENT, "num_hidden_layers": 26}, "26 layers: .* for one without latent queries"),
         ("granite_swa", "granitemoe_swa", {"layer_rope_theta": [1e4, 0, 2e4]}, "rotary embeddings of 2 kinds"),
-        ("granitemoehybrid", "granitemoehybrid", {"position_embedding_type": None}, "no layer with Mamba: it has some"),
+        ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 0, 0]}, "rotary embeddings of 0 kinds"),
+        (
+            "cohere2",
+            "cohere2_moe",
+            {"layer_types": ["full_attention"] * 3},
+            "no layer with a sliding window: it has RoPE",
+        ),
+        ("lfm2", "lfm2_moe", {"layer_types": ["full_attention"] * 3}, "all layers of one kind, full_attention"),
+        ("llama", "mixtral", {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "with both mscale and"),
+        (
+            "granitemoehybrid",
+            "granitemoehybrid",
+            {"position_embedding_type": None},
+            "all layers of one kind, full_attention: it has two",
+        ),
         ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_n_groups": 2}, "mamba_n_groups 2: it takes the norm"),
         ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_expand": 4}, "256 channels of Mamba: .*, 128"),
         ("granitemoehybrid", "granitemoehybrid", {**MAMBA, "mamba_conv_bias": False}, "no bias on Mamba's convolution"),
@@ -240,6 +260,15 @@ def test_refused_since_its_architecture_takes_it_for_granted(
 ) -> None:
     folder = merged(family, host, model=model)
     with pytest.raises(ProblemReport, match=wanted):
+        write_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_experts_whose_weights_do_not_sum_to_one(merged: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(merged("lfm2", "lfm2_moe"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"norm_topk_prob": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ProblemReport, match="2 experts do not sum to one, as a merge's do"):
         write_gguf(folder, tmp_path / "model.gguf")
 
 
