@@ -32,6 +32,7 @@ __all__ = [
     "smollm3_values",
     "smollm3_windows",
     "windows_everywhere",
+    "youtu_limits",
 ]
 
 
@@ -139,6 +140,15 @@ def lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def granite4_limits(config: Mapping[str, Any]) -> list[str]:
     """Models of this type may also be mixtures."""
+    heads, width, inner = (
+        config["mamba_n_heads"],
+        config["mamba_d_head"],
+        config["mamba_expand"] * config["hidden_size"],
+    )
+    if width != "auto" and heads * width != inner:
+        return [
+            f"mamba_n_heads {heads} of mamba_d_head {width} are not mamba_expand times hidden_size, {inner} channels"
+        ]
     if config["num_local_experts"]:
         return [f"num_local_experts is {config['num_local_experts']!r}: it is a mixture of experts already"]
     return []
@@ -165,9 +175,10 @@ def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:
     if thetas is not None and (
         not isinstance(thetas, list)
         or len(thetas) != config["num_hidden_layers"]
-        or not all(isinstance(theta, int | float) and theta >= 0 for theta in thetas)
+        or not all(isinstance(theta, int | float) and theta >= 0 and not isinstance(theta, bool) for theta in thetas)
     ):
-        return [f"layer_rope_theta is {thetas!r:.80}: not a list of {config['num_hidden_layers']} numbers"]
+        layers = config["num_hidden_layers"]
+        return [f"layer_rope_theta is {thetas!r:.80}: not one number, 0 or more, for each of {layers} layers"]
     return []
 
 
@@ -178,6 +189,13 @@ def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
     thetas = config.get("layer_rope_theta") or [theta] * config["num_hidden_layers"]
     rope["rope_theta"] = next((theta for theta in thetas if theta), theta)
     return {"layer_rope_theta": thetas, "rope_parameters": rope, "rope_scaling": None}
+
+
+def youtu_limits(config: Mapping[str, Any]) -> list[str]:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if kv_heads != heads:
+        return [f"num_key_value_heads is {kv_heads}: its attention has as many as num_attention_heads, {heads}"]
+    return []
 
 
 def smollm3_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -31,6 +31,7 @@ from raymoe.architectures.configs import (
     smollm3_values,
     smollm3_windows,
     windows_everywhere,
+    youtu_limits,
 )
 from raymoe.architectures.dense import DenseFamily
 from raymoe.architectures.rows import (
@@ -226,6 +227,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             rows=MLA_ROWS,
             switches=_ALL_BIASES,
             carried=(*_MLA_SIZES, "rope_interleave"),
+            limits=youtu_limits,
             adjust=lambda config: {"head_dim": config["qk_rope_head_dim"]},  # what RoPE turns
             defaults={
                 **_COMMON_DEFAULTS,

@@ -161,7 +161,10 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         return problems
     family = FAMILIES[model_type]
     if limits := family.limits(merged):
-        return [Problem(where=where, what=reason, remedy="`raymoe archs` lists what works") for reason in limits]
+        return [
+            Problem(where=where, what=reason, remedy="check the model's config; `raymoe archs` lists what works")
+            for reason in limits
+        ]
     merged |= family.adjust(merged)
     problems = [*_check_heads(merged, where), *_check_layers(family, merged, where)]
     return problems or _build(family, merged)
@@ -203,7 +206,11 @@ def _is_positive(value: object) -> bool:
 # Keys that a config may leave out or set to null, what their values must be, and how to say so.
 _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
-    (("sliding_window", "max_window_layers"), lambda v: v == 0 or _is_positive_int(v), "a whole number or null"),
+    (
+        ("sliding_window", "max_window_layers"),
+        lambda v: v == 0 or _is_positive_int(v),
+        "a whole number from 0 on or null",
+    ),
     (("rms_norm_eps", "rope_theta", "logits_scaling"), _is_positive, "a number over 0"),
     (
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_scale"),
@@ -228,7 +235,10 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("layer_types",), lambda v: isinstance(v, list), "a list or null"),
     (("hidden_act",), lambda v: isinstance(v, str), "text"),
     (
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "use_sliding_window"),
+        (
+            *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "use_sliding_window"),
+            *("rope_interleave", "mamba_conv_bias", "mamba_proj_bias"),
+        ),
         lambda v: isinstance(v, bool),
         "true or false",
     ),

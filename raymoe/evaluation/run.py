@@ -136,7 +136,8 @@ class _Computation:
             layer_done=self._progress.layer_done,
             begun=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
         )
-        dtype = NUMPY_DTYPES[self._opened.mixture.weights["model.layers.0.mlp.router"].entry.dtype]
+        mixture = self._opened.mixture
+        dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
 
         def stacked(*, shared: bool) -> Float32:
             layers = [router_rows(gates, rows, Router(layer=layer, shared=shared)) for layer in range(gates.layers)]

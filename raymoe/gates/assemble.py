@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.config.modes import MODES
+from raymoe.errors import MergeFailed
 from raymoe.gates.layer_rows import LayerRows
-from raymoe.gates.router import random_rows, shared_gate_row
+from raymoe.gates.router import not_finite, random_rows, shared_gate_row
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan, Part, Router
 from raymoe.storage.stream import RouterBytes
@@ -39,6 +40,7 @@ def collected(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[
     gates = [layer.shared for layer in order if layer.shared is not None]
     if gates:
         rows[SHARED_GATE] = np.stack(gates)
+    _check_finite(rows)
     checks = {number: layers[number].check for number in sorted(layers)}
     known = {number: check for number, check in checks.items() if check is not None}
     return rows, RouterSummary(experts=len(experts), layers=known) if known else None
@@ -61,7 +63,16 @@ def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[str, npt.NDArray[np.f
     by_owner = {member.owner: rows[member.owner] for member in gates.experts}
     if gates.shared:
         by_owner[SHARED_GATE] = shared_gate_row([rows[member.owner] for member in gates.shared])
+    _check_finite({owner: row[None] for owner, row in by_owner.items()})
     return {owner: np.repeat(row[None], gates.layers, axis=0) for owner, row in by_owner.items()}
+
+
+def _check_finite(rows: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Raises MergeFailed where a row would be of no use."""
+    for owner, layers in rows.items():
+        bad = np.flatnonzero(~np.isfinite(layers).all(axis=-1))
+        if bad.size:
+            raise MergeFailed(not_finite(owner, int(bad[0])))
 
 
 def router_rows(gates: GatePlan, rows: Rows, what: Router) -> npt.NDArray[np.float32]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, tokenize, tokenizer_of
+from raymoe.gates.router import not_finite
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.storage.reader import SourceReader
 
@@ -178,10 +179,7 @@ class _Captured:
     def keep(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
         bits = self._tokens.taken(batch, state_BTH)
         if (bits & _NOT_FINITE == _NOT_FINITE).any():
-            raise MergeFailed(
-                f"gates of {self._owner}: the states of its prompts are not finite numbers at layer {layer}. The "
-                "model that reads them has weights that are not finite, or so large that its sums overflow"
-            )
+            raise MergeFailed(not_finite(self._owner, layer))
         self._states[layer].append(bits)
 
     def take(self, layer: int) -> MemberLayer:

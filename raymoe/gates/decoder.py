@@ -60,7 +60,9 @@ def _configuration(config: Mapping[str, Any]) -> Any:
     model_type = config["model_type"]
     if model_type not in transformers.CONFIG_MAPPING:
         what = f"transformers {transformers.__version__} has no {model_type} models, which are to read prompts"
-        remedy = "install a newer transformers where this runs, or use a gate mode that reads no layers (cheap_embed, random)"
+        remedy = (
+            "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
+        )
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
     keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", "quantization_config")}
     return transformers.AutoConfig.for_model(model_type, **keys)

@@ -58,6 +58,14 @@ def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> F
     return np.stack(rows)
 
 
+def not_finite(owner: str, layer: int) -> str:
+    """What is said of an expert whose prompts leave states that no row can be made of."""
+    return (
+        f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "
+        "them has weights that are not finite, or so large that its sums overflow: get it again, or use another"
+    )
+
+
 def conditioning_warning(rows: Sequence[Float32]) -> str | None:
     """A warning with numbers if some layers' rows are nearly parallel. `rows`: one (layers, hidden) array an expert."""
     if len(rows) < 2:

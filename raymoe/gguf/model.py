@@ -203,7 +203,8 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
     if model_type not in MIXTURES:
         why = _NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
         remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
-        remedy += "; for others there is llama.cpp's own convert_hf_to_gguf.py"
+        if model_type not in _NOT_CONVERTED:
+            remedy += "; for others there is llama.cpp's own convert_hf_to_gguf.py"
         what = f"model_type is {model_type!r}, {why}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
     try:

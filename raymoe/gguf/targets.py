@@ -266,8 +266,12 @@ def _own_reasons(spec: DenseSpec) -> Iterator[str]:
             yield f"{spec.layers} layers: it takes such a model for one without latent queries (q_lora_rank)"
         if spec.rms_norm_eps != 1e-6:
             yield f"rms_norm_eps {spec.rms_norm_eps:g}: norms of latent numbers have it there, and 1e-06 in the model"
-    if spec.model_type == "granite_swa" and len(thetas := {theta for theta in extra["layer_rope_theta"] if theta}) != 1:
-        yield f"rotary embeddings of {len(thetas)} kinds (layer_rope_theta): it has one, or none, in each layer"
+    if spec.model_type == "granite_swa":
+        thetas = {theta for theta in extra["layer_rope_theta"] if theta}
+        if not thetas:
+            yield "no layer with a rotary embedding (layer_rope_theta): it has some"
+        elif len(thetas) > 1:
+            yield f"rotary embeddings of {len(thetas)} kinds (layer_rope_theta): it has one, or none, in each layer"
     if spec.model_type == "granitemoehybrid":
         inner = spec.size_of("mamba_n_heads*mamba_d_head")
         if inner != 2 * spec.hidden:

@@ -93,9 +93,13 @@ def _encoded(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memory
     rows = source.astype(np.float32, copy=False).reshape(-1, math.prod(entry.shape[1:]))
     encoded = _as_type(tensor.change(rows), tensor.type)
     if encoded is None:
-        highest = "65504" if tensor.type.name == "f16" else "numbers that are finite"
-        what = f"holds values beyond {highest}, which {tensor.type.name} can't"
-        remedy = "write --type bf16" if np.isfinite(rows).all() else "the model's weights are damaged: get them again"
+        if np.isfinite(rows).all():
+            what, remedy = f"holds values beyond 65504, which {tensor.type.name} can't", "write --type bf16"
+        else:
+            what, remedy = (
+                "holds values that are not finite numbers",
+                "a source model's weights are damaged: get them again",
+            )
         raise ProblemReport([Problem(where=entry.name, what=what, remedy=remedy)])
     return np.ascontiguousarray(encoded).reshape(-1).view(np.uint8).data
 

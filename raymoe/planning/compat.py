@@ -65,6 +65,15 @@ def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]
         )
     if (expert.rope_theta, expert.rope_scaling) != (base.rope_theta, base.rope_scaling):
         warnings.append(f"{where}: its RoPE settings differ from the base's; the base's are used")
+    if (expert.kinds, expert.sliding_window, expert.sliding_layers) != (
+        base.kinds,
+        base.sliding_window,
+        base.sliding_layers,
+    ):
+        warnings.append(f"{where}: its layers have other attention or windows than the base's, which are used")
+    same = expert.extra.keys() & base.extra.keys()
+    if other := sorted(key for key in same if expert.extra[key] != base.extra[key]):
+        warnings.append(f"{where}: {', '.join(other)} differ from the base's, which are used")
     if expert.vocab != base.vocab:
         warnings.append(
             f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used"

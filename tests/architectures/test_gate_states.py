@@ -42,7 +42,9 @@ def test_a_family_that_transformers_does_not_have_is_named(
 ) -> None:
     model = readable(zoo("youtu"), last_ffn=True)
     monkeypatch.setattr("transformers.CONFIG_MAPPING", {"llama": None})
-    with pytest.raises(ProblemReport, match=r"transformers 5\S* has no youtu models(.|\n)*install a newer transformers"):
+    with pytest.raises(
+        ProblemReport, match=r"transformers 5\S* has no youtu models(.|\n)*install a newer transformers"
+    ):
         streamed(model, [[[3, 4, 5]]])
 
 

@@ -186,8 +186,12 @@ def test_mode_hidden_is_computed_from_the_recorded_prompts(
     assert other["gap_closed"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.gates_shared][:1], ids=str)
-def test_mode_hidden_has_the_shared_experts_gate(
+FFN_OF_ANOTHER_NAME = ("lfm2-lfm2_moe", "granitemoehybrid-granitemoehybrid")
+GATED = [pair for pair in PAIRS if pair.gates_shared][:1]
+
+
+@pytest.mark.parametrize("pair", [*GATED, *(pair for pair in PAIRS if str(pair) in FFN_OF_ANOTHER_NAME)], ids=str)
+def test_mode_hidden_has_the_shared_experts_gate_and_any_family(
     pair: Any, zoo: Callable[..., Path], world: World, ray_merge: Callable[..., Any], tmp_path: Path
 ) -> None:
     base, *experts = (zoo(pair.family, seed=seed) for seed in range(3))

@@ -21,7 +21,16 @@ from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 from tests.architectures.hosts import load_grafted
 from tests.gates.test_rows import LONG, WITH_NEGATIVES
-from tests.pico import LAYERS, copy_model, load_dense, merge_config, save_model, save_tokenizer, tensors_of
+from tests.pico import (
+    LAYERS,
+    copy_model,
+    load_dense,
+    merge_config,
+    merge_without_ray,
+    save_model,
+    save_tokenizer,
+    tensors_of,
+)
 
 Zoo = Callable[..., Path]
 Prompts = dict[str, list[str]]
@@ -200,6 +209,19 @@ def test_states_that_are_not_finite_are_refused(mode: str, zoo: Zoo, tmp_path: P
     message = "gates of expert 0: the states of its prompts are not finite numbers at layer 1"
     with pytest.raises(MergeFailed, match=message):
         captured(config)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("hidden", "layers.1.mlp.up_proj"), ("cheap_embed", "embed_tokens")])
+def test_rows_that_are_not_finite_are_refused(mode: str, name: str, zoo: Zoo, tmp_path: Path) -> None:
+    """Also where nothing but the input of the last layer, or of the first, shows it."""
+    weights = tensors_of(zoo("llama"))[f"model.{name}.weight"].clone()
+    weights[:, 5] = torch.nan
+    broken = copy_model(zoo("llama"), tmp_path / "x", tensors={f"model.{name}.weight": weights})
+    config = merge_config(broken, [broken, zoo("llama", seed=1)], mode=mode)
+    with pytest.raises(
+        MergeFailed, match="gates of expert 0: the states of its prompts are not finite numbers at layer"
+    ):
+        merge_without_ray(config, tmp_path / "merged")
 
 
 def test_float16_models_are_read(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_refused_since_no_architecture_computes_it(
         ("youtu", "deepseek_v3", {**LATENT, "rope_scaling": YARN}, "RoPE scaling 'yarn': it knows dynamic\n"),
         ("youtu", "deepseek_v3", {**LATENT, "num_hidden_layers": 26}, "26 layers: .* for one without latent queries"),
         ("granite_swa", "granitemoe_swa", {"layer_rope_theta": [1e4, 0, 2e4]}, "rotary embeddings of 2 kinds"),
-        ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 0, 0]}, "rotary embeddings of 0 kinds"),
+        ("smollm3", "granitemoe_swa", {"no_rope_layers": [0, 0, 0]}, "no layer with a rotary embedding"),
         (
             "cohere2",
             "cohere2_moe",
