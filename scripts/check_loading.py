@@ -66,8 +66,7 @@ def make_merges(folder: Path) -> None:
         dense = save_model(place / "dense", pair.family, **pair.options)
         off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}
         plan = merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random", **off), place / "merged")
-        mixed_windows = len(set(plan.config.get("layer_types") or [])) > 1
-        (place / "since").write_text(HOSTS[pair.host].loaded_since(mixed_windows=mixed_windows))
+        (place / "since").write_text(HOSTS[pair.host].loaded_since(plan.config.get("layer_types")))
         logits = logits_of(load_dense(dense), torch.tensor([TOKENS]))
         (place / "logits.json").write_text(json.dumps(logits.tolist()))
 

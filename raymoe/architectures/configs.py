@@ -42,24 +42,15 @@ def windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | No
 
 
 def qwen_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    window = config["sliding_window"]
-    if not window or not config["use_sliding_window"]:
+    if not config["use_sliding_window"]:
         return None, (False,) * layers
-    types = config.get("layer_types")
-    if types:
-        sliding = tuple(kind == "sliding_attention" for kind in types)
-    else:
-        sliding = tuple(layer >= config["max_window_layers"] for layer in range(layers))
-    return (window, sliding) if any(sliding) else (None, sliding)
+    return _windows_of(config, _sliding(config) or tuple(n >= config["max_window_layers"] for n in range(layers)))
 
 
 def cohere2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """Layers with a window have RoPE, the others have none: which is which matters even where no window bites."""
-    types = config.get("layer_types")
-    if types:
-        return config["sliding_window"], tuple(kind == "sliding_attention" for kind in types)
     pattern = config["sliding_window_pattern"]
-    return config["sliding_window"], tuple((layer + 1) % pattern != 0 for layer in range(layers))
+    return config["sliding_window"], _sliding(config) or tuple((n + 1) % pattern != 0 for n in range(layers))
 
 
 def cohere_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -74,16 +65,16 @@ def cohere_limits(config: Mapping[str, Any]) -> list[str]:
 
 
 def ministral_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    types = config.get("layer_types")
-    if not types:
-        return windows_everywhere(config, layers)
-    return _windows_of(config, tuple(kind == "sliding_attention" for kind in types))
+    return _windows_of(config, _sliding(config) or (True,) * layers)
 
 
 def cwm_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    types = config.get("layer_types")
-    sliding = (kind == "sliding_attention" for kind in types) if types else (n % 4 != 0 for n in range(layers))
-    return _windows_of(config, tuple(sliding))
+    return _windows_of(config, _sliding(config) or tuple(n % 4 != 0 for n in range(layers)))
+
+
+def _sliding(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer has a window, where the config names the layers; empty where it does not."""
+    return tuple(kind == "sliding_attention" for kind in config.get("layer_types") or ())
 
 
 def _windows_of(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int | None, tuple[bool, ...]]:
@@ -199,10 +190,8 @@ def youtu_limits(config: Mapping[str, Any]) -> list[str]:
 
 
 def smollm3_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    types = config.get("layer_types")
-    if types:
-        return _windows_of(config, tuple(kind == "sliding_attention" for kind in types))
-    return _windows_of(config, tuple(config["use_sliding_window"] and not rope for rope in _ropes(config, layers)))
+    otherwise = tuple(config["use_sliding_window"] and not rope for rope in _ropes(config, layers))
+    return _windows_of(config, _sliding(config) or otherwise)
 
 
 def smollm3_limits(config: Mapping[str, Any]) -> list[str]:

@@ -94,6 +94,13 @@ _MLA_SIZES = {
     "qk_nope_head_dim": 128,
 }
 _BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
+_MISTRAL_DEFAULTS = {
+    **_COMMON_DEFAULTS,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    **_BOS_EOS,
+}
 _ALL_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
 FAMILIES: Mapping[str, DenseFamily] = {
@@ -111,13 +118,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="Mistral",
             rows=LLAMA_ROWS,
             windows=windows_everywhere,
-            defaults={
-                **_COMMON_DEFAULTS,
-                "max_position_embeddings": 131072,
-                "num_key_value_heads": 8,
-                "sliding_window": 4096,
-                **_BOS_EOS,
-            },
+            defaults=_MISTRAL_DEFAULTS,
         ),
         DenseFamily(
             model_type="ministral",
@@ -125,13 +126,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             rows=LLAMA_ROWS,
             windows=ministral_windows,
             reads_layer_types=True,
-            defaults={
-                **_COMMON_DEFAULTS,
-                "max_position_embeddings": 131072,
-                "num_key_value_heads": 8,
-                "sliding_window": 4096,
-                **_BOS_EOS,
-            },
+            defaults=_MISTRAL_DEFAULTS,
         ),
         DenseFamily(
             model_type="cwm",

@@ -113,7 +113,7 @@ def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         **_moe_config(spec, moe),
         "head_dim": spec.head_dim,
         "shared_intermediate_size": spec.intermediate * moe.shared,
-        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in spec.sliding_layers],
+        "layer_types": spec.window_types,
         "sliding_window": spec.sliding_window or spec.max_positions,
     }
     if spec.model_type == "smollm3":

@@ -75,7 +75,7 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
     if window:
         # transformers 5 derives other layers from max_window_layers than transformers 4 did: say it outright.
-        keys["layer_types"] = ["sliding_attention" if sliding else "full_attention" for sliding in spec.sliding_layers]
+        keys["layer_types"] = spec.window_types
     return keys
 
 

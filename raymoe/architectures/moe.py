@@ -8,7 +8,7 @@ granite.py, siblings.py and sigmoid.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,11 +106,11 @@ class MoeHost:
         """Whether the RoPE of `dense` can't turn a part of each head, as the host's may."""
         return any(FAMILIES[name].turns_part for name in self.accepts) and not FAMILIES[self.dense].turns_part
 
-    def loaded_since(self, *, mixed_windows: bool) -> str:
-        """The oldest transformers that computes a merge, with a window on some layers only or not; empty: code of its
+    def loaded_since(self, layer_types: Sequence[object] | None) -> str:
+        """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: code of its
         own.
         """
-        return self.mixed_windows_since if mixed_windows and self.mixed_windows_since else self.since
+        return self.mixed_windows_since if self.mixed_windows_since and len(set(layer_types or ())) > 1 else self.since
 
     @property
     def is_fused(self) -> bool:

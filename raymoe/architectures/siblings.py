@@ -120,7 +120,7 @@ def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         # transformers has `rope_scaling` among this configuration's keys and does not read it.
         **({"rope_parameters": {"rope_theta": spec.rope_theta, **spec.rope_scaling}} if spec.rope_scaling else {}),
         "attention_bias": spec.qkv_bias,
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in spec.sliding_layers],
+        "layer_types": spec.window_types,
         "mlp_layer_types": ["sparse"] * spec.layers,
         "num_experts": moe.experts,
         "num_shared_experts": moe.shared,

@@ -78,6 +78,11 @@ class DenseSpec:
         return len(set(self.sliding_layers)) > 1
 
     @property
+    def window_types(self) -> list[str]:
+        """`layer_types` of a config.json whose layers have a sliding window or none."""
+        return ["sliding_attention" if sliding else "full_attention" for sliding in self.sliding_layers]
+
+    @property
     def explicit_head_dim(self) -> bool:
         """Whether head_dim is not simply hidden / heads."""
         return self.head_dim * self.heads != self.hidden

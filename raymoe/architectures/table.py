@@ -47,7 +47,7 @@ def held_pairs() -> Iterator[HeldPair]:
                 architecture=host.architecture,
                 is_default=number == 0,
                 shared_expert=_shared_expert(host),
-                since=host.loaded_since(mixed_windows=len(set(windows)) > 1),
+                since=host.loaded_since(windows),
                 note=host.note,
             )
 

@@ -102,7 +102,7 @@ def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None,
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
-    name = (_NAMES | _OWN_NAMES.get(target.architecture.name, {}))[role]
+    name = _OWN_NAMES.get(target.architecture.name, {}).get(role) or _NAMES[role]
     return name if layer is None else f"blk.{layer}.{name}"
 
 

@@ -21,6 +21,14 @@ from raymoe.sources.hub import is_hub_id
 
 __all__ = ["add_metadata"]
 
+# Of layers with a state: kernel of the convolution, channels, numbers in a state, heads, groups (of heads of keys).
+_STATE_SIZES = {
+    "granitehybrid": ("mamba_d_conv", "mamba_n_heads*mamba_d_head", "mamba_d_state", "mamba_n_heads", "mamba_n_groups"),
+    "qwen35moe": (
+        *("linear_conv_kernel_dim", "linear_num_value_heads*linear_value_head_dim", "linear_key_head_dim"),
+        *("linear_num_value_heads", "linear_num_key_heads"),
+    ),
+}
 _QUANTISATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
@@ -122,22 +130,19 @@ def _add_latent(writer: Any, spec: DenseSpec) -> None:
 
 def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
     """Keys that only one architecture has."""
-    extra = spec.extra
+    if architecture in _STATE_SIZES:
+        kernel, inner, state, heads, groups = map(spec.size_of, _STATE_SIZES[architecture])
+        writer.add_ssm_conv_kernel(kernel)
+        writer.add_ssm_inner_size(inner)
+        writer.add_ssm_state_size(state)
+        writer.add_ssm_time_step_rank(heads)
+        writer.add_ssm_group_count(groups)
     if architecture == "granite_swa":
-        writer.add_array("granite_swa.attention.rope_pattern", [bool(theta) for theta in extra["layer_rope_theta"]])
+        ropes = [bool(theta) for theta in spec.extra["layer_rope_theta"]]
+        writer.add_array("granite_swa.attention.rope_pattern", ropes)
     elif architecture == "granitehybrid":
-        writer.add_ssm_conv_kernel(extra["mamba_d_conv"])
-        writer.add_ssm_inner_size(spec.size_of("mamba_n_heads*mamba_d_head"))
-        writer.add_ssm_state_size(extra["mamba_d_state"])
-        writer.add_ssm_time_step_rank(extra["mamba_n_heads"])
-        writer.add_ssm_group_count(extra["mamba_n_groups"])
-        writer.add_rope_scaling_finetuned(extra["position_embedding_type"] == "rope")
+        writer.add_rope_scaling_finetuned(spec.extra["position_embedding_type"] == "rope")
     elif architecture == "qwen35moe":
-        writer.add_ssm_conv_kernel(extra["linear_conv_kernel_dim"])
-        writer.add_ssm_inner_size(spec.size_of("linear_num_value_heads*linear_value_head_dim"))
-        writer.add_ssm_state_size(extra["linear_key_head_dim"])
-        writer.add_ssm_time_step_rank(extra["linear_num_value_heads"])
-        writer.add_ssm_group_count(extra["linear_num_key_heads"])
         writer.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in spec.kinds])
         # Older versions know every n-th layer with attention only.
         every = spec.kinds.index(ATTENTION) + 1

@@ -167,12 +167,11 @@ class Target:
 
 def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
     """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    shared = rule is not None and rule.shared and not shared_is_empty
-    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared)
+    shared = rule is not None and rule.shared
+    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared and not shared_is_empty)
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
     architecture = _ARCHITECTURES[found]
-    shared = shared or (architecture.needs_shared and rule is not None and rule.shared)
     reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
@@ -187,7 +186,7 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
         context=context,
         rule=rule,
         reorders=architecture.interleaved and not _turns_neighbours(spec),
-        shared=shared,
+        shared=shared and (architecture.needs_shared or not shared_is_empty),
         warnings=tuple(warnings),
     )
 

@@ -156,7 +156,7 @@ def _assemble(
     output_config = _output_config(base_facts.config, base, host, moe, dtype)
     check_plan(shards, tensors)
     warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
-    if (since := host.loaded_since(mixed_windows=base.has_mixed_windows)) != host.since:
+    if (since := host.loaded_since(output_config.get("layer_types"))) != host.since:
         warnings.append(
             f"{host.title}: windows on some layers only take transformers {since} or later; 4 puts the window on all "
             "layers and says nothing"

@@ -160,7 +160,7 @@ def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str
 
 def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
     """`output` is the merge's config.json."""
-    since = host.loaded_since(mixed_windows=len(set(output.get("layer_types") or [])) > 1)
+    since = host.loaded_since(output.get("layer_types"))
     yield "## Use it"
     yield ""
     trust = "" if since else ", trust_remote_code=True"

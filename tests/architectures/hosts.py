@@ -60,7 +60,7 @@ class Pair:
         types = {self.family, host.model_type} - {"deepseek"}  # which comes with code of its own
         if missing := sorted(types - set(transformers.CONFIG_MAPPING)):
             pytest.skip(f"transformers {here} has no {' and no '.join(missing)}")
-        since = host.loaded_since(mixed_windows=len(set(self.options.get("layer_types", ()))) > 1)
+        since = host.loaded_since(self.options.get("layer_types"))
         if since and Version(here) < Version(since):
             pytest.skip(f"transformers {here} puts a window of some layers on all of them")
 
