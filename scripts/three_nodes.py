@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import yaml
 from pages import put_between
 from random_model import Shape, write_model
@@ -37,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.cli.commands import command, hashes  # noqa: E402
 from tests.objects.servers import start_server  # noqa: E402
+from tests.processes import arguments  # noqa: E402
 from tests.runtime.nodes import Nodes, can_hide_folders  # noqa: E402
 
 PAGE, MARK = ROOT / "docs/reliability.md", "<!-- table: scripts/three_nodes.py -->"
@@ -78,12 +78,9 @@ class Watch:
             self._keep("head", "driver", self._driver)
             for node in NODES:
                 for process in self._nodes.workers(node):
-                    try:
-                        name = process.cmdline()[0]
-                    except (psutil.Error, IndexError):
-                        continue
+                    name = "".join(arguments(process)[:1])
                     kind = "writer" if "ShardWriter" in name or "receive" in name else "actor"
-                    if process.pid not in self._known and "IDLE" not in name:
+                    if name and process.pid not in self._known and "IDLE" not in name:
                         self._keep(node, kind, process.pid)
 
     def _keep(self, node: str, kind: str, pid: int) -> None:

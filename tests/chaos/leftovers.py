@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
-from tests.chaos.watch import INTERNAL, actor_processes, processes_with
+from tests.chaos.watch import INTERNAL, actor_processes
+from tests.cli.commands import files_below
+from tests.processes import arguments, mentioning, with_words
 from tests.soak.cluster import Cluster
 
 __all__ = ["left_in_cluster", "left_of_own_ray", "machine"]
@@ -24,7 +25,7 @@ def left_in_cluster(cluster: Cluster, output: str) -> list[str]:
 
 def left_of_own_ray(folder: Path) -> list[str]:
     """Processes of a Ray that a command had started with its files in this folder."""
-    return _after_a_while(lambda: [f"process left: {_name(process)}" for process in _processes_of(folder)])
+    return _after_a_while(lambda: [f"process left: {_name(process)}" for process in mentioning(str(folder))])
 
 
 def _after_a_while(look: Callable[[], list[str]]) -> list[str]:
@@ -39,7 +40,7 @@ def _left(cluster: Cluster, output: str) -> list[str]:
 
     actors = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    processes = [*actor_processes(cluster.pids), *processes_with("merge", output)]
+    processes = [*actor_processes(cluster.pids), *with_words("merge", output)]
     return [
         *(f"actor left: {name}" for name in actors if not name.startswith(INTERNAL)),
         *(f"placement group left: {group['name']}" for group in groups),
@@ -47,28 +48,14 @@ def _left(cluster: Cluster, output: str) -> list[str]:
     ]
 
 
-def _processes_of(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and any(str(folder) in word for word in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def _name(process: psutil.Process) -> str:
-    try:
-        return f"{process.pid} {' '.join(process.cmdline())[:80]}"
-    except psutil.Error:
-        return str(process.pid)
+    return f"{process.pid} {' '.join(arguments(process))[:80]}"
 
 
 def machine(temps: Sequence[Path]) -> dict[str, int]:
     """Files in shared memory, and what Ray's folders hold: bytes in all, and files of spilled objects."""
     shared = Path("/dev/shm")
-    files = [path for temp in temps for path in temp.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = [path for temp in temps for path in files_below(temp)]
     return {
         "shared memory files": len(list(shared.iterdir())) if shared.is_dir() else 0,
         "Ray folder bytes": sum(_size(path) for path in files),

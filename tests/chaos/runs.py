@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from tests.chaos.cases import NODE_KINDS, ChaosCase, Moment
 from tests.chaos.leftovers import left_in_cluster, left_of_own_ray
-from tests.chaos.watch import Seen, Watch, actor_processes, processes_with
+from tests.chaos.watch import Seen, Watch, actor_processes
+from tests.processes import is_alive, kill, send, with_words
 from tests.soak.compare import INDEX, JOURNAL, RECORD, differences
 from tests.soak.places import Place
 from tests.soak.tries import Try
@@ -211,9 +210,8 @@ class Runner:
 
     def end(self) -> None:
         """End what is still there of the command, wherever it runs: nothing, but for one that hung."""
-        for process in processes_with("merge", self._place.name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+        for process in with_words("merge", self._place.name):
+            kill(process)
 
     # --- when
 
@@ -289,7 +287,7 @@ class Runner:
     def _kill_actor(self, seen: Seen, process: subprocess.Popen[bytes]) -> bool:
         busy = [pid for pid, jobs in seen.up.items() if jobs]
         victims = busy or list(seen.up) or [found.pid for found in actor_processes(self._world.cluster.pids)]
-        return bool(victims) and _send(self._dice.choice(victims), signal.SIGKILL)
+        return bool(victims) and send(self._dice.choice(victims), signal.SIGKILL)
 
     def _lose_node(self, seen: Seen, process: subprocess.Popen[bytes]) -> bool:
         self._world.cluster.lose_worker(0)
@@ -300,7 +298,7 @@ class Runner:
         return True
 
     def _kill(self, seen: Seen, process: subprocess.Popen[bytes]) -> bool:
-        return (driver := self._driver(process)) is not None and _send(driver, signal.SIGKILL)
+        return (driver := self._driver(process)) is not None and send(driver, signal.SIGKILL)
 
     def _terminate(self, seen: Seen, process: subprocess.Popen[bytes]) -> bool:
         """As `ray job stop` does it to a job, and as most else does it to a command."""
@@ -315,8 +313,8 @@ class Runner:
                 if job.submission_id and (job.metadata or {}).get("output") == self._place.name:
                     jobs.stop_job(job.submission_id)
         else:
-            _send(driver, signal.SIGTERM)
-        while _is_alive(driver) and time.monotonic() < began + self._timeout_s:
+            send(driver, signal.SIGTERM)
+        while is_alive(driver) and time.monotonic() < began + self._timeout_s:
             process.poll()  # else it would stay as a zombie
             time.sleep(0.02)
         self._outcome.stops.append(time.monotonic() - began)
@@ -325,7 +323,7 @@ class Runner:
     def _driver(self, process: subprocess.Popen[bytes]) -> int | None:
         if self._case.way != "job":
             return process.pid if process.poll() is None else None
-        return next((found.pid for found in processes_with("merge", self._place.name)), None)
+        return next((found.pid for found in with_words("merge", self._place.name)), None)
 
     def _ends(self, process: subprocess.Popen[bytes], seconds: float) -> bool:
         try:
@@ -336,18 +334,6 @@ class Runner:
 
     def _say(self, line: str) -> None:
         self.story.append(f"--- {time.monotonic() - self._began:.2f} s: {line}")
-
-
-def _send(pid: int, number: signal.Signals) -> bool:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def keep_log(logs: Path, outcome: Outcome, runner: Runner) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 
 from raymoe.runtime.worker import GATES_OF
+from tests.processes import below, titled
 from tests.soak.compare import JOURNAL, RECORD
 from tests.soak.places import Place
 
-__all__ = ["INTERNAL", "Actor", "Seen", "Watch", "actor_processes", "connected", "processes_with"]
+__all__ = ["INTERNAL", "Actor", "Seen", "Watch", "actor_processes", "connected"]
 
 _ROUTERS = "routers"
 INTERNAL = "_ray_internal"
@@ -121,24 +122,7 @@ def shards_done(place: Place) -> int | None:
 
 def actor_processes(pids: list[int]) -> list[psutil.Process]:
     """Processes of expert actors below these."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ExpertActor"):
-                        found.append(process)
-    return found
-
-
-def processes_with(*words: str) -> list[psutil.Process]:
-    """Other processes that have each of these words among their arguments."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and set(words) <= set(process.cmdline()):
-                found.append(process)
-    return found
+    return titled(below(*pids), "ray::ExpertActor")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["command", "finished_shards", "hashes", "raymoe", "start", "wait_until", "write_config"]
+__all__ = ["command", "files_below", "finished_shards", "hashes", "raymoe", "start", "wait_until", "write_config"]
 
 
 def command(*arguments: object) -> list[str]:
@@ -53,6 +53,12 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, but for what tells of one run."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "result.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Its files, links left out, where a process may be at work in it: what goes while this looks is passed over."""
+    paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def finished_shards(output: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 from raymoe.planning import MergeOptions
 from tests.cli.commands import hashes, start, wait_until, write_config
+from tests.processes import below, kill, titled
 
 SHARD_BYTES = 20_000
 FLAGS = ("--out-shard-size", str(SHARD_BYTES), "--no-write-model-card")
@@ -99,17 +99,9 @@ def second_node(ray_env: dict[str, str]) -> Iterator[Callable[[], subprocess.Pop
 
     yield node
     for process in nodes:
-        for child in children_of(process.pid):
-            child.kill()
-        process.kill()
+        for each in (*below(process.pid), process):
+            kill(each)
         process.wait()
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 # What an expert actor's process is called while it has nothing to do, and by the names of its tasks.
@@ -118,16 +110,4 @@ _TITLES = ("ray::ExpertActor", "ray::write ", "ray::gates of ", "ray::router of 
 
 def expert_actors(*pids: int) -> list[psutil.Process]:
     """The processes of expert actors below these processes (by default this one, whose Ray is the session's)."""
-    found = []
-    for pid in pids or (os.getpid(),):
-        for process in children_of(pid):
-            try:
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(_TITLES):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
-    return found
-
-
-def kill(process: psutil.Process | subprocess.Popen[Any]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
+    return titled(below(*(pids or (os.getpid(),))), *_TITLES)

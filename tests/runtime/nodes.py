@@ -10,13 +10,11 @@ covered by empty file systems. That takes the right to mount (root in a containe
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.processes import below, kill, titled
 
 __all__ = ["Nodes", "can_hide_folders", "free_port"]
 
@@ -97,11 +97,8 @@ class Nodes:
     def remove(self, name: str) -> None:
         """Lose a node: all its processes are killed at once."""
         process = self.processes.pop(name)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            lost = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for each in lost:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.send_signal(signal.SIGKILL)
+        for each in (process, *below(process.pid)):
+            kill(each)
         process.wait(30)
 
     def run(self, node: str, words: Sequence[object], **options: Any) -> subprocess.Popen[Any]:
@@ -112,12 +109,9 @@ class Nodes:
         options = {"env": self.env, "start_new_session": True, **options}
         return subprocess.Popen(["unshare", "-m", "sh", "-c", script], **options)
 
-    def workers(self, node: str) -> list[psutil.Process]:
-        """The processes of Ray's tasks and actors on a node that are at work or have been."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below = psutil.Process(self.processes[node].pid).children(recursive=True)
-            return [process for process in below if _title(process).startswith("ray::")]
-        return []
+    def workers(self, node: str, title: str = "ray::") -> list[psutil.Process]:
+        """The processes of Ray's tasks and actors on a node that are at work or have been, by what they are called."""
+        return titled(below(self.processes[node].pid), title)
 
     def _wait(self, condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
         end = time.monotonic() + _START_S
@@ -126,13 +120,6 @@ class Nodes:
                 return
             time.sleep(0.1)
         raise RuntimeError(f"a node did not start:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return (process.cmdline() or [""])[0]
-    except psutil.Error:
-        return ""
 
 
 def free_port() -> int:

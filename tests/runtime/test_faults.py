@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until
-from tests.runtime.conftest import FLAGS, Merge, children_of, expert_actors, kill
+from tests.processes import below, kill
+from tests.runtime.conftest import FLAGS, Merge, expert_actors
 
 
 @pytest.mark.parametrize("actors", [1, 2])
@@ -67,10 +68,8 @@ def test_a_lost_node(
     process = many_shards.start(out, ray_env, "--actors", "3")
     wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
     assert expert_actors(node.pid)
-    lost = children_of(node.pid)
-    kill(node)
-    for child in lost:
-        kill(child)
+    for each in (node, *below(node.pid)):
+        kill(each)
     node.wait()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

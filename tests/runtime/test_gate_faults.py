@@ -15,7 +15,8 @@ import pytest
 
 from raymoe.planning import MergeOptions
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until, write_config
-from tests.runtime.conftest import Merge, children_of, expert_actors, kill
+from tests.processes import below, kill
+from tests.runtime.conftest import Merge, expert_actors
 
 # Wide enough for a layer's router to take a while, and for its states to lie on the node where they were computed.
 _WIDE = {"hidden_size": 512, "head_dim": 16, "intermediate_size": 64, "num_hidden_layers": 16}
@@ -99,13 +100,12 @@ def test_states_that_are_lost_with_their_node(
     node, out = second_node(), tmp_path / "out"
     process = wide.start(out, ray_env, "--actors", "2")
     wait_until(lambda: busy(FITTING), "the first router", [process])
-    lost = children_of(node.pid)
+    lost = [node, *below(node.pid)]
     assert len(expert_actors(node.pid)) == len(expert_actors()) == 2  # so all that prompts have left is there
     for holder in full_head:
         ray.kill(holder)
-    kill(node)
-    for child in lost:
-        kill(child)
+    for each in lost:
+        kill(each)
     node.wait()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

@@ -5,7 +5,6 @@ The cluster is a head without CPUs, as in the files of `cluster/`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -16,11 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cli.commands import hashes, raymoe, wait_until, write_config
 from tests.pico import merge_config
+from tests.processes import kill, mentioning
 from tests.runtime.conftest import FLAGS
 from tests.runtime.nodes import free_port
 
@@ -77,10 +76,8 @@ def growing() -> Iterator[dict[str, str]]:
     finally:
         head.kill()
         head.wait()
-        for process in psutil.process_iter(["cmdline"]):  # nodes that the autoscaler started are nobody's children
-            if any(str(folder) in word for word in process.info["cmdline"] or ()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        for process in mentioning(str(folder)):  # nodes that the autoscaler started are nobody's children
+            kill(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ from raymoe.storage.records import RESULT_NAME
 from tests.cli.commands import command, finished_shards, hashes, raymoe, wait_until, write_config
 from tests.objects.servers import running_server
 from tests.pico import merge_config, merge_without_ray
-from tests.runtime.conftest import kill
+from tests.processes import kill
 from tests.runtime.nodes import Nodes, can_hide_folders
 
 pytestmark = pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount")
@@ -131,11 +131,10 @@ def test_a_side_of_a_stream_is_lost(world: World, noisy: Path, many: dict[str, s
     node = {"sender": "a", "writer": "head"}[side]
     process = world.start("merge", noisy, out, *MANY)
 
-    def at_work() -> list[object]:
-        return [p for p in world.nodes.workers(node) if (p.cmdline() or [""])[0].startswith(title)]
+    def killed() -> bool:
+        return any(kill(found) for found in world.nodes.workers(node, title)[:1])
 
-    victims = wait_until(at_work, f"a {side} at work", [process])
-    kill(victims[0])
+    wait_until(killed, f"a {side} at work", [process])
     code, said = world.end(process)
     assert code == 0, said
     assert hashes(out) == many

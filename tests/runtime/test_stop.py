@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cli.commands import finished_shards, hashes, start, wait_until
+from tests.processes import mentioning
 from tests.runtime.conftest import OPTIONS, Merge, expert_actors
 
 
@@ -61,19 +61,7 @@ def test_stopped_while_ray_starts(many_shards: Merge, tmp_path: Path, sent: sign
         assert "Traceback" not in err
         assert err.splitlines()[-1].startswith("stopped")
         assert not (tmp_path / "out").exists()
-        wait_until(lambda: not processes_of(folder), "the end of Ray's processes")
-
-
-def processes_of(folder: str) -> list[psutil.Process]:
-    """Processes with that folder in their command line."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any(folder in word for word in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return found
+        wait_until(lambda: not mentioning(folder), "the end of Ray's processes")
 
 
 def test_an_impatient_user(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Every cluster wants its own token, and takes ports that are free.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import secrets
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cli.job_head import asks_for_token
+from tests.processes import below, send
 
 __all__ = ["Cluster", "ray_cluster"]
 
@@ -160,14 +160,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _signal_all(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """To a process first, so that it can't see what becomes of the others, then to all that descend from it."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
+    for pid in (process.pid, *(child.pid for child in below(process.pid))):
+        send(pid, number)
 
 
 def _free_port() -> int:
