@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,11 @@ from raymoe.cli.options import (
     merge_options,
 )
 from raymoe.errors import Problem, ProblemReport
+
+if TYPE_CHECKING:
+    from raymoe.objects.options import StorageOptions
+    from raymoe.planning.types import MergePlan
+    from raymoe.report.display import PlannedOutput
 
 
 @app.command()
@@ -51,13 +56,24 @@ def plan(
         say(f"warning: {warning}")
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
-    ways = None
-    if output is not None:
-        from raymoe.storage.output import open_output, output_location
-        from raymoe.storage.ways import bytes_by_way
+    print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage), as_json=as_json)
 
-        try:
-            ways = bytes_by_way(merge_plan, open_output(output_location(output), merge_config.storage))
-        except ValueError as error:
-            raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
-    print_plan(merge_plan, ways, as_json=as_json)
+
+def _planned_output(plan: MergePlan, output: str | None, storage: StorageOptions) -> PlannedOutput | None:
+    if output is None:
+        return None
+    from raymoe.report.display import PlannedOutput
+    from raymoe.storage.output import open_output, output_location, refusals
+    from raymoe.storage.ways import bytes_by_way
+
+    try:
+        target = open_output(output_location(output), storage)
+    except ValueError as error:
+        raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
+    problems = refusals(plan, target, overwrite=False)
+    return PlannedOutput(
+        location=target.location,
+        ways=bytes_by_way(plan, target),
+        problems=tuple(map(str, problems)),
+        goes_on=not problems and target.digest() == plan.digest,
+    )

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MEAN", "RoutingCounts", "gap_closed", "losses", "rounded"]
+__all__ = ["MEAN", "SMALLEST_GAP", "RoutingCounts", "gap_closed", "losses", "rounded"]
 
 MEAN = "mean"
+SMALLEST_GAP = 0.005
+"""Nats a token; half of it is the rounding of the losses that are printed."""
 Float64 = npt.NDArray[np.float64]
 
 
@@ -33,9 +35,12 @@ def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> 
 
 
 def gap_closed(merged: float, hidden: float, oracle: float) -> float | None:
-    """How much of the way from the router of mode `hidden` to the right expert always; None if there is no way."""
+    """How much of the way from the router of mode `hidden` to the right expert always; None if there is hardly one.
+
+    A share of a gap that rounding or a few texts make says nothing, and is easily many times 100%.
+    """
     gap = hidden - oracle
-    return (hidden - merged) / gap if gap else None
+    return (hidden - merged) / gap if gap >= SMALLEST_GAP else None
 
 
 class RoutingCounts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,14 @@ def _field(value: Mapping[str, Any], name: str, option: str) -> Any:
 
 
 def _shown(problems: Sequence[Problem], file: str) -> list[Problem]:
-    """All problems, or so many that a person still reads them."""
-    rest = len(problems) - _SHOWN_PROBLEMS
-    if rest <= 0:
-        return list(problems)
-    return [*problems[:_SHOWN_PROBLEMS], Problem(where=file, what=f"and {rest} more lines like these")]
+    """Each kind of problem once, with the lines that have it, and so many kinds that a person still reads them."""
+    lines: dict[Problem, list[str]] = {}
+    for problem in problems:
+        lines.setdefault(replace(problem, where=""), []).append(problem.where)
+    kinds = [
+        replace(problem, where=where[0] if len(where) == 1 else f"{where[0]}, and {len(where) - 1} more lines")
+        for problem, where in lines.items()
+    ]
+    if (rest := sum(map(len, list(lines.values())[_SHOWN_PROBLEMS:]))) == 0:
+        return kinds
+    return [*kinds[:_SHOWN_PROBLEMS], Problem(where=file, what=f"and {rest} more lines like these")]

@@ -41,8 +41,13 @@ def print_archs(*, as_json: bool) -> None:
     console.print("\nThe first one named is taken where a config has no `architecture`.")
     for note, titles in notes.items():
         console.print(f"{', '.join(titles)}: {note}.")
-    refused = Table("dense models", "why not", box=None)
-    for family in UNHELD:
-        refused.add_row(f"{family.title} ({', '.join(family.model_types)})", family.reason)
     console.print("\nRefused, since no MoE architecture computes the same:", style="bold")
-    console.print(refused)
+    refused = {f"{family.title} ({', '.join(family.model_types)})": family.reason for family in UNHELD}
+    if not sys.stdout.isatty():  # a line each: a table would make all as long as the longest reason
+        for family, reason in refused.items():
+            console.print(f" {family}: {reason}")
+        return
+    reasons = Table("dense models", "why not", box=None)
+    for family, reason in refused.items():
+        reasons.add_row(family, reason)
+    console.print(reasons)

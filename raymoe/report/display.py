@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
@@ -18,13 +19,24 @@ if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
     from raymoe.runtime.verify import Verification
 
-__all__ = ["merge_line", "plan_summary", "print_plan", "print_result", "print_verification", "say"]
+__all__ = ["PlannedOutput", "merge_line", "plan_summary", "print_plan", "print_result", "print_verification", "say"]
 
 # Measured on Linux with torch 2.13: an actor that computes, one that only copies (resident bytes, see docs/memory.md).
 _COMPUTING_ACTOR_BYTES = 520_000_000
 _COPYING_ACTOR_BYTES = 120_000_000
 # CUDA's libraries in an actor's memory, and what it computes with on the GPU; measured on H100.
 _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 200_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOutput:
+    """Where a plan is to be written: bytes by way (storage/ways.py), what keeps a merge from being written there as
+    it is now, and whether an unfinished merge of this plan is there, which goes on."""
+
+    location: str
+    ways: Mapping[str, int]
+    problems: tuple[str, ...] = ()
+    goes_on: bool = False
 
 
 def say(text: str) -> None:
@@ -38,11 +50,19 @@ def merge_line(plan: MergePlan, output: str) -> str:
     return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
 
 
-def plan_summary(plan: MergePlan, ways: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What `raymoe plan --json` prints; `ways` are the bytes by way (storage/ways.py), where the output is known."""
+def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[str, Any]:
+    """What `raymoe plan --json` prints; `output` where it is known."""
     totals = plan.totals
+    where: dict[str, Any] = {}
+    if output is not None:
+        where["bytes_by_way"] = dict(output.ways)
+        where["output"] = {
+            "location": output.location,
+            "problems": list(output.problems),
+            "unfinished_merge_goes_on": output.goes_on,
+        }
     return {
-        **({"bytes_by_way": dict(ways)} if ways is not None else {}),
+        **where,
         "architecture": plan.host,
         "dtype": plan.dtype,
         "parameters": totals.parameters,
@@ -88,9 +108,9 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
     }
 
 
-def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_json: bool) -> None:
+def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan_summary(plan, ways), indent=2, ensure_ascii=False))
+        print(json.dumps(plan_summary(plan, output), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
@@ -104,7 +124,7 @@ def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_jso
     console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
     console.print(_source_table(plan))
     console.print(_shard_table(plan))
-    for way, count in (ways or {}).items():
+    for way, count in (output.ways if output else {}).items():
         console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
     console.print(_gate_line(plan))
     memory = actor_memory(plan)
@@ -113,6 +133,12 @@ def print_plan(plan: MergePlan, ways: Mapping[str, int] | None = None, *, as_jso
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
+    if output is not None and output.goes_on:
+        console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
+    if output is not None and output.problems:
+        for problem in output.problems:
+            console.print(f"not as it is now: {problem}", style="yellow")
+        return
     console.print("No problems found." if not plan.warnings else "No errors found.")
 
 

@@ -41,7 +41,7 @@ from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
-from raymoe.storage.output import Output, ShardJob, open_output, output_location
+from raymoe.storage.output import Output, ShardJob, open_output, output_location, refusals
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
 from raymoe.storage.ways import bytes_by_way
@@ -211,9 +211,7 @@ def output_problems(
     `sources` as all nodes see them, where they have been asked.
     """
     sources = sources or _Sources(plan, None)
-    bytes_needed = plan.totals.output_bytes
-    problems = target.problems(digest=plan.digest, output_bytes=bytes_needed, overwrite=settings.overwrite)
-    problems += _source_overlap(plan, target.location)
+    problems = refusals(plan, target, overwrite=settings.overwrite)
     if not problems and not settings.overwrite and target.digest() == plan.digest:
         changed = target.changed_sources(sources.stamps())
         if changed:
@@ -221,22 +219,6 @@ def output_problems(
             remedy = "use --overwrite to start again from the new files"
             problems.append(Problem(where=target.location, what=what, remedy=remedy))
     return problems
-
-
-def _source_overlap(plan: MergePlan, output: str) -> list[Problem]:
-    for source in plan.sources:
-        if any(output in _folders_of(file) for file in source.files):
-            what = f"the output is the folder of {source.owner}, which would be overwritten"
-            return [Problem(where=output, what=what, remedy="choose another output")]
-    return []
-
-
-def _folders_of(file: SourceFile) -> set[str]:
-    """The folder that a file is in, under all its names."""
-    if "://" in file.location:
-        return {file.location.rpartition("/")[0]}
-    path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
-    return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
 
 
 def _all_files(plan: MergePlan) -> list[SourceFile]:

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from raymoe.errors import Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_s3, is_url, local_path, normalise
-from raymoe.planning.types import Part, Shard
+from raymoe.planning.types import MergePlan, Part, Shard
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
 from raymoe.storage.stream import RouterBytes
 
-__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location"]
+__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location", "refusals"]
 
 # Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
 Progress = Callable[[int, int], None]
@@ -127,6 +127,24 @@ def open_output(location: str, storage: StorageOptions, run: str = "") -> Output
     from raymoe.storage.stream_output import StreamOutput
 
     return StreamOutput(location, storage, run)
+
+
+def refusals(plan: MergePlan, output: Output, *, overwrite: bool) -> list[Problem]:
+    """What keeps this plan from being written there, as far as the output and the sources' places show it."""
+    problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
+    for source in plan.sources:
+        if any(output.location in _folders_of(file) for file in source.files):
+            what = f"the output is the folder of {source.owner}, which would be overwritten"
+            return [*problems, Problem(where=output.location, what=what, remedy="choose another output")]
+    return problems
+
+
+def _folders_of(file: SourceFile) -> set[str]:
+    """The folder that a file is in, under all its names."""
+    if "://" in file.location:
+        return {file.location.rpartition("/")[0]}
+    path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
+    return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
 
 
 def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:

@@ -195,6 +195,12 @@ def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:
     ways = json.loads(done.stdout)["bytes_by_way"]
     assert sum(ways.values()) == json.loads(done.stdout)["output_bytes"]
     assert ways["store_copy"] > 0 and "local" not in ways
+    output = json.loads(done.stdout)["output"]
+    assert output == {
+        "location": f"s3://{store.bucket}/out/planned",
+        "problems": [],
+        "unfinished_merge_goes_on": False,
+    }
 
 
 # --- what goes wrong

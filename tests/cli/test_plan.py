@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cli.commands import hashes, start
 
@@ -34,7 +35,7 @@ def without_frameworks(*arguments: object, cwd: Path) -> subprocess.CompletedPro
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
+@pytest.mark.parametrize("flags", [[], ["--json"], ["out"]])
 def test_needs_no_framework_and_writes_nothing(config: Callable[..., Path], tmp_path: Path, flags: list[str]) -> None:
     path = config("hidden")
     empty = tmp_path / "cwd"
@@ -75,6 +76,36 @@ def test_plan_is_what_the_merge_writes(
         assert (tmp_path / "out" / shard["file"]).stat().st_size == shard["bytes"]
     assert json.loads((tmp_path / "out/config.json").read_text()) == plan["config"]
     assert json.loads((tmp_path / "out/raymoe.json").read_text())["plan_digest"] == plan["digest"]
+
+
+def test_plan_says_what_is_at_the_output(
+    cli: Callable[..., Any], ray_merge: Callable[..., Any], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What `merge` would refuse, with the same words; and that an unfinished merge goes on."""
+    from raymoe.storage.local import LocalOutput
+
+    out = tmp_path / "out"
+    new = cli("plan", config(), out)
+    assert new.out.rstrip().endswith("No problems found.")
+    digest = json.loads(cli("plan", config(), out, "--json").out)["digest"]
+    unfinished = LocalOutput(out)
+    unfinished.lock()
+    unfinished.begin(digest, {}, fresh=False)
+    unfinished.release()
+    there = sorted(out.rglob("*"))
+    begun = cli("plan", config(), out)
+    assert f"{out} has an unfinished merge of this plan: `raymoe merge` goes on from there." in begun.out
+    other = cli("plan", config("hidden"), out)
+    assert "not as it is now" in other.out and "an unfinished merge of another plan" in other.out
+    assert sorted(out.rglob("*")) == there
+    assert cli("merge", config(), out).code == 0
+    finished = cli("plan", config(), out)
+    assert finished.code == 0 and "the output folder holds a finished merge" in finished.out
+    assert "No problems found." not in finished.out
+    (problem,) = json.loads(cli("plan", config(), out, "--json").out)["output"]["problems"]
+    assert problem in cli("merge", config(), out).err
+    base = yaml.safe_load(config().read_text())["base_model"]
+    assert "the output is the folder of base, which would be overwritten" in cli("plan", config(), base).out
 
 
 def test_text(cli: Callable[..., Any], config: Callable[..., Path]) -> None:

@@ -20,6 +20,8 @@ def test_the_gap_closed() -> None:
     assert gap_closed(2.0, 2.5, 1.5) == 0.5
     assert gap_closed(2.75, 2.5, 1.5) == -0.25
     assert gap_closed(2.0, 2.0, 2.0) is None
+    assert gap_closed(2.0, 2.0003, 2.0002) is None, "three times a gap that rounding makes"
+    assert gap_closed(1.9, 2.0, 2.1) is None, "the routers of mode hidden are better than the right expert always"
 
 
 def test_shares_of_two_labels() -> None:

@@ -90,8 +90,16 @@ def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
     found = refused(write(tmp_path, *(line for line, _ in BAD.values())))
     for number, (_, message) in enumerate(BAD.values(), 1):
         assert f"line {number}: {message}" in found
-    many = refused(write(tmp_path, *(["rust"] * 50)))
-    assert many.count("not JSON") == 20 and "and 30 more lines like these" in many
+
+
+def test_one_mistake_in_many_lines_is_told_once(tmp_path: Path) -> None:
+    labels = ["rust"] * 50 + ["java"] + ["rust"] * 3
+    found = refused(write(tmp_path, *({"label": label, "text": "a b"} for label in labels)))
+    assert found.count("unknown label") == 2 and "2 problems" in found
+    assert "texts.jsonl, line 1, and 52 more lines: unknown label 'rust'" in found
+    assert "texts.jsonl, line 51: unknown label 'java'" in found
+    many = refused(write(tmp_path, *({"label": f"l{number}", "text": "a b"} for number in range(50))))
+    assert many.count("unknown label") == 20 and "and 30 more lines like these" in many
 
 
 def test_unknown_labels_are_told_what_is_known(tmp_path: Path) -> None:
