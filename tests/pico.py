@@ -77,6 +77,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
     },
     "seed_oss": {"head_dim": 32},
+    "glm": {"head_dim": 32},
     "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
     "youtu": {
         "num_key_value_heads": 4,

@@ -61,7 +61,8 @@ class DenseFamily:
     `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
     construction. `carried` are keys of the family's own that its hosts have too, under the same names.
     `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
-    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `limits` says
+    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `turns_neighbours`: it turns
+    dimension 0 of a head with 1, 2 with 3, ..., where others turn the first half with the second. `limits` says
     what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
     nothing of a mixture.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
@@ -80,6 +81,7 @@ class DenseFamily:
     reads_layer_types: bool = False
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     turns_part: bool = False
+    turns_neighbours: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")

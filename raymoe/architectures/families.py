@@ -36,6 +36,7 @@ from raymoe.architectures.configs import (
 from raymoe.architectures.dense import DenseFamily
 from raymoe.architectures.rows import (
     COHERE2_ROWS,
+    GLM_ROWS,
     GRANITE4_ROWS,
     GRANITE_SWA_ROWS,
     HUNYUAN_ROWS,
@@ -271,6 +272,25 @@ FAMILIES: Mapping[str, DenseFamily] = {
             },
         ),
         DenseFamily(
+            model_type="glm",
+            title="GLM-4 (9B)",
+            rows=GLM_ROWS,
+            turns_part=True,
+            turns_neighbours=True,
+            switches={"qkv_bias": "attention_bias"},
+            defaults={
+                **_COMMON_DEFAULTS,
+                "rms_norm_eps": 1.5625e-07,
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 2,
+                "head_dim": 128,
+                "partial_rotary_factor": 0.5,
+                "attention_bias": True,
+                "pad_token_id": 151329,
+                "eos_token_id": [151329, 151336, 151338],
+            },
+        ),
+        DenseFamily(
             model_type="smollm3",
             title="SmolLM3",
             rows=LLAMA_ROWS,
@@ -369,6 +389,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="ernie4_5",
             title="ERNIE 4.5",
             rows=LLAMA_ROWS,
+            turns_neighbours=True,
             switches={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
             defaults={
                 **_COMMON_DEFAULTS,
@@ -386,6 +407,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="helium",
             title="Helium",
             rows=LLAMA_ROWS,
+            turns_neighbours=True,
             switches={"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
             defaults={
                 **_COMMON_DEFAULTS,
@@ -415,6 +437,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="cohere",
             title="Command R, Aya (Cohere 1)",
             rows=COHERE2_ROWS,
+            turns_neighbours=True,
             keys={"rms_norm_eps": ("layer_norm_eps",)},
             windows=cohere_windows,
             switches=_ALL_BIASES,
@@ -438,6 +461,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="cohere2",
             title="Command R7B, Command A (Cohere 2)",
             rows=COHERE2_ROWS,
+            turns_neighbours=True,
             keys={"rms_norm_eps": ("layer_norm_eps",)},
             windows=cohere2_windows,
             reads_layer_types=True,

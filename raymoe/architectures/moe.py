@@ -69,6 +69,7 @@ class MoeHost:
     that share a name lie one after the other in it, in the order of the mapping.
     `constants` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
     `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
+    `dense_in_part` is that of hosts whose RoPE may turn a part of each head, where `dense` can't.
     `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
     one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
     is made of router scores before the highest are chosen: softmax or sigmoid.
@@ -88,6 +89,7 @@ class MoeHost:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     refusals: Callable[[DenseSpec, MoeShape], list[str]]
     dense: str
+    dense_in_part: str = ""
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_router: str = ""
     constants: Callable[[DenseSpec, MoeShape], tuple[ConstantRow, ...]] = lambda spec, moe: ()
@@ -100,6 +102,11 @@ class MoeHost:
     code: str = ""
     mixed_windows_since: str = ""
     note: str = ""
+
+    @property
+    def turns_neighbours(self) -> bool:
+        """As in `DenseFamily`."""
+        return FAMILIES[self.dense].turns_neighbours
 
     @property
     def dense_turns_whole_heads(self) -> bool:

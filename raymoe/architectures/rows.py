@@ -13,6 +13,7 @@ __all__ = [
     "ATTENTION",
     "COHERE2_ROWS",
     "CONV",
+    "GLM_ROWS",
     "GRANITE4_ROWS",
     "GRANITE_SWA_ROWS",
     "HUNYUAN_ROWS",
@@ -118,9 +119,7 @@ HUNYUAN_ROWS = (
 )
 # Attention and FFN side by side, behind one norm.
 COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
-PHI3_ROWS = (
-    _EMBED,
-    _norm("input", "input_layernorm"),
+_FFN_OF_TWO = (
     TensorRow(role="ffn.down", name=f"{_LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
     TensorRow(
         role="ffn.gate_up",
@@ -128,6 +127,23 @@ PHI3_ROWS = (
         shape=("2*intermediate", "hidden"),
         holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
     ),
+)
+GLM_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN_OF_TWO,
+    _norm("post", "post_attention_layernorm"),
+    *_attention("k"),
+    *_attention("o"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+PHI3_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN_OF_TWO,
     _norm("post", "post_attention_layernorm"),
     *_attention("o")[:1],
     TensorRow(

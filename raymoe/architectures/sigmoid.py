@@ -67,6 +67,8 @@ def _glm4_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = _reasons(spec, moe)
     if spec.o_bias:
         reasons.append("bias of attention's output projection: its attention has none")
+    if spec.rotary_dim % 2:
+        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: {spec.rotary_dim} dimensions are no pairs")
     if spec.sliding_window:
         reasons.append(f"sliding_window {spec.sliding_window}: its attention has none")
     return reasons
@@ -85,7 +87,7 @@ SIGMOID_HOSTS = (
         title="GLM-4.5 MoE",
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
-        accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "iquestcoder", "qwen2", "qwen3"),
+        accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "iquestcoder", "qwen2", "qwen3", "glm"),
         backbone={**BACKBONE, **QKV_BIAS, **QK_NORM},
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
@@ -94,6 +96,7 @@ SIGMOID_HOSTS = (
         config=_glm4_config,
         refusals=_glm4_refusals,
         dense="seed_oss",
+        dense_in_part="glm",
         experts_key="n_routed_experts",
         renormalise_key="norm_topk_prob",
         scores="sigmoid",

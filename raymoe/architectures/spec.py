@@ -61,6 +61,11 @@ class DenseSpec:
         return FAMILIES[self.model_type]
 
     @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head RoPE turns."""
+        return int(self.head_dim * self.partial_rotary)
+
+    @property
     def untied(self) -> bool:
         return not self.tied
 

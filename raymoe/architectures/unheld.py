@@ -28,10 +28,10 @@ UNHELD: tuple[UnheldFamily, ...] = (
         "Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
     ),
     UnheldFamily(
-        title="GLM-4",
-        model_types=("glm", "glm4"),
-        reason="its RoPE turns pairs of neighbouring dimensions and that of GLM-4.5's MoE turns halves, which is the "
-        "same only with the rows of q and k rearranged; glm4 also has norms behind attention and FFN",
+        title="GLM-4 of 2025 (0414)",
+        model_types=("glm4",),
+        reason="it has norms before and behind attention and FFN; of MoEs only Gemma 4's has, with a dense FFN beside "
+        "the experts",
     ),
     UnheldFamily(
         title="OLMo 1",

@@ -84,7 +84,7 @@ class _Pass:
     ) -> None:
         self._model, self._texts, self._variants = model, texts, variants
         ffn = partial(MixtureFfn, model.rule) if model.rule else None
-        self._decoder = StreamedDecoder(model, reader, device, ffn=ffn, exact=True)
+        self._decoder = StreamedDecoder(model, reader, device, ffn=ffn, heads=model.heads, exact=True)
         budget = 1 if self._decoder.rope_depends_on_length else TOKEN_BUDGET
         self._groups = list(_batches(texts, numbers, budget))
         self._batches = [Batch([texts[number] for number in group]) for group in self._groups]

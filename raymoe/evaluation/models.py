@@ -18,7 +18,7 @@ from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
 from raymoe.planning.tensors import rows_of, weight_refs
-from raymoe.planning.types import WeightRef
+from raymoe.planning.types import HeadRows, WeightRef
 from raymoe.sources.types import ModelFacts, TensorEntry
 
 __all__ = ["EvaluatedModel", "RoutingRule", "dense_model", "mixture_model"]
@@ -66,13 +66,17 @@ class RoutingRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedModel:
-    """A model to be streamed. `config` is a dense config.json; `rule` is None for a dense model."""
+    """A model to be streamed. `config` is a dense config.json; `rule` is None for a dense model.
+
+    `heads`: the rows of q and k lie in this order, and not in that of the dense family.
+    """
 
     label: str
     spec: DenseSpec
     config: Mapping[str, Any]
     weights: Mapping[str, WeightRef]
     rule: RoutingRule | None = None
+    heads: HeadRows | None = None
 
 
 def dense_model(facts: ModelFacts, where: str) -> EvaluatedModel:
@@ -91,10 +95,13 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
-    if (share := facts.config.get("partial_rotary_factor", 1.0)) != 1.0 and host.dense_turns_whole_heads:
+    in_part = (share := facts.config.get("partial_rotary_factor", 1.0)) != 1.0 and host.dense_turns_whole_heads
+    if in_part and (not host.dense_in_part or facts.config.get("use_qk_norm")):
         what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what)])
     config = _dense_config(host, facts.config)
+    if in_part:
+        config |= {"model_type": host.dense_in_part, "partial_rotary_factor": share}
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
@@ -107,7 +114,9 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
         raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
     weights = {name: WeightRef(entry=entry) for name, entry in entries.items()}
-    return EvaluatedModel(label=facts.label, spec=spec, config=config, weights=weights, rule=rule)
+    rearranged = spec.family.turns_neighbours and not host.turns_neighbours
+    heads = HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim) if rearranged else None
+    return EvaluatedModel(label=facts.label, spec=spec, config=config, weights=weights, rule=rule, heads=heads)
 
 
 def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,13 +29,14 @@ from raymoe.gates.loading import LayerLoader, LayerParts, LoadedLayer, compute_d
 from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
 from raymoe.gates.sinks import ATTENTION_WITH_SINKS, register
-from raymoe.planning.types import WeightRef
+from raymoe.planning.types import HeadRows, WeightRef
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import read_rows, with_lora
 
 __all__ = ["ReadableModel", "StreamedDecoder"]
 
 _HEAD = "lm_head.weight"
+_TURNED = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
 Visit = Callable[[int, int, torch.Tensor], None]
 
 
@@ -82,6 +83,7 @@ class StreamedDecoder:
 
     It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
     `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
+    `heads`: rows of q and k lie in this order, and are put back into that of the family.
     `others` are models of the same config and the same stored weights, with other adapters on them; model 0 is `model`.
     """
 
@@ -95,6 +97,7 @@ class StreamedDecoder:
         quantise: str | None = None,
         exact: bool = False,
         ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
+        heads: HeadRows | None = None,
     ) -> None:
         from transformers import AutoModel
 
@@ -107,6 +110,7 @@ class StreamedDecoder:
         self._in_place = 0  # whose adapters are in it
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
+        self._heads = heads
         self._config = _configuration(model.config)
         if self._family.has_sinks:
             register()
@@ -243,13 +247,18 @@ class StreamedDecoder:
         self._in_place = adapters
 
     def _adapted(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
-        """The layer's weights, those that adapters change made anew."""
+        """The layer's weights, those that adapters change made anew, and rows of heads where the family has them."""
         prefix, tensors = f"model.layers.{layer}.", dict(loaded.weights)
         for full, lora in self._adapters[adapters].items():
             name = full.removeprefix(prefix)
             if full.startswith(prefix) and name in tensors:
                 factors = {part: loaded.factors[adapters, name, part] for part in lora.entries}
                 tensors[name] = adapted_weight(tensors[name], factors, lora.scaling)
+        if self._heads is not None:
+            for name in _TURNED & tensors.keys():
+                rows = tensors[name]
+                heads = rows.unflatten(0, (-1, self._heads.head_dim))
+                tensors[name] = heads[:, self._heads.order_back].reshape(rows.shape)
         return tensors
 
     def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:

@@ -155,8 +155,8 @@ def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
 
 def _turned(spec: DenseSpec) -> int:
     """How many dimensions of each head the rotary embedding turns."""
-    share = spec.extra.get("rope_parameters") or {}
-    return int(spec.head_dim * share.get("partial_rotary_factor", 1.0))
+    share = (spec.extra.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return int(spec.head_dim * share) if share is not None else spec.rotary_dim
 
 
 def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:

@@ -67,8 +67,8 @@ class Architecture:
     rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
     `scores`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on the
     layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
-    rotary embedding may be scaled. `needs_shared`: every layer has a shared expert, if one of zeros. The rest are
-    biases that it adds.
+    rotary embedding may be scaled. `in_part`: it may turn a part of each head. `needs_shared`: every layer has a
+    shared expert, if one of zeros. The rest are biases that it adds.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Architecture:
     windows: bool = False
     tied: bool = True
     scales: bool = True
+    in_part: bool = False
     needs_shared: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -94,7 +95,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="qwen3moe"),
             Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
             Architecture(name="hunyuan-moe", factors=True, needs_shared=True, qkv_bias=True),
-            Architecture(name="glm4moe", scores="sigmoid", needs_shared=True, qkv_bias=True),
+            Architecture(name="glm4moe", scores="sigmoid", in_part=True, needs_shared=True, qkv_bias=True),
             Architecture(name="cohere2moe", interleaved=True, factors=True, windows=True),
             Architecture(name="lfm2moe", scores="sigmoid"),
             Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False, needs_shared=True),
@@ -141,6 +142,7 @@ _OWN = {
     "cohere2": "cohere2moe",
     "granite": "granitemoe",
     "granite_swa": "granite_swa",
+    "glm": "glm4moe",
     "granitemoehybrid": "granitehybrid",
     "hunyuan_v1_dense": "hunyuan-moe",
     "lfm2": "lfm2moe",
@@ -195,7 +197,7 @@ def _turns_neighbours(spec: DenseSpec) -> bool:
     """Whether the rotary embedding does in transformers too (`rotate_half` in the modelling files)."""
     if spec.model_type == "youtu":
         return bool(spec.extra["rope_interleave"])
-    return spec.model_type in ("cohere2", "ernie4_5", "helium")
+    return spec.family.turns_neighbours
 
 
 AS_WRITTEN = "convert a merge as raymoe wrote it"
@@ -246,7 +248,7 @@ def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[st
             yield f"a bias on {where}: it has none"
     if spec.extra.get("conv_bias"):
         yield "a bias on convolutions: it has none"
-    if spec.partial_rotary != 1.0:
+    if spec.partial_rotary != 1.0 and not architecture.in_part:
         yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
     yield from _own_reasons(spec)
     if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):

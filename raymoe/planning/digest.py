@@ -39,7 +39,7 @@ def _plain(value: object) -> object:
         return dict(value)
     assert dataclasses.is_dataclass(value), f"no canonical form for {type(value)}"
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    for key in ("whole", "magnitude"):  # plans of before there were such things keep their digests
+    for key in ("whole", "magnitude", "heads"):  # plans of before there were such things keep their digests
         if fields.get(key, ...) is None:
             del fields[key]
     return {"kind": type(value).__name__, **fields}

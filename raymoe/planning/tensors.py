@@ -10,7 +10,19 @@ from itertools import groupby
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.planning.shards import OutputTensor, Piece
-from raymoe.planning.types import FUSED, SHARED, Columns, Constant, Copy, Part, PartSource, Router, Transform, WeightRef
+from raymoe.planning.types import (
+    FUSED,
+    SHARED,
+    Columns,
+    Constant,
+    Copy,
+    HeadRows,
+    Part,
+    PartSource,
+    Router,
+    Transform,
+    WeightRef,
+)
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 
@@ -49,9 +61,20 @@ class _Matrix:
 
 def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
     """Embeddings, norms, attention, head."""
+    rearranged = spec.family.turns_neighbours and not host.turns_neighbours
+    heads = HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim)
     for matrix in _matrices(facts, spec, dtype, ffn=False):
         output = host.backbone[matrix.role].format(layer=matrix.layer)
-        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=matrix.what)
+        what = _by_heads(matrix.what, heads) if rearranged and matrix.role in _TURNED else matrix.what
+        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=what)
+
+
+_TURNED = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
+
+
+def _by_heads(what: PartSource, heads: HeadRows) -> Transform:
+    assert isinstance(what, (Copy, Transform))
+    return Transform(source=what.source, heads=heads) if isinstance(what, Copy) else replace(what, heads=heads)
 
 
 def expert_tensors(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:

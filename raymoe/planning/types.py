@@ -27,6 +27,7 @@ __all__ = [
     "Copy",
     "GatePlan",
     "GatePrompts",
+    "HeadRows",
     "MergeOptions",
     "MergePlan",
     "Part",
@@ -63,8 +64,32 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRows:
+    """Rows of q or k in another order within each head of `head_dim`: RoPE turns the first `turned` of them.
+
+    A family that turns neighbours (0 with 1, 2 with 3, ...) computes in this order what it computes in its own when
+    the first half of those rows is turned with the second: products of q and k do not depend on the order.
+    """
+
+    head_dim: int
+    turned: int
+
+    @property
+    def order(self) -> list[int]:
+        """Which row of a head of neighbours comes where in a head of halves."""
+        return [*range(0, self.turned, 2), *range(1, self.turned, 2), *range(self.turned, self.head_dim)]
+
+    @property
+    def order_back(self) -> list[int]:
+        """Which row of a head of halves comes where in a head of neighbours."""
+        order = self.order
+        return [order.index(row) for row in range(self.head_dim)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, cast to the part's dtype, in this order.
+    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, its rows in the order of `heads`, cast to
+    the part's dtype, in this order.
 
     Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
     """
@@ -74,6 +99,7 @@ class Transform:
     noise_scale: float | None = None
     scale: float | None = None
     seed: int = 0
+    heads: HeadRows | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

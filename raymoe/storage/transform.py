@@ -1,7 +1,10 @@
-"""Tensors that are not copied as they are: LoRA or DoRA, noise, scale, cast; computed in float32, in bounded pieces.
+"""Tensors that are not copied as they are: LoRA or DoRA, noise, scale, rows in another order, cast.
+
+All is computed in float32, in bounded pieces.
 
 A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape: every
 random number and every rounding then depends on the plan alone, not on who computes it or how many threads there are.
+Where rows change places within heads, a block is of whole heads.
 Blocks with noise or a LoRA delta, which cost time, are computed a few ahead by threads. Casting and scaling go element
 by element, so that any blocks give the same bytes: theirs are small enough to stay in the processor's cache.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
@@ -24,7 +27,7 @@ from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
 
-__all__ = ["NUMPY_DTYPES", "load_array", "read_rows", "row_blocks", "transformed_bytes", "with_lora"]
+__all__ = ["NUMPY_DTYPES", "in_heads", "load_array", "read_rows", "row_blocks", "transformed_bytes", "with_lora"]
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -66,7 +69,8 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
     shape = what.source.shape
     is_cast = what.lora is None and what.noise_scale is None
     blocks = []
-    for number, rows in enumerate(row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS)):
+    together = what.heads.head_dim if what.heads is not None else 1
+    for number, rows in enumerate(row_blocks(shape, _CAST_ELEMENTS if is_cast else BLOCK_ELEMENTS, together)):
         row_bytes = part.nbytes // shape[0]
         first, last = rows.start * row_bytes, rows.stop * row_bytes
         if start < last and first < end:
@@ -104,6 +108,8 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
         block += np.float32(what.noise_scale) * noise
     if what.scale is not None:
         block *= np.float32(what.scale)
+    if what.heads is not None:
+        block = in_heads(block, what.heads.head_dim, what.heads.order)
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(block.astype(target))
     if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
@@ -123,12 +129,17 @@ def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
     return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
-def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Blocks of rows of about so many elements."""
+def in_heads(rows: Float32, head_dim: int, order: Sequence[int]) -> Float32:
+    """Rows of whole heads, those of each head in another order."""
+    return rows.reshape(-1, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+
+def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, together: int = 1) -> Iterator[slice]:
+    """Blocks of rows of about so many elements; so many rows stay `together`."""
     if not shape or 0 in shape:
         return
     width = int(np.prod(shape[1:], dtype=np.int64))
-    rows = max(1, elements // width)
+    rows = max(1, elements // width // together) * together
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 

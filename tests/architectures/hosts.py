@@ -65,10 +65,6 @@ class Pair:
             pytest.skip(f"transformers {here} puts a window of some layers on all of them")
 
     @property
-    def can_be_evaluated(self) -> bool:
-        return "partial_rotary_factor" not in self.options
-
-    @property
     def modes(self) -> tuple[str, ...]:
         """All gate modes for the first pair of a family, and for the first of a host with and without a shared expert.
 
@@ -146,6 +142,8 @@ PAIRS = (
     Pair("internlm3", "glm4_moe"),
     Pair("qwen2", "glm4_moe"),
     Pair("phi3", "glm4_moe", options={"partial_rotary_factor": 0.5}),
+    Pair("glm", "glm4_moe"),
+    Pair("glm", "glm4_moe", shared=True),
     Pair("qwen3", "glm4_moe"),
     Pair("qwen3", "glm4_moe", shared=True),
     Pair("iquestcoder", "mixtral"),

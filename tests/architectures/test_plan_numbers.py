@@ -123,6 +123,7 @@ def test_importing_and_planning_need_neither_torch_nor_ray(zoo: Callable[..., Pa
 # model_type, sizes of its config.json, parameters as published
 PUBLISHED: dict[str, tuple[str, dict[str, object], float]] = {
     "Phi-4": ("phi3", sizes(5120, 17920, 40, 40, 10, 100352), 14.66e9),
+    "glm-4-9b-chat-hf": ("glm", sizes(4096, 13696, 40, 32, 2, 151552), 9.40e9),
     "OLMo-2-1124-7B": ("olmo2", sizes(4096, 11008, 32, 32, 32, 100352), 7.30e9),
     "granite-3.1-8b-base": ("granite", sizes(4096, 12800, 40, 32, 8, 49155, tie_word_embeddings=True), 8.17e9),
     "ERNIE-4.5-0.3B": ("ernie4_5", sizes(1024, 3072, 18, 16, 2, 103424), 0.36e9),

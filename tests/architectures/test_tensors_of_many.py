@@ -190,6 +190,21 @@ def test_an_adapter_of_such_a_tensor_reaches_all_of_it(zoo: Callable[..., Path],
             torch.testing.assert_close(written, expected, rtol=0, atol=1e-6)
 
 
+def test_rows_of_heads_whose_neighbours_are_turned(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """GLM-4's q and k in GLM-4.5's MoE: each head's pairs become halves; what is not turned, and v and o, stay."""
+    base, expert = zoo("glm", dtype="bfloat16"), zoo("glm", seed=1, dtype="bfloat16")
+    merged, source = merge(merge_config(base, [expert, base], mode="random"), tmp_path / "merged"), tensors_of(base)
+    order = [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32)]
+    for layer in range(LAYERS):
+        for name in (f"model.layers.{layer}.self_attn.{p}_proj.{part}" for p in "qk" for part in ("weight", "bias")):
+            heads = source[name].unflatten(0, (-1, 32))
+            assert torch.equal(merged[name], heads[:, order].flatten(0, 1))
+            assert not torch.equal(merged[name], source[name])
+        for name in ("v_proj.weight", "v_proj.bias", "o_proj.weight"):
+            full = f"model.layers.{layer}.self_attn.{name}"
+            assert torch.equal(merged[full], source[full])
+
+
 def test_a_plan_says_what_all_experts_write_together(
     zoo: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

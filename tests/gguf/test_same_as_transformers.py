@@ -95,6 +95,9 @@ MERGES = (
     Case("qwen2", "glm4_moe", "glm4moe"),
     Case("qwen3", "glm4_moe", "glm4moe"),
     Case("qwen3", "glm4_moe", "glm4moe", shared=1),
+    Case("phi3", "glm4_moe", "glm4moe", model={"partial_rotary_factor": 0.5}),
+    Case("glm", "glm4_moe", "glm4moe"),
+    Case("glm", "glm4_moe", "glm4moe", shared=2, top=1, model={"attention_bias": False}),
     # As wide as the shared expert of zeros that other hosts have, which is left out.
     Case("llama", "glm4_moe", "glm4moe", model={"intermediate_size": 256}),
     Case("youtu", "deepseek_v3", "deepseek2", model={**LATENT, "intermediate_size": 256}),

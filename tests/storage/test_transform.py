@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raymoe.errors import MergeFailed
-from raymoe.planning.types import Transform
+from raymoe.planning.types import HeadRows, Transform
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import LoraPair
 from raymoe.storage.reader import SourceReader
@@ -114,6 +114,42 @@ def test_order_of_steps(reader: SourceReader, tmp_path: Path) -> None:
     all_steps, _ = transformed(reader, w, Transform(source=w, lora=pair, noise_scale=1.0, scale=100.0, seed=1), "F32")
     noise_only, _ = transformed(reader, w, Transform(source=w, noise_scale=1.0, seed=1), "F32")
     assert np.allclose(all_steps, 100.0 * (noise_only + 10.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("head_dim", [64, 1500])
+def test_rows_change_places_within_heads(reader: SourceReader, tmp_path: Path, head_dim: int, dtype: str) -> None:
+    """Whatever the blocks, and from whatever byte on: a head is never cut."""
+    heads = HeadRows(head_dim=head_dim, turned=24)
+    weight = np.random.default_rng(5).standard_normal((4 * head_dim, 300), np.float32)
+    entries = save(tmp_path, {"w": weight, "bias": weight[:, 0].copy()})
+    order = [*range(0, 24, 2), *range(1, 24, 2), *range(24, head_dim)]
+    for name, whole in (("w", weight), ("bias", weight[:, 0])):
+        what = Transform(source=entries[name], heads=heads)
+        found, _ = transformed(reader, entries[name], what, dtype)
+        expected = np.concatenate([head[order] for head in np.split(whole, 4)]).astype(NUMPY_DTYPES[dtype])
+        assert np.array_equal(found, expected)
+        part = one_shard([tensor(entries[name], what, dtype=dtype)]).parts[0]
+        start, end = part.nbytes // 3 + 1, part.nbytes - 7
+        some = b"".join(bytes(chunk) for chunk in transformed_bytes(reader, part, what, start, end))
+        assert some == expected.tobytes()[start:end]
+
+
+def test_rows_go_back(reader: SourceReader) -> None:
+    heads = HeadRows(head_dim=10, turned=6)
+    assert heads.order == [0, 2, 4, 1, 3, 5, 6, 7, 8, 9]
+    assert [heads.order[row] for row in heads.order_back] == list(range(10))
+
+
+def test_rows_change_places_after_the_adapter(reader: SourceReader, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(6)
+    arrays = {name: numbers.standard_normal(shape, np.float32) for name, shape in (("w", (8, 5)), ("b", (8, 2)))}
+    entries = save(tmp_path, {**arrays, "a": numbers.standard_normal((2, 5), np.float32)})
+    pair = LoraPair(a=entries["a"], b=entries["b"], scaling=0.5)
+    plain, _ = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair), "F32")
+    heads = HeadRows(head_dim=4, turned=4)
+    found, _ = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair, heads=heads), "F32")
+    assert np.array_equal(found, plain[[0, 2, 1, 3, 4, 6, 5, 7]])
 
 
 def test_vector(reader: SourceReader, tmp_path: Path) -> None:
