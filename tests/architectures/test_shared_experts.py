@@ -148,7 +148,7 @@ def test_any_range_of_a_shard_can_be_asked_for_by_itself(
 ) -> None:
     """As parts of an upload are; blocks are made small, so that a matrix is several."""
     monkeypatch.setattr("raymoe.storage.transform.BLOCK_ELEMENTS", 1000)
-    monkeypatch.setattr("raymoe.storage.transform.row_blocks.__defaults__", (1000,))
+    monkeypatch.setattr("raymoe.storage.transform.row_blocks.__defaults__", (1000, 1))
     base, expert, other = (zoo("llama", seed=seed) for seed in range(3))
     config = merge_config(base, [expert] * 2, mode="random", architecture="deepseek", shared=other, dtype=dtype)
     config["shared_experts"].append({"source_model": str(expert), "noise_scale": 0.1})
