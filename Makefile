@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 BASE := models/SmolLM2-135M-Instruct
 # Rebuilt when what is installed changes.
 READY := $(VENV)/.ready
+# constraints.txt without torch, which is TORCH's to say.
+PINNED := $(VENV)/constraints.txt
 # lm-evaluation-harness and what it brings, on top of the environment and apart from it: with pandas and sklearn there,
 # transformers takes more memory, and what users without it have would not be what is tested.
 HARNESS := $(VENV)/lm-eval
@@ -34,15 +36,16 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
+	sed '/^torch==/d' constraints.txt > $(PINNED)
 	@# -qq: where the CPU index can't be reached, pip tries it in vain before it takes TORCH from its default index.
-	$(PIP) -qq --retries 1 -c constraints.txt $(TORCH_PIP) "$(TORCH)"
-	$(PIP) -c constraints.txt -e ".[test]"
+	$(PIP) -qq --retries 1 -c $(PINNED) $(TORCH_PIP) "$(TORCH)"
+	$(PIP) -c $(PINNED) -e ".[test]"
 	touch $@
 
 $(HARNESS)/.ready: $(READY)
 	$(PYTHON) -m venv $(HARNESS)
 	$(call below,$(HARNESS))
-	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt lm_eval
+	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -q -c $(PINNED) lm_eval
 	touch $@
 
 $(OLDER)/.ready: $(READY)

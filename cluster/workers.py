@@ -1,7 +1,7 @@
 """Asks a cluster's autoscaler for workers and waits until they are up: `ray job submit -- python workers.py 4`.
 
-A merge uses the nodes that are there when it begins. So a cluster that has scaled down to its head is brought up first,
-and `python workers.py 0` lets the workers go again, after the cluster's idle time.
+A merge waits for the autoscaler's first node, but looks for GPUs when it begins: a cluster that has scaled down to its
+head is brought up first, and `python workers.py 0` lets the workers go again, after the cluster's idle time.
 """
 
 from __future__ import annotations

@@ -17,14 +17,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raymoe.api import evaluate, load_config, merge, plan, push
+    from raymoe.errors import MergeFailed, ProblemReport
+    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.planning import MergeOptions
+    from raymoe.runtime.settings import RuntimeSettings
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_config", "merge", "plan", "push"]
+__all__ = [
+    "EvaluationOptions",
+    "MergeFailed",
+    "MergeOptions",
+    "ProblemReport",
+    "RuntimeSettings",
+    "__version__",
+    "evaluate",
+    "load_config",
+    "merge",
+    "plan",
+    "push",
+]
+
+_FROM = {
+    **dict.fromkeys(("evaluate", "load_config", "merge", "plan", "push"), "raymoe.api"),
+    **dict.fromkeys(("MergeFailed", "ProblemReport"), "raymoe.errors"),
+    "EvaluationOptions": "raymoe.evaluation.options",
+    "MergeOptions": "raymoe.planning",
+    "RuntimeSettings": "raymoe.runtime.settings",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "load_config", "plan", "merge", "push"):
-        from raymoe import api
+    if name in _FROM:
+        from importlib import import_module
 
-        return getattr(api, name)
+        return getattr(import_module(_FROM[name]), name)
     raise AttributeError(f"module 'raymoe' has no attribute {name!r}")

@@ -236,7 +236,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, help="folder for the experts (58 GB), a RAM disk for instance")
-    parser.add_argument("--output", type=Path, help="folder for outputs (47 GB)")
+    parser.add_argument("--output", type=Path, help="folder for outputs (48 GB)")
     parser.add_argument("--shape", default="mistral-7b", choices=sorted(SHAPES))
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
     parser.add_argument("--rounds", type=int, default=2)

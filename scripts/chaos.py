@@ -1,7 +1,7 @@
 """Merges whose actors, nodes and drivers are killed: every one has to end with the bytes of an undisturbed merge.
 
     python scripts/chaos.py --kinds actor driver --count 3 --no-examples     # a quick look
-    python scripts/chaos.py --page                                           # 55 strikes; puts the table into the docs
+    python scripts/chaos.py --page                                           # 57 strikes; puts the table into the docs
 
 A real Ray cluster runs on this machine: a head that wants a token and takes jobs, and a worker node that is lost and
 replaced. Merges of pico models and of the example experts go to folders and to two real S3 servers. From a seed they

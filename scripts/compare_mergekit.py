@@ -7,7 +7,8 @@ the example adapters are first merged into full checkpoints with peft, and both 
 
 Tensors are compared by meaning: mergekit writes transformers 5's fused names (all experts' gate and up projections in
 one tensor), raymoe writes the Hub's (one tensor an expert and matrix). Every tensor but the routers must be equal bit
-for bit. Router rows can't be: mergekit computes them in bfloat16, raymoe on a CPU in float32; their cosine is compared.
+for bit. Router rows can't be: mergekit computes them in bfloat16, raymoe on a CPU in float32 or bfloat16; their cosine
+is compared.
 """
 
 from __future__ import annotations

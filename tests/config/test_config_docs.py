@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from raymoe.config import ExpertConfig, MergeConfig, parse_config
 from raymoe.errors import ProblemReport
+from tests.pico import merge_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
 
@@ -35,7 +38,16 @@ def test_every_key_has_a_row() -> None:
         assert re.search(rf"^\| \[`{key}`\]", PAGE, flags=re.MULTILINE), key
 
 
-def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "merge.yaml").write_text(blocks("yaml")[0])
+def test_python_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Callable[..., Path], local_ray: None
+) -> None:
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"label": label, "text": f"some text of {label}"}) + "\n" for label in ("0", "1"))
+    )
+    config = merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="cheap_embed")
+    (tmp_path / "merge.yaml").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("python")[0], "config.md", "exec"), {})
+    merges, of_configs = blocks("python")
+    for text in (merges, of_configs):
+        exec(compile(text, "config.md", "exec"), {})
+    assert (tmp_path / "out/raymoe.json").is_file()
