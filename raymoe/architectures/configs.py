@@ -182,6 +182,16 @@ def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"layer_rope_theta": thetas, "rope_parameters": rope, "rope_scaling": None}
 
 
+def iquestcoder_limits(config: Mapping[str, Any]) -> list[str]:
+    """What transformers refuses as well: the Llama implementation that runs these models has neither."""
+    reasons = []
+    if config.get("clip_qkv"):
+        reasons.append(f"clip_qkv is {config['clip_qkv']!r:.40}: queries, keys and values are not clipped")
+    if config.get("use_sliding_window"):
+        reasons.append("use_sliding_window is on: its attention has no windows")
+    return reasons
+
+
 def youtu_limits(config: Mapping[str, Any]) -> list[str]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if kv_heads != heads:

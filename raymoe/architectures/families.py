@@ -20,6 +20,7 @@ from raymoe.architectures.configs import (
     granite4_values,
     granite_swa_limits,
     granite_swa_values,
+    iquestcoder_limits,
     lfm2_kinds,
     lfm2_width,
     ministral_windows,
@@ -153,6 +154,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="iquestcoder",
             title="IQuest-Coder",
             rows=LLAMA_ROWS,
+            limits=iquestcoder_limits,
             switches={**_ALL_BIASES, "mlp_bias": "mlp_bias"},
             defaults={
                 **_COMMON_DEFAULTS,

@@ -1,18 +1,19 @@
 """`DenseSpec`: what a dense model's config.json says, in one form for all families and both generations of configs.
 
-transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`; both are read. Keys that
-a config leaves out take the family's default (see `DenseFamily.defaults`), never another family's.
+Keys that a config leaves out take the family's default (see `DenseFamily.defaults`), never another family's. What a
+config says of RoPE is read in rope.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from raymoe.architectures.dense import DenseFamily, TensorRow
 from raymoe.architectures.families import FAMILIES
+from raymoe.architectures.rope import rope_kind_problems, rope_of, rope_value_problems, rotary_share
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import Problem
 
@@ -167,6 +168,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         for key in keys
         if merged.get(key) is not None and not is_valid(merged[key])
     ]
+    problems = problems or _expected(where, rope_value_problems(merged))
     if problems:
         return problems
     family = FAMILIES[model_type]
@@ -177,7 +179,14 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         ]
     merged |= family.adjust(merged)
     problems = [*_check_heads(merged, where), *_check_layers(family, merged, where)]
-    return problems or _build(family, merged)
+    if problems:
+        return problems
+    spec = _build(family, merged)
+    return _expected(where, rope_kind_problems(merged, spec.rotary_dim)) or spec
+
+
+def _expected(where: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
+    return [Problem(where=where, what=what, remedy=f"expected {expected}") for what, expected in found]
 
 
 def _unknown(model_type: object, where: str) -> Problem:
@@ -209,6 +218,10 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
 def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
@@ -221,7 +234,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         lambda v: v == 0 or _is_positive_int(v),
         "a whole number from 0 on or null",
     ),
-    (("rms_norm_eps", "rope_theta", "logits_scaling"), _is_positive, "a number over 0"),
+    (("rms_norm_eps", "rope_theta", "logits_scaling", "block_ffn_dim_multiplier"), _is_positive, "a number over 0"),
     (
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_scale"),
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
@@ -233,6 +246,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
             "sliding_window_pattern",
             "block_multiple_of",
             "full_attention_interval",
+            "no_rope_layer_interval",
             *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
             *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
             *("linear_num_key_heads", "linear_num_value_heads"),
@@ -242,7 +256,10 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         "a positive whole number",
     ),
     (("rope_scaling", "rope_parameters"), lambda v: isinstance(v, Mapping), "an object or null"),
-    (("layer_types",), lambda v: isinstance(v, list), "a list or null"),
+    (("layer_types", "layers_block_type"), lambda v: _is_list_of(v, str), "a list of kinds or null"),
+    (("full_attn_idxs",), lambda v: _is_list_of(v, int), "a list of numbers of layers or null"),
+    (("mamba_d_head",), lambda v: v == "auto" or _is_positive_int(v), 'a positive whole number or "auto"'),
+    (("time_step_limit",), lambda v: isinstance(v, list) and len(v) == 2, "two numbers"),
     (("hidden_act",), lambda v: isinstance(v, str), "text"),
     (
         (
@@ -265,6 +282,10 @@ def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:
     if heads % kv_heads:
         what = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         problems.append(Problem(where=where, what=what, remedy="check the model's config"))
+    head_dim = merged.get("head_dim") or hidden // heads
+    if head_dim % 2 and rotary_share(merged) == 1.0 and merged.get("position_embedding_type", "rope") == "rope":
+        what = f"each head has {head_dim} dimensions, an odd number: RoPE turns pairs of them"
+        problems.append(Problem(where=where, what=what, remedy="check the model's config"))
     return problems
 
 
@@ -286,7 +307,7 @@ def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) ->
 
 def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
     heads, layers = merged["num_attention_heads"], merged["num_hidden_layers"]
-    theta, scaling = _rope(merged)
+    theta, scaling = rope_of(merged)
     window, sliding = family.windows(merged, layers)
 
     def has(feature: str) -> bool:
@@ -315,24 +336,6 @@ def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
         mlp_bias=has("mlp_bias"),
         qk_norm=has("qk_norm"),
         kinds=family.kinds(merged, layers) if family.kinds else (),
-        partial_rotary=_rotary_share(merged) if family.turns_part else 1.0,
+        partial_rotary=rotary_share(merged) if family.turns_part else 1.0,
         extra={key: merged.get(key) for key in family.carried},
     )
-
-
-def _rope(merged: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
-    """theta and scaling. transformers reads `rope_scaling` before `rope_parameters` where a config has both."""
-    parameters = dict(merged.get("rope_scaling") or merged.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", None) or merged["rope_theta"]
-    kind = parameters.pop("rope_type", None) or parameters.get("type", "default")
-    parameters.pop("type", None)
-    parameters.pop("partial_rotary_factor", None)  # see _rotary_share
-    if kind == "default":
-        return float(theta), None
-    return float(theta), {"rope_type": kind, **parameters}
-
-
-def _rotary_share(merged: Mapping[str, Any]) -> float:
-    """The share of each head's dimensions that RoPE turns."""
-    parameters = merged.get("rope_scaling") or merged.get("rope_parameters") or {}
-    return float(parameters.get("partial_rotary_factor") or merged.get("partial_rotary_factor") or 1.0)

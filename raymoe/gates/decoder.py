@@ -55,7 +55,8 @@ def _look(visit: Visit, layer: int, number: int, ffn: torch.nn.Module, args: tup
 
 
 def _configuration(config: Mapping[str, Any]) -> Any:
-    """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family."""
+    """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family, or
+    refuses the config."""
     import transformers
 
     model_type = config["model_type"]
@@ -66,7 +67,13 @@ def _configuration(config: Mapping[str, Any]) -> Any:
         )
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
     keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", "quantization_config")}
-    return transformers.AutoConfig.for_model(model_type, **keys)
+    try:
+        return transformers.AutoConfig.for_model(model_type, **keys)
+    except Exception as error:  # its own checks, of whatever kind: what they say is all that there is to say
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        what = f"transformers {transformers.__version__} takes this config for wrong: {last}"
+        remedy = "mend the model's config.json, or use a gate mode that reads no layers: cheap_embed, random"
+        raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)]) from error
 
 
 def _decoded(value: Any) -> Any:

@@ -168,6 +168,12 @@ def _assemble(
         )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
         warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")
+    if base.tied and "lm_head.weight" in base_facts.index.tensors:
+        warnings.append(
+            f"base_model ({base_facts.label}): it has an lm_head.weight, and tie_word_embeddings is true: the output "
+            "head is the embedding, as transformers 4 has it (5 takes a head that differs). If it differs, set "
+            "tie_word_embeddings: false in its config.json"
+        )
     warnings += [w for m in members for w in [*expert_warnings(base, m.spec, _key(m)), *adapter_warnings(m, _key(m))]]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings

@@ -39,6 +39,7 @@ _LICENCE_TEXTS = {
         'THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND',
     ),
 }
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
@@ -83,15 +84,16 @@ def agreed(values: list[Any]) -> Any:
 def read_front_matter(card: str) -> dict[str, Any]:
     """The metadata at the head of a model card; empty for a card without, or with what is no YAML mapping."""
     import yaml
-    from huggingface_hub import ModelCard
 
-    if not card.lstrip().startswith("---"):
+    match = _FRONT_MATTER.match(card)
+    if match is None:
         return {}
+    # Not by huggingface_hub's ModelCard, which goes through results of benchmarks and fails where one is odd.
     try:
-        content: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, yaml.YAMLError):
+        content = yaml.safe_load(match[1])
+    except Exception:  # RecursionError and what constructors raise, beside YAML's own
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def front_matter_of(folder: Folder) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def test_a_family_that_transformers_does_not_have_is_named(
         ProblemReport, match=r"transformers 5\S* has no youtu models(.|\n)*install a newer transformers"
     ):
         streamed(model, [[[3, 4, 5]]])
+
+
+def test_a_config_that_transformers_refuses_is_said_in_its_words(zoo: Callable[..., Path]) -> None:
+    model = readable(zoo("llama"), last_ffn=True)
+    odd = replace(model, config={**model.config, "initializer_range": "wide"})
+    with pytest.raises(
+        ProblemReport, match=r"model_type llama: transformers 5\S* takes this config for wrong: .*'wide'"
+    ):
+        streamed(odd, [[[3, 4, 5]]])
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -16,7 +16,7 @@ from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from tests.architectures.hosts import DYNAMIC, LLAMA3, MAMBA, MIXED_LAYERS, WINDOW, YARN
 from tests.evaluation.streamed import open_mixture
-from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems
+from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems, tensors_of
 
 LONG = {
     "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
@@ -270,6 +270,15 @@ def test_differences_that_do_not_matter_are_warned_of(zoo: Callable[..., Path]) 
     assert "experts[0]" not in warnings
 
 
+def test_a_head_beside_tied_embeddings_is_warned_of(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    tied = zoo("llama", tie_word_embeddings=True)
+    head = tensors_of(tied)["model.embed_tokens.weight"] + 1
+    other = copy_model(tied, tmp_path / "other", tensors={"lm_head.weight": head})
+    for base, warned in ((tied, False), (other, True)):
+        warnings = "\n".join(raymoe.plan(merge_config(base, [tied] * 2, mode="random"), allow_all_same=True).warnings)
+        assert bool(re.search(r"it has an lm_head.weight, and tie_word_embeddings is true", warnings)) is warned
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox", "mixtral", "no_such_type", None, 3])
 @pytest.mark.parametrize("place", ["base_model", "experts[0]"])
 def test_other_model_types_are_refused(
@@ -332,6 +341,18 @@ def test_an_expert_that_stores_its_ffn_otherwise_is_refused_with_allow_crimes_to
         ("granite", {"logits_scaling": 0}, r"logits_scaling is 0.*\n?.*expected a number over 0"),
         ("lfm2", {"conv_L_cache": "3"}, r"conv_L_cache is '3'"),
         ("cohere2", {"layer_norm_eps": 0}, r"rms_norm_eps is 0"),
+        ("iquestcoder", {"clip_qkv": 8}, r"clip_qkv is 8: queries, keys and values are not clipped"),
+        ("iquestcoder", {"use_sliding_window": True}, r"use_sliding_window is on: its attention has no windows"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, r"no_rope_layer_interval is 0"),
+        ("lfm2", {"full_attn_idxs": 3}, r"full_attn_idxs is 3\n.*a list of numbers of layers"),
+        ("lfm2", {"block_ffn_dim_multiplier": "x"}, r"block_ffn_dim_multiplier is 'x'"),
+        ("granitemoehybrid", {"layer_types": [["mamba"]] * 3}, r"layer_types is .*\n.*a list of kinds"),
+        ("granitemoehybrid", {"mamba_d_head": "all"}, r"mamba_d_head is 'all'"),
+        ("granitemoehybrid", {"time_step_limit": 5}, r"time_step_limit is 5\n.*two numbers"),
+        ("llama", {"head_dim": 15}, r"each head has 15 dimensions, an odd number"),
+        ("glm", {"rope_parameters": None, "partial_rotary_factor": 0.1}, r"3 dimensions are no pairs"),
+        ("glm", {"rope_parameters": None, "partial_rotary_factor": "half"}, r"partial_rotary_factor is 'half'"),
+        ("glm", {"rope_parameters": None, "partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5"),
     ],
 )
 def test_keys_of_one_family_are_checked(
@@ -366,6 +387,32 @@ def test_a_config_value_that_makes_no_sense_is_named(
     other = copy_model(zoo("mistral"), tmp_path / "other", config={key: value})
     report = plan_problems(merge_config(other, [zoo("mistral")] * 2, mode="random"))
     assert re.search(rf"base_model \(.*/other/config.json\): .*{key}", report), report
+
+
+@pytest.mark.parametrize(
+    ("rope", "pattern"),
+    [
+        ({"rope_type": "ntk", "factor": 2.0}, r"its RoPE is of type 'ntk'\n.*one of default, linear, dynamic, yarn"),
+        ({"type": "linear"}, r"factor of its linear RoPE is None\n.*a number over 0"),
+        ({"type": "dynamic", "factor": 0}, r"factor of its dynamic RoPE is 0\n"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+            r"high_freq_factor of its llama3 RoPE is None",
+        ),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0]}, r"long_factor .*\n.*8 numbers"),
+        ({"rope_type": 3}, r"rope_type of its RoPE is 3\n.*text"),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": "x"}, r"rope_theta is 'x'"),
+        ({"full_attention": {"rope_type": "default"}}, r"settings for full_attention layers alone"),
+    ],
+)
+@pytest.mark.parametrize("host", ["mixtral", "deepseek"])
+def test_a_rope_that_nothing_can_load(
+    rope: dict[str, Any], pattern: str, host: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    drop = ("rope_parameters",)
+    other = copy_model(zoo("llama"), tmp_path / "other", config={"rope_scaling": rope}, drop_config=drop)
+    report = plan_problems(merge_config(other, [other] * 2, mode="random", architecture=host))
+    assert re.search(pattern, report), report
 
 
 def test_dynamic_rope_is_held_by_deepseek_and_mixtral_alike(zoo: Callable[..., Path]) -> None:

@@ -1,0 +1,86 @@
+"""What a config.json says of rotary embeddings, in one form for both generations of configs.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`; both are read. Where a
+config has both, `rope_scaling` counts, as in transformers. Kinds and the keys that each must have: transformers'
+`modeling_rope_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["rope_kind_problems", "rope_of", "rope_value_problems", "rotary_share"]
+
+# Kind -> keys without which transformers does not compute it, all of them numbers or lists of numbers.
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_LISTS = ("short_factor", "long_factor")
+
+
+def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+    """theta, and the scaling with its `rope_type`; None for plain RoPE."""
+    parameters = _parameters(config)
+    theta = parameters.pop("rope_theta", None) or config["rope_theta"]
+    kind = _kind(parameters)
+    for key in ("rope_type", "type", "partial_rotary_factor"):  # of the last see `rotary_share`
+        parameters.pop(key, None)
+    if kind == "default":
+        return float(theta), None
+    return float(theta), {"rope_type": kind, **parameters}
+
+
+def rotary_share(config: Mapping[str, Any]) -> float:
+    """The share of each head's dimensions that RoPE turns."""
+    return float(_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, what was expected) of values that are of no use, whatever the family makes of them."""
+    for parameters in (config, _parameters(config)):
+        share = parameters.get("partial_rotary_factor")
+        if share is not None and not (_is_positive(share) and share <= 1):
+            yield f"partial_rotary_factor is {share!r:.80}", "a number over 0, up to 1"
+    for key, value in _parameters(config).items():
+        if key in ("rope_type", "type") and not isinstance(value, str):
+            yield f"{key} of its RoPE is {value!r:.80}", "text"
+        elif key == "rope_theta" and value is not None and not _is_positive(value):
+            yield f"rope_theta is {value!r:.80}", "a number over 0"
+        elif isinstance(value, Mapping):
+            yield f"its RoPE has settings for {key} layers alone", "one RoPE for all layers"
+
+
+def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[tuple[str, str]]:
+    """The same of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a head that turn."""
+    parameters = _parameters(config)
+    kind = _kind(parameters)
+    if kind not in _NEEDS:
+        yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(_NEEDS)}"
+        return
+    for key in _NEEDS[kind]:
+        value = parameters.get(key)
+        if key not in _LISTS and not _is_positive(value):
+            yield f"{key} of its {kind} RoPE is {value!r:.80}", "a number over 0"
+        elif key in _LISTS and not (
+            isinstance(value, list) and len(value) == rotary_dim // 2 and all(map(_is_positive, value))
+        ):
+            yield f"{key} of its {kind} RoPE is {value!r:.80}", f"{rotary_dim // 2} numbers over 0"
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+
+
+def _kind(parameters: Mapping[str, Any]) -> str:
+    kind: str = parameters.get("rope_type") or parameters.get("type") or "default"
+    return kind
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
