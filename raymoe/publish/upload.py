@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.objects.urls import is_url
+from raymoe.publish.asked import check_ignored
 from raymoe.publish.content import Published, PublishedFile
 from raymoe.publish.failures import refusals, stops
 from raymoe.publish.target import Repository
@@ -63,22 +64,24 @@ class Comparison:
 
 def compare(published: Published, repository: Repository) -> Comparison:
     """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
-    reader of the folder would mix two models. Raises ProblemReport."""
+    reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
     with refusals(target.repo):
-        head = str(api.model_info(target.repo, revision=target.branch).sha)
+        head = str(api.model_info(target.repo, revision=repository.base).sha)
         listing = api.list_repo_tree(target.repo, recursive=True, revision=head)
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
     known = [file for file in published.files if file.name in entries]
     same = {file.name for file in known if _is_same(file, entries[file.name], published)}
     foreign = sorted(entries.keys() - {file.name for file in published.files})
     removed = tuple(name for name in foreign if is_part_of_a_model(name))
+    missing = tuple(file for file in published.files if file.name not in same)
+    check_ignored(target.repo, repository.base, missing, api)
     return Comparison(
         head=head,
         there=tuple(file for file in published.files if file.name in same),
-        missing=tuple(file for file in published.files if file.name not in same),
+        missing=missing,
         removed=removed,
         others=tuple(name for name in foreign if name not in removed and name != ".gitattributes"),
     )

@@ -6,12 +6,14 @@
 
 Repositories have branches and commits; a commit is a folder of its own and never changes. Large files go the way of
 git-lfs: a batch request that tells what the storage lacks, a PUT (or one a part), a commit that names them by SHA-256.
+What a .gitignore of the branch names it tells to leave out, as the Hub does, and trusts the client to do so.
 It has no Xet, as servers that merely speak the Hub's API.
 """
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
 import os
@@ -289,10 +291,11 @@ class _WritingHandler(Handler):
         self._json({})
 
     def _preupload(self, repo_id: str, revision: str, asked: dict[str, Any]) -> None:
-        files = []
+        files, patterns = [], self.writable.files(repo_id, revision).get(".gitignore", b"").decode().split()
         for file in asked["files"]:
             large = file["path"].endswith(".safetensors") or file["size"] > 10_000_000
-            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+            ignored = any(fnmatch.fnmatchcase(file["path"], pattern) for pattern in patterns)
+            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored})
         self._json({"files": files})
 
     def _batch(self, repo_id: str, asked: dict[str, Any]) -> None:
