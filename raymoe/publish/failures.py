@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from raymoe.errors import Problem, ProblemReport, RaymoeError
+from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
 from raymoe.sources.hub_errors import is_network_error, reason_of
 
 __all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "some", "stops"]
@@ -37,6 +37,10 @@ def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
     """The same as PushFailed; `progress` says what has been sent so far."""
     try:
         yield
+    except CheckpointError as error:  # a file of the output that can't be read, or is another by now
+        problem = error.problems[0]
+        said = f"{where}: {problem.where}: {problem.what}; {progress()}"
+        raise PushFailed(f"{said}\n    -> {problem.remedy}" if problem.remedy else said) from error
     except RaymoeError:
         raise
     except Exception as error:

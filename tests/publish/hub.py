@@ -62,6 +62,7 @@ class _Branches:
 
 class WritableHub(HubServer):
     """`accounts` maps tokens to what whoami tells. `part_bytes`: larger files are asked for in parts of that size.
+    `card_refusal` is the body of a 400 to every card.
     `before_upload` is called with the number of uploads so far before one is read; it may wait, or raise to cut it."""
 
     def __init__(self, root: Path, *, part_bytes: int = 1 << 30) -> None:
@@ -70,8 +71,10 @@ class WritableHub(HubServer):
         self.written: dict[str, _Branches] = {}
         self.uploads: list[Upload] = []
         self.before_upload: Callable[[int], None] = lambda count: None
+        self.before_preupload: Callable[[], None] = lambda: None
         self.before_commit: Callable[[], None] = lambda: None
         self.drop_commit_answers = False
+        self.card_refusal: bytes | None = None
         self.accounts: dict[str, dict[str, Any]] = {self.token: account("tester", "write", {"org": "write"})}
         self.lock = threading.RLock()
 
@@ -291,6 +294,7 @@ class _WritingHandler(Handler):
         self._json({})
 
     def _preupload(self, repo_id: str, revision: str, asked: dict[str, Any]) -> None:
+        self.writable.before_preupload()
         files, patterns = [], self.writable.files(repo_id, revision).get(".gitignore", b"").decode().split()
         for file in asked["files"]:
             large = file["path"].endswith(".safetensors") or file["size"] > 10_000_000
@@ -352,6 +356,9 @@ class _WritingHandler(Handler):
 
     def _validate(self, asked: dict[str, Any]) -> None:
         """The rules of the Hub's own check that a card of a merge can break."""
+        if (refusal := self.writable.card_refusal) is not None:
+            self._send(400, refusal, "text/html", {})
+            return
         matter = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
         data = yaml.safe_load(matter[1]) if matter else {}
         errors = []

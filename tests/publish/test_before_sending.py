@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,3 +76,52 @@ def test_a_card_to_be_is_refused_before_the_merge(
     refused = cli("merge", config, tmp_path / "out", "--push-to-hub", "org/name")
     assert refused.code == 2 and "README.md: the Hub refuses its metadata" in refused.err
     assert hub.written == {} and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": ["a model"]}, "its sources are no list of objects"),
+        ({"sources": {"owner": "base"}}, "its sources are no list of objects"),
+        ({"prompt_files": ["prompts.txt"]}, "its prompt_files are no list of objects"),
+        ({"files": {"config.json": 5}}, "it names no files with their sizes"),
+    ],
+)
+def test_records_of_another_shape(
+    hub: WritableHub, copied: Path, cli: Cli, change: dict[str, object], said: str
+) -> None:
+    record = copied / "raymoe.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    refused = cli("push", copied, "org/name")
+    assert refused.code == 2
+    assert f"raymoe.json can't be read: {said}\n    -> merge again" in refused.err
+    assert hub.written == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"<html>\n<b>Bad\tRequest</b></html>" + b" " * 999, "its metadata: <html> <b>Bad Request</b></html>\n"),
+        (b'["errors"]', 'its metadata: ["errors"]\n'),
+        (b'{"errors": "many"}', 'its metadata: {"errors": "many"}\n'),
+        (b"", "its metadata: it does not say why\n"),
+    ],
+)
+def test_a_refused_card_in_words_of_another_server(
+    hub: WritableHub, merged: Path, cli: Cli, answer: bytes, said: str
+) -> None:
+    hub.card_refusal = answer
+    refused = cli("push", merged, "org/name")
+    assert refused.code == 2 and f"README.md: the Hub refuses {said}" in refused.err
+    assert hub.written == {}
+
+
+def test_how_a_store_was_reached_is_not_published(hub: WritableHub, copied: Path) -> None:
+    record = copied / "raymoe.json"
+    content = json.loads(record.read_text())
+    content["config"]["storage"] = {"endpoint": "http://minio.internal:9000", "profile": "admin", "checksum": "sha256"}
+    record.write_text(json.dumps(content))
+    raymoe.push(copied, "org/name")
+    published = json.loads(hub.files("org/name")["raymoe.json"])
+    assert published["config"] == content["config"] | {"storage": {"checksum": "sha256"}}
+    assert raymoe.push(copied, "org/name").sent == ()
