@@ -104,7 +104,9 @@ def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
 
 
 def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
-    """Local models that were written after the merge in a folder was finished: it may not be what they give now."""
+    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
+
+    Of an output in an object store nothing is said: its times are of another clock."""
     if is_url(location):
         return []
     finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
