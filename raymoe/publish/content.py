@@ -2,8 +2,9 @@
 
     raymoe.json --> PublishedFile by name: a file of the output, or for the card and the record the bytes to publish
 
-The card calls the model by its name on the Hub, and so differs from the output's; the published record says so. The
-card may have been edited; any other file that is missing or has another size than recorded is refused.
+The card calls the model by its name on the Hub, and so differs from the output's; the published record says so, and
+leaves out by which endpoint and profile object stores were reached. The card may have been edited; any other file that
+is missing or has another size than recorded is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.records import CARD_NAME, INDEX_NAME, RECORD_NAME
 
 __all__ = ["Published", "PublishedFile", "open_published", "recorded_digest"]
+
+# Keys of the config's `storage`: an address, perhaps of an inner network, and a name in somebody's ~/.aws.
+_OF_THIS_USER = ("endpoint", "profile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,10 @@ def _record(folder: Folder) -> dict[str, Any]:
     files = record.get("files")
     if not isinstance(files, Mapping) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise ProblemReport([_broken(folder, f"{RECORD_NAME} can't be read: it names no files with their sizes")])
+    for key in ("sources", "prompt_files"):
+        entries = record.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise ProblemReport([_broken(folder, f"{RECORD_NAME} can't be read: its {key} are no list of objects")])
     return record
 
 
@@ -141,12 +149,18 @@ def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
 
 
 def _published_record(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
-    """The record, with the repository, and size and checksum of the card as it is published."""
+    """The record, with the repository, and size and checksum of the card as it is published; without what the config
+    tells of this user's way to object stores, which a reader replaces by his own."""
     files = dict(record["files"])
     if card is not None:
         content = card.encode()
         files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
-    return (json.dumps({**record, "published_as": repo, "files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+    published = {**record, "published_as": repo, "files": files}
+    config = record.get("config")
+    if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
+        storage = {key: value for key, value in config["storage"].items() if key not in _OF_THIS_USER}
+        published["config"] = {**config, "storage": storage}
+    return (json.dumps(published, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _title(record: Mapping[str, Any]) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from raymoe.errors import Problem, ProblemReport, RaymoeError
+from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
 from raymoe.sources.hub_errors import is_network_error, reason_of
 
-__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "stops"]
+__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "some", "stops"]
 
 TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
+_NAMED = 3
 
 
 class PushFailed(RaymoeError):
@@ -36,6 +37,10 @@ def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
     """The same as PushFailed; `progress` says what has been sent so far."""
     try:
         yield
+    except CheckpointError as error:  # a file of the output that can't be read, or is another by now
+        problem = error.problems[0]
+        said = f"{where}: {problem.where}: {problem.what}; {progress()}"
+        raise PushFailed(f"{said}\n    -> {problem.remedy}" if problem.remedy else said) from error
     except RaymoeError:
         raise
     except Exception as error:
@@ -43,6 +48,12 @@ def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
             raise
         what, remedy = told
         raise PushFailed(f"{where}: {what}; {progress()}\n    -> {remedy}") from error
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _told(error: BaseException) -> tuple[str, str] | None:

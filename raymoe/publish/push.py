@@ -18,10 +18,12 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published, recorded_digest
-from raymoe.publish.failures import refusals
+from raymoe.publish.failures import some
 from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
+from raymoe.report.card import card_metadata
 from raymoe.report.display import say
+from raymoe.report.source_cards import source_cards
 from raymoe.runtime.merge import MergeResult, output_of, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
@@ -32,8 +34,6 @@ from raymoe.text import human_bytes
 
 __all__ = ["look_at_push", "merge_and_push", "push_merge"]
 
-_NAMED = 3
-
 
 def push_merge(
     place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions, *, quiet: bool = False
@@ -42,7 +42,7 @@ def push_merge(
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
-    return _push(published, open_repository(target, hub), quiet=quiet)
+    return _push(published, open_repository(target, hub, card=published.card), quiet=quiet)
 
 
 def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions) -> Iterator[str]:
@@ -50,11 +50,11 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
-    repository = open_repository(target, hub, make=False)
-    if published.card is not None:
-        _check_card(published.card, repository)
+    repository = open_repository(target, hub, make=False, card=published.card)
     if repository.is_new:
         yield f"{repository.url} would be made{', private' if target.private else ''}"
+    if repository.lacks_branch:
+        yield f"its branch {target.branch} would be made from {repository.base}"
     nothing = Comparison(head="", there=(), missing=published.files, removed=(), others=())
     comparison = nothing if repository.is_new else compare(published, repository)
     yield from _plan_lines(published, repository, comparison)
@@ -84,26 +84,35 @@ def merge_and_push(
     quiet = settings.verbosity < 0
     if is_merged:
         published = open_published(output, target.repo, settings.storage)
-        repository = open_repository(target, settings.hub)
+        repository = open_repository(target, settings.hub, card=published.card)
         report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
         if not quiet:
             say(f"{out.location} holds this merge, finished: going on with the push")
     else:
-        repository = open_repository(target, settings.hub)
+        repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
         on_merged(run_merge(plan, config, output, settings, report))
         published = open_published(output, target.repo, settings.storage)
     with report.phase("push"):
         return _push(published, repository, quiet=quiet)
 
 
+def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
+    """The head of the card that a merge would write, all that the Hub judges of it; None where it writes no card."""
+    if not plan.options.model_card:
+        return None
+    return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"
+
+
 def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
-    """Local models that were written after the merge in a folder was finished: it may not be what they give now."""
+    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
+
+    Of an output in an object store nothing is said: its times are of another clock."""
     if is_url(location):
         return []
     finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
     stamps = source_stamps(file for source in plan.sources for file in source.files)
     if newer := sorted(name for name, stamp in stamps.items() if stamp > finished):
-        what = f"the merge in this folder is older than its sources: {_some(tuple(newer))}"
+        what = f"the merge in this folder is older than its sources: {some(newer)}"
         remedy = "use --overwrite to merge them again, or publish it as it is with `raymoe push`"
         return [Problem(where=location, what=what, remedy=remedy)]
     return []
@@ -114,8 +123,6 @@ def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushe
         if not quiet:
             say(text)
 
-    if published.card is not None:
-        _check_card(published.card, repository)
     comparison = compare(published, repository)
     for line in _plan_lines(published, repository, comparison):
         tell(line)
@@ -131,34 +138,13 @@ def _plan_lines(published: Published, repository: Repository, comparison: Compar
     count = f"{len(comparison.missing)} files, {human_bytes(sending)}" if comparison.missing else "no file to send"
     yield f"push to {repository.url} (branch {branch}): {count}{there}"
     if comparison.removed:
-        names = _some(comparison.removed)
+        names = some(comparison.removed)
         yield f"note: files of another model there are removed by the commit, and stay in its history: {names}"
     if comparison.others and not repository.is_new:
-        yield f"note: the repository has other files, which stay: {_some(comparison.others)}"
+        yield f"note: the repository has other files, which stay: {some(comparison.others)}"
     if published.local_sources:
         example = published.local_sources[-1]
         yield f"note: raymoe.json and the card name files of this machine, such as {example}"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-def _check_card(card: str, repository: Repository) -> None:
-    """Have the Hub look at the card before anything is sent: it would refuse the commit after all is."""
-    # Documented (package_reference/utilities), if not re-exported for type checkers.
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-    url, asked = f"{repository.api.endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
-    with refusals("README.md"):
-        response = http_backoff("POST", url, json=asked, headers=build_hf_headers())
-        if response.status_code == 400:
-            reasons = "; ".join(str(each.get("message")) for each in response.json().get("errors", []))
-            what = f"the Hub refuses its metadata: {reasons or response.text}"
-            remedy = "correct the lines between '---' at its head, in the output"
-            raise ProblemReport([Problem(where="README.md", what=what, remedy=remedy)])
-        hf_raise_for_status(response)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Where a merge is pushed to: the repository and its branch, checked and made before anything is sent.
 
+    whoami, the card --refused--> nothing is made
+    repository, branch            made where they are missing, or only looked for
+
 The check is done before a merge that is to be pushed, so it asks for all that can be known without sending weights: who
 the token belongs to, whether it may write there, whether the repository is what the command says.
 """
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.publish.asked import check_card
 from raymoe.publish.failures import TOKEN_REMEDY, refusals
 from raymoe.sources.hub import HubOptions, is_hub_id
 
@@ -44,12 +48,20 @@ class PushTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has made it, or would."""
+    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has made it, or would.
+
+    `base` is the branch that a push finds there: the target's, or main where that would yet be made from it."""
 
     target: PushTarget
     api: HfApi
     url: str
     is_new: bool
+    base: str
+
+    @property
+    def lacks_branch(self) -> bool:
+        """Whether the branch would yet be made."""
+        return self.base != self.target.branch
 
 
 def push_target(
@@ -81,8 +93,9 @@ def target_problems(target: PushTarget) -> list[Problem]:
     return problems
 
 
-def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True) -> Repository:
-    """The repository, made if it is not there (or only looked for), and the branch too. Raises ProblemReport."""
+def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, card: str | None = None) -> Repository:
+    """The repository, made if it is not there (or only looked for), and the branch too. Raises ProblemReport, and has
+    made nothing where the token or the `card` is refused."""
     from huggingface_hub import HfApi
 
     if problems := target_problems(target):
@@ -92,15 +105,27 @@ def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True) -
         account = api.whoami()
     if problem := _account_problem(target, account, api):
         raise ProblemReport([problem])
+    if card is not None:
+        check_card(card, api)
     with refusals(target.repo):
         is_new = _create(api, target) if make else not api.repo_exists(target.repo)
         if target.private and not (is_new or api.model_info(target.repo).private):
             what = "the repository is there already, and public"
             remedy = "make it private in its settings on the Hub, leave out --private, or push to another one"
             raise ProblemReport([Problem(where=target.repo, what=what, remedy=remedy)])
-        if make and target.branch != _MAIN and not target.branch.startswith("refs/"):
-            api.create_branch(target.repo, branch=target.branch, exist_ok=True)
-    return Repository(target=target, api=api, url=f"{api.endpoint}/{target.repo}", is_new=is_new)
+        base = _base(api, target, is_new=is_new, make=make)
+    return Repository(target=target, api=api, url=f"{api.endpoint}/{target.repo}", is_new=is_new, base=base)
+
+
+def _base(api: HfApi, target: PushTarget, *, is_new: bool, make: bool) -> str:
+    """The branch that a push finds: the target's, made if it is missing; main where it is missing and not made."""
+    if target.branch == _MAIN or target.branch.startswith("refs/"):
+        return target.branch
+    if make:
+        api.create_branch(target.repo, branch=target.branch, exist_ok=True)
+        return target.branch
+    is_there = not is_new and api.revision_exists(target.repo, target.branch)
+    return target.branch if is_there else _MAIN
 
 
 def _account_problem(target: PushTarget, account: Mapping[str, Any], api: HfApi) -> Problem | None:

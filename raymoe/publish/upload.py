@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.objects.urls import is_url
+from raymoe.publish.asked import check_ignored
 from raymoe.publish.content import Published, PublishedFile
-from raymoe.publish.failures import refusals, stops
+from raymoe.publish.failures import PushFailed, refusals, stops
 from raymoe.publish.target import Repository
-from raymoe.storage.records import is_part_of_a_model
+from raymoe.storage.records import RECORD_NAME, is_part_of_a_model
 from raymoe.text import human_bytes
 
 if TYPE_CHECKING:
@@ -63,22 +65,24 @@ class Comparison:
 
 def compare(published: Published, repository: Repository) -> Comparison:
     """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
-    reader of the folder would mix two models. Raises ProblemReport."""
+    reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
     with refusals(target.repo):
-        head = str(api.model_info(target.repo, revision=target.branch).sha)
+        head = str(api.model_info(target.repo, revision=repository.base).sha)
         listing = api.list_repo_tree(target.repo, recursive=True, revision=head)
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
     known = [file for file in published.files if file.name in entries]
     same = {file.name for file in known if _is_same(file, entries[file.name], published)}
     foreign = sorted(entries.keys() - {file.name for file in published.files})
     removed = tuple(name for name in foreign if is_part_of_a_model(name))
+    missing = tuple(file for file in published.files if file.name not in same)
+    check_ignored(target.repo, repository.base, missing, api)
     return Comparison(
         head=head,
         there=tuple(file for file in published.files if file.name in same),
-        missing=tuple(file for file in published.files if file.name not in same),
+        missing=missing,
         removed=removed,
         others=tuple(name for name in foreign if name not in removed and name != ".gitattributes"),
     )
@@ -168,17 +172,37 @@ class _Sender:
     def _send_shard(self, file: PublishedFile) -> CommitOperationAdd:
         """One at a time: what is killed loses one, and Ctrl-C waits for no thread of the library. (Xet sends the chunks
         of one file side by side.) Of an object there is a copy on this machine's disk as long as it is sent."""
-        from huggingface_hub import CommitOperationAdd
-
         assert file.file is not None
         target, path = self._repository.target, self._published.folder.local_path(file.file)
-        operation = CommitOperationAdd(file.name, str(path))
+        operation = self._addition(file, path)
         self._repository.api.preupload_lfs_files(target.repo, [operation], revision=target.branch)
         # The library takes the path out of what it has sent; what it has not goes with the commit.
         is_sent = operation.path_or_fileobj == b""
         if is_sent and is_url(file.file.location):
             path.unlink(missing_ok=True)
         return operation
+
+    def _addition(self, file: PublishedFile, path: Path) -> CommitOperationAdd:
+        """Raises PushFailed where the shard is not, or is no longer, the one that the record tells of."""
+        from huggingface_hub import CommitOperationAdd
+
+        try:
+            operation = CommitOperationAdd(file.name, str(path))
+        except (ValueError, FileNotFoundError):  # the library's and, a moment later, the system's word for it
+            raise self._changed(file, "is gone") from None
+        now = operation.upload_info
+        if now.size != file.size:
+            raise self._changed(file, f"has {now.size:,} bytes, and had {file.size:,} when the push began")
+        if file.sha256 is not None and now.sha256.hex() != file.sha256:
+            raise self._changed(file, f"is not the file that was merged: its SHA-256 is not that in {RECORD_NAME}")
+        return operation
+
+    def _changed(self, file: PublishedFile, what: str) -> PushFailed:
+        where = f"push to {self._repository.target.repo}: {self._published.folder.label}/{file.name}"
+        remedy = (
+            "let no merge write there during a push; put the file back, or merge again (with --overwrite), and push"
+        )
+        return PushFailed(f"{where} {what}, and was not sent; {self.progress()}\n    -> {remedy}")
 
     def _bytes(self, file: PublishedFile) -> bytes:
         if file.content is not None:

@@ -25,6 +25,8 @@ __all__ = ["PLACE", "card_metadata", "model_card"]
 PLACE = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
 
+# Keys of the config that the card shows even where they have their default.
+_ALWAYS_SAID = ("gate_mode", "experts_per_token")
 _EXAMPLES = 2
 _EXAMPLE_CHARACTERS = 60
 # Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
@@ -204,16 +206,15 @@ def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
     yield ""
 
 
-def _without_defaults(value: Any) -> Any:
-    """A plain config without its keys that say nothing, in experts too."""
-    if isinstance(value, dict):
-        said = {key: _without_defaults(each) for key, each in value.items()}
-        return {key: each for key, each in said.items() if each not in (None, False, [], {})}
-    return [_without_defaults(each) for each in value] if isinstance(value, list) else value
+def _public_config(config: MergeConfig) -> dict[str, Any]:
+    """The config for others to merge with: without what has its default, but for what readers look for, and without
+    how this user reaches object stores."""
+    said = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
+    return {key: said.get(key, value) for key, value in config.to_plain().items() if key in (*said, *_ALWAYS_SAID)}
 
 
 def _making(config: MergeConfig) -> Iterator[str]:
-    plain = _without_defaults(config.to_plain())
+    plain = _public_config(config)
     yield "## How it was made"
     yield ""
     yield f"Merged with raymoe {raymoe.__version__}; `raymoe.json` is the record of it. The config:"

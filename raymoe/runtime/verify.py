@@ -69,9 +69,10 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
     settings = replace(settings, storage=config.storage)
     plan = api.plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
-    differences = [*_prompt_differences(record, plan, config), *_file_differences(folder, record, plan, settings)]
+    of_files, unknown = _file_differences(folder, record, plan, settings)
+    differences = [*_prompt_differences(record, plan, config), *of_files]
     edited = [line for line in differences if line.startswith(f"{CARD_NAME}: ")]
-    notes = tuple(f"{line} (a card may be edited)" for line in edited)
+    notes = (*(f"{line} (a card may be edited)" for line in edited), *unknown)
     differences = [line for line in differences if line not in edited]
     try:
         written = index_model_weights(folder).tensors
@@ -111,9 +112,12 @@ def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: Merg
 
 def _file_differences(
     folder: Folder, record: Mapping[str, Any], plan: MergePlan, settings: RuntimeSettings
-) -> list[str]:
-    """Files that are not as the record says. The bytes of weights are left to the comparison tensor by tensor."""
-    differences = []
+) -> tuple[list[str], list[str]]:
+    """Files that are not as the record says, and notes of those of which the record can't tell.
+
+    The bytes of weights are left to the comparison tensor by tensor, but for a look at the ETags of objects.
+    """
+    differences, unknown = [], []
     if record.get("plan_digest") != plan.digest:
         differences.append("the plan: sources, config or raymoe's output format are not what they were at the merge")
     weights = {shard.file_name for shard in plan.shards}
@@ -124,11 +128,15 @@ def _file_differences(
                 differences.append(f"{name}: missing")
             elif file.size != expected["size"]:
                 differences.append(f"{name}: {file.size} bytes, expected {expected['size']}")
-            elif name in weights and not checksum.startswith("etag:"):
+            elif name in weights and (file.etag is None or not checksum.startswith("etag:")):
                 continue
-            elif checksum_like(checksum, file, reader) != checksum:
+            elif (now := checksum_like(checksum, file, reader)) is None:
+                unknown.append(
+                    f"{name}: the record has an object's ETag, which does not tell whether a copy is the same"
+                )
+            elif now != checksum:
                 differences.append(f"{name}: changed since the merge")
-    return differences
+    return differences, unknown
 
 
 class _CompareShards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import JOURNAL
 
 __all__ = ["checksum_like", "open_checkpoint", "read_object"]
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
@@ -53,12 +56,23 @@ def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[st
     return content
 
 
-def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str:
-    """The file's checksum as it is now, of the kind that was recorded. All bytes are read, but for an `etag`."""
-    kind = recorded.partition(":")[0]
-    if kind == "etag":
+def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str | None:
+    """The file's checksum as it is now, of the kind that was recorded. All bytes are read, but for an object's `etag`.
+
+    None where it can't be told: a copy of an object has no ETag, unless what was recorded is the MD5 of its bytes, as
+    it is at most stores for an object that was not uploaded in parts.
+    """
+    kind, _, digits = recorded.partition(":")
+    if kind == "etag" and file.etag is not None:
         return f"etag:{file.etag}"
-    hasher: Any = hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128()
+    if kind == "etag":
+        is_md5 = _MD5.fullmatch(digits) and _digest(file, reader, hashlib.md5(usedforsecurity=False)) == digits
+        return recorded if is_md5 else None
+    return f"{kind}:{_digest(file, reader, hashlib.sha256() if kind == 'sha256' else xxhash.xxh3_128())}"
+
+
+def _digest(file: SourceFile, reader: SourceReader, hasher: Any) -> str:
     for chunk in reader.chunks(file, 0, file.size):
         hasher.update(chunk)
-    return f"{kind}:{hasher.hexdigest()}"
+    digits: str = hasher.hexdigest()
+    return digits

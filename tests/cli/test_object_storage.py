@@ -168,6 +168,27 @@ def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
     assert "weight: differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
 
 
+def test_verify_of_a_copy(store: Store, tmp_path: Path) -> None:
+    """A copy has no ETags, by which the record knows the objects: the MD5s among them, and tensors, decide."""
+    config = config_of(store.there, tmp_path / "config.yaml")
+    url, copy = store.url(), tmp_path / "copy"
+    merged(store, config, url)
+    copy.mkdir()
+    for name, content in store.files(url).items():
+        (copy / name).write_bytes(content)
+    done = store.run("verify", copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("verified: ") and done.stdout.count("\n") == 1
+    for name in ("config.json", next(path.name for path in sorted(copy.glob("model-00002-of-*.safetensors")))):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    done = store.run("verify", copy)
+    assert done.returncode == 1
+    assert "note: config.json: the record has an object's ETag, which does not tell whether a copy" in done.stdout
+    assert "weight: differs" in done.stdout and "NOT verified: 1 difference" in done.stdout
+    assert "changed since the merge" not in done.stdout
+
+
 def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:
     """Under 1% of the sources, of which a pico model's tokenizer is the most: weights are counted by themselves."""
     from tests.storage.test_upload_plan import SMOLLM2, tensor_shapes

@@ -6,12 +6,14 @@
 
 Repositories have branches and commits; a commit is a folder of its own and never changes. Large files go the way of
 git-lfs: a batch request that tells what the storage lacks, a PUT (or one a part), a commit that names them by SHA-256.
+What a .gitignore of the branch names it tells to leave out, as the Hub does, and trusts the client to do so.
 It has no Xet, as servers that merely speak the Hub's API.
 """
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
 import os
@@ -60,6 +62,7 @@ class _Branches:
 
 class WritableHub(HubServer):
     """`accounts` maps tokens to what whoami tells. `part_bytes`: larger files are asked for in parts of that size.
+    `card_refusal` is the body of a 400 to every card.
     `before_upload` is called with the number of uploads so far before one is read; it may wait, or raise to cut it."""
 
     def __init__(self, root: Path, *, part_bytes: int = 1 << 30) -> None:
@@ -68,8 +71,10 @@ class WritableHub(HubServer):
         self.written: dict[str, _Branches] = {}
         self.uploads: list[Upload] = []
         self.before_upload: Callable[[int], None] = lambda count: None
+        self.before_preupload: Callable[[], None] = lambda: None
         self.before_commit: Callable[[], None] = lambda: None
         self.drop_commit_answers = False
+        self.card_refusal: bytes | None = None
         self.accounts: dict[str, dict[str, Any]] = {self.token: account("tester", "write", {"org": "write"})}
         self.lock = threading.RLock()
 
@@ -289,10 +294,12 @@ class _WritingHandler(Handler):
         self._json({})
 
     def _preupload(self, repo_id: str, revision: str, asked: dict[str, Any]) -> None:
-        files = []
+        self.writable.before_preupload()
+        files, patterns = [], self.writable.files(repo_id, revision).get(".gitignore", b"").decode().split()
         for file in asked["files"]:
             large = file["path"].endswith(".safetensors") or file["size"] > 10_000_000
-            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+            ignored = any(fnmatch.fnmatchcase(file["path"], pattern) for pattern in patterns)
+            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored})
         self._json({"files": files})
 
     def _batch(self, repo_id: str, asked: dict[str, Any]) -> None:
@@ -349,6 +356,9 @@ class _WritingHandler(Handler):
 
     def _validate(self, asked: dict[str, Any]) -> None:
         """The rules of the Hub's own check that a card of a merge can break."""
+        if (refusal := self.writable.card_refusal) is not None:
+            self._send(400, refusal, "text/html", {})
+            return
         matter = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
         data = yaml.safe_load(matter[1]) if matter else {}
         errors = []

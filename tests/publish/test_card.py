@@ -13,9 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 import raymoe
+from raymoe.config import make_config
 from raymoe.gates.summary import LayerCheck, RouterSummary
 from raymoe.objects.options import StorageOptions
-from raymoe.report.card import model_card
+from raymoe.report.card import _making, model_card
 from raymoe.report.source_cards import source_cards
 from raymoe.sources.hub import HubOptions
 from tests.pico import REPOSITORY, copy_model, merge_config, save_lora
@@ -167,6 +168,21 @@ def test_prompts_that_look_like_markdown(models: Callable[..., Path]) -> None:
     block = re.search(r"^(`{4,})yaml\n(.*?)^\1$", card.text, re.DOTALL | re.MULTILINE)
     assert block is not None
     assert yaml.safe_load(block[2])["experts"][0]["positive_prompts"] == config["experts"][0]["positive_prompts"]
+
+
+def test_the_config_in_the_card_is_the_one_that_was_merged(models: Callable[..., Path]) -> None:
+    """False, 0 and null are said where they are not the default; how a store is reached is nobody else's business."""
+    config = local(models("base"), models("law"), models("code")) | {"chat_template": True}
+    config["experts"][0] |= {"chat_template": False, "residual_scale": 0, "noise_scale": 0}
+    config["experts"][1]["positive_prompts"] = {"file": "prompts.jsonl", "limit": None}
+    config["storage"] = {"endpoint": "http://minio.internal:9000", "profile": "admin"}
+    checked = make_config(config)
+    text = "\n".join(_making(checked))
+    assert "minio.internal" not in text and "storage" not in text
+    said = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert make_config(said) == checked.model_copy(update={"storage": StorageOptions()})
+    assert said.keys() == {"base_model", "experts", "gate_mode", "experts_per_token", "chat_template"}
+    assert "dtype: null" not in text and "negative_prompts" not in text
 
 
 def test_routing_figures(models: Callable[..., Path]) -> None:

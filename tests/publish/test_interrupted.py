@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from tests.cli.conftest import Answer
 from tests.publish.hub import WritableHub
 
 Cli = Callable[..., Answer]
+LAST = "model-00006-of-00006.safetensors"
 FLAGS = ("--push-to-hub", "org/name", "--out-shard-size", "300K")
 
 
@@ -95,6 +97,57 @@ def test_somebody_else_commits_meanwhile(hub: WritableHub, merged: Path, cli: Cl
     assert cli("push", merged, "org/name").code == 0
     assert len(hub.uploads) == before
     assert hub.files("org/name")["NOTES.md"] == b"theirs"
+
+
+def when_first_uploaded(hub: WritableHub, do: Callable[[], object]) -> None:
+    """Call `do` once, in the middle of a push."""
+
+    def once(count: int) -> None:
+        hub.before_upload = lambda count: None
+        do()
+
+    hub.before_upload = once
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is gone, and was not sent"),
+        (b"short", "has 5 bytes, and had "),
+        (b"same size", "is not the file that was merged: its SHA-256 is not that in raymoe.json"),
+    ],
+)
+def test_a_shard_that_changes_meanwhile(
+    hub: WritableHub, merged: Path, cli: Cli, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    """Another model's weights under this one's record would be told by nobody."""
+    out = shutil.copytree(merged, tmp_path / "out")
+    record, path = json.loads((out / "raymoe.json").read_text()), out / LAST
+    for file, entry in record["files"].items():
+        entry["checksum"] = f"sha256:{hashlib.sha256((out / file).read_bytes()).hexdigest()}"
+    (out / "raymoe.json").write_text(json.dumps(record))
+    whole = path.read_bytes()
+    other = whole[:-1] + bytes([whole[-1] ^ 1]) if content == b"same size" else content
+    when_first_uploaded(hub, lambda: path.unlink() if other is None else path.write_bytes(other))
+    stopped = cli("push", out, "org/name")
+    assert stopped.code == 1
+    assert f"error: push to org/name: {path} {said}" in stopped.err
+    assert "; 5 of 6 shards are on the Hub, and will not be sent again\n    -> let no merge write there" in stopped.err
+    assert hub.files("org/name").keys() == {".gitattributes"}
+    path.write_bytes(whole)
+    assert cli("push", out, "org/name").code == 0
+
+
+def test_a_small_file_that_goes_meanwhile(hub: WritableHub, merged: Path, cli: Cli, tmp_path: Path) -> None:
+    out = shutil.copytree(merged, tmp_path / "out")
+    assert cli("push", out, "org/name").code == 0
+    hub.commit("org/name", "main", "another index", {"model.safetensors.index.json": b"{}"}, {}, [])
+    index = out / "model.safetensors.index.json"
+    hub.before_preupload = index.unlink
+    stopped = cli("push", out, "org/name")
+    assert stopped.code == 1
+    assert f"error: push to org/name: {index}: can't be read: No such file" in stopped.err
+    assert "; the repository is as it was\n    -> " in stopped.err
 
 
 def test_a_lost_answer_to_the_commit(hub: WritableHub, merged: Path, cli: Cli) -> None:

@@ -1,0 +1,127 @@
+"""What a push finds out before it makes or sends anything, and what it makes then: nothing where it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import raymoe
+from tests.cli.commands import write_config
+from tests.cli.conftest import Answer
+from tests.pico import copy_model, merge_config
+from tests.publish.hub import WritableHub
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def copied(merged: Path, tmp_path: Path) -> Path:
+    """A merge that a test may change."""
+    return Path(shutil.copytree(merged, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("options", [(), ("--branch", "v2"), ("--dry-run",), ("--dry-run", "--branch", "v2")])
+def test_files_that_the_repository_ignores(hub: WritableHub, merged: Path, cli: Cli, options: tuple[str, ...]) -> None:
+    """The library leaves them out of the commit and says nothing."""
+    hub.create("org/name")
+    hub.commit("org/name", "main", "no weights here", {".gitignore": b"*.safetensors\nrecord.txt\n"}, {}, [])
+    refused = cli("push", merged, "org/name", *options)
+    assert (refused.code, refused.out) == (2, "")
+    branch = "v2" if options == ("--branch", "v2") else "main"
+    said = f"the .gitignore of its branch {branch} keeps files out of a commit: model-00001-of-00006.safetensors, "
+    assert said in refused.err and "and 3 more\n    -> take the lines that name them out" in refused.err
+    assert not hub.uploads and len(hub.history("org/name")) == 2
+    hub.commit("org/name", "main", "weights after all", {".gitignore": b"*.bin\n"}, {}, [])
+    assert cli("push", merged, "org/name").code == 0
+    assert len(hub.files("org/name")) == 14 + 2  # .gitignore and .gitattributes stay
+
+
+def test_a_dry_run_of_a_branch_to_be_made(hub: WritableHub, merged: Path, cli: Cli) -> None:
+    looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
+    assert looked.code == 0, looked.err
+    assert f"{hub.url}/org/name would be made\nits branch v2 would be made from main\n" in looked.err
+    assert hub.written == {}
+    raymoe.push(merged, "org/name")
+    looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
+    assert looked.code == 0, looked.err
+    assert looked.err.startswith("its branch v2 would be made from main\n")
+    assert "(branch v2): no file to send; 14 are there already" in looked.err
+    assert hub.written["org/name"].heads.keys() == {"main"}
+    assert raymoe.push(merged, "org/name", revision="v2").sent == ()  # as was said
+    looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
+    assert looked.code == 0 and "would be made" not in looked.err
+
+
+@pytest.mark.parametrize("options", [("--branch", "v2"), ("--dry-run",)])
+def test_a_refused_card_makes_no_repository(hub: WritableHub, copied: Path, cli: Cli, options: tuple[str, ...]) -> None:
+    card = copied / "README.md"
+    card.write_text(card.read_text().replace("library_name", "license: mine\nlibrary_name", 1))
+    refused = cli("push", copied, "org/name", *options)
+    assert refused.code == 2 and "README.md: the Hub refuses its metadata" in refused.err
+    assert hub.written == {}
+
+
+def test_a_card_to_be_is_refused_before_the_merge(
+    hub: WritableHub, zoo: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """Its metadata come from the models' cards, and are known before the routers are."""
+    models = [copy_model(zoo("llama", seed=seed), tmp_path / f"model-{seed}") for seed in (0, 1, 2)]
+    for model in models:
+        (model / "README.md").write_text("---\nlicense: openrail\n---\n")
+    config = write_config(tmp_path / "config.yaml", merge_config(models[0], models[1:], mode="random"))
+    refused = cli("merge", config, tmp_path / "out", "--push-to-hub", "org/name")
+    assert refused.code == 2 and "README.md: the Hub refuses its metadata" in refused.err
+    assert hub.written == {} and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": ["a model"]}, "its sources are no list of objects"),
+        ({"sources": {"owner": "base"}}, "its sources are no list of objects"),
+        ({"prompt_files": ["prompts.txt"]}, "its prompt_files are no list of objects"),
+        ({"files": {"config.json": 5}}, "it names no files with their sizes"),
+    ],
+)
+def test_records_of_another_shape(
+    hub: WritableHub, copied: Path, cli: Cli, change: dict[str, object], said: str
+) -> None:
+    record = copied / "raymoe.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    refused = cli("push", copied, "org/name")
+    assert refused.code == 2
+    assert f"raymoe.json can't be read: {said}\n    -> merge again" in refused.err
+    assert hub.written == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"<html>\n<b>Bad\tRequest</b></html>" + b" " * 999, "its metadata: <html> <b>Bad Request</b></html>\n"),
+        (b'["errors"]', 'its metadata: ["errors"]\n'),
+        (b'{"errors": "many"}', 'its metadata: {"errors": "many"}\n'),
+        (b"", "its metadata: it does not say why\n"),
+    ],
+)
+def test_a_refused_card_in_words_of_another_server(
+    hub: WritableHub, merged: Path, cli: Cli, answer: bytes, said: str
+) -> None:
+    hub.card_refusal = answer
+    refused = cli("push", merged, "org/name")
+    assert refused.code == 2 and f"README.md: the Hub refuses {said}" in refused.err
+    assert hub.written == {}
+
+
+def test_how_a_store_was_reached_is_not_published(hub: WritableHub, copied: Path) -> None:
+    record = copied / "raymoe.json"
+    content = json.loads(record.read_text())
+    content["config"]["storage"] = {"endpoint": "http://minio.internal:9000", "profile": "admin", "checksum": "sha256"}
+    record.write_text(json.dumps(content))
+    raymoe.push(copied, "org/name")
+    published = json.loads(hub.files("org/name")["raymoe.json"])
+    assert published["config"] == content["config"] | {"storage": {"checksum": "sha256"}}
+    assert raymoe.push(copied, "org/name").sent == ()
