@@ -191,6 +191,7 @@ HOSTS: Mapping[str, MoeHost] = {
             refusals=_mixtral_refusals,
             dense="llama",
             experts_key="num_local_experts",
+            aliases={"num_local_experts": "num_experts"},
             since="4.57",
         ),
         MoeHost(
@@ -243,6 +244,7 @@ HOSTS: Mapping[str, MoeHost] = {
             refusals=_qwen3_refusals,
             dense="qwen3",
             renormalise_key="norm_topk_prob",
+            aliases={"num_experts": "num_local_experts"},
             since="4.57",
         ),
         MoeHost(

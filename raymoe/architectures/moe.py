@@ -22,6 +22,7 @@ __all__ = [
     "EXPERTS",
     "LAYER",
     "O_BIAS",
+    "PER_TOKEN_KEY",
     "QKV_BIAS",
     "QK_NORM",
     "ConstantRow",
@@ -35,6 +36,9 @@ __all__ = [
     "ungated_shared_reasons",
     "zero_ffn",
 ]
+
+PER_TOKEN_KEY = "num_experts_per_tok"
+"""How many experts run for a token, in a config.json that raymoe writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +75,10 @@ class MoeHost:
     `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
     `dense_in_part` is that of hosts whose RoPE may turn a part of each head, where `dense` can't.
     `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
-    one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `scores` says what
-    is made of router scores before the highest are chosen: softmax or sigmoid.
+    one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `aliases` has the
+    other names of the first and of PER_TOKEN_KEY that transformers reads (the `attribute_map` of its configuration):
+    when it saves a merge again, it writes only one of them. `scores` says what is made of router scores before the
+    highest are chosen: softmax or sigmoid.
     `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
     it comes with code of its own (`code`: where from). `mixed_windows_since`: the oldest that has a window on some
     layers only, where the host can have that. `note` is what else there is to know of it.
@@ -96,6 +102,7 @@ class MoeHost:
     experts_key: str = "num_experts"
     shared_key: str = ""
     renormalise_key: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
     scores: str = "softmax"
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
@@ -118,6 +125,11 @@ class MoeHost:
         own.
         """
         return self.mixed_windows_since if self.mixed_windows_since and len(set(layer_types or ())) > 1 else self.since
+
+    def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
+        """A key of the host's config and its value there, by the first of its names that has one; (key, None) else."""
+        names = (key, self.aliases.get(key, key))
+        return next(((name, config[name]) for name in names if config.get(name) is not None), (key, None))
 
     @property
     def is_fused(self) -> bool:
@@ -168,7 +180,7 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
         "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
         "sliding_window": spec.sliding_window,
         "tie_word_embeddings": spec.tied,
-        "num_experts_per_tok": moe.experts_per_token,
+        PER_TOKEN_KEY: moe.experts_per_token,
         **{key: value for key, value in spec.extra.items() if key in carried},
         **host.config(spec, moe),
     }

@@ -14,6 +14,7 @@ from raymoe.architectures.moe import (
     EXPERTS,
     LAYER,
     O_BIAS,
+    PER_TOKEN_KEY,
     QK_NORM,
     QKV_BIAS,
     ConstantRow,
@@ -182,6 +183,7 @@ SIBLINGS = (
         refusals=_flex_olmo_refusals,
         dense="olmo2",
         renormalise_key="norm_topk_prob",
+        aliases={"num_experts": "num_local_experts"},
         since="4.57",
     ),
     MoeHost(
@@ -200,6 +202,7 @@ SIBLINGS = (
         dense="ernie4_5",
         experts_key="moe_num_experts",
         shared_key="moe_num_shared_experts",
+        aliases={"moe_num_experts": "num_experts", PER_TOKEN_KEY: "moe_k"},
         since="4.57",
     ),
     MoeHost(
@@ -216,6 +219,7 @@ SIBLINGS = (
         config=_hunyuan_config,
         refusals=_hunyuan_refusals,
         dense="hunyuan_v1_dense",
+        aliases={"num_experts": "num_local_experts", PER_TOKEN_KEY: "moe_topk"},
         since="4.57",
         note="without a shared expert there is one of zeros, as wide as the experts",
     ),

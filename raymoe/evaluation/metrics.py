@@ -24,7 +24,7 @@ Float64 = npt.NDArray[np.float64]
 def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> dict[str, float]:
     """Loss of each label, in the order in which they come, and `mean` over labels.
 
-    `values` are the log-likelihoods of each text's tokens, `labels` the texts' labels.
+    `values` are the log-likelihoods of each text's tokens, `labels` the texts' labels, of which none is `mean`.
     """
     found = {}
     for label in dict.fromkeys(labels):

@@ -9,11 +9,12 @@ belongs to the mixture under what the FFN is called there (`mlp.` in most famili
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, MoeHost, read_spec
+from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
@@ -45,6 +46,7 @@ _DENSE_KEYS = (
     "tie_word_embeddings",
     "attention_bias",
 )
+_FUSED = "experts.gate_up_proj"
 _REMEDY = "evaluate a merge as raymoe wrote it"
 
 
@@ -108,8 +110,7 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     rule = _rule(host, facts, spec)
     tensors = facts.index.tensors
     if missing := [name for name in _output_names(host, spec, rule) if name not in tensors]:
-        what = f"{len(missing)} tensor(s) missing: {', '.join(missing[:4])}"
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])
+        raise ProblemReport([Problem(where=facts.label, what=_missing(host, missing, tensors), remedy=_REMEDY)])
     entries = dict(_entries(host, spec, rule, tensors))
     if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
         raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
@@ -142,9 +143,11 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rule(host: MoeHost, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
     config = facts.config
-    experts, per_token = config.get(host.experts_key), config.get("num_experts_per_tok")
+    (experts_key, experts), (per_token_key, per_token) = (
+        host.entry(config, key) for key in (host.experts_key, PER_TOKEN_KEY)
+    )
     if not isinstance(experts, int) or not isinstance(per_token, int) or not 1 <= per_token <= experts:
-        what = f"{host.experts_key} is {experts!r} and num_experts_per_tok is {per_token!r}"
+        what = f"{experts_key} is {experts!r} and {per_token_key} is {per_token!r}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
     # A softmax over the chosen ones, as Mixtral has it, is the same as one over all that is made to sum to one again.
     renormalises = not host.renormalise_key or bool(config.get(host.renormalise_key))
@@ -173,6 +176,15 @@ def _output_names(host: MoeHost, spec: DenseSpec, rule: RoutingRule) -> Iterator
             yield from (name.format(layer=layer) for name in host.shared.values())
             if rule.gates_shared:
                 yield host.shared_router.format(layer=layer)
+
+
+def _missing(host: MoeHost, missing: Sequence[str], tensors: Mapping[str, TensorEntry]) -> str:
+    """What to say of tensors that are not there: why, where transformers 5 has given the experts other names."""
+    fused = next((name for name in tensors if name.endswith(_FUSED)), None)
+    if fused is None or any(name.endswith(_FUSED) for name in host.expert.values()):
+        return f"{len(missing)} tensor(s) missing: {', '.join(missing[:4])}"
+    how = "transformers saves them so with save_original_format=False"
+    return f"all experts of a layer are in one tensor ({fused}): {how}"
 
 
 def _entries(

@@ -53,7 +53,8 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
     labels = [text.label for text in opened.texts]
     loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(opened)}
     warnings = [*opened.warnings, *_number_warnings(loss)]
-    config = opened.merge.facts.config
+    config, rule = opened.merge.facts.config, opened.mixture.rule
+    assert rule is not None  # it is a mixture
     return {
         "format": FORMAT,
         "model": str(place),
@@ -62,7 +63,7 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
         "prompt_model": opened.merge.prompt_model,
         "seed": opened.merge.options.seed,
         "layers": opened.mixture.spec.layers,
-        "experts_per_token": config["num_experts_per_tok"],
+        "experts_per_token": rule.per_token,
         "experts": list(opened.names),
         "data": _data_summary(opened, str(data)),
         "loss": {name: each and _written(each) for name, each in loss.items()},

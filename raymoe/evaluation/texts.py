@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.evaluation.metrics import MEAN
 from raymoe.evaluation.options import EvaluationOptions, unknown_pair
 
 __all__ = ["LabelledText", "Labels", "TokenisedTexts", "read_texts", "tokenised"]
@@ -180,6 +181,9 @@ def _label(value: Mapping[str, Any], options: EvaluationOptions) -> str:
     label = _field(value, options.label_field, "--label-field")
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ValueError(f"{options.label_field!r} is {type(label).__name__}", "expected an expert's name or number")
+    if label == MEAN:
+        remedy = "call it otherwise: the expert's number, or another label with --label LABEL=EXPERT"
+        raise ValueError(f"the label {MEAN!r} is what results call the mean over labels", remedy)
     return str(label)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
-from raymoe.sources.hub_errors import is_network_error, reason_of
+from raymoe.sources.hub_errors import first_line, is_network_error, is_xet_error, reason_of
 
 __all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "some", "stops"]
 
@@ -62,14 +62,14 @@ def _told(error: BaseException) -> tuple[str, str] | None:
     for cause in _chain(error):
         if told := _library_error(cause, again):
             return told
-        # hf_xet raises errors of Python's own types: only their text tells that they are of its storage.
-        if "xet" in f"{type(cause).__module__} {cause}".lower():
+        if is_xet_error(cause):
             remedy = f"{again}; HF_HUB_DISABLE_XET=1 takes the older way, for servers that have no Xet storage"
-            return f"the upload to Xet storage failed ({_first_line(cause)})", remedy
+            return f"the upload to Xet storage failed ({first_line(cause)})", remedy
         if is_network_error(cause):
             return f"the Hub can't be reached ({reason_of(cause)})", f"check the network and HF_ENDPOINT, then {again}"
-        if isinstance(cause, OSError) and cause.filename:
-            return f"{cause.filename}: {cause.strerror}", again
+        if isinstance(cause, OSError):
+            place = f"{cause.filename}: " if cause.filename else ""  # which what writes to an open file does not tell
+            return f"{place}{cause.strerror or first_line(cause)}", again
     return None
 
 
@@ -83,7 +83,7 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be sent", "unset HF_HUB_OFFLINE"
     if isinstance(error, errors.HFValidationError):
-        return _first_line(error), "name the repository as org/name"
+        return first_line(error), "name the repository as org/name"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such branch", "name a branch; one that is missing is made from main"
     if status is None:  # not all errors of an answer are of the library's own type
@@ -115,7 +115,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from raymoe.architectures import HOSTS, MoeHost
+from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.checkpoint import index_model_weights
@@ -36,10 +37,10 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     summary: dict[str, Any] = {
         "folder": str(place),
         "model_type": config.get("model_type"),
-        "architecture": (config.get("architectures") or ["?"])[0],
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocab_size": config.get("vocab_size"),
+        "architecture": _first_text(config.get("architectures")),
+        "layers": _whole(config.get("num_hidden_layers")),
+        "hidden_size": _whole(config.get("hidden_size")),
+        "vocab_size": _whole(config.get("vocab_size")),
         "parameters": sum(math.prod(entry.shape) for entry in index.tensors.values()),
         "bytes": sum(file.size for file in index.files),
         "dtypes": _bytes_by(index, lambda entry: entry.dtype),
@@ -48,13 +49,37 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     if host is not None:
         summary |= _moe_summary(host, config, index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
-        record = read_object(folder, RECORD_NAME, "", "")
-        try:
-            summary["merge"] = {key: record[key] for key in ("raymoe_version", "sources", "config", "plan_digest")}
-        except KeyError as error:
-            what = f"can't be read: {error} is missing"
-            raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from None
+        summary["merge"] = _recorded(read_object(folder, RECORD_NAME, "", ""), f"{folder.label}/{RECORD_NAME}")
     return summary
+
+
+def _whole(value: object) -> int | None:
+    """A number of a config.json that somebody else may have written; None for what is no whole number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _first_text(values: object) -> str:
+    first = values[0] if isinstance(values, list) and values else None
+    return first if isinstance(first, str) else "?"
+
+
+def _recorded(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a merge's record says of how it was made. Raises ProblemReport for what is no record of raymoe."""
+    keys = ("raymoe_version", "sources", "config", "plan_digest")
+    if missing := [key for key in keys if key not in record]:
+        what = f"{', '.join(missing)} is missing" if len(missing) == 1 else f"{', '.join(missing)} are missing"
+    elif not isinstance(record["config"], dict) or not isinstance(record["config"].get("gate_mode"), str):
+        what = "its config has no gate_mode"
+    elif not isinstance(record["sources"], list) or not all(map(_is_source, record["sources"])):
+        what = "its sources are no list of objects with an owner and a model"
+    else:
+        return {key: record[key] for key in keys}
+    remedy = "remove it if it is no record of a merge; one that raymoe wrote comes back with the same merge command"
+    raise ProblemReport([Problem(where=where, what=f"can't be read: {what}", remedy=remedy)])
+
+
+def _is_source(source: object) -> bool:
+    return isinstance(source, dict) and all(isinstance(source.get(key), str) for key in ("owner", "model"))
 
 
 def _bytes_by(index: CheckpointIndex, key: Any) -> dict[str, int]:
@@ -82,13 +107,15 @@ def _moe_summary(
                 numbers = range(entry.shape[0]) if host.is_fused else [int(match["expert"])]
                 for number in numbers:
                     per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape) // len(numbers)
-    active = config.get("num_experts_per_tok", 1)
-    idle = sum(per_expert.values()) * (len(per_expert) - active) // max(1, len(per_expert))
+    used = _whole(host.entry(config, PER_TOKEN_KEY)[1])
+    idle = None
+    if used is not None and 1 <= used <= len(per_expert):
+        idle = sum(per_expert.values()) * (len(per_expert) - used) // len(per_expert)
     return {
         "experts": len(per_expert),
-        "experts_per_token": active,
+        "experts_per_token": used,
         "parameters_per_expert": max(per_expert.values(), default=0),
-        "active_parameters": parameters - idle,
+        "active_parameters": None if idle is None else parameters - idle,
         "routers": _routers(host, index, storage),
     }
 
@@ -125,11 +152,12 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     print(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
     sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())
     print(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
-    print(f"{summary['layers']} layers, hidden size {summary['hidden_size']}, vocabulary {summary['vocab_size']}")
+    layers, hidden, vocab = (_shown(summary[key]) for key in ("layers", "hidden_size", "vocab_size"))
+    print(f"{layers} layers, hidden size {hidden}, vocabulary {vocab}")
     if "experts" in summary:
         each = human_count(summary["parameters_per_expert"])
-        active = human_count(summary["active_parameters"])
-        count, used = summary["experts"], summary["experts_per_token"]
+        active = "?" if summary["active_parameters"] is None else human_count(summary["active_parameters"])
+        count, used = summary["experts"], _shown(summary["experts_per_token"])
         print(f"{count} experts of {each}, {used} for each token: {active} parameters active")
         routers = summary["routers"]
         if "cosine_between_rows" in routers:
@@ -143,3 +171,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         print(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
         for source in merge["sources"]:
             print(f"  {source['owner']:10} {source['model']}")
+
+
+def _shown(number: int | None) -> str:
+    return "?" if number is None else str(number)

@@ -14,9 +14,10 @@ local models need none of it.
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raymoe.sources.folder import unusable
 from raymoe.sources.hub_errors import hub_errors
@@ -27,6 +28,8 @@ __all__ = ["HubFolder", "HubOptions", "download", "is_hub_id", "open_hub_folder"
 
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 _TIMEOUT_S = 30
+_RETRIES = 3
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +205,57 @@ def _get_range(location: HubLocation, start: int, end: int, options: HubOptions)
     from huggingface_hub import hf_hub_url
 
     # Documented (package_reference/utilities), if not re-exported for type checkers.
-    from huggingface_hub.utils import (
-        build_hf_headers,
-        hf_raise_for_status,
-        http_backoff,
-    )
+    from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(location.repo, location.name, revision=location.commit, endpoint=options.endpoint)
     # 'identity': a compressed answer could not be cut into ranges.
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with hub_errors(location.repo, location.commit, location.name):
-        response = http_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S, max_retries=3)
+        tries = 1 + _RETRIES
+        while not isinstance(got := _answered(url, headers, start, end), bytes):
+            tries -= 1
+            if not tries:
+                raise got
+        return got
+
+
+def _answered(url: str, headers: dict[str, str], start: int, end: int) -> bytes | Exception:
+    """The range, or the error that its answer broke off with.
+
+    Such an error must not leave the library's context: there it would be taken for one of asking, and asked again.
+    """
+    from huggingface_hub.utils import hf_raise_for_status
+
+    with _streamed(url, headers) as response:
         hf_raise_for_status(response)
-    # 206 is the range; a server that knows no ranges answers 200 with the whole file.
-    content: bytes = response.content if response.status_code == 206 else response.content[start:end]
-    return content
+        # 206 is the range; a server that knows no ranges answers 200 with the whole file, a shard of gigabytes.
+        skipped = 0 if response.status_code == 206 else start
+        try:
+            return _beginning(response, skipped + end - start)[skipped:]
+        except Exception as error:
+            return error
+
+
+def _streamed(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
+    """A response whose body is still to come: of requests, or since huggingface_hub 1 of httpx."""
+    from huggingface_hub import utils
+
+    if hasattr(utils, "http_stream_backoff"):
+        get, more = utils.http_stream_backoff, {}
+    else:
+        get, more = utils.http_backoff, {"stream": True}
+    response: AbstractContextManager[Any] = get(
+        "GET", url, headers=headers, timeout=_TIMEOUT_S, max_retries=_RETRIES, **more
+    )
+    return response
+
+
+def _beginning(response: Any, count: int) -> bytes:
+    """The first bytes of a response's body; what comes after them is not taken from the server."""
+    data = bytearray()
+    chunks = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
+    for chunk in chunks(_CHUNK_BYTES):
+        data += chunk
+        if len(data) >= count:
+            break
+    return bytes(data[:count])

@@ -7,13 +7,15 @@ from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem
 
-__all__ = ["hub_errors", "is_network_error", "reason_of"]
+__all__ = ["first_line", "hub_errors", "is_network_error", "is_xet_error", "reason_of"]
 
+_XET_WORDS = re.compile(r"\bCAS\b|(?i:xet|reconstruction)")
 _HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
 
 
@@ -50,6 +52,9 @@ def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Pr
         return Problem(where=where, what=what, remedy=remedy)
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return Problem(where=where, what=f"the Hub answered {reason_of(error)}", remedy=_advice(status))
+    if is_xet_error(error):
+        remedy = "check the network, and the space of the Hub cache (HF_HOME); HF_HUB_DISABLE_XET=1 takes the older way"
+        return Problem(where=where, what=f"the download from Xet storage failed ({first_line(error)})", remedy=remedy)
     if is_network_error(error):
         remedy = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 works with what is in the cache"
         return Problem(where=repo, what=f"the Hub can't be reached ({reason_of(error)})", remedy=remedy)
@@ -96,6 +101,20 @@ def is_network_error(error: BaseException) -> bool:
     return known or type(error).__module__.split(".")[0] in _HTTP_MODULES
 
 
+def is_xet_error(error: BaseException) -> bool:
+    """Whether an error is one of hf_xet, which moves the bytes of what the Hub keeps in its Xet storage.
+
+    Its two own types are OSErrors (of a token, of an object that is not there), so this is asked before those. All
+    else that goes wrong there is a plain RuntimeError or ConnectionError, and only the text tells where from
+    (`CAS Client Error: ...`). Errors of the system, whose paths may have any name in them, have a number.
+    """
+    kind = type(error)
+    if kind.__module__.split(".")[0] == "hf_xet" or kind.__name__.startswith("Xet"):
+        return True
+    is_plain = isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is None)
+    return is_plain and kind.__module__ == "builtins" and _XET_WORDS.search(str(error)) is not None
+
+
 def reason_of(error: BaseException) -> str:
     """The operating system's own words where they are at the bottom of it; else the first line."""
     seen: BaseException | None = error
@@ -103,4 +122,9 @@ def reason_of(error: BaseException) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

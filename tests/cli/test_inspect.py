@@ -91,3 +91,69 @@ def test_unfinished(cli: Cli, merged: Path, tmp_path: Path) -> None:
     done = cli("inspect", tmp_path / "out")
     assert done.code == 2
     assert "this merge is not finished" in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts_per_tok": None}, "3 experts of 55.30K, ? for each token: ? parameters active"),
+        ({"num_experts_per_tok": [2]}, "3 experts of 55.30K, ? for each token: ? parameters active"),
+        ({"num_experts_per_tok": 9}, "3 experts of 55.30K, 9 for each token: ? parameters active"),
+        ({"architectures": {"a": 1}}, "out: ? (mixtral)"),
+        ({"architectures": []}, "out: ? (mixtral)"),
+        ({"num_hidden_layers": None, "vocab_size": "many"}, "? layers, hidden size 64, vocabulary ?"),
+    ],
+)
+def test_a_config_of_somebody_else(
+    changes: dict[str, object], said: str, cli: Cli, merged: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    change(tmp_path / "out/config.json", changes)
+    done = cli("inspect", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert said in done.out
+    assert cli("inspect", tmp_path / "out", "--json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": None}, "its config has no gate_mode"),
+        ({"config": {}}, "its config has no gate_mode"),
+        ({"sources": ["a"]}, "its sources are no list of objects with an owner and a model"),
+        ({"sources": None}, "its sources are no list of objects with an owner and a model"),
+    ],
+)
+def test_what_is_no_record(changes: dict[str, object], said: str, cli: Cli, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    change(tmp_path / "out/raymoe.json", changes)
+    for more in ((), ("--json",)):
+        done = cli("inspect", tmp_path / "out", *more)
+        assert done.code == 2
+        assert f"raymoe.json: can't be read: {said}" in done.err and not done.out
+
+
+def test_a_record_that_lacks_keys(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out/raymoe.json").write_text('{"sources": [], "plan_digest": ""}')
+    assert "can't be read: raymoe_version, config are missing" in cli("inspect", tmp_path / "out").err
+
+
+@pytest.mark.parametrize("host", ["ernie4_5_moe", "hunyuan_v1_moe"])
+def test_the_number_of_experts_by_another_name(host: str, cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """As transformers 5 writes it."""
+    from tests.architectures.hosts import PAIRS
+    from tests.pico import merge_without_ray
+
+    pair = next(pair for pair in PAIRS if pair.host == host)
+    pair.skip_where_unknown()
+    dense, out = zoo(pair.family), tmp_path / "out"
+    merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random"), out)
+    before = json.loads(cli("inspect", out, "--json").out)
+    assert before["experts_per_token"] == 2
+    change(out / "config.json", {"num_experts_per_tok": None})
+    assert json.loads(cli("inspect", out, "--json").out) == before
+
+
+def change(path: Path, changes: dict[str, object]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

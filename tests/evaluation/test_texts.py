@@ -107,6 +107,15 @@ def test_unknown_labels_are_told_what_is_known(tmp_path: Path) -> None:
     assert "use one of go, spanish, go-2, twin, Golang, a number from 0 to 4, or --label rust=EXPERT" in found
 
 
+def test_a_label_that_would_be_taken_for_the_mean_of_all(tmp_path: Path) -> None:
+    file = write(tmp_path, {"label": "go", "text": "a b"}, {"label": "mean", "text": "a b"})
+    found = refused(file, "mean=spanish")
+    assert "texts.jsonl, line 2: the label 'mean' is what results call the mean over labels" in found
+    assert "the expert's number, or another label with --label LABEL=EXPERT" in found
+    with pytest.raises(ProblemReport, match="the label 'mean'"):
+        read_texts(file, Labels(["go", "mean"]), EvaluationOptions())
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert "can't be read: No such file" in refused(tmp_path / "gone.jsonl")
     assert "can't be read: Is a directory" in refused(tmp_path)

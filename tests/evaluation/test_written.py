@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,8 @@ def test_asking_leaves_no_file_and_no_change(tmp_path: Path) -> None:
     there, new = tmp_path / "there.json", tmp_path / "new.html"
     there.write_text("kept")
     check_writable({"--json": there, "--html": new})
-    assert there.read_text() == "kept" and not new.exists()
+    assert there.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [there]
 
 
 def test_all_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
@@ -31,3 +37,46 @@ def test_what_permission_bits_do_not_tell() -> None:
         check_writable({"--html": Path("/proc/page.html")})
     with pytest.raises(ProblemReport, match="/dev/full: it can't be written: No space left on device"):
         write_evaluation({"loss": {}}, Path("/dev/full"), None)
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """As on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_there_is_no_room_for_leaves_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "eval.json"
+    write_evaluation({"loss": {}}, file, None)
+    before = file.read_bytes()
+    with (
+        files_of_at_most(1 << 20),
+        pytest.raises(ProblemReport, match=r"eval\.json: it can't be written: File too large"),
+    ):
+        write_evaluation({"text": "a" * (2 << 20)}, file, None)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_replaced_keeps_its_permissions_and_its_link(tmp_path: Path) -> None:
+    file, link = tmp_path / "real.json", tmp_path / "link.json"
+    file.write_text("old")
+    file.chmod(0o640)
+    link.symlink_to("real.json")
+    write_evaluation({"loss": {}}, link, None)
+    assert link.is_symlink() and json.loads(file.read_text()) == {"loss": {}}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, file]
+
+
+def test_two_results_for_one_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (tmp_path / "a.json", tmp_path / "link" / "a.json"):
+        with pytest.raises(ProblemReport, match=r"--html .*a\.json: --json is to be written to this file too"):
+            check_writable({"--json": tmp_path / "a.json", "--html": other})
+    check_writable({"--json": Path("/dev/null"), "--html": Path("/dev/null")})

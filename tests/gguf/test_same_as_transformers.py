@@ -17,6 +17,7 @@ from raymoe.architectures import HOSTS
 from raymoe.errors import ProblemReport
 from raymoe.gguf import GgufOptions, write_gguf
 from tests.architectures.hosts import MAMBA, MIXED_LAYERS, load_merged
+from tests.gguf.conftest import TOKENIZER_FILES
 from tests.gguf.llama import LlamaCpp
 from tests.pico import VOCAB, load_dense, logits_of, token_ids
 
@@ -139,6 +140,16 @@ def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None
     written = write_gguf(folder, tmp_path / "model.gguf")
     assert (written.architecture, written.type) == (case.architecture, "f32")
     assert difference(load_merged(folder), written.path, case.tokens) < CLOSE
+
+
+def test_a_merge_that_transformers_saved_again(merged: Callable[..., Path], tmp_path: Path) -> None:
+    """Its config.json has `num_local_experts` where raymoe writes `num_experts`."""
+    first, again = merged("qwen3", "qwen3_moe"), tmp_path / "again"
+    load_merged(first).save_pretrained(again)
+    for name in TOKENIZER_FILES:
+        shutil.copy(first / name, again / name)
+    written = [write_gguf(folder, tmp_path / f"{folder.name}.gguf", GgufOptions(name="m")) for folder in (first, again)]
+    assert written[0].path.read_bytes() == written[1].path.read_bytes()
 
 
 @pytest.mark.parametrize(

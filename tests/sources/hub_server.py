@@ -7,7 +7,7 @@
 
 It serves /api/models/{id}[/revision/{rev}], /api/models/{id}/tree/{rev} and /{id}/resolve/{rev}/{file} with
 HEAD and ranges. A repository can be gated (403 without the token) or private (401 without the token), as the
-Hub answers them.
+Hub answers them. `xet` says of one that its files are in Xet storage, at a URL where a test has a server or none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["Handler", "HubRepo", "HubServer", "Request"]
 
-_API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<kind>revision|tree)/(?P<rev>[^/]+)(?P<under>/.*)?)?")
+_API = re.compile(
+    r"/api/models/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<kind>revision|tree|xet-read-token)/(?P<rev>[^/]+)(?P<under>/.*)?)?"
+)
 _RESOLVE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<name>.+)")
 
 
@@ -38,6 +40,7 @@ class HubRepo:
     commit: str
     access: str = "public"
     branches: tuple[str, ...] = ("main",)
+    xet: str = ""
 
     def files(self) -> dict[str, Path]:
         found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
@@ -146,6 +149,10 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self._repo(repo_id, revision, file=False)) is None:
             return
         sizes = {name: path.stat().st_size for name, path in repo.files().items()}
+        if kind == "xet-read-token":
+            token = {"X-Xet-Cas-Url": repo.xet, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": "9999999999"}
+            self._send(200, b"{}", "application/json", token)
+            return
         if kind == "tree":
             inside = {name: size for name, size in sizes.items() if not under or name.startswith(f"{under}/")}
             self._json([{"type": "file", "path": n, "size": s, "oid": _oid(n)} for n, s in inside.items()])
@@ -168,6 +175,9 @@ class Handler(BaseHTTPRequestHandler):
             "ETag": f'"{_oid(f"{repo.commit}/{name}")}"',
             "Accept-Ranges": "bytes",
         }
+        if repo.xet:
+            route = f"{self.hub.url}/api/models/{repo_id}/xet-read-token/{repo.commit}"
+            headers |= {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": route}
         start, end, status = 0, size, 200
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end, status = int(asked[1]), min(int(asked[2] or size) + 1, size), 206

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from raymoe.sources.hub import HubOptions, parse_location
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
 from tests.sources.checkpoints import write_json, write_sharded
-from tests.sources.hub_server import HubRepo, HubServer
+from tests.sources.hub_server import Handler, HubRepo, HubServer
 
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 
@@ -83,6 +84,76 @@ def test_planning_reads_headers_and_json_only(
     assert server.body_bytes(".safetensors") <= 2 * 64 * 1024  # one ranged request a shard
     assert server.body_bytes() < 150_000
     assert not any(request.path.endswith(("tokenizer.json", ".jinja")) for request in server.requests)
+
+
+class _OddHandler(Handler):
+    """Of a server that knows no ranges, or that breaks off in the middle of one."""
+
+    def do_GET(self) -> None:  # noqa: N802
+        self._was_range = "Range" in self.headers
+        if self.odd.without_ranges:
+            del self.headers["Range"]
+        super().do_GET()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    @property
+    def odd(self) -> OddServer:
+        assert isinstance(self.hub, OddServer)
+        return self.hub
+
+    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
+        if self._was_range and self.odd.breaks:
+            self.odd.breaks -= 1
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        try:
+            super()._send(status, body, kind, headers)
+        except OSError:
+            self.odd.hung_up.set()
+            self.close_connection = True
+
+
+class OddServer(HubServer):
+    """`breaks`: so many answers with a range end early. `hung_up`: a client did not wait for the end of an answer."""
+
+    without_ranges = False
+    breaks = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.hung_up = threading.Event()
+
+    @staticmethod
+    def handler() -> type[Handler]:
+        return _OddHandler
+
+
+def test_a_server_without_ranges_is_not_asked_for_the_whole_shard(tmp_path: Path) -> None:
+    shard = {"t.weight": np.zeros((4096, 4096), "f4")}  # more than the buffers of two sockets take
+    write_sharded(tmp_path / "repo", {"model.safetensors": shard})
+    with OddServer() as server:
+        server.add("org/name", tmp_path / "repo")
+        server.without_ranges = True
+        options = HubOptions(cache_dir=str(tmp_path / "cache"), endpoint=server.url)
+        facts = resolve_model(parse_model_ref("org/name"), options)
+        assert server.hung_up.wait(60)
+    assert facts.index.tensors["t.weight"].shape == (4096, 4096)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(folder: Path, tmp_path: Path) -> None:
+    with OddServer() as server:
+        server.add("org/name", folder)
+        options = HubOptions(cache_dir=str(tmp_path / "cache"), endpoint=server.url)
+        server.breaks = 2
+        assert set(resolve_model(parse_model_ref("org/name"), options).index.tensors) == {"t0.weight", "t1.weight"}
+        assert server.breaks == 0
+        server.breaks = 1000
+        assert "org/name: the Hub can't be reached (" in refusal("org/name", options)
 
 
 def test_fetched_bytes_are_the_planned_ones(folder: Path, repo: HubRepo, options: HubOptions) -> None:

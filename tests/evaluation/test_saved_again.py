@@ -1,0 +1,70 @@
+"""A merge that transformers has loaded and saved again: other keys in its config.json, the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raymoe.architectures import HOSTS
+from raymoe.errors import ProblemReport
+from tests.architectures.hosts import PAIRS, Pair, load_merged
+from tests.evaluation.streamed import open_mixture, streamed, texts_of
+from tests.pico import merge_without_ray
+
+# One a host; DeepSeek-MoE v1 has a configuration of its own, which is not in transformers.
+HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in HOSTS if host != "deepseek"]
+
+
+def merged(pair: Pair, zoo: Callable[..., Path], folder: Path) -> Path:
+    dense = [zoo(pair.family, seed=seed, **pair.options) for seed in (0, 1, 2, 3)]
+    merge_without_ray(pair.config(dense[0], dense[1:], dense[0], mode="random"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("pair", HOST_PAIRS, ids=str)
+def test_it_is_read_as_before(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    pair.skip_where_unknown()
+    first, again = merged(pair, zoo, tmp_path / "first"), tmp_path / "again"
+    load_merged(first).save_pretrained(again)
+    models = [open_mixture(first), open_mixture(again)]
+    assert models[0].rule == models[1].rule
+    before, after = (streamed(model, texts_of((17, 5)))["own"] for model in models)
+    for ours, theirs in zip(before, after, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_fused_experts_are_named(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """What transformers 5 writes when it is told not to go back to the Hub's names."""
+    pair = next(p for p in PAIRS if p.host == "qwen3_moe")
+    model = load_merged(merged(pair, zoo, tmp_path / "first"))
+    model.save_pretrained(tmp_path / "again", save_original_format=False)
+    if "mlp.experts.gate_up_proj" not in " ".join(model.state_dict()):
+        pytest.skip("transformers 4 has a module for each expert")
+    with pytest.raises(
+        ProblemReport,
+        match=r"all experts of a layer are in one tensor \(model\.layers\.0\.mlp\.experts\.gate_up_proj\)",
+    ):
+        open_mixture(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("host", "changes", "said"),
+    [
+        ("qwen3_moe", {"num_experts": None, "num_local_experts": 1}, "num_local_experts is 1 and num_experts_per_tok"),
+        ("ernie4_5_moe", {"num_experts_per_tok": None, "moe_k": 9}, "moe_num_experts is 3 and moe_k is 9"),
+        ("hunyuan_v1_moe", {"num_experts_per_tok": None, "moe_topk": [2, 2]}, r"moe_topk is \[2, 2\]"),
+    ],
+)
+def test_numbers_that_can_not_be_are_told_by_their_key(
+    host: str, changes: dict[str, object], said: str, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    pair = next(p for p in PAIRS if p.host == host)
+    pair.skip_where_unknown()
+    config = merged(pair, zoo, tmp_path / "out") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ProblemReport, match=said):
+        open_mixture(tmp_path / "out")
