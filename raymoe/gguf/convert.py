@@ -85,7 +85,13 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
         type=conversion.type.name,
         tensors=len(conversion.tensors),
         parameters=sum(math.prod(tensor.shape) for tensor in conversion.tensors),
-        warnings=(*model.warnings, *conversion.target.warnings, *_pre_warnings(options), *_type_warnings(conversion)),
+        warnings=(
+            *model.warnings,
+            *conversion.target.warnings,
+            *conversion.vocabulary.warnings,
+            *_pre_warnings(options),
+            *_type_warnings(conversion),
+        ),
     )
 
 
@@ -99,14 +105,14 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
 
 def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
     """Raises ProblemReport with `problems` and all others."""
-    spec = model.spec
+    spec, name = model.spec, options.name or path.stem
     target = _collect(
         problems,
         lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),
     )
     vocabulary = _collect(
         problems,
-        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, label=model.label),
+        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, name=name, label=model.label),
     )
     if problems or target is None or vocabulary is None:
         raise ProblemReport(problems)
@@ -119,7 +125,7 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
         vocabulary=vocabulary,
         tensors=file_tensors(spec, target, model.weights, kind),
         type=kind,
-        name=options.name or path.stem,
+        name=name,
     )
     if problems := output_without_room(path, conversion.data_bytes):
         raise ProblemReport(problems)
