@@ -14,7 +14,7 @@ import numpy as np
 from raymoe.architectures.moe import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gguf.checks import is_zero
-from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
+from raymoe.gguf.file import PartFile, new_file, output_without_room
 from raymoe.gguf.layout import GgufTensor, file_tensors
 from raymoe.gguf.metadata import add_metadata
 from raymoe.gguf.model import ConvertedModel, open_model
@@ -68,16 +68,19 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     """
     options = options or GgufOptions()
     path = Path(output).expanduser().absolute()
-    problems = [*option_problems(options), *output_problems(output, overwrite=options.overwrite)]
+    problems = list(option_problems(options))
     with ExitStack() as stack:
+        file = _collect(problems, lambda: stack.enter_context(new_file(output, overwrite=options.overwrite)))
         model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
         if model is None or not has_gguf():
             raise ProblemReport(problems)
         conversion = _conversion(model, path, options, problems)
+        assert file is not None
         progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
         model.prepare(progress.stage)
-        with new_file(path) as file:
+        with file.writing():
             _write(conversion, file, progress)
+            file.commit()
     return GgufFile(
         path=path,
         size=path.stat().st_size,
