@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from math import isclose
+from typing import Any
 
 import numpy as np
 
+from raymoe.architectures import HOSTS
+from raymoe.architectures.moe import MoeHost, MoeShape
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gguf.targets import AS_WRITTEN
@@ -23,6 +27,18 @@ _ADDED = "e_score_correction_bias"
 # back what transformers adds to a sum and llama.cpp does not.
 _PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
 _NEARLY = 3e-6
+# Keys of a host that are no switch: what the dense model or `_shapes` is made of, in any of its forms, and what has
+# nothing to do with the probability of a token.
+_READ_ELSEWHERE = frozenset(
+    {
+        *("attention_bias", "head_dim", "layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling"),
+        *("max_window_layers", "sliding_window", "use_qk_norm", "use_sliding_window"),
+        *("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier", "layer_rope_theta"),
+        *("layer_norm_eps", "norm_eps", "moe_intermediate_size", "n_shared_experts", "num_shared_experts"),
+        *("shared_expert_intermediate_size", "shared_intermediate_size"),
+        *("auto_map", "num_nextn_predict_layers", "output_router_logits"),
+    }
+)
 _SHOWN = 4
 
 
@@ -34,7 +50,8 @@ def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
 def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
     """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
 
-    Additions to router scores of zeros are no loss; other tensors, sizes and settings that raymoe does not write are.
+    Additions to router scores of zeros are no loss; other tensors, sizes and settings than raymoe writes are. A setting
+    that the config leaves out is taken for the one that raymoe writes.
     """
     used = {ref.entry.name for ref in model.weights.values()}
     left = []
@@ -47,12 +64,46 @@ def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> N
     for name, expected in _shapes(model):
         if (shape := model.weights[name].entry.shape) != expected:
             found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
-    for key, plain in _PLAIN.items():
+    for key, written in _switches(facts, model).items():
         value = facts.config.get(key)
-        if value is not None and not (isinstance(value, float | int) and isclose(value, plain, rel_tol=_NEARLY)):
-            found.append(f"{key} is {value!r}, and only {plain!r} is converted")
+        if value is not None and not _same(value, written):
+            found.append(f"{key} is {json.dumps(value):.80}, and only {json.dumps(written):.80} is converted")
+    found += _lost_share(facts, model)
     if found:
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=AS_WRITTEN) for what in found[:_SHOWN]])
+
+
+def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
+    """The keys by which a host of transformers computes one thing or another, with the values that raymoe writes."""
+    rule = model.rule
+    assert rule is not None
+    host = _host(facts)
+    shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.shared))
+    # What the rule itself is read from, `choose_target` looks at.
+    read = _READ_ELSEWHERE | {host.experts_key, host.shared_key, host.renormalise_key}
+    switches = {key: value for key, value in host.config(model.spec, shape).items() if key not in read}
+    if not rule.shared:
+        switches.pop("shared_expert_combination_strategy", None)
+    return {**switches, **_PLAIN}
+
+
+def _lost_share(facts: ModelFacts, model: EvaluatedModel) -> Iterator[str]:
+    """Of a host whose RoPE may turn a part of each head: transformers 5 saves that among the parameters of RoPE, and
+    raymoe writes it, and reads it, as a key of its own.
+    """
+    rope = facts.config.get("rope_scaling") or facts.config.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor")
+    if share is not None and _host(facts).dense_turns_whole_heads and share != model.spec.partial_rotary:
+        yield f"partial_rotary_factor is {share} among the parameters of RoPE, and only converted as a key of its own"
+
+
+def _host(facts: ModelFacts) -> MoeHost:
+    return next(host for host in HOSTS.values() if host.model_type == facts.config["model_type"])
+
+
+def _same(value: Any, written: Any) -> bool:
+    numbers = isinstance(value, float | int) and isinstance(written, float | int)
+    return isclose(value, written, rel_tol=_NEARLY) if numbers else bool(value == written)
 
 
 def _shapes(model: EvaluatedModel) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,7 +14,7 @@ import numpy as np
 from raymoe.architectures.moe import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gguf.checks import is_zero
-from raymoe.gguf.file import PartFile, new_file, output_problems, output_without_room
+from raymoe.gguf.file import PartFile, new_file, output_without_room
 from raymoe.gguf.layout import GgufTensor, file_tensors
 from raymoe.gguf.metadata import add_metadata
 from raymoe.gguf.model import ConvertedModel, open_model
@@ -68,16 +68,19 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     """
     options = options or GgufOptions()
     path = Path(output).expanduser().absolute()
-    problems = [*option_problems(options), *output_problems(output, overwrite=options.overwrite)]
+    problems = list(option_problems(options))
     with ExitStack() as stack:
+        file = _collect(problems, lambda: stack.enter_context(new_file(output, overwrite=options.overwrite)))
         model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
         if model is None or not has_gguf():
             raise ProblemReport(problems)
         conversion = _conversion(model, path, options, problems)
+        assert file is not None
         progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
         model.prepare(progress.stage)
-        with new_file(path) as file:
+        with file.writing():
             _write(conversion, file, progress)
+            file.commit()
     return GgufFile(
         path=path,
         size=path.stat().st_size,
@@ -85,7 +88,13 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
         type=conversion.type.name,
         tensors=len(conversion.tensors),
         parameters=sum(math.prod(tensor.shape) for tensor in conversion.tensors),
-        warnings=(*model.warnings, *conversion.target.warnings, *_pre_warnings(options), *_type_warnings(conversion)),
+        warnings=(
+            *model.warnings,
+            *conversion.target.warnings,
+            *conversion.vocabulary.warnings,
+            *_pre_warnings(options),
+            *_type_warnings(conversion),
+        ),
     )
 
 
@@ -99,14 +108,14 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
 
 def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
     """Raises ProblemReport with `problems` and all others."""
-    spec = model.spec
+    spec, name = model.spec, options.name or path.stem
     target = _collect(
         problems,
         lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),
     )
     vocabulary = _collect(
         problems,
-        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, label=model.label),
+        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, name=name, label=model.label),
     )
     if problems or target is None or vocabulary is None:
         raise ProblemReport(problems)
@@ -119,7 +128,7 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
         vocabulary=vocabulary,
         tensors=file_tensors(spec, target, model.weights, kind),
         type=kind,
-        name=options.name or path.stem,
+        name=name,
     )
     if problems := output_without_room(path, conversion.data_bytes):
         raise ProblemReport(problems)

@@ -1,7 +1,8 @@
 """The file: whether it can be written, and how it comes to its place only when it is whole.
 
-It is written as `NAME.part` beside its place, synced, and moved there in one step. A part that was left by a run that
-died is written anew; one that another run is writing is locked, and refused.
+It is written as `NAME.part` beside its place, synced, and moved there in one step. A file that is there by then is
+replaced only if that was asked for. The part is there, and locked, from the beginning of a run: another run for the
+same file is refused before it computes anything. A part that was left by a run that died is written anew.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.storage.linux import allocate, start_writeback
 
-__all__ = ["PartFile", "new_file", "output_problems", "output_without_room"]
+__all__ = ["PartFile", "new_file", "output_without_room"]
 
 _WRITEBACK_BYTES = 64 << 20
 
 
-def output_problems(output: str | Path, *, overwrite: bool) -> list[Problem]:
-    """What can be said against writing there before it is known how much."""
+def _place_problems(output: str | Path, path: Path) -> list[Problem]:
+    """What can be said against the place itself."""
     if is_url(str(output)):
         remedy = "write it to a local file, and copy that"
         return [Problem(where=str(output), what="a GGUF file is written to a local path", remedy=remedy)]
-    path = Path(output).expanduser().absolute()
     if path.is_dir():
         return [Problem(where=str(path), what="this is a folder", remedy=f"name a file, such as {path / 'model.gguf'}")]
     if path.suffix.lower() != ".gguf":
@@ -35,13 +35,6 @@ def output_problems(output: str | Path, *, overwrite: bool) -> list[Problem]:
         return [Problem(where=str(path), what="the name does not end in .gguf, as all readers expect", remedy=remedy)]
     if not path.parent.is_dir():
         return [Problem(where=str(path), what="there is no such folder", remedy="make it first")]
-    if os.path.lexists(path) and not overwrite:
-        return [Problem(where=str(path), what="this file is there already", remedy="--overwrite replaces it")]
-    try:
-        with new_file(path):
-            pass
-    except ProblemReport as report:
-        return list(report.problems)
     return []
 
 
@@ -57,8 +50,9 @@ def output_without_room(path: Path, size: int) -> list[Problem]:
 class PartFile:
     """The file under its name of the meantime, open and locked. `commit` brings it to its place."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
         self.path, self.part = path, path.with_name(path.name + ".part")
+        self._overwrite, self._is_committed = overwrite, False
         self._descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if not self._locked():
             os.close(self._descriptor)
@@ -94,36 +88,66 @@ class PartFile:
     def commit(self) -> None:
         os.ftruncate(self._descriptor, self.size)
         os.fsync(self._descriptor)
-        os.replace(self.part, self.path)
+        if self._overwrite:
+            os.replace(self.part, self.path)
+        else:
+            self._move_to_free_place()
+        self._is_committed = True
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def close(self, *, remove: bool) -> None:
-        if remove:
+    def _move_to_free_place(self) -> None:
+        """A second name is only given where there is no file of that name, which moving does not ask for."""
+        try:
+            os.link(self.part, self.path)
+        except FileExistsError:
+            raise ProblemReport([_there_already(self.path)]) from None
+        except OSError:  # a filesystem where a file has one name
+            self.refuse_replacing()
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink()
+
+    def refuse_replacing(self) -> None:
+        if not self._overwrite and os.path.lexists(self.path):
+            raise ProblemReport([_there_already(self.path)])
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises ProblemReport for what the filesystem refuses within."""
+        try:
+            yield
+        except OSError as error:
+            raise ProblemReport([_not_written(self.path, error)]) from error
+
+    def close(self) -> None:
+        if not self._is_committed:
             self.part.unlink(missing_ok=True)
         os.close(self._descriptor)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[PartFile]:
-    """A file that is gone again unless it was committed. Raises ProblemReport for what the filesystem refuses."""
+def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[PartFile]:
+    """A file that is gone again unless it was committed. Raises ProblemReport where it can't be, or one is there."""
+    path = Path(output).expanduser().absolute()
+    if problems := _place_problems(output, path):
+        raise ProblemReport(problems)
     try:
-        file = PartFile(path)
+        file = PartFile(path, overwrite=overwrite)
     except OSError as error:
         raise ProblemReport([_not_written(path, error)]) from None
-    committed = False
     try:
+        file.refuse_replacing()
         yield file
-        if file.size:
-            file.commit()
-            committed = True
-    except OSError as error:
-        raise ProblemReport([_not_written(path, error)]) from error
     finally:
-        file.close(remove=not committed)
+        file.close()
+
+
+def _there_already(path: Path) -> Problem:
+    return Problem(where=str(path), what="this file is there already", remedy="--overwrite replaces it")
 
 
 def _not_written(path: Path, error: OSError) -> Problem:

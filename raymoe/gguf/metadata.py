@@ -16,8 +16,7 @@ from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
 from raymoe.gguf.targets import Target, has_alpha
 from raymoe.gguf.vocabulary import Vocabulary
-from raymoe.report.source_cards import texts_of
-from raymoe.sources.hub import is_hub_id
+from raymoe.report.source_cards import is_model_of_hub, stated_licence, texts_of
 
 __all__ = ["add_metadata"]
 
@@ -69,18 +68,18 @@ def add_metadata(
 
 def _add_origin(writer: Any, card: Mapping[str, Any]) -> None:
     """What a model card says of licence, languages, tags, and the models of the Hub that it was made from."""
-    if licence := texts_of(card.get("license")):
-        writer.add_license(licence[0])
-    for key, add in (("license_name", writer.add_license_name), ("license_link", writer.add_license_link)):
-        if text := texts_of(card.get(key)):
-            add(text[0])
-    if bases := [base for base in texts_of(card.get("base_model")) if is_hub_id(base)]:
+    if licence := stated_licence(card):
+        writer.add_license(licence.name)
+        if licence.title:
+            writer.add_license_name(licence.title)
+        if licence.link:
+            writer.add_license_link(licence.link)
+    if bases := [base for base in texts_of(card.get("base_model")) if is_model_of_hub(base)]:
         writer.add_base_model_count(len(bases))
         for number, base in enumerate(bases):
             organisation, _, base_name = base.rpartition("/")
             writer.add_base_model_name(number, base_name)
-            if organisation:
-                writer.add_base_model_organization(number, organisation)
+            writer.add_base_model_organization(number, organisation)
             writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
     if tags := texts_of(card.get("tags")):
         writer.add_tags(list(tags))

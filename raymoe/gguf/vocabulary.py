@@ -10,19 +10,30 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gguf.added import (
+    FILES,
+    AddedToken,
+    added_beside_model,
+    added_of_json,
+    name_problems,
+    read_object,
+    strip_warnings,
+    two_texts,
+)
 from raymoe.gguf.pretokenizer import KNOWN, pre_tokenizer_name
+from raymoe.gguf.spaces import SpacePrefix, space_prefix
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
 # gguf.TokenType, which are SentencePiece's own numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NEVER_MERGED = -1e6  # the score of a token that no merge makes
-_FILES = "add the tokenizer files of the base model to the checkpoint's folder"
+_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +41,7 @@ class Vocabulary:
     """`tokens` has an entry for each row of the embedding. `scores` are SentencePiece's, `pre` and merges BPE's.
 
     `special` is the gguf package's SpecialVocab: merges, ids of special tokens, what is put around a text, template.
+    `warnings` say which texts transformers cuts otherwise.
     """
 
     model: str
@@ -39,6 +51,7 @@ class Vocabulary:
     scores: tuple[float, ...] | None
     add_space_prefix: bool | None
     special: Any
+    warnings: tuple[str, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,27 +61,36 @@ class _Tokens:
     text: dict[int, str]
     type: dict[int, int]
     score: dict[int, float]
-    add_space_prefix: bool = True
+    space: SpacePrefix = field(default_factory=lambda: SpacePrefix(added=True))
+    added: list[AddedToken] = field(default_factory=list)
 
     def add(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
         self.text[number], self.type[number], self.score[number] = text, kind, score
 
+    def found_first(self) -> list[str]:
+        """Those that llama.cpp looks for in a text before it cuts it."""
+        return [self.text[number] for number, kind in self.type.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+
 
 def read_vocabulary(
-    files: Mapping[str, Path], config: Mapping[str, Any], size: int, *, pre: str | None, label: str
+    files: Mapping[str, Path], config: Mapping[str, Any], size: int, *, pre: str | None, name: str, label: str
 ) -> Vocabulary:
     """The tokenizer among `files` for an embedding of `size` rows.
 
-    `pre` is llama.cpp's name of the pre-tokenizer, where the caller knows it. Raises ProblemReport for a tokenizer that
-    llama.cpp has none for, or that is not known to be one of its own.
+    `pre` is llama.cpp's name of the pre-tokenizer, where the caller knows it, `name` what the file calls the model.
+    Raises ProblemReport for a tokenizer that llama.cpp has none for, or that is not known to be one of its own.
     """
-    tokens, model, pre = _tokens(files, pre, label)
+    said = _read_config(files)
+    tokens, model, pre = _tokens(files, said, pre, label)
     if max(tokens.text, default=0) >= size:
         what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
         raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
     for number in range(size):
         if number not in tokens.text:
             tokens.add(number, f"[PAD{number}]", UNUSED, _NEVER_MERGED)
+    texts = tokens.text.values()
+    if problems := name_problems(name, texts, label):
+        raise ProblemReport(problems)
     order = range(size)
     return Vocabulary(
         model=model,
@@ -76,36 +98,56 @@ def read_vocabulary(
         tokens=tuple(tokens.text[number] for number in order),
         types=tuple(tokens.type[number] for number in order),
         scores=tuple(tokens.score[number] for number in order) if model == "llama" else None,
-        add_space_prefix=tokens.add_space_prefix if model == "llama" else None,
-        special=_special(files, config, tokens, size, with_merges=model == "gpt2"),
+        add_space_prefix=tokens.space.added if model == "llama" else None,
+        special=_special(files, config, said, tokens, size, with_merges=model == "gpt2"),
+        warnings=(
+            *(tokens.space.warnings if model == "llama" else ()),
+            *strip_warnings(tokens.added, tokens.found_first(), texts, name),
+        ),
     )
 
 
-def _tokens(files: Mapping[str, Path], pre: str | None, label: str) -> tuple[_Tokens, str, str]:
+def _tokens(
+    files: Mapping[str, Path], said: Mapping[str, Any], pre: str | None, label: str
+) -> tuple[_Tokens, str, str]:
     """(tokens, llama.cpp's name of the kind, of the pre-tokenizer). A byte-level tokenizer.json comes first."""
     path = files.get("tokenizer.json")
     tokenizer = _read_json(path) if path is not None else {}
     try:
         if tokenizer and _is_byte_level(tokenizer):
-            return _added(_byte_level_tokens(tokenizer), tokenizer), "gpt2", pre or _known_pre(tokenizer, str(path))
+            tokens = _with_added(_byte_level_tokens(tokenizer), added_of_json(tokenizer))
+            return tokens, "gpt2", pre or _known_pre(tokenizer, str(path))
         if "tokenizer.model" in files:
-            return _added(_sentencepiece_tokens(files["tokenizer.model"]), tokenizer), "llama", "default"
+            return _of_model(files, said, tokenizer), "llama", "default"
         if tokenizer:
-            return _added(_sentencepiece_like_tokens(tokenizer, str(path)), tokenizer), "llama", "default"
+            tokens = _sentencepiece_like_tokens(tokenizer, str(path))
+            tokens.space = space_prefix(said, tokenizer, True)
+            return _with_added(tokens, added_of_json(tokenizer)), "llama", "default"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
-        raise ProblemReport([Problem(where=str(path), what=what, remedy=_FILES)]) from error
+        raise ProblemReport([Problem(where=str(path), what=what, remedy=FILES)]) from error
     what = "there is neither a tokenizer.json nor a tokenizer.model, and a GGUF file holds its tokenizer"
-    raise ProblemReport([Problem(where=label, what=what, remedy=_FILES)])
+    raise ProblemReport([Problem(where=label, what=what, remedy=FILES)])
+
+
+def _of_model(files: Mapping[str, Path], said: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> _Tokens:
+    """Of a tokenizer.model; `tokenizer` is the tokenizer.json beside it, if there is one."""
+    path = files["tokenizer.model"]
+    tokens, adds_space = _sentencepiece_tokens(path)
+    tokens.space = space_prefix(said, tokenizer, adds_space)
+    if tokenizer:
+        return _with_added(tokens, added_of_json(tokenizer))
+    added = added_beside_model(files, said)
+    odd = [token for token in added if tokens.text.get(token.number, token.text) != token.text]
+    if odd:
+        raise ProblemReport([two_texts(str(path), t.number, tokens.text[t.number], t.text) for t in odd[:_SHOWN]])
+    return _with_added(tokens, added)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=_FILES)]) from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ProblemReport([Problem(where=str(path), what="this is no tokenizer.json", remedy=_FILES)])
+    content = read_object(path)
+    if not isinstance(content.get("model"), dict):
+        raise ProblemReport([Problem(where=str(path), what="this is no tokenizer.json", remedy=FILES)])
     return content
 
 
@@ -131,18 +173,18 @@ def _byte_level_tokens(tokenizer: Mapping[str, Any]) -> _Tokens:
     return tokens
 
 
-def _added(tokens: _Tokens, tokenizer: Mapping[str, Any]) -> _Tokens:
+def _with_added(tokens: _Tokens, added: list[AddedToken]) -> _Tokens:
     """Tokens that are found in a text before anything else: control tokens, and the user's own."""
-    for added in tokenizer.get("added_tokens") or ():
-        known = tokens.type.get(added["id"])
-        if known == UNKNOWN:
-            continue
-        kind = CONTROL if added.get("special") else USER_DEFINED
-        tokens.add(added["id"], added["content"], kind, tokens.score.get(added["id"], 0.0))
+    for token in added:
+        if tokens.type.get(token.number) != UNKNOWN:
+            kind = CONTROL if token.special else USER_DEFINED
+            tokens.add(token.number, token.text, kind, tokens.score.get(token.number, 0.0))
+    tokens.added = added
     return tokens
 
 
-def _sentencepiece_tokens(path: Path) -> _Tokens:
+def _sentencepiece_tokens(path: Path) -> tuple[_Tokens, bool]:
+    """The pieces, and whether a space is put before a text."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -150,13 +192,13 @@ def _sentencepiece_tokens(path: Path) -> _Tokens:
     try:
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
-        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=_FILES)]) from None
+        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
     if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
         raise ProblemReport([_no_bpe(str(path))])
-    tokens = _Tokens(text={}, type={}, score={}, add_space_prefix=proto.normalizer_spec.add_dummy_prefix)
+    tokens = _Tokens(text={}, type={}, score={})
     for number, piece in enumerate(proto.pieces):
         tokens.add(number, piece.piece, piece.type, piece.score)
-    return tokens
+    return tokens, proto.normalizer_spec.add_dummy_prefix
 
 
 def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tokens:
@@ -168,7 +210,7 @@ def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tok
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         score.setdefault(left + right, -float(rank))
-    tokens = _Tokens(text={}, type={}, score={}, add_space_prefix=_adds_space(tokenizer))
+    tokens = _Tokens(text={}, type={}, score={})
     for text, number in model["vocab"].items():
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = UNKNOWN if text == model.get("unk_token") else BYTE if is_byte else NORMAL
@@ -183,25 +225,16 @@ def _no_bpe(where: str) -> Problem:
     )
 
 
-def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text, by the normaliser or the pre-tokenizer."""
-
-    if any(stage["type"] == "Prepend" for stage in _stages(tokenizer.get("normalizer"), "normalizers")):
-        return True
-    found = [s for s in _stages(tokenizer.get("pre_tokenizer"), "pretokenizers") if s["type"] == "Metaspace"]
-    return any(s.get("prepend_scheme", "always") != "never" and s.get("add_prefix_space", True) for s in found)
-
-
-def _stages(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normaliser or pre-tokenizer, those of sequences (under the key `inner`) one by one."""
-    if stage is None:
-        return []
-    return [step for part in stage[inner] for step in _stages(part, inner)] if inner in stage else [stage]
-
-
 def _special(
-    files: Mapping[str, Path], config: Mapping[str, Any], tokens: _Tokens, size: int, *, with_merges: bool
+    files: Mapping[str, Path],
+    config: Mapping[str, Any],
+    said: Mapping[str, Any],
+    tokens: _Tokens,
+    size: int,
+    *,
+    with_merges: bool,
 ) -> Any:
+    """`config` is the model's, `said` the tokenizer's."""
     import gguf
 
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
@@ -210,12 +243,11 @@ def _special(
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(path.absolute())
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        said = _read_config(files)
         try:
             special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             what = f"the gguf package can't read this tokenizer: {type(error).__name__} {error}"
-            raise ProblemReport([Problem(where=str(next(iter(files.values()))), what=what, remedy=_FILES)]) from error
+            raise ProblemReport([Problem(where=str(next(iter(files.values()))), what=what, remedy=FILES)]) from error
     numbers = {text: number for number, text in tokens.text.items()}
     for kind in special.special_token_types:
         # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
@@ -245,14 +277,17 @@ def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Map
 
 
 def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
-    if "tokenizer_config.json" not in files:
-        return {}
-    try:
-        content = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        where = str(files["tokenizer_config.json"])
-        raise ProblemReport([Problem(where=where, what=f"can't be read: {error}", remedy=_FILES)]) from None
-    return content if isinstance(content, dict) else {}
+    """tokenizer_config.json. What special_tokens_map.json says goes before it where it is older than the key
+    `added_tokens_decoder`, as in transformers.
+    """
+    path, map_path = files.get("tokenizer_config.json"), files.get("special_tokens_map.json")
+    said = read_object(path) if path else {}
+    if "added_tokens_decoder" in said or not map_path:
+        return said
+    return {
+        **said,
+        **{key: value for key, value in read_object(map_path).items() if key.endswith(("_token", "_tokens"))},
+    }
 
 
 def _encoded(files: Mapping[str, Path]) -> list[int] | None:
@@ -265,5 +300,5 @@ def _encoded(files: Mapping[str, Path]) -> list[int] | None:
         ids: list[int] = Tokenizer.from_file(str(files["tokenizer.json"])).encode("a").ids
     except Exception as error:  # the library raises nothing narrower
         what = f"can't be read: {error}"
-        raise ProblemReport([Problem(where=str(files["tokenizer.json"]), what=what, remedy=_FILES)]) from None
+        raise ProblemReport([Problem(where=str(files["tokenizer.json"]), what=what, remedy=FILES)]) from None
     return ids or None

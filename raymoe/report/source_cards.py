@@ -25,7 +25,17 @@ from raymoe.sources.refs import is_local_folder, short_name
 from raymoe.sources.types import PathRef
 from raymoe.storage.records import CARD_NAME
 
-__all__ = ["Licence", "SourceCard", "agreed", "front_matter_of", "read_front_matter", "source_cards", "texts_of"]
+__all__ = [
+    "Licence",
+    "SourceCard",
+    "agreed",
+    "front_matter_of",
+    "is_model_of_hub",
+    "read_front_matter",
+    "source_cards",
+    "stated_licence",
+    "texts_of",
+]
 
 _MAX_CARD_BYTES = 1 << 20
 _AT_ONCE = 8
@@ -112,7 +122,7 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
         else:
             folder = open_object_folder(location, "model", storage) if is_url(location) else LocalFolder(location)
         metadata = front_matter_of(folder)
-        licence = _stated_licence(metadata) if "license" in metadata else _recognised_licence(folder)
+        licence = stated_licence(metadata) if "license" in metadata else _recognised_licence(folder)
     except CheckpointError:
         metadata, licence = {}, None
     return SourceCard(
@@ -121,11 +131,11 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
         licence=licence,
         languages=_languages(metadata),
         # A folder that is meant by the name here is no model of the Hub.
-        bases=tuple(name for name in texts_of(metadata.get("base_model")) if _is_model_of_hub(name)),
+        bases=tuple(name for name in texts_of(metadata.get("base_model")) if is_model_of_hub(name)),
     )
 
 
-def _is_model_of_hub(name: str) -> bool:
+def is_model_of_hub(name: str) -> bool:
     """Whether a card's `base_model` can be one of the Hub: trainers also write the folder that they were given."""
     return "/" in name and is_hub_id(name) and not is_local_folder(name)
 
@@ -138,7 +148,8 @@ def _text(folder: Folder, name: str) -> str:
     return folder.read(file).decode("utf-8-sig", errors="replace")
 
 
-def _stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
+def stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
+    """The one licence that a card's metadata name; None where they name none, or several."""
     names = texts_of(metadata.get("license"))
     if len(names) != 1:
         return None  # a list of licences says nothing of which applies to what

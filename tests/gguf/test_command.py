@@ -148,6 +148,45 @@ def test_configs_that_do_not_fit(
     assert re.search(message, done.err), done.err
 
 
+@pytest.mark.parametrize(
+    ("family", "host", "changed", "message"),
+    [
+        ("cohere2", "cohere2_moe", {"expert_selection_fn": "sigmoid"}, 'fn is "sigmoid", and only "softmax" is conv'),
+        ("cohere2", "cohere2_moe", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, and only null is converted"),
+        ("cohere2", "cohere2_moe", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, r'types is \["dense", "sparse"'),
+        ("qwen3", "qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, and only 1 is converted"),
+        ("qwen3", "qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\], and only \[\] is converted"),
+        ("ernie4_5", "ernie4_5_moe", {"moe_layer_start_index": 1}, "start_index is 1, and only 0 is converted"),
+        ("ernie4_5", "ernie4_5_moe", {"moe_k": 3}, "moe_k is 3, and only 2 is converted"),
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", {"moe_topk": 3}, "moe_topk is 3, and only 2 is converted"),
+        ("llama", "glm4_moe", {"topk_group": 2}, "topk_group is 2, and only 1 is converted"),
+        # Where transformers 5 has it.
+        (
+            "glm",
+            "glm4_moe",
+            {"partial_rotary_factor": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5 among the parameters of RoPE",
+        ),
+    ],
+)
+def test_other_settings_than_raymoe_writes(
+    family: str,
+    host: str,
+    changed: dict[str, Any],
+    message: str,
+    cli: Cli,
+    merged: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Each makes transformers compute something that the file would not."""
+    folder = Path(shutil.copytree(merged(family, host), tmp_path / "other"))
+    config = {**json.loads((folder / "config.json").read_text()), **changed}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    done = cli(folder, tmp_path / "m.gguf")
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+
+
 def test_an_unfinished_merge(cli: Cli, merged: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged("llama", "mixtral"), tmp_path / "unfinished"))
     (folder / ".raymoe").mkdir()

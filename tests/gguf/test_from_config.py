@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raymoe.config import make_config
 from raymoe.gguf import GgufOptions, write_gguf
@@ -76,3 +77,49 @@ def test_the_file_says_where_it_is_from(zoo: Callable[..., Path], tmp_path: Path
     of_merge = {key: field.contents() for key, field in gguf.GGUFReader(merged.path).fields.items()}
     assert "general.license" not in of_merge, "one source states none"
     assert of_merge["general.base_model.0.name"] == "first" and "frankenmoe" in of_merge["general.tags"]
+
+
+@pytest.mark.parametrize(
+    ("head", "wanted"),
+    [
+        ({"license": ["mit", "cc-by-nc-4.0"]}, {}),
+        ({"license": ["MIT"]}, {"license": "mit"}),
+        ({"license": "see the file LICENSE"}, {}),
+        (
+            {"license": "other", "license_name": "own terms", "license_link": "https://example.org/terms"},
+            {"license": "other", "license.name": "own terms", "license.link": "https://example.org/terms"},
+        ),
+        (
+            {"license": "other", "license_name": "own terms", "license_link": "LICENSE"},
+            {"license": "other", "license.name": "own terms"},
+        ),
+        ({"base_model": ["base", "here/base", "./base", "/data/base"]}, {}),
+        (
+            {"base_model": ["here/base", "org/first"]},
+            {
+                "base_model.count": 1,
+                "base_model.0.name": "first",
+                "base_model.0.organization": "org",
+                "base_model.0.repo_url": "https://huggingface.co/org/first",
+            },
+        ),
+    ],
+)
+def test_nothing_is_said_that_the_card_does_not_say(
+    head: dict[str, Any],
+    wanted: dict[str, Any],
+    zoo: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several licences none is the model's, and a folder of the one who trained it is no model of the Hub."""
+    import gguf
+
+    model = Path(shutil.copytree(zoo("llama", num_hidden_layers=1), tmp_path / "model"))
+    (model / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n\n# A model\n")
+    (tmp_path / "here/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    reader = gguf.GGUFReader(write_gguf(model, tmp_path / "model.gguf").path)
+    parts = ("general.license", "general.base_model")
+    said = {key.removeprefix("general."): f.contents() for key, f in reader.fields.items() if key.startswith(parts)}
+    assert said == wanted

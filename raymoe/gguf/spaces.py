@@ -1,0 +1,66 @@
+"""The space that SentencePiece's tokenizers put before a text: its first word is then the token that it is elsewhere.
+
+llama.cpp puts one before a text and behind every special token, or none at all. In transformers a normaliser does the
+same; a Metaspace puts none where there is a space already, and may do it at the beginning of the text only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SpacePrefix", "space_prefix"]
+
+_ALWAYS = "puts none where there is one already"
+_FIRST = "puts it before the text only, and none where the text begins with one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpacePrefix:
+    """`differs`: what the tokenizer does otherwise than llama.cpp, empty where it does the same."""
+
+    added: bool
+    differs: str = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        if not self.differs:
+            return []
+        return [f"llama.cpp puts a space before a text and behind every special token; transformers {self.differs}"]
+
+
+def space_prefix(config: Mapping[str, Any], tokenizer: Mapping[str, Any], of_model: bool) -> SpacePrefix:
+    """What a tokenizer does by its config, its tokenizer.json (empty if there is none) and its tokenizer.model.
+
+    transformers makes a LlamaTokenizer anew, by its config; every other class does what its tokenizer.json says.
+    """
+    said = config.get("add_prefix_space")
+    name = config.get("tokenizer_class")
+    is_llama = isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer"
+    of_files = _of_json(tokenizer) if tokenizer else SpacePrefix(added=of_model)
+    if tokenizer and not is_llama:
+        return of_files
+    if not (said if isinstance(said, bool) else of_files.added):
+        return SpacePrefix(added=False)
+    if not is_llama:
+        return SpacePrefix(added=True)
+    return SpacePrefix(added=True, differs=_ALWAYS if config.get("legacy") is True else _FIRST)
+
+
+def _of_json(tokenizer: Mapping[str, Any]) -> SpacePrefix:
+    """What the normaliser or the pre-tokenizer puts before the text."""
+    if any(stage["type"] == "Prepend" for stage in _stages(tokenizer.get("normalizer"), "normalizers")):
+        return SpacePrefix(added=True)
+    found = [s for s in _stages(tokenizer.get("pre_tokenizer"), "pretokenizers") if s["type"] == "Metaspace"]
+    schemes = {s.get("prepend_scheme", "always") for s in found if s.get("add_prefix_space", True)} - {"never"}
+    if not schemes:
+        return SpacePrefix(added=False)
+    return SpacePrefix(added=True, differs=_FIRST if "first" in schemes else _ALWAYS)
+
+
+def _stages(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normaliser or pre-tokenizer, those of sequences (under the key `inner`) one by one."""
+    if stage is None:
+        return []
+    return [step for part in stage[inner] for step in _stages(part, inner)] if inner in stage else [stage]
