@@ -92,7 +92,10 @@ def test_all_that_is_wrong_is_told_at_once(cli: Cli, zoo: Callable[..., Path], t
     ("config", "message"),
     [
         ({"model_type": "gemma"}, "model_type is 'gemma', which raymoe can't convert\n.*mixtral.*llama"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "RoPE scaling 'longrope': it knows linear"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+            "RoPE scaling 'longrope': it knows linear",
+        ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}},
             "RoPE scaling 'yarn' with beta_fast 16",
