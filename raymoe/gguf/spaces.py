@@ -14,6 +14,14 @@ __all__ = ["SpacePrefix", "space_prefix"]
 
 _ALWAYS = "puts none where there is one already"
 _FIRST = "puts it before the text only, and none where the text begins with one"
+# Model types for which transformers 5 reads a tokenizer.json as it is, whatever class the tokenizer's config names; for
+# others it makes a LlamaTokenizer anew. Source: TOKENIZER_MAPPING_NAMES in its models/auto/tokenization_auto.py, 5.23.
+_AS_IT_IS = frozenset(
+    {
+        *("mistral", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid"),
+        *("ernie4_5", "ernie4_5_moe", "glm4_moe"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +38,24 @@ class SpacePrefix:
         return [f"llama.cpp puts a space before a text and behind every special token; transformers {self.differs}"]
 
 
-def space_prefix(config: Mapping[str, Any], tokenizer: Mapping[str, Any], of_model: bool) -> SpacePrefix:
+def space_prefix(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any], of_model: bool, model_type: object
+) -> SpacePrefix:
     """What a tokenizer does by its config, its tokenizer.json (empty if there is none) and its tokenizer.model.
 
-    transformers makes a LlamaTokenizer anew, by its config; every other class does what its tokenizer.json says.
+    A LlamaTokenizer that is made anew goes by its config, every other one by its tokenizer.json.
     """
     said = config.get("add_prefix_space")
     name = config.get("tokenizer_class")
-    is_llama = isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer"
+    is_made_anew = (
+        isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer" and model_type not in _AS_IT_IS
+    )
     of_files = _of_json(tokenizer) if tokenizer else SpacePrefix(added=of_model)
-    if tokenizer and not is_llama:
+    if tokenizer and not is_made_anew:
         return of_files
     if not (said if isinstance(said, bool) else of_files.added):
         return SpacePrefix(added=False)
-    if not is_llama:
+    if not is_made_anew:
         return SpacePrefix(added=True)
     return SpacePrefix(added=True, differs=_ALWAYS if config.get("legacy") is True else _FIRST)
 

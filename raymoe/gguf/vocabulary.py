@@ -81,7 +81,7 @@ def read_vocabulary(
     Raises ProblemReport for a tokenizer that llama.cpp has none for, or that is not known to be one of its own.
     """
     said = _read_config(files)
-    tokens, model, pre = _tokens(files, said, pre, label)
+    tokens, model, pre = _tokens(files, config, said, pre, label)
     if max(tokens.text, default=0) >= size:
         what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
         raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
@@ -108,7 +108,7 @@ def read_vocabulary(
 
 
 def _tokens(
-    files: Mapping[str, Path], said: Mapping[str, Any], pre: str | None, label: str
+    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], pre: str | None, label: str
 ) -> tuple[_Tokens, str, str]:
     """(tokens, llama.cpp's name of the kind, of the pre-tokenizer). A byte-level tokenizer.json comes first."""
     path = files.get("tokenizer.json")
@@ -118,10 +118,10 @@ def _tokens(
             tokens = _with_added(_byte_level_tokens(tokenizer), added_of_json(tokenizer))
             return tokens, "gpt2", pre or _known_pre(tokenizer, str(path))
         if "tokenizer.model" in files:
-            return _of_model(files, said, tokenizer), "llama", "default"
+            return _of_model(files, config, said, tokenizer), "llama", "default"
         if tokenizer:
             tokens = _sentencepiece_like_tokens(tokenizer, str(path))
-            tokens.space = space_prefix(said, tokenizer, True)
+            tokens.space = space_prefix(said, tokenizer, True, config.get("model_type"))
             return _with_added(tokens, added_of_json(tokenizer)), "llama", "default"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
@@ -130,11 +130,13 @@ def _tokens(
     raise ProblemReport([Problem(where=label, what=what, remedy=FILES)])
 
 
-def _of_model(files: Mapping[str, Path], said: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> _Tokens:
+def _of_model(
+    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> _Tokens:
     """Of a tokenizer.model; `tokenizer` is the tokenizer.json beside it, if there is one."""
     path = files["tokenizer.model"]
     tokens, adds_space = _sentencepiece_tokens(path)
-    tokens.space = space_prefix(said, tokenizer, adds_space)
+    tokens.space = space_prefix(said, tokenizer, adds_space, config.get("model_type"))
     if tokenizer:
         return _with_added(tokens, added_of_json(tokenizer))
     added = added_beside_model(files, said)

@@ -63,11 +63,28 @@ def cases() -> Iterator[Any]:
     yield False, "always", GENERIC, ALWAYS
 
 
-@pytest.mark.parametrize(("with_model", "scheme", "config", "told"), list(cases()))
+def cases_of_mistral() -> Iterator[Any]:
+    """The same for a model type whose tokenizer.json counts, and not the class that the config names."""
+    for said in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}, {"legacy": False}):
+        yield True, "normaliser", {**LLAMA, **said}, ""
+        yield False, "never", {**LLAMA, **said}, ""
+        yield True, "first", {**LLAMA, **said}, FIRST
+
+
+@pytest.mark.parametrize(
+    ("family", "with_model", "scheme", "config", "told"),
+    [*(("llama", *case) for case in cases()), *(("mistral", *case) for case in cases_of_mistral())],
+)
 def test_as_in_transformers(
-    with_model: bool, scheme: str | None, config: dict[str, Any], told: str, zoo: Callable[..., Path], tmp_path: Path
+    family: str,
+    with_model: bool,
+    scheme: str | None,
+    config: dict[str, Any],
+    told: str,
+    zoo: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    model = Path(shutil.copytree(zoo("llama", num_hidden_layers=1), tmp_path / "model"))
+    model = Path(shutil.copytree(zoo(family, num_hidden_layers=1), tmp_path / "model"))
     made.put(
         model,
         model=made.sentencepiece_model() if with_model else None,
@@ -76,7 +93,8 @@ def test_as_in_transformers(
         **config,
     )
     written = write_gguf(model, tmp_path / "model.gguf")
-    assert [warning.partition("; ")[2] for warning in written.warnings] == ([told] if told else [])
+    warnings = [warning for warning in written.warnings if "puts a space" in warning]
+    assert [warning.partition("; ")[2] for warning in warnings] == ([told] if told else [])
     tokenizer, found = AutoTokenizer.from_pretrained(model), LlamaCpp(written.path)
     for text, (same_if_first, same_if_always) in TEXTS.items():
         same = {"": True, FIRST: same_if_first, ALWAYS: same_if_always}[told]
@@ -88,9 +106,9 @@ def test_as_in_transformers(
 def test_a_tokenizer_model_alone(said: bool | None, of_model: bool) -> None:
     """By its own flag, where the config has none."""
     config = {} if said is None else {"add_prefix_space": said}
-    assert space_prefix(config, {}, of_model).added is (of_model if said is None else said)
+    assert space_prefix(config, {}, of_model, "mixtral").added is (of_model if said is None else said)
 
 
 def test_a_tokenizer_json_goes_before_the_tokenizer_model() -> None:
-    assert not space_prefix(LLAMA, json.loads(as_json("never")), True).added
-    assert space_prefix(LLAMA, json.loads(as_json("first")), False).added
+    assert not space_prefix(LLAMA, json.loads(as_json("never")), True, "llama").added
+    assert space_prefix(LLAMA, json.loads(as_json("first")), False, "llama").added
