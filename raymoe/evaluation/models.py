@@ -15,6 +15,7 @@ from typing import Any
 
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, MoeHost, read_spec
 from raymoe.architectures.moe import PER_TOKEN_KEY
+from raymoe.architectures.rope import rotary_share
 from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
@@ -97,7 +98,7 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
-    in_part = (share := facts.config.get("partial_rotary_factor", 1.0)) != 1.0 and host.dense_turns_whole_heads
+    in_part = (share := rotary_share(facts.config)) != 1.0 and host.dense_turns_whole_heads
     if in_part and (not host.dense_in_part or facts.config.get("use_qk_norm")):
         what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what)])
@@ -107,6 +108,9 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
+    if odd := sorted({row.role for row in spec.rows() if not row.is_ffn} - host.backbone.keys()):
+        what = f"its config.json gives it {', '.join(odd)}, which no merge has"
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])
     rule = _rule(host, facts, spec)
     tensors = facts.index.tensors
     if missing := [name for name in _output_names(host, spec, rule) if name not in tensors]:

@@ -68,7 +68,6 @@ def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> N
         value = facts.config.get(key)
         if value is not None and not _same(value, written):
             found.append(f"{key} is {json.dumps(value):.80}, and only {json.dumps(written):.80} is converted")
-    found += _lost_share(facts, model)
     if found:
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=AS_WRITTEN) for what in found[:_SHOWN]])
 
@@ -85,16 +84,6 @@ def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
     if not rule.shared:
         switches.pop("shared_expert_combination_strategy", None)
     return {**switches, **_PLAIN}
-
-
-def _lost_share(facts: ModelFacts, model: EvaluatedModel) -> Iterator[str]:
-    """Of a host whose RoPE may turn a part of each head: transformers 5 saves that among the parameters of RoPE, and
-    raymoe writes it, and reads it, as a key of its own.
-    """
-    rope = facts.config.get("rope_scaling") or facts.config.get("rope_parameters") or {}
-    share = rope.get("partial_rotary_factor")
-    if share is not None and _host(facts).dense_turns_whole_heads and share != model.spec.partial_rotary:
-        yield f"partial_rotary_factor is {share} among the parameters of RoPE, and only converted as a key of its own"
 
 
 def _host(facts: ModelFacts) -> MoeHost:

@@ -15,8 +15,10 @@ from tests.architectures.hosts import PAIRS, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
 from tests.pico import merge_without_ray
 
-# One a host; DeepSeek-MoE v1 has a configuration of its own, which is not in transformers.
+# One a host, and one that turns a part of each head; DeepSeek-MoE v1 has a configuration of its own, which is not in
+# transformers.
 HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in HOSTS if host != "deepseek"]
+HOST_PAIRS.append(next(p for p in PAIRS if p.family == "glm"))
 
 
 def merged(pair: Pair, zoo: Callable[..., Path], folder: Path) -> Path:
@@ -56,6 +58,7 @@ def test_fused_experts_are_named(zoo: Callable[..., Path], tmp_path: Path) -> No
     [
         ("qwen3_moe", {"num_experts": None, "num_local_experts": 1}, "num_local_experts is 1 and num_experts_per_tok"),
         ("ernie4_5_moe", {"num_experts_per_tok": None, "moe_k": 9}, "moe_num_experts is 3 and moe_k is 9"),
+        ("ernie4_5_moe", {"use_bias": True}, r"gives it attn\.k\.bias, attn\.o\.bias, .*, which no merge has"),
         ("hunyuan_v1_moe", {"num_experts_per_tok": None, "moe_topk": [2, 2]}, r"moe_topk is \[2, 2\]"),
     ],
 )

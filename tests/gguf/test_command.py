@@ -163,13 +163,6 @@ def test_configs_that_do_not_fit(
         ("ernie4_5", "ernie4_5_moe", {"moe_k": 3}, "moe_k is 3, and only 2 is converted"),
         ("hunyuan_v1_dense", "hunyuan_v1_moe", {"moe_topk": 3}, "moe_topk is 3, and only 2 is converted"),
         ("llama", "glm4_moe", {"topk_group": 2}, "topk_group is 2, and only 1 is converted"),
-        # Where transformers 5 has it.
-        (
-            "glm",
-            "glm4_moe",
-            {"partial_rotary_factor": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor is 0.5 among the parameters of RoPE",
-        ),
     ],
 )
 def test_other_settings_than_raymoe_writes(

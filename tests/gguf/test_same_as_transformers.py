@@ -142,9 +142,13 @@ def test_merges(case: Case, merged: Callable[..., Path], tmp_path: Path) -> None
     assert difference(load_merged(folder), written.path, case.tokens) < CLOSE
 
 
-def test_a_merge_that_transformers_saved_again(merged: Callable[..., Path], tmp_path: Path) -> None:
-    """Its config.json has `num_local_experts` where raymoe writes `num_experts`."""
-    first, again = merged("qwen3", "qwen3_moe"), tmp_path / "again"
+@pytest.mark.parametrize(("family", "host"), [("qwen3", "qwen3_moe"), ("glm", "glm4_moe")])
+def test_a_merge_that_transformers_saved_again(
+    family: str, host: str, merged: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its config.json has `num_local_experts` where raymoe writes `num_experts`, and how much of each head is turned
+    among the parameters of RoPE."""
+    first, again = merged(family, host), tmp_path / "again"
     load_merged(first).save_pretrained(again)
     for name in TOKENIZER_FILES:
         shutil.copy(first / name, again / name)
