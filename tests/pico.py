@@ -6,6 +6,7 @@ value that hides mistakes: norm weights are not all ones, biases are not zero, t
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -143,7 +144,9 @@ torch.set_num_threads(1)
 
 def make_config(family: str, **options: Any) -> Any:
     """The transformers config of a pico model; `options` are keys of config.json, in either generation's spelling."""
-    return transformers.AutoConfig.for_model(family, **{**_SIZES, **_FAMILY.get(family, {}), **options})
+    # A copy: transformers writes what else it knows of RoPE into the mapping that it is given.
+    keys = copy.deepcopy({**_SIZES, **_FAMILY.get(family, {}), **options})
+    return transformers.AutoConfig.for_model(family, **keys)
 
 
 def save_model(
