@@ -1,10 +1,10 @@
-"""How numbers are written for people, in one place."""
+"""How numbers and long lists are written for people, in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size"]
+__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size", "some"]
 
 
 def human_bytes(count: float) -> str:
@@ -34,6 +34,12 @@ def number_ranges(numbers: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
+
+
+def some(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 _UNITS = {"": 1, "b": 10**9, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}

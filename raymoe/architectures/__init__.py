@@ -2,7 +2,7 @@
 
 from raymoe.architectures.dense import DenseFamily, TensorRow
 from raymoe.architectures.families import FAMILIES
-from raymoe.architectures.hosts import HOSTS, MoeHost, MoeShape
+from raymoe.architectures.hosts import HOSTS, MoeHost, MoeShape, host_of
 from raymoe.architectures.select import Selection, select_host
 from raymoe.architectures.spec import DenseSpec, read_spec
 
@@ -15,6 +15,7 @@ __all__ = [
     "MoeShape",
     "Selection",
     "TensorRow",
+    "host_of",
     "read_spec",
     "select_host",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raymoe.architectures.rope import rope_kind, rope_parameters
 from raymoe.architectures.rows import ATTENTION, CONV, LINEAR
 
 __all__ = [
@@ -112,7 +113,7 @@ def qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
 
 def qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """All of RoPE in the newer form, which has more than theta and scaling."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope = rope_parameters(config)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.setdefault(key, config[key])
@@ -175,7 +176,7 @@ def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:
 
 def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The base of each layer's RoPE (0: none), and the one that all with RoPE have, if they have the same."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope = rope_parameters(config)
     theta = rope.get("rope_theta") or config["rope_theta"]
     thetas = config.get("layer_rope_theta") or [theta] * config["num_hidden_layers"]
     rope["rope_theta"] = next((theta for theta in thetas if theta), theta)
@@ -227,8 +228,8 @@ def _ropes(config: Mapping[str, Any], layers: int) -> list[int]:
 
 def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE scaling under the name and with the keys that it has elsewhere."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+    rope = rope_parameters(config)
+    if rope_kind(rope) == "default":
         return {}
     rope.update(rope_type="longrope", original_max_position_embeddings=config["original_max_position_embeddings"])
     rope.pop("type", None)

@@ -188,6 +188,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="qwen3_5_text",
             title="Qwen3.5 (text)",
             rows=QWEN3_5_ROWS,
+            turns_part=True,
             kinds=qwen3_5_kinds,
             reads_layer_types=True,
             switches=_ALL_BIASES,

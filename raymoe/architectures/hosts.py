@@ -36,7 +36,7 @@ from raymoe.architectures.siblings import SIBLINGS
 from raymoe.architectures.sigmoid import SIGMOID_HOSTS
 from raymoe.architectures.spec import DenseSpec
 
-__all__ = ["HOSTS", "ConstantRow", "MoeHost", "MoeShape", "host_config"]
+__all__ = ["HOSTS", "ConstantRow", "MoeHost", "MoeShape", "host_config", "host_of"]
 
 _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
@@ -269,3 +269,8 @@ HOSTS: Mapping[str, MoeHost] = {
         *SIGMOID_HOSTS,
     )
 }
+
+
+def host_of(config: Mapping[str, Any]) -> MoeHost | None:
+    """The host that a mixture's config.json names; None for what is no mixture that raymoe writes."""
+    return next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["rope_kind_problems", "rope_of", "rope_value_problems", "rotary_share"]
+__all__ = [
+    "is_positive",
+    "rope_kind",
+    "rope_kind_problems",
+    "rope_of",
+    "rope_parameters",
+    "rope_value_problems",
+    "rotary_share",
+]
 
 # Kind -> keys without which transformers does not compute it, all of them numbers or lists of numbers.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -26,9 +34,9 @@ _LISTS = ("short_factor", "long_factor")
 
 def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     """theta, and the scaling with its `rope_type`; None for plain RoPE."""
-    parameters = _parameters(config)
+    parameters = rope_parameters(config)
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
-    kind = _kind(parameters)
+    kind = rope_kind(parameters)
     for key in ("rope_type", "type", "partial_rotary_factor"):  # of the last see `rotary_share`
         parameters.pop(key, None)
     if kind == "default":
@@ -38,19 +46,19 @@ def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]
 
 def rotary_share(config: Mapping[str, Any]) -> float:
     """The share of each head's dimensions that RoPE turns."""
-    return float(_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    return float(rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
 def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, what was expected) of values that are of no use, whatever the family makes of them."""
-    for parameters in (config, _parameters(config)):
+    for parameters in (config, rope_parameters(config)):
         share = parameters.get("partial_rotary_factor")
-        if share is not None and not (_is_positive(share) and share <= 1):
+        if share is not None and not (is_positive(share) and share <= 1):
             yield f"partial_rotary_factor is {share!r:.80}", "a number over 0, up to 1"
-    for key, value in _parameters(config).items():
+    for key, value in rope_parameters(config).items():
         if key in ("rope_type", "type") and not isinstance(value, str):
             yield f"{key} of its RoPE is {value!r:.80}", "text"
-        elif key == "rope_theta" and value is not None and not _is_positive(value):
+        elif key == "rope_theta" and value is not None and not is_positive(value):
             yield f"rope_theta is {value!r:.80}", "a number over 0"
         elif isinstance(value, Mapping):
             yield f"its RoPE has settings for {key} layers alone", "one RoPE for all layers"
@@ -58,29 +66,32 @@ def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[tuple[str, str]]:
     """The same of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a head that turn."""
-    parameters = _parameters(config)
-    kind = _kind(parameters)
+    parameters = rope_parameters(config)
+    kind = rope_kind(parameters)
     if kind not in _NEEDS:
         yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(_NEEDS)}"
         return
     for key in _NEEDS[kind]:
         value = parameters.get(key)
-        if key not in _LISTS and not _is_positive(value):
+        if key not in _LISTS and not is_positive(value):
             yield f"{key} of its {kind} RoPE is {value!r:.80}", "a number over 0"
         elif key in _LISTS and not (
-            isinstance(value, list) and len(value) == rotary_dim // 2 and all(map(_is_positive, value))
+            isinstance(value, list) and len(value) == rotary_dim // 2 and all(map(is_positive, value))
         ):
             yield f"{key} of its {kind} RoPE is {value!r:.80}", f"{rotary_dim // 2} numbers over 0"
 
 
-def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of all that stands under the one name or the other."""
     return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
 
 
-def _kind(parameters: Mapping[str, Any]) -> str:
+def rope_kind(parameters: Mapping[str, Any]) -> str:
+    """transformers 4 calls it `type` in older configs."""
     kind: str = parameters.get("rope_type") or parameters.get("type") or "default"
     return kind
 
 
-def _is_positive(value: object) -> bool:
+def is_positive(value: object) -> bool:
+    """Whether a value of a config is a number over 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -13,7 +13,13 @@ from typing import Any
 
 from raymoe.architectures.dense import DenseFamily, TensorRow
 from raymoe.architectures.families import FAMILIES
-from raymoe.architectures.rope import rope_kind_problems, rope_of, rope_value_problems, rotary_share
+from raymoe.architectures.rope import (
+    is_positive,
+    rope_kind_problems,
+    rope_of,
+    rope_value_problems,
+    rotary_share,
+)
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import Problem
 
@@ -222,10 +228,6 @@ def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(each, kind) for each in value)
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
 # Keys that a config may leave out or set to null, what their values must be, and how to say so.
 _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
@@ -234,7 +236,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         lambda v: v == 0 or _is_positive_int(v),
         "a whole number from 0 on or null",
     ),
-    (("rms_norm_eps", "rope_theta", "logits_scaling", "block_ffn_dim_multiplier"), _is_positive, "a number over 0"),
+    (("rms_norm_eps", "rope_theta", "logits_scaling", "block_ffn_dim_multiplier"), is_positive, "a number over 0"),
     (
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_scale"),
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, MoeHost, read_spec
+from raymoe.architectures import FAMILIES, DenseSpec, MoeHost, host_of, read_spec
 from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.architectures.rope import rotary_share
 from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
-from raymoe.planning.tensors import rows_of, weight_refs
+from raymoe.planning.tensors import head_rows, rows_of, weight_refs
 from raymoe.planning.types import HeadRows, WeightRef
 from raymoe.sources.types import ModelFacts, TensorEntry
 
@@ -94,7 +94,7 @@ def dense_model(facts: ModelFacts, where: str) -> EvaluatedModel:
 
 def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
-    host = next((host for host in HOSTS.values() if host.model_type == facts.config.get("model_type")), None)
+    host = host_of(facts.config)
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
@@ -119,9 +119,9 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
         raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
     weights = {name: WeightRef(entry=entry) for name, entry in entries.items()}
-    rearranged = spec.family.turns_neighbours and not host.turns_neighbours
-    heads = HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim) if rearranged else None
-    return EvaluatedModel(label=facts.label, spec=spec, config=config, weights=weights, rule=rule, heads=heads)
+    return EvaluatedModel(
+        label=facts.label, spec=spec, config=config, weights=weights, rule=rule, heads=head_rows(spec, host)
+    )
 
 
 def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from raymoe.gates.quantise import quantised_layer
 from raymoe.gates.sinks import ATTENTION_WITH_SINKS, register
 from raymoe.planning.types import HeadRows, WeightRef
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.transform import read_rows, with_lora
+from raymoe.storage.transform import in_heads, read_rows, with_lora
 
 __all__ = ["ReadableModel", "StreamedDecoder"]
 
@@ -263,9 +263,7 @@ class StreamedDecoder:
                 tensors[name] = adapted_weight(tensors[name], factors, lora.scaling)
         if self._heads is not None:
             for name in _TURNED & tensors.keys():
-                rows = tensors[name]
-                heads = rows.unflatten(0, (-1, self._heads.head_dim))
-                tensors[name] = heads[:, self._heads.order_back].reshape(rows.shape)
+                tensors[name] = in_heads(tensors[name], self._heads.head_dim, self._heads.order_back)
         return tensors
 
     def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.text import some
 
 __all__ = [
     "FILES",
@@ -29,7 +30,6 @@ __all__ = [
 FILES = "add the tokenizer files of the base model to the checkpoint's folder"
 _BY_TEXT = "added_tokens.json"
 _BY_ID = "added_tokens_decoder"
-_SHOWN = 4
 # What llama.cpp does where the model's name has one of these: space behind special tokens is taken away, but for that
 # behind three of them; without any of the four there it does not load the file.
 # Source: "set attributes by model/tokenizer/architecture name" in its src/llama-vocab.cpp.
@@ -148,15 +148,15 @@ def strip_warnings(
     phi3 = (set(special) | {"</s>"}) - _PHI3_KEEPS
     warnings = []
     if left:
-        warnings.append(f"space before {_listed(left)} goes with the token in transformers, and stays in llama.cpp")
+        warnings.append(f"space before {some(left)} goes with the token in transformers, and stays in llama.cpp")
     if stays := right - (phi3 if _is_phi3(name) else set()):
-        text = f"space behind {_listed(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
+        text = f"space behind {some(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
         if right == phi3 and set(texts) >= _PHI3_NEEDS:
             text += "; a --name with phi-3 in it makes llama.cpp do the same"
         warnings.append(text)
     if _is_phi3(name) and (goes := phi3 - right):
         warnings.append(
-            f"the name {name!r} makes llama.cpp take away the space behind {_listed(sorted(goes))}, which transformers "
+            f"the name {name!r} makes llama.cpp take away the space behind {some(sorted(goes))}, which transformers "
             "leaves: a --name without phi-3 in it does not"
         )
     return warnings
@@ -164,8 +164,3 @@ def strip_warnings(
 
 def _is_phi3(name: str) -> bool:
     return any(part in name.lower() for part in _PHI3)
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more

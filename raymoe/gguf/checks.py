@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raymoe.architectures import HOSTS
-from raymoe.architectures.moe import MoeHost, MoeShape
+from raymoe.architectures import MoeShape, host_of
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gguf.targets import AS_WRITTEN
@@ -74,9 +73,8 @@ def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> N
 
 def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
     """The keys by which a host of transformers computes one thing or another, with the values that raymoe writes."""
-    rule = model.rule
-    assert rule is not None
-    host = _host(facts)
+    rule, host = model.rule, host_of(facts.config)
+    assert rule is not None and host is not None
     shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.shared))
     # What the rule itself is read from, `choose_target` looks at.
     read = _READ_ELSEWHERE | {host.experts_key, host.shared_key, host.renormalise_key}
@@ -84,10 +82,6 @@ def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
     if not rule.shared:
         switches.pop("shared_expert_combination_strategy", None)
     return {**switches, **_PLAIN}
-
-
-def _host(facts: ModelFacts) -> MoeHost:
-    return next(host for host in HOSTS.values() if host.model_type == facts.config["model_type"])
 
 
 def _same(value: Any, written: Any) -> bool:

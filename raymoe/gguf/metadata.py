@@ -148,14 +148,8 @@ def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
         if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
             writer.add_full_attention_interval(every)
         # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
-        pairs = _turned(spec) // 2
+        pairs = spec.rotary_dim // 2
         writer.add_rope_dimension_sections([len(range(axis, pairs, 3)) for axis in range(3)] + [0])
-
-
-def _turned(spec: DenseSpec) -> int:
-    """How many dimensions of each head the rotary embedding turns."""
-    share = (spec.extra.get("rope_parameters") or {}).get("partial_rotary_factor")
-    return int(spec.head_dim * share) if share is not None else spec.rotary_dim
 
 
 def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
@@ -193,7 +187,7 @@ def _add_multipliers(writer: Any, spec: DenseSpec) -> None:
 def _add_rope(writer: Any, spec: DenseSpec) -> None:
     from gguf import RopeScalingType
 
-    writer.add_rope_dimension_count(_turned(spec))
+    writer.add_rope_dimension_count(spec.rotary_dim)
     scaling = spec.rope_scaling or {"rope_type": "default"}
     stretch = 1.0
     if has_alpha(spec):  # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe

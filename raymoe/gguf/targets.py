@@ -101,7 +101,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False, needs_shared=True),
             Architecture(name="granitehybrid", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
             Architecture(name="granite_swa", interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True),
-            Architecture(name="qwen35moe", needs_shared=True),
+            Architecture(name="qwen35moe", in_part=True, needs_shared=True),
             Architecture(name="qwen2", qkv_bias=True),
             Architecture(name="qwen3"),
             Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),

@@ -6,16 +6,14 @@ vocabulary, heads and RoPE may differ, and are warned about where the merged mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.errors import Problem
 from raymoe.sources.types import ModelFacts
+from raymoe.text import some
 
 __all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_SHOWN = 4
 
 
 def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
@@ -97,7 +95,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
     problems = []
     missing = [name for name in needed if name not in tensors]
     if missing:
-        what = f"{len(missing)} tensor(s) missing: {_some(missing)}"
+        what = f"{len(missing)} tensor(s) missing: {some(missing)}"
         remedy = "the checkpoint must hold what its config.json describes"
         if missing == ["lm_head.weight"]:
             remedy = "set tie_word_embeddings: true in its config.json if the model ties its embeddings"
@@ -108,7 +106,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
         if name in tensors and tensors[name].shape != shape
     ]
     if wrong:
-        what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {_some(wrong, '; ')}"
+        what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {some(wrong, separator='; ')}"
         problems.append(Problem(where=label, what=what, remedy="weights and config.json must be of the same model"))
     dtypes = sorted({tensors[n].dtype for n in needed if n in tensors and tensors[n].dtype not in FLOAT_DTYPES})
     if dtypes:
@@ -116,7 +114,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
         problems.append(Problem(where=label, what=f"weights of type {', '.join(dtypes)}", remedy=remedy))
     unmapped = _unmapped(facts, spec, expected.keys())
     if unmapped:
-        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {_some(unmapped)}"
+        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {some(unmapped)}"
         remedy = "raymoe never drops a weight silently; is config.json the right one for this checkpoint?"
         problems.append(Problem(where=label, what=what, remedy=remedy))
     return problems
@@ -125,8 +123,3 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
 def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
     ignored = spec.family.ignored + (("lm_head.weight",) if spec.tied else ())
     return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]
-
-
-def _some(names: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return separator.join(names[:_SHOWN]) + more

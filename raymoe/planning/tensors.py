@@ -32,6 +32,7 @@ __all__ = [
     "base_tensors",
     "computed_tensors",
     "expert_tensors",
+    "head_rows",
     "rows_of",
     "weight_refs",
 ]
@@ -61,12 +62,18 @@ class _Matrix:
 
 def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
     """Embeddings, norms, attention, head."""
-    rearranged = spec.family.turns_neighbours and not host.turns_neighbours
-    heads = HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim)
+    heads = head_rows(spec, host)
     for matrix in _matrices(facts, spec, dtype, ffn=False):
         output = host.backbone[matrix.role].format(layer=matrix.layer)
-        what = _by_heads(matrix.what, heads) if rearranged and matrix.role in _TURNED else matrix.what
+        what = _by_heads(matrix.what, heads) if heads and matrix.role in _TURNED else matrix.what
         yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=what)
+
+
+def head_rows(spec: DenseSpec, host: MoeHost) -> HeadRows | None:
+    """The order that the host's RoPE wants rows of q and k in; None where it is that of the family."""
+    if not spec.family.turns_neighbours or host.turns_neighbours:
+        return None
+    return HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim)
 
 
 _TURNED = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")

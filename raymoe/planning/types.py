@@ -82,8 +82,7 @@ class HeadRows:
     @property
     def order_back(self) -> list[int]:
         """Which row of a head of halves comes where in a head of neighbours."""
-        order = self.order
-        return [order.index(row) for row in range(self.head_dim)]
+        return sorted(range(self.head_dim), key=self.order.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

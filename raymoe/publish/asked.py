@@ -12,8 +12,9 @@ from urllib.parse import quote
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.publish.content import PublishedFile
-from raymoe.publish.failures import refusals, some
+from raymoe.publish.failures import refusals
 from raymoe.storage.records import CARD_NAME
+from raymoe.text import some
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,7 +49,7 @@ def check_ignored(repo: str, branch: str, files: Sequence[PublishedFile], api: H
             _, answer, _ = _ask(url, {"files": asked})
         ignored += [str(told["path"]) for told in answer.get("files", ()) if told.get("shouldIgnore")]
     if ignored:
-        what = f"the .gitignore of its branch {branch} keeps files out of a commit: {some(ignored)}"
+        what = f"the .gitignore of its branch {branch} keeps files out of a commit: {some(ignored, most=3)}"
         remedy = "take the lines that name them out of that file on the Hub, or push to another repository"
         raise ProblemReport([Problem(where=repo, what=what, remedy=remedy)])
 

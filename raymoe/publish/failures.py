@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
 from raymoe.sources.hub_errors import first_line, is_network_error, is_xet_error, reason_of
 
-__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "some", "stops"]
+__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "stops"]
 
 TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
-_NAMED = 3
 
 
 class PushFailed(RaymoeError):
@@ -48,12 +47,6 @@ def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
             raise
         what, remedy = told
         raise PushFailed(f"{where}: {what}; {progress()}\n    -> {remedy}") from error
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _told(error: BaseException) -> tuple[str, str] | None:

@@ -18,7 +18,6 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published, recorded_digest
-from raymoe.publish.failures import some
 from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.card import card_metadata
@@ -30,7 +29,7 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.journal import source_stamps
 from raymoe.storage.records import RECORD_NAME
-from raymoe.text import human_bytes
+from raymoe.text import human_bytes, some
 
 __all__ = ["look_at_push", "merge_and_push", "push_merge"]
 
@@ -112,7 +111,7 @@ def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
     finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
     stamps = source_stamps(file for source in plan.sources for file in source.files)
     if newer := sorted(name for name, stamp in stamps.items() if stamp > finished):
-        what = f"the merge in this folder is older than its sources: {some(newer)}"
+        what = f"the merge in this folder is older than its sources: {some(newer, most=3)}"
         remedy = "use --overwrite to merge them again, or publish it as it is with `raymoe push`"
         return [Problem(where=location, what=what, remedy=remedy)]
     return []
@@ -138,10 +137,10 @@ def _plan_lines(published: Published, repository: Repository, comparison: Compar
     count = f"{len(comparison.missing)} files, {human_bytes(sending)}" if comparison.missing else "no file to send"
     yield f"push to {repository.url} (branch {branch}): {count}{there}"
     if comparison.removed:
-        names = some(comparison.removed)
+        names = some(comparison.removed, most=3)
         yield f"note: files of another model there are removed by the commit, and stay in its history: {names}"
     if comparison.others and not repository.is_new:
-        yield f"note: the repository has other files, which stay: {some(comparison.others)}"
+        yield f"note: the repository has other files, which stay: {some(comparison.others, most=3)}"
     if published.local_sources:
         example = published.local_sources[-1]
         yield f"note: raymoe.json and the card name files of this machine, such as {example}"

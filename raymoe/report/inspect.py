@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raymoe.architectures import HOSTS, MoeHost
+from raymoe.architectures import MoeHost, host_of
 from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
@@ -33,7 +33,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     folder = open_checkpoint(place, storage)
     config = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
     index = index_model_weights(folder)
-    host = next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)
+    host = host_of(config)
     summary: dict[str, Any] = {
         "folder": str(place),
         "model_type": config.get("model_type"),

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +41,7 @@ _CAST_ELEMENTS = 1 << 17
 _THREADS = min(4, os.cpu_count() or 1)
 
 Float32 = npt.NDArray[np.float32]
+_Rows = TypeVar("_Rows", bound=Any)
 
 
 def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.generic]:
@@ -129,9 +131,10 @@ def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
     return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
-def in_heads(rows: Float32, head_dim: int, order: Sequence[int]) -> Float32:
-    """Rows of whole heads, those of each head in another order."""
-    return rows.reshape(-1, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
+def in_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:
+    """Rows of whole heads, those of each head in another order; an array of numpy or a tensor of torch."""
+    reordered: _Rows = rows.reshape(-1, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
+    return reordered
 
 
 def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, together: int = 1) -> Iterator[slice]:
