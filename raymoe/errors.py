@@ -4,12 +4,17 @@ A user's mistake is an ordinary value here: a `Problem` says what is wrong, wher
 that looks at user input collects problems and raises one `ProblemReport` at the end, so that a person mends a config in
 one go and not one error at a time. The command line prints a report without a traceback and exits with its
 `exit_code`; nothing below the command line calls `sys.exit`.
+
+Messages quote text from outside: names of files, values of configs, answers of servers. None of them holds a secret, a
+control character, or a line that looks like a message of its own (`raymoe.outgoing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from raymoe.outgoing import for_people
 
 __all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "install_remedy"]
 
@@ -21,6 +26,10 @@ class Problem:
     where: str
     what: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "remedy"):
+            object.__setattr__(self, name, for_people(getattr(self, name)))
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -36,6 +45,9 @@ class RaymoeError(Exception):
     """Base of all errors whose message is written for the user. `exit_code` is the command's exit status."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(for_people(each) if isinstance(each, str) else each for each in args))
 
 
 class ProblemReport(RaymoeError):

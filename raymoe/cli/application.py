@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
 from raymoe.errors import RaymoeError
+from raymoe.outgoing import Scrubbed, remember_secrets
 
 __all__ = ["app", "main", "stoppable"]
 
@@ -92,12 +93,27 @@ def _main(
 
 def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
+    with _scrubbed_streams():
+        try:
+            app()
+        except Stopped as stopped:
+            typer.echo(str(stopped), err=True)
+            sys.exit(stopped.exit_code)
+        except RaymoeError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        sys.exit(0)
+
+
+@contextmanager
+def _scrubbed_streams() -> Iterator[None]:
+    """Whatever is printed, also by libraries and by an exception that nobody expected, is printed without secrets."""
+    remember_secrets(sys.argv[1:])
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, Scrubbed(streams[0])), cast(TextIO, Scrubbed(streams[1]))
     try:
-        app()
-    except Stopped as stopped:
-        typer.echo(str(stopped), err=True)
-        sys.exit(stopped.exit_code)
-    except RaymoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(0)
+        yield
+    except SystemExit:
+        sys.stdout, sys.stderr = streams
+        raise
+    # They stay for any other exception: Python prints its traceback later.

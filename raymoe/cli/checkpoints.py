@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, Verbose, log_level, on_nodes
+from raymoe.cli.options import (
+    Actors,
+    Address,
+    Cache,
+    Device,
+    Quiet,
+    Remote,
+    TrustRecord,
+    Verbose,
+    log_level,
+    on_nodes,
+)
 
 
 @app.command()
@@ -30,6 +41,7 @@ def verify(
     actors: Actors = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    trust_record: TrustRecord = False,
     transformers_cache: Cache = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -46,6 +58,7 @@ def verify(
         actors=actors,
         device=on_nodes(device),
         trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
         verbosity=-1 if quiet else verbose,
         hub=HubOptions(cache_dir=transformers_cache),
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Cache, Quiet, Remote, on_device
+from raymoe.cli.options import Cache, Quiet, Remote, TrustRecord, on_device
 
 
 @app.command(name="eval")
@@ -48,6 +48,7 @@ def evaluate(
         str | None, typer.Option("--device", help="cpu or cuda. Default: a GPU, if there is one.")
     ] = None,
     trust_remote_code: Remote = False,
+    trust_record: TrustRecord = False,
     transformers_cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
@@ -74,6 +75,7 @@ def evaluate(
             "--text-field": text_field,
             "--label-field": label_field,
             "--html": html,
+            "--trust-record": trust_record or None,
         },
         {"--include-path": include_path, "--fewshot": fewshot, "--batch-size": batch_size},
     )
@@ -104,6 +106,7 @@ def evaluate(
         label_field=label_field or "label",
         device=on_device(device),
         trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
         quiet=quiet,
         hub=HubOptions(cache_dir=transformers_cache),
     )

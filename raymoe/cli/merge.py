@@ -101,7 +101,7 @@ def merge(
     A merge that was interrupted goes on when the same command is run again, and so does its push.
     """
     from raymoe import api
-    from raymoe.config import config_warnings, load_config
+    from raymoe.config import config_warnings, load_config, storage_note
     from raymoe.publish.target import push_target
     from raymoe.report.display import print_result, say
     from raymoe.runtime.run_report import recorded
@@ -143,6 +143,8 @@ def merge(
         merge_config = load_config(config, allow_all_same=all_same)
         for warning in config_warnings(merge_config):
             say(f"warning: {warning}")
+        if not quiet and (where := storage_note(merge_config.storage)):
+            say(f"note: {where}")
         if target is None:
             tell(api.merge(merge_config, output, options, settings=settings, allow_all_same=True, report=report))
             return

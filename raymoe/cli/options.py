@@ -53,6 +53,13 @@ Remote = Annotated[
     bool,
     typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run."),
 ]
+TrustRecord = Annotated[
+    bool,
+    typer.Option(
+        "--trust-record",
+        help="Reach S3 by the endpoint and profile in the merge's record; else your environment says where.",
+    ),
+]
 
 
 def merge_options(

@@ -46,7 +46,7 @@ def plan(
 ) -> None:
     """Show what a merge would do: reads configs and file headers only, writes nothing."""
     from raymoe import api
-    from raymoe.config import config_warnings, load_config
+    from raymoe.config import config_warnings, load_config, storage_note
     from raymoe.report.display import print_plan, say
     from raymoe.sources.resolve import HubOptions
 
@@ -54,6 +54,8 @@ def plan(
     merge_config = load_config(config, allow_all_same=all_same)
     for warning in config_warnings(merge_config):
         say(f"warning: {warning}")
+    if note := storage_note(merge_config.storage):
+        say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
     print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage), as_json=as_json)

@@ -10,6 +10,7 @@ from raymoe.config.load import load_config, load_config_with_lines, make_config,
 from raymoe.config.modes import MODES, GateMode
 from raymoe.config.prompts import PromptFile
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
+from raymoe.config.storage import storage_note
 
 __all__ = [
     "ALL_SAME_FLAG",
@@ -28,4 +29,5 @@ __all__ = [
     "load_config_with_lines",
     "make_config",
     "parse_config",
+    "storage_note",
 ]

@@ -11,7 +11,7 @@ from raymoe.config.lines import kind_of, shown
 from raymoe.errors import ProblemReport
 from raymoe.objects.options import StorageOptions
 
-__all__ = ["plain_storage", "storage_options"]
+__all__ = ["plain_storage", "storage_note", "storage_options"]
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "endpoint": (str,),
@@ -61,3 +61,12 @@ def plain_storage(options: StorageOptions) -> dict[str, Any]:
     default = StorageOptions()
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def storage_note(options: StorageOptions) -> str | None:
+    """Where a config sends this user's signed requests, in words; None where the user's own environment says it."""
+    if not options.endpoint and not options.profile:
+        return None
+    address = f" at {options.endpoint}" if options.endpoint else ""
+    profile = f" with the profile {options.profile!r}" if options.profile else ""
+    return f"s3:// is reached{address}{profile}, as storage: in the config says"

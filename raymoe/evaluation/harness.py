@@ -151,7 +151,7 @@ def _file_problems(path: Path) -> Iterator[Problem]:
         return
     try:
         content = yaml.load(path.read_text(), _TaskLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         what = f"{path} can't be read: {' '.join(str(error).split())[:200]}"
         yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
         return

@@ -20,7 +20,8 @@ AGAINST = ("base", "experts", "oracle", "hidden")
 class EvaluationOptions:
     """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
     labels that are no expert's name. `limit`: texts of a label, the first of the file (0: all); `max_tokens`: of a
-    text. `device`: `cpu`, `cuda` or None, which is a GPU where there is one."""
+    text. `device`: `cpu`, `cuda` or None, which is a GPU where there is one. `trust_record`: S3 is reached by the
+    endpoint and profile in the merge's record."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -30,6 +31,7 @@ class EvaluationOptions:
     label_field: str = "label"
     device: str | None = None
     trust_remote_code: bool = False
+    trust_record: bool = False
     quiet: bool = False
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)

@@ -17,7 +17,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.planning import MergeOptions
 from raymoe.planning.types import GatePlan
-from raymoe.runtime.verify import recorded_config
+from raymoe.runtime.verify import recorded_config, with_own_storage
 from raymoe.sources.refs import short_name
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import ModelFacts, ModelRef, PathRef
@@ -64,6 +64,7 @@ def open_merge(place: str | Path, options: EvaluationOptions) -> FinishedMerge:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"this record can't be read: {str(error).splitlines()[0]}"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
+    config = with_own_storage(config, options.storage, folder.label, trusts_record=options.trust_record)
     ref = ModelRef(model=PathRef(path=output_location(place)))
     facts = resolve_model(ref, options.hub, config.storage)
     return FinishedMerge(facts=facts, config=config, options=merge_options, names=names)

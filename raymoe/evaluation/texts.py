@@ -5,7 +5,6 @@ A label says which expert a text is for: an expert's name, its number, or a labe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.metrics import MEAN
 from raymoe.evaluation.options import EvaluationOptions, unknown_pair
+from raymoe.untrusted import read_json
 
 __all__ = ["LabelledText", "Labels", "TokenisedTexts", "read_texts", "tokenised"]
 
@@ -152,10 +152,10 @@ def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
 def _labelled(line: int, content: bytes, labels: Labels, options: EvaluationOptions) -> LabelledText:
     """Raises ValueError(what, remedy)."""
     try:
-        value = json.loads(content.decode())
+        value = read_json(content.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}", "give one JSON object a line") from None
     if not isinstance(value, dict):
         what = f"expected an object, found {type(value).__name__}"

@@ -5,7 +5,6 @@ Each is written beside its place and moved there whole: a full disk or a kill le
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.outgoing import json_text
 
 __all__ = ["check_writable", "write_evaluation"]
 
@@ -41,7 +41,7 @@ def check_writable(files: Mapping[str, Path | None]) -> None:
 def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Path | None) -> None:
     """Raises ProblemReport if a file can't be written after all."""
     if json_file is not None:
-        _write(json_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        _write(json_file, json_text(result) + "\n")
     if html is not None:
         from raymoe.report.eval_page import evaluation_page
 

@@ -58,8 +58,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        what = f"the base model's tokenizer can't be loaded: {' '.join(str(error).split())[:300]}"
+    except Exception as error:  # its files may hold anything, and the library trusts them
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"the base model's tokenizer can't be loaded: {said}"
         remedy = "gates from prompts need it; check the tokenizer files of base_model"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
 

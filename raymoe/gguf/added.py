@@ -7,7 +7,6 @@ name only (`strip_warnings`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.text import some
+from raymoe.untrusted import check_size, read_json
 
 __all__ = [
     "FILES",
@@ -119,7 +119,8 @@ def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; raises ProblemReport for a file that is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        check_size(path.stat().st_size)
+        content = read_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
     if not isinstance(content, dict):

@@ -1,13 +1,11 @@
 """What object stores raise: errors for people, and the words of those that the stores themselves find.
 
 Errors of client libraries become these in failures.py. No message may hold a credential: URLs have none by their
-normal form (urls.py), and everything that comes from elsewhere goes through `scrub`.
+normal form (urls.py), and every `Problem` is scrubbed (`raymoe.outgoing`).
 """
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 
 from raymoe.errors import Problem, ProblemReport
@@ -24,7 +22,6 @@ __all__ = [
     "object_changed",
     "object_exists",
     "problem_at",
-    "scrub",
 ]
 
 
@@ -64,23 +61,9 @@ class Asked:
     only_if_absent: bool = False
 
 
-_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ACCESS_KEY_ID")
-_USER_INFO = re.compile(r"(?<=//)[^\s/@]+@")
-_QUERY = re.compile(r"(?i)\b(X-Amz-[A-Za-z-]+|Signature|AWSAccessKeyId|GoogleAccessId|sig|token)=[^\s&'\"]+")
-
-
-def scrub(text: str) -> str:
-    """`text` without presigned queries, credentials in URLs, and the values of this process's credential variables."""
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name)
-        if value and len(value) >= 4:
-            text = text.replace(value, f"<{name}>")
-    return _QUERY.sub(r"\1=<removed>", _USER_INFO.sub("", text))
-
-
 def problem_at(asked: Asked, what: str, remedy: str, kind: type[StorageError] = StorageError) -> StorageError:
     """The error of one problem of what was asked."""
-    return kind([Problem(where=asked.url, what=scrub(what), remedy=remedy)])
+    return kind([Problem(where=asked.url, what=what, remedy=remedy)])
 
 
 def object_changed(asked: Asked, how: str) -> StorageError:

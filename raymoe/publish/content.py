@@ -4,12 +4,13 @@
 
 The card calls the model by its name on the Hub, and so differs from the output's; the published record says so, and
 leaves out by which endpoint and profile object stores were reached. The card may have been edited; any other file that
-is missing or has another size than recorded is refused.
+is missing or has another size than recorded is refused. So is a link that leads out of the folder: somebody who sends a
+folder must not choose which of the receiver's files are published.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ import xxhash
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_url
+from raymoe.outgoing import json_text
 from raymoe.report.card import PLACE
 from raymoe.sources.folder import Folder, is_inside
+from raymoe.sources.hub import is_hub_id
 from raymoe.sources.types import SourceFile
 from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.records import CARD_NAME, INDEX_NAME, RECORD_NAME
@@ -68,6 +72,8 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
     record = _record(folder)
     problems: list[Problem] = []
     files = [_of_output(folder, name, recorded, problems) for name, recorded in record["files"].items()]
+    if (of_record := folder.find(RECORD_NAME)) is not None and _leads_out(folder, of_record):
+        problems.append(_broken(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
     if INDEX_NAME not in record["files"]:
         problems.append(_broken(folder, f"no {INDEX_NAME} is among its files"))
     if problems:
@@ -121,11 +127,22 @@ def _of_output(folder: Folder, name: str, recorded: Mapping[str, Any], problems:
     if file is None:
         problems.append(_broken(folder, f"{name} is missing"))
         return None
+    if _leads_out(folder, file):
+        what = f"{name} is a link to a file outside of the folder, which a push does not follow"
+        problems.append(Problem(where=folder.label, what=what, remedy="copy the file there in place of the link"))
+        return None
     if name != CARD_NAME and file.size != size:
         problems.append(_broken(folder, f"{name} has {file.size:,} bytes, and had {size:,} when it was merged"))
         return None
     kind, _, digits = str(recorded.get("checksum", "")).partition(":")
     return PublishedFile(name=name, size=file.size, file=file, sha256=digits if kind == "sha256" else None)
+
+
+def _leads_out(folder: Folder, file: SourceFile) -> bool:
+    if is_url(folder.label):
+        return False
+    root = os.path.realpath(folder.label)
+    return os.path.commonpath([root, os.path.realpath(file.location)]) != root
 
 
 def _broken(folder: Folder, what: str) -> Problem:
@@ -145,7 +162,7 @@ def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
         what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
     before = record.get("published_as")
-    return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) else card
+    return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) and is_hub_id(before) else card
 
 
 def _published_record(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
@@ -160,7 +177,7 @@ def _published_record(record: Mapping[str, Any], card: str | None, repo: str) ->
     if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
         storage = {key: value for key, value in config["storage"].items() if key not in _OF_THIS_USER}
         published["config"] = {**config, "storage": storage}
-    return (json.dumps(published, indent=2, ensure_ascii=False) + "\n").encode()
+    return f"{json_text(published)}\n".encode()
 
 
 def _title(record: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.outgoing import scrub
 from raymoe.publish.asked import check_card
 from raymoe.publish.failures import TOKEN_REMEDY, refusals
 from raymoe.sources.hub import HubOptions, is_hub_id
@@ -114,7 +115,7 @@ def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, c
             remedy = "make it private in its settings on the Hub, leave out --private, or push to another one"
             raise ProblemReport([Problem(where=target.repo, what=what, remedy=remedy)])
         base = _base(api, target, is_new=is_new, make=make)
-    return Repository(target=target, api=api, url=f"{api.endpoint}/{target.repo}", is_new=is_new, base=base)
+    return Repository(target=target, api=api, url=scrub(f"{api.endpoint}/{target.repo}"), is_new=is_new, base=base)
 
 
 def _base(api: HfApi, target: PushTarget, *, is_new: bool, make: bool) -> str:

@@ -16,6 +16,7 @@ import raymoe
 from raymoe.architectures import HOSTS, MoeHost
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.gates.summary import RouterSummary
+from raymoe.outgoing import has_unprintable, printable
 from raymoe.planning.types import MergePlan
 from raymoe.report.source_cards import Licence, SourceCard, agreed
 from raymoe.text import human_count
@@ -95,7 +96,7 @@ def _head(plan: MergePlan, config: MergeConfig, host: MoeHost) -> Iterator[str]:
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
         f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
-        f"embeddings come from `{config.base_model}`; each expert gives its feed-forward weights. "
+        f"embeddings come from {_name(str(config.base_model))}; each expert gives its feed-forward weights. "
         "Nothing was trained."
     )
     yield ""
@@ -125,14 +126,26 @@ def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None
 
 def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
     examples = "<br>".join(_code(prompt) for prompt in prompts[:_EXAMPLES])
-    return f"| {name} | `{expert.source_model}` | {len(prompts) or '-'} | {examples} |"
+    return f"| {name} | {_name(str(expert.source_model))} | {len(prompts) or '-'} | {examples} |"
 
 
 def _code(text: str) -> str:
     """The beginning of a text as a code span that is safe in a table."""
-    line = " ".join(text.split()).replace("|", "\\|")
+    line = " ".join(text.split())
     if len(line) > _EXAMPLE_CHARACTERS:
-        line = line[:_EXAMPLE_CHARACTERS].rstrip("\\ ") + " ..."
+        line = line[:_EXAMPLE_CHARACTERS].rstrip() + " ..."
+    return _span(line)
+
+
+def _name(text: str) -> str:
+    """A model's name or path as a code span that is safe in a table, whole."""
+    return _span(" ".join(text.split()))
+
+
+def _span(line: str) -> str:
+    """A line that somebody else wrote, as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
+    # A backslash before '|' would escape the one that escapes it.
+    line = re.sub(r"\\(?=\|)", r"\\ ", printable(line)).replace("|", "\\|")
     fence = _fence(line, 1)
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
@@ -202,8 +215,14 @@ def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
     yield "No one licence is stated by all models that this one is made of. They say:"
     yield ""
     for source in sources:
-        yield f"- `{source.label}`: {source.licence or 'nothing that could be read'}"
+        yield f"- {_name(source.label)}: {_said(source.licence)}"
     yield ""
+
+
+def _said(licence: Licence | None) -> str:
+    if licence is None:
+        return "nothing that could be read"
+    return f"{_name(licence.title)} ({licence.name})" if licence.title else licence.name
 
 
 def _public_config(config: MergeConfig) -> dict[str, Any]:
@@ -219,8 +238,15 @@ def _making(config: MergeConfig) -> Iterator[str]:
     yield ""
     yield f"Merged with raymoe {raymoe.__version__}; `raymoe.json` is the record of it. The config:"
     yield ""
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip()
+    text = _yaml(plain)
+    if has_unprintable(text):  # a reader would see another config than there is
+        text = _yaml(plain, allow_unicode=False)
     fence = _fence(text, 3)
     yield f"{fence}yaml"
     yield text
     yield fence
+
+
+def _yaml(plain: dict[str, Any], *, allow_unicode: bool = True) -> str:
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=allow_unicode, width=110)
+    return text.rstrip()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
 from raymoe.gates.capture import MOST_TOKENS
+from raymoe.outgoing import json_text
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
+from raymoe.report import terminal
+from raymoe.report.terminal import put, say
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
@@ -39,11 +40,6 @@ class PlannedOutput:
     ways: Mapping[str, int]
     problems: tuple[str, ...] = ()
     goes_on: bool = False
-
-
-def say(text: str) -> None:
-    """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def merge_line(plan: MergePlan, output: str) -> str:
@@ -113,12 +109,9 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
 
 def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan_summary(plan, output), indent=2, ensure_ascii=False))
+        print(json_text(plan_summary(plan, output), scrubbed=True))
         return
-    from rich.console import Console
-
-    # Names are printed as they are ('[...]' in a path is no markup) and, where a program reads them, on one line.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    console = terminal.console()
     totals, host = plan.totals, HOSTS[plan.host]
     experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
     console.print(f"{host.title} ({host.architecture}), {experts}, {plan.dtype}", style="bold")
@@ -219,8 +212,8 @@ def print_result(result: MergeResult) -> None:
 
 def print_verification(verification: Verification, *, quiet: bool) -> None:
     for line in verification.differences:
-        print(line)
+        put(line)
     for line in verification.notes:
-        print(f"note: {line}")
+        put(f"note: {line}")
     if not quiet or not verification.ok:
-        print(verification.summary)
+        put(verification.summary)

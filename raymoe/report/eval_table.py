@@ -6,11 +6,11 @@ has the same blocks; a mark that is a colour on a terminal is a `*` everywhere.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from raymoe.outgoing import json_text
+from raymoe.report import terminal
 from raymoe.report.eval_figures import (
     MEAN,
     best_of,
@@ -33,12 +33,9 @@ _Column = TypeVar("_Column", str, int)
 def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     """Print an evaluation (what `eval.json` holds) on standard output, for people or as it is."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(result))
         return
-    from rich.console import Console
-
-    # Names are printed as they are: '[...]' in one is no markup. What is piped is not wrapped.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    console = terminal.console()
     data = result["data"]
     count, used = len(result["experts"]), result["experts_per_token"]
     console.print(f"{result['model']} ({result['architecture']})", style="bold")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from raymoe.architectures import MoeHost, host_of
 from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
+from raymoe.outgoing import json_text
+from raymoe.report.terminal import put
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import CheckpointIndex, TensorEntry
@@ -147,30 +148,30 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(json_text(summary, scrubbed=True))
         return
-    print(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
+    put(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
     sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())
-    print(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
+    put(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
     layers, hidden, vocab = (_shown(summary[key]) for key in ("layers", "hidden_size", "vocab_size"))
-    print(f"{layers} layers, hidden size {hidden}, vocabulary {vocab}")
+    put(f"{layers} layers, hidden size {hidden}, vocabulary {vocab}")
     if "experts" in summary:
         each = human_count(summary["parameters_per_expert"])
         active = "?" if summary["active_parameters"] is None else human_count(summary["active_parameters"])
         count, used = summary["experts"], _shown(summary["experts_per_token"])
-        print(f"{count} experts of {each}, {used} for each token: {active} parameters active")
+        put(f"{count} experts of {each}, {used} for each token: {active} parameters active")
         routers = summary["routers"]
         if "cosine_between_rows" in routers:
             cosine, norm = routers["cosine_between_rows"], routers["row_norm"]
-            print(
+            put(
                 f"routers of {routers['layers']} layers: row length {norm['min']:.3g} to {norm['max']:.3g}, "
                 f"mean cosine between experts' rows {cosine['mean']:.3f} ({cosine['min']:.3f} to {cosine['max']:.3f})"
             )
     merge = summary.get("merge")
     if merge:
-        print(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
+        put(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
         for source in merge["sources"]:
-            print(f"  {source['owner']:10} {source['model']}")
+            put(f"  {source['owner']:10} {source['model']}")
 
 
 def _shown(number: int | None) -> str:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from raymoe.report.terminal import console, say
+
 __all__ = ["LiveLine"]
 
 _LINE_EVERY_S = 5.0
@@ -26,10 +28,9 @@ class LiveLine:
 
     def __enter__(self: _Line) -> _Line:
         if self._on_terminal and not self._quiet:
-            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live = Live(console=console(stderr=True), refresh_per_second=4, transient=True)
             self._live.start()
         return self
 
@@ -55,7 +56,7 @@ class LiveLine:
             self._live.update(Text(self._line(), style="bold"))
         elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
-            print(self._line(), file=sys.stderr, flush=True)
+            say(self._line())
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self._started

@@ -16,6 +16,7 @@ from typing import Any
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
+from raymoe.outgoing import printable
 from raymoe.planning.types import MergePlan
 from raymoe.sources.folder import Folder
 from raymoe.sources.hub import HubOptions, is_hub_id, open_hub_folder, parse_location
@@ -24,6 +25,7 @@ from raymoe.sources.objects import open_object_folder
 from raymoe.sources.refs import is_local_folder, short_name
 from raymoe.sources.types import PathRef
 from raymoe.storage.records import CARD_NAME
+from raymoe.untrusted import MAX_YAML_BYTES, read_yaml
 
 __all__ = [
     "Licence",
@@ -37,7 +39,6 @@ __all__ = [
     "texts_of",
 ]
 
-_MAX_CARD_BYTES = 1 << 20
 _AT_ONCE = 8
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Sentences that a licence's text has and no other's, by the Hub's name of the licence. All of a row have to be there.
@@ -51,6 +52,9 @@ _LICENCE_TEXTS = {
 }
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# Nothing that ends a link in Markdown, in HTML or in YAML.
+_LINK = re.compile(r"https://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}")
+_TITLE_CHARACTERS = 100
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 
@@ -61,9 +65,6 @@ class Licence:
     name: str
     title: str | None = None
     link: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.title} ({self.name})" if self.title else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +94,13 @@ def agreed(values: list[Any]) -> Any:
 
 def read_front_matter(card: str) -> dict[str, Any]:
     """The metadata at the head of a model card; empty for a card without, or with what is no YAML mapping."""
-    import yaml
-
     match = _FRONT_MATTER.match(card)
     if match is None:
         return {}
     # Not by huggingface_hub's ModelCard, which goes through results of benchmarks and fails where one is odd.
     try:
-        content = yaml.safe_load(match[1])
-    except Exception:  # RecursionError and what constructors raise, beside YAML's own
+        content = read_yaml(match[1])
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -143,7 +142,7 @@ def is_model_of_hub(name: str) -> bool:
 def _text(folder: Folder, name: str) -> str:
     """A small text file of the folder; empty if there is none. Raises CheckpointError."""
     file = folder.find(name)
-    if file is None or file.size > _MAX_CARD_BYTES:
+    if file is None or file.size > MAX_YAML_BYTES:
         return ""
     return folder.read(file).decode("utf-8-sig", errors="replace")
 
@@ -157,11 +156,15 @@ def stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
     if name != "other":
         return Licence(name=name) if _LICENCE_ID.fullmatch(name) else None
     title, link = metadata.get("license_name"), metadata.get("license_link")
-    if not isinstance(title, str):
+    if not isinstance(title, str) or not title.strip():
         return None
     # A link to a file of the source's own repository leads nowhere from another one.
-    is_absolute = isinstance(link, str) and link.startswith("https://")
-    return Licence(name="other", title=title, link=link if is_absolute else None)
+    is_absolute = isinstance(link, str) and _LINK.fullmatch(link)
+    return Licence(name="other", title=_one_line(title), link=link if is_absolute else None)
+
+
+def _one_line(title: str) -> str:
+    return printable(" ".join(title.split())[:_TITLE_CHARACTERS])
 
 
 def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from raymoe.report import terminal
 
 __all__ = ["print_tasks"]
 
 
 def print_tasks(result: Mapping[str, Any]) -> None:
     """Print what `raymoe eval --tasks --json` writes on standard output, a row a metric."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    console = terminal.console()
     console.print(result["model"], style="bold")
     table = Table("task", "version", "shots", "examples", "metric", "value", "standard error", box=None, pad_edge=False)
     for column in (*table.columns[1:4], *table.columns[5:]):

@@ -8,7 +8,6 @@ Nothing that a reader takes for a finished checkpoint exists before the index, w
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.router import conditioning_warning
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
 from raymoe.objects.urls import is_s3, is_url
+from raymoe.outgoing import json_text
 from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
 from raymoe.report.display import merge_line, say
@@ -304,7 +304,7 @@ def _finish(
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return f"{json_text(content)}\n".encode()
 
 
 @contextmanager

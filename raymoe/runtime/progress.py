@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.config import MODES
 from raymoe.planning.types import MergePlan
-from raymoe.report.display import say
+from raymoe.report.terminal import console, say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
@@ -56,10 +56,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._on_terminal and not self._quiet:
-            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live = Live(console=console(stderr=True), refresh_per_second=4, transient=True)
             self._live.start()
         self._report.end("start of Ray")
         self._report.begin("start of actors")
@@ -167,7 +166,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
-            print(self._line(outcome), file=sys.stderr, flush=True)
+            say(self._line(outcome))
 
     def _line(self, outcome: Outcome) -> str:
         elapsed = time.monotonic() - self._started

@@ -7,7 +7,6 @@ of the output's own record, which is the same for every run of a merge.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import StoreCounters, open_store, process_counters
 from raymoe.objects.urls import is_url, normalise
+from raymoe.outgoing import json_text
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
@@ -144,7 +144,7 @@ def _write(report: RunReport, place: str | None, reason: str, error: BaseExcepti
     """Without raising: how the merge itself ended matters more."""
     if place is None:
         return
-    content = json.dumps(report.plain(reason, error), indent=2, ensure_ascii=False) + "\n"
+    content = json_text(report.plain(reason, error), scrubbed=True) + "\n"
     try:
         if is_url(place):
             url = normalise(place)

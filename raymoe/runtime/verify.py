@@ -2,11 +2,15 @@
 
 The record (`raymoe.json`) says what was merged; the plan is made anew from the sources as they are now, the gates are
 computed anew, and every tensor is compared byte for byte, by the same actors that write a merge.
+
+A record may be somebody else's. It says what the merge was made of, but not where this user's credentials are sent:
+an endpoint or a profile in it is used only with the user's consent (`with_own_storage`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ from raymoe import api
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.gates.assemble import random_gate_rows, router_bytes
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.urls import is_s3
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
 from raymoe.report.record import prompt_records
@@ -31,8 +37,13 @@ from raymoe.storage.output import ShardJob
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import CARD_NAME, RECORD_NAME
 from raymoe.storage.stream import different_tensors
+from raymoe.text import some
 
-__all__ = ["Verification", "recorded_config", "verify_merge"]
+__all__ = ["Verification", "recorded_config", "verify_merge", "with_own_storage"]
+
+# Variables by which a user says where S3 is, and as whom requests are made.
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +78,7 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         what = f"this record can't be read: {type(error).__name__}: {str(error).splitlines()[0]}"
         remedy = "put back the record that the merge wrote, or merge again with --overwrite"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
+    config = with_own_storage(config, settings.storage, folder.label, trusts_record=settings.trust_record)
     settings = replace(settings, storage=config.storage)
     plan = api.plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
     of_files, unknown = _file_differences(folder, record, plan, settings)
@@ -98,6 +110,44 @@ def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
                 expert = config[key][int(number)]
                 expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
+
+
+def with_own_storage(
+    config: MergeConfig, own: StorageOptions, folder: str, *, trusts_record: bool = False
+) -> MergeConfig:
+    """The recorded config, S3 reached as the user says: by `own`, else by the environment, else by the record itself
+    where the user trusts it.
+
+    Raises ProblemReport, before anything is asked, where only the record says at which address or as whom.
+    """
+    recorded = config.storage
+    if trusts_record or not (recorded.endpoint or recorded.profile):
+        return config
+    storage = replace(recorded, endpoint=own.endpoint, profile=own.profile)
+    needed = [place for place in _places(config) if is_s3(place)]
+    says_where = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
+    says_who = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
+    if needed and not (says_where and says_who):
+        address = f"at {recorded.endpoint}" if recorded.endpoint else ""
+        identity = f"with the profile {recorded.profile!r} of this user" if recorded.profile else ""
+        what = (
+            f"the record says that {some(needed, most=2)} is reached {' '.join(filter(None, (address, identity)))}; "
+            "requests signed with your credentials would be sent there"
+        )
+        variables = [
+            *([] if says_where else ["AWS_ENDPOINT_URL_S3"]),
+            *([] if says_who else ["AWS_PROFILE"]),
+        ]
+        remedy = f"set {' and '.join(variables)} to what you mean, or give --trust-record if you know that place"
+        raise ProblemReport([Problem(where=f"{folder}/{RECORD_NAME}", what=what, remedy=remedy)])
+    return config.model_copy(update={"storage": storage})
+
+
+def _places(config: MergeConfig) -> Iterator[str]:
+    """What the config reads: models, adapters and files of prompts."""
+    for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
+        yield from (path.path for path in (ref.model, ref.adapter) if path is not None)
+    yield from (file.file for file in config.prompt_files.values())
 
 
 def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: MergeConfig) -> list[str]:

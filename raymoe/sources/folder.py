@@ -8,7 +8,6 @@ relative to the folder, with '/'.
 from __future__ import annotations
 
 import fnmatch
-import json
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any, Protocol
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.types import SourceFile
+from raymoe.untrusted import check_size, read_json
 
 __all__ = ["SIDE_FILES", "Folder", "has_vocabulary", "is_inside", "read_json_object", "side_files", "unusable"]
-
-_MAX_JSON_BYTES = 200 * 1024 * 1024  # an index of a million tensors is a tenth of this
 
 # Files of which every tokenizer has one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -83,11 +81,10 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
     if file is None:
         raise unusable(folder.label, f"{name} is missing", folder.missing_remedy(name))
     where = f"{folder.label}/{name}"
-    if file.size > _MAX_JSON_BYTES:
-        raise unusable(where, f"{file.size} bytes are too many for a JSON file of a checkpoint")
     try:
-        value = json.loads(folder.read(file).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        check_size(file.size)
+        value = read_json(folder.read(file))
+    except ValueError as error:
         raise unusable(where, f"not valid JSON: {error}", "download or save the file again") from error
     if not isinstance(value, dict):
         raise unusable(

@@ -13,6 +13,10 @@ A pickle is a program. The unpickler here resolves a handful of names, each to a
 and refuses every other name: there is nothing that a malicious file could call.
 (`torch.load(weights_only=True)` works likewise, but hides where a storage lies, and would make planning
 depend on torch.)
+
+Nor can it take what its size does not tell: a tuple that the pickle builds of shared tuples is as large as two to the
+power of their number where it is hashed or printed, so that only a few are let through, and records are read within
+bounds of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +40,28 @@ from raymoe.sources.types import SourceFile, TensorEntry
 
 __all__ = ["parse_pickled"]
 
-_MAX_PICKLE_BYTES = 100_000_000  # as for safetensors headers
+# A state dict takes about 200 bytes and 50 operations for each tensor: enough for 100,000 of them in one file.
+_MAX_PICKLE_BYTES, _MAX_OPERATIONS = 20_000_000, 5_000_000
+_MAX_DIRECTORY_BYTES = 32_000_000
+_MAX_BYTEORDER_BYTES = 16
+# How often a tuple may be taken up again. torch.save never does: n of them make one of at most 3 ** (n / 3) parts.
+_MAX_SHARED_TUPLES = 16
+# Operations after which the top of the stack is no tuple. (Those that fill a list are not among them: with nothing to
+# fill in they leave a tuple as it is.) What is noted then may be taken up as often as is wanted.
+_NO_TUPLES = frozenset(
+    {
+        *("EMPTY_DICT", "EMPTY_LIST", "DICT", "LIST", "GLOBAL", "STACK_GLOBAL", "PERSID", "BINPERSID", "NONE"),
+        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "REDUCE"),
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NEWTRUE", "NEWFALSE"),
+    }
+)
+_REFUSED_OPERATIONS = frozenset(
+    {"DUP", "EMPTY_SET", "FROZENSET", "ADDITEMS", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+)
+_shortened = reprlib.Repr()
+_shortened.maxlevel = _shortened.maxtuple = 3
+_ZIP_END_BYTES = 70_000  # the last record, its comment, and the large record before it
 _TO_SAFETENSORS = (
     "convert it where you trust it: load the model with transformers and save it with save_pretrained, "
     "which writes model.safetensors"
@@ -103,7 +129,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Ten
     return _Tensor(storage, offset, tuple(shape), tuple(stride))
 
 
-def _parameter(data: Any, *_: Any) -> Any:
+def _parameter(data: Any, *_: Any) -> _Tensor:
+    if not isinstance(data, _Tensor):
+        raise _RefusedError("a parameter that is no tensor")
     return data
 
 
@@ -128,9 +156,9 @@ class _StateDictUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         # ('storage', type, key of the record, device, number of elements)
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-            raise _RefusedError(f"the storage {pid!r:.80}")
+            raise _RefusedError(f"the storage {_shown(pid)}")
         if not isinstance(pid[2], str) or not isinstance(pid[4], int):
-            raise _RefusedError(f"the storage {pid!r:.80}")
+            raise _RefusedError(f"the storage {_shown(pid)}")
         return _Storage(pid[1].dtype, pid[2], pid[4])
 
 
@@ -167,8 +195,12 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
     """The records of storages by key, and the pickle."""
     start = handle.read(4)
     try:
+        if _directory_bytes(handle) > _MAX_DIRECTORY_BYTES:
+            raise unusable(where, "the zip archive names too many records: not a state dict", _TO_SAFETENSORS)
         archive = zipfile.ZipFile(handle)
         infos = {info.filename: info for info in archive.infolist()}
+        if len(infos) < len(archive.infolist()):
+            raise unusable(where, "the zip archive holds a record twice", _DOWNLOAD_AGAIN)
         pickle_name = next((name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if pickle_name is None:
             raise unusable(where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS)
@@ -179,7 +211,8 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
             raise unusable(
                 where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
             )
-        if prefix + "byteorder" in infos and archive.read(prefix + "byteorder") != b"little":
+        order = infos.get(prefix + "byteorder")
+        if order is not None and (order.file_size > _MAX_BYTEORDER_BYTES or archive.read(order) != b"little"):
             raise unusable(where, "the tensors are big-endian", _TO_SAFETENSORS)
         records = {name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")}
         return records, archive.read(pickle_name)
@@ -201,10 +234,7 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
 
 def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            # The unpickler allocates its memo up to the largest index: a huge one would exhaust memory.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > len(pickled):
-                raise pickle.UnpicklingError("memo index out of range")
+        _check_operations(pickled)
         value = _StateDictUnpickler(io.BytesIO(pickled)).load()
     except _RefusedError as error:
         what = f"the pickle asks for {error}, which a plain state dict does not need; nothing of it was run"
@@ -221,12 +251,64 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def _check_operations(pickled: bytes) -> None:
+    """Raise _RefusedError or UnpicklingError for a pickle that would take more than its size tells."""
+    before, shared = "", 0
+    notes: dict[int, bool] = {}  # of the memo: whether there may be a tuple
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+        name = opcode.name
+        if count > _MAX_OPERATIONS:
+            raise _RefusedError(f"more than {_MAX_OPERATIONS:,} operations")
+        if name in _REFUSED_OPERATIONS:
+            raise _RefusedError(f"the operation {name}")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(notes) if name == "MEMOIZE" else int(str(argument))
+            # The unpickler allocates its memo up to the largest index: a huge one would exhaust memory.
+            if number > len(pickled):
+                raise pickle.UnpicklingError("memo index out of range")
+            # What was noted as a tuple once stays one: a number that is given twice may hide it.
+            notes[number] = notes.get(number, False) or before not in _NO_TUPLES
+            continue  # the top of the stack is as it was
+        if name in ("GET", "BINGET", "LONG_BINGET") and notes.get(int(str(argument)), True):
+            shared += 1
+            if shared > _MAX_SHARED_TUPLES:
+                raise _RefusedError("tuples that hold each other many times")
+            before = "TUPLE"
+            continue
+        before = "NONE" if name in ("GET", "BINGET", "LONG_BINGET") else name
+
+
+def _shown(value: object) -> str:
+    """A value of a pickle for a message: the beginning of it, however large it is."""
+    return _shortened.repr(value)[:80]
+
+
+def _directory_bytes(handle: BinaryIO) -> int:
+    """Size of the archive's list of records, as its end says; 0 where there is no end, which zipfile complains of.
+
+    Source: APPNOTE.TXT 4.3.14 and 4.3.16.
+    """
+    handle.seek(0, io.SEEK_END)
+    handle.seek(max(0, handle.tell() - _ZIP_END_BYTES))
+    tail = handle.read()
+    handle.seek(0)
+    found = tail.rfind(b"PK\x05\x06")
+    if found < 0:
+        return 0
+    large = tail.rfind(b"PK\x06\x06", 0, found)
+    sizes = [int.from_bytes(tail[found + 12 : found + 16], "little")]
+    if large >= 0:
+        sizes.append(int.from_bytes(tail[large + 40 : large + 48], "little"))
+    # 0xFFFFFFFF stands for the size in the large record.
+    return max(size for size in (*sizes, 0) if size != 0xFFFFFFFF)
+
+
 def _entry(
     name: Any, value: Any, records: Mapping[str, zipfile.ZipInfo], handle: BinaryIO, file: SourceFile
 ) -> TensorEntry:
     """One tensor. Raises ValueError with what is wrong with it."""
     if not isinstance(name, str) or not name or not name.isprintable():
-        raise ValueError(f"the name {name!r:.80} is not the name of a tensor")
+        raise ValueError(f"the name {_shown(name)} is not the name of a tensor")
     if not isinstance(value, _Tensor):
         raise ValueError(f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict")
     if not _is_contiguous(value.shape, value.stride):

@@ -24,6 +24,7 @@ from raymoe.errors import Problem, ProblemReport, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.stream import ObjectStream
 from raymoe.objects.urls import is_url, local_path
+from raymoe.untrusted import read_json
 
 __all__ = ["Faults", "prompt_values"]
 
@@ -127,11 +128,11 @@ def _fields(lines: Iterator[tuple[int, str]], field: str, faults: Faults) -> Ite
 
 def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
     try:
-        found: Any = json.loads(line)
+        found: Any = read_json(line)
     except json.JSONDecodeError as error:
         faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object a line", at)
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         faults.add("not a JSON value that can be read", "write one JSON object a line", at)
         return None
     if not isinstance(found, dict):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_values import Faults, prompt_values
 from raymoe.sources.resolve import Elsewhere, fetch_file
 from raymoe.sources.types import ModelFacts
+from raymoe.untrusted import read_json
 
 __all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "draw", "prompt_file_place", "read_prompts"]
 
@@ -111,7 +111,7 @@ def chat_template_problems(
         try:
             file = files["tokenizer_config.json"]
             read = elsewhere.read(file) if elsewhere else fetch_file(file, hub, config.storage).read_bytes()
-            settings = json.loads(read)
+            settings = read_json(read)
         except CheckpointError as error:
             return list(error.problems)
         except (OSError, ValueError):

@@ -10,13 +10,13 @@ files and ranged HTTP requests share this code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BITS, tensor_nbytes
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.untrusted import read_json
 
 __all__ = ["MAX_HEADER_BYTES", "PREFIX_BYTES", "ReadRange", "parse_header"]
 
@@ -85,8 +85,8 @@ def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
     """The top-level (name, value) pairs of the header, in the order of the file."""
     try:
         # The format wants '{' first, and spaces after the JSON are padding.
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs) if raw[:1] == b"{" else None
-    except (ValueError, RecursionError) as error:
+        parsed = read_json(raw, pairs=_pairs) if raw[:1] == b"{" else None
+    except ValueError as error:
         _refuse(where, f"the header is not valid JSON: {error}")
     if not isinstance(parsed, dict):
         _refuse(where, "the header is not a JSON object")

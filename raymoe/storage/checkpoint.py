@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from raymoe.sources.types import SourceFile
 from raymoe.storage.output import output_location
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import JOURNAL
+from raymoe.untrusted import check_size, read_json
 
 __all__ = ["checksum_like", "open_checkpoint", "read_object"]
 
@@ -48,7 +48,8 @@ def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[st
     if file is None:
         raise ProblemReport([Problem(where=folder.label, what=missing, remedy=remedy)])
     try:
-        content = json.loads(folder.read(file))
+        check_size(file.size)
+        content = read_json(folder.read(file))
     except ValueError as error:
         raise ProblemReport([Problem(where=f"{folder.label}/{name}", what=f"can't be read: {error}")]) from None
     if not isinstance(content, dict):

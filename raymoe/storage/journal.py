@@ -29,6 +29,7 @@ from pathlib import Path
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.types import SourceFile
 from raymoe.storage.records import JOURNAL, FileRecord
+from raymoe.untrusted import read_json
 
 __all__ = ["Journal", "source_stamps", "sync_folder"]
 
@@ -131,7 +132,7 @@ class Journal:
     def finished(self, name: str) -> FileRecord | None:
         """The record of a finished file; the caller compares it with the file itself."""
         try:
-            return FileRecord(**json.loads(self._done_path(name).read_text()))
+            return FileRecord(**read_json(self._done_path(name).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -168,7 +169,7 @@ class Journal:
 
     def _plan(self) -> dict:  # type: ignore[type-arg]
         try:
-            content = json.loads((self.folder / "plan.json").read_text())
+            content = read_json((self.folder / "plan.json").read_bytes())
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from raymoe.storage.records import (
     is_part_of_a_model,
 )
 from raymoe.storage.stream import RouterBytes, shard_chunks
+from raymoe.untrusted import read_json
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
 
@@ -264,7 +264,7 @@ def remove_checkpoint(root: Path) -> None:
 def _recorded_files(root: Path) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     try:
-        names = list(json.loads((root / RECORD_NAME).read_text())["files"])
+        names = list(read_json((root / RECORD_NAME).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [name for name in names if isinstance(name, str) and is_inside(name)]

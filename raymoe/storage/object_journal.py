@@ -23,6 +23,7 @@ from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
 from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord, is_part_of_a_model
+from raymoe.untrusted import read_json
 
 __all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
 
@@ -100,7 +101,7 @@ class ObjectJournal:
 
     def _read_object(self, url: str) -> dict[str, Any]:
         try:
-            content = json.loads(self._store.read_all(url))
+            content = read_json(self._store.read_all(url))
         except (ObjectMissing, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -130,7 +131,7 @@ def checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
     recorded: list[str] = []
     if RECORD_NAME in there:
         try:
-            recorded = list(json.loads(store.read_all(join(location, RECORD_NAME)))["files"])
+            recorded = list(read_json(store.read_all(join(location, RECORD_NAME)))["files"])
         except (ObjectMissing, ValueError, KeyError, TypeError):
             recorded = []
     parts = [name for name in there if is_part_of_a_model(name)]

@@ -15,9 +15,10 @@ from raymoe.config import load_config
 from raymoe.errors import ProblemReport
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import BucketMissing, StorageError, scrub
+from raymoe.objects.problems import BucketMissing, StorageError
 from raymoe.objects.s3 import S3Store
 from raymoe.objects.urls import join, normalise, s3_location
+from raymoe.outgoing import scrub
 from raymoe.sources.refs import parse_model_ref
 from tests.objects.canned import Answer, canned
 from tests.objects.servers import Server, environment
