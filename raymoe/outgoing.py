@@ -118,7 +118,7 @@ def _known_secrets() -> list[tuple[str, str]]:
         if by_name or (name in _SECRET_VARIABLES and len(value) >= _LEAST_CHARACTERS):
             found[value.strip()] = f"<{name}>"
         elif "://" in value:
-            found.update((secret, f"<of {name}>") for secret in _secrets_of_url(value))
+            found.update((secret, f"<{name}>") for secret in _secrets_of_url(value))
     return sorted(found.items(), key=lambda item: -len(item[0]))
 
 

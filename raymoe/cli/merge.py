@@ -25,6 +25,7 @@ from raymoe.cli.options import (
     Remote,
     Seed,
     ShardSize,
+    Strict,
     Verbose,
     log_level,
     merge_options,
@@ -48,6 +49,7 @@ def merge(
     all_same: AllSame = False,
     load_in_8bit: In8Bit = False,
     load_in_4bit: In4Bit = False,
+    strict: Strict = False,
     trust_remote_code: Remote = False,
     transformers_cache: Cache = None,
     write_model_card: Card = True,
@@ -117,6 +119,7 @@ def merge(
         write_model_card,
         load_in_8bit,
         load_in_4bit,
+        strict,
     )
     settings = RuntimeSettings(
         address=address,

@@ -35,6 +35,9 @@ CopyTokenizer = Annotated[
 Card = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
 In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it.")
+]
 Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
 Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
@@ -70,6 +73,7 @@ def merge_options(
     model_card: bool,
     load_in_8bit: bool,
     load_in_4bit: bool,
+    strict: bool = False,
 ) -> MergeOptions:
     from raymoe.planning import MergeOptions
 
@@ -89,6 +93,7 @@ def merge_options(
         copy_tokenizer=copy_tokenizer,
         model_card=model_card,
         quantise_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
+        strict=strict,
     )
 
 

@@ -17,6 +17,7 @@ from raymoe.cli.options import (
     In8Bit,
     Seed,
     ShardSize,
+    Strict,
     merge_options,
 )
 from raymoe.errors import Problem, ProblemReport
@@ -42,6 +43,7 @@ def plan(
     all_same: AllSame = False,
     load_in_8bit: In8Bit = False,
     load_in_4bit: In4Bit = False,
+    strict: Strict = False,
     transformers_cache: Cache = None,
 ) -> None:
     """Show what a merge would do: reads configs and file headers only, writes nothing."""
@@ -50,7 +52,9 @@ def plan(
     from raymoe.report.display import print_plan, say
     from raymoe.sources.resolve import HubOptions
 
-    options = merge_options(out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit)
+    options = merge_options(
+        out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
+    )
     merge_config = load_config(config, allow_all_same=all_same)
     for warning in config_warnings(merge_config):
         say(f"warning: {warning}")

@@ -27,6 +27,8 @@ def adapted_weight(weight_OI: torch.Tensor, factors: Mapping[str, torch.Tensor],
         part = slice(start, start + rows)
         block = weight_OI[part].float() + (b_OR[part] @ a_RI).float() * scaling
         if magnitude_O is not None:
-            block *= (magnitude_O[part] / torch.linalg.vector_norm(block.double(), dim=1)).float()[:, None]
+            lengths_O = torch.linalg.vector_norm(block.double(), dim=1)
+            factors_O = torch.where(lengths_O != 0, magnitude_O[part] / lengths_O, 1.0)
+            block *= factors_O.float()[:, None]
         adapted_OI[part] = block.to(weight_OI.dtype)
     return adapted_OI

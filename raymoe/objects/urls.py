@@ -29,6 +29,7 @@ __all__ = [
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9.\-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*")
 _AUTHORITY = re.compile(r"://([^/]*)")
+_ONE_SLASH = re.compile(r"\w:/[^/\s]*:[^/\s]*@")  # 's3:/KEY:SECRET@bucket', with a slash too few
 # Hub models are named by their id; hf:// is how *we* call a file of one (sources/hub.py).
 _NOT_OURS = ("hf",)
 _CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
@@ -80,6 +81,8 @@ def check_no_secrets(text: str) -> None:
 
     To be called before anything is made of text from outside: a secret key may itself hold '/', '+' and '@'.
     """
+    if _ONE_SLASH.search(text):
+        raise ValueError(f"a URL has one '/' after its scheme, and credentials in it; {_CREDENTIALS}")
     for match in _AUTHORITY.finditer(text):
         authority, scheme = match[1], text[: match.start()].lower()
         colon = ":" in authority and (scheme.endswith(("s3", "s3a")) or not authority.rpartition(":")[2].isdigit())

@@ -17,6 +17,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
 from raymoe.planning.digest import plan_digest
+from raymoe.planning.numbers import odd_numbers
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.tensors import (
     Member,
@@ -56,6 +57,7 @@ _DROPPED_KEYS = frozenset(
         "_attn_implementation_autoset",
     ]
 )
+_FINITE_REMEDY = "correct the number, get the model again, or merge without --strict"
 _GENERATION_CONFIG = "generation_config.json"
 
 
@@ -80,6 +82,9 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
         whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].reads_layers
         problems += check_tensors(member.facts, member.spec, _key(member), ffn_only=not whole)
+    if options.strict:
+        for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
+            problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
     problems = list(dict.fromkeys(problems))
     if problems or selection.host is None:
         raise ProblemReport(problems)
@@ -174,6 +179,8 @@ def _assemble(
             "head is the embedding, as transformers 4 has it (5 takes a head that differs). If it differs, set "
             "tie_word_embeddings: false in its config.json"
         )
+    for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
+        warnings.append(f"{where}: {what}")
     warnings += [w for m in members for w in [*expert_warnings(base, m.spec, _key(m)), *adapter_warnings(m, _key(m))]]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
@@ -190,7 +197,7 @@ def _assemble(
         totals=totals_of(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
-        digest=plan_digest(shards, output_config, side_files, gates),
+        digest=plan_digest(shards, output_config, side_files, gates, strict=options.strict),
     )
 
 

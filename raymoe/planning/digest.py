@@ -18,15 +18,25 @@ OUTPUT_FORMAT = 2
 
 
 def plan_digest(
-    shards: tuple[Shard, ...], config: Mapping[str, Any], side_files: tuple[SourceFile, ...], gates: GatePlan
+    shards: tuple[Shard, ...],
+    config: Mapping[str, Any],
+    side_files: tuple[SourceFile, ...],
+    gates: GatePlan,
+    *,
+    strict: bool = False,
 ) -> str:
-    """SHA-256 (hex) over everything that decides the output's bytes, sources by location and range."""
+    """SHA-256 (hex) over everything that decides the output's bytes, sources by location and range.
+
+    A `strict` plan has another digest than the same plan without: it must not go on from shards whose numbers nobody
+    has looked at.
+    """
     content = {
         "format": OUTPUT_FORMAT,
         "shards": shards,
         "config": config,
         "side_files": side_files,
         "gates": gates,
+        **({"strict": True} if strict else {}),
     }
     text = json.dumps(content, default=_plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -54,6 +54,7 @@ class MergeOptions:
     copy_tokenizer: bool = True
     model_card: bool = True
     quantise_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
+    strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,8 @@ def merge_record(
         "config": config.to_plain(),
         "prompt_files": prompt_records(plan, config),
         "routers": summary.plain() if summary else None,
-        "options": asdict(plan.options),
+        # Records of merges that are not strict stay what they were.
+        "options": {key: value for key, value in asdict(plan.options).items() if key != "strict" or value},
         "sources": [
             {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
         ],

@@ -83,6 +83,7 @@ def run_merge(
         raise ProblemReport(problems)
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))
+    settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with connected(settings), _stop_on_sigterm():
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))

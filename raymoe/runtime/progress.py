@@ -29,6 +29,7 @@ __all__ = ["Progress"]
 
 _LINE_EVERY_S = 5.0
 _LOOK_EVERY_S = 0.5
+_MOST_WARNINGS = 20
 
 
 class Progress:
@@ -47,6 +48,7 @@ class Progress:
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
         self._latest: dict[int, Status] = {}
+        self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
         self._kept = 0
         self._asked: dict[Any, int] = {}
         self._actors = 0
@@ -104,6 +106,8 @@ class Progress:
         up = {actor for actor in actors if actor not in outcome.away}
         self._report.actors_lost += len(self._up - up)
         self._up = up
+        for status in self._latest.values():
+            self._warnings.update(dict.fromkeys(status.warnings))
         if self._metrics is not None:
             self._metrics.record(self._latest.values(), outcome)
 
@@ -131,7 +135,7 @@ class Progress:
         return MergeResult(
             output=output,
             files=files,
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._found_in_weights()),
             bytes_written=sum(status.bytes_written for status in last),
             bytes_copied_by_store=sum(status.bytes_copied_by_store for status in last),
             bytes_kept=sum(status.bytes_kept for status in last) + self._kept,
@@ -141,6 +145,11 @@ class Progress:
             seconds=time.monotonic() - self._started,
             run_seconds=self._report.seconds,
         )
+
+    def _found_in_weights(self) -> list[str]:
+        found = sorted(self._warnings)
+        more = [f"and {len(found) - _MOST_WARNINGS} more tensors like these"] if len(found) > _MOST_WARNINGS else []
+        return [*found[:_MOST_WARNINGS], *more]
 
     def _reached(self, outcome: Outcome) -> None:
         if self._gates and outcome.gates_done:

@@ -15,7 +15,8 @@ class RuntimeSettings:
     """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
     `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose.
-    `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's record."""
+    `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's record. `strict` is the
+    plan's: actors look at all weights for NaN and infinity, and refuse them."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -23,6 +24,7 @@ class RuntimeSettings:
     device: str | None = None
     trust_remote_code: bool = False
     trust_record: bool = False
+    strict: bool = False
     overwrite: bool = False
     verbosity: int = 0
     hub: HubOptions = field(default_factory=HubOptions)

@@ -35,7 +35,8 @@ from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.output import ShardJob, open_output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.spool import GATES, SHARDS, Spool
-from raymoe.storage.stream import different_tensors, shard_chunks
+from raymoe.storage.stream import different_tensors, shard_chunks, shard_range
+from raymoe.storage.values import FoundValues
 
 __all__ = ["GATES_OF", "ExpertWorker", "Status", "Whereabouts", "Working", "node_words"]
 
@@ -54,6 +55,7 @@ class Status:
     peak_rss_bytes: int
     peak_gpu_bytes: int
     busy_with: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Whereabouts(TypedDict):
@@ -76,6 +78,7 @@ class ExpertWorker:
         self._settings = settings
         self._output = open_output(output, settings.storage, run)
         self._spool = Spool()
+        self._found = FoundValues(strict=settings.strict)
         self._lock = threading.Lock()
         self._bytes_written = self._bytes_copied = self._bytes_kept = self._gate_tokens = 0
         self._busy: list[str] = []
@@ -156,6 +159,8 @@ class ExpertWorker:
         self._check_output()
         let_gates_go_first()
         with self._working(job.shard.file_name), self._reading(job) as reader:
+            if self._settings.strict:
+                _look_at_copies(job, reader)
             result = self._output.do(job, reader, self._add_bytes)
         if result is None:  # an earlier run left it whole
             with self._lock:
@@ -191,6 +196,7 @@ class ExpertWorker:
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=gpu,
                 busy_with=tuple(self._busy),
+                warnings=self._found.lines,
             )
 
     def _has_gpu(self) -> bool:
@@ -211,7 +217,7 @@ class ExpertWorker:
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
     def _reader(self, name: str = SHARDS) -> SourceReader:
-        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, name=name)
+        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, name=name, found=self._found)
 
     @contextmanager
     def _reading(self, job: ShardJob) -> Iterator[SourceReader]:
@@ -236,6 +242,14 @@ class ExpertWorker:
 
     def _working(self, on: str) -> Working:
         return Working(self._busy, self._lock, on)
+
+
+def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
+    """Read what the store is going to copy itself, for its numbers to be looked at."""
+    for part in job.parts:
+        if part.copy is not None:
+            for _ in shard_range(job.shard, part.start, part.end, reader):
+                pass
 
 
 def _gates_of(members: Sequence[GatePrompts]) -> str:

@@ -28,6 +28,7 @@ from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.spool import SHARDS, Spool
+from raymoe.storage.values import FoundValues
 
 __all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
 
@@ -54,8 +55,11 @@ class SourceReader:
         *,
         spool: Spool | None = None,
         name: str = SHARDS,
+        found: FoundValues | None = None,
     ) -> None:
-        """With a `spool`, where it is called `name`, what others read of objects too is fetched once."""
+        """With a `spool`, where it is called `name`, what others read of objects too is fetched once. `found` collects
+        what is seen in weights that are read through it."""
+        self.found = found or FoundValues()
         self._hub, self._storage = hub, storage or StorageOptions()
         self._spool, self._name = spool, name
         self._lock = threading.Lock()

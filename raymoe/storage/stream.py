@@ -12,11 +12,12 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.planning.types import Columns, Constant, Part, Router, Shard, Transform
+from raymoe.planning.types import Columns, Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.upload import CopyRange, Span, spans
 from raymoe.sources.types import TensorEntry
 from raymoe.storage.reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
+from raymoe.storage.values import looked_at, number_bytes
 
 __all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks", "shard_range"]
 
@@ -47,7 +48,7 @@ def part_chunks(
 def _range(
     parts: tuple[Part, ...], start: int, end: int, reader: SourceReader, router: RouterBytes | None
 ) -> Iterator[memoryview]:
-    for span in spans(parts):
+    for span in spans(parts) if not reader.found.strict else _each_alone(parts):
         low, high = max(span.start, start), min(span.end, end)
         if low < high:
             yield from _span_bytes(span, low - span.start, high - span.start, reader, router)
@@ -61,7 +62,9 @@ def _span_bytes(
         yield from reader.chunks(span.what.file, span.what.start + start, span.what.start + end)
         return
     part = span.what
-    if isinstance(part.what, Transform):
+    if isinstance(part.what, Copy):
+        yield from _copied(part, part.what.source, start, end, reader)
+    elif isinstance(part.what, Transform):
         yield from transformed_bytes(reader, part, part.what, start, end)
     elif isinstance(part.what, Columns):
         yield from _side_by_side(part, part.what, start, end, reader)
@@ -70,6 +73,25 @@ def _span_bytes(
         yield memoryview(router(part, part.what))[start:end]
     elif isinstance(part.what, Constant):
         yield from _constant(part.dtype, part.what.value, start, end)
+
+
+def _each_alone(parts: Iterable[Part]) -> Iterator[Span]:
+    """The parts in order, none joined with its neighbour."""
+    return (Span(start=part.start, end=part.end, what=part) for part in parts)
+
+
+def _copied(part: Part, source: TensorEntry, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+    """Bytes [start, end) of a tensor that is copied, each of its numbers looked at."""
+    at = source.start + start
+    before = bytearray(start % number_bytes(part.dtype) if number_bytes(part.dtype) else 0)
+    if before:
+        reader.read_into(source.file, at - len(before), memoryview(before))
+    yield from looked_at(
+        reader.chunks(source.file, at, source.start + end),
+        part.dtype,
+        lambda: reader.found.note(part.tensor.name, f"NaN or infinity in {source.name} of {source.file.location}"),
+        before=bytes(before),
+    )
 
 
 def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
@@ -86,7 +108,7 @@ def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: Sourc
         at = 0
         for matrix in what.matrices:
             width = matrix.nbytes // matrix.shape[0]
-            (span,) = spans((matrix,))
+            (span,) = _each_alone((matrix,)) if reader.found.strict else spans((matrix,))
             filled, done = np.empty((rows.stop - rows.start) * width, np.uint8), 0
             for chunk in _span_bytes(span, rows.start * width, rows.stop * width, reader, None):
                 filled[done : done + len(chunk)] = chunk

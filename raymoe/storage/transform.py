@@ -27,8 +27,18 @@ from raymoe.errors import MergeFailed
 from raymoe.planning.types import Part, Transform
 from raymoe.sources.types import LoraPair, TensorEntry
 from raymoe.storage.reader import SourceReader
+from raymoe.storage.values import has_non_finite
 
-__all__ = ["NUMPY_DTYPES", "in_heads", "load_array", "read_rows", "row_blocks", "transformed_bytes", "with_lora"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "dora_factors",
+    "in_heads",
+    "load_array",
+    "read_rows",
+    "row_blocks",
+    "transformed_bytes",
+    "with_lora",
+]
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -62,8 +72,13 @@ def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice)
     if lora.magnitude is not None:
         magnitude = load_array(reader, lora.magnitude)[rows].astype(np.float64)
         lengths = np.linalg.norm(merged.astype(np.float64), axis=1)
-        merged *= (magnitude / lengths).astype(np.float32)[:, None]
+        merged *= dora_factors(magnitude, lengths).astype(np.float32)[:, None]
     return merged
+
+
+def dora_factors(magnitude: npt.NDArray[np.float64], lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What DoRA multiplies rows of these lengths with. A row of length 0 has no direction: it stays what it is."""
+    return np.divide(magnitude, lengths, out=np.ones_like(lengths), where=lengths != 0)
 
 
 def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: int, end: int) -> Iterator[memoryview]:
@@ -100,11 +115,13 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="transform")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is looked at
 def _transformed_block(reader: SourceReader, part: Part, what: Transform, number: int, rows: slice) -> memoryview:
     block = read_rows(reader, what.source, rows)
     target = np.dtype(NUMPY_DTYPES[part.dtype])
     if what.lora is not None:
         block = with_lora(reader, block, what.lora, rows)
+        _note_zero_rows(reader, part, what.lora, block, rows)
     if what.noise_scale is not None:
         noise = _generator(what.seed, part.name, number).standard_normal(block.shape, dtype=np.float32)
         block += np.float32(what.noise_scale) * noise
@@ -112,14 +129,38 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
         block *= np.float32(what.scale)
     if what.heads is not None:
         block = in_heads(block, what.heads.head_dim, what.heads.order)
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(block.astype(target))
+    cast = np.ascontiguousarray(block.astype(target))
+    content = cast.reshape(-1).view(np.uint8).data
     if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
         raise MergeFailed(
             f"{part.name}: its weights are as large as {np.abs(large[np.isfinite(large)]).max():.3g}, and float16 ends "
             "at 65504. Use dtype: bfloat16 or float32"
         )
-    return cast.reshape(-1).view(np.uint8).data
+    if has_non_finite(content, part.dtype):
+        reader.found.note(part.tensor.name, f"NaN or infinity {_origin(reader, what, rows)}")
+    return content
+
+
+def _origin(reader: SourceReader, what: Transform, rows: slice) -> str:
+    """Where what is not finite comes from, in words: the weights, the factors, or only what was computed of them."""
+    source = what.source
+    if not np.isfinite(read_rows(reader, source, rows)).all():
+        return f"in {source.name} of {source.file.location}"
+    if what.lora is not None:
+        for entry in what.lora.entries.values():
+            if not np.isfinite(load_array(reader, entry).astype(np.float32)).all():
+                return f"in the LoRA factor {entry.name} of {entry.file.location}"
+    return f"where it is made of {source.name} of {source.file.location}: its numbers are too large for the dtype"
+
+
+def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Float32, rows: slice) -> None:
+    """Say of rows of zeros that DoRA's magnitude would give a length."""
+    if lora.magnitude is None or (has_length := block.any(axis=1)).all():
+        return
+    if not load_array(reader, lora.magnitude)[rows][~has_length].any():
+        return
+    what = f"rows of length 0, to which the lora_magnitude_vector of {lora.magnitude.file.location} can't give a length"
+    reader.found.note(part.tensor.name, what)
 
 
 def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
