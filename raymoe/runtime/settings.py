@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
+from raymoe.storage.places import Inputs
 
 __all__ = ["RuntimeSettings"]
 
@@ -14,7 +15,8 @@ __all__ = ["RuntimeSettings"]
 class RuntimeSettings:
     """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
-    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose."""
+    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose. `inputs`:
+    what is read besides the models, whose place no output may take."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -25,3 +27,4 @@ class RuntimeSettings:
     verbosity: int = 0
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
+    inputs: Inputs = field(default_factory=Inputs)
