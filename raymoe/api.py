@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raymoe.config import MergeConfig, check_config, load_config, make_config
+from raymoe.config.lines import path_text
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan, build_plan
-from raymoe.sources.prompts import chat_template_problems, read_prompts
-from raymoe.sources.resolve import Elsewhere, HubOptions, resolve_models
+from raymoe.sources.prompts import chat_template_problems, prompt_file_place, read_prompts
+from raymoe.sources.resolve import Elsewhere, HubOptions, folders_of, resolve_models
+from raymoe.storage.places import Inputs
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
@@ -82,7 +85,7 @@ def merge(
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage)
+    settings = replace(settings, storage=checked.storage, inputs=named_inputs(checked, config, settings.inputs))
     return run_merge(_planned(checked, output, options, settings, report), checked, output, settings, report)
 
 
@@ -108,7 +111,7 @@ def merge_and_push(
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage)
+    settings = replace(settings, storage=checked.storage, inputs=named_inputs(checked, config, settings.inputs))
     merge_plan = _planned(checked, output, options, settings, report)
     merged = on_merged or (lambda result: None)
     return merge_and_push(merge_plan, checked, output, target, settings, report, merged)
@@ -182,6 +185,7 @@ def _planned(
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
     from raymoe.runtime.merge import output_of
     from raymoe.runtime.other_nodes import OtherNodes
+    from raymoe.storage.output import clash
 
     report.storage = config.storage
     try:
@@ -190,8 +194,28 @@ def _planned(
             return plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=elsewhere)
     except ProblemReport as refusal:
         target = output_of(output, settings)
-        also = target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
+        is_read = clash(target, _with_models(settings.inputs, config, settings.hub))
+        also = [is_read] if is_read else target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
         raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
+
+
+def named_inputs(config: MergeConfig, source: object, more: Inputs | None = None) -> Inputs:
+    """The files that a merge reads besides its models: the config, where `source` is its path, and files of prompts."""
+    files = dict.fromkeys(more.files if more else ())
+    if isinstance(source, (str, Path)):
+        files["the config", os.path.abspath(source)] = None
+    for loc, prompts in config.prompt_files.items():
+        files[f"the file of {path_text(loc)}", prompt_file_place(prompts)] = None
+    return Inputs(folders=more.folders if more else (), files=tuple(files))
+
+
+def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs:
+    """With the models' folders, as far as the config alone tells where they are."""
+    models = {"base": config.base_model}
+    for owner, experts in (("expert", config.experts), ("shared", config.shared_experts)):
+        models |= {f"{owner} {number}": expert.source_model for number, expert in enumerate(experts)}
+    folders = [(owner, folder) for owner, ref in models.items() for folder in folders_of(ref, hub)]
+    return replace(inputs, folders=(*inputs.folders, *folders))
 
 
 def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -109,6 +110,7 @@ def merge(
     from raymoe.runtime.run_report import recorded
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.places import Inputs
 
     log_level(verbose)
     options = merge_options(
@@ -130,6 +132,7 @@ def merge(
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
         hub=HubOptions(cache_dir=transformers_cache),
+        inputs=Inputs(files=(("the config", os.path.abspath(config)),)),
     )
     target = push_target(push_to_hub, private=private, revision=branch, message=message)
 

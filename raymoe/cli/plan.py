@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raymoe.objects.options import StorageOptions
     from raymoe.planning.types import MergePlan
     from raymoe.report.display import PlannedOutput
+    from raymoe.storage.places import Inputs
 
 
 @app.command()
@@ -62,10 +63,13 @@ def plan(
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
-    print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage), as_json=as_json)
+    inputs = api.named_inputs(merge_config, config)
+    print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage, inputs), as_json=as_json)
 
 
-def _planned_output(plan: MergePlan, output: str | None, storage: StorageOptions) -> PlannedOutput | None:
+def _planned_output(
+    plan: MergePlan, output: str | None, storage: StorageOptions, inputs: Inputs
+) -> PlannedOutput | None:
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
@@ -76,7 +80,7 @@ def _planned_output(plan: MergePlan, output: str | None, storage: StorageOptions
         target = open_output(output_location(output), storage)
     except ValueError as error:
         raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
-    problems = refusals(plan, target, overwrite=False)
+    problems = refusals(plan, target, overwrite=False, inputs=inputs)
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),

@@ -271,4 +271,11 @@ def _gate_plan(
 def _source(owner: str, facts: ModelFacts) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
-    return Source(owner=owner, label=facts.label, revision=facts.revision, adapter=adapter, files=files)
+    return Source(
+        owner=owner,
+        label=facts.label,
+        revision=facts.revision,
+        adapter=adapter,
+        files=files,
+        folders=facts.folders,
+    )

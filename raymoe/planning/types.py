@@ -228,13 +228,14 @@ class GatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model that takes part, for records and displays."""
+    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders."""
 
     owner: str
     label: str
     revision: str | None
     adapter: str | None
     files: tuple[SourceFile, ...]
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,7 +212,7 @@ def output_problems(
     `sources` as all nodes see them, where they have been asked.
     """
     sources = sources or _Sources(plan, None)
-    problems = refusals(plan, target, overwrite=settings.overwrite)
+    problems = refusals(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
     if not problems and not settings.overwrite and target.digest() == plan.digest:
         changed = target.changed_sources(sources.stamps())
         if changed:

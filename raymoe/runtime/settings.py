@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
+from raymoe.storage.places import Inputs
 
 __all__ = ["RuntimeSettings"]
 
@@ -16,7 +17,8 @@ class RuntimeSettings:
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
     `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose.
     `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's record. `strict` is the
-    plan's: actors look at all weights for NaN and infinity, and refuse them."""
+    plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is read besides the models,
+    whose place no output may take."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -29,3 +31,4 @@ class RuntimeSettings:
     verbosity: int = 0
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
+    inputs: Inputs = field(default_factory=Inputs)

@@ -24,7 +24,7 @@ from raymoe.sources.hub_errors import hub_errors
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.types import PathRef, SourceFile
 
-__all__ = ["HubFolder", "HubOptions", "download", "is_hub_id", "open_hub_folder", "parse_location"]
+__all__ = ["HubFolder", "HubOptions", "cache_folders", "download", "is_hub_id", "open_hub_folder", "parse_location"]
 
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 _TIMEOUT_S = 30
@@ -65,6 +65,16 @@ def is_hub_id(path: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def cache_folders(repo: str, options: HubOptions) -> list[str]:
+    """The folders of the Hub's cache that hold what is there of a repository: snapshots, and what they link to."""
+    from huggingface_hub import constants
+
+    # The cache's documented layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    root = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+    folder = root / f"models--{repo.replace('/', '--')}"
+    return [str(folder / "blobs"), *sorted(map(str, folder.glob("snapshots/*")))]
 
 
 def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHubFolder:

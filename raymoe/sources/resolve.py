@@ -25,7 +25,7 @@ from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
-from raymoe.sources.hub import HubOptions, download, is_hub_id, open_hub_folder, parse_location
+from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder, stat_file
 from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import quantisation_problems
@@ -40,6 +40,7 @@ __all__ = [
     "StorageOptions",
     "fetch_file",
     "fetch_side_files",
+    "folders_of",
     "open_folders",
     "resolve_model",
     "resolve_models",
@@ -108,10 +109,23 @@ def resolve_models(
         if model and (adapter or not ref.adapter):
             resolved = _collect(problems, lambda r=ref, m=model, a=adapter: _facts(r, m, a))  # type: ignore[misc]
             if resolved:
-                facts[ref] = resolved
+                facts[ref] = replace(resolved, folders=folders_of(ref, options))
     if problems:
         raise CheckpointError(list(dict.fromkeys(problems)))
     return facts
+
+
+def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
+    """Absolute paths or URLs of the folders that a model and its adapter lie in, whether they exist or not."""
+    found: list[str] = []
+    for path in (ref.model, *((ref.adapter,) if ref.adapter else ())):
+        if is_url(path.path):
+            found.append(local_path(path.path) or path.path)
+        elif is_local_folder(path.path) or _local_place(path) is not None:
+            found.append(os.path.abspath(os.path.expanduser(path.path)))
+        else:
+            found += cache_folders(path.path, options)
+    return tuple(found)
 
 
 def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[PathKey, Opened | CheckpointError]:

@@ -38,7 +38,7 @@ from raymoe.storage.records import (
 from raymoe.storage.stream import RouterBytes, shard_chunks
 from raymoe.untrusted import read_json
 
-__all__ = ["LocalOutput", "check_output", "file_checksum", "remove_checkpoint"]
+__all__ = ["LocalOutput", "check_output", "file_checksum", "recorded_files", "remove_checkpoint"]
 
 
 class LocalOutput:
@@ -252,7 +252,7 @@ def remove_checkpoint(root: Path) -> None:
 
     The journal goes too, but for its lock, which the caller holds.
     """
-    recorded = _recorded_files(root)
+    recorded = recorded_files(root)
     for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
         path.unlink(missing_ok=True)
     for path in (*root.glob("*"), *root.glob("chat_templates/*")):
@@ -261,7 +261,7 @@ def remove_checkpoint(root: Path) -> None:
     Journal(root).clear()
 
 
-def _recorded_files(root: Path) -> list[str]:
+def recorded_files(root: Path) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     try:
         names = list(read_json((root / RECORD_NAME).read_bytes())["files"])

@@ -17,14 +17,15 @@ from typing import Any, Protocol
 from raymoe.errors import Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_s3, is_url, local_path, normalise
-from raymoe.planning.types import MergePlan, Part, Shard
+from raymoe.planning.types import MergePlan, Part, Shard, Source
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.places import Inputs, overwritten, source_folders
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
 from raymoe.storage.stream import RouterBytes
 
-__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location", "refusals"]
+__all__ = ["Output", "Progress", "ShardJob", "clash", "open_output", "output_location", "refusals"]
 
 # Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
 Progress = Callable[[int, int], None]
@@ -129,22 +130,33 @@ def open_output(location: str, storage: StorageOptions, run: str = "") -> Output
     return StreamOutput(location, storage, run)
 
 
-def refusals(plan: MergePlan, output: Output, *, overwrite: bool) -> list[Problem]:
-    """What keeps this plan from being written there, as far as the output and the sources' places show it."""
-    problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
-    for source in plan.sources:
-        if any(output.location in _folders_of(file) for file in source.files):
-            what = f"the output is the folder of {source.owner}, which would be overwritten"
-            return [*problems, Problem(where=output.location, what=what, remedy="choose another output")]
-    return problems
+def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None) -> list[Problem]:
+    """What keeps this plan from being written there, as far as the output and the sources' places show it.
+
+    `inputs` are what a merge reads besides the plan's models. An output that would take the place of something that is
+    read is refused before anything else is said of it: what else is wrong has remedies that would lose the source.
+    """
+    inputs = inputs or Inputs()
+    folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
+    files = [file.location for file in (*plan.side_files, *plan.gates.tokenizer_files)]
+    folders += source_folders("base", (), files)
+    if problem := clash(output, Inputs(folders=tuple(folders), files=inputs.files)):
+        return [problem]
+    return output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
 
 
-def _folders_of(file: SourceFile) -> set[str]:
-    """The folder that a file is in, under all its names."""
-    if "://" in file.location:
-        return {file.location.rpartition("/")[0]}
-    path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
-    return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
+def clash(output: Output, inputs: Inputs) -> Problem | None:
+    """The problem of an output whose merge would remove or replace something that it reads."""
+    recorded: Sequence[str] = ()
+    if not is_url(output.location):  # records of raymoe's name no others; a folder may hold somebody else's
+        from raymoe.storage.local import recorded_files
+
+        recorded = recorded_files(Path(output.location))
+    return overwritten(output.location, inputs, recorded)
+
+
+def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
+    return source_folders(source.owner, source.folders, (file.location for file in source.files))
 
 
 def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:

@@ -16,6 +16,7 @@ __all__ = [
     "RESULT_NAME",
     "FileRecord",
     "is_part_of_a_model",
+    "is_written_by_a_merge",
 ]
 
 JOURNAL = ".raymoe"
@@ -36,6 +37,11 @@ def is_part_of_a_model(name: str) -> bool:
     """
     patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
     return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
+
+
+def is_written_by_a_merge(name: str) -> bool:
+    """Whether a merge writes a file of this name, or removes one where it takes the place of another model."""
+    return is_part_of_a_model(name) or name in (RECORD_NAME, RESULT_NAME, CARD_NAME, "config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

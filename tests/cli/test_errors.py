@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cli.commands import write_config
 
@@ -127,6 +128,55 @@ def test_output_is_a_source_of_links(cli: Cli, zoo: Callable[..., Path], tmp_pat
     path = write_config(tmp_path / "config.yaml", content)
     assert "the output is the folder of expert 0" in problem(cli, "merge", path, snapshot, "--overwrite")
     assert (snapshot / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["link", "data/../data/base", "linked/base", "base.of.subfolders", "adapter"])
+def test_output_is_a_source_by_another_name(
+    cli: Cli, zoo: Callable[..., Path], tmp_path: Path, name: str, overwrite: bool
+) -> None:
+    """Also a model's own folder where its shards are in a subfolder, and that of an adapter. Nothing is removed."""
+    from tests.pico import copy_model, save_lora, tensors_of
+
+    base, sharded = copy_model(zoo("llama"), tmp_path / "data/base"), tmp_path / "data/sharded"
+    copy_model(zoo("llama", seed=1), sharded)
+    (sharded / "weights").mkdir()
+    (sharded / "model.safetensors").rename(sharded / "weights/one.safetensors")
+    weight_map = dict.fromkeys(tensors_of(base), "weights/one.safetensors")
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    adapter = save_lora(tmp_path / "data/lora", base, modules=["down_proj"])
+    (tmp_path / "link").symlink_to("data/base")
+    (tmp_path / "linked").symlink_to("data")
+    (tmp_path / "base.of.subfolders").symlink_to("data/sharded")
+    (tmp_path / "adapter").symlink_to("data/lora")
+    experts = [{"source_model": str(sharded)}, {"source_model": f"{base}+{adapter}"}]
+    config = {"base_model": str(base), "gate_mode": "random", "experts": experts}
+    path = write_config(tmp_path / "config.yaml", config)
+    before = sorted(tmp_path.rglob("*"))
+    said = problem(cli, "merge", path, tmp_path / name, *(["--overwrite"] if overwrite else []))
+    assert "the output is the folder of" in said and "--overwrite" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+    broken = write_config(tmp_path / "broken.yaml", {**config, "architecture": "mixtral", "base_model": str(base)})
+    (sharded / "config.json").unlink()
+    said = problem(cli, "merge", broken, tmp_path / name)
+    assert "config.json is missing" in said and "the output is the folder of" in said and "--overwrite" not in said
+
+
+def test_output_takes_the_place_of_what_is_read(cli: Cli, config: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(config().read_text())  # YAML, but the name is the output's too
+    said = problem(cli, "merge", out / "config.json", out, "--overwrite")
+    assert "the merge would remove or replace the config there" in said
+    (tmp_path / "link").symlink_to("out")
+    (out / "vocab.txt").write_text("one\ntwo\n")
+    prompts = {"file": str(tmp_path / "link/vocab.txt")}
+    content = yaml.safe_load(config("hidden").read_text())
+    content["experts"][1]["positive_prompts"] = prompts
+    path = write_config(tmp_path / "c.yaml", content)
+    said = problem(cli, "merge", path, out, "--overwrite")
+    assert "remove or replace the file of experts[1].positive_prompts there" in said
+    assert "would remove or replace the file of" in cli("plan", path, out).out
 
 
 def test_output_holds_other_files(cli: Cli, config: Callable[..., Path], tmp_path: Path) -> None:
