@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from raymoe.gguf.added import (
 )
 from raymoe.gguf.pretokenizer import KNOWN, pre_tokenizer_name
 from raymoe.gguf.spaces import SpacePrefix, space_prefix
+from raymoe.text import some
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -67,6 +68,17 @@ class _Tokens:
     def add(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
         self.text[number], self.type[number], self.score[number] = text, kind, score
 
+    def leave_out_added(self, size: int) -> list[AddedToken]:
+        """Remove added tokens without a row in an embedding of `size` rows, and return them.
+
+        No merge makes an added token, so that the rest of the vocabulary does not need it.
+        """
+        beyond = [token for token in self.added if token.number >= size]
+        self.added = [token for token in self.added if token.number < size]
+        for number in {token.number for token in beyond}:
+            del self.text[number], self.type[number], self.score[number]
+        return beyond
+
     def found_first(self) -> list[str]:
         """Those that llama.cpp looks for in a text before it cuts it."""
         return [self.text[number] for number, kind in self.type.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
@@ -82,6 +94,7 @@ def read_vocabulary(
     """
     said = _read_config(files)
     tokens, model, pre = _tokens(files, config, said, pre, label)
+    left_out = tokens.leave_out_added(size)
     if max(tokens.text, default=0) >= size:
         what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
         raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
@@ -101,10 +114,21 @@ def read_vocabulary(
         add_space_prefix=tokens.space.added if model == "llama" else None,
         special=_special(files, config, said, tokens, size, with_merges=model == "gpt2"),
         warnings=(
+            *_left_out_warnings(left_out, size),
             *(tokens.space.warnings if model == "llama" else ()),
             *strip_warnings(tokens.added, tokens.found_first(), texts, name),
         ),
     )
+
+
+def _left_out_warnings(tokens: Sequence[AddedToken], size: int) -> list[str]:
+    if not tokens:
+        return []
+    names = some([f"{token.text} (id {token.number})" for token in tokens])
+    return [
+        f"the embedding has {size} rows, and the tokenizer has added tokens without one: {names}. They are left out of "
+        "the file, and llama.cpp reads their text as any other text"
+    ]
 
 
 def _tokens(
@@ -244,12 +268,13 @@ def _special(
             target = Path(folder) / name
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(path.absolute())
-        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
+        (Path(folder) / "config.json").write_text(json.dumps(_without_absent_ids(config)))
         try:
             special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             what = f"the gguf package can't read this tokenizer: {type(error).__name__} {error}"
-            raise ProblemReport([Problem(where=str(next(iter(files.values()))), what=what, remedy=FILES)]) from error
+            where = files.get("tokenizer.json") or next(iter(files.values()))
+            raise ProblemReport([Problem(where=str(where), what=what, remedy=FILES)]) from error
     numbers = {text: number for number, text in tokens.text.items()}
     for kind in special.special_token_types:
         # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
@@ -259,6 +284,17 @@ def _special(
             special.special_token_ids[kind] = numbers[text]
     special.add_special_token = _added_around(files, said, special.special_token_ids)
     return special
+
+
+def _without_absent_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config without negative ids of special tokens: -1 says that there is no such token."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_absent_ids(value)
+        elif not (key.endswith("_token_id") and isinstance(value, int) and value < 0):
+            kept[key] = value
+    return kept
 
 
 def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:

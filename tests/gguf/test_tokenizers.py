@@ -169,3 +169,51 @@ def test_tokens_without_embedding(zoo: Callable[..., Path], tmp_path: Path) -> N
     model = zoo("llama", num_hidden_layers=1, vocab_size=200)
     with pytest.raises(ProblemReport, match="tokens up to id 399, but the embedding only 200 rows"):
         write_gguf(model, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("where", [(), ("text_config",)], ids=["own", "text_config"])
+def test_ids_below_zero_are_no_tokens(where: tuple[str, ...], model: Path) -> None:
+    """Llama 1's config has pad_token_id -1. The file says what it says without the key."""
+    config = json.loads((model / "config.json").read_text())
+    for kind in ("bos", "eos"):  # the tokenizer's config says them
+        config.pop(f"{kind}_token_id", None)
+    (model / "config.json").write_text(json.dumps(config))
+    plain = write_gguf(model, model / "plain.gguf", GgufOptions(name="m"))
+    keys = {f"{kind}_token_id": -1 for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    keys["eos_token_id"] = [-1, -1]  # type: ignore[assignment]
+    (model / "config.json").write_text(json.dumps({**config, **({"text_config": keys} if where else keys)}))
+    written = write_gguf(model, model / "model.gguf", GgufOptions(name="m"))
+    assert written.path.read_bytes() == plain.path.read_bytes()
+    assert LlamaCpp(written.path).tokens("a")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "tokenizer.model"])
+def test_added_tokens_without_a_row_are_left_out(kind: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Llama 2 with a <pad> that its embedding was never resized for."""
+    model = Path(shutil.copytree(zoo("llama", num_hidden_layers=1, vocab_size=400), tmp_path / "model"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>"}
+    if kind == "byte level":
+        tokenizer = made.byte_level(GPT2)
+        tokenizer.add_special_tokens(["<|pad|>"])
+        made.put(model, json_text=tokenizer.to_str(), **names)
+    else:
+        decoder = {"400": {"content": "<|pad|>", "special": True}}
+        made.put(model, model=made.sentencepiece_model(), added_tokens_decoder=decoder, unk_token="<unk>", **names)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 400}))
+    written = write_gguf(model, model / "model.gguf")
+    (warning,) = [text for text in written.warnings if "400 rows" in text]
+    assert "<|pad|> (id 400)" in warning and "left out" in warning
+    found = LlamaCpp(written.path)
+    assert max(found.tokens("a<|pad|>b")) < 400
+    assert len(found.tokens("a<|pad|>b")) > 3, "it is ordinary text there"
+
+
+def test_a_broken_tokenizer_is_named_by_its_file(model: Path) -> None:
+    """Not by the first file of the folder."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = [1, 2]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ProblemReport, match=r"^[^\n]*/tokenizer\.json: the gguf package can't read"):
+        write_gguf(model, model / "model.gguf")
