@@ -226,19 +226,26 @@ def is_takeover(number: int) -> bool:
     return number % _TAKEOVER_EVERY == _TAKEOVER_EVERY - 1
 
 
-def draw_takeover(dice: random.Random, ways: Sequence[str]) -> Takeover:
-    """A takeover in one of these ways, at moments that are drawn."""
-    at, back = dice.choice(("start", "begin", "shards", "shards", "shards", "end")), _BACK[dice.randrange(len(_BACK))]
+def draw_takeover(dice: random.Random, way: str) -> Takeover:
+    """A takeover in this way, at moments that are drawn."""
+    # A command needs a while to begin: what is started later than the first one's shards finds a finished merge.
+    at, back = dice.choice(("start", "shards") if way == "beside" else _STRUCK), dice.choice(_BACK)
     return Takeover(
-        way=dice.choice(ways),
+        way=way,
         struck=Stage(at=at, share=dice.random(), seconds=dice.random() * _SECONDS[at]),
         back=Stage(at=back, share=dice.random(), seconds=dice.random() * _SECONDS[back]),
     )
 
 
-_BACK = ("start", "begin", "begin", "shards", "shards", "end", "after")
+_STRUCK = ("start", "begin", "shards", "shards", "shards", "shards", "end")
+_BACK = ("start", "begin", "begin", "begin", "shards", "shards", "shards", "end", "after")
 # How long a moment lasts: it is struck somewhere within. A command needs seconds before it begins.
 _SECONDS = {"start": 3.0, "begin": 0.3, "shards": 0.1, "end": 0.3, "after": 0.0}
+
+
+# In turn. What goes on later has the most to do with the one that takes over.
+_WAYS_BY_REQUESTS = ("stopped", "held", "killed", "stopped", "beside", "held")
+_WAYS_ON_FOLDERS = ("stopped", "killed", "beside")
 
 
 def _case(number: int, seed: int, rate: float, servers: Sequence[str], variants: Sequence[Variant]) -> Case:
@@ -255,7 +262,8 @@ def _case(number: int, seed: int, rate: float, servers: Sequence[str], variants:
     # Directions and servers alternate with the turn; so that kills do not go with some of them, their turn moves on.
     is_killed = not takes_over and (turn + turn // 6) % 2 == 1
     tries = (2 if dice.random() < 1 / 3 else 1) if is_killed else 0
-    ways = ("beside", "killed", "stopped", *(() if direction.endswith("local") else ("held",)))
+    ways = _WAYS_ON_FOLDERS if direction.endswith("local") else _WAYS_BY_REQUESTS
+    way = ways[(turn // len(where) + turn % len(where)) % len(ways)]
     return Case(
         number=number,
         seed=dice.randrange(2**31),
@@ -266,5 +274,5 @@ def _case(number: int, seed: int, rate: float, servers: Sequence[str], variants:
         sha256=dice.random() < 1 / 6,
         actors=dice.choice((1, 1, 2)),
         kills=tuple(Kill(share=dice.random(), seconds=0.3 * dice.random()) for _ in range(tries)),
-        takeover=draw_takeover(dice, ways) if takes_over else None,
+        takeover=draw_takeover(dice, way) if takes_over else None,
     )
