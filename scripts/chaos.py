@@ -1,12 +1,15 @@
 """Merges whose actors, nodes and drivers are killed: every one has to end with the bytes of an undisturbed merge.
 
     python scripts/chaos.py --kinds actor driver --count 3 --no-examples     # a quick look
-    python scripts/chaos.py --page                                           # 57 strikes; puts the table into the docs
+    python scripts/chaos.py --page                                           # 89 strikes; puts the table into the docs
 
 A real Ray cluster runs on this machine: a head that wants a token and takes jobs, and a worker node that is lost and
 replaced. Merges of pico models and of the example experts go to folders and to two real S3 servers. From a seed they
 are struck at moments of their own progress, of which this script learns as anybody could: what the actors say that they
 are busy with, and which shards the journal calls finished.
+
+A takeover is two merges of different plans to one output: the older one is left, killed or stopped, the newer one comes
+with --overwrite, and what was stopped goes on.
 
 Exit status 1 if a merge was wrong or hung, or left something behind. Logs of those are kept.
 """
@@ -40,7 +43,7 @@ from tests.chaos.watch import connected  # noqa: E402
 from tests.soak.world import World, open_world  # noqa: E402
 
 PAGE, MARK = ROOT / "docs/reliability.md", "<!-- table: scripts/chaos.py -->"
-COUNTS = {"actor": 20, "node": 10, "cut off": 2, "driver": 20, "sigterm": 5, "store": 0}
+COUNTS = {"actor": 20, "node": 10, "cut off": 2, "driver": 20, "sigterm": 5, "takeover": 32, "store": 0}
 Case = dict[str, Any]
 Counted = dict[str, int]
 VERDICTS = (IDENTICAL, RESUMED, "wrong", "hung")
@@ -90,6 +93,7 @@ def plain(outcome: Outcome) -> Case:
         "kind": case.kind,
         "way": case.way,
         "to_s3": merge.writes_s3,
+        "to_fsspec": merge.writes_fsspec,
         "example_experts": merge.variant.name.startswith("example"),
         "gate_pass": case.has_gates,
         "struck_at": outcome.strikes,
@@ -128,8 +132,9 @@ def lines(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
     found = {name: [case for case in cases if case["kind"] == kind] for kind, name in KINDS.items()}
     found["all"] = list(cases)
     found |= {
-        "of these: to a folder": [case for case in cases if not case["to_s3"]],
+        "of these: to a folder": [case for case in cases if not case["to_s3"] and not case["to_fsspec"]],
         "to S3": [case for case in cases if case["to_s3"]],
+        "by fsspec": [case for case in cases if case["to_fsspec"]],
         "of the example experts": [case for case in cases if case["example_experts"]],
         "with a gate pass": [case for case in cases if case["gate_pass"]],
         "sent by `raymoe submit`": [case for case in cases if case["way"] == "job"],

@@ -4,10 +4,12 @@
     python scripts/soak_storage.py --page                             # 200 + 20; puts the table into the docs
 
 Two real S3 servers run on loopback. Between them and every merge stands a proxy that breaks requests, from a seed:
-errors, resets, truncated bodies, lost replies. Half of the merges are also killed (SIGKILL, the whole process group) at
-a random moment, some of them twice, and run again. Afterwards every file is compared byte for byte with an undisturbed
-merge. A run that ends with an error is right too, if no index is to be seen and the same command, without faults, ends
-in the same bytes. No multipart upload of a merge may be left open, and nobody else's be touched.
+errors, resets, truncated bodies, lost replies. Every third case is a takeover: a merge of another plan runs, or was
+killed, stopped or cut off, when the case's own merge begins with --overwrite; what stood still goes on later. Half of
+the other merges are killed (SIGKILL, the whole process group) at a random moment, some of them twice, and run again.
+Afterwards every file is compared byte for byte with an undisturbed merge. A run that ends with an error is right too,
+if no index is to be seen and the same command, without faults, ends in the same bytes. No multipart upload of a merge
+may be left open, and nobody else's be touched.
 
 Exit status 1 if any merge was corrupt or hung, or left something behind. Logs of those are kept.
 """
@@ -37,12 +39,14 @@ sys.path.insert(0, str(ROOT))
 
 
 from tests.objects.fault_proxy import KINDS  # noqa: E402
-from tests.soak.cases import DIRECTIONS, EXAMPLE_VARIANTS, Case, make_cases  # noqa: E402
+from tests.soak.cases import EXAMPLE_VARIANTS, TAKEOVER_DIRECTIONS, Case, make_cases  # noqa: E402
 from tests.soak.runs import Outcome, run_case  # noqa: E402
 from tests.soak.world import World, open_world  # noqa: E402
 
 PAGE, MARK = ROOT / "docs/object-storage.md", "<!-- table: scripts/soak_storage.py -->"
 VERDICTS = ("identical", "clean error", "corrupt", "hung")
+SERVERS = ("moto", "juicefs")
+LINES = ("pico models", "example experts", "takeovers")
 
 
 def run_all(
@@ -91,11 +95,11 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def rows(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
-    """The lines of the table: models and direction and server, then all."""
+    """The lines of the table: models and direction and server, takeovers apart, then all."""
     found: dict[str, dict[str, int]] = {}
-    for kind in ("pico models", "example experts"):
-        for direction in DIRECTIONS:
-            for server in ("moto", "juicefs"):
+    for kind in LINES:
+        for direction in TAKEOVER_DIRECTIONS:
+            for server in SERVERS:
                 line = (kind, direction, server)
                 chosen = [o for o in outcomes if (kind_of(o), o.case.direction, o.case.server) == line]
                 if chosen:
@@ -104,6 +108,9 @@ def rows(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
 
 
 def kind_of(outcome: Outcome) -> str:
+    """The line's name: one of LINES."""
+    if outcome.case.takeover:
+        return "takeovers"
     return "example experts" if outcome.case.variant in EXAMPLE_VARIANTS else "pico models"
 
 
@@ -127,9 +134,10 @@ def added(parts: Sequence[dict[str, Any]]) -> tuple[dict[str, Counter[str]], Cou
     return dict(sorted(lines.items(), key=_order)) | {"all": total}, faults
 
 
-def _order(line: tuple[str, Any]) -> tuple[bool, int]:
-    """Of a line among those of the table: pico models first, and directions as they are listed."""
-    return line[0].startswith("example"), next(i for i, way in enumerate(DIRECTIONS) if way in line[0])
+def _order(line: tuple[str, Any]) -> tuple[int, int]:
+    """Of a line among those of the table: kinds and directions as they are listed."""
+    kind = next(i for i, name in enumerate(LINES) if line[0].startswith(name))
+    return kind, next(i for i, way in enumerate(TAKEOVER_DIRECTIONS) if way in line[0])
 
 
 def faults_of(outcomes: Sequence[Outcome]) -> Counter[str]:
@@ -164,6 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=0.05, help="share of requests that suffer, on average")
     parser.add_argument("--server", default="moto,juicefs", help="which servers, with commas")
     parser.add_argument("--impatient", action="store_true", help="give up requests early: merges end with errors")
+    parser.add_argument("--takeovers", action="store_true", help="leave out what is no takeover")
     parser.add_argument("--only", type=int, action="append", help="number of a case to be run alone; repeat for more")
     parser.add_argument("--first", type=int, default=0, help="leave out the cases before this one")
     parser.add_argument("--add", type=Path, action="append", default=[], help="add the counts of this --json file")
@@ -183,6 +192,8 @@ def main() -> int:
     cases = make_cases(arguments.merges, arguments.seed, arguments.rate, servers)[arguments.first :]
     examples = make_cases(arguments.example_merges, arguments.seed, arguments.rate, servers, EXAMPLE_VARIANTS)
     cases = [dataclasses.replace(case, impatient=arguments.impatient) for case in cases]
+    if arguments.takeovers:
+        cases, examples = ([case for case in some if case.takeover] for some in (cases, examples))
     if arguments.only is not None:
         cases = [case for case in cases if case.number in arguments.only]
         examples = [case for case in examples if case.number in arguments.only]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.soak.cases import MergeCase, Variant
+from tests.soak.cases import TO_FSSPEC, MergeCase, Takeover, Variant, draw_takeover
 
 __all__ = [
     "CHAOS_VARIANTS",
@@ -30,6 +30,7 @@ KINDS = {
     "driver": "SIGKILL of the driver",
     "sigterm": "SIGTERM to the driver",
     "cut off": "a worker node that stands still, and comes back at the end",
+    "takeover": "takeover by a merge of another plan",
     "store": "Ray's object store too small",
 }
 NODE_KINDS = ("node", "cut off")
@@ -53,13 +54,14 @@ class ChaosCase:
     """One merge, and what is done to it at each of `moments`.
 
     `way`: `command` runs `raymoe merge` on the cluster, `job` sends it there by `raymoe submit`, `own` lets the command
-    start a Ray of its own.
+    start a Ray of its own. A takeover has no `moments`: it is the older of its two merges that is struck.
     """
 
     kind: str
     merge: MergeCase
     moments: tuple[Moment, ...]
     way: str
+    takeover: Takeover | None = None
 
     @property
     def has_gates(self) -> bool:
@@ -71,6 +73,7 @@ class ChaosCase:
         merge = self.merge
         server = f" ({merge.server})" if merge.server else ""
         when = "".join(f", at {moment.at} {moment.share:.0%}" for moment in self.moments)
+        when += f", {self.takeover.label}" if self.takeover else ""
         return f"{self.kind} {merge.number}: {merge.variant.name}, {merge.direction}{server}, by {self.way}{when}"
 
 
@@ -100,6 +103,9 @@ CHAOS_VARIANTS = (
 FULL_STORE = Variant(name="full store", base="deep-0", experts=_DEEP, mode="ridge", prompts=48, shard_bytes=1 * MB)
 """Its gate pass leaves some 270 MB in Ray's object store."""
 EXAMPLES = (_example("cheap_embed"), _example("ridge", 8), _example("random"), _example("hidden", 8))
+_WAYS = ("orphaned", "stopped", "frozen", "killed", "beside", "group")
+"""Of takeovers, in turn (WAYS of tests/soak/cases.py)."""
+_TAKEOVER_OUTPUTS = ("local to local", "local to S3", TO_FSSPEC)
 _OWN_EVERY = 6
 _EXAMPLE_EVERY = 6  # they take long, and are no different
 
@@ -112,6 +118,8 @@ def make_case(
     kind: str, number: int, seed: int, servers: Sequence[str], *, only: Variant | None = None, examples: bool = True
 ) -> ChaosCase:
     """Case `number` of a kind. `servers`: object stores; none: local outputs alone. `only`: merge nothing else."""
+    if kind == "takeover":
+        return _takeover_case(number, seed, servers, only)
     dice = random.Random(f"{seed}:{kind}:{number}")
     variant = only or dice.choices(CHAOS_VARIANTS, [variant.share for variant in CHAOS_VARIANTS])[0]
     turn = number + list(KINDS).index(kind)
@@ -133,6 +141,24 @@ def make_case(
         turn += number // _OWN_EVERY
     moments = (Moment(at=possible[(turn + more) % len(possible)], share=dice.random()) for more in range(strikes))
     return ChaosCase(kind=kind, merge=merge, moments=tuple(moments), way=way)
+
+
+def _takeover_case(number: int, seed: int, servers: Sequence[str], only: Variant | None) -> ChaosCase:
+    """Outputs take turns, and on each of them the ways."""
+    dice = random.Random(f"{seed}:takeover:{number}")
+    outputs = _TAKEOVER_OUTPUTS if servers else _TAKEOVER_OUTPUTS[:1]
+    turn, output = divmod(number, len(outputs))
+    is_local = outputs[output] == "local to local"
+    merge = MergeCase(
+        number=number,
+        seed=dice.randrange(2**31),
+        variant=only or dice.choices(CHAOS_VARIANTS, [variant.share for variant in CHAOS_VARIANTS])[0],
+        direction=outputs[output],
+        server=None if is_local else servers[turn % len(servers)],
+        actors=1,  # of each of the two merges
+    )
+    takeover = draw_takeover(dice, _WAYS[(turn + output) % len(_WAYS)])
+    return ChaosCase(kind="takeover", merge=merge, moments=(), way="command", takeover=takeover)
 
 
 def _way(kind: str, number: int, server: str | None) -> str:

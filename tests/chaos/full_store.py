@@ -44,6 +44,6 @@ def run_full_store(world: World, logs: Path, timeout_s: float) -> Iterator[Outco
         outcome.seconds = time.monotonic() - began
         if outcome.failed:
             runner.story += with_room.story
-            outcome.log = keep_log(logs, outcome, runner)
+            outcome.log = keep_log(logs, outcome, runner.story)
         place.remove()
         yield outcome

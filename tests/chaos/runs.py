@@ -2,6 +2,7 @@
 
     actor, node, cut off   command, struck once or twice ------------------> its end
     driver, sigterm        command, struck; the same command again, ... ---> its end
+    takeover               two commands of different plans (soak/takeovers.py) ---> the end of both
     its end --> identical | clean error: the same command again --> identical
 
 Anything else is `wrong` or `hung`. After that nothing may be left behind but the checkpoint.
@@ -10,6 +11,7 @@ Anything else is `wrong` or `hung`. After that nothing may be left behind but th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -26,6 +28,7 @@ from tests.chaos.watch import Seen, Watch, actor_processes
 from tests.processes import is_alive, kill, send, with_words
 from tests.soak.compare import INDEX, JOURNAL, RECORD, differences
 from tests.soak.places import Place
+from tests.soak.takeovers import side_of, take_over
 from tests.soak.tries import Try
 from tests.soak.world import Reference, World, command
 
@@ -66,6 +69,20 @@ def run_case(world: World, case: ChaosCase, logs: Path, timeout_s: float) -> Out
     outcome = Outcome(case=case)
     shards = [name for name in sorted(os.listdir(reference.folder)) if name.endswith(".safetensors")]
     place = world.place(merge, shards)
+    run = _run_one if case.takeover is None else _run_takeover
+    story = run(world, case, place, reference, timeout_s, outcome)
+    outcome.seconds = time.monotonic() - began
+    if outcome.failed:
+        outcome.log = keep_log(logs, outcome, story)
+    place.remove()
+    return outcome
+
+
+def _run_one(
+    world: World, case: ChaosCase, place: Place, reference: Reference, timeout_s: float, outcome: Outcome
+) -> list[str]:
+    """A merge that is struck, until its verdict and what it left. What was done and said."""
+    merge = case.merge
     config = world.write_config(merge, world.endpoint(merge), world.folder / f"configs/{Path(place.name).name}.yaml")
     with contextlib.ExitStack() as stack:
         own = Path(stack.enter_context(_short_folder())) if case.way == "own" else None
@@ -76,11 +93,31 @@ def run_case(world: World, case: ChaosCase, logs: Path, timeout_s: float) -> Out
             _bring_back(world, place, reference, outcome)
         runner.end()
         outcome.left += _left(world, place, own)
-    outcome.seconds = time.monotonic() - began
-    if outcome.failed:
-        outcome.log = keep_log(logs, outcome, runner)
-    place.remove()
-    return outcome
+    return runner.story
+
+
+def _run_takeover(
+    world: World, case: ChaosCase, place: Place, reference: Reference, timeout_s: float, outcome: Outcome
+) -> list[str]:
+    """Two merges of different plans, until the verdict and what they left. What was done and said."""
+    assert case.takeover is not None
+
+    def actors() -> list[int]:
+        return [process.pid for process in actor_processes(world.cluster.pids)]
+
+    older = dataclasses.replace(case.merge, variant=case.merge.variant.with_other_experts)
+    sides = [side_of(world, each, place) for each in (older, case.merge)]
+    meeting = take_over(case.takeover, place, reference, *sides, timeout_s, actors)
+    outcome.verdict = {"identical": IDENTICAL, "clean error": RESUMED}.get(meeting.verdict, meeting.verdict)
+    if meeting.struck is not None:
+        outcome.strikes.append({"begin": "start"}.get(meeting.struck, meeting.struck))
+    outcome.problems += meeting.problems
+    outcome.errors += meeting.errors
+    outcome.runs += meeting.runs
+    for process in with_words("merge", place.name):  # nothing, but for one that hung
+        kill(process)
+    outcome.left += _left(world, place, None)
+    return [case.label, *meeting.story]
 
 
 def _short_folder() -> tempfile.TemporaryDirectory[str]:
@@ -336,9 +373,9 @@ class Runner:
         self.story.append(f"--- {time.monotonic() - self._began:.2f} s: {line}")
 
 
-def keep_log(logs: Path, outcome: Outcome, runner: Runner) -> str:
+def keep_log(logs: Path, outcome: Outcome, story: Sequence[str]) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"{outcome.case.kind}-{outcome.case.merge.number}.log"
-    parts = [*runner.story, f"--- {outcome.verdict}", *outcome.problems, *outcome.left]
+    parts = [*story, f"--- {outcome.verdict}", *outcome.problems, *outcome.left]
     path.write_text("\n".join(parts) + "\n")
     return str(path)

@@ -632,6 +632,8 @@ class FaultProxy:
         self._recent: collections.deque[InjectedFault] = collections.deque(maxlen=1000)
         self._streaks = _Streaks(max_consecutive)
         self._number = 0
+        self._is_holding, self._held = False, 0
+        self._released: asyncio.Event | None = None
         self._listener: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -688,6 +690,19 @@ class FaultProxy:
 
         return self._on_loop(swap)
 
+    def hold(self) -> None:
+        """Keep back all requests that come from now on, until `let_go`, as a network does that is interrupted."""
+        self._on_loop(lambda: self._set_holding(True))
+
+    def let_go(self) -> None:
+        """Forward what was kept back, and everything that comes later. May be called again."""
+        self._on_loop(lambda: self._set_holding(False))
+
+    @property
+    def held(self) -> int:
+        """How many requests are kept back now."""
+        return self._on_loop(lambda: self._held)
+
     def recent_faults(self) -> tuple[InjectedFault, ...]:
         """The last thousand faults, oldest first."""
         return self._on_loop(lambda: tuple(self._recent))
@@ -707,7 +722,7 @@ class FaultProxy:
 
     async def _serve(self, ready: threading.Event) -> None:
         assert self._listener is not None
-        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._stopping, self._released = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         connections: set[asyncio.Task[None]] = set()
         accepting = asyncio.create_task(self._accept(self._listener, connections))
         ready.set()
@@ -763,6 +778,21 @@ class FaultProxy:
             return number, None
         self._streaks.add(keys)
         return number, fault
+
+    def _set_holding(self, is_holding: bool) -> None:
+        self._is_holding = is_holding
+        if self._released is not None:
+            (self._released.clear if is_holding else self._released.set)()
+
+    async def _when_let_go(self) -> None:
+        if not self._is_holding:
+            return
+        assert self._released is not None
+        self._held += 1
+        try:
+            await self._released.wait()
+        finally:
+            self._held -= 1
 
     def _injected(self, number: int, fault: Fault, request: _Head, operation: str) -> None:
         self._stats.faults[fault.kind] += 1
@@ -872,6 +902,7 @@ class _Exchange:
         self._may_continue = asyncio.Event()
 
     async def run(self) -> _Ending:
+        await self._proxy._when_let_go()
         fault = self._fault
         if fault is not None:
             if fault.kind in _ERRORS:

@@ -3,12 +3,14 @@
     tries that are killed ... last try --> identical
                                        \\-> clean error: no index to be seen; again without faults --> identical
 
-Anything else is `corrupt` or `hung`. After that nothing of ours may be left, and nothing of others be touched.
+Anything else is `corrupt` or `hung`. After that nothing of ours may be left, and nothing of others be touched. A case
+that is a takeover is two merges of different plans (takeovers.py), each with a proxy of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -22,12 +24,15 @@ from tests.objects.fault_proxy import FaultProxy, FaultRates
 from tests.soak.cases import Case, Kill
 from tests.soak.compare import INDEX, JOURNAL, differences
 from tests.soak.places import Place
+from tests.soak.takeovers import side_of, take_over
 from tests.soak.tries import Try
 from tests.soak.world import Reference, World, command
 
 __all__ = ["Outcome", "run_case"]
 
 _SLOW_S = (0.05, 0.6)
+# Of takeovers: what is slow is under way for long when the other merge begins.
+_SLOW_RATE = 0.1
 
 
 @dataclass(kw_only=True)
@@ -55,22 +60,70 @@ def run_case(world: World, case: Case, logs: Path, timeout_s: float) -> Outcome:
     outcome = Outcome(case=case)
     shards = [name for name in sorted(os.listdir(reference.folder)) if name.endswith(".safetensors")]
     place = world.place(case, shards)
-    rates = FaultRates.spread(case.rate, slow_seconds=_SLOW_S)
-    with FaultProxy(world.servers[case.server].endpoint, case.seed, rates) as proxy:
-        config = world.write_config(case, proxy.url, world.folder / "configs" / f"{Path(place.name).name}.yaml")
-        runner = _Runner(world, case, config, place, proxy, timeout_s)
-        last = _disturbed(runner, case, reference, outcome)
-        proxy.rates = FaultRates()
-        outcome.verdict = _verdict(runner, last, place, reference, outcome)
+    run = _run_one if case.takeover is None else _run_takeover
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(proxy) for proxy in _proxies(world, case)]
+        story = run(world, case, place, reference, proxies, timeout_s, outcome)
         if outcome.verdict != "hung":
             _look_around(place, outcome)
-        outcome.faults.update({kind: count for kind, count in proxy.stats().faults.items() if count})
-        faults = [f"{fault.number} {fault.kind} {fault.method} {fault.target}" for fault in proxy.recent_faults()]
+        for proxy in proxies:
+            outcome.faults.update({kind: count for kind, count in proxy.stats().faults.items() if count})
+            story += ["--- faults"]
+            story += [f"{fault.number} {fault.kind} {fault.method} {fault.target}" for fault in proxy.recent_faults()]
     outcome.seconds = time.monotonic() - began
     if outcome.failed:
-        outcome.log = _keep_log(logs, outcome, runner, faults)
+        outcome.log = _keep_log(logs, outcome, story)
     place.remove()
     return outcome
+
+
+def _proxies(world: World, case: Case) -> list[FaultProxy]:
+    """One for each merge of a case."""
+    endpoint, rates = world.servers[case.server].endpoint, FaultRates.spread(case.rate, slow_seconds=_SLOW_S)
+    if case.takeover is None:
+        return [FaultProxy(endpoint, case.seed, rates)]
+    # What a file system of fsspec does about errors is its own affair.
+    slow = dataclasses.replace(FaultRates() if case.writes_fsspec else rates, slow=_SLOW_RATE, slow_seconds=_SLOW_S)
+    return [FaultProxy(endpoint, case.seed + number, slow) for number in range(2)]
+
+
+def _run_one(
+    world: World,
+    case: Case,
+    place: Place,
+    reference: Reference,
+    proxies: list[FaultProxy],
+    timeout_s: float,
+    outcome: Outcome,
+) -> list[str]:
+    """A merge that is killed and run again, until its verdict. What was done and said."""
+    (proxy,) = proxies
+    config = world.write_config(case, proxy.url, world.folder / "configs" / f"{Path(place.name).name}.yaml")
+    runner = _Runner(world, case, config, place, proxy, timeout_s)
+    last = _disturbed(runner, case, reference, outcome)
+    proxy.rates = FaultRates()
+    outcome.verdict = _verdict(runner, last, place, reference, outcome)
+    return runner.story
+
+
+def _run_takeover(
+    world: World,
+    case: Case,
+    place: Place,
+    reference: Reference,
+    proxies: list[FaultProxy],
+    timeout_s: float,
+    outcome: Outcome,
+) -> list[str]:
+    """Two merges of different plans, until the verdict. What was done and said."""
+    assert case.takeover is not None
+    older = dataclasses.replace(case, variant=case.variant.with_other_experts)
+    sides = [side_of(world, each, place, proxy) for each, proxy in zip((older, case), proxies, strict=True)]
+    meeting = take_over(case.takeover, place, reference, *sides, timeout_s)
+    outcome.verdict = "corrupt" if meeting.verdict == "wrong" else meeting.verdict
+    outcome.kills = int(meeting.struck is not None and case.takeover.way == "killed")
+    outcome.problems += meeting.problems
+    return [case.label, *meeting.story]
 
 
 def _disturbed(runner: _Runner, case: Case, reference: Reference, outcome: Outcome) -> Try:
@@ -171,9 +224,9 @@ class _Runner:
         return sum(self._proxy.stats().requests.values())
 
 
-def _keep_log(logs: Path, outcome: Outcome, runner: _Runner, faults: list[str]) -> str:
+def _keep_log(logs: Path, outcome: Outcome, story: list[str]) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"{outcome.case.variant.name.replace(' ', '-').replace(',', '')}-{outcome.case.number}.log"
-    parts = [*runner.story, f"--- {outcome.verdict}", *outcome.problems, "--- faults", *faults]
+    parts = [*story, f"--- {outcome.verdict}", *outcome.problems]
     path.write_text("\n".join(parts) + "\n")
     return str(path)

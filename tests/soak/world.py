@@ -30,8 +30,9 @@ from tests.objects.servers import Server, start_server
 from tests.pico import PROMPTS
 from tests.soak.cases import MergeCase, Variant
 from tests.soak.cluster import Cluster, ray_cluster
+from tests.soak.fsspec_store import install
 from tests.soak.models import Models
-from tests.soak.places import FolderPlace, Place, S3Place
+from tests.soak.places import FolderPlace, FsspecPlace, Place, S3Place
 
 __all__ = ["Reference", "World", "command", "open_world"]
 
@@ -53,8 +54,9 @@ class Reference:
 class World:
     """Shared by the threads of a soak."""
 
-    def __init__(self, folder: Path, servers: Mapping[str, Server], cluster: Cluster) -> None:
-        self.folder, self.servers, self.cluster = folder, servers, cluster
+    def __init__(self, folder: Path, servers: Mapping[str, Server], cluster: Cluster, pythonpath: str) -> None:
+        """`pythonpath`: what the cluster was started with."""
+        self.folder, self.servers, self.cluster, self.pythonpath = folder, servers, cluster, pythonpath
         self.models = Models(folder / "models")
         self._clients = {name: server.client() for name, server in servers.items()}
         self._uploaded: set[tuple[str, str]] = set()
@@ -93,17 +95,20 @@ class World:
     def place(self, case: MergeCase, shards: Sequence[str] = ()) -> Place:
         """A new place for the output of a case. Somebody else's upload is begun under the name of one of `shards`."""
         name = f"merge-{next(self._numbers)}"
-        if not (case.writes_s3 and case.server):
+        if not ((case.writes_s3 or case.writes_fsspec) and case.server):
             return FolderPlace(self.folder / "outputs" / name)
         # Every second time somebody else is at work on an object of the very same name.
         foreign = shards[case.seed % len(shards)] if shards and case.seed % 2 else "somebody-elses.bin"
-        return S3Place(self._clients[case.server], _OUTPUTS, name, foreign)
+        client, endpoint = self._clients[case.server], self.servers[case.server].endpoint
+        if case.writes_fsspec:
+            return FsspecPlace(client, _OUTPUTS, name, foreign, endpoint)
+        return S3Place(client, _OUTPUTS, name, foreign)
 
     def environment(self, case: MergeCase, endpoint: str | None) -> dict[str, str]:
         """The environment of a driver."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_"))}
         store = {**self.servers[case.server].environment, "AWS_ENDPOINT_URL": endpoint} if case.server else {}
-        return {**kept, **store, **self.cluster.environment}
+        return {**kept, **store, **self.cluster.environment, "PYTHONPATH": self.pythonpath}
 
     def write_config(self, case: MergeCase, endpoint: str | None, path: Path) -> Path:
         variant, server = case.variant, case.server if case.reads_s3 else None
@@ -141,7 +146,7 @@ class World:
         with self._counted(case) as (endpoint, requests):
             config = self.write_config(plain, endpoint, self.folder / "references" / f"{name}.yaml")
             run = subprocess.run(
-                [*command(plain, config, place.name), "--result", str(report)],
+                [*command(plain, config, place.at(endpoint)), "--result", str(report)],
                 env=self.environment(plain, endpoint),
                 capture_output=True,
                 text=True,
@@ -196,14 +201,14 @@ def open_world(folder: Path, kinds: Sequence[str], cpus: int, *, job_server: boo
             place = folder / "servers" / kind
             place.mkdir(parents=True)
             servers[kind] = stack.enter_context(start_server(kind, place))
-        variables: dict[str, str] = {}
+        variables = {"PYTHONPATH": install(folder / "fsspec")}
         if servers:
             # moto takes any credentials, the gateway only its own: so actors can have one pair for both.
             one = servers.get("juicefs") or next(iter(servers.values()))
             servers = {kind: replace(server, key=one.key, secret=one.secret) for kind, server in servers.items()}
-            variables = {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
+            variables |= {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
         cluster = stack.enter_context(ray_cluster(variables, folder / "ray.log", cpus, job_server=job_server))
         for name in ("models", "outputs", "references"):
             stack.callback(shutil.rmtree, folder / name, ignore_errors=True)
             (folder / name).mkdir(exist_ok=True)
-        yield World(folder, servers, cluster)
+        yield World(folder, servers, cluster, variables["PYTHONPATH"])
