@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.planning.types import MergePlan
 from raymoe.report.display import say
 from raymoe.runtime.autoscaler import has_autoscaler
 from raymoe.runtime.left_out import leave_sklearn_out, leave_torch_out
+from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
@@ -84,14 +85,20 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
     try:
         _knock(address or "")
         ray.init(**options)
-    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
+    except Exception as error:  # of whatever class: Ray raises a bare Exception where its own node starts too slowly
         where = f"Ray at {address}" if address else "Ray on this machine"
         remedy = "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         what = f"no cluster could be {'reached' if address else 'started'}: {reason}"
         raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
     try:
         yield
+    except RayError as error:  # whatever no part of a merge can mend, a lost head among it
+        cause = cause_of(error)
+        if isinstance(cause, RaymoeError):
+            raise cause from None
+        what = f"Ray failed: {type(cause).__name__}: {first_line(cause)}"
+        raise MergeFailed(f"{what}. Run the same command again to go on from the shards that are finished.") from error
     finally:
         ray.shutdown()
 
@@ -242,7 +249,7 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
     A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
     """
     import ray
-    from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
+    from ray.exceptions import RayError
 
     calls = [actor.where.remote() for actor in actors]
     waiting = f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {slots.gpus:g} GPU want room"
@@ -264,10 +271,9 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
     for answer in answered:
         try:
             ray.get(answer)
-        except ActorUnavailableError:
-            continue  # it died in its first moments, and is being restarted
-        except (RayActorError, ActorUnschedulableError) as error:
-            failures.append(error)
+        except RayError as error:
+            if fate_of(error) not in (Fate.AWAY, Fate.LOST):  # else it died in its first moments, and may come again
+                failures.append(error)
     if len(failures) == len(actors):
         why = str(failures[0]).strip().splitlines()[-1]  # the last line of a remote traceback, if it is one
         raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]

@@ -27,6 +27,7 @@ from raymoe.gates.assemble import Rows
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
 from raymoe.runtime.gate_work import GateJob, GateWork
+from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
 from raymoe.runtime.placement import Needs, owner_names
 from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, SharedReads, read_for_shards
 from raymoe.runtime.stream import SenderLost
@@ -36,6 +37,7 @@ from raymoe.sources.types import SourceFile
 __all__ = ["Outcome", "run_jobs"]
 
 _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
+_REFUSALS = 5  # deaths in a row of an actor that never comes up: more than Ray restarts it
 _TICK_S = 0.25
 _ASK_EVERY_S = 1.0
 _HOPE_S = 50.0  # how long work that nobody can do waits for actors that are away
@@ -74,6 +76,7 @@ class _Actor:
     place: Whereabouts | None = None  # what it said when it came up
     answer: Any = None  # while it is not up: the reference of the answer that will tell, if it has been asked
     asked_at: float = 0.0
+    refusals: int = 0  # how often in a row it died, or could not be asked, before it answered
 
     def reads(self, files: frozenset[str]) -> bool:
         return self.place is not None and not files & self.place["missing"]
@@ -285,7 +288,7 @@ class _Jobs:
             actor.layers_busy -= 1
         else:
             actor.gates_busy = False
-        loss, result = _result(ref, job)
+        loss, result = _result(ref, job, sent=run.sent)
         if loss == "actor" and run.sent and self._writer is not None:
             self._writer.is_up = False
         if loss in ("actor", "sender"):
@@ -296,7 +299,6 @@ class _Jobs:
             if not (loss == "actor" and run.sent):
                 actor.is_up, actor.gates_for = False, ()
         elif loss == "states":
-            assert isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
             self.gates.capture_again()
         elif isinstance(job, ShardTask):
             self.shards.came_back(job.opened, result)
@@ -306,23 +308,37 @@ class _Jobs:
     def _welcome(self, actor: _Actor) -> None:
         """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
         import ray
-        from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
+        from ray.exceptions import RayError
 
         answer, actor.answer = actor.answer, None
         try:
             actor.place = ray.get(answer)
-            actor.is_up = True
-        except ActorUnavailableError:
+            actor.is_up, actor.refusals = True, 0
+        except RayError as error:
+            self._not_up(actor, error)
+
+    def _not_up(self, actor: _Actor, error: Exception) -> None:
+        """An actor gave no answer: it is asked again, or is given up for good. Raises as `_welcome`."""
+        fate = fate_of(error)
+        actor.refusals += not isinstance(error, _unavailable())
+        if fate in (Fate.AWAY, Fate.LOST) and actor.refusals < _REFUSALS:
             return
-        except (RayActorError, ActorUnschedulableError) as error:  # the latter if it was to be on a node that is lost
-            if actor is not self._writer:
-                self._actors.remove(actor)
-            who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
-            if actor is self._writer or not self._actors:
-                raise MergeFailed(
-                    f"{who} died ({str(error).splitlines()[0]}). Memory may have run out; run the same command again "
-                    "to go on from the shards that are finished."
-                ) from error
+        if actor is not self._writer:
+            self._actors.remove(actor)
+        who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
+        if actor is self._writer or not self._actors:
+            raise MergeFailed(
+                f"{who} died ({first_line(cause_of(error))}). Memory may have run out; run the same command again "
+                "to go on from the shards that are finished."
+            ) from error
+
+
+def _unavailable() -> type[Exception]:
+    """What Ray raises while it restarts an actor, which may take any time."""
+    from ray.exceptions import ActorUnavailableError
+
+    kind: type[Exception] = ActorUnavailableError
+    return kind
 
 
 def _wait(refs: list[Any]) -> list[Any]:
@@ -336,50 +352,48 @@ def _wait(refs: list[Any]) -> list[Any]:
     return ready
 
 
-def _result(ref: Any, job: GateJob | ShardTask) -> tuple[str, Any]:
-    """What came back, or what was lost (the 'actor' that was asked, the 'sender' of what it writes, or the prompts'
-    'states'), if it has not been lost too often."""
+def _result(ref: Any, job: GateJob | ShardTask, *, sent: bool) -> tuple[str, Any]:
+    """What came back; or what was lost, as `_loss` says, if it has not been lost too often."""
     import ray
-    from ray.exceptions import (
-        ActorUnschedulableError,
-        ObjectLostError,
-        ObjectStoreFullError,
-        OutOfDiskError,
-        RayActorError,
-        RayError,
-        RayTaskError,
-    )
+    from ray.exceptions import RayError
 
     try:
         return "", ray.get(ref)
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, RaymoeError):
-            raise cause from None
-        if isinstance(cause, (ObjectStoreFullError, OutOfDiskError)):
-            raise _no_room(job.label, cause) from error
-        if not isinstance(cause, (ObjectLostError, SenderLost)):
-            raise MergeFailed(f"{job.label}: {type(cause).__name__}: {cause}") from error
-        failure, what = cause, "sender" if isinstance(cause, SenderLost) else "states"
-    except (RayActorError, ActorUnschedulableError) as error:
-        failure, what = error, "actor"
-    except ObjectLostError as error:
-        failure, what = error, "states"
-    except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise _no_room(job.label, error) from error
     except RayError as error:
-        raise MergeFailed(f"{job.label}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    job.failures += 1
-    if job.failures < _ATTEMPTS:
-        return what, None
-    lost = "what it works with was lost with its node" if what == "states" else "its actor died"
-    raise MergeFailed(
-        f"{job.label}: {lost} ({str(failure).splitlines()[0]}), {job.failures} times. Memory may have run out; run the "
-        "same command again to go on from the shards that are finished."
-    ) from failure
+        lost = _loss(error, job, sent=sent)
+        job.failures += 1
+        if job.failures < _ATTEMPTS:
+            return lost, None
+        what = "what it works with was lost with its node" if lost == "states" else "its actor died"
+        raise MergeFailed(
+            f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. Memory may have run out; run "
+            "the same command again to go on from the shards that are finished."
+        ) from error
 
 
-def _no_room(label: str, error: Exception) -> MergeFailed:
+def _loss(error: Exception, job: GateJob | ShardTask, *, sent: bool) -> str:
+    """What an error of Ray's says was lost: the 'actor' that was asked, the 'sender' of what it writes, or the prompts'
+    'states'. Raises what can't be mended by doing the job again."""
+    from ray.exceptions import RayTaskError
+
+    cause = cause_of(error) if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RaymoeError):
+        raise cause from None
+    if isinstance(cause, SenderLost):
+        return "sender"
+    fate = fate_of(cause)
+    if fate is Fate.FULL:
+        raise _no_room(job.label, cause) from error
+    if fate is Fate.FINAL:
+        said = str(cause) if cause is not error else first_line(error)
+        raise MergeFailed(f"{job.label}: {type(cause).__name__}: {said}") from error
+    takes_states = isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
+    if takes_states and (fate is Fate.LOST or cause is not error):
+        return "states"
+    return "sender" if sent and cause is not error else "actor"
+
+
+def _no_room(label: str, error: BaseException) -> MergeFailed:
     """Ray spills what its object store can't hold to the node's disk; so neither has room."""
     return MergeFailed(
         f"{label}: no room for the states of prompts: Ray's object store is full, and so is the disk that it moves "

@@ -1,0 +1,108 @@
+"""Ray's exceptions, sorted once: what each of them says of a call to an actor.
+
+Every class is in the table by its name, since versions of Ray differ in what they have. A class that is not in it
+counts as its nearest base class that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+__all__ = ["FATES", "Fate", "cause_of", "fate_of", "first_line"]
+
+
+class Fate(Enum):
+    """What became of a call that gave no result, and so what is to be done."""
+
+    AWAY = "away"
+    """The process or its node died, or Ray could not make the call. The actor may answer again: it is asked."""
+    GONE = "gone"
+    """This actor never answers again. Another actor can do the work."""
+    LOST = "lost"
+    """An object that the call takes or gives was lost with its node. It has to be made again."""
+    FULL = "full"
+    """Neither the object store nor the disk that it spills to has room. Doing the same again does not help."""
+    FINAL = "final"
+    """The call itself fails, wherever it is made."""
+
+
+FATES: Mapping[str, Fate] = {
+    **dict.fromkeys(
+        [
+            "ActorUnavailableError",
+            "AsyncioActorExit",
+            "LocalRayletDiedError",
+            "NodeDiedError",
+            "OutOfMemoryError",
+            "RayActorError",
+            "RaySystemError",
+            "RpcError",
+            "TaskCancelledError",
+            "TaskPlacementGroupRemoved",
+            "TaskUnschedulableError",
+            "WorkerCrashedError",
+        ],
+        Fate.AWAY,
+    ),
+    **dict.fromkeys(
+        [
+            "ActorDiedError",
+            "ActorHandleNotFoundError",
+            "ActorPlacementGroupRemoved",
+            "ActorUnschedulableError",
+            "RuntimeEnvSetupError",
+        ],
+        Fate.GONE,
+    ),
+    **dict.fromkeys(
+        [
+            "ObjectFetchTimedOutError",
+            "ObjectFreedError",
+            "ObjectLostError",
+            "ObjectReconstructionFailedError",
+            "OwnerDiedError",
+            "PlasmaObjectNotAvailable",
+            "ReferenceCountingAssertionError",
+        ],
+        Fate.LOST,
+    ),
+    **dict.fromkeys(["ObjectStoreFullError", "OutOfDiskError"], Fate.FULL),
+    **dict.fromkeys(
+        [
+            "ActorAlreadyExistsError",
+            "AuthenticationError",
+            "CrossLanguageError",
+            "GetTimeoutError",
+            "ObjectRefStreamEndOfStreamError",
+            "OufOfBandObjectRefSerializationException",
+            "PendingCallsLimitExceeded",
+            "RayCgraphCapacityExceeded",
+            "RayChannelError",
+            "RayChannelTimeoutError",
+            "RayDirectTransportError",
+            "RayError",
+            "RayTaskError",
+            "StreamingGeneratorReplayInconsistentError",
+            "UnserializableException",
+            "UserCodeException",
+        ],
+        Fate.FINAL,
+    ),
+}
+
+
+def fate_of(error: BaseException) -> Fate:
+    """What an exception of Ray's says of the call; FINAL for any other exception."""
+    return next((FATES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in FATES), Fate.FINAL)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a method of an actor raised, where Ray wraps it; else the error itself."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error has to say, or its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
