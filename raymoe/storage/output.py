@@ -21,7 +21,7 @@ from raymoe.planning.types import MergePlan, Part, Shard
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import FileRecord
+from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
 
 __all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location", "refusals"]
@@ -72,11 +72,18 @@ class Output(Protocol):
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
 
+    def finished_merge(self) -> FinishedMerge | None:
+        """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
+
+    def clean_up(self) -> None:
+        """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
+        work here, else MergeFailed."""
+
     def lock(self) -> None:
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        """Begin a run; with `fresh`, what an earlier merge left here is removed first."""
+        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
 
     def same_store(self, file: SourceFile) -> bool:
         """Whether this output's store can copy from that source file itself."""
@@ -91,16 +98,17 @@ class Output(Protocol):
         """Do a job; what it returns is for `complete`."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        """All jobs of a shard are done: make it visible."""
+        """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over."""
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
         """Write a small file as a whole."""
 
     def write_index(self, content: bytes) -> FileRecord:
-        """Write the file that makes the output a checkpoint, and never over somebody else's."""
+        """Write the file that makes the output a checkpoint, and never over another one. All that this run has written
+        is looked at before; MergeFailed is raised if a file is no longer as it was written."""
 
     def end(self, record: bytes) -> None:
-        """Write the record of the merge; it is complete, and the journal goes."""
+        """Look at all that was written once more and write the record; the merge is complete, and the journal goes."""
 
     def release(self) -> None:
         """Leave the output, finished or not, with nothing half-written."""
