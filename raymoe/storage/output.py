@@ -9,6 +9,7 @@ before it is whole. Every step can be repeated: after any death the same calls e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from raymoe.planning.types import MergePlan, Part, Shard
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import FileRecord, FinishedMerge
+from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
+from raymoe.text import some
 
-__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location", "refusals"]
+__all__ = ["Output", "Progress", "ShardJob", "complete_merge", "open_output", "output_location", "refusals"]
 
 # Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
 Progress = Callable[[int, int], None]
@@ -140,6 +142,8 @@ def open_output(location: str, storage: StorageOptions, run: str = "") -> Output
 def refusals(plan: MergePlan, output: Output, *, overwrite: bool) -> list[Problem]:
     """What keeps this plan from being written there, as far as the output and the sources' places show it."""
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
+    if not problems and not overwrite and complete_merge(plan, output) is not None:
+        problems = _newer_sources(plan, output.location)
     for source in plan.sources:
         if any(output.location in _folders_of(file) for file in source.files):
             what = f"the output is the folder of {source.owner}, which would be overwritten"
@@ -153,6 +157,33 @@ def _folders_of(file: SourceFile) -> set[str]:
         return {file.location.rpartition("/")[0]}
     path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
     return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
+
+
+def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
+    """The finished merge of this very plan, where the output holds it: then nothing is left to do.
+
+    The one rule for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. The plan is told
+    by its digest. Files that are missing or have another size are in `output.problems`, which is to be called first.
+    """
+    found = output.finished_merge()
+    return found if found is not None and found.digest == plan.digest else None
+
+
+def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
+    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
+
+    Of an output in an object store nothing is said: its times are of another clock."""
+    if is_url(location):
+        return []
+    finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    files = [*plan.side_files, *(file for source in plan.sources for file in source.files)]
+    names = {file.location for file in files if not is_url(file.location) and os.path.exists(file.location)}
+    newer = sorted(name for name in names if os.stat(name).st_mtime_ns > finished)
+    if not newer:
+        return []
+    what = f"the merge in this folder is older than its sources: {some(newer, most=3)}"
+    remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
+    return [Problem(where=location, what=what, remedy=remedy)]
 
 
 def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:
