@@ -73,7 +73,7 @@ def _planned_output(
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import open_output, output_location, refusals
+    from raymoe.storage.output import complete_merge, open_output, output_location, refusals
     from raymoe.storage.ways import bytes_by_way
 
     try:
@@ -81,9 +81,11 @@ def _planned_output(
     except ValueError as error:
         raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
     problems = refusals(plan, target, overwrite=False, inputs=inputs)
+    is_complete = not problems and complete_merge(plan, target) is not None
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),
         problems=tuple(map(str, problems)),
-        goes_on=not problems and target.digest() == plan.digest,
+        goes_on=not problems and not is_complete and target.digest() == plan.digest,
+        is_complete=is_complete,
     )
