@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 
-from raymoe.sources.folder import SIDE_FILES
+from raymoe.sources.folder import SIDE_FILES, matches
 
 __all__ = [
     "CARD_NAME",
@@ -35,7 +34,7 @@ def is_part_of_a_model(name: str) -> bool:
     Of another model, these are removed where a merge takes its place; anything else is somebody's own and stays.
     """
     patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
+    return matches(name, patterns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
