@@ -14,7 +14,8 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.sources.prompts import chat_template_problems, prompt_file_place, read_prompts
-from raymoe.sources.resolve import Elsewhere, HubOptions, folders_of, resolve_models
+from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, folders_of, resolve_models, with_contents
+from raymoe.sources.types import SourceFile
 from raymoe.storage.places import Inputs
 
 if TYPE_CHECKING:
@@ -51,9 +52,16 @@ def plan(
     facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere))
     if facts is not None:
         problems += chat_template_problems(checked, facts[checked.base_model], hub, elsewhere)
+        base = _collect(problems, lambda: with_contents(facts[checked.base_model], _reader(checked, hub, elsewhere)))
+        facts |= {checked.base_model: base} if base is not None else {}
     if problems or concrete is None or facts is None:
         raise ProblemReport(problems)
     return build_plan(concrete, facts, options or MergeOptions())
+
+
+def _reader(config: MergeConfig, hub: HubOptions | None, elsewhere: Elsewhere | None) -> Callable[[SourceFile], bytes]:
+    """What reads a small file of a source as a whole."""
+    return elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes()
 
 
 def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,17 +125,12 @@ def _dense(
 
 def _tokenizer(merge: FinishedMerge, options: EvaluationOptions) -> Any:
     """The merge's own; the base's where the merge was made without."""
-    from raymoe.gates.prompts import load_tokenizer
+    from raymoe.gates.prompts import tokenizer_from
 
     storage, facts = merge.config.storage, merge.facts
     if not merge.options.copy_tokenizer:
         facts = resolve_model(merge.config.base_model, options.hub, storage)
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
-        for name, path in fetch_side_files(facts, options.hub, storage).items():
-            target = Path(folder) / name
-            target.parent.mkdir(exist_ok=True)
-            target.symlink_to(path)
-        return load_tokenizer(Path(folder), trust_remote_code=options.trust_remote_code)
+    return tokenizer_from(fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code)
 
 
 def _readable(

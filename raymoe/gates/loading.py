@@ -1,15 +1,17 @@
 """A model's layers one after the other on the device where they are computed, the next ones on their way meanwhile.
 
-    CPU   the next layer is mapped and widened to float32 by a thread, while this one is computed with
+    CPU   the next layer is read and widened to float32 by a thread, while this one is computed with
     GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy a layer
 
-On a GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at
-most are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on
-the CPU and join them, and so do the factors of adapters, which are made float64.
+On a CPU two buffers of a layer each take turns: mapping new memory for each layer would cost more than reading it. On a
+GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at most
+are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on the
+CPU and join them, and so do the factors of adapters, which are made float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,8 +74,28 @@ def _multiplies_bfloat16() -> bool:
 
 def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """A weight on the CPU, in the dtype that it is computed with."""
+    if not is_url(entry.file.location):
+        weight = torch.empty(entry.shape, dtype=dtype)
+        _read_as(reader, entry, weight.reshape(-1))
+        return weight
     flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
     return flat.reshape(entry.shape).to(dtype)
+
+
+def _read_as(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> None:
+    """Read a tensor of a local file into `target` (elements,), which may have another dtype."""
+    stored = _TORCH_DTYPES[entry.dtype]
+    if not entry.nbytes:
+        return
+    if stored == target.dtype:
+        reader.read_into(entry.file, entry.start, memoryview(target.view(torch.uint8).numpy()))
+        return
+    piece = torch.empty(min(target.numel(), _PIECE_BYTES // stored.itemsize), dtype=stored)
+    content = memoryview(piece.view(torch.uint8).numpy())
+    for at in range(0, target.numel(), piece.numel()):
+        count = min(piece.numel(), target.numel() - at)
+        reader.read_into(entry.file, entry.start + at * stored.itemsize, content[: count * stored.itemsize])
+        target[at : at + count].copy_(piece[:count])
 
 
 def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, torch.Tensor]:
@@ -93,21 +115,40 @@ class LayerLoader:
             with _Ring(self._reader, self._device, self._dtype, layers) as ring:
                 yield from ring.layers()
             return
+        largest = max((sum(map(_elements, _local_weights(layer).values())) for layer in layers), default=0)
+        buffers = [torch.empty(largest, dtype=self._dtype) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0]) if layers else None
+            ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0], buffers[0]) if layers else None
             for number in range(len(layers)):
                 assert ahead is not None
-                loaded = ahead.result()
-                ahead = pool.submit(self._load, layers[number + 1]) if number + 1 < len(layers) else None
+                loaded, ahead = ahead.result(), None
+                if number + 1 < len(layers):  # into the buffer of the layer before this one
+                    ahead = pool.submit(self._load, layers[number + 1], buffers[(number + 1) % 2])
                 yield loaded
                 del loaded
 
-    def _load(self, layer: LayerParts) -> LoadedLayer:
+    def _load(self, layer: LayerParts, buffer: torch.Tensor) -> LoadedLayer:
         self._reader.load(layer.entries)
-        weights = {name: load_weight(self._reader, entry, self._dtype) for name, entry in layer.weights.items()}
+        local, at = _local_weights(layer), 0
+        remote = {name: entry for name, entry in layer.weights.items() if name not in local}
+        weights = {name: load_weight(self._reader, entry, self._dtype) for name, entry in remote.items()}
+        for name, entry in local.items():
+            place = buffer[at : at + math.prod(entry.shape)]
+            _read_as(self._reader, entry, place)
+            weights[name] = place.view(entry.shape)
+            at += _elements(entry)
         factors = _load_factors(self._reader, layer)
-        self._reader.release()  # what is not used in place has been widened: its source can go
+        self._reader.release()  # what was read of objects is in use, or has been widened: its source can go
         return LoadedLayer(weights=weights, factors=factors)
+
+
+def _elements(entry: TensorEntry) -> int:
+    """Room for a tensor of a local file in a buffer; the next one begins where kernels like it."""
+    return -(-math.prod(entry.shape) // _ALIGNED) * _ALIGNED
+
+
+def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
+    return {name: entry for name, entry in layer.weights.items() if not is_url(entry.file.location)}
 
 
 @dataclass

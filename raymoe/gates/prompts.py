@@ -7,19 +7,19 @@ needs no mask, changes no position, and is simply not read afterwards.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.prompts import NO_CHAT_TEMPLATE
-from raymoe.sources.types import SourceFile
+from raymoe.sources.types import SideFile
 from raymoe.storage.reader import SourceReader
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize", "tokenizer_of"]
+__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize", "tokenizer_from", "tokenizer_of"]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048
@@ -38,18 +38,25 @@ _FIXED_DAY = "".join(
 _loaded: dict[tuple[Any, ...], Any] = {}
 
 
-def tokenizer_of(files: Sequence[SourceFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
+def tokenizer_of(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
     """The tokenizer that these files make up. Raises ProblemReport where they don't."""
-    paths = [reader.path(file) for file in files]
-    key = (trust_remote_code, *((file, path.stat().st_mtime_ns) for file, path in zip(files, paths, strict=True)))
+    paths = {side.name: reader.path(side.file) for side in files}
+    key = (trust_remote_code, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
     if key not in _loaded:
-        with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
-            for file, path in zip(files, paths, strict=True):
-                (Path(folder) / Path(file.location).name).symlink_to(path)
-            tokenizer = load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
         _loaded.clear()
         _loaded[key] = tokenizer
     return _loaded[key]
+
+
+def tokenizer_from(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
+    """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
+        for name, path in paths.items():
+            link = Path(folder) / name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path)
+        return load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:

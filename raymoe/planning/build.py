@@ -31,7 +31,7 @@ from raymoe.planning.totals import totals_of
 from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
 from raymoe.sources.folder import has_vocabulary
-from raymoe.sources.types import ModelFacts, ModelRef, SourceFile
+from raymoe.sources.types import ModelFacts, ModelRef, SideFile
 
 __all__ = ["build_plan"]
 
@@ -253,7 +253,7 @@ def _gate_plan(
             weights=weights,
         )
 
-    tokenizer: tuple[SourceFile, ...] = tuple(f for f in base_facts.side_files if f.name != _GENERATION_CONFIG)
+    tokenizer: tuple[SideFile, ...] = tuple(f for f in base_facts.side_files if f.name != _GENERATION_CONFIG)
     return GatePlan(
         mode=config.gate_mode,
         prompt_model=prompt_model,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.planning.types import GatePlan, Shard
-from raymoe.sources.types import SourceFile
+from raymoe.sources.types import SideFile
 
 __all__ = ["plan_digest"]
 
@@ -20,15 +20,16 @@ OUTPUT_FORMAT = 2
 def plan_digest(
     shards: tuple[Shard, ...],
     config: Mapping[str, Any],
-    side_files: tuple[SourceFile, ...],
+    side_files: tuple[SideFile, ...],
     gates: GatePlan,
     *,
     strict: bool = False,
 ) -> str:
-    """SHA-256 (hex) over everything that decides the output's bytes, sources by location and range.
+    """SHA-256 (hex) over everything that decides the output's bytes.
 
-    A `strict` plan has another digest than the same plan without: it must not go on from shards whose numbers nobody
-    has looked at.
+    Weights count by location and range, local side files by their content too. What fields leave out of comparisons
+    (the stamps of files) is left out here. A `strict` plan has another digest than the same plan without: it must not
+    go on from shards whose numbers were not looked at.
     """
     content = {
         "format": OUTPUT_FORMAT,
@@ -48,8 +49,8 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     assert dataclasses.is_dataclass(value), f"no canonical form for {type(value)}"
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    for key in ("whole", "magnitude", "heads"):  # plans of before there were such things keep their digests
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
+    for key in ("whole", "magnitude", "heads", "content"):  # plans of before there were such things keep their digests
         if fields.get(key, ...) is None:
             del fields[key]
     return {"kind": type(value).__name__, **fields}

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
+from raymoe.sources.types import LoraPair, SideFile, SourceFile, TensorEntry
 
 __all__ = [
     "FUSED",
@@ -220,7 +220,7 @@ class GatePlan:
     hidden: int
     experts: tuple[GatePrompts, ...]
     shared: tuple[GatePrompts, ...]
-    tokenizer_files: tuple[SourceFile, ...]
+    tokenizer_files: tuple[SideFile, ...]
     vocab: int
     seed: int
     quantise: str | None
@@ -259,7 +259,7 @@ class MergePlan:
     config: Mapping[str, Any]
     dtype: str
     shards: tuple[Shard, ...]
-    side_files: tuple[SourceFile, ...]
+    side_files: tuple[SideFile, ...]
     gates: GatePlan
     sources: tuple[Source, ...]
     totals: Totals

@@ -32,22 +32,23 @@ from raymoe.report.source_cards import source_cards
 from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.other_nodes import OtherNodes
-from raymoe.runtime.placement import Placement, owner_names
+from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_work import Sending, read_for_shards
+from raymoe.runtime.source_files import SourceFiles
 from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
-from raymoe.storage.journal import source_stamps
 from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, output_location, refusals
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way
+from raymoe.text import some
 
-__all__ = ["MergeResult", "output_of", "output_problems", "run_merge", "side_file_name"]
+__all__ = ["MergeResult", "output_of", "output_problems", "run_merge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +103,16 @@ def run_merge(
             quantise=plan.gates.quantise,
             placement=placement,
             experts=len(plan.gates.experts),
-            reads_folders=any("://" not in file.location for file in _all_files(plan)),
+            reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
             beside_driver=not is_url(target.location),
             shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
         )
-        sources = _Sources(plan, placement)
+        sources = SourceFiles(plan, placement)
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
                 return _already_complete(plan, target, finished, settings, report)
             with _begun(), Progress(plan, settings.verbosity, report=report) as progress:
-                with expert_actors(slots, target.location, settings, target.run) as actors:
+                with sources.explaining(), expert_actors(slots, target.location, settings, target.run) as actors:
                     outcome = run_jobs(
                         plan,
                         actors,
@@ -124,7 +125,7 @@ def run_merge(
                         needs=placement.needs if placement is not None else None,
                     )
                     progress.final_look(actors, outcome)
-                _check_sources_unchanged(target, sources)
+                sources.check_unchanged()
                 rows = outcome.rows | random_gate_rows(plan.gates)
                 names = _expert_names(plan)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
@@ -222,31 +223,19 @@ class _SendShards:
         return writer.receive.options(name=self._name("receive", job)).remote(actor, job)
 
 
-class _Sources:
-    """The source files as all nodes see them, for the question whether they are still what they were."""
-
-    def __init__(self, plan: MergePlan, placement: Placement | None) -> None:
-        self._files, self._placement = _all_files(plan), placement
-
-    def stamps(self) -> dict[str, int]:
-        """Modification times and the like, by location."""
-        far = self._placement.stamps() if self._placement is not None else {}
-        return {**far, **source_stamps(self._files)}
-
-    def look_again(self) -> None:
-        if self._placement is not None:
-            self._placement = self._placement.asked_again()
-
-
 def output_problems(
-    plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources | None = None
+    plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles | None = None
 ) -> list[Problem]:
     """Everything that keeps this plan from being written to `target`, found without writing.
 
     `sources` as all nodes see them, where they have been asked.
     """
-    sources = sources or _Sources(plan, None)
+    sources = sources or SourceFiles(plan, None)
     problems = refusals(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
+    if changed := sources.changed():
+        what = f"files were written after the merge was planned with them: {some(changed, most=3)}"
+        remedy = "run the same command again when they no longer change"
+        problems.append(Problem(where="sources", what=what, remedy=remedy))
     if not problems and not settings.overwrite and target.digest() == plan.digest:
         changed = target.changed_sources(sources.stamps())
         if changed:
@@ -256,11 +245,7 @@ def output_problems(
     return problems
 
 
-def _all_files(plan: MergePlan) -> list[SourceFile]:
-    return [file for source in plan.sources for file in source.files]
-
-
-def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources) -> FinishedMerge | None:
+def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles) -> FinishedMerge | None:
     """Begin the run, unless another one has finished this merge since the first look: that merge."""
     target.lock()
     # Another merge may have come and gone since the first look; now nobody else is here.
@@ -273,15 +258,6 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
     goes_on = is_unfinished and not target.changed_sources(stamps)
     target.begin(plan.digest, stamps, fresh=settings.overwrite and not goes_on)
     return None
-
-
-def _check_sources_unchanged(target: Output, sources: _Sources) -> None:
-    sources.look_again()
-    if changed := target.changed_sources(sources.stamps()):
-        raise MergeFailed(
-            f"source files changed while they were merged: {', '.join(changed[:3])}. The output is of no use; run the "
-            "same command with --overwrite when they no longer change."
-        )
 
 
 def _expert_names(plan: MergePlan) -> list[str]:
@@ -314,12 +290,6 @@ def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: Runtime
                 yield target.complete(shard, results)
 
 
-def side_file_name(file: SourceFile) -> str:
-    """Name of a side file in the output; `chat_templates/` is the one subfolder that side files can be in."""
-    folder = file.location.rsplit("/", 2)[-2]
-    return f"{folder}/{file.name}" if folder == "chat_templates" else file.name
-
-
 def _finish(
     plan: MergePlan,
     config: MergeConfig,
@@ -330,9 +300,8 @@ def _finish(
 ) -> tuple[FileRecord, ...]:
     """Small files, the index, the record; then the journal goes."""
     records = list(records)
-    for file in plan.side_files:
-        content = OtherNodes(settings).read(file)
-        records.append(target.write_small(side_file_name(file), content))
+    for side in plan.side_files:
+        records.append(target.write_small(side.name, OtherNodes(settings).read(side.file)))
     records.append(target.write_small("config.json", _json(plan.config)))
     if plan.options.model_card:
         card = model_card(plan, config, summary, source_cards(plan, settings.hub, settings.storage))

@@ -21,6 +21,7 @@ import xxhash
 from raymoe.config import MODES
 from raymoe.errors import Problem
 from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
+from raymoe.sources.local import has_changed, is_in_view
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import LoraPair, SourceFile
 
@@ -44,11 +45,15 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileView:
-    """A file as one node sees it. `sample` is a checksum of some of its blocks."""
+    """A file as one node sees it. `sample` is a checksum of some of its blocks.
+
+    `changed`: the merge was planned with what this node had before.
+    """
 
     size: int
     mtime_ns: int
     sample: int
+    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +127,10 @@ class Needs:
                 self._add(
                     "the shards of", names.get(shard.owner, shard.owner), self.shards[shard.file_name], shard.nbytes
                 )
+        tokenizer = [side.file for side in plan.gates.tokenizer_files]
         for member in (*plan.gates.experts, *plan.gates.shared):
             if member.positive:
-                self.members[member.owner] = _local([*_prompt_files(member), *plan.gates.tokenizer_files], found)
+                self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
                 computes = MODES[plan.gates.mode].reads_layers
                 files = self.members[member.owner]
                 self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
@@ -206,6 +212,22 @@ class Placement:
                 # Copies have times of their own, and which of them there are depends on the nodes that are up.
                 stamps[file.location] = times.pop() if len(times) == 1 else held[0].sample
         return stamps
+
+    def changed(self, before: Placement | None = None) -> list[str]:
+        """Files that a node no longer has as they were when the merge was planned, or `before`."""
+        earlier = {node.node_id: node.files or {} for node in before.nodes} if before is not None else {}
+        found = set()
+        for node in self.nodes:
+            for location, view in (node.files or {}).items():
+                then = earlier.get(node.node_id, {}).get(location)
+                held = then is not None and before is not None and node.node_id in before.holders(location)
+                if view.changed or (held and then != view):
+                    found.add(location)
+        return sorted(found)
+
+    def holders(self, location: str) -> frozenset[str]:
+        """The nodes that have a file as it was planned with."""
+        return self._holders.get(location, frozenset())
 
     def asked_again(self) -> Placement:
         """The same, as it is now; nodes that are gone keep their answers."""
@@ -331,7 +353,7 @@ def _free_resources() -> Mapping[str, Mapping[str, float]]:
 
 def ask_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
     """The nodes with their answers, of those that give one in time."""
-    answers = on_nodes(files_on, [(file.location, file.size) for file in files], nodes, "look for source files")
+    answers = on_nodes(files_on, list(files), nodes, "look for source files")
     return [
         Node(
             node_id=node.node_id,
@@ -369,16 +391,21 @@ def on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> 
     return answers
 
 
-def files_on(wanted: Sequence[tuple[str, int]]) -> dict[str, FileView]:
-    """What this machine has of some files, given as location and size; of another size they have no sample."""
+def files_on(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
+    """What this machine has of some files; of another size they have no sample."""
     found = {}
-    for location, size in wanted:
+    for file in wanted:
         try:
-            status = os.stat(location)
-            sample = _sample(location, size) if status.st_size == size else 0
+            status = os.stat(file.location)
+            sample = _sample(file.location, file.size) if status.st_size == file.size else 0
         except OSError:
             continue
-        found[location] = FileView(size=status.st_size, mtime_ns=status.st_mtime_ns, sample=sample)
+        found[file.location] = FileView(
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            sample=sample,
+            changed=is_in_view(file) and has_changed(file),
+        )
     return found
 
 

@@ -91,7 +91,9 @@ class ExpertWorker:
             node_id=_node_id(),
             output_visible=self._output.is_reachable(),
             device="cuda:0" if self._has_gpu() else "cpu",
-            missing=frozenset(f.location for f in files if (found := stat_file(f.location)) is None or found != f),
+            missing=frozenset(
+                f.location for f in files if (found := stat_file(f.location)) is None or found.size != f.size
+            ),
         )
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.sources.types import SourceFile
+from raymoe.sources.types import SideFile, SourceFile
 from raymoe.untrusted import check_size, read_json
 
-__all__ = ["SIDE_FILES", "Folder", "has_vocabulary", "is_inside", "read_json_object", "side_files", "unusable"]
+__all__ = [
+    "SIDE_FILES",
+    "Folder",
+    "has_vocabulary",
+    "is_inside",
+    "matches",
+    "read_json_object",
+    "side_files",
+    "unusable",
+]
 
 # Files of which every tokenizer has one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -93,15 +102,20 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
     return value
 
 
-def side_files(folder: Folder) -> tuple[SourceFile, ...]:
+def side_files(folder: Folder) -> tuple[SideFile, ...]:
     """The small files that travel with a model, sorted by name."""
-    names = [name for name in folder.names if any(fnmatch.fnmatchcase(name, p) for p in SIDE_FILES)]
-    return tuple(file for name in sorted(names) if (file := folder.find(name)) is not None)
+    names = sorted(name for name in folder.names if matches(name, SIDE_FILES) and is_inside(name))
+    return tuple(SideFile(name=name, file=file) for name in names if (file := folder.find(name)) is not None)
 
 
-def has_vocabulary(files: Sequence[SourceFile]) -> bool:
+def has_vocabulary(files: Sequence[SideFile]) -> bool:
     """Whether a model's side files hold a tokenizer."""
-    return any(fnmatch.fnmatchcase(file.name, pattern) for file in files for pattern in _VOCABULARIES)
+    return any(matches(file.name, _VOCABULARIES) for file in files)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name relative to a folder matches one of some patterns. `*` matches no '/'."""
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
 
 
 def is_inside(name: str) -> bool:

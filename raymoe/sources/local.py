@@ -1,14 +1,39 @@
-"""A checkpoint in a local folder (also one of the Hub cache's snapshot folders, whose files are symlinks)."""
+"""A checkpoint in a local folder (also one of the Hub cache's snapshot folders, whose files are symlinks).
+
+A file can be replaced at any time. So it is stamped when it is found, before its header is read (`stat_file`), and
+every later opening compares (`open_file`): what is read belongs to the header that was read, or an error is raised.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import resource
+import socket
+import stat
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-from raymoe.sources.folder import unusable
-from raymoe.sources.types import SourceFile
+import xxhash
 
-__all__ = ["LocalFolder", "stat_file"]
+from raymoe.errors import CheckpointError
+from raymoe.sources.folder import unusable
+from raymoe.sources.types import FileStamp, SourceFile
+
+__all__ = [
+    "LocalFolder",
+    "check_unchanged",
+    "has_changed",
+    "is_in_view",
+    "open_file",
+    "stat_file",
+    "unreadable",
+    "with_content",
+]
+
+_CHUNK_BYTES = 256 << 10
 
 
 class LocalFolder:
@@ -43,12 +68,12 @@ class LocalFolder:
         return self.read_range(file, 0, file.size)
 
     def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
-        try:
-            with open(file.location, "rb") as handle:
+        with open(open_file(file), "rb") as handle:
+            try:
                 handle.seek(start)
                 return handle.read(end - start)
-        except OSError as error:
-            raise unusable(file.location, f"can't be read: {error.strerror}", "check its permissions") from error
+            except OSError as error:
+                raise unreadable(file, error) from error
 
     def local_path(self, file: SourceFile) -> Path:
         return Path(file.location)
@@ -60,7 +85,127 @@ class LocalFolder:
 
 
 def stat_file(path: str) -> SourceFile | None:
-    """The regular file at an absolute path, or None."""
-    if not os.path.isfile(path):
+    """The regular file at an absolute path (a symlink is followed), or None."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
         return None
-    return SourceFile(location=path, size=os.stat(path).st_size)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return SourceFile(location=path, size=status.st_size, stamp=_stamp(status))
+
+
+def open_file(file: SourceFile, path: str | Path | None = None) -> int:
+    """A descriptor of a file of this machine; `path` is where its bytes are, if not at its location.
+
+    Raises CheckpointError if the file is missing, can't be read, or is not the one that was planned with.
+    """
+    try:
+        descriptor = os.open(path or file.location, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        what = f"the file is not there on this node ({socket.gethostname()})"
+        remedy = "put the model where every node sees it under this path, or name it by its Hub id"
+        raise unusable(file.location, what, remedy) from None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    try:
+        check_unchanged(file, descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise unreadable(file, error) from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_unchanged(file: SourceFile, descriptor: int) -> None:
+    """Raises CheckpointError if an open file is not the one that was planned with."""
+    if _is_same(file, descriptor):
+        return
+    size = os.fstat(descriptor).st_size
+    what = "the file has been written again since the merge was planned"
+    if size != file.size:
+        what = f"the file has {size} bytes, but had {file.size} when the merge was planned"
+    raise unusable(file.location, what, "run the same command again when the file no longer changes")
+
+
+def has_changed(file: SourceFile) -> bool:
+    """Whether a local file is no longer the one that was planned with. A missing file has not changed."""
+    try:
+        descriptor = os.open(file.location, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _is_same(file, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_in_view(file: SourceFile) -> bool:
+    """Whether the file's stamp was taken where this process is, so that it can be compared with what is here."""
+    return file.stamp is not None and file.stamp.view == _view()
+
+
+def with_content(file: SourceFile, data: bytes) -> SourceFile:
+    """A small file with the checksum of `data`, its content."""
+    return replace(file, content=f"xxh3-128:{xxhash.xxh3_128_hexdigest(data)}")
+
+
+def unreadable(file: SourceFile, error: OSError) -> CheckpointError:
+    """What to raise where a file can't be opened or read."""
+    what, remedy = f"can't be read: {error.strerror or error}", "check its permissions and its disk"
+    if error.errno == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        what = f"can't be opened: this process has as many files open as it may ({limit})"
+        remedy = "allow more before Ray is started (ulimit -n 65536)"
+    elif error.errno == errno.ENFILE:
+        remedy = "the whole machine has too many files open: raise fs.file-max"
+    return unusable(file.location, what, remedy)
+
+
+def _is_same(file: SourceFile, descriptor: int) -> bool:
+    """Whether an open file is the one that was planned with, as far as its stamp, content or else size tells."""
+    status = os.fstat(descriptor)
+    if status.st_size != file.size:
+        return False
+    if is_in_view(file) and _stamp(status) == file.stamp:
+        return True
+    if file.content is not None:
+        return _checksum(descriptor) == file.content
+    return not is_in_view(file)
+
+
+def _checksum(descriptor: int) -> str:
+    hasher, at = xxhash.xxh3_128(), 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, at):
+        hasher.update(chunk)
+        at += len(chunk)
+    return f"xxh3-128:{hasher.hexdigest()}"
+
+
+def _stamp(status: os.stat_result) -> FileStamp:
+    inode = status.st_ino if _has_lasting_inodes(status.st_dev) else 0
+    return FileStamp(mtime_ns=status.st_mtime_ns, inode=inode, view=_view())
+
+
+@cache
+def _view() -> str:
+    """This machine since its start, and the mount namespace of this process: what sees the same files."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/mnt')}"
+    except OSError:
+        return socket.gethostname()
+
+
+@cache
+def _has_lasting_inodes(device: int) -> bool:
+    """False for FUSE, whose filesystems may number a file anew each time that the kernel has forgotten it."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text()
+    except OSError:
+        return True
+    number = re.escape(f"{os.major(device)}:{os.minor(device)}")
+    match = re.search(rf"^\d+ \d+ {number} .* - (\S+) ", mounts, re.MULTILINE)
+    return match is None or not match[1].startswith("fuse")

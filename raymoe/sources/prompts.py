@@ -103,7 +103,7 @@ def chat_template_problems(
     experts = (*config.experts, *config.shared_experts)
     if not config.needs_prompts or not any(map(config.uses_chat_template, experts)):
         return []
-    files = {file.name: file for file in base.side_files}
+    files = {side.name: side.file for side in base.side_files}
     if "chat_template.jinja" in files:
         return []
     settings: Any = {}

@@ -12,7 +12,6 @@ once, each path only once, and everything wrong with any of them is raised toget
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
-from raymoe.sources.local import LocalFolder, stat_file
+from raymoe.sources.local import LocalFolder, open_file, with_content
 from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import quantisation_problems
 from raymoe.sources.refs import is_local_folder
-from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile
+from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SideFile, SourceFile
 
 __all__ = [
     "Elsewhere",
@@ -44,6 +43,7 @@ __all__ = [
     "open_folders",
     "resolve_model",
     "resolve_models",
+    "with_contents",
 ]
 
 _MODELS_AT_ONCE = 8
@@ -60,7 +60,7 @@ class Opened:
     folder: Folder
     config: Mapping[str, Any]
     index: CheckpointIndex
-    side_files: tuple[SourceFile, ...]
+    side_files: tuple[SideFile, ...]
     warnings: tuple[str, ...]
 
 
@@ -279,13 +279,7 @@ def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: Sto
         return download(file, options or HubOptions())
     if is_url(file.location):
         return fetch_object(file, storage or StorageOptions())
-    found = stat_file(file.location)
-    if found is None:
-        remedy = "put the model where every node sees it under this path, or name it by its Hub id"
-        raise unusable(file.location, f"the file is not there on this node ({socket.gethostname()})", remedy)
-    if found.size != file.size:
-        what = f"the file has {found.size} bytes, but had {file.size} when the merge was planned"
-        raise unusable(file.location, what, "run the merge again when the file no longer changes")
+    os.close(open_file(file))
     return Path(file.location)
 
 
@@ -293,9 +287,13 @@ def fetch_side_files(
     facts: ModelFacts, options: HubOptions | None = None, storage: StorageOptions | None = None
 ) -> dict[str, Path]:
     """Local paths of a model's side files by their names in the folder (`chat_templates/...` included)."""
-    paths: dict[str, Path] = {}
-    for file in facts.side_files:
-        # The one subfolder that side files can be in; see folder.side_files.
-        in_templates = file.location.rsplit("/", 2)[-2] == "chat_templates"
-        paths[f"chat_templates/{file.name}" if in_templates else file.name] = fetch_file(file, options, storage)
-    return paths
+    return {side.name: fetch_file(side.file, options, storage) for side in facts.side_files}
+
+
+def with_contents(facts: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
+    """The facts with the checksums of local side files: a plan's digest tells one tokenizer from another by them."""
+    side = tuple(
+        replace(side, file=with_content(side.file, read(side.file))) if "://" not in side.file.location else side
+        for side in facts.side_files
+    )
+    return replace(facts, side_files=side)

@@ -16,10 +16,12 @@ from typing import Any
 __all__ = [
     "AdapterFacts",
     "CheckpointIndex",
+    "FileStamp",
     "LoraPair",
     "ModelFacts",
     "ModelRef",
     "PathRef",
+    "SideFile",
     "SourceFile",
     "TensorEntry",
 ]
@@ -48,20 +50,47 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What tells a local file from a later state of it: modification time (ns) and inode number.
+
+    `view` names the machine and mount namespace in which the stamp was taken. In another view the same path can be a
+    copy with another time and inode, so stamps are compared in their own view only. `inode` is 0 on filesystems without
+    lasting inode numbers (FUSE).
+    """
+
+    mtime_ns: int
+    inode: int
+    view: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
     """One file of a checkpoint.
 
     `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `size` is in bytes.
     `etag` is what tells one content of an object from another, where its store has such a thing; None elsewhere.
+    `content` is the checksum of a small local file (`xxh3-128:hex`), None elsewhere.
+    `stamp` is taken before the file is read for the first time. It says nothing about the content, so files with
+    different stamps compare equal, and plans with different stamps have the same digest.
     """
 
     location: str
     size: int
     etag: str | None = None
+    content: str | None = None
+    stamp: FileStamp | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         return self.location.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """A small file that travels with a model. `name` is relative to the model's folder: `chat_templates/tool.jinja`."""
+
+    name: str
+    file: SourceFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +169,7 @@ class ModelFacts:
     revision: str | None
     config: Mapping[str, Any]
     index: CheckpointIndex
-    side_files: tuple[SourceFile, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
     adapter: AdapterFacts | None = None
     warnings: tuple[str, ...] = field(default=())
     folders: tuple[str, ...] = ()

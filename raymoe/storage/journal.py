@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.sources.local import is_in_view
 from raymoe.sources.types import SourceFile
 from raymoe.storage.claim import Claim, taken_over
 from raymoe.storage.records import JOURNAL, FileRecord, json_object
@@ -328,10 +329,15 @@ def _flat(name: str) -> str:
 
 
 def source_stamps(files: Iterable[SourceFile]) -> dict[str, int]:
-    """Modification times (ns) of the source files that this machine can see; a Hub revision never changes."""
+    """Modification times (ns) of local source files, as they were when the headers were read.
+
+    Files of another machine are left out, unless they are here too. A Hub revision never changes.
+    """
     stamps = {}
     for file in files:
-        if "://" not in file.location and os.path.exists(file.location):
+        if file.stamp is not None and is_in_view(file):
+            stamps[file.location] = file.stamp.mtime_ns
+        elif "://" not in file.location and os.path.exists(file.location):
             stamps[file.location] = os.stat(file.location).st_mtime_ns
     return stamps
 

@@ -222,7 +222,8 @@ def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
     """The shard's copies from files of this machine, which may be on the output's own filesystem."""
     for span in spans(shard.parts):
         if isinstance(span.what, CopyRange) and not is_url(span.what.file.location):
-            yield reader.descriptor(span.what.file), span.what.start, span.what.end, span.start
+            with reader.opened(span.what.file) as descriptor:
+                yield descriptor, span.what.start, span.what.end, span.start
 
 
 def _write_error(path: Path, error: OSError) -> MergeFailed:

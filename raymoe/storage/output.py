@@ -148,7 +148,7 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
     """
     inputs = inputs or Inputs()
     folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
-    files = [file.location for file in (*plan.side_files, *plan.gates.tokenizer_files)]
+    files = [side.file.location for side in (*plan.side_files, *plan.gates.tokenizer_files)]
     folders += source_folders("base", (), files)
     if problem := clash(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
@@ -189,7 +189,7 @@ def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
     if is_url(location):
         return []
     finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
-    files = [*plan.side_files, *(file for source in plan.sources for file in source.files)]
+    files = [*(side.file for side in plan.side_files), *(file for source in plan.sources for file in source.files)]
     names = {file.location for file in files if not is_url(file.location) and os.path.exists(file.location)}
     newer = sorted(name for name in names if os.stat(name).st_mtime_ns > finished)
     if not newer:

@@ -1,22 +1,25 @@
 """Ranged reads of source files on this node, wherever they lie.
 
 A `SourceReader` serves ranges to several threads. A file on this node (Hub files are fetched into the Hub's cache
-first) is opened once; an object is read in place by ranged requests, several under way at once. Ways to read:
+first) stays open between reads, a limited number of them at once (see open_files.py); an object is read in place by
+ranged requests, several under way at once. Ways to read:
 
     chunks      a long range as a stream, for bytes that are passed on; of an object, the next chunks are read ahead
     read_into   a range into the caller's buffer
     scattered   many short ranges, joined where they lie close together
-    view        a tensor that is computed with: mapped and private (pages may be written to), or read
+    view        a whole tensor that is computed with
+
+Nothing is mapped: a mapped file that is cut short while it is read ends the process with SIGBUS, without a message.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +27,11 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import is_url
+from raymoe.sources.local import open_file, unreadable
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.open_files import OpenFiles
 from raymoe.storage.spool import SHARDS, Spool
 from raymoe.storage.values import FoundValues
 
@@ -63,30 +68,32 @@ class SourceReader:
         self._hub, self._storage = hub, storage or StorageOptions()
         self._spool, self._name = spool, name
         self._lock = threading.Lock()
-        self._descriptors: dict[str, int] = {}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files = OpenFiles(self._open)
         self._pool: ThreadPoolExecutor | None = None
         self._read_tensors: dict[TensorEntry, memoryview] = {}
 
     def __enter__(self) -> SourceReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Raises CheckpointError if a file was written while it was read, unless there is an error already."""
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
 
     def path(self, file: SourceFile) -> Path:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
         return fetch_file(file, self._hub, self._storage)
 
-    def descriptor(self, file: SourceFile) -> int:
-        """A local file, open for reading until `close()`."""
-        with self._lock:
-            if file.location not in self._descriptors:
-                try:
-                    self._descriptors[file.location] = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise _unreadable(file, error) from error
-            return self._descriptors[file.location]
+    def opened(self, file: SourceFile) -> AbstractContextManager[int]:
+        """A descriptor of a file on this node, valid in the context. Raises CheckpointError."""
+        return self._files.use(file)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of this node has been written since this reader opened it."""
+        self._files.check()
 
     def read_into(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
@@ -129,36 +136,40 @@ class SourceReader:
                 self._read_tensors |= {entry: found[entry.start, entry.end] for entry in members}
 
     def view(self, entry: TensorEntry) -> memoryview:
-        """The bytes of a tensor; those of a local file are mapped. Valid until `close()`."""
+        """The bytes of a tensor, in memory of its own. Tensors that are not large are kept for the next call, since
+        LoRA factors are asked for block by block."""
         if entry.nbytes == 0:
             return memoryview(bytearray())
-        if is_url(entry.file.location):
-            # Kept for a while: LoRA factors are asked for block by block.
-            content = self._read_tensors.get(entry)
-            if content is None:
+        content = self._read_tensors.get(entry)
+        if content is None:
+            if is_url(entry.file.location):
                 content = self._joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
-                self._keep(entry, content)
-            return content
-        return memoryview(self._map(entry.file))[entry.start : entry.end]
+            else:
+                content = self._read(entry.file, entry.start, entry.end)
+            self._keep(entry, content)
+        return content
 
     def release(self) -> None:
-        """Let go of mapped pages and read tensors: memory is given back as soon as the last view is dropped."""
+        """Let go of read tensors: memory is given back as soon as the last view is dropped."""
         with self._lock:
-            self._maps.clear()
             self._read_tensors.clear()
 
     def close(self) -> None:
         self.release()
+        self._files.close()
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
                 self._pool = None
 
+    def _open(self, file: SourceFile) -> int:
+        is_local = "://" not in file.location
+        return open_file(file, None if is_local else self.path(file))
+
     def _keep(self, entry: TensorEntry, content: memoryview) -> None:
         """Remember a tensor that was read, and forget the oldest: a shard may need more of them than memory holds."""
+        if len(content) > _KEPT_BYTES:
+            return
         with self._lock:
             kept = sum(map(len, self._read_tensors.values())) + len(content)
             for oldest in list(self._read_tensors):
@@ -176,17 +187,18 @@ class SourceReader:
         return buffer
 
     def _read_local(self, file: SourceFile, start: int, buffer: memoryview) -> None:
-        descriptor, done = self.descriptor(file), 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], start + done)
-            except OSError as error:
-                raise _unreadable(file, error) from error
-            if count == 0:
-                what = f"ends at byte {start + done}, expected at least {start + len(buffer)}"
-                remedy = "the file changed while it was read; run the merge again"
-                raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
-            done += count
+        with self._files.use(file) as descriptor:
+            done = 0
+            while done < len(buffer):
+                try:
+                    count = os.preadv(descriptor, [buffer[done:]], start + done)
+                except OSError as error:
+                    raise unreadable(file, error) from error
+                if count == 0:
+                    what = f"ends at byte {start + done}, expected at least {start + len(buffer)}"
+                    remedy = "the file changed while it was read; run the merge again"
+                    raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
+                done += count
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """Chunks of an object, a few of them under way before they are asked for."""
@@ -221,15 +233,3 @@ class SourceReader:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read")
             return self._pool
-
-    def _map(self, file: SourceFile) -> mmap.mmap:
-        descriptor = self.descriptor(file)
-        with self._lock:
-            if file.location not in self._maps:
-                self._maps[file.location] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
-            return self._maps[file.location]
-
-
-def _unreadable(file: SourceFile, error: OSError) -> CheckpointError:
-    what = f"can't be read: {error.strerror or error}"
-    return CheckpointError([Problem(where=file.location, what=what, remedy="check its permissions and its disk")])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raymoe.errors import Problem
-from raymoe.sources.folder import SIDE_FILES, is_inside
+from raymoe.sources.folder import SIDE_FILES, is_inside, matches
 from raymoe.text import some
 from raymoe.untrusted import read_json
 
@@ -43,7 +42,7 @@ def is_part_of_a_model(name: str) -> bool:
     Of another model, these are removed where a merge takes its place; anything else is somebody's own and stays.
     """
     patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
+    return matches(name, patterns)
 
 
 def is_written_by_a_merge(name: str) -> bool:

@@ -19,6 +19,7 @@ from raymoe.runtime.cluster import slots_for
 from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, files_on
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import PIECE_BYTES, pieces_of
+from raymoe.sources.types import SourceFile
 from tests.pico import merge_config
 
 PlanOf = Callable[..., MergePlan]
@@ -39,7 +40,7 @@ def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float,
     """Nodes by name, each with the folders of some owners ('base 0 1' for the base and two experts); the first is the
     coordinator's. `resources`: CPUs and GPUs of a node, where these are not 4 and 0."""
     needs = Needs(plan)
-    every = files_on([(file.location, file.size) for file in needs.files])
+    every = files_on(needs.files)
     folders = {s.owner.removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
     nodes = []
     for name, owners in has.items():
@@ -186,13 +187,15 @@ def test_samples_see_changes_all_over_a_file(tmp_path: Path) -> None:
     content = bytearray(np.random.default_rng(0).bytes(200_000))
     path.write_bytes(content)
     size = len(content)
-    first = files_on([(str(path), size)])[str(path)]
+    first = files_on([SourceFile(location=str(path), size=size)])[str(path)]
     assert first == FileView(size=size, mtime_ns=path.stat().st_mtime_ns, sample=first.sample)
     for at in (0, size - 1):
         content[at] ^= 1
         path.write_bytes(content)
-        assert files_on([(str(path), size)])[str(path)].sample != first.sample
-    assert files_on([(str(tmp_path / "none"), 1), (str(tmp_path), 1)]).keys() == {str(tmp_path)}
+        assert files_on([SourceFile(location=str(path), size=size)])[str(path)].sample != first.sample
+    assert files_on([SourceFile(location=str(p), size=1) for p in (tmp_path / "none", tmp_path)]).keys() == {
+        str(tmp_path)
+    }
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [PIECE_BYTES], [PIECE_BYTES + 1], [3 << 20, 1, 6 << 20, 9 << 20]])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,10 @@ import psutil
 import pytest
 
 from raymoe.errors import CheckpointError
+from raymoe.sources.local import stat_file
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage.open_files import OpenFiles
 from raymoe.storage.reader import SourceReader
 from tests.storage.plans import save
 
@@ -34,14 +39,14 @@ def test_opened_once_and_closed(entry: TensorEntry, tmp_path: Path) -> None:
             reader.read_into(entry.file, entry.start, memoryview(bytearray(16)))
         assert open_here(path) == 1
         views = [reader.view(entry) for _ in range(3)]
-        assert open_here(path) == 2  # a mapping holds a descriptor of its own
-        del views
+        assert open_here(path) == 1
+        assert all(view == views[0] for view in views)
     assert open_here(path) == 0
     reader.close()  # again: no harm
 
 
 def test_a_view_outlives_the_reader(entry: TensorEntry) -> None:
-    """A tensor made of mapped bytes may be in use when its reader is closed."""
+    """A tensor made of these bytes may be in use when its reader is closed."""
     with SourceReader(HubOptions()) as reader:
         view = reader.view(entry)
         reader.release()
@@ -105,3 +110,135 @@ def test_empty_tensor(tmp_path: Path) -> None:
     entry = save(tmp_path, {"w": np.zeros((0, 4), np.float32)})["w"]
     with SourceReader(HubOptions()) as reader:
         assert len(reader.view(entry)) == 0
+
+
+def stamped(entry: TensorEntry) -> TensorEntry:
+    """The tensor with its file as planning finds it."""
+    found = stat_file(entry.file.location)
+    assert found is not None
+    return replace(entry, file=found)
+
+
+def test_a_file_that_was_replaced_after_planning(entry: TensorEntry, tmp_path: Path) -> None:
+    """Of the same size, with the old file's time: its inode tells."""
+    entry, path = stamped(entry), tmp_path / "model.safetensors"
+    status = path.stat()
+    (tmp_path / "new").write_bytes(path.read_bytes()[::-1])
+    os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(tmp_path / "new", path)
+    with SourceReader(HubOptions()) as reader, pytest.raises(CheckpointError, match="has been written again since"):
+        reader.read_into(entry.file, entry.start, memoryview(bytearray(4)))
+
+
+@pytest.mark.parametrize("is_stamped", [True, False])  # of another node's file only the first opening is known
+def test_a_file_that_is_written_while_it_is_read(entry: TensorEntry, tmp_path: Path, is_stamped: bool) -> None:
+    """What was read by then may be half old and half new: found at the end at the latest."""
+    file, reader = stamped(entry).file if is_stamped else entry.file, SourceReader(HubOptions())
+    reader.read_into(file, entry.start, memoryview(bytearray(4)))
+    reader.check_unchanged()
+    with open(tmp_path / "model.safetensors", "r+b") as writer:
+        writer.seek(entry.start)
+        writer.write(b"new!")
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: the file was written while it was read"):
+        reader.__exit__(None)
+    assert open_here(tmp_path / "model.safetensors") == 0
+
+
+def test_a_copy_of_another_node_has_a_time_of_its_own(entry: TensorEntry, tmp_path: Path) -> None:
+    """A stamp is compared where it was taken: elsewhere the same model may lie in a copy."""
+    file = stamped(entry).file
+    assert file.stamp is not None
+    copied = replace(file, stamp=replace(file.stamp, view="another machine", inode=1, mtime_ns=1))
+    with SourceReader(HubOptions()) as reader:
+        reader.read_into(copied, entry.start, memoryview(bytearray(4)))
+
+
+def test_a_file_that_is_cut_short_after_it_was_viewed(entry: TensorEntry, tmp_path: Path) -> None:
+    """As `open(path, "wb")` does. A mapping would end the process with SIGBUS."""
+    reader = SourceReader(HubOptions())
+    view = reader.view(entry)
+    os.truncate(tmp_path / "model.safetensors", 0)
+    assert np.array_equal(np.frombuffer(view, np.float32), np.arange(1 << 16, dtype=np.float32))
+    with pytest.raises(CheckpointError, match="was written while it was read"):
+        reader.check_unchanged()
+    reader.close()
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[SourceFile]:
+    """Twenty files, each full of its own number."""
+    files = []
+    for number in range(20):
+        (tmp_path / f"{number}").write_bytes(bytes([number]) * 64)
+        found = stat_file(str(tmp_path / f"{number}"))
+        assert found is not None
+        files.append(found)
+    return files
+
+
+def test_few_files_are_open_at_once(many: list[SourceFile]) -> None:
+    """The one that was used longest ago is closed for the next; one in use is not."""
+    opened: list[str] = []
+
+    def opener(file: SourceFile) -> int:
+        opened.append(os.path.basename(file.location))
+        return os.open(file.location, os.O_RDONLY)
+
+    files = OpenFiles(opener, most=3)
+    with files.use(many[0]) as first:
+        for file in [*many[1:], *many[1:3]]:
+            with files.use(file) as descriptor:
+                assert os.pread(descriptor, 1, 0)[0] == int(os.path.basename(file.location))
+            assert sum(map(open_here, (Path(f.location) for f in many))) <= 3
+        assert os.pread(first, 1, 0) == b"\0"
+    assert opened == [str(number) for number in (*range(20), 1, 2)]
+    files.close()
+    assert sum(map(open_here, (Path(f.location) for f in many))) == 0
+
+
+def test_threads_that_share_few_descriptors(many: list[SourceFile]) -> None:
+    """A descriptor is never closed, and its number given to another file, while a thread reads from it."""
+    files, wrong = OpenFiles(lambda file: os.open(file.location, os.O_RDONLY), most=2), []
+
+    def read(seed: int) -> None:
+        for number in np.random.default_rng(seed).integers(0, 20, 400):
+            with files.use(many[number]) as descriptor:
+                if os.pread(descriptor, 64, 0) != bytes([number]) * 64:
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files.close()
+    assert not wrong
+
+
+def test_a_use_that_outlives_the_reader(many: list[SourceFile]) -> None:
+    """Blocks that threads have begun are finished after a failed shard has closed its reader."""
+    files = OpenFiles(lambda file: os.open(file.location, os.O_RDONLY))
+    with files.use(many[3]) as descriptor:
+        files.close()
+        assert os.pread(descriptor, 1, 0) == b"\3"
+    assert open_here(Path(many[3].location)) == 0
+
+
+def test_too_many_open_files(many: list[SourceFile]) -> None:
+    """The message names the limit and what raises it, not the file's permissions."""
+    script = """
+import os, resource, sys
+from raymoe.errors import CheckpointError
+from raymoe.sources.local import open_file, stat_file
+file = stat_file(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+held = []
+try:
+    while True:
+        held.append(open_file(file))
+except CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, many[0].location], capture_output=True, text=True, check=True)
+    assert "this process has as many files open as it may (16)\n    -> allow more" in done.stdout

@@ -1,0 +1,65 @@
+"""The local source files of a merge as all nodes see them: whether they are still what the merge was planned with.
+
+planning          each file is stamped before its header is read (`SourceFile.stamp`); small files have a checksum
+before the merge  `changed`: nothing has been written since, on this node or on the node that read the header
+in an actor       each opening compares the stamp, each end of reading the time (see storage/open_files.py)
+after the merge   `check_unchanged`: the same again, and the copies of other nodes are what they were at the beginning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from raymoe.errors import MergeFailed, RaymoeError
+from raymoe.planning.types import MergePlan
+from raymoe.runtime.placement import Placement
+from raymoe.sources.local import has_changed, is_in_view
+from raymoe.storage.journal import source_stamps
+from raymoe.text import some
+
+__all__ = ["SourceFiles"]
+
+
+class SourceFiles:
+    """`placement` has the nodes' answers, where they have been asked."""
+
+    def __init__(self, plan: MergePlan, placement: Placement | None) -> None:
+        self._weights = [file for source in plan.sources for file in source.files]
+        self._small = [side.file for side in (*plan.side_files, *plan.gates.tokenizer_files)]
+        self._placement = placement
+
+    def stamps(self) -> dict[str, int]:
+        """Modification times and the like of weights by location, for the journal."""
+        far = self._placement.stamps() if self._placement is not None else {}
+        return {**far, **source_stamps(self._weights)}
+
+    def changed(self) -> list[str]:
+        """Files that have been written since they were planned with."""
+        here = {f.location for f in (*self._weights, *self._small) if is_in_view(f) and has_changed(f)}
+        return sorted(here.union(self._placement.changed() if self._placement is not None else ()))
+
+    def check_unchanged(self) -> None:
+        """Raises MergeFailed if a file was written while the merge was running. Every node is asked again."""
+        changed = set(self.changed())
+        if self._placement is not None:
+            changed.update(self._placement.asked_again().changed(self._placement))
+        if changed:
+            raise _spoilt(sorted(changed))
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """A failure in the context is put down to source files that have been written, if there are any."""
+        try:
+            yield
+        except RaymoeError as error:
+            if changed := self.changed():
+                raise _spoilt(changed) from error
+            raise
+
+
+def _spoilt(changed: Sequence[str]) -> MergeFailed:
+    return MergeFailed(
+        f"source files changed while they were merged: {some(changed, most=3)}. The output is of no use; run the "
+        "same command with --overwrite when they no longer change."
+    )
