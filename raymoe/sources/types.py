@@ -131,7 +131,8 @@ class ModelFacts:
 
     `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
     `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files,
-    chat templates, generation_config.json (never weights, never code).
+    chat templates, generation_config.json (never weights, never code). `own_head`: it holds an lm_head.weight that
+    differs from its embedding, whatever config.json says of tying them.
     """
 
     ref: ModelRef
@@ -142,3 +143,4 @@ class ModelFacts:
     side_files: tuple[SourceFile, ...] = ()
     adapter: AdapterFacts | None = None
     warnings: tuple[str, ...] = field(default=())
+    own_head: bool = False
