@@ -49,7 +49,7 @@ def plan(
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
     problems: list[Problem] = []
     concrete = _collect(problems, lambda: read_prompts(checked))
-    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere))
+    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere, [checked.base_model]))
     if facts is not None:
         problems += chat_template_problems(checked, facts[checked.base_model], hub, elsewhere)
         base = _collect(problems, lambda: with_contents(facts[checked.base_model], _reader(checked, hub, elsewhere)))

@@ -65,6 +65,7 @@ class DenseFamily:
     dimension 0 of a head with 1, 2 with 3, ..., where others turn the first half with the second. `limits` says
     what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
     nothing of a mixture.
+    `mixture_keys` are those of `MIXTURE_KEYS` (moe.py) that its configuration class has too.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
     `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
     """
@@ -86,6 +87,7 @@ class DenseFamily:
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
     dropped: tuple[str, ...] = ()
+    mixture_keys: tuple[str, ...] = ()
     ffn: str = "mlp"
     final_norm: str = "norm"
 

@@ -379,6 +379,10 @@ FAMILIES: Mapping[str, DenseFamily] = {
             adjust=granite4_values,
             ffn="shared_mlp",
             dropped=("layers_block_type", *_GRANITE4_KEYS),
+            mixture_keys=(
+                *("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
+                *("output_router_logits", "router_aux_loss_coef"),
+            ),
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 2048,
@@ -504,6 +508,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
                 "block_ffn_dim_multiplier",
                 "block_multiple_of",
                 "full_attn_idxs",
+                "tie_embedding",
             ),
             final_norm="embedding_norm",
             defaults={

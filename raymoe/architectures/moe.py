@@ -21,6 +21,7 @@ __all__ = [
     "EMPTY_SHARED_WIDTH",
     "EXPERTS",
     "LAYER",
+    "MIXTURE_KEYS",
     "O_BIAS",
     "PER_TOKEN_KEY",
     "QKV_BIAS",
@@ -39,6 +40,28 @@ __all__ = [
 
 PER_TOKEN_KEY = "num_experts_per_tok"
 """How many experts run for a token, in a config.json that raymoe writes."""
+
+MIXTURE_KEYS = frozenset(
+    {
+        # How many experts, under all names that a configuration class of transformers reads.
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+        # How many run for a token, and with which weights.
+        *(PER_TOKEN_KEY, "moe_k", "moe_topk", "norm_topk_prob", "moe_norm_min", "routed_scaling_factor"),
+        *("scoring_func", "topk_method", "n_group", "topk_group", "expert_selection_fn", "use_expert_bias"),
+        # How wide they are.
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
+        *("prefix_dense_intermediate_size", "shared_expert_combination_strategy", "use_mixed_mlp_moe"),
+        # Which layers have them.
+        *("decoder_sparse_step", "mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "moe_layer_freq"),
+        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "num_dense_layers"),
+        *("prefix_dense_sliding_window_pattern", "num_nextn_predict_layers", "num_mtp_layers"),
+        # Training.
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux"),
+    }
+)
+"""Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge:
+hosts read several of them, some as other names of keys that raymoe writes (the `attribute_map` of transformers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,7 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
+    spec = replace(spec, tied=spec.tied and not facts.own_head)
     if odd := sorted({row.role for row in spec.rows() if not row.is_ffn} - host.backbone.keys()):
         what = f"its config.json gives it {', '.join(odd)}, which no merge has"
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])

@@ -30,6 +30,7 @@ from raymoe.gates.prompts import Batch
 from raymoe.gates.quantise import quantised_layer
 from raymoe.gates.sinks import ATTENTION_WITH_SINKS, register
 from raymoe.planning.types import HeadRows, WeightRef
+from raymoe.sources.quantised import QUANTISATION_KEYS
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import in_heads, read_rows, with_lora
 
@@ -66,7 +67,7 @@ def _configuration(config: Mapping[str, Any]) -> Any:
             "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
         )
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
-    keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", "quantization_config")}
+    keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", *QUANTISATION_KEYS)}
     try:
         return transformers.AutoConfig.for_model(model_type, **keys)
     except Exception as error:  # its own checks, of whatever kind: what they say is all that there is to say

@@ -13,6 +13,7 @@ from raymoe.architectures import MoeShape, host_of
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gguf.targets import AS_WRITTEN
+from raymoe.sources.heads import HEAD
 from raymoe.sources.types import ModelFacts, TensorEntry
 
 __all__ = ["Chunks", "check_mixture", "is_zero"]
@@ -55,7 +56,7 @@ def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> N
     used = {ref.entry.name for ref in model.weights.values()}
     left = []
     for name, entry in sorted(facts.index.tensors.items()):
-        if name in used or name.endswith(model.spec.family.ignored):
+        if name in used or name.endswith(model.spec.family.ignored) or (name == HEAD and model.spec.tied):
             continue
         if not name.endswith(_ADDED) or not is_zero(entry, chunks):
             left.append(name)

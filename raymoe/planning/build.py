@@ -10,12 +10,13 @@ from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
 from raymoe.architectures.hosts import host_config
+from raymoe.architectures.moe import MIXTURE_KEYS
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.modes import MODES
 from raymoe.config.prompts import written_out
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.checks import check_plan
-from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of
+from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.numbers import odd_numbers
 from raymoe.planning.shards import OutputTensor, pack_shards
@@ -31,6 +32,7 @@ from raymoe.planning.totals import totals_of
 from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
 from raymoe.sources.folder import has_vocabulary
+from raymoe.sources.quantised import QUANTISATION_KEYS
 from raymoe.sources.types import ModelFacts, ModelRef, SideFile
 
 __all__ = ["build_plan"]
@@ -55,6 +57,7 @@ _DROPPED_KEYS = frozenset(
         "pretraining_tp",
         "head_dim",
         "_attn_implementation_autoset",
+        *QUANTISATION_KEYS,
     ]
 )
 _FINITE_REMEDY = "correct the number, get the model again, or merge without --strict"
@@ -173,11 +176,16 @@ def _assemble(
         )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
         warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")
-    if base.tied and "lm_head.weight" in base_facts.index.tensors:
+    if base_facts.own_head and ties_by_config(base_facts):
         warnings.append(
-            f"base_model ({base_facts.label}): it has an lm_head.weight, and tie_word_embeddings is true: the output "
-            "head is the embedding, as transformers 4 has it (5 takes a head that differs). If it differs, set "
-            "tie_word_embeddings: false in its config.json"
+            f"base_model ({base_facts.label}): tie_word_embeddings is true, but lm_head.weight differs from the "
+            "embedding. The output keeps this head and has tie_word_embeddings: false. transformers 5 loads the base "
+            "in the same way; transformers 4 replaces its head by the embedding"
+        )
+    if stray := _stray_keys(base_facts.config, base):
+        warnings.append(
+            f"base_model ({base_facts.label}): its config.json has keys of mixtures of experts, which a "
+            f"{base.model_type} model does not have: {', '.join(stray)}. They are not used, and not in the output"
         )
     for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
         warnings.append(f"{where}: {what}")
@@ -218,9 +226,15 @@ def _output_config(
     base_config: Mapping[str, Any], base: DenseSpec, host: MoeHost, moe: MoeShape, dtype: str
 ) -> dict[str, Any]:
     family_ids = {k: v for k, v in base.family.defaults.items() if k.endswith("_token_id")}
-    kept = {k: v for k, v in base_config.items() if k not in _DROPPED_KEYS and k not in base.family.dropped}
+    dropped = {*_DROPPED_KEYS, *base.family.dropped, *_stray_keys(base_config, base)}
+    kept = {k: v for k, v in base_config.items() if k not in dropped}
     output = {**family_ids, **kept, **host_config(host, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
     return dict(sorted(output.items()))
+
+
+def _stray_keys(base_config: Mapping[str, Any], base: DenseSpec) -> list[str]:
+    """Keys of mixtures in the config.json of a dense model whose family has no such keys."""
+    return sorted((MIXTURE_KEYS & base_config.keys()) - set(base.family.mixture_keys))
 
 
 def _gate_plan(

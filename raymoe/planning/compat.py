@@ -6,22 +6,31 @@ vocabulary, heads and RoPE may differ, and are warned about where the merged mod
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.errors import Problem
+from raymoe.sources.heads import HEAD
 from raymoe.sources.types import ModelFacts
 from raymoe.text import some
 
-__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of"]
+__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of", "ties_by_config"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
-    """The model's spec, or why there is none."""
+    """The model's spec, or why there is none. A head of its own counts, even if config.json ties it."""
     result = read_spec(facts.config, facts.label)
     if isinstance(result, DenseSpec):
-        return result, []
+        return replace(result, tied=result.tied and not facts.own_head), []
     return None, [Problem(where=f"{where} ({p.where})", what=p.what, remedy=p.remedy) for p in result]
+
+
+def ties_by_config(facts: ModelFacts) -> bool:
+    """True if config.json says that the embedding is the output head, as its family's default or in words."""
+    result = read_spec(facts.config, facts.label)
+    return isinstance(result, DenseSpec) and result.tied
 
 
 def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool) -> list[Problem]:
@@ -97,7 +106,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
     if missing:
         what = f"{len(missing)} tensor(s) missing: {some(missing)}"
         remedy = "the checkpoint must hold what its config.json describes"
-        if missing == ["lm_head.weight"]:
+        if missing == [HEAD]:
             remedy = "set tie_word_embeddings: true in its config.json if the model ties its embeddings"
         problems.append(Problem(where=label, what=what, remedy=remedy))
     wrong = [

@@ -2,7 +2,9 @@
 
 A merge copies the bytes of weights: packed integers would be copied as well, but the config of the merged
 model can't describe experts quantised each in its own way, and gates can't be computed from them.
-`config.json` usually tells; where it does not (a converter forgot it), tensor names and dtypes do.
+`config.json` usually tells; where it does not (a converter forgot it), tensor names and dtypes do. A config.json that
+names a method while all tensors are plain floats was left behind by a tool that wrote the weights at full precision
+again: it is a leftover, and only warned of.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from raymoe.errors import Problem
 from raymoe.sources.dtypes import DTYPE_BITS
 from raymoe.sources.types import CheckpointIndex, TensorEntry
 
-__all__ = ["quantisation_problems"]
+__all__ = ["QUANTISATION_KEYS", "leftover_warning", "quantisation_problems"]
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""Keys of config.json that describe a quantised checkpoint."""
 
 _REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
 
@@ -38,12 +43,14 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
     "bitsandbytes__fp4": "bitsandbytes 4-bit",
 }
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+# Methods that store plain weights and quantise them each time the model runs: the weights alone compute another model.
+_AT_RUN_TIME = ("bitnet", "fp_quant")
 
 
 def quantisation_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
     """At most one problem: the method that the config or the tensors name."""
     declared = _declared_method(config)
-    if declared:
+    if declared and not _is_leftover(declared[0], index):
         method, key = declared
         what = f"the checkpoint is quantised with {method} (config.json: {key})"
         return [Problem(where=label, what=what, remedy=_REMEDY)]
@@ -54,10 +61,29 @@ def quantisation_problems(label: str, config: Mapping[str, Any], index: Checkpoi
     return []
 
 
+def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> str | None:
+    """What to say of a config.json that names a method although the weights are plain. None where it names none."""
+    declared = _declared_method(config)
+    if declared is None or not _is_leftover(declared[0], index):
+        return None
+    method, key = declared
+    dtypes = ", ".join(sorted({entry.dtype for entry in index.tensors.values()}))
+    return (
+        f"{label}: config.json says that the checkpoint is quantised with {method} ({key}), but its tensors are plain "
+        f"{dtypes}: the key is taken for a leftover and is not used"
+    )
+
+
+def _is_leftover(method: str, index: CheckpointIndex | None) -> bool:
+    if index is None or method.split(",")[0] in _AT_RUN_TIME:
+        return False
+    return all(entry.dtype in _FLOATS and not _betrayed_method(entry) for entry in index.tensors.values())
+
+
 def _declared_method(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """(method, config key), from the config or its text part."""
     for part, prefix in ((config, ""), (config.get("text_config"), "text_config.")):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISATION_KEYS:
             value = part.get(key) if isinstance(part, Mapping) else None
             if value:
                 return _method_name(value), prefix + key

@@ -12,7 +12,7 @@ once, each path only once, and everything wrong with any of them is raised toget
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
+from raymoe.sources.heads import has_own_head
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder, open_file, with_content
 from raymoe.sources.objects import fetch_object, open_object_folder
-from raymoe.sources.quantised import quantisation_problems
+from raymoe.sources.quantised import leftover_warning, quantisation_problems
 from raymoe.sources.refs import is_local_folder
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SideFile, SourceFile
 
@@ -62,6 +63,7 @@ class Opened:
     index: CheckpointIndex
     side_files: tuple[SideFile, ...]
     warnings: tuple[str, ...]
+    own_head: bool = False
 
 
 class Elsewhere(Protocol):
@@ -86,20 +88,26 @@ def resolve_models(
     options: HubOptions | None = None,
     storage: StorageOptions | None = None,
     elsewhere: Elsewhere | None = None,
+    whole: Collection[ModelRef] | None = None,
 ) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
 
-    Local folders that are not here are looked for `elsewhere`.
+    Local folders that are not here are looked for `elsewhere`. `whole` are the models of which more than the FFN is
+    used (None: all of them): `ModelFacts.own_head` is found for these only, since that may read two tensors.
     """
     refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
     named = (key for ref in refs for key in ((ref.model, False), (ref.adapter, True)))
     keys: list[PathKey] = list(dict.fromkeys((path, is_adapter) for path, is_adapter in named if path is not None))
     absent = [key for key in keys if elsewhere and (place := _local_place(key[0])) and not os.path.exists(place)]
     far = elsewhere.open(absent) if elsewhere and absent else {}
+    with_heads = {ref.model for ref in (refs if whole is None else whole)}
     parts: dict[PathKey, Future[Opened]] = {}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
         for key in keys:
-            parts[key] = _known(far[key]) if key in far else pool.submit(_open, *key, options, storage)
+            if key in far:
+                parts[key] = _known(far[key])
+            else:
+                parts[key] = pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
     problems: list[Problem] = []
     opened = {key: part for key, future in parts.items() if (part := _collect(problems, future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
@@ -170,7 +178,9 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Opened:
+def _open(
+    path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions, *, with_head: bool = True
+) -> Opened:
     folder = _find_folder(path, is_adapter, options, storage)
     problems: list[Problem] = []
     config_name = "adapter_config.json" if is_adapter else "config.json"
@@ -190,13 +200,16 @@ def _open(path: PathRef, is_adapter: bool, options: HubOptions, storage: Storage
         problems += quantisation_problems(folder.label, config or {}, index)
     if problems or config is None or index is None:
         raise CheckpointError(problems)
-    warned = folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None
+    warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
+    if not is_adapter:
+        warnings.append(leftover_warning(folder.label, config, index))
     return Opened(
         folder=folder,
         config=_as_loaded(config),
         index=index,
         side_files=side_files(folder),
-        warnings=(warned,) if warned else (),
+        warnings=tuple(warning for warning in warnings if warning),
+        own_head=not is_adapter and with_head and has_own_head(folder, config, index),
     )
 
 
@@ -250,6 +263,7 @@ def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
         side_files=model.side_files,
         adapter=facts,
         warnings=warnings,
+        own_head=model.own_head,
     )
 
 

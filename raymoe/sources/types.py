@@ -161,7 +161,8 @@ class ModelFacts:
     `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
     `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files,
     chat templates, generation_config.json (never weights, never code). `folders` are the folders of the model and its
-    adapter (absolute paths or URLs), for a model of the Hub those of its cache.
+    adapter (absolute paths or URLs), for a model of the Hub those of its cache. `own_head`: it holds an lm_head.weight
+    that differs from its embedding, whatever config.json says of tying them.
     """
 
     ref: ModelRef
@@ -173,3 +174,4 @@ class ModelFacts:
     adapter: AdapterFacts | None = None
     warnings: tuple[str, ...] = field(default=())
     folders: tuple[str, ...] = ()
+    own_head: bool = False

@@ -59,7 +59,11 @@ def test_several_models_and_all_their_problems(make_model: Make, tensors: Tensor
     good, bad_config, quantised = (
         make_model("good"),
         make_model("bad"),
-        make_model("q", config={"quantization_config": {"bits": 4}}),
+        make_model(
+            "q",
+            tensors={"model.layers.0.up.qweight": np.zeros((3, 4), "int32")},
+            config={"quantization_config": {"bits": 4}},
+        ),
     )
     (bad_config / "config.json").write_text("{")
     os.truncate(bad_config / "model.safetensors", 20)
