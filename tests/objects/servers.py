@@ -1,6 +1,7 @@
-"""Real S3 servers on loopback: moto's, and the gateway of JuiceFS (derived from MinIO). Each is wrong in its own way.
+"""Real S3 servers on loopback: moto's, the gateway of JuiceFS (derived from MinIO), and SeaweedFS. The first two are
+wrong in ways of their own; SeaweedFS keeps the conditions of writes and copies, and takes seconds to start.
 
-    with start_moto(folder) as server: ...          # or start_juicefs(folder)
+    with start_moto(folder) as server: ...          # or start_juicefs(folder), start_seaweedfs(folder)
         server.endpoint, server.environment         # to be put into os.environ, or given to a subprocess
         server.client()                             # a plain botocore client: the other party in tests
     running_server("moto")                          # the same, one a process, until its end
@@ -15,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import secrets
 import shutil
@@ -33,13 +35,14 @@ from pathlib import Path
 from typing import Any
 
 STARTERS = ("moto", "juicefs")
+"""The servers that tests run against, one after the other."""
 _PR_SET_PDEATHSIG = 1
 _START_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A running server. `kind` is its name in STARTERS."""
+    """A running server. `kind` is its name for `start_server`."""
 
     kind: str
     endpoint: str
@@ -93,7 +96,7 @@ def running_server(kind: str) -> Server:
 def start_server(kind: str, folder: Path) -> Iterator[Server]:
     """The server of a kind, with its files in `folder` (which is made), until the context ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    starter = {"moto": start_moto, "juicefs": start_juicefs}[kind]
+    starter = {"moto": start_moto, "juicefs": start_juicefs, "seaweedfs": start_seaweedfs}[kind]
     with starter(folder) as server:
         yield server
 
@@ -134,6 +137,33 @@ def start_juicefs(folder: Path) -> Iterator[Server]:
     with _running(command, folder, environment) as process:
         _wait_until_up(f"http://127.0.0.1:{port}/minio/health/live", process, folder)
         yield Server(kind="juicefs", endpoint=f"http://127.0.0.1:{port}", key=key, secret=secret, process=process)
+
+
+@contextmanager
+def start_seaweedfs(folder: Path) -> Iterator[Server]:
+    """SeaweedFS in one process, over a local folder. Needs its own credentials (200 MB of memory)."""
+    key, secret = f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+    actions = ["Admin", "Read", "List", "Tagging", "Write"]
+    owner = {"name": "test", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+    (folder / "s3.json").write_text(json.dumps({"identities": [owner]}))
+    (folder / "data").mkdir(exist_ok=True)
+    command = [_program("weed"), "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += ["-master.volumeSizeLimitMB=256", "-master.telemetry=false", "-volume.max=0"]
+    command += ["-filer", "-s3", f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    ports = {name: _free_port() for part in _SEAWEEDFS for name in (f"{part}.port", f"{part}.port.grpc")}
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        with _running(command, folder, {"HOME": str(folder), "TMPDIR": str(folder)}) as process:
+            _wait_until_up(f"{endpoint}/healthz", process, folder)
+            yield Server(kind="seaweedfs", endpoint=endpoint, key=key, secret=secret, process=process)
+    finally:
+        for port in ports.values():  # it puts sockets there, whatever TMPDIR says
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
+
+
+_SEAWEEDFS = ("master", "volume", "filer", "s3")
 
 
 @contextmanager
