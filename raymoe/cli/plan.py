@@ -63,7 +63,7 @@ def _planned_output(plan: MergePlan, output: str | None, storage: StorageOptions
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import open_output, output_location, refusals
+    from raymoe.storage.output import complete_merge, open_output, output_location, refusals
     from raymoe.storage.ways import bytes_by_way
 
     try:
@@ -71,9 +71,11 @@ def _planned_output(plan: MergePlan, output: str | None, storage: StorageOptions
     except ValueError as error:
         raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
     problems = refusals(plan, target, overwrite=False)
+    is_complete = not problems and complete_merge(plan, target) is not None
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),
         problems=tuple(map(str, problems)),
-        goes_on=not problems and target.digest() == plan.digest,
+        goes_on=not problems and not is_complete and target.digest() == plan.digest,
+        is_complete=is_complete,
     )

@@ -7,6 +7,7 @@ after a look. Credentials are those that each file system finds by itself.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -24,6 +25,7 @@ _T = TypeVar("_T")
 
 # Where folders exist apart from what is in them.
 _WITH_FOLDERS = frozenset({"file", "local", "memory", "sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp"})
+_COPY_BYTES = 8 << 20
 # What file systems call a value that changes with the content, the best first.
 _ETAG_KEYS = (
     "ETag",
@@ -167,6 +169,31 @@ class FsspecStore:
 
         self._call("delete_object", url, remove)
 
+    def move(self, url: str, to: str, size: int) -> ObjectInfo:
+        """Give a file of `size` bytes another name, in place of what has it. In one step where the file system renames;
+        else the store copies it, or, if it can do neither, this process."""
+        tries = 0
+
+        def rename() -> ObjectInfo:
+            nonlocal tries
+            tries += 1
+            filesystem, path = self._open(url)
+            _, target = self._open(to)
+            try:
+                if self.scheme in _WITH_FOLDERS:
+                    filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                _rename(filesystem, path, target)
+            except FileNotFoundError:
+                # An earlier try got through, and its answer did not?
+                if tries == 1 or not filesystem.exists(target):
+                    raise
+            info = filesystem.info(target)
+            if info.get("size") != size:
+                raise ShortRead(f"the store has {info.get('size')} bytes, and {size} were moved")
+            return ObjectInfo(size=size, etag=_etag(info))
+
+        return self._call("copy_object", to, rename)
+
     def _open(self, url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
@@ -183,6 +210,21 @@ class FsspecStore:
         if isinstance(outcome, Failure):
             raise storage_error(outcome, Asked(operation=operation, url=url), self.options)
         return outcome
+
+
+def _rename(filesystem: Any, path: str, target: str) -> None:
+    from fsspec import AbstractFileSystem
+
+    if type(filesystem).mv is not AbstractFileSystem.mv:  # fsspec's own copies, after many looks
+        filesystem.mv(path, target)
+        return
+    try:
+        filesystem.cp_file(path, target)
+    except NotImplementedError:
+        with filesystem.open(path, "rb") as source, filesystem.open(target, "wb") as copy:
+            shutil.copyfileobj(source, copy, _COPY_BYTES)
+    if filesystem.info(target).get("size") == filesystem.info(path).get("size"):
+        filesystem.rm_file(path)
 
 
 def _etag(info: Mapping[str, Any]) -> str | None:

@@ -25,7 +25,7 @@ from raymoe.sources.types import SourceFile
 from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.records import CARD_NAME, INDEX_NAME, RECORD_NAME
 
-__all__ = ["Published", "PublishedFile", "open_published", "recorded_digest"]
+__all__ = ["Published", "PublishedFile", "open_published"]
 
 # Keys of the config's `storage`: an address, perhaps of an inner network, and a name in somebody's ~/.aws.
 _OF_THIS_USER = ("endpoint", "profile")
@@ -86,16 +86,6 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
         card=card,
         local_sources=_local_sources(record),
     )
-
-
-def recorded_digest(place: str | Path, storage: StorageOptions) -> str | None:
-    """The plan of the finished merge that is at a place; None where there is none that can be read."""
-    try:
-        record = read_object(open_checkpoint(place, storage), RECORD_NAME, "no record", "")
-    except ProblemReport:
-        return None
-    digest = record.get("plan_digest")
-    return digest if isinstance(digest, str) else None
 
 
 def _record(folder: Folder) -> dict[str, Any]:

@@ -6,18 +6,16 @@ merge, or, where the output holds this very merge finished, in the push.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from raymoe.config import MergeConfig
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import ProblemReport
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
-from raymoe.publish.content import Published, open_published, recorded_digest
+from raymoe.publish.content import Published, open_published
 from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.card import card_metadata
@@ -27,8 +25,7 @@ from raymoe.runtime.merge import MergeResult, output_of, output_problems, run_me
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
-from raymoe.storage.journal import source_stamps
-from raymoe.storage.records import RECORD_NAME
+from raymoe.storage.output import complete_merge
 from raymoe.text import human_bytes, some
 
 __all__ = ["look_at_push", "merge_and_push", "push_merge"]
@@ -76,15 +73,15 @@ def merge_and_push(
     Raises ProblemReport before the merge starts, for all that keeps either from being done.
     """
     out = output_of(output, settings)
-    is_merged = not settings.overwrite and recorded_digest(output, settings.storage) == plan.digest
-    of_output = _newer_sources(plan, out.location) if is_merged else output_problems(plan, out, settings)
-    if problems := [*target_problems(target), *of_output]:
+    if problems := [*target_problems(target), *output_problems(plan, out, settings)]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
-    if is_merged:
+    if not settings.overwrite and complete_merge(plan, out) is not None:
+        out.clean_up()
         published = open_published(output, target.repo, settings.storage)
         repository = open_repository(target, settings.hub, card=published.card)
         report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
+        report.was_complete = True
         if not quiet:
             say(f"{out.location} holds this merge, finished: going on with the push")
     else:
@@ -100,21 +97,6 @@ def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
     if not plan.options.model_card:
         return None
     return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"
-
-
-def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
-    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
-
-    Of an output in an object store nothing is said: its times are of another clock."""
-    if is_url(location):
-        return []
-    finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
-    stamps = source_stamps(file for source in plan.sources for file in source.files)
-    if newer := sorted(name for name, stamp in stamps.items() if stamp > finished):
-        what = f"the merge in this folder is older than its sources: {some(newer, most=3)}"
-        remedy = "use --overwrite to merge them again, or publish it as it is with `raymoe push`"
-        return [Problem(where=location, what=what, remedy=remedy)]
-    return []
 
 
 def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushed:

@@ -33,12 +33,13 @@ _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 200_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedOutput:
     """Where a plan is to be written: bytes by way (storage/ways.py), what keeps a merge from being written there as
-    it is now, and whether an unfinished merge of this plan is there, which goes on."""
+    it is now, and whether a merge of this plan is there: an unfinished one goes on, a finished one is complete."""
 
     location: str
     ways: Mapping[str, int]
     problems: tuple[str, ...] = ()
     goes_on: bool = False
+    is_complete: bool = False
 
 
 def say(text: str) -> None:
@@ -62,6 +63,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[s
             "location": output.location,
             "problems": list(output.problems),
             "unfinished_merge_goes_on": output.goes_on,
+            "is_complete": output.is_complete,
         }
     return {
         **where,
@@ -136,6 +138,8 @@ def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json:
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
+    if output is not None and output.is_complete:
+        console.print(f"{output.location} holds this merge, finished: `raymoe merge` has nothing left to do.")
     if output is not None and output.goes_on:
         console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
     if output is not None and output.problems:
@@ -206,6 +210,9 @@ def _gate_line(plan: MergePlan) -> str:
 def print_result(result: MergeResult) -> None:
     """The last lines of a merge."""
     size = sum(record.size for record in result.files)
+    if result.was_complete:
+        say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}, all from an earlier run")
+        return
     kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
     what = f"{len(result.files) + 1} files, {human_bytes(size)}{kept}"
     say(f"done: {result.output}, {what} in {result.run_seconds:.1f} s")

@@ -30,6 +30,7 @@ from raymoe.report.display import merge_line, say
 from raymoe.report.record import merge_record
 from raymoe.report.source_cards import source_cards
 from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
+from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.other_nodes import OtherNodes
 from raymoe.runtime.placement import Placement, owner_names
 from raymoe.runtime.progress import Progress
@@ -41,9 +42,9 @@ from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
-from raymoe.storage.output import Output, ShardJob, open_output, output_location, refusals
+from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, output_location, refusals
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import FileRecord
+from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way
 
 __all__ = ["MergeResult", "output_of", "output_problems", "run_merge", "side_file_name"]
@@ -66,6 +67,7 @@ class MergeResult:
     seconds: float  # since the actors were started
     run_seconds: float  # since the run was
     router_lines: tuple[str, ...] = ()
+    was_complete: bool = False  # an earlier run had finished this merge, and nothing was left to do
 
 
 def run_merge(
@@ -73,6 +75,7 @@ def run_merge(
 ) -> MergeResult:
     """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
 
+    Where the output holds this very merge, finished, nothing is done but to remove what is left of its journal.
     `report` is told how it goes.
     """
     report = report or RunReport()
@@ -81,6 +84,8 @@ def run_merge(
     report.planned_bytes_by_way = bytes_by_way(plan, target)
     if problems := output_problems(plan, target, settings):
         raise ProblemReport(problems)
+    if (finished := _finished(plan, target, settings)) is not None:
+        return _already_complete(plan, target, finished, settings, report)
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))
     report.begin("start of Ray")
@@ -102,7 +107,8 @@ def run_merge(
         )
         sources = _Sources(plan, placement)
         try:
-            _begin(plan, target, settings, sources)
+            if (finished := _begin(plan, target, settings, sources)) is not None:
+                return _already_complete(plan, target, finished, settings, report)
             with _begun(), Progress(plan, settings.verbosity, report=report) as progress:
                 with expert_actors(slots, target.location, settings, target.run) as actors:
                     outcome = run_jobs(
@@ -127,6 +133,34 @@ def run_merge(
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
+
+
+def _finished(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
+    """The merge that is asked for, where an earlier run has finished it."""
+    return None if settings.overwrite else complete_merge(plan, target)
+
+
+def _already_complete(
+    plan: MergePlan, target: Output, finished: FinishedMerge, settings: RuntimeSettings, report: RunReport
+) -> MergeResult:
+    target.clean_up()
+    report.was_complete, report.bytes_kept = True, finished.nbytes
+    if settings.verbosity >= 0:
+        say(f"{target.location} is already complete: an earlier run has finished this merge")
+    return MergeResult(
+        output=target.location,
+        files=finished.files,
+        warnings=plan.warnings,
+        bytes_written=0,
+        bytes_copied_by_store=0,
+        bytes_kept=finished.nbytes,
+        peak_driver_bytes=peak_rss_bytes(),
+        peak_actor_bytes=(),
+        peak_gpu_bytes=(),
+        seconds=0.0,
+        run_seconds=report.seconds,
+        was_complete=True,
+    )
 
 
 @contextmanager
@@ -225,14 +259,19 @@ def _all_files(plan: MergePlan) -> list[SourceFile]:
     return [file for source in plan.sources for file in source.files]
 
 
-def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources) -> None:
+def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: _Sources) -> FinishedMerge | None:
+    """Begin the run, unless another one has finished this merge since the first look: that merge."""
     target.lock()
     # Another merge may have come and gone since the first look; now nobody else is here.
     if problems := output_problems(plan, target, settings, sources):
         raise ProblemReport(problems)
+    if (finished := _finished(plan, target, settings)) is not None:
+        return finished
     stamps = sources.stamps()
-    goes_on = target.digest() == plan.digest and not target.changed_sources(stamps)
+    is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
+    goes_on = is_unfinished and not target.changed_sources(stamps)
     target.begin(plan.digest, stamps, fresh=settings.overwrite and not goes_on)
+    return None
 
 
 def _check_sources_unchanged(target: Output, sources: _Sources) -> None:

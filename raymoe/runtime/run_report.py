@@ -23,7 +23,7 @@ from raymoe.objects.urls import is_url, normalise
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
-from raymoe.storage.records import RESULT_NAME
+from raymoe.storage.records import RESULT_NAME, json_object
 
 __all__ = ["RunReport", "recorded"]
 
@@ -47,6 +47,7 @@ class RunReport:
         self.actors: Sequence[Status] = ()
         self.actors_lost = 0
         self.bytes_kept = 0
+        self.was_complete = False  # an earlier run had finished the merge
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,6 +75,7 @@ class RunReport:
             "output": self.output,
             "plan_digest": self.plan_digest,
             "exit_reason": reason,
+            "was_complete": self.was_complete,
             "error": str(error) or None if error else None,
             "started_at": self._began.isoformat(timespec="seconds"),
             "seconds": self._seconds(),
@@ -93,6 +95,9 @@ class RunReport:
             },
         }
 
+    def has_begun(self, phase: str) -> bool:
+        return phase in self._phases
+
     @property
     def seconds(self) -> float:
         """Since the run began."""
@@ -109,7 +114,8 @@ class RunReport:
 def recorded(place: str | None) -> Iterator[RunReport]:
     """A report that is written to a file or URL when the block ends, however it ends.
 
-    `None`: to the output, if the merge is done; whose output it is otherwise is not known.
+    `None`: to the output, if the merge is done; whose output it is otherwise is not known. What is there of the run
+    that finished the merge is kept by a run that found nothing to do.
     """
     if place is not None:
         _check(place)
@@ -123,6 +129,8 @@ def recorded(place: str | None) -> Iterator[RunReport]:
         raise
     if place is None and report.output is not None:
         place = f"{report.output.rstrip('/')}/{RESULT_NAME}"
+        if report.was_complete and not report.has_begun("push") and _is_there(report, place):
+            return
     _write(report, place, "done", None)
 
 
@@ -138,6 +146,16 @@ def _check(place: str) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "this is a folder" if path.is_dir() else "there is no such folder"
         raise ProblemReport([Problem(where=f"--result {place}", what=what, remedy="name a file in a folder")])
+
+
+def _is_there(report: RunReport, place: str) -> bool:
+    """Whether the result of the run that finished this merge is at a place."""
+    try:
+        content = open_store(place, report.storage).read_all(place) if is_url(place) else Path(place).read_bytes()
+    except (OSError, RaymoeError):
+        return False
+    there = json_object(content)
+    return there.get("plan_digest") == report.plan_digest and there.get("exit_reason") == "done"
 
 
 def _write(report: RunReport, place: str | None, reason: str, error: BaseException | None) -> None:

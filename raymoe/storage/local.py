@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from raymoe.planning.types import Shard
 from raymoe.planning.upload import CopyRange, spans
 from raymoe.sources.folder import is_inside
 from raymoe.sources.types import SourceFile
+from raymoe.storage.claim import replaced, taken_over
 from raymoe.storage.journal import Journal, sync_folder
 from raymoe.storage.new_file import NewFile, SharedRange
 from raymoe.storage.output import Progress, ShardJob
@@ -34,7 +34,9 @@ from raymoe.storage.records import (
     RECORD_NAME,
     RESULT_NAME,
     FileRecord,
+    FinishedMerge,
     is_part_of_a_model,
+    json_object,
 )
 from raymoe.storage.stream import RouterBytes, shard_chunks
 
@@ -48,6 +50,7 @@ class LocalOutput:
         self.root = root
         self.location = str(root)
         self.journal = Journal(root, run)
+        self._written: dict[str, FileRecord] = {}  # by name: what this run has seen completed
 
     @property
     def run(self) -> str:
@@ -71,11 +74,20 @@ class LocalOutput:
         except OSError as error:
             raise _unusable(self.root, error) from error
 
+    def finished_merge(self) -> FinishedMerge | None:
+        return finished_merge(self.root)
+
+    def clean_up(self) -> None:
+        if not self.journal.folder.exists():
+            return
+        self.lock()
+        if self.finished_merge() is not None:
+            self._end_journal()
+        self.release()
+
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         try:
-            if fresh:
-                remove_checkpoint(self.root)
-            self.journal.begin(digest, stamps)
+            self.journal.begin(digest, stamps, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
         except OSError as error:
             raise _unusable(self.root, error) from error
 
@@ -91,9 +103,12 @@ class LocalOutput:
     def do(
         self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None
     ) -> FileRecord | None:
-        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all."""
+        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all.
+
+        A router's is written by every run: other hardware gives rows that differ by rounding.
+        """
         shard = job.shard
-        if self.finished(shard.file_name, shard.nbytes) is not None:
+        if shard.owner != "router" and self.finished(shard.file_name, shard.nbytes) is not None:
             return None
         return self.write(
             shard.file_name,
@@ -104,19 +119,41 @@ class LocalOutput:
         )
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        self.journal.check_run()
         record: FileRecord | None = results[0] or self.journal.finished(shard.file_name)
         assert record is not None, f"{shard.file_name}: finished without a record"
+        self._written[record.name] = record
         return record
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        return self.write(name, [content])
+        record = self._written[name] = self.write(name, [content])
+        return record
 
     def write_index(self, content: bytes) -> FileRecord:
-        return self.write(INDEX_NAME, [content])
+        self._check_files()
+        return self.write_small(INDEX_NAME, content)
 
     def end(self, record: bytes) -> None:
+        self._check_files()
         self.write(RECORD_NAME, [record])
-        self.journal.end()
+        self.journal.check_run()
+        self._end_journal()
+
+    def _end_journal(self) -> None:
+        try:
+            self.journal.end()
+        except OSError as error:
+            raise MergeFailed(
+                f"{self.journal.folder}: the merge is whole, but its journal could not be removed: "
+                f"{error.strerror or error}. Run the same command again when it can be: that removes what is left."
+            ) from error
+
+    def _check_files(self) -> None:
+        """Raise MergeFailed if a file is not there any more as it was written. Nothing of an older run can take its
+        place (journal.py), so that its size is enough."""
+        for name, record in self._written.items():
+            if _size(self.root / name) != record.size:
+                raise replaced(str(self.root / name))
 
     def release(self) -> None:
         self.journal.release()
@@ -124,9 +161,12 @@ class LocalOutput:
     def finished(self, name: str, size: int) -> FileRecord | None:
         """The record of a file that an earlier run finished, if the file still has that size and content."""
         record, path = self.journal.finished(name), self.root / name
-        if record is None or record.size != size or not path.is_file() or path.stat().st_size != size:
+        if record is None or record.size != size or _size(path) != size:
             return None
-        return record if file_checksum(path) == record.checksum else None
+        try:
+            return record if file_checksum(path) == record.checksum else None
+        except OSError:  # it can't be read, and so is written again
+            return None
 
     def write(
         self,
@@ -138,9 +178,9 @@ class LocalOutput:
         progress: Progress | None = None,
     ) -> FileRecord:
         """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place."""
-        part = self.journal.new_part(name)
+        part, place = self.journal.new_part(name), self.root / name
         try:
-            (self.root / name).parent.mkdir(exist_ok=True)
+            self._make_folder(place.parent)
             with NewFile(part, expected) as file:
                 file.share(shared)
                 for chunk in chunks:
@@ -149,16 +189,28 @@ class LocalOutput:
                         progress(len(chunk), 0)
                 checksum = file.finish()
             assert expected is None or file.size == expected, f"{name}: {file.size} bytes, planned {expected}"
-            os.replace(part, self.root / name)
-            sync_folder((self.root / name).parent)
+            self.journal.check_run()
+            os.replace(part, place)
+            sync_folder(place.parent)
             record = FileRecord(name=name, size=file.size, checksum=checksum)
             self.journal.record(record)
         except OSError as error:
-            raise _write_error(self.root / name, error) from error
+            claim = self.journal.claim()
+            if claim is not None and claim.run != self.run:  # and so has taken away what this run writes through
+                raise taken_over(self.location) from error
+            raise _write_error(place, error) from error
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
         return record
+
+    def _make_folder(self, folder: Path) -> None:
+        """A folder within the output for a file, unless it is the output itself."""
+        if folder == self.root:
+            return
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise MergeFailed(f"{folder}: this is a link. Remove it and run the same command again.")
 
 
 def _unusable(root: Path, error: OSError) -> ProblemReport:
@@ -175,7 +227,7 @@ def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
 
 def _write_error(path: Path, error: OSError) -> MergeFailed:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(_existing(path.parent)).free
         return MergeFailed(
             f"{path}: the disk is full ({free:,} bytes free). Finished shards are kept: make room and run the same "
             "command again to go on from there."
@@ -207,11 +259,29 @@ def check_output(root: Path, *, overwrite: bool, digest: str | None, output_byte
         return [Problem(where=str(root), what=what, remedy="choose another output")]
 
 
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _size(path: Path) -> int | None:
+    """Size of a file; None where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
 def _output_problems(root: Path, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
-    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
+    parent = _existing(root)
     if not parent.is_dir():
         what = "the output is a file" if parent == root else f"{parent} is a file, so that no folder can be in it"
         return [Problem(where=str(root), what=what, remedy="name a folder")]
+    if links := Journal(root).links():
+        return links
+    finished = finished_merge(root)
+    if finished is not None and finished.digest == digest and not overwrite:
+        return finished.problems(str(root), lambda name: _size(root / name))
     problems = []
     if root.is_dir() and not overwrite and (problem := _occupied(root, digest)):
         problems.append(problem)
@@ -231,6 +301,8 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
         if digest is None or journal.digest() == digest:
             return None
         what = "an unfinished merge of another plan (other config, sources, seed or shard size) is in this folder"
+        if journal.claim() is None:
+            what = "an unfinished merge of another version of raymoe is in this folder, or its journal is damaged"
         return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
     if any(path.name != JOURNAL for path in root.iterdir()):
         what = "the output folder is not empty"
@@ -247,24 +319,46 @@ def _already_there(root: Path) -> int:
     return sum(p.stat().st_size for pattern in CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())
 
 
+def finished_merge(root: Path) -> FinishedMerge | None:
+    """The finished merge in a folder, by its record; None where there is none, or a merge has begun to replace it."""
+    journal = Journal(root)
+    try:
+        found = FinishedMerge.of(json_object((root / RECORD_NAME).read_bytes()))
+    except OSError:
+        return None
+    if found is not None and journal.exists and (journal.digest() != found.digest or journal.is_clearing):
+        return None
+    return found
+
+
 def remove_checkpoint(root: Path) -> None:
     """Remove the checkpoint in a folder, record and index first, so that what is left never looks whole.
 
-    The journal goes too, but for its lock, which the caller holds.
+    A link is removed as the link that it is; nothing that a link leads to is touched.
     """
     recorded = _recorded_files(root)
     for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
-        path.unlink(missing_ok=True)
-    for path in (*root.glob("*"), *root.glob("chat_templates/*")):
-        if path.is_file() and is_part_of_a_model(path.relative_to(root).as_posix()):
+        if not _is_behind_a_link(root, path):
             path.unlink(missing_ok=True)
-    Journal(root).clear()
+    templates = root / "chat_templates"
+    if templates.is_symlink():
+        templates.unlink()
+    for path in (*root.glob("*"), *templates.glob("*")):
+        if (path.is_file() or path.is_symlink()) and is_part_of_a_model(path.relative_to(root).as_posix()):
+            path.unlink(missing_ok=True)
+
+
+def _is_behind_a_link(root: Path, path: Path) -> bool:
+    """Whether a link is on the way from the folder to a path in it; also where there is no such way."""
+    between = [parent for parent in path.parents if parent.is_relative_to(root) and parent != root]
+    return any(parent.is_symlink() or not parent.is_dir() for parent in between)
 
 
 def _recorded_files(root: Path) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     try:
-        names = list(json.loads((root / RECORD_NAME).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        files = json_object((root / RECORD_NAME).read_bytes()).get("files")
+    except OSError:
         return []
+    names = files if isinstance(files, (dict, list)) else ()
     return [name for name in names if isinstance(name, str) and is_inside(name)]

@@ -1,30 +1,66 @@
 """The journal of a merge whose output is in an object store: the same promises as the local one, with objects.
 
-    OUT/.raymoe/plan.json            digest of the plan and the name of the run that writes; written first
-    OUT/.raymoe/uploads/FILE.json    written before a shard's upload begins, again with its id when it has begun
-    OUT/.raymoe/done/FILE.json       size and checksum of a finished file
-    OUT/raymoe.json                  the record of the finished merge; then `.raymoe/` is removed, plan.json last
+    OUT/.raymoe/plan.json                 whose the output is (claim.py); written first
+    OUT/.raymoe/uploads/RUN/FILE.json     written before a shard's upload begins, again with its id when it has begun
+    OUT/.raymoe/sent/RUN/FILE.N.json      parts of an upload that an actor has sent, from part N on
+    OUT/.raymoe/parts/RUN/FILE.X          a file being written, where the store has no uploads in parts (fsspec)
+    OUT/.raymoe/done/RUN/FILE.json        size and checksum of a finished file
+    OUT/.raymoe/clearing.RUN              there while the run removes what an earlier merge left (--overwrite)
+    OUT/raymoe.json                       the record of the finished merge; then `.raymoe/` is removed, plan.json last
 
-An object store has no locks. A second run on the same output replaces the run's name in `plan.json`; the first one
-notices before it makes anything visible, and stops. Both would write the same bytes: the plan is the same, or refused.
+An object store has no locks. A new run replaces `plan.json` first, and so fences off all older runs: they look at it
+immediately before they make anything visible, and stop. Then the new run takes away what an older run could still make
+visible: it aborts the uploads and removes the parts that older runs have noted. Only then it removes, with
+`--overwrite`, what an earlier merge left.
+
+A run writes notes under its own name only, so that no run overwrites or removes a note of a newer one; and a note is
+accepted only from the merge that `plan.json` is of. An upload is used only if `plan.json` was still the run's own after
+the upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.errors import Problem
 from raymoe.objects.problems import ObjectMissing
-from raymoe.objects.store import ObjectStore
+from raymoe.objects.store import ObjectStore, UploadedPart
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
-from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord, is_part_of_a_model
+from raymoe.storage.claim import Claim, replaced, taken_over
+from raymoe.storage.records import (
+    INDEX_NAME,
+    JOURNAL,
+    RECORD_NAME,
+    RESULT_NAME,
+    FileRecord,
+    FinishedMerge,
+    is_part_of_a_model,
+    json_object,
+)
 
-__all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
+__all__ = ["NotedUpload", "ObjectJournal", "WrittenFiles", "finished_merge", "occupied", "remove_checkpoint"]
+
+_AT_ONCE = 8
+_CLEARING = "clearing."
+_SWEEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotedUpload:
+    """An upload of a file that a run has noted: `upload_id` None where only its intention is known, and then `known`
+    are the uploads that were open before. `is_own`: of this very merge. `note` is where it is noted."""
+
+    name: str
+    upload_id: str | None
+    known: tuple[str, ...]
+    is_own: bool
+    note: str
 
 
 class ObjectJournal:
@@ -33,110 +69,284 @@ class ObjectJournal:
     def __init__(self, store: ObjectStore, root: str, run: str = "") -> None:
         self._store, self._root, self.run = store, root, run
         self._folder = join(root, JOURNAL)
-        self._ended: Mapping[str, Any] = {}  # files by name, where an earlier run died while it removed its journal
+        self._claim: Claim | None = None
+        self._earlier: tuple[str, ...] = ()  # notes of earlier runs, when this one began
 
-    def plan(self) -> Mapping[str, Any]:
-        """Content of plan.json; empty where there is none."""
-        return self._read("plan.json")
+    @property
+    def exists(self) -> bool:
+        return self._store.stat(join(self._folder, "plan.json")) is not None
 
-    def begin(self, digest: str, stamps: Mapping[str, int]) -> None:
-        self.run = uuid.uuid4().hex
-        record = self._read_object(join(self._root, RECORD_NAME))
-        self._ended = record.get("files", {}) if record.get("plan_digest") == digest else {}
-        self._write("plan.json", {"digest": digest, "run": self.run, "sources": dict(stamps)})
+    def claim(self) -> Claim | None:
+        """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
+        return Claim.of(self._read("plan.json"))
+
+    def digest(self) -> str | None:
+        claim = self.claim()
+        return claim.digest if claim is not None else None
 
     @property
     def is_of_this_run(self) -> bool:
-        return bool(self.run) and self.plan().get("run") == self.run
+        claim = self.claim()
+        return claim is not None and bool(self.run) and claim.run == self.run
+
+    def check_run(self) -> Claim:
+        """The claim of this run. Raises MergeFailed where another run has taken over the output."""
+        claim = self.claim()
+        if claim is None or not self.run or claim.run != self.run:
+            raise taken_over(self._root)
+        return claim
 
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
-        recorded = self.plan().get("sources", {})
+        claim = self.claim()
+        recorded = claim.sources if claim is not None else {}
         return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
 
+    @property
+    def is_clearing(self) -> bool:
+        """Whether a run was interrupted while it removed what an earlier merge had left."""
+        claim = self.claim()
+        return claim is not None and self._store.stat(self._clearing(claim.origin)) is not None
+
+    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> bool:
+        """Fence off all older runs, and go on with their merge unless `fresh`.
+
+        Returns whether what is here has to be removed; `cleared` is called when it is.
+        """
+        before, self.run = self.claim(), uuid.uuid4().hex
+        fresh = fresh or self.is_clearing
+        goes_on = before is not None and before.digest == digest and not fresh
+        origin = before.origin if before is not None and goes_on else self.run
+        if fresh:
+            self._store.put(self._clearing(self.run), b"{}")
+        self._claim = Claim(digest=digest, run=self.run, origin=origin, sources=stamps)
+        self._write("plan.json", self._claim.plain())
+        self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
+        return fresh
+
+    def cleared(self) -> None:
+        """What an earlier merge left is removed; so are its notes, which are of no use any more."""
+        self._delete(self._earlier)
+        self._earlier = ()
+        self._delete(e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(_CLEARING))
+
     def finished(self, name: str) -> FileRecord | None:
-        content = self._read(f"done/{_flat(name)}.json")
-        if not content and name in self._ended:
-            content = {"name": name, **self._ended[name]}
-        try:
-            return FileRecord(**content)
-        except TypeError:
-            return None
+        """The record of a file that an earlier run of this merge finished; the caller compares it with the file."""
+        for note in self._notes("done", f"{_flat(name)}.json"):
+            content = self._read(note)
+            try:
+                if self._claim is not None and self._claim.owns(content):
+                    return FileRecord(**content["file"])
+            except (KeyError, TypeError):
+                continue
+        return None
 
     def record(self, record: FileRecord) -> None:
-        self._write(f"done/{_flat(record.name)}.json", asdict(record))
+        """Note a finished file. Raises MergeFailed where another run has taken over."""
+        self._note("done", f"{_flat(record.name)}.json", {"file": asdict(record)})
+
+    # --- files being written
+
+    def new_part(self, name: str) -> str:
+        """A URL for one attempt at writing a file, never given twice."""
+        return join(self._folder, f"parts/{self.run}/{_flat(name)}.{uuid.uuid4().hex}")
+
+    def remove_earlier_parts(self) -> None:
+        """Take the files away that older runs were writing, so that they can't move them to their places any more."""
+        self._delete(name for name in self._earlier if name.startswith("parts/"))
+
+    def remove_own_parts(self) -> None:
+        folder = f"parts/{self.run}"
+        self._delete(f"{folder}/{entry.name}" for entry in self._store.list(join(self._folder, folder)))
+
+    # --- uploads in parts
 
     def intend_upload(self, name: str, known: Sequence[str]) -> None:
-        """An upload of `name` is about to begin; `known` are the open ones of that name that are somebody else's."""
-        self._write(f"uploads/{_flat(name)}.json", {"id": None, "known": list(known)})
+        """An upload of `name` is about to begin; `known` are the open ones of that name that are not of this run."""
+        self._note("uploads", f"{_flat(name)}.json", {"id": None, "known": list(known)})
 
     def begun_upload(self, name: str, upload_id: str) -> None:
-        self._write(f"uploads/{_flat(name)}.json", {"id": upload_id, "known": []})
-
-    def upload(self, name: str) -> Mapping[str, Any]:
-        """What an earlier run noted of its upload of `name`; empty where it began none."""
-        return self._read(f"uploads/{_flat(name)}.json")
+        """Raises MergeFailed where another run has taken over, after the note is written: the upload is of no use."""
+        claim = self._claim or self.check_run()
+        content = {**claim.signature, "id": upload_id, "known": []}
+        self._write(f"uploads/{self.run}/{_flat(name)}.json", content)
+        self.check_run()
 
     def forget_upload(self, name: str) -> None:
-        self._store.delete(join(self._folder, f"uploads/{_flat(name)}.json"))
+        """Remove this run's own note."""
+        self._delete([f"uploads/{self.run}/{_flat(name)}.json"])
 
-    def uploads(self) -> list[str]:
-        """File names whose uploads this journal knows of, as they stand in it (flat)."""
+    def forget(self, upload: NotedUpload) -> None:
+        self._delete([upload.note])
+        self._earlier = tuple(name for name in self._earlier if name != upload.note)
+
+    def earlier_uploads(self, name: str) -> list[NotedUpload]:
+        """The uploads of `name` that earlier runs have noted."""
+        return list(self._noted(self._notes("uploads", f"{_flat(name)}.json")))
+
+    def all_earlier_uploads(self) -> list[NotedUpload]:
+        return list(self._noted(name for name in self._earlier if name.startswith("uploads/")))
+
+    def all_uploads(self) -> list[NotedUpload]:
+        """All uploads that are noted now, by whichever run."""
         entries = self._store.list(join(self._folder, "uploads"))
-        return [entry.name.removesuffix(".json") for entry in entries]
+        return list(self._noted(f"uploads/{entry.name}" for entry in entries))
+
+    def note_sent(self, name: str, upload_id: str, parts: Sequence[UploadedPart]) -> None:
+        """Note parts that the store has, so that a run that goes on knows them again."""
+        content = {"upload": upload_id, "parts": [[part.number, part.etag, part.size] for part in parts]}
+        self._note("sent", f"{_flat(name)}.{parts[0].number}.json", content)
+
+    def sent(self, name: str, upload_id: str) -> set[UploadedPart]:
+        """The parts of an upload that earlier runs of this merge have noted as sent."""
+        found: set[UploadedPart] = set()
+        for note in self._earlier:
+            kind, _, rest = note.partition("/")
+            if kind != "sent" or rest.rpartition("/")[2].rsplit(".", 2)[0] != _flat(name):
+                continue
+            content = self._read(note)
+            if self._claim is None or not self._claim.owns(content) or content.get("upload") != upload_id:
+                continue
+            try:
+                found |= {UploadedPart(number=n, etag=etag, size=size) for n, etag, size in content["parts"]}
+            except (KeyError, TypeError, ValueError):
+                continue
+        return found
 
     def clear(self) -> None:
-        """Forget everything; `plan.json` goes last, so that whoever dies over it can be followed by a run that goes on.
+        """Forget everything; `plan.json` goes last, so that a run that dies over it is followed by one that goes on."""
+        self._delete(entry.name for entry in self._store.list(self._folder) if entry.name != "plan.json")
+        if self.run:
+            self.check_run()
+        self._delete(["plan.json"])
 
-        Without it the rest would stay for good: a folder that holds a finished merge is not touched again.
-        """
-        for entry in self._store.list(self._folder):
-            if entry.name != "plan.json":
-                self._store.delete(join(self._folder, entry.name))
-        self._store.delete(join(self._folder, "plan.json"))
+    def _clearing(self, run: str) -> str:
+        return join(self._folder, f"{_CLEARING}{run}")
+
+    def _notes(self, kind: str, name: str) -> Iterator[str]:
+        """Notes of earlier runs of one kind and name; an older raymoe had no folders of runs."""
+        return (note for note in self._earlier if note.startswith(f"{kind}/") and note.rpartition("/")[2] == name)
+
+    def _noted(self, notes: Iterable[str]) -> Iterator[NotedUpload]:
+        for note in notes:
+            content = self._read(note)
+            if "id" not in content:  # gone meanwhile, or damaged
+                continue
+            upload_id, known = content["id"], content.get("known")
+            yield NotedUpload(
+                name=note.rpartition("/")[2].removesuffix(".json"),
+                upload_id=upload_id if isinstance(upload_id, str) and upload_id else None,
+                known=tuple(map(str, known)) if isinstance(known, list) else (),
+                is_own=self._claim is not None and self._claim.owns(content),
+                note=note,
+            )
+
+    def _note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
+        self._write(f"{kind}/{self.run}/{name}", {**self.check_run().signature, **content})
+
+    def _delete(self, names: Iterable[str]) -> None:
+        delete_all(self._store, [join(self._folder, name) for name in names])
 
     def _read(self, name: str) -> dict[str, Any]:
-        return self._read_object(join(self._folder, name))
-
-    def _read_object(self, url: str) -> dict[str, Any]:
-        try:
-            content = json.loads(self._store.read_all(url))
-        except (ObjectMissing, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_json(self._store, join(self._folder, name))
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         self._store.put(join(self._folder, name), json.dumps(content).encode())
 
 
-def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: str | None) -> Problem | None:
-    """Why an output can't be taken, if it can't: only an unfinished run of this very plan may go on."""
-    there = journal.plan().get("digest")
-    if there is not None:
-        if digest is None or there == digest:
-            return None
-        what = "an unfinished merge of another plan (other config, sources, seed or shard size) is here"
-        return Problem(where=location, what=what, remedy="use --overwrite to discard it, or choose another output")
-    names = [entry.name for entry in store.list(location)]
-    if not names:
+class WrittenFiles:
+    """What this run has made visible, as the store showed it then: nothing else may be there when the merge is done.
+
+    Stores have no lock: a request of an older run that was under way for a long time may still replace a file after the
+    newer run has written it. That is seen here, before the index and the record are written.
+    """
+
+    def __init__(self, store: ObjectStore, location: str) -> None:
+        self._store, self._location = store, location
+        self._seen: dict[str, tuple[int, str | None]] = {}
+
+    def add(self, name: str, size: int, etag: str | None) -> None:
+        self._seen[name] = (size, etag)
+
+    def check(self) -> None:
+        """Raise MergeFailed if one is not there any more as it was written."""
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="check") as pool:
+            wrong = [name for name, is_same in zip(self._seen, pool.map(self._is_same, self._seen)) if not is_same]
+        if wrong:
+            raise replaced(join(self._location, wrong[0]))
+
+    def _is_same(self, name: str) -> bool:
+        info, (size, etag) = self._store.stat(join(self._location, name)), self._seen[name]
+        return info is not None and info.size == size and (etag is None or info.etag == etag)
+
+
+def finished_merge(store: ObjectStore, journal: ObjectJournal, location: str) -> FinishedMerge | None:
+    """The finished merge that is here, by its record; None where there is none, or a merge has begun to replace it."""
+    found = FinishedMerge.of(read_json(store, join(location, RECORD_NAME)))
+    if found is not None and journal.exists and (journal.digest() != found.digest or journal.is_clearing):
         return None
+    return found
+
+
+def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: str | None) -> list[Problem]:
+    """Why an output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this very
+    plan gave is complete, unless something has become of its files."""
+    finished = finished_merge(store, journal, location)
+    if finished is not None and finished.digest == digest:
+        sizes = {entry.name: entry.size for entry in store.list(location)}
+        return finished.problems(location, sizes.get)
+    remedy = "use --overwrite to discard it, or choose another output"
+    if journal.exists:
+        there = journal.digest()
+        if digest is None or there == digest:
+            return []
+        what = "an unfinished merge of another plan (other config, sources, seed or shard size) is here"
+        if there is None:
+            what = "an unfinished merge of another version of raymoe is here, or its journal is damaged"
+        return [Problem(where=location, what=what, remedy=remedy)]
+    names = [entry.name for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/")]
+    if not names:
+        return []
     what = "the output holds a finished merge" if RECORD_NAME in names else "the output is not empty"
-    return Problem(where=location, what=what, remedy="use --overwrite to replace it, or choose another output")
+    return [Problem(where=location, what=what, remedy="use --overwrite to replace it, or choose another output")]
 
 
-def checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
-    """What --overwrite removes, in this order: record and index first. All else is somebody's own and stays."""
+def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], object]) -> None:
+    """Remove what --overwrite replaces, record and index first. All else is of other programs, and stays.
+
+    `check` is called before each removal, and raises where the output has been taken over. What an older run was just
+    making visible may appear meanwhile, so that it is looked for again.
+    """
+    for _ in range(_SWEEPS):
+        names = _checkpoint_objects(store, location)
+        for name in names:
+            check()
+            store.delete(join(location, name))
+        if not names:
+            return
+
+
+def _checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
     there = [entry.name for entry in store.list(location)]
-    recorded: list[str] = []
-    if RECORD_NAME in there:
-        try:
-            recorded = list(json.loads(store.read_all(join(location, RECORD_NAME)))["files"])
-        except (ObjectMissing, ValueError, KeyError, TypeError):
-            recorded = []
+    files = read_json(store, join(location, RECORD_NAME)).get("files") if RECORD_NAME in there else None
+    recorded = list(files) if isinstance(files, (dict, list)) else []
     parts = [name for name in there if is_part_of_a_model(name)]
     inside = [name for name in recorded if isinstance(name, str) and is_inside(name) and name in there]
     first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
     return list(dict.fromkeys([*first, *inside, *parts]))
+
+
+def delete_all(store: ObjectStore, urls: Sequence[str]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="delete") as pool:
+        list(pool.map(store.delete, urls))
+
+
+def read_json(store: ObjectStore, url: str) -> dict[str, Any]:
+    """A JSON object of the store; empty where there is none."""
+    try:
+        return json_object(store.read_all(url))
+    except ObjectMissing:
+        return {}
 
 
 def _flat(name: str) -> str:

@@ -9,6 +9,7 @@ before it is whole. Every step can be repeated: after any death the same calls e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from raymoe.planning.types import MergePlan, Part, Shard
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import FileRecord
+from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
+from raymoe.text import some
 
-__all__ = ["Output", "Progress", "ShardJob", "open_output", "output_location", "refusals"]
+__all__ = ["Output", "Progress", "ShardJob", "complete_merge", "open_output", "output_location", "refusals"]
 
 # Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
 Progress = Callable[[int, int], None]
@@ -72,11 +74,18 @@ class Output(Protocol):
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
 
+    def finished_merge(self) -> FinishedMerge | None:
+        """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
+
+    def clean_up(self) -> None:
+        """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
+        work here, else MergeFailed."""
+
     def lock(self) -> None:
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        """Begin a run; with `fresh`, what an earlier merge left here is removed first."""
+        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
 
     def same_store(self, file: SourceFile) -> bool:
         """Whether this output's store can copy from that source file itself."""
@@ -91,16 +100,17 @@ class Output(Protocol):
         """Do a job; what it returns is for `complete`."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        """All jobs of a shard are done: make it visible."""
+        """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over."""
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
         """Write a small file as a whole."""
 
     def write_index(self, content: bytes) -> FileRecord:
-        """Write the file that makes the output a checkpoint, and never over somebody else's."""
+        """Write the file that makes the output a checkpoint, and never over another one. All that this run has written
+        is looked at before; MergeFailed is raised if a file is no longer as it was written."""
 
     def end(self, record: bytes) -> None:
-        """Write the record of the merge; it is complete, and the journal goes."""
+        """Look at all that was written once more and write the record; the merge is complete, and the journal goes."""
 
     def release(self) -> None:
         """Leave the output, finished or not, with nothing half-written."""
@@ -132,6 +142,8 @@ def open_output(location: str, storage: StorageOptions, run: str = "") -> Output
 def refusals(plan: MergePlan, output: Output, *, overwrite: bool) -> list[Problem]:
     """What keeps this plan from being written there, as far as the output and the sources' places show it."""
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
+    if not problems and not overwrite and complete_merge(plan, output) is not None:
+        problems = _newer_sources(plan, output.location)
     for source in plan.sources:
         if any(output.location in _folders_of(file) for file in source.files):
             what = f"the output is the folder of {source.owner}, which would be overwritten"
@@ -145,6 +157,33 @@ def _folders_of(file: SourceFile) -> set[str]:
         return {file.location.rpartition("/")[0]}
     path = Path(file.location)  # in the Hub's cache a link: neither its folder nor its target's is an output
     return {str(path.parent), str(path.parent.resolve()), str(path.resolve().parent)}
+
+
+def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
+    """The finished merge of this very plan, where the output holds it: then nothing is left to do.
+
+    The one rule for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. The plan is told
+    by its digest. Files that are missing or have another size are in `output.problems`, which is to be called first.
+    """
+    found = output.finished_merge()
+    return found if found is not None and found.digest == plan.digest else None
+
+
+def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
+    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
+
+    Of an output in an object store nothing is said: its times are of another clock."""
+    if is_url(location):
+        return []
+    finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    files = [*plan.side_files, *(file for source in plan.sources for file in source.files)]
+    names = {file.location for file in files if not is_url(file.location) and os.path.exists(file.location)}
+    newer = sorted(name for name in names if os.stat(name).st_mtime_ns > finished)
+    if not newer:
+        return []
+    what = f"the merge in this folder is older than its sources: {some(newer, most=3)}"
+    remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
+    return [Problem(where=location, what=what, remedy=remedy)]
 
 
 def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:

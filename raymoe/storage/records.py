@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from raymoe.sources.folder import SIDE_FILES
+from raymoe.errors import Problem
+from raymoe.sources.folder import SIDE_FILES, is_inside
+from raymoe.text import some
 
 __all__ = [
     "CARD_NAME",
@@ -15,7 +20,9 @@ __all__ = [
     "RECORD_NAME",
     "RESULT_NAME",
     "FileRecord",
+    "FinishedMerge",
     "is_part_of_a_model",
+    "json_object",
 ]
 
 JOURNAL = ".raymoe"
@@ -49,3 +56,54 @@ class FileRecord:
     name: str
     size: int
     checksum: str
+
+
+def json_object(content: bytes | str) -> dict[str, Any]:
+    """A JSON object; empty where the text is none. What is read here may be half a file, or another program's."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedMerge:
+    """A finished merge, as its record (`raymoe.json`) tells of it: the plan's digest, and the files."""
+
+    digest: str
+    files: tuple[FileRecord, ...]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> FinishedMerge | None:
+        """The merge that a record tells of; None where it is no record of a merge."""
+        digest, files = record.get("plan_digest"), record.get("files")
+        if not isinstance(digest, str) or not isinstance(files, Mapping) or INDEX_NAME not in files:
+            return None
+        if not all(_is_entry(name, entry) for name, entry in files.items()):
+            return None
+        records = (FileRecord(name=n, size=e["size"], checksum=str(e.get("checksum", ""))) for n, e in files.items())
+        return cls(digest=digest, files=tuple(records))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def problems(self, location: str, size_of: Callable[[str], int | None]) -> list[Problem]:
+        """What has become of the files since: those that are missing, or of another size. The card may be edited."""
+        wrong = []
+        for file in self.files:
+            size = size_of(file.name)
+            if size is None:
+                wrong.append(f"{file.name} is missing")
+            elif size != file.size and file.name != CARD_NAME:
+                wrong.append(f"{file.name} has {size:,} bytes, and had {file.size:,} when it was merged")
+        if not wrong:
+            return []
+        what = f"the finished merge here is damaged: {some(wrong, most=3)}"
+        return [Problem(where=location, what=what, remedy="put the files back, or use --overwrite to merge again")]
+
+
+def _is_entry(name: Any, entry: Any) -> bool:
+    is_file = isinstance(name, str) and is_inside(name)
+    return is_file and isinstance(entry, Mapping) and type(entry.get("size")) is int

@@ -2,8 +2,9 @@
 
 The coordinator opens a shard's upload, actors send its parts or have them copied, the coordinator completes it: that is
 the moment in which the whole object becomes visible. Several actors may feed one upload. An upload that a dead run left
-is taken up again where its id is known, and aborted where only the intention is; uploads that the journal does not know
-of are somebody else's and are left alone.
+is taken up again where its id is known, with those of its parts that were noted as sent; it is aborted where only the
+intention is known, and where it is of another merge. Uploads that the journal does not know of are of other programs,
+and are left alone.
 
 Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part
 counts with its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
@@ -26,10 +27,17 @@ from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
-from raymoe.storage.object_journal import ObjectJournal, checkpoint_objects, occupied
+from raymoe.storage.object_journal import (
+    NotedUpload,
+    ObjectJournal,
+    WrittenFiles,
+    finished_merge,
+    occupied,
+    remove_checkpoint,
+)
 from raymoe.storage.output import Progress, ShardJob, read_stream
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["S3Output"]
@@ -40,7 +48,7 @@ _COMPUTING_BYTES = 32 << 20
 # A job is small enough that a death costs little, and that two actors share a large shard.
 _JOB_SENT_BYTES = 256 << 20
 _JOB_COPIED_BYTES = 8 << 30
-_META_RUN = "raymoe-plan"
+_META_PLAN, _META_ORIGIN = "raymoe-plan", "raymoe-origin"
 _RELEASE_S = 60
 
 
@@ -52,8 +60,11 @@ class S3Output:
         self._storage = storage
         self._store = cast(MultipartStore, open_store(location, storage))
         self._journal = ObjectJournal(self._store, location, run)
+        self._written = WrittenFiles(self._store, location)
+        self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
         self._parts_there: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
+        self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
     @property
@@ -62,13 +73,20 @@ class S3Output:
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         try:
-            problem = occupied(self._store, self._journal, self.location, digest)
+            problems = occupied(self._store, self._journal, self.location, digest)
         except StorageError as error:
             return list(error.problems)
-        return [problem] if problem and not overwrite else []
+        return [] if overwrite else problems
 
     def digest(self) -> str | None:
-        return self._journal.plan().get("digest")
+        return self._journal.digest()
+
+    def finished_merge(self) -> FinishedMerge | None:
+        return finished_merge(self._store, self._journal, self.location)
+
+    def clean_up(self) -> None:
+        self._abort(self._journal.all_uploads())
+        self._journal.clear()
 
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         return self._journal.changed_sources(stamps)
@@ -77,9 +95,14 @@ class S3Output:
         """Nothing to take: see `ObjectJournal`."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        if fresh:
-            self._remove_checkpoint()
-        self._journal.begin(digest, stamps)
+        has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
+        claim = self._journal.check_run()
+        # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
+        self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
+        self._abort(upload for upload in self._journal.all_earlier_uploads() if has_to_clear or not upload.is_own)
+        if has_to_clear:
+            remove_checkpoint(self._store, self.location, self._journal.check_run)
+            self._journal.cleared()
 
     def same_store(self, file: SourceFile) -> bool:
         return is_s3(file.location)
@@ -88,17 +111,22 @@ class S3Output:
         return self._journal.is_of_this_run
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        if self._finished(shard.file_name, shard.nbytes) is not None:
+        name = shard.file_name
+        # A router's shard is written by every run: other hardware gives rows that differ by rounding.
+        goes_on = shard.owner != "router"
+        if goes_on and (record := self._finished(name, shard.nbytes)) is not None:
+            self._abort(self._journal.earlier_uploads(name))
+            self._kept[name] = record
             return ()
         parts = upload_parts(shard, self.same_store)
-        upload_id, there = self._open_upload(shard.file_name)
-        usable = {p.number: p for p in there}
-        done = [usable[p.number] for p in parts if p.number in usable and usable[p.number].size == p.nbytes]
-        self._uploads[shard.file_name], self._parts_there[shard.file_name] = upload_id, done
-        numbers = {part.number for part in done}
+        if name not in self._uploads:
+            self._uploads[name], there = self._open_upload(name, goes_on=goes_on)
+            known = {part.number: part for part in there}
+            done = [known[p.number] for p in parts if p.number in known and known[p.number].size == p.nbytes]
+            self._parts_there[name] = done
+        numbers = {part.number for part in self._parts_there[name]}
         missing = [part for part in parts if part.number not in numbers]
-        groups = _groups(missing)
-        return [ShardJob(shard=shard, upload_id=upload_id, parts=group) for group in groups]
+        return [ShardJob(shard=shard, upload_id=self._uploads[name], parts=group) for group in _groups(missing)]
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """The parts that the store has now. `router` gives computed rows."""
@@ -120,32 +148,40 @@ class S3Output:
             return there
 
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            return list(pool.map(send, job.parts))
+            sent = list(pool.map(send, job.parts))
+        self._journal.note_sent(job.shard.file_name, upload_id, sent)
+        return sent
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        if (record := self._finished(shard.file_name, shard.nbytes)) is not None:
-            return record
-        self._check_run()
         name = shard.file_name
-        parts = [*self._parts_there.pop(name), *(part for result in results for part in result)]
+        if name in self._kept:
+            return self._kept[name]
+        parts = [*self._parts_there[name], *(part for result in results for part in result)]
         parts.sort(key=lambda part: part.number)
         url, upload_id = join(self.location, name), self._uploads[name]
-        info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata())
+        self._journal.check_run()
+        info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata)
         assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
+        self._written.add(name, info.size, info.etag)
         record = FileRecord(name=name, size=info.size, checksum=self._checksum(url, info.etag))
-        self._journal.record(record)
+        self._journal.record(record)  # looks at the run again
         self._journal.forget_upload(name)
-        del self._uploads[name]
+        del self._uploads[name], self._parts_there[name]
         return record
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        self._check_run()
+        self._journal.check_run()
         url = join(self.location, name)
-        info = self._store.put(url, content)
-        return FileRecord(name=name, size=len(content), checksum=self._checksum(url, info.etag))
+        return self._wrote(name, len(content), self._store.put(url, content).etag)
+
+    def _wrote(self, name: str, size: int, etag: str | None) -> FileRecord:
+        info = self._store.stat(join(self.location, name))
+        self._written.add(name, size, info.etag if info is not None else etag)
+        return FileRecord(name=name, size=size, checksum=self._checksum(join(self.location, name), etag))
 
     def write_index(self, content: bytes) -> FileRecord:
-        self._check_run()
+        self._written.check()
+        self._journal.check_run()
         url = join(self.location, INDEX_NAME)
         # Not every server honours a conditional put: look first, so that only a race of moments is left to it.
         there = self._store.stat(url)
@@ -155,17 +191,21 @@ class S3Output:
             try:
                 info = self._store.put(url, content, only_if_absent=True)
             except ObjectExists as error:
-                raise MergeFailed(f"{url}: somebody else has written an index here") from error
+                raise MergeFailed(f"{url}: another program has written an index here") from error
         else:
             info = self._store.put(url, content)
-        return FileRecord(name=INDEX_NAME, size=len(content), checksum=self._checksum(url, info.etag))
+        return self._wrote(INDEX_NAME, len(content), info.etag)
 
     def end(self, record: bytes) -> None:
+        self._written.check()
         self.write_small(RECORD_NAME, record)
+        self._journal.check_run()
+        self._abort(self._journal.all_uploads())
         self._journal.clear()
 
     def release(self) -> None:
-        """Abort what this process has opened; a run that was replaced leaves the uploads to the one that goes on.
+        """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has
+        found them in the journal.
 
         A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows the
         uploads, and the next run takes them up.
@@ -190,6 +230,7 @@ class S3Output:
         info = self._store.stat(url)
         if info is None or info.size != size or self._checksum(url, info.etag) != record.checksum:
             return None
+        self._written.add(name, info.size, info.etag)
         return record
 
     def _checksum(self, url: str, etag: str | None) -> str:
@@ -205,58 +246,64 @@ class S3Output:
             hasher.update(self._store.read(url, start, min(start + step, info.size), info.etag))
         return f"sha256:{hasher.hexdigest()}"
 
-    def _metadata(self) -> dict[str, str]:
-        # The plan, not the run: whoever completes an upload of this plan has written these very bytes.
-        return {_META_RUN: str(self.digest())}
-
-    def _open_upload(self, name: str) -> tuple[str, Sequence[UploadedPart]]:
-        """An upload of `name`: the one that an earlier run left, with its parts, or a new one."""
-        url, noted = join(self.location, name), self._journal.upload(name)
-        if noted.get("id"):
-            try:
-                return noted["id"], self._store.list_parts(url, noted["id"])
-            except UploadGone:
-                self._journal.forget_upload(name)
-        self._abort_unnoted(name, noted)
-        ours = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
-        self._journal.intend_upload(name, known=ours)
-        upload_id = self._create_upload(url, known=ours)
-        self._journal.begun_upload(name, upload_id)
+    def _open_upload(self, name: str, *, goes_on: bool) -> tuple[str, Sequence[UploadedPart]]:
+        """An upload of `name`: where `goes_on`, the one that an earlier run of this merge left, with the parts that it
+        noted; else a new one."""
+        url = join(self.location, name)
+        earlier, taken = self._journal.earlier_uploads(name), None
+        if goes_on:
+            taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
+        self._abort(upload for upload in earlier if upload is not taken)
+        if taken is not None and taken.upload_id is not None:
+            self._journal.begun_upload(name, taken.upload_id)
+            self._journal.forget(taken)
+            there, sent = self._store.list_parts(url, taken.upload_id), self._journal.sent(name, taken.upload_id)
+            return taken.upload_id, [part for part in there if part in sent]
+        known = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
+        self._journal.intend_upload(name, known=known)
+        upload_id = self._create_upload(url, known=known)
+        try:
+            self._journal.begun_upload(name, upload_id)
+        except BaseException:
+            # A newer run may have read the journal before the note was there: it does not know this upload.
+            self._store.abort_upload(url, upload_id)
+            self._journal.forget_upload(name)
+            raise
         return upload_id, ()
 
-    def _abort_unnoted(self, name: str, noted: Mapping[str, Any]) -> None:
-        """Where a run died between its intention and the id: abort what was opened since then, which is its own."""
-        if noted and not noted.get("id"):
-            url = join(self.location, name)
-            for upload in self._store.list_uploads(url):
-                if upload.url == url and upload.upload_id not in noted["known"]:
-                    self._store.abort_upload(url, upload.upload_id)
+    def _is_open(self, upload: NotedUpload) -> bool:
+        if upload.upload_id is None:
+            return False
+        try:
+            self._store.list_parts(join(self.location, upload.name), upload.upload_id)
+        except UploadGone:
+            return False
+        return True
+
+    def _abort(self, uploads: Iterable[NotedUpload]) -> None:
+        """Abort what was noted of uploads, and remove the notes. Where a run died between its intention and the id,
+        what was opened since then is its own."""
+        for upload in uploads:
+            url = join(self.location, upload.name)
+            ids = [upload.upload_id] if upload.upload_id is not None else self._opened_since(url, upload.known)
+            for upload_id in ids:
+                self._store.abort_upload(url, upload_id)
+            self._journal.forget(upload)
+
+    def _opened_since(self, url: str, known: Sequence[str]) -> list[str]:
+        found = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
+        mine = self._uploads.values()
+        return [upload_id for upload_id in found if upload_id not in known and upload_id not in mine]
 
     def _create_upload(self, url: str, known: Sequence[str]) -> str:
         """Begin an upload. Where a reply was lost and the store asked again, there are two: the first is aborted."""
         retries = self._store.counters.retries
-        upload_id = self._store.create_upload(url, metadata=self._metadata())
+        upload_id = self._store.create_upload(url, metadata=self._metadata)
         if self._store.counters.retries > retries:
-            self._check_run()
-            for upload in self._store.list_uploads(url):
-                if upload.url == url and upload.upload_id not in (upload_id, *known):
-                    self._store.abort_upload(url, upload.upload_id)
+            for other in self._opened_since(url, known=(upload_id, *known)):
+                self._journal.check_run()
+                self._store.abort_upload(url, other)
         return upload_id
-
-    def _check_run(self) -> None:
-        if not self._journal.is_of_this_run:
-            raise MergeFailed(f"{self.location}: another run of this merge has taken over this output")
-
-    def _remove_checkpoint(self) -> None:
-        """Remove the checkpoint here and the journal, with the uploads that it knows of."""
-        for name in checkpoint_objects(self._store, self.location):
-            self._store.delete(join(self.location, name))
-        for name in self._journal.uploads():
-            noted = self._journal.upload(name)
-            self._abort_unnoted(name, noted)
-            if upload_id := noted.get("id"):
-                self._store.abort_upload(join(self.location, name), upload_id)
-        self._journal.clear()
 
 
 class _Budget:

@@ -1,33 +1,47 @@
 """Any fsspec URL as output (gs://, abfs://, memory://, ...): files as plain streams, with the same journal as on S3.
 
-fsspec has no parts that several processes could send: a shard is one stream from one actor. A file is committed when
-its stream has ended well and discarded when it has not, so that it appears whole or not at all, as far as the file
-system behind it keeps that promise.
+fsspec has no parts that several processes could send: a shard is one stream from one actor.
+
+    actor         sources --stream--> OUT/.raymoe/parts/RUN/FILE.X
+    coordinator   looks at the run, moves it to OUT/FILE, notes it
+
+Only the coordinator makes a file visible, in one step as far as the store has one: it renames, or has the store copy. A
+newer run removes what older runs have in `parts/`, so that a late move finds nothing to move.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import xxhash
 
 from raymoe.errors import MergeFailed, Problem
+from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Shard
 from raymoe.sources.types import SourceFile
-from raymoe.storage.object_journal import ObjectJournal, checkpoint_objects, occupied
+from raymoe.storage.object_journal import (
+    ObjectJournal,
+    WrittenFiles,
+    finished_merge,
+    occupied,
+    remove_checkpoint,
+)
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["StreamOutput"]
 
 _READ_BYTES = 16 << 20
+_RELEASE_S = 60
 
 
 class StreamOutput:
@@ -35,8 +49,11 @@ class StreamOutput:
 
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         self.location = location
-        self._store = open_store(location, storage)
+        self._storage = storage
+        self._store = cast(FsspecStore, open_store(location, storage))
         self._journal = ObjectJournal(self._store, location, run)
+        self._written = WrittenFiles(self._store, location)
+        self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
 
     @property
     def run(self) -> str:
@@ -44,13 +61,19 @@ class StreamOutput:
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         try:
-            problem = occupied(self._store, self._journal, self.location, digest)
+            problems = occupied(self._store, self._journal, self.location, digest)
         except StorageError as error:
             return list(error.problems)
-        return [problem] if problem and not overwrite else []
+        return [] if overwrite else problems
 
     def digest(self) -> str | None:
-        return self._journal.plan().get("digest")
+        return self._journal.digest()
+
+    def finished_merge(self) -> FinishedMerge | None:
+        return finished_merge(self._store, self._journal, self.location)
+
+    def clean_up(self) -> None:
+        self._journal.clear()
 
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         return self._journal.changed_sources(stamps)
@@ -59,11 +82,11 @@ class StreamOutput:
         """Nothing to take: see `ObjectJournal`."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        if fresh:
-            for name in checkpoint_objects(self._store, self.location):
-                self._store.delete(join(self.location, name))
-            self._journal.clear()
-        self._journal.begin(digest, stamps)
+        has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
+        self._journal.remove_earlier_parts()
+        if has_to_clear:
+            remove_checkpoint(self._store, self.location, self._journal.check_run)
+            self._journal.cleared()
 
     def same_store(self, file: SourceFile) -> bool:
         return False
@@ -72,46 +95,62 @@ class StreamOutput:
         return self._journal.is_of_this_run
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        return () if self._finished(shard) is not None else (ShardJob(shard=shard),)
+        # A router's shard is written by every run: other hardware gives rows that differ by rounding.
+        if shard.owner != "router" and (record := self._finished(shard)) is not None:
+            self._kept[shard.file_name] = record
+            return ()
+        return (ShardJob(shard=shard),)
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
+        """The URL of the file that is to be moved to its place, and the shard's record."""
         import fsspec
 
         shard, hasher = job.shard, xxhash.xxh3_128()
-        filesystem, path = fsspec.url_to_fs(join(self.location, shard.file_name))
+        part = self._journal.new_part(shard.file_name)
+        filesystem, path = fsspec.url_to_fs(part)
         filesystem.makedirs(filesystem._parent(path), exist_ok=True)
         stream = filesystem.open(path, "wb", autocommit=False)
         try:
-            for chunk in shard_range(shard, 0, shard.nbytes, reader, router):
-                hasher.update(chunk)
-                stream.write(bytes(chunk))
-                progress(len(chunk), 0)
-            stream.close()
+            try:
+                for chunk in shard_range(shard, 0, shard.nbytes, reader, router):
+                    hasher.update(chunk)
+                    stream.write(bytes(chunk))
+                    progress(len(chunk), 0)
+                stream.close()
+            except BaseException:
+                stream.discard()
+                raise
+            stream.commit()
+            self._journal.check_run()  # a newer run has removed what was here before, and does not know of this file
         except BaseException:
-            stream.discard()
-            # Not every file system waits for the commit: what it has made visible already is removed.
-            self._store.delete(join(self.location, shard.file_name))
+            with contextlib.suppress(StorageError):
+                self._store.delete(part)
             raise
-        stream.commit()
-        return FileRecord(name=shard.file_name, size=shard.nbytes, checksum=f"xxh3-128:{hasher.hexdigest()}")
+        return part, FileRecord(name=shard.file_name, size=shard.nbytes, checksum=f"xxh3-128:{hasher.hexdigest()}")
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        if not results:
-            record = self._finished(shard)
-            assert record is not None, "a shard without jobs is finished"
-            return record
-        written: FileRecord = results[0]
-        self._journal.record(written)
-        return written
+        if shard.file_name in self._kept:
+            return self._kept[shard.file_name]
+        part, written = results[0]
+        self._journal.check_run()
+        try:
+            info = self._store.move(part, join(self.location, written.name), written.size)
+        except StorageError:
+            self._journal.check_run()  # a newer run removes what is to be moved
+            raise
+        self._written.add(written.name, info.size, info.etag)
+        self._journal.record(written)  # looks at the run again
+        return cast(FileRecord, written)
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        if not self._journal.is_of_this_run:
-            raise MergeFailed(f"{self.location}: another run of this merge has taken over this output")
-        self._store.put(join(self.location, name), content)
+        self._journal.check_run()
+        info = self._store.put(join(self.location, name), content)
+        self._written.add(name, len(content), info.etag)
         checksum = xxhash.xxh3_128(content).hexdigest()
         return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
 
     def write_index(self, content: bytes) -> FileRecord:
+        self._written.check()
         url = join(self.location, INDEX_NAME)
         # fsspec knows no condition that all file systems keep: look first.
         if self._store.stat(url) is not None and self._store.read_all(url) != content:
@@ -119,11 +158,18 @@ class StreamOutput:
         return self.write_small(INDEX_NAME, content)
 
     def end(self, record: bytes) -> None:
+        self._written.check()
         self.write_small(RECORD_NAME, record)
+        self._journal.check_run()
         self._journal.clear()
 
     def release(self) -> None:
-        """Nothing is held: a stream that did not end well was discarded by its writer."""
+        """Remove what this run was writing. A store that does not answer is not waited for long."""
+        if not self.run:
+            return
+        options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
+        with contextlib.suppress(StorageError):
+            ObjectJournal(open_store(self.location, options), self.location, self.run).remove_own_parts()
 
     def _finished(self, shard: Shard) -> FileRecord | None:
         """The record of a shard that an earlier run finished, if what is there still has that size and content."""
@@ -134,4 +180,7 @@ class StreamOutput:
         hasher = xxhash.xxh3_128()
         for start in range(0, info.size, _READ_BYTES):
             hasher.update(self._store.read(url, start, min(start + _READ_BYTES, info.size)))
-        return record if record.checksum == f"xxh3-128:{hasher.hexdigest()}" else None
+        if record.checksum != f"xxh3-128:{hasher.hexdigest()}":
+            return None
+        self._written.add(shard.file_name, info.size, info.etag)
+        return record

@@ -194,7 +194,7 @@ def test_permissions(tmp_path: Path) -> None:
 
 
 def test_remove_checkpoint(output: LocalOutput) -> None:
-    """What a model consists of, what the record names, and the journal but for its lock; nothing else."""
+    """What a model consists of, and what the record names; nothing else."""
     root = output.root
     model = [
         "model-00001-of-00002.safetensors",
@@ -214,7 +214,7 @@ def test_remove_checkpoint(output: LocalOutput) -> None:
     (root / "raymoe.json").write_text(json.dumps({"files": {name: {"size": 1} for name in named}}))
     remove_checkpoint(root)
     left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    assert left == {*theirs, ".raymoe/lock"}
+    assert left == {*theirs, ".raymoe/lock", ".raymoe/plan.json"}
     assert outside.exists()
 
 

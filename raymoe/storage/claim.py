@@ -1,0 +1,73 @@
+"""Whose an output is: the content of a journal's `plan.json`, and what every note of a journal carries of it.
+
+A run writes its claim first. From then on all older runs are fenced off: they look at the claim before they make
+anything visible, and what they have not moved to its place by then is taken away from them. The notes of a journal are
+only accepted from the merge that the claim is of: the same plan, and a chain of runs that began with the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.errors import MergeFailed
+
+__all__ = ["JOURNAL_FORMAT", "Claim", "replaced", "taken_over"]
+
+# Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
+JOURNAL_FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """`run` may write the plan of that `digest`. `origin` is the run that began the merge from nothing; the runs after
+    it went on from what it had finished. `sources` are the stamps of the local source files."""
+
+    digest: str
+    run: str
+    origin: str
+    sources: Mapping[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "format": JOURNAL_FORMAT,
+            "digest": self.digest,
+            "run": self.run,
+            "origin": self.origin,
+            "sources": dict(self.sources),
+        }
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """What a note of this run carries."""
+        return {"digest": self.digest, "origin": self.origin, "run": self.run}
+
+    def owns(self, note: Mapping[str, Any]) -> bool:
+        """Whether a note is of this very merge. A new start of the same plan is another merge: it may have had other
+        sources."""
+        return note.get("digest") == self.digest and note.get("origin") == self.origin
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Claim | None:
+        """The claim in the content of a `plan.json`; None where it is damaged, or of another version of raymoe."""
+        words = [content.get(key) for key in ("digest", "run", "origin")]
+        sources = content.get("sources")
+        if content.get("format") != JOURNAL_FORMAT or not isinstance(sources, Mapping):
+            return None
+        if not all(isinstance(word, str) and word for word in words):
+            return None
+        return cls(digest=str(words[0]), run=str(words[1]), origin=str(words[2]), sources=sources)
+
+
+def taken_over(location: str) -> MergeFailed:
+    """What is raised where a run finds that the output is no longer its own."""
+    return MergeFailed(f"{location}: another run of this merge has taken over this output")
+
+
+def replaced(place: str) -> MergeFailed:
+    """What is raised where a file is no longer the one that this run has written."""
+    return MergeFailed(
+        f"{place}: this file was replaced or removed after it had been written, by another run or another program. The "
+        "merge is not finished: run the same command again, and nothing else that writes to this output."
+    )
