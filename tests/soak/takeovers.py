@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.objects.fault_proxy import FaultProxy, FaultRates
 from tests.processes import send
 from tests.soak.cases import MergeCase, Stage, Takeover
-from tests.soak.compare import INDEX, JOURNAL, RECORD, differences
+from tests.soak.compare import INDEX, JOURNAL, RECORD, differences, noted_shards
 from tests.soak.places import Place
 from tests.soak.tries import Running, Try
 from tests.soak.world import Reference, World, command
@@ -151,8 +151,7 @@ class _Takeover:
         if stage.at == "begin":
             return True
         wanted = self._shards if stage.at == "end" else max(1, stage.share * self._shards)
-        done = [name for name in self._place.files() if name.startswith(f"{JOURNAL}done/")]
-        return sum(name.endswith(".safetensors.json") for name in done) >= wanted
+        return noted_shards(self._place.files()) >= wanted
 
     def _look(self) -> None:
         """Note whether the older merge has come to its end."""
