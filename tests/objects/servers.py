@@ -36,6 +36,7 @@ from typing import Any
 
 STARTERS = ("moto", "juicefs")
 """The servers that tests run against, one after the other."""
+Keys = tuple[str, str]
 _PR_SET_PDEATHSIG = 1
 _START_S = 60
 
@@ -83,6 +84,11 @@ class Server:
         )
 
 
+def new_keys() -> Keys:
+    """An access key and a secret."""
+    return f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+
+
 @functools.cache
 def running_server(kind: str) -> Server:
     """The server of a kind that all tests of this process share; stopped when the process ends."""
@@ -93,34 +99,28 @@ def running_server(kind: str) -> Server:
 
 
 @contextmanager
-def start_server(kind: str, folder: Path) -> Iterator[Server]:
+def start_server(kind: str, folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """The server of a kind, with its files in `folder` (which is made), until the context ends."""
     folder.mkdir(parents=True, exist_ok=True)
     starter = {"moto": start_moto, "juicefs": start_juicefs, "seaweedfs": start_seaweedfs}[kind]
-    with starter(folder) as server:
+    with starter(folder, keys or new_keys()) as server:
         yield server
 
 
 @contextmanager
-def start_moto(folder: Path) -> Iterator[Server]:
+def start_moto(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """moto's server. Takes any credentials, and keeps its objects in memory (large ones in the temporary folder)."""
-    port = _free_port()
+    port, (key, secret) = _free_port(), keys or new_keys()
     command = [_program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, folder, {}) as process:
         _wait_until_up(f"http://127.0.0.1:{port}/moto-api/", process, folder)
-        yield Server(
-            kind="moto",
-            endpoint=f"http://127.0.0.1:{port}",
-            key=f"KEY{secrets.token_hex(8)}",
-            secret=f"SECRET{secrets.token_hex(16)}",
-            process=process,
-        )
+        yield Server(kind="moto", endpoint=f"http://127.0.0.1:{port}", key=key, secret=secret, process=process)
 
 
 @contextmanager
-def start_juicefs(folder: Path) -> Iterator[Server]:
+def start_juicefs(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """The S3 gateway of JuiceFS over a local folder. Needs its own credentials (190 MB of memory)."""
-    port, key, secret = _free_port(), f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+    port, (key, secret) = _free_port(), keys or new_keys()
     meta = f"sqlite3://{folder}/meta.db"
     log = open(folder / "format.log", "wb")  # noqa: SIM115
     with log:
@@ -140,9 +140,9 @@ def start_juicefs(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def start_seaweedfs(folder: Path) -> Iterator[Server]:
+def start_seaweedfs(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """SeaweedFS in one process, over a local folder. Needs its own credentials (200 MB of memory)."""
-    key, secret = f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+    key, secret = keys or new_keys()
     actions = ["Admin", "Read", "List", "Tagging", "Write"]
     owner = {"name": "test", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [owner]}))
