@@ -3,8 +3,8 @@
     python scripts/soak_storage.py --merges 10 --example-merges 0     # a quick look
     python scripts/soak_storage.py --page                             # 200 + 20; puts the table into the docs
 
-Real S3 servers run on loopback. Between them and every merge stands a proxy that breaks requests, from a seed:
-errors, resets, truncated bodies, lost replies. Every third case is a takeover: a merge of another plan runs, or was
+Real S3 servers run on loopback. Between them and every merge stands a proxy that breaks requests, from a seed: errors,
+resets, truncated bodies, lost replies. Every third case is a takeover: a merge of another plan runs, or was
 killed, stopped or cut off, when the case's own merge begins with --overwrite; what stood still goes on later. Half of
 the other merges are killed (SIGKILL, the whole process group) at a random moment, some of them twice, and run again.
 Afterwards every file is compared byte for byte with an undisturbed merge. A run that ends with an error is right too,
