@@ -22,7 +22,7 @@ from raymoe.planning.types import MergePlan, Part, Shard
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import CARD_NAME, RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
 from raymoe.text import some
 
@@ -142,8 +142,8 @@ def open_output(location: str, storage: StorageOptions, run: str = "") -> Output
 def refusals(plan: MergePlan, output: Output, *, overwrite: bool) -> list[Problem]:
     """What keeps this plan from being written there, as far as the output and the sources' places show it."""
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
-    if not problems and not overwrite and complete_merge(plan, output) is not None:
-        problems = _newer_sources(plan, output.location)
+    if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
+        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location)]
     for source in plan.sources:
         if any(output.location in _folders_of(file) for file in source.files):
             what = f"the output is the folder of {source.owner}, which would be overwritten"
@@ -167,6 +167,13 @@ def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
     """
     found = output.finished_merge()
     return found if found is not None and found.digest == plan.digest else None
+
+
+def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
+    if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
+        return []
+    what, remedy = "the finished merge here has no model card", "use --no-write-model-card, or --overwrite"
+    return [Problem(where=output.location, what=what, remedy=remedy)]
 
 
 def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
