@@ -4,7 +4,7 @@
     python scripts/chaos.py --page                                           # 89 strikes; puts the table into the docs
 
 A real Ray cluster runs on this machine: a head that wants a token and takes jobs, and a worker node that is lost and
-replaced. Merges of pico models and of the example experts go to folders and to two real S3 servers. From a seed they
+replaced. Merges of pico models and of the example experts go to folders and to real S3 servers. From a seed they
 are struck at moments of their own progress, of which this script learns as anybody could: what the actors say that they
 are busy with, and which shards the journal calls finished.
 
@@ -171,7 +171,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help=f"strikes of each kind (default: {COUNTS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="leave out the cases before this one")
-    parser.add_argument("--server", default="moto,juicefs", help="S3 servers, with commas; '' writes to folders alone")
+    parser.add_argument(
+        "--server", default="moto,juicefs", help="S3 servers (also seaweedfs), with commas; '' writes to folders alone"
+    )
     parser.add_argument("--only", help="merge only this variant: ridge, 'many shards', wide")
     parser.add_argument(
         "--examples", action=argparse.BooleanOptionalAction, default=True, help="the example experts too"

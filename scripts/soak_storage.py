@@ -3,8 +3,8 @@
     python scripts/soak_storage.py --merges 10 --example-merges 0     # a quick look
     python scripts/soak_storage.py --page                             # 200 + 20; puts the table into the docs
 
-Two real S3 servers run on loopback. Between them and every merge stands a proxy that breaks requests, from a seed:
-errors, resets, truncated bodies, lost replies. Every third case is a takeover: a merge of another plan runs, or was
+Real S3 servers run on loopback. Between them and every merge stands a proxy that breaks requests, from a seed: errors,
+resets, truncated bodies, lost replies. Every third case is a takeover: a merge of another plan runs, or was
 killed, stopped or cut off, when the case's own merge begins with --overwrite; what stood still goes on later. Half of
 the other merges are killed (SIGKILL, the whole process group) at a random moment, some of them twice, and run again.
 Afterwards every file is compared byte for byte with an undisturbed merge. A run that ends with an error is right too,
@@ -45,7 +45,7 @@ from tests.soak.world import World, open_world  # noqa: E402
 
 PAGE, MARK = ROOT / "docs/object-storage.md", "<!-- table: scripts/soak_storage.py -->"
 VERDICTS = ("identical", "clean error", "corrupt", "hung")
-SERVERS = ("moto", "juicefs")
+SERVERS = ("moto", "juicefs", "seaweedfs")
 LINES = ("pico models", "example experts", "takeovers")
 
 
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--example-merges", type=int, default=20, help="of the example experts (750 MB each)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.05, help="share of requests that suffer, on average")
-    parser.add_argument("--server", default="moto,juicefs", help="which servers, with commas")
+    parser.add_argument("--server", default="moto,juicefs", help=f"which of {', '.join(SERVERS)}, with commas")
     parser.add_argument("--impatient", action="store_true", help="give up requests early: merges end with errors")
     parser.add_argument("--takeovers", action="store_true", help="leave out what is no takeover")
     parser.add_argument("--only", type=int, action="append", help="number of a case to be run alone; repeat for more")

@@ -144,7 +144,7 @@ class FsspecStore:
             try:
                 if self.scheme in _WITH_FOLDERS:
                     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                filesystem.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
+                _pipe(filesystem, path, data, only_if_absent=only_if_absent)
             except FileExistsError:
                 # Our own, where an earlier try got through and its answer did not.
                 if tries == 1 or filesystem.cat_file(path) != data:
@@ -210,6 +210,16 @@ class FsspecStore:
         if isinstance(outcome, Failure):
             raise storage_error(outcome, Asked(operation=operation, url=url), self.options)
         return outcome
+
+
+def _pipe(filesystem: Any, path: str, data: bytes, *, only_if_absent: bool) -> None:
+    if only_if_absent:
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+            return
+        except (NotImplementedError, ValueError):  # a file system without such a mode: the look before has to do
+            pass
+    filesystem.pipe_file(path, data, mode="overwrite")
 
 
 def _rename(filesystem: Any, path: str, target: str) -> None:

@@ -1,4 +1,7 @@
-"""The plan's digest: equal digests mean equal output bytes, so that an interrupted merge knows its own output again."""
+"""The plan's digest: equal digests mean equal output bytes, so that an interrupted merge knows its own output again.
+
+The parts of uploads are in it too: a run goes on with the parts that an earlier one has sent.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.planning.types import GatePlan, Shard
+from raymoe.planning.upload import upload_layout
 from raymoe.sources.types import SideFile
 
 __all__ = ["plan_digest"]
@@ -38,6 +42,7 @@ def plan_digest(
         "side_files": side_files,
         "gates": gates,
         **({"strict": True} if strict else {}),
+        "upload": upload_layout(),
     }
     text = json.dumps(content, default=_plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,13 +20,25 @@ from dataclasses import dataclass, replace
 from raymoe.planning.types import Copy, Part, Shard
 from raymoe.sources.types import SourceFile
 
-__all__ = ["MIN_PART_BYTES", "CopyRange", "Span", "UploadPart", "copied_by_store", "spans", "upload_parts"]
+__all__ = [
+    "MIN_PART_BYTES",
+    "CopyRange",
+    "Span",
+    "UploadPart",
+    "copied_by_store",
+    "spans",
+    "upload_layout",
+    "upload_parts",
+]
 
 MIN_PART_BYTES = 5 << 20
 MAX_PART_BYTES = 5 << 30
 COPY_PART_BYTES = 1 << 30  # usual copies: they run side by side and are repeated sooner than the largest possible
 STREAM_PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
+# Raise this when the code below cuts a shard into other parts than before. A run goes on with an upload that another
+# version of raymoe may have begun, and must not mix two layouts in one object.
+_LAYOUT_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +119,11 @@ def upload_parts(shard: Shard, same_store: Callable[[SourceFile], bool]) -> tupl
         UploadPart(number=number, start=piece.start, end=piece.end, copy=piece.copy)
         for number, piece in enumerate(pieces, start=1)
     )
+
+
+def upload_layout() -> tuple[int, ...]:
+    """All that decides, besides the shard, into which parts it is cut."""
+    return _LAYOUT_FORMAT, MIN_PART_BYTES, MAX_PART_BYTES, COPY_PART_BYTES, STREAM_PART_BYTES, MAX_PARTS
 
 
 def copied_by_store(parts: Sequence[UploadPart]) -> int:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raymoe.errors import Problem
+from raymoe.errors import MergeFailed, Problem
 from raymoe.objects.problems import ObjectMissing
 from raymoe.objects.store import ObjectStore, UploadedPart
 from raymoe.objects.urls import join
@@ -242,7 +242,14 @@ class ObjectJournal:
             )
 
     def _note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
-        self._write(f"{kind}/{self.run}/{name}", {**self.check_run().signature, **content})
+        """Write a note. A newer run may have cleared the journal meanwhile, and would not look for it any more."""
+        note = f"{kind}/{self.run}/{name}"
+        self._write(note, {**self.check_run().signature, **content})
+        try:
+            self.check_run()
+        except MergeFailed:
+            self._delete([note])
+            raise
 
     def _delete(self, names: Iterable[str]) -> None:
         delete_all(self._store, [join(self._folder, name) for name in names])

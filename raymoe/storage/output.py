@@ -23,7 +23,7 @@ from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.places import Inputs, overwritten, source_folders
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import CARD_NAME, RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
 from raymoe.text import some
 
@@ -153,8 +153,8 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
     if problem := clash(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
-    if not problems and not overwrite and complete_merge(plan, output) is not None:
-        problems = _newer_sources(plan, output.location)
+    if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
+        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location)]
     return problems
 
 
@@ -180,6 +180,13 @@ def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
     """
     found = output.finished_merge()
     return found if found is not None and found.digest == plan.digest else None
+
+
+def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
+    if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
+        return []
+    what, remedy = "the finished merge here has no model card", "use --no-write-model-card, or --overwrite"
+    return [Problem(where=output.location, what=what, remedy=remedy)]
 
 
 def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:

@@ -27,6 +27,7 @@ from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
+from raymoe.storage.claim import replaced
 from raymoe.storage.object_journal import (
     NotedUpload,
     ObjectJournal,
@@ -172,7 +173,12 @@ class S3Output:
     def write_small(self, name: str, content: bytes) -> FileRecord:
         self._journal.check_run()
         url = join(self.location, name)
-        return self._wrote(name, len(content), self._store.put(url, content).etag)
+        try:
+            info = self._store.put(url, content, only_if_absent=True)
+        except ObjectExists:  # an earlier run wrote it, or a newer one just now
+            self._journal.check_run()
+            info = self._store.put(url, content)
+        return self._wrote(name, len(content), info.etag)
 
     def _wrote(self, name: str, size: int, etag: str | None) -> FileRecord:
         info = self._store.stat(join(self.location, name))
@@ -198,7 +204,12 @@ class S3Output:
 
     def end(self, record: bytes) -> None:
         self._written.check()
-        self.write_small(RECORD_NAME, record)
+        self._journal.check_run()
+        url = join(self.location, RECORD_NAME)
+        try:
+            self._store.put(url, record, only_if_absent=True)
+        except ObjectExists as error:  # there was none when this run began
+            raise replaced(url) from error
         self._journal.check_run()
         self._abort(self._journal.all_uploads())
         self._journal.clear()

@@ -21,11 +21,12 @@ import xxhash
 from raymoe.errors import MergeFailed, Problem
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import StorageError
+from raymoe.objects.problems import ObjectExists, StorageError
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Shard
 from raymoe.sources.types import SourceFile
+from raymoe.storage.claim import replaced
 from raymoe.storage.object_journal import (
     ObjectJournal,
     WrittenFiles,
@@ -144,7 +145,12 @@ class StreamOutput:
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
         self._journal.check_run()
-        info = self._store.put(join(self.location, name), content)
+        url = join(self.location, name)
+        try:
+            info = self._store.put(url, content, only_if_absent=True)
+        except ObjectExists:  # an earlier run wrote it, or a newer one just now
+            self._journal.check_run()
+            info = self._store.put(url, content)
         self._written.add(name, len(content), info.etag)
         checksum = xxhash.xxh3_128(content).hexdigest()
         return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
@@ -159,7 +165,12 @@ class StreamOutput:
 
     def end(self, record: bytes) -> None:
         self._written.check()
-        self.write_small(RECORD_NAME, record)
+        self._journal.check_run()
+        url = join(self.location, RECORD_NAME)
+        try:
+            self._store.put(url, record, only_if_absent=True)
+        except ObjectExists as error:  # there was none when this run began
+            raise replaced(url) from error
         self._journal.check_run()
         self._journal.clear()
 

@@ -164,7 +164,7 @@ def verdict_of(runner: Runner, last: Try, place: Place, reference: Reference, ou
     if last.hung:
         return "hung"
     verdict = IDENTICAL
-    if last.status != 0 and not last.found_finished:
+    if last.status != 0:
         verdict = RESUMED
         outcome.errors.append(last.said[last.said.rfind("error: ") :].strip())
         if not last.is_clean_error:
@@ -174,7 +174,7 @@ def verdict_of(runner: Runner, last: Try, place: Place, reference: Reference, ou
         again = runner.run()
         if again.hung:
             return "hung"
-        if again.status != 0 and not again.found_finished:
+        if again.status != 0:
             outcome.problems.append(f"the command did not go through when it was run again: {again.said[-300:]}")
     if wrong := differences(place, reference.folder):
         outcome.problems += wrong

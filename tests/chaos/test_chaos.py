@@ -34,6 +34,15 @@ def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:
     assert set().union(*moments.values()) == set(MOMENTS)
 
 
+def test_takeovers_see_all_outputs_and_ways() -> None:
+    cases = [make_case("takeover", number, 1, SERVERS) for number in range(36)]
+    assert cases == [make_case("takeover", number, 1, SERVERS) for number in range(36)]
+    seen = {(case.merge.direction, case.takeover.way) for case in cases if case.takeover}
+    assert len(seen) == 3 * 6
+    assert {case.merge.server for case in cases} == {None, *SERVERS}
+    assert {case.merge.direction for case in (make_case("takeover", n, 1, ()) for n in range(6))} == {"local to local"}
+
+
 @pytest.mark.skipif(bool(MISSING), reason="Ray's job server needs ray[default]")
 def test_every_merge_of_a_short_chaos_run_ends_right(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/chaos.py", "--kinds", *STRUCK, "--count", "1", "--server", "", "--no-examples"]

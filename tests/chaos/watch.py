@@ -18,7 +18,7 @@ import psutil
 
 from raymoe.runtime.worker import GATES_OF
 from tests.processes import below, titled
-from tests.soak.compare import JOURNAL, RECORD
+from tests.soak.compare import RECORD, noted_shards
 from tests.soak.places import Place
 
 __all__ = ["INTERNAL", "Actor", "Seen", "Watch", "actor_processes", "connected"]
@@ -117,7 +117,7 @@ def shards_done(place: Place) -> int | None:
     files = place.files()
     if RECORD in files:
         return None
-    return sum(1 for name in files if name.startswith(f"{JOURNAL}done/") and name.endswith(".safetensors.json"))
+    return noted_shards(files)
 
 
 def actor_processes(pids: list[int]) -> list[psutil.Process]:

@@ -73,9 +73,11 @@ def test_a_merge_is_followed_and_finished(
     written = wait_until(lambda: _metric(head.metrics(), "ray_raymoe_bytes_copied_total", str(out)), "metrics")
     assert written == weights
     assert _metric(head.metrics(), "ray_raymoe_shards_done_total", str(out)) == len(same.shards) - 1
-    # Submitted again it is refused by the merge itself, whose status comes back.
+    # Submitted again there is nothing left to do; another plan is refused by the merge itself. Their status comes back.
     again = raymoe("submit", "config.yaml", out, env=head.env, cwd=tmp_path)
-    assert again.returncode == 2 and "the output folder holds a finished merge" in again.stdout
+    assert again.returncode == 0 and "already complete" in again.stdout
+    other = raymoe("submit", "config.yaml", out, "--out-shard-size", "31K", env=head.env, cwd=tmp_path)
+    assert other.returncode == 2 and "the output folder holds a finished merge" in other.stdout
 
 
 def _metric(text: str, name: str, output: str) -> float | None:

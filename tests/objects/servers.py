@@ -1,6 +1,7 @@
-"""Real S3 servers on loopback: moto's, and the gateway of JuiceFS (derived from MinIO). Each is wrong in its own way.
+"""Real S3 servers on loopback: moto's, the gateway of JuiceFS (derived from MinIO), and SeaweedFS. The first two are
+wrong in ways of their own; SeaweedFS keeps the conditions of writes and copies, and takes seconds to start.
 
-    with start_moto(folder) as server: ...          # or start_juicefs(folder)
+    with start_moto(folder) as server: ...          # or start_juicefs(folder), start_seaweedfs(folder)
         server.endpoint, server.environment         # to be put into os.environ, or given to a subprocess
         server.client()                             # a plain botocore client: the other party in tests
     running_server("moto")                          # the same, one a process, until its end
@@ -15,6 +16,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import secrets
 import shutil
@@ -33,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 STARTERS = ("moto", "juicefs")
+"""The servers that tests run against, one after the other."""
+Keys = tuple[str, str]
 _PR_SET_PDEATHSIG = 1
 _START_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A running server. `kind` is its name in STARTERS."""
+    """A running server. `kind` is its name for `start_server`."""
 
     kind: str
     endpoint: str
@@ -80,6 +84,11 @@ class Server:
         )
 
 
+def new_keys() -> Keys:
+    """An access key and a secret."""
+    return f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+
+
 @functools.cache
 def running_server(kind: str) -> Server:
     """The server of a kind that all tests of this process share; stopped when the process ends."""
@@ -90,34 +99,28 @@ def running_server(kind: str) -> Server:
 
 
 @contextmanager
-def start_server(kind: str, folder: Path) -> Iterator[Server]:
+def start_server(kind: str, folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """The server of a kind, with its files in `folder` (which is made), until the context ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    starter = {"moto": start_moto, "juicefs": start_juicefs}[kind]
-    with starter(folder) as server:
+    starter = {"moto": start_moto, "juicefs": start_juicefs, "seaweedfs": start_seaweedfs}[kind]
+    with starter(folder, keys or new_keys()) as server:
         yield server
 
 
 @contextmanager
-def start_moto(folder: Path) -> Iterator[Server]:
+def start_moto(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """moto's server. Takes any credentials, and keeps its objects in memory (large ones in the temporary folder)."""
-    port = _free_port()
+    port, (key, secret) = _free_port(), keys or new_keys()
     command = [_program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, folder, {}) as process:
         _wait_until_up(f"http://127.0.0.1:{port}/moto-api/", process, folder)
-        yield Server(
-            kind="moto",
-            endpoint=f"http://127.0.0.1:{port}",
-            key=f"KEY{secrets.token_hex(8)}",
-            secret=f"SECRET{secrets.token_hex(16)}",
-            process=process,
-        )
+        yield Server(kind="moto", endpoint=f"http://127.0.0.1:{port}", key=key, secret=secret, process=process)
 
 
 @contextmanager
-def start_juicefs(folder: Path) -> Iterator[Server]:
+def start_juicefs(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
     """The S3 gateway of JuiceFS over a local folder. Needs its own credentials (190 MB of memory)."""
-    port, key, secret = _free_port(), f"KEY{secrets.token_hex(8)}", f"SECRET{secrets.token_hex(16)}"
+    port, (key, secret) = _free_port(), keys or new_keys()
     meta = f"sqlite3://{folder}/meta.db"
     log = open(folder / "format.log", "wb")  # noqa: SIM115
     with log:
@@ -134,6 +137,33 @@ def start_juicefs(folder: Path) -> Iterator[Server]:
     with _running(command, folder, environment) as process:
         _wait_until_up(f"http://127.0.0.1:{port}/minio/health/live", process, folder)
         yield Server(kind="juicefs", endpoint=f"http://127.0.0.1:{port}", key=key, secret=secret, process=process)
+
+
+@contextmanager
+def start_seaweedfs(folder: Path, keys: Keys | None = None) -> Iterator[Server]:
+    """SeaweedFS in one process, over a local folder. Needs its own credentials (200 MB of memory)."""
+    key, secret = keys or new_keys()
+    actions = ["Admin", "Read", "List", "Tagging", "Write"]
+    owner = {"name": "test", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+    (folder / "s3.json").write_text(json.dumps({"identities": [owner]}))
+    (folder / "data").mkdir(exist_ok=True)
+    command = [_program("weed"), "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += ["-master.volumeSizeLimitMB=256", "-master.telemetry=false", "-volume.max=0"]
+    command += ["-filer", "-s3", f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    ports = {name: _free_port() for part in _SEAWEEDFS for name in (f"{part}.port", f"{part}.port.grpc")}
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        with _running(command, folder, {"HOME": str(folder), "TMPDIR": str(folder)}) as process:
+            _wait_until_up(f"{endpoint}/healthz", process, folder)
+            yield Server(kind="seaweedfs", endpoint=endpoint, key=key, secret=secret, process=process)
+    finally:
+        for port in ports.values():  # it puts sockets there, whatever TMPDIR says
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
+
+
+_SEAWEEDFS = ("master", "volume", "filer", "s3")
 
 
 @contextmanager

@@ -612,6 +612,22 @@ def test_conflicts_meet_conditional_writes_only(witness: Witness) -> None:
         assert len(witness.seen) == 2
 
 
+def test_requests_are_kept_back_until_they_are_let_go(witness: Witness) -> None:
+    with FaultProxy(witness.url) as proxy, ThreadPoolExecutor(2) as pool:
+        proxy.hold()
+        answers = [pool.submit(call, proxy.url, "PUT", f"/b/{number}", b"x") for number in range(2)]
+        end = time.monotonic() + 10
+        while proxy.held < 2:
+            assert time.monotonic() < end, "the requests did not arrive"
+            time.sleep(0.005)
+        assert not witness.seen
+        proxy.let_go()
+        assert [answer.result(10)[0] for answer in answers] == [200, 200]
+        assert call(proxy.url, "GET", "/b/k")[0] == 200
+        assert proxy.held == 0
+    assert sorted(line.split()[1] for line, _, _ in witness.seen) == ["/b/0", "/b/1", "/b/k"]
+
+
 def test_reset_before(witness: Witness) -> None:
     with always("reset_before", witness.url) as proxy, dial(proxy.url) as connection:
         connection.sendall(raw_request("GET", "/b/k"))

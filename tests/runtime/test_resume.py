@@ -160,13 +160,19 @@ def test_killed_before_anything_was_written(many_shards: Merge, ray_merge: Run, 
 
 
 def test_killed_in_the_last_steps(many_shards: Merge, half: Path, ray_merge: Run, tmp_path: Path) -> None:
-    """The record is written and the journal not yet removed."""
+    """The record is written and the journal not yet removed, or only in part: nothing is left to do but that."""
     journal = tmp_path / "journal"
     shutil.copytree(half / ".raymoe", journal)
     ray_merge(many_shards.config, half, OPTIONS)
-    shutil.copytree(journal, half / ".raymoe")
-    ray_merge(many_shards.config, half, OPTIONS)
-    assert hashes(half) == many_shards.files
+    for gone in ((), ("plan.json",), ("plan.json", "lock")):
+        shutil.copytree(journal, half / ".raymoe")
+        for name in gone:
+            (half / ".raymoe" / name).unlink()
+        result = ray_merge(many_shards.config, half, OPTIONS)
+        assert result.was_complete and result.bytes_written == 0
+        assert {file.name for file in result.files} | {"raymoe.json"} == many_shards.files.keys()
+        assert hashes(half) == many_shards.files
+        assert not (half / ".raymoe").exists()
 
 
 def test_two_at_once(many_shards: Merge, ray_env: dict[str, str], ray_merge: Run, tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_two_at_once(many_shards: Merge, ray_env: dict[str, str], ray_merge: Run
 def test_a_merge_leaves_no_lock_where_it_was_refused(many_shards: Merge, ray_merge: Run, tmp_path: Path) -> None:
     ray_merge(many_shards.config, tmp_path / "out", OPTIONS)
     with pytest.raises(ProblemReport, match="holds a finished merge"):
-        ray_merge(many_shards.config, tmp_path / "out", OPTIONS)
+        ray_merge(many_shards.config, tmp_path / "out", MergeOptions(max_shard_bytes=30_000))
     assert not (tmp_path / "out/.raymoe").exists()
     assert json.loads((tmp_path / "out/raymoe.json").read_text())["files"].keys() | {"raymoe.json"} == set(
         os.listdir(tmp_path / "out")

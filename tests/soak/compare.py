@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import xxhash
 
 from tests.soak.places import FolderPlace, Place
 
-__all__ = ["INDEX", "JOURNAL", "RECORD", "differences"]
+__all__ = ["INDEX", "JOURNAL", "RECORD", "differences", "noted_shards"]
 
 INDEX, RECORD, JOURNAL = "model.safetensors.index.json", "raymoe.json", ".raymoe/"
 RESULT = "result.json"
@@ -32,6 +33,12 @@ def differences(place: Place, reference: Path) -> list[str]:
     if _card(b"".join(place.chunks(_CARD))) != _card((reference / _CARD).read_bytes()):
         wrong.append(f"{_CARD} differs")
     return wrong + _record_differences(place, reference, found)
+
+
+def noted_shards(files: Iterable[str]) -> int:
+    """How many shards the journal among these files calls finished; each run notes its own in a folder of its name."""
+    notes = [name for name in files if name.startswith(f"{JOURNAL}done/") and name.endswith(".safetensors.json")]
+    return len({name.rpartition("/")[2] for name in notes})
 
 
 def _card(content: bytes) -> bytes:

@@ -140,7 +140,7 @@ def _verdict(runner: _Runner, last: Try, place: Place, reference: Reference, out
     if last.hung:
         return "hung"
     verdict = "identical"
-    if last.status != 0 and not last.found_finished:
+    if last.status != 0:
         if not last.is_clean_error:
             outcome.problems.append(f"exit status {last.status}, and no clean error")
         verdict = "clean error"
@@ -149,7 +149,7 @@ def _verdict(runner: _Runner, last: Try, place: Place, reference: Reference, out
         again = runner.run()
         if again.hung:
             return "hung"
-        if again.status != 0 and not again.found_finished:
+        if again.status != 0:
             outcome.problems.append(f"the run without faults failed: {again.said[-300:]}")
     if wrong := differences(place, reference.folder):
         outcome.problems += wrong

@@ -16,13 +16,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.objects.fault_proxy import FaultProxy, FaultRates
 from tests.processes import send
 from tests.soak.cases import MergeCase, Stage, Takeover
-from tests.soak.compare import INDEX, JOURNAL, RECORD, differences
+from tests.soak.compare import INDEX, JOURNAL, RECORD, differences, noted_shards
 from tests.soak.places import Place
 from tests.soak.tries import Running, Try
 from tests.soak.world import Reference, World, command
@@ -151,8 +151,7 @@ class _Takeover:
         if stage.at == "begin":
             return True
         wanted = self._shards if stage.at == "end" else max(1, stage.share * self._shards)
-        done = [name for name in self._place.files() if name.startswith(f"{JOURNAL}done/")]
-        return sum(name.endswith(".safetensors.json") for name in done) >= wanted
+        return noted_shards(self._place.files()) >= wanted
 
     def _look(self) -> None:
         """Note whether the older merge has come to its end."""
@@ -218,7 +217,7 @@ class _Takeover:
         if wrong := differences(self._place, self._reference.folder):
             meeting.problems += wrong
             return "wrong"
-        finished = self._again("newer, when it is finished")
+        finished = self._again("newer, when it is finished", is_quiet=False)
         if finished.hung:
             return "hung"
         if finished.status != 0 or FINISHED not in finished.said:
@@ -228,11 +227,12 @@ class _Takeover:
             return "wrong"
         return verdict
 
-    def _again(self, name: str, *more: str) -> Try:
+    def _again(self, name: str, *more: str, is_quiet: bool = True) -> Try:
         """The newer merge once more, with nothing in its way."""
         if self._newer.proxy is not None:
             self._newer.proxy.rates = FaultRates()
-        return self._finish(name, self._start(name, self._newer, *more))
+        words = [word for word in self._newer.words if is_quiet or word != "--quiet"]
+        return self._finish(name, self._start(name, replace(self._newer, words=words), *more))
 
     def _say(self, line: str) -> None:
         self._meeting.story.append(f"--- {time.monotonic() - self._began:.2f} s: {line}")

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.soak.cases import DIRECTIONS, make_cases
+from tests.soak.cases import DIRECTIONS, TAKEOVER_DIRECTIONS, VARIANTS, make_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("moto", "juicefs")
 
 
 def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:
-    cases = make_cases(60, 1, 0.05, SERVERS)
-    assert make_cases(90, 1, 0.05, SERVERS)[:60] == cases
-    assert make_cases(60, 2, 0.05, SERVERS) != cases
-    assert len({(case.direction, case.server) for case in cases}) == len(DIRECTIONS) * len(SERVERS)
-    killed = {(case.direction, case.server) for case in cases if case.kills}
+    cases = make_cases(90, 1, 0.05, SERVERS)
+    assert make_cases(120, 1, 0.05, SERVERS)[:90] == cases
+    assert make_cases(90, 2, 0.05, SERVERS) != cases
+    plain = [case for case in cases if not case.takeover]
+    assert len({(case.direction, case.server) for case in plain}) == len(DIRECTIONS) * len(SERVERS)
+    killed = {(case.direction, case.server) for case in plain if case.kills}
     assert len(killed) == len(DIRECTIONS) * len(SERVERS)
-    assert sum(1 for case in cases if case.kills) == 30
+    assert sum(1 for case in plain if case.kills) == 30
+
+
+def test_a_third_of_the_cases_are_takeovers_in_all_ways() -> None:
+    cases = make_cases(144, 1, 0.05, SERVERS)
+    found = [(case.direction, case.server, case.takeover.way) for case in cases if case.takeover]
+    assert len(found) == 48
+    assert not any(case.kills for case in cases if case.takeover)
+    by_requests = {"stopped", "held", "killed", "beside"}
+    for direction, server in itertools.product(TAKEOVER_DIRECTIONS, SERVERS):
+        ways = {way for *where, way in found if where == [direction, server]}
+        assert ways == (by_requests - {"held"} if direction.endswith("local") else by_requests)
+
+
+def test_the_other_plan_has_the_same_shards() -> None:
+    """Of the same names and sizes: else nobody would take one for the other."""
+    for variant in VARIANTS:
+        other = variant.with_other_experts
+        assert sorted(other.experts) == sorted(variant.experts)
+        assert all(mine != others for mine, others in zip(variant.experts, other.experts, strict=True))
 
 
 def test_every_merge_of_a_short_soak_ends_right(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from tests.processes import send
 
 __all__ = ["Running", "Try"]
 
-_HELD = "holds a finished merge"
-
 
 @dataclass(kw_only=True)
 class Try:
@@ -30,11 +28,6 @@ class Try:
         """One message and no traceback."""
         messages = [line for line in self.said.splitlines() if line.startswith("error: ")]
         return self.status in (1, 2) and "Traceback" not in self.said and len(messages) == 1
-
-    @property
-    def found_finished(self) -> bool:
-        """An earlier try had ended before it was killed."""
-        return self.is_clean_error and _HELD in self.said
 
 
 class Running:

@@ -19,14 +19,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.objects.fault_proxy import FaultProxy
-from tests.objects.servers import Server, start_server
+from tests.objects.servers import Server, new_keys, start_server
 from tests.pico import PROMPTS
 from tests.soak.cases import MergeCase, Variant
 from tests.soak.cluster import Cluster, ray_cluster
@@ -196,16 +196,11 @@ def command(case: MergeCase, config: Path, output: str) -> list[str]:
 def open_world(folder: Path, kinds: Sequence[str], cpus: int, *, job_server: bool = False) -> Iterator[World]:
     """Servers and cluster start here; all of it is gone at the end, but for the work folder's logs."""
     with contextlib.ExitStack() as stack:
-        servers: dict[str, Server] = {}
-        for kind in kinds:
-            place = folder / "servers" / kind
-            place.mkdir(parents=True)
-            servers[kind] = stack.enter_context(start_server(kind, place))
+        keys = new_keys()  # the same for all servers: actors have one pair in their environment
+        servers = {kind: stack.enter_context(start_server(kind, folder / "servers" / kind, keys)) for kind in kinds}
         variables = {"PYTHONPATH": install(folder / "fsspec")}
         if servers:
-            # moto takes any credentials, the gateway only its own: so actors can have one pair for both.
-            one = servers.get("juicefs") or next(iter(servers.values()))
-            servers = {kind: replace(server, key=one.key, secret=one.secret) for kind, server in servers.items()}
+            one = next(iter(servers.values()))
             variables |= {k: v for k, v in one.environment.items() if k != "AWS_ENDPOINT_URL"}
         cluster = stack.enter_context(ray_cluster(variables, folder / "ray.log", cpus, job_server=job_server))
         for name in ("models", "outputs", "references"):

@@ -1,0 +1,581 @@
+"""An older run that is still at work while a newer one takes its output over: on a folder, on fsspec stores and on S3.
+
+Each test puts the calls of two runs into one order in one process; nothing of the product is changed. `Interrupted`
+lets the other run come in before each single call of a store, so that every order of calls is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+import raymoe
+from raymoe.errors import MergeFailed, RaymoeError
+from raymoe.gates.assemble import random_gate_rows, router_bytes
+from raymoe.objects.options import StorageOptions
+from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.types import Shard
+from raymoe.sources.resolve import HubOptions
+from raymoe.storage.local import LocalOutput
+from raymoe.storage.output import Output, complete_merge, open_output
+from raymoe.storage.reader import SourceReader
+from raymoe.storage.records import RECORD_NAME, FileRecord
+from raymoe.storage.s3_output import S3Output
+from raymoe.storage.stream_output import StreamOutput
+from tests.objects.servers import environment, running_server
+
+OPTIONS = StorageOptions(deadline_s=30)
+PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
+
+
+# --- two merges of one shape, and places to write them to
+
+
+@pytest.fixture(scope="module")
+def plans(zoo: Callable[..., Path]) -> tuple[MergePlan, MergePlan]:
+    """Other experts of the same shapes: shards of the same names and sizes."""
+    from tests.pico import merge_config
+
+    def plan(*seeds: int) -> MergePlan:
+        experts = [zoo("llama", seed=seed) for seed in seeds]
+        return raymoe.plan(merge_config(zoo("llama"), experts, mode="random"), PLAN)
+
+    return plan(1, 2), plan(3, 4)
+
+
+class Place:
+    """A place as another program sees it."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    def files(self) -> dict[str, bytes]:
+        filesystem, path = fsspec.url_to_fs(self.location, use_listings_cache=False)
+        filesystem.invalidate_cache()
+        found = filesystem.find(path) if filesystem.exists(path) else []
+        return {name.removeprefix(path).strip("/"): filesystem.cat_file(name) for name in found}
+
+    def open_uploads(self) -> list[str]:
+        if not self.location.startswith("s3://"):
+            return []
+        bucket = self.location.removeprefix("s3://").split("/")[0]
+        found = running_server("moto").client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+        return [upload["Key"] for upload in found]
+
+
+@pytest.fixture(params=["folder", "memory", "moto"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    yield from made_place(request.param, tmp_path)
+
+
+@pytest.fixture(params=["memory", "moto"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    yield from made_place(request.param, tmp_path)
+
+
+def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    if kind == "folder":
+        yield Place(str(tmp_path / "out"))
+    elif kind == "memory":
+        yield Place(f"memory://{name}/out")
+        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+    else:
+        server = running_server("moto")
+        with environment(server.environment):
+            server.client().create_bucket(Bucket=name)
+            yield Place(f"s3://{name}/out")
+
+
+def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
+    """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
+    output = open_output(place.location, OPTIONS)
+    output.lock()
+    output.begin(plan.digest, {}, fresh=fresh)
+    return output
+
+
+def killed_driver(output: Output) -> None:
+    """The kernel takes the lock away; actors may live on."""
+    if isinstance(output, LocalOutput) and output.journal._lock is not None:
+        os.close(output.journal._lock)
+        output.journal._lock = None
+
+
+def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader | None = None) -> list[Any]:
+    router = router_bytes(plan.gates, random_gate_rows(plan.gates))
+    with reader or SourceReader(HubOptions()) as reading:
+        return [output.do(job, reading, lambda sent, copied: None, router) for job in output.jobs(shard)]
+
+
+def finish(output: Output, plan: MergePlan) -> None:
+    records = [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
+    records.append(output.write_small("config.json", json.dumps(plan.config).encode()))
+    records.append(output.write_index(json.dumps(plan.index).encode()))
+    output.end(record_of(plan, records))
+    output.release()
+
+
+def record_of(plan: MergePlan, records: list[FileRecord]) -> bytes:
+    files = {each.name: {"size": each.size, "checksum": each.checksum} for each in records}
+    return json.dumps({"plan_digest": plan.digest, "files": files}).encode()
+
+
+_expected: dict[str, dict[str, bytes]] = {}
+
+
+def expected(plan: MergePlan, tmp_path: Path) -> dict[str, bytes]:
+    """The files of an undisturbed merge."""
+    if plan.digest not in _expected:
+        alone = Place(str(tmp_path / f"alone-{plan.digest[:8]}"))
+        finish(started(alone, plan), plan)
+        _expected[plan.digest] = alone.files()
+    return _expected[plan.digest]
+
+
+def check_is_alone(place: Place, plan: MergePlan, tmp_path: Path) -> None:
+    """The output is this plan's merge, and nothing is left beside it."""
+    there, right = place.files(), expected(plan, tmp_path)
+    assert there.keys() == right.keys()
+    wrong = {name for name in right if there[name] != right[name] and name != RECORD_NAME}
+    assert not wrong
+    assert json.loads(there[RECORD_NAME])["plan_digest"] == plan.digest
+    assert place.open_uploads() == []
+
+
+def shard_of(plan: MergePlan, owner: str) -> Shard:
+    return next(shard for shard in plan.shards if shard.owner == owner)
+
+
+# --- an actor that is in the middle of a shard
+
+
+class Waiting(SourceReader):
+    """Sources that stand still after some bytes, until they are let go on, and fail then if they are to."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__(HubOptions())
+        self.reached, self.go_on, self.fails = threading.Event(), threading.Event(), fails
+
+    def _wait(self) -> None:
+        self.reached.set()
+        assert self.go_on.wait(60)
+        if self.fails:
+            raise OSError(5, "Input/output error")
+
+    def read_into(self, file: Any, start: int, buffer: memoryview) -> None:
+        self._wait()
+        super().read_into(file, start, buffer)
+
+    def chunks(self, file: Any, start: int, end: int) -> Iterator[memoryview]:
+        self._wait()
+        yield from super().chunks(file, start, end)
+
+
+@pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "ends well"])
+def test_late_actor(
+    place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, fails: bool, other_plan: bool
+) -> None:
+    """It neither replaces nor removes what the newer run has written, however it ends, and leaves nothing."""
+    old, new = plans if other_plan else (plans[0], plans[0])
+    first = started(place, old)
+    shard, reader, ended = shard_of(old, "expert 0"), Waiting(fails=fails), list[BaseException]()
+    actor = open_output(place.location, OPTIONS, first.run)
+    jobs = first.jobs(shard)
+
+    def work() -> None:
+        try:
+            for job in jobs:
+                actor.do(job, reader, lambda sent, copied: None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert reader.reached.wait(60)
+    killed_driver(first)
+    second = started(place, new, fresh=other_plan)
+    finish(second, new)
+    reader.go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(ended) == 1 and isinstance(ended[0], (OSError, RaymoeError))
+    check_is_alone(place, new, tmp_path)
+
+
+def test_shard_of_another_plan_is_not_taken_for_finished(
+    place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
+) -> None:
+    """The older run's shard is whole, and of the right name and size. Neither run takes it for the newer one's."""
+    old, new = plans
+    first = started(place, old)
+    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    first.complete(one, do_shard(first, old, one))
+    done = do_shard(first, old, two)
+    killed_driver(first)
+    second = started(place, new, fresh=True)
+    with pytest.raises(MergeFailed, match="another run of this merge has taken over"):
+        first.complete(two, done)
+    first.release()
+    if not isinstance(second, LocalOutput):
+        assert all(second.jobs(shard) for shard in new.shards)
+    finish(second, new)
+    check_is_alone(place, new, tmp_path)
+
+
+def test_same_plan_from_other_sources(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
+    """--overwrite after sources have changed: the digest is the same, and what was finished is of no use."""
+    plan = plans[0]
+    first = started(place, plan)
+    shard = shard_of(plan, "expert 0")
+    first.complete(shard, do_shard(first, plan, shard))
+    first.release()
+    second = started(place, plan, fresh=True)
+    if isinstance(second, LocalOutput):
+        assert second.finished(shard.file_name, shard.nbytes) is None
+    assert shard.file_name not in place.files()
+    finish(second, plan)
+    check_is_alone(place, plan, tmp_path)
+
+
+# --- every order of the calls of two runs to a store
+
+
+class Interrupted:
+    """A store before whose call number `at` (from 0) `then` is called, once."""
+
+    def __init__(self, output: Output, at: int, then: Callable[[], None]) -> None:
+        assert isinstance(output, (S3Output, StreamOutput))
+        self._store, self.calls, self._at, self._then = output._store, 0, at, then
+        output._store = output._journal._store = output._written._store = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            number, self.calls = self.calls, self.calls + 1
+            if number == self._at:
+                self._then()
+            return found(*arguments, **named)
+
+        return call
+
+
+def every_order(place: Place, once: Callable[[Place, int], int], step: int) -> None:
+    """Do `once(place, at)` in places of their own until there are no more calls before which it could come in."""
+    at = 0
+    while at < once(Place(f"{place.location}-{at}"), at):
+        at += step
+    assert at > 8, "nearly nothing was tried"
+
+
+def steps(place: Place) -> int:
+    """A real server takes longer: there each third call is tried."""
+    return 3 if place.location.startswith("s3://") else 1
+
+
+@pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
+def test_taken_over_and_done_while_the_old_run_stands_still(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
+) -> None:
+    """The old driver stands still before any of its calls while a newer run does the whole merge, and goes on then."""
+    old, new = plans if other_plan else (plans[0], plans[0])
+    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+
+    def once(place: Place, at: int) -> int:
+        first = started(place, old)
+        first.complete(one, do_shard(first, old, one))
+
+        def take_over() -> None:
+            finish(started(place, new, fresh=other_plan), new)
+
+        calls = Interrupted(first, at, take_over)
+        is_over = calls.calls
+        with contextlib.suppress(RaymoeError):
+            first.complete(two, do_shard(first, old, two))
+            first.write_small("config.json", b'{"old": true}')
+            is_over = calls.calls
+        if calls.calls > at:
+            assert not is_over > at, "it did not notice"
+            first.release()
+            check_is_alone(place, new, tmp_path)
+        return calls.calls
+
+    every_order(store_place, once, steps(store_place))
+
+
+@pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
+def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
+) -> None:
+    """Its last calls come in before any of the newer run's. That one ends well, or with an error, and never wrong."""
+    old, new = plans if other_plan else (plans[0], plans[0])
+    one = shard_of(old, "expert 0")
+    failed = []
+
+    def once(place: Place, at: int) -> int:
+        first = started(place, old)
+        done = do_shard(first, old, one)
+
+        def go_on() -> None:
+            with contextlib.suppress(RaymoeError):
+                first.complete(one, done)
+                first.write_small("config.json", b'{"old": true}')
+            first.release()
+
+        second = open_output(place.location, OPTIONS)
+        calls = Interrupted(second, at, go_on)
+        try:
+            second.begin(new.digest, {}, fresh=other_plan)
+            finish(second, new)
+        except RaymoeError as error:
+            failed.append((at, error))
+            second.release()
+            finish(started(place, new), new)
+        if calls.calls > at:
+            check_is_alone(place, new, tmp_path)
+        return calls.calls
+
+    every_order(store_place, once, steps(store_place))
+    if other_plan:
+        assert failed == []
+
+
+def test_replaced_shard_is_seen_before_done_is_said(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
+) -> None:
+    """By a request of an older run that was under way for long: of the same name and size, with other bytes."""
+    plan, shard = plans[0], shard_of(plans[0], "expert 0")
+    other = expected(plans[1], tmp_path)[shard.file_name]
+
+    def replace() -> None:
+        filesystem, path = fsspec.url_to_fs(f"{store_place.location}/{shard.file_name}")
+        filesystem.pipe_file(path, other)
+
+    output = started(store_place, plan)
+    records = [output.complete(each, do_shard(output, plan, each)) for each in plan.shards]
+    replace()
+    with pytest.raises(MergeFailed, match=rf"{shard.file_name}: this file was replaced or removed"):
+        output.write_index(json.dumps(plan.index).encode())
+    output.release()
+
+    output = started(store_place, plan)
+    records = [output.complete(each, do_shard(output, plan, each)) for each in plan.shards]
+    records.append(output.write_index(json.dumps(plan.index).encode()))
+    replace()
+    with pytest.raises(MergeFailed, match=rf"{shard.file_name}: this file was replaced or removed"):
+        output.end(record_of(plan, records))
+    assert RECORD_NAME not in store_place.files()
+    output.release()
+
+    finish(started(store_place, plan), plan)
+    check_is_alone(store_place, plan, tmp_path)
+
+
+# --- a folder: every call of the operating system
+
+
+@pytest.mark.parametrize("name", ["open", "fsync", "replace", "unlink"])
+def test_folder_is_taken_over_at_any_call_of_a_writer(
+    plans: tuple[MergePlan, MergePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The driver was killed, its actor lives on, and the newer run does all of its merge before one call of that."""
+    old, new = plans
+    shard, at, more = shard_of(old, "expert 0"), 0, True
+    while more:
+        place = Place(str(tmp_path / f"out-{at}"))
+        first = started(place, old)
+        actor = LocalOutput(Path(place.location), first.run)
+        killed_driver(first)
+        calls, real = 0, getattr(os, name)
+
+        def call(*arguments: Any, real: Any = real, place: Place = place, at: int = at, **named: Any) -> Any:
+            nonlocal calls
+            if str(arguments[0]).startswith(place.location) or name == "fsync":
+                calls += 1
+                if calls - 1 == at:
+                    monkeypatch.undo()
+                    finish(started(place, new, fresh=True), new)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(os, name, call)
+        with contextlib.suppress(MergeFailed):
+            do_shard(actor, old, shard)
+        monkeypatch.undo()
+        more = calls > at
+        if more:
+            check_is_alone(place, new, tmp_path)
+        at += 1
+    assert at > 1
+
+
+def test_new_run_fences_before_it_removes(
+    plans: tuple[MergePlan, MergePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it removes the old merge's files, an actor of that can't bring one back."""
+    old, new = plans
+    place = Place(str(tmp_path / "out"))
+    first = started(place, old)
+    actor = LocalOutput(Path(place.location), first.run)
+    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    actor.complete(one, do_shard(actor, old, one))
+    killed_driver(first)
+    real, tried = os.unlink, []
+
+    def unlink(path: Any, **named: Any) -> None:
+        if str(path).endswith(one.file_name) and not tried:
+            tried.append(path)
+            with pytest.raises(MergeFailed, match="has taken over"):
+                do_shard(actor, old, two)
+        real(path, **named)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    second = started(place, new, fresh=True)
+    assert tried
+    assert sorted(os.listdir(place.location)) == [".raymoe"]
+    finish(second, new)
+    check_is_alone(place, new, tmp_path)
+
+
+# --- after the end
+
+
+def test_killed_while_the_journal_is_removed(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
+    """What is left after any number of removals: the merge is complete, and the same command removes the rest."""
+    plan = plans[0]
+    for at in range(40):
+        here = Place(f"{place.location}-{at}")
+        output = started(here, plan)
+        records = [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
+        records.append(output.write_small("config.json", json.dumps(plan.config).encode()))
+        records.append(output.write_index(json.dumps(plan.index).encode()))
+        is_over = end_or_die(output, record_of(plan, records), at)
+        killed_driver(output)
+        if RECORD_NAME in here.files():
+            again = open_output(here.location, OPTIONS)
+            assert again.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
+            assert complete_merge(plan, again) is not None and complete_merge(plans[1], again) is None
+            assert again.problems(digest=plans[1].digest, output_bytes=0, overwrite=False) != []
+            again.clean_up()
+            check_is_alone(here, plan, tmp_path)
+        if is_over:
+            break
+    assert is_over and at > 3
+
+
+class Died(BaseException):
+    """Nothing catches it, as nothing runs any more after SIGKILL."""
+
+
+def end_or_die(output: Output, record: bytes, at: int) -> bool:
+    """End a merge, and die before removal number `at`. Whether it came to its end."""
+    left = at
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Died
+            return real(*arguments, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(output, LocalOutput):
+            for name in ("unlink", "rmdir", "rename"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+        else:
+            assert isinstance(output, (S3Output, StreamOutput))
+            patch.setattr(output._store, "delete", dying(output._store.delete))
+        try:
+            output.end(record)
+        except Died:
+            return False
+    return True
+
+
+def test_finished_merge_that_lacks_a_file(place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
+    """It is not complete, and not begun again without --overwrite: the user may have the file elsewhere."""
+    plan = plans[0]
+    finish(started(place, plan), plan)
+    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem.rm_file(f"{path}/{plan.shards[0].file_name}")
+    filesystem.pipe_file(f"{path}/{plan.shards[1].file_name}", b"short")
+    output = open_output(place.location, OPTIONS)
+    (problem,) = output.problems(digest=plan.digest, output_bytes=0, overwrite=False)
+    assert f"{plan.shards[0].file_name} is missing" in problem.what
+    assert f"{plan.shards[1].file_name} has 5 bytes, and had {plan.shards[1].nbytes:,}" in problem.what
+    assert problem.remedy is not None and "--overwrite" in problem.remedy
+    assert output.problems(digest=plan.digest, output_bytes=0, overwrite=True) == []
+
+
+# --- journals of an older raymoe
+
+
+OLD_JOURNAL: Mapping[str, Any] = {
+    "plan.json": {"digest": "DIGEST", "run": "0123456789abcdef", "sources": {}},
+    "done/model-00001-of-00004.safetensors.json": {
+        "name": "model-00001-of-00004.safetensors",
+        "size": 3,
+        "checksum": "xxh3-128:00",
+    },
+}
+
+
+def test_journal_of_an_older_raymoe(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
+    """It is refused, whatever its digest says, and --overwrite begins again."""
+    plan = plans[0]
+    filesystem, path = fsspec.url_to_fs(place.location)
+    for name, content in OLD_JOURNAL.items():
+        filesystem.makedirs(f"{path}/.raymoe/{name}".rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(f"{path}/.raymoe/{name}", json.dumps(content).replace("DIGEST", plan.digest).encode())
+    output = open_output(place.location, OPTIONS)
+    (problem,) = output.problems(digest=plan.digest, output_bytes=0, overwrite=False)
+    assert "an unfinished merge of another version of raymoe" in problem.what
+    assert output.digest() is None
+    assert output.problems(digest=plan.digest, output_bytes=0, overwrite=True) == []
+    finish(started(place, plan, fresh=True), plan)
+    check_is_alone(place, plan, tmp_path)
+
+
+def test_interrupted_while_it_removes_the_old_merge(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
+) -> None:
+    """The next run of the same command, with --overwrite or without, removes the rest first."""
+    old, new = plans
+
+    def once(place: Place, at: int) -> int:
+        finish(started(place, old), old)
+        second = open_output(place.location, OPTIONS)
+
+        def die() -> None:
+            raise Died
+
+        calls = Interrupted(second, at, die)
+        try:
+            second.begin(new.digest, {}, fresh=True)
+        except Died:
+            pass
+        else:
+            return calls.calls
+        again = open_output(place.location, OPTIONS)
+        has_begun = not again.problems(digest=new.digest, output_bytes=0, overwrite=False)
+        again.begin(new.digest, {}, fresh=not has_begun)
+        finish(again, new)
+        check_is_alone(place, new, tmp_path)
+        return calls.calls
+
+    every_order(store_place, once, steps(store_place))
