@@ -11,12 +11,17 @@ control character, or a line that looks like a message of its own (`raymoe.outgo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymoe.outgoing import for_people
+from raymoe.text import number_ranges, some
 
 __all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "install_remedy"]
+
+# Of a line in a file, or of an item in a list.
+_NUMBER = re.compile(r"(?<=:)\d+(?=:|$)|(?<=\[)\d+(?=\])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +66,36 @@ class ProblemReport(RaymoeError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return str(self.problems[0])
-        head = f"{len(self.problems)} problems:"
-        return "\n".join([head, *(f"  {str(p).replace(chr(10), chr(10) + '  ')}" for p in self.problems)])
+        shown = _told_once(self.problems)
+        if len(shown) == 1:
+            return str(shown[0])
+        head = f"{len(shown)} problems:"
+        return "\n".join([head, *(f"  {str(p).replace(chr(10), chr(10) + '  ')}" for p in shown)])
 
     def __reduce__(self) -> tuple[type[ProblemReport], tuple[tuple[Problem, ...]]]:
         # Exception's own pickling would hand the formatted text to __init__ (reports cross process borders on Ray).
         return type(self), (self.problems,)
+
+
+def _told_once(problems: Sequence[Problem]) -> list[Problem]:
+    """`problems` with one for all places of the same problem, in the order of the first ones."""
+    places: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for problem in problems:
+        alike = places.setdefault((problem.what, problem.remedy), {})
+        alike.setdefault(_NUMBER.sub("\0", problem.where), []).append(problem.where)
+    return [
+        Problem(where=some([_joined(wheres) for wheres in alike.values()], separator="; "), what=what, remedy=remedy)
+        for (what, remedy), alike in places.items()
+    ]
+
+
+def _joined(wheres: Sequence[str]) -> str:
+    """Places that differ in numbers only, as one: `a.yaml:6: experts[0]` and `a.yaml:9: experts[1]` are
+    `a.yaml:6, 9: experts[0-1]`.
+    """
+    columns = zip(*([int(number) for number in _NUMBER.findall(where)] for where in wheres))
+    numbers = (number_ranges(sorted(set(column))) for column in columns)
+    return _NUMBER.sub(lambda match: next(numbers), wheres[0])
 
 
 class CheckpointError(ProblemReport):

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from raymoe.config.lines import NO_LINES, Found, Lines, Loc, path_text, shown
+from raymoe.config.modes import MODES
 from raymoe.config.prompts import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.errors import Problem
@@ -80,9 +81,16 @@ def _are(count: int) -> str:
     return "is only 1 expert" if count == 1 else f"are only {count} experts"
 
 
-def _is_blank(prompts: tuple[str, ...] | PromptFile) -> bool:
-    # What a file holds is known when it is read; these checks run again then.
-    return not isinstance(prompts, PromptFile) and not any(prompt.strip() for prompt in prompts)
+def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
+    """Whether its router can't be computed from its positive prompts.
+
+    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. Rows that are fitted to
+    tokens need others than that.
+    """
+    prompts = expert.positive_prompts
+    if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
+        return False
+    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].fits_rows else not prompts
 
 
 def _prompts(checked: _Checked) -> _Findings:
@@ -91,7 +99,7 @@ def _prompts(checked: _Checked) -> _Findings:
         return
     for index, expert in enumerate(config.experts):
         loc: Loc = ("experts", index, "positive_prompts")
-        if checked.has(loc) and _is_blank(expert.positive_prompts):
+        if checked.has(loc) and _lacks_prompts(config, expert):
             what = "has only blank prompts" if expert.positive_prompts else "has no prompts"
             yield (
                 loc,
@@ -105,7 +113,7 @@ def _shared_prompts(checked: _Checked) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",), ("shared_experts",)) or not config.needs_prompts:
         return
-    without = [i for i, expert in enumerate(config.shared_experts) if _is_blank(expert.positive_prompts)]
+    without = [i for i, expert in enumerate(config.shared_experts) if _lacks_prompts(config, expert)]
     for index in without:
         expert = config.shared_experts[index]
         loc: Loc = ("shared_experts", index, "positive_prompts")
@@ -127,7 +135,7 @@ def _identical_prompts(checked: _Checked) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",), ("experts",)) or not config.needs_prompts or len(config.experts) < 2:
         return
-    if any(_is_blank(expert.positive_prompts) for expert in config.experts):
+    if any(_lacks_prompts(config, expert) for expert in config.experts):
         return  # reported expert by expert
     if len({_prompts_of(config, expert) for expert in config.experts}) == 1:
         yield (
@@ -182,7 +190,7 @@ def _blank_prompts(config: MergeConfig) -> Iterator[str]:
             prompts: tuple[str, ...] | PromptFile = getattr(expert, key)
             for number, prompt in enumerate(() if isinstance(prompts, PromptFile) else prompts):
                 if not prompt.strip() and config.needs_prompts:
-                    yield f"{path_text(('experts', index, key, number))} is blank"
+                    yield f"{path_text(('experts', index, key, number))} is blank: only the beginning of a text is read"
 
 
 def _idle_keys(config: MergeConfig) -> Iterator[str]:

@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from raymoe.config.checks import find_unsound
-from raymoe.config.lines import NO_LINES, Found, Lines
+from raymoe.config.lines import NO_LINES, Found, Lines, Loc
+from raymoe.config.mend import find_change
 from raymoe.config.problems import salvage, schema_problems
 from raymoe.config.schema import MergeConfig
-from raymoe.config.tree import parse_tree
+from raymoe.config.tree import NotYaml, parse_tree
 from raymoe.errors import Problem, ProblemReport
 
 __all__ = ["load_config", "load_config_with_lines", "make_config", "parse_config"]
@@ -52,19 +53,43 @@ def make_config(data: Mapping[str, Any], *, allow_all_same: bool = False) -> Mer
 
 
 def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, Lines]:
-    data, lines, found = parse_tree(text, name)
+    try:
+        data, lines, found = parse_tree(text, name)
+    except NotYaml as report:
+        raise _with_change(report, text, name) from None
     return _check(data, lines, found, allow_all_same=allow_all_same), lines
+
+
+def _with_change(report: NotYaml, text: str, name: str) -> ProblemReport:
+    """The report with what to change as its remedy, if that is found."""
+    change = find_change(text, report.error, _problem_count)
+    if change is None:
+        return ProblemReport(report.problems)
+    where, what = f"{name}:{change.first + 1}", f"not valid YAML: {change.what}"
+    return ProblemReport([Problem(where=where, what=what, remedy=change.remedy)])
+
+
+def _problem_count(text: str) -> int:
+    try:
+        _check(*parse_tree(text, ""), allow_all_same=True)
+    except ProblemReport as report:
+        return len(report.problems)
+    return 0
 
 
 def _check(data: Any, lines: Lines, found: list[Found], *, allow_all_same: bool) -> MergeConfig:
     """The config that `data` is; `found` are the problems that are known already."""
+    # Where an expert has two models, the list has an expert too few.
+    unread: set[Loc] = {
+        ("experts",) for each in found if each.loc[:1] == ("experts",) and each.loc[2:] == ("source_model",)
+    }
     try:
         config = MergeConfig.model_validate(data)
-        found += find_unsound(config, allow_all_same=allow_all_same)
+        found += find_unsound(config, allow_all_same=allow_all_same, unread=unread)
     except ValidationError as error:
         found += schema_problems(error, lines)
         if saved := salvage(data, error):
-            found += find_unsound(saved[0], allow_all_same=allow_all_same, unread=saved[1])
+            found += find_unsound(saved[0], allow_all_same=allow_all_same, unread=unread | saved[1])
     if found:
         raise ProblemReport(lines.problems(found))
     return config

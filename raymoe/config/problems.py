@@ -44,8 +44,12 @@ _PLACEHOLDER_FILE = "?.txt"
 
 
 def schema_problems(error: ValidationError, lines: Lines) -> list[Found]:
-    """One problem for each thing the schema refuses."""
-    return [_found(details, lines) for details in error.errors(include_url=False)]
+    """One problem for each thing the schema refuses; a required key under a wrong name is one, not two."""
+    all_details = error.errors(include_url=False)
+    meant = {_meant(details["loc"]) for details in all_details if details["type"] == "extra_forbidden"}
+    return [
+        _found(details, lines) for details in all_details if details["type"] != "missing" or details["loc"] not in meant
+    ]
 
 
 def _found(details: ErrorDetails, lines: Lines) -> Found:
@@ -73,12 +77,26 @@ def _value_problem(details: ErrorDetails, lines: Lines) -> tuple[str, str]:
     return what, f'quote it: "{typed}"'
 
 
+def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys that a mapping knows in which `loc` is one, and those of other mappings."""
+    if len(loc) == 4:  # of a file of prompts
+        return _PROMPT_FILE_KEYS, _NO_KEYS
+    return (_TOP_KEYS, _EXPERT_KEYS) if len(loc) == 1 else (_EXPERT_KEYS, _TOP_KEYS)
+
+
+def _meant(loc: Loc) -> Loc | None:
+    """The place of the key that an unknown key most likely was to be."""
+    known, elsewhere = _keys_at(loc)
+    key = str(loc[-1])
+    if key in elsewhere or (len(loc) == 1 and key in _OTHER_COMMANDS):
+        return None
+    near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    return (*loc[:-1], near[0]) if near else None
+
+
 def _unknown_key(loc: Loc) -> tuple[str, str]:
     key, at_top = str(loc[-1]), len(loc) == 1
-    if len(loc) == 4:  # of a file of prompts
-        known, elsewhere = _PROMPT_FILE_KEYS, _NO_KEYS
-    else:
-        known, elsewhere = (_TOP_KEYS, _EXPERT_KEYS) if at_top else (_EXPERT_KEYS, _TOP_KEYS)
+    known, elsewhere = _keys_at(loc)
     if key in elsewhere:
         level = "an expert, beside its source_model" if at_top else "the top level of the config"
         return "unknown key here", f"it belongs to {level}"
@@ -88,8 +106,8 @@ def _unknown_key(loc: Loc) -> tuple[str, str]:
             what,
             f"remove it, or use {_OTHER_COMMANDS[key]} for this config; keys here: {', '.join(known)}",
         )
-    near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    return "unknown key", f"did you mean {near[0]}?" if near else f"keys here: {', '.join(known)}"
+    meant = _meant(loc)
+    return "unknown key", f"did you mean {meant[-1]}?" if meant else f"keys here: {', '.join(known)}"
 
 
 def salvage(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[Loc]] | None:
@@ -103,8 +121,16 @@ def salvage(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[L
     rest = copy.deepcopy(data)
     for loc, kind in locs:
         _replace(rest, loc, unknown=kind == "extra_forbidden")
-    unread = frozenset(loc for loc, kind in locs if kind != "extra_forbidden")
-    return MergeConfig.model_validate(rest), unread
+    unread = {loc for loc, kind in locs if kind != "extra_forbidden"}
+    # What an unknown key was to say is missing elsewhere, which is no second problem. An expert's may hold its prompts,
+    # whatever it is called.
+    for details in error.errors(include_url=False):
+        loc = details["loc"]
+        if details["type"] == "extra_forbidden":
+            may_be_prompts = len(loc) == 3 and isinstance(details["input"], (str, list, dict))
+            if (meant := _meant(loc) or ((*loc[:-1], "positive_prompts") if may_be_prompts else None)) is not None:
+                unread.add(meant)
+    return MergeConfig.model_validate(rest), frozenset(unread)
 
 
 def _replace(data: Any, loc: Sequence[str | int], *, unknown: bool) -> None:

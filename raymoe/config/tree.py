@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ from raymoe.config.lines import Found, Lines, Loc, Mark, excerpt
 from raymoe.config.schema import NUMBER_KEYS
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["parse_tree"]
+__all__ = ["NotYaml", "parse_tree"]
 
 _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
@@ -31,14 +32,26 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 # A number in JSON and in YAML 1.2, but text in PyYAML's YAML 1.1.
 _EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
-_QUOTE_REMEDY = "put text in quotes if it begins with one of [ { * & ! % @ ` | > or holds ': ' or ' #'"
+_QUOTE_REMEDY = (
+    "check the indentation here and in the lines before, and put text in quotes if it begins with one of "
+    "[ { * & ! % @ ` | > or holds ': ' or ' #'"
+)
+_TWICE = {"source_model": "begin each expert with '- source_model: ...'; or keep one of the two"}
 _TAB_REMEDY = "indent with spaces: YAML takes no tabs there"
+
+
+class NotYaml(ProblemReport):
+    """A text that YAML's grammar refuses; `error` is the parser's own."""
+
+    def __init__(self, error: yaml.MarkedYAMLError, problems: Sequence[Problem]):
+        super().__init__(problems)
+        self.error = error
 
 
 def parse_tree(text: str, name: str) -> tuple[Any, Lines, list[Found]]:
     """Read YAML or JSON: the values, their lines, and what is wrong with single keys and values.
 
-    Raises ProblemReport if the text as a whole cannot be read.
+    Raises ProblemReport if the text as a whole cannot be read, NotYaml if it is not YAML.
     """
     loader = yaml.SafeLoader("")
     root = _compose(text, name)
@@ -58,7 +71,7 @@ def _compose(text: str, name: str) -> Node:
     try:
         root = yaml.compose(_without_json_tabs(text), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        raise _syntax_report(error, name) from None
+        raise NotYaml(error, _syntax_report(error, name).problems) from None
     except yaml.reader.ReaderError as error:
         # Its position counts characters, not lines.
         line = text.count("\n", 0, error.position) + 1
@@ -145,6 +158,7 @@ class _Walk:
         self._entries_of[id(node)] = {}  # what a mapping that merges itself gets from itself
         own: _Entries = {}
         merged: _Entries = {}
+        twice: dict[str, Found] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 self._problem(loc, "a key must be text", "write 'key: value'", _mark(key_node))
@@ -152,7 +166,10 @@ class _Walk:
                 merged = {**self._merged(value_node, loc), **merged}
             elif (first := own.setdefault(key_node.value, (key_node, value_node)))[0] is not key_node:
                 what = f"the key is given twice, first in line {_mark(first[0]).line}"
-                self._problem((*loc, key_node.value), what, "keep one of the two", _mark(key_node))
+                remedy, place = _TWICE.get(key_node.value, "keep one of the two"), (*loc, key_node.value)
+                twice[key_node.value] = Found(loc=place, what=what, remedy=remedy, mark=_mark(key_node))
+        # Of two experts without a dash between them all keys are there twice.
+        self.found += [twice["source_model"]] if "source_model" in twice else twice.values()
         self._entries_of[id(node)] = {**merged, **own}
         return self._entries_of[id(node)]
 

@@ -47,8 +47,9 @@ class Faults:
         """Note a problem at a line (':12') or row; raises ProblemReport when there are too many to go on."""
         self.problems.append(Problem(where=f"{self._file}{at}: {self._owner}", what=what, remedy=remedy))
         if len(self.problems) == _MAX_FAULTS:
-            what = f"stopped reading after {_MAX_FAULTS} problems"
-            self.problems.append(Problem(where=f"{self._file}: {self._owner}", what=what))
+            if len({problem.what for problem in self.problems}) > 1:  # else it is one mistake, and is told as one
+                what = f"stopped reading after {_MAX_FAULTS} problems"
+                self.problems.append(Problem(where=f"{self._file}: {self._owner}", what=what))
             raise ProblemReport(self.problems)
 
     def end(self, what: str, remedy: str, at: str = "") -> NoReturn:

@@ -218,6 +218,16 @@ def test_to_plain_round_trip(text: str) -> None:
     assert plain["base_model"] == str(config.base_model)
 
 
+def test_blank_prompts_beside_negative_ones() -> None:
+    """A published config for mergekit-moe has them: the router is computed from what the experts should not get."""
+    experts = [{"source_model": name, "positive_prompts": [""], "negative_prompts": [name]} for name in ("a/x", "b/y")]
+    config = MergeConfig.model_validate(two(experts=experts))
+    assert check_config(config) == []
+    assert config_warnings(config) == [
+        f"experts[{number}].positive_prompts[0] is blank: only the beginning of a text is read" for number in (0, 1)
+    ]
+
+
 def test_to_plain_is_the_same_for_configs_that_mean_the_same() -> None:
     spelled_out = two(gate_mode="hidden_last", dtype="torch.float16", experts_per_token=2, shared_experts=[])
     short = two(dtype="float16")
@@ -295,7 +305,7 @@ def test_one_expert_is_not_all_the_same() -> None:
         ),
         (
             {"experts": [TWO["experts"][0], {"source_model": "y", "positive_prompts": ["z", " \n"]}]},
-            r"^experts\[1\]\.positive_prompts\[1\] is blank$",
+            r"^experts\[1\]\.positive_prompts\[1\] is blank: only the beginning of a text is read$",
         ),
         (
             {"gate_mode": "random", "prompt_model": "expert"},

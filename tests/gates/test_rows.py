@@ -62,6 +62,16 @@ def test_rows_are_what_transformers_computes(name: str, mode: str, prompt_model:
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+def test_a_blank_prompt_is_the_beginning_of_a_text(mode: str, zoo: Callable[..., Path]) -> None:
+    """As in mergekit-moe, which puts the BOS token before it."""
+    base, expert = zoo("llama"), zoo("llama", seed=1)
+    prompts: dict[str, Any] = {"positive_prompts": [""], "negative_prompts": ["def area(r)"]}
+    rows, _ = computed_rows(two_experts(base, [expert, base], prompts, mode=mode))
+    expected = direct_rows(load_dense(base), base, mode, ["<s>"], prompts["negative_prompts"])
+    assert np.abs(rows - expected).max() < TOLERANCE
+
+
 def test_the_three_models_that_read_prompts_give_different_rows(zoo: Callable[..., Path]) -> None:
     base, expert = zoo("llama"), zoo("llama", seed=1)
     rows = [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raymoe.config import load_config
-from raymoe.errors import ProblemReport
+from raymoe.errors import CheckpointError, ProblemReport
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import BucketMissing, StorageError
@@ -20,6 +20,7 @@ from raymoe.objects.s3 import S3Store
 from raymoe.objects.urls import join, normalise, s3_location
 from raymoe.outgoing import scrub
 from raymoe.sources.refs import parse_model_ref
+from raymoe.sources.resolve import resolve_models
 from tests.objects.canned import Answer, canned
 from tests.objects.servers import Server, environment
 
@@ -169,6 +170,19 @@ def test_wrong_keys_at_a_real_server(server: Server, bucket: str, monkeypatch: p
                     call(join(bucket, "key"))
                 assert value not in str(caught.value)
             assert store.counters.retries == 0
+
+
+def test_a_wrong_secret_is_told_once_for_all_models(
+    server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if server.kind == "moto":
+        pytest.skip("takes any key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    models = [join(bucket, f"m{number}") for number in range(6)]
+    with pytest.raises(CheckpointError) as caught:
+        resolve_models([parse_model_ref(model) for model in models])
+    assert len(caught.value.problems) == 6
+    assert str(caught.value).startswith(f"{'; '.join(models[:4])} and 2 more: the store refuses the secret key")
 
 
 def test_a_bucket_policy_that_denies(server: Server, bucket: str) -> None:

@@ -240,8 +240,14 @@ def test_bad_file(name: str, here: Path) -> None:
 def test_a_file_that_is_wrong_throughout_is_not_read_to_its_end(here: Path) -> None:
     (here / "a.jsonl").write_bytes(as_jsonl(TEXTS, "other"))
     found = problems({"file": "a.jsonl"}, ["x"])
-    assert [p.where.partition(": ")[0] for p in found] == [*(f"a.jsonl:{n}" for n in range(1, 6)), "a.jsonl"]
-    assert found[-1].what == "stopped reading after 5 problems"
+    assert [p.where.partition(": ")[0] for p in found] == [f"a.jsonl:{n}" for n in range(1, 6)]
+    assert str(ProblemReport(found)).splitlines() == [
+        "a.jsonl:1-5: experts[0].positive_prompts: there is no key 'text'; keys here: other",
+        "    -> set field to the key that holds the prompt",
+    ]
+    (here / "a.jsonl").write_text("{}\n[]\n{}\n1\n{}\n{}\n")
+    found = problems({"file": "a.jsonl"}, ["x"])
+    assert (len(found), found[-1].what) == (6, "stopped reading after 5 problems")
 
 
 def test_all_files_are_told_of_at_once(here: Path) -> None:

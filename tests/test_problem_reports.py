@@ -1,0 +1,45 @@
+"""What a report of several problems looks like: one mistake is one problem there, wherever it was found."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from raymoe.errors import Problem, ProblemReport
+
+
+def report(*wheres: str, what: str = "unknown key", remedy: str = "remove it") -> ProblemReport:
+    return ProblemReport([Problem(where=where, what=what, remedy=remedy) for where in wheres])
+
+
+@pytest.mark.parametrize(
+    ("wheres", "together"),
+    [
+        (["m.yaml:6: experts[0].key"], "m.yaml:6: experts[0].key"),
+        (["m.yaml:6: experts[0].key", "m.yaml:9: experts[1].key"], "m.yaml:6, 9: experts[0-1].key"),
+        ([f"experts[{n}].key" for n in (0, 1, 2, 5)], "experts[0-2, 5].key"),
+        (["p.txt:1: a", "p.txt:2: a", "p.txt:3: a", "q.txt:1: b"], "p.txt:1-3: a; q.txt:1: b"),
+        # Numbers in names are part of them.
+        (["s3://b/m1/config.json", "s3://b/m2/config.json"], "s3://b/m1/config.json; s3://b/m2/config.json"),
+        ([f"s3://b/m{n}" for n in range(1, 8)], "s3://b/m1; s3://b/m2; s3://b/m3; s3://b/m4 and 3 more"),
+        (["", ""], ""),
+    ],
+)
+def test_places_of_one_problem_are_told_together(wheres: list[str], together: str) -> None:
+    prefix = f"{together}: " if together else ""
+    assert str(report(*wheres)) == f"{prefix}unknown key\n    -> remove it"
+    assert len(report(*wheres).problems) == len(wheres)
+
+
+def test_other_problems_stay_in_their_order() -> None:
+    first = report("a:1", "a:2").problems
+    second = report("a:1", what="no value").problems
+    assert str(ProblemReport([first[0], *second, first[1]])) == (
+        "2 problems:\n  a:1-2: unknown key\n      -> remove it\n  a:1: no value\n      -> remove it"
+    )
+
+
+def test_reports_cross_processes() -> None:
+    caught = report("m:1: a[0]", "m:2: a[1]")
+    assert str(pickle.loads(pickle.dumps(caught))) == str(caught)
