@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, Verbose, log_level, on_nodes
+from raymoe.cli.options import Actors, Address, Cache, Device, Quiet, Remote, StallTimeout, Verbose, log_level, on_nodes
 
 
 @app.command()
@@ -29,6 +29,7 @@ def verify(
     address: Address = None,
     actors: Actors = None,
     device: Device = None,
+    stall_timeout: StallTimeout = 20,
     trust_remote_code: Remote = False,
     transformers_cache: Cache = None,
     verbose: Verbose = 0,
@@ -47,6 +48,7 @@ def verify(
         device=on_nodes(device),
         trust_remote_code=trust_remote_code,
         verbosity=-1 if quiet else verbose,
+        stall_timeout_s=60 * stall_timeout,
         hub=HubOptions(cache_dir=transformers_cache),
     )
     verification = verify_merge(checkpoint, settings)

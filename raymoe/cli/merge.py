@@ -25,6 +25,7 @@ from raymoe.cli.options import (
     Remote,
     Seed,
     ShardSize,
+    StallTimeout,
     Verbose,
     log_level,
     merge_options,
@@ -56,6 +57,7 @@ def merge(
     gpus_per_expert: GpusPerExpert = None,
     actors: Actors = None,
     device: Device = None,
+    stall_timeout: StallTimeout = 20,
     verbose: Verbose = 0,
     quiet: Quiet = False,
     result: Annotated[
@@ -126,6 +128,7 @@ def merge(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
+        stall_timeout_s=60 * stall_timeout,
         hub=HubOptions(cache_dir=transformers_cache),
     )
     target = push_target(push_to_hub, private=private, revision=branch, message=message)

@@ -73,7 +73,9 @@ def _multiplies_bfloat16() -> bool:
 def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """A weight on the CPU, in the dtype that it is computed with."""
     flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
-    return flat.reshape(entry.shape).to(dtype)
+    weight = flat.reshape(entry.shape).to(dtype)
+    reader.moved()
+    return weight
 
 
 def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, torch.Tensor]:

@@ -9,13 +9,10 @@ Nothing that a reader takes for a finished checkpoint exists before the index, w
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raymoe.config import MODES, MergeConfig
@@ -38,6 +35,7 @@ from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_work import Sending, read_for_shards
 from raymoe.runtime.writer import start_writer
+from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
@@ -84,7 +82,7 @@ def run_merge(
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))
     report.begin("start of Ray")
-    with connected(settings), _stop_on_sigterm():
+    with connected(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
         placement = placed(plan)
@@ -115,6 +113,7 @@ def run_merge(
                         layers_at_once=slots.layers_at_once,
                         shards_at_once=slots.shards_at_once,
                         needs=placement.needs if placement is not None else None,
+                        stall_timeout_s=settings.stall_timeout_s,
                     )
                     progress.final_look(actors, outcome)
                 _check_sources_unchanged(target, sources)
@@ -305,20 +304,3 @@ def _finish(
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a merge as Ctrl-C does. Ray sets its own handler at init, before this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

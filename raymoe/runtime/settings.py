@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 
-__all__ = ["RuntimeSettings"]
+__all__ = ["STALL_TIMEOUT_S", "RuntimeSettings"]
+
+STALL_TIMEOUT_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
     """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
-    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose."""
+    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose.
+    `stall_timeout_s`: seconds without any progress after which a job is given to another actor; after half of them a
+    warning says so."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -23,5 +27,6 @@ class RuntimeSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     verbosity: int = 0
+    stall_timeout_s: float = STALL_TIMEOUT_S
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)

@@ -15,8 +15,9 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import is_url
+from raymoe.sources.hub import parse_location
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.types import SourceFile, TensorEntry
@@ -42,6 +44,9 @@ _JOIN_BYTES = 128 << 10
 _JOINED_BYTES = 64 << 20
 # What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
 _KEPT_BYTES = 64 << 20
+_DOWNLOAD_MOVES_S = 5.0
+
+Moved = Callable[[], None]
 
 
 class SourceReader:
@@ -54,10 +59,13 @@ class SourceReader:
         *,
         spool: Spool | None = None,
         name: str = SHARDS,
+        moved: Moved | None = None,
     ) -> None:
-        """With a `spool`, where it is called `name`, what others read of objects too is fetched once."""
+        """With a `spool`, where it is called `name`, what others read of objects too is fetched once. `moved` is called
+        from any thread whenever something has been read."""
         self._hub, self._storage = hub, storage or StorageOptions()
         self._spool, self._name = spool, name
+        self.moved: Moved = moved or _ignored
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
@@ -72,7 +80,10 @@ class SourceReader:
 
     def path(self, file: SourceFile) -> Path:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
-        return fetch_file(file, self._hub, self._storage)
+        if parse_location(file.location) is None:
+            return fetch_file(file, self._hub, self._storage)
+        with _again_and_again(self.moved):  # a download has timeouts of its own, and says nothing on its way
+            return fetch_file(file, self._hub, self._storage)
 
     def descriptor(self, file: SourceFile) -> int:
         """A local file, open for reading until `close()`."""
@@ -165,6 +176,7 @@ class SourceReader:
 
     def _fetch(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
+        self.moved()
 
     def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
         buffer = memoryview(bytearray(end - start))
@@ -183,6 +195,7 @@ class SourceReader:
                 remedy = "the file changed while it was read; run the merge again"
                 raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
             done += count
+            self.moved()
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """Chunks of an object, a few of them under way before they are asked for."""
@@ -224,6 +237,28 @@ class SourceReader:
             if file.location not in self._maps:
                 self._maps[file.location] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
             return self._maps[file.location]
+
+
+def _ignored() -> None:
+    """The default of `moved`."""
+
+
+@contextmanager
+def _again_and_again(moved: Moved) -> Iterator[None]:
+    """Call `moved` every few seconds until the block ends."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(_DOWNLOAD_MOVES_S):
+            moved()
+
+    thread = threading.Thread(target=tick, daemon=True, name="download-moves")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _unreadable(file: SourceFile, error: OSError) -> CheckpointError:
