@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size", "some"]
+__all__ = ["human_bytes", "human_count", "human_time", "number_ranges", "parse_size", "some"]
 
 
 def human_bytes(count: float) -> str:
@@ -23,6 +23,16 @@ def human_count(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{unit}"
     return str(count)
+
+
+def human_time(seconds: float) -> str:
+    """45 -> '45 s', 600 -> '10 min', 5400 -> '1 h 30 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def number_ranges(numbers: Sequence[int]) -> str:

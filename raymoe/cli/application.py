@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
+from raymoe import signals
 from raymoe.errors import RaymoeError
 from raymoe.outgoing import Scrubbed, remember_secrets
 
@@ -38,40 +37,21 @@ def stoppable(what_now: str = "") -> Callable[[Callable[..., None]], Callable[..
     `what_now` says what has become of the work.
     """
 
+    last_words = f"stopped; {what_now}" if what_now else "stopped"
+
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def wrapped(*args: Any, **kwargs: Any) -> None:
             try:
-                with _sigterm_as_ctrl_c():
+                with signals.stoppable(last_words):
                     command(*args, **kwargs)
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
-                raise Stopped(f"stopped; {what_now}" if what_now else "stopped") from None
+                raise Stopped(last_words) from None
 
         return wrapped
 
     return decorated
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Ray puts its own handler in the place of this one while it connects, which exits with the signal's number."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit as exit:
-        if exit.code != signal.SIGTERM:
-            raise
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _version(wanted: bool) -> None:
@@ -102,6 +82,9 @@ def main() -> NoReturn:
         except RaymoeError as error:
             typer.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        finally:  # all is done and said: a signal that still comes does not change the exit status
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         sys.exit(0)
 
 

@@ -14,6 +14,7 @@ from raymoe.cli.options import (
     Device,
     Quiet,
     Remote,
+    StallTimeout,
     TrustRecord,
     Verbose,
     log_level,
@@ -40,6 +41,7 @@ def verify(
     address: Address = None,
     actors: Actors = None,
     device: Device = None,
+    stall_timeout: StallTimeout = 20,
     trust_remote_code: Remote = False,
     trust_record: TrustRecord = False,
     transformers_cache: Cache = None,
@@ -60,6 +62,7 @@ def verify(
         trust_remote_code=trust_remote_code,
         trust_record=trust_record,
         verbosity=-1 if quiet else verbose,
+        stall_timeout_s=60 * stall_timeout,
         hub=HubOptions(cache_dir=transformers_cache),
     )
     verification = verify_merge(checkpoint, settings)

@@ -26,6 +26,7 @@ from raymoe.cli.options import (
     Remote,
     Seed,
     ShardSize,
+    StallTimeout,
     Strict,
     Verbose,
     log_level,
@@ -59,6 +60,7 @@ def merge(
     gpus_per_expert: GpusPerExpert = None,
     actors: Actors = None,
     device: Device = None,
+    stall_timeout: StallTimeout = 20,
     verbose: Verbose = 0,
     quiet: Quiet = False,
     result: Annotated[
@@ -131,6 +133,7 @@ def merge(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
+        stall_timeout_s=60 * stall_timeout,
         hub=HubOptions(cache_dir=transformers_cache),
         inputs=Inputs(files=(("the config", os.path.abspath(config)),)),
     )

@@ -48,6 +48,15 @@ GpusPerExpert = Annotated[
     float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs an expert actor gets, fractions too.")
 ]
 Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
+StallTimeout = Annotated[
+    float,
+    typer.Option(
+        "--stall-timeout",
+        metavar="MINUTES",
+        min=0.05,
+        help="Minutes without any progress after which a job is given to another actor.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu computes gates on CPUs; cuda and auto leave the choice to Ray."),

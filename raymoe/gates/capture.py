@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, tokenize, tokenizer_of
+from raymoe.gates.readings import part_of
 from raymoe.gates.router import not_finite
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.storage.reader import SourceReader
@@ -28,7 +28,7 @@ from raymoe.storage.reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "readings", "token_limit"]
+__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "token_limit"]
 
 FOLDS = 5
 """Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
@@ -47,7 +47,8 @@ class MemberLayer:
 
     `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
     prompt that each token is of, `negative` (tokens,) whether that is a negative one. No tokens: nothing was kept here.
-    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum.
+    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum. Of a member
+    that is read in parts, each part has one of these: its own states, sums and counts, its share of the mean.
     """
 
     states: npt.NDArray[np.int16]
@@ -76,33 +77,6 @@ def token_limit(mode: str, members: int) -> int:
     return max(1, (MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
 
 
-def readings(members: Sequence[GatePrompts], actors: int) -> list[tuple[GatePrompts, ...]]:
-    """Members by the stored weights of the model that reads their prompts, in as many parts as are read side by side.
-
-    So its layers are read once by each actor, not once for each expert: where the base reads all prompts, and where
-    experts are one model with different adapters.
-    """
-    groups: list[list[GatePrompts]] = []
-    for member in members:
-        group = next((group for group in groups if _same_but_adapters(group[0], member)), None)
-        if group is None:
-            groups.append([member])
-        else:
-            group.append(member)
-    parts = []
-    for group in groups:
-        count = min(max(1, actors), len(group))
-        cuts = [len(group) * number // count for number in range(count + 1)]
-        parts += [tuple(group[start:end]) for start, end in pairwise(cuts)]
-    return parts
-
-
-def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
-    if one.config != other.config or one.weights.keys() != other.weights.keys():
-        return False
-    return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
-
-
 def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
     """`capture_layers` for one member alone, as a whole."""
     return [layer for (layer,) in capture_layers(gates, [prompts], reader, **options)]
@@ -117,13 +91,14 @@ def capture_layers(
     device: str,
     trust_remote_code: bool = False,
     layer_done: LayerDone | None = None,
+    counted: LayerDone | None = None,
 ) -> Iterator[list[MemberLayer]]:
     """What the prompts of some of `members` experts, which the same model reads, or it with their adapters, leave at a
     layer, by expert; one layer after the other.
 
     The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
-    so that it makes no difference to the result who is read together. `layer_done` is called with the number of prompt
-    tokens that have passed a layer.
+    so that it makes no difference to the result who is read together. `counted` is called once with the number of
+    tokens that are to pass layers, one token and layer each, `layer_done` with that of those that have passed one.
     Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
     """
     from raymoe.gates.decoder import StreamedDecoder
@@ -144,6 +119,9 @@ def capture_layers(
             layer_done(int(member.batches[batch].lengths.sum()))
 
     together = [batch for member in captured for batch in member.batches]
+    if counted is not None:
+        fits = MODES[gates.mode].fits_rows
+        counted(sum(int(batch.lengths.sum()) for batch in together) * (gates.layers if fits else gates.layers - 1))
     models = [number for number, member in enumerate(captured) for _ in member.batches]
     if MODES[gates.mode].fits_rows:
         layers = decoder.router_inputs(together, gates.layers, look, models=models)
@@ -154,7 +132,7 @@ def capture_layers(
 
 
 class _Captured:
-    """One member's prompts on their way through the layers."""
+    """One member's prompts, or a part of them, on their way through the layers."""
 
     def __init__(
         self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
@@ -162,14 +140,17 @@ class _Captured:
         positive, negative, bos = prompt_ids(gates, prompts, reader, trust_remote_code=remote_code)
         groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget)]
         signs = [sign for _, sign in groups]
-        self.batches = [Batch(group) for group, _ in groups]
-        self._owner = prompts.owner
-        self._tokens = _Tokens(self.batches, signs, bos, token_limit(gates.mode, members))
+        everything = [Batch(group) for group, _ in groups]
+        part = _share([batch.ids.numel() for batch in everything], *part_of(prompts))
+        self.batches = everything[part]
+        self._owner, self._hidden = prompts.owner, gates.hidden
+        tokens = _Tokens(everything, signs, bos, token_limit(gates.mode, members))
         fits = MODES[gates.mode].fits_rows
-        if fits and not (~self._tokens.negative).any():
+        if fits and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
             raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
-        self._sums = None if fits else _Sums(gates, self.batches, signs)
+        self._tokens = tokens.of(part)
+        self._sums = None if fits else _Sums(gates, everything, signs, part)
         self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]
 
     def add(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
@@ -186,11 +167,18 @@ class _Captured:
         """What the prompts left at a layer that they have passed."""
         tokens, states = self._tokens, self._states[layer]
         self._states[layer] = []
-        summed: dict[str, Any] = {} if self._sums is None else self._sums.at(layer)
-        if not states:  # the last layer of modes that do not run it
-            none = np.zeros((0, 0), np.int16)
+        summed: dict[str, Any] = {} if self._sums is None else self._sums.take(layer)
+        if not states:  # the last layer of modes that do not run it; a part without prompts
+            none = np.zeros((0, self._hidden), np.int16)
             return MemberLayer(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
         return MemberLayer(states=np.concatenate(states), prompts=tokens.prompts, negative=tokens.negative, **summed)
+
+
+def _share(sizes: Sequence[int], part: int, parts: int) -> slice:
+    """The batches that are read as `part` of `parts`, as neighbours, cut by their sizes."""
+    ends = np.cumsum(sizes)
+    of_batch = (ends - np.asarray(sizes) / 2) * parts // max(1, ends[-1])
+    return slice(int((of_batch < part).sum()), int((of_batch <= part).sum()))
 
 
 class _Tokens:
@@ -211,10 +199,13 @@ class _Tokens:
         total = [
             sum(int(mask.sum()) for mask, s in zip(real, signs, strict=True) if s is sign) for sign in (False, True)
         ]
+        self.has_positive = total[False] > 0
         positive = min(total[False], max((limit + 1) // 2, limit - total[True]))
         chosen = torch.cat([_spread(total[False], positive), _spread(total[True], min(total[True], limit - positive))])
-        prompts, negative, number, at = [], [], [0, 0], 0
-        self._masks = []
+        number, at = [0, 0], 0
+        self._masks: list[torch.Tensor] = []
+        self._prompts: list[npt.NDArray[np.int64]] = []
+        self._negative: list[npt.NDArray[np.bool_]] = []
         for mask, sign in zip(real, signs, strict=True):
             count = int(mask.sum())
             kept = mask.clone()
@@ -223,10 +214,24 @@ class _Tokens:
             self._masks.append(kept)
             rows = torch.arange(number[sign], number[sign] + len(mask))
             number[sign] += len(mask)
-            prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
-            negative.append(np.full(int(kept.sum()), sign))
-        self.prompts = np.concatenate(prompts).astype(np.int64)
-        self.negative = np.concatenate(negative).astype(np.bool_)
+            self._prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
+            self._negative.append(np.full(int(kept.sum()), sign))
+
+    def of(self, part: slice) -> _Tokens:
+        """Those of some of the batches, which are numbered anew."""
+        some = object.__new__(_Tokens)
+        some.has_positive = self.has_positive
+        for name in ("_masks", "_prompts", "_negative"):
+            setattr(some, name, getattr(self, name)[part])
+        return some
+
+    @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.zeros(0, np.int64), *self._prompts])
+
+    @property
+    def negative(self) -> npt.NDArray[np.bool_]:
+        return np.concatenate([np.zeros(0, np.bool_), *self._negative])
 
     def taken(self, number: int, state_BTH: torch.Tensor) -> npt.NDArray[np.int16]:
         """The chosen tokens' states of one batch, (chosen, hidden)."""
@@ -247,19 +252,27 @@ def _spread(total: int, count: int) -> torch.Tensor:
 
 
 class _Sums:
-    """Sums of what `hidden` and `hidden_avg` take from each prompt, by layer and fold."""
+    """Sums of what `hidden` and `hidden_avg` take from each prompt, by layer and fold; only of layers under way."""
 
-    def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool]) -> None:
-        self._last, self._groups, self._signs = gates.mode == "hidden", groups, signs
-        self._positive = np.zeros((gates.layers, FOLDS, gates.hidden))
-        self._negative = np.zeros((gates.layers, gates.hidden))
-        self._first: list[int] = []  # number of a batch's first prompt
+    def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool], part: slice) -> None:
+        """Of all the `groups` of prompts those of `part` are summed here, which are numbered anew."""
+        self._last, self._hidden = gates.mode == "hidden", gates.hidden
+        self._groups, self._signs = groups[part], signs[part]
+        self._layers: dict[int, tuple[Float64, Float64]] = {}
+        first: list[int] = []  # number of a batch's first prompt
         counts = [0, 0]
         for group, sign in zip(groups, signs, strict=True):
-            self._first.append(counts[sign])
+            first.append(counts[sign])
             counts[sign] += len(group.lengths)
+        self._first = first[part]
         self._negatives = counts[True]
-        self._counts = np.bincount(np.arange(counts[False]) % FOLDS, minlength=FOLDS)
+        self._counts = np.zeros(FOLDS, np.int64)
+        for number, sign in enumerate(self._signs):
+            if not sign:
+                self._counts += np.bincount(self._folds(number), minlength=FOLDS)
+
+    def _folds(self, number: int) -> npt.NDArray[np.int64]:
+        return (self._first[number] + np.arange(len(self._groups[number].lengths))) % FOLDS
 
     def add(self, layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
         import torch
@@ -271,12 +284,21 @@ class _Sums:
             real = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None] < lengths[:, None]
             taken = (hidden_BTH.float() * real[..., None]).sum(dim=1) / lengths[:, None]
         vectors = taken.cpu().numpy().astype(np.float64)
+        positive, negative = self._of(layer)
         if self._signs[number]:
-            self._negative[layer] += vectors.sum(axis=0)
+            negative += vectors.sum(axis=0)
         else:
-            folds = (self._first[number] + np.arange(len(vectors))) % FOLDS
-            np.add.at(self._positive[layer], folds, vectors)
+            np.add.at(positive, self._folds(number), vectors)
 
-    def at(self, layer: int) -> dict[str, Any]:
-        mean = self._negative[layer] / self._negatives if self._negatives else None
-        return {"sums": self._positive[layer], "counts": self._counts, "negative_mean": mean}
+    def _of(self, layer: int) -> tuple[Float64, Float64]:
+        """The sums of a layer: of positive prompts (FOLDS, hidden), of negative ones (hidden,)."""
+        if layer not in self._layers:
+            self._layers[layer] = np.zeros((FOLDS, self._hidden)), np.zeros(self._hidden)
+        return self._layers[layer]
+
+    def take(self, layer: int) -> dict[str, Any]:
+        """What a layer's sums came to; they are not kept."""
+        positive, negative = self._of(layer)
+        del self._layers[layer]
+        mean = negative / self._negatives if self._negatives else None
+        return {"sums": positive, "counts": self._counts, "negative_mean": mean}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from raymoe.gates.capture import FOLDS, MemberLayer
 from raymoe.gates.router import gate_rows, shared_gate_row
 from raymoe.gates.summary import LayerCheck, check_of
 
-__all__ = ["LayerRows", "layer_rows"]
+__all__ = ["LayerRows", "joined", "layer_rows"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -28,14 +28,38 @@ class LayerRows:
     check: LayerCheck | None
 
 
-def layer_rows(mode: str, experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], device: str) -> LayerRows:
-    """The rows of one layer, in the members' order. Ridge regression is computed on `device`."""
+def layer_rows(
+    mode: str,
+    experts: Sequence[MemberLayer],
+    shared: Sequence[MemberLayer],
+    device: str,
+    moved: Callable[[], None] | None = None,
+) -> LayerRows:
+    """The rows of one layer, in the members' order. Ridge regression is computed on `device`; `moved` is called with
+    each system of equations that is set up or solved."""
     if MODES[mode].fits_rows:
-        return _fitted(experts, shared, device)
+        return _fitted(experts, shared, device, moved)
     return LayerRows(
         experts=np.stack([_row(member) for member in experts]),
         shared=shared_gate_row([_row(member) for member in shared]) if shared else None,
         check=_check(experts),
+    )
+
+
+def joined(parts: Sequence[MemberLayer]) -> MemberLayer:
+    """One member's prompts at a layer, out of the parts that they were read in, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = [part.sums for part in parts if part.sums is not None]
+    counts = [part.counts for part in parts if part.counts is not None]
+    means = [part.negative_mean for part in parts if part.negative_mean is not None]
+    return MemberLayer(
+        states=np.concatenate([part.states for part in parts]),
+        prompts=np.concatenate([part.prompts for part in parts]),
+        negative=np.concatenate([part.negative for part in parts]),
+        sums=np.sum(sums, axis=0) if sums else None,
+        counts=np.sum(counts, axis=0) if counts else None,
+        negative_mean=np.sum(means, axis=0) if means else None,
     )
 
 
@@ -72,7 +96,9 @@ def _float(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float64]:
     return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def _fitted(experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], device: str) -> LayerRows:
+def _fitted(
+    experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], device: str, moved: Callable[[], None] | None
+) -> LayerRows:
     import torch
 
     from raymoe.gates.ridge import Examples, fit_gate, fit_rows
@@ -84,6 +110,6 @@ def _fitted(experts: Sequence[MemberLayer], shared: Sequence[MemberLayer], devic
         return Examples(states=states, prompts=prompts.to(device), negative=negative.to(device))
 
     given = [examples(member) for member in experts]
-    fitted = fit_rows(given)
-    gate = fit_gate([examples(member) for member in shared], given) if shared else None
+    fitted = fit_rows(given, moved)
+    gate = fit_gate([examples(member) for member in shared], given, moved) if shared else None
     return LayerRows(experts=fitted.rows, shared=gate, check=fitted.check)

@@ -79,7 +79,9 @@ def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) ->
         _read_as(reader, entry, weight.reshape(-1))
         return weight
     flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
-    return flat.reshape(entry.shape).to(dtype)
+    weight = flat.reshape(entry.shape).to(dtype)
+    reader.moved()
+    return weight
 
 
 def _read_as(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ tokens) the smaller is solved. Torch computes, on whatever device the states are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ _SCALES = tuple(2.0 ** (step / 2) for step in range(13))  # 1 to 64
 # Largest system solved for every fold and lambda. Where hidden and tokens are both beyond it, every n-th token is used.
 _CHOICE_SIZE = 1024
 _CHUNK, _BLOCK = 4096, 1024
+
+Moved = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,12 @@ class FittedRows:
     check: LayerCheck | None
 
 
-def fit_rows(examples: Sequence[Examples]) -> FittedRows:
-    """The router of one layer; `examples` has one entry an expert, in their order."""
+def fit_rows(examples: Sequence[Examples], moved: Moved | None = None) -> FittedRows:
+    """The router of one layer; `examples` has one entry per expert, in their order. `moved` is called with each chunk
+    of tokens that is summed, and each system that is solved."""
     if len(examples) == 1:  # one expert gets every token whatever its score
         return FittedRows(rows=np.zeros((1, examples[0].states.shape[1]), np.float32), check=None)
-    problem = _Problem(examples)
+    problem = _Problem(examples, moved or _ignored)
     sample = problem.sample()
     if sample.has_folds(experts=len(examples)):
         ridge, scale, check = _choose(sample)
@@ -69,7 +72,9 @@ def fit_rows(examples: Sequence[Examples]) -> FittedRows:
     return FittedRows(rows=rows.float().cpu().numpy(), check=check)
 
 
-def fit_gate(shared: Sequence[Examples], others: Sequence[Examples]) -> npt.NDArray[np.float32]:
+def fit_gate(
+    shared: Sequence[Examples], others: Sequence[Examples], moved: Moved | None = None
+) -> npt.NDArray[np.float32]:
     """The gate (hidden,) of all shared experts, a sigmoid: open on their prompts, closed on their negative ones and on
     the experts' prompts."""
     own = _together(shared)
@@ -85,9 +90,13 @@ def fit_gate(shared: Sequence[Examples], others: Sequence[Examples]) -> npt.NDAr
     positive = Examples(
         states=own.states[~own.negative], prompts=own.prompts[~own.negative], negative=own.negative[~own.negative]
     )
-    rows = fit_rows([positive, rest]).rows
+    rows = fit_rows([positive, rest], moved).rows
     difference: npt.NDArray[np.float32] = rows[0] - rows[1]
     return difference
+
+
+def _ignored() -> None:
+    """The default of `moved`."""
 
 
 def _together(examples: Sequence[Examples]) -> Examples:
@@ -101,7 +110,8 @@ def _together(examples: Sequence[Examples]) -> Examples:
 class _Problem:
     """All examples of a layer side by side: states (N, hidden), targets (N, experts), weights (N,), folds to be cut."""
 
-    def __init__(self, examples: Sequence[Examples]) -> None:
+    def __init__(self, examples: Sequence[Examples], moved: Moved) -> None:
+        self.moved = moved
         device, experts = examples[0].states.device, len(examples)
         self.states = torch.cat([e.states for e in examples])
         self.prompts = torch.cat([e.prompts for e in examples])
@@ -122,6 +132,7 @@ class _Problem:
 
     def subset(self, chosen: torch.Tensor) -> _Problem:
         part = object.__new__(_Problem)
+        part.moved = self.moved
         for name in ("states", "prompts", "negative", "labels", "targets", "weights"):
             setattr(part, name, getattr(self, name)[chosen])
         return part
@@ -175,6 +186,7 @@ def _gram(problem: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
         right += rooted.T @ targets[start:end]
         for at in range(0, hidden, _BLOCK):  # the upper triangle alone: the rest is its mirror image
             gram[at : at + _BLOCK, at:] += rooted[:, at : at + _BLOCK].T @ rooted[:, at:]
+        problem.moved()
     return gram.triu() + gram.triu(1).T, right
 
 
@@ -200,6 +212,7 @@ def _held_out_scores(problem: _Problem) -> list[torch.Tensor]:
             matrix = fold.system.clone()
             _add_ridge(matrix, ridge, fold.scale)
             into[fold.outside] = fold.seen @ torch.cholesky_solve(fold.right, torch.linalg.cholesky(matrix))
+            problem.moved()
     return scores
 
 

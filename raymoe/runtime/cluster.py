@@ -23,6 +23,7 @@ from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import PIECES_AHEAD
 from raymoe.runtime.worker import ExpertWorker
+from raymoe.signals import heard_at_once
 from raymoe.sources.types import SourceFile
 
 __all__ = ["Slots", "connected", "expert_actors", "placed", "slots_for"]
@@ -84,7 +85,10 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
         _knock(address or "")
-        ray.init(**options)
+        with heard_at_once():
+            ray.init(**options)
+    except SystemExit:  # how Ray's own handlers of SIGTERM end a process, without a word
+        raise KeyboardInterrupt from None
     except Exception as error:  # of whatever class: Ray raises a bare Exception where its own node starts too slowly
         where = f"Ray at {address}" if address else "Ray on this machine"
         remedy = "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"

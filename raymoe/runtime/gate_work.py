@@ -3,8 +3,9 @@
     prompts of members  --> an object for each member and layer, in Ray's store
     a layer             --> its objects of all members, to whoever has room --> rows, to the coordinator
 
-So the states of prompts go from actor to actor, never through the coordinator, and layers are worked on side by side.
-Modes that read no layers (`cheap_embed`) are done with the first step.
+A member with very many prompts is read in parts (gates/readings.py), each with objects of its own. The states of
+prompts go from actor to actor, never through the coordinator, and layers are worked on side by side. Modes that read no
+layers (`cheap_embed`) are done with the first step.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy.typing as npt
 
 from raymoe.config import MODES
 from raymoe.gates.assemble import Rows, collected, embedding_rows_by_owner
-from raymoe.gates.capture import readings
+from raymoe.gates.readings import Reading, readings
 from raymoe.gates.summary import RouterSummary
-from raymoe.planning.types import GatePlan, GatePrompts
+from raymoe.planning.types import GatePlan
 from raymoe.report.display import say
+from raymoe.runtime.worker import ROUTERS, reading_name
 from raymoe.sources.types import TensorEntry
 
 __all__ = ["GateJob", "GateWork"]
@@ -31,23 +33,31 @@ __all__ = ["GateJob", "GateWork"]
 @dataclass(eq=False)
 class GateJob:
     """Prompts that one model reads, or the number of a layer. `failures`: how often an actor died over it or input was
-    lost.
+    lost; `stalls`: how often it stood still.
 
-    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by member.
+    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by reading.
+    `tensors` refer to those that its prompts' models share with shards, in Ray's store.
     """
 
-    what: tuple[GatePrompts, ...] | int
+    what: tuple[Reading, ...] | int
     failures: int = 0
+    stalls: int = 0
     states: list[Any] = field(default_factory=list)
+    tensors: Any = None
 
     @property
     def owners(self) -> tuple[str, ...]:
         """The members whose prompts these are."""
-        return () if isinstance(self.what, int) else tuple(prompts.owner for prompts in self.what)
+        return () if isinstance(self.what, int) else tuple(dict.fromkeys(prompts.owner for prompts in self.what))
+
+    @property
+    def name(self) -> str:
+        """What an actor calls it in `Status.moves`."""
+        return ROUTERS if isinstance(self.what, int) else reading_name(self.what)
 
     @property
     def label(self) -> str:
-        return f"router of layer {self.what}" if isinstance(self.what, int) else f"gates of {', '.join(self.owners)}"
+        return f"router of layer {self.what}" if isinstance(self.what, int) else reading_name(self.what)
 
 
 class GateWork:
@@ -67,13 +77,14 @@ class GateWork:
         self._written = written
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
-        self._readings = readings(self.members, readers)
-        self._waiting = [GateJob(members) for members in self._readings]
+        self._passes = readings(self.members, readers, gates.hidden)
+        self._waiting = [GateJob(taken) for taken in self._passes]
         self._idle_readers = readers
         # What all jobs share; each gets its own prompts beside it.
         self._shared_plan = ray.put(dataclasses.replace(gates, experts=(), shared=())) if self.members else None
         self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
-        self._captured: dict[str, list[Any]] = {}
+        self._captured: dict[tuple[str, int], list[Any]] = {}  # by owner and part
+        self._told: dict[Any, set[int]] = {}  # the passes whose tensors each actor knows of
         self._layers: dict[int, Any] = {}
         self._rows: dict[str, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
 
@@ -82,8 +93,14 @@ class GateWork:
         return bool(self._waiting)
 
     @property
+    def readings(self) -> int:
+        """The parts of members that prompts are read in, all together."""
+        return sum(map(len, self._passes))
+
+    @property
     def members_done(self) -> int:
-        return len(self._captured) + len(self._rows)
+        unread = {part.owner for taken in self._passes for part in taken if _key(part) not in self._captured}
+        return len(self._rows) if self._rows else len(self.members) - len(unread)
 
     @property
     def layers_done(self) -> int:
@@ -98,7 +115,7 @@ class GateWork:
 
     @property
     def _all_captured(self) -> bool:
-        return self._mode.reads_layers and len(self._captured) == len(self.members)
+        return self._mode.reads_layers and len(self._captured) == self.readings
 
     @property
     def waiting_owners(self) -> tuple[str, ...]:
@@ -137,21 +154,45 @@ class GateWork:
         experts = len(self._gates.experts)
         name = f"gates of {', '.join(self._names.get(owner, owner) for owner in job.owners)}"
         if isinstance(job.what, int):
-            inputs = [self._captured[member.owner][job.what] for member in self.members]
-            return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, *inputs)
+            parts = self._parts
+            inputs = [self._captured[key][job.what] for keys in parts.values() for key in keys]
+            counts = tuple(map(len, parts.values()))
+            return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, counts, *inputs)
         if not self._mode.reads_layers:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
         options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
         capture = actor.capture.options(**options)
-        both = self._also_written(job), self._also_written(*self._waiting)
-        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *both)
+        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *self._also_written(actor, job))
         return done
 
-    def _also_written(self, *jobs: GateJob) -> tuple[TensorEntry, ...]:
-        """Tensors that reading these prompts takes and shards too."""
-        prompts = (each for job in jobs if not isinstance(job.what, int) for each in job.what)
-        read = (ref.entry for each in prompts for ref in each.weights.values())
-        return tuple(dict.fromkeys(entry for entry in read if entry in self._written))
+    @property
+    def _parts(self) -> dict[str, list[tuple[str, int]]]:
+        """The parts that each member is read in, in order, by its owner."""
+        keys = sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1])
+        return {member.owner: [key for key in keys if key[0] == member.owner] for member in self.members}
+
+    def _also_written(self, actor: Any, job: GateJob) -> tuple[Any, ...]:
+        """The tensors that reading these prompts takes and shards too; then those of jobs that wait, which the actor
+        has not been told of. Each job's are put into Ray's store once, whoever is told."""
+        if not self._written:
+            return ()
+        told = self._told.setdefault(actor, set())
+        waiting = [other for other in self._waiting if not isinstance(other.what, int) and id(other) not in told]
+        told |= {id(other) for other in (job, *waiting)}
+        return tuple(self._tensors(each) for each in (job, *waiting))
+
+    def _tensors(self, job: GateJob) -> Any:
+        import ray
+
+        if job.tensors is None:
+            assert not isinstance(job.what, int)
+            read = (ref.entry for each in job.what for ref in each.weights.values())
+            job.tensors = ray.put(tuple(dict.fromkeys(entry for entry in read if entry in self._written)))
+        return job.tensors
+
+    def forget(self, actor: Any) -> None:
+        """An actor's process has ended: what it was told is lost."""
+        self._told.pop(actor, None)
 
     def came_back(self, job: GateJob, result: Any) -> None:
         """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""
@@ -161,13 +202,13 @@ class GateWork:
             for layers in self._captured.values():  # the store may have the room for others
                 layers[job.what] = None
         elif self._mode.reads_layers:
-            for number, owner in enumerate(job.owners):
-                self._captured[owner] = job.states[number :: len(job.owners)]
+            for number, part in enumerate(job.what):
+                self._captured[_key(part)] = job.states[number :: len(job.what)]
             if self._all_captured:
                 missing = [n for n in range(self._gates.layers) if n not in self._layers]
                 self._waiting += [GateJob(layer, failures=self._losses) for layer in missing]
         else:
-            self._rows |= dict(zip(job.owners, result, strict=True))
+            self._rows |= dict(zip((part.owner for part in job.what), result, strict=True))
 
     def capture_again(self) -> None:
         """States of prompts were lost with their node: all are captured anew, for the layers that are not done."""
@@ -175,7 +216,7 @@ class GateWork:
             say("what prompts had left at the layers was lost with its node: they are read again")
             self._losses += 1
             self._captured.clear()
-            self._waiting = [GateJob(members, failures=self._losses) for members in self._readings]
+            self._waiting = [GateJob(taken, failures=self._losses) for taken in self._passes]
 
     def result(self) -> tuple[Rows, RouterSummary | None]:
         """Rows of all members with prompts, and how they did on held-out prompts."""
@@ -184,3 +225,7 @@ class GateWork:
         if not self._mode.reads_layers:
             return embedding_rows_by_owner(self._gates, self._rows), None
         return collected(self._layers, [member.owner for member in self._gates.experts])
+
+
+def _key(part: Reading) -> tuple[str, int]:
+    return part.owner, part.part

@@ -8,13 +8,10 @@ Nothing that a reader takes for a finished checkpoint exists before the index, w
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raymoe.config import MODES, MergeConfig
@@ -40,6 +37,7 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_work import Sending, read_for_shards
 from raymoe.runtime.source_files import SourceFiles
 from raymoe.runtime.writer import start_writer
+from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, output_location, refusals
@@ -91,7 +89,7 @@ def run_merge(
         say(merge_line(plan, target.location))
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
-    with connected(settings), _stop_on_sigterm():
+    with connected(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
         reads_layers = MODES[plan.gates.mode].reads_layers
         placement = placed(plan)
@@ -123,6 +121,7 @@ def run_merge(
                         layers_at_once=slots.layers_at_once,
                         shards_at_once=slots.shards_at_once,
                         needs=placement.needs if placement is not None else None,
+                        stall_timeout_s=settings.stall_timeout_s,
                     )
                     progress.final_look(actors, outcome)
                 sources.check_unchanged()
@@ -314,20 +313,3 @@ def _finish(
 
 def _json(content: Any) -> bytes:
     return f"{json_text(content)}\n".encode()
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a merge as Ctrl-C does. Ray sets its own handler at init, before this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

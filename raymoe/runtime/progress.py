@@ -5,6 +5,7 @@ With -v each step is said too when it is reached; `scripts/bench.py` takes a mer
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import Outcome
 from raymoe.runtime.worker import Status
 from raymoe.storage.records import FileRecord
-from raymoe.text import human_bytes
+from raymoe.text import human_bytes, human_time
 
 if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["Progress"]
 
 _LINE_EVERY_S = 5.0
-_LOOK_EVERY_S = 0.5
+_LAST_WORDS_S = 10.0
 _MOST_WARNINGS = 20
 
 
 class Progress:
-    """Asks the actors how far they are, now and then, and shows it. A context manager."""
+    """Shows how far the actors say that they are. A context manager."""
 
     def __init__(
         self, plan: MergePlan, verbosity: int, done_to_bytes: str = "written", report: RunReport | None = None
@@ -43,14 +44,14 @@ class Progress:
         self._up: set[Any] = set()
         self._plan, self._quiet, self._verb = plan, verbosity < 0, done_to_bytes
         self._steps_wanted, self._steps = verbosity > 0, set[str]()
-        self._started = self._last_line = self._last_look = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         shards = [shard for shard in plan.shards if shard.owner != "router"]
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
         self._latest: dict[int, Status] = {}
         self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
+        self._reading_since: tuple[float, int] | None = None  # a moment, and the tokens x layers read until then
         self._kept = 0
-        self._asked: dict[Any, int] = {}
         self._actors = 0
         self._live: Any = None
         # A dumb terminal or a log gets lines; a person gets one line that moves.
@@ -75,25 +76,14 @@ class Progress:
             self._live.stop()
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
-        """A function that looks at the actors and shows what they are at; cheap enough to call often."""
+        """A function that shows what the actors are at; cheap enough to call often."""
         self._actors = len(actors)
         self._report.end("start of actors")
         self._report.begin(*(["gates"] if self._gates else []), "shards")
         self._step("actors are up")
 
         def tick(outcome: Outcome) -> None:
-            import ray
-
-            now = time.monotonic()
-            if now - self._last_look >= _LOOK_EVERY_S and not self._asked:
-                self._last_look = now
-                self._asked = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
-            for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else ():
-                number = self._asked.pop(ref)
-                try:
-                    self._latest[number] = ray.get(ref)
-                except ray.exceptions.RayError:
-                    continue  # the actor is being restarted; its work is what is waited for, not its words
+            self._latest = outcome.statuses
             self._account(actors, outcome)
             self._reached(outcome)
             self._show(outcome)
@@ -115,9 +105,10 @@ class Progress:
         """The actors' last words, before they are let go."""
         import ray
 
-        for number, actor in _up(actors, outcome):
+        asked = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
+        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=_LAST_WORDS_S)[0] if asked else ():
             try:
-                self._latest[number] = ray.get(actor.status.remote(), timeout=10)
+                self._latest[asked[ref]] = ray.get(ref)
             except ray.exceptions.RayError:
                 continue
         self._account(actors, outcome)
@@ -200,8 +191,29 @@ class Progress:
             return f"gates {outcome.members_done} of {count} experts"
         if outcome.members_done == count:
             return f"routers of {outcome.layers_done} of {gates.layers} layers"
-        passed = sum(status.gate_tokens for status in self._latest.values())
-        return f"prompts of {outcome.members_done} of {count} experts read ({passed:,} tokens x layers)"
+        return self._reading_words(outcome, time.monotonic())
+
+    def _reading_words(self, outcome: Outcome, now: float) -> str:
+        """How much of the prompts has been read, how fast, and how long the rest will take.
+
+        The total is an estimate until all prompts have been begun with: only then are all tokens counted.
+        """
+        statuses = self._latest.values()
+        passed = sum(status.gate_tokens for status in statuses)
+        counted = sum(status.readings_counted for status in statuses)
+        planned = sum(status.gate_tokens_planned for status in statuses)
+        if not counted or not planned:
+            return f"prompts of {len(self._gates)} experts: 0% read"
+        total = max(passed, planned * max(outcome.readings, counted) // counted)
+        words = f"prompts: {passed / total:.0%} read ({passed:,} of {'' if counted >= outcome.readings else 'about '}"
+        words += f"{total:,} tokens x layers"
+        if self._reading_since is None or passed < self._reading_since[1]:  # none yet, or those of an actor that died
+            self._reading_since = now, passed
+        since, before = self._reading_since
+        if passed > before and now > since:
+            rate = (passed - before) / (now - since)
+            words += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
+        return f"{words})"
 
     def _table(self, outcome: Outcome) -> Any:
         from rich.console import Group
@@ -210,7 +222,8 @@ class Progress:
         lines = [Text(self._line(outcome), style="bold")]
         for number, status in sorted(self._latest.items()):
             at = ", ".join(status.busy_with) or "waiting"
-            tokens = f", {status.gate_tokens:,} token-layers" if status.gate_tokens else ""
+            planned = f", {status.gate_tokens:,} of {status.gate_tokens_planned:,} tokens x layers read"
+            tokens = planned if status.gate_tokens_planned else ""
             lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
         return Group(*lines)
 

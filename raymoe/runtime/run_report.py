@@ -23,6 +23,7 @@ from raymoe.outgoing import json_text
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
+from raymoe.signals import before_the_end
 from raymoe.storage.records import RESULT_NAME, json_object
 
 __all__ = ["RunReport", "recorded"]
@@ -121,10 +122,11 @@ def recorded(place: str | None) -> Iterator[RunReport]:
         _check(place)
     report = RunReport()
     try:
-        yield report
+        with before_the_end(lambda: _write(report, place, "stopped", KeyboardInterrupt())):
+            yield report
     except BaseException as error:
         reason = "refused" if isinstance(error, ProblemReport) else "failed"
-        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
+        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         _write(report, place, "stopped" if is_stopped else reason, error)
         raise
     if place is None and report.output is not None:

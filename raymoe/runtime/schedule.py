@@ -12,6 +12,9 @@ the merge within a minute.
 The jobs of an actor that dies go back to the front of the queue, for whoever has room. Ray restarts the actor, which
 may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An actor
 that the cluster has no room for yet is in the same state.
+
+A process may also stand still without being dead (see stall.py). A job of which nothing moves is said, then its process
+is ended as if it had died; the second time that the same job stands still ends the merge.
 """
 
 from __future__ import annotations
@@ -26,19 +29,26 @@ from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.gates.assemble import Rows
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
+from raymoe.report.display import say
 from raymoe.runtime.gate_work import GateJob, GateWork
 from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
 from raymoe.runtime.placement import Needs, owner_names
+from raymoe.runtime.settings import STALL_TIMEOUT_S
 from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, SharedReads, read_for_shards
+from raymoe.runtime.stall import Moves, Stall, Verdict
 from raymoe.runtime.stream import SenderLost
-from raymoe.runtime.worker import Whereabouts
+from raymoe.runtime.worker import Status, Whereabouts
 from raymoe.sources.types import SourceFile
+from raymoe.text import human_time
 
 __all__ = ["Outcome", "run_jobs"]
 
 _ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _REFUSALS = 5  # deaths in a row of an actor that never comes up: more than Ray restarts it
+_STALLS = 2  # of one job: the second time it is not the actor
 _TICK_S = 0.25
+_STATUS_EVERY_S = 0.5
+_SILENT_S = 10.0  # a question for the status that waits so long is not answered
 _ASK_EVERY_S = 1.0
 _HOPE_S = 50.0  # how long work that nobody can do waits for actors that are away
 _SETTLE_S = 10.0  # how long work waits for actors that are not up yet and would be better for it
@@ -48,13 +58,15 @@ _SETTLE_S = 10.0  # how long work waits for actors that are not up yet and would
 class Outcome:
     """Gate rows by owner, what held-out prompts say of them, and what came of each shard.
 
-    `members_done`: members whose prompts have been read; `layers_done`: layers whose rows are made. `bytes_kept` are
-    those that an earlier run had written. `away`: actors that are not up (yet, or again). `writer`: the actor that
-    writes what other nodes send, if it is up.
+    `readings`: the parts of members that prompts are read in (gates/readings.py); `members_done`: members whose prompts
+    have been read; `layers_done`: layers whose rows are made. `bytes_kept` are those that an earlier run had written.
+    `away`: actors that are not up (yet, or again). `writer`: the actor that writes what other nodes send, if it is up.
+    `statuses`: the latest that actors have said, by their number; the writer's number comes after all others.
     """
 
     rows: Rows = field(default_factory=dict)
     summary: RouterSummary | None = None
+    readings: int = 0
     members_done: int = 0
     layers_done: int = 0
     gates_done: bool = False
@@ -62,11 +74,13 @@ class Outcome:
     bytes_kept: int = 0
     away: list[Any] = field(default_factory=list)
     writer: Any = None
+    statuses: dict[int, Status] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    number: int = 0
     has_gpu: bool = False  # whether it was given one
     gates_for: tuple[str, ...] = ()  # the members whose prompts it reads now or read last
     gates_busy: bool = False
@@ -77,6 +91,9 @@ class _Actor:
     answer: Any = None  # while it is not up: the reference of the answer that will tell, if it has been asked
     asked_at: float = 0.0
     refusals: int = 0  # how often in a row it died, or could not be asked, before it answered
+    status: Status | None = None  # what it said last, since it came up
+    status_answer: Any = None  # while it has been asked for its status: the reference of the answer
+    status_asked_at: float = 0.0
 
     def reads(self, files: frozenset[str]) -> bool:
         return self.place is not None and not files & self.place["missing"]
@@ -90,13 +107,23 @@ class _Actor:
         return self.place is not None and self.place["device"] != "cpu"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """A job that is being done by an actor; `sent`: written by the writer, as that actor sends it."""
+    """A job that is being done by an actor; `sent`: written by the writer, as that actor sends it. `moves`: when it was
+    last seen to move on."""
 
     actor: _Actor
     job: GateJob | ShardTask
+    moves: Moves
     sent: bool = False
+
+    @property
+    def seen(self) -> object:
+        """What its actor says of it; another value after each move."""
+        if self.actor.status is None:
+            return None
+        name = self.job.detail.name if isinstance(self.job, ShardTask) else self.job.name
+        return self.actor.status.moves.get(name), self.actor.status.store_requests
 
 
 def run_jobs(
@@ -110,18 +137,20 @@ def run_jobs(
     layers_at_once: int,
     shards_at_once: int,
     needs: Needs | None = None,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
     `gpus` says which of the actors were given a GPU. `readers` actors at most read prompts at once. An actor works on
     the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
     `needs`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several times a
-    second.
+    second. A job that stands still for `stall_timeout_s` is given to another actor, once.
     """
     written = read_for_shards(plan, work.reads)
     gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), written)
-    actors = [_Actor(handle, has_gpu=given) for handle, given in zip_longest(handles, gpus, fillvalue=False)]
-    run = _Jobs(plan, gates, actors, work, needs)
+    given = zip_longest(handles, gpus, fillvalue=False)
+    actors = [_Actor(handle, number, has_gpu) for number, (handle, has_gpu) in enumerate(given)]
+    run = _Jobs(plan, gates, actors, work, needs, Stall(stall_timeout_s))
     run.layers_at_once, run.shards_at_once = layers_at_once, shards_at_once
     try:
         while run.has_work:
@@ -143,16 +172,18 @@ class _Jobs:
         actors: list[_Actor],
         work: ShardWork,
         needs: Needs | None,
+        stall: Stall,
     ) -> None:
-        self.outcome, self.gates = Outcome(), gates
+        self.outcome, self.gates = Outcome(readings=gates.readings), gates
         self.shards = ShardQueue([shard for shard in plan.shards if shard.owner != "router"], work)
         self.layers_at_once = self.shards_at_once = 1
-        self._actors = actors
+        self._actors, self._count = actors, len(actors)
         self._writer: _Actor | None = None
         self._sending, self._shared = work.sending, SharedReads(plan, work.reads)
         self._needs, self._files = needs, needs.files if needs is not None else ()
         self._running: dict[Any, _Run] = {}
         self._began = self._busy_at = time.monotonic()
+        self._stall, self._up_at = stall, stall.now
 
     @property
     def has_work(self) -> bool:
@@ -169,6 +200,8 @@ class _Jobs:
                 self._fill_gates(actor)
                 self._fill_shards(actor)
         self._check_hope()
+        self._hear(everyone)
+        self._check_moves()
         self.outcome.writer = self._writer.handle if self._writer is not None and self._writer.is_up else None
         self.outcome.away = [actor.handle for actor in self._actors if not actor.is_up]
         asked = {actor.answer: actor for actor in everyone if actor.answer is not None}
@@ -193,12 +226,12 @@ class _Jobs:
     def _fill_gates(self, actor: _Actor) -> None:
         if not actor.gates_busy and (job := self.gates.next_member(lambda job: self._may_read(actor, job))) is not None:
             actor.gates_for, actor.gates_busy = job.owners, True
-            self._running[self.gates.start(actor.handle, job)] = _Run(actor, job)
+            self._running[self.gates.start(actor.handle, job)] = self._begun(actor, job)
         if not actor.on_gpu and any(other.is_up and other.on_gpu for other in self._actors):
             return
         while actor.layers_busy < self.layers_at_once and (job := self.gates.next_layer()) is not None:
             actor.layers_busy += 1
-            self._running[self.gates.start(actor.handle, job)] = _Run(actor, job)
+            self._running[self.gates.start(actor.handle, job)] = self._begun(actor, job)
 
     def _may_read(self, actor: _Actor, job: GateJob) -> bool:
         """Whether an actor is to read these prompts: it can, and none with a GPU could."""
@@ -228,11 +261,11 @@ class _Jobs:
             detail = self._shared.told(job.detail, self.shards.names, actors)
             if actor.sees_output or self._sending is None:
                 ref = self.shards.work.start(actor.handle, detail)
-                self._running[ref] = _Run(actor, job)
+                self._running[ref] = self._begun(actor, job)
             else:
                 assert self._writer is not None
                 ref = self._sending.start(self._writer.handle, actor.handle, detail)
-                self._running[ref] = _Run(actor, job, sent=True)
+                self._running[ref] = self._begun(actor, job, sent=True)
 
     def _may_do(self, actor: _Actor, shard: Shard) -> bool:
         """Whether an actor is to do a shard: it can, and if it would have to send it, nobody can write it directly."""
@@ -248,14 +281,23 @@ class _Jobs:
         if any(other.is_up and other.sees_output and other.reads(files) for other in self._actors):
             return False
         if self._writer is None:
-            self._writer = _Actor(self._sending.start_writer())
+            self._writer = _Actor(self._sending.start_writer(), self._count)
         return self._writer.is_up
 
     def _check_hope(self) -> None:
         """Raises MergeFailed where what is left can't be done by anybody who is here or may come soon."""
         now = time.monotonic()
         here = [actor for actor in self._actors if actor.is_up]
-        if self._running or not here or (self._writer is not None and not self._writer.is_up):
+        are_up = bool(here) and (self._writer is None or self._writer.is_up)
+        if are_up:
+            self._up_at = self._stall.now
+        elif self._stall.now - self._up_at >= self._stall.limit_s:
+            who = "the actor that writes to the output has not" if here else "none of the actors has"
+            raise MergeFailed(
+                f"{who} been up for {human_time(self._stall.limit_s)}: Ray has no room for it, or its process stands "
+                "still. Run the same command again to go on from the shards that are finished."
+            )
+        if self._running or not are_up:
             self._busy_at = now
             return
         away = len(here) < len(self._actors)
@@ -282,20 +324,12 @@ class _Jobs:
     def _collect(self, ref: Any, run: _Run) -> None:
         """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
         actor, job = run.actor, run.job
-        if isinstance(job, ShardTask):
-            actor.shards_busy -= 1
-        elif isinstance(job.what, int):
-            actor.layers_busy -= 1
-        else:
-            actor.gates_busy = False
+        _leave(run)
         loss, result = _result(ref, job, sent=run.sent)
         if loss == "actor" and run.sent and self._writer is not None:
             self._writer.is_up = False
         if loss in ("actor", "sender"):
-            if isinstance(job, ShardTask):
-                self.shards.ready.insert(0, job)
-            else:
-                self.gates.send_back(job)
+            self._send_back(job)
             if not (loss == "actor" and run.sent):
                 actor.is_up, actor.gates_for = False, ()
         elif loss == "states":
@@ -304,6 +338,78 @@ class _Jobs:
             self.shards.came_back(job.opened, result)
         else:
             self.gates.came_back(job, result)
+
+    def _send_back(self, job: GateJob | ShardTask) -> None:
+        """A job is to be done again, before those that wait."""
+        if isinstance(job, ShardTask):
+            self.shards.ready.insert(0, job)
+        else:
+            self.gates.send_back(job)
+
+    def _begun(self, actor: _Actor, job: GateJob | ShardTask, *, sent: bool = False) -> _Run:
+        return _Run(actor, job, self._stall.begin(), sent)
+
+    def _hear(self, actors: Sequence[_Actor]) -> None:
+        """Take what actors say of themselves, and ask them again. One that stands still does not keep the others."""
+        import ray
+        from ray.exceptions import RayError
+
+        self._stall.look()
+        asked = {actor.status_answer: actor for actor in actors if actor.status_answer is not None}
+        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else ():
+            actor, asked[ref].status_answer = asked[ref], None
+            try:
+                actor.status = self.outcome.statuses[actor.number] = ray.get(ref)
+            except RayError:
+                continue  # it is being restarted; its work is what is waited for, not its words
+        now = time.monotonic()
+        for actor in actors:
+            if actor.is_up and actor.status_answer is None and now - actor.status_asked_at >= _STATUS_EVERY_S:
+                actor.status_answer, actor.status_asked_at = actor.handle.status.remote(), now
+
+    def _check_moves(self) -> None:
+        """Say which jobs stand still, and give them to another actor. Raises MergeFailed for one that does so again."""
+        for ref, run in list(self._running.items()):
+            if ref not in self._running:  # its actor has just been ended for another job
+                continue
+            verdict = self._stall.judge(run.moves, run.seen)
+            if verdict is Verdict.SAY:
+                still, left = self._stall.limit_s / 2, self._stall.limit_s / 2
+                then = f"in {human_time(left)} that process is ended and another one does the job"
+                say(f"warning: {run.job.label}: nothing has moved for {human_time(still)} ({_at(run.actor)}); {then}")
+            elif verdict is Verdict.GIVE_AWAY:
+                self._give_away(run)
+
+    def _give_away(self, run: _Run) -> None:
+        still = f"nothing has moved for {human_time(self._stall.limit_s)} ({_at(run.actor)})"
+        run.job.stalls += 1
+        if run.job.stalls >= _STALLS:
+            raise MergeFailed(
+                f"{run.job.label}: {still}, for the second time. A filesystem or network that does not answer is the "
+                "usual cause. Run the same command again to go on from the shards that are finished; where work is so "
+                "slow, give it more time with --stall-timeout."
+            )
+        say(f"warning: {run.job.label}: {still}; the process is ended and another one does the job")
+        # Of a stream, whichever side does not answer; where both do, neither can be told from the other.
+        sides = [run.actor, self._writer] if run.sent and self._writer is not None else [run.actor]
+        for actor in [side for side in sides if not self._answers(side)] or sides:
+            self._end(actor)
+
+    def _answers(self, actor: _Actor) -> bool:
+        return actor.status_answer is None or time.monotonic() - actor.status_asked_at < _SILENT_S
+
+    def _end(self, actor: _Actor) -> None:
+        """End an actor's process, and take its jobs from it: Ray starts it anew, if it can be ended at all."""
+        import ray
+
+        ray.kill(actor.handle, no_restart=False)
+        for ref, run in list(self._running.items()):
+            if actor is run.actor or (run.sent and actor is self._writer):
+                del self._running[ref]  # a result that still comes is of no use
+                _leave(run)
+                self._send_back(run.job)
+        actor.is_up, actor.gates_for = False, ()
+        actor.status = actor.status_answer = None
 
     def _welcome(self, actor: _Actor) -> None:
         """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
@@ -314,6 +420,8 @@ class _Jobs:
         try:
             actor.place = ray.get(answer)
             actor.is_up, actor.refusals = True, 0
+            self.gates.forget(actor.handle)
+            actor.status = actor.status_answer = None
         except RayError as error:
             self._not_up(actor, error)
 
@@ -339,6 +447,22 @@ def _unavailable() -> type[Exception]:
 
     kind: type[Exception] = ActorUnavailableError
     return kind
+
+
+def _leave(run: _Run) -> None:
+    """An actor has room for another job of this kind."""
+    if isinstance(run.job, ShardTask):
+        run.actor.shards_busy -= 1
+    elif isinstance(run.job.what, int):
+        run.actor.layers_busy -= 1
+    else:
+        run.actor.gates_busy = False
+
+
+def _at(actor: _Actor) -> str:
+    """Where an actor is, for people who look for its process."""
+    place = actor.place
+    return f"actor {actor.number}, process {place['pid']} on {place['node']}" if place else f"actor {actor.number}"
 
 
 def _wait(refs: list[Any]) -> list[Any]:

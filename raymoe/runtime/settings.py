@@ -8,7 +8,9 @@ from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.places import Inputs
 
-__all__ = ["RuntimeSettings"]
+__all__ = ["STALL_TIMEOUT_S", "RuntimeSettings"]
+
+STALL_TIMEOUT_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +19,9 @@ class RuntimeSettings:
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
     `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose.
     `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's record. `strict` is the
-    plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is read besides the models,
-    whose place no output may take."""
+    plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is read besides models,
+    whose place no output may take. `stall_timeout_s`: seconds without progress after which a job is given to another
+    actor; after half of them a warning says so."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -29,6 +32,7 @@ class RuntimeSettings:
     strict: bool = False
     overwrite: bool = False
     verbosity: int = 0
+    stall_timeout_s: float = STALL_TIMEOUT_S
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
     inputs: Inputs = field(default_factory=Inputs)

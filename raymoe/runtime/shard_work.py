@@ -91,11 +91,12 @@ class _OpenShard:
 
 @dataclass(eq=False)
 class ShardTask:
-    """A job of a shard: `detail` is what the actor is given."""
+    """A job of a shard: `detail` is what the actor is given. `failures` and `stalls` as of a `GateJob`."""
 
     opened: _OpenShard
     detail: ShardJob
     failures: int = 0
+    stalls: int = 0
 
     @property
     def owner(self) -> str:

@@ -237,6 +237,7 @@ def _tensor_differences(
                 layers_at_once=slots.layers_at_once,
                 shards_at_once=slots.shards_at_once,
                 needs=placement.needs if placement is not None else None,
+                stall_timeout_s=settings.stall_timeout_s,
             )
         rows = outcome.rows | random_gate_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]

@@ -24,34 +24,46 @@ import numpy.typing as npt
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.capture import MemberLayer
 from raymoe.gates.layer_rows import LayerRows
+from raymoe.gates.readings import Reading
 from raymoe.objects.store import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts
+from raymoe.runtime.at_work import AtWork, Job
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.process import let_gates_go_first, limit_threads, set_up_process
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import pieces_of
 from raymoe.sources.local import stat_file
 from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.output import ShardJob, open_output
+from raymoe.storage.output import Progress, ShardJob, open_output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.spool import GATES, SHARDS, Spool
 from raymoe.storage.stream import different_tensors, shard_chunks, shard_range
 from raymoe.storage.values import FoundValues
 
-__all__ = ["GATES_OF", "ExpertWorker", "Status", "Whereabouts", "Working", "node_words"]
+__all__ = ["GATES_OF", "ROUTERS", "ExpertWorker", "Status", "Whereabouts", "node_words", "reading_name"]
 
-GATES_OF = "gates of "  # how `Status.busy_with` names the reading of prompts
+# How `Status.busy_with` names the reading of prompts, and the making of routers.
+GATES_OF, ROUTERS = "gates of ", "routers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What an actor has done so far."""
+    """What an actor has done so far.
+
+    `gate_tokens` have passed a layer, counted for each layer, of `gate_tokens_planned` in the `readings_counted` parts
+    of members that it has begun to read. `moves` counts by job how often it moved on (see at_work.py), `store_requests`
+    the requests to object stores, which have timeouts and retries of their own.
+    """
 
     bytes_written: int
     bytes_copied_by_store: int
     bytes_kept: int
     gate_tokens: int
+    gate_tokens_planned: int
+    readings_counted: int
     store_retries: int
+    store_requests: int
+    moves: Mapping[str, int]
     peak_rss_bytes: int
     peak_gpu_bytes: int
     busy_with: tuple[str, ...]
@@ -80,8 +92,9 @@ class ExpertWorker:
         self._spool = Spool()
         self._found = FoundValues(strict=settings.strict)
         self._lock = threading.Lock()
-        self._bytes_written = self._bytes_copied = self._bytes_kept = self._gate_tokens = 0
-        self._busy: list[str] = []
+        self._bytes_written = self._bytes_copied = self._bytes_kept = 0
+        self._gate_tokens = self._gate_tokens_planned = self._readings_counted = 0
+        self._at_work = AtWork()
 
     def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
         """Where this actor is, and which of some local files it can't read (those of another size included)."""
@@ -100,7 +113,7 @@ class ExpertWorker:
         """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
         from raymoe.gates.embeddings import embedding_gate_rows
 
-        with self._working(_gates_of(members)), self._reader() as reader:
+        with self._at_work.on(_gates_of(members), reading_name(members)) as work, self._reader(work) as reader:
             remote_code = self._settings.trust_remote_code
             return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
@@ -110,16 +123,17 @@ class ExpertWorker:
         members: Sequence[GatePrompts],
         experts: int,
         also_written: Sequence[TensorEntry] = (),
-        later: Sequence[TensorEntry] = (),
+        *later: Sequence[TensorEntry],
     ) -> Iterator[MemberLayer | None]:
         """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
         None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
 
         `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
-        `later`: the same of experts whose prompts are still waiting.
+        `later`: the same of prompts that are still waiting, as far as this actor has not been told of them.
         """
         # Before torch is imported, which shards do not wait for.
-        self._spool.expect((*also_written, *later), GATES, SHARDS)
+        for entries in (also_written, *later):
+            self._spool.expect(entries, GATES, SHARDS)
         try:
             yield from self._captured_layers(gates, members, experts)
         finally:
@@ -130,12 +144,25 @@ class ExpertWorker:
         from raymoe.gates.capture import capture_layers
 
         device = self._device()
+
+        def layer_done(tokens: int) -> None:
+            work.moved()
+            with self._lock:
+                self._gate_tokens += tokens
+
+        def counted(tokens: int) -> None:
+            work.moved()
+            with self._lock:
+                self._gate_tokens_planned += tokens
+                self._readings_counted += len(members)
+
         if gates.quantise:
             from raymoe.gates.quantise import check_quantise
 
             check_quantise(gates.quantise, device)
         limit_threads()
-        with self._working(_gates_of(members)), self._reader(GATES) as reader:
+        label, name = _gates_of(members), reading_name(members)
+        with self._at_work.on(label, name) as work, self._reader(work, GATES) as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -143,27 +170,34 @@ class ExpertWorker:
                 members=experts,
                 device=device,
                 trust_remote_code=self._settings.trust_remote_code,
-                layer_done=self._count_tokens,
+                layer_done=layer_done,
+                counted=counted,
             )
             for layer in layers:
+                work.moved()
                 yield from layer
 
-    def layer_rows(self, mode: str, experts: int, *members: MemberLayer) -> LayerRows:
-        """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones."""
-        from raymoe.gates.layer_rows import layer_rows
+    def layer_rows(self, mode: str, experts: int, parts: Sequence[int], *left: MemberLayer) -> LayerRows:
+        """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones.
+
+        `parts` says how many of `left` each member has, one after the other.
+        """
+        from raymoe.gates.layer_rows import joined, layer_rows
 
         limit_threads(1)
-        with self._working("routers"):
-            return layer_rows(mode, members[:experts], members[experts:], self._device())
+        ends = [sum(parts[: number + 1]) for number in range(len(parts))]
+        members = [joined(left[end - count : end]) for end, count in zip(ends, parts, strict=True)]
+        with self._at_work.on(ROUTERS) as work:
+            return layer_rows(mode, members[:experts], members[experts:], self._device(), work.moved)
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
         self._check_output()
         let_gates_go_first()
-        with self._working(job.shard.file_name), self._reading(job) as reader:
+        with self._writing(job) as (reader, progress):
             if self._settings.strict:
                 _look_at_copies(job, reader)
-            result = self._output.do(job, reader, self._add_bytes)
+            result = self._output.do(job, reader, progress)
         if result is None:  # an earlier run left it whole
             with self._lock:
                 self._bytes_kept += job.shard.nbytes
@@ -172,15 +206,15 @@ class ExpertWorker:
     def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
         let_gates_go_first()
-        with self._working(job.shard.file_name), self._reading(job) as reader:
+        with self._writing(job) as (reader, progress):
             for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
                 yield piece
-                self._add_bytes(len(piece))
+                progress(len(piece), 0)
 
     def compare_shard(self, job: ShardJob, written: Mapping[str, TensorEntry]) -> list[str]:
         """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
-        with self._working(job.shard.file_name), self._reading(job) as reader:
-            return different_tensors(job.shard.parts, written, reader, progress=self._add_bytes)
+        with self._writing(job) as (reader, progress):
+            return different_tensors(job.shard.parts, written, reader, progress=lambda count: progress(count, 0))
 
     def status(self) -> Status:
         gpu = 0
@@ -188,16 +222,21 @@ class ExpertWorker:
             import torch
 
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        counters = process_counters()
         with self._lock:
             return Status(
                 bytes_written=self._bytes_written,
                 bytes_copied_by_store=self._bytes_copied,
                 bytes_kept=self._bytes_kept,
                 gate_tokens=self._gate_tokens,
-                store_retries=process_counters().retries,
+                gate_tokens_planned=self._gate_tokens_planned,
+                readings_counted=self._readings_counted,
+                store_retries=counters.retries,
+                store_requests=counters.requests,
+                moves=self._at_work.moves,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=gpu,
-                busy_with=tuple(self._busy),
+                busy_with=self._at_work.labels,
                 warnings=self._found.lines,
             )
 
@@ -218,32 +257,38 @@ class ExpertWorker:
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _reader(self, name: str = SHARDS) -> SourceReader:
-        return SourceReader(self._settings.hub, self._settings.storage, spool=self._spool, name=name, found=self._found)
+    def _reader(self, work: Job, name: str = SHARDS) -> SourceReader:
+        return SourceReader(
+            self._settings.hub,
+            self._settings.storage,
+            spool=self._spool,
+            name=name,
+            found=self._found,
+            moved=work.moved,
+        )
 
     @contextmanager
-    def _reading(self, job: ShardJob) -> Iterator[SourceReader]:
-        """A reader for a shard; what other shards are made of too is kept for those that this actor will do."""
+    def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
+        """A reader for a shard, and what is to be told of bytes that have been moved; what other shards are made of too
+        is kept for those that this actor will do."""
         self._spool.expect(job.shared, job.name)
         self._spool.expect(job.later, SHARDS)
         self._spool.forget(set(job.shared).difference(job.later), SHARDS)
+
+        def progress(written: int, copied: int) -> None:
+            work.moved()
+            with self._lock:
+                self._bytes_written += written
+                self._bytes_copied += copied
+
         try:
-            with self._reader(job.name if job.shared else SHARDS) as reader:
-                yield reader
+            with (
+                self._at_work.on(job.shard.file_name, job.name) as work,
+                self._reader(work, job.name if job.shared else SHARDS) as reader,
+            ):
+                yield reader, progress
         finally:
             self._spool.forget(job.shared, job.name)
-
-    def _add_bytes(self, written: int, copied: int = 0) -> None:
-        with self._lock:
-            self._bytes_written += written
-            self._bytes_copied += copied
-
-    def _count_tokens(self, count: int) -> None:
-        with self._lock:
-            self._gate_tokens += count
-
-    def _working(self, on: str) -> Working:
-        return Working(self._busy, self._lock, on)
 
 
 def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
@@ -255,22 +300,13 @@ def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
 
 
 def _gates_of(members: Sequence[GatePrompts]) -> str:
-    return f"{GATES_OF}{', '.join(member.owner for member in members)}"
+    return f"{GATES_OF}{', '.join(dict.fromkeys(member.owner for member in members))}"
 
 
-class Working:
-    """Names what a call works on, for the time that it does."""
-
-    def __init__(self, busy: list[str], lock: threading.Lock, on: str) -> None:
-        self._busy, self._lock, self._on = busy, lock, on
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._busy.append(self._on)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._busy.remove(self._on)
+def reading_name(members: Sequence[GatePrompts]) -> str:
+    """The name of the job that reads these prompts."""
+    names = (member.name if isinstance(member, Reading) else member.owner for member in members)
+    return f"{GATES_OF}{', '.join(names)}"
 
 
 def node_words() -> str:

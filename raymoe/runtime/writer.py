@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.runtime.at_work import AtWork
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.process import set_up_process
 from raymoe.runtime.stream import arrivals
-from raymoe.runtime.worker import Status, Whereabouts, Working, node_words
+from raymoe.runtime.worker import Status, Whereabouts, node_words
 from raymoe.sources.types import SourceFile
 from raymoe.storage.local import LocalOutput
 from raymoe.storage.output import ShardJob
@@ -35,7 +36,7 @@ class ShardWriter:
         self._output = LocalOutput(Path(output), run)
         self._lock = threading.Lock()
         self._bytes_kept = 0
-        self._busy: list[str] = []
+        self._at_work = AtWork()
 
     def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
         """As an expert actor's; a writer reads no sources."""
@@ -58,12 +59,14 @@ class ShardWriter:
             remedy = "name a folder of the node that the merge is started on, or a URL"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
         name, size = job.shard.file_name, job.shard.nbytes
-        with Working(self._busy, self._lock, f"receive {name}"):
+        with self._at_work.on(f"receive {name}", job.name) as work:
             if self._output.finished(name, size) is not None:
                 with self._lock:
                     self._bytes_kept += size
                 return None
-            return self._output.write(name, arrivals(sender, job), expected=size)
+            return self._output.write(
+                name, arrivals(sender, job), expected=size, progress=lambda written, copied: work.moved()
+            )
 
     def status(self) -> Status:
         """What it has done so far; bytes written are counted by those who send them."""
@@ -73,10 +76,14 @@ class ShardWriter:
                 bytes_copied_by_store=0,
                 bytes_kept=self._bytes_kept,
                 gate_tokens=0,
+                gate_tokens_planned=0,
+                readings_counted=0,
                 store_retries=0,
+                store_requests=0,
+                moves=self._at_work.moves,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=0,
-                busy_with=tuple(self._busy),
+                busy_with=self._at_work.labels,
             )
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import is_url
+from raymoe.sources.hub import parse_location
 from raymoe.sources.local import open_file, unreadable
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
@@ -48,6 +49,9 @@ _JOIN_BYTES = 128 << 10
 _JOINED_BYTES = 64 << 20
 # What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
 _KEPT_BYTES = 64 << 20
+_DOWNLOAD_MOVES_S = 5.0
+
+Moved = Callable[[], None]
 
 
 class SourceReader:
@@ -61,12 +65,15 @@ class SourceReader:
         spool: Spool | None = None,
         name: str = SHARDS,
         found: FoundValues | None = None,
+        moved: Moved | None = None,
     ) -> None:
         """With a `spool`, where it is called `name`, what others read of objects too is fetched once. `found` collects
-        what is seen in weights that are read through it."""
+        what is seen in weights that are read through it. `moved` is called from any thread whenever something has been
+        read."""
         self.found = found or FoundValues()
         self._hub, self._storage = hub, storage or StorageOptions()
         self._spool, self._name = spool, name
+        self.moved: Moved = moved or _ignored
         self._lock = threading.Lock()
         self._files = OpenFiles(self._open)
         self._pool: ThreadPoolExecutor | None = None
@@ -85,7 +92,10 @@ class SourceReader:
 
     def path(self, file: SourceFile) -> Path:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
-        return fetch_file(file, self._hub, self._storage)
+        if parse_location(file.location) is None:
+            return fetch_file(file, self._hub, self._storage)
+        with _again_and_again(self.moved):  # a download has timeouts of its own, and says nothing on its way
+            return fetch_file(file, self._hub, self._storage)
 
     def opened(self, file: SourceFile) -> AbstractContextManager[int]:
         """A descriptor of a file on this node, valid in the context. Raises CheckpointError."""
@@ -180,6 +190,7 @@ class SourceReader:
 
     def _fetch(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
+        self.moved()
 
     def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
         buffer = memoryview(bytearray(end - start))
@@ -199,6 +210,7 @@ class SourceReader:
                     remedy = "the file changed while it was read; run the merge again"
                     raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
                 done += count
+                self.moved()
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """Chunks of an object, a few of them under way before they are asked for."""
@@ -233,3 +245,25 @@ class SourceReader:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read")
             return self._pool
+
+
+def _ignored() -> None:
+    """The default of `moved`."""
+
+
+@contextmanager
+def _again_and_again(moved: Moved) -> Iterator[None]:
+    """Call `moved` every few seconds until the block ends."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(_DOWNLOAD_MOVES_S):
+            moved()
+
+    thread = threading.Thread(target=tick, daemon=True, name="download-moves")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -12,8 +12,9 @@ import torch
 
 import raymoe
 from raymoe.gates.adapted import adapted_weight
-from raymoe.gates.capture import MemberLayer, capture, capture_layers, readings
+from raymoe.gates.capture import MemberLayer, capture, capture_layers
 from raymoe.gates.loading import LayerLoader, LayerParts, LoadedLayer
+from raymoe.gates.readings import readings
 from raymoe.planning import MergePlan
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
@@ -49,7 +50,7 @@ def test_read_together_they_leave_what_each_leaves_alone(
     mode: str, prompt_model: str, sources: tuple[Path, list[str]]
 ) -> None:
     plan = planned(sources, mode, prompt_model)
-    (together,) = readings(plan.gates.experts, 1)
+    (together,) = readings(plan.gates.experts, 1, plan.gates.hidden)
     with SourceReader(HubOptions()) as reader:
         found = list(zip(*capture_layers(plan.gates, together, reader, members=4, device="cpu"), strict=True))
         alone = [layers_of(plan, number, reader) for number in range(4)]
@@ -75,7 +76,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
     monkeypatch.setattr(LayerLoader, "_load", watched)
     with SourceReader(HubOptions()) as reader:
-        for members in readings(plan.gates.experts, 1):
+        for members in readings(plan.gates.experts, 1, plan.gates.hidden):
             list(capture_layers(plan.gates, members, reader, members=4, device="cpu"))
     assert len(loaded) == LAYERS
     assert {number for number, _, _ in loaded[0].factors} == {0, 1, 2}
@@ -85,7 +86,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
 def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> None:
     plan = planned(sources, "ridge", "grafted")
-    assert [[m.owner for m in part] for part in readings(plan.gates.experts, 2)] == [
+    assert [[m.owner for m in part] for part in readings(plan.gates.experts, 2, plan.gates.hidden)] == [
         ["expert 0", "expert 1"],
         ["expert 2", "expert 3"],
     ]

@@ -1,0 +1,62 @@
+"""What a process works on, by job, and how often each job has moved on.
+
+A job moves on with every piece that it reads, writes or computes. The coordinator sees from the counts which of the
+jobs that an actor has been given stand still (see stall.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["AtWork", "Job"]
+
+
+@dataclass(eq=False)
+class Job:
+    """A job under way: what people call it, the name that the coordinator knows it by, and how often it moved on."""
+
+    label: str
+    name: str
+    moves: int = 0
+
+    def moved(self) -> None:
+        """Something was read, written or computed. For any thread: a count that is lost between two does no harm."""
+        self.moves += 1
+
+
+class AtWork:
+    """The jobs of one process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: list[Job] = []
+
+    @contextmanager
+    def on(self, label: str, name: str = "") -> Iterator[Job]:
+        """A job, for the time that it is worked on; its name is its label if none is given."""
+        job = Job(label, name or label)
+        with self._lock:
+            self._jobs.append(job)
+        try:
+            yield job
+        finally:
+            with self._lock:
+                self._jobs.remove(job)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(job.label for job in self._jobs)
+
+    @property
+    def moves(self) -> dict[str, int]:
+        """How often jobs moved on, by name; several of one name are counted together."""
+        counts = Counter[str]()
+        with self._lock:
+            for job in self._jobs:
+                counts[job.name] += job.moves
+        return dict(counts)

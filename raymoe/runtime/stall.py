@@ -1,0 +1,67 @@
+"""Tells jobs that stand still from jobs that are slow.
+
+A process that hangs (a filesystem that does not answer, SIGSTOP, a deadlock) is not dead: Ray waits for it without end.
+Here a job stands still when its actor reports no move of it, or nothing at all, for a time. After half of the time the
+coordinator says so; after all of it, it ends the actor and gives the job to another.
+
+The time is counted by the coordinator while it looks. While it does something else itself (it completes an upload, say)
+no time passes, since it would not have seen a move.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Moves", "Stall", "Verdict"]
+
+_MOST_BETWEEN_LOOKS_S = 2.0
+
+
+class Verdict(Enum):
+    """What is to be done about a job."""
+
+    FINE = "it moves, or has not stood still for long"
+    SAY = "it has stood still for half of the time, and this has not been said"
+    GIVE_AWAY = "it has stood still for all of the time"
+
+
+@dataclass
+class Moves:
+    """What was last seen of a job, and when that changed, on the clock of `Stall`."""
+
+    at: float
+    seen: object = None
+    is_said: bool = False
+
+
+class Stall:
+    """The clock of one run, and the time that a job may stand still."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self.now = 0.0
+        self._looked_at = time.monotonic()
+
+    def look(self) -> None:
+        """Let the time since the last look pass, as far as it was spent looking."""
+        now = time.monotonic()
+        self.now += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
+        self._looked_at = now
+
+    def begin(self) -> Moves:
+        """A job that begins now."""
+        return Moves(at=self.now)
+
+    def judge(self, moves: Moves, seen: object) -> Verdict:
+        """What is to be done about a job of which this is `seen` now. Each verdict but FINE is given once."""
+        if seen != moves.seen:
+            moves.seen, moves.at, moves.is_said = seen, self.now, False
+        still = self.now - moves.at
+        if still >= self.limit_s:
+            return Verdict.GIVE_AWAY
+        if still >= self.limit_s / 2 and not moves.is_said:
+            moves.is_said = True
+            return Verdict.SAY
+        return Verdict.FINE

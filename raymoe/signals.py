@@ -1,0 +1,108 @@
+"""How a signal ends a command: SIGTERM as Ctrl-C does, by a KeyboardInterrupt in the main thread.
+
+There is one place where that is not heard: Ray's own code while it starts or connects. Where the signal went to Ray's
+processes too (a process group that is stopped as a whole: a container, a batch job, `timeout`), that code waits half a
+minute for them, or aborts the process. So while it runs, another thread hears the signals and ends the process itself,
+with the same last words and exit status. Ray's processes end with the one that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["before_the_end", "heard_at_once", "sigterm_as_ctrl_c", "stoppable"]
+
+_HEARD = (signal.SIGINT, signal.SIGTERM)
+_STATUS = 1
+_LAST_CALLS_S = 5.0
+
+_last_words: list[str] = []  # of the command that this process runs, if it runs one
+_to_do: list[Callable[[], None]] = []
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the block. In threads other than the main one nothing changes.
+
+    Ray sets handlers of its own while it connects; enter this again afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def stoppable(last_words: str) -> Iterator[None]:
+    """The process runs a command that may be ended from outside, with these words on standard error."""
+    _last_words.append(last_words)
+    try:
+        with sigterm_as_ctrl_c():
+            yield
+    finally:
+        _last_words.pop()
+
+
+@contextmanager
+def before_the_end(call: Callable[[], None]) -> Iterator[None]:
+    """What is to be done before the process is ended in the block of `heard_at_once`."""
+    _to_do.append(call)
+    try:
+        yield
+    finally:
+        _to_do.remove(call)
+
+
+@contextmanager
+def heard_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process, whatever the main thread is at: for calls that do not return to Python.
+
+    Only in the main thread of a command; a program that uses raymoe as a library is not ended.
+    """
+    if not _last_words or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    listener = threading.Thread(target=_listen, args=(heard,), daemon=True, name="signals")
+    previous = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(told)  # the listener has read to the end
+        listener.join()
+        os.close(heard)
+
+
+def _listen(heard: int) -> None:
+    while numbers := os.read(heard, 64):
+        if any(number in _HEARD for number in numbers):
+            _end()
+
+
+def _end() -> None:
+    for call in reversed(_to_do):
+        doing = threading.Thread(target=call, daemon=True)
+        doing.start()
+        doing.join(_LAST_CALLS_S)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{_last_words[-1]}\n")
+        sys.stderr.flush()
+    os._exit(_STATUS)

@@ -1,0 +1,71 @@
+"""What the line of a running merge says of prompts: a share, a total, a rate, the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raymoe
+from raymoe.runtime.progress import Progress
+from raymoe.runtime.schedule import Outcome
+from raymoe.runtime.worker import Status
+from tests.pico import merge_config
+
+NOTHING = Status(
+    bytes_written=0,
+    bytes_copied_by_store=0,
+    bytes_kept=0,
+    gate_tokens=0,
+    gate_tokens_planned=0,
+    readings_counted=0,
+    store_retries=0,
+    store_requests=0,
+    moves={},
+    peak_rss_bytes=0,
+    peak_gpu_bytes=0,
+    busy_with=(),
+)
+
+
+@pytest.fixture
+def progress(zoo: Callable[..., Path]) -> Progress:
+    config: dict[str, Any] = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="hidden")
+    return Progress(raymoe.plan(config), verbosity=0)
+
+
+def said(progress: Progress, now: float, *statuses: Status) -> str:
+    progress._latest = dict(enumerate(statuses))
+    return progress._reading_words(Outcome(readings=3), now)
+
+
+def test_before_prompts_are_counted(progress: Progress) -> None:
+    assert said(progress, 0.0) == said(progress, 0.0, NOTHING) == "prompts of 3 experts: 0% read"
+
+
+def test_share_rate_and_time_left(progress: Progress) -> None:
+    at = replace(NOTHING, gate_tokens_planned=12_000, readings_counted=3)
+    assert said(progress, 100.0, at) == "prompts: 0% read (0 of 12,000 tokens x layers)"
+    read = replace(at, gate_tokens=3_000)
+    assert said(progress, 110.0, read) == "prompts: 25% read (3,000 of 12,000 tokens x layers, 300/s, 30 s left)"
+    read = replace(at, gate_tokens=12_000)
+    assert said(progress, 140.0, read) == "prompts: 100% read (12,000 of 12,000 tokens x layers, 300/s, 0 s left)"
+
+
+def test_a_total_that_is_not_known_yet(progress: Progress) -> None:
+    """Two of three members' prompts have been counted, by two actors."""
+    one = replace(NOTHING, gate_tokens_planned=5_000, readings_counted=1, gate_tokens=1_000)
+    other = replace(NOTHING, gate_tokens_planned=3_000, readings_counted=1)
+    assert said(progress, 0.0, one, other) == "prompts: 8% read (1,000 of about 12,000 tokens x layers)"
+
+
+def test_an_actor_that_died_counts_from_zero(progress: Progress) -> None:
+    at = replace(NOTHING, gate_tokens_planned=12_000, readings_counted=3, gate_tokens=6_000)
+    said(progress, 0.0, at)
+    assert said(progress, 10.0, NOTHING) == "prompts of 3 experts: 0% read"
+    assert "(1,000 of 12,000 tokens x layers)" in said(progress, 20.0, replace(at, gate_tokens=1_000))
+    assert "100/s, 1 min" not in said(progress, 30.0, replace(at, gate_tokens=2_000))
+    assert "100/s" in said(progress, 30.0, replace(at, gate_tokens=2_000))

@@ -1,0 +1,162 @@
+"""Processes that stand still without being dead: it is said, their jobs are given to others, or the merge ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raymoe.errors import MergeFailed
+from raymoe.runtime.at_work import AtWork
+from raymoe.runtime.gate_work import GateJob
+from raymoe.runtime.schedule import _Actor, _Jobs
+from raymoe.runtime.stall import Stall, Verdict
+from raymoe.text import human_time
+from tests.cli.commands import finished_shards, hashes, wait_until
+from tests.processes import send
+from tests.runtime.conftest import Merge, expert_actors
+
+
+def test_moves_are_counted_by_job() -> None:
+    work = AtWork()
+    with work.on("model-00001", "model-00001 from part 4") as one, work.on("routers"), work.on("routers") as other:
+        assert work.labels == ("model-00001", "routers", "routers")
+        one.moved()
+        one.moved()
+        other.moved()
+        assert work.moves == {"model-00001 from part 4": 2, "routers": 1}
+    assert work.labels == () and work.moves == {}
+
+
+def test_said_once_after_half_of_the_time_and_given_away_after_all_of_it() -> None:
+    stall = Stall(100)
+    moves = stall.begin()
+
+    def after(seconds: float, seen: object) -> Verdict:
+        stall.now += seconds
+        return stall.judge(moves, seen)
+
+    assert after(49, None) is Verdict.FINE
+    assert after(2, None) is Verdict.SAY
+    assert after(2, None) is Verdict.FINE
+    assert after(1, 7) is Verdict.FINE  # it has moved: all begins anew
+    assert after(51, 7) is Verdict.SAY
+    assert after(48, 7) is Verdict.FINE
+    assert after(1, 7) is Verdict.GIVE_AWAY
+
+
+def test_no_time_passes_while_the_coordinator_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    stall = Stall(100)
+    moves, began = stall.begin(), stall.now
+    monkeypatch.setattr("time.monotonic", lambda began=stall._looked_at: began + 3600)
+    stall.look()
+    assert 0 < stall.now - began <= 2
+    assert stall.judge(moves, None) is Verdict.FINE
+
+
+def test_the_same_job_that_stands_still_again_ends_the_merge() -> None:
+    run = _Jobs.__new__(_Jobs)
+    run._stall, run._writer = Stall(1200), None
+    place: Any = {"pid": 77, "node": "node 10.0.0.9 (far)", "missing": frozenset()}
+    job = GateJob(5, stalls=1)
+    message = (
+        r"^router of layer 5: nothing has moved for 20 min \(actor 3, process 77 on node 10.0.0.9 \(far\)\), for the "
+        r"second time\. .*same command again.*--stall-timeout"
+    )
+    with pytest.raises(MergeFailed, match=message):
+        run._give_away(run._begun(_Actor(None, 3, place=place), job))
+
+
+def test_no_actor_is_up_for_too_long() -> None:
+    """A process that stands still before it has said that it is up: no job of its could be seen to stand still."""
+    run = _Jobs.__new__(_Jobs)
+    run._stall, run._writer, run._running, run._up_at = Stall(60), None, {}, 0.0
+    run._actors = [_Actor(None)]
+    run._stall.now = 59.0
+    run._check_hope()
+    run._stall.now = 60.0
+    with pytest.raises(MergeFailed, match=r"^none of the actors has been up for 60 s: .*same command again"):
+        run._check_hope()
+    run._actors[0].is_up, run._writer = True, _Actor(None)
+    with pytest.raises(MergeFailed, match=r"^the actor that writes to the output has not been up for 60 s"):
+        run._check_hope()
+
+
+def test_times_for_people() -> None:
+    assert [human_time(s) for s in (1.5, 3, 45.2, 600, 1200, 5400)] == [
+        "1.5 s",
+        "3 s",
+        "45 s",
+        "10 min",
+        "20 min",
+        "1 h 30 min",
+    ]
+
+
+def test_a_stopped_actor(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
+    """Its node is well and Ray does not miss it. The other actor does its work, and the bytes are the same."""
+    out = tmp_path / "out"
+    process = many_shards.start(out, ray_env, "--actors", "2", "--stall-timeout", "0.05")
+    wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
+    stopped = expert_actors()[0]
+    assert send(stopped.pid, signal.SIGSTOP)
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        send(stopped.pid, signal.SIGCONT)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert hashes(out) == many_shards.files
+    lines = [line for line in said.splitlines() if "nothing has moved" in line]
+    where = f"process {stopped.pid} on node "
+    assert "nothing has moved for 1.5 s (actor " in lines[0] and where in lines[0]
+    assert "in 1.5 s that process is ended and another one does the job" in lines[0]
+    assert any("nothing has moved for 3 s" in line and where in line for line in lines)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "ridge"])
+def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: str) -> None:
+    """Each batch of prompts, each layer that is loaded, each system that is solved."""
+    import raymoe
+    from raymoe.gates.capture import capture_layers
+    from raymoe.gates.layer_rows import layer_rows
+    from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.reader import SourceReader
+    from tests.pico import merge_config
+
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base")
+    gates = raymoe.plan(config).gates
+    work = AtWork()
+    seen = []
+    with work.on("gates") as job, SourceReader(HubOptions(), moved=job.moved) as reader:
+        layers = capture_layers(gates, gates.experts, reader, members=2, device="cpu")
+        for left in layers:
+            seen.append((job.moves, left))
+        assert sorted({moves for moves, _ in seen}) == [moves for moves, _ in seen][: len({m for m, _ in seen})]
+        assert seen[0][0] > 0
+    if mode == "ridge":
+        solved = SimpleNamespace(count=0)
+
+        def moved() -> None:
+            solved.count += 1
+
+        layer_rows(mode, seen[0][1], [], "cpu", moved)
+        assert solved.count > 5
+
+
+def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
+    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.types import SourceFile
+    from raymoe.storage.reader import SourceReader
+
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+    file, moved = SourceFile(location=str(path), size=1 << 20), threading.Semaphore(0)
+    with SourceReader(HubOptions(), moved=moved.release) as reader:
+        for number, _ in enumerate(reader.chunks(file, 0, 1 << 20)):
+            assert moved.acquire(blocking=False), number
