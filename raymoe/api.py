@@ -196,6 +196,7 @@ def _planned(
     from raymoe.storage.output import clash
 
     report.storage = config.storage
+    report.check_place()
     try:
         with report.phase("plan"):
             elsewhere = OtherNodes(settings)

@@ -59,7 +59,7 @@ def evaluate(
     from raymoe import api
     from raymoe.evaluation.harness import HarnessOptions, check_choice, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
-    from raymoe.evaluation.written import check_writable, write_evaluation
+    from raymoe.evaluation.written import check_writable, read_by_evaluation, write_evaluation
     from raymoe.report.display import say
     from raymoe.report.eval_table import print_evaluation
     from raymoe.report.tasks_table import print_tasks
@@ -79,7 +79,8 @@ def evaluate(
         },
         {"--include-path": include_path, "--fewshot": fewshot, "--batch-size": batch_size},
     )
-    check_writable({"--json": json_file, "--html": html})
+    inputs = read_by_evaluation(checkpoint, data, tasks)
+    check_writable({"--json": json_file, "--html": html}, inputs)
     if texts is None:
         questions = HarnessOptions(
             tasks=tasks or "",

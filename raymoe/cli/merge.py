@@ -148,7 +148,7 @@ def merge(
     if not quiet:
         for note in idle_notes(context):
             say(note)
-    with recorded(result) as report:
+    with recorded(result, output) as report:
         merge_config = load_config(config, allow_all_same=all_same)
         for warning in config_warnings(merge_config):
             say(f"warning: {warning}")

@@ -20,7 +20,6 @@ from raymoe.cli.options import (
     Strict,
     merge_options,
 )
-from raymoe.errors import Problem, ProblemReport
 
 if TYPE_CHECKING:
     from raymoe.objects.options import StorageOptions
@@ -73,13 +72,10 @@ def _planned_output(
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import complete_merge, open_output, output_location, refusals
+    from raymoe.storage.output import complete_merge, open_output, refusals, writable_location
     from raymoe.storage.ways import bytes_by_way
 
-    try:
-        target = open_output(output_location(output), storage)
-    except ValueError as error:
-        raise ProblemReport([Problem(where="OUT", what=str(error))]) from None
+    target = open_output(writable_location(output, "OUT"), storage)
     problems = refusals(plan, target, overwrite=False, inputs=inputs)
     is_complete = not problems and complete_merge(plan, target) is not None
     return PlannedOutput(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Pl
 
 from raymoe.config.lines import excerpt, kind_of, shown
 from raymoe.config.values import text, value_error, whole_number
-from raymoe.objects.urls import is_url, normalise
+from raymoe.objects.urls import check_spelling, is_url, normalise
 
 __all__ = ["PromptFile", "Prompts", "file_format", "is_compressed", "written_out"]
 
@@ -43,11 +43,11 @@ def _file(value: Any) -> str:
         raise value_error("is blank", f"name a file: {_KNOWN}")
     if file.startswith("hf://"):
         raise value_error("files on the Hub can't be named here", "download the file and name it by its path")
-    if is_url(file):
-        try:
-            file = normalise(file)
-        except ValueError as error:
-            raise value_error(excerpt(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
+    try:
+        check_spelling(file)
+        file = normalise(file) if is_url(file) else file
+    except ValueError as error:
+        raise value_error(excerpt(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
     if "\0" in file or file_format(file) is None:
         what = f"can't tell the format of {shown(file.rstrip('/').rpartition('/')[2])} by its ending"
         near = "; JSON has to have one object a line" if ".json" in file.lower() else ""

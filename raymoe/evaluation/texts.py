@@ -13,6 +13,7 @@ from typing import Any
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.metrics import MEAN
 from raymoe.evaluation.options import EvaluationOptions, unknown_pair
+from raymoe.objects.urls import check_spelling
 from raymoe.untrusted import read_json
 
 __all__ = ["LabelledText", "Labels", "TokenisedTexts", "read_texts", "tokenised"]
@@ -137,6 +138,12 @@ def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> Iterator[P
 
 def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of the lines that are not blank."""
+    remedy = "name a file of labelled texts: one JSON object a line"
+    try:
+        check_spelling(str(file))
+    except ValueError:
+        what = "this looks like a URL, and texts are read from a file of this machine"
+        raise ProblemReport([Problem(where="--data", what=what, remedy=remedy)]) from None
     try:
         with open(file, "rb") as stream:
             for line, content in enumerate(stream, 1):
@@ -144,7 +151,6 @@ def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
                 if content.strip():
                     yield line, content
     except OSError as error:
-        remedy = "name a file of labelled texts: one JSON object a line"
         what = f"can't be read: {error.strerror or error}"
         raise ProblemReport([Problem(where=str(file), what=what, remedy=remedy)]) from None
 

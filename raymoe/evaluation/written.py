@@ -6,36 +6,86 @@ Each is written beside its place and moved there whole: a full disk or a kill le
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
+from raymoe.sources.local import LocalFolder
+from raymoe.storage.checkpoint import read_object
+from raymoe.storage.output import output_location, unwritable
+from raymoe.storage.places import Inputs, replaced
+from raymoe.storage.records import RECORD_NAME, is_written_by_a_merge
+from raymoe.storage.whole_file import is_special, linked_place, try_to_open, write_whole
 
-__all__ = ["check_writable", "write_evaluation"]
+__all__ = ["check_writable", "read_by_evaluation", "write_evaluation"]
 
 
-def check_writable(files: Mapping[str, Path | None]) -> None:
-    """`files` by the option that names them. Raises ProblemReport for those that can't be written, and for one that two
-    options name: the second would take the place of the first."""
+def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
+    """`files` by the option that names them. Raises ProblemReport for those that can't be written, for one that two
+    options name (the second would take the place of the first), and for one of the `inputs`."""
     problems = []
     owners: dict[Path, str] = {}
     for option, path in files.items():
         if path is None:
             continue
-        if path.is_dir():
+        if problem := _wrong_place(option, path):
+            problems.append(problem)
+        elif owner := replaced(os.path.abspath(path), inputs or Inputs()):
+            what = f"this is {owner}, which would be replaced"
+            problems.append(Problem(where=f"{option} {path}", what=what, remedy="name another file"))
+        elif path.is_dir():
             problems.append(Problem(where=f"{option} {path}", what="this is a folder", remedy="name a file"))
         elif not path.absolute().parent.is_dir():
             problems.append(Problem(where=f"{option} {path}", what="there is no such folder", remedy="make it first"))
-        elif (error := _opening(path)) is not None:
+        elif (error := try_to_open(path)) is not None:
             problems.append(_not_written(f"{option} {path}", error))
-        elif not _is_special(path) and (owner := owners.setdefault(_place(path), option)) != option:
+        elif not is_special(path) and (owner := owners.setdefault(linked_place(path), option)) != option:
             what = f"{owner} is to be written to this file too"
             problems.append(Problem(where=f"{option} {path}", what=what, remedy="name two files"))
     if problems:
         raise ProblemReport(problems)
+
+
+def _wrong_place(option: str, path: Path) -> Problem | None:
+    try:
+        location = output_location(path)
+    except ValueError as error:
+        return Problem(where=option, what=str(error), remedy="name a local file")
+    return unwritable(str(path), location, option, "name a local file")
+
+
+def read_by_evaluation(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
+    """What an evaluation reads, as far as folders of this machine show it: the merge's own files, its sources' folders,
+    the texts, and task files. What is wrong with the merge is not said here."""
+    files = [("the file of texts", os.path.abspath(data))] if data is not None else []
+    files += [("a task file", os.path.abspath(name)) for name in (tasks or "").split(",") if name.strip()]
+    try:
+        location = output_location(checkpoint)
+    except ValueError:
+        location = ""
+    if is_url(location) or not os.path.isdir(location):
+        return Inputs(files=tuple(files))
+    record: Mapping[str, Any] = {}
+    with suppress(ProblemReport):
+        record = read_object(LocalFolder(location), RECORD_NAME, "", "")
+    recorded = record.get("files")
+    own = dict.fromkeys(recorded if isinstance(recorded, Mapping) else ())
+    own |= dict.fromkeys(name for name in os.listdir(location) if is_written_by_a_merge(name))
+    files += [("a file of the merge", os.path.join(location, name)) for name in own]
+    return Inputs(files=tuple(files), folders=tuple(_recorded_folders(record.get("sources"))))
+
+
+def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:
+    """Of a record's sources, which are not trusted to be what raymoe writes, those that are folders of this machine."""
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, Mapping):
+            owner, adapter = str(source.get("owner")), str(source.get("adapter") or "")
+            model = str(source.get("model")).removesuffix(f"+{adapter}")
+            yield from ((owner, folder) for folder in (model, adapter) if os.path.isabs(folder))
 
 
 def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Path | None) -> None:
@@ -48,60 +98,11 @@ def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Pa
         _write(html, evaluation_page(result))
 
 
-def _opening(path: Path) -> OSError | None:
-    """What the filesystem says to opening the file for writing, and to a new one beside it: permission bits alone know
-    nothing of read-only and special mounts."""
-    if _is_special(path):
-        return None  # a pipe would take the first close for the end
-    try:
-        if path.exists():
-            path.open("a").close()
-        part = _part(_place(path))
-        part.open("w").close()
-        part.unlink()
-    except OSError as error:
-        return error
-    return None
-
-
-def _is_special(path: Path) -> bool:
-    """A pipe or a device: bytes are sent there, and nothing can take its place."""
-    return path.exists() and not path.is_file()
-
-
-def _place(path: Path) -> Path:
-    """Where the file is, through links: those stay."""
-    return Path(os.path.realpath(path))
-
-
-def _part(place: Path) -> Path:
-    """The file under its name of the meantime, which no other process has."""
-    return place.with_name(f"{place.name}.{os.getpid()}.part")
-
-
 def _write(path: Path, text: str) -> None:
     try:
-        if _is_special(path):
-            path.write_text(text, encoding="utf-8")
-        else:
-            _replace(_place(path), text)
+        write_whole(path, text)
     except OSError as error:
         raise ProblemReport([_not_written(str(path), error)]) from None
-
-
-def _replace(place: Path, text: str) -> None:
-    part = _part(place)
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if place.exists():
-            part.chmod(stat.S_IMODE(place.stat().st_mode))
-        part.replace(place)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _not_written(where: str, error: OSError) -> Problem:

@@ -24,6 +24,7 @@ from raymoe.gguf.progress import GgufProgress
 from raymoe.gguf.targets import Target, choose_target
 from raymoe.gguf.values import TensorEncoder
 from raymoe.gguf.vocabulary import Vocabulary, read_vocabulary
+from raymoe.storage.places import replaced
 
 __all__ = ["GgufFile", "write_gguf"]
 
@@ -109,6 +110,9 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
 def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
     """Raises ProblemReport with `problems` and all others."""
     spec, name = model.spec, options.name or path.stem
+    if owner := replaced(str(path), model.inputs):
+        what = f"this is {owner}, which is read"
+        problems.append(Problem(where=str(path), what=what, remedy="name another file"))
     target = _collect(
         problems,
         lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),

@@ -1,26 +1,33 @@
 """The file: whether it can be written, and how it comes to its place only when it is whole.
 
-It is written as `NAME.part` beside its place, synced, and moved there in one step. A file that is there by then is
-replaced only if that was asked for. The part is there, and locked, from the beginning of a run: another run for the
-same file is refused before it computes anything. A part that was left by a run that died is written anew.
+It is written as `NAME.raymoe-part` beside its place, synced, and moved there in one step. A file that is there by then
+is replaced only if that was asked for. The part is there, and locked, from the beginning of a run: another run for the
+same file is refused before it computes anything. A part that was left by a run that died is written anew. Anything
+else of that name (a link, a folder, a file that is no beginning of a GGUF file) is not raymoe's: the run is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.objects.urls import is_url
+from raymoe.objects.urls import check_spelling, is_url
 from raymoe.storage.linux import allocate, start_writeback
+from raymoe.storage.places import is_in_job_package
 
 __all__ = ["PartFile", "new_file", "output_without_room"]
 
 _WRITEBACK_BYTES = 64 << 20
+_PART = ".raymoe-part"  # browsers and download tools use '.part'
+_MAGIC = b"GGUF"
 
 
 def _place_problems(output: str | Path, path: Path) -> list[Problem]:
@@ -28,6 +35,13 @@ def _place_problems(output: str | Path, path: Path) -> list[Problem]:
     if is_url(str(output)):
         remedy = "write it to a local file, and copy that"
         return [Problem(where=str(output), what="a GGUF file is written to a local path", remedy=remedy)]
+    try:
+        check_spelling(str(output))
+    except ValueError as error:
+        return [Problem(where=str(output), what=str(error), remedy="name a local file")]
+    if is_in_job_package(str(path)):
+        what = "it is in the working directory of a Ray job, which Ray deletes when the job has ended"
+        return [Problem(where=str(path), what=what, remedy="name a file in a folder that stays, by its whole path")]
     if path.is_dir():
         return [Problem(where=str(path), what="this is a folder", remedy=f"name a file, such as {path / 'model.gguf'}")]
     if path.suffix.lower() != ".gguf":
@@ -51,14 +65,18 @@ class PartFile:
     """The file under its name of the meantime, open and locked. `commit` brings it to its place."""
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.path, self.part = path, path.with_name(path.name + _PART)
         self._overwrite, self._is_committed = overwrite, False
-        self._descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not self._locked():
+        self._descriptor = _open_part(path, self.part)
+        try:
+            if not self._locked():
+                raise ProblemReport([_written_now(path)])
+            if not _is_part(self._descriptor):
+                raise ProblemReport([_in_the_way(self.part)])
+            os.ftruncate(self._descriptor, 0)
+        except BaseException:
             os.close(self._descriptor)
-            remedy = "wait for it, or choose another name"
-            raise ProblemReport([Problem(where=str(path), what="another run is writing this file", remedy=remedy)])
-        os.ftruncate(self._descriptor, 0)
+            raise
         self.size = self._written_back = 0
 
     def _locked(self) -> bool:
@@ -69,7 +87,14 @@ class PartFile:
             return False
         except OSError:
             pass  # a filesystem without locks
-        return self.part.exists() and os.path.samestat(os.fstat(self._descriptor), self.part.stat())
+        return self._has_name()
+
+    def _has_name(self) -> bool:
+        """Whether the name of the part is still that of the open file."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.lstat(self.part))
+        except FileNotFoundError:
+            return False
 
     def continue_after_header(self, size: int) -> None:
         """Go on behind what has been written under the name `part`; the file will have `size` more bytes."""
@@ -124,7 +149,7 @@ class PartFile:
             raise ProblemReport([_not_written(self.path, error)]) from error
 
     def close(self) -> None:
-        if not self._is_committed:
+        if not self._is_committed and self._has_name():
             self.part.unlink(missing_ok=True)
         os.close(self._descriptor)
 
@@ -144,6 +169,44 @@ def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[PartFil
         yield file
     finally:
         file.close()
+
+
+def _open_part(path: Path, part: Path) -> int:
+    """The part, new or left by a run that died; never what a link leads to. Raises ProblemReport and OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path), os.lstat(part)):
+            part.unlink()  # a run died when the whole file had its name, and this one still
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        pass
+    try:
+        return os.open(part, flags)
+    except FileNotFoundError:  # it was moved to its place just now
+        raise ProblemReport([_written_now(path)]) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ProblemReport([_in_the_way(part)]) from None
+        raise
+
+
+def _is_part(descriptor: int) -> bool:
+    """Whether an open file is what a run of raymoe leaves: of one name, and empty or a GGUF file's beginning."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return False
+    return found.st_size == 0 or os.pread(descriptor, len(_MAGIC), 0) in (_MAGIC, bytes(len(_MAGIC)))
+
+
+def _written_now(path: Path) -> Problem:
+    remedy = "wait for it, or choose another name"
+    return Problem(where=str(path), what="another run is writing this file", remedy=remedy)
+
+
+def _in_the_way(part: Path) -> Problem:
+    what = "the file is written under this name first, and something else has it"
+    return Problem(where=str(part), what=what, remedy="move it away, or choose another name for the GGUF file")
 
 
 def _there_already(path: Path) -> Problem:

@@ -6,9 +6,9 @@ they are asked for, in the order of the GGUF file; only the routers are computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.output import output_location
+from raymoe.storage.places import Inputs
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import RouterBytes, shard_range
@@ -48,7 +49,8 @@ class ConvertedModel:
     """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `evaluation/models.py`).
 
     `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
-    names in the folder. `prepare` computes what is not in any file, and has to be called before `chunks`.
+    names in the folder. `inputs` are the files that are read. `prepare` computes what is not in any file, and has to be
+    called before `chunks`.
     """
 
     label: str
@@ -61,6 +63,7 @@ class ConvertedModel:
     warnings: tuple[str, ...]
     chunks: Chunks
     prepare: Callable[[Callable[[str], None]], None]
+    inputs: Inputs = field(default_factory=Inputs)
 
 
 @contextmanager
@@ -88,7 +91,12 @@ def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedMo
             card=card,
             chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
             prepare=lambda tell: None,
+            inputs=_files((*facts.index.files, *(side.file for side in facts.side_files))),
         )
+
+
+def _files(files: Iterable[SourceFile]) -> Inputs:
+    return Inputs(files=tuple(("a file of the model", file.location) for file in files))
 
 
 def _is_of_a_checkpoint(path: Path) -> bool:
@@ -104,7 +112,9 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
         parts = _PlannedParts(plan, reader, options)
         facts = _facts_of(plan, config, config_warnings(checked))
         card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
-        yield _model(facts, options, card=card, chunks=parts.chunks, prepare=parts.prepare)
+        models = _files(file for source in plan.sources for file in source.files)
+        inputs = api.named_inputs(checked, config, models)
+        yield _model(facts, options, card=card, chunks=parts.chunks, prepare=parts.prepare, inputs=inputs)
 
 
 class _PlannedParts:
@@ -177,6 +187,7 @@ def _model(
     card: Mapping[str, Any],
     chunks: Chunks,
     prepare: Callable[[Callable[[str], None]], None],
+    inputs: Inputs,
 ) -> ConvertedModel:
     found = _evaluated(facts)
     if found.rule is not None:
@@ -192,6 +203,7 @@ def _model(
         warnings=facts.warnings,
         chunks=chunks,
         prepare=prepare,
+        inputs=inputs,
     )
 
 

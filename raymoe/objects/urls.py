@@ -7,16 +7,21 @@
 In normal form a URL has no trailing slash and no empty, '.' or '..' segment, so that equal places are equal strings. A
 key is taken literally: '%41' is not 'A', '+' is not a space. URLs hold no credentials and no queries: they end up in
 messages, plans and records. What is refused for that reason is refused without being repeated.
+
+A name such as s3:/bucket would be a folder called 's3:'. It is refused wherever a user names a place: it was meant as a
+URL. ./s3:/bucket is that folder.
 """
 
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import NamedTuple
 
 __all__ = [
     "S3Location",
     "check_no_secrets",
+    "check_spelling",
     "is_s3",
     "is_url",
     "join",
@@ -32,6 +37,11 @@ _AUTHORITY = re.compile(r"://([^/]*)")
 _ONE_SLASH = re.compile(r"\w:/[^/\s]*:[^/\s]*@")  # 's3:/KEY:SECRET@bucket', with a slash too few
 # Hub models are named by their id; hf:// is how *we* call a file of one (sources/hub.py).
 _NOT_OURS = ("hf",)
+# Of those that fsspec knows, and Python's packages for them may not be installed.
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf")
+_SCHEMES = (*_OBJECT_STORES, "file", "local", "memory")
+# What may stand where '://' should: 's3:/b', 's3:b', 's3//b', 's3;//b', 's3 ://b', and backslashes.
+_ALMOST_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*?)\s*(?P<sign>:[/\\]*|[;,.]*//)(?P<rest>.*)", re.DOTALL)
 _CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
 
 
@@ -74,6 +84,54 @@ def normalise(text: str) -> str:
     if bad is not None:
         raise ValueError(f"{text!r} has the path segment {bad!r}; write the URL without it")
     return f"{scheme}://{authority}/{key}" if key else f"{scheme}://{authority}"
+
+
+def check_spelling(text: str) -> None:
+    """Raise ValueError, with what to write, for a place that looks like a URL and is none that can be meant."""
+    text = text.strip()
+    check_no_secrets(text)
+    match = _ALMOST_URL.match(text)
+    if match is None:
+        if text.startswith("://"):
+            raise ValueError(f"{_shown(text)} is a URL without its kind; write s3{_unless_secret(text)}, for example")
+        return
+    scheme, sign = match["scheme"].lower(), match["sign"]
+    if text.lower().startswith(f"{scheme}://") and _is_scheme(scheme):
+        return
+    near = get_close_matches(scheme, _SCHEMES, n=1, cutoff=0.5) if len(scheme) > 1 else []
+    url = _meant(near[0], _unless_secret(match["rest"])) if near else ""
+    if sign == "://":
+        remedy = f"did you mean {url}?" if near else "write s3://bucket/prefix, for example"
+        raise ValueError(f"{_shown(text)}: there is no kind of URL {scheme}://; {remedy}")
+    # 'a:b' and 'a//b' may be names; 'a:/b' is at most a drive of Windows.
+    names = _SCHEMES if sign.startswith(":") else _OBJECT_STORES
+    if scheme not in names and not sign.startswith((":/", ":\\")):
+        return
+    write = f"write {url}, or for a local path of this name" if near else "for a local path of this name write"
+    path = f"./{text}" if _unless_secret(text) == text else "./ before it"
+    raise ValueError(f"{_shown(text)} looks like a URL, and is none; {write} {path}")
+
+
+def _meant(scheme: str, rest: str) -> str:
+    rest = rest.replace("\\", "/").lstrip("/")
+    return rest if scheme == "hf" else f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def _is_scheme(scheme: str) -> bool:
+    if scheme in _SCHEMES:
+        return True
+    import fsspec
+
+    return scheme in fsspec.available_protocols()
+
+
+def _shown(text: str) -> str:
+    return repr(text) if _unless_secret(text) == text else "this"
+
+
+def _unless_secret(text: str) -> str:
+    """Text of a misspelt URL as it is shown: credentials and queries are not to be repeated."""
+    return "..." if "@" in text or "?" in text else text
 
 
 def check_no_secrets(text: str) -> None:

@@ -40,7 +40,7 @@ from raymoe.runtime.writer import start_writer
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
-from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, output_location, refusals
+from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, refusals, writable_location
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way
@@ -174,12 +174,8 @@ def _begun() -> Iterator[None]:
 
 
 def output_of(output: str | Path, settings: RuntimeSettings) -> Output:
-    """The output that a user names. Raises ProblemReport for a URL that is none."""
-    try:
-        return open_output(output_location(output), settings.storage)
-    except ValueError as error:
-        remedy = "name a folder, or a URL such as s3://bucket/prefix"
-        raise ProblemReport([Problem(where="output", what=str(error), remedy=remedy)]) from None
+    """The output that a user names. Raises ProblemReport for a place that none can be at."""
+    return open_output(writable_location(output, "output"), settings.storage)
 
 
 class WriteShards:

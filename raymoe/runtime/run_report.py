@@ -7,9 +7,10 @@ of the output's own record, which is the same for every run of a merge.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,31 @@ from typing import Any
 import raymoe
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.objects.options import StorageOptions
+from raymoe.objects.problems import StorageError
 from raymoe.objects.store import StoreCounters, open_store, process_counters
-from raymoe.objects.urls import is_url, normalise
+from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
 from raymoe.signals import before_the_end
-from raymoe.storage.records import RESULT_NAME, json_object
+from raymoe.storage.output import output_location, writable_location
+from raymoe.storage.places import is_in, is_same_place
+from raymoe.storage.records import JOURNAL, RESULT_NAME, is_written_by_a_merge, json_object
+from raymoe.storage.whole_file import is_special, write_whole
 
 __all__ = ["RunReport", "recorded"]
 
 _FORMAT = 1
+_MOST_BYTES = 16 << 20  # of a result: 50 bytes for each actor
+_EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 
 
 class RunReport:
     """Phases by name (seconds from the start; those of gates and shards overlap), what actors have done, how it ended.
 
-    `actors_lost` counts deaths of actors that were up. `storage` is how a result that is an object is written.
+    `actors_lost` counts deaths of actors that were up. `place` is the path or URL that the report is written to, if not
+    to the output; `storage` is how one that is an object is written.
     """
 
     def __init__(self) -> None:
@@ -42,6 +50,7 @@ class RunReport:
         self._started = time.monotonic()
         self._phases: dict[str, dict[str, float | None]] = {}
         self.storage = StorageOptions()
+        self.place: str | None = None
         self.output: str | None = None
         self.plan_digest: str | None = None
         self.planned_bytes_by_way: Mapping[str, int] = {}
@@ -49,6 +58,12 @@ class RunReport:
         self.actors_lost = 0
         self.bytes_kept = 0
         self.was_complete = False  # an earlier run had finished the merge
+
+    def check_place(self) -> None:
+        """Raises ProblemReport where something else than a result would be replaced in an object store."""
+        if self.place is not None and is_url(self.place) and not _may_replace(self.place, self.storage):
+            problem, self.place = _in_the_way(self.place), None
+            raise ProblemReport([problem])
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -112,42 +127,48 @@ class RunReport:
 
 
 @contextmanager
-def recorded(place: str | None) -> Iterator[RunReport]:
+def recorded(place: str | None, output: str | Path | None = None) -> Iterator[RunReport]:
     """A report that is written to a file or URL when the block ends, however it ends.
 
     `None`: to the output, if the merge is done; whose output it is otherwise is not known. What is there of the run
-    that finished the merge is kept by a run that found nothing to do.
+    that finished the merge is kept by a run that found nothing to do. `output` is where the merge goes, as the user
+    names it. Raises ProblemReport where nothing could be written at the end, or something else would be replaced.
     """
-    if place is not None:
-        _check(place)
     report = RunReport()
+    if place is not None:
+        report.place = writable_location(place, "--result", example=_EXAMPLE)
+        _check(report.place, output)
     try:
-        with before_the_end(lambda: _write(report, place, "stopped", KeyboardInterrupt())):
+        with before_the_end(lambda: _write(report, report.place, "stopped", KeyboardInterrupt())):
             yield report
     except BaseException as error:
         reason = "refused" if isinstance(error, ProblemReport) else "failed"
-        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-        _write(report, place, "stopped" if is_stopped else reason, error)
+        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
+        _write(report, report.place, "stopped" if is_stopped else reason, error)
         raise
-    if place is None and report.output is not None:
-        place = f"{report.output.rstrip('/')}/{RESULT_NAME}"
-        if report.was_complete and not report.has_begun("push") and _is_there(report, place):
-            return
-    _write(report, place, "done", None)
+    if place is not None or report.output is None:
+        _write(report, report.place, "done", None)
+        return
+    own = f"{report.output.rstrip('/')}/{RESULT_NAME}"
+    if not (report.was_complete and not report.has_begun("push") and _is_there(report, own)):
+        _write(report, own, "done", None, is_own=True)
 
 
-def _check(place: str) -> None:
-    """Raises ProblemReport where nothing could be written at the end."""
+def _check(place: str, output: str | Path | None) -> None:
+    """Raises ProblemReport for what can be told without asking an object store."""
+    where = f"--result {place}"
+    with suppress(ValueError):  # a bad output is refused later
+        if output is not None and _is_of_merge(place, output_location(output)):
+            what = "the merge writes a file of its own there"
+            raise ProblemReport([Problem(where=where, what=what, remedy="name another file")])
     if is_url(place):
-        try:
-            normalise(place)
-        except ValueError as error:
-            raise ProblemReport([Problem(where="--result", what=str(error))]) from None
         return
     path = Path(place)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir():
         what = "this is a folder" if path.is_dir() else "there is no such folder"
-        raise ProblemReport([Problem(where=f"--result {place}", what=what, remedy="name a file in a folder")])
+        raise ProblemReport([Problem(where=where, what=what, remedy="name a file in a folder")])
+    if not _may_replace(place, StorageOptions()):
+        raise ProblemReport([_in_the_way(place)])
 
 
 def _is_there(report: RunReport, place: str) -> bool:
@@ -160,16 +181,50 @@ def _is_there(report: RunReport, place: str) -> bool:
     return there.get("plan_digest") == report.plan_digest and there.get("exit_reason") == "done"
 
 
-def _write(report: RunReport, place: str | None, reason: str, error: BaseException | None) -> None:
-    """Without raising: how the merge itself ended matters more."""
+def _is_of_merge(place: str, output: str) -> bool:
+    folder, _, name = place.rpartition("/")
+    is_inside = is_same_place(folder or "/", output) and name != RESULT_NAME
+    return (is_inside and is_written_by_a_merge(name)) or is_in(place, f"{output.rstrip('/')}/{JOURNAL}")
+
+
+def _may_replace(place: str, storage: StorageOptions) -> bool:
+    """Whether nothing is lost with what is there: it is not there, holds nothing, or is the result of a run.
+
+    A place in an object store that can only be written to may be written to.
+    """
+    if is_url(place):
+        try:
+            info = open_store(place, storage).stat(place)
+            size = info.size if info else 0
+            content = open_store(place, storage).read_all(place) if 0 < size <= _MOST_BYTES else b""
+        except StorageError:
+            return True
+    elif is_special(Path(place)) or not os.path.exists(place):
+        return True
+    else:
+        size = os.stat(place).st_size
+        content = Path(place).read_bytes() if size <= _MOST_BYTES else b""
+    return not size or {"exit_reason", "raymoe_version"} <= json_object(content).keys()
+
+
+def _in_the_way(place: str) -> Problem:
+    what = "something that is no result of a run is there already"
+    return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
+
+
+def _write(
+    report: RunReport, place: str | None, reason: str, error: BaseException | None, *, is_own: bool = False
+) -> None:
+    """Without raising: how the merge itself ended matters more. `is_own`: the place is the output's own."""
     if place is None:
         return
     content = json_text(report.plain(reason, error), scrubbed=True) + "\n"
     try:
-        if is_url(place):
-            url = normalise(place)
-            open_store(url, report.storage).put(url, content.encode())
+        if not is_own and not _may_replace(place, report.storage):
+            say(f"warning: {_in_the_way(place)}")
+        elif is_url(place):
+            open_store(place, report.storage).put(place, content.encode())
         else:
-            Path(place).write_text(content, encoding="utf-8")
+            write_whole(Path(place), content, follow=not is_own)
     except (OSError, RaymoeError) as failure:
         say(f"warning: {place} could not be written: {failure}")

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from raymoe.objects.urls import check_no_secrets, is_url, normalise
+from raymoe.objects.urls import check_no_secrets, check_spelling, is_url, normalise
 from raymoe.sources.types import ModelRef, PathRef
 
 __all__ = ["is_local_folder", "parse_model_ref", "short_name"]
@@ -72,6 +72,7 @@ def _parse_path(text: str, role: str) -> PathRef:
     text = text.strip()
     if not text:
         raise ValueError(f"the {role} is empty; {_FORMS}")
+    check_spelling(text)
     if is_url(text):
         return PathRef(path=_url_without_revision(text, role))
     if is_local_folder(text) or "@" not in text:
@@ -125,7 +126,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
     path, revision = value.get("path"), value.get("revision")
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"'{role}' needs a 'path': a local folder, a Hub id such as org/name, or a URL")
-    check_no_secrets(path)
+    check_spelling(path)
     if is_url(path):
         if revision is not None:
             raise ValueError(f"'{role}' is a URL, and a URL has no revisions; leave out 'revision'")

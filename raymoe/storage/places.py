@@ -20,7 +20,16 @@ from raymoe.errors import Problem
 from raymoe.objects.urls import is_url, local_path
 from raymoe.storage.records import JOURNAL, is_written_by_a_merge
 
-__all__ = ["Inputs", "is_in", "is_same_place", "overwritten", "place_key", "source_folders"]
+__all__ = [
+    "Inputs",
+    "is_in",
+    "is_in_job_package",
+    "is_same_place",
+    "overwritten",
+    "place_key",
+    "replaced",
+    "source_folders",
+]
 
 Key = tuple[Hashable, ...]
 """Equal for names of one place; the key of a folder begins the key of what is not there yet in it."""
@@ -82,6 +91,12 @@ def _names_of(file: str) -> Iterator[str]:
         file = os.path.join(os.path.dirname(file), target)
 
 
+def is_in_job_package(path: str) -> bool:
+    """Whether a path is in a folder that Ray has made of a job's `working_dir`, and deletes after the job."""
+    # Ray's own layout (WorkingDirPlugin): SESSION/runtime_resources/working_dir_files/PACKAGE
+    return "/runtime_resources/working_dir_files/" in f"{os.path.realpath(path)}/"
+
+
 def overwritten(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Problem | None:
     """The problem of an output, a folder or URL prefix, whose merge would remove or replace something that it reads.
 
@@ -105,6 +120,17 @@ def overwritten(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Pr
             if is_replaced or journal in above:
                 return _clash(output, f"the merge would remove or replace {owner} there", file)
     return None
+
+
+def replaced(path: str, inputs: Inputs) -> str | None:
+    """What writing a file at an absolute path would replace, in words: one of the input files under whatever name, or
+    a file that is there in one of the folders. Links are followed."""
+    if os.path.lexists(path):
+        for owner, folder in inputs.folders:
+            if is_in(os.path.realpath(path), folder) or is_in(os.path.dirname(path), folder):
+                return f"a file in the folder of {owner}"
+    key = place_key(path)
+    return next((owner for owner, file in inputs.files if place_key(file) == key), None)
 
 
 def source_folders(owner: str, folders: Iterable[str], files: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from raymoe.objects.urls import is_url
 from raymoe.sources.prompts import read_prompts
 from raymoe.sources.refs import is_local_folder
 from raymoe.sources.types import ModelRef, PathRef
-from raymoe.storage.output import output_location
+from raymoe.storage.output import output_location, writable_location
 from raymoe.text import human_bytes
 
 __all__ = ["CONFIG_NAME", "Job", "make_job"]
@@ -88,12 +88,12 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
 
 
 def _place_problems(where: str, place: str) -> Iterator[Problem]:
-    if is_url(place):
-        try:
-            output_location(place)
-        except ValueError as error:
-            yield Problem(where=where, what=str(error), remedy="name a URL such as s3://bucket/prefix")
-    elif not os.path.isabs(place):
+    try:
+        writable_location(place, where)
+    except ProblemReport as report:
+        yield from report.problems
+        return
+    if not is_url(place) and not os.path.isabs(place):
         what = f"{place} is relative, and the job's working directory is thrown away at its end"
         remedy = "name a URL such as s3://bucket/prefix, or a whole path in a folder that the cluster's nodes share"
         yield Problem(where=where, what=what, remedy=remedy)

@@ -179,6 +179,70 @@ def test_output_takes_the_place_of_what_is_read(cli: Cli, config: Callable[..., 
     assert "would remove or replace the file of" in cli("plan", path, out).out
 
 
+@pytest.mark.parametrize("command", ["merge", "plan", "submit"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3:/bucket/x", "write s3://bucket/x"),
+        ("s3:bucket", "write s3://bucket"),
+        ("s4://bucket/x", "did you mean s3://bucket/x"),
+        ("http:/host/x", "write http://host/x"),
+        ("https://no-such-host.invalid/x", "HTTP is for reading"),
+        ("hf://org/name", "raymoe push"),
+    ],
+)
+def test_output_is_no_place_to_write_to(
+    cli: Cli,
+    config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    place: str,
+    said: str,
+) -> None:
+    """Told without a request, and without a folder called 's3:'."""
+    path = config()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert said in problem(cli, command, path, place)
+    if command != "plan":
+        assert said in problem(
+            cli, command, path, "/out" if command == "submit" else "out", "--result", f"{place}/r.json"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_models_and_prompts_that_were_meant_as_urls(cli: Cli, config: Callable[..., Path]) -> None:
+    content = yaml.safe_load(config("hidden").read_text())
+    models = [{**expert, "source_model": "s3:/bucket/e"} for expert in content["experts"]]
+    assert "write s3://bucket/e" in problem(cli, "plan", config("hidden", experts=models))
+    assert "did you mean s3://bucket/b" in problem(cli, "plan", config("hidden", base_model={"model": "s4://bucket/b"}))
+    assert "write s3://bucket/a" in problem(cli, "plan", config("hidden", base_model="org/name+s3:bucket/a"))
+    prompts = [{**expert, "positive_prompts": {"file": "s3:/bucket/p.txt"}} for expert in content["experts"]]
+    assert "write s3://bucket/p.txt" in problem(cli, "plan", config("hidden", experts=prompts))
+    for command in ("verify", "inspect", "push", "gguf"):
+        more = {"push": ["org/name"], "gguf": ["m.gguf"]}.get(command, [])
+        assert "write s3://bucket/out" in problem(cli, command, "s3:/bucket/out", *more)
+
+
+def test_places_in_the_working_directory_of_a_ray_job(
+    cli: Cli, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray unpacks a job's `working_dir`: it is deleted with the job. Whole paths elsewhere are fine."""
+    path = config()
+    package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0123"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    for arguments in (("out",), (package / "out",), (tmp_path / "out", "--result", "run.json")):
+        said = problem(cli, "merge", path, *arguments)
+        assert "in the working directory of a Ray job" in said and "name a URL in a bucket, or the whole path" in said
+    assert "in the working directory of a Ray job" in problem(cli, "plan", path, "out")
+    assert "in the working directory of a Ray job" in problem(cli, "gguf", path, "m.gguf")
+    assert "in the working directory of a Ray job" in problem(cli, "eval", "out", "--data", "t", "--json", "e.json")
+    assert cli("plan", path, tmp_path / "out").code == 0
+    assert not list(package.iterdir())
+
+
 def test_output_holds_other_files(cli: Cli, config: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")

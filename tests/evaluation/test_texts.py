@@ -205,3 +205,9 @@ def test_options_that_can_not_be() -> None:
     assert not list(option_problems(EvaluationOptions(against=parse_against("none"))))
     assert parse_against(" Oracle,base") == ("oracle", "base") and parse_against(None) is None
     assert EvaluationOptions(against=("oracle", "base")).wanted == ("base", "oracle")
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/texts.jsonl", "s3:/bucket/texts.jsonl", "htps://host/texts.jsonl"])
+def test_texts_are_no_objects(place: str) -> None:
+    with pytest.raises(ProblemReport, match="--data: this looks like a URL, and texts are read from a file of this"):
+        read_texts(Path(place), Labels(["code"]), EvaluationOptions())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from raymoe.errors import ProblemReport
-from raymoe.evaluation.written import check_writable, write_evaluation
+from raymoe.evaluation.written import check_writable, read_by_evaluation, write_evaluation
 
 
 def test_asking_leaves_no_file_and_no_change(tmp_path: Path) -> None:
@@ -80,3 +80,46 @@ def test_two_results_for_one_file_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ProblemReport, match=r"--html .*a\.json: --json is to be written to this file too"):
             check_writable({"--json": tmp_path / "a.json", "--html": other})
     check_writable({"--json": Path("/dev/null"), "--html": Path("/dev/null")})
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    """The texts, task files, files of the merge and its sources' files, through links too; other files are."""
+    out, base = tmp_path / "out", tmp_path / "base"
+    for name in ("out/chat_templates", "base/weights"):
+        (tmp_path / name).mkdir(parents=True)
+    record = {
+        "files": {"config.json": {}, "chat_templates/a.jinja": {}, "notes.md": {}},
+        "sources": [{"owner": "base", "model": str(base), "adapter": None}, "nothing", {"owner": 1}],
+    }
+    (out / "raymoe.json").write_text(json.dumps(record))
+    files = [
+        "out/config.json",
+        "out/chat_templates/a.jinja",
+        "out/notes.md",
+        "out/vocab.txt",
+        "texts.jsonl",
+        "own.yaml",
+    ]
+    files += ["base/weights/one.safetensors", "base/anything"]
+    for name in files:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    inputs = read_by_evaluation(str(tmp_path / "link/out"), tmp_path / "texts.jsonl", f"arc_easy,{tmp_path}/own.yaml")
+    for number, name in enumerate([*files, "out/raymoe.json"]):
+        (tmp_path / f"link{number}").symlink_to(name)
+        for place in (tmp_path / name, tmp_path / "link" / name, tmp_path / f"link{number}"):
+            with pytest.raises(ProblemReport, match=r"--json .*: this is .*, which would be replaced"):
+                check_writable({"--json": place}, inputs)
+    for name in ("out/eval.json", "out/page.html", "base/new.json", "other.json"):
+        check_writable({"--json": tmp_path / name}, inputs)
+    (out / "eval.json").write_text("an older one")
+    check_writable({"--json": out / "eval.json"}, inputs)
+    (out / "raymoe.json").write_text("[[")
+    assert read_by_evaluation(str(out), None, "arc_easy").folders == ()
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/eval.json", "s3:eval.json", "http:/host/eval.json"])
+def test_places_that_look_like_urls(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProblemReport, match="looks like a URL"):
+        check_writable({"--json": Path(place)})

@@ -16,7 +16,7 @@ from raymoe.gguf import GgufOptions, write_gguf
 from raymoe.gguf.file import new_file, output_without_room
 from raymoe.gguf.model import _PlannedParts
 from tests.cli.commands import write_config
-from tests.pico import merge_config
+from tests.pico import copy_model, merge_config
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def test_killed_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert run(code, file).returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf.part"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf.raymoe-part"]
     written = write_gguf(zoo("llama"), file)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     assert file.read_bytes()[:4] == b"GGUF" and written.size == file.stat().st_size
@@ -83,7 +83,56 @@ def test_the_part_is_held_while_gates_are_computed(
     monkeypatch.setattr(_PlannedParts, "prepare", second)
     assert write_gguf(config, file, GgufOptions(device="cpu")).path == file
     assert len(refused) == 1 and file.read_bytes()[:4] == b"GGUF"
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*part"))
+
+
+def test_a_part_of_another_program_stays(tmp_path: Path) -> None:
+    """Browsers call half a download so; also where the run is refused."""
+    download, file = tmp_path / "model.gguf.part", tmp_path / "model.gguf"
+    download.write_bytes(b"GGUF half")
+    with new_file(file) as new:
+        new.append(b"GGUF")
+        new.commit()
+    with pytest.raises(ProblemReport, match="this file is there already"), new_file(file):
+        pass
+    assert download.read_bytes() == b"GGUF half" and file.read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "text", "folder", "pipe"])
+def test_what_is_no_part_is_in_the_way(tmp_path: Path, kind: str) -> None:
+    """Nothing that a link leads to is emptied, and nothing is removed."""
+    victim, part = tmp_path / "victim", tmp_path / "model.gguf.raymoe-part"
+    if kind != "dangling":
+        victim.write_bytes(b"GGUF precious")
+    make: dict[str, Callable[[], object]] = {
+        "link": lambda: part.symlink_to("victim"),
+        "dangling": lambda: part.symlink_to("victim"),
+        "hard link": lambda: os.link(victim, part),
+        "text": lambda: part.write_text("mine"),
+        "folder": part.mkdir,
+        "pipe": lambda: os.mkfifo(part),
+    }
+    make[kind]()
+    before = os.lstat(part)
+    for overwrite in (False, True):
+        with (
+            pytest.raises(ProblemReport, match="something else has it"),
+            new_file(part.with_suffix(""), overwrite=overwrite),
+        ):
+            pass
+    assert os.path.samestat(os.lstat(part), before) and os.lstat(part).st_size == before.st_size
+    assert victim.read_bytes() == b"GGUF precious" if kind != "dangling" else not victim.exists()
+
+
+def test_killed_when_the_file_had_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF whole")
+    os.link(file, tmp_path / "model.gguf.raymoe-part")
+    with new_file(file, overwrite=True) as new:
+        assert file.read_bytes() == b"GGUF whole"
+        new.append(b"GGUF new")
+        new.commit()
+    assert file.read_bytes() == b"GGUF new" and [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -133,3 +182,28 @@ def test_a_limit_that_is_met_while_writing(zoo: Callable[..., Path], tmp_path: P
     assert done.returncode == 2
     assert "model.gguf: it can't be written: File too large" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["s3:/bucket/m.gguf", "s3:m.gguf", "gs//bucket/m.gguf"])
+def test_places_that_look_like_urls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProblemReport, match="looks like a URL"), new_file(name):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_not_replaced(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """A file of the model under a name of its own, and one of prompts."""
+    model = copy_model(zoo("llama"), tmp_path / "model")
+    os.link(model / "model.safetensors", tmp_path / "m.gguf")
+    with pytest.raises(ProblemReport, match="this is a file of the model, which is read"):
+        write_gguf(model, tmp_path / "m.gguf", GgufOptions(overwrite=True))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    (tmp_path / "p.gguf").symlink_to(prompts)
+    content = merge_config(model, [model, zoo("llama", seed=1)])
+    content["experts"][0]["positive_prompts"] = {"file": str(prompts)}
+    config = write_config(tmp_path / "merge.yaml", content)
+    with pytest.raises(ProblemReport, match=r"this is the file of experts.0.\.positive_prompts, which is read"):
+        write_gguf(config, tmp_path / "p.gguf", GgufOptions(overwrite=True, device="cpu"))
+    assert (tmp_path / "p.gguf").is_symlink() and prompts.read_text() == "one\ntwo\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from raymoe.objects.urls import is_s3, is_url, join, local_path, normalise, relative, s3_location
+from raymoe.objects.urls import check_spelling, is_s3, is_url, join, local_path, normalise, relative, s3_location
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,51 @@ def test_parts() -> None:
     assert is_s3("s3a://bucket") and is_s3("s3://bucket") and not is_s3("gs://bucket")
     assert local_path("file:///abs/path") == "/abs/path"
     assert local_path("s3://bucket/a") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("s3:/bucket/x", "s3://bucket/x"),
+        ("s3:bucket", "s3://bucket"),
+        ("S3:/Bucket", "s3://Bucket"),
+        ("s4://bucket/x", "did you mean s3://bucket/x"),
+        ("ss3://bucket", "did you mean s3://bucket"),
+        ("s3//bucket/x", "s3://bucket/x"),
+        ("s3;//bucket", "s3://bucket"),
+        ("s3 ://bucket", "s3://bucket"),
+        ("s3:\\\\bucket\\x", "s3://bucket/x"),
+        ("://bucket/x", "s3://bucket/x"),
+        ("http:/host/x", "http://host/x"),
+        ("htps://host/x", "did you mean https://host/x"),
+        ("gs:/bucket", "gs://bucket"),
+        ("file:/abs/x", "file:///abs/x"),
+        ("hf:org/name", "write org/name"),
+        ("xyz://bucket", "there is no kind of URL xyz://"),
+        ("C:/models", "for a local path of this name write ./C:/models"),
+    ],
+)
+def test_what_was_meant_as_a_url(text: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(meant)):
+        check_spelling(text)
+    check_spelling(f"./{text}")
+
+
+@pytest.mark.parametrize(
+    "text", ["s3:/KEY:SECRET@bucket/x", "s3:SECRET@bucket", "https//user:SECRET@host", "://SECRET@b"]
+)
+def test_misspelt_credentials_are_not_repeated(text: str) -> None:
+    with pytest.raises(ValueError, match=r"this|credentials") as caught:
+        check_spelling(text)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("org/name", "a:b", "model:8b", "a//b", "/abs/s3:/x", "~/s3:x", "s3", "s3/x", "local//x", ""),
+        *("s3://b/x", "S3A://b", "memory://x", "gs://b", "sftp://host/x", "hf://org/name@abc/file"),
+    ],
+)
+def test_what_is_spelt_right(text: str) -> None:
+    check_spelling(text)

@@ -1,0 +1,64 @@
+"""Small files outside of an output (a run's result, an evaluation): written beside their place, moved there whole.
+
+A full disk or a kill leaves the file that was there before. Links and permissions of what is replaced stay.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from pathlib import Path
+
+__all__ = ["is_special", "linked_place", "try_to_open", "write_whole"]
+
+
+def is_special(path: Path) -> bool:
+    """A pipe or a device: bytes are sent there, and nothing can take its place."""
+    return path.exists() and not path.is_file()
+
+
+def linked_place(path: Path) -> Path:
+    """Where the file is, through links: those stay."""
+    return Path(os.path.realpath(path))
+
+
+def try_to_open(path: Path) -> OSError | None:
+    """What the filesystem says to opening the file for writing, and to a new one beside it: permission bits alone know
+    nothing of read-only and special mounts."""
+    if is_special(path):
+        return None  # a pipe would take the first close for the end
+    try:
+        if path.exists():
+            path.open("a").close()
+        part = _part(linked_place(path))
+        part.open("x").close()
+        part.unlink()
+    except OSError as error:
+        return error
+    return None
+
+
+def write_whole(path: Path, text: str, *, follow: bool = True) -> None:
+    """Write the file. Without `follow` a link of its name is replaced, and what it leads to stays. Raises OSError."""
+    if follow and is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    place = linked_place(path) if follow else path
+    part = _part(place)
+    try:
+        with part.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if place.is_file() and not place.is_symlink():
+            part.chmod(stat.S_IMODE(place.stat().st_mode))
+        part.replace(place)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _part(place: Path) -> Path:
+    """The file under its name of the meantime, which nothing else has."""
+    return place.with_name(f"{place.name}.{uuid.uuid4().hex[:12]}.part")

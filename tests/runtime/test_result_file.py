@@ -1,0 +1,109 @@
+"""`--result FILE` replaces nothing but an earlier result, and nothing that a merge reads or writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymoe.errors import MergeFailed, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.store import open_store
+from raymoe.runtime.run_report import RunReport, recorded
+
+Cli = Callable[..., Any]
+
+
+def test_an_earlier_result_is_replaced(tmp_path: Path) -> None:
+    """Also one through a link, an empty file, and one that comes while the run goes on."""
+    file, link = tmp_path / "run.json", tmp_path / "link.json"
+    link.symlink_to("run.json")
+    file.touch(mode=0o640)
+    for place in (file, link, file):
+        with recorded(str(place)):
+            pass
+        assert json.loads(file.read_text())["exit_reason"] == "done"
+    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, file]
+
+
+@pytest.mark.parametrize("content", ["base_model: x", "{}", "[1]", '{"exit_reason": "done"}', "[" * 100_000, "\0\xff"])
+def test_anything_else_stays(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "mine"
+    file.write_text(content, encoding="latin-1")
+    (tmp_path / "link").symlink_to("mine")
+    os.link(file, tmp_path / "hard")
+    for name in ("mine", "link", "hard"):
+        with pytest.raises(ProblemReport, match="no result of a run is there already"), recorded(str(tmp_path / name)):
+            raise AssertionError("the run began")
+    assert file.read_text(encoding="latin-1") == content
+
+
+def test_what_comes_while_the_run_goes_on_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with recorded(str(tmp_path / "run.json")):
+        (tmp_path / "run.json").write_text("mine")
+    assert (tmp_path / "run.json").read_text() == "mine"
+    assert "no result of a run is there already" in capsys.readouterr().err
+
+
+def test_files_of_the_merge(tmp_path: Path) -> None:
+    (tmp_path / "out/.raymoe").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    for name in ("out/config.json", "link/raymoe.json", "out/model.safetensors", "link/.raymoe/run.json"):
+        with (
+            pytest.raises(ProblemReport, match="the merge writes a file of its own there"),
+            recorded(str(tmp_path / name), tmp_path / "link/../out"),
+        ):
+            raise AssertionError("the run began")
+    with (
+        pytest.raises(ProblemReport, match="the merge writes a file of its own there"),
+        recorded("s3://bucket/out/raymoe.json", "s3a://bucket/out"),
+    ):
+        raise AssertionError("the run began")
+    with recorded(str(tmp_path / "out/result.json"), tmp_path / "out"):
+        pass
+
+
+def test_the_outputs_own_result_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/result.json").symlink_to("../mine")
+    with recorded(None) as report:
+        report.output = str(tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert json.loads((tmp_path / "out/result.json").read_text())["exit_reason"] == "done"
+
+
+def test_objects() -> None:
+    url = "memory://results/run.json"
+    store = open_store(url, StorageOptions())
+    with recorded(url) as report:
+        report.check_place()
+    with recorded(url) as report:
+        report.check_place()
+    assert json.loads(store.read_all(url))["exit_reason"] == "done"
+    store.put(url, b"mine")
+    with pytest.raises(ProblemReport, match="no result of a run is there already"), recorded(url) as report:
+        report.check_place()
+    with pytest.raises(MergeFailed), recorded(url):
+        raise MergeFailed("before the place was looked at")
+    assert store.read_all(url) == b"mine"
+
+
+@pytest.mark.parametrize(
+    "place", ["https://host.test/run.json", "hf://org/name/run.json", "s3:/bucket/run.json", "s4://b/r"]
+)
+def test_places_that_no_result_can_be_at(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProblemReport, match="--result"), recorded(place):
+        raise AssertionError("the run began")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_knows_no_output_writes_nothing() -> None:
+    with recorded(None) as report:
+        assert isinstance(report, RunReport)
