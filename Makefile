@@ -1,12 +1,14 @@
 # Everything from a fresh machine with Python and make: `make demo`, `make test`.
 #
 # TORCH is the torch requirement, TORCH_PIP what pip is told for it. Without an NVIDIA driver the CPU build is asked for,
-# which is a tenth of the size of the CUDA build; with one, pip's default is. Another choice:
+# which is a tenth of the size of the CUDA build; with one, or where CPU_INDEX does not answer, pip's default is. Another
+# choice:
 #     make demo TORCH=torch==2.9.1 TORCH_PIP="--index-url https://download.pytorch.org/whl/cu128"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/index_answers.py $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX)))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
@@ -37,8 +39,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	sed '/^torch==/d' constraints.txt > $(PINNED)
-	@# -qq: where the CPU index can't be reached, pip tries it in vain before it takes TORCH from its default index.
-	$(PIP) -qq --retries 1 -c $(PINNED) $(TORCH_PIP) "$(TORCH)"
+	$(PIP) -c $(PINNED) $(TORCH_PIP) "$(TORCH)"
 	$(PIP) -c $(PINNED) -e ".[test]"
 	touch $@
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.start_errors import knock, refuse_job_server, start_problem
 from raymoe.runtime.stream import PIECES_AHEAD
 from raymoe.runtime.worker import ExpertWorker
 from raymoe.signals import heard_at_once
@@ -32,7 +32,6 @@ _START_GRACE_S = 5
 _START_TIMEOUT_S = 60
 _GROW_TIMEOUT_S = 1800  # machines with GPUs may be hours away, but then a job is better submitted again
 _SAY_EVERY_S = 30
-_REACH_TIMEOUT_S = 10
 _RESTARTS = 2
 _CPUS = 1.0  # an actor's
 _MOST_LAYERS_AT_ONCE = 4
@@ -78,23 +77,20 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         "log_to_driver": settings.verbosity > 0,
     }
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    refuse_job_server(address or "")
     if not address:
         # A laptop's own cluster: no dashboard to start and wait for.
         options |= {"address": "local", "include_dashboard": False}
     if settings.verbosity >= 0:
         say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
-        _knock(address or "")
+        knock(address or "")
         with heard_at_once():
             ray.init(**options)
     except SystemExit:  # how Ray's own handlers of SIGTERM end a process, without a word
         raise KeyboardInterrupt from None
     except Exception as error:  # of whatever class: Ray raises a bare Exception where its own node starts too slowly
-        where = f"Ray at {address}" if address else "Ray on this machine"
-        remedy = "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"
-        reason = getattr(error, "strerror", None) or first_line(error)
-        what = f"no cluster could be {'reached' if address else 'started'}: {reason}"
-        raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
+        raise ProblemReport([start_problem(error, address)]) from error
     try:
         yield
     except RayError as error:  # whatever no part of a merge can mend, a lost head among it
@@ -105,13 +101,6 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         raise MergeFailed(f"{what}. Run the same command again to go on from the shards that are finished.") from error
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at `host:port`: Ray itself would keep trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # not so: 'auto', 'local', for which Ray looks around
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
 def slots_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 __all__ = ["StoppedFollowing", "follow_job", "send_job"]
+
+# The job server's answer where it knows no node's agent that would start the job; it has waited for one itself.
+_NO_AGENT = "No available agent"
+_PAUSES_S = (2.0, 5.0, 10.0, 20.0)
 
 
 class StoppedFollowing(MergeFailed):
@@ -32,12 +37,39 @@ def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
         if install:
             runtime_env |= {"py_modules": [str(Path(raymoe.__file__).parent)], "excludes": ["__pycache__"]}
         try:
-            client.submit_job(
-                entrypoint=job.entrypoint, submission_id=name, runtime_env=runtime_env, metadata=job.metadata
-            )
+            _submit(client, name, entrypoint=job.entrypoint, runtime_env=runtime_env, metadata=job.metadata)
         except (RuntimeError, OSError) as error:
-            raise MergeFailed(f"the cluster did not take the job: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if _NO_AGENT in reason:
+                reason = (
+                    f"no node had a job agent in {len(_PAUSES_S) + 1} tries. The head has just started, is overloaded, "
+                    "or its agent has died (dashboard_agent.log on the head): submit again when `ray status` answers"
+                )
+            raise MergeFailed(f"the cluster did not take the job: {reason}") from error
     return name
+
+
+def _submit(client: JobSubmissionClient, name: str, **request: Any) -> None:
+    """Submit a job, again after a pause while no node has an agent for it, as in a cluster's first moments."""
+    for pause in (*_PAUSES_S, None):
+        try:
+            client.submit_job(submission_id=name, **request)
+            return
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or pause is None:
+                raise
+        say(f"the cluster has no agent for the job yet; next try in {pause:g} s")
+        time.sleep(pause)
+        if _is_known(client, name):  # it was taken all the same, and only the answer came too late
+            return
+
+
+def _is_known(client: JobSubmissionClient, name: str) -> bool:
+    try:
+        client.get_job_info(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def follow_job(client: JobSubmissionClient, name: str, job: Job) -> int:
