@@ -28,8 +28,10 @@ _SECRET_NAME = re.compile(
 )
 _LEAST_CHARACTERS, _LEAST_BY_NAME = 4, 8
 
-# `//user:password@` of any scheme; a password with '/' in it is told from a port by its letters.
-_USER_INFO = re.compile(r"(?<=//)(?:[^\s/@]+|[^\s/@:]+:(?!\d+(?:/|$))[^\s@'\"]+)@")
+# `//user:password@` of any scheme. A password may hold '/' and '@', so that it ends with the last '@' before a space;
+# it is told from a port by not being all digits. Rather too much of an address is left out than a part of a password
+# shown.
+_USER_INFO = re.compile(r"(?<=//)(?:[^\s/@:]*:(?!\d+(?:[/\s]|$))[^\s'\"]*|[^\s/@]+)@")
 _QUERY = re.compile(
     r"(?i)(\bX-Amz-[A-Za-z-]+|(?<=[?&;])(?:Signature|AWSAccessKeyId|GoogleAccessId|sig|[a-z_-]*token|password|secret|"
     r"api_?key))=[^\s&'\"]+"
@@ -130,10 +132,10 @@ def _secrets_of_url(text: str) -> Iterator[str]:
     found: list[str] = []
     authority = rest.partition("/")[0]
     _, colon, start = authority.partition(":")
-    if "@" in authority or (colon and not start.isdigit() and "@" in rest):
-        user_info = (authority if "@" in authority else rest).rpartition("@")[0]
-        password = user_info.partition(":")[2] if ":" in user_info else user_info
-        found.append(password)
+    # A password may hold '/' and '@': then it is not the authority alone that holds it.
+    holders = [authority, *([rest] if colon and not start.isdigit() else [])]
+    for user_info in (holder.rpartition("@")[0] for holder in holders if "@" in holder):
+        found.append(user_info.partition(":")[2] if ":" in user_info else user_info)
     query = rest.partition("?")[2].partition("#")[0]
     found += [value for pair in re.split("[&;]", query) if len(value := pair.partition("=")[2]) >= _LEAST_BY_NAME]
     for secret in found:

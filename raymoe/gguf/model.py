@@ -17,7 +17,7 @@ import yaml
 
 from raymoe import api
 from raymoe.architectures import DenseSpec
-from raymoe.config import config_warnings
+from raymoe.config import config_warnings, storage_note
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
 from raymoe.gguf.checks import Chunks, check_mixture
@@ -28,6 +28,7 @@ from raymoe.planning import MergePlan
 from raymoe.planning.types import Shard
 from raymoe.report.card import card_metadata
 from raymoe.report.source_cards import front_matter_of, source_cards
+from raymoe.report.terminal import say
 from raymoe.runtime.devices import device_of
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
@@ -106,6 +107,8 @@ def _is_of_a_checkpoint(path: Path) -> bool:
 @contextmanager
 def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
     checked = api.load_config(config, allow_all_same=options.allow_all_same)
+    if not options.quiet and (note := storage_note(checked.storage)):
+        say(f"note: {note}")
     plan = api.plan(checked, options.merge, hub=options.hub, allow_all_same=True)
     options = replace(options, storage=checked.storage)
     with SourceReader(options.hub, options.storage) as reader:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from raymoe.planning import MergeOptions
 from tests.cli.commands import raymoe, write_config
+from tests.objects.canned import Answer, canned
 
 Cli = Callable[..., Any]
 ONE = ("--actors", "1")
@@ -191,3 +192,60 @@ def test_a_record_that_says_nothing(merged: Path, cli: Cli) -> None:
     assert (
         "this record can't be read: KeyError: 'config'" in answer.err and "merge again with --overwrite" in answer.err
     )
+
+
+S3_RECORD: dict[str, Any] = {
+    "files": {},
+    "sources": [
+        {"owner": "base", "model": "s3://bucket/base", "revision": None, "adapter": None},
+        {"owner": "expert 0", "model": "s3://bucket/e", "revision": None, "adapter": None},
+    ],
+    "prompt_files": [],
+    "options": {},
+    "config": {
+        "base_model": "s3://bucket/base",
+        "gate_mode": "random",
+        "experts_per_token": 1,
+        "experts": [{"source_model": "s3://bucket/e"}],
+    },
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "eval"])
+@pytest.mark.parametrize("how", ["nothing", "trusted", "endpoint", "profile"])
+def test_a_record_does_not_say_where_credentials_go(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, how: str
+) -> None:
+    """The endpoint of somebody else's record is asked for nothing before the user has said so."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    keys = {"AWS_ACCESS_KEY_ID": "AKIAVICTIM", "AWS_SECRET_ACCESS_KEY": "secret/secret", "AWS_REGION": "us-east-1"}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    no_such = [Answer(404, code="NoSuchBucket")] * 20
+    with canned(*no_such) as theirs, canned(*no_such) as ours:
+        storage = {"profile": "work"} if how == "profile" else {"endpoint": theirs.url, "deadline_s": 3}
+        record = {**S3_RECORD, "config": {**S3_RECORD["config"], "storage": storage}}
+        (tmp_path / "raymoe.json").write_text(json.dumps(record))
+        (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+        (tmp_path / "texts.jsonl").write_text('{"text": "a b c", "label": "0"}\n')
+        if how in ("endpoint", "profile"):
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", ours.url)
+        if how == "profile":
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        texts = ("--data", tmp_path / "texts.jsonl") if command == "eval" else ()
+        refused = cli(command, tmp_path, *texts, *(["--trust-record"] if how == "trusted" else []))
+        asked = bool(theirs.requests), bool(ours.requests)
+    assert refused.code == 2, refused.err
+    consent = "requests signed with your credentials would be sent there" in refused.err
+    if how == "nothing":
+        assert consent and f"s3://bucket/base, s3://bucket/e is reached at {theirs.url}" in refused.err
+        assert "set AWS_ENDPOINT_URL_S3 to what you mean, or give --trust-record" in refused.err
+    elif how == "profile":
+        assert consent and "with the profile 'work' of this user" in refused.err and "set AWS_PROFILE" in refused.err
+    else:
+        assert not consent
+    if how in ("nothing", "profile"):
+        assert asked == (False, False)
+    elif command == "verify":
+        assert asked == (how == "trusted", how == "endpoint")

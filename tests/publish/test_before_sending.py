@@ -125,3 +125,22 @@ def test_how_a_store_was_reached_is_not_published(hub: WritableHub, copied: Path
     published = json.loads(hub.files("org/name")["raymoe.json"])
     assert published["config"] == content["config"] | {"storage": {"checksum": "sha256"}}
     assert raymoe.push(copied, "org/name").sent == ()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00006.safetensors", "README.md", "raymoe.json"])
+def test_links_out_of_the_folder(hub: WritableHub, copied: Path, cli: Cli, tmp_path: Path, name: str) -> None:
+    """A folder that somebody sent must not name files of this machine for publication."""
+    shutil.move(copied / name, tmp_path / "elsewhere")
+    (copied / name).symlink_to("../elsewhere")
+    refused = cli("push", copied, "org/name")
+    assert refused.code == 2 and f"{name} is a link to a file outside of the folder" in refused.err
+    assert hub.written == {}
+
+
+def test_links_within_the_folder_and_to_it(hub: WritableHub, copied: Path, cli: Cli, tmp_path: Path) -> None:
+    (copied / "blobs").mkdir()
+    shutil.move(copied / "tokenizer.json", copied / "blobs/1")
+    (copied / "tokenizer.json").symlink_to("blobs/1")
+    (tmp_path / "link").symlink_to(copied)
+    assert cli("push", tmp_path / "link", "org/name").code == 0
+    assert "tokenizer.json" in hub.files("org/name")

@@ -228,3 +228,37 @@ def test_what_the_card_says_of_llama_cpp_is_what_raymoe_converts() -> None:
     from raymoe.report.card import _IN_LLAMA_CPP
 
     assert {host.architecture for host in HOSTS.values() if host.model_type in MIXTURES} == _IN_LLAMA_CPP
+
+
+_HOSTILE = "x\n\n# Heading\n\n<script>alert(1)</script> [click](https://evil.example) |\n\n```\nfence \u202e\x1b[31m"
+
+
+def test_text_of_others_is_no_markdown(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Licences, names of folders, prompts and the config of a card: all of it in code spans or in a fenced block."""
+    title = json.dumps(_HOSTILE)
+    said = f'---\nlicense: other\nlicense_name: {title}\nlicense_link: "https://evil.example/`)\\n- item"\n---\n'
+    hostile = "e`<img src=x onerror=alert(1)>`|\\| [a](https://evil.example)"
+    folders = [models("base"), models("e1", said), models(hostile)]
+    config = merge_config(folders[0], folders[1:], mode="cheap_embed")
+    config["experts"][0]["positive_prompts"] = [_HOSTILE, "a \\|", "`"]
+    card = str(card_of(config, HubOptions()))
+    body, _, made = card.partition("---\n\n#")[2].partition("## How it was made")
+    # What Markdown does not touch: code spans, whose fences are as long as no run of backticks in them.
+    left = re.sub(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)", "", re.sub(r"```python.*?```", "", body, flags=re.DOTALL))
+    for part in ("Heading", "<script>", "<img", "](", "evil", "\x1b", "\u202e"):
+        assert part not in left
+    assert "\u202e" not in card and "\x1b" not in card
+    assert "evil.example/`" not in card
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    # A cell ends at a '|' that no odd number of backslashes is before.
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {len(re.findall(r"\|", rows[0]))}
+    fence, _, rest = made.partition("yaml\n")
+    shown = yaml.safe_load(rest.partition(fence.strip().splitlines()[-1])[0])
+    assert shown["experts"][0]["positive_prompts"] == config["experts"][0]["positive_prompts"]
+
+
+def test_licences_that_are_only_names(models: Callable[..., Path]) -> None:
+    said = "---\nlicense: other\nlicense_name: my-licence\nlicense_link: https://example.org/l?v=1#top\n---\n"
+    folders = [models(name, said) for name in ("base", "a", "bc")]
+    card = card_of(local(*folders), HubOptions())
+    assert card.data.license_name == "my-licence" and card.data.license_link == "https://example.org/l?v=1#top"

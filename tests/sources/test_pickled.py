@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -221,3 +222,67 @@ def test_damage_never_raises_anything_else(tmp_path: Path) -> None:
         parsed += 1
         assert all(0 <= entry.start <= entry.end <= len(data) for entry in entries.values())
     assert parsed < 600
+
+
+def doubled(levels: int, first: bytes, between: bytes = b"") -> bytes:
+    """Operations that leave a tuple of two equal ones on the stack, as many levels deep."""
+    noted = first + b"q\x00"
+    for level in range(levels):
+        noted += b"0h" + bytes([level]) + b"h" + bytes([level]) + b"\x86" + between + b"q" + bytes([level + 1])
+    return noted
+
+
+@pytest.mark.parametrize("between", [b"", b"(u", b"Nb"], ids=["plain", "hidden by SETITEMS", "hidden by BUILD"])
+@pytest.mark.parametrize("end", [b"K\x01u.", b"Qu."], ids=["a key", "a storage"])
+def test_tuples_that_double(tmp_path: Path, end: bytes, between: bytes) -> None:
+    """To hash one of 60 levels, or to print it, takes 2 ** 60 steps."""
+    first = b"X\x01\x00\x00\x00w" if end == b"Qu." else b""
+    leaf = b"]" if end == b"Qu." else b"X\x01\x00\x00\x00b"
+    pickled = b"\x80\x02}(" + first + doubled(60, leaf, between) + end
+    assert "tuples that hold each other many times" in refusal(archive(tmp_path / "m.bin", pickled))
+
+
+def test_a_few_shared_tuples_do_no_harm(tmp_path: Path) -> None:
+    pickled = b"\x80\x02}(" + doubled(7, b"X\x01\x00\x00\x00b") + b"K\x01u."
+    said = refusal(archive(tmp_path / "m.bin", pickled))
+    assert "is not the name of a tensor" in said
+    assert len(said) < 1000
+
+
+def test_records_that_are_larger_than_they_look(tmp_path: Path) -> None:
+    path = archive(tmp_path / "m.bin", pickle.dumps({}, 2), compress=True, byteorder=b"\0" * (64 << 20))
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        assert "big-endian" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_records_of_one_name(tmp_path: Path) -> None:
+    """Readers differ in which of the two they take."""
+    path = save(tmp_path / "m.bin", {"w": torch.ones(2)})
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr(next(name for name in file.namelist() if name.endswith("/data/0")), b"\0" * 8)
+    assert "holds a record twice" in refusal(path)
+
+
+@pytest.mark.parametrize("operation", [b"2", b"(\x91", b"\x8f"], ids=["DUP", "FROZENSET", "EMPTY_SET"])
+def test_operations_that_no_state_dict_has(tmp_path: Path, operation: bytes) -> None:
+    assert "the pickle asks for the operation" in refusal(archive(tmp_path / "m.bin", b"\x80\x04}" + operation + b"."))
+
+
+def test_too_many_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymoe.sources.pickled._MAX_OPERATIONS", 1000)
+    assert "more than 1,000 operations" in refusal(archive(tmp_path / "m.bin", b"\x80\x02" + b"]0" * 1000 + b"}."))
+
+
+def test_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m.bin", state_dict())
+    with zipfile.ZipFile(path) as file:
+        size = sum(46 + len(info.filename) + len(info.extra) for info in file.infolist())
+    monkeypatch.setattr("raymoe.sources.pickled._MAX_DIRECTORY_BYTES", size)
+    parse(path)
+    monkeypatch.setattr("raymoe.sources.pickled._MAX_DIRECTORY_BYTES", size - 1)
+    assert "names too many records" in refusal(path)

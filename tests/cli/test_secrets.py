@@ -1,0 +1,242 @@
+"""A password goes in by every option and variable that can hold one, and comes out nowhere.
+
+Not in what commands say, not in the files that they write, not in Ray's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.outgoing import remember_secrets, scrub
+from tests.cli.commands import files_below, raymoe, write_config
+
+Cli = Callable[..., Any]
+CANARY = "C4N4RYxPASSWORD"
+# As a URL has to write it where it holds '@' and '/'.
+QUOTED, UNQUOTED = "C4N4RY%40x%2FPASSWORD", "C4N4RY@x/PASSWORD"
+TOLD = ("C4N4RY", "PASSWORD")
+NOBODY = f"http://user:{CANARY}@127.0.0.1:1"
+
+VARIABLES = {
+    "AWS_ACCESS_KEY_ID": f"AK{CANARY}",
+    "AWS_SECRET_ACCESS_KEY": f"a+{CANARY}/x@y//z",
+    "AWS_SESSION_TOKEN": f"{CANARY}//==",
+    "AWS_REGION": "us-east-1",
+    "AWS_ENDPOINT_URL": f"http://user:{QUOTED}@127.0.0.1:1",
+    "HF_TOKEN": f"hf_{CANARY}",
+    "HF_ENDPOINT": f"http://user:{CANARY}@127.0.0.1:1",
+    "RAY_AUTH_TOKEN": f"{CANARY}-of-ray-and-as-long-as-it-has-to-be",
+    "RAY_REDIS_PASSWORD": CANARY,
+    "http_proxy": f"http://user:{CANARY}@127.0.0.1:1",
+    "https_proxy": f"http://user:{CANARY}@127.0.0.1:1",
+}
+ADDRESSES = {
+    "RAY_ADDRESS": NOBODY,
+    "RAY_API_SERVER_ADDRESS": f"http://user:{QUOTED}@127.0.0.1:1",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """All variables at once; commands run in the folder that is returned."""
+    from huggingface_hub import constants
+
+    for name, value in {**VARIABLES, **ADDRESSES, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(constants, "ENDPOINT", VARIABLES["HF_ENDPOINT"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(text: str) -> list[str]:
+    return [line for line in text.splitlines() if any(part in line for part in TOLD)]
+
+
+def written(folder: Path, without: tuple[str, ...] = ()) -> list[str]:
+    """Files with a part of the canary in them."""
+    return [
+        str(path)
+        for path in files_below(folder)
+        if path.name not in without and any(part.encode() in path.read_bytes() for part in TOLD)
+    ]
+
+
+MODEL_URLS = [
+    f"https://user:{CANARY}@127.0.0.1:1/x",
+    f"https://user:{UNQUOTED}@127.0.0.1:1/x",
+    f"s3://KEY:{CANARY}@bucket/x",
+    f"s3:/KEY:{CANARY}@bucket/x",
+    f"https://127.0.0.1:1/x?X-Amz-Signature={CANARY}",
+]
+COMMANDS: list[tuple[Any, ...]] = [
+    ("plan", "CONFIG", "s3://bucket/out"),
+    ("plan", "CONFIG", "--json"),
+    ("plan", "CONFIG", f"s3://KEY:{CANARY}@bucket/out"),
+    ("plan", "CONFIG", f"https://127.0.0.1:1/x?token={CANARY}"),
+    ("merge", "CONFIG", "out"),
+    ("merge", "CONFIG", "out", "--address", f"ray://user:{CANARY}@127.0.0.1:1", "--result", "r.json"),
+    ("merge", "CONFIG", "out", "--address", f"user:{UNQUOTED}@127.0.0.1:1", "--result", "r.json"),
+    ("merge", "CONFIG", "out", "--result", f"https://u:{CANARY}@127.0.0.1:1/r.json"),
+    ("merge", "CONFIG", f"s3://KEY:{CANARY}@bucket/out", "--result", "r.json"),
+    ("merge", "CONFIG", "s3://bucket/out", "--result", "r.json"),
+    ("merge", "CONFIG", "out", "--push-to-hub", "org/name", "--result", "r.json"),
+    ("submit", "CONFIG", "/out"),
+    ("submit", "CONFIG", "/out", "--address", f"http://user:{CANARY}@127.0.0.1:1", "--token", f"{CANARY}abc"),
+    ("submit", "CONFIG", "/out", "--address", f"http://user:{UNQUOTED}@127.0.0.1:1", f"--token={CANARY}abc"),
+    ("submit", "CONFIG", f"s3://KEY:{CANARY}@bucket/out"),
+    ("submit", "CONFIG", "/out", "--result", f"s3://KEY:{CANARY}@bucket/out"),
+    ("verify", f"s3://KEY:{CANARY}@bucket/out"),
+    ("verify", "s3://bucket/out"),
+    ("inspect", f"https://user:{CANARY}@127.0.0.1:1/x"),
+    ("inspect", "s3://bucket/out"),
+    ("eval", f"s3://KEY:{CANARY}@bucket/out", "--data", "texts.jsonl", "--json", "e.json"),
+    ("gguf", f"s3://KEY:{CANARY}@bucket/out", "m.gguf"),
+    ("gguf", "s3://bucket/out", "m.gguf"),
+    ("push", f"s3://KEY:{CANARY}@bucket/out", "org/name"),
+    ("push", "s3://bucket/out", "org/name"),
+]
+
+
+@pytest.fixture
+def small(zoo: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    from tests.pico import merge_config
+
+    def content(**keys: Any) -> dict[str, Any]:
+        return merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="random") | keys
+
+    return content
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers here: one try is enough."""
+    monkeypatch.setattr("raymoe.objects.retry._TRIES_AT_FIRST_CONTACT", 1)
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments).replace(CANARY, "..."))
+def test_options(
+    cli: Cli, environment: Path, impatient: None, small: Callable[..., Any], arguments: tuple[str, ...]
+) -> None:
+    """Each is refused, or fails for want of a server; planning alone needs nobody."""
+    config = write_config(environment / "config.yaml", small(storage={"deadline_s": 2}))
+    answer = cli(*(config if each == "CONFIG" else each for each in arguments))
+    assert answer.code != 0 or arguments[0] == "plan"
+    assert told(answer.out) == told(answer.err) == written(environment) == []
+
+
+CONFIGS: list[dict[str, Any]] = [
+    *({"base_model": url} for url in MODEL_URLS),
+    *({"base_model": {"model": {"path": url}}} for url in MODEL_URLS[:1]),
+    {"storage": {"endpoint": f"https://user:{CANARY}@host"}},
+    {"storage": {"endpoint": f"https://host/?key={CANARY}"}},
+    {"storage": {"secret_key": CANARY}},
+    {"base_model": "org/name"},
+    {"base_model": "s3://bucket/model"},
+    {"gate_mode": "cheap_embed", "prompts": f"https://user:{CANARY}@127.0.0.1:1/p.jsonl"},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=lambda changes: str(changes).replace(CANARY, "..."))
+@pytest.mark.parametrize("command", ["plan", "merge", "submit", "gguf"])
+def test_configs(
+    cli: Cli,
+    environment: Path,
+    impatient: None,
+    small: Callable[..., Any],
+    command: str,
+    changes: dict[str, Any],
+) -> None:
+    content = small(**{"storage": {"deadline_s": 2}, **changes})
+    if file := content.pop("prompts", None):
+        content["experts"][0]["positive_prompts"] = {"file": file}
+        content["experts"][1]["positive_prompts"] = ["x"]
+    path = environment / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    rest = {"merge": ("out", "--result", "r.json"), "submit": ("/out",), "gguf": ("m.gguf",)}.get(command, ())
+    answer = cli(command, path, *rest)
+    assert answer.code != 0
+    assert told(answer.out) == told(answer.err) == written(environment, without=("config.yaml",)) == []
+
+
+def test_a_merge_and_rays_records_of_it(small: Callable[..., Any], tmp_path: Path) -> None:
+    """A command of its own, whose Ray starts with all variables set, that merges and reads prompts."""
+    content = small(gate_mode="cheap_embed")
+    for number, expert in enumerate(content["experts"]):
+        expert["positive_prompts"] = [f"prompt {number}"]
+    config = write_config(tmp_path / "config.yaml", content)
+    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the path of a socket has to be short
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {**VARIABLES, "RAY_TMPDIR": str(session), "no_proxy": "*"}
+    try:
+        done = raymoe("merge", config, tmp_path / "out", "-v", "--actors", "1", env=env)
+        assert done.returncode == 0, done.stderr
+        assert told(done.stdout) == told(done.stderr) == []
+        assert {"raymoe.json", "README.md", "result.json"} <= {path.name for path in files_below(tmp_path / "out")}
+        assert any("logs" in str(path) for path in files_below(session))
+        assert written(tmp_path) == written(session) == []
+    finally:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "scrubbed"),
+    [
+        (f"at {NOBODY}/x", "at http://127.0.0.1:1/x"),
+        (f"redis://:{CANARY}@h:1", "redis://h:1"),
+        (f"http://user:{UNQUOTED}@h/x", "http://h/x"),
+        (f"https://h/x?a=b&sig={CANARY}&c=d", "https://h/x?a=b&sig=<removed>&c=d"),
+        (f"GET /x?access_token={CANARY}", "GET /x?access_token=<removed>"),
+        (f"Authorization: Bearer {CANARY}", "Authorization: <removed>"),
+        (f"{{'authorization': 'Basic {CANARY}=='}}", "{'authorization': '<removed>'}"),
+        (f"token hf_{CANARY}abcdef", "token <removed>"),
+        (
+            "s3://bucket/a@b, org/name@revision, http://host:80/a@b",
+            "s3://bucket/a@b, org/name@revision, http://host:80/a@b",
+        ),
+        ("set pad_token=<pad> and secret=1", "set pad_token=<pad> and secret=1"),
+    ],
+)
+def test_forms(text: str, scrubbed: str) -> None:
+    assert scrub(text) == scrubbed
+    assert scrub(scrub(text)) == scrubbed
+
+
+def test_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables: Mapping[str, str] = {
+        "MY_SERVICE_API_KEY": CANARY,
+        "TOKENIZERS_PARALLELISM": "false",
+        "SHORT_TOKEN": "1234",
+        "SOME_URL": f"https://user:{QUOTED}@h/x?key=LONG{CANARY}",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = scrub(f"{CANARY} false 1234 {QUOTED} {UNQUOTED} LONG{CANARY}")
+    assert said == "<MY_SERVICE_API_KEY> false 1234 <SOME_URL> <SOME_URL> <SOME_URL>"
+
+
+def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymoe.outgoing._remembered", set())
+    remember_secrets(["submit", "s3://bucket/a@b", "--address", f"http://u:{UNQUOTED}@h:1", "--token", "tokenXYZ"])
+    assert scrub(f"a {UNQUOTED} b tokenXYZ bucket/a") == "a <removed> b <removed> bucket/a"
+
+
+def test_errors_hold_none() -> None:
+    """Also those that Python code catches, and that Ray stores when an actor raises them."""
+    import pickle
+
+    problem = Problem(where=NOBODY, what=f"at {NOBODY}", remedy=f"ask {NOBODY}")
+    for error in (ProblemReport([problem]), MergeFailed(f"at {NOBODY}")):
+        assert told(str(error)) == told(repr(error)) == []
+        assert not any(part.encode() in pickle.dumps(error) for part in TOLD)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)

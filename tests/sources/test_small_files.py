@@ -1,0 +1,128 @@
+"""Small files from outside: what is too large, too deep or more than it looks like is refused, at once and in words."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import raymoe
+from raymoe.errors import ProblemReport
+from raymoe.report.source_cards import read_front_matter
+from raymoe.sources.folder import read_json_object
+from raymoe.sources.local import LocalFolder
+from raymoe.storage.checkpoint import read_object
+from raymoe.storage.local import remove_checkpoint
+from raymoe.untrusted import MAX_VALUES, read_json, read_yaml
+from tests.pico import copy_model, merge_config
+
+DEEP = "[" * 100_000
+
+
+def nested(levels: int) -> str:
+    return '{"a":[' * (levels // 2) + "]}" * (levels // 2)
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, nested(66), f'{{"a": {nested(900)}}}'])
+def test_json_that_is_nested_too_deep(text: str) -> None:
+    with pytest.raises(ValueError, match=r"nested more than 64 deep"):
+        read_json(text.encode())
+
+
+def test_json_as_models_have_it() -> None:
+    content = {"a": [1, 2.5, None, {"b": "ü,[{"}], "n": float("inf")}
+    assert read_json(b"\xef\xbb\xbf" + json.dumps(content).encode()) == content
+    assert read_json(nested(64)) is not None
+
+
+@pytest.mark.parametrize("text", ["[" + "1," * MAX_VALUES + "1]", "9" * 5000, b"\xff", "{", ""])
+def test_json_that_is_none_or_too_much(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        read_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x]\nb: *a", "alias"),
+        ("a: {<<: {b: c}}", "merges mappings"),
+        (f"a: {DEEP}", "nested more than 64 deep"),
+        ("- " * 50_000 + "a", "nested more than 64 deep"),
+        ("? [a]\n: b", "a key is a list"),
+        ("a: b: c", "mapping values are not allowed"),
+        ("- a\n" * 300_000, r"too many for such a file|more than 300,000 values"),
+    ],
+)
+def test_yaml_that_stands_for_more_than_it_says(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_yaml(text)
+
+
+def test_yaml_as_cards_have_it() -> None:
+    text = "license: mit\nlanguage: [en, no]\nempty:\nnothing: null\nquoted: 'null'\nn: 1:1:1\nt: !x y\nl:\n- {a: b}\n"
+    assert read_yaml(text) == {
+        "license": "mit",
+        "language": ["en", "no"],
+        "empty": None,
+        "nothing": None,
+        "quoted": "null",
+        "n": "1:1:1",
+        "t": "y",
+        "l": [{"a": "b"}],
+    }
+    assert read_yaml("") is None
+    assert read_yaml("--- a\n--- b") == "a"
+
+
+def test_both_of_yamls_parsers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a: [1, {b: ~}]\nc: |\n  text\n  more\nd: ''\ne: &x z\n"
+    found = read_yaml(text)
+    monkeypatch.delattr(yaml, "CBaseLoader", raising=False)
+    assert read_yaml(text) == found == {"a": ["1", {"b": None}], "c": "text\nmore\n", "d": "", "e": "z"}
+    with pytest.raises(ValueError, match="merges mappings"):
+        read_yaml("<<: {a: b}")
+
+
+def test_a_card_whose_merges_double_with_each_line() -> None:
+    """PyYAML expands them: 2 ** 60 here."""
+    lines = "".join(f"l{n}: &l{n} {{<<: [*l{n - 1}, *l{n - 1}]}}\n" for n in range(1, 61))
+    began = time.process_time()
+    assert read_front_matter(f"---\nlicense: mit\nl0: &l0 {{x: 1}}\n{lines}---\nhello\n") == {}
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_deep_files_of_a_checkpoint(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(DEEP)
+    for read in (read_json_object, lambda folder, name: read_object(folder, name, "", "")):
+        with pytest.raises(ProblemReport, match=rf"{name}: .*nested more than 64 deep"):
+            read(LocalFolder(str(tmp_path)), name)
+
+
+def test_a_deep_record_does_not_keep_an_output_from_being_replaced(tmp_path: Path) -> None:
+    (tmp_path / "raymoe.json").write_text(DEEP)
+    (tmp_path / ".raymoe").mkdir()
+    remove_checkpoint(tmp_path)
+    assert not (tmp_path / "raymoe.json").exists()
+
+
+def test_a_deep_tokenizer_config(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Only whoever loads the tokenizer can say that it has no template."""
+    base = copy_model(zoo("llama"), tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (base / "tokenizer_config.json").write_text(DEEP)
+    config: dict[str, Any] = merge_config(base, [zoo("llama", seed=1), base], mode="cheap_embed", chat_template=True)
+    assert raymoe.plan(config).host == "mixtral"
+
+
+def test_a_deep_header(tmp_path: Path, zoo: Callable[..., Path]) -> None:
+    base = copy_model(zoo("llama"), tmp_path / "base")
+    header = f'{{"w": {nested(900)}}}'.encode()
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ProblemReport, match=r"header is not valid JSON: .*nested more than 64 deep"):
+        raymoe.plan(merge_config(base, [base, zoo("llama", seed=1)], mode="random"))
