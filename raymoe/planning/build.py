@@ -18,6 +18,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
 from raymoe.planning.digest import plan_digest
+from raymoe.planning.prompt_counts import prompt_warnings
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.tensors import (
     Member,
@@ -186,6 +187,7 @@ def _assemble(
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]
+    warnings += prompt_warnings(gates)
     side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
     return MergePlan(
         host=host.name,
