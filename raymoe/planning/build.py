@@ -22,10 +22,12 @@ from raymoe.planning.prompt_counts import prompt_warnings
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.tensors import (
     Member,
+    adapter_problems,
     adapter_warnings,
     base_tensors,
     computed_tensors,
     expert_tensors,
+    unused_changes,
     weight_refs,
 )
 from raymoe.planning.totals import totals_of
@@ -79,11 +81,13 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     selection = select_host(base, moe, forced=config.architecture, where="architecture")
     problems += selection.problems
     problems += check_tensors(base_facts, base, "base_model", ffn_only=False)
+    problems += adapter_problems(base_facts, base, "base_model", ffn_only=False)
     for member in members:
         where = f"{_key(member)} ({member.facts.label})"
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
         whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].reads_layers
         problems += check_tensors(member.facts, member.spec, _key(member), ffn_only=not whole)
+        problems += adapter_problems(member.facts, member.spec, _key(member), ffn_only=not whole)
     problems = list(dict.fromkeys(problems))
     if problems or selection.host is None:
         raise ProblemReport(problems)
@@ -196,7 +200,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source("base", base_facts), *(_source(m.owner, m.facts) for m in members)),
+        sources=(_source("base", base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
         totals=totals_of(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -277,7 +281,14 @@ def _gate_plan(
     )
 
 
-def _source(owner: str, facts: ModelFacts) -> Source:
+def _source(owner: str, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
-    return Source(owner=owner, label=facts.label, revision=facts.revision, adapter=adapter, files=files)
+    return Source(
+        owner=owner,
+        label=facts.label,
+        revision=facts.revision,
+        adapter=adapter,
+        files=files,
+        unused=tuple(unused_changes(facts, expert)) if expert is not None else (),
+    )

@@ -227,13 +227,15 @@ class GatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model that takes part, for records and displays."""
+    """A model that takes part, for records and displays. `unused` are the modules that its adapter changes and whose
+    changes are not in the merge."""
 
     owner: str
     label: str
     revision: str | None
     adapter: str | None
     files: tuple[SourceFile, ...]
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
