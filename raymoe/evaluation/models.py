@@ -19,7 +19,7 @@ from raymoe.architectures.rope import rotary_share
 from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
-from raymoe.planning.tensors import head_rows, rows_of, weight_refs
+from raymoe.planning.tensors import adapter_problems, head_rows, rows_of, weight_refs
 from raymoe.planning.types import HeadRows, WeightRef
 from raymoe.sources.types import ModelFacts, TensorEntry
 
@@ -87,6 +87,7 @@ def dense_model(facts: ModelFacts, where: str) -> EvaluatedModel:
     spec, problems = spec_of(facts, where)
     if spec is not None:
         problems += check_tensors(facts, spec, where, ffn_only=False)
+        problems += adapter_problems(facts, spec, where, ffn_only=False)
     if problems or spec is None:
         raise ProblemReport(problems)
     return EvaluatedModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from raymoe.text import number_ranges
 
-__all__ = ["conditioning_warning", "gate_rows", "normalised", "random_rows", "shared_gate_row"]
+__all__ = [
+    "conditioning_warning",
+    "gate_rows",
+    "normalised",
+    "random_rows",
+    "shared_gate_row",
+    "zero_row_warnings",
+]
 
 Float32 = npt.NDArray[np.float32]
 
-# Above this condition number the rows of a layer are nearly parallel: all experts get nearly the same score.
-MAX_CONDITION = 5.0
+# Two rows of a larger cosine are nearly parallel: both experts get nearly the same score for every token.
+MAX_COSINE = 0.92
 
 
 def normalised(vectors: npt.ArrayLike) -> Float32:
@@ -66,21 +73,48 @@ def not_finite(owner: str, layer: int) -> str:
     )
 
 
-def conditioning_warning(rows: Sequence[Float32]) -> str | None:
-    """A warning with numbers if some layers' rows are nearly parallel. `rows`: one (layers, hidden) array an expert."""
+def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str | None:
+    """A warning with numbers if the rows of two experts point nearly the same way in some layers.
+
+    Args:
+        rows: One (layers, hidden) array per expert.
+        names: What the warning calls the experts, in the order of `rows`.
+
+    Only cosines near +1 count: rows of opposite directions tell experts apart best, and rows that add up to zero, or
+    more rows than dimensions, are no fault.
+    """
     if len(rows) < 2:
         return None
-    stacked = np.stack(rows, axis=1)  # (layers, experts, hidden)
-    conditions = np.linalg.cond(stacked.astype(np.float64))
-    bad = [layer for layer, value in enumerate(conditions) if not value <= MAX_CONDITION]
+    closest = [_closest_pair(np.stack([row[layer] for row in rows])) for layer in range(len(rows[0]))]
+    bad = [layer for layer, (cosine, _, _) in enumerate(closest) if not cosine <= MAX_COSINE]
     if not bad:
         return None
-    worst = max(bad, key=lambda layer: conditions[layer])
-    units = normalised(stacked[worst])
-    cosines = (units @ units.T)[np.triu_indices(len(rows), 1)]
+    worst = max(bad, key=lambda layer: closest[layer][0])
+    cosine, first, second = closest[worst]
     return (
-        f"the router rows of {len(bad)} of {len(conditions)} layers are nearly parallel (condition number above "
-        f"{MAX_CONDITION:g}): layers {number_ranges(bad)}. Worst is layer {worst}: condition number "
-        f"{conditions[worst]:.1f}, cosine between two experts' rows {cosines.min():.3f} to {cosines.max():.3f}. Some "
-        "experts will get few tokens; use prompts that differ more, add negative_prompts, or gate_mode: ridge"
+        f"the router rows of two experts are nearly parallel (cosine above {MAX_COSINE:g}) in {len(bad)} of "
+        f"{len(closest)} layers: layers {number_ranges(bad)}. Worst is layer {worst}: cosine {cosine:.3f} between "
+        f"{names[first]} and {names[second]}. Such experts get nearly equal scores for every token; use prompts that "
+        "differ more, add negative_prompts, or gate_mode: ridge"
     )
+
+
+def _closest_pair(rows_EH: Float32) -> tuple[float, int, int]:
+    """The largest cosine between two experts' rows of one layer, and whose rows those are."""
+    units = normalised(rows_EH).astype(np.float64)
+    first, second = np.triu_indices(len(units), 1)
+    cosines = (units @ units.T)[first, second]
+    largest = int(cosines.argmax())
+    return float(cosines[largest]), int(first[largest]), int(second[largest])
+
+
+def zero_row_warnings(rows: Sequence[Float32], names: Sequence[str]) -> Iterator[str]:
+    """A warning for each expert whose rows are zero: its prompts and its negative prompts leave the same states."""
+    for row, name in zip(rows, names, strict=True):
+        zero = np.flatnonzero(~row.any(axis=1)).tolist()
+        if zero:
+            yield (
+                f"the router row of {name} is zero in {len(zero)} of {len(row)} layers ({number_ranges(zero)}), so "
+                "that it has the same score for every token: its positive_prompts and negative_prompts leave the same "
+                "states; use prompts that differ"
+            )

@@ -19,13 +19,16 @@ from raymoe.planning.checks import check_plan
 from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.numbers import odd_numbers
+from raymoe.planning.prompt_counts import prompt_warnings
 from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.tensors import (
     Member,
+    adapter_problems,
     adapter_warnings,
     base_tensors,
     computed_tensors,
     expert_tensors,
+    unused_changes,
     weight_refs,
 )
 from raymoe.planning.totals import totals_of
@@ -80,6 +83,7 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     selection = select_host(base, moe, forced=config.architecture, where="architecture")
     problems += selection.problems
     problems += check_tensors(base_facts, base, "base_model", ffn_only=False)
+    problems += adapter_problems(base_facts, base, "base_model", ffn_only=False)
     for member in members:
         where = f"{_key(member)} ({member.facts.label})"
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
@@ -88,6 +92,7 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     if options.strict:
         for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
+        problems += adapter_problems(member.facts, member.spec, _key(member), ffn_only=not whole)
     problems = list(dict.fromkeys(problems))
     if problems or selection.host is None:
         raise ProblemReport(problems)
@@ -193,6 +198,7 @@ def _assemble(
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]
+    warnings += prompt_warnings(gates)
     side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
     return MergePlan(
         host=host.name,
@@ -201,7 +207,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source("base", base_facts), *(_source(m.owner, m.facts) for m in members)),
+        sources=(_source("base", base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
         totals=totals_of(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -282,7 +288,7 @@ def _gate_plan(
     )
 
 
-def _source(owner: str, facts: ModelFacts) -> Source:
+def _source(owner: str, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(
@@ -292,4 +298,5 @@ def _source(owner: str, facts: ModelFacts) -> Source:
         adapter=adapter,
         files=files,
         folders=facts.folders,
+        unused=tuple(unused_changes(facts, expert)) if expert is not None else (),
     )

@@ -116,7 +116,10 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
     ]
     if wrong:
         what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {some(wrong, separator='; ')}"
-        problems.append(Problem(where=label, what=what, remedy="weights and config.json must be of the same model"))
+        remedy = "weights and config.json must be of the same model"
+        if all(0 in tensors[name].shape for name in needed if name in tensors and tensors[name].shape != needed[name]):
+            remedy = "DeepSpeed's ZeRO-3 leaves empty tensors: save the model again with gathered weights"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
     dtypes = sorted({tensors[n].dtype for n in needed if n in tensors and tensors[n].dtype not in FLOAT_DTYPES})
     if dtypes:
         remedy = "use an unquantised checkpoint (bfloat16, float16 or float32)"

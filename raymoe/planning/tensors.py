@@ -9,6 +9,7 @@ from itertools import groupby
 
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
+from raymoe.errors import Problem
 from raymoe.planning.shards import OutputTensor, Piece
 from raymoe.planning.types import (
     FUSED,
@@ -23,17 +24,21 @@ from raymoe.planning.types import (
     Transform,
     WeightRef,
 )
+from raymoe.sources.adapters import MERGE_WITH_PEFT
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
+from raymoe.text import some
 
 __all__ = [
     "Member",
+    "adapter_problems",
     "adapter_warnings",
     "base_tensors",
     "computed_tensors",
     "expert_tensors",
     "head_rows",
     "rows_of",
+    "unused_changes",
     "weight_refs",
 ]
 
@@ -251,15 +256,53 @@ def _computed(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -
     return OutputTensor(name=name, dtype=dtype, shape=shape, owner="router", what=what)
 
 
-def adapter_warnings(member: Member, where: str) -> list[str]:
-    """What an adapter leaves of itself in a merge, where that is nothing."""
-    adapter = member.facts.adapter
-    if adapter is None or any(row.is_ffn and name in adapter.pairs for row, _, name in member.spec.tensors()):
+def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
+    """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it."""
+    if facts.adapter is None:
         return []
+    label, problems = f"{where} ({facts.label})", []
+    for module, what in facts.adapter.left_out.items():
+        if _is_of_ffn(f"{module}.weight", spec):
+            what = f"its adapter has {what} for {module}, a part of the FFN; this is not supported"
+            problems.append(Problem(where=label, what=what, remedy=MERGE_WITH_PEFT))
+        elif not ffn_only:
+            what = f"its adapter has {what} for {module}; this is not supported where more than the FFN is used"
+            remedy = f"use prompt_model: base or grafted, or {MERGE_WITH_PEFT}"
+            problems.append(Problem(where=label, what=what, remedy=remedy))
+    return problems
+
+
+def adapter_warnings(member: Member, where: str) -> list[str]:
+    """What an adapter changes that is not in the merge."""
+    adapter = member.facts.adapter
+    if adapter is None:
+        return []
+    changed = [*adapter.pairs, *adapter.replaced]
+    if not any(_is_of_ffn(name, member.spec) for name in changed):
+        return [
+            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
+            f"it is the same as {member.config.source_model.model} without it"
+        ]
+    unused = unused_changes(member.facts, member.spec)
+    if not unused:
+        return []
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
     return [
-        f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
-        f"it is the same as {member.config.source_model.model} without it"
+        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN ({some(names, 8)}). "
+        "These changes are not in the merge: an expert contributes only its FFN"
     ]
+
+
+def unused_changes(facts: ModelFacts, spec: DenseSpec) -> list[str]:
+    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head."""
+    if facts.adapter is None:
+        return []
+    changed = (name for name in (*facts.adapter.pairs, *facts.adapter.replaced) if not _is_of_ffn(name, spec))
+    return [*(name.rpartition(".")[0] for name in changed), *facts.adapter.left_out]
+
+
+def _is_of_ffn(name: str, spec: DenseSpec) -> bool:
+    return f".{spec.family.ffn}." in name
 
 
 def _lora(facts: ModelFacts, name: str) -> LoraPair | None:

@@ -228,7 +228,8 @@ class GatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders."""
+    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders,
+    `unused` the modules that its adapter changes and whose changes are not in the merge."""
 
     owner: str
     label: str
@@ -236,6 +237,7 @@ class Source:
     adapter: str | None
     files: tuple[SourceFile, ...]
     folders: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

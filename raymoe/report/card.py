@@ -122,6 +122,13 @@ def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None
         row = _expert_row(f"shared {number}", expert, prompts.get(f"shared {number}", ()))
         yield row + " - |" * len(measured)
     yield ""
+    if unused := {source.owner: source.unused for source in plan.sources if source.unused}:
+        counts = ", ".join(f"{owner} ({len(modules)} modules)" for owner, modules in unused.items())
+        yield (
+            f"The adapters of {counts} also change modules other than the feed-forward ones, such as attention. These "
+            "changes are not in this model."
+        )
+        yield ""
 
 
 def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
-from raymoe.gates.router import conditioning_warning
+from raymoe.gates.router import conditioning_warning, zero_row_warnings
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
 from raymoe.objects.urls import is_s3, is_url
 from raymoe.outgoing import json_text
@@ -262,17 +262,14 @@ def _expert_names(plan: MergePlan) -> list[str]:
 
 def _gate_warnings(gates: GatePlan, rows: Rows, summary: RouterSummary | None, names: Sequence[str]) -> Iterator[str]:
     mode = MODES[gates.mode]
-    # Fitted rows add up to nothing by construction, and their lengths mean something: no condition number judges them.
+    # The lengths and sums of fitted rows mean something: only rows that are directions are judged by their cosines.
     judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.fits_rows else []
-    if warning := conditioning_warning(judged):
-        yield warning
+    if judged:
+        if warning := conditioning_warning(judged, names):
+            yield warning
+        yield from zero_row_warnings(judged, names)
     if summary is not None:
         yield from router_warnings(summary, names, fitted=mode.fits_rows)
-    elif mode.fits_rows and len(gates.experts) > 1:
-        yield (
-            "with one prompt an expert none can be held out: how strict the routers are is a guess, and what they are "
-            "worth can't be said; give each expert two prompts or more, 16 of them if you can"
-        )
 
 
 def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:

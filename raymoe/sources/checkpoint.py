@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.adapters import EMPTY_ADAPTER
 from raymoe.sources.folder import Folder, is_inside, read_json_object, unusable
 from raymoe.sources.pickled import parse_pickled
 from raymoe.sources.safetensors_header import parse_header
@@ -46,7 +47,7 @@ def index_adapter_weights(folder: Folder) -> CheckpointIndex:
     """All tensors of a PEFT adapter."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (file := folder.find(name)) is not None:
-            return _combine(folder, {name: file}, weight_map={})
+            return _combine(folder, {name: file}, weight_map={}, if_empty=EMPTY_ADAPTER)
     raise unusable(
         folder.label,
         "adapter_model.safetensors is missing",
@@ -84,7 +85,9 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     return _combine(folder, shards, weight_map)
 
 
-def _combine(folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str]) -> CheckpointIndex:
+def _combine(
+    folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str], if_empty: str = _CONVERT
+) -> CheckpointIndex:
     """Index all files, and check them against the weight map (empty where a single file holds everything)."""
     by_file = _entries_by_file(folder, files)
     holders: dict[str, dict[str, TensorEntry]] = {}
@@ -101,7 +104,7 @@ def _combine(folder: Folder, files: Mapping[str, SourceFile], weight_map: Mappin
             problems.append(Problem(where=folder.label, what=what, remedy=_CONVERT))
         tensors[name] = held.get(weight_map.get(name, ""), next(iter(held.values())))
     if not tensors:
-        problems.append(Problem(where=folder.label, what="the weight files hold no tensors", remedy=_CONVERT))
+        problems.append(Problem(where=folder.label, what="the weight files hold no tensors", remedy=if_empty))
     if problems:
         raise CheckpointError(problems)
     return CheckpointIndex(files=tuple(files.values()), tensors=tensors)

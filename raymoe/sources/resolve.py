@@ -24,7 +24,7 @@ from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
-from raymoe.sources.heads import has_own_head
+from raymoe.sources.heads import EMBEDDING, HEAD, has_own_head
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder, open_file, with_content
 from raymoe.sources.objects import fetch_object, open_object_folder
@@ -249,21 +249,23 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
 
 
 def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
-    facts, warnings = None, model.warnings
+    facts, warnings, index, own_head = None, model.warnings, model.index, model.own_head
     if adapter is not None:
         folder = adapter.folder
         facts = adapter_facts(folder.label, folder.revision, adapter.config, adapter.index, model.index)
         warnings += adapter.warnings + _other_base(facts, ref.model)
+        index = replace(index, tensors={**index.tensors, **facts.replaced})
+        own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
     return ModelFacts(
         ref=ref,
         label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
         revision=model.folder.revision,
         config=model.config,
-        index=model.index,
+        index=index,
         side_files=model.side_files,
         adapter=facts,
         warnings=warnings,
-        own_head=model.own_head,
+        own_head=own_head,
     )
 
 

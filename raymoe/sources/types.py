@@ -145,13 +145,19 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """A PEFT LoRA adapter. `pairs` maps the name of the changed tensor in the model to its factors."""
+    """A PEFT LoRA adapter. `pairs` maps the name of the changed tensor in the model to its factors.
+
+    `replaced` are whole tensors that take the place of the model's, by name. `left_out` are modules that the adapter
+    changes in a way that is not supported, and what that is: fine where a merge uses nothing of these modules.
+    """
 
     label: str
     revision: str | None
     config: Mapping[str, Any]
     index: CheckpointIndex
     pairs: Mapping[str, LoraPair]
+    replaced: Mapping[str, TensorEntry] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

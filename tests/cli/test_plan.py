@@ -117,7 +117,8 @@ def test_text(cli: Callable[..., Any], config: Callable[..., Path]) -> None:
     for word in ("Mixtral (MixtralForCausalLM), 3 experts, 2 for each token", "base", "expert 2", "router"):
         assert word in done.out
     assert "Gates: hidden from 6 prompts, read by the base model" in done.out
-    assert done.out.rstrip().endswith("No problems found.")
+    assert "few prompts (expert 0 has 2, expert 1 has 2, expert 2 has 2): " in done.out
+    assert done.out.rstrip().endswith("No errors found.")
 
 
 def test_names_are_printed_as_they_are(cli: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path) -> None:

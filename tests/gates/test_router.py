@@ -12,11 +12,12 @@ import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.gates.prompts import load_tokenizer, tokenize
-from raymoe.gates.router import conditioning_warning, gate_rows, normalised, random_rows
+from raymoe.gates.router import conditioning_warning, gate_rows, normalised, random_rows, zero_row_warnings
 from raymoe.planning import MergeOptions
 from tests.gates.direct import computed_rows
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
 
+NAMES = ["expert 0 (a)", "expert 1 (b)", "expert 2 (c)"]
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
@@ -90,23 +91,58 @@ def test_negative_prompts_are_subtracted_before_rows_get_unit_length() -> None:
 def test_nearly_parallel_rows_are_warned_of_with_numbers() -> None:
     first = normalised(np.eye(4, 64))
     second = normalised(np.roll(np.eye(4, 64), 8, axis=1))
-    assert conditioning_warning([first, second]) is None
-    assert conditioning_warning([first]) is None
+    assert conditioning_warning([first, second], NAMES) is None
+    assert conditioning_warning([first], NAMES) is None
     almost = second.copy()
     for layer in (0, 1, 3):
         almost[layer] = normalised(first[layer] + (0.01 if layer == 1 else 0.1) * second[layer])
-    warning = conditioning_warning([first, almost]) or ""
-    assert re.search(r"3 of 4 layers are nearly parallel .*: layers 0-1, 3\. ", warning)
-    # Two unit rows of cosine c have singular values sqrt(1 + c) and sqrt(1 - c).
-    cosine = 1 / (1 + 0.01**2) ** 0.5
-    condition = ((1 + cosine) / (1 - cosine)) ** 0.5
-    assert re.search(rf"Worst is layer 1: condition number {condition:.1f}, cosine .* 1\.000 to 1\.000", warning)
+    warning = conditioning_warning([first, -first, almost], NAMES) or ""
+    assert re.search(r"nearly parallel .* in 3 of 4 layers: layers 0-1, 3\. ", warning)
+    assert "Worst is layer 1: cosine 1.000 between expert 0 (a) and expert 2 (c). " in warning
 
 
-def test_rows_that_are_zero_or_equal_are_warned_of() -> None:
+@pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.9, 0.93, 0.999])
+def test_two_rows_are_judged_by_their_cosine(cosine: float) -> None:
+    first, second = np.zeros((1, 8), "f4"), np.zeros((1, 8), "f4")
+    first[0, 0], second[0, :2] = 1.0, (cosine, (1 - cosine**2) ** 0.5)
+    warning = conditioning_warning([first, second], NAMES)
+    assert warning is None if cosine < 0.92 else f"cosine {cosine:.3f} between" in (warning or "")
+
+
+def test_rows_that_add_up_to_zero_are_no_fault() -> None:
+    """Each expert's negative prompts are the others' positive ones."""
+    states = np.random.default_rng(0).standard_normal((3, 2, 64))
+    for count in (2, 3):
+        others = [(states[:count].sum(axis=0) - states[n]) / (count - 1) for n in range(count)]
+        rows = [normalised(states[n] - others[n]) for n in range(count)]
+        assert np.linalg.matrix_rank(np.stack([row[0] for row in rows]), tol=1e-4) == count - 1
+        assert conditioning_warning(rows, NAMES) is None
+
+
+def test_more_experts_than_dimensions_are_no_fault() -> None:
+    angles = np.arange(6) * np.pi / 3
+    rows = [np.array([[np.cos(angle), np.sin(angle)]], "f4") for angle in angles]
+    names = [f"expert {number}" for number in range(6)]
+    assert conditioning_warning(rows, names) is None
+    assert "between expert 2 and expert 6" in (conditioning_warning([*rows, rows[2]], [*names, "expert 6"]) or "")
+
+
+def test_rows_that_are_equal_or_zero_are_warned_of() -> None:
     rows = normalised(np.random.default_rng(0).standard_normal((2, 64)))
-    assert "layers 0-1" in (conditioning_warning([rows, rows]) or "")
-    assert "layers 0-1" in (conditioning_warning([rows, np.zeros_like(rows)]) or "")
+    assert "layers 0-1" in (conditioning_warning([rows, rows], NAMES) or "")
+    zero = rows.copy()
+    zero[1] = 0
+    (warning,) = zero_row_warnings([rows, zero], NAMES[:2])
+    assert warning.startswith("the router row of expert 1 (b) is zero in 1 of 2 layers (1), ")
+    assert not list(zero_row_warnings([rows, rows], NAMES[:2]))
+
+
+def test_mirrored_prompts_are_no_fault(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+    """Each expert's positive prompts are the other's negative ones, as published configs have it."""
+    config = merge_config(zoo("llama"), [zoo("llama", seed=number) for number in range(2)], mode="cheap_embed")
+    first, second = config["experts"]
+    first["negative_prompts"], second["negative_prompts"] = second["positive_prompts"], first["positive_prompts"]
+    assert not ray_merge(config, tmp_path / "merged").warnings
 
 
 def test_a_merge_of_nearly_equal_prompts_warns(
@@ -119,9 +155,7 @@ def test_a_merge_of_nearly_equal_prompts_warns(
         expert["positive_prompts"] = [text + end]
     result = ray_merge(config, tmp_path / "merged")
     assert len(result.warnings) == 1
-    warning = (
-        r"3 of 3 layers are nearly parallel .*layers 0-2\. Worst is layer \d: .* cosine between .* 0\.9\d\d to 0\.9"
-    )
+    warning = r"nearly parallel .* in 3 of 3 layers: layers 0-2\. Worst is layer \d: cosine 0\.9\d\d between expert 0 "
     assert re.search(warning, result.warnings[0])
     assert not ray_merge(merge_config(base, [base] * 2, mode="random"), tmp_path / "random").warnings
 

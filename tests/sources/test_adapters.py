@@ -134,13 +134,17 @@ def adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Pa
     return folder
 
 
-def refusal(model: Path, config: dict[str, Any], tensors: dict[str, Any]) -> str:
+MERGE, SAVE_AGAIN, UNCHANGED = "merge_and_unload", "save the adapter again", "would return the model unchanged"
+
+
+def refusal(model: Path, config: dict[str, Any], tensors: dict[str, Any], remedy: str = "") -> str:
     folder = adapter(model.parent / "lora", config, tensors)
     with pytest.raises(CheckpointError) as caught:
         resolve(model, folder)
     for problem in caught.value.problems:
         assert problem.where == str(folder)
-        assert "merge_and_unload" in problem.remedy
+        assert remedy in problem.remedy
+        assert (MERGE in problem.remedy) is (remedy == MERGE)
     return str(caught.value)
 
 
@@ -164,40 +168,45 @@ def test_bin_adapter(model: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(facts.adapter.pairs["model.layers.0.mlp.up_proj.weight"].b), np.ones((6, 2)))
 
 
+NEVER = "peft can't merge it into a model either"
+
+
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("setting", "message", "remedy"),
     [
-        ({"peft_type": "IA3"}, "an adapter of type 'IA3' .* only LORA is supported"),
-        ({"peft_type": None}, "an adapter of type None"),
-        ({"use_qalora": True}, "the adapter uses QALoRA, which pools the inputs (use_qalora)"),
-        ({"fan_in_fan_out": True}, "weights stored transposed (fan_in_fan_out)"),
-        ({"lora_bias": True}, "biases on the factors (lora_bias)"),
-        ({"bias": "lora_only"}, "the adapter trains biases (bias: 'lora_only')"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules that replace the model's (modules_to_save)"),
-        ({"trainable_token_indices": [1]}, "trained embedding rows (trainable_token_indices)"),
-        ({"layer_replication": [[0, 1]]}, "replicated layers (layer_replication)"),
-        ({"target_parameters": ["x"]}, "LoRA on bare parameters (target_parameters)"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its model's own weights"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "LoftQ, which changed the model's weights"),
-        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
-        ({"use_warp_drive": True}, "unknown setting 'use_warp_drive' = True in adapter_config.json"),
-        ({"r": 0}, "'r' in adapter_config.json is 0, not a number over 0"),
-        ({"r": "8"}, "'r' in adapter_config.json is '8'"),
-        ({"lora_alpha": None}, "'lora_alpha' in adapter_config.json is None"),
-        ({"rank_pattern": {"up_proj": -1}}, "'rank_pattern' gives 'up_proj' the value -1"),
-        ({"rank_pattern": [1]}, "'rank_pattern' in adapter_config.json is not an object"),
-        ({"alpha_pattern": {"(": 1}}, "'alpha_pattern' has '(', which is no regular expression"),
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3' .* only LORA is supported", MERGE),
+        ({"peft_type": "PREFIX_TUNING"}, "an adapter of type 'PREFIX_TUNING'", "it changes no weights"),
+        ({"peft_type": None}, "an adapter of type None", MERGE),
+        ({"use_qalora": True}, "the adapter uses QALoRA, which pools the inputs (use_qalora)", MERGE),
+        ({"fan_in_fan_out": True}, "weights stored transposed (fan_in_fan_out)", MERGE),
+        ({"lora_bias": True}, "biases on the factors (lora_bias)", NEVER),
+        ({"bias": "lora_only"}, "the adapter trains biases (bias: 'lora_only')", MERGE),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save .* names 'lm_head', and .* holds no tensors", SAVE_AGAIN),
+        ({"trainable_token_indices": [1]}, "has trainable_token_indices, and .* holds no trained rows", SAVE_AGAIN),
+        ({"layer_replication": [[0, 1]]}, "replicated layers (layer_replication)", NEVER),
+        ({"target_parameters": ["x"]}, "LoRA on bare parameters (target_parameters)", MERGE),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changed its model's own weights", MERGE),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'", MERGE),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'", MERGE),
+        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "LoftQ, which changed the model's", MERGE),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA", NEVER),
+        ({"use_warp_drive": True}, "unknown setting 'use_warp_drive' = True in adapter_config.json", MERGE),
+        ({"r": 0}, "'r' in adapter_config.json is 0, not a number over 0", SAVE_AGAIN),
+        ({"r": "8"}, "'r' in adapter_config.json is '8'", SAVE_AGAIN),
+        ({"lora_alpha": None}, "'lora_alpha' in adapter_config.json is None", SAVE_AGAIN),
+        ({"rank_pattern": {"up_proj": -1}}, "'rank_pattern' gives 'up_proj' the value -1", SAVE_AGAIN),
+        ({"rank_pattern": [1]}, "'rank_pattern' in adapter_config.json is not an object", SAVE_AGAIN),
+        ({"alpha_pattern": {"(": 1}}, "'alpha_pattern' has '(', which is no regular expression", SAVE_AGAIN),
     ],
 )
-def test_refused_settings(model: Path, setting: dict[str, Any], message: str) -> None:
-    text = refusal(model, CONFIG | setting, factors())
+def test_refused_settings(model: Path, setting: dict[str, Any], message: str, remedy: str) -> None:
+    text = refusal(model, CONFIG | setting, factors(), remedy)
     assert all(part in text for part in message.split(" .* "))
 
 
 def test_settings_are_refused_together(model: Path) -> None:
-    text = refusal(model, CONFIG | {"lora_bias": True, "bias": "all", "init_lora_weights": "olora"}, factors())
+    settings = {"fan_in_fan_out": True, "bias": "all", "init_lora_weights": "olora"}
+    text = refusal(model, CONFIG | settings, factors(), MERGE)
     assert text.startswith("3 problems:")
 
 
@@ -212,50 +221,116 @@ def test_unset_settings_are_fine(model: Path) -> None:
     assert resolve(model, adapter(model.parent / "lora", CONFIG | unset, factors())).adapter
 
 
+RIGHT_NAMES = "'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'"
+
+
+def renamed(old: str, new: str, tensors: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {name.replace(old, new): tensor for name, tensor in (tensors or factors()).items()}
+
+
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "message", "remedy"),
     [
         (
             {f"{UP}.lora_A.weight": factors()[f"{UP}.lora_A.weight"]},
             "'model.layers.0.mlp.up_proj' has lora_A but no lora_B",
+            SAVE_AGAIN,
         ),
-        ({f"{UP}.lora_B.weight": factors()[f"{UP}.lora_B.weight"]}, "has lora_B but no lora_A"),
+        ({f"{UP}.lora_B.weight": factors()[f"{UP}.lora_B.weight"]}, "has lora_B but no lora_A", SAVE_AGAIN),
         (
             factors() | {f"{UP}.lora_magnitude_vector.weight": np.ones(6)},
             "has a lora_magnitude_vector, and .* no use_dora",
+            "set use_dora: true in adapter_config.json",
         ),
-        (factors() | {f"{UP}.lora_B.bias": np.ones(6)}, "is a bias on a factor"),
-        (factors() | {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 4))}, "LoRA on an embedding"),
-        (factors() | {"base_model.model.lm_head.weight": np.ones((4, 4))}, "is not a LoRA factor .* a whole weight"),
+        (factors() | {"other": np.ones(2)}, "tensor 'other' is no LoRA factor", SAVE_AGAIN),
         (
-            factors() | {"base_model.model.lm_head.base_layer.weight": np.ones((4, 4))},
-            "a copy of the model's own weight",
+            factors() | {f"{UP}.lora_A.default.weight": np.ones((2, 4))},
+            "has two tensors for one factor: .*up_proj.lora_A.default.weight'",
+            SAVE_AGAIN,
         ),
-        (factors() | {f"{UP}.lora_A.default.weight": np.ones((2, 4))}, "is not a LoRA factor"),
-        (factors() | {"other": np.ones(2)}, "tensor 'other' is not a LoRA factor"),
+        # Names that peft finds nothing for.
+        (renamed("base_model.model.", ""), f"would have to be {RIGHT_NAMES}", UNCHANGED),
+        (renamed("model.layers", "model.language_model.layers"), f"would have to be {RIGHT_NAMES}", UNCHANGED),
+        (renamed("model.layers", "_fsdp_wrapped_module.layers"), f"would have to be {RIGHT_NAMES}", UNCHANGED),
+        (renamed(".weight", ".mine.weight"), f"would have to be {RIGHT_NAMES}", "rename these tensors"),
         (
             factors(module=UP.replace("0", "7")),
             "changes 'model.layers.7.mlp.up_proj.weight', which the model does not have",
+            UNCHANGED,
         ),
-        (factors(module="base_model.model.lm_head"), "the model ties it to its embeddings"),
-        (factors(rank=3), "lora_A [3, 4] and lora_B [6, 3] don't have the rank 2"),
-        (factors(inputs=5), "the adapter's delta is [6, 5], the model's weight [6, 4]"),
-        (factors(outputs=8), "the adapter's delta is [8, 4], the model's weight [6, 4]"),
-        (factors(module="base_model.model.model.norm"), "the adapter's delta is [6, 4], the model's weight [4]"),
-        ({n: t.astype("int8") for n, t in factors().items()}, "is I8 [2, 4]; a float matrix is expected"),
-        ({n: t[None] for n, t in factors().items()}, "is F32 [1, 2, 4]; a float matrix is expected"),
+        # Saved under DeepSpeed's ZeRO-3.
+        (
+            {name: np.zeros(0, "float32") for name in factors()},
+            "2 tensor(s) have no elements, as DeepSpeed's ZeRO-3 leaves them: base_model",
+            "zero_to_fp32.py",
+        ),
+        ({}, "the weight files hold no tensors", "zero_to_fp32.py"),
+        # Sizes.
+        (factors(rank=3), "lora_A [3, 4] and lora_B [6, 3] don't have the rank 2", "correct r or rank_pattern"),
+        (
+            factors(inputs=5),
+            "the adapter's delta is [6, 5], the model's weight [6, 4]",
+            "the model that it was made for",
+        ),
+        (
+            factors(outputs=8),
+            "the adapter's delta is [8, 4], the model's weight [6, 4]",
+            "the model that it was made for",
+        ),
+        (factors(module="base_model.model.model.norm"), "the adapter's delta is [6, 4], the model's weight [4]", ""),
+        ({n: t.astype("int8") for n, t in factors().items()}, "is I8 [2, 4]; a float matrix is expected", SAVE_AGAIN),
+        ({n: t[None] for n, t in factors().items()}, "is F32 [1, 2, 4]; a float matrix is expected", SAVE_AGAIN),
     ],
 )
-def test_refused_tensors(model: Path, tensors: dict[str, Any], message: str) -> None:
-    text = refusal(model, CONFIG, tensors)
-    assert all(part in text for part in message.split(" .* "))
+def test_refused_tensors(model: Path, tensors: dict[str, Any], message: str, remedy: str) -> None:
+    text = refusal(model, CONFIG, tensors, remedy)
+    assert all(part in text for part in message.split(".*"))
 
 
 def test_an_adapter_that_fits_nothing_is_reported_briefly(model: Path) -> None:
     many = {name: t for i in range(20) for name, t in factors(module=UP.replace("0", str(10 + i))).items()}
-    text = refusal(model, CONFIG, many)
-    assert text.startswith("6 problems:")
-    assert "and 15 more tensors that don't fit" in text
+    text = refusal(model, CONFIG | {"base_model_name_or_path": "org/other"}, many, UNCHANGED)
+    assert text.count("up_proj") == 4 and "and 16 more, which the model does not have" in text
+    assert "put it on the model that it was made for, org/other" in text
+
+
+@pytest.mark.parametrize(
+    ("tensors", "module", "what"),
+    [
+        ({"lm_head.weight": np.ones((4, 4))}, "lm_head", "a whole tensor that the model does not have in this form"),
+        ({"lm_head.base_layer.weight": np.ones((4, 4))}, "lm_head", "a copy of the model's own weight"),
+        (renamed(UP, "lm_head"), "lm_head", "LoRA on the output head, which the model ties to its embedding"),
+        ({"model.embed_tokens.lora_embedding_A": np.ones((2, 4))}, "model.embed_tokens", "LoRA on an embedding"),
+        (
+            {"model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 4))},
+            "model.embed_tokens",
+            "trained embedding rows",
+        ),
+        ({"model.norm.weight": np.ones(5)}, "model.norm", "a whole tensor of another shape, [5] for [4]"),
+        ({"model.layers.0.mlp.up_proj.lora_B.bias": np.ones(6)}, "model.layers.0.mlp.up_proj", "a bias on a factor"),
+        (
+            {"model.layers.0.mlp.up_proj.weight": np.ones((6, 4))},
+            "model.layers.0.mlp.up_proj",
+            "a whole tensor beside LoRA factors",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_listed_by_module(
+    model: Path, tensors: dict[str, Any], module: str, what: str
+) -> None:
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    facts = resolve(model, adapter(model.parent / "lora", CONFIG, factors() | prefixed)).adapter
+    assert facts is not None and facts.left_out == {module: what}
+    assert not facts.replaced and bool(facts.pairs) is ("up_proj" not in module)
+
+
+@pytest.mark.parametrize("infix", ["", "modules_to_save.", "modules_to_save.default."])
+def test_whole_tensors_take_the_place_of_the_models(infix: str, model: Path) -> None:
+    whole = {f"base_model.model.model.norm.{infix}weight": np.full(4, 3, "float32")}
+    folder = adapter(model.parent / "lora", CONFIG | {"modules_to_save": ["norm"]}, factors() | whole)
+    facts = resolve(model, folder)
+    np.testing.assert_array_equal(read(facts.index.tensors["model.norm.weight"]), np.full(4, 3))
+    assert facts.adapter is not None and not facts.adapter.left_out
 
 
 def test_wrong_roles(model: Path) -> None:
