@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size", "some"]
+__all__ = ["human_bytes", "human_count", "number_ranges", "parse_size", "print_json", "say", "some"]
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error. One that nobody can see any more ends nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """A value for programs, on standard output: JSON in any encoding, escaped where that lacks a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
 
 
 def human_bytes(count: float) -> str:

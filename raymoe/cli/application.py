@@ -13,7 +13,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from raymoe.cli.streams import OutputLost, make_streams_safe
 from raymoe.errors import RaymoeError
+from raymoe.text import say
 
 __all__ = ["app", "main", "stoppable"]
 
@@ -92,12 +94,25 @@ def _main(
 
 def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
+    make_streams_safe()
     try:
         app()
     except Stopped as stopped:
-        typer.echo(str(stopped), err=True)
+        say(str(stopped))
         sys.exit(stopped.exit_code)
     except RaymoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
+    except SystemExit as exit:
+        if exit.code:
+            raise
+    try:
+        sys.stdout.flush()
+    except OutputLost as lost:
+        _end(lost)
     sys.exit(0)
+
+
+def _end(error: RaymoeError) -> NoReturn:
+    if not isinstance(error, OutputLost) or error.is_told:
+        say(f"error: {error}")
+    sys.exit(error.exit_code)

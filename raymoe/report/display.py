@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from raymoe.config import MODES
 from raymoe.gates.capture import MOST_TOKENS
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.storage.ways import WAYS
-from raymoe.text import human_bytes, human_count
+from raymoe.text import human_bytes, human_count, print_json, say
 
 if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
@@ -39,11 +38,6 @@ class PlannedOutput:
     ways: Mapping[str, int]
     problems: tuple[str, ...] = ()
     goes_on: bool = False
-
-
-def say(text: str) -> None:
-    """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def merge_line(plan: MergePlan, output: str) -> str:
@@ -113,7 +107,7 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
 
 def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan_summary(plan, output), indent=2, ensure_ascii=False))
+        print_json(plan_summary(plan, output))
         return
     from rich.console import Console
 

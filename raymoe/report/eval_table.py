@@ -6,7 +6,6 @@ has the same blocks; a mark that is a colour on a terminal is a `*` everywhere.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from raymoe.report.eval_figures import (
     router_origin,
     weakest_layers,
 )
+from raymoe.text import print_json
 
 __all__ = ["print_evaluation"]
 
@@ -33,7 +33,7 @@ _Column = TypeVar("_Column", str, int)
 def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     """Print an evaluation (what `eval.json` holds) on standard output, for people or as it is."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print_json(result)
         return
     from rich.console import Console
 

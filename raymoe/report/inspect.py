@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.transform import load_array
-from raymoe.text import human_bytes, human_count
+from raymoe.text import human_bytes, human_count, print_json
 
 __all__ = ["inspect_checkpoint", "print_summary"]
 
@@ -147,7 +146,7 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print_json(summary)
         return
     print(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
     sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())

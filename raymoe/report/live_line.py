@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from raymoe.text import say
+
 __all__ = ["LiveLine"]
 
 _LINE_EVERY_S = 5.0
@@ -55,7 +57,7 @@ class LiveLine:
             self._live.update(Text(self._line(), style="bold"))
         elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
-            print(self._line(), file=sys.stderr, flush=True)
+            say(self._line())
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self._started

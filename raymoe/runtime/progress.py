@@ -167,7 +167,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
-            print(self._line(outcome), file=sys.stderr, flush=True)
+            say(self._line(outcome))
 
     def _line(self, outcome: Outcome) -> str:
         elapsed = time.monotonic() - self._started
