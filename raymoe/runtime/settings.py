@@ -15,8 +15,8 @@ __all__ = ["RuntimeSettings"]
 class RuntimeSettings:
     """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
-    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose. `inputs`:
-    what is read besides the models, whose place no output may take."""
+    `device`: `cpu` keeps the gate pass off the GPUs, `cuda` refuses to compute it elsewhere. `verbosity`: -1 quiet, 0
+    normal, 1 and more verbose. `inputs`: what is read besides the models, whose place no output may take."""
 
     address: str | None = None
     gpus_per_expert: float | None = None

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or of an encoding that lacks a character: no traceback, and JSON stays JSON."""
+"""Standard streams that are closed, full or ASCII: no traceback, and JSON stays JSON."""
 
 from __future__ import annotations
 
