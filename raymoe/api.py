@@ -191,12 +191,15 @@ def _planned(
     report: RunReport,
 ) -> MergePlan:
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
+    from raymoe.runtime.devices import actor_device_problems
     from raymoe.runtime.merge import output_of
     from raymoe.runtime.other_nodes import OtherNodes
     from raymoe.storage.output import clash
 
     report.storage = config.storage
     report.check_place()
+    if of_device := list(actor_device_problems(settings.device, settings.address, settings.gpus_per_expert)):
+        raise ProblemReport(of_device)
     try:
         with report.phase("plan"):
             elsewhere = OtherNodes(settings)

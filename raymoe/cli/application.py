@@ -12,8 +12,10 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from raymoe import signals
+from raymoe.cli.streams import OutputLost, make_streams_safe
 from raymoe.errors import RaymoeError
 from raymoe.outgoing import Scrubbed, remember_secrets
+from raymoe.report.terminal import say
 
 __all__ = ["app", "main", "stoppable"]
 
@@ -73,24 +75,42 @@ def _main(
 
 def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
+    make_streams_safe()
     with _scrubbed_streams():
         try:
-            app()
-        except Stopped as stopped:
-            typer.echo(str(stopped), err=True)
-            sys.exit(stopped.exit_code)
-        except RaymoeError as error:
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
+            _run()
         finally:  # all is done and said: a signal that still comes does not change the exit status
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         sys.exit(0)
 
 
+def _run() -> None:
+    try:
+        app()
+    except Stopped as stopped:
+        say(str(stopped))
+        sys.exit(stopped.exit_code)
+    except RaymoeError as error:
+        _end(error)
+    except SystemExit as exit:
+        if exit.code:
+            raise
+    try:
+        sys.stdout.flush()
+    except OutputLost as lost:
+        _end(lost)
+
+
+def _end(error: RaymoeError) -> NoReturn:
+    if not isinstance(error, OutputLost) or error.is_told:
+        say(f"error: {error}")
+    sys.exit(error.exit_code)
+
+
 @contextmanager
 def _scrubbed_streams() -> Iterator[None]:
-    """Whatever is printed, also by libraries and by an exception that nobody expected, is printed without secrets."""
+    """Whatever is printed, also by libraries and by an unexpected exception, is printed without secrets."""
     remember_secrets(sys.argv[1:])
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, Scrubbed(streams[0])), cast(TextIO, Scrubbed(streams[1]))

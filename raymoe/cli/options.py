@@ -59,7 +59,7 @@ StallTimeout = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu computes gates on CPUs; cuda and auto leave the choice to Ray."),
+    typer.Option("--device", help="cpu or cuda: where gates are computed. Default: on GPUs, if Ray has any."),
 ]
 Remote = Annotated[
     bool,
@@ -106,18 +106,25 @@ def merge_options(
     )
 
 
-def on_device(device: str | None) -> str | None:
-    """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device."""
-    name = (device or "auto").lower().partition(":")[0]
-    if name not in ("auto", "cpu", "cuda"):
+def on_device(device: str | None, *, numbered: bool = False) -> str | None:
+    """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device, and unless `numbered`
+    for a GPU but the first that is visible."""
+    if device is None:
+        return None
+    name, colon, number = device.strip().lower().partition(":")
+    if name not in ("auto", "cpu", "cuda") or (colon and (name != "cuda" or not number.isdecimal())):
         remedy = "give cpu, cuda or auto"
         raise ProblemReport([Problem(where="--device", what=f"there is no device {device!r}", remedy=remedy)])
+    if colon and int(number) and not numbered:
+        what = f"{device}: the first GPU that is visible is used"
+        remedy = f"set CUDA_VISIBLE_DEVICES={int(number)}, and give cuda"
+        raise ProblemReport([Problem(where="--device", what=what, remedy=remedy)])
     return None if name == "auto" else name
 
 
 def on_nodes(device: str | None) -> str | None:
-    """The same for actors: which of them has a GPU is Ray's choice."""
-    return "cpu" if on_device(device) == "cpu" else None
+    """The same for actors. Which of them has which GPU is Ray's choice: a number, as in cuda:1, says nothing here."""
+    return on_device(device, numbered=True)
 
 
 def log_level(verbose: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from raymoe.architectures.table import held_pairs, table
 from raymoe.architectures.unheld import UNHELD
+from raymoe.report.terminal import print_json
 
 __all__ = ["print_archs"]
 
@@ -20,7 +20,7 @@ _SHARED = {
 
 def print_archs(*, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(table(), indent=2, ensure_ascii=False))
+        print_json(table())
         return
     from rich.console import Console
     from rich.table import Table

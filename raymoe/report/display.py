@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
 from raymoe.gates.capture import MOST_TOKENS
-from raymoe.outgoing import json_text
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.report import terminal
-from raymoe.report.terminal import put, say
+from raymoe.report.terminal import print_json, put, say
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
@@ -111,7 +110,7 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
 
 def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json: bool) -> None:
     if as_json:
-        print(json_text(plan_summary(plan, output), scrubbed=True))
+        print_json(plan_summary(plan, output))
         return
     console = terminal.console()
     totals, host = plan.totals, HOSTS[plan.host]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from raymoe.outgoing import json_text
 from raymoe.report import terminal
 from raymoe.report.eval_figures import (
     MEAN,
@@ -23,6 +22,7 @@ from raymoe.report.eval_figures import (
     router_origin,
     weakest_layers,
 )
+from raymoe.report.terminal import print_json
 
 __all__ = ["print_evaluation"]
 
@@ -33,7 +33,7 @@ _Column = TypeVar("_Column", str, int)
 def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     """Print an evaluation (what `eval.json` holds) on standard output, for people or as it is."""
     if as_json:
-        print(json_text(result))
+        print_json(result)
         return
     console = terminal.console()
     data = result["data"]

@@ -14,8 +14,7 @@ from raymoe.architectures import MoeHost, host_of
 from raymoe.architectures.moe import PER_TOKEN_KEY
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
-from raymoe.outgoing import json_text
-from raymoe.report.terminal import put
+from raymoe.report.terminal import print_json, put
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import CheckpointIndex, TensorEntry
@@ -148,7 +147,7 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json_text(summary, scrubbed=True))
+        print_json(summary)
         return
     put(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
     sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())

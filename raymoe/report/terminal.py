@@ -6,23 +6,36 @@ colors or hides what stands beside it, and no secret is shown (`raymoe.outgoing`
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-from raymoe.outgoing import for_people, printable, scrub
+from raymoe.outgoing import for_people, json_text, printable, scrub
 
-__all__ = ["console", "put", "say"]
+__all__ = ["console", "print_json", "put", "say"]
 
 
 def say(text: str) -> None:
-    """A line for people, on standard error."""
-    print(for_people(text), file=sys.stderr, flush=True)
+    """A line for people, on standard error. Where it can't be written, nothing ends for it."""
+    with contextlib.suppress(OSError):
+        print(for_people(text), file=sys.stderr, flush=True)
 
 
 def put(text: str) -> None:
     """A line of a command's answer, on standard output."""
     print(for_people(text))
+
+
+def print_json(value: Any) -> None:
+    """A value for programs, on standard output: JSON without secrets, escaped where the encoding lacks a character."""
+    text = json_text(value, scrubbed=True)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)
+    print(text)
 
 
 def console(*, stderr: bool = False) -> Any:

@@ -126,11 +126,12 @@ def slots_for(
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     wanted = settings.gpus_per_expert
     if wanted is None:
-        wanted = 1.0 if gpus >= 1 and compute and settings.device != "cpu" else 0.0
+        wants = compute and (settings.device == "cuda" or (settings.device is None and gpus >= 1))
+        wanted = 1.0 if wants else 0.0
     fit = sum(node.room(wanted) for node in nodes)
     # New nodes have no folders but shared ones: for models in folders they are waited for only if nothing else helps.
     may_grow = (not fit or (experts > fit and not reads_folders)) and has_autoscaler()
-    if problems := _resource_problems(nodes, wanted, quantise, may_grow=may_grow):
+    if problems := _resource_problems(nodes, settings, wanted, quantise, may_grow=may_grow):
         raise ProblemReport(problems)
     if placement is not None and fit and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
         raise ProblemReport(problems)
@@ -168,12 +169,17 @@ def slots_for(
     )
 
 
-def _resource_problems(nodes: Sequence[Node], gpus: float, quantise: str | None, *, may_grow: bool) -> list[Problem]:
+def _resource_problems(
+    nodes: Sequence[Node], settings: RuntimeSettings, gpus: float, quantise: str | None, *, may_grow: bool
+) -> list[Problem]:
     """What keeps even one actor from any node, of those that are there or may come."""
     problems = []
     has = "; ".join(node.words for node in nodes)
     most = max((node.gpus for node in nodes), default=0.0)
-    if gpus > most and not may_grow:
+    if settings.device == "cuda" and not most and not may_grow and not has_autoscaler():
+        what, remedy = f"no node has a GPU: {has}", "leave it out to compute on CPUs"
+        problems.append(Problem(where="--device cuda", what=what, remedy=remedy))
+    elif gpus > most and not may_grow:
         what = f"{gpus:g} GPUs an expert were asked for, but no node has more than {most:g}: {has}"
         problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
     if quantise and not gpus:

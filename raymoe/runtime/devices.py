@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from raymoe.errors import Problem
 
-__all__ = ["device_of", "device_problems"]
+__all__ = ["actor_device_problems", "device_of", "device_problems"]
 
 
 def device_problems(device: str | None) -> Iterator[Problem]:
@@ -16,6 +19,18 @@ def device_problems(device: str | None) -> Iterator[Problem]:
     if device == "cuda" and device_of(None) == "cpu":
         what = "torch sees no GPU here"
         yield Problem(where="--device cuda", what=what, remedy="leave it out to compute on the CPU")
+
+
+def actor_device_problems(device: str | None, address: str | None, gpus_per_expert: float | None) -> Iterator[Problem]:
+    """The same for the actors of a merge, as far as it can be told before Ray is there: without a cluster they are on
+    this machine."""
+    if device == "cuda" and gpus_per_expert == 0:
+        what = "--gpus-per-expert 0 gives no GPU to anything"
+        yield Problem(where="--device cuda", what=what, remedy="leave out one of them")
+        return
+    ray: Any = sys.modules.get("ray")
+    is_cluster = address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())
+    yield from device_problems(None if is_cluster and device == "cuda" else device)
 
 
 def device_of(device: str | None) -> str:

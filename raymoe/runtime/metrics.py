@@ -3,20 +3,26 @@
 All are recorded by the coordinator, from what the actors say of themselves: Ray sends a process's metrics every ten
 seconds, and would lose the last ones of actors, which are killed at the end. Where Ray exports no metrics, nothing
 comes of it. Ray puts `ray_` before the names.
+
+Metrics are for onlookers: whatever Ray objects to ends them, and not the merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from raymoe.planning.types import MergePlan
+from raymoe.planning.types import MergePlan, Shard
 from raymoe.runtime.worker import GATES_OF, Status
 
 if TYPE_CHECKING:
     from raymoe.runtime.schedule import Outcome
 
-__all__ = ["METRICS", "MergeMetrics"]
+__all__ = ["METRICS", "MergeMetrics", "ray_text"]
+
+_log = logging.getLogger(__name__)
 
 # Name -> (kind, its tags beside `output`, what it says).
 METRICS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
@@ -30,26 +36,47 @@ METRICS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
+def ray_text(text: str) -> str:
+    """A user's text as a tag of a metric: Ray takes ASCII. The rest is escaped, as in '\\xfc'."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
 class MergeMetrics:
     """Turns totals into steps of counters, and what actors are at into phases of experts."""
 
     def __init__(self, plan: MergePlan, output: str) -> None:
-        from ray.util import metrics
-
         self._metrics: dict[str, Any] = {}
-        for name, (kind, tags, description) in METRICS.items():
-            made = getattr(metrics, kind)(name, description=description, tag_keys=("output", *tags))
-            self._metrics[name] = made.set_default_tags({"output": output})
         self._counted: dict[tuple[str, str], int] = {}
         self._shard_owners = {shard.file_name: shard.owner for shard in plan.shards}
         self._phases: set[tuple[str, str]] = set()
-        shards = [shard for shard in plan.shards if shard.owner != "router"]
-        self._metrics["raymoe_bytes_planned"].set(sum(shard.nbytes for shard in shards))
-        self._metrics["raymoe_shards_planned"].set(len(shards))
+        self._is_on = True
+        with self._harmless():
+            self._begin([shard for shard in plan.shards if shard.owner != "router"], ray_text(output))
 
     def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
         """Record what has come to be since the last call."""
-        actors = list(actors)
+        if self._is_on:
+            with self._harmless():
+                self._record(list(actors), outcome)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: Ray's Python, its C++, and what exports the metrics
+            self._is_on = False
+            _log.warning("no metrics of this merge in Ray: %s: %s", type(error).__name__, error)
+
+    def _begin(self, shards: Sequence[Shard], output: str) -> None:
+        from ray.util import metrics
+
+        for name, (kind, tags, description) in METRICS.items():
+            made = getattr(metrics, kind)(name, description=description, tag_keys=("output", *tags))
+            self._metrics[name] = made.set_default_tags({"output": output})
+        self._metrics["raymoe_bytes_planned"].set(sum(shard.nbytes for shard in shards))
+        self._metrics["raymoe_shards_planned"].set(len(shards))
+
+    def _record(self, actors: Sequence[Status], outcome: Outcome) -> None:
         self._count("raymoe_bytes_copied", sum(status.bytes_written for status in actors), way="worker")
         self._count("raymoe_bytes_copied", sum(status.bytes_copied_by_store for status in actors), way="store")
         self._count("raymoe_gate_tokens", sum(status.gate_tokens for status in actors))
@@ -58,7 +85,7 @@ class MergeMetrics:
         phases = {phase for status in actors for what in status.busy_with for phase in self._at(what)}
         for now, which in ((0, self._phases - phases), (1, phases - self._phases)):
             for expert, phase in which:
-                self._metrics["raymoe_expert_phase"].set(now, tags={"expert": expert, "phase": phase})
+                self._metrics["raymoe_expert_phase"].set(now, tags={"expert": ray_text(expert), "phase": phase})
         self._phases = phases
 
     def _count(self, name: str, total: int, **tags: str) -> None:

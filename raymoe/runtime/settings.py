@@ -17,11 +17,11 @@ STALL_TIMEOUT_S = 1200.0
 class RuntimeSettings:
     """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
     (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
-    `device`: `cpu` keeps the gate pass off the GPUs. `verbosity`: -1 quiet, 0 normal, 1 and more verbose.
-    `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's record. `strict` is the
-    plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is read besides models,
-    whose place no output may take. `stall_timeout_s`: seconds without progress after which a job is given to another
-    actor; after half of them a warning says so."""
+    `device`: `cpu` keeps the gate pass off the GPUs, `cuda` refuses to compute it elsewhere. `verbosity`: -1 quiet, 0
+    normal, 1 and more verbose. `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's
+    record. `strict` is the plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is
+    read besides models, whose place no output may take. `stall_timeout_s`: seconds without progress after which a job
+    is given to another actor; after half of them a warning says so."""
 
     address: str | None = None
     gpus_per_expert: float | None = None

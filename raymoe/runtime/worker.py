@@ -249,6 +249,10 @@ class ExpertWorker:
             return "cpu"
         import torch
 
+        if self._settings.device == "cuda" and not torch.cuda.is_available():
+            what = f"Ray gives a GPU to an actor on {node_words()}, and torch sees none there"
+            remedy = "install a torch for that GPU and its driver, or leave it out to compute on CPUs"
+            raise ProblemReport([Problem(where="--device cuda", what=what, remedy=remedy)])
         return "cuda:0" if torch.cuda.is_available() else "cpu"
 
     def _check_output(self) -> None:

@@ -179,6 +179,27 @@ def test_output_takes_the_place_of_what_is_read(cli: Cli, config: Callable[..., 
     assert "would remove or replace the file of" in cli("plan", path, out).out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("cuda",), "--device cuda: torch sees no GPU here\n    -> leave it out to compute on the CPU"),
+        (("cuda:3",), "--device cuda: torch sees no GPU here"),
+        (("cuda", "--gpus-per-expert", "0"), "--gpus-per-expert 0 gives no GPU to anything"),
+        (("tpu",), "there is no device 'tpu'"),
+    ],
+)
+def test_a_device_that_is_not_here(
+    cli: Cli, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, said: str
+) -> None:
+    import ray
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert said in problem(cli, "merge", config("hidden"), tmp_path / "out", "--device", *arguments)
+
+
 @pytest.mark.parametrize("command", ["merge", "plan", "submit"])
 @pytest.mark.parametrize(
     ("place", "said"),

@@ -158,6 +158,18 @@ def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
         slots_for(RuntimeSettings(), jobs=9, compute=False, quantise=None, placement=none)
 
 
+def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
+    """`device="cuda"` never falls back to CPUs, also where the mode runs no model."""
+    none = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 0.0))
+    for compute in (True, False):
+        with pytest.raises(raymoe.errors.ProblemReport, match=r"^--device cuda: no node has a GPU: a \("):
+            slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=compute, quantise=None, placement=none)
+    one = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 1.0))
+    slots = slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=True, quantise=None, placement=one)
+    assert slots.gpus == 1.0
+    assert slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=False, quantise=None, placement=one).gpus == 0.0
+
+
 @pytest.mark.parametrize(
     ("cpus", "options", "copiers"),
     [

@@ -1,0 +1,71 @@
+"""The process' standard streams as commands need them, whatever the shell made of them.
+
+A character that a stream's encoding lacks is escaped. A stream that the shell has closed is /dev/null: else the next
+file that is opened, a shard perhaps, would have its number, and get what libraries print.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+from raymoe.errors import RaymoeError
+
+__all__ = ["OutputLost", "make_streams_safe"]
+
+
+class OutputLost(RaymoeError):
+    """What was printed can't be written to standard output: its reader has gone, or its disk is full."""
+
+    def __init__(self, error: OSError):
+        super().__init__(f"standard output can't be written to: {error.strerror}")
+        self.is_told = not isinstance(error, BrokenPipeError)  # `| head` has read what it wanted
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output. Raises OutputLost, which is told apart from the errors of files."""
+
+    def __init__(self, plain: io.TextIOWrapper):
+        super().__init__(
+            plain.buffer, encoding=plain.encoding, errors=plain.errors, line_buffering=plain.line_buffering
+        )
+        self._plain = plain  # which would close the buffer if it went
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _discarded(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _discarded(error) from None
+
+
+def _discarded(error: OSError) -> OutputLost:
+    """The error to raise; nothing that is still to be printed fails again, at the interpreter's end for one."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    return OutputLost(error)
+
+
+def make_streams_safe() -> None:
+    """To be called before anything is opened or printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            assert opened == number, (opened, number)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    if type(sys.stdout) is io.TextIOWrapper and sys.stdout.fileno() == 1:  # else somebody has put another in its place
+        sys.stdout = _Output(sys.stdout)
