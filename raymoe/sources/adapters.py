@@ -64,6 +64,7 @@ _INERT = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",  # peft turns it off for linear layers, and there are no others here
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
@@ -91,7 +92,6 @@ _INERT = frozenset(
 
 # Settings that do, with what they are, and those of them that peft can't merge into a model either.
 _REFUSED: Mapping[str, str] = {
-    "fan_in_fan_out": "weights stored transposed",
     "lora_bias": "biases on the factors",
     "layer_replication": "replicated layers",
     "target_parameters": "LoRA on bare parameters",

@@ -178,7 +178,6 @@ NEVER = "peft can't merge it into a model either"
         ({"peft_type": "PREFIX_TUNING"}, "an adapter of type 'PREFIX_TUNING'", "it changes no weights"),
         ({"peft_type": None}, "an adapter of type None", MERGE),
         ({"use_qalora": True}, "the adapter uses QALoRA, which pools the inputs (use_qalora)", MERGE),
-        ({"fan_in_fan_out": True}, "weights stored transposed (fan_in_fan_out)", MERGE),
         ({"lora_bias": True}, "biases on the factors (lora_bias)", NEVER),
         ({"bias": "lora_only"}, "the adapter trains biases (bias: 'lora_only')", MERGE),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save .* names 'lm_head', and .* holds no tensors", SAVE_AGAIN),
@@ -205,7 +204,7 @@ def test_refused_settings(model: Path, setting: dict[str, Any], message: str, re
 
 
 def test_settings_are_refused_together(model: Path) -> None:
-    settings = {"fan_in_fan_out": True, "bias": "all", "init_lora_weights": "olora"}
+    settings = {"use_qalora": True, "bias": "all", "init_lora_weights": "olora"}
     text = refusal(model, CONFIG | settings, factors(), MERGE)
     assert text.startswith("3 problems:")
 
