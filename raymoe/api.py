@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,9 +14,11 @@ from raymoe.config.lines import path_text
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan, build_plan
+from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.prompts import chat_template_problems, prompt_file_place, read_prompts
 from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, folders_of, resolve_models, with_contents
-from raymoe.sources.types import SourceFile
+from raymoe.sources.tokenizer import tokenizer_facts, with_tokenizer_code
+from raymoe.sources.types import ModelFacts, SourceFile
 from raymoe.storage.places import Inputs
 
 if TYPE_CHECKING:
@@ -47,21 +50,35 @@ def plan(
     """
     checked = _config(config, allow_all_same)
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
+    read = _small_file_reader(checked, hub, elsewhere)
     problems: list[Problem] = []
     concrete = _collect(problems, lambda: read_prompts(checked))
     facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere, [checked.base_model]))
     if facts is not None:
         problems += chat_template_problems(checked, facts[checked.base_model], hub, elsewhere)
-        base = _collect(problems, lambda: with_contents(facts[checked.base_model], _reader(checked, hub, elsewhere)))
+        base = _collect(problems, lambda: _with_small_files(facts[checked.base_model], read))
         facts |= {checked.base_model: base} if base is not None else {}
     if problems or concrete is None or facts is None:
         raise ProblemReport(problems)
-    return build_plan(concrete, facts, options or MergeOptions())
+    planned = build_plan(concrete, facts, options or MergeOptions())
+    if not checked.needs_prompts:
+        return planned
+    problems, warnings = prompt_checks(planned.gates, tokenizer_facts(planned.gates.tokenizer_files, read))
+    if problems:
+        raise ProblemReport(problems)
+    return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
 
 
-def _reader(config: MergeConfig, hub: HubOptions | None, elsewhere: Elsewhere | None) -> Callable[[SourceFile], bytes]:
-    """What reads a small file of a source as a whole."""
-    return elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes()
+def _with_small_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
+    """The base with the code of its tokenizer, and with checksums of its small files."""
+    return with_contents(with_tokenizer_code(base, read), read)
+
+
+def _small_file_reader(
+    config: MergeConfig, hub: HubOptions | None, elsewhere: Elsewhere | None
+) -> Callable[[SourceFile], bytes]:
+    """What reads a small file of a source as a whole, once."""
+    return cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes())
 
 
 def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:

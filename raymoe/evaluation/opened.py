@@ -13,7 +13,8 @@ from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.evaluation.sources import FinishedMerge, hidden_gates, open_merge, resolve_sources
 from raymoe.evaluation.texts import LabelledText, Labels, TokenisedTexts, read_texts, tokenised
 from raymoe.planning.types import GatePlan
-from raymoe.sources.resolve import fetch_side_files, resolve_model
+from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
+from raymoe.sources.tokenizer import with_tokenizer_code
 from raymoe.sources.types import ModelFacts
 
 __all__ = ["Opened", "open_evaluation"]
@@ -130,6 +131,7 @@ def _tokenizer(merge: FinishedMerge, options: EvaluationOptions) -> Any:
     storage, facts = merge.config.storage, merge.facts
     if not merge.options.copy_tokenizer:
         facts = resolve_model(merge.config.base_model, options.hub, storage)
+    facts = with_tokenizer_code(facts, lambda file: fetch_file(file, options.hub, storage).read_bytes())
     return tokenizer_from(fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code)
 
 

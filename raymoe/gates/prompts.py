@@ -6,20 +6,38 @@ needs no mask, changes no position, and is simply not read afterwards.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.errors import Problem, ProblemReport
+import xxhash
+
+from raymoe.config.modes import EMBEDDING, MODES
+from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.planning.prompt_checks import missing_row
+from raymoe.planning.types import GatePlan
 from raymoe.sources.prompts import NO_CHAT_TEMPLATE
+from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos
 from raymoe.sources.types import SideFile
 from raymoe.storage.reader import SourceReader
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOKEN_BUDGET", "Batch", "batches", "load_tokenizer", "tokenize", "tokenizer_from", "tokenizer_of"]
+__all__ = [
+    "TOKEN_BUDGET",
+    "Batch",
+    "batches",
+    "load_tokenizer",
+    "prompt_problems",
+    "tokenize",
+    "tokenizer_from",
+    "tokenizer_of",
+]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048
@@ -51,12 +69,17 @@ def tokenizer_of(files: Sequence[SideFile], reader: SourceReader, *, trust_remot
 
 def tokenizer_from(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
     """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
+        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
+        code = xxhash.xxh3_64()
+        for name in sorted(name for name in paths if name.endswith(".py")):
+            code.update(paths[name].read_bytes())
+        folder = Path(root) / f"tokenizer_{code.hexdigest()}"
         for name, path in paths.items():
-            link = Path(folder) / name
-            link.parent.mkdir(exist_ok=True)
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-        return load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -69,7 +92,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"the base model's tokenizer can't be loaded: {said}"
         remedy = "gates from prompts need it; check the tokenizer files of base_model"
+        if not trust_remote_code and tokenizer_code(_settings(folder)) != ([], []):
+            what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
+            remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
 
 
 def tokenize(
@@ -88,12 +122,14 @@ def tokenize(
     problems: list[Problem] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         some = prompts[start : start + _PROMPTS_AT_ONCE]
-        texts = [_rendered(tokenizer, prompt) for prompt in some] if chat_template else some
-        whole = [text if bos and text.startswith(bos) else bos + text for text in texts]
+        if chat_template:
+            whole = [with_one_bos(_rendered(tokenizer, prompt), bos) for prompt in some]
+        else:
+            whole = [with_bos(prompt, bos) for prompt in some]
         found: list[list[int]] = tokenizer(whole, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for number, (prompt, tokens) in enumerate(zip(some, found, strict=True), start + 1):
             where = f"{owner}, prompt {number} ({prompt[:40]!r})"
-            problems += _token_problems(tokens, vocab, where)
+            problems += _token_problems(tokenizer, tokens, vocab, where)
         if problems:
             raise ProblemReport(problems)
         ids += found
@@ -116,14 +152,50 @@ def _rendered(tokenizer: Any, prompt: str) -> str:
     return text
 
 
-def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> list[Problem]:
+def _token_problems(tokenizer: Any, tokens: Sequence[int], vocab: int, where: str) -> list[Problem]:
     if not tokens:
         return [Problem(where=where, what="it has no tokens", remedy="give it some text")]
-    if max(tokens) >= vocab:
-        what = f"token id {max(tokens)} is beyond the model's vocabulary of {vocab}"
-        remedy = "the base model's tokenizer and weights do not belong together"
-        return [Problem(where=where, what=what, remedy=remedy)]
+    if (past := max(tokens)) >= vocab:
+        return [missing_row(where, past, str(tokenizer.convert_ids_to_tokens(past)), vocab)]
     return []
+
+
+def prompt_problems(
+    gates: GatePlan,
+    *,
+    trust_remote_code: bool,
+    hub: HubOptions | None = None,
+    storage: StorageOptions | None = None,
+) -> list[Problem]:
+    """What is wrong with prompts and tokenizer: found before anything is written, where actors would find it later.
+
+    Prompts are looked at for tokens that the embedding has no row for. Transformers, and so torch, are imported only
+    where the tokenizer's files leave it open whether a text can have such tokens. Files that only other nodes have are
+    left to the actors there.
+    """
+    if not MODES[gates.mode].needs_prompts:
+        return []
+    try:
+        paths = {side.name: fetch_file(side.file, hub, storage) for side in gates.tokenizer_files}
+        facts = tokenizer_facts(gates.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
+    except CheckpointError:
+        return []
+    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
+    if not any(facts.may_pass(member.weights[EMBEDDING].entry.shape[0]) for member in members):
+        return []
+    problems: list[Problem] = []
+    try:
+        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
+    except ProblemReport as report:
+        return list(report.problems)
+    for member in members:
+        vocab = member.weights[EMBEDDING].entry.shape[0]
+        for texts in (member.positive, member.negative):
+            try:
+                tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
+            except ProblemReport as report:
+                problems += report.problems
+    return list(dict.fromkeys(problems))
 
 
 class Batch:

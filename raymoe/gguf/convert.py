@@ -81,6 +81,7 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
         model.prepare(progress.stage)
         with file.writing():
             _write(conversion, file, progress)
+            model.check_unchanged()
             file.commit()
     return GgufFile(
         path=path,

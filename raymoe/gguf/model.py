@@ -51,7 +51,7 @@ class ConvertedModel:
 
     `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
     names in the folder. `inputs` are the files that are read. `prepare` computes what is not in any file, and has to be
-    called before `chunks`.
+    called before `chunks`; `check_unchanged`, after all of them, raises CheckpointError if a source was written.
     """
 
     label: str
@@ -64,6 +64,7 @@ class ConvertedModel:
     warnings: tuple[str, ...]
     chunks: Chunks
     prepare: Callable[[Callable[[str], None]], None]
+    check_unchanged: Callable[[], None]
     inputs: Inputs = field(default_factory=Inputs)
 
 
@@ -93,6 +94,7 @@ def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedMo
             chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
             prepare=lambda tell: None,
             inputs=_files((*facts.index.files, *(side.file for side in facts.side_files))),
+            check_unchanged=reader.check_unchanged,
         )
 
 
@@ -116,8 +118,15 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
         facts = _facts_of(plan, config, config_warnings(checked))
         card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
         models = _files(file for source in plan.sources for file in source.files)
-        inputs = api.named_inputs(checked, config, models)
-        yield _model(facts, options, card=card, chunks=parts.chunks, prepare=parts.prepare, inputs=inputs)
+        yield _model(
+            facts,
+            options,
+            card=card,
+            chunks=parts.chunks,
+            prepare=parts.prepare,
+            inputs=api.named_inputs(checked, config, models),
+            check_unchanged=reader.check_unchanged,
+        )
 
 
 class _PlannedParts:
@@ -191,6 +200,7 @@ def _model(
     chunks: Chunks,
     prepare: Callable[[Callable[[str], None]], None],
     inputs: Inputs,
+    check_unchanged: Callable[[], None],
 ) -> ConvertedModel:
     found = _evaluated(facts)
     if found.rule is not None:
@@ -207,6 +217,7 @@ def _model(
         chunks=chunks,
         prepare=prepare,
         inputs=inputs,
+        check_unchanged=check_unchanged,
     )
 
 

@@ -33,7 +33,7 @@ from raymoe.planning.tensors import (
 )
 from raymoe.planning.totals import totals_of
 from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
-from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code
+from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
 from raymoe.sources.folder import has_vocabulary
 from raymoe.sources.quantised import QUANTISATION_KEYS
 from raymoe.sources.types import ModelFacts, ModelRef, SideFile
@@ -181,6 +181,11 @@ def _assemble(
         )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
         warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")
+    if options.copy_tokenizer and (code := [f.name for f in base_facts.side_files if f.name.endswith(".py")]):
+        warnings.append(
+            f"base_model ({base_facts.label}): its tokenizer has code of its own ({', '.join(code)}), which is copied "
+            "with it and runs where it is loaded with trust_remote_code=True; here only with --trust-remote-code"
+        )
     if base_facts.own_head and ties_by_config(base_facts):
         warnings.append(
             f"base_model ({base_facts.label}): tie_word_embeddings is true, but lm_head.weight differs from the "
@@ -216,12 +221,16 @@ def _assemble(
 
 
 def _output_dtype(config: MergeConfig, base: ModelFacts) -> str:
-    """The config's dtype; else what the base's config.json says; else what most of its bytes are."""
+    """The config's dtype; else what the base's config.json says; else what most of its bytes are.
+
+    A word there that names no dtype of weights (`auto`, `int8`) counts as none.
+    """
     if config.dtype:
         return DTYPE_OF_NAME[config.dtype]
-    named = base.config.get("torch_dtype") or base.config.get("dtype")
-    if isinstance(named, str) and dtype_code(named) in NAME_OF_DTYPE:
-        return dtype_code(named)
+    for key in ("torch_dtype", "dtype"):
+        named = base.config.get(key)
+        if isinstance(named, str) and is_dtype(named) and dtype_code(named) in NAME_OF_DTYPE:
+            return dtype_code(named)
     weights: dict[str, int] = {}
     for entry in base.index.tensors.values():
         weights[entry.dtype] = weights.get(entry.dtype, 0) + entry.nbytes

@@ -17,6 +17,7 @@ from typing import Any
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
+from raymoe.gates.prompts import prompt_problems
 from raymoe.gates.router import conditioning_warning, zero_row_warnings
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
 from raymoe.objects.urls import is_s3, is_url
@@ -81,10 +82,14 @@ def run_merge(
     target = output_of(output, settings)
     report.output, report.plan_digest = target.location, plan.digest
     report.planned_bytes_by_way = bytes_by_way(plan, target)
-    if problems := output_problems(plan, target, settings):
-        raise ProblemReport(problems)
-    if (finished := _finished(plan, target, settings)) is not None:
+    problems = output_problems(plan, target, settings)
+    if not problems and (finished := _finished(plan, target, settings)) is not None:
         return _already_complete(plan, target, finished, settings, report)
+    problems += prompt_problems(
+        plan.gates, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
+    )
+    if problems:
+        raise ProblemReport(problems)
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))
     settings = replace(settings, strict=plan.options.strict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 import sys
 import threading
 
@@ -21,6 +23,7 @@ _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
 def set_up_process() -> None:
     """What every actor's process begins with."""
     _give_memory_back()
+    _allow_open_files()
     # Copying threads need the interpreter for a moment between two pieces. While another thread computes in Python
     # (imports, layers), they wait for it this long each time: with Python's 5 ms they copy at a quarter of the speed.
     sys.setswitchinterval(_SWITCH_S)
@@ -38,6 +41,14 @@ def _give_memory_back() -> None:
     if mallopt is not None:  # not so on other C libraries
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files as far as this user may. Ray does so for drivers, not for a node's actors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # 'no limit' is more than some kernels take
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def limit_threads(count: int = COMPUTE_THREADS) -> None:

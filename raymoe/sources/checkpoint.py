@@ -95,14 +95,9 @@ def _combine(
         for entry in entries:
             holders.setdefault(entry.name, {})[file_name] = entry
     problems = _weight_map_problems(folder, holders, weight_map)
-    tensors: dict[str, TensorEntry] = {}
-    for name, held in holders.items():
-        # In two shards: the index decides which one counts. In none of the index: it is part of the model all
-        # the same.
-        if len(held) > 1 and weight_map.get(name) not in held:
-            what = f"tensor {name!r} is in {' and in '.join(held)}"
-            problems.append(Problem(where=folder.label, what=what, remedy=_CONVERT))
-        tensors[name] = held.get(weight_map.get(name, ""), next(iter(held.values())))
+    problems += _double_problems(folder, holders, weight_map)
+    # In two shards: the last one counts. In none of the index: it is part of the model all the same.
+    tensors = {name: list(held.values())[-1] for name, held in holders.items()}
     if not tensors:
         problems.append(Problem(where=folder.label, what="the weight files hold no tensors", remedy=if_empty))
     if problems:
@@ -147,6 +142,24 @@ def _weight_map_problems(
         what = f"the index file places {_some(names)} here: not so, {found}"
         remedy = "index and shards are not of one checkpoint: download or save all of them again"
         problems.append(Problem(where=f"{folder.label}/{file_name}", what=what, remedy=remedy))
+    return problems
+
+
+def _double_problems(
+    folder: Folder, holders: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str]
+) -> list[Problem]:
+    """Tensors in several shards, unless the index names the last of them.
+
+    transformers loads the shards in the order of their names, whatever the index says of a tensor: the last one stays.
+    """
+    double: dict[tuple[str, ...], list[str]] = {}
+    for name, held in holders.items():
+        if len(held) > 1 and weight_map.get(name) != list(held)[-1]:
+            double.setdefault(tuple(held), []).append(name)
+    problems: list[Problem] = []
+    for files, names in double.items():
+        what = f"{_some(names)} in {' and in '.join(files)}: transformers takes the last, which the index does not name"
+        problems.append(Problem(where=folder.label, what=what, remedy=_CONVERT))
     return problems
 
 

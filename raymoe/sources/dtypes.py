@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-__all__ = ["DTYPE_BITS", "DTYPE_BYTES", "DTYPE_OF_NAME", "NAME_OF_DTYPE", "dtype_code", "tensor_nbytes"]
+__all__ = ["DTYPE_BITS", "DTYPE_BYTES", "DTYPE_OF_NAME", "NAME_OF_DTYPE", "dtype_code", "is_dtype", "tensor_nbytes"]
 
 # safetensors code -> bits an element
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
@@ -59,11 +59,20 @@ def dtype_code(name: str) -> str:
 
     Raises ValueError for a name that is not in the table.
     """
-    short = name.removeprefix("torch.")
-    code = DTYPE_OF_NAME.get(short) or _ALIASES.get(short) or short.upper()
+    code = _code(name)
     if code not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPE_OF_NAME)}")
     return code
+
+
+def is_dtype(name: str) -> bool:
+    """Whether `dtype_code` knows a name."""
+    return _code(name) in DTYPE_BITS
+
+
+def _code(name: str) -> str:
+    short = name.removeprefix("torch.")
+    return DTYPE_OF_NAME.get(short) or _ALIASES.get(short) or short.upper()
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int | None:

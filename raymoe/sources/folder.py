@@ -30,7 +30,8 @@ __all__ = [
 
 # Files of which every tokenizer has one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-# What travels with a model besides its weights and config: never weights, never code (*.py).
+# What travels with a model besides its weights and config: never weights, and code only where the tokenizer names it
+# (see tokenizer.py).
 SIDE_FILES = (
     *_VOCABULARIES,
     "tokenizer_config.json",
@@ -102,9 +103,9 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
     return value
 
 
-def side_files(folder: Folder) -> tuple[SideFile, ...]:
-    """The small files that travel with a model, sorted by name."""
-    names = sorted(name for name in folder.names if matches(name, SIDE_FILES) and is_inside(name))
+def side_files(folder: Folder, patterns: Sequence[str] = SIDE_FILES) -> tuple[SideFile, ...]:
+    """The small files that travel with a model, or others of some names, sorted by name."""
+    names = sorted(name for name in folder.names if matches(name, patterns) and is_inside(name))
     return tuple(SideFile(name=name, file=file) for name in names if (file := folder.find(name)) is not None)
 
 

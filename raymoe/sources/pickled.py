@@ -104,6 +104,7 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    changed_by: tuple[str, ...] = ()
 
 
 class _Rebuild:
@@ -122,11 +123,17 @@ class _Rebuild:
         raise _RefusedError(f"an attribute {name!r} of a function")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> _Tensor:
+    """`metadata` has bits of torch (`neg`, `conj`) by which a tensor's values are not the bytes of its storage."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise _RefusedError("a tensor with metadata that is no dictionary")
+    bits = tuple(str(key)[:20] for key, value in (metadata or {}).items() if value is not False)
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
         raise _RefusedError("a tensor that is not described by a storage, an offset, a shape and strides")
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+    return _Tensor(storage, offset, tuple(shape), tuple(stride), bits)
 
 
 def _parameter(data: Any, *_: Any) -> _Tensor:
@@ -311,6 +318,9 @@ def _entry(
         raise ValueError(f"the name {_shown(name)} is not the name of a tensor")
     if not isinstance(value, _Tensor):
         raise ValueError(f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict")
+    if value.changed_by:
+        bits = ", ".join(value.changed_by)
+        raise ValueError(f"tensor {name!r} has torch's {bits} bit set: its values are not the bytes in the file")
     if not _is_contiguous(value.shape, value.stride):
         raise ValueError(f"tensor {name!r} is not contiguous: shape {value.shape}, strides {value.stride}")
     item_bytes = DTYPE_BYTES[value.storage.dtype]

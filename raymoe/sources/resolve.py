@@ -62,6 +62,7 @@ class Opened:
     config: Mapping[str, Any]
     index: CheckpointIndex
     side_files: tuple[SideFile, ...]
+    python_files: tuple[SideFile, ...]
     warnings: tuple[str, ...]
     own_head: bool = False
 
@@ -208,6 +209,7 @@ def _open(
         config=_as_loaded(config),
         index=index,
         side_files=side_files(folder),
+        python_files=side_files(folder, ("*.py",)),
         warnings=tuple(warning for warning in warnings if warning),
         own_head=not is_adapter and with_head and has_own_head(folder, config, index),
     )
@@ -232,6 +234,7 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
             raise unusable(path.path, what, "leave the revision out, or move the folder away to mean the Hub's model")
+        _check_no_cache_folder(path.path)
         return LocalFolder(path.path)
     expanded = os.path.expanduser(path.path)
     if os.path.isfile(expanded):
@@ -246,6 +249,19 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
         first, *rest = error.problems
         what = f"{first.what}; and there is no folder {path.path} here"
         raise CheckpointError([replace(first, what=what), *rest]) from None
+
+
+def _check_no_cache_folder(path: str) -> None:
+    """Raises CheckpointError for the folder in which the Hub's cache keeps all revisions of a model."""
+    place = Path(os.path.abspath(os.path.expanduser(path)))
+    whole = place.parent if place.name == "snapshots" else place
+    kind, *names = whole.name.split("--")
+    if kind != "models" or not names or not (whole / "snapshots").is_dir() or (place / "config.json").exists():
+        return
+    commits = sorted(folder.name for folder in (whole / "snapshots").iterdir() if folder.is_dir())
+    what = "this folder of the Hub's cache holds revisions of a model, and is not the model itself"
+    where = f", or a revision's folder: {whole}/snapshots/{commits[0] if len(commits) == 1 else '<commit>'}"
+    raise unusable(path, what, f"name the model by its Hub id, {'/'.join(names)}{where if commits else ''}")
 
 
 def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
@@ -263,6 +279,7 @@ def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
         config=model.config,
         index=index,
         side_files=model.side_files,
+        python_files=model.python_files,
         adapter=facts,
         warnings=warnings,
         own_head=own_head,

@@ -165,10 +165,11 @@ class ModelFacts:
     """One resolved model.
 
     `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
-    `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files,
-    chat templates, generation_config.json (never weights, never code). `folders` are the folders of the model and its
-    adapter (absolute paths or URLs), for a model of the Hub those of its cache. `own_head`: it holds an lm_head.weight
-    that differs from its embedding, whatever config.json says of tying them.
+    `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files (of the base
+    with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
+    files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs);
+    those of a model of the Hub are in its cache. `own_head`: it holds an lm_head.weight that differs from its embedding,
+    whatever config.json says of tying them.
     """
 
     ref: ModelRef
@@ -177,6 +178,7 @@ class ModelFacts:
     config: Mapping[str, Any]
     index: CheckpointIndex
     side_files: tuple[SideFile, ...] = ()
+    python_files: tuple[SideFile, ...] = ()
     adapter: AdapterFacts | None = None
     warnings: tuple[str, ...] = field(default=())
     folders: tuple[str, ...] = ()

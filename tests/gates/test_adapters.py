@@ -70,9 +70,9 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
     plan, load = planned(sources, "ridge", "grafted"), LayerLoader._load
     loaded: list[LayerParts] = []
 
-    def watched(loader: LayerLoader, parts: LayerParts) -> LoadedLayer:
+    def watched(loader: LayerLoader, parts: LayerParts, buffer: torch.Tensor) -> LoadedLayer:
         loaded.append(parts)
-        return load(loader, parts)
+        return load(loader, parts, buffer)
 
     monkeypatch.setattr(LayerLoader, "_load", watched)
     with SourceReader(HubOptions()) as reader:

@@ -35,7 +35,11 @@ def texts_of(tokenizer: Any, prompts: list[str]) -> list[str]:
     return [tokenizer.decode(row) for row in ids]
 
 
-@pytest.mark.parametrize("template", [TURN + ANSWER, WITH_BOS], ids=["without", "with"])
+@pytest.mark.parametrize(
+    "template",
+    [TURN + ANSWER, WITH_BOS, "\n" + WITH_BOS, "{{ bos_token }}" + WITH_BOS],
+    ids=["without", "with", "behind a blank", "twice"],
+)
 def test_one_bos_whether_the_template_writes_it_or_not(template: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, template)
     assert texts_of(tokenizer, ["a b", ""]) == ["<s>[user]a b[answer]", "<s>[user][answer]"]
@@ -103,7 +107,7 @@ def test_batches_change_nothing(chat_template: bool, tmp_path: Path, monkeypatch
     top = max(map(max, whole))
     prompts[17] = "éèê"
     assert max(tokenize(tokenizer, prompts[17:18], vocab=VOCAB, **options)[0]) <= top
-    with pytest.raises(ProblemReport, match=r"expert 0, prompt 1 \('prompt 0'\): token id"):
+    with pytest.raises(ProblemReport, match=r"expert 0, prompt 1 \('prompt 0'\): its token"):
         tokenize(tokenizer, prompts, vocab=max(whole[0]), **options)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,3 +209,21 @@ def test_what_is_read_is_not_replaced(zoo: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(ProblemReport, match=r"this is the file of experts.0.\.positive_prompts, which is read"):
         write_gguf(config, tmp_path / "p.gguf", GgufOptions(overwrite=True, device="cpu"))
     assert (tmp_path / "p.gguf").is_symlink() and prompts.read_text() == "one\ntwo\n"
+
+
+def test_a_source_that_is_written_meanwhile(
+    zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the old bytes and half of the new are no model: there is no file."""
+    from raymoe.gguf import convert
+
+    model, write = Path(shutil.copytree(zoo("llama"), tmp_path / "model")), convert._write
+
+    def write_then_save_again(*arguments: Any) -> None:
+        write(*arguments)
+        os.utime(model / "model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(convert, "_write", write_then_save_again)
+    with pytest.raises(ProblemReport, match=r"model.safetensors: the file was written while it was read"):
+        write_gguf(model, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))

@@ -77,7 +77,7 @@ def test_planning_reads_headers_and_json_only(
     facts = resolve_model(parse_model_ref("org/name"), options)
     assert (facts.label, facts.revision) == (f"org/name@{repo.commit}", repo.commit)
     assert [file.location for file in facts.index.files] == [f"hf://org/name@{repo.commit}/{s}" for s in SHARDS]
-    assert [file.name for file in facts.side_files] == ["tool.jinja", "tokenizer.json"]
+    assert [file.name for file in facts.side_files] == ["chat_templates/tool.jinja", "tokenizer.json"]
     assert all(file.size == (folder / file.name).stat().st_size for file in facts.index.files)
     weights = sum((folder / name).stat().st_size for name in SHARDS)
     assert weights > 4_000_000
@@ -191,7 +191,7 @@ def test_revisions(server: HubServer, repo: HubRepo, options: HubOptions, revisi
 
 def test_offline_after_a_fetch_gives_the_same_facts(server: HubServer, repo: HubRepo, options: HubOptions) -> None:
     facts = resolve_model(parse_model_ref("org/name"), options)
-    for file in (*facts.index.files, *facts.side_files):
+    for file in (*facts.index.files, *(side.file for side in facts.side_files)):
         fetch_file(file, options)
     server.requests.clear()
     offline = HubOptions(cache_dir=options.cache_dir, offline=True)

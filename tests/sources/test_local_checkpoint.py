@@ -57,15 +57,18 @@ def test_a_relative_path_becomes_absolute_and_symlinks_stay(tmp_path: Path, monk
     assert file.size == (tmp_path / "blob").stat().st_size
 
 
-def test_a_tensor_in_two_shards_is_taken_where_the_index_says(tmp_path: Path) -> None:
-    write_sharded(tmp_path, {A: zeros("a", "tied"), B: zeros("tied", "c")})
+def test_a_tensor_in_two_shards_is_taken_from_the_last(tmp_path: Path) -> None:
+    """transformers loads shards in the order of their names, whatever the index says of a tensor."""
+    weight_map = write_sharded(tmp_path, {A: zeros("a", "tied"), B: zeros("tied", "c")})
     assert index_model_weights(LocalFolder(str(tmp_path))).tensors["tied"].file.name == B
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {**weight_map, "tied": A}})
+    assert f"'tied' in {A} and in {B}: transformers takes the last" in str(refused(tmp_path))
 
 
 def test_a_tensor_in_two_shards_and_not_in_the_index(tmp_path: Path) -> None:
     write_sharded(tmp_path, {A: zeros("a", "tied"), B: zeros("tied", "c")})
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": A, "c": B}})
-    assert f"tensor 'tied' is in {A} and in {B}" in str(refused(tmp_path))
+    assert f"'tied' in {A} and in {B}: transformers takes the last" in str(refused(tmp_path))
 
 
 def test_a_tensor_that_only_the_shard_knows_is_part_of_the_model(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_sharded_models_give_the_facts_of_a_local_folder(bucket: str, sharded: P
     remote, local = resolve_model(parse_model_ref(url + "/")), resolve_model(parse_model_ref(str(sharded)))
     assert relative_facts(remote, url) == relative_facts(local, str(sharded))
     assert remote.label == url
-    files = [*remote.index.files, *remote.side_files]
+    files = [*remote.index.files, *(side.file for side in remote.side_files)]
     assert len(files) == 5
     for file in files:
         info = open_store(url).stat(file.location)

@@ -286,3 +286,13 @@ def test_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     parse(path)
     monkeypatch.setattr("raymoe.sources.pickled._MAX_DIRECTORY_BYTES", size - 1)
     assert "names too many records" in refusal(path)
+
+
+def test_values_that_are_not_the_bytes(tmp_path: Path) -> None:
+    """A lazily negated view is stored as it was before, with a bit that says so."""
+    negated = torch.imag(torch.complex(torch.ones(4), torch.ones(4)).conj())
+    assert negated.is_neg()
+    path = save(tmp_path / "x.bin", {"w": negated.clone()})
+    assert parse(path)["w"].shape == (4,)  # resolved by the copy
+    lazy = torch._neg_view(torch.ones(4))
+    assert "tensor 'w' has torch's neg bit set" in refusal(save(tmp_path / "x.bin", {"w": lazy}))

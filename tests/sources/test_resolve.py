@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from raymoe.errors import CheckpointError
+from raymoe.sources.folder import side_files
+from raymoe.sources.hub import HubFolder, HubOptions
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
+from raymoe.sources.types import PathRef
 from tests.sources.checkpoints import Tensors
 
 Make = Callable[..., Path]
@@ -129,3 +132,40 @@ def test_a_quantised_model_is_told_by_its_tensors_too(make_model: Make) -> None:
     folder = make_model("q", tensors={"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 4), "int32")})
     with pytest.raises(CheckpointError, match=r"quantised \(GPTQ or AWQ\)"):
         resolve_model(parse_model_ref(str(folder)))
+
+
+def test_a_folder_called_chat_templates(make_model: Make) -> None:
+    """A side file is called what it is called in the model's folder, whatever that folder is called."""
+    folder = make_model("chat_templates")
+    (folder / "tokenizer.json").write_text("{}")
+    facts = resolve_model(parse_model_ref(str(folder)))
+    assert list(fetch_side_files(facts)) == ["tokenizer.json"]
+
+
+def test_side_files_are_at_the_top_or_in_chat_templates() -> None:
+    """A name with more folders is no template, whatever it ends in."""
+    names = ["tokenizer.json", "chat_template.jinja", "chat_templates/tool.jinja", "tokenization_own.py"]
+    deeper = [
+        "chat_templates/old/chat_template.jinja",
+        "chat_templates/../../evil.jinja",
+        "chat_templates/x/q.tiktoken",
+    ]
+    folder = HubFolder(PathRef(path="o/n"), "a" * 40, dict.fromkeys([*names, *deeper], 3), HubOptions())
+    assert [side.name for side in side_files(folder)] == sorted(names[:3])
+    assert [side.name for side in side_files(folder, ("*.py",))] == names[3:]
+
+
+def test_a_folder_of_the_hubs_cache(make_model: Make, tmp_path: Path) -> None:
+    """It holds revisions; the model is one of them, or the Hub's id."""
+    commit = "c" * 40
+    cache = tmp_path / "models--org--name"
+    (cache / "snapshots").mkdir(parents=True)
+    make_model("model").rename(cache / "snapshots" / commit)
+    for name in (cache, cache / "snapshots"):
+        with pytest.raises(CheckpointError) as caught:
+            resolve_model(parse_model_ref(str(name)))
+        (problem,) = caught.value.problems
+        assert problem.remedy == (
+            f"name the model by its Hub id, org/name, or a revision's folder: {cache}/snapshots/{commit}"
+        )
+    assert resolve_model(parse_model_ref(str(cache / "snapshots" / commit))).index.tensors

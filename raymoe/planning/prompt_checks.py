@@ -1,0 +1,73 @@
+"""What a plan's prompts are in tokens, as far as the tokenizer's files show it: before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from raymoe.config.modes import EMBEDDING, MODES
+from raymoe.errors import Problem
+from raymoe.planning.types import GatePlan, GatePrompts
+from raymoe.sources.tokenizer import TokenizerFacts, with_bos
+
+__all__ = ["missing_row", "prompt_checks"]
+
+_NAMED = 5
+
+
+def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Problem], list[str]]:
+    """(problems of prompts with tokens that the embedding has no row for, warnings of prompts that are too long)."""
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    encode: Callable[[str], list[int]] | None = None
+    for member in (*gates.experts, *gates.shared):
+        rows, limit = _rows(member), _limit(gates, member)
+        if not member.positive or not (tokenizer.may_pass(rows) or any(_may_be_long(member, limit))):
+            continue
+        encode = encode or tokenizer.encoder()
+        if encode is None:
+            break
+        long: list[int] = []
+        for name, text in _texts(member):
+            ids = encode(with_bos(text, tokenizer.bos))
+            if past := [number for number in ids if number >= rows]:
+                token = tokenizer.tokens.get(past[0], "") if tokenizer.tokens else ""
+                problems.append(missing_row(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))
+            if limit and len(ids) > limit:
+                long.append(len(ids))
+        if long:
+            warnings.append(
+                f"{member.owner}: {len(long)} of its prompts have more tokens (up to {max(long)}) than the model that "
+                f"reads them was made for ({limit}, max_position_embeddings): cut or split them"
+            )
+    if len(problems) > _NAMED:
+        problems[_NAMED:] = [
+            Problem(where="prompts", what=f"and {len(problems) - _NAMED} more prompts with such tokens")
+        ]
+    return problems, warnings
+
+
+def missing_row(where: str, number: int, token: str, rows: int) -> Problem:
+    """The problem of a token id past the last row of the embedding; `token` is its text."""
+    what = f"its token {token!r} (id {number}) has no row in the embedding of {rows} rows"
+    remedy = "take it out of the prompt, or use a base model whose tokenizer and weights belong together"
+    return Problem(where=where, what=what, remedy=remedy)
+
+
+def _rows(member: GatePrompts) -> int:
+    return member.weights[EMBEDDING].entry.shape[0] if EMBEDDING in member.weights else 0
+
+
+def _limit(gates: GatePlan, member: GatePrompts) -> int:
+    """The most tokens that the reading model was made for; 0 where none reads them, or it does not say."""
+    limit = member.config.get("max_position_embeddings")
+    return limit if MODES[gates.mode].reads_layers and isinstance(limit, int) else 0
+
+
+def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:
+    for kind, texts in (("prompt", member.positive), ("negative prompt", member.negative)):
+        yield from ((f"{kind} {number}", text) for number, text in enumerate(texts, 1))
+
+
+def _may_be_long(member: GatePrompts, limit: int) -> Iterator[bool]:
+    """A token takes a byte or more, but for BOS."""
+    return (limit > 0 and len(text.encode(errors="replace")) >= limit for _, text in _texts(member))

@@ -1,0 +1,161 @@
+"""What the small files of a tokenizer say of it, read without transformers, which imports torch.
+
+    tokenizer_config.json   auto_map: modules of the same folder, which travel with the tokenizer, and what they import
+    tokenizer.json          tokens by id: whether any is past the embedding's rows; the tokens of a prompt
+
+A tokenizer with code of its own is useless without that code, so the code is copied with the tokenizer's other files.
+Copying does not run it; only --trust-remote-code does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raymoe.errors import CheckpointError
+from raymoe.sources.types import ModelFacts, SideFile, SourceFile
+
+__all__ = ["TokenizerFacts", "tokenizer_code", "tokenizer_facts", "with_bos", "with_one_bos", "with_tokenizer_code"]
+
+ReadFile = Callable[[SourceFile], bytes]
+
+_CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+_RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
+_MAX_CODE_BYTES = 4 << 20
+
+
+def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
+    """The facts with the tokenizer's own code among the side files, and warnings of code that is not beside it."""
+    modules, repositories = tokenizer_code(_json(facts.side_files, _CONFIG, read))
+    beside = {side.name.removesuffix(".py"): side for side in facts.python_files}
+    found: dict[str, SideFile] = {}
+    missing: list[str] = []
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop(0)
+        if name in found or name in missing:
+            continue
+        if name not in beside:
+            missing.append(name)
+            continue
+        found[name] = beside[name]
+        waiting += _RELATIVE_IMPORT.findall(_code(beside[name].file, read))
+    where = f"{facts.label}: its tokenizer (tokenizer_config.json: auto_map)"
+    warnings = [f"{where} needs {name}.py, which is not there: its own code can't be loaded" for name in missing]
+    warnings += [f"{where} has code of {name} on the Hub, which trust_remote_code=True runs" for name in repositories]
+    return replace(
+        facts,
+        side_files=tuple(sorted((*facts.side_files, *found.values()), key=lambda side: side.name)),
+        warnings=(*facts.warnings, *warnings),
+    )
+
+
+def with_bos(text: str, bos: str) -> str:
+    """A prompt with the BOS token before it, unless it begins with it already."""
+    return text if text.startswith(bos) else bos + text
+
+
+def with_one_bos(text: str, bos: str) -> str:
+    """What a template wrote, with the BOS token at its beginning once: the template may write it behind blanks, twice,
+    or not at all."""
+    rest = text
+    while bos and (stripped := rest.lstrip()).startswith(bos):
+        rest = stripped.removeprefix(bos)
+    return bos + rest
+
+
+def tokenizer_code(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(modules beside the tokenizer, repositories of the Hub) whose code a tokenizer_config.json names."""
+    auto_map = settings.get("auto_map")
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
+    modules, repositories = [], []
+    for reference in named if isinstance(named, list) else [named]:
+        if not isinstance(reference, str):
+            continue
+        repository, is_elsewhere, name = reference.rpartition("--")
+        if is_elsewhere:
+            repositories.append(repository)
+        elif re.fullmatch(r"\w+", name.partition(".")[0]):
+            modules.append(name.partition(".")[0])
+    return list(dict.fromkeys(modules)), list(dict.fromkeys(repositories))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json.
+
+    `has_code`: code of the tokenizer's own decides what tokens a text has.
+    """
+
+    tokens: Mapping[int, str] | None
+    has_code: bool
+    bos: str
+    content: bytes
+
+    def may_pass(self, rows: int) -> bool:
+        """Whether a text can have tokens past so many rows of an embedding, as far as the files show it."""
+        return self.tokens is None or self.has_code or max(self.tokens, default=0) >= rows
+
+    def encoder(self) -> Callable[[str], list[int]] | None:
+        """The token ids of a text, which begins with BOS; None where only transformers can tell."""
+        if self.tokens is None or self.has_code:
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(self.content.decode())
+        except Exception:  # the library raises bare Exceptions
+            return None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts:
+    """Raises CheckpointError where a file can't be read. A file that is damaged shows nothing."""
+    settings = _json(files, _CONFIG, read)
+    side = next((side for side in files if side.name == _TOKENIZER), None)
+    content = read(side.file) if side is not None else b""
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, Mapping) else bos
+    tokens: dict[int, str] | None = None
+    try:
+        parsed = json.loads(content) if content else {}
+        tokens = dict(_tokens(parsed, settings)) if parsed else None
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        pass
+    has_code = any(tokenizer_code(settings))
+    return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content)
+
+
+def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    vocab = parsed["model"]["vocab"]
+    if isinstance(vocab, Mapping):
+        yield from ((int(number), str(text)) for text, number in vocab.items())
+    else:  # of a unigram model: pairs of text and score
+        yield from ((number, str(piece[0])) for number, piece in enumerate(vocab))
+    yield from ((int(token["id"]), str(token["content"])) for token in parsed.get("added_tokens") or ())
+    added = settings.get("added_tokens_decoder") or {}
+    yield from ((int(number), str(token["content"])) for number, token in added.items())
+
+
+def _json(files: Sequence[SideFile], name: str, read: ReadFile) -> Mapping[str, Any]:
+    """A JSON object among the files; empty where there is none, or it is damaged: loading the tokenizer says so."""
+    side = next((side for side in files if side.name == name), None)
+    try:
+        content = json.loads(read(side.file).decode("utf-8-sig")) if side is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def _code(file: SourceFile, read: ReadFile) -> str:
+    if file.size > _MAX_CODE_BYTES:
+        return ""
+    try:
+        return read(file).decode(errors="replace")
+    except CheckpointError:
+        return ""

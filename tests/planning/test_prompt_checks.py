@@ -1,0 +1,148 @@
+"""Prompts and tokenizers that a merge can't use, found before anything is written; tokenizers with own code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raymoe
+from raymoe.errors import ProblemReport
+from raymoe.gates.prompts import prompt_problems
+from raymoe.planning import MergeOptions
+from tests.pico import merge_config, plan_problems
+
+Zoo = Callable[..., Path]
+
+
+@pytest.fixture
+def base(zoo: Zoo, tmp_path: Path) -> Path:
+    """A base that may be written to. Its embedding has a row for each token, and none more."""
+    tokens = len(json.loads((zoo("llama") / "tokenizer.json").read_text())["model"]["vocab"])
+    return Path(shutil.copytree(zoo("llama", vocab_size=tokens), tmp_path / "base"))
+
+
+def add_token(folder: Path, text: str) -> int:
+    """A token past the last row of the embedding, as published tokenizers have them; its id, which is the rows."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    rows: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    token = {"id": rows, "content": text, "special": True, "normalized": False}
+    tokenizer["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return rows
+
+
+def config_of(base: Path, *prompts: str, mode: str = "cheap_embed", **options: Any) -> dict[str, Any]:
+    config = merge_config(base, [base] * 2, mode=mode, **options)
+    if prompts:
+        config["experts"][1]["positive_prompts"] = list(prompts)
+    return config
+
+
+def test_a_token_without_a_row(base: Path) -> None:
+    """Named at planning with its text; prompts without it, and merges that read none, are fine."""
+    rows = add_token(base, "<extra>")
+    said = plan_problems(config_of(base, "fine", "a <extra> b"))
+    assert f"expert 1, prompt 2 ('a <extra> b'): its token '<extra>' (id {rows}) has no row" in said
+    assert said.count("has no row") == 1
+    raymoe.plan(config_of(base, "fine", "a < extra> b"), allow_all_same=True)
+    raymoe.plan(config_of(base, mode="random"), allow_all_same=True)
+
+
+def test_a_token_that_only_the_template_writes(base: Path, ray_merge: Any, tmp_path: Path) -> None:
+    """A template is run by transformers, which planning does without: found by the merge, before it writes."""
+    add_token(base, "<extra>")
+    (base / "chat_template.jinja").write_text("<extra>{{ messages[0]['content'] }}")
+    config = config_of(base, chat_template=True)
+    plan = raymoe.plan(config, allow_all_same=True)
+    problems = prompt_problems(plan.gates, trust_remote_code=False)
+    assert {problem.what.partition(" (")[0] for problem in problems} == {"its token '<extra>'"}
+    with pytest.raises(ProblemReport, match="its token '<extra>'"):
+        ray_merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not prompt_problems(raymoe.plan(config_of(base), allow_all_same=True).gates, trust_remote_code=False)
+
+
+def test_prompts_that_are_too_long(zoo: Zoo) -> None:
+    """A warning with the number of tokens, where a model reads them; max_position_embeddings is 256 here."""
+    long = "The licensor grants a licence. " * 200
+    plan = raymoe.plan(config_of(zoo("llama"), "short", long, mode="hidden"), allow_all_same=True)
+    (warning,) = [w for w in plan.warnings if "max_position_embeddings" in w]
+    assert warning.startswith("expert 1: 1 of its prompts have more tokens (up to ")
+    spread = "ab " * 100  # 300 bytes, fewer tokens
+    for config in (config_of(zoo("llama"), spread, mode="hidden"), config_of(zoo("llama"), long)):
+        assert not [w for w in raymoe.plan(config, allow_all_same=True).warnings if "max_position" in w]
+
+
+@pytest.fixture
+def own_code(base: Path) -> Path:
+    """A base whose tokenizer is a class that lies beside it."""
+    (base / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nfrom .helper_own import NAME\n\n\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    code = NAME\n"
+    )
+    (base / "helper_own.py").write_text("NAME = 'own'\n")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    return base
+
+
+@pytest.fixture(autouse=True)
+def modules_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies the code that it runs into a folder that is on Python's path."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    for module in (dynamic_module_utils, hub):
+        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+
+
+def test_own_code_is_copied(own_code: Path, ray_merge: Any, tmp_path: Path) -> None:
+    """Whatever the gate mode, and without running it: the output's tokenizer is as whole as the base's."""
+    from transformers import AutoTokenizer
+
+    config = config_of(own_code, mode="random")
+    plan = raymoe.plan(config, allow_all_same=True)
+    (warning,) = [w for w in plan.warnings if "code of its own" in w]
+    assert "(helper_own.py, tokenization_own.py), which is copied" in warning
+    ray_merge(config, tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(str(tmp_path / "out"), trust_remote_code=True)
+    assert (type(loaded).__name__, loaded.code) == ("OwnTokenizer", "own")
+    without = raymoe.plan(config, MergeOptions(copy_tokenizer=False), allow_all_same=True)
+    assert not without.warnings and not [side for side in without.side_files if side.name.endswith(".py")]
+
+
+def test_own_code_runs_if_it_is_allowed(own_code: Path, ray_merge: Any, tmp_path: Path) -> None:
+    config = config_of(own_code)
+    with pytest.raises(ProblemReport, match=r"code of its own, which is not run .*\n.*give --trust-remote-code"):
+        ray_merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ray_merge(config, tmp_path / "out", trust_remote_code=True)
+    assert (tmp_path / "out/tokenization_own.py").exists()
+
+
+def test_code_is_part_of_the_merge(own_code: Path) -> None:
+    config = config_of(own_code)
+    before = raymoe.plan(config, allow_all_same=True).digest
+    (own_code / "helper_own.py").write_text("NAME = 'oWn'\n")
+    assert raymoe.plan(config, allow_all_same=True).digest != before
+
+
+@pytest.mark.parametrize("word", ["auto", "fp16", "int8", "float8_e4m3fn", "F8_E4M3", ["bfloat16"], 3, None, ""])
+def test_a_dtype_that_is_none_counts_as_missing(base: Path, word: Any) -> None:
+    """The weights' own dtype then; another key of config.json may still say it."""
+    path = base / "config.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**content, "torch_dtype": word}))
+    config = config_of(base, mode="random")
+    assert raymoe.plan(config, allow_all_same=True).dtype == "F32"
+    path.write_text(json.dumps({**content, "torch_dtype": word, "dtype": "bfloat16"}))
+    assert raymoe.plan(config, allow_all_same=True).dtype == "BF16"
