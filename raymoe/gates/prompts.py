@@ -6,7 +6,6 @@ needs no mask, changes no position, and is simply not read afterwards.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos
 from raymoe.sources.types import SideFile
 from raymoe.storage.reader import SourceReader
+from raymoe.untrusted import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +100,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 def _settings(folder: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, Mapping) else {}
 

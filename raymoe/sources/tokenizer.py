@@ -9,7 +9,6 @@ Copying does not run it; only --trust-remote-code does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from raymoe.errors import CheckpointError
 from raymoe.sources.types import ModelFacts, SideFile, SourceFile
+from raymoe.untrusted import read_json
 
 __all__ = ["TokenizerFacts", "tokenizer_code", "tokenizer_facts", "with_bos", "with_one_bos", "with_tokenizer_code"]
 
@@ -123,9 +123,9 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
     bos = bos.get("content") if isinstance(bos, Mapping) else bos
     tokens: dict[int, str] | None = None
     try:
-        parsed = json.loads(content) if content else {}
+        parsed = read_json(content) if content else {}
         tokens = dict(_tokens(parsed, settings)) if parsed else None
-    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         pass
     has_code = any(tokenizer_code(settings))
     return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content)
@@ -146,8 +146,8 @@ def _json(files: Sequence[SideFile], name: str, read: ReadFile) -> Mapping[str, 
     """A JSON object among the files; empty where there is none, or it is damaged: loading the tokenizer says so."""
     side = next((side for side in files if side.name == name), None)
     try:
-        content = json.loads(read(side.file).decode("utf-8-sig")) if side is not None else {}
-    except (ValueError, RecursionError):
+        content = read_json(read(side.file)) if side is not None else {}
+    except ValueError:
         return {}
     return content if isinstance(content, Mapping) else {}
 

@@ -168,8 +168,8 @@ class ModelFacts:
     `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files (of the base
     with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
     files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs);
-    those of a model of the Hub are in its cache. `own_head`: it holds an lm_head.weight that differs from its embedding,
-    whatever config.json says of tying them.
+    those of a model of the Hub are in its cache. `own_head`: it holds an lm_head.weight that differs from its
+    embedding, whatever config.json says of tying them.
     """
 
     ref: ModelRef
