@@ -1,5 +1,6 @@
-"""A short chaos run: an actor and a node are lost during a gate pass, a driver is killed and one is stopped; and a merge
-takes over from one of another plan, whose driver is dead and whose actor wakes up again."""
+"""A short chaos run: an actor and a node are lost during a gate pass, a driver is killed, one is stopped. And a merge
+takes over from one of another plan, whose driver is dead and whose actor wakes up again.
+"""
 
 from __future__ import annotations
 
