@@ -103,7 +103,7 @@ CHAOS_VARIANTS = (
 FULL_STORE = Variant(name="full store", base="deep-0", experts=_DEEP, mode="ridge", prompts=48, shard_bytes=1 * MB)
 """Its gate pass leaves some 270 MB in Ray's object store."""
 EXAMPLES = (_example("cheap_embed"), _example("ridge", 8), _example("random"), _example("hidden", 8))
-_WAYS = ("orphaned", "stopped", "frozen", "killed", "beside", "group")
+_WAYS = ("stopped", "frozen", "killed", "beside", "group", "orphaned")
 """Of takeovers, in turn (WAYS of tests/soak/cases.py)."""
 _TAKEOVER_OUTPUTS = ("local to local", "local to S3", TO_FSSPEC)
 _OWN_EVERY = 6

@@ -1,4 +1,4 @@
-"""A short soak: every direction and server once, half of them killed."""
+"""A short soak: every direction and server once, half of them killed; and a takeover on a store of fsspec's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tests.soak.cases import DIRECTIONS, TAKEOVER_DIRECTIONS, VARIANTS, make_cas
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("moto", "juicefs")
+# The last one is a takeover of small models: the older merge's requests are held back until the newer one has begun.
+SEED, CHOSEN = 25, (0, 1, 3, 4, 6, 7, 23)
 
 
 def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:
@@ -37,7 +39,7 @@ def test_a_third_of_the_cases_are_takeovers_in_all_ways() -> None:
 
 
 def test_the_other_plan_has_the_same_shards() -> None:
-    """Of the same names and sizes: else nobody would take one for the other."""
+    """Of the same names and sizes: otherwise a run could not take one for the other."""
     for variant in VARIANTS:
         other = variant.with_other_experts
         assert sorted(other.experts) == sorted(variant.experts)
@@ -45,12 +47,13 @@ def test_the_other_plan_has_the_same_shards() -> None:
 
 
 def test_every_merge_of_a_short_soak_ends_right(tmp_path: Path) -> None:
-    words = [sys.executable, "scripts/soak_storage.py", "--merges", "6", "--example-merges", "0"]
+    words = [sys.executable, "scripts/soak_storage.py", "--merges", "24", "--example-merges", "0", "--seed", str(SEED)]
+    words += [word for number in CHOSEN for word in ("--only", str(number))]
     words += ["--logs", str(tmp_path), "--json", str(tmp_path / "counts.json"), "--jobs", "2"]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert run.returncode == 0, run.stdout + run.stderr[-2000:] + logs
     counts = json.loads((tmp_path / "counts.json").read_text())["counts"]["all"]
-    assert counts["merges"] == 6
-    assert counts["identical"] + counts["clean error"] == 6
+    assert counts["merges"] == len(CHOSEN)
+    assert counts["identical"] + counts["clean error"] == len(CHOSEN)
     assert counts["kills"] > 0 and counts["faults"] > 0
