@@ -149,13 +149,13 @@ class StreamedDecoder:
         called as by `router_inputs`, for the layers that are run.
         """
         models = models or [0] * len(batches)
-        states = [self.embed(batch, model) for batch, model in zip(batches, models, strict=True)]
+        states = self._embedded(batches, models)
         for number, hidden in enumerate(states):
             visit(0, number, hidden)
         for layer in self.loaded_layers(layers - 1):
             for number, model in enumerate(models):
                 self.read_as(model)
-                states[number] = self._run_seen(layer, number, states[number], look)
+                states[number].copy_(self._run_seen(layer, number, states[number], look))
                 visit(layer + 1, number, states[number])
             yield layer
         yield layers - 1
@@ -170,12 +170,31 @@ class StreamedDecoder:
         layer is neither read nor run.
         """
         models = models or [0] * len(batches)
-        states = [self.embed(batch, model) for batch, model in zip(batches, models, strict=True)]
+        states = self._embedded(batches, models)
         for layer in self.loaded_layers(layers, last_ffn=False):
             for number, model in enumerate(models):
                 self.read_as(model)
-                states[number] = self._run_seen(layer, number, states[number], visit)
+                output = self._run_seen(layer, number, states[number], visit)
+                if layer < layers - 1:
+                    states[number].copy_(output)
+                del output
             yield layer
+
+    def _embedded(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
+        """The input of layer 0 for all batches, in one block of memory.
+
+        Each layer's output takes the place of its input there. States that came and went one by one among a layer's
+        activations would cut the heap into pieces, and hold up to three times their size.
+        """
+        width = self._weights[EMBEDDING].entry.shape[1]
+        sizes = [batch.ids.numel() * width for batch in batches]
+        block = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+        states = []
+        for batch, model, part in zip(batches, models, block.split(sizes), strict=True):
+            state = part.view(*batch.ids.shape, width)
+            state.copy_(self.embed(batch, model))
+            states.append(state)
+        return states
 
     def _run_seen(self, layer: int, number: int, hidden_BTH: torch.Tensor, look: Visit | None) -> torch.Tensor:
         with torch.inference_mode():

@@ -36,7 +36,9 @@ def mean_embedding(reader: SourceReader, ref: WeightRef, prompts: Sequence[Seque
     """Direction (unit length) of the sum of all prompt tokens' embeddings; (hidden,)."""
     tokens = [token for prompt in prompts for token in prompt]
     rows = embedding_rows(reader, ref, tokens)
-    total = np.sum([rows[token] for token in tokens], axis=0, dtype=np.float64)
+    total = np.zeros(ref.entry.shape[1:])
+    for token in tokens:  # one by one, in their order: a matrix of all of them would grow with the prompts
+        total += rows[token]
     return normalised(total)
 
 

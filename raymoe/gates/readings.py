@@ -14,11 +14,11 @@ from itertools import pairwise
 
 from raymoe.planning.types import GatePrompts
 
-__all__ = ["STATE_BYTES", "Reading", "part_of", "readings"]
+__all__ = ["STATE_BYTES", "Reading", "part_of", "readings", "text_tokens"]
 
 STATE_BYTES = 2 << 30
-"""Bytes of the states of one pass, in float32, as `_tokens` takes their number from the texts. English has about half
-as many tokens as that, a tokenizer of single bytes twice as many."""
+"""Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
+about half as many tokens as that; a tokenizer of single bytes has twice as many."""
 
 _TEXT_BYTES_PER_TOKEN = 2
 _TOKENS_PER_PROMPT = 8  # beside its text: BOS and the like
@@ -86,8 +86,9 @@ def _parts(member: GatePrompts, hidden: int) -> list[Reading]:
 
 
 def _state_bytes(member: GatePrompts, hidden: int) -> int:
-    return 4 * hidden * sum(map(_tokens, (*member.positive, *member.negative)))
+    return 4 * hidden * sum(map(text_tokens, (*member.positive, *member.negative)))
 
 
-def _tokens(text: str) -> int:
+def text_tokens(text: str) -> int:
+    """An estimate of a text's tokens: its bytes alone decide."""
     return len(text.encode(errors="replace")) // _TEXT_BYTES_PER_TOKEN + _TOKENS_PER_PROMPT

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
-from raymoe.gates.capture import MOST_TOKENS
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.report import terminal
+from raymoe.report.memory import actor_memory
 from raymoe.report.terminal import print_json, put, say
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
     from raymoe.runtime.verify import Verification
 
-__all__ = ["PlannedOutput", "merge_line", "plan_summary", "print_plan", "print_result", "print_verification", "say"]
-
-# Measured on Linux with torch 2.13: an actor that computes, one that reads embeddings, one that only copies (resident
-# bytes, see docs/memory.md).
-_COMPUTING_ACTOR_BYTES = 520_000_000
-_EMBEDDING_ACTOR_BYTES = 240_000_000
-_COPYING_ACTOR_BYTES = 140_000_000
-# CUDA's libraries in an actor's memory, and what it computes with on the GPU; measured on H100.
-_GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 200_000_000
+__all__ = [
+    "PlannedOutput",
+    "actor_memory",
+    "merge_line",
+    "plan_summary",
+    "print_plan",
+    "print_result",
+    "print_verification",
+    "say",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,26 +86,6 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[s
         "warnings": list(plan.warnings),
         "config": dict(plan.config),
         "digest": plan.digest,
-    }
-
-
-def actor_memory(plan: MergePlan) -> dict[str, int]:
-    """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
-    of the machine's then.
-
-    On a CPU two layers of weights, in float32; on a GPU three, and two in pinned buffers. What fits rows holds the
-    tokens' states of a layer too, and some matrices of (hidden, hidden) in float64.
-    """
-    mode, layer, hidden = MODES[plan.gates.mode], plan.totals.peak_gate_bytes, plan.gates.hidden
-    if not mode.reads_layers:
-        cpu = _EMBEDDING_ACTOR_BYTES if mode.needs_prompts else _COPYING_ACTOR_BYTES
-        return {"cpu": cpu, "gpu": 0, "beside_gpu": 0}
-    widened = 4 // {"BF16": 2, "F16": 2}.get(plan.dtype, 4)
-    fitting = 4 * MOST_TOKENS * hidden + 4 * 8 * hidden**2 if mode.fits_rows else 0
-    return {
-        "cpu": _COMPUTING_ACTOR_BYTES + 2 * layer * widened + fitting,
-        "gpu": 3 * layer + _GPU_WORK_BYTES,
-        "beside_gpu": _GPU_ACTOR_BYTES + 2 * layer + fitting,
     }
 
 

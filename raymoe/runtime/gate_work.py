@@ -79,6 +79,9 @@ class GateWork:
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
         self._passes = readings(self.members, readers, gates.hidden)
         self._waiting = [GateJob(taken) for taken in self._passes]
+        self._parts: dict[str, list[tuple[str, int]]] = {member.owner: [] for member in self.members}
+        for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
+            self._parts[key[0]].append(key)
         self._idle_readers = readers
         # What all jobs share; each gets its own prompts beside it.
         self._shared_plan = ray.put(dataclasses.replace(gates, experts=(), shared=())) if self.members else None
@@ -154,9 +157,8 @@ class GateWork:
         experts = len(self._gates.experts)
         name = f"gates of {', '.join(self._names.get(owner, owner) for owner in job.owners)}"
         if isinstance(job.what, int):
-            parts = self._parts
-            inputs = [self._captured[key][job.what] for keys in parts.values() for key in keys]
-            counts = tuple(map(len, parts.values()))
+            inputs = [self._captured[key][job.what] for keys in self._parts.values() for key in keys]
+            counts = tuple(map(len, self._parts.values()))
             return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, counts, *inputs)
         if not self._mode.reads_layers:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
@@ -164,12 +166,6 @@ class GateWork:
         capture = actor.capture.options(**options)
         *job.states, done = capture.remote(self._shared_plan, job.what, experts, *self._also_written(actor, job))
         return done
-
-    @property
-    def _parts(self) -> dict[str, list[tuple[str, int]]]:
-        """The parts that each member is read in, in order, by its owner."""
-        keys = sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1])
-        return {member.owner: [key for key in keys if key[0] == member.owner] for member in self.members}
 
     def _also_written(self, actor: Any, job: GateJob) -> tuple[Any, ...]:
         """The tensors that reading these prompts takes and shards too; then those of jobs that wait, which the actor

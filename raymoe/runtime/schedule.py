@@ -182,6 +182,8 @@ class _Jobs:
         self._sending, self._shared = work.sending, SharedReads(plan, work.reads)
         self._needs, self._files = needs, needs.files if needs is not None else ()
         self._running: dict[Any, _Run] = {}
+        self._may: dict[tuple[_Actor, frozenset[str]], bool] = {}  # by actor and files: whether it may do such shards
+        self._others: dict[tuple[frozenset[str], bool], bool] = {}
         self._began = self._busy_at = time.monotonic()
         self._stall, self._up_at = stall, stall.now
 
@@ -191,6 +193,7 @@ class _Jobs:
 
     def step(self) -> None:
         """Give out work, and take what has come back within a tick."""
+        self._may, self._others = {}, {}  # who is up does not change while work is given out
         everyone = [*self._actors, *([self._writer] if self._writer else [])]
         for actor in everyone:
             if not actor.is_up:
@@ -246,6 +249,11 @@ class _Jobs:
 
     def _others_do(self, files: frozenset[str], *, gpu: bool) -> bool:
         """Whether actors with, or without, a GPU are there that can read these files, or will be in a moment."""
+        if (files, gpu) not in self._others:
+            self._others[files, gpu] = self._look_for_others(files, gpu)
+        return self._others[files, gpu]
+
+    def _look_for_others(self, files: frozenset[str], gpu: bool) -> bool:
         alike = [other for other in self._actors if (other.on_gpu if other.place else other.has_gpu) is gpu]
         return any(other.is_up and other.reads(files) for other in alike) or (
             self._is_settling and any(other.place is None for other in alike)
@@ -270,6 +278,11 @@ class _Jobs:
     def _may_do(self, actor: _Actor, shard: Shard) -> bool:
         """Whether an actor is to do a shard: it can, and if it would have to send it, nobody can write it directly."""
         files = self._needs.shards[shard.file_name] if self._needs is not None else frozenset()
+        if (actor, files) not in self._may:
+            self._may[actor, files] = self._may_do_those_of(actor, files)
+        return self._may[actor, files]
+
+    def _may_do_those_of(self, actor: _Actor, files: frozenset[str]) -> bool:
         if not actor.reads(files):
             return False
         if actor.on_gpu and not self.gates.is_done and self._others_do(files, gpu=False):

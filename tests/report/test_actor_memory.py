@@ -1,0 +1,121 @@
+"""What a plan says that an actor will hold: it grows with what grows, and no further than passes are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raymoe
+from raymoe.gates import readings
+from raymoe.gates.prompt_lengths import prompt_lengths
+from raymoe.planning.types import MergePlan
+from raymoe.report import memory
+from raymoe.report.memory import actor_memory
+from tests.pico import HIDDEN, merge_config
+
+
+@pytest.fixture
+def planned(zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., MergePlan]:
+    monkeypatch.setattr(memory, "_multiplies_bfloat16", lambda: False)
+
+    def plan(mode: str, prompts: int, *, words: int = 50) -> MergePlan:
+        content: dict[str, Any] = merge_config(
+            zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base"
+        )
+        for number, expert in enumerate(content["experts"]):
+            expert["positive_prompts"] = [" ".join([f"{number}{n % 7}"] * words) for n in range(prompts)]
+        return raymoe.plan(content)
+
+    return plan
+
+
+def test_lengths_are_those_of_the_tokenizer(planned: Callable[..., MergePlan]) -> None:
+    from raymoe.gates.prompts import load_tokenizer
+
+    gates = planned("hidden", 3).gates
+    lengths = prompt_lengths(gates)
+    tokenizer = load_tokenizer(Path(gates.tokenizer_files[0].location).parent, trust_remote_code=False)
+    for member in gates.experts:
+        expected = [len(tokenizer(text)["input_ids"]) for text in member.positive]
+        assert lengths[member.owner] == (expected, [])
+    estimated = prompt_lengths(gates, exact=False)
+    assert estimated["expert 0"][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
+
+
+@pytest.mark.parametrize("mode", ["hidden", "ridge"])
+def test_states_of_all_prompts_of_a_pass(
+    planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    few, many = planned(mode, 100), planned(mode, 400)
+    tokens = sum(sum(map(sum, of_member)) for of_member in prompt_lengths(many.gates).values())
+    monkeypatch.setattr(memory, "_WORTH_COUNTING_BYTES", 0)
+    small, large = actor_memory(few)["cpu"], actor_memory(many)["cpu"]
+    assert large - small >= 0.75 * tokens * HIDDEN * 4
+    monkeypatch.setattr(readings, "STATE_BYTES", readings._state_bytes(many.gates.experts[0], HIDDEN) // 4)
+    assert memory._COMPUTING_ACTOR_BYTES < actor_memory(many)["cpu"] < small  # a pass of a hundred prompts, not of 200
+
+
+def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Callable[..., MergePlan]) -> None:
+    short, long = planned("hidden", 2, words=5), planned("hidden", 2, words=5000)
+    tokens = max(prompt_lengths(long.gates, exact=False)["expert 0"][0])
+    assert tokens > 2048
+    assert actor_memory(long)["cpu"] - actor_memory(short)["cpu"] > tokens * HIDDEN * 4 * 6
+
+
+def test_modes_that_read_no_layers(planned: Callable[..., MergePlan]) -> None:
+    random, embed = actor_memory(planned("random", 2)), actor_memory(planned("cheap_embed", 2))
+    assert random == {"cpu": 140_000_000, "gpu": 0, "beside_gpu": 0}
+    assert embed["cpu"] > 240_000_000 and embed["gpu"] == 0
+
+
+def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Each of them adds its factors, in float64, of two layers."""
+    from raymoe.gates.readings import Reading, readings
+    from raymoe.planning.types import GatePrompts, WeightRef
+    from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
+
+    def entry(name: str, *shape: int) -> TensorEntry:
+        file = SourceFile(location=f"/{name}", size=10**9)
+        return TensorEntry(name=name, dtype="BF16", shape=shape, file=file, start=0, end=2 * shape[0] * shape[1])
+
+    def member(number: int, rank: int) -> GatePrompts:
+        pair = LoraPair(a=entry(f"a{number}", rank, 64), b=entry(f"b{number}", 128, rank), scaling=1.0)
+        weights = {
+            f"model.layers.{layer}.mlp.up_proj.weight": WeightRef(entry=entry("up", 128, 64), lora=pair)
+            for layer in range(3)
+        }
+        return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
+
+    def bytes_of(*members: GatePrompts) -> int:
+        (taken,) = readings(members, 1, 64)
+        assert all(isinstance(part, Reading) for part in taken)
+        largest = memory._Pass(tokens=1, batch_tokens=1, longest=1, members=taken)
+        return memory._adapter_bytes(largest, 4)
+
+    changed = 4 * 128 * 64
+    one = 2 * 8 * 4 * (64 + 128)
+    assert bytes_of(member(0, 4)) == one + changed
+    assert bytes_of(member(0, 4), member(1, 4), member(2, 4)) == 3 * one + changed
+
+
+def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
+    """Row by row, and to the bit what numpy makes of them all at once."""
+    import numpy as np
+
+    from raymoe.config.modes import EMBEDDING
+    from raymoe.gates.embeddings import embedding_rows, mean_embedding
+    from raymoe.gates.router import normalised
+    from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.reader import SourceReader
+
+    gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
+    ref = gates.gates.experts[0].weights[EMBEDDING]
+    numbers = np.random.default_rng(0)
+    prompts = [numbers.integers(0, 400, 300).tolist() for _ in range(5)]
+    with SourceReader(HubOptions()) as reader:
+        rows = embedding_rows(reader, ref, list(range(400)))
+        total = np.sum([rows[token] for prompt in prompts for token in prompt], axis=0, dtype=np.float64)
+        np.testing.assert_array_equal(mean_embedding(reader, ref, prompts), normalised(total))
