@@ -56,6 +56,8 @@ def start_problem(error: BaseException, address: str | None) -> Problem:
     folder = _temp_folder()
     if "AF_UNIX path" in text:
         reason, remedy = f"the path of its folder is too long for a socket: {folder}", _TEMP_REMEDY
+    elif file is None and "RAY_AUTH_TOKEN" in text:
+        remedy = "correct that variable, or unset it: Ray makes a token of its own"
     elif file is None:
         remedy = _START_REMEDY.format(folder)
     else:

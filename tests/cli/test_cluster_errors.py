@@ -48,3 +48,45 @@ def test_no_token(config: Callable[..., Path], ray_env: dict[str, str], tmp_path
     assert done.returncode == 2
     assert "no cluster could be reached: RAY_AUTH_TOKEN_PATH is set but" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["--address", "RAY_ADDRESS"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://user:pw@head.example/ray"])
+def test_the_address_of_a_job_server(config: Callable[..., Path], tmp_path: Path, how: str, address: str) -> None:
+    """What `raymoe submit` takes. Ray would take http for a host's name."""
+    env, flags = dict(os.environ), []
+    if how == "--address":
+        flags = ["--address", address]
+    else:
+        env["RAY_ADDRESS"] = address
+    done = raymoe("merge", config(), tmp_path / "out", *flags, env=env)
+    host = "127.0.0.1" if "127" in address else "head.example"
+    assert done.returncode == 2
+    assert f"error: {how}: this is the address of a cluster's job server" in done.stderr
+    assert f"with `raymoe submit`, or name the cluster itself: {host}:6379 or ray://{host}:10001" in done.stderr
+    assert ("without RAY_ADDRESS Ray is started on this machine" in done.stderr) == (how == "RAY_ADDRESS")
+    assert "pw" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["long", "file", "home"])
+def test_ray_can_not_be_started_here(config: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """The temporary folder of a batch system, a file in the place of a folder, a home folder that can't be written."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    file = tmp_path / "file"
+    file.touch()
+    long = tmp_path / "/".join(["a-folder-of-a-batch-system"] * 4)
+    env |= {
+        "long": {"RAY_TMPDIR": str(long)},
+        "file": {"RAY_TMPDIR": str(file)},
+        "home": {"HOME": str(file)},
+    }[kind]
+    done = raymoe("merge", config(), tmp_path / "out", env=env)
+    assert done.returncode == 2
+    what, remedy = {
+        "long": (f"the path of its folder is too long for a socket: {long}/ray", "set RAY_TMPDIR to a short folder"),
+        "file": (f"{file}/ray: Not a directory", "set RAY_TMPDIR to a short folder that you may write to"),
+        "home": (f"{file}/.ray", "set HOME to a folder that you may write to"),
+    }[kind]
+    assert f"error: Ray on this machine: no cluster could be started: {what}" in done.stderr
+    assert remedy in done.stderr
+    assert "Traceback" not in done.stderr
