@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import (
@@ -189,6 +191,13 @@ def _place(found: _Found, asked: Asked, options: StorageOptions) -> StorageError
 
 
 def _connection(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+    if not is_s3(asked.url) and "ClientConnectorError" in found.names:
+        host = urlsplit(asked.url).hostname
+        if isinstance(getattr(found.error, "os_error", None), socket.gaierror):
+            what, remedy = f"the host {host} was not found", "correct the host's name in the URL, or check the network"
+        else:
+            what, remedy = f"the host {host} can't be reached", "check host and port in the URL, and the network"
+        return problem_at(asked, what, remedy)
     if found.names & _UNREACHABLE:
         what = f"{_endpoint(options)} can't be reached"
         return problem_at(asked, what, "check the network, and storage.endpoint or AWS_ENDPOINT_URL")

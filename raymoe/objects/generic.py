@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from raymoe.objects.failures import storage_error
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import Asked, object_exists
-from raymoe.objects.retry import Failure, Mismatch, Retries, ShortRead
+from raymoe.objects.retry import Failure, Kind, Mismatch, Retries, ShortRead, kind_of
 from raymoe.objects.store import ObjectEntry, ObjectInfo, StoreCounters
 
 __all__ = ["FsspecStore"]
@@ -26,6 +27,8 @@ _T = TypeVar("_T")
 # Where folders exist apart from what is in them.
 _WITH_FOLDERS = frozenset({"file", "local", "memory", "sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp"})
 _COPY_BYTES = 8 << 20
+# Whose listing is empty where the server was not reached.
+_HIDING = frozenset({"http", "https"})
 # What file systems call a value that changes with the content, the best first.
 _ETAG_KEYS = (
     "ETag",
@@ -66,7 +69,8 @@ class FsspecStore:
             filesystem, path = self._open(url)
             try:
                 info = filesystem.info(path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                _raise_unreached(error.__cause__)
                 return None
             if info.get("type") == "directory":
                 return None
@@ -116,7 +120,13 @@ class FsspecStore:
             filesystem, path = self._open(url)
             try:
                 found = filesystem.find(path, maxdepth=None if recursive else 1, detail=True)
-            except FileNotFoundError:
+                if not found and self.scheme in _HIDING:
+                    try:
+                        filesystem.ls(path)
+                    except Exception as error:
+                        _raise_unreached(error)
+            except FileNotFoundError as error:
+                _raise_unreached(error.__cause__)
                 return []
             prefix = path.rstrip("/") + "/"
             # A file of this very name is 'found' in itself.
@@ -206,7 +216,7 @@ class FsspecStore:
             raise Mismatch(f"its ETag or time is another ({now})")
 
     def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
-        outcome = self._retries.run(lambda _left: step())
+        outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)
         if isinstance(outcome, Failure):
             raise storage_error(outcome, Asked(operation=operation, url=url), self.options)
         return outcome
@@ -235,6 +245,12 @@ def _rename(filesystem: Any, path: str, target: str) -> None:
             shutil.copyfileobj(source, copy, _COPY_BYTES)
     if filesystem.info(target).get("size") == filesystem.info(path).get("size"):
         filesystem.rm_file(path)
+
+
+def _raise_unreached(error: BaseException | None) -> None:
+    """Raise what a file system takes for a missing file, and is a server that was not reached or is out of order."""
+    if isinstance(error, Exception) and kind_of(error) is not Kind.LASTS:
+        raise error
 
 
 def _etag(info: Mapping[str, Any]) -> str | None:

@@ -51,6 +51,7 @@ _PASSING_ERRORS = frozenset(
 _LASTING_ERRORS = frozenset({"SSLError", "InvalidProxiesConfigError", "ClientSSLError", "InvalidURL"})
 _CONNECT_ERRORS = frozenset(
     {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "HTTPClientError"}
+    | {"ClientConnectorError", "ClientConnectorDNSError"}
 )
 
 
@@ -157,20 +158,23 @@ class Retries:
         self.pacer = Pacer(max_requests)
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._answered = False
+        self._answered: set[str] = set()  # hosts
         self.requests, self.retries, self.times_throttled = 0, 0, 0
 
-    def run(self, attempt: Callable[[float], T]) -> T | Failure:
-        """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through."""
+    def run(self, attempt: Callable[[float], T], host: str = "") -> T | Failure:
+        """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through.
+
+        `host` is who is asked, where a store has several: one that never answered is given up soon.
+        """
         began, tries = time.monotonic(), 0
         while True:
             left = self._deadline_s - (time.monotonic() - began)
             tries += 1
-            error = self._try(attempt, left, again=tries > 1)
+            error = self._try(attempt, left, host, again=tries > 1)
             if not isinstance(error, _Error):
                 return error
             kind = kind_of(error.error)
-            if kind is not Kind.LASTS and not self._answered and _is_connect_error(error.error):
+            if kind is not Kind.LASTS and host not in self._answered and _is_connect_error(error.error):
                 kind = kind if tries < _TRIES_AT_FIRST_CONTACT else Kind.LASTS
             wait = _wait_s(tries, kind, error.error)
             elapsed = time.monotonic() - began
@@ -178,7 +182,7 @@ class Retries:
                 return Failure(error.error, kind, tries, elapsed)
             time.sleep(wait)
 
-    def _try(self, attempt: Callable[[float], T], left: float, *, again: bool) -> T | _Error:
+    def _try(self, attempt: Callable[[float], T], left: float, host: str, *, again: bool) -> T | _Error:
         started = time.monotonic()
         try:
             with self.pacer.slot(left):
@@ -192,12 +196,13 @@ class Retries:
                 self.pacer.throttled(started)
                 with self._lock:
                     self.times_throttled += 1
-            self._answered = self._answered or error_status(error) is not None
+            if error_status(error) is not None:
+                self._answered.add(host)
             # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,
             # and an answer about a token that has expired carries the token.
             return _Error(error)
         self.pacer.succeeded()
-        self._answered = True
+        self._answered.add(host)
         return result
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectChanged, ObjectExists, ObjectMissing, StorageError
 from raymoe.objects.store import ObjectStore, open_store
@@ -94,3 +95,30 @@ def test_reading_from_a_web_server(tmp_path: Path) -> None:
         with pytest.raises(StorageError):
             store.read_all(url + "x")
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://no-such-host.invalid/models/x", "the host no-such-host.invalid was not found"),
+        ("http://127.0.0.1:9/models/x", "the host 127.0.0.1 can't be reached"),
+    ],
+)
+def test_a_host_that_is_not_reached_is_no_missing_file(
+    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given up soon, also where another host of this kind has answered."""
+    monkeypatch.setattr("raymoe.objects.retry._FIRST_WAIT_S", 0.001)
+    store = FsspecStore(url.partition(":")[0], StorageOptions())
+    if store.scheme == "http":
+        (tmp_path / "config.json").write_bytes(b"{}")
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            there = f"http://127.0.0.1:{server.server_port}"
+            assert [entry.name for entry in store.list(there)] == ["config.json"]
+            assert store.list(f"{there}/gone") == [] and store.stat(f"{there}/gone") is None
+            server.shutdown()
+    for ask in (store.list, store.stat, store.read_all):
+        with pytest.raises(StorageError, match=said):
+            ask(url)
