@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,20 +51,23 @@ def plan(
     """
     checked = _config(config, allow_all_same)
     models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
-    read = _small_file_reader(checked, hub, elsewhere)
     problems: list[Problem] = []
     concrete = _collect(problems, lambda: read_prompts(checked))
     facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere, [checked.base_model]))
-    if facts is not None:
-        problems += chat_template_problems(checked, facts[checked.base_model], hub, elsewhere)
-        base = _collect(problems, lambda: _with_small_files(facts[checked.base_model], read))
-        facts |= {checked.base_model: base} if base is not None else {}
-    if problems or concrete is None or facts is None:
+    if facts is None:
         raise ProblemReport(problems)
-    planned = build_plan(concrete, facts, options or MergeOptions())
-    if not checked.needs_prompts:
-        return planned
-    problems, warnings = prompt_checks(planned.gates, tokenizer_facts(planned.gates.tokenizer_files, read))
+    base = facts[checked.base_model]
+    with elsewhere.together(side.file for side in base.side_files) if elsewhere else nullcontext():
+        read = cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, checked.storage).read_bytes())
+        problems += chat_template_problems(checked, base, hub, elsewhere)
+        base = _collect(problems, lambda: _with_small_files(base, read)) or base
+        tokenizer = (
+            _collect(problems, lambda: tokenizer_facts(base.side_files, read)) if checked.needs_prompts else None
+        )
+    if problems or concrete is None:
+        raise ProblemReport(problems)
+    planned = build_plan(concrete, {**facts, checked.base_model: base}, options or MergeOptions())
+    problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
     if problems:
         raise ProblemReport(problems)
     return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
@@ -72,13 +76,6 @@ def plan(
 def _with_small_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
     """The base with the code of its tokenizer, and with checksums of its small files."""
     return with_contents(with_tokenizer_code(base, read), read)
-
-
-def _small_file_reader(
-    config: MergeConfig, hub: HubOptions | None, elsewhere: Elsewhere | None
-) -> Callable[[SourceFile], bytes]:
-    """What reads a small file of a source as a whole, once."""
-    return cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes())
 
 
 def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:

@@ -51,10 +51,10 @@ def _tokenizer(gates: GatePlan) -> Any:
 
 
 def _local_file(gates: GatePlan) -> Path | None:
-    for file in gates.tokenizer_files:
-        if file.location.rpartition("/")[2] == _FILE and not file.location.startswith("s3://"):
+    for side in gates.tokenizer_files:
+        if side.name == _FILE and not side.file.location.startswith("s3://"):
             try:
-                return fetch_file(file, HubOptions())
+                return fetch_file(side.file, HubOptions())
             except CheckpointError:
                 return None
     return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +49,19 @@ class OtherNodes:
         words = f"asked: {asked}{f'; without an answer: {silent}' if silent else ''}"
         return {key: found.get(key) or _nowhere(key, words) for key in paths}
 
+    @contextmanager
+    def together(self, files: Iterable[SourceFile]) -> Iterator[None]:
+        """One connection for all reads in the context, if any of these files is on another node only."""
+        with connected(self._settings) if any(map(self._is_far, files)) else nullcontext():
+            yield
+
+    def _is_far(self, file: SourceFile) -> bool:
+        return "://" not in file.location and not os.path.exists(file.location) and self._is_there
+
     def read(self, file: SourceFile) -> bytes:
         """A small file, from this node if it has it."""
         settings = self._settings
-        if "://" in file.location or os.path.exists(file.location) or not self._is_there:
+        if not self._is_far(file):
             return fetch_file(file, settings.hub, settings.storage).read_bytes()
         with connected(settings):
             for node in cluster_nodes():

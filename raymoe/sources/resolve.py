@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -72,6 +73,9 @@ class Elsewhere(Protocol):
 
     def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, Opened | CheckpointError]:
         """Local folders as another machine read them, or why they can't be used; {} where nobody can be asked."""
+
+    def together(self, files: Iterable[SourceFile]) -> AbstractContextManager[None]:
+        """A context in which several of these files are about to be read."""
 
     def read(self, file: SourceFile) -> bytes:
         """A small file as a whole, from here or from there. Raises CheckpointError."""

@@ -115,3 +115,16 @@ def test_written_on_another_node(models: list[Path]) -> None:
     assert ask(copied=False).changed(before) == sorted(f.location for f in needs.files)
     save_again(file)
     assert ask(copied=True).changed() == [str(file)]  # the node that planned has another file now
+
+
+def test_a_failure_is_put_down_to_it(models: list[Path]) -> None:
+    """The file is named, whatever an actor ends with when a file is written under it. Other failures are left alone."""
+    sources = SourceFiles(plan_of(models), None)
+    with pytest.raises(MergeFailed, match="its actor died"), sources.explaining():
+        raise MergeFailed("its actor died")
+    os.truncate(models[1] / "model.safetensors", 100)
+    with (
+        pytest.raises(MergeFailed, match=r"changed while they were merged: .*m1/model.safetensors"),
+        sources.explaining(),
+    ):
+        raise MergeFailed("its actor died")
