@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ from raymoe.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from raymoe.errors import Problem
     from raymoe.objects.options import StorageOptions
     from raymoe.planning.types import MergePlan
     from raymoe.report.display import PlannedOutput
@@ -44,9 +46,14 @@ def plan(
     load_in_4bit: In4Bit = False,
     transformers_cache: Cache = None,
 ) -> None:
-    """Show what a merge would do: reads configs and file headers only, writes nothing."""
+    """Show what a merge would do: reads configs and file headers only.
+
+    With OUT, ends as `merge` would where OUT can't be written. In a bucket that is tried: an object of a few bytes is
+    put below OUT and deleted.
+    """
     from raymoe import api
     from raymoe.config import config_warnings, load_config
+    from raymoe.errors import ProblemReport
     from raymoe.report.display import print_plan, say
     from raymoe.sources.resolve import HubOptions
 
@@ -57,7 +64,10 @@ def plan(
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
     inputs = api.named_inputs(merge_config, config)
-    print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage, inputs), as_json=as_json)
+    planned = _planned_output(merge_plan, output, merge_config.storage, inputs)
+    print_plan(merge_plan, planned, as_json=as_json)
+    if planned is not None and planned.problems:
+        raise typer.Exit(ProblemReport.exit_code)
 
 
 def _planned_output(
@@ -65,15 +75,20 @@ def _planned_output(
 ) -> PlannedOutput | None:
     if output is None:
         return None
+    from raymoe.publish.content import recorded_digest
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import open_output, refusals, writable_location
+    from raymoe.storage.output import open_output, refusals, writable_location, write_problems
     from raymoe.storage.ways import bytes_by_way
 
     target = open_output(writable_location(output, "OUT"), storage)
-    problems = refusals(plan, target, overwrite=False, inputs=inputs)
+    problems: Sequence[Problem] = refusals(plan, target, overwrite=False, inputs=inputs)
+    is_there = bool(problems) and recorded_digest(target.location, storage) == plan.digest
+    is_done = is_there and target.digest() is None
+    problems = () if is_done else problems or write_problems(target, storage)
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),
         problems=tuple(map(str, problems)),
         goes_on=not problems and target.digest() == plan.digest,
+        is_done=is_done,
     )

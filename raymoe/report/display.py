@@ -32,12 +32,13 @@ _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 200_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedOutput:
     """Where a plan is to be written: bytes by way (storage/ways.py), what keeps a merge from being written there as
-    it is now, and whether an unfinished merge of this plan is there, which goes on."""
+    it is now, and whether a merge of this plan is there: an unfinished one, which goes on, or a finished one."""
 
     location: str
     ways: Mapping[str, int]
     problems: tuple[str, ...] = ()
     goes_on: bool = False
+    is_done: bool = False
 
 
 def merge_line(plan: MergePlan, output: str) -> str:
@@ -56,6 +57,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[s
             "location": output.location,
             "problems": list(output.problems),
             "unfinished_merge_goes_on": output.goes_on,
+            "already_complete": output.is_done,
         }
     return {
         **where,
@@ -132,6 +134,8 @@ def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json:
         console.print(f"warning: {warning}", style="yellow")
     if output is not None and output.goes_on:
         console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
+    if output is not None and output.is_done:
+        console.print(f"{output.location} has this merge already, complete: there is nothing left to do.")
     if output is not None and output.problems:
         for problem in output.problems:
             console.print(f"not as it is now: {problem}", style="yellow")

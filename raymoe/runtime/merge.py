@@ -41,7 +41,7 @@ from raymoe.runtime.writer import start_writer
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import source_stamps
-from raymoe.storage.output import Output, ShardJob, open_output, refusals, writable_location
+from raymoe.storage.output import Output, ShardJob, open_output, refusals, writable_location, write_problems
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord
 from raymoe.storage.ways import bytes_by_way
@@ -79,7 +79,7 @@ def run_merge(
     target = output_of(output, settings)
     report.output, report.plan_digest = target.location, plan.digest
     report.planned_bytes_by_way = bytes_by_way(plan, target)
-    if problems := output_problems(plan, target, settings):
+    if problems := output_problems(plan, target, settings) or write_problems(target, settings.storage):
         raise ProblemReport(problems)
     if settings.verbosity >= 0:
         say(merge_line(plan, target.location))

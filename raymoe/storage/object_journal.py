@@ -22,7 +22,7 @@ from raymoe.objects.problems import ObjectMissing
 from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
-from raymoe.storage.records import INDEX_NAME, JOURNAL, RECORD_NAME, RESULT_NAME, FileRecord, is_part_of_a_model
+from raymoe.storage.records import INDEX_NAME, JOURNAL, PROBE, RECORD_NAME, RESULT_NAME, FileRecord, is_part_of_a_model
 
 __all__ = ["ObjectJournal", "checkpoint_objects", "occupied"]
 
@@ -117,7 +117,8 @@ def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: 
             return None
         what = "an unfinished merge of another plan (other config, sources, seed or shard size) is here"
         return Problem(where=location, what=what, remedy="use --overwrite to discard it, or choose another output")
-    names = [entry.name for entry in store.list(location)]
+    # A probe is of a look at this output that is made elsewhere just now.
+    names = [entry.name for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/{PROBE}")]
     if not names:
         return None
     what = "the output holds a finished merge" if RECORD_NAME in names else "the output is not empty"
