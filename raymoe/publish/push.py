@@ -18,7 +18,7 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published, recorded_digest
-from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
+from raymoe.publish.target import PushTarget, Repository, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.card import card_metadata
 from raymoe.report.display import say
@@ -41,6 +41,7 @@ def push_merge(
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
+    _refuse_source(target, published)
     return _push(published, open_repository(target, hub, card=published.card), quiet=quiet)
 
 
@@ -49,6 +50,7 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
+    _refuse_source(target, published)
     repository = open_repository(target, hub, make=False, card=published.card)
     if repository.is_new:
         yield f"{repository.url} would be made{', private' if target.private else ''}"
@@ -56,6 +58,7 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
         yield f"its branch {target.branch} would be made from {repository.base}"
     nothing = Comparison(head="", there=(), missing=published.files, removed=(), others=())
     comparison = nothing if repository.is_new else compare(published, repository)
+    _refuse_source(target, published, comparison.head)
     yield from _plan_lines(published, repository, comparison)
     yield from (f"  would send {file.name}, {human_bytes(file.size)}" for file in comparison.missing)
     yield from (f"  names {path}" for path in published.local_sources)
@@ -78,7 +81,9 @@ def merge_and_push(
     out = output_of(output, settings)
     is_merged = not settings.overwrite and recorded_digest(output, settings.storage) == plan.digest
     of_output = _newer_sources(plan, out.location) if is_merged else output_problems(plan, out, settings)
-    if problems := [*target_problems(target), *of_output]:
+    models = [name for source in plan.sources for name in source.label.split("+")]
+    of_source = source_problem(target, models)
+    if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
     if is_merged:
@@ -117,12 +122,18 @@ def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
     return []
 
 
+def _refuse_source(target: PushTarget, published: Published, head: str | None = None) -> None:
+    if problem := source_problem(target, published.hub_sources, head):
+        raise ProblemReport([problem])
+
+
 def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushed:
     def tell(text: str) -> None:
         if not quiet:
             say(text)
 
     comparison = compare(published, repository)
+    _refuse_source(repository.target, published, comparison.head)
     for line in _plan_lines(published, repository, comparison):
         tell(line)
     with _library_bars(shown=not quiet and sys.stderr.isatty()):
