@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,7 @@ from raymoe.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from raymoe.errors import Problem
     from raymoe.objects.options import StorageOptions
     from raymoe.planning.types import MergePlan
     from raymoe.report.display import PlannedOutput
@@ -46,9 +48,14 @@ def plan(
     strict: Strict = False,
     transformers_cache: Cache = None,
 ) -> None:
-    """Show what a merge would do: reads configs and file headers only, writes nothing."""
+    """Show what a merge would do: reads configs and file headers only.
+
+    With OUT, ends as `merge` would where OUT can't be written. In a bucket that is tried: an object of a few bytes is
+    put below OUT and deleted.
+    """
     from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note
+    from raymoe.errors import ProblemReport
     from raymoe.report.display import print_plan, say
     from raymoe.sources.resolve import HubOptions
 
@@ -63,7 +70,10 @@ def plan(
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
     inputs = api.named_inputs(merge_config, config)
-    print_plan(merge_plan, _planned_output(merge_plan, output, merge_config.storage, inputs), as_json=as_json)
+    planned = _planned_output(merge_plan, output, merge_config.storage, inputs)
+    print_plan(merge_plan, planned, as_json=as_json)
+    if planned is not None and planned.problems:
+        raise typer.Exit(ProblemReport.exit_code)
 
 
 def _planned_output(
@@ -72,12 +82,14 @@ def _planned_output(
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import complete_merge, open_output, refusals, writable_location
+    from raymoe.storage.output import complete_merge, open_output, refusals, writable_location, write_problems
     from raymoe.storage.ways import bytes_by_way
 
     target = open_output(writable_location(output, "OUT"), storage)
-    problems = refusals(plan, target, overwrite=False, inputs=inputs)
+    problems: Sequence[Problem] = refusals(plan, target, overwrite=False, inputs=inputs)
     is_complete = not problems and complete_merge(plan, target) is not None
+    if not is_complete:
+        problems = problems or write_problems(target, storage)
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),

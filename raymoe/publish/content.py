@@ -53,13 +53,15 @@ class PublishedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words."""
+    """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words. Sources
+    are paths of this machine, and models of the Hub with their commits."""
 
     folder: Folder
     files: tuple[PublishedFile, ...]
     title: str
     card: str | None
     local_sources: tuple[str, ...]
+    hub_sources: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +93,7 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
         title=_title(record),
         card=card,
         local_sources=_local_sources(record),
+        hub_sources=tuple(name for name in _sources(record) if "@" in name and not name.startswith("/")),
     )
 
 
@@ -178,6 +181,10 @@ def _title(record: Mapping[str, Any]) -> str:
 
 def _local_sources(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Models and files of prompts that the record names by a path of this machine."""
-    names = [name for source in record.get("sources") or [] for name in str(source.get("model", "")).split("+")]
-    names += [str(file.get("file", "")) for file in record.get("prompt_files") or []]
+    names = [*_sources(record), *(str(file.get("file", "")) for file in record.get("prompt_files") or [])]
     return tuple(dict.fromkeys(name for name in names if name.startswith("/")))
+
+
+def _sources(record: Mapping[str, Any]) -> list[str]:
+    """Models and adapters of a record."""
+    return [name for source in record.get("sources") or [] for name in str(source.get("model", "")).split("+")]

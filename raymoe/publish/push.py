@@ -16,7 +16,7 @@ from raymoe.errors import ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published
-from raymoe.publish.target import PushTarget, Repository, open_repository, target_problems
+from raymoe.publish.target import PushTarget, Repository, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.card import card_metadata
 from raymoe.report.display import say
@@ -38,6 +38,7 @@ def push_merge(
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
+    _refuse_source(target, published)
     return _push(published, open_repository(target, hub, card=published.card), quiet=quiet)
 
 
@@ -46,6 +47,7 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
     if problems := target_problems(target):
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
+    _refuse_source(target, published)
     repository = open_repository(target, hub, make=False, card=published.card)
     if repository.is_new:
         yield f"{repository.url} would be made{', private' if target.private else ''}"
@@ -53,6 +55,7 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
         yield f"its branch {target.branch} would be made from {repository.base}"
     nothing = Comparison(head="", there=(), missing=published.files, removed=(), others=())
     comparison = nothing if repository.is_new else compare(published, repository)
+    _refuse_source(target, published, comparison.head)
     yield from _plan_lines(published, repository, comparison)
     yield from (f"  would send {file.name}, {human_bytes(file.size)}" for file in comparison.missing)
     yield from (f"  names {path}" for path in published.local_sources)
@@ -73,7 +76,10 @@ def merge_and_push(
     Raises ProblemReport before the merge starts, for all that keeps either from being done.
     """
     out = output_of(output, settings)
-    if problems := [*target_problems(target), *output_problems(plan, out, settings)]:
+    models = [name for source in plan.sources for name in source.label.split("+")]
+    of_source = source_problem(target, models)
+    of_output = output_problems(plan, out, settings)
+    if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
     if not settings.overwrite and complete_merge(plan, out) is not None:
@@ -99,12 +105,18 @@ def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
     return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"
 
 
+def _refuse_source(target: PushTarget, published: Published, head: str | None = None) -> None:
+    if problem := source_problem(target, published.hub_sources, head):
+        raise ProblemReport([problem])
+
+
 def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushed:
     def tell(text: str) -> None:
         if not quiet:
             say(text)
 
     comparison = compare(published, repository)
+    _refuse_source(repository.target, published, comparison.head)
     for line in _plan_lines(published, repository, comparison):
         tell(line)
     with _library_bars(shown=not quiet and sys.stderr.isatty()):

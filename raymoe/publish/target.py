@@ -10,7 +10,7 @@ the token belongs to, whether it may write there, whether the repository is what
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from raymoe.sources.hub import HubOptions, is_hub_id
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["PushTarget", "Repository", "open_repository", "push_target", "target_problems"]
+__all__ = ["PushTarget", "Repository", "open_repository", "push_target", "source_problem", "target_problems"]
 
 _MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,6 +92,20 @@ def target_problems(target: PushTarget) -> list[Problem]:
         what = "the commit's message is empty"
         problems.append(Problem(where="push", what=what, remedy="write one, or leave it out"))
     return problems
+
+
+def source_problem(target: PushTarget, sources: Iterable[str | None], head: str | None = None) -> Problem | None:
+    """The problem of a target that is one of the models of the Hub (`org/name@<commit>`) that a merge is made of: their
+    files would be replaced. `head` is the commit that is there: a repository may have another name now."""
+    if target.branch != _MAIN:
+        return None
+    for source in sources:
+        repo, _, commit = (source or "").partition("@")
+        if _COMMIT.fullmatch(commit) and (repo.casefold() == target.repo.casefold() or commit == head):
+            what = f"this is the repository of {repo}, which the merge is made of: its files would be replaced"
+            remedy = "push to another one, or with --branch to a branch of this one"
+            return Problem(where=target.repo, what=what, remedy=remedy)
+    return None
 
 
 def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, card: str | None = None) -> Repository:

@@ -41,7 +41,15 @@ from raymoe.runtime.writer import start_writer
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
-from raymoe.storage.output import Output, ShardJob, complete_merge, open_output, refusals, writable_location
+from raymoe.storage.output import (
+    Output,
+    ShardJob,
+    complete_merge,
+    open_output,
+    refusals,
+    writable_location,
+    write_problems,
+)
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way
@@ -85,6 +93,7 @@ def run_merge(
     problems = output_problems(plan, target, settings)
     if not problems and (finished := _finished(plan, target, settings)) is not None:
         return _already_complete(plan, target, finished, settings, report)
+    problems = problems or write_problems(target, settings.storage)
     problems += prompt_problems(
         plan.gates, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
     )

@@ -10,6 +10,7 @@ before it is whole. Every step can be repeated: after any death the same calls e
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any, Protocol
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import check_spelling, is_s3, is_url, local_path, normalise
+from raymoe.objects.problems import StorageError
+from raymoe.objects.store import open_store
+from raymoe.objects.urls import check_spelling, is_s3, is_url, join, local_path, normalise
 from raymoe.planning.types import MergePlan, Part, Shard, Source
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.places import Inputs, is_in_job_package, overwritten, source_folders
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import CARD_NAME, RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import CARD_NAME, JOURNAL, PROBE, RECORD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.stream import RouterBytes
 from raymoe.text import some
 
@@ -38,6 +41,7 @@ __all__ = [
     "refusals",
     "unwritable",
     "writable_location",
+    "write_problems",
 ]
 
 _EXAMPLE = "name a folder, or a URL such as s3://bucket/prefix"
@@ -199,6 +203,30 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
     if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
         problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location)]
     return problems
+
+
+def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
+    """What keeps this process from writing to an output that is in order otherwise, found by trying: an object of a few
+    bytes is put there and deleted. What a folder allows its `problems` tell without."""
+    if not is_url(output.location):
+        return []
+    store, name = open_store(output.location, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
+    url = join(output.location, name)
+    problems: list[Problem] = []
+    try:
+        store.put(url, b"raymoe: may be deleted")
+    except StorageError as error:
+        problems += error.problems
+    finally:  # also where the put was stopped, or got through and its answer did not
+        try:
+            store.delete(url)
+        except StorageError as error:
+            problems += [] if problems else error.problems
+    # The permissions are needed on all that is to be written, not on this name.
+    return [
+        Problem(where=output.location, what=p.what.replace(name, "*"), remedy=p.remedy.replace(name, "*"))
+        for p in problems
+    ]
 
 
 def clash(output: Output, inputs: Inputs) -> Problem | None:

@@ -16,6 +16,7 @@ __all__ = [
     "CHECKPOINT_FILES",
     "INDEX_NAME",
     "JOURNAL",
+    "PROBE",
     "RECORD_NAME",
     "RESULT_NAME",
     "FileRecord",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 JOURNAL = ".raymoe"
+PROBE = "probe-"  # with what follows, an object in the journal's place that is there for a moment
 CARD_NAME = "README.md"
 RECORD_NAME = "raymoe.json"
 RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint

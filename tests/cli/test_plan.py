@@ -100,10 +100,12 @@ def test_plan_says_what_is_at_the_output(
     assert sorted(out.rglob("*")) == there
     assert cli("merge", config(), out).code == 0
     finished = cli("plan", config(), out)
+    assert finished.code == 0
     assert f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in finished.out
     assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"]
     assert cli("merge", config(), out).code == 0
     other = cli("plan", config("hidden"), out)
+    assert other.code == 2
     assert "the output folder holds a finished merge" in other.out and "No problems found." not in other.out
     (problem,) = json.loads(cli("plan", config("hidden"), out, "--json").out)["output"]["problems"]
     assert problem in cli("merge", config("hidden"), out).err

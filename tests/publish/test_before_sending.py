@@ -144,3 +144,21 @@ def test_links_within_the_folder_and_to_it(hub: WritableHub, copied: Path, cli: 
     (tmp_path / "link").symlink_to(copied)
     assert cli("push", tmp_path / "link", "org/name").code == 0
     assert "tokenizer.json" in hub.files("org/name")
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_repository_that_the_merge_is_made_of(
+    hub: WritableHub, copied: Path, cli: Cli, options: tuple[str, ...]
+) -> None:
+    """Told by its name, in any case, and where it was renamed by the commit that is there. Its branches are free."""
+    hub.create("org/name")
+    head = str(hub.written["org/name"].heads["main"])
+    for source in (f"Org/Name@{'0' * 40}", f"org/base@{'0' * 40}+org/NAME@{'1' * 40}", f"org/formerly@{head}"):
+        record = json.loads((copied / "raymoe.json").read_text())
+        record["sources"][1]["model"] = source
+        (copied / "raymoe.json").write_text(json.dumps(record))
+        refused = cli("push", copied, "org/name", *options)
+        assert refused.code == 2 and "which the merge is made of: its files would be replaced" in refused.err
+        assert len(hub.history("org/name")) == 1
+        assert cli("push", copied, "org/name", "--branch", "moe", "--dry-run").code == 0
+        assert cli("push", copied, "org/other", "--dry-run").code == 0

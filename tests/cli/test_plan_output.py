@@ -1,0 +1,101 @@
+"""What `plan CONFIG OUT` says of an output that `merge` would refuse, and that `merge` says it before it starts Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.store import open_store
+from raymoe.storage.object_journal import ObjectJournal, occupied
+from raymoe.storage.output import open_output, write_problems
+from tests.objects.servers import Server, environment, running_server
+from tests.pico import merge_without_ray
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started for an error that can be seen before")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[Server]:
+    server = running_server("moto")
+    with environment(server.environment):
+        yield server
+
+
+def refused(cli: Cli, config: Path, out: object, said: str) -> None:
+    """Both commands refuse the output in these words, plan after it has printed the plan."""
+    plan = cli("plan", config, out)
+    assert plan.code == 2 and said in plan.out and "No problems found" not in plan.out
+    assert "parameters in all" in plan.out
+    as_json = cli("plan", config, out, "--json")
+    assert as_json.code == 2 and said in json.loads(as_json.out)["output"]["problems"][0]
+    merge = cli("merge", config, out)
+    assert merge.code == 2 and said in merge.err
+
+
+def test_folders(cli: Cli, config: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused(cli, config(), out, "the output folder is not empty")
+    (tmp_path / "file").write_text("mine")
+    refused(cli, config(), tmp_path / "file", "the output is a file")
+    assert cli("plan", config(), tmp_path / "new").code == 0 and not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/sys"), reason="/proc takes no new folders, even of root")
+def test_a_folder_that_takes_no_files(cli: Cli, config: Callable[..., Path]) -> None:
+    refused(cli, config(), "/proc/sys/out", "no permission to write in /proc/sys")
+
+
+def test_finished_merges(cli: Cli, config: Callable[..., Path], tmp_path: Path) -> None:
+    """This very one is no problem: there is nothing left to do. Another is."""
+    import yaml
+
+    out = tmp_path / "out"
+    merge_without_ray(yaml.safe_load(config().read_text()), out)
+    digest = json.loads(cli("plan", config(), "--json").out)["digest"]
+    (out / "raymoe.json").write_text(json.dumps({"plan_digest": digest, "files": {}}))
+    same = cli("plan", config(), out)
+    assert same.code == 0 and f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in same.out
+    assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"] is True
+    refused(cli, config("hidden"), out, "the output folder holds a finished merge")
+
+
+def test_buckets(cli: Cli, config: Callable[..., Path], moto: Server) -> None:
+    client = moto.client()
+    client.create_bucket(Bucket="plan-output")
+    assert cli("plan", config(), "s3://plan-output/new").code == 0
+    assert "Contents" not in client.list_objects_v2(Bucket="plan-output")  # the probe is gone
+    refused(cli, config(), "s3://no-such-bucket-here/out", "there is no bucket")
+    for action in ("s3:PutObject", "s3:DeleteObject"):
+        statement = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": "arn:aws:s3:::plan-output/*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        client.put_bucket_policy(Bucket="plan-output", Policy=policy)
+        refused(cli, config(), "s3://plan-output/out", f"{action} on plan-output/out/* is needed")
+    client.delete_bucket_policy(Bucket="plan-output")
+
+
+def test_a_probe_of_another_process_is_no_output() -> None:
+    url = "memory://probes/out"
+    store = open_store(url, StorageOptions())
+    store.put(f"{url}/.raymoe/probe-0123", b"")
+    assert occupied(store, ObjectJournal(store, url), url, "digest") is None
+    assert write_problems(open_output(url, StorageOptions()), StorageOptions()) == []
+    assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]
