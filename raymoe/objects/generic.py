@@ -236,7 +236,11 @@ def _rename(filesystem: Any, path: str, target: str) -> None:
     from fsspec import AbstractFileSystem
 
     if type(filesystem).mv is not AbstractFileSystem.mv:  # fsspec's own copies, after many looks
-        filesystem.mv(path, target)
+        try:
+            filesystem.mv(path, target)
+        except FileExistsError:  # not all file systems replace what has the name
+            filesystem.rm_file(target)
+            filesystem.mv(path, target)
         return
     try:
         filesystem.cp_file(path, target)

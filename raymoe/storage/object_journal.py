@@ -74,7 +74,11 @@ class ObjectJournal:
 
     @property
     def exists(self) -> bool:
-        return self._store.stat(join(self._folder, "plan.json")) is not None
+        try:
+            self._store.read_all(join(self._folder, "plan.json"))
+        except ObjectMissing:
+            return False
+        return True
 
     def claim(self) -> Claim | None:
         """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
@@ -289,8 +293,9 @@ class WrittenFiles:
 
 def finished_merge(store: ObjectStore, journal: ObjectJournal, location: str) -> FinishedMerge | None:
     """The finished merge that is here, by its record; None where there is none, or a merge has begun to replace it."""
+    is_journal_there = journal.exists
     found = FinishedMerge.of(read_json(store, join(location, RECORD_NAME)))
-    if found is not None and journal.exists and (journal.digest() != found.digest or journal.is_clearing):
+    if found is not None and is_journal_there and (journal.digest() != found.digest or journal.is_clearing):
         return None
     return found
 

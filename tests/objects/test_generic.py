@@ -9,8 +9,11 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
@@ -70,6 +73,55 @@ def test_only_if_absent(store: ObjectStore, folder: str) -> None:
     with pytest.raises(ObjectExists):
         store.put(url, b"second", only_if_absent=True)
     assert store.read_all(url) == b"first"
+
+
+@pytest.mark.parametrize("there", [None, b"older and of another size"])
+def test_move(store: ObjectStore, folder: str, there: bytes | None) -> None:
+    assert isinstance(store, FsspecStore)
+    url, to = join(folder, "parts/a.1"), join(folder, "sub/a")
+    store.put(url, DATA)
+    if there is not None:
+        store.put(to, there)
+    info = store.move(url, to, len(DATA))
+    assert info == store.stat(to) and info.size == len(DATA)
+    assert store.read_all(to) == DATA and store.stat(url) is None
+    with pytest.raises(ObjectMissing):
+        store.move(url, to, len(DATA))
+    assert store.read_all(to) == DATA, "what is there is not touched by a move that can't be done"
+
+
+class WithoutCopies(MemoryFileSystem):
+    """A file system that can neither rename nor copy."""
+
+    protocol, store, pseudo_dirs = "raymoewithoutcopies", {}, [""]
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        raise NotImplementedError
+
+
+class WithoutReplacing(MemoryFileSystem):
+    """A file system that renames, but not to a name that is taken."""
+
+    protocol, store, pseudo_dirs = "raymoewithoutreplacing", {}, [""]
+
+    def mv(self, path1: str, path2: str, **options: Any) -> None:
+        if self.exists(path2):
+            raise FileExistsError(path2)
+        self.cp_file(path1, path2)
+        self.rm_file(path1)
+
+
+@pytest.mark.parametrize("kind", [WithoutCopies, WithoutReplacing])
+def test_move_on_file_systems_that_can_do_less(kind: type[MemoryFileSystem]) -> None:
+    fsspec.register_implementation(str(kind.protocol), kind, clobber=True)
+    folder = f"{kind.protocol}://{uuid.uuid4().hex}"
+    store = open_store(folder, StorageOptions(deadline_s=10))
+    assert isinstance(store, FsspecStore)
+    url, to = join(folder, "part"), join(folder, "whole")
+    for content in (DATA, DATA[::-1]):
+        store.put(url, content)
+        store.move(url, to, len(DATA))
+        assert store.read_all(to) == content and store.stat(url) is None
 
 
 def test_many_threads(store: ObjectStore, folder: str) -> None:

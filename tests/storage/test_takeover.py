@@ -247,9 +247,12 @@ def test_same_plan_from_other_sources(place: Place, plans: tuple[MergePlan, Merg
     check_is_alone(place, plan, tmp_path)
 
 
-def test_note_that_comes_late_is_not_accepted(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
-    """A shard of another plan and its note, brought back by what was still under way when the old run died."""
-    old, new = plans
+@pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan from other sources"])
+def test_note_that_comes_late_is_not_accepted(
+    place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
+) -> None:
+    """A shard of another merge and its note, brought back by what was still under way when the old run died."""
+    old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
     shard = shard_of(old, "expert 0")
     first.complete(shard, do_shard(first, old, shard))
