@@ -30,7 +30,7 @@ from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.folder import Folder
+from raymoe.sources.folder import Folder, is_inside
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.storage.output import ShardJob
@@ -72,6 +72,7 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
     missing = "there is no raymoe.json, the record of a finished merge"
     record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
+        _check_shape(record)
         config = MergeConfig.from_plain(recorded_config(record))
         options = MergeOptions(**record["options"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -94,6 +95,27 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
     differences += _tensor_differences(plan, folder.label, written, settings)
     return Verification(tensors=len(expected), differences=tuple(differences), notes=notes)
+
+
+def _check_shape(record: Mapping[str, Any]) -> None:
+    """Raise TypeError for a record whose lists are not what raymoe writes."""
+    files = record.get("files", {})
+    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
+        raise TypeError("it names no files with their sizes and checksums")
+    prompts = record.get("prompt_files", [])
+    if not isinstance(prompts, list) or not all(_is_prompt_file(file) for file in prompts):
+        raise TypeError("its prompt_files are no list of files with their counts")
+
+
+def _is_file(file: Any) -> bool:
+    is_object = isinstance(file, Mapping)
+    return is_object and isinstance(file.get("size"), int) and isinstance(file.get("checksum"), str)
+
+
+def _is_prompt_file(file: Any) -> bool:
+    keys = ("owner", "key", "file", "sha256")
+    is_object = isinstance(file, Mapping)
+    return is_object and isinstance(file.get("count"), int) and all(isinstance(file.get(key), str) for key in keys)
 
 
 def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:

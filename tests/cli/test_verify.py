@@ -249,3 +249,32 @@ def test_a_record_does_not_say_where_credentials_go(
         assert asked == (False, False)
     elif command == "verify":
         assert asked == (how == "trusted", how == "endpoint")
+
+
+FILE = {"size": 1, "checksum": "xxh3-128:0"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": []},
+        {"files": {"a": {"size": "1"}}},
+        {"files": {"a": {"size": 1}}},
+        {"files": {"../secret": FILE}},
+        {"files": {"/etc/passwd": FILE}},
+        {"prompt_files": {"a": 1}},
+        {"prompt_files": [{"owner": "expert 0"}]},
+        {"prompt_files": [3]},
+        {"sources": 3},
+        {"sources": [{"owner": "base", "model": ["a"]}]},
+        {"options": {"max_shard_bytes": 1, "nothing": 2}},
+        {"options": [1]},
+        {"config": {"experts": 3}},
+    ],
+    ids=str,
+)
+def test_records_that_raymoe_did_not_write(cli: Cli, tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "raymoe.json").write_text(json.dumps({**S3_RECORD, **changes}))
+    refused = cli("verify", tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert f"{tmp_path}/raymoe.json: this record can't be read: " in refused.err

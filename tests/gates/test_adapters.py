@@ -143,3 +143,14 @@ def test_blocks_of_rows_make_no_difference(rows: int, monkeypatch: pytest.Monkey
     torch.testing.assert_close(
         torch.linalg.vector_norm(with_magnitudes.double(), dim=1), factors["magnitude"], rtol=1e-2, atol=0
     )
+
+
+def test_rows_without_length_under_dora_stay_zero() -> None:
+    """As where shards are written: no magnitude can give them a length."""
+    factors = {"a": torch.ones(2, 6), "b": torch.ones(4, 2), "magnitude": torch.full((4,), 3.0)}
+    weight = torch.full((4, 6), -2.0)
+    weight[0] = 1.0
+    adapted = adapted_weight(weight, {name: factor.double() for name, factor in factors.items()}, 1.0)
+    expected = torch.zeros(4, 6)
+    expected[0] = 3.0 / 6**0.5
+    torch.testing.assert_close(adapted, expected)

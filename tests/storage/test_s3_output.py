@@ -26,6 +26,8 @@ from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Copy, Shard
 from raymoe.planning.upload import upload_parts
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.worker import ExpertWorker
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.local import LocalOutput
 from raymoe.storage.object_journal import ObjectJournal
@@ -315,6 +317,8 @@ def test_several_workers_feed_one_shard(plan: MergePlan, place: Place, out: str,
 WORKER = """
 import pickle, sys
 from raymoe.objects.options import StorageOptions
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.worker import ExpertWorker
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.output import open_output
 from raymoe.storage.reader import SourceReader
@@ -630,3 +634,36 @@ def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: s
         assert "when the object no longer changes" in str(failed.value)
     target.release()
     assert Place(server, out).visible() == [] and Place(server, out).uploads(shard.file_name) == set()
+
+
+def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
+    server: Server, sources: list[str], bucket: str, out: str
+) -> None:
+    """Its bytes pass no worker; a strict one reads them, and finds the NaN in the middle of them."""
+    model, place = Place(server, sources[0]), Place(server, f"{bucket}/broken")
+    for name in model.names():
+        content = bytearray(model.read(name))
+        if name == "model.safetensors":
+            length = int.from_bytes(content[:8], "little")
+            entry = json.loads(content[8 : 8 + length])["model.layers.1.mlp.up_proj.weight"]
+            at = 8 + length + (entry["data_offsets"][0] + entry["data_offsets"][1]) // 4 * 2
+            content[at : at + 2] = b"\xc0\x7f"  # NaN in bfloat16
+        place.put(name, bytes(content))
+    experts = [{"source_model": f"{bucket}/broken"}, {"source_model": sources[1]}]
+    config = {"base_model": sources[1], "gate_mode": "random", "experts": experts}
+    plan = raymoe.plan(config, dataclasses.replace(MERGE, strict=True))
+    assert plan.digest != raymoe.plan(config, MERGE).digest
+    target = started(plan, out)
+    try:
+        worker = ExpertWorker(out, RuntimeSettings(storage=OPTIONS, strict=True), target.run)
+        of_expert = [shard for shard in plan.shards if shard.owner == "expert 0"]
+        jobs = [job for shard in of_expert for job in target.jobs(shard)]
+        assert any(part.copy for job in jobs for part in job.parts)
+        said = r"experts\.0\.w3\.weight: NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight of s3://"
+        with pytest.raises(MergeFailed, match=said):
+            list(map(worker.write_shard, jobs))
+        of_other = next(shard for shard in plan.shards if shard.owner == "expert 1")
+        for job in target.jobs(of_other):
+            worker.write_shard(job)
+    finally:
+        target.release()
