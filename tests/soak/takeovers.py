@@ -40,7 +40,7 @@ _REASONS = (
     "an unfinished merge of another plan",
     "holds a finished merge",
 )
-"""Of what an older merge says, when it ends with an error or is refused: what tells that another one is at its output."""
+"""What an older merge says of it when it ends with an error or is refused: another one is at its output."""
 _LOOK_S = 0.02
 
 
