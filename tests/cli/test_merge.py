@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cli.commands import hashes, raymoe, write_config
 from tests.pico import merge_config
@@ -79,6 +80,54 @@ def test_opposites_and_short_forms(
     done = cli("merge", config(), tmp_path / "out", *opposites)
     assert (done.code, done.out, done.err) == (0, "", "")
     assert "tokenizer.json" not in os.listdir(tmp_path / "out")
+
+
+def test_finished_merge_is_complete(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same command again, as schedulers do it: nothing is done but to bring in order what is missing beside it."""
+    out, flags = tmp_path / "out", ("--out-shard-size", "300K")
+    assert cli("merge", config(), out, *flags).code == 0
+    before, result = hashes(out), (out / "result.json").read_bytes()
+    again = cli("merge", config(), out, *flags)
+    assert again.code == 0
+    said = again.err.splitlines()
+    assert said[0] == f"{out} is already complete: an earlier run has finished this merge"
+    assert said[-1].startswith(f"done: {out}, ") and said[-1].endswith("all from an earlier run")
+    assert hashes(out) == before and (out / "result.json").read_bytes() == result
+    # Killed between the end of the merge and its last line.
+    (out / "result.json").unlink()
+    (out / ".raymoe/done").mkdir(parents=True)
+    (out / ".raymoe/lock").touch()
+    assert cli("merge", config(), out, *flags, "--quiet").err == ""
+    report = json.loads((out / "result.json").read_text())
+    assert (report["exit_reason"], report["was_complete"]) == ("done", True)
+    assert report["bytes"]["kept_from_earlier_run"] > 0
+    assert not (out / ".raymoe").exists() and hashes(out) == before
+    # Elsewhere it is written in any case.
+    assert cli("merge", config(), out, *flags, "--result", tmp_path / "run.json").code == 0
+    assert json.loads((tmp_path / "run.json").read_text())["was_complete"]
+    base = Path(yaml.safe_load(config().read_text())["base_model"]) / "model.safetensors"
+    times = base.stat()
+    os.utime(base, (times.st_atime + 10**6, times.st_mtime + 10**6))
+    newer = cli("merge", config(), out, *flags)
+    os.utime(base, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert newer.code == 2 and "the merge in this folder is older than its sources" in newer.err
+    shard = next(iter(sorted(out.glob("model-*.safetensors"))))
+    shard.unlink()
+    damaged = cli("merge", config(), out, *flags)
+    assert damaged.code == 2 and f"{shard.name} is missing" in damaged.err and "--overwrite" in damaged.err
+
+
+def test_card_that_a_finished_merge_lacks(
+    cli: Callable[..., Any], local_ray: None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whether there is a card is not in the digest."""
+    out = tmp_path / "out"
+    assert cli("merge", config(), out, "--no-write-model-card").code == 0
+    assert cli("merge", config(), out, "--no-write-model-card").code == 0
+    refused = cli("merge", config(), out)
+    assert refused.code == 2 and "the finished merge here has no model card" in refused.err
 
 
 def test_finished_merge_is_not_overwritten_unasked(

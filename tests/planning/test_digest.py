@@ -115,6 +115,13 @@ def test_sources_that_matter(config: Config, zoo: Callable[..., Path], tmp_path:
     assert digest(here) != after
 
 
+def test_layout_of_uploads(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on with the parts that an earlier one has sent: parts that are cut otherwise are of another plan."""
+    before = digest(config)
+    monkeypatch.setattr("raymoe.planning.upload.STREAM_PART_BYTES", 8 << 20)
+    assert digest(config) != before
+
+
 def test_plan_is_pure(config: Config) -> None:
     """Equal in every field, and unmoved by what is done with the config afterwards."""
     mine = copy.deepcopy(config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,181 @@ def test_killed_while_it_ends(tmp_path: Path) -> None:
     output.journal.release()
     (tmp_path / ".raymoe/plan.json").unlink()
     assert not Journal(tmp_path).exists
+
+
+# --- looking at the lock, and links in the place of the journal
+
+
+def test_a_process_that_looks_stops_no_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`raymoe plan CONFIG OUT` holds the lock for a moment, shared; a merge that starts in that moment tries again."""
+    import fcntl
+
+    begun(tmp_path).journal.release()
+    looker = os.open(tmp_path / ".raymoe/lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    flock, tried = fcntl.flock, []
+
+    def counted(descriptor: int, how: int) -> None:
+        tried.append(how)
+        flock(descriptor, how)
+        if how == fcntl.LOCK_UN:  # the merge has seen that a process only looks; now that goes
+            flock(looker, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(fcntl, "flock", counted)
+    journal = Journal(tmp_path)
+    assert not journal.is_taken, "neither does one that looks stop another"
+    flock(looker, fcntl.LOCK_SH)
+    tried.clear()
+    journal.lock()
+    assert tried.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
+    journal.release()
+    os.close(looker)
+
+
+def test_lock_is_not_tried_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    begun(tmp_path).journal.release()
+    looker = os.open(tmp_path / ".raymoe/lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    monkeypatch.setattr("raymoe.storage.journal._LOOKERS_S", 0.0)
+    with pytest.raises(ProblemReport, match="another merge is writing to this folder"):
+        Journal(tmp_path).lock()
+    os.close(looker)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+@pytest.mark.parametrize("name", ["", "lock", "plan.json", "parts", "done"])
+def test_links_are_refused(tmp_path: Path, name: str, target: str) -> None:
+    """What is done to the journal would be done elsewhere. A link to nothing is no reason to try again and again."""
+    root, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (root / ".raymoe").mkdir(parents=True)
+    (elsewhere / "done").mkdir(parents=True)
+    (elsewhere / "done/precious").write_text("mine")
+    if not name:
+        (root / ".raymoe").rmdir()
+    link = root / ".raymoe" / name if name else root / ".raymoe"
+    link.symlink_to(tmp_path / target)
+    output = LocalOutput(root)
+    (problem,) = output.problems(digest="plan A", output_bytes=0, overwrite=True)
+    assert (problem.where, problem.what) == (str(link), "this is a link")
+    with pytest.raises(ProblemReport, match="this is a link"):
+        output.lock()
+    output.release()
+    assert (elsewhere / "done/precious").read_text() == "mine"
+    assert sorted(os.listdir(elsewhere)) == ["done"]
+
+
+# --- what fails, or dies, at the calls of the journal
+
+
+RECORD = b'{"plan_digest": "plan A", "files": {"model.safetensors.index.json": {"size": 2}}}'
+
+
+class Died(BaseException):
+    """Nothing catches it, as nothing runs any more after SIGKILL."""
+
+
+def each_call(
+    names: tuple[str, ...],
+    error: BaseException,
+    prepare: Callable[[int], LocalOutput],
+    step: Callable[[LocalOutput], None],
+) -> int:
+    """`step(prepare(n))` with call number n of these functions of `os` raising `error` in the step, for each n that
+    there is. After a death no call goes through any more."""
+    number = 0
+    while True:
+        calls = 0
+
+        def failing(real: Callable[..., object], number: int = number) -> Callable[..., object]:
+            def call(*arguments: object, **named: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls > number and (isinstance(error, Died) or calls == number + 1):
+                    raise error
+                return real(*arguments, **named)
+
+            return call
+
+        output = prepare(number)
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Died):
+            for name in names:
+                patch.setattr(os, name, failing(getattr(os, name)))
+            step(output)
+        if calls <= number:
+            return number
+        number += 1
+
+
+def test_killed_at_any_call_of_its_beginning(tmp_path: Path) -> None:
+    """Also between writing `plan.json` and moving it to its place: the next run leaves nothing of it."""
+
+    def prepare(number: int) -> LocalOutput:
+        (tmp_path / f"{number}").mkdir()
+        return LocalOutput(tmp_path / f"{number}")
+
+    def begin(output: LocalOutput) -> None:
+        try:
+            output.lock()
+            output.begin("plan A", {}, fresh=False)
+        finally:
+            descriptor, output.journal._lock = output.journal._lock, None
+            if descriptor is not None:
+                os.close(descriptor)
+
+    count = each_call(("replace", "fsync", "mkdir", "unlink", "rename", "rmdir"), Died(), prepare, begin)
+    assert count > 4
+    for number in range(count):
+        output = LocalOutput(tmp_path / f"{number}")
+        assert output.problems(digest="plan A", output_bytes=0, overwrite=False) == []
+        output.lock()
+        output.begin("plan A", {}, fresh=False)
+        output.write("shard", [b"bytes"])
+        output.journal.end()
+        assert os.listdir(output.root) == ["shard"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS])
+def test_end_that_fails(tmp_path: Path, code: int) -> None:
+    """The merge is whole, and its journal can't be removed: one message, and the same command removes the rest."""
+    said: list[str] = []
+
+    def prepare(number: int) -> LocalOutput:
+        output = begun(tmp_path / f"{number}")
+        output.write("model.safetensors.index.json", [b"{}"])
+        output.write("raymoe.json", [RECORD])
+        return output
+
+    def end(output: LocalOutput) -> None:
+        try:
+            output.end(RECORD)
+        except MergeFailed as error:
+            said.append(str(error))
+        output.release()
+
+    count = each_call(("unlink", "rename", "rmdir"), OSError(code, os.strerror(code)), prepare, end)
+    assert said and all("the merge is whole, but its journal could not be removed: " in text for text in said)
+    for number in range(count):
+        output = LocalOutput(tmp_path / f"{number}")
+        assert output.problems(digest="plan A", output_bytes=0, overwrite=False) == []
+        output.clean_up()
+        assert sorted(os.listdir(output.root)) == ["model.safetensors.index.json", "raymoe.json"]
+
+
+def test_release_that_fails(tmp_path: Path) -> None:
+    """What ended the merge is what the user is to hear of; the lock is free in any case."""
+
+    def prepare(number: int) -> LocalOutput:
+        output = begun(tmp_path / f"{number}")
+        output.journal.new_part("shard").write_bytes(b"half")
+        return output
+
+    def release(output: LocalOutput) -> None:
+        output.release()
+        assert not LocalOutput(output.root).journal.is_taken
+
+    names = ("unlink", "rename", "rmdir")
+    assert each_call(names, OSError(errno.EIO, "Input/output error"), prepare, release) > 1
+    for path in tmp_path.iterdir():
+        LocalOutput(path).lock()

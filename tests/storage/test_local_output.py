@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -225,6 +226,41 @@ def test_remove_checkpoint_of_an_unreadable_record(output: LocalOutput, record: 
         (output.root / "raymoe.json").write_text(record)
     remove_checkpoint(output.root)
     assert [path for path in visible(output) if path != ".raymoe"] == []
+
+
+def test_links_are_removed_as_links(output: LocalOutput) -> None:
+    """--overwrite touches nothing outside of the folder, wherever links in it lead to."""
+    root, elsewhere = output.root, output.root.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("mine.jinja", "weights.safetensors", "recorded.txt"):
+        (elsewhere / name).write_text("mine")
+    (root / "chat_templates").symlink_to(elsewhere)
+    (root / "model.safetensors").symlink_to(elsewhere / "weights.safetensors")
+    (root / "tokenizer.json").symlink_to(root / "nowhere")
+    (root / "named").symlink_to(elsewhere)
+    record = {"files": {"named/recorded.txt": {"size": 4}, "chat_templates/mine.jinja": {"size": 4}}}
+    (root / "raymoe.json").write_text(json.dumps(record))
+    remove_checkpoint(root)
+    assert visible(output) == [".raymoe", "named"]
+    assert sorted(os.listdir(elsewhere)) == ["mine.jinja", "recorded.txt", "weights.safetensors"]
+
+
+def test_nothing_is_written_through_a_link(output: LocalOutput) -> None:
+    elsewhere = output.root.parent / "elsewhere"
+    elsewhere.mkdir()
+    (output.root / "chat_templates").symlink_to(elsewhere)
+    with pytest.raises(MergeFailed, match=r"chat_templates: this is a link\. Remove it"):
+        output.write("chat_templates/a.jinja", [b"text"])
+    assert os.listdir(elsewhere) == []
+
+
+def test_full_disk_at_making_a_folder(output: LocalOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(MergeFailed, match=r"chat_templates/a.jinja: the disk is full \([\d,]+ bytes free\)"):
+        output.write("chat_templates/a.jinja", [b"text"])
 
 
 def test_limits_are_as_they_were() -> None:

@@ -362,6 +362,28 @@ def test_parts_that_were_sent_are_not_sent_again(
     assert {n for n, content in place.files().items() if content != expected.get(n)} <= {RECORD_NAME}
 
 
+def test_parts_are_known_again_by_their_etag(plan: MergePlan, place: Place, out: str, tmp_path: Path) -> None:
+    """A part of the right number and size that no actor of this merge has noted is sent again."""
+    _, computed = expert_shards(plan)
+    dead = started(plan, out)
+    jobs = part_jobs(dead.jobs(computed))
+    do_all(plan, dead, jobs)
+    first = jobs[0].parts[0]
+    place.client.upload_part(
+        Bucket=place.bucket,
+        Key=place.key(computed.file_name),
+        UploadId=jobs[0].upload_id,
+        PartNumber=first.number,
+        Body=bytes(first.nbytes),
+    )
+    target = started(plan, out)
+    left = target.jobs(computed)
+    assert [part.number for job in left for part in job.parts] == [first.number]
+    finish(plan, target)
+    expected = local_files(plan, tmp_path / "out")
+    assert {n for n, content in place.files().items() if content != expected.get(n)} <= {RECORD_NAME}
+
+
 def test_all_parts_were_sent(plan: MergePlan, place: Place, out: str) -> None:
     """Death just before completing: nothing is left for workers, and the shard is completed."""
     shard, _ = expert_shards(plan)
