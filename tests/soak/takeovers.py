@@ -33,6 +33,14 @@ FINISHED = "already complete"
 """What a finished merge says when its command is run again."""
 REPEATED = "the command of a finished merge is no success"
 _HELD_BY_ANOTHER = "another merge is writing"
+_REASONS = (
+    _HELD_BY_ANOTHER,
+    "taken over this output",
+    "was replaced or removed",
+    "an unfinished merge of another plan",
+    "holds a finished merge",
+)
+"""What an older merge says of it when it ends with an error or is refused: another one is at its output."""
 _LOOK_S = 0.02
 
 
@@ -198,6 +206,8 @@ class _Takeover:
                 problems.append("the older merge says that it is done, and the newer one had begun")
         elif not tried.is_clean_error:
             problems.append(f"the older merge: exit status {tried.status}, and no clean error: {tried.said[-300:]}")
+        elif not any(reason in tried.said for reason in _REASONS):
+            problems.append(f"the older merge does not say that there is another one: {tried.said[-300:]}")
 
     def _judge_newer(self, tried: Try, is_of_older: bool) -> str:
         """`is_of_older`: what is there is the finished merge of the older plan, by right."""
