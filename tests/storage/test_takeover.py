@@ -119,7 +119,15 @@ def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader
 
 
 def finish(output: Output, plan: MergePlan) -> None:
-    records = [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
+    write_rest(output, plan, write_shards(output, plan))
+
+
+def write_shards(output: Output, plan: MergePlan) -> list[FileRecord]:
+    return [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
+
+
+def write_rest(output: Output, plan: MergePlan, shards: list[FileRecord]) -> None:
+    records = [*shards]
     records.append(output.write_small("config.json", json.dumps(plan.config).encode()))
     records.append(output.write_index(json.dumps(plan.index).encode()))
     output.end(record_of(plan, records))
@@ -313,11 +321,32 @@ def steps(place: Place, on_server: int) -> int:
     return on_server if place.location.startswith("s3://") else 1
 
 
+class TakeOver:
+    """What a newer run does while an older one stands still: all of the merge, or first its shards."""
+
+    def __init__(self, place: Place, plan: MergePlan, *, fresh: bool, until: str) -> None:
+        self._place, self._plan, self._fresh, self._until = place, plan, fresh, until
+        self._rest: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        output = started(self._place, self._plan, fresh=self._fresh)
+        shards = write_shards(output, self._plan)
+        self._rest = lambda: write_rest(output, self._plan, shards)
+        if self._until == "done":
+            self.end()
+
+    def end(self) -> None:
+        self._rest()
+        self._rest = lambda: None
+
+
+@pytest.mark.parametrize("until", ["done", "shards"])
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
-def test_taken_over_and_done_while_the_old_run_stands_still(
-    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
+def test_taken_over_while_the_old_run_stands_still(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool, until: str
 ) -> None:
-    """The old driver stands still before any of its calls while a newer run does the whole merge, and goes on then."""
+    """The old driver stands still before any of its calls, and goes on when a newer run has done its merge or a part of
+    it."""
     old, new = plans if other_plan else (plans[0], plans[0])
     one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
 
@@ -325,9 +354,7 @@ def test_taken_over_and_done_while_the_old_run_stands_still(
         first = started(place, old)
         first.complete(one, do_shard(first, old, one))
 
-        def take_over() -> None:
-            finish(started(place, new, fresh=other_plan), new)
-
+        take_over = TakeOver(place, new, fresh=other_plan, until=until)
         calls = Interrupted(first, at, take_over)
         is_over = calls.calls
         with contextlib.suppress(RaymoeError):
@@ -337,10 +364,11 @@ def test_taken_over_and_done_while_the_old_run_stands_still(
         if calls.calls > at:
             assert not is_over > at, "it did not notice"
             first.release()
+            take_over.end()
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 1))
+    every_order(store_place, once, steps(store_place, 2))
 
 
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
@@ -414,11 +442,12 @@ def test_replaced_shard_is_seen_before_done_is_said(
 # --- a folder: every call of the operating system
 
 
+@pytest.mark.parametrize("until", ["done", "shards"])
 @pytest.mark.parametrize("name", ["open", "fsync", "replace", "unlink"])
 def test_folder_is_taken_over_at_any_call_of_a_writer(
-    plans: tuple[MergePlan, MergePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    plans: tuple[MergePlan, MergePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, until: str
 ) -> None:
-    """The driver was killed, its actor lives on, and the newer run does all of its merge before one call of that."""
+    """The driver was killed, its actor lives on, and stands still before one call while the newer run is at work."""
     old, new = plans
     shard, at, more = shard_of(old, "expert 0"), 0, True
     while more:
@@ -426,15 +455,17 @@ def test_folder_is_taken_over_at_any_call_of_a_writer(
         first = started(place, old)
         actor = LocalOutput(Path(place.location), first.run)
         killed_driver(first)
-        calls, real = 0, getattr(os, name)
+        calls, real, take_over = 0, getattr(os, name), TakeOver(place, new, fresh=True, until=until)
 
-        def call(*arguments: Any, real: Any = real, place: Place = place, at: int = at, **named: Any) -> Any:
+        def call(
+            *arguments: Any, real: Any = real, place: Place = place, at: int = at, then: Any = take_over, **named: Any
+        ) -> Any:
             nonlocal calls
             if str(arguments[0]).startswith(place.location) or name == "fsync":
                 calls += 1
                 if calls - 1 == at:
                     monkeypatch.undo()
-                    finish(started(place, new, fresh=True), new)
+                    then()
             return real(*arguments, **named)
 
         monkeypatch.setattr(os, name, call)
@@ -443,6 +474,7 @@ def test_folder_is_taken_over_at_any_call_of_a_writer(
         monkeypatch.undo()
         more = calls > at
         if more:
+            take_over.end()
             check_is_alone(place, new, tmp_path)
         at += 1
     assert at > 1
