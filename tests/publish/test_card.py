@@ -105,7 +105,7 @@ def test_local_models_and_what_they_were_made_from(models: Callable[..., Path]) 
     [
         ("---\nlicense: llama3\n---\n", "llama3"),
         ("---\nlicense: [mit, apache-2.0]\n---\n", "nothing that could be read"),
-        ("---\nlicense: other\nlicense_name: custom\nlicense_link: LICENSE\n---\n", "custom (other)"),
+        ("---\nlicense: other\nlicense_name: custom\nlicense_link: LICENSE\n---\n", "`custom` (other)"),
         ("---\nlicense: other\n---\n", "nothing that could be read"),
         ("---\nlicense: The Apache Licence\nlanguage: English\n---\n", "nothing that could be read"),
         ("---\n: [broken\n---\n", "nothing that could be read"),
@@ -113,7 +113,7 @@ def test_local_models_and_what_they_were_made_from(models: Callable[..., Path]) 
         ("---\nlicense: mit\nmodel-index: [{results: [{source: https://x}]}]\n---\n", "mit"),
         ("---\nlicense: mit\nx: " + "[" * 3000 + "]" * 3000 + "\n---\n", "nothing that could be read"),
         ("---\r\nlicense: mit\r\nself: 1\r\n3: 4\r\n---\r\n", "mit"),
-        ("---\nlicense: mit\nmade: 2024-13-45\n---\n", "nothing that could be read"),
+        ("---\nlicense: mit\nmade: 2024-13-45\n---\n", "mit"),
         ("# No metadata\n\nlicense: mit\n", "nothing that could be read"),
         (None, "nothing that could be read"),
     ],
