@@ -89,10 +89,10 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
         whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].reads_layers
         problems += check_tensors(member.facts, member.spec, _key(member), ffn_only=not whole)
+        problems += adapter_problems(member.facts, member.spec, _key(member), ffn_only=not whole)
     if options.strict:
         for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
-        problems += adapter_problems(member.facts, member.spec, _key(member), ffn_only=not whole)
     problems = list(dict.fromkeys(problems))
     if problems or selection.host is None:
         raise ProblemReport(problems)

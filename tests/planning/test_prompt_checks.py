@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,10 @@ def modules_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     for module in (dynamic_module_utils, hub):
         monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which transformers adds the folder
+    # The package remembers the folder that it was imported from.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_own_code_is_copied(own_code: Path, ray_merge: Any, tmp_path: Path) -> None:
