@@ -98,8 +98,8 @@ def merge(
     """Merge into `output`, a folder or a URL, on Ray: the connected cluster, or the one of `settings`, or a local one.
 
     Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
-    same call goes on from the shards that are finished. `report` is told how the run goes, and may be read after a
-    failure too.
+    same call goes on from the shards that are finished. Where `output` holds this merge finished, nothing is done, and
+    `was_complete` of the result is true. `report` is told how the run goes, and may be read after a failure too.
     """
     from raymoe.runtime.merge import run_merge
     from raymoe.runtime.run_report import RunReport
