@@ -194,8 +194,8 @@ def test_two_layers_at_most_are_alive(
     held: list[tuple[int, weakref.ref[torch.Tensor]]] = []
     load = LayerLoader._load
 
-    def watched(loader: LayerLoader, parts: LayerParts) -> LoadedLayer:
-        loaded = load(loader, parts)
+    def watched(loader: LayerLoader, parts: LayerParts, *buffer: Any) -> LoadedLayer:
+        loaded = load(loader, parts, *buffer)
         held.extend((len(alive), weakref.ref(tensor)) for tensor in loaded.weights.values())
         gc.collect()
         alive.append({number for number, tensor in held if tensor() is not None})
