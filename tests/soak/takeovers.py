@@ -36,6 +36,7 @@ _HELD_BY_ANOTHER = "another merge is writing"
 _REASONS = (
     _HELD_BY_ANOTHER,
     "taken over this output",
+    "is no longer that of this run",
     "was replaced or removed",
     "an unfinished merge of another plan",
     "holds a finished merge",
