@@ -191,7 +191,9 @@ def test_a_token_beyond_the_vocabulary_is_refused(zoo: Callable[..., Path]) -> N
     text = "The Licence"
     top = max(tokenizer(text)["input_ids"])
     assert tokenize(tokenizer, [text], vocab=top + 1, owner="expert 0")
-    pattern = rf"(?s)2 problems.*expert 1, prompt 1 \('The.*: its token .*\(id {top}\) has no row in .* {top} rows"
+    pattern = (
+        rf"^expert 1, prompt 1 \('The.*; expert 1, prompt 2 .*: its token .*\(id {top}\) has no row in .* {top} rows"
+    )
     with pytest.raises(ProblemReport, match=pattern):
         tokenize(tokenizer, [text, text + "!"], vocab=top, owner="expert 1")
 
