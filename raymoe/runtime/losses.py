@@ -1,8 +1,8 @@
 """Ray's exceptions, sorted once: what each of them says of a call to an actor.
 
 Every class is in the table by its name, since versions of Ray differ in what they have. A class of Ray's that is not in
-it counts as its nearest base class that is. Other libraries use the same names (`torch.OutOfMemoryError`): their classes
-are never looked up.
+it counts as its nearest base class that is. Other libraries use some of these names (`torch.OutOfMemoryError`): their
+classes are never looked up.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ class LocalOutput:
                     file.append(chunk)
                     if progress is not None:
                         progress(len(chunk), 0)
-                checksum = file.finish()
+                checksum = file.finish(None if progress is None else partial(progress, 0, 0))
             assert expected is None or file.size == expected, f"{name}: {file.size} bytes, planned {expected}"
             self.journal.check_run()
             os.replace(part, place)
