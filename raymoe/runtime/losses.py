@@ -1,7 +1,8 @@
 """Ray's exceptions, sorted once: what each of them says of a call to an actor.
 
-Every class is in the table by its name, since versions of Ray differ in what they have. A class that is not in it
-counts as its nearest base class that is.
+Every class is in the table by its name, since versions of Ray differ in what they have. A class of Ray's that is not in
+it counts as its nearest base class that is. Other libraries use some of these names (`torch.OutOfMemoryError`): their
+classes are never looked up.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ FATES: Mapping[str, Fate] = {
 
 def fate_of(error: BaseException) -> Fate:
     """What an exception of Ray's says of the call; FINAL for any other exception."""
-    return next((FATES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in FATES), Fate.FINAL)
+    rays = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "ray")
+    return next((FATES[name] for name in rays if name in FATES), Fate.FINAL)
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -50,6 +50,7 @@ class Progress:
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
         self._latest: dict[int, Status] = {}
         self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
+        self._warnings_left_out: dict[int, int] = {}  # per actor: the most tensors that it has not named
         self._reading_since: tuple[float, int] | None = None  # a moment, and the tokens x layers read until then
         self._kept = 0
         self._actors = 0
@@ -96,8 +97,10 @@ class Progress:
         up = {actor for actor in actors if actor not in outcome.away}
         self._report.actors_lost += len(self._up - up)
         self._up = up
-        for status in self._latest.values():
+        for number, status in self._latest.items():
             self._warnings.update(dict.fromkeys(status.warnings))
+            left_out = max(status.warnings_left_out, self._warnings_left_out.get(number, 0))
+            self._warnings_left_out[number] = left_out
         if self._metrics is not None:
             self._metrics.record(self._latest.values(), outcome)
 
@@ -139,7 +142,11 @@ class Progress:
 
     def _found_in_weights(self) -> list[str]:
         found = sorted(self._warnings)
-        more = [f"and {len(found) - _MOST_WARNINGS} more tensors like these"] if len(found) > _MOST_WARNINGS else []
+        left_out = sum(self._warnings_left_out.values())
+        count = max(0, len(found) - _MOST_WARNINGS) + left_out
+        # A tensor that is not named may be counted twice, if two actors worked on it.
+        about = "about " if left_out else ""
+        more = [f"and {about}{count} more tensors like these"] if count else []
         return [*found[:_MOST_WARNINGS], *more]
 
     def _reached(self, outcome: Outcome) -> None:

@@ -52,7 +52,8 @@ class Status:
 
     `gate_tokens` have passed a layer, counted for each layer, of `gate_tokens_planned` in the `readings_counted` parts
     of members that it has begun to read. `moves` counts by job how often it moved on (see at_work.py), `store_requests`
-    the requests to object stores, which have timeouts and retries of their own.
+    the requests to object stores, which have timeouts and retries of their own. `warnings` name the first tensors with
+    findings, `warnings_left_out` is the number of the others.
     """
 
     bytes_written: int
@@ -68,6 +69,7 @@ class Status:
     peak_gpu_bytes: int
     busy_with: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    warnings_left_out: int = 0
 
 
 class Whereabouts(TypedDict):
@@ -238,6 +240,7 @@ class ExpertWorker:
                 peak_gpu_bytes=gpu,
                 busy_with=self._at_work.labels,
                 warnings=self._found.lines,
+                warnings_left_out=self._found.left_out,
             )
 
     def _has_gpu(self) -> bool:

@@ -60,13 +60,15 @@ class ShardWriter:
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
         name, size = job.shard.file_name, job.shard.nbytes
         with self._at_work.on(f"receive {name}", job.name) as work:
-            if self._output.finished(name, size) is not None:
+
+            def progress(written: int, copied: int) -> None:
+                work.moved()
+
+            if self._output.finished(name, size, progress) is not None:
                 with self._lock:
                     self._bytes_kept += size
                 return None
-            return self._output.write(
-                name, arrivals(sender, job), expected=size, progress=lambda written, copied: work.moved()
-            )
+            return self._output.write(name, arrivals(sender, job), expected=size, progress=progress)
 
     def status(self) -> Status:
         """What it has done so far; bytes written are counted by those who send them."""

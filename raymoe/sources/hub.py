@@ -13,6 +13,7 @@ local models need none of it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,16 @@ from raymoe.sources.hub_errors import hub_errors
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.types import PathRef, SourceFile
 
-__all__ = ["HubFolder", "HubOptions", "cache_folders", "download", "is_hub_id", "open_hub_folder", "parse_location"]
+__all__ = [
+    "HubFolder",
+    "HubOptions",
+    "cache_folders",
+    "download",
+    "half_downloaded",
+    "is_hub_id",
+    "open_hub_folder",
+    "parse_location",
+]
 
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 _TIMEOUT_S = 30
@@ -69,12 +79,29 @@ def is_hub_id(path: str) -> bool:
 
 def cache_folders(repo: str, options: HubOptions) -> list[str]:
     """The folders of the Hub's cache that hold what is there of a repository: snapshots, and what they link to."""
+    folder = _cache_folder(repo, options)
+    return [str(folder / "blobs"), *sorted(map(str, folder.glob("snapshots/*")))]
+
+
+def half_downloaded(repo: str, options: HubOptions) -> dict[str, tuple[int, int]]:
+    """The files of a repository that are being downloaded into the Hub's cache.
+
+    By name: the size in bytes and the blocks on the disk. A file that has its size from the start grows in blocks.
+    """
+    found = {}
+    for path in _cache_folder(repo, options).glob("blobs/*.incomplete"):
+        with contextlib.suppress(OSError):  # it may be complete by now
+            status = path.stat()
+            found[path.name] = (status.st_size, getattr(status, "st_blocks", 0))
+    return found
+
+
+def _cache_folder(repo: str, options: HubOptions) -> Path:
     from huggingface_hub import constants
 
     # The cache's documented layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     root = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
-    folder = root / f"models--{repo.replace('/', '--')}"
-    return [str(folder / "blobs"), *sorted(map(str, folder.glob("snapshots/*")))]
+    return root / f"models--{repo.replace('/', '--')}"
 
 
 def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHubFolder:

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class LocalOutput:
         A router's is written by every run: other hardware gives rows that differ by rounding.
         """
         shard = job.shard
-        if shard.owner != "router" and self.finished(shard.file_name, shard.nbytes) is not None:
+        if shard.owner != "router" and self.finished(shard.file_name, shard.nbytes, progress) is not None:
             return None
         return self.write(
             shard.file_name,
@@ -158,13 +159,16 @@ class LocalOutput:
     def release(self) -> None:
         self.journal.release()
 
-    def finished(self, name: str, size: int) -> FileRecord | None:
-        """The record of a file that an earlier run finished, if the file still has that size and content."""
+    def finished(self, name: str, size: int, progress: Progress | None = None) -> FileRecord | None:
+        """The record of a file that an earlier run finished, if the file still has that size and content.
+
+        `progress` is told of each chunk that is read, as of no bytes: nothing is written.
+        """
         record, path = self.journal.finished(name), self.root / name
         if record is None or record.size != size or _size(path) != size:
             return None
         try:
-            return record if file_checksum(path) == record.checksum else None
+            return record if file_checksum(path, progress) == record.checksum else None
         except OSError:  # it can't be read, and so is written again
             return None
 
@@ -187,7 +191,7 @@ class LocalOutput:
                     file.append(chunk)
                     if progress is not None:
                         progress(len(chunk), 0)
-                checksum = file.finish()
+                checksum = file.finish(None if progress is None else partial(progress, 0, 0))
             assert expected is None or file.size == expected, f"{name}: {file.size} bytes, planned {expected}"
             self.journal.check_run()
             os.replace(part, place)
@@ -236,11 +240,13 @@ def _write_error(path: Path, error: OSError) -> MergeFailed:
     return MergeFailed(f"{path}: could not be written: {error.strerror or error}")
 
 
-def file_checksum(path: Path) -> str:
+def file_checksum(path: Path, progress: Progress | None = None) -> str:
     """XXH3-128 of a file's content, as `xxh3-128:hex` (`xxhsum -H2 FILE` prints the same digits)."""
     hasher = xxhash.xxh3_128()
     for chunk in _file_chunks(path):
         hasher.update(chunk)
+        if progress is not None:
+            progress(0, 0)
     return f"xxh3-128:{hasher.hexdigest()}"
 
 

@@ -12,13 +12,13 @@ The disk begins to write while the file is still growing, so that the `fsync` at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 import xxhash
 
-from raymoe.storage.linux import allocate, clone_range, start_writeback
+from raymoe.storage.linux import allocate, clone_range, start_writeback, wait_for_writeback
 
 __all__ = ["NewFile", "SharedRange"]
 
@@ -79,8 +79,16 @@ class NewFile:
             start_writeback(self._descriptor, self._written_back, end - self._written_back)
             self._written_back = end
 
-    def finish(self) -> str:
-        """Wait until the file is on the disk; its checksum."""
+    def finish(self, moved: Callable[[], None] | None = None) -> str:
+        """Wait until the file is on the disk; its checksum. Raises OSError if it could not be written.
+
+        On Linux `moved` is called after each window of the file that is on the disk.
+        """
+        if moved is not None:
+            for start in range(0, self.size, _WRITEBACK_BYTES):
+                if not wait_for_writeback(self._descriptor, start, min(_WRITEBACK_BYTES, self.size - start)):
+                    break
+                moved()
         os.fsync(self._descriptor)
         return f"xxh3-128:{self._hasher.hexdigest()}"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -27,7 +27,7 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import is_url
-from raymoe.sources.hub import parse_location
+from raymoe.sources.hub import half_downloaded, parse_location
 from raymoe.sources.local import open_file, unreadable
 from raymoe.sources.objects import as_checkpoint_errors
 from raymoe.sources.resolve import HubOptions, fetch_file
@@ -50,6 +50,7 @@ _JOINED_BYTES = 64 << 20
 # What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
 _KEPT_BYTES = 64 << 20
 _DOWNLOAD_MOVES_S = 5.0
+_MOST_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
 
 Moved = Callable[[], None]
 
@@ -92,9 +93,9 @@ class SourceReader:
 
     def path(self, file: SourceFile) -> Path:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
-        if parse_location(file.location) is None:
+        if (location := parse_location(file.location)) is None:
             return fetch_file(file, self._hub, self._storage)
-        with _again_and_again(self.moved):  # a download has timeouts of its own, and says nothing on its way
+        with _while_it_grows(partial(half_downloaded, location.repo, self._hub), self.moved):
             return fetch_file(file, self._hub, self._storage)
 
     def opened(self, file: SourceFile) -> AbstractContextManager[int]:
@@ -202,7 +203,7 @@ class SourceReader:
             done = 0
             while done < len(buffer):
                 try:
-                    count = os.preadv(descriptor, [buffer[done:]], start + done)
+                    count = os.preadv(descriptor, [buffer[done : done + _MOST_READ_BYTES]], start + done)
                 except OSError as error:
                     raise unreadable(file, error) from error
                 if count == 0:
@@ -252,14 +253,23 @@ def _ignored() -> None:
 
 
 @contextmanager
-def _again_and_again(moved: Moved) -> Iterator[None]:
-    """Call `moved` every few seconds until the block ends."""
+def _while_it_grows(sizes: Callable[[], Mapping[str, tuple[int, int]]], moved: Moved) -> Iterator[None]:
+    """Call `moved` at the start, and then every few seconds if one of the `sizes` has grown or a file is new.
+
+    The library that downloads reports nothing. It may also wait for the cache's lock, which a process that stands still
+    can hold: so the time alone says nothing.
+    """
     ended = threading.Event()
 
     def tick() -> None:
+        seen = sizes()
         while not ended.wait(_DOWNLOAD_MOVES_S):
-            moved()
+            now = sizes()
+            if any(size > seen.get(name, (-1, -1)) for name, size in now.items()):
+                moved()
+            seen = now
 
+    moved()
     thread = threading.Thread(target=tick, daemon=True, name="download-moves")
     thread.start()
     try:

@@ -187,12 +187,13 @@ class Spool:
                 if self._kept_bytes + size > self._most_bytes:
                     continue
                 self._kept_bytes += size
-                if kept.file is None:
-                    kept.file = tempfile.TemporaryFile(dir=self._folder, prefix="raymoe-spool-")  # noqa: SIM115
             try:
+                with self._changed:
+                    if kept.file is None:
+                        kept.file = tempfile.TemporaryFile(dir=self._folder, prefix="raymoe-spool-")  # noqa: SIM115
                 _write(kept.file.fileno(), segment.start, buffer[segment.start - start : segment.end - start])
                 stored.append(segment)
-            except OSError:  # the disk is full: it is read again
+            except OSError:  # the disk is full, or the folder is gone: it is read again
                 with self._changed:
                     self._kept_bytes -= size
         return stored

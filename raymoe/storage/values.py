@@ -46,7 +46,7 @@ class FoundValues:
         self.strict = strict
         self._lock = threading.Lock()
         self._notes: dict[str, str] = {}
-        self._left_out = 0
+        self._left_out: set[str] = set()
 
     def note(self, tensor: str, what: str) -> None:
         """Raises MergeFailed where the merge is strict."""
@@ -56,17 +56,21 @@ class FoundValues:
             )
         with self._lock:
             if tensor not in self._notes and len(self._notes) == _MOST_NOTES:
-                self._left_out += 1
+                self._left_out.add(tensor)
             else:
                 self._notes.setdefault(tensor, what)
 
     @property
     def lines(self) -> tuple[str, ...]:
+        """One line per tensor, for the first tensors alone."""
         with self._lock:
-            lines = [f"{tensor}: {what}" for tensor, what in self._notes.items()]
-            if self._left_out:
-                lines.append(f"and {self._left_out} more findings of this kind")
-        return tuple(lines)
+            return tuple(f"{tensor}: {what}" for tensor, what in self._notes.items())
+
+    @property
+    def left_out(self) -> int:
+        """The number of tensors with findings that `lines` does not name."""
+        with self._lock:
+            return len(self._left_out)
 
 
 def looked_at(

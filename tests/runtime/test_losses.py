@@ -53,6 +53,17 @@ def test_a_class_that_is_not_in_the_table_counts_as_its_base() -> None:
     assert fate_of(OSError()) is Fate.FINAL
 
 
+def test_a_gpu_without_memory_is_told_as_such() -> None:
+    """torch has an OutOfMemoryError too. It is an error of the job, and not the death of the actor."""
+    error = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("CUDA out of memory. Tried 2 GiB")
+    assert fate_of(error) is Fate.FINAL
+    for job, label in ((READING, "gates of "), (LAYER, "router of layer 3")):
+        with pytest.raises(MergeFailed, match=rf"^{label}.*: OutOfMemoryError: CUDA out of memory. Tried 2 GiB$"):
+            _loss(wrapped(error), job, sent=False)
+    foreign = type("RayActorError", (Exception,), {"__module__": "rayleigh.errors"})
+    assert fate_of(foreign()) is Fate.FINAL
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ray.exceptions.RayTaskError])
 def test_what_a_job_lost(kind: type[Exception]) -> None:
     error, fate = made(kind), FATES[kind.__name__]

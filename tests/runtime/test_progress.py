@@ -13,6 +13,7 @@ import raymoe
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.schedule import Outcome
 from raymoe.runtime.worker import Status
+from raymoe.storage.values import FoundValues
 from tests.pico import merge_config
 
 NOTHING = Status(
@@ -69,3 +70,26 @@ def test_an_actor_that_died_counts_from_zero(progress: Progress) -> None:
     assert "(1,000 of 12,000 tokens x layers)" in said(progress, 20.0, replace(at, gate_tokens=1_000))
     assert "100/s, 1 min" not in said(progress, 30.0, replace(at, gate_tokens=2_000))
     assert "100/s" in said(progress, 30.0, replace(at, gate_tokens=2_000))
+
+
+def test_many_findings_in_weights_stay_bounded(progress: Progress) -> None:
+    """The warnings name tensors, however often an actor has told how many more there are."""
+    found, statuses = FoundValues(), []
+    for number in range(150):
+        for _ in range(2):  # a tensor counts once
+            found.note(f"model.layers.{number:03}.weight", "NaN or infinity")
+        statuses.append(replace(NOTHING, warnings=found.lines, warnings_left_out=found.left_out))
+    restarted = replace(NOTHING, warnings=statuses[3].warnings)
+    for status in (*statuses, restarted):
+        progress._latest = {0: status}
+        progress._account([], Outcome())
+    *named, more = progress._found_in_weights()
+    assert named == [f"model.layers.{number:03}.weight: NaN or infinity" for number in range(20)]
+    assert more == "and about 130 more tensors like these"
+    assert len(progress._warnings) == 100
+
+
+def test_few_findings_are_counted_exactly(progress: Progress) -> None:
+    progress._latest = {0: replace(NOTHING, warnings=tuple(f"{number:02}: NaN" for number in range(22)))}
+    progress._account([], Outcome())
+    assert progress._found_in_weights()[20:] == ["and 2 more tensors like these"]

@@ -160,3 +160,35 @@ def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
     with SourceReader(HubOptions(), moved=moved.release) as reader:
         for number, _ in enumerate(reader.chunks(file, 0, 1 << 20)):
             assert moved.acquire(blocking=False), number
+
+
+def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor, and the writer of another node's shards, read what an earlier run left: each chunk counts."""
+    import numpy as np
+
+    from raymoe.runtime.at_work import Job
+    from raymoe.runtime.writer import ShardWriter
+    from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.local import LocalOutput
+    from raymoe.storage.output import ShardJob
+    from raymoe.storage.reader import SourceReader
+    from tests.storage.plans import one_shard, save, tensor
+
+    entry = save(tmp_path / "source", {"w": np.zeros(1 << 20, np.uint8)})["w"]
+    job, output = ShardJob(shard=one_shard([tensor(entry)])), LocalOutput(tmp_path / "out")
+    output.root.mkdir()
+    output.journal.lock()
+    output.journal.begin("plan", {})
+    moves: list[object] = []
+    monkeypatch.setattr(Job, "moved", lambda job: moves.append(job))
+    try:
+        with SourceReader(HubOptions()) as reader:
+            assert output.do(job, reader, lambda *moved: None) is not None
+            assert output.do(job, reader, lambda *moved: moves.append(moved)) is None
+        assert moves == [(0, 0)] * 5
+        writer = ShardWriter.__new__(ShardWriter)
+        writer._output, writer._at_work, writer._lock, writer._bytes_kept = output, AtWork(), threading.Lock(), 0
+        assert writer.receive(None, job) is None
+        assert writer._bytes_kept == job.shard.nbytes and len(moves) == 10
+    finally:
+        output.journal.release()

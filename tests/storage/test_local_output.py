@@ -16,6 +16,7 @@ import xxhash
 
 from raymoe.errors import CheckpointError, MergeFailed, Problem
 from raymoe.storage.local import LocalOutput, check_output, file_checksum, remove_checkpoint
+from raymoe.storage.reader import LOCAL_CHUNK_BYTES
 
 INDEX = "model.safetensors.index.json"
 
@@ -41,6 +42,14 @@ def test_write(output: LocalOutput) -> None:
     assert record.checksum == f"xxh3-128:{xxhash.xxh3_128(b'one two three').hexdigest()}"
     assert record.checksum == file_checksum(output.root / "a.bin")
     assert output.finished("a.bin", 13) == record
+
+
+def test_the_check_of_a_finished_file_reports_moves(output: LocalOutput) -> None:
+    """Each chunk counts, so that a large shard on a slow disk is not taken for a process that stands still."""
+    record = output.write("a.bin", [bytes(3 * LOCAL_CHUNK_BYTES - 1)])
+    moves: list[tuple[int, int]] = []
+    assert output.finished("a.bin", record.size, lambda *moved: moves.append(moved)) == record
+    assert moves == [(0, 0)] * 3
 
 
 def test_write_in_a_subfolder(output: LocalOutput) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xxhash
 
 from raymoe.storage import linux, new_file
-from raymoe.storage.linux import allocate, clone_range, start_writeback
+from raymoe.storage.linux import allocate, clone_range, start_writeback, wait_for_writeback
 from raymoe.storage.new_file import NewFile
 
 CONTENT = np.random.default_rng(5).bytes(6 << 20)
@@ -78,6 +80,58 @@ def test_writeback_begins_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
+def test_waiting_for_the_disk_is_seen_to_move(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One move per window, all before the one fsync, which stays."""
+    events: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        events.append("fsync")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(new_file, "_WRITEBACK_BYTES", 1 << 20)
+    with NewFile(folder / "file") as file:
+        file.append(CONTENT[:-1])
+        file.finish(lambda: events.append("moved"))
+    assert events == ["moved"] * (6 if sys.platform == "linux" else 0) + ["fsync"]
+    with NewFile(folder / "empty") as file:
+        file.finish(lambda: events.append("moved"))
+    assert events[-2:] == ["fsync", "fsync"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EPERM])
+def test_what_the_disk_refuses_while_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Linux tells a failed write once: what the wait is told, the fsync after it would not be."""
+    _refuse_to_wait(monkeypatch, code)
+    with NewFile(tmp_path / "file") as file:
+        file.append(CONTENT)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            file.finish(lambda: None)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL])
+def test_waiting_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    _refuse_to_wait(monkeypatch, code)
+    with NewFile(tmp_path / "file") as file:
+        file.append(CONTENT)
+        assert file.finish(lambda: None) == CHECKSUM
+
+
+def _refuse_to_wait(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Writeback is begun as always; waiting for it fails."""
+
+    def call(descriptor: int, start: object, size: object, flags: ctypes.c_uint) -> int:
+        if flags.value == 2:
+            return 0
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(linux, "_libc", SimpleNamespace(sync_file_range=call))
+
+
 def test_room_is_set_aside(folder: Path) -> None:
     with NewFile(folder / "file", 1 << 20):
         status = os.stat(folder / "file")
@@ -111,6 +165,7 @@ def test_room_that_can_not_be_set_aside() -> None:
     try:
         assert not allocate(writing, 4096)
         assert not start_writeback(writing, 0, 4096)
+        assert not wait_for_writeback(writing, 0, 4096)
         assert not clone_range(reading, 0, 4096, writing, 0)
     finally:
         os.close(reading)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from raymoe.errors import CheckpointError
 from raymoe.sources.local import stat_file
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import SourceFile, TensorEntry
+from raymoe.storage import reader as reader_module
 from raymoe.storage.open_files import OpenFiles
 from raymoe.storage.reader import SourceReader
 from tests.storage.plans import save
@@ -242,3 +244,41 @@ except CheckpointError as error:
 """
     done = subprocess.run([sys.executable, "-c", script, many[0].location], capture_output=True, text=True, check=True)
     assert "this process has as many files open as it may (16)\n    -> allow more" in done.stdout
+
+
+def test_a_large_tensor_is_seen_to_move(entry: TensorEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read by several calls, each of which counts."""
+    monkeypatch.setattr(reader_module, "_MOST_READ_BYTES", entry.nbytes // 4)
+    moves: list[int] = []
+    with SourceReader(HubOptions(), moved=lambda: moves.append(1)) as reader:
+        view = reader.view(entry)
+    assert np.array_equal(np.frombuffer(view, np.float32), np.arange(1 << 16, dtype=np.float32))
+    assert len(moves) == 4
+
+
+def test_a_download_moves_while_its_file_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick at the start; after that none while nothing grows: a hung download, or a lock that is never released."""
+    monkeypatch.setattr(reader_module, "_DOWNLOAD_MOVES_S", 0.005)
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / "0a1b.incomplete"
+    part.write_bytes(b"of an earlier download")
+    moved = threading.Semaphore(0)
+
+    def fetch(*_: object) -> Path:
+        assert moved.acquire(blocking=False)
+        time.sleep(0.05)
+        assert not moved.acquire(blocking=False), "nothing has grown"
+        for _ in range(3):
+            with part.open("ab") as stream:
+                stream.write(bytes(10_000))
+            assert moved.acquire(timeout=10)
+        part.rename(blobs / "0a1b")
+        time.sleep(0.05)
+        assert not moved.acquire(blocking=False), "nothing has grown"
+        return blobs / "0a1b"
+
+    monkeypatch.setattr(reader_module, "fetch_file", fetch)
+    file = SourceFile(location=f"hf://org/name@{'0' * 40}/model.safetensors", size=30_022)
+    with SourceReader(HubOptions(cache_dir=str(tmp_path)), moved=moved.release) as reader:
+        assert reader.path(file) == blobs / "0a1b"

@@ -89,6 +89,17 @@ def test_what_is_kept_is_read_from_the_disk(tmp_path: Path) -> None:
         read(spool, store, SHARDS, 0, 8192)  # a third time it is not there
 
 
+def test_a_file_that_can_not_be_made(tmp_path: Path) -> None:
+    """The read goes on, nothing counts as kept, and the bytes are fetched again."""
+    spool, store = Spool(tmp_path / "gone", most_bytes=SIZE), Store()
+    spool.expect([entry(0, 8192)], *BOTH)
+    read(spool, store, GATES, 0, 8192)
+    assert spool._kept_bytes == 0
+    read(spool, store, SHARDS, 0, 8192)
+    assert set(store.fetched[:8192]) == {2}
+    assert not any(kept.segments for kept in spool._objects.values())
+
+
 def test_a_fetch_that_fails_leaves_the_range_to_others(tmp_path: Path) -> None:
     spool, store = Spool(tmp_path), Store()
     spool.expect([entry(100, 300)], *BOTH)
