@@ -15,7 +15,8 @@ from pathlib import Path
 
 from raymoe.config import MODES
 from raymoe.config.modes import EMBEDDING
-from raymoe.gates.capture import FOLDS, MOST_TOKENS, token_limit
+from raymoe.gates.capture import FOLDS, token_limit
+from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.gates.prompts import batches
 from raymoe.gates.readings import Reading, readings
@@ -60,14 +61,16 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
     left = _left_bytes(plan, largest, tokens)
-    fitting = 4 * MOST_TOKENS * hidden + 4 * 8 * hidden**2 if mode.fits_rows else 0
+    fitting = fitting_bytes(gates)
     common = _TOKEN_BYTES * largest.tokens + left
     reading = {
         width: largest.tokens * hidden * width + _work_bytes(plan, largest, width) + _adapter_bytes(largest, width)
         for width in {here, stored}
     }
     return {
-        "cpu": _COMPUTING_ACTOR_BYTES + common + max(2 * layer * here // stored + reading[here], fitting),
+        "cpu": _COMPUTING_ACTOR_BYTES
+        + common
+        + max(2 * layer * here // stored + reading[here], fitting * most_layers_at_once(gates)),
         "gpu": 3 * layer + _GPU_WORK_BYTES + reading[stored],
         "beside_gpu": _GPU_ACTOR_BYTES + common + max(2 * layer, fitting),
     }

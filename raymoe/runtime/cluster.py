@@ -34,7 +34,6 @@ _GROW_TIMEOUT_S = 1800  # machines with GPUs may be hours away, but then a job i
 _SAY_EVERY_S = 30
 _RESTARTS = 2
 _CPUS = 1.0  # an actor's
-_MOST_LAYERS_AT_ONCE = 4
 _SHARDS_AT_ONCE, _MOST_SHARDS_AT_ONCE = 2, 8
 _MOST_COPIERS, _CPUS_A_COPIER = 4, 4
 
@@ -114,11 +113,13 @@ def slots_for(
     reads_folders: bool = True,
     beside_driver: bool = False,
     shares_reads: bool = False,
+    most_layers_at_once: int = 1,
 ) -> Slots:
     """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `experts`: how many
     actors a cluster with an autoscaler is to have room for; `reads_folders`: some sources are local folders.
     `beside_driver`: one actor is to be on the driver's node, if there is room. `shares_reads`: gates and shards read
-    the same objects, each actor its own once.
+    the same objects, each actor its own once. `most_layers_at_once`: more layers' routers at once take an actor too
+    much memory (`gates.fitting`).
 
     Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
     """
@@ -154,8 +155,8 @@ def slots_for(
     spare = int(cpus) - len(seats) if apart else 0
     copiers = max(0, min(_MOST_COPIERS, jobs, spare // _CPUS_A_COPIER))
     actors = len(seats)
-    # A layer's rows take one core for some seconds, or a GPU for a moment; with more, memory would be the limit.
-    layers_at_once = 1 if wanted else max(1, min(_MOST_LAYERS_AT_ONCE, int(cpus) // actors))
+    # A layer's rows take one core for some seconds, or a GPU for a moment.
+    layers_at_once = 1 if wanted else max(1, min(most_layers_at_once, int(cpus) // actors))
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
     shards_at_once = max(_SHARDS_AT_ONCE, min(_MOST_SHARDS_AT_ONCE, int(cpus) // (actors + copiers)))
     return Slots(

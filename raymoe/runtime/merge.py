@@ -17,6 +17,7 @@ from typing import Any
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
+from raymoe.gates.fitting import most_layers_at_once
 from raymoe.gates.prompts import prompt_problems
 from raymoe.gates.router import conditioning_warning, zero_row_warnings
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
@@ -118,6 +119,7 @@ def run_merge(
             reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
             beside_driver=not is_url(target.location),
             shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
+            most_layers_at_once=most_layers_at_once(plan.gates),
         )
         sources = SourceFiles(plan, placement)
         try:

@@ -19,6 +19,7 @@ from raymoe import api
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.gates.assemble import random_gate_rows, router_bytes
+from raymoe.gates.fitting import most_layers_at_once
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_s3
 from raymoe.planning import MergeOptions, MergePlan
@@ -246,7 +247,12 @@ def _tensor_differences(
         }
         placement = placed(plan, beside)
         slots = slots_for(
-            settings, jobs=len(plan.shards), compute=compute, quantise=plan.gates.quantise, placement=placement
+            settings,
+            jobs=len(plan.shards),
+            compute=compute,
+            quantise=plan.gates.quantise,
+            placement=placement,
+            most_layers_at_once=most_layers_at_once(plan.gates),
         )
         with expert_actors(slots, location, settings) as actors:
             outcome = run_jobs(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import raymoe
-from raymoe.gates import readings
+from raymoe.gates import fitting, readings
+from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.planning.types import MergePlan
 from raymoe.report import memory
@@ -63,6 +65,25 @@ def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Call
     tokens = max(prompt_lengths(long.gates, exact=False)["expert 0"][0])
     assert tokens > 2048
     assert actor_memory(long)["cpu"] - actor_memory(short)["cpu"] > tokens * HIDDEN * 4 * 6
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(576, 4), (2048, 4), (4096, 2), (8192, 1), (16384, 1)])
+def test_layers_that_are_fitted_at_once(planned: Callable[..., MergePlan], hidden: int, layers: int) -> None:
+    gates = replace(planned("ridge", 2).gates, hidden=hidden)
+    assert most_layers_at_once(gates) == layers
+    assert layers == 1 or layers * fitting_bytes(gates) <= 2 << 30
+    assert fitting_bytes(replace(gates, mode="hidden")) == 0
+    assert most_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
+
+
+def test_all_layers_that_are_fitted_at_once_count(
+    planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("ridge", 2)
+    plan = replace(plan, gates=replace(plan.gates, hidden=2048))
+    four = actor_memory(plan)["cpu"]
+    monkeypatch.setattr(fitting, "_BUDGET_BYTES", 0)
+    assert four - actor_memory(plan)["cpu"] == 3 * fitting_bytes(plan.gates)
 
 
 def test_modes_that_read_no_layers(planned: Callable[..., MergePlan]) -> None:

@@ -194,6 +194,16 @@ def test_actors_that_only_copy_where_others_have_gpus(
     assert len(slots_for(RuntimeSettings(actors=2), **asked).seats) == 2
 
 
+def test_layers_at_once_are_bounded_by_cores_and_memory(plan_of: PlanOf) -> None:
+    found = placement(plan_of("ridge"), {"a": "base 0 1 2"}, a=(8.0, 0.0))
+    asked: dict[str, Any] = {"jobs": 2, "compute": True, "quantise": None, "placement": found}
+    layers = [
+        slots_for(RuntimeSettings(actors=actors), **asked, most_layers_at_once=most).layers_at_once
+        for actors, most in [(1, 4), (1, 2), (1, 1), (2, 9), (2, 3)]
+    ]
+    assert layers == [4, 2, 1, 4, 3]
+
+
 def test_samples_see_changes_all_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     content = bytearray(np.random.default_rng(0).bytes(200_000))
