@@ -89,10 +89,11 @@ def half_downloaded(repo: str, options: HubOptions) -> dict[str, tuple[int, int]
     By name: the size in bytes and the blocks on the disk. A file that has its size from the start grows in blocks.
     """
     found = {}
-    for path in _cache_folder(repo, options).glob("blobs/*.incomplete"):
-        with contextlib.suppress(OSError):  # it may be complete by now
-            status = path.stat()
-            found[path.name] = (status.st_size, getattr(status, "st_blocks", 0))
+    with contextlib.suppress(OSError):
+        for path in _cache_folder(repo, options).glob("blobs/*.incomplete"):
+            with contextlib.suppress(OSError):  # it may be complete by now
+                status = path.stat()
+                found[path.name] = (status.st_size, getattr(status, "st_blocks", 0))
     return found
 
 

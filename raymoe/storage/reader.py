@@ -259,10 +259,10 @@ def _while_it_grows(sizes: Callable[[], Mapping[str, tuple[int, int]]], moved: M
     The library that downloads reports nothing. It may also wait for the cache's lock, which a process that stands still
     can hold: so the time alone says nothing.
     """
-    ended = threading.Event()
+    ended, seen = threading.Event(), sizes()
 
     def tick() -> None:
-        seen = sizes()
+        nonlocal seen
         while not ended.wait(_DOWNLOAD_MOVES_S):
             now = sizes()
             if any(size > seen.get(name, (-1, -1)) for name, size in now.items()):
