@@ -21,6 +21,7 @@ from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.gates.prompts import batches
 from raymoe.gates.readings import Reading, readings
 from raymoe.planning.types import MergePlan, WeightRef
+from raymoe.sources.resolve import HubOptions
 
 __all__ = ["actor_memory"]
 
@@ -47,15 +48,15 @@ class _Pass:
     members: tuple[Reading, ...]
 
 
-def actor_memory(plan: MergePlan) -> dict[str, int]:
+def actor_memory(plan: MergePlan, hub: HubOptions | None = None) -> dict[str, int]:
     """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
-    of the machine's then. Taken to read all the prompts that one model reads."""
+    of the machine's then. Taken to read all the prompts that one model reads. `hub` says where the Hub's cache is."""
     gates, mode = plan.gates, MODES[plan.gates.mode]
     if not mode.needs_prompts:
         return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0, "beside_gpu": 0}
     if not mode.reads_layers:
         return {"cpu": _EMBEDDING_ACTOR_BYTES + _embedding_bytes(plan), "gpu": 0, "beside_gpu": 0}
-    largest, tokens = _largest_pass(plan)
+    largest, tokens = _largest_pass(plan, hub)
     hidden, layer = gates.hidden, plan.totals.peak_gate_bytes
     dtype = largest.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
@@ -83,14 +84,14 @@ def _embedding_bytes(plan: MergePlan) -> int:
     return min(tokens, plan.gates.vocab) * plan.gates.hidden * 6 + _TOKEN_BYTES * tokens
 
 
-def _largest_pass(plan: MergePlan) -> tuple[_Pass, int]:
+def _largest_pass(plan: MergePlan, hub: HubOptions | None) -> tuple[_Pass, int]:
     """The largest pass of one actor, and the tokens of all prompts together."""
     gates = plan.gates
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
     lengths = prompt_lengths(gates, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     if total * gates.hidden * 4 > _WORTH_COUNTING_BYTES:
-        lengths = prompt_lengths(gates)
+        lengths = prompt_lengths(gates, hub=hub)
         total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     sizes = {owner: _batch_sizes(*of_member) for owner, of_member in lengths.items()}
     passes = [

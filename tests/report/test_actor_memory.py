@@ -11,11 +11,14 @@ import pytest
 
 import raymoe
 from raymoe.gates import fitting, readings
+from raymoe.gates import prompt_lengths as prompt_lengths_module
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.planning.types import MergePlan
 from raymoe.report import memory
 from raymoe.report.memory import actor_memory
+from raymoe.sources.resolve import HubOptions
+from raymoe.sources.types import SourceFile
 from tests.pico import HIDDEN, merge_config
 
 
@@ -39,12 +42,47 @@ def test_lengths_are_those_of_the_tokenizer(planned: Callable[..., MergePlan]) -
 
     gates = planned("hidden", 3).gates
     lengths = prompt_lengths(gates)
-    tokenizer = load_tokenizer(Path(gates.tokenizer_files[0].location).parent, trust_remote_code=False)
+    tokenizer = load_tokenizer(Path(gates.tokenizer_files[0].file.location).parent, trust_remote_code=False)
     for member in gates.experts:
         expected = [len(tokenizer(text)["input_ids"]) for text in member.positive]
         assert lengths[member.owner] == (expected, [])
     estimated = prompt_lengths(gates, exact=False)
     assert estimated["expert 0"][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
+
+
+def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., MergePlan], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    plan = planned("hidden", 2)
+    (side,) = [side for side in plan.gates.tokenizer_files if side.name == "tokenizer.json"]
+    tokenizer = Tokenizer.from_file(side.file.location)
+    tokenizer.enable_truncation(64)
+    tokenizer.enable_padding(length=64)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    stored = replace(side, file=SourceFile(location=str(path), size=path.stat().st_size))
+    experts = tuple(replace(expert, positive=("a", "a " * 200) * 150) for expert in plan.gates.experts)
+    gates = replace(plan.gates, experts=experts)
+    expected = prompt_lengths(gates)
+    assert prompt_lengths(replace(gates, tokenizer_files=(stored,))) == expected
+    lengths, _ = expected["expert 0"]
+    assert len(lengths) == 300 and lengths[0] < 64 < lengths[1] and lengths == lengths[:2] * 150
+
+
+def test_lengths_come_from_the_cache_that_planning_filled(
+    planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gates = planned("hidden", 2).gates
+    (side,) = [side for side in gates.tokenizer_files if side.name == "tokenizer.json"]
+    asked: list[HubOptions] = []
+
+    def fetch(file: SourceFile, options: HubOptions) -> Path:
+        asked.append(options)
+        return Path(side.file.location)
+
+    monkeypatch.setattr(prompt_lengths_module, "fetch_file", fetch)
+    prompt_lengths(gates, hub=HubOptions(cache_dir=str(tmp_path), endpoint="http://hub"))
+    assert asked == [HubOptions(cache_dir=str(tmp_path), endpoint="http://hub", offline=True)]  # nothing is downloaded
 
 
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])
@@ -96,7 +134,7 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
     """Each of them adds its factors, in float64, of two layers."""
     from raymoe.gates.readings import Reading, readings
     from raymoe.planning.types import GatePrompts, WeightRef
-    from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
+    from raymoe.sources.types import LoraPair, TensorEntry
 
     def entry(name: str, *shape: int) -> TensorEntry:
         file = SourceFile(location=f"/{name}", size=10**9)
@@ -129,7 +167,6 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     from raymoe.config.modes import EMBEDDING
     from raymoe.gates.embeddings import embedding_rows, mean_embedding
     from raymoe.gates.router import normalised
-    from raymoe.sources.resolve import HubOptions
     from raymoe.storage.reader import SourceReader
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
