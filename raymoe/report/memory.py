@@ -20,7 +20,7 @@ from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.gates.prompts import batches
 from raymoe.gates.readings import Reading, readings
-from raymoe.planning.types import MergePlan, WeightRef
+from raymoe.planning.types import GatePlan, MergePlan, WeightRef
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["actor_memory"]
@@ -59,6 +59,7 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None) -> dict[str, in
     largest, tokens = _largest_pass(plan, hub)
     hidden, layer = gates.hidden, plan.totals.peak_gate_bytes
     dtype = largest.members[0].weights[EMBEDDING].entry.dtype
+    elements = _layer_elements(gates)  # computed with as the embedding is stored, whatever their own dtypes are
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
     left = _left_bytes(plan, largest, tokens)
@@ -71,10 +72,22 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None) -> dict[str, in
     return {
         "cpu": _COMPUTING_ACTOR_BYTES
         + common
-        + max(2 * layer * here // stored + reading[here], fitting * most_layers_at_once(gates)),
-        "gpu": 3 * layer + _GPU_WORK_BYTES + reading[stored],
+        + max(2 * elements * here + reading[here], fitting * most_layers_at_once(gates)),
+        "gpu": 3 * max(layer, elements * stored) + _GPU_WORK_BYTES + reading[stored],
         "beside_gpu": _GPU_ACTOR_BYTES + common + max(2 * layer, fitting),
     }
+
+
+def _layer_elements(gates: GatePlan) -> int:
+    """Numbers in the largest layer that prompts pass."""
+    found = 0
+    for member in (*gates.experts, *gates.shared):
+        layers: dict[str, int] = {}
+        for name, weight in member.weights.items():
+            if match := _LAYER.match(name):
+                layers[match[1]] = layers.get(match[1], 0) + math.prod(weight.entry.shape)
+        found = max([found, *layers.values()])
+    return found
 
 
 def _embedding_bytes(plan: MergePlan) -> int:
@@ -125,8 +138,9 @@ def _work_bytes(plan: MergePlan, largest: _Pass, width: int) -> int:
 def _left_bytes(plan: MergePlan, largest: _Pass, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
     gates = plan.gates
-    kept = min(tokens, len(gates.experts) * token_limit(gates.mode, len(gates.experts)))
-    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * len(gates.experts)
+    members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
+    kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
+    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * members
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 
@@ -134,16 +148,17 @@ def _adapter_bytes(largest: _Pass, width: int) -> int:
     """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
     that one adapter changes, made anew."""
     factors: dict[str, int] = {}
-    changed: dict[str, int] = {}
-    for number, adapter in enumerate(_adapters(largest.members)):
+    changed = 0
+    for adapter in _adapters(largest.members):
+        made: dict[str, int] = {}
         for name, weight in adapter.items():
             layer = match[1] if (match := _LAYER.match(name)) else ""
             assert weight.lora is not None
             elements = sum(math.prod(entry.shape) for entry in weight.lora.entries.values())
             factors[layer] = factors.get(layer, 0) + 8 * elements
-            if number == 0:
-                changed[layer] = changed.get(layer, 0) + width * math.prod(weight.entry.shape)
-    return 2 * max(factors.values(), default=0) + max(changed.values(), default=0)
+            made[layer] = made.get(layer, 0) + width * math.prod(weight.entry.shape)
+        changed = max([changed, *made.values()])
+    return 2 * max(factors.values(), default=0) + changed
 
 
 def _adapters(members: tuple[Reading, ...]) -> list[Mapping[str, WeightRef]]:

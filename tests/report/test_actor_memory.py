@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,15 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
         file = SourceFile(location=f"/{name}", size=10**9)
         return TensorEntry(name=name, dtype="BF16", shape=shape, file=file, start=0, end=2 * shape[0] * shape[1])
 
-    def member(number: int, rank: int) -> GatePrompts:
+    def member(number: int, rank: int, wide: int = 1) -> GatePrompts:
         pair = LoraPair(a=entry(f"a{number}", rank, 64), b=entry(f"b{number}", 128, rank), scaling=1.0)
         weights = {
             f"model.layers.{layer}.mlp.up_proj.weight": WeightRef(entry=entry("up", 128, 64), lora=pair)
             for layer in range(3)
         }
+        weights["model.layers.0.mlp.gate_proj.weight"] = WeightRef(
+            entry=entry("gate", 128, 64), lora=pair if wide > 1 else None
+        )
         return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
 
     def bytes_of(*members: GatePrompts) -> int:
@@ -158,6 +162,37 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
     one = 2 * 8 * 4 * (64 + 128)
     assert bytes_of(member(0, 4)) == one + changed
     assert bytes_of(member(0, 4), member(1, 4), member(2, 4)) == 3 * one + changed
+    # The second adapter changes more.
+    assert bytes_of(member(0, 4), member(1, 4, wide=2)) == 3 * one + 2 * changed
+
+
+def test_layers_are_computed_with_as_the_embedding_is_stored(planned: Callable[..., MergePlan]) -> None:
+    def with_layers(plan: MergePlan, dtype: str) -> MergePlan:
+        width = {"F32": 4, "BF16": 2}[dtype]
+        weights = {
+            name: replace(
+                ref, entry=replace(ref.entry, dtype=dtype, end=ref.entry.start + width * prod(ref.entry.shape))
+            )
+            if name.startswith("model.layers.")
+            else replace(ref, entry=replace(ref.entry, dtype="F32"))
+            for name, ref in plan.gates.experts[0].weights.items()
+        }
+        gates = replace(plan.gates, experts=tuple(replace(e, weights=weights) for e in plan.gates.experts))
+        layer = memory._layer_elements(gates) * width
+        return replace(plan, gates=gates, totals=replace(plan.totals, peak_gate_bytes=layer))
+
+    plan = planned("hidden", 2)
+    halves, wholes = actor_memory(with_layers(plan, "BF16")), actor_memory(with_layers(plan, "F32"))
+    assert (halves["cpu"], halves["gpu"]) == (wholes["cpu"], wholes["gpu"])
+    assert halves["beside_gpu"] < wholes["beside_gpu"]  # pinned as they are stored
+
+
+def test_states_of_shared_experts_count(planned: Callable[..., MergePlan]) -> None:
+    plan = planned("hidden", 2)
+    shared = replace(plan, gates=replace(plan.gates, shared=plan.gates.experts[:1]))
+    largest, _ = memory._largest_pass(plan, None)
+    more = memory._left_bytes(shared, largest, 10**9) - memory._left_bytes(plan, largest, 10**9)
+    assert more * 2 == memory._left_bytes(plan, largest, 10**9)
 
 
 def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
