@@ -71,7 +71,7 @@ def plan(
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
     inputs = api.named_inputs(merge_config, config)
     planned = _planned_output(merge_plan, output, merge_config.storage, inputs)
-    print_plan(merge_plan, planned, as_json=as_json)
+    print_plan(merge_plan, planned, hub, as_json=as_json)
     if planned is not None and planned.problems:
         raise typer.Exit(ProblemReport.exit_code)
 

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import CheckpointError
 from raymoe.gates.readings import text_tokens
 from raymoe.planning.types import GatePlan
 from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.tokenizer import bare_tokenizer
 
 __all__ = ["prompt_lengths"]
 
 _FILE = "tokenizer.json"
 _TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
+_TEXTS_AT_ONCE = 256  # whose tokens are held at once
 
 
-def prompt_lengths(gates: GatePlan, *, exact: bool = True) -> dict[str, tuple[list[int], list[int]]]:
+def prompt_lengths(
+    gates: GatePlan, *, exact: bool = True, hub: HubOptions | None = None
+) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens of each member's positive and negative prompts, by owner.
 
-    Counted by the tokenizer where it is a tokenizer.json on this machine and `exact` is asked for; else estimated from
-    the texts. A chat template is taken to add a few tokens.
+    Counted by the tokenizer where its tokenizer.json is on this machine and `exact` is asked for; else estimated from
+    the texts. `hub` says where the Hub's cache is; nothing is downloaded. A chat template is taken to add a few tokens.
     """
-    tokenizer = _tokenizer(gates) if exact else None
+    tokenizer = _tokenizer(gates, hub or HubOptions()) if exact else None
     lengths = {}
     for member in (*gates.experts, *gates.shared):
         more = _TEMPLATE_TOKENS if member.chat_template else 0
-        positive, negative = (_lengths(tokenizer, texts, more) for texts in (member.positive, member.negative))
+        positive, negative = (
+            [length + more for length in _lengths(tokenizer, texts)] for texts in (member.positive, member.negative)
+        )
         lengths[member.owner] = (positive, negative)
     return lengths
 
 
-def _lengths(tokenizer: Any, texts: Sequence[str], more: int) -> list[int]:
+def _lengths(tokenizer: Any, texts: Sequence[str]) -> Iterator[int]:
     if tokenizer is None:
-        return [text_tokens(text) + more for text in texts]
-    return [len(found.ids) + more for found in tokenizer.encode_batch_fast(list(texts))]
+        yield from map(text_tokens, texts)
+        return
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        yield from (
+            len(found.ids) for found in tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE]))
+        )
 
 
-def _tokenizer(gates: GatePlan) -> Any:
-    path = _local_file(gates)
-    if path is None:
-        return None
-    try:
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(path))
-    except Exception:  # not installed, or a file that it can't read: merging tells what is wrong with it
-        return None
-
-
-def _local_file(gates: GatePlan) -> Path | None:
+def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
+    """None without a file that can be read: merging tells what is wrong with it."""
     for side in gates.tokenizer_files:
         if side.name == _FILE and not side.file.location.startswith("s3://"):
             try:
-                return fetch_file(side.file, HubOptions())
-            except CheckpointError:
+                return bare_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes())
+            except (CheckpointError, OSError):
                 return None
     return None

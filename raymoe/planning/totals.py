@@ -41,7 +41,7 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
 
 
 def _different(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
-    """One reader of each model: those that differ by adapters alone are read together (`gates.capture.readings`)."""
+    """One reader of each model: those that differ by adapters alone are read together (`gates.readings`)."""
     models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in readers}
     return list(models.values())
 

@@ -18,6 +18,7 @@ from raymoe.text import human_bytes, human_count
 if TYPE_CHECKING:
     from raymoe.runtime.merge import MergeResult
     from raymoe.runtime.verify import Verification
+    from raymoe.sources.resolve import HubOptions
 
 __all__ = [
     "PlannedOutput",
@@ -49,8 +50,8 @@ def merge_line(plan: MergePlan, output: str) -> str:
     return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
 
 
-def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[str, Any]:
-    """What `raymoe plan --json` prints; `output` where it is known."""
+def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None) -> dict[str, Any]:
+    """What `raymoe plan --json` prints; `output` where it is known, `hub` as the plan was made with."""
     totals = plan.totals
     where: dict[str, Any] = {}
     if output is not None:
@@ -76,7 +77,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[s
             "weight_bytes_read": totals.gate_bytes,
             "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
         },
-        "actor_memory_bytes": actor_memory(plan),
+        "actor_memory_bytes": actor_memory(plan, hub),
         "shards": [
             {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
         ],
@@ -89,9 +90,11 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None) -> dict[s
     }
 
 
-def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json: bool) -> None:
+def print_plan(
+    plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None, *, as_json: bool
+) -> None:
     if as_json:
-        print_json(plan_summary(plan, output))
+        print_json(plan_summary(plan, output, hub))
         return
     console = terminal.console()
     totals, host = plan.totals, HOSTS[plan.host]
@@ -105,7 +108,7 @@ def print_plan(plan: MergePlan, output: PlannedOutput | None = None, *, as_json:
     for way, count in (output.ways if output else {}).items():
         console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
     console.print(_gate_line(plan))
-    memory = actor_memory(plan)
+    memory = actor_memory(plan, hub)
     on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")

@@ -20,7 +20,8 @@ from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.gates.prompts import batches
 from raymoe.gates.readings import Reading, readings
-from raymoe.planning.types import MergePlan, WeightRef
+from raymoe.planning.types import GatePlan, MergePlan, WeightRef
+from raymoe.sources.resolve import HubOptions
 
 __all__ = ["actor_memory"]
 
@@ -47,17 +48,18 @@ class _Pass:
     members: tuple[Reading, ...]
 
 
-def actor_memory(plan: MergePlan) -> dict[str, int]:
+def actor_memory(plan: MergePlan, hub: HubOptions | None = None) -> dict[str, int]:
     """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
-    of the machine's then. Taken to read all the prompts that one model reads."""
+    of the machine's then. Taken to read all the prompts that one model reads. `hub` says where the Hub's cache is."""
     gates, mode = plan.gates, MODES[plan.gates.mode]
     if not mode.needs_prompts:
         return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0, "beside_gpu": 0}
     if not mode.reads_layers:
         return {"cpu": _EMBEDDING_ACTOR_BYTES + _embedding_bytes(plan), "gpu": 0, "beside_gpu": 0}
-    largest, tokens = _largest_pass(plan)
+    largest, tokens = _largest_pass(plan, hub)
     hidden, layer = gates.hidden, plan.totals.peak_gate_bytes
     dtype = largest.members[0].weights[EMBEDDING].entry.dtype
+    elements = _layer_elements(gates)  # computed with as the embedding is stored, whatever their own dtypes are
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
     left = _left_bytes(plan, largest, tokens)
@@ -70,10 +72,22 @@ def actor_memory(plan: MergePlan) -> dict[str, int]:
     return {
         "cpu": _COMPUTING_ACTOR_BYTES
         + common
-        + max(2 * layer * here // stored + reading[here], fitting * most_layers_at_once(gates)),
-        "gpu": 3 * layer + _GPU_WORK_BYTES + reading[stored],
+        + max(2 * elements * here + reading[here], fitting * most_layers_at_once(gates)),
+        "gpu": 3 * max(layer, elements * stored) + _GPU_WORK_BYTES + reading[stored],
         "beside_gpu": _GPU_ACTOR_BYTES + common + max(2 * layer, fitting),
     }
+
+
+def _layer_elements(gates: GatePlan) -> int:
+    """Numbers in the largest layer that prompts pass."""
+    found = 0
+    for member in (*gates.experts, *gates.shared):
+        layers: dict[str, int] = {}
+        for name, weight in member.weights.items():
+            if match := _LAYER.match(name):
+                layers[match[1]] = layers.get(match[1], 0) + math.prod(weight.entry.shape)
+        found = max([found, *layers.values()])
+    return found
 
 
 def _embedding_bytes(plan: MergePlan) -> int:
@@ -83,14 +97,14 @@ def _embedding_bytes(plan: MergePlan) -> int:
     return min(tokens, plan.gates.vocab) * plan.gates.hidden * 6 + _TOKEN_BYTES * tokens
 
 
-def _largest_pass(plan: MergePlan) -> tuple[_Pass, int]:
+def _largest_pass(plan: MergePlan, hub: HubOptions | None) -> tuple[_Pass, int]:
     """The largest pass of one actor, and the tokens of all prompts together."""
     gates = plan.gates
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
     lengths = prompt_lengths(gates, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     if total * gates.hidden * 4 > _WORTH_COUNTING_BYTES:
-        lengths = prompt_lengths(gates)
+        lengths = prompt_lengths(gates, hub=hub)
         total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     sizes = {owner: _batch_sizes(*of_member) for owner, of_member in lengths.items()}
     passes = [
@@ -124,8 +138,9 @@ def _work_bytes(plan: MergePlan, largest: _Pass, width: int) -> int:
 def _left_bytes(plan: MergePlan, largest: _Pass, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
     gates = plan.gates
-    kept = min(tokens, len(gates.experts) * token_limit(gates.mode, len(gates.experts)))
-    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * len(gates.experts)
+    members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
+    kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
+    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * members
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 
@@ -133,16 +148,17 @@ def _adapter_bytes(largest: _Pass, width: int) -> int:
     """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
     that one adapter changes, made anew."""
     factors: dict[str, int] = {}
-    changed: dict[str, int] = {}
-    for number, adapter in enumerate(_adapters(largest.members)):
+    changed = 0
+    for adapter in _adapters(largest.members):
+        made: dict[str, int] = {}
         for name, weight in adapter.items():
             layer = match[1] if (match := _LAYER.match(name)) else ""
             assert weight.lora is not None
             elements = sum(math.prod(entry.shape) for entry in weight.lora.entries.values())
             factors[layer] = factors.get(layer, 0) + 8 * elements
-            if number == 0:
-                changed[layer] = changed.get(layer, 0) + width * math.prod(weight.entry.shape)
-    return 2 * max(factors.values(), default=0) + max(changed.values(), default=0)
+            made[layer] = made.get(layer, 0) + width * math.prod(weight.entry.shape)
+        changed = max([changed, *made.values()])
+    return 2 * max(factors.values(), default=0) + changed
 
 
 def _adapters(members: tuple[Reading, ...]) -> list[Mapping[str, WeightRef]]:

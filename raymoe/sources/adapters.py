@@ -51,6 +51,9 @@ _FACTOR = re.compile(
 )
 _MAGNITUDE = "magnitude"
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+# Limits of rank_pattern and alpha_pattern, whose regular expressions may be untrusted: those that peft writes are names
+# of modules. Four repetitions (`.*`) are within them.
+_PATTERN_CHARACTERS, _NAME_CHARACTERS, _MOST_WAYS = 1000, 80, 80**4
 _NAMED = 5  # how many of many problems of a kind are listed
 
 # Settings that do not change what the factors mean. (Where modules are targeted shows in the tensors
@@ -123,6 +126,7 @@ _FOREIGN_KEYS: Mapping[str, str] = {
     ".lora_A.bias": "a bias on a factor",
     ".base_layer.": "a copy of the model's own weight",
 }
+_CLASSIFIERS = frozenset({"classifier", "score"})
 _SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?\.")
 
 
@@ -238,10 +242,32 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
             if not _is_positive(value, kind):
                 problems.append(f"{key!r} gives {pattern!r} the value {value!r:.80}, not a number over 0")
             try:
-                re.compile(pattern)
+                re.compile(_expression(pattern))
             except re.error as error:
-                problems.append(f"{key!r} has {pattern!r}, which is no regular expression: {error}")
+                problems.append(f"{key!r} has {pattern!r:.80}, which is no regular expression: {error}")
+                continue
+            if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern) > _MOST_WAYS:
+                problems.append(f"{key!r} has {pattern!r:.80}, which may take too long to match")
     return problems
+
+
+def _ways_to_try(pattern: str) -> float:
+    """How many ways a failing match of a pattern tries at most, on names of _NAME_CHARACTERS; inf without a limit.
+
+    A repeated group may hold a choice of its own (`([a-z]+)+`), whose ways grow exponentially. So no group may be
+    repeated, but for `?`. Otherwise the ways multiply: a repetition ends at any character, and each group has its
+    alternatives. Characters of a class (`[)*]`) are counted as if they were operators, which finds too many ways but
+    never too few. `#` begins comments in verbose patterns, which hide what is repeated; names of modules have none.
+    """
+    plain = re.sub(r"\\.", "a", pattern, flags=re.DOTALL)
+    if "#" in plain or re.search(r"\)\s*[*+{]", plain):
+        return math.inf
+    plain = re.sub(
+        r"([*+?}])[?+]", r"\1", plain.replace("(?", "(")
+    )  # lazy and possessive ones are no second repetition
+    repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
+    alternatives = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
+    return alternatives * _NAME_CHARACTERS**repetitions * 2**optional
 
 
 def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) -> bool:
@@ -293,7 +319,11 @@ def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fau
     held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out]
     components = {component for module in held for component in module.split(".")}
     named = config.get("modules_to_save") or []
-    if missing := [name for name in named if not isinstance(name, str) or name.rpartition(".")[2] not in components]:
+    missing = [name for name in named if not isinstance(name, str) or name.rpartition(".")[2] not in components]
+    # Of sequence and token classifiers, peft writes the names that the head may have; a model has one of them.
+    if _CLASSIFIERS.issubset(name for name in named if isinstance(name, str)) and not _CLASSIFIERS.issubset(missing):
+        missing = [name for name in missing if name not in _CLASSIFIERS]
+    if missing:
         what = f"modules_to_save in adapter_config.json names {some([repr(n) for n in missing])}"
         yield _Fault(f"{what}, and the adapter's file holds no tensors of it", _SAVE_AGAIN)
     if config.get("trainable_token_indices") and _TRAINED_ROWS not in found.left_out.values():
@@ -435,4 +465,12 @@ def _rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]
 
 def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name, or its end after a dot."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    if patterns and len(module) > _NAME_CHARACTERS:
+        raise _Misfit(
+            f"{module!r:.120}: its name is too long to be matched with rank_pattern and alpha_pattern", MERGE_WITH_PEFT
+        )
+    return next((value for key, value in patterns.items() if re.match(_expression(key), module)), default)
+
+
+def _expression(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

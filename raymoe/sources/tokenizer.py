@@ -18,7 +18,15 @@ from raymoe.errors import CheckpointError
 from raymoe.sources.types import ModelFacts, SideFile, SourceFile
 from raymoe.untrusted import read_json
 
-__all__ = ["TokenizerFacts", "tokenizer_code", "tokenizer_facts", "with_bos", "with_one_bos", "with_tokenizer_code"]
+__all__ = [
+    "TokenizerFacts",
+    "bare_tokenizer",
+    "tokenizer_code",
+    "tokenizer_facts",
+    "with_bos",
+    "with_one_bos",
+    "with_tokenizer_code",
+]
 
 ReadFile = Callable[[SourceFile], bytes]
 
@@ -103,15 +111,24 @@ class TokenizerFacts:
         """The token ids of a text, which begins with BOS; None where only transformers can tell."""
         if self.tokens is None or self.has_code:
             return None
+        tokenizer = bare_tokenizer(self.content)
+        if tokenizer is None:
+            return None
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def bare_tokenizer(content: bytes) -> Any:
+    """The tokenizer of a tokenizer.json, which neither truncates nor pads, whatever the file says: transformers does
+    neither unless it is asked to. None where the file can't be read, or the library is not installed."""
+    try:
         from tokenizers import Tokenizer
 
-        try:
-            tokenizer = Tokenizer.from_str(self.content.decode())
-        except Exception:  # the library raises bare Exceptions
-            return None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception:  # the library raises bare Exceptions
+        return None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 
 import raymoe
 from raymoe.gates import fitting, readings
+from raymoe.gates import prompt_lengths as prompt_lengths_module
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
 from raymoe.planning.types import MergePlan
 from raymoe.report import memory
 from raymoe.report.memory import actor_memory
+from raymoe.sources.resolve import HubOptions
+from raymoe.sources.types import SourceFile
 from tests.pico import HIDDEN, merge_config
 
 
@@ -39,12 +43,47 @@ def test_lengths_are_those_of_the_tokenizer(planned: Callable[..., MergePlan]) -
 
     gates = planned("hidden", 3).gates
     lengths = prompt_lengths(gates)
-    tokenizer = load_tokenizer(Path(gates.tokenizer_files[0].location).parent, trust_remote_code=False)
+    tokenizer = load_tokenizer(Path(gates.tokenizer_files[0].file.location).parent, trust_remote_code=False)
     for member in gates.experts:
         expected = [len(tokenizer(text)["input_ids"]) for text in member.positive]
         assert lengths[member.owner] == (expected, [])
     estimated = prompt_lengths(gates, exact=False)
     assert estimated["expert 0"][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
+
+
+def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., MergePlan], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    plan = planned("hidden", 2)
+    (side,) = [side for side in plan.gates.tokenizer_files if side.name == "tokenizer.json"]
+    tokenizer = Tokenizer.from_file(side.file.location)
+    tokenizer.enable_truncation(64)
+    tokenizer.enable_padding(length=64)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    stored = replace(side, file=SourceFile(location=str(path), size=path.stat().st_size))
+    experts = tuple(replace(expert, positive=("a", "a " * 200) * 150) for expert in plan.gates.experts)
+    gates = replace(plan.gates, experts=experts)
+    expected = prompt_lengths(gates)
+    assert prompt_lengths(replace(gates, tokenizer_files=(stored,))) == expected
+    lengths, _ = expected["expert 0"]
+    assert len(lengths) == 300 and lengths[0] < 64 < lengths[1] and lengths == lengths[:2] * 150
+
+
+def test_lengths_come_from_the_cache_that_planning_filled(
+    planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gates = planned("hidden", 2).gates
+    (side,) = [side for side in gates.tokenizer_files if side.name == "tokenizer.json"]
+    asked: list[HubOptions] = []
+
+    def fetch(file: SourceFile, options: HubOptions) -> Path:
+        asked.append(options)
+        return Path(side.file.location)
+
+    monkeypatch.setattr(prompt_lengths_module, "fetch_file", fetch)
+    prompt_lengths(gates, hub=HubOptions(cache_dir=str(tmp_path), endpoint="http://hub"))
+    assert asked == [HubOptions(cache_dir=str(tmp_path), endpoint="http://hub", offline=True)]  # nothing is downloaded
 
 
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])
@@ -96,18 +135,21 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
     """Each of them adds its factors, in float64, of two layers."""
     from raymoe.gates.readings import Reading, readings
     from raymoe.planning.types import GatePrompts, WeightRef
-    from raymoe.sources.types import LoraPair, SourceFile, TensorEntry
+    from raymoe.sources.types import LoraPair, TensorEntry
 
     def entry(name: str, *shape: int) -> TensorEntry:
         file = SourceFile(location=f"/{name}", size=10**9)
         return TensorEntry(name=name, dtype="BF16", shape=shape, file=file, start=0, end=2 * shape[0] * shape[1])
 
-    def member(number: int, rank: int) -> GatePrompts:
+    def member(number: int, rank: int, wide: int = 1) -> GatePrompts:
         pair = LoraPair(a=entry(f"a{number}", rank, 64), b=entry(f"b{number}", 128, rank), scaling=1.0)
         weights = {
             f"model.layers.{layer}.mlp.up_proj.weight": WeightRef(entry=entry("up", 128, 64), lora=pair)
             for layer in range(3)
         }
+        weights["model.layers.0.mlp.gate_proj.weight"] = WeightRef(
+            entry=entry("gate", 128, 64), lora=pair if wide > 1 else None
+        )
         return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
 
     def bytes_of(*members: GatePrompts) -> int:
@@ -120,6 +162,37 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
     one = 2 * 8 * 4 * (64 + 128)
     assert bytes_of(member(0, 4)) == one + changed
     assert bytes_of(member(0, 4), member(1, 4), member(2, 4)) == 3 * one + changed
+    # The second adapter changes more.
+    assert bytes_of(member(0, 4), member(1, 4, wide=2)) == 3 * one + 2 * changed
+
+
+def test_layers_are_computed_with_as_the_embedding_is_stored(planned: Callable[..., MergePlan]) -> None:
+    def with_layers(plan: MergePlan, dtype: str) -> MergePlan:
+        width = {"F32": 4, "BF16": 2}[dtype]
+        weights = {
+            name: replace(
+                ref, entry=replace(ref.entry, dtype=dtype, end=ref.entry.start + width * prod(ref.entry.shape))
+            )
+            if name.startswith("model.layers.")
+            else replace(ref, entry=replace(ref.entry, dtype="F32"))
+            for name, ref in plan.gates.experts[0].weights.items()
+        }
+        gates = replace(plan.gates, experts=tuple(replace(e, weights=weights) for e in plan.gates.experts))
+        layer = memory._layer_elements(gates) * width
+        return replace(plan, gates=gates, totals=replace(plan.totals, peak_gate_bytes=layer))
+
+    plan = planned("hidden", 2)
+    halves, wholes = actor_memory(with_layers(plan, "BF16")), actor_memory(with_layers(plan, "F32"))
+    assert (halves["cpu"], halves["gpu"]) == (wholes["cpu"], wholes["gpu"])
+    assert halves["beside_gpu"] < wholes["beside_gpu"]  # pinned as they are stored
+
+
+def test_states_of_shared_experts_count(planned: Callable[..., MergePlan]) -> None:
+    plan = planned("hidden", 2)
+    shared = replace(plan, gates=replace(plan.gates, shared=plan.gates.experts[:1]))
+    largest, _ = memory._largest_pass(plan, None)
+    more = memory._left_bytes(shared, largest, 10**9) - memory._left_bytes(plan, largest, 10**9)
+    assert more * 2 == memory._left_bytes(plan, largest, 10**9)
 
 
 def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
@@ -129,7 +202,6 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     from raymoe.config.modes import EMBEDDING
     from raymoe.gates.embeddings import embedding_rows, mean_embedding
     from raymoe.gates.router import normalised
-    from raymoe.sources.resolve import HubOptions
     from raymoe.storage.reader import SourceReader
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)

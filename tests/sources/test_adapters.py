@@ -195,12 +195,45 @@ NEVER = "peft can't merge it into a model either"
         ({"lora_alpha": None}, "'lora_alpha' in adapter_config.json is None", SAVE_AGAIN),
         ({"rank_pattern": {"up_proj": -1}}, "'rank_pattern' gives 'up_proj' the value -1", SAVE_AGAIN),
         ({"rank_pattern": [1]}, "'rank_pattern' in adapter_config.json is not an object", SAVE_AGAIN),
+        ({"alpha_pattern": {r"(.*\.)?([a-z]+)+!": 1}}, "alpha_pattern' has .* may take too long to match", SAVE_AGAIN),
+        ({"rank_pattern": {"(a|a)" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
+        ({"rank_pattern": {".*.*.*.*.*!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
+        ({"rank_pattern": {"(?x:(a+)#\n+)!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
+        ({"rank_pattern": {"(?i)up_proj": 1}}, "is no regular expression", SAVE_AGAIN),
+        ({"modules_to_save": ["score"]}, "modules_to_save .* names 'score', and .* holds no tensors", SAVE_AGAIN),
+        (
+            {"modules_to_save": ["classifier", "score"]},
+            "modules_to_save .* names 'classifier', 'score', and .* holds no tensors",
+            SAVE_AGAIN,
+        ),
         ({"alpha_pattern": {"(": 1}}, "'alpha_pattern' has '(', which is no regular expression", SAVE_AGAIN),
     ],
 )
 def test_refused_settings(model: Path, setting: dict[str, Any], message: str, remedy: str) -> None:
     text = refusal(model, CONFIG | setting, factors(), remedy)
     assert all(part in text for part in message.split(" .* "))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.layers\.\d+\..*?_proj",
+        r"(model\.)?layers\.(0|1|2|3|10|11)\.mlp\.(up|gate)_proj",
+        r"^model.layers.\d{1,2}.mlp.*",
+    ],
+)
+def test_ordinary_patterns_are_matched_as_by_peft(model: Path, pattern: str) -> None:
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    assert get_pattern_key([pattern], "model.layers.0.mlp.up_proj") == pattern
+    facts = resolve(model, adapter(model.parent / "lora", CONFIG | {"alpha_pattern": {pattern: 6}}, factors())).adapter
+    assert facts is not None and [pair.scaling for pair in facts.pairs.values()] == [3.0]
+
+
+def test_a_classifier_has_one_of_the_names_that_peft_writes(model: Path) -> None:
+    head = {"base_model.model.score.weight": np.ones((2, 4), "float32")}
+    config = CONFIG | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    facts = resolve(model, adapter(model.parent / "lora", config, factors() | head)).adapter
+    assert facts is not None and facts.pairs and set(facts.left_out) == {"score"}
 
 
 def test_settings_are_refused_together(model: Path) -> None:
