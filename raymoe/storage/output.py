@@ -95,6 +95,9 @@ class Output(Protocol):
     def finished_merge(self) -> FinishedMerge | None:
         """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
 
+    def recorded_files(self) -> Sequence[str]:
+        """Names of the files that the record here has, whoever wrote it: `begin` removes them where it is fresh."""
+
     def clean_up(self) -> None:
         """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
         work here, else MergeFailed."""
@@ -104,6 +107,9 @@ class Output(Protocol):
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
+
+    def spoil(self) -> None:
+        """Have the next run begin again, whatever this one has finished: sources changed while it read them."""
 
     def same_store(self, file: SourceFile) -> bool:
         """Whether this output's store can copy from that source file itself."""
@@ -115,7 +121,7 @@ class Output(Protocol):
         """What there is to do for a shard: nothing, if an earlier run finished it."""
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
-        """Do a job; what it returns is for `complete`."""
+        """Do a job; what it returns is for `complete`. Nothing of it is kept where a source changed meanwhile."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over."""
@@ -231,12 +237,7 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
 
 def clash(output: Output, inputs: Inputs) -> Problem | None:
     """The problem of an output whose merge would remove or replace something that it reads."""
-    recorded: Sequence[str] = ()
-    if not is_url(output.location):  # records of raymoe's name no others; a folder may hold somebody else's
-        from raymoe.storage.local import recorded_files
-
-        recorded = recorded_files(Path(output.location))
-    return overwritten(output.location, inputs, recorded)
+    return overwritten(output.location, inputs, output.recorded_files())
 
 
 def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
