@@ -15,6 +15,7 @@ import raymoe
 from raymoe.config import MergeConfig
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan
+from raymoe.sources.local import has_changed, recorded_sample
 from raymoe.sources.prompts import prompt_file_place
 from raymoe.storage.records import FileRecord
 
@@ -27,6 +28,12 @@ def merge_record(
     plan: MergePlan, config: MergeConfig, files: Sequence[FileRecord], summary: RouterSummary | None
 ) -> dict[str, Any]:
     """The record's content. `options` are what, besides the config, decided the output's bytes."""
+    samples = {
+        file.location: sample
+        for source in plan.sources
+        for file in source.files
+        if not has_changed(file) and (sample := recorded_sample(file)) is not None
+    }
     return {
         "format": RECORD_FORMAT,
         "raymoe_version": raymoe.__version__,
@@ -43,6 +50,8 @@ def merge_record(
         "sources": [
             {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
         ],
+        # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
+        **({"local_files": dict(sorted(samples.items()))} if samples else {}),
         "files": {record.name: {"size": record.size, "checksum": record.checksum} for record in files},
     }
 

@@ -9,13 +9,13 @@ Nothing that a reader takes for a finished checkpoint exists before the index, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raymoe.config import MODES, MergeConfig
-from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.fitting import most_layers_at_once
 from raymoe.gates.prompts import prompt_problems
@@ -37,7 +37,7 @@ from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.schedule import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_work import Sending, read_for_shards
-from raymoe.runtime.source_files import SourceFiles
+from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.runtime.writer import start_writer
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.refs import short_name
@@ -125,7 +125,7 @@ def run_merge(
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
                 return _already_complete(plan, target, finished, settings, report)
-            with _begun(), Progress(plan, settings.verbosity, report=report) as progress:
+            with _begun(), _spoiling(target), Progress(plan, settings.verbosity, report=report) as progress:
                 with sources.explaining(), expert_actors(slots, target.location, settings, target.run) as actors:
                     outcome = run_jobs(
                         plan,
@@ -187,6 +187,17 @@ def _begun() -> Iterator[None]:
         yield
     except ProblemReport as report:
         raise MergeFailed(str(report)) from report
+
+
+@contextmanager
+def _spoiling(target: Output) -> Iterator[None]:
+    """Where sources changed, the next run is to begin again, with --overwrite and also where they are put back."""
+    try:
+        yield
+    except SourcesChanged:
+        with suppress(RaymoeError, OSError):  # another run has the output, or it can't be reached
+            target.spoil()
+        raise
 
 
 def output_of(output: str | Path, settings: RuntimeSettings) -> Output:

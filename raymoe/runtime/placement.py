@@ -16,12 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
 from raymoe.config import MODES
 from raymoe.errors import Problem
 from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
-from raymoe.sources.local import has_changed, is_in_view
+from raymoe.sources.local import has_changed, is_in_view, sample_of
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import LoraPair, SourceFile
 
@@ -40,7 +38,7 @@ __all__ = [
 ]
 
 _ANSWER_S = 45  # a node's first task starts a Python process there
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_SAMPLES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,7 +395,7 @@ def files_on(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
     for file in wanted:
         try:
             status = os.stat(file.location)
-            sample = _sample(file.location, file.size) if status.st_size == file.size else 0
+            sample = sample_of(file.location, file.size, _SAMPLES) if status.st_size == file.size else 0
         except OSError:
             continue
         found[file.location] = FileView(
@@ -407,13 +405,3 @@ def files_on(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
             changed=is_in_view(file) and has_changed(file),
         )
     return found
-
-
-def _sample(path: str, size: int) -> int:
-    """A checksum of blocks all over a file; under 64 bits, so that it can be kept in the place of a time."""
-    hasher = xxhash.xxh3_64()
-    with open(path, "rb", buffering=0) as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            hasher.update(file.read(_SAMPLE_BYTES))
-    return hasher.intdigest() >> 1

@@ -18,7 +18,11 @@ from raymoe.sources.local import has_changed, is_in_view
 from raymoe.storage.journal import source_stamps
 from raymoe.text import some
 
-__all__ = ["SourceFiles"]
+__all__ = ["SourceFiles", "SourcesChanged"]
+
+
+class SourcesChanged(MergeFailed):
+    """Source files were written while the merge was running. What it has written is of no use."""
 
 
 class SourceFiles:
@@ -40,7 +44,7 @@ class SourceFiles:
         return sorted(here.union(self._placement.changed() if self._placement is not None else ()))
 
     def check_unchanged(self) -> None:
-        """Raises MergeFailed if a file was written while the merge was running. Every node is asked again."""
+        """Raises SourcesChanged if a file was written while the merge was running. Every node is asked again."""
         changed = set(self.changed())
         if self._placement is not None:
             changed.update(self._placement.asked_again().changed(self._placement))
@@ -58,8 +62,8 @@ class SourceFiles:
             raise
 
 
-def _spoilt(changed: Sequence[str]) -> MergeFailed:
-    return MergeFailed(
+def _spoilt(changed: Sequence[str]) -> SourcesChanged:
+    return SourcesChanged(
         f"source files changed while they were merged: {some(changed, most=3)}. The output is of no use; run the "
         "same command with --overwrite when they no longer change."
     )

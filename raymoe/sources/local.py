@@ -28,11 +28,15 @@ __all__ = [
     "has_changed",
     "is_in_view",
     "open_file",
+    "recorded_sample",
+    "sample_of",
     "stat_file",
     "unreadable",
     "with_content",
 ]
 
+_SAMPLE_BYTES = 4096
+_RECORDED_BLOCKS = 256
 _CHUNK_BYTES = 256 << 10
 
 
@@ -140,6 +144,29 @@ def has_changed(file: SourceFile) -> bool:
         return not _is_same(file, descriptor)
     finally:
         os.close(descriptor)
+
+
+def sample_of(path: str, size: int, blocks: int) -> int:
+    """A checksum of so many blocks all over a file of that size; under 64 bits, so that it can be kept in the place of
+    a time. Raises OSError."""
+    hasher = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        for number in range(blocks):
+            file.seek(max(0, size - _SAMPLE_BYTES) * number // (blocks - 1))
+            hasher.update(file.read(_SAMPLE_BYTES))
+    return hasher.intdigest() >> 1
+
+
+def recorded_sample(file: SourceFile) -> str | None:
+    """What a merge's record keeps of a local file, to tell later whether it is another one: no time, since a file that
+    is only touched or copied is the same. None for a file that is not here, or can't be read."""
+    if "://" in file.location:
+        return None
+    try:
+        size = os.stat(file.location).st_size
+        return f"{size}:xxh3-sample:{sample_of(file.location, size, _RECORDED_BLOCKS):016x}"
+    except OSError:
+        return None
 
 
 def is_in_view(file: SourceFile) -> bool:

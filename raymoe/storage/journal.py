@@ -4,7 +4,8 @@
     OUT/.raymoe/plan.json           whose the output is (claim.py): plan, run, stamps of the sources; written first
     OUT/.raymoe/parts/RUN/FILE.X    a file being written; moved to OUT/FILE when it is whole and on disk
     OUT/.raymoe/done/FILE.json      size and checksum of a finished file, plan and run; written after the move
-    OUT/.raymoe/clearing.RUN        there while the run removes what an earlier merge left (--overwrite)
+    OUT/.raymoe/clearing.RUN        there while the run removes what an earlier merge left (--overwrite), and after
+                                    its sources changed: the next run removes what is there
     OUT/raymoe.json                 the record of the finished merge; written last, then `.raymoe/` is removed
 
 A folder with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
@@ -88,7 +89,7 @@ class Journal:
 
     @property
     def is_clearing(self) -> bool:
-        """Whether a run was interrupted while it removed what an earlier merge had left."""
+        """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
         claim = self.claim()
         return claim is not None and self._clearing(claim.origin).exists()
 
@@ -185,6 +186,11 @@ class Journal:
             remove()
         (self.folder / "done").mkdir(exist_ok=True)
         self._forget_clearing()
+
+    def spoil(self) -> None:
+        """Note that what this merge has written is of no use: the next run begins again. Raises OSError or
+        MergeFailed."""
+        self._clearing(self.check_run().origin).touch()
 
     def _fence(self) -> None:
         """Take away the folders of all other runs, so that they can't move a file to its place any more."""

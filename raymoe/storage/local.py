@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,19 +78,27 @@ class LocalOutput:
     def finished_merge(self) -> FinishedMerge | None:
         return finished_merge(self.root)
 
+    def recorded_files(self) -> Sequence[str]:
+        return recorded_files(self.root)
+
     def clean_up(self) -> None:
         if not self.journal.folder.exists():
             return
         self.lock()
-        if self.finished_merge() is not None:
-            self._end_journal()
-        self.release()
+        try:
+            if self.finished_merge() is not None:
+                self._end_journal()
+        finally:
+            self.release()
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         try:
             self.journal.begin(digest, stamps, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
         except OSError as error:
             raise _unusable(self.root, error) from error
+
+    def spoil(self) -> None:
+        self.journal.spoil()
 
     def same_store(self, file: SourceFile) -> bool:
         return False
@@ -117,6 +125,7 @@ class LocalOutput:
             expected=shard.nbytes,
             shared=_local_ranges(shard, reader),
             progress=progress,
+            check=reader.check_unchanged,
         )
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
@@ -180,8 +189,12 @@ class LocalOutput:
         expected: int | None = None,
         shared: Iterable[SharedRange] = (),
         progress: Progress | None = None,
+        check: Callable[[], None] | None = None,
     ) -> FileRecord:
-        """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place."""
+        """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place.
+
+        `check` is called before that step; what it raises leaves no file.
+        """
         part, place = self.journal.new_part(name), self.root / name
         try:
             self._make_folder(place.parent)
@@ -193,6 +206,8 @@ class LocalOutput:
                         progress(len(chunk), 0)
                 checksum = file.finish(None if progress is None else partial(progress, 0, 0))
             assert expected is None or file.size == expected, f"{name}: {file.size} bytes, planned {expected}"
+            if check is not None:
+                check()
             self.journal.check_run()
             os.replace(part, place)
             sync_folder(place.parent)

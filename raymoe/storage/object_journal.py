@@ -5,7 +5,8 @@
     OUT/.raymoe/sent/RUN/FILE.N.json      parts of an upload that an actor has sent, from part N on
     OUT/.raymoe/parts/RUN/FILE.X          a file being written, where the store has no uploads in parts (fsspec)
     OUT/.raymoe/done/RUN/FILE.json        size and checksum of a finished file
-    OUT/.raymoe/clearing.RUN              there while the run removes what an earlier merge left (--overwrite)
+    OUT/.raymoe/clearing.RUN              there while the run removes what an earlier merge left (--overwrite), and
+                                          after its sources changed: the next run removes what is there
     OUT/raymoe.json                       the record of the finished merge; then `.raymoe/` is removed, plan.json last
 
 An object store has no locks. A new run replaces `plan.json` first, and so fences off all older runs: they look at it
@@ -44,7 +45,16 @@ from raymoe.storage.records import (
     json_object,
 )
 
-__all__ = ["NotedUpload", "ObjectJournal", "WrittenFiles", "finished_merge", "occupied", "remove_checkpoint"]
+__all__ = [
+    "NotedUpload",
+    "ObjectJournal",
+    "WrittenFiles",
+    "finished_claim",
+    "finished_merge",
+    "occupied",
+    "recorded_files",
+    "remove_checkpoint",
+]
 
 _AT_ONCE = 8
 _CLEARING = "clearing."
@@ -108,9 +118,9 @@ class ObjectJournal:
 
     @property
     def is_clearing(self) -> bool:
-        """Whether a run was interrupted while it removed what an earlier merge had left."""
+        """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
         claim = self.claim()
-        return claim is not None and self._store.stat(self._clearing(claim.origin)) is not None
+        return claim is not None and any(self._store.stat(each) is not None for each in self._clearing(claim.origin))
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> bool:
         """Fence off all older runs, and go on with their merge unless `fresh`.
@@ -121,18 +131,28 @@ class ObjectJournal:
         fresh = fresh or self.is_clearing
         goes_on = before is not None and before.digest == digest and not fresh
         origin = before.origin if before is not None and goes_on else self.run
+        before_claim, after_claim = self._clearing(self.run)
         if fresh:
-            self._store.put(self._clearing(self.run), b"{}")
+            self._store.put(before_claim, b"{}")
         self._claim = Claim(digest=digest, run=self.run, origin=origin, sources=stamps)
         self._write("plan.json", self._claim.plain())
+        if fresh:  # an older run that was just ending may have removed the first one with its own journal
+            self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
         return fresh
+
+    def spoil(self) -> None:
+        """Note that what this merge has written is of no use: the next run begins again. Raises MergeFailed."""
+        _, marker = self._clearing(self.check_run().origin)
+        self._store.put(marker, b"{}")
 
     def cleared(self) -> None:
         """What an earlier merge left is removed; so are its notes, which are of no use any more."""
         self._delete(self._earlier)
         self._earlier = ()
-        self._delete(e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(_CLEARING))
+        there = [e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(_CLEARING)]
+        self.check_run()  # what was there before is no marker of a newer run that may begin now
+        self._delete(there)
 
     def finished(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run of this merge finished; the caller compares it with the file."""
@@ -217,15 +237,26 @@ class ObjectJournal:
                 continue
         return found
 
-    def clear(self) -> None:
-        """Forget everything; `plan.json` goes last, so that a run that dies over it is followed by one that goes on."""
-        self._delete(entry.name for entry in self._store.list(self._folder) if entry.name != "plan.json")
-        if self.run:
-            self.check_run()
+    def clear(self, claim: Claim) -> None:
+        """Forget everything, as long as the output is that claim's. Raises MergeFailed where it is not any more.
+
+        `plan.json` goes last, so that a run that dies over it is followed by one that goes on. What is removed was
+        there while the claim was: it is no note of a newer run.
+        """
+        there = [entry.name for entry in self._store.list(self._folder) if entry.name != "plan.json"]
+        self.check_claim(claim)
+        self._delete(there)
+        self.check_claim(claim)
         self._delete(["plan.json"])
 
-    def _clearing(self, run: str) -> str:
-        return join(self._folder, f"{_CLEARING}{run}")
+    def check_claim(self, claim: Claim) -> None:
+        """Raises MergeFailed where another run has taken over the output since that claim was read."""
+        if self.claim() != claim:
+            raise taken_over(self._root)
+
+    def _clearing(self, run: str) -> tuple[str, str]:
+        """Two markers: one is put before `plan.json`, one after it."""
+        return join(self._folder, f"{_CLEARING}{run}"), join(self._folder, f"{_CLEARING}{run}.again")
 
     def _notes(self, kind: str, name: str) -> Iterator[str]:
         """Notes of earlier runs of one kind and name; an older raymoe had no folders of runs."""
@@ -300,6 +331,13 @@ def finished_merge(store: ObjectStore, journal: ObjectJournal, location: str) ->
     return found
 
 
+def finished_claim(store: ObjectStore, journal: ObjectJournal, location: str) -> Claim | None:
+    """The claim of the finished merge that is here, where its journal has not gone yet; None where it has, or where the
+    journal is of another merge: a newer run may be at work."""
+    claim, finished = journal.claim(), finished_merge(store, journal, location)
+    return claim if claim is not None and finished is not None and finished.digest == claim.digest else None
+
+
 def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: str | None) -> list[Problem]:
     """Why an output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this very
     plan gave is complete, unless something has become of its files."""
@@ -340,12 +378,18 @@ def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], obj
 
 def _checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
     there = [entry.name for entry in store.list(location)]
-    files = read_json(store, join(location, RECORD_NAME)).get("files") if RECORD_NAME in there else None
-    recorded = list(files) if isinstance(files, (dict, list)) else []
+    recorded = recorded_files(store, location) if RECORD_NAME in there else []
     parts = [name for name in there if is_part_of_a_model(name)]
-    inside = [name for name in recorded if isinstance(name, str) and is_inside(name) and name in there]
+    inside = [name for name in recorded if name in there]
     first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
     return list(dict.fromkeys([*first, *inside, *parts]))
+
+
+def recorded_files(store: ObjectStore, location: str) -> list[str]:
+    """Names of the files that an earlier merge wrote, as far as its record can be read."""
+    files = read_json(store, join(location, RECORD_NAME)).get("files")
+    names = files if isinstance(files, (dict, list)) else ()
+    return [name for name in names if isinstance(name, str) and is_inside(name)]
 
 
 def delete_all(store: ObjectStore, urls: Sequence[str]) -> None:

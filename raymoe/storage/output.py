@@ -23,6 +23,7 @@ from raymoe.objects.store import open_store
 from raymoe.objects.urls import check_spelling, is_s3, is_url, join, local_path, normalise
 from raymoe.planning.types import MergePlan, Part, Shard, Source
 from raymoe.planning.upload import UploadPart
+from raymoe.sources.local import recorded_sample
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.places import Inputs, is_in_job_package, overwritten, source_folders
 from raymoe.storage.reader import SourceReader
@@ -95,6 +96,9 @@ class Output(Protocol):
     def finished_merge(self) -> FinishedMerge | None:
         """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
 
+    def recorded_files(self) -> Sequence[str]:
+        """Names of the files that the record here has, whoever wrote it: `begin` removes them where it is fresh."""
+
     def clean_up(self) -> None:
         """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
         work here, else MergeFailed."""
@@ -104,6 +108,9 @@ class Output(Protocol):
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
+
+    def spoil(self) -> None:
+        """Have the next run begin again, whatever this one has finished: sources changed while it read them."""
 
     def same_store(self, file: SourceFile) -> bool:
         """Whether this output's store can copy from that source file itself."""
@@ -115,7 +122,7 @@ class Output(Protocol):
         """What there is to do for a shard: nothing, if an earlier run finished it."""
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
-        """Do a job; what it returns is for `complete`."""
+        """Do a job; what it returns is for `complete`. Nothing of it is kept where a source changed meanwhile."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over."""
@@ -201,7 +208,7 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
         return [problem]
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
     if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
-        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location)]
+        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location, finished)]
     return problems
 
 
@@ -231,12 +238,7 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
 
 def clash(output: Output, inputs: Inputs) -> Problem | None:
     """The problem of an output whose merge would remove or replace something that it reads."""
-    recorded: Sequence[str] = ()
-    if not is_url(output.location):  # records of raymoe's name no others; a folder may hold somebody else's
-        from raymoe.storage.local import recorded_files
-
-        recorded = recorded_files(Path(output.location))
-    return overwritten(output.location, inputs, recorded)
+    return overwritten(output.location, inputs, output.recorded_files())
 
 
 def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
@@ -260,19 +262,27 @@ def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> l
     return [Problem(where=output.location, what=what, remedy=remedy)]
 
 
-def _newer_sources(plan: MergePlan, location: str) -> list[Problem]:
-    """Local models that were written after the merge in a folder was finished: it may not be what they give now.
+def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
+    """Local models that are others now than those that the finished merge was made of.
 
-    Of an output in an object store nothing is said: its times are of another clock."""
-    if is_url(location):
+    Their samples are compared: a file that was only touched or copied is the same. What the record of an older raymoe
+    has no sample of is judged by its time, but not beside an output in an object store, whose times are of another
+    clock.
+    """
+    files = [file for source in plan.sources for file in source.files]
+    known = {file.location for file in files if file.location in finished.local_files}
+    samples = {file.location: recorded_sample(file) for file in files if file.location in known}
+    other = {name for name, now in samples.items() if now is not None and now != finished.local_files[name]}
+    if not is_url(location):
+        when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+        judged = [file for file in files if file.location not in known]
+        if not known:
+            judged += [side.file for side in plan.side_files]
+        names = {file.location for file in judged if not is_url(file.location) and os.path.exists(file.location)}
+        other |= {name for name in names if os.stat(name).st_mtime_ns > when}
+    if not other:
         return []
-    finished = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
-    files = [*(side.file for side in plan.side_files), *(file for source in plan.sources for file in source.files)]
-    names = {file.location for file in files if not is_url(file.location) and os.path.exists(file.location)}
-    newer = sorted(name for name in names if os.stat(name).st_mtime_ns > finished)
-    if not newer:
-        return []
-    what = f"the merge in this folder is older than its sources: {some(newer, most=3)}"
+    what = f"the merge here was made of other sources than are there now: {some(sorted(other), most=3)}"
     remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
     return [Problem(where=location, what=what, remedy=remedy)]
 

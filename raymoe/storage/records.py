@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raymoe.errors import Problem
@@ -76,10 +76,12 @@ def json_object(content: bytes | str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedMerge:
-    """A finished merge, as its record (`raymoe.json`) tells of it: the plan's digest, and the files."""
+    """A finished merge, as its record (`raymoe.json`) tells of it: the plan's digest, and the files. `local_files` are
+    samples of the local weights that it is made of, by location; records of an older raymoe have none."""
 
     digest: str
     files: tuple[FileRecord, ...]
+    local_files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> FinishedMerge | None:
@@ -90,7 +92,9 @@ class FinishedMerge:
         if not all(_is_entry(name, entry) for name, entry in files.items()):
             return None
         records = (FileRecord(name=n, size=e["size"], checksum=str(e.get("checksum", ""))) for n, e in files.items())
-        return cls(digest=digest, files=tuple(records))
+        local = record.get("local_files")
+        samples = {str(name): str(sample) for name, sample in local.items()} if isinstance(local, Mapping) else {}
+        return cls(digest=digest, files=tuple(records), local_files=samples)
 
     @property
     def nbytes(self) -> int:

@@ -27,13 +27,15 @@ from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
-from raymoe.storage.claim import replaced
+from raymoe.storage.claim import Claim, replaced
 from raymoe.storage.object_journal import (
     NotedUpload,
     ObjectJournal,
     WrittenFiles,
+    finished_claim,
     finished_merge,
     occupied,
+    recorded_files,
     remove_checkpoint,
 )
 from raymoe.storage.output import Progress, ShardJob, read_stream
@@ -85,9 +87,21 @@ class S3Output:
     def finished_merge(self) -> FinishedMerge | None:
         return finished_merge(self._store, self._journal, self.location)
 
+    def recorded_files(self) -> Sequence[str]:
+        try:
+            return recorded_files(self._store, self.location)
+        except StorageError:  # `problems` says so
+            return ()
+
     def clean_up(self) -> None:
-        self._abort(self._journal.all_uploads())
-        self._journal.clear()
+        if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
+            self._clear(claim)
+
+    def _clear(self, claim: Claim) -> None:
+        uploads = self._journal.all_uploads()
+        self._journal.check_claim(claim)  # and so none of them is a newer run's
+        self._abort(uploads)
+        self._journal.clear(claim)
 
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         return self._journal.changed_sources(stamps)
@@ -104,6 +118,9 @@ class S3Output:
         if has_to_clear:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
             self._journal.cleared()
+
+    def spoil(self) -> None:
+        self._journal.spoil()
 
     def same_store(self, file: SourceFile) -> bool:
         return is_s3(file.location)
@@ -150,6 +167,7 @@ class S3Output:
 
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
             sent = list(pool.map(send, job.parts))
+        reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
         self._journal.note_sent(job.shard.file_name, upload_id, sent)
         return sent
 
@@ -210,9 +228,7 @@ class S3Output:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
             raise replaced(url) from error
-        self._journal.check_run()
-        self._abort(self._journal.all_uploads())
-        self._journal.clear()
+        self._clear(self._journal.check_run())
 
     def release(self) -> None:
         """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has
@@ -264,10 +280,12 @@ class S3Output:
         earlier, taken = self._journal.earlier_uploads(name), None
         if goes_on:
             taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
-        self._abort(upload for upload in earlier if upload is not taken)
+        same = [upload for upload in earlier if taken is not None and upload.upload_id == taken.upload_id]
+        self._abort(upload for upload in earlier if upload not in same)
         if taken is not None and taken.upload_id is not None:
             self._journal.begun_upload(name, taken.upload_id)
-            self._journal.forget(taken)
+            for upload in same:  # two, where a run was killed between its own note and the removal of the older one
+                self._journal.forget(upload)
             there, sent = self._store.list_parts(url, taken.upload_id), self._journal.sent(name, taken.upload_id)
             return taken.upload_id, [part for part in there if part in sent]
         known = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]

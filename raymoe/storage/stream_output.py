@@ -30,8 +30,10 @@ from raymoe.storage.claim import replaced
 from raymoe.storage.object_journal import (
     ObjectJournal,
     WrittenFiles,
+    finished_claim,
     finished_merge,
     occupied,
+    recorded_files,
     remove_checkpoint,
 )
 from raymoe.storage.output import Progress, ShardJob
@@ -73,8 +75,15 @@ class StreamOutput:
     def finished_merge(self) -> FinishedMerge | None:
         return finished_merge(self._store, self._journal, self.location)
 
+    def recorded_files(self) -> Sequence[str]:
+        try:
+            return recorded_files(self._store, self.location)
+        except StorageError:  # `problems` says so
+            return ()
+
     def clean_up(self) -> None:
-        self._journal.clear()
+        if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
+            self._journal.clear(claim)
 
     def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
         return self._journal.changed_sources(stamps)
@@ -88,6 +97,9 @@ class StreamOutput:
         if has_to_clear:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
             self._journal.cleared()
+
+    def spoil(self) -> None:
+        self._journal.spoil()
 
     def same_store(self, file: SourceFile) -> bool:
         return False
@@ -117,6 +129,7 @@ class StreamOutput:
                     hasher.update(chunk)
                     stream.write(bytes(chunk))
                     progress(len(chunk), 0)
+                reader.check_unchanged()
                 stream.close()
             except BaseException:
                 stream.discard()
@@ -171,8 +184,7 @@ class StreamOutput:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
             raise replaced(url) from error
-        self._journal.check_run()
-        self._journal.clear()
+        self._journal.clear(self._journal.check_run())
 
     def release(self) -> None:
         """Remove what this run was writing. A store that does not answer is not waited for long."""

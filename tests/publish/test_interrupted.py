@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,13 +181,13 @@ def test_merge_and_push_in_one(
     assert last.returncode == 0
     assert last.stderr.splitlines()[-1].startswith("nothing to push")
     # Sources that were written since are not what is there.
-    later = time.time() + 100
-    base = Path(yaml.safe_load(path.read_text())["base_model"])
-    times = (base / "model.safetensors").stat()
-    os.utime(base / "model.safetensors", (later, later))
+    base = Path(yaml.safe_load(path.read_text())["base_model"]) / "model.safetensors"
+    times, content = base.stat(), base.read_bytes()
+    base.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     newer = command("merge", path, out, *FLAGS, env=env)
-    os.utime(base / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert newer.returncode == 2 and "older than its sources" in newer.stderr
+    base.write_bytes(content)
+    os.utime(base, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert newer.returncode == 2 and "made of other sources than are there now" in newer.stderr
     # Another merge's output is no reason to push it under this one's name.
     other = command("merge", config(experts_per_token=1), out, *FLAGS, env=env)
     assert other.returncode == 2 and "holds a finished merge" in other.stderr

@@ -15,10 +15,10 @@ import raymoe
 from raymoe.config import make_config
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.planning import MergePlan
-from raymoe.runtime.merge import output_of, output_problems, run_merge
+from raymoe.runtime.merge import _spoiling, output_of, output_problems, run_merge
 from raymoe.runtime.placement import Needs, Node, Placement, files_on
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.source_files import SourceFiles
+from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from tests.pico import merge_config
 
 SETTINGS = RuntimeSettings(verbosity=-1)
@@ -128,3 +128,18 @@ def test_a_failure_is_put_down_to_it(models: list[Path]) -> None:
         sources.explaining(),
     ):
         raise MergeFailed("its actor died")
+
+
+def test_what_a_spoilt_merge_has_written_is_not_gone_on_with(tmp_path: Path) -> None:
+    target = output_of(tmp_path / "out", SETTINGS)
+    target.lock()
+    target.begin("plan", {}, fresh=False)
+    with pytest.raises(SourcesChanged), _spoiling(target):
+        raise SourcesChanged("source files changed")
+    target.write_small("config.json", b"{}")
+    target.release()
+    again = output_of(tmp_path / "out", SETTINGS)
+    again.lock()
+    again.begin("plan", {}, fresh=False)
+    assert again.finished("config.json", 2) is None  # type: ignore[attr-defined]
+    again.release()

@@ -129,7 +129,7 @@ def test_every_broken_shard_is_reported(tmp_path: Path) -> None:
         os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 2)
     error = refused(tmp_path)
     assert [problem.where for problem in error.problems] == [str(tmp_path / A), str(tmp_path / B)]
-    assert str(error).count("(truncated)") == 2
+    assert all("(truncated)" in problem.what for problem in error.problems)
 
 
 @pytest.mark.parametrize(

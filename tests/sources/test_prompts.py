@@ -242,7 +242,7 @@ def test_a_file_that_is_wrong_throughout_is_not_read_to_its_end(here: Path) -> N
     found = problems({"file": "a.jsonl"}, ["x"])
     assert [p.where.partition(": ")[0] for p in found] == [f"a.jsonl:{n}" for n in range(1, 6)]
     assert str(ProblemReport(found)).splitlines() == [
-        "a.jsonl:1-5: experts[0].positive_prompts: there is no key 'text'; keys here: other",
+        "a.jsonl:1-5: experts[0].positive_prompts: there is no key 'text'; keys here: id, other",
         "    -> set field to the key that holds the prompt",
     ]
     (here / "a.jsonl").write_text("{}\n[]\n{}\n1\n{}\n{}\n")

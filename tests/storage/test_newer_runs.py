@@ -1,0 +1,197 @@
+"""What an older command does to the journal of a newer run on a store, and what an interrupted run leaves to the next.
+
+No server: the store is in memory; its uploads in parts are no more than their ids.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+
+from raymoe.errors import MergeFailed, Problem
+from raymoe.objects.generic import FsspecStore
+from raymoe.objects.options import StorageOptions
+from raymoe.objects.problems import UploadGone
+from raymoe.storage import s3_output, stream_output
+from raymoe.storage.local import LocalOutput
+from raymoe.storage.output import Output, clash, open_output
+from raymoe.storage.places import Inputs
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME
+from raymoe.storage.s3_output import S3Output
+from raymoe.storage.stream_output import StreamOutput
+
+OPTIONS = StorageOptions(deadline_s=5)
+
+
+class Uploads(FsspecStore):
+    """Uploads in parts by id: whether they are open."""
+
+    def __init__(self) -> None:
+        super().__init__("memory", OPTIONS)
+        self.uploads: dict[str, bool] = {}
+
+    def create_upload(self, url: str, metadata: Any = None) -> str:
+        self.uploads[f"upload {len(self.uploads)}"] = True
+        return list(self.uploads)[-1]
+
+    def abort_upload(self, url: str, upload_id: str) -> None:
+        self.uploads[upload_id] = False
+
+    def list_uploads(self, url: str) -> list[Any]:
+        return [SimpleNamespace(url=url, upload_id=each) for each, is_open in self.uploads.items() if is_open]
+
+    def list_parts(self, url: str, upload_id: str) -> list[Any]:
+        if not self.uploads[upload_id]:
+            raise UploadGone([Problem(where=url, what="no such upload")])
+        return []
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    url = f"memory://newer-{uuid.uuid4().hex[:8]}/out"
+    yield url
+    filesystem, path = fsspec.url_to_fs(url)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+@pytest.fixture(params=[StreamOutput, S3Output])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    store = Uploads()
+    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+    return request.param
+
+
+def record_of(digest: str) -> bytes:
+    return json.dumps({"plan_digest": digest, "files": {INDEX_NAME: {"size": 2, "checksum": "x"}}}).encode()
+
+
+def nearly_done(output: Any, digest: str) -> None:
+    output.begin(digest, {}, fresh=False)
+    output.write_index(b"{}")
+
+
+def names(place: str) -> list[str]:
+    filesystem, path = fsspec.url_to_fs(place)
+    return sorted(name.removeprefix(path).strip("/") for name in filesystem.find(path))
+
+
+class Died(BaseException):
+    """Nothing catches it."""
+
+
+def test_a_repeat_of_a_finished_merge_leaves_a_newer_run_alone(place: str, kind: Any) -> None:
+    old, newer, repeat = (kind(place, OPTIONS) for _ in range(3))
+    nearly_done(old, "plan")
+    old.end(record_of("plan"))
+    assert repeat.finished_merge().digest == "plan"
+    newer.begin("other", {}, fresh=True)
+    repeat.clean_up()
+    newer.write_small("config.json", b"{}")
+
+
+def test_a_newer_run_begins_while_the_old_journal_is_removed(place: str, kind: Any, monkeypatch: Any) -> None:
+    """The claim that was looked at first is compared again before `plan.json` is removed."""
+    old, newer, repeat = (kind(place, OPTIONS) for _ in range(3))
+    nearly_done(old, "plan")
+    monkeypatch.setattr(type(old._journal), "clear", lambda *_: None)
+    old.end(record_of("plan"))
+    monkeypatch.undo()
+    if kind is S3Output:
+        repeat._store = repeat._journal._store = newer._store = newer._journal._store = old._store
+    real = repeat._journal._delete
+
+    def begins(there: Any) -> None:
+        real(there)
+        if not newer.run:
+            newer.begin("other", {}, fresh=True)
+
+    repeat._journal._delete = begins
+    with pytest.raises(MergeFailed, match="taken over"):
+        repeat.clean_up()
+    assert newer.is_reachable()
+
+
+def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older run ends between the newer run's marker and its claim; the newer one is killed before it removes."""
+    old, newer = StreamOutput(place, OPTIONS), StreamOutput(place, OPTIONS)
+    nearly_done(old, "plan")
+    real = newer._journal._write
+
+    def ends(name: str, content: Any) -> None:
+        old.end(record_of("plan"))
+        real(name, content)
+
+    def die(*_: Any) -> None:
+        raise Died
+
+    monkeypatch.setattr(newer._journal, "_write", ends)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_output, "remove_checkpoint", die)
+        with pytest.raises(Died):
+            newer.begin("plan", {}, fresh=True)
+    again = StreamOutput(place, OPTIONS)
+    assert again.finished_merge() is None
+    again.begin("plan", {}, fresh=False)
+    assert names(place) == [".raymoe/plan.json"]
+
+
+def test_an_upload_that_two_runs_have_noted_is_taken_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run was killed after its own note of an upload that it took up, before it removed the older run's."""
+    store = Uploads()
+    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+
+    def begun() -> S3Output:
+        output = S3Output(place, OPTIONS)
+        output.begin("plan", {}, fresh=False)
+        return output
+
+    def die(*_: Any) -> None:
+        raise Died
+
+    first = begun()._open_upload("m.safetensors", goes_on=True)
+    killed = begun()
+    monkeypatch.setattr(killed._journal, "forget", die)
+    with pytest.raises(Died):
+        killed._open_upload("m.safetensors", goes_on=True)
+    third = begun()
+    assert third._open_upload("m.safetensors", goes_on=True) == (first[0], [])
+    assert store.uploads == {first[0]: True}
+    assert len([name for name in names(place) if "/uploads/" in name]) == 1
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_files_of_a_foreign_record_are_sources(place: str, tmp_path: Path, is_folder: bool) -> None:
+    """--overwrite removes what the record names, in subfolders too."""
+    out = str(tmp_path / "out") if is_folder else place
+    filesystem, path = fsspec.url_to_fs(out)
+    filesystem.makedirs(path, exist_ok=True)
+    record = {"files": {"experts/x/model.safetensors": {"size": 1}, "base.yaml": {"size": 1}}}
+    filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps(record).encode())
+    output: Output = open_output(out, OPTIONS)
+    assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/x"),))) is not None
+    assert clash(output, Inputs(files=(("the config", f"{out}/base.yaml"),))) is not None
+    assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/y"),))) is None
+
+
+def test_clean_up_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = LocalOutput(tmp_path)
+    output.lock()
+    nearly_done(output, "plan")
+    output.write(RECORD_NAME, [record_of("plan")])
+    output.release()
+
+    def fails() -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(output.journal, "end", fails)
+    with pytest.raises(MergeFailed, match="its journal could not be removed"):
+        output.clean_up()
+    assert not LocalOutput(tmp_path).journal.is_taken
