@@ -15,13 +15,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raymoe.outgoing import for_people
+from raymoe.outgoing import for_people, shortened
 from raymoe.text import number_ranges, some
 
 __all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "install_remedy"]
 
 # Of a line in a file, or of an item in a list.
-_NUMBER = re.compile(r"(?<=:)\d+(?=:|$)|(?<=\[)\d+(?=\])")
+_NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("where", "what", "remedy"):
-            object.__setattr__(self, name, for_people(getattr(self, name)))
+            object.__setattr__(self, name, shortened(for_people(getattr(self, name))))
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what

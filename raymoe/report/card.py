@@ -29,6 +29,8 @@ PLACE = "<this folder>"
 # Keys of the config that the card shows even where they have their default.
 _ALWAYS_SAID = ("gate_mode", "experts_per_token")
 _EXAMPLES = 2
+# Stands for an empty text.
+_NOTHING = "-"
 _EXAMPLE_CHARACTERS = 60
 # Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
 _IN_VLLM = frozenset(
@@ -151,6 +153,8 @@ def _name(text: str) -> str:
 
 def _span(line: str) -> str:
     """A line that somebody else wrote, as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
+    if not line:  # two backticks would begin a code span that others' text can end
+        return _NOTHING
     # A backslash before '|' would escape the one that escapes it.
     line = re.sub(r"\\(?=\|)", r"\\ ", printable(line)).replace("|", "\\|")
     fence = _fence(line, 1)
@@ -229,7 +233,9 @@ def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
 def _said(licence: Licence | None) -> str:
     if licence is None:
         return "nothing that could be read"
-    return f"{_name(licence.title)} ({licence.name})" if licence.title else licence.name
+    # Names with a dot may be addresses, which GitHub and the Hub make links of; versions (`apache-2.0`) are not.
+    name = _name(licence.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", licence.name) else licence.name
+    return f"{_name(licence.title)} ({name})" if licence.title else name
 
 
 def _public_config(config: MergeConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from raymoe.runtime.autoscaler import has_autoscaler
 from raymoe.runtime.left_out import leave_sklearn_out, leave_torch_out
 from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
-from raymoe.runtime.process import COMPUTE_THREADS
+from raymoe.runtime.process import COMPUTE_THREADS, without_secrets
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.start_errors import knock, refuse_job_server, start_problem
 from raymoe.runtime.stream import PIECES_AHEAD
@@ -293,7 +293,10 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
         "where": "control",
         "status": "control",
     }
-    methods = {name: ray.method(concurrency_group=group)(getattr(worker, name)) for name, group in groups.items()}
+    methods = {
+        name: ray.method(concurrency_group=group)(without_secrets(getattr(worker, name)))
+        for name, group in groups.items()
+    }
     streams = ray.method(num_returns="streaming", _generator_backpressure_num_objects=PIECES_AHEAD)
     methods["send_shard"] = streams(methods["send_shard"])
 
@@ -302,6 +305,6 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
             leave_torch_out()
         elif not trusts_code:  # which may want anything
             leave_sklearn_out()
-        worker.__init__(actor, *arguments)  # type: ignore[misc]
+        without_secrets(worker.__init__)(actor, *arguments)  # type: ignore[misc]
 
     return type("ExpertActor", (worker,), {**methods, "__init__": start})

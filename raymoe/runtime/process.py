@@ -1,15 +1,24 @@
-"""How an actor's process is set up: what memory it keeps, with how many threads it computes, what goes first."""
+"""How an actor's process is set up: what memory it keeps, with how many threads it computes, what goes first, and that
+it tells no secrets."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import os
 import resource
 import sys
 import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
-__all__ = ["COMPUTE_THREADS", "let_gates_go_first", "limit_threads", "set_up_process"]
+from raymoe.errors import RaymoeError
+from raymoe.outgoing import scrub, scrub_streams
+
+__all__ = ["COMPUTE_THREADS", "let_gates_go_first", "limit_threads", "set_up_process", "without_secrets"]
 
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
@@ -22,11 +31,52 @@ _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
 
 def set_up_process() -> None:
     """What every actor's process begins with."""
+    scrub_streams()
     _give_memory_back()
     _allow_open_files()
     # Copying threads need the interpreter for a moment between two pieces. While another thread computes in Python
     # (imports, layers), they wait for it this long each time: with Python's 5 ms they copy at a quarter of the speed.
     sys.setswitchinterval(_SWITCH_S)
+
+
+def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of an actor whose errors hold no secrets: Ray stores them with the text of all that led to them."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except Exception as error:
+            told = _told(error)
+        raise told  # out here it does not hold what it was made from
+
+    @functools.wraps(method)
+    def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
+        try:
+            yield from method(*arguments, **options)
+            return
+        except Exception as error:
+            told = _told(error)
+        raise told
+
+    return stream if inspect.isgeneratorfunction(method) else call  # Ray asks so too
+
+
+def _told(error: Exception) -> Exception:
+    """The error as it may be stored: the same one where its text has no secret left."""
+    if isinstance(error, RaymoeError):
+        # Its own text is scrubbed. What it was made from is a server's or a library's text.
+        error.__cause__ = error.__context__ = None
+        return error
+    text = "".join(traceback.format_exception(error))
+    if scrub(text) == text:
+        return error
+    error.__cause__ = error.__context__ = None
+    error.args = tuple(scrub(each) if isinstance(each, str) else each for each in error.args)
+    if isinstance(error, OSError) and isinstance(error.strerror, str):
+        error.strerror = scrub(error.strerror)
+    said = str(error)
+    return error if scrub(said) == said else RuntimeError(scrub(f"{type(error).__name__}: {said}"))
 
 
 def _give_memory_back() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from raymoe.errors import Problem, ProblemReport
 from raymoe.runtime.at_work import AtWork
 from raymoe.runtime.memory import peak_rss_bytes
-from raymoe.runtime.process import set_up_process
+from raymoe.runtime.process import set_up_process, without_secrets
 from raymoe.runtime.stream import arrivals
 from raymoe.runtime.worker import Status, Whereabouts, node_words
 from raymoe.sources.types import SourceFile
@@ -95,7 +95,10 @@ def start_writer(output: str, run: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     groups = {"receive": "write", "where": "control", "status": "control"}
-    methods = {name: ray.method(concurrency_group=group)(getattr(ShardWriter, name)) for name, group in groups.items()}
+    methods = {
+        name: ray.method(concurrency_group=group)(without_secrets(getattr(ShardWriter, name)))
+        for name, group in groups.items()
+    }
     remote = ray.remote(concurrency_groups={"write": _SHARDS_AT_ONCE, "control": 1})(
         type("ShardWriter", (ShardWriter,), methods)
     )

@@ -5,6 +5,7 @@ Not in what commands say, not in the files that they write, not in Ray's.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.outgoing import remember_secrets, scrub
+from raymoe.outgoing import MOST_CHARACTERS, json_text, remember_secrets, scrub
 from tests.cli.commands import files_below, raymoe, write_config
 
 Cli = Callable[..., Any]
@@ -199,7 +200,13 @@ def test_a_merge_and_rays_records_of_it(small: Callable[..., Any], tmp_path: Pat
         (f"GET /x?access_token={CANARY}", "GET /x?access_token=<removed>"),
         (f"Authorization: Bearer {CANARY}", "Authorization: <removed>"),
         (f"{{'authorization': 'Basic {CANARY}=='}}", "{'authorization': '<removed>'}"),
-        (f"token hf_{CANARY}abcdef", "token <removed>"),
+        (f"token hf_{CANARY * 2}", "token <removed>"),
+        (
+            f"https://h/x?X-Goog-Credential={CANARY}%40p&X-Goog-Signature={CANARY}",
+            "https://h/x?X-Goog-Credential=<removed>&X-Goog-Signature=<removed>",
+        ),
+        ("http://user:123/45@h", "http://h"),
+        (f"http://u:c'{CANARY}@h/x", "http://h/x"),
         (
             "s3://bucket/a@b, org/name@revision, http://host:80/a@b",
             "s3://bucket/a@b, org/name@revision, http://host:80/a@b",
@@ -210,6 +217,74 @@ def test_a_merge_and_rays_records_of_it(small: Callable[..., Any], tmp_path: Pat
 def test_forms(text: str, scrubbed: str) -> None:
     assert scrub(text) == scrubbed
     assert scrub(scrub(text)) == scrubbed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"hf://gpt2@{'a' * 40}/model.safetensors",
+        "s3://base+s3://adapter/x@y",
+        "http://[::1]:8265/x@y",
+        "http://host:80/a@b",
+        "a//b:c'd@e",
+        "'//x:1'/'y@z'",
+        "/data/hf_quantizedcheckpoint/x",
+    ],
+)
+def test_what_is_no_secret(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymoe.outgoing._remembered", set())
+    remember_secrets(["plan", text])
+    assert scrub(text) == text
+
+
+@pytest.mark.parametrize("part", ["//a:", "X-Amz-", "//", "authorization", "?token", "//[::", "//a+s3://", "//1:2/"])
+def test_long_text_of_others(part: str) -> None:
+    """Patterns that try again from each place would take hours here."""
+    text = part * (300_000 // len(part))
+    assert scrub(text) == text
+
+
+def test_messages_are_no_longer_than_people_read() -> None:
+    problem = Problem(where="w" * 5_000, what="begin" + "x" * 1_000_000 + "end", remedy="r" * MOST_CHARACTERS)
+    assert len(problem.where) <= MOST_CHARACTERS and len(problem.what) <= MOST_CHARACTERS
+    assert problem.what.startswith("begin") and " ... " in problem.what and problem.what.endswith("end")
+    assert problem.remedy == "r" * MOST_CHARACTERS
+    assert str(ProblemReport([problem])) == str(problem)
+    many = [Problem(where=f"file {number}", what=f"what {number}") for number in range(1000)]
+    assert " ... " not in str(ProblemReport(many))
+
+
+def test_numbers_of_many_digits_in_places() -> None:
+    problems = [Problem(where=f"a[{digits}]", what="bad") for digits in ("1" * 3_000, "2" * 3_000, "1", "2")]
+    assert "a[1-2]" in str(ProblemReport(problems))
+    assert "a:" + "1" * 3_900 in str(ProblemReport([Problem(where=f"a:{'1' * 3_900}", what="bad")] * 2))
+
+
+def test_json_stays_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"A_TOKEN": "12345678", "B_TOKEN": 'ab"cdefgh\\x'}.items():
+        monkeypatch.setenv(name, value)
+    content = {"authorization": 5, "parameters": 12345678, "error": 'bad ab"cdefgh\\x', "12345678": ["12345678", None]}
+    expected = {"authorization": 5, "parameters": 12345678, "error": "bad <B_TOKEN>", "<A_TOKEN>": ["<A_TOKEN>", None]}
+    assert json.loads(json_text(content, scrubbed=True)) == expected
+    assert json.loads(json_text(content)) == content
+    assert CANARY not in json_text({"headers": [{"Authorization": f"Bearer {CANARY}"}]}, scrubbed=True)
+
+
+def test_credentials_of_test_servers_are_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "minioadmin")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    text = "/home/me/tests/latest /data/test/out the latest test.json of minioadmin"
+    assert scrub(text) == text
+    assert scrub("key 'test', key=test.") == "key '<AWS_SECRET_ACCESS_KEY>', key=<AWS_SECRET_ACCESS_KEY>."
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "    ")
+    monkeypatch.setattr("raymoe.outgoing._remembered", {""})
+    assert scrub("abc  d") == "abc  d"
+
+
+def test_proxies_without_a_scheme_and_passwords_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"user:{CANARY}@proxy:3128")
+    monkeypatch.setenv("PGPASSWORD", f"PG{CANARY}")
+    assert scrub(f"at user:{CANARY}@proxy with PG{CANARY}") == "at user:<HTTPS_PROXY>@proxy with <PGPASSWORD>"
 
 
 def test_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:

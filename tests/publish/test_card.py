@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 import raymoe
-from raymoe.config import make_config
+from raymoe.config import ExpertConfig, make_config
 from raymoe.gates.summary import LayerCheck, RouterSummary
 from raymoe.objects.options import StorageOptions
-from raymoe.report.card import _making, model_card
-from raymoe.report.source_cards import source_cards
+from raymoe.report.card import _expert_row, _making, _said, model_card
+from raymoe.report.source_cards import Licence, source_cards
 from raymoe.sources.hub import HubOptions
 from tests.pico import REPOSITORY, copy_model, merge_config, save_lora
 from tests.sources.hub_server import HubServer
@@ -255,6 +255,19 @@ def test_text_of_others_is_no_markdown(models: Callable[..., Path], tmp_path: Pa
     fence, _, rest = made.partition("yaml\n")
     shown = yaml.safe_load(rest.partition(fence.strip().splitlines()[-1])[0])
     assert shown["experts"][0]["positive_prompts"] == config["experts"][0]["positive_prompts"]
+
+
+def test_an_empty_prompt_opens_no_code_span() -> None:
+    expert = ExpertConfig(source_model="org/model")
+    for empty in ("", " \n"):
+        row = _expert_row("0", expert, [empty, "`` <img src=x>"])
+        assert row == "| 0 | `org/model` | 2 | -<br>``` `` <img src=x> ``` |"
+
+
+def test_licences_that_are_addresses() -> None:
+    assert _said(Licence(name="www.evil.com")) == "`www.evil.com`"
+    assert _said(Licence(name="other", title="www.evil.com")) == "`www.evil.com` (other)"
+    assert _said(Licence(name="apache-2.0")) == "apache-2.0"
 
 
 def test_licences_that_are_only_names(models: Callable[..., Path]) -> None:
