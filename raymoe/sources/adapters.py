@@ -262,12 +262,11 @@ def _ways_to_try(pattern: str) -> float:
     plain = re.sub(r"\\.", "a", pattern, flags=re.DOTALL)
     if "#" in plain or re.search(r"\)\s*[*+{]", plain):
         return math.inf
-    plain = re.sub(
-        r"([*+?}])[?+]", r"\1", plain.replace("(?", "(")
-    )  # lazy and possessive ones are no second repetition
+    # Lazy and possessive repetitions are one, not two. (After `}` they count as two: it may be a plain character.)
+    plain = re.sub(r"([*+?])[?+]", r"\1", plain.replace("(?", "("))
     repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
-    alternatives = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
-    return alternatives * _NAME_CHARACTERS**repetitions * 2**optional
+    alternatives: int = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
+    return float(min(alternatives * _NAME_CHARACTERS**repetitions * 2**optional, _MOST_WAYS + 1))
 
 
 def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) -> bool:

@@ -199,6 +199,7 @@ NEVER = "peft can't merge it into a model either"
         ({"rank_pattern": {"(a|a)" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {".*.*.*.*.*!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"(?x:(a+)#\n+)!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
+        ({"rank_pattern": {"}?" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"(?i)up_proj": 1}}, "is no regular expression", SAVE_AGAIN),
         ({"modules_to_save": ["score"]}, "modules_to_save .* names 'score', and .* holds no tensors", SAVE_AGAIN),
         (
