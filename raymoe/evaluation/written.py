@@ -76,6 +76,11 @@ def read_by_evaluation(checkpoint: str, data: Path | None, tasks: str | None) ->
     own = dict.fromkeys(recorded if isinstance(recorded, Mapping) else ())
     own |= dict.fromkeys(name for name in os.listdir(location) if is_written_by_a_merge(name))
     files += [("a file of the merge", os.path.join(location, name)) for name in own]
+    prompts = record.get("prompt_files")
+    names = [each.get("file") for each in (prompts if isinstance(prompts, list) else ()) if isinstance(each, Mapping)]
+    files += [
+        ("a file of prompts of the merge", name) for name in names if isinstance(name, str) and os.path.isabs(name)
+    ]
     return Inputs(files=tuple(files), folders=tuple(_recorded_folders(record.get("sources"))))
 
 

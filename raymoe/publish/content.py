@@ -62,6 +62,7 @@ class Published:
     card: str | None
     local_sources: tuple[str, ...]
     hub_sources: tuple[str, ...] = ()
+    plan_digest: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +79,9 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
         problems.append(_broken(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
     if INDEX_NAME not in record["files"]:
         problems.append(_broken(folder, f"no {INDEX_NAME} is among its files"))
+    if not problems and not is_url(folder.label) and _record(folder) != record:
+        what, remedy = "another merge was written here just now", "push again when no merge writes here"
+        problems.append(Problem(where=folder.label, what=what, remedy=remedy))
     if problems:
         raise ProblemReport(problems)
     found = [file for file in files if file is not None and file.name != CARD_NAME]
@@ -93,6 +97,7 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
         title=_title(record),
         card=card,
         local_sources=_local_sources(record),
+        plan_digest=str(record.get("plan_digest")),
         hub_sources=tuple(name for name in _sources(record) if "@" in name and not name.startswith("/")),
     )
 

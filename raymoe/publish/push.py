@@ -16,6 +16,7 @@ from raymoe.errors import ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning.types import MergePlan
 from raymoe.publish.content import Published, open_published
+from raymoe.publish.failures import PushFailed
 from raymoe.publish.target import PushTarget, Repository, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.report.card import card_metadata
@@ -94,6 +95,9 @@ def merge_and_push(
         repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
         on_merged(run_merge(plan, config, output, settings, report))
         published = open_published(output, target.repo, settings.storage)
+    if published.plan_digest != plan.digest:
+        what = "another merge has taken the place of this one, and was not pushed"
+        raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
     with report.phase("push"):
         return _push(published, repository, quiet=quiet)
 

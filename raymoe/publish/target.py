@@ -44,7 +44,7 @@ class PushTarget:
 
     @property
     def branch(self) -> str:
-        return self.revision or _MAIN
+        return (self.revision or _MAIN).removeprefix("refs/heads/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

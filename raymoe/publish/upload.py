@@ -11,6 +11,7 @@ has (by LFS' SHA-256, or by Xet's chunks) and does not send it again; when all i
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from raymoe.publish.asked import check_ignored
 from raymoe.publish.content import Published, PublishedFile
 from raymoe.publish.failures import PushFailed, refusals, stops
 from raymoe.publish.target import Repository
+from raymoe.sources.local import has_changed
 from raymoe.storage.records import RECORD_NAME, is_part_of_a_model
 from raymoe.text import human_bytes
 
@@ -119,6 +121,7 @@ def upload(published: Published, repository: Repository, comparison: Comparison,
         return _pushed(repository, comparison, comparison.head)
     with stops(f"push to {target.repo}", sender.progress):
         additions = sender.send()
+        sender.check_unchanged()
         removals = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in comparison.removed]
         commit = api.create_commit(
             target.repo,
@@ -195,6 +198,7 @@ class _Sender:
             raise self._changed(file, f"has {now.size:,} bytes, and had {file.size:,} when the push began")
         if file.sha256 is not None and now.sha256.hex() != file.sha256:
             raise self._changed(file, f"is not the file that was merged: its SHA-256 is not that in {RECORD_NAME}")
+        self._check(file)
         return operation
 
     def _changed(self, file: PublishedFile, what: str) -> PushFailed:
@@ -203,6 +207,23 @@ class _Sender:
             "let no merge write there during a push; put the file back, or merge again (with --overwrite), and push"
         )
         return PushFailed(f"{where} {what}, and was not sent; {self.progress()}\n    -> {remedy}")
+
+    def check_unchanged(self) -> None:
+        """Look at all files again before the commit, also at those that are on the Hub already: another merge of the
+        same shapes may have been written since. Raises PushFailed, or CheckpointError for an object."""
+        for file in self._published.files:
+            self._check(file)
+
+    def _check(self, file: PublishedFile) -> None:
+        if file.content is not None or file.file is None:
+            return
+        if not is_url(file.file.location):
+            if not os.path.exists(file.file.location):
+                raise self._changed(file, "is gone")
+            if has_changed(file.file):
+                raise self._changed(file, "was written again since the push began")
+        elif file.size:
+            self._published.folder.read_range(file.file, 0, 1)  # only as long as it has the ETag that it had
 
     def _bytes(self, file: PublishedFile) -> bytes:
         if file.content is not None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import raymoe
+from raymoe.objects.options import StorageOptions
+from raymoe.publish.content import open_published
+from raymoe.publish.failures import PushFailed
+from raymoe.publish.target import PushTarget, Repository, source_problem
+from raymoe.publish.upload import Comparison, upload
 from tests.cli.commands import write_config
 from tests.cli.conftest import Answer
 from tests.pico import copy_model, merge_config
@@ -162,3 +169,41 @@ def test_a_repository_that_the_merge_is_made_of(
         assert len(hub.history("org/name")) == 1
         assert cli("push", copied, "org/name", "--branch", "moe", "--dry-run").code == 0
         assert cli("push", copied, "org/other", "--dry-run").code == 0
+
+
+def test_files_that_another_merge_replaces_during_the_push(tmp_path: Path) -> None:
+    """Experts of the same shapes: sizes and names tell nothing. Nothing is committed, whichever file was replaced."""
+    copied, files = tmp_path, {"model.safetensors.index.json": {"size": 2, "checksum": "x"}}
+    (copied / "model.safetensors.index.json").write_text("{}")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (copied / name).write_bytes(bytes(100))
+        files[name] = {"size": 100, "checksum": "x"}
+    (copied / "raymoe.json").write_text(json.dumps({"plan_digest": "plan", "files": files}))
+    published = open_published(copied, "org/name", StorageOptions())
+    shards = [file for file in published.files if file.is_shard]
+    committed: list[str] = []
+
+    class Api:
+        def preupload_lfs_files(self, repo: str, operations: Any, revision: str) -> None:
+            if operations[0].path_in_repo == shards[-1].name:  # all are hashed by now
+                (copied / "new").write_bytes((copied / shards[0].name).read_bytes())
+                os.replace(copied / "new", copied / shards[0].name)
+
+        def create_commit(self, repo: str, *_: Any, **__: Any) -> None:
+            committed.append(repo)
+
+    target = PushTarget(repo="org/name")
+    repository = Repository(target=target, api=cast(Any, Api()), url="", is_new=False, base="main")
+    for there in ((), tuple(shards[:1])):
+        missing = tuple(file for file in published.files if file not in there)
+        comparison = Comparison(head="", there=there, missing=missing, removed=(), others=())
+        with pytest.raises(PushFailed, match=f"{shards[0].name} was written again since the push began"):
+            upload(published, repository, comparison, lambda said: None)
+        published = open_published(copied, "org/name", StorageOptions())
+    assert committed == []
+
+
+def test_main_by_its_whole_name() -> None:
+    target = PushTarget(repo="org/name", revision="refs/heads/main")
+    assert target.branch == "main"
+    assert source_problem(target, [f"org/name@{'0' * 40}"]) is not None
