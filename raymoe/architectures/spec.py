@@ -156,6 +156,9 @@ class DenseSpec:
                 yield row, None, row.name
 
 
+_MAX_LAYERS = 10_000  # each takes memory at once; the largest models have 130
+
+
 def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem]:
     """The spec behind a config.json, or the problems that keep it from being one."""
     where = f"{label}/config.json"
@@ -164,10 +167,14 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         return [_unknown(model_type, where)]
     merged = _with_defaults(FAMILIES[model_type], config)
     problems = [
-        Problem(where=where, what=f"{key} is {merged.get(key)!r}", remedy="expected a positive whole number")
+        Problem(where=where, what=f"{key} is {merged.get(key)!r:.80}", remedy="expected a positive whole number")
         for key in _REQUIRED
         if not _is_positive_int(merged.get(key))
     ]
+    layers = merged.get("num_hidden_layers")
+    if not problems and isinstance(layers, int) and layers > _MAX_LAYERS:
+        what = f"num_hidden_layers is {layers}"
+        problems.append(Problem(where=where, what=what, remedy=f"expected at most {_MAX_LAYERS}"))
     problems += [
         Problem(where=where, what=f"{key} is {merged[key]!r:.80}", remedy=f"expected {expected}")
         for keys, is_valid, expected in _OPTIONAL
@@ -221,7 +228,7 @@ def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _is_list_of(value: object, kind: type) -> bool:

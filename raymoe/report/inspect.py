@@ -26,6 +26,8 @@ from raymoe.text import human_bytes, human_count
 
 __all__ = ["inspect_checkpoint", "print_summary"]
 
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+
 
 def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None) -> dict[str, Any]:
     """A summary of the checkpoint in a folder or at a URL, MoE or dense. Raises ProblemReport if there is none."""
@@ -92,29 +94,35 @@ def _bytes_by(index: CheckpointIndex, key: Any) -> dict[str, int]:
 def _pattern(template: str) -> re.Pattern[str]:
     """A regular expression for a name template of a host."""
     pieces = re.split(r"\{(\w+)\}", template)
-    return re.compile("".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces)) + "$")
+    return re.compile("".join(f"(?P<{p}>\\d{{1,6}})" if i % 2 else re.escape(p) for i, p in enumerate(pieces)) + "$")
 
 
 def _moe_summary(
     host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int, storage: StorageOptions
 ) -> dict[str, Any]:
     per_expert: dict[int, int] = {}
+    fused: list[tuple[int, int]] = []  # experts along the first axis, parameters of each
     for template in set(host.expert.values()):
         pattern = _pattern(template)
         for entry in index.tensors.values():
             if match := pattern.match(entry.name):
-                # One expert's, or with the experts along the first axis all of theirs.
-                numbers = range(entry.shape[0]) if host.is_fused else [int(match["expert"])]
-                for number in numbers:
-                    per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape) // len(numbers)
+                if not host.is_fused:
+                    number = int(match["expert"])
+                    per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape)
+                elif entry.shape and entry.shape[0]:
+                    fused.append((entry.shape[0], math.prod(entry.shape[1:])))
+    # Sizes that no file backs may be of any number: experts are counted, not listed.
+    count = max([len(per_expert), *(experts for experts, _ in fused)])
+    total = sum(per_expert.values()) + sum(experts * each for experts, each in fused)
+    most = sum(each for _, each in fused) or max(per_expert.values(), default=0)
     used = _whole(host.entry(config, PER_TOKEN_KEY)[1])
     idle = None
-    if used is not None and 1 <= used <= len(per_expert):
-        idle = sum(per_expert.values()) * (len(per_expert) - used) // len(per_expert)
+    if used is not None and 1 <= used <= count:
+        idle = total * (count - used) // count
     return {
-        "experts": len(per_expert),
+        "experts": count,
         "experts_per_token": used,
-        "parameters_per_expert": max(per_expert.values(), default=0),
+        "parameters_per_expert": most,
         "active_parameters": None if idle is None else parameters - idle,
         "routers": _routers(host, index, storage),
     }
@@ -123,7 +131,11 @@ def _moe_summary(
 def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> dict[str, Any]:
     """Row lengths and the cosines between experts' rows, over all layers: near 1 means that rows hardly differ."""
     pattern = _pattern(host.router)
-    entries: list[TensorEntry] = [entry for entry in index.tensors.values() if pattern.match(entry.name)]
+    entries: list[TensorEntry] = [
+        entry
+        for entry in index.tensors.values()
+        if pattern.match(entry.name) and entry.dtype in _FLOATS and len(entry.shape) == 2 and all(entry.shape)
+    ]
     norms, cosines = [], []
     with SourceReader(HubOptions(), storage) as reader:
         for entry in entries:

@@ -65,8 +65,11 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     suffix = index.removesuffix(".index.json").rsplit(".", 1)[-1]
     shards: dict[str, SourceFile] = {}
     problems: list[Problem] = []
+    more = 0
     for name in sorted(set(weight_map.values())):
-        if not is_inside(name):
+        if len(problems) >= _NAMED:
+            more += not is_inside(name) or not name.endswith(f".{suffix}") or folder.find(name) is None
+        elif not is_inside(name):
             what, remedy = (
                 f"names the file {name!r}, which is not inside the folder",
                 "don't use this checkpoint",
@@ -80,6 +83,8 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
             problems.append(Problem(where=folder.label, what=what, remedy=folder.missing_remedy(name)))
         else:
             shards[name] = file
+    if more:
+        problems.append(Problem(where=where, what=f"and {more} more files of the index that can't be used"))
     if problems:
         raise CheckpointError(problems)
     return _combine(folder, shards, weight_map)

@@ -27,6 +27,7 @@ __all__ = [
     "check_unchanged",
     "has_changed",
     "is_in_view",
+    "leads_outside",
     "open_file",
     "recorded_sample",
     "sample_of",
@@ -86,6 +87,19 @@ class LocalFolder:
         if os.path.islink(os.path.join(self._path, name)):
             return f"{name} is a symlink to nothing; download or copy the model again"
         return "complete the folder (download or copy the model again)"
+
+
+def leads_outside(path: str, folder: str) -> bool:
+    """Whether a path in a folder leads, by links, to a file that is not the folder's.
+
+    Those of a snapshot in the Hub's cache lead to `blobs` of the same repository.
+    """
+    target, place = os.path.realpath(path), os.path.realpath(folder)
+    repository, kind = os.path.split(os.path.dirname(place))
+    places = [place]
+    if kind == "snapshots" and os.path.basename(repository).startswith("models--"):
+        places.append(os.path.join(repository, "blobs"))
+    return not any(target.startswith(f"{each.rstrip(os.sep)}{os.sep}") for each in places)
 
 
 def stat_file(path: str) -> SourceFile | None:

@@ -31,10 +31,10 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.sources.dtypes import DTYPE_BYTES
+from raymoe.sources.dtypes import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_CHARACTERS
 from raymoe.sources.folder import unusable
 from raymoe.sources.types import SourceFile, TensorEntry
 
@@ -61,7 +61,7 @@ _REFUSED_OPERATIONS = frozenset(
 )
 _shortened = reprlib.Repr()
 _shortened.maxlevel = _shortened.maxtuple = 3
-_ZIP_END_BYTES = 70_000  # the last record, its comment, and the large record before it
+_MAX_PROBLEMS = 5
 _TO_SAFETENSORS = (
     "convert it where you trust it: load the model with transformers and save it with save_pretrained, "
     "which writes model.safetensors"
@@ -129,6 +129,11 @@ def _tensor(
     """`metadata` has bits of torch (`neg`, `conj`) by which a tensor's values are not the bytes of its storage."""
     if metadata is not None and not isinstance(metadata, dict):
         raise _RefusedError("a tensor with metadata that is no dictionary")
+    if metadata and len(metadata) > MAX_DIMENSIONS:
+        raise _RefusedError(f"a tensor with {len(metadata)} entries of metadata")
+    # Before anything is copied: one long list may be the shape of many tensors.
+    if any(isinstance(sizes, (list, tuple)) and len(sizes) > MAX_DIMENSIONS for sizes in (shape, stride)):
+        raise _RefusedError(f"a tensor of {max(len(shape), len(stride))} dimensions")
     bits = tuple(str(key)[:20] for key, value in (metadata or {}).items() if value is not False)
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
@@ -188,13 +193,19 @@ def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry,
     tensors = _unpickle(pickled, where)
     entries: list[TensorEntry] = []
     problems: list[Problem] = []
+    more = 0
     for name, value in tensors.items():
         try:
             entries.append(_entry(name, value, records, handle, file))
         except ValueError as error:
-            problems.append(Problem(where=where, what=str(error), remedy=_TO_SAFETENSORS))
+            if len(problems) == _MAX_PROBLEMS:
+                more += 1
+            else:
+                problems.append(Problem(where=where, what=str(error), remedy=_TO_SAFETENSORS))
+    if more:
+        problems.append(Problem(where=where, what=f"and {more} more problems of this kind in the file"))
     if problems:
-        raise CheckpointError(problems[:5])
+        raise CheckpointError(problems)
     return tuple(entries)
 
 
@@ -202,9 +213,9 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
     """The records of storages by key, and the pickle."""
     start = handle.read(4)
     try:
-        if _directory_bytes(handle) > _MAX_DIRECTORY_BYTES:
-            raise unusable(where, "the zip archive names too many records: not a state dict", _TO_SAFETENSORS)
-        archive = zipfile.ZipFile(handle)
+        bounded = _Bounded(handle, where)
+        archive = zipfile.ZipFile(cast(BinaryIO, bounded))
+        bounded.most = _MAX_PICKLE_BYTES
         infos = {info.filename: info for info in archive.infolist()}
         if len(infos) < len(archive.infolist()):
             raise unusable(where, "the zip archive holds a record twice", _DOWNLOAD_AGAIN)
@@ -219,6 +230,10 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
                 where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
             )
         order = infos.get(prefix + "byteorder")
+        # zipfile expands a compressed record whole, whatever size is declared for it: a few bytes can take gigabytes.
+        if any(_is_compressed(info) for info in (infos[pickle_name], order) if info is not None):
+            what = "data.pkl or byteorder is compressed or encrypted, which torch.save never does"
+            raise unusable(where, what, _TO_SAFETENSORS)
         if order is not None and (order.file_size > _MAX_BYTEORDER_BYTES or archive.read(order) != b"little"):
             raise unusable(where, "the tensors are big-endian", _TO_SAFETENSORS)
         records = {name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")}
@@ -237,6 +252,29 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
             "not in the zip format of torch.save (a legacy file of PyTorch before 1.6?)",
             _TO_SAFETENSORS,
         ) from error
+
+
+class _Bounded:
+    """A file for zipfile, which reads the list of records at once, however long the archive's end says that it is."""
+
+    def __init__(self, handle: BinaryIO, where: str):
+        self._handle, self._where, self.most = handle, where, _MAX_DIRECTORY_BYTES
+        self.seek, self.tell, self.seekable = handle.seek, handle.tell, handle.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        at = self._handle.tell()
+        left = self._handle.seek(0, io.SEEK_END) - at
+        self._handle.seek(at)
+        size = min(size, left) if size >= 0 else left
+        if size > self.most:
+            what = "the zip archive names too many records: not a state dict"
+            raise unusable(self._where, what, _TO_SAFETENSORS)
+        return self._handle.read(size)
+
+
+def _is_compressed(record: zipfile.ZipInfo) -> bool:
+    is_stored = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+    return not is_stored or bool(record.flag_bits & 0x1)
 
 
 def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
@@ -290,30 +328,12 @@ def _shown(value: object) -> str:
     return _shortened.repr(value)[:80]
 
 
-def _directory_bytes(handle: BinaryIO) -> int:
-    """Size of the archive's list of records, as its end says; 0 where there is no end, which zipfile complains of.
-
-    Source: APPNOTE.TXT 4.3.14 and 4.3.16.
-    """
-    handle.seek(0, io.SEEK_END)
-    handle.seek(max(0, handle.tell() - _ZIP_END_BYTES))
-    tail = handle.read()
-    handle.seek(0)
-    found = tail.rfind(b"PK\x05\x06")
-    if found < 0:
-        return 0
-    large = tail.rfind(b"PK\x06\x06", 0, found)
-    sizes = [int.from_bytes(tail[found + 12 : found + 16], "little")]
-    if large >= 0:
-        sizes.append(int.from_bytes(tail[large + 40 : large + 48], "little"))
-    # 0xFFFFFFFF stands for the size in the large record.
-    return max(size for size in (*sizes, 0) if size != 0xFFFFFFFF)
-
-
 def _entry(
     name: Any, value: Any, records: Mapping[str, zipfile.ZipInfo], handle: BinaryIO, file: SourceFile
 ) -> TensorEntry:
     """One tensor. Raises ValueError with what is wrong with it."""
+    if isinstance(name, str) and len(name) > MAX_NAME_CHARACTERS:
+        raise ValueError(f"the name {_shown(name)} has {len(name)} characters (at most {MAX_NAME_CHARACTERS})")
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(f"the name {_shown(name)} is not the name of a tensor")
     if not isinstance(value, _Tensor):
@@ -327,7 +347,7 @@ def _entry(
     record = records.get(value.storage.key)
     if record is None:
         raise ValueError(f"tensor {name!r}: its storage {value.storage.key!r} is missing in the archive")
-    if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 0x1:
+    if _is_compressed(record):
         raise ValueError(f"tensor {name!r}: its storage is compressed or encrypted, which torch.save never does")
     start_in_record = value.offset * item_bytes
     nbytes = math.prod(value.shape) * item_bytes

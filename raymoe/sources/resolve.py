@@ -27,7 +27,7 @@ from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
 from raymoe.sources.heads import EMBEDDING, HEAD, has_own_head
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
-from raymoe.sources.local import LocalFolder, open_file, with_content
+from raymoe.sources.local import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import leftover_warning, quantisation_problems
 from raymoe.sources.refs import is_local_folder
@@ -203,6 +203,10 @@ def _open(
     index = _collect(problems, lambda: index_weights(folder))
     if not is_adapter:
         problems += quantisation_problems(folder.label, config or {}, index)
+    side, python = side_files(folder), side_files(folder, ("*.py",))
+    if isinstance(folder, LocalFolder):
+        problems += _outside(folder, side)
+        python = tuple(each for each in python if not _outside(folder, [each]))
     if problems or config is None or index is None:
         raise CheckpointError(problems)
     warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
@@ -212,11 +216,24 @@ def _open(
         folder=folder,
         config=_as_loaded(config),
         index=index,
-        side_files=side_files(folder),
-        python_files=side_files(folder, ("*.py",)),
+        side_files=side,
+        python_files=python,
         warnings=tuple(warning for warning in warnings if warning),
         own_head=not is_adapter and with_head and has_own_head(folder, config, index),
     )
+
+
+def _outside(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
+    """Files that travel with a model, and may be published with it, but are links to files of somewhere else."""
+    return [
+        Problem(
+            where=f"{folder.label}/{each.name}",
+            what="this link leads out of the model's folder, and the file would become part of the merge",
+            remedy="copy the file there, in the link's place",
+        )
+        for each in files
+        if leads_outside(each.file.location, folder.label)
+    ]
 
 
 def _as_loaded(config: Mapping[str, Any]) -> Mapping[str, Any]:

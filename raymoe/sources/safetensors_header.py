@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.sources.dtypes import DTYPE_BITS, tensor_nbytes
+from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, tensor_nbytes
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.untrusted import read_json
 
@@ -39,7 +39,7 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
     where = where or file.location
     raw, data_start = _header_bytes(read, file, where)
     items = _decode(raw, where)
-    problems: list[Problem] = []
+    problems = _Problems(where)
     entries: list[TensorEntry] = []
     for name, info in items:
         if name == "__metadata__":
@@ -47,12 +47,11 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
         try:
             entries.append(_entry(name, info, file, data_start))
         except ValueError as error:
-            problems.append(Problem(where=where, what=str(error), remedy=_DOWNLOAD_AGAIN))
-    if not problems:
+            problems.add(str(error))
+    if not problems.count:
         entries.sort(key=lambda entry: (entry.start, entry.end))
-        problems = _layout_problems(entries, file, data_start, where)
-    if problems:
-        raise CheckpointError(_capped(problems, where))
+        _check_layout(entries, file, data_start, problems)
+    problems.raise_any()
     return tuple(entries)
 
 
@@ -104,6 +103,8 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEntry:
     """One tensor of the header. Raises ValueError with what is wrong with it, seen alone."""
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise ValueError(f"tensor name {name[:40]!r}... has {len(name)} characters (at most {MAX_NAME_CHARACTERS})")
     if not name or not name.isprintable():  # also lone surrogates, which no file could be written with
         raise ValueError(f"tensor name {name!r} is empty or has unprintable characters")
     if not isinstance(info, dict):
@@ -111,6 +112,8 @@ def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEnt
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {name!r}: unknown dtype {dtype!r:.80}; known: {', '.join(DTYPE_BITS)}")
+    if isinstance(shape, list) and len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(shape)} dimensions (at most {MAX_DIMENSIONS})")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise ValueError(f"tensor {name!r}: shape {shape!r:.80} is not a list of sizes from 0 up")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
@@ -129,28 +132,41 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _layout_problems(entries: list[TensorEntry], file: SourceFile, data_start: int, where: str) -> list[Problem]:
+class _Problems:
+    """The first problems of a file; the rest are counted."""
+
+    def __init__(self, where: str):
+        self._where = where
+        self._kept: list[Problem] = []
+        self.count = 0
+
+    def add(self, what: str) -> None:
+        self.count += 1
+        if self.count <= _MAX_PROBLEMS:
+            self._kept.append(Problem(where=self._where, what=what, remedy=_DOWNLOAD_AGAIN))
+
+    def raise_any(self) -> None:
+        """Raise CheckpointError if there are problems."""
+        if self.count > _MAX_PROBLEMS:
+            what = f"and {self.count - _MAX_PROBLEMS} more problems of this kind in the file"
+            raise CheckpointError([*self._kept, Problem(where=self._where, what=what)])
+        if self._kept:
+            raise CheckpointError(self._kept)
+
+
+def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: _Problems) -> None:
     """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
-    problems: list[Problem] = []
     position, before = data_start, "the header"
     for entry in entries:
         if entry.start != position:
             kind = "overlaps" if entry.start < position else "leaves a gap after"
             what = f"tensor {entry.name!r} (from byte {entry.start}) {kind} {before}, which ends at {position}"
-            problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
+            problems.add(what)
         position, before = max(position, entry.end), f"tensor {entry.name!r}"
     if position != file.size:
         kind = "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
         what = f"the header describes a file of {position} bytes, but it has {file.size} ({kind})"
-        problems.append(Problem(where=where, what=what, remedy=_DOWNLOAD_AGAIN))
-    return problems
-
-
-def _capped(problems: list[Problem], where: str) -> list[Problem]:
-    if len(problems) <= _MAX_PROBLEMS:
-        return problems
-    rest = Problem(where=where, what=f"and {len(problems) - _MAX_PROBLEMS} more problems of this kind in the file")
-    return [*problems[:_MAX_PROBLEMS], rest]
+        problems.add(what)
 
 
 def _refuse(where: str, what: str, remedy: str = _DOWNLOAD_AGAIN) -> NoReturn:

@@ -9,6 +9,7 @@ Copying does not run it; only --trust-remote-code does.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ __all__ = [
 ReadFile = Callable[[SourceFile], bytes]
 
 _CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
-_RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
-_MAX_CODE_BYTES = 4 << 20
+_RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
+_MAX_CODE_BYTES = 1 << 20
+_NAMED = 5  # how many of many missing modules are named
 
 
 def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
@@ -40,19 +42,23 @@ def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
     modules, repositories = tokenizer_code(_json(facts.side_files, _CONFIG, read))
     beside = {side.name.removesuffix(".py"): side for side in facts.python_files}
     found: dict[str, SideFile] = {}
-    missing: list[str] = []
-    waiting = list(modules)
+    missing: dict[str, None] = {}
+    waiting = collections.deque(modules)
     while waiting:
-        name = waiting.pop(0)
+        name = waiting.popleft()
         if name in found or name in missing:
             continue
         if name not in beside:
-            missing.append(name)
+            missing[name] = None
             continue
         found[name] = beside[name]
-        waiting += _RELATIVE_IMPORT.findall(_code(beside[name].file, read))
+        waiting += dict.fromkeys(_RELATIVE_IMPORT.findall(_code(beside[name].file, read)))
     where = f"{facts.label}: its tokenizer (tokenizer_config.json: auto_map)"
-    warnings = [f"{where} needs {name}.py, which is not there: its own code can't be loaded" for name in missing]
+    warnings = [
+        f"{where} needs {name}.py, which is not there: its own code can't be loaded" for name in [*missing][:_NAMED]
+    ]
+    if len(missing) > _NAMED:
+        warnings.append(f"{where} needs {len(missing) - _NAMED} more modules, which are not there")
     warnings += [f"{where} has code of {name} on the Hub, which trust_remote_code=True runs" for name in repositories]
     return replace(
         facts,
@@ -142,7 +148,7 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
     try:
         parsed = read_json(content) if content else {}
         tokens = dict(_tokens(parsed, settings)) if parsed else None
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         pass
     has_code = any(tokenizer_code(settings))
     return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content)

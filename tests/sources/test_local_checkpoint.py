@@ -15,6 +15,8 @@ from raymoe.errors import CheckpointError
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import is_inside
 from raymoe.sources.local import LocalFolder
+from raymoe.sources.refs import parse_model_ref
+from raymoe.sources.resolve import resolve_model
 from tests.sources.checkpoints import Tensors, write_json, write_sharded
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -186,3 +188,41 @@ def test_no_permission(make_model: Callable[..., Path]) -> None:
     folder = make_model()
     os.chmod(folder / "model.safetensors", 0)
     assert "can't be read: Permission denied" in str(refused(folder))
+
+
+def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {f"t{n}": f"s{n}.bin" for n in range(3000)}})
+    said = str(refused(tmp_path))
+    assert "and 2995 more files of the index that can't be used" in said
+    assert len(said) < 5000
+
+
+def test_links_out_of_the_folder(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """What they lead to would be published with the merge."""
+    (tmp_path / "secret").write_text("key = XYZ")
+    model = make_model()
+    (model / "inside.json").write_text("{}")
+    (model / "generation_config.json").symlink_to("inside.json")
+    (model / "own.py").symlink_to(tmp_path / "secret")
+    facts = resolve_model(parse_model_ref(str(model)))
+    assert "generation_config.json" in [side.name for side in facts.side_files]
+    assert not facts.python_files
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja: this link leads out .*\n.*copy the file there"):
+        resolve_model(parse_model_ref(str(model)))
+
+
+@pytest.mark.parametrize("blobs", ["models--org--m", "models--org--other"])
+def test_links_of_the_hubs_cache(make_model: Callable[..., Path], tmp_path: Path, blobs: str) -> None:
+    snapshot = tmp_path / "cache" / "models--org--m" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    make_model().rename(snapshot)
+    target = tmp_path / "cache" / blobs / "blobs" / "abc"
+    target.parent.mkdir(parents=True)
+    target.write_text("{{ messages }}")
+    (snapshot / "chat_template.jinja").symlink_to(target)
+    if blobs == "models--org--m":
+        assert resolve_model(parse_model_ref(str(snapshot))).side_files
+    else:
+        with pytest.raises(CheckpointError, match="this link leads out of the model's folder"):
+            resolve_model(parse_model_ref(str(snapshot)))

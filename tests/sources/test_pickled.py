@@ -39,7 +39,8 @@ def save(path: Path, value: Any, **options: Any) -> Path:
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         parse(path)
-    assert all(problem.where == str(path) and problem.remedy for problem in caught.value.problems)
+    assert all(problem.where == str(path) for problem in caught.value.problems)
+    assert all(problem.remedy for problem in caught.value.problems[:5])
     return str(caught.value)
 
 
@@ -254,7 +255,25 @@ def test_records_that_are_larger_than_they_look(tmp_path: Path) -> None:
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     try:
-        assert "big-endian" in refusal(path)
+        assert "data.pkl or byteorder is compressed" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder"])
+def test_compressed_records_whose_declared_size_is_false(tmp_path: Path, name: str, compression: int) -> None:
+    """zipfile expands the whole of them: 64 MB here."""
+    path = tmp_path / "m.bin"
+    with zipfile.ZipFile(path, "w") as file:
+        for other in {"data.pkl", "byteorder"} - {name}:
+            file.writestr(f"m/{other}", pickle.dumps({}, 2) if other == "data.pkl" else b"little")
+        file.writestr(f"m/{name}", b"\0" * (64 << 20), compression)
+        file.getinfo(f"m/{name}").file_size = 6
+    tracemalloc.start()
+    try:
+        assert "data.pkl or byteorder is compressed" in refusal(path)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -286,6 +305,39 @@ def test_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     parse(path)
     monkeypatch.setattr("raymoe.sources.pickled._MAX_DIRECTORY_BYTES", size - 1)
     assert "names too many records" in refusal(path)
+
+
+def test_an_end_that_says_two_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zipfile does not look at the numbers of disks, which spell the beginning of another end here."""
+    path = archive(tmp_path / "m.bin", pickle.dumps({}, 2), data__0=b"")
+    data = path.read_bytes()
+    path.write_bytes(data[:-18] + b"PK\5\6" + data[-14:])
+    monkeypatch.setattr("raymoe.sources.pickled._MAX_DIRECTORY_BYTES", 100)
+    assert "names too many records" in refusal(path)
+
+
+def one_tensor(dimensions: int, name: bytes = b"w") -> bytes:
+    """The pickle of a tensor of shape (1, 1, ...)."""
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
+    sizes = b"(" + b"K\x01" * dimensions + b"t"
+    named = b"X" + len(name).to_bytes(4, "little") + name
+    return b"\x80\x02}" + named + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + sizes * 2 + b"tRs."
+
+
+def test_dimensions_and_names_that_are_too_many(tmp_path: Path) -> None:
+    path = tmp_path / "m.bin"
+    assert parse(archive(path, one_tensor(16, b"w" * 1000), data__0=b"abcd"))["w" * 1000].shape == (1,) * 16
+    assert "asks for a tensor of 17 dimensions" in refusal(archive(path, one_tensor(17), data__0=b"abcd"))
+    said = refusal(archive(path, one_tensor(1, b"w" * 1001), data__0=b"abcd"))
+    assert "has 1001 characters (at most 1000)" in said
+    assert len(said) < 500
+
+
+def test_problems_of_many_tensors_are_counted(tmp_path: Path) -> None:
+    said = refusal(archive(tmp_path / "m.bin", pickle.dumps({f"t{n}": 1 for n in range(40)}, 2)))
+    assert "'t4' is a int" in said
+    assert "'t5'" not in said
+    assert "and 35 more problems" in said
 
 
 def test_values_that_are_not_the_bytes(tmp_path: Path) -> None:

@@ -173,3 +173,20 @@ def test_dtype_names() -> None:
         dtype_code("float12")
     assert tensor_nbytes("BF16", (2, 3)) == 12
     assert tensor_nbytes("F4", (3,)) is None
+
+
+def test_dimensions_and_names_that_are_too_many() -> None:
+    assert parse(build({"w" * 1000: tensor(shape=[1] * 15 + [2])}, b"\0" * 8))[0].name == "w" * 1000
+    for header, words in (
+        ({"w": tensor(shape=[2**62] * 40_000)}, "has 40000 dimensions \\(at most 16\\)"),
+        ({"w" * 1001: tensor()}, "has 1001 characters \\(at most 1000\\)"),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            parse(build(header, b"\0" * 8))
+        assert len(str(caught.value)) < 500
+
+
+def test_problems_of_many_tensors_are_counted() -> None:
+    with pytest.raises(CheckpointError, match="and 35 more problems of this kind") as caught:
+        parse(build({f"t{number}": 0 for number in range(40)}))
+    assert len(caught.value.problems) == 6

@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 import raymoe
+from raymoe.architectures.spec import DenseSpec, read_spec
 from raymoe.errors import ProblemReport
+from raymoe.report.inspect import inspect_checkpoint
 from raymoe.report.source_cards import read_front_matter
+from raymoe.sources.dtypes import tensor_nbytes
 from raymoe.sources.folder import read_json_object
 from raymoe.sources.local import LocalFolder
 from raymoe.storage.checkpoint import read_object
@@ -126,3 +129,39 @@ def test_a_deep_header(tmp_path: Path, zoo: Callable[..., Path]) -> None:
     (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ProblemReport, match=r"header is not valid JSON: .*nested more than 64 deep"):
         raymoe.plan(merge_config(base, [base, zoo("llama", seed=1)], mode="random"))
+
+
+EXPERTS = "model.layers.0.block_sparse_moe"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype", "shape", "count"),
+    [
+        ("granitemoe", f"{EXPERTS}.input_linear.weight", "F32", [2**62, 0, 4], 2**62),
+        ("granitemoe", f"{EXPERTS}.input_linear.weight", "F32", [0, 4, 4], 0),
+        ("granitemoe", f"{EXPERTS}.input_linear.weight", "F32", [], 0),
+        ("mixtral", f"{EXPERTS}.experts.{'1' * 900}.w1.weight", "F32", [2, 2], 0),
+        ("mixtral", f"{EXPERTS}.experts.3.w1.weight", "F32", [2, 2], 1),
+        *(("mixtral", f"{EXPERTS}.gate.weight", "F32", shape, 0) for shape in ([4], [2, 2, 2], [0, 2], [2, 0])),
+        *(("mixtral", f"{EXPERTS}.gate.weight", dtype, [2, 2], 0) for dtype in ("I64", "F8_E4M3")),
+    ],
+)
+def test_experts_and_routers_that_are_none(
+    kind: str, name: str, dtype: str, shape: list[int], count: int, tmp_path: Path
+) -> None:
+    size = tensor_nbytes(dtype, shape)
+    assert size is not None
+    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    found = inspect_checkpoint(tmp_path)
+    assert (found["experts"], found["routers"]) == (count, {"layers": 0})
+
+
+@pytest.mark.parametrize("layers", [10**12, 10**30, 10_001])
+def test_layers_that_no_model_has(layers: int) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    problems = read_spec({"model_type": "llama", "num_hidden_layers": layers, **sizes}, "m")
+    assert not isinstance(problems, DenseSpec)
+    assert problems[0].what == f"num_hidden_layers is {layers}"
+    assert isinstance(read_spec({"model_type": "llama", "num_hidden_layers": 10, **sizes}, "m"), DenseSpec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, resolve_model
 from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos, with_tokenizer_code
-from raymoe.sources.types import ModelFacts, SourceFile
+from raymoe.sources.types import ModelFacts, SideFile, SourceFile
 from tests.pico import save_tokenizer
 
 Make = Callable[..., Path]
@@ -119,3 +120,22 @@ def test_no_torch(make_model: Make) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     assert done.stdout == "True set()\n"
+
+
+def test_code_that_imports_many_modules(make_model: Make) -> None:
+    folder = make_model()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.Slow", None]}}))
+    (folder / "own.py").write_text("\n" * 500_000 + "".join(f"from .a{n} import X\n" for n in range(20_000)))
+    began = time.process_time()
+    warnings = facts_of(folder).warnings
+    assert time.process_time() - began < 5
+    assert len(warnings) == 6
+    assert "needs a4.py, which is not there" in warnings[4]
+    assert "needs 19995 more modules" in warnings[5]
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", '"x"', "null"])
+def test_token_ids_that_are_no_numbers(number: str) -> None:
+    content = f'{{"model": {{"vocab": {{"a": {number}}}}}}}'.encode()
+    file = SideFile(name="tokenizer.json", file=SourceFile(location="/m/tokenizer.json", size=len(content)))
+    assert tokenizer_facts((file,), lambda _: content).tokens is None
