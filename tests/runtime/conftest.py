@@ -90,11 +90,16 @@ def second_node(ray_env: dict[str, str]) -> Iterator[Callable[[], subprocess.Pop
     words += ["--num-cpus", "2", "--disable-usage-stats"]
 
     def node() -> subprocess.Popen[bytes]:
-        if not nodes or nodes[-1].poll() is not None:
-            env = {key: value for key, value in ray_env.items() if key != "RAY_ADDRESS"}
-            quiet = subprocess.DEVNULL
-            nodes.append(subprocess.Popen(words, env=env, stdout=quiet, stderr=quiet, start_new_session=True))
-            wait_until(lambda: ray.cluster_resources().get("CPU", 0) >= 4, "the second node's start")
+        env = {key: value for key, value in ray_env.items() if key != "RAY_ADDRESS"}
+        quiet = subprocess.DEVNULL
+
+        def is_there() -> bool:
+            # Ray gives up a start that takes long, as on a busy machine: then it is started again.
+            if not nodes or nodes[-1].poll() is not None:
+                nodes.append(subprocess.Popen(words, env=env, stdout=quiet, stderr=quiet, start_new_session=True))
+            return bool(ray.cluster_resources().get("CPU", 0) >= 4)
+
+        wait_until(is_there, "the second node's start")
         return nodes[-1]
 
     yield node
