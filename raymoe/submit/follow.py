@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import MergeFailed
+from raymoe.outgoing import printable
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -74,6 +75,6 @@ class _Log:
         async for text in client.tail_job_logs(job):
             new = text[to_skip:]
             to_skip = max(0, to_skip - len(text))
-            sys.stdout.write(new)
+            sys.stdout.write(printable(new))
             sys.stdout.flush()
             self._printed += len(new)

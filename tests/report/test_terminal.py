@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +15,7 @@ from raymoe.outgoing import for_people, has_unprintable, json_text, printable
 from raymoe.report import terminal
 from raymoe.report.display import print_verification
 from raymoe.runtime.verify import Verification
+from raymoe.submit.follow import _Log
 from tests.cli.conftest import cli
 from tests.pico import copy_model, merge_config
 
@@ -66,6 +68,20 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert not has_unprintable(said.out + said.err)
     assert "\nverified" not in said.out
+
+
+def test_logs_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    """A connection that begins with the first line again repeats nothing."""
+
+    class Client:
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield f"a\n{HOSTILE}\n"
+            yield "b\n"
+
+    log = _Log()
+    for _ in range(2):
+        asyncio.run(log.tail(cast(Any, Client()), "job"))
+    assert capsys.readouterr().out == f"a\n{SHOWN}\nb\n"
 
 
 @pytest.fixture
