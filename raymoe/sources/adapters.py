@@ -245,7 +245,7 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 @dataclass(slots=True)
@@ -293,6 +293,7 @@ def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fau
     held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out]
     components = {component for module in held for component in module.split(".")}
     named = config.get("modules_to_save") or []
+    named = named if isinstance(named, list) else [named]
     if missing := [name for name in named if not isinstance(name, str) or name.rpartition(".")[2] not in components]:
         what = f"modules_to_save in adapter_config.json names {some([repr(n) for n in missing])}"
         yield _Fault(f"{what}, and the adapter's file holds no tensors of it", _SAVE_AGAIN)
