@@ -77,14 +77,14 @@ class Labels:
         """An expert by a name that only one has, or by number."""
         if self._names.count(name) == 1:
             return self._names.index(name)
-        if name not in self._names and name.isdecimal() and int(name) < len(self._names):
+        if name not in self._names and len(name) < 10 and name.isdecimal() and int(name) < len(self._names):
             return int(name)
         return None
 
 
 def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> list[LabelledText]:
     """The first `options.limit` texts of each label, in the file's order. Raises ProblemReport with all problems."""
-    problems: list[Problem] = []
+    problems = _Kinds(str(file))
     found: list[LabelledText] = []
     taken: dict[str, int] = {}
     for line, content in _lines(file):
@@ -92,15 +92,15 @@ def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> 
             text = _labelled(line, content, labels, options)
         except ValueError as error:
             what, remedy = error.args
-            problems.append(Problem(where=f"{file}, line {line}", what=what, remedy=remedy))
+            problems.add(Problem(where=f"{file}, line {line}", what=what, remedy=remedy))
             continue
         taken[text.label] = taken.get(text.label, 0) + 1
         if not options.limit or taken[text.label] <= options.limit:
             found.append(text)
-    if not taken and not problems:
-        problems.append(Problem(where=str(file), what="it has no texts", remedy="give one JSON object a line"))
-    if problems:
-        raise ProblemReport(_shown(problems, str(file)))
+    if not taken:
+        problems.raise_any()
+        raise ProblemReport([Problem(where=str(file), what="it has no texts", remedy="give one JSON object a line")])
+    problems.raise_any()
     return found
 
 
@@ -112,7 +112,7 @@ def tokenised(
     Raises ProblemReport for texts that leave nothing to predict or that the model has no embedding for.
     """
     ids: list[tuple[int, ...]] = []
-    problems: list[Problem] = []
+    problems = _Kinds(str(file))
     truncated = 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         some = texts[start : start + _TEXTS_AT_ONCE]
@@ -120,9 +120,9 @@ def tokenised(
         for text, tokens in zip(some, found, strict=True):
             ids.append(tuple(tokens[:max_tokens]))
             truncated += len(tokens) > max_tokens
-            problems += _token_problems(tokens, vocab, f"{file}, line {text.line}")
-    if problems:
-        raise ProblemReport(_shown(problems, str(file)))
+            for problem in _token_problems(tokens, vocab, f"{file}, line {text.line}"):
+                problems.add(problem)
+    problems.raise_any()
     bos = tokenizer.bos_token_id
     skipped = int(bos is not None and all(tokens[0] == bos for tokens in ids))
     return TokenisedTexts(ids=tuple(ids), truncated=truncated, skipped=skipped)
@@ -200,15 +200,29 @@ def _field(value: Mapping[str, Any], name: str, option: str) -> Any:
     return value[name]
 
 
-def _shown(problems: Sequence[Problem], file: str) -> list[Problem]:
-    """Each kind of problem once, with the lines that have it, and so many kinds that a person still reads them."""
-    lines: dict[Problem, list[str]] = {}
-    for problem in problems:
-        lines.setdefault(replace(problem, where=""), []).append(problem.where)
-    kinds = [
-        replace(problem, where=where[0] if len(where) == 1 else f"{where[0]}, and {len(where) - 1} more lines")
-        for problem, where in lines.items()
-    ]
-    if (rest := sum(map(len, list(lines.values())[_SHOWN_PROBLEMS:]))) == 0:
-        return kinds
-    return [*kinds[:_SHOWN_PROBLEMS], Problem(where=file, what=f"and {rest} more lines like these")]
+class _Kinds:
+    """Each kind of problem once, with how many lines have it, and so many kinds that a person still reads them."""
+
+    def __init__(self, file: str):
+        self._file = file
+        self._kinds: dict[Problem, tuple[str, int]] = {}  # without the place: the first place, and the number of lines
+        self._more = 0
+
+    def add(self, problem: Problem) -> None:
+        kind = replace(problem, where="")
+        if kind not in self._kinds and len(self._kinds) >= _SHOWN_PROBLEMS:
+            self._more += 1
+        else:
+            where, count = self._kinds.get(kind, (problem.where, 0))
+            self._kinds[kind] = (where, count + 1)
+
+    def raise_any(self) -> None:
+        """Raise ProblemReport if there are problems."""
+        found = [
+            replace(kind, where=where if count == 1 else f"{where}, and {count - 1} more lines")
+            for kind, (where, count) in self._kinds.items()
+        ]
+        if self._more:
+            found.append(Problem(where=self._file, what=f"and {self._more} more lines like these"))
+        if found:
+            raise ProblemReport(found)

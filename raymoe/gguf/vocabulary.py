@@ -66,6 +66,8 @@ class _Tokens:
     added: list[AddedToken] = field(default_factory=list)
 
     def add(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
+        if not isinstance(number, int) or number < 0 or not isinstance(text, str):
+            raise ValueError(f"the token {text!r:.80} has the id {number!r:.80}")
         self.text[number], self.type[number], self.score[number] = text, kind, score
 
     def leave_out_added(self, size: int) -> list[AddedToken]:
@@ -335,7 +337,9 @@ def _encoded(files: Mapping[str, Path]) -> list[int] | None:
     from tokenizers import Tokenizer
 
     try:
-        ids: list[int] = Tokenizer.from_file(str(files["tokenizer.json"])).encode("a").ids
+        tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+        tokenizer.no_truncation()  # one whose stride is too long for its length makes the library panic
+        ids: list[int] = tokenizer.encode("a").ids
     except Exception as error:  # the library raises nothing narrower
         what = f"can't be read: {error}"
         raise ProblemReport([Problem(where=str(files["tokenizer.json"]), what=what, remedy=FILES)]) from None

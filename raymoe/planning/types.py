@@ -56,6 +56,16 @@ class MergeOptions:
     quantise_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
     strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
 
+    def __post_init__(self) -> None:
+        """Raises TypeError: a record of somebody else may hold anything."""
+        for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantise_gates", (str, type(None)))):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r:.80}")
+        for name in ("allow_crimes", "copy_tokenizer", "model_card", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}, not true or false")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:

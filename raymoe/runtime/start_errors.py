@@ -35,7 +35,10 @@ def knock(address: str) -> None:
 
 
 def _job_server(address: str) -> Problem:
-    host = urlsplit(address).hostname or "HEAD"
+    try:
+        host = urlsplit(address).hostname or "HEAD"
+    except ValueError:  # a bracket that stays open
+        host = "HEAD"
     named = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") == address else "--address"
     remedy = f"send the merge there with `raymoe submit`, or name the cluster itself: {host}:6379 or ray://{host}:10001"
     if named == "RAY_ADDRESS":

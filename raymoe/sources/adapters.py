@@ -270,7 +270,7 @@ def _ways_to_try(pattern: str) -> float:
 
 
 def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 @dataclass(slots=True)
@@ -318,6 +318,7 @@ def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fau
     held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out]
     components = {component for module in held for component in module.split(".")}
     named = config.get("modules_to_save") or []
+    named = named if isinstance(named, list) else [named]
     missing = [name for name in named if not isinstance(name, str) or name.rpartition(".")[2] not in components]
     # Of sequence and token classifiers, peft writes the names that the head may have; a model has one of them.
     if _CLASSIFIERS.issubset(name for name in named if isinstance(name, str)) and not _CLASSIFIERS.issubset(missing):

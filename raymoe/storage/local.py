@@ -40,6 +40,7 @@ from raymoe.storage.records import (
     json_object,
 )
 from raymoe.storage.stream import RouterBytes, shard_chunks
+from raymoe.untrusted import MAX_JSON_BYTES
 
 __all__ = ["LocalOutput", "check_output", "file_checksum", "recorded_files", "remove_checkpoint"]
 
@@ -345,7 +346,7 @@ def finished_merge(root: Path) -> FinishedMerge | None:
     """The finished merge in a folder, by its record; None where there is none, or a merge has begun to replace it."""
     journal = Journal(root)
     try:
-        found = FinishedMerge.of(json_object((root / RECORD_NAME).read_bytes()))
+        found = FinishedMerge.of(_record(root))
     except OSError:
         return None
     if found is not None and journal.exists and (journal.digest() != found.digest or journal.is_clearing):
@@ -376,10 +377,16 @@ def _is_behind_a_link(root: Path, path: Path) -> bool:
     return any(parent.is_symlink() or not parent.is_dir() for parent in between)
 
 
+def _record(root: Path) -> dict[str, Any]:
+    """The record in a folder; empty where it is none. Raises OSError where it can't be read."""
+    path = root / RECORD_NAME
+    return json_object(path.read_bytes()) if path.stat().st_size <= MAX_JSON_BYTES else {}
+
+
 def recorded_files(root: Path) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     try:
-        files = json_object((root / RECORD_NAME).read_bytes()).get("files")
+        files = _record(root).get("files")
     except OSError:
         return []
     names = files if isinstance(files, (dict, list)) else ()

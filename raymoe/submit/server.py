@@ -69,10 +69,10 @@ def _problem(url: str, what: str, remedy: str) -> ProblemReport:
 def _url(address: str) -> str:
     """`http://host:port` of an address. Ray's other kinds (`auto`, ray://) name what is no job server."""
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or parts.scheme == "https")
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is no number, a bracket that stays open
         sound = False
     if not sound:
         what = "this is not the address of a job server"

@@ -211,3 +211,11 @@ def test_options_that_can_not_be() -> None:
 def test_texts_are_no_objects(place: str) -> None:
     with pytest.raises(ProblemReport, match="--data: this looks like a URL, and texts are read from a file of this"):
         read_texts(Path(place), Labels(["code"]), EvaluationOptions())
+
+
+def test_labels_of_many_digits_and_many_kinds_of_problems(tmp_path: Path) -> None:
+    lines = [{"text": "a", "label": "1" * 5000}, *({"text": "a", "label": f"x{n}"} for n in range(50))]
+    said = refused(write(tmp_path, *lines, {"text": "a", "label": "x0"}))
+    assert "unknown label '1111" in said
+    assert "line 2, and 1 more lines" in said
+    assert "and 31 more lines like these" in said

@@ -14,13 +14,19 @@ import yaml
 import raymoe
 from raymoe.architectures.spec import DenseSpec, read_spec
 from raymoe.errors import ProblemReport
+from raymoe.gguf.vocabulary import read_vocabulary
+from raymoe.planning import MergeOptions
 from raymoe.report.inspect import inspect_checkpoint
 from raymoe.report.source_cards import read_front_matter
+from raymoe.runtime.start_errors import refuse_job_server
+from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.dtypes import tensor_nbytes
 from raymoe.sources.folder import read_json_object
 from raymoe.sources.local import LocalFolder
+from raymoe.sources.types import CheckpointIndex, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import read_object
-from raymoe.storage.local import remove_checkpoint
+from raymoe.storage.local import recorded_files, remove_checkpoint
+from raymoe.submit.server import _url
 from raymoe.untrusted import MAX_VALUES, read_json, read_yaml
 from tests.pico import copy_model, merge_config
 
@@ -165,3 +171,62 @@ def test_layers_that_no_model_has(layers: int) -> None:
     assert not isinstance(problems, DenseSpec)
     assert problems[0].what == f"num_hidden_layers is {layers}"
     assert isinstance(read_spec({"model_type": "llama", "num_hidden_layers": 10, **sizes}, "m"), DenseSpec)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_shard_bytes": "x"}, {"seed": True}, {"quantise_gates": {"a": 1}}, {"strict": "no"}]
+)
+def test_options_of_a_record(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is "):
+        MergeOptions(**options)
+
+
+def test_addresses_that_are_none() -> None:
+    for ask in (_url, refuse_job_server):
+        with pytest.raises(ProblemReport, match="address of a"):
+            ask("http://[::1")
+
+
+def test_a_record_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raymoe.json").write_text('{"files": ["a"]}')
+    assert recorded_files(tmp_path) == ["a"]
+    monkeypatch.setattr("raymoe.storage.local.MAX_JSON_BYTES", 10)
+    assert recorded_files(tmp_path) == []
+
+
+STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def vocabulary(folder: Path, vocab: dict[str, Any], **others: Any) -> tuple[str, ...]:
+    tokenizer = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": STEP, "decoder": STEP}
+    tokenizer |= {"post_processor": None, "model": {"type": "BPE", "vocab": vocab, "merges": []}, **others}
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer))
+    return read_vocabulary({path.name: path}, {}, 2, pre="gpt-2", name="m", label="m").tokens
+
+
+@pytest.mark.parametrize("number", ["x", None, 0.5, -5])
+def test_ids_of_tokens_that_are_no_numbers(number: Any, tmp_path: Path) -> None:
+    with pytest.raises(ProblemReport, match=r"no tokenizer.json that can be read: ValueError the token 'b' has the id"):
+        vocabulary(tmp_path, {"a": 0, "b": number})
+    with pytest.raises(ProblemReport, match=r"no tokenizer.json that can be read: ValueError the token 'b' has the id"):
+        vocabulary(tmp_path, {"a": 0}, added_tokens=[{"id": number, "content": "b", "special": True}])
+
+
+def test_a_truncation_that_makes_the_library_panic(tmp_path: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
+    step = {**STEP, "add_prefix_space": True}
+    found = vocabulary(tmp_path, {"a": 0, "\u0120": 1}, truncation=truncation, pre_tokenizer=step)
+    assert found == ("a", "\u0120")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"modules_to_save": 5}, "modules_to_save in .* names 5"), ({"lora_alpha": 10**400}, "'lora_alpha' in .* is 10")],
+)
+def test_settings_of_an_adapter(changes: dict[str, Any], words: str) -> None:
+    entry = TensorEntry(name="w", dtype="F32", shape=(1,), file=SourceFile(location="/m", size=4), start=0, end=4)
+    index = CheckpointIndex(files=(entry.file,), tensors={"w": entry})
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **changes}
+    with pytest.raises(ProblemReport, match=words):
+        adapter_facts("m", None, config, CheckpointIndex(files=(), tensors={}), index)
