@@ -228,7 +228,7 @@ def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**48
 
 
 def _is_list_of(value: object, kind: type) -> bool:

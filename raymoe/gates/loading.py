@@ -118,7 +118,8 @@ class LayerLoader:
                 yield from ring.layers()
             return
         largest = max((sum(map(_elements, _local_weights(layer).values())) for layer in layers), default=0)
-        buffers = [torch.empty(largest, dtype=self._dtype) for _ in range(2)]
+        with torch.inference_mode(False):  # they are written by a thread that is in no such mode
+            buffers = [torch.empty(largest, dtype=self._dtype) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
             ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0], buffers[0]) if layers else None
             for number in range(len(layers)):

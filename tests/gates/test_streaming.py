@@ -139,3 +139,14 @@ def test_progress_counts_every_token_of_every_layer(zoo: Callable[..., Path]) ->
     tokenizer = load_tokenizer(base, trust_remote_code=False)
     ids = tokenize(tokenizer, prompts.positive, vocab=416, owner="expert 0")
     assert sum(counts) == (LAYERS - 1) * sum(map(len, ids))
+
+
+def test_layers_are_read_and_converted_within_inference_mode(zoo: Callable[..., Path]) -> None:
+    """As `raymoe eval` does: the loader's own thread is in no such mode, and fills buffers that were made before."""
+    base = zoo("llama", dtype="bfloat16")
+    prompts = raymoe.plan(merge_config(base, [base] * 2), allow_all_same=True).gates.experts[0]
+    outside = states(prompts, [prompts_of(LENGTHS)])
+    with torch.inference_mode():
+        within = states(prompts, [prompts_of(LENGTHS)])
+    assert within.keys() == outside.keys()
+    assert all(torch.equal(within[prompt], outside[prompt]) for prompt in within)
