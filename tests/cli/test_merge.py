@@ -216,12 +216,10 @@ def test_overwriting_leaves_nothing_of_another_model(zoo: Callable[..., Path], c
     assert (out / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
 
 
-def test_prompts_that_can_not_be_read_end_a_merge_that_has_begun(
-    zoo: Callable[..., Path], cli: Cli, tmp_path: Path
-) -> None:
-    """1 and not 2: shards may have been written by then."""
+def test_prompts_that_can_not_be_read_are_refused(zoo: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:
+    """Before anything is written: the tokenizer's files tell which tokens there are."""
     small = zoo("llama", seed=3, vocab_size=80)
     content = merge_config(small, [small, zoo("llama", seed=4, vocab_size=80)], mode="hidden")
     answer = cli("merge", write_config(tmp_path / "c.yaml", content), tmp_path / "out", "--actors", "1")
-    assert answer.code == 1
+    assert answer.code == 2 and not (tmp_path / "out").exists()
     assert "expert 0, prompt 1" in answer.err and "Traceback" not in answer.err
