@@ -11,7 +11,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/index_answers.py $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX)))
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 BASE := models/SmolLM2-135M-Instruct
 # Rebuilt when what is installed changes.
 READY := $(VENV)/.ready
@@ -46,13 +46,13 @@ $(READY): pyproject.toml constraints.txt Makefile
 $(HARNESS)/.ready: $(READY)
 	$(PYTHON) -m venv $(HARNESS)
 	$(call below,$(HARNESS))
-	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -q -c $(PINNED) lm_eval
+	$(HARNESS)/bin/python -m pip install --disable-pip-version-check -qq -c $(PINNED) lm_eval
 	touch $@
 
 $(OLDER)/.ready: $(READY)
 	$(PYTHON) -m venv $(OLDER)
 	$(call below,$(OLDER))
-	$(OLDER)/bin/python -m pip install --disable-pip-version-check -q "transformers==4.57.6"
+	$(OLDER)/bin/python -m pip install --disable-pip-version-check -qq "transformers==4.57.6"
 	touch $@
 
 $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)

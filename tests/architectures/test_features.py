@@ -342,7 +342,8 @@ def test_a_stored_copy_of_tied_embeddings_is_left_out(zoo: Callable[..., Path], 
     assert "lm_head.weight" not in plan.index["weight_map"]
     ids = token_ids(TOKENS)
     expected = logits_of(load_dense(tied), ids)
-    assert (logits_of(load_merged(tmp_path / "merged"), ids) - expected).abs().max() < 1e-5
+    # Rounding grows with the value, and differs between processors: these logits are up to 10.
+    torch.testing.assert_close(logits_of(load_merged(tmp_path / "merged"), ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_old_tensors_that_no_model_reads_are_left_out(zoo: Callable[..., Path], tmp_path: Path) -> None:
