@@ -120,9 +120,9 @@ def _meant(scheme: str, rest: str) -> str:
 def _is_scheme(scheme: str) -> bool:
     if scheme in _SCHEMES:
         return True
-    import fsspec
+    from fsspec.registry import available_protocols, registry
 
-    return scheme in fsspec.available_protocols()
+    return scheme in available_protocols() or scheme in registry  # the latter of this process
 
 
 def _shown(text: str) -> str:
