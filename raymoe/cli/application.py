@@ -17,7 +17,7 @@ from raymoe.errors import RaymoeError
 from raymoe.outgoing import Scrubbed, remember_secrets
 from raymoe.report.terminal import say
 
-__all__ = ["app", "main", "stoppable"]
+__all__ = ["app", "main", "run_command", "stoppable"]
 
 app = typer.Typer(
     name="raymoe",
@@ -75,13 +75,18 @@ def _main(
 
 def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
+    try:
+        run_command()
+    finally:  # all is done and said: a signal that still comes does not change the exit status
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def run_command() -> NoReturn:
+    """Run the command that `sys.argv` holds, and raise SystemExit. The process may go on afterwards."""
     make_streams_safe()
     with _scrubbed_streams():
-        try:
-            _run()
-        finally:  # all is done and said: a signal that still comes does not change the exit status
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+        _run()
         sys.exit(0)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raymoe.cli import main
+from raymoe.cli import run_command
 from tests.cli.commands import write_config
 
 
@@ -32,7 +32,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["raymoe", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            main()
+            run_command()
         said = capsys.readouterr()
         return Answer(exit.value.code if isinstance(exit.value.code, int) else 1, said.out, said.err)
 

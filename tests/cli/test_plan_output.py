@@ -71,7 +71,10 @@ def test_finished_merges(cli: Cli, config: Callable[..., Path], tmp_path: Path) 
     out = tmp_path / "out"
     merge_without_ray(yaml.safe_load(config().read_text()), out)
     digest = json.loads(cli("plan", config(), "--json").out)["digest"]
-    (out / "raymoe.json").write_text(json.dumps({"plan_digest": digest, "files": {}}))
+    files = {path.name: {"size": path.stat().st_size, "checksum": "xxh3-128:0"} for path in out.iterdir()}
+    files["README.md"] = {"size": 0, "checksum": "xxh3-128:0"}
+    (out / "README.md").touch()
+    (out / "raymoe.json").write_text(json.dumps({"plan_digest": digest, "files": files}))
     same = cli("plan", config(), out)
     assert same.code == 0 and f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in same.out
     assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"] is True
@@ -96,6 +99,6 @@ def test_a_probe_of_another_process_is_no_output() -> None:
     url = "memory://probes/out"
     store = open_store(url, StorageOptions())
     store.put(f"{url}/.raymoe/probe-0123", b"")
-    assert occupied(store, ObjectJournal(store, url), url, "digest") is None
+    assert occupied(store, ObjectJournal(store, url), url, "digest") == []
     assert write_problems(open_output(url, StorageOptions()), StorageOptions()) == []
     assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]

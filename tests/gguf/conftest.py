@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raymoe.cli import main
+from raymoe.cli import run_command
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -77,7 +77,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["raymoe", "gguf", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            run_command()
         said = capsys.readouterr()
         return Answer(ended.value.code if isinstance(ended.value.code, int) else 1, said.out, said.err)
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from raymoe.cli import main
+from raymoe.cli import run_command
 from tests.cli.commands import write_config
 from tests.gguf.test_same_as_transformers import LLAMA3
 from tests.pico import copy_model, merge_config
@@ -212,6 +212,6 @@ def test_without_the_gguf_package(cli: Cli, zoo: Callable[..., Path], tmp_path: 
 def test_help_needs_no_gguf_and_no_torch(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("sys.argv", ["raymoe", "gguf", "--help"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_command()
     assert ended.value.code == 0
     assert "--type" in capsys.readouterr().out
