@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from raymoe.errors import RaymoeError
 from raymoe.outgoing import scrub, scrub_streams
@@ -59,7 +59,11 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
             told = _told(error)
         raise told
 
-    return stream if inspect.isgeneratorfunction(method) else call  # Ray asks so too
+    wrapper: Any = stream if inspect.isgeneratorfunction(method) else call  # Ray asks so too
+    # Ray looks for the options of a method, such as its concurrency group, at what `__wrapped__` leads to.
+    vars(wrapper).pop("__wrapped__")
+    wrapper.__signature__ = inspect.signature(method)
+    return cast(Callable[..., Any], wrapper)
 
 
 def _told(error: Exception) -> Exception:

@@ -85,3 +85,16 @@ def test_errors_of_actors_tell_no_secrets(fails: Callable[[], None], kind: type[
             call()
         assert type(caught.value) is kind and said in str(caught.value)
         assert "C4N4RY" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_wrapped_methods_keep_the_options_that_ray_reads() -> None:
+    """Ray looks for them behind `__wrapped__`: without its groups an actor answers nothing while it works."""
+
+    class Worker:
+        def answer(self, number: int, more: int = 0) -> int:
+            return number + more
+
+    wrapped = without_secrets(Worker.answer)
+    assert inspect.unwrap(wrapped) is wrapped
+    assert inspect.signature(wrapped) == inspect.signature(Worker.answer)
+    assert wrapped(Worker(), 1, more=2) == 3
