@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
-from raymoe.errors import MergeFailed, Problem
+from raymoe.errors import MergeFailed
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError, UploadGone
 from raymoe.objects.store import MultipartStore, UploadedPart, open_store
@@ -27,20 +27,16 @@ from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
-from raymoe.storage.claim import Claim, replaced
+from raymoe.storage.claim import Claim
 from raymoe.storage.object_journal import (
     NotedUpload,
     ObjectJournal,
-    WrittenFiles,
-    finished_claim,
-    finished_merge,
-    occupied,
-    recorded_files,
     remove_checkpoint,
 )
 from raymoe.storage.output import Progress, ShardJob, read_stream
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import INDEX_NAME, FileRecord
+from raymoe.storage.store_output import StoreOutput
 from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["S3Output"]
@@ -55,59 +51,15 @@ _META_PLAN, _META_ORIGIN = "raymoe-plan", "raymoe-origin"
 _RELEASE_S = 60
 
 
-class S3Output:
+class S3Output(StoreOutput[MultipartStore]):
     """Implements `Output` on S3."""
 
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
-        self.location = location
-        self._storage = storage
-        self._store = cast(MultipartStore, open_store(location, storage))
-        self._journal = ObjectJournal(self._store, location, run)
-        self._written = WrittenFiles(self._store, location)
-        self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
+        super().__init__(location, cast(MultipartStore, open_store(location, storage)), storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
         self._parts_there: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
-
-    @property
-    def run(self) -> str:
-        return self._journal.run
-
-    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
-        try:
-            problems = occupied(self._store, self._journal, self.location, digest)
-        except StorageError as error:
-            return list(error.problems)
-        return [] if overwrite else problems
-
-    def digest(self) -> str | None:
-        return self._journal.digest()
-
-    def finished_merge(self) -> FinishedMerge | None:
-        return finished_merge(self._store, self._journal, self.location)
-
-    def recorded_files(self) -> Sequence[str]:
-        try:
-            return recorded_files(self._store, self.location)
-        except StorageError:  # `problems` says so
-            return ()
-
-    def clean_up(self) -> None:
-        if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
-            self._clear(claim)
-
-    def _clear(self, claim: Claim) -> None:
-        uploads = self._journal.all_uploads()
-        self._journal.check_claim(claim)  # and so none of them is a newer run's
-        self._abort(uploads)
-        self._journal.clear(claim)
-
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
-        return self._journal.changed_sources(stamps)
-
-    def lock(self) -> None:
-        """Nothing to take: see `ObjectJournal`."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
@@ -119,14 +71,8 @@ class S3Output:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
             self._journal.cleared()
 
-    def spoil(self) -> None:
-        self._journal.spoil()
-
     def same_store(self, file: SourceFile) -> bool:
         return is_s3(file.location)
-
-    def is_reachable(self) -> bool:
-        return self._journal.is_of_this_run
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         name = shard.file_name
@@ -189,14 +135,7 @@ class S3Output:
         return record
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        self._journal.check_run()
-        url = join(self.location, name)
-        try:
-            info = self._store.put(url, content, only_if_absent=True)
-        except ObjectExists:  # an earlier run wrote it, or a newer one just now
-            self._journal.check_run()
-            info = self._store.put(url, content)
-        return self._wrote(name, len(content), info.etag)
+        return self._wrote(name, len(content), self._put_small(name, content).etag)
 
     def _wrote(self, name: str, size: int, etag: str | None) -> FileRecord:
         info = self._store.stat(join(self.location, name))
@@ -220,15 +159,11 @@ class S3Output:
             info = self._store.put(url, content)
         return self._wrote(INDEX_NAME, len(content), info.etag)
 
-    def end(self, record: bytes) -> None:
-        self._written.check()
-        self._journal.check_run()
-        url = join(self.location, RECORD_NAME)
-        try:
-            self._store.put(url, record, only_if_absent=True)
-        except ObjectExists as error:  # there was none when this run began
-            raise replaced(url) from error
-        self._clear(self._journal.check_run())
+    def _clear(self, claim: Claim) -> None:
+        uploads = self._journal.all_uploads()
+        self._journal.check_claim(claim)  # and so none of them is a newer run's
+        self._abort(uploads)
+        super()._clear(claim)
 
     def release(self) -> None:
         """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has

@@ -18,27 +18,19 @@ from typing import Any, cast
 
 import xxhash
 
-from raymoe.errors import MergeFailed, Problem
+from raymoe.errors import MergeFailed
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import ObjectExists, StorageError
+from raymoe.objects.problems import StorageError
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Shard
 from raymoe.sources.types import SourceFile
-from raymoe.storage.claim import replaced
-from raymoe.storage.object_journal import (
-    ObjectJournal,
-    WrittenFiles,
-    finished_claim,
-    finished_merge,
-    occupied,
-    recorded_files,
-    remove_checkpoint,
-)
+from raymoe.storage.object_journal import ObjectJournal, remove_checkpoint
 from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import INDEX_NAME, FileRecord
+from raymoe.storage.store_output import StoreOutput
 from raymoe.storage.stream import RouterBytes, shard_range
 
 __all__ = ["StreamOutput"]
@@ -47,49 +39,11 @@ _READ_BYTES = 16 << 20
 _RELEASE_S = 60
 
 
-class StreamOutput:
+class StreamOutput(StoreOutput[FsspecStore]):
     """Implements `Output` on any file system of fsspec."""
 
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
-        self.location = location
-        self._storage = storage
-        self._store = cast(FsspecStore, open_store(location, storage))
-        self._journal = ObjectJournal(self._store, location, run)
-        self._written = WrittenFiles(self._store, location)
-        self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
-
-    @property
-    def run(self) -> str:
-        return self._journal.run
-
-    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
-        try:
-            problems = occupied(self._store, self._journal, self.location, digest)
-        except StorageError as error:
-            return list(error.problems)
-        return [] if overwrite else problems
-
-    def digest(self) -> str | None:
-        return self._journal.digest()
-
-    def finished_merge(self) -> FinishedMerge | None:
-        return finished_merge(self._store, self._journal, self.location)
-
-    def recorded_files(self) -> Sequence[str]:
-        try:
-            return recorded_files(self._store, self.location)
-        except StorageError:  # `problems` says so
-            return ()
-
-    def clean_up(self) -> None:
-        if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
-            self._journal.clear(claim)
-
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
-        return self._journal.changed_sources(stamps)
-
-    def lock(self) -> None:
-        """Nothing to take: see `ObjectJournal`."""
+        super().__init__(location, cast(FsspecStore, open_store(location, storage)), storage, run)
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
         has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
@@ -98,14 +52,8 @@ class StreamOutput:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
             self._journal.cleared()
 
-    def spoil(self) -> None:
-        self._journal.spoil()
-
     def same_store(self, file: SourceFile) -> bool:
         return False
-
-    def is_reachable(self) -> bool:
-        return self._journal.is_of_this_run
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         # A router's shard is written by every run: other hardware gives rows that differ by rounding.
@@ -157,13 +105,7 @@ class StreamOutput:
         return cast(FileRecord, written)
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        self._journal.check_run()
-        url = join(self.location, name)
-        try:
-            info = self._store.put(url, content, only_if_absent=True)
-        except ObjectExists:  # an earlier run wrote it, or a newer one just now
-            self._journal.check_run()
-            info = self._store.put(url, content)
+        info = self._put_small(name, content)
         self._written.add(name, len(content), info.etag)
         checksum = xxhash.xxh3_128(content).hexdigest()
         return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
@@ -175,16 +117,6 @@ class StreamOutput:
         if self._store.stat(url) is not None and self._store.read_all(url) != content:
             raise MergeFailed(f"{url}: an index of something else has appeared here since the merge began")
         return self.write_small(INDEX_NAME, content)
-
-    def end(self, record: bytes) -> None:
-        self._written.check()
-        self._journal.check_run()
-        url = join(self.location, RECORD_NAME)
-        try:
-            self._store.put(url, record, only_if_absent=True)
-        except ObjectExists as error:  # there was none when this run began
-            raise replaced(url) from error
-        self._journal.clear(self._journal.check_run())
 
     def release(self) -> None:
         """Remove what this run was writing. A store that does not answer is not waited for long."""
