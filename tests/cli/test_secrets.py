@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ ADDRESSES = {
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """All variables at once; commands run in the folder that is returned."""
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """All variables at once; commands run in the folder that is returned, and nothing of it stays in this process."""
+    import huggingface_hub
     from huggingface_hub import constants
 
     for name, value in {**VARIABLES, **ADDRESSES, "AWS_EC2_METADATA_DISABLED": "true"}.items():
@@ -56,8 +57,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(constants, "ENDPOINT", VARIABLES["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("raymoe.outgoing._remembered", set())
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    huggingface_hub.close_session()
+    yield tmp_path
+    huggingface_hub.close_session()  # it has taken the proxy from the environment
 
 
 def told(text: str) -> list[str]:
@@ -85,9 +89,6 @@ COMMANDS: list[tuple[Any, ...]] = [
     ("plan", "CONFIG", "--json"),
     ("plan", "CONFIG", f"s3://KEY:{CANARY}@bucket/out"),
     ("plan", "CONFIG", f"https://127.0.0.1:1/x?token={CANARY}"),
-    ("merge", "CONFIG", "out"),
-    ("merge", "CONFIG", "out", "--address", f"ray://user:{CANARY}@127.0.0.1:1", "--result", "r.json"),
-    ("merge", "CONFIG", "out", "--address", f"user:{UNQUOTED}@127.0.0.1:1", "--result", "r.json"),
     ("merge", "CONFIG", "out", "--result", f"https://u:{CANARY}@127.0.0.1:1/r.json"),
     ("merge", "CONFIG", f"s3://KEY:{CANARY}@bucket/out", "--result", "r.json"),
     ("merge", "CONFIG", "s3://bucket/out", "--result", "r.json"),
@@ -134,6 +135,16 @@ def test_options(
     answer = cli(*(config if each == "CONFIG" else each for each in arguments))
     assert answer.code != 0 or arguments[0] == "plan"
     assert told(answer.out) == told(answer.err) == written(environment) == []
+
+
+@pytest.mark.parametrize("address", [None, f"ray://user:{CANARY}@127.0.0.1:1", f"user:{UNQUOTED}@127.0.0.1:1"])
+def test_addresses_of_ray(environment: Path, small: Callable[..., Any], address: str | None) -> None:
+    """In a process of its own: this one may be on a Ray already, which a merge would use."""
+    config = write_config(environment / "config.yaml", small())
+    options = () if address is None else ("--address", address)
+    done = raymoe("merge", config, "out", "--result", "r.json", *options)
+    assert done.returncode != 0
+    assert told(done.stdout) == told(done.stderr) == written(environment) == []
 
 
 CONFIGS: list[dict[str, Any]] = [
