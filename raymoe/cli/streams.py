@@ -67,5 +67,5 @@ def make_streams_safe() -> None:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    if type(sys.stdout) is io.TextIOWrapper and sys.stdout.fileno() == 1:  # else somebody has put another in its place
+    if type(sys.stdout) is io.TextIOWrapper and sys.stdout.fileno() == 1:  # otherwise a program has replaced it
         sys.stdout = _Output(sys.stdout)

@@ -57,7 +57,7 @@ class MergeOptions:
     strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
 
     def __post_init__(self) -> None:
-        """Raises TypeError: a record of somebody else may hold anything."""
+        """Raises TypeError: a record from a stranger may hold anything."""
         for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantise_gates", (str, type(None)))):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):

@@ -87,7 +87,7 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
     if status in (402, 403):
         return f"the Hub does not allow it{said}", f"use a token that may write there: {token}"
     if status == 412:
-        return "somebody else changed the repository meanwhile", "look at its history; " + again
+        return "another commit changed the repository meanwhile", "look at its history; " + again
     if status == 429:
         return f"the rate limit of the Hub is reached{said}", f"wait, then {again}"
     return f"the Hub answered {status}{said}", again if status >= 500 else f"mend that, then {again}"

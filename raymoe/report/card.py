@@ -152,7 +152,7 @@ def _name(text: str) -> str:
 
 
 def _span(line: str) -> str:
-    """A line that somebody else wrote, as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
+    """A line from a stranger's file as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
     if not line:  # two backticks would begin a code span that others' text can end
         return _NOTHING
     # A backslash before '|' would escape the one that escapes it.

@@ -56,7 +56,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
 
 
 def _whole(value: object) -> int | None:
-    """A number of a config.json that somebody else may have written; None for what is no whole number."""
+    """A number of a config.json that a stranger may have written; None for what is no whole number."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

@@ -3,7 +3,7 @@
 The record (`raymoe.json`) says what was merged; the plan is made anew from the sources as they are now, the gates are
 computed anew, and every tensor is compared byte for byte, by the same actors that write a merge.
 
-A record may be somebody else's. It says what the merge was made of, but not where this user's credentials are sent:
+A record may come from a stranger. It says what the merge was made of, but not where this user's credentials are sent:
 an endpoint or a profile in it is used only with the user's consent (`with_own_storage`).
 """
 

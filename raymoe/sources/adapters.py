@@ -9,7 +9,7 @@ A key may have peft's name for an adapter in it (`lora_A.default.weight`). What 
 embedding, trained rows, resized embeddings) is listed by module in `AdapterFacts.left_out`: planning refuses it where
 the merge would need it. An expert contributes only its FFN, so mostly it does not.
 
-Everything else is refused by name: silently leaving part of an adapter out would make an expert that nobody trained.
+Everything else is refused by name: silently leaving part of an adapter out would make an expert that was never trained.
 Each kind of fault has its own remedy. "Merge it with peft" is advised only where peft 0.21 applies the adapter; names
 that peft does not find, it skips with a warning and returns the model unchanged.
 

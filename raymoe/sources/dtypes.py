@@ -24,7 +24,7 @@ __all__ = [
     "tensor_nbytes",
 ]
 
-# Weights have up to five dimensions, and names of up to 150 characters. A file of somebody else may have any number,
+# Weights have up to five dimensions, and names of up to 150 characters. A stranger's file may have any number,
 # and what is done with either takes longer than its length tells: a product of sizes, a search among names, a message.
 MAX_DIMENSIONS = 16
 MAX_NAME_CHARACTERS = 1000

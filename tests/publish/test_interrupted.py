@@ -91,7 +91,7 @@ def test_somebody_else_commits_meanwhile(hub: WritableHub, merged: Path, cli: Cl
     hub.before_commit = commit
     lost = cli("push", merged, "org/name")
     assert lost.code == 1
-    assert "error: push to org/name: somebody else changed the repository meanwhile; 6 of 6 shards are on" in lost.err
+    assert "error: push to org/name: another commit changed the repository meanwhile; 6 of 6 shards are on" in lost.err
     before = len(hub.uploads)
     assert cli("push", merged, "org/name").code == 0
     assert len(hub.uploads) == before
