@@ -229,4 +229,5 @@ class _Sender:
         if file.content is not None:
             return file.content
         assert file.file is not None
+        self._check(file)
         return self._published.folder.read(file.file)

@@ -145,8 +145,8 @@ def test_a_small_file_that_goes_meanwhile(hub: WritableHub, merged: Path, cli: C
     hub.before_preupload = index.unlink
     stopped = cli("push", out, "org/name")
     assert stopped.code == 1
-    assert f"error: push to org/name: {index}: can't be read: No such file" in stopped.err
-    assert "; the repository is as it was\n    -> " in stopped.err
+    assert f"error: push to org/name: {index} is gone, and was not sent; " in stopped.err
+    assert "\n    -> let no merge write there during a push; put the file back" in stopped.err
 
 
 def test_a_lost_answer_to_the_commit(hub: WritableHub, merged: Path, cli: Cli) -> None:
