@@ -97,7 +97,7 @@ class Output(Protocol):
         """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
 
     def recorded_files(self) -> Sequence[str]:
-        """Names of the files that the record here has, also a record of another merge: `begin` removes them where it is fresh."""
+        """Names of the files in the record here, also of another merge's: `begin` removes them where it is fresh."""
 
     def clean_up(self) -> None:
         """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
