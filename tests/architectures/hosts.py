@@ -68,8 +68,7 @@ class Pair:
     def modes(self) -> tuple[str, ...]:
         """All gate modes for the first pair of a family, which is what they read; `random` for its other pairs.
 
-        With transformers 4 one mode per pair: what loads differs, gate modes don't. Computed routers are
-        written to each MoE architecture in test_gates_on_ray.py.
+        With transformers 4 one mode per pair: what loads differs, gate modes don't.
         """
         is_first = self is next(pair for pair in PAIRS if pair.family == self.family)
         return MODES if is_first and Version(transformers.__version__).major > 4 else ("random",)

@@ -1,12 +1,10 @@
-"""Different experts, merged by `raymoe.merge` on Ray: each expert alone gives the base with its FFN."""
+"""Different experts: each expert alone gives the base with its FFN. And the names that tensors have."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,23 +25,18 @@ class Merged:
     base: Path
     experts: list[Path]
     shared: Path
-    config: dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=str)
 def merged(
-    request: pytest.FixtureRequest,
-    zoo: Callable[..., Path],
-    ray_merge: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Merged:
     pair: Pair = request.param
     base, *experts = (zoo(pair.family, seed=seed, **pair.options) for seed in range(4))
     shared = zoo(pair.family, seed=4, **pair.options)
-    config = pair.config(base, experts, shared, mode="random")
     folder = tmp_path_factory.mktemp("forced") / "merged"
-    ray_merge(config, folder)
-    return Merged(pair, folder, base, experts, shared, config)
+    merge_without_ray(pair.config(base, experts, shared, mode="random"), folder)
+    return Merged(pair, folder, base, experts, shared)
 
 
 def test_each_expert_alone_is_the_base_with_its_ffn(
@@ -64,15 +57,6 @@ def test_each_expert_alone_is_the_base_with_its_ffn(
     assert (results[0] - results[1]).abs().max() > 0.1, "experts that agree prove nothing"
     record_property("pair", str(merged.pair))  # for the table in docs/families.md
     record_property("difference", worst)
-
-
-def test_a_merge_on_ray_has_the_bytes_of_its_plan(merged: Merged, tmp_path: Path) -> None:
-    plan = merge_without_ray(merged.config, tmp_path / "again")
-    for shard in plan.shards:
-        written = (merged.folder / shard.file_name).read_bytes()
-        assert written == (tmp_path / "again" / shard.file_name).read_bytes()
-    assert json.loads((merged.folder / "config.json").read_text()) == plan.config
-    assert json.loads((merged.folder / "model.safetensors.index.json").read_text()) == plan.index
 
 
 def test_tensors_have_the_names_of_the_hub_layout(merged: Merged) -> None:

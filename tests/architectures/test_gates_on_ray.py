@@ -1,7 +1,12 @@
-"""One merge a host through Ray with gates computed from prompts: the actors' rows are those of this process."""
+"""Merges by `raymoe.merge` on Ray have the bytes that this process writes, and the routers that it computes.
+
+For architectures that differ in how a router and experts are stored: separate tensors, a gated shared expert, fused
+experts and layers of two kinds, a bias beside the router.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +15,20 @@ import pytest
 import torch
 
 from raymoe.planning.types import Router
-from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, Pair, load_merged
+from tests.architectures.hosts import MAMBA, MAX_DIFFERENCE, Pair, load_merged
 from tests.pico import load_dense, logits_of, merge_without_ray, tensors_of, token_ids
 
-ONE_A_HOST = {pair.host: pair for pair in PAIRS}
+CASES = [
+    (Pair("llama", "mixtral"), "hidden"),
+    (Pair("qwen2", "qwen2_moe", shared=True), "ridge"),
+    (Pair("granitemoehybrid", "granitemoehybrid", shared=True, options=MAMBA), "hidden"),
+    (Pair("youtu", "deepseek_v3", shared=True), "ridge"),
+    (Pair("granite_swa", "granitemoe_swa"), "random"),
+]
 
 
-@pytest.mark.parametrize("mode", ["hidden", "ridge"])
-@pytest.mark.parametrize("pair", ONE_A_HOST.values(), ids=str)
-def test_gates_from_actors(
+@pytest.mark.parametrize(("pair", "mode"), CASES, ids=str)
+def test_merges_on_ray(
     pair: Pair, mode: str, zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path: Path
 ) -> None:
     dense, ids = zoo(pair.family, **pair.options), token_ids(40)
@@ -32,6 +42,8 @@ def test_gates_from_actors(
     assert result.output == str(tmp_path / "merged")
     plan = merge_without_ray(config, tmp_path / "again")
     routers = {part.name for shard in plan.shards for part in shard.parts if isinstance(part.what, Router)}
+    assert json.loads((tmp_path / "merged/config.json").read_text()) == plan.config
+    assert json.loads((tmp_path / "merged/model.safetensors.index.json").read_text()) == plan.index
     there, here = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "again")
     assert there.keys() == here.keys()
     for name, tensor in here.items():
