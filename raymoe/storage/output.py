@@ -97,7 +97,8 @@ class Output(Protocol):
         """The finished merge that is here, of whichever plan; None where there is none, or one is being replaced."""
 
     def recorded_files(self) -> Sequence[str]:
-        """Names of the files that the record here has, also a record of another merge: `begin` removes them where it is fresh."""
+        """Names of the files that the record here has, also a record of another merge: `begin` removes them where it is
+        fresh."""
 
     def clean_up(self) -> None:
         """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
@@ -107,7 +108,9 @@ class Output(Protocol):
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
     def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
+        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed.
+
+        Raises ProblemReport where, without `fresh`, another run has used the output since it was looked at."""
 
     def spoil(self) -> None:
         """Have the next run begin again, whatever this one has finished: sources changed while it read them."""

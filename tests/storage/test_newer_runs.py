@@ -125,9 +125,9 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
     nearly_done(old, "plan")
     real = newer._journal._write
 
-    def ends(name: str, content: Any) -> None:
+    def ends(name: str, content: Any, **named: Any) -> None:
         old.end(record_of("plan"))
-        real(name, content)
+        real(name, content, **named)
 
     def die(*_: Any) -> None:
         raise Died
