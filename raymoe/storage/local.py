@@ -66,7 +66,7 @@ class LocalOutput:
     def digest(self) -> str | None:
         return self.journal.digest()
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         return self.journal.changed_sources(stamps)
 
     def lock(self) -> None:
@@ -92,7 +92,7 @@ class LocalOutput:
         finally:
             self.release()
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         try:
             self.journal.begin(digest, stamps, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
         except OSError as error:

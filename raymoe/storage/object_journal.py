@@ -116,7 +116,7 @@ class ObjectJournal:
             raise taken_over(self._root)
         return claim
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
         claim = self.claim()
         recorded = claim.sources if claim is not None else {}
@@ -128,7 +128,7 @@ class ObjectJournal:
         claim = self.claim()
         return claim is not None and any(self._store.stat(each) is not None for each in self._clearing(claim.origin))
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> bool:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> bool:
         """Fence off all older runs, and go on with their merge unless `fresh`.
 
         Returns whether what is here has to be removed; `cleared` is called when it is. Raises ProblemReport where

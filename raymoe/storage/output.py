@@ -90,7 +90,7 @@ class Output(Protocol):
     def digest(self) -> str | None:
         """The plan of the unfinished merge that is here; None where there is none."""
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
 
     def finished_merge(self) -> FinishedMerge | None:
@@ -107,7 +107,7 @@ class Output(Protocol):
     def lock(self) -> None:
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed.
 
         Raises ProblemReport where, without `fresh`, another run has used the output since it was looked at."""

@@ -61,7 +61,7 @@ class S3Output(StoreOutput[MultipartStore]):
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
         claim = self._journal.check_run()
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.

@@ -69,7 +69,7 @@ class StoreOutput(Generic[_Store]):
         if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
             self._clear(claim)
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         return self._journal.changed_sources(stamps)
 
     def lock(self) -> None:
