@@ -32,11 +32,13 @@ from raymoe.storage.records import (
     CHECKPOINT_FILES,
     INDEX_NAME,
     JOURNAL,
+    MAX_RESULT_BYTES,
     RECORD_NAME,
     RESULT_NAME,
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_result,
     json_object,
 )
 from raymoe.storage.stream import RouterBytes, shard_chunks
@@ -327,12 +329,17 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
         if journal.claim() is None:
             what = "an unfinished merge of another version of raymoe is in this folder, or its journal is damaged"
         return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
-    if any(path.name != JOURNAL for path in root.iterdir()):
+    if any(path.name != JOURNAL and not _is_result(path) for path in root.iterdir()):
         what = "the output folder is not empty"
         if (root / RECORD_NAME).is_file():
             what = "the output folder holds a finished merge"
         return Problem(where=str(root), what=what, remedy="use --overwrite to replace it, or choose another output")
     return None
+
+
+def _is_result(path: Path) -> bool:
+    size = _size(path)
+    return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
 
 
 def _already_there(root: Path) -> int:

@@ -34,18 +34,20 @@ from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.objects.problems import ObjectExists, ObjectMissing
-from raymoe.objects.store import ObjectStore, UploadedPart
+from raymoe.objects.store import ObjectEntry, ObjectStore, UploadedPart
 from raymoe.objects.urls import join
 from raymoe.sources.folder import is_inside
 from raymoe.storage.claim import Claim, replaced, taken_over
 from raymoe.storage.records import (
     INDEX_NAME,
     JOURNAL,
+    MAX_RESULT_BYTES,
     RECORD_NAME,
     RESULT_NAME,
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_result,
     json_object,
 )
 
@@ -414,8 +416,18 @@ def _ended_over_it(store: ObjectStore, journal: ObjectJournal, location: str) ->
 
 
 def visible_files(store: ObjectStore, location: str) -> list[str]:
-    """Names of all objects of an output but those of its journal."""
-    return [entry.name for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/")]
+    """Names of all objects of an output but those of its journal; none where they only tell how earlier runs went."""
+    others = [entry for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/")]
+    return [] if all(_is_result(store, location, each) for each in others) else [each.name for each in others]
+
+
+def _is_result(store: ObjectStore, location: str, entry: ObjectEntry) -> bool:
+    if entry.size > MAX_RESULT_BYTES or "/" in entry.name or is_part_of_a_model(entry.name):
+        return False
+    try:
+        return is_result(store.read_all(join(location, entry.name)))
+    except ObjectMissing:
+        return False
 
 
 def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], object]) -> None:

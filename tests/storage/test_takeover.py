@@ -639,6 +639,25 @@ def end_or_die(output: Output, record: bytes, at: int) -> bool:
     return True
 
 
+@pytest.mark.parametrize("name", ["result.json", "run-1.json"])
+def test_the_result_of_a_run_that_failed_is_not_in_the_way(
+    place: Place, plans: tuple[MergePlan, MergePlan], name: str
+) -> None:
+    """`--result OUT/result.json` of a run that was refused: the mended command does not need --overwrite."""
+    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem.makedirs(path, exist_ok=True)
+    filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "refused", "raymoe_version": "1"}')
+    output = open_output(place.location, OPTIONS)
+    assert output.problems(digest=plans[0].digest, output_bytes=0, overwrite=False) == []
+    output.lock()
+    output.begin(plans[0].digest, {}, fresh=False)
+    output.release()
+    filesystem.rm(f"{path}/.raymoe", recursive=True)
+    filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "mine"}')
+    (problem,) = open_output(place.location, OPTIONS).problems(digest=plans[0].digest, output_bytes=0, overwrite=False)
+    assert "not empty" in problem.what
+
+
 def test_finished_merge_that_lacks_a_file(place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     """It is not complete, and not begun again without --overwrite: the user may have the file elsewhere."""
     plan = plans[0]
