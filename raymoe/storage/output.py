@@ -40,6 +40,7 @@ __all__ = [
     "open_output",
     "output_location",
     "refusals",
+    "rewritten_sources",
     "unwritable",
     "writable_location",
     "write_problems",
@@ -258,6 +259,19 @@ def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
     return found if found is not None and found.digest == plan.digest else None
 
 
+def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[str]:
+    """Local weights that were written after the finished merge, and of which the recorded samples are the same.
+
+    They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
+    beside an output in an object store, whose times are of another clock.
+    """
+    if is_url(location):
+        return []
+    when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    names = {file.location for source in plan.sources for file in source.files} & finished.local_files.keys()
+    return sorted(name for name in names if os.path.exists(name) and os.stat(name).st_mtime_ns > when)
+
+
 def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
     if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
         return []
@@ -268,7 +282,8 @@ def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> l
 def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
     """Local models that are others now than those that the finished merge was made of.
 
-    Their samples are compared: a file that was only touched or copied is the same. What the record of an older raymoe
+    Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
+    with a change between the sampled blocks (`rewritten_sources`). What the record of an older raymoe
     has no sample of is judged by its time, but not beside an output in an object store, whose times are of another
     clock.
     """
