@@ -21,7 +21,6 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import Shard
 from raymoe.planning.upload import CopyRange, spans
-from raymoe.sources.folder import is_inside
 from raymoe.sources.types import SourceFile
 from raymoe.storage.claim import replaced, taken_over
 from raymoe.storage.journal import Journal, sync_folder
@@ -38,6 +37,7 @@ from raymoe.storage.records import (
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_recorded_file,
     is_result,
     json_object,
 )
@@ -368,7 +368,7 @@ def remove_checkpoint(root: Path) -> None:
     """
     recorded = recorded_files(root)
     for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
-        if not _is_behind_a_link(root, path):
+        if not _is_behind_a_link(root, path) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
     templates = root / "chat_templates"
     if templates.is_symlink():
@@ -397,4 +397,4 @@ def recorded_files(root: Path) -> list[str]:
     except OSError:
         return []
     names = files if isinstance(files, (dict, list)) else ()
-    return [name for name in names if isinstance(name, str) and is_inside(name)]
+    return [name for name in names if is_recorded_file(name)]

@@ -36,7 +36,6 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.objects.problems import ObjectExists, ObjectMissing
 from raymoe.objects.store import ObjectEntry, ObjectStore, UploadedPart
 from raymoe.objects.urls import join
-from raymoe.sources.folder import is_inside
 from raymoe.storage.claim import Claim, replaced, taken_over
 from raymoe.storage.records import (
     INDEX_NAME,
@@ -47,6 +46,7 @@ from raymoe.storage.records import (
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_recorded_file,
     is_result,
     json_object,
 )
@@ -458,7 +458,7 @@ def recorded_files(store: ObjectStore, location: str) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     files = read_json(store, join(location, RECORD_NAME)).get("files")
     names = files if isinstance(files, (dict, list)) else ()
-    return [name for name in names if isinstance(name, str) and is_inside(name)]
+    return [name for name in names if is_recorded_file(name)]
 
 
 def delete_all(store: ObjectStore, urls: Sequence[str]) -> None:

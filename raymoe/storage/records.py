@@ -23,6 +23,7 @@ __all__ = [
     "FileRecord",
     "FinishedMerge",
     "is_part_of_a_model",
+    "is_recorded_file",
     "is_result",
     "is_written_by_a_merge",
     "json_object",
@@ -75,6 +76,11 @@ def json_object(content: bytes | str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_recorded_file(name: object) -> bool:
+    """Whether a record may name such a file of the output. The journal is of the run at work, not of a merge."""
+    return isinstance(name, str) and is_inside(name) and name.split("/")[0] != JOURNAL
 
 
 def is_result(content: bytes) -> bool:
