@@ -21,6 +21,7 @@ __all__ = [
     "check_etag",
     "check_sent",
     "is_made_of",
+    "is_md5",
     "multipart_etag",
     "quoted",
     "read_body",

@@ -21,6 +21,7 @@ __all__ = [
     "assembled_wrong",
     "object_changed",
     "object_exists",
+    "object_replaced",
     "problem_at",
 ]
 
@@ -77,6 +78,13 @@ def object_exists(url: str) -> StorageError:
     """The error for something in the way of an object that was to be new."""
     what, remedy = "there is an object of this name already", "choose another output, or allow overwriting"
     return ObjectExists([Problem(where=url, what=what, remedy=remedy)])
+
+
+def object_replaced(url: str) -> StorageError:
+    """The error for an object that is another a moment after it was written."""
+    what = "the object was replaced as soon as it had been written, by another run or another program"
+    remedy = "run the same command again, and nothing else that writes to this output"
+    return StorageError([Problem(where=url, what=what, remedy=remedy)])
 
 
 def assembled_wrong(url: str, size: int | None, expected: int) -> StorageError:

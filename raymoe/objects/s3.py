@@ -5,7 +5,7 @@ What servers promise and do not keep is checked here after the fact (seen with m
 - Copied ranges: the source's ETag is a condition of the request, *and* looked up again after it, with its size.
 - 'Only if absent': a condition of the request, *and* looked up before it. Between the two a server that ignores the
   condition has a gap that nobody can close.
-- Finished uploads: the object is looked at, and has to have the size of its parts.
+- Finished uploads: the object is looked at, and has to have the size of its parts, and the ETag of the answer.
 
 Content-MD5 and not the SDK's default CRC32 trailers: every S3-compatible store knows it, it lets TLS connections go
 without a second hash of the body, and the same MD5 serves the comparison of ETags.
@@ -24,12 +24,13 @@ from raymoe.objects.answers import (
     check_etag,
     check_sent,
     is_made_of,
+    multipart_etag,
     quoted,
     read_body,
 )
 from raymoe.objects.failures import storage_error
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import Asked, assembled_wrong, object_changed, object_exists
+from raymoe.objects.problems import Asked, assembled_wrong, object_changed, object_exists, object_replaced
 from raymoe.objects.retry import Failure, Kind, error_code, error_status
 from raymoe.objects.s3_client import S3Client
 from raymoe.objects.store import ObjectEntry, ObjectInfo, OpenUpload, StoreCounters, UploadedPart
@@ -240,6 +241,10 @@ class S3Store:
         info, expected = self.stat(url), sum(part.size for part in parts)
         if info is None or info.size != expected:
             raise assembled_wrong(url, info.size if info else None, expected)
+        # Only where this server's ETags are S3's: others may tell one here, and another or none when they are asked.
+        etag = multipart_etag(parts)
+        if etag is not None and bare(outcome.get("ETag")) == etag and info.etag not in (None, etag):
+            raise object_replaced(url)
         return info
 
     def abort_upload(self, url: str, upload_id: str) -> None:

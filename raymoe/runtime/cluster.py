@@ -16,7 +16,7 @@ from raymoe.planning.types import MergePlan
 from raymoe.report.display import say
 from raymoe.runtime.autoscaler import has_autoscaler
 from raymoe.runtime.left_out import leave_sklearn_out, leave_torch_out
-from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
+from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line, own_words
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
 from raymoe.runtime.process import COMPUTE_THREADS, without_secrets
 from raymoe.runtime.settings import RuntimeSettings
@@ -275,7 +275,7 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
             if fate_of(error) not in (Fate.AWAY, Fate.LOST):  # else it died in its first moments, and may come again
                 failures.append(error)
     if len(failures) == len(actors):
-        why = str(failures[0]).strip().splitlines()[-1]  # the last line of a remote traceback, if it is one
+        why = own_words(cause_of(failures[0]))
         raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]
 
 

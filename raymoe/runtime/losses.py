@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-__all__ = ["FATES", "Fate", "cause_of", "fate_of", "first_line"]
+from raymoe.errors import RaymoeError
+
+__all__ = ["FATES", "Fate", "cause_of", "fate_of", "first_line", "own_words"]
 
 
 class Fate(Enum):
@@ -108,3 +110,12 @@ def cause_of(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """The first line that an error has to say, or its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def own_words(error: BaseException) -> str:
+    """What an error of an actor says to people: an error of raymoe all, with its remedy; any other its class and last
+    line, which follows the traceback if it has one."""
+    if isinstance(error, RaymoeError):
+        return str(error)
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__

@@ -48,6 +48,7 @@ from raymoe.storage.output import (
     complete_merge,
     open_output,
     refusals,
+    rewritten_sources,
     writable_location,
     write_problems,
 )
@@ -164,10 +165,11 @@ def _already_complete(
     report.was_complete, report.bytes_kept = True, finished.nbytes
     if settings.verbosity >= 0:
         say(f"{target.location} is already complete: an earlier run has finished this merge")
+    warnings = [*plan.warnings, *_rewritten(plan, target, finished)]
     return MergeResult(
         output=target.location,
         files=finished.files,
-        warnings=plan.warnings,
+        warnings=tuple(warnings),
         bytes_written=0,
         bytes_copied_by_store=0,
         bytes_kept=finished.nbytes,
@@ -178,6 +180,14 @@ def _already_complete(
         run_seconds=report.seconds,
         was_complete=True,
     )
+
+
+def _rewritten(plan: MergePlan, target: Output, finished: FinishedMerge) -> Iterator[str]:
+    if names := rewritten_sources(plan, target.location, finished):
+        yield (
+            f"sources were written after the merge was finished: {some(names, most=3)}. Their sizes and samples are "
+            "the same, but a small change would not be seen so: `raymoe verify` compares every byte"
+        )
 
 
 @contextmanager

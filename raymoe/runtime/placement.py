@@ -19,7 +19,7 @@ from typing import Any
 from raymoe.config import MODES
 from raymoe.errors import Problem
 from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
-from raymoe.sources.local import has_changed, is_in_view, sample_of
+from raymoe.sources.local import has_changed, is_in_view, lasting_stamp, small_sample
 from raymoe.sources.refs import short_name
 from raymoe.sources.types import LoraPair, SourceFile
 
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _ANSWER_S = 45  # a node's first task starts a Python process there
-_SAMPLES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +198,7 @@ class Placement:
         planned = views.get(self.here, next(iter(views.values()), None))
         return frozenset(node_id for node_id, view in views.items() if planned and view.sample == planned.sample)
 
-    def stamps(self) -> dict[str, int]:
+    def stamps(self) -> dict[str, str]:
         """What tells one state from another of the files that the coordinator's own node does not have."""
         stamps = {}
         for file in self.needs.files:
@@ -208,7 +207,7 @@ class Placement:
             if held and views.get(self.here) is None:
                 times = {view.mtime_ns for view in held}
                 # Copies have times of their own, and which of them there are depends on the nodes that are up.
-                stamps[file.location] = times.pop() if len(times) == 1 else held[0].sample
+                stamps[file.location] = lasting_stamp(times.pop() if len(times) == 1 else None, held[0].sample)
         return stamps
 
     def changed(self, before: Placement | None = None) -> list[str]:
@@ -395,7 +394,7 @@ def files_on(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
     for file in wanted:
         try:
             status = os.stat(file.location)
-            sample = sample_of(file.location, file.size, _SAMPLES) if status.st_size == file.size else 0
+            sample = small_sample(file) if status.st_size == file.size else 0
         except OSError:
             continue
         found[file.location] = FileView(

@@ -28,13 +28,12 @@ from raymoe.runtime.worker import Status
 from raymoe.signals import before_the_end
 from raymoe.storage.output import output_location, writable_location
 from raymoe.storage.places import is_in, is_same_place
-from raymoe.storage.records import JOURNAL, RESULT_NAME, is_written_by_a_merge, json_object
+from raymoe.storage.records import JOURNAL, MAX_RESULT_BYTES, RESULT_NAME, is_result, is_written_by_a_merge, json_object
 from raymoe.storage.whole_file import is_special, write_whole
 
 __all__ = ["RunReport", "recorded"]
 
 _FORMAT = 1
-_MOST_BYTES = 16 << 20  # of a result: 50 bytes for each actor
 _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 
 
@@ -196,15 +195,15 @@ def _may_replace(place: str, storage: StorageOptions) -> bool:
         try:
             info = open_store(place, storage).stat(place)
             size = info.size if info else 0
-            content = open_store(place, storage).read_all(place) if 0 < size <= _MOST_BYTES else b""
+            content = open_store(place, storage).read_all(place) if 0 < size <= MAX_RESULT_BYTES else b""
         except StorageError:
             return True
     elif is_special(Path(place)) or not os.path.exists(place):
         return True
     else:
         size = os.stat(place).st_size
-        content = Path(place).read_bytes() if size <= _MOST_BYTES else b""
-    return not size or {"exit_reason", "raymoe_version"} <= json_object(content).keys()
+        content = Path(place).read_bytes() if size <= MAX_RESULT_BYTES else b""
+    return not size or is_result(content)
 
 
 def _in_the_way(place: str) -> Problem:

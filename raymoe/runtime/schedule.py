@@ -31,7 +31,7 @@ from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
 from raymoe.report.display import say
 from raymoe.runtime.gate_work import GateJob, GateWork
-from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line
+from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line, own_words
 from raymoe.runtime.placement import Needs, owner_names
 from raymoe.runtime.settings import STALL_TIMEOUT_S
 from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, SharedReads, read_for_shards
@@ -448,6 +448,8 @@ class _Jobs:
             self._actors.remove(actor)
         who = "the actor that writes to the output" if actor is self._writer else "no actor is left: the last one"
         if actor is self._writer or not self._actors:
+            if (cause := cause_of(error)) is not error:  # it lives, and can't do what it is there for
+                raise MergeFailed(f"{who} can't work: {own_words(cause)}") from error
             raise MergeFailed(
                 f"{who} died ({first_line(cause_of(error))}). Memory may have run out; run the same command again "
                 "to go on from the shards that are finished."

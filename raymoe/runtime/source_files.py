@@ -33,8 +33,8 @@ class SourceFiles:
         self._small = [side.file for side in (*plan.side_files, *plan.gates.tokenizer_files)]
         self._placement = placement
 
-    def stamps(self) -> dict[str, int]:
-        """Modification times and the like of weights by location, for the journal."""
+    def stamps(self) -> dict[str, str]:
+        """Times and samples of weights by location, for the journal."""
         far = self._placement.stamps() if self._placement is not None else {}
         return {**far, **source_stamps(self._weights)}
 

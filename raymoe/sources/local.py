@@ -27,17 +27,18 @@ __all__ = [
     "check_unchanged",
     "has_changed",
     "is_in_view",
+    "lasting_stamp",
     "leads_outside",
     "open_file",
     "recorded_sample",
-    "sample_of",
+    "small_sample",
     "stat_file",
     "unreadable",
     "with_content",
 ]
 
 _SAMPLE_BYTES = 4096
-_RECORDED_BLOCKS = 256
+_SMALL_BLOCKS, _RECORDED_BLOCKS = 16, 256
 _CHUNK_BYTES = 256 << 10
 
 
@@ -160,9 +161,22 @@ def has_changed(file: SourceFile) -> bool:
         os.close(descriptor)
 
 
-def sample_of(path: str, size: int, blocks: int) -> int:
-    """A checksum of so many blocks all over a file of that size; under 64 bits, so that it can be kept in the place of
-    a time. Raises OSError."""
+def small_sample(file: SourceFile) -> int:
+    """A checksum of some blocks of a file of the planned size, 64 KiB in all. Raises OSError."""
+    return _sample_of(file.location, file.size, _SMALL_BLOCKS)
+
+
+def lasting_stamp(mtime_ns: int | None, sample: int) -> str:
+    """What a journal keeps of a local file. The time alone does not tell models apart: in images, archives and package
+    stores all files may have one time. The inode is left out: a mount may number its files anew.
+
+    `mtime_ns` is None where copies on several nodes have times of their own.
+    """
+    return f"{'copies' if mtime_ns is None else mtime_ns}:{sample:016x}"
+
+
+def _sample_of(path: str, size: int, blocks: int) -> int:
+    """A checksum of so many blocks all over a file of that size. Raises OSError."""
     hasher = xxhash.xxh3_64()
     with open(path, "rb", buffering=0) as file:
         for number in range(blocks):
@@ -178,7 +192,7 @@ def recorded_sample(file: SourceFile) -> str | None:
         return None
     try:
         size = os.stat(file.location).st_size
-        return f"{size}:xxh3-sample:{sample_of(file.location, size, _RECORDED_BLOCKS):016x}"
+        return f"{size}:xxh3-sample:{_sample_of(file.location, size, _RECORDED_BLOCKS):016x}"
     except OSError:
         return None
 

@@ -16,7 +16,7 @@ from raymoe.errors import MergeFailed
 __all__ = ["JOURNAL_FORMAT", "Claim", "replaced", "taken_over"]
 
 # Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.sources.local import is_in_view
+from raymoe.sources.local import is_in_view, lasting_stamp, small_sample
 from raymoe.sources.types import SourceFile
 from raymoe.storage.claim import Claim, taken_over
 from raymoe.storage.records import JOURNAL, FileRecord, json_object
@@ -93,7 +93,7 @@ class Journal:
         claim = self.claim()
         return claim is not None and self._clearing(claim.origin).exists()
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Source files that were modified after the interrupted merge had read them."""
         claim = self.claim()
         recorded = claim.sources if claim is not None else {}
@@ -163,7 +163,7 @@ class Journal:
         return False
 
     def begin(
-        self, digest: str, stamps: Mapping[str, int], *, fresh: bool = False, remove: Callable[[], None] | None = None
+        self, digest: str, stamps: Mapping[str, str], *, fresh: bool = False, remove: Callable[[], None] | None = None
     ) -> None:
         """Begin a run, or go on with an interrupted one; the lock is held.
 
@@ -334,17 +334,20 @@ def _flat(name: str) -> str:
     return name.replace("/", "__")
 
 
-def source_stamps(files: Iterable[SourceFile]) -> dict[str, int]:
-    """Modification times (ns) of local source files, as they were when the headers were read.
+def source_stamps(files: Iterable[SourceFile]) -> dict[str, str]:
+    """What tells one state of a local source file from another between two runs, by location: its time, as it was when
+    the header was read, and a sample.
 
     Files of another machine are left out, unless they are here too. A Hub revision never changes.
     """
     stamps = {}
     for file in files:
-        if file.stamp is not None and is_in_view(file):
-            stamps[file.location] = file.stamp.mtime_ns
-        elif "://" not in file.location and os.path.exists(file.location):
-            stamps[file.location] = os.stat(file.location).st_mtime_ns
+        if "://" in file.location:
+            continue
+        planned = file.stamp if is_in_view(file) else None
+        with contextlib.suppress(OSError):
+            mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
+            stamps[file.location] = lasting_stamp(mtime_ns, small_sample(file))
     return stamps
 
 

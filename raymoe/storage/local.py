@@ -21,7 +21,6 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.planning.types import Shard
 from raymoe.planning.upload import CopyRange, spans
-from raymoe.sources.folder import is_inside
 from raymoe.sources.types import SourceFile
 from raymoe.storage.claim import replaced, taken_over
 from raymoe.storage.journal import Journal, sync_folder
@@ -32,11 +31,14 @@ from raymoe.storage.records import (
     CHECKPOINT_FILES,
     INDEX_NAME,
     JOURNAL,
+    MAX_RESULT_BYTES,
     RECORD_NAME,
     RESULT_NAME,
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_recorded_file,
+    is_result,
     json_object,
 )
 from raymoe.storage.stream import RouterBytes, shard_chunks
@@ -66,7 +68,7 @@ class LocalOutput:
     def digest(self) -> str | None:
         return self.journal.digest()
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         return self.journal.changed_sources(stamps)
 
     def lock(self) -> None:
@@ -92,7 +94,7 @@ class LocalOutput:
         finally:
             self.release()
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         try:
             self.journal.begin(digest, stamps, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
         except OSError as error:
@@ -327,12 +329,17 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
         if journal.claim() is None:
             what = "an unfinished merge of another version of raymoe is in this folder, or its journal is damaged"
         return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
-    if any(path.name != JOURNAL for path in root.iterdir()):
+    if any(path.name != JOURNAL and not _is_result(path) for path in root.iterdir()):
         what = "the output folder is not empty"
         if (root / RECORD_NAME).is_file():
             what = "the output folder holds a finished merge"
         return Problem(where=str(root), what=what, remedy="use --overwrite to replace it, or choose another output")
     return None
+
+
+def _is_result(path: Path) -> bool:
+    size = _size(path)
+    return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
 
 
 def _already_there(root: Path) -> int:
@@ -361,7 +368,7 @@ def remove_checkpoint(root: Path) -> None:
     """
     recorded = recorded_files(root)
     for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
-        if not _is_behind_a_link(root, path):
+        if not _is_behind_a_link(root, path) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
     templates = root / "chat_templates"
     if templates.is_symlink():
@@ -390,4 +397,4 @@ def recorded_files(root: Path) -> list[str]:
     except OSError:
         return []
     names = files if isinstance(files, (dict, list)) else ()
-    return [name for name in names if isinstance(name, str) and is_inside(name)]
+    return [name for name in names if is_recorded_file(name)]

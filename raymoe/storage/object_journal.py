@@ -14,6 +14,10 @@ immediately before they make anything visible, and stop. Then the new run takes 
 visible: it aborts the uploads and removes the parts that older runs have noted. Only then it removes, with
 `--overwrite`, what an earlier merge left.
 
+Between a run's look at the output and its claim another run may have begun, or may even have done its whole merge. So
+the claim is put only if none is there, where none was; and without `--overwrite` the run looks again after its claim.
+If the output is another, the run gives its claim back and is refused.
+
 A run writes notes under its own name only, so that no run overwrites or removes a note of a newer one; and a note is
 accepted only from the merge that `plan.json` is of. An upload is used only if `plan.json` was still the run's own after
 the upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
@@ -28,20 +32,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raymoe.errors import MergeFailed, Problem
-from raymoe.objects.problems import ObjectMissing
-from raymoe.objects.store import ObjectStore, UploadedPart
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.objects.problems import ObjectExists, ObjectMissing
+from raymoe.objects.store import ObjectEntry, ObjectStore, UploadedPart
 from raymoe.objects.urls import join
-from raymoe.sources.folder import is_inside
 from raymoe.storage.claim import Claim, replaced, taken_over
 from raymoe.storage.records import (
     INDEX_NAME,
     JOURNAL,
+    MAX_RESULT_BYTES,
     RECORD_NAME,
     RESULT_NAME,
     FileRecord,
     FinishedMerge,
     is_part_of_a_model,
+    is_recorded_file,
+    is_result,
     json_object,
 )
 
@@ -52,8 +58,10 @@ __all__ = [
     "finished_claim",
     "finished_merge",
     "occupied",
+    "read_json",
     "recorded_files",
     "remove_checkpoint",
+    "visible_files",
 ]
 
 _AT_ONCE = 8
@@ -110,7 +118,7 @@ class ObjectJournal:
             raise taken_over(self._root)
         return claim
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
         claim = self.claim()
         recorded = claim.sources if claim is not None else {}
@@ -122,24 +130,60 @@ class ObjectJournal:
         claim = self.claim()
         return claim is not None and any(self._store.stat(each) is not None for each in self._clearing(claim.origin))
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> bool:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> bool:
         """Fence off all older runs, and go on with their merge unless `fresh`.
 
-        Returns whether what is here has to be removed; `cleared` is called when it is.
+        Returns whether what is here has to be removed; `cleared` is called when it is. Raises ProblemReport where
+        another run has used the output since it was looked at, unless `fresh`, with which it may be replaced.
         """
         before, self.run = self.claim(), uuid.uuid4().hex
-        fresh = fresh or self.is_clearing
-        goes_on = before is not None and before.digest == digest and not fresh
+        seen = () if fresh else self._seen(before)
+        has_to_clear = fresh or self.is_clearing
+        if not fresh and ((seen and not has_to_clear) or (before is not None and before.digest != digest)):
+            raise self._used(digest)
+        goes_on = before is not None and before.digest == digest and not has_to_clear
         origin = before.origin if before is not None and goes_on else self.run
         before_claim, after_claim = self._clearing(self.run)
-        if fresh:
+        if has_to_clear:
             self._store.put(before_claim, b"{}")
         self._claim = Claim(digest=digest, run=self.run, origin=origin, sources=stamps)
-        self._write("plan.json", self._claim.plain())
-        if fresh:  # an older run that was just ending may have removed the first one with its own journal
+        try:
+            self._write("plan.json", self._claim.plain(), only_if_absent=before is None and not fresh)
+        except ObjectExists:
+            raise self._used(digest) from None
+        if not fresh and self._seen(before) != seen:
+            self._give_back(self._claim)
+            raise self._used(digest)
+        if has_to_clear:  # an older run that was just ending may have removed the first one with its own journal
             self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
-        return fresh
+        return has_to_clear
+
+    def _seen(self, before: Claim | None) -> tuple[object, ...]:
+        """What must be the same before and after this run has put its claim, which may take long: the put is repeated,
+        or the process is stopped. Another run may have done its whole merge meanwhile, and have removed its claim.
+
+        Where there was no claim, these are all files. Else an older run of this merge may still finish shards: only the
+        record tells then that another run has ended.
+        """
+        if before is None:
+            return tuple(visible_files(self._store, self._root))
+        info = self._store.stat(join(self._root, RECORD_NAME))
+        return (info.size, info.etag) if info is not None else ()
+
+    def _give_back(self, claim: Claim) -> None:
+        """Remove the claim of this run and its markers, before it has written anything else. Raises MergeFailed where
+        the claim is another run's now."""
+        self.check_claim(claim)
+        self._delete(["plan.json"])
+        delete_all(self._store, self._clearing(claim.run))
+
+    def _used(self, digest: str) -> ProblemReport:
+        """What is raised where another run has used the output since this one has looked at it."""
+        what = "another run has begun here, or has ended, since this one has looked"
+        remedy = "run the same command again: it goes on, or says what is in the way"
+        unknown = Problem(where=self._root, what=what, remedy=remedy)
+        return ProblemReport(occupied(self._store, self, self._root, digest) or [unknown])
 
     def spoil(self) -> None:
         """Note that what this merge has written is of no use: the next run begins again. Raises MergeFailed."""
@@ -292,8 +336,8 @@ class ObjectJournal:
     def _read(self, name: str) -> dict[str, Any]:
         return read_json(self._store, join(self._folder, name))
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        self._store.put(join(self._folder, name), json.dumps(content).encode())
+    def _write(self, name: str, content: Mapping[str, Any], *, only_if_absent: bool = False) -> None:
+        self._store.put(join(self._folder, name), json.dumps(content).encode(), only_if_absent=only_if_absent)
 
 
 class WrittenFiles:
@@ -348,17 +392,42 @@ def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: 
     remedy = "use --overwrite to discard it, or choose another output"
     if journal.exists:
         there = journal.digest()
-        if digest is None or there == digest:
+        if digest is not None and there == digest:
+            return _ended_over_it(store, journal, location)
+        if digest is None:
             return []
         what = "an unfinished merge of another plan (other config, sources, seed or shard size) is here"
         if there is None:
             what = "an unfinished merge of another version of raymoe is here, or its journal is damaged"
         return [Problem(where=location, what=what, remedy=remedy)]
-    names = [entry.name for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/")]
+    names = visible_files(store, location)
     if not names:
         return []
     what = "the output holds a finished merge" if RECORD_NAME in names else "the output is not empty"
     return [Problem(where=location, what=what, remedy="use --overwrite to replace it, or choose another output")]
+
+
+def _ended_over_it(store: ObjectStore, journal: ObjectJournal, location: str) -> list[Problem]:
+    """The problem of a record of another plan beside an unfinished merge, which no run leaves that ends in order."""
+    if store.stat(join(location, RECORD_NAME)) is None or journal.is_clearing:
+        return []
+    what = "a merge of another plan has ended here over the unfinished one of this plan; files of both may be here"
+    return [Problem(where=location, what=what, remedy="use --overwrite to discard both, or choose another output")]
+
+
+def visible_files(store: ObjectStore, location: str) -> list[str]:
+    """Names of all objects of an output but those of its journal; none where they only tell how earlier runs went."""
+    others = [entry for entry in store.list(location) if not entry.name.startswith(f"{JOURNAL}/")]
+    return [] if all(_is_result(store, location, each) for each in others) else [each.name for each in others]
+
+
+def _is_result(store: ObjectStore, location: str, entry: ObjectEntry) -> bool:
+    if entry.size > MAX_RESULT_BYTES or "/" in entry.name or is_part_of_a_model(entry.name):
+        return False
+    try:
+        return is_result(store.read_all(join(location, entry.name)))
+    except ObjectMissing:
+        return False
 
 
 def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], object]) -> None:
@@ -389,7 +458,7 @@ def recorded_files(store: ObjectStore, location: str) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
     files = read_json(store, join(location, RECORD_NAME)).get("files")
     names = files if isinstance(files, (dict, list)) else ()
-    return [name for name in names if isinstance(name, str) and is_inside(name)]
+    return [name for name in names if is_recorded_file(name)]
 
 
 def delete_all(store: ObjectStore, urls: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "open_output",
     "output_location",
     "refusals",
+    "rewritten_sources",
     "unwritable",
     "writable_location",
     "write_problems",
@@ -90,7 +91,7 @@ class Output(Protocol):
     def digest(self) -> str | None:
         """The plan of the unfinished merge that is here; None where there is none."""
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
 
     def finished_merge(self) -> FinishedMerge | None:
@@ -106,8 +107,10 @@ class Output(Protocol):
     def lock(self) -> None:
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
-        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed."""
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
+        """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed.
+
+        Raises ProblemReport where, without `fresh`, another run has used the output since it was looked at."""
 
     def spoil(self) -> None:
         """Have the next run begin again, whatever this one has finished: sources changed while it read them."""
@@ -255,6 +258,19 @@ def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
     return found if found is not None and found.digest == plan.digest else None
 
 
+def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[str]:
+    """Local weights that were written after the finished merge, and of which the recorded samples are the same.
+
+    They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
+    beside an output in an object store, whose times are of another clock.
+    """
+    if is_url(location):
+        return []
+    when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    names = {file.location for source in plan.sources for file in source.files} & finished.local_files.keys()
+    return sorted(name for name in names if os.path.exists(name) and os.stat(name).st_mtime_ns > when)
+
+
 def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
     if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
         return []
@@ -265,7 +281,8 @@ def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> l
 def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
     """Local models that are others now than those that the finished merge was made of.
 
-    Their samples are compared: a file that was only touched or copied is the same. What the record of an older raymoe
+    Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
+    with a change between the sampled blocks (`rewritten_sources`). What the record of an older raymoe
     has no sample of is judged by its time, but not beside an output in an object store, whose times are of another
     clock.
     """

@@ -16,12 +16,15 @@ __all__ = [
     "CHECKPOINT_FILES",
     "INDEX_NAME",
     "JOURNAL",
+    "MAX_RESULT_BYTES",
     "PROBE",
     "RECORD_NAME",
     "RESULT_NAME",
     "FileRecord",
     "FinishedMerge",
     "is_part_of_a_model",
+    "is_recorded_file",
+    "is_result",
     "is_written_by_a_merge",
     "json_object",
 ]
@@ -31,6 +34,7 @@ PROBE = "probe-"  # with what follows, an object in the journal's place that is 
 CARD_NAME = "README.md"
 RECORD_NAME = "raymoe.json"
 RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint
+MAX_RESULT_BYTES = 16 << 20  # of a result: 50 bytes for each actor
 INDEX_NAME = "model.safetensors.index.json"
 # The weights of a checkpoint.
 CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -72,6 +76,19 @@ def json_object(content: bytes | str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_recorded_file(name: object) -> bool:
+    """Whether a record may name such a file of the output. The journal is of the run at work, not of a merge."""
+    return isinstance(name, str) and is_inside(name) and name.split("/")[0] != JOURNAL
+
+
+def is_result(content: bytes) -> bool:
+    """Whether a file tells how a run went (`result.json`, or what `--result` names).
+
+    A run that fails may leave one in an output that is empty otherwise. The next run takes the output all the same.
+    """
+    return {"exit_reason", "raymoe_version"} <= json_object(content).keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

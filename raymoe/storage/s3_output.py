@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 from raymoe.errors import MergeFailed
+from raymoe.objects.answers import is_md5
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import ObjectExists, StorageError, UploadGone
+from raymoe.objects.problems import ObjectExists, StorageError, UploadGone, object_replaced
 from raymoe.objects.store import MultipartStore, UploadedPart, open_store
 from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
@@ -61,7 +62,7 @@ class S3Output(StoreOutput[MultipartStore]):
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
         claim = self._journal.check_run()
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
@@ -138,9 +139,15 @@ class S3Output(StoreOutput[MultipartStore]):
         return self._wrote(name, len(content), self._put_small(name, content).etag)
 
     def _wrote(self, name: str, size: int, etag: str | None) -> FileRecord:
-        info = self._store.stat(join(self.location, name))
-        self._written.add(name, size, info.etag if info is not None else etag)
-        return FileRecord(name=name, size=size, checksum=self._checksum(join(self.location, name), etag))
+        url = join(self.location, name)
+        info = self._store.stat(url)
+        if info is None or info.size != size:
+            raise object_replaced(url)
+        # An MD5 was compared with what was sent. Another one now is of other bytes; a store may also tell none.
+        if etag is not None and info.etag is not None and is_md5(etag) and is_md5(info.etag) and etag != info.etag:
+            raise object_replaced(url)
+        self._written.add(name, size, info.etag)
+        return FileRecord(name=name, size=size, checksum=self._checksum(url, etag))
 
     def write_index(self, content: bytes) -> FileRecord:
         self._written.check()

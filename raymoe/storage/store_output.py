@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
-from raymoe.errors import Problem
+from raymoe.errors import MergeFailed, Problem
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError
 from raymoe.objects.store import ObjectInfo, ObjectStore
@@ -21,9 +21,10 @@ from raymoe.storage.object_journal import (
     finished_claim,
     finished_merge,
     occupied,
+    read_json,
     recorded_files,
 )
-from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge, json_object
 
 __all__ = ["StoreOutput"]
 
@@ -68,7 +69,7 @@ class StoreOutput(Generic[_Store]):
         if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
             self._clear(claim)
 
-    def changed_sources(self, stamps: Mapping[str, int]) -> list[str]:
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         return self._journal.changed_sources(stamps)
 
     def lock(self) -> None:
@@ -87,8 +88,18 @@ class StoreOutput(Generic[_Store]):
         try:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
-            raise replaced(url) from error
+            raise self._recorded_meanwhile(url, record) from error
         self._clear(self._journal.check_run())
+
+    def _recorded_meanwhile(self, url: str, own: bytes) -> MergeFailed:
+        """What is raised for a record that has appeared here while this run was at work."""
+        there = read_json(self._store, url).get("plan_digest")
+        if there == json_object(own).get("plan_digest"):
+            return replaced(url)
+        return MergeFailed(
+            f"{url}: a merge of another plan has ended here while this one was at work. Its files and those of this "
+            "merge may be mixed now: run the command of the merge that is wanted again, with --overwrite."
+        )
 
     def _clear(self, claim: Claim) -> None:
         """Remove the journal of that claim."""

@@ -45,7 +45,7 @@ class StreamOutput(StoreOutput[FsspecStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, cast(FsspecStore, open_store(location, storage)), storage, run)
 
-    def begin(self, digest: str, stamps: Mapping[str, int], *, fresh: bool) -> None:
+    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
         has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
         self._journal.remove_earlier_parts()
         if has_to_clear:

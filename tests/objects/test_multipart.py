@@ -10,6 +10,7 @@ import pytest
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import BucketMissing, ObjectChanged, ObjectExists, ObjectMissing, StorageError, UploadGone
 from raymoe.objects.s3 import MIN_PART_BYTES, S3Store
+from raymoe.objects.store import ObjectInfo
 from raymoe.objects.urls import join, s3_location
 from tests.objects.servers import Server
 
@@ -29,6 +30,22 @@ def test_an_object_appears_whole_when_it_is_completed(store: S3Store, bucket: st
     assert info.size == len(A + B + C)
     assert store.read_all(url, info.etag) == A + B + C
     assert store.list_uploads(bucket) == []
+
+
+def test_an_object_that_is_replaced_at_once(store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a late request of another run, of the same size, before this process looks at what it has made."""
+    url, stat = join(bucket, "out/shard"), store.stat
+    upload = store.create_upload(url, RUN)
+    part = store.upload_part(url, upload, 1, A)
+
+    def replaced(url: str) -> ObjectInfo | None:
+        monkeypatch.undo()
+        store.put(url, B[: len(A)])
+        return stat(url)
+
+    monkeypatch.setattr(store, "stat", replaced)
+    with pytest.raises(StorageError, match="replaced as soon as it had been written"):
+        store.complete_upload(url, upload, [part], metadata=RUN)
 
 
 def test_data_may_be_any_bytes(store: S3Store, bucket: str) -> None:

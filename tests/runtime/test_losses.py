@@ -8,6 +8,7 @@ import pytest
 import ray.exceptions
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.objects.problems import StorageError
 from raymoe.runtime.gate_work import GateJob
 from raymoe.runtime.losses import FATES, Fate, cause_of, fate_of, first_line
 from raymoe.runtime.schedule import _Actor, _Jobs, _loss
@@ -105,6 +106,21 @@ def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
         second.refusals = 4
         with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
             run._not_up(second, made(kind))
+
+
+def test_the_last_actor_can_not_reach_the_output() -> None:
+    """No node has the credentials that the driver has: no process died, and the remedy is the store's."""
+    run, last = _Jobs.__new__(_Jobs), _Actor("one")
+    run._actors, run._writer = [last], None
+    problem = Problem(where="s3://bucket/out", what="no credentials found", remedy="set AWS_ACCESS_KEY_ID")
+    with pytest.raises(MergeFailed) as told:
+        run._not_up(last, wrapped(StorageError([problem])))
+    said = str(told.value)
+    assert "no credentials found" in said and "set AWS_ACCESS_KEY_ID" in said
+    assert "died" not in said and "emory" not in said
+    run._actors = [last]
+    with pytest.raises(MergeFailed, match=r"the last one can't work: OSError: no such device$"):
+        run._not_up(last, wrapped(OSError("no such device")))
 
 
 def test_words() -> None:

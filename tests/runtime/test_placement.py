@@ -20,6 +20,7 @@ from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, fil
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import PIECE_BYTES, pieces_of
 from raymoe.sources.types import SourceFile
+from raymoe.storage.journal import source_stamps
 from tests.pico import merge_config
 
 PlanOf = Callable[..., MergePlan]
@@ -132,11 +133,13 @@ def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
     zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
-    assert found.stamps() == {path: os.stat(path).st_mtime_ns for path in (zero, one)}
+    assert found.stamps() == source_stamps(
+        file for s in plan.sources for file in s.files if file.location in (zero, one)
+    )
     copied = dict(found.nodes[2].files or {})
     copied[zero] = replace(copied[zero], mtime_ns=5)
     apart = Placement(found.needs, [*found.nodes[:2], replace(found.nodes[2], files=copied)], "a")
-    assert apart.stamps()[zero] == copied[zero].sample  # whichever of the copies is there
+    assert apart.stamps()[zero] == f"copies:{copied[zero].sample:016x}"  # whichever of the copies is there
 
 
 def test_too_few_actors_allowed(plan_of: PlanOf) -> None:

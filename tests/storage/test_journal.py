@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
+from raymoe.objects.options import StorageOptions
+from raymoe.sources.local import stat_file
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import Journal, source_stamps
 from raymoe.storage.local import LocalOutput
+from raymoe.storage.output import Output
+from raymoe.storage.stream_output import StreamOutput
 
 
 def begun(root: Path, digest: str = "plan A") -> LocalOutput:
@@ -32,7 +36,7 @@ def test_states(tmp_path: Path) -> None:
     assert (journal.exists, journal.digest()) == (False, None)
     journal.lock()
     assert not journal.exists, "a lock alone is no unfinished merge"
-    journal.begin("plan A", {"/a": 1})
+    journal.begin("plan A", {"/a": "1"})
     assert (journal.exists, journal.digest(), journal.is_of_this_run) == (True, "plan A", True)
     seen = Journal(tmp_path)
     assert (seen.exists, seen.digest(), seen.is_of_this_run) == (True, "plan A", False)
@@ -49,8 +53,8 @@ def test_states(tmp_path: Path) -> None:
 def test_changed_sources(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.lock()
-    journal.begin("plan", {"/same": 1, "/changed": 1, "/gone": 1})
-    assert journal.changed_sources({"/same": 1, "/changed": 2, "/new": 1}) == ["/changed"]
+    journal.begin("plan", {"/same": "1", "/changed": "1", "/gone": "1"})
+    assert journal.changed_sources({"/same": "1", "/changed": "2", "/new": "1"}) == ["/changed"]
     journal.release()
 
 
@@ -61,7 +65,36 @@ def test_source_stamps(tmp_path: Path) -> None:
     os.utime(file, ns=(5, 123_456_789))
     locations = [str(file), "hf://org/name@0123/model.safetensors", str(tmp_path / "none")]
     stamps = source_stamps(SourceFile(location=location, size=0) for location in locations)
-    assert stamps == {str(file): 123_456_789}
+    assert stamps.keys() == {str(file)}
+    assert stamps[str(file)].startswith("123456789:")
+
+
+@pytest.mark.parametrize("kind", [LocalOutput, StreamOutput])
+def test_a_source_that_is_replaced_by_one_of_the_same_time(
+    tmp_path: Path, kind: type[LocalOutput | StreamOutput]
+) -> None:
+    """As in images, in Nix's store and from `cp -p`: a link that is set to another version, a file written over."""
+    for version in ("v1", "v2"):
+        (tmp_path / version).write_bytes(version.encode() * 1000)
+        os.utime(tmp_path / version, (315_532_800, 315_532_800))
+    (tmp_path / "link").symlink_to("v1")
+
+    def stamps() -> dict[str, str]:
+        found = stat_file(str(tmp_path / "link"))
+        assert found is not None
+        return source_stamps([found])
+
+    if kind is LocalOutput:
+        output: Output = LocalOutput(tmp_path / "out")
+    else:
+        output = StreamOutput(f"memory://{tmp_path.name}/out", StorageOptions())
+    output.lock()
+    output.begin("plan", stamps(), fresh=False)
+    assert output.changed_sources(stamps()) == []
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("v2")
+    assert output.changed_sources(stamps()) == [str(tmp_path / "link")]
+    output.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"digest": 3}'])
@@ -73,7 +106,7 @@ def test_unreadable_plan_is_of_no_plan(tmp_path: Path, text: str) -> None:
     assert journal.exists
     assert journal.digest() != "plan A"
     assert not journal.is_of_this_run
-    assert journal.changed_sources({"/a": 1}) == []
+    assert journal.changed_sources({"/a": "1"}) == []
 
 
 def test_lock_is_for_one(tmp_path: Path) -> None:
@@ -95,6 +128,8 @@ _HOLDER = """
 import sys, time
 from pathlib import Path
 from raymoe.storage.local import LocalOutput
+from raymoe.storage.output import Output
+from raymoe.storage.stream_output import StreamOutput
 
 output = LocalOutput(Path(sys.argv[1]))
 output.journal.lock()

@@ -125,9 +125,9 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
     nearly_done(old, "plan")
     real = newer._journal._write
 
-    def ends(name: str, content: Any) -> None:
+    def ends(name: str, content: Any, **named: Any) -> None:
         old.end(record_of("plan"))
-        real(name, content)
+        real(name, content, **named)
 
     def die(*_: Any) -> None:
         raise Died
@@ -179,6 +179,24 @@ def test_files_of_a_foreign_record_are_sources(place: str, tmp_path: Path, is_fo
     assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/x"),))) is not None
     assert clash(output, Inputs(files=(("the config", f"{out}/base.yaml"),))) is not None
     assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/y"),))) is None
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_record_that_names_a_folder_and_the_journal(place: str, tmp_path: Path, is_folder: bool) -> None:
+    """--overwrite removes neither, and the run goes on."""
+    out = str(tmp_path / "out") if is_folder else place
+    filesystem, path = fsspec.url_to_fs(out)
+    filesystem.makedirs(f"{path}/sub", exist_ok=True)
+    record = {"files": {"sub": {"size": 1}, ".raymoe/plan.json": {"size": 1}, "old.txt": {"size": 1}}}
+    filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps(record).encode())
+    filesystem.pipe_file(f"{path}/old.txt", b"x")
+    filesystem.pipe_file(f"{path}/sub/mine.txt", b"x")
+    output: Output = open_output(out, OPTIONS)
+    output.lock()
+    output.begin("plan", {}, fresh=True)
+    assert output.is_reachable()
+    assert filesystem.exists(f"{path}/sub/mine.txt") and not filesystem.exists(f"{path}/old.txt")
+    output.release()
 
 
 def test_clean_up_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raymoe.sources.local import recorded_sample, stat_file
-from raymoe.storage.output import _newer_sources
+from raymoe.storage.output import _newer_sources, rewritten_sources
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FinishedMerge
 
 
@@ -53,6 +53,17 @@ def test_a_link_that_leads_to_an_older_model(models: Path, place: str) -> None:
     (models / "current").symlink_to("two")
     (what,) = said(models, finished, location)
     assert what == f"the merge here was made of other sources than are there now: {file.location}"
+
+
+def test_a_rewritten_file_of_the_same_sample_is_named(models: Path) -> None:
+    """A change between the sampled blocks: what is said of it is not that it is complete, without more."""
+    file = file_of(models)
+    finished = finished_of(local_files={file.location: recorded_sample(file)})
+    plan: Any = SimpleNamespace(side_files=(), sources=(SimpleNamespace(files=(file,)),))
+    assert rewritten_sources(plan, str(models / "out"), finished) == []
+    os.utime(models / "one/model.safetensors", (1 << 33, 1 << 33))
+    assert rewritten_sources(plan, str(models / "out"), finished) == [file.location]
+    assert rewritten_sources(plan, "s3://bucket/out", finished) == []
 
 
 @pytest.mark.parametrize("samples", [None, [], {"/elsewhere": 1}])

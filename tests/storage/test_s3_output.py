@@ -23,6 +23,8 @@ import raymoe
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.objects.options import StorageOptions
+from raymoe.objects.problems import StorageError
+from raymoe.objects.store import ObjectInfo
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Copy, Shard
 from raymoe.planning.upload import upload_parts
@@ -572,6 +574,22 @@ def test_index_only_if_absent(plan: MergePlan, place: Place, out: str) -> None:
         finish(plan, target)
     assert place.read(INDEX_NAME) == theirs
     assert RECORD_NAME not in place.names()
+
+
+def test_a_small_file_that_is_replaced_at_once(plan: MergePlan, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another run, between the answer to the put and the look after it; also by a file of the same size."""
+    target = S3Output(out, OPTIONS)
+    target.begin(plan.digest, {}, fresh=False)
+    put = target._put_small
+
+    def replaced(name: str, content: bytes) -> ObjectInfo:
+        info = put(name, content)
+        put(name, content.replace(b"own", b"not"))
+        return info
+
+    monkeypatch.setattr(target, "_put_small", replaced)
+    with pytest.raises(StorageError, match="replaced as soon as it had been written"):
+        target.write_small("config.json", b'"own"')
 
 
 def test_own_index_is_no_obstacle(plan: MergePlan, place: Place, out: str) -> None:

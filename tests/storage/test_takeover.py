@@ -19,7 +19,7 @@ import fsspec
 import pytest
 
 import raymoe
-from raymoe.errors import MergeFailed, RaymoeError
+from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
 from raymoe.gates.assemble import random_gate_rows, router_bytes
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.s3 import S3Store
@@ -51,6 +51,15 @@ def plans(zoo: Callable[..., Path]) -> tuple[MergePlan, MergePlan]:
         return raymoe.plan(merge_config(zoo("llama"), experts, mode="random"), PLAN)
 
     return plan(1, 2), plan(3, 4)
+
+
+@pytest.fixture(scope="module")
+def small(zoo: Callable[..., Path]) -> MergePlan:
+    """A plan whose shards are more than those of `plans`, and have other names."""
+    from tests.pico import merge_config
+
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="random")
+    return raymoe.plan(config, MergeOptions(max_shard_bytes=200_000, model_card=False))
 
 
 class Place:
@@ -411,6 +420,67 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
         assert failed == []
 
 
+@pytest.mark.parametrize("until", ["done", "shards"])
+@pytest.mark.parametrize("other", ["another plan", "smaller shards", "the same plan"])
+def test_a_run_that_begins_late(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], small: MergePlan, tmp_path: Path, other: str, until: str
+) -> None:
+    """It has looked at an empty output and stands still before any call of its beginning, while another run does its
+    merge or a part of it. Neither has --overwrite: one of them is refused, and the other one's merge is whole."""
+    plan, new = plans[0], {"another plan": plans[1], "smaller shards": small, "the same plan": plans[0]}[other]
+    at, more = 0, True
+    while more:
+        place = Place(f"{store_place.location}-{at}")
+        late, other_run = open_output(place.location, OPTIONS), TakeOver(place, new, fresh=False, until=until)
+        assert late.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
+
+        def come_in(other_run: TakeOver = other_run) -> None:
+            with contextlib.suppress(ProblemReport):  # where the late run has just claimed the output
+                other_run()
+
+        calls = Interrupted(late, at, come_in)
+        try:
+            late.begin(plan.digest, {}, fresh=False)
+            at, more = at + 1, calls.calls > at
+            finish(late, plan)
+        except RaymoeError:
+            at += 1
+            late.release()
+            other_run.end()
+            check_is_alone(place, new, tmp_path)
+        else:
+            check_is_alone(place, plan, tmp_path)
+    assert at > 1
+
+
+def test_a_run_that_goes_on_late(
+    store_place: Place, plans: tuple[MergePlan, MergePlan], small: MergePlan, tmp_path: Path
+) -> None:
+    """Its unfinished merge is discarded by another plan's, with --overwrite, which ends before the late claim."""
+    for at in range(steps(store_place, 0) * 4 + 1):  # on a server before the claim alone
+        place = Place(f"{store_place.location}-{at}")
+        started(place, plans[0])
+        late = open_output(place.location, OPTIONS)
+        Interrupted(late, at, TakeOver(place, small, fresh=True, until="done"))
+        with pytest.raises(ProblemReport, match="the output holds a finished merge"):
+            late.begin(plans[0].digest, {}, fresh=False)
+        check_is_alone(place, small, tmp_path)
+
+
+def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
+    output, (plan, other) = started(store_place, plans[0]), plans
+    shards = write_shards(output, plan)
+    filesystem, path = fsspec.url_to_fs(store_place.location)
+    filesystem.pipe_file(f"{path}/{RECORD_NAME}", record_of(other, []))
+    with pytest.raises(MergeFailed, match=r"a merge of another plan has ended here.*--overwrite"):
+        write_rest(output, plan, shards)
+    output.release()
+    again = open_output(store_place.location, OPTIONS)
+    (problem,) = again.problems(digest=plan.digest, output_bytes=0, overwrite=False)
+    assert "a merge of another plan has ended here" in problem.what and "--overwrite" in problem.remedy
+    finish(started(store_place, plan, fresh=True), plan)
+
+
 def test_replaced_shard_is_seen_before_done_is_said(
     store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
 ) -> None:
@@ -567,6 +637,25 @@ def end_or_die(output: Output, record: bytes, at: int) -> bool:
         except Died:
             return False
     return True
+
+
+@pytest.mark.parametrize("name", ["result.json", "run-1.json"])
+def test_the_result_of_a_run_that_failed_is_not_in_the_way(
+    place: Place, plans: tuple[MergePlan, MergePlan], name: str
+) -> None:
+    """`--result OUT/result.json` of a run that was refused: the mended command does not need --overwrite."""
+    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem.makedirs(path, exist_ok=True)
+    filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "refused", "raymoe_version": "1"}')
+    output = open_output(place.location, OPTIONS)
+    assert output.problems(digest=plans[0].digest, output_bytes=0, overwrite=False) == []
+    output.lock()
+    output.begin(plans[0].digest, {}, fresh=False)
+    output.release()
+    filesystem.rm(f"{path}/.raymoe", recursive=True)
+    filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "mine"}')
+    (problem,) = open_output(place.location, OPTIONS).problems(digest=plans[0].digest, output_bytes=0, overwrite=False)
+    assert "not empty" in problem.what
 
 
 def test_finished_merge_that_lacks_a_file(place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
