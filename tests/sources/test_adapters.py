@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from raymoe.errors import CheckpointError
+from raymoe.sources.adapters import _modules_by_ending, _same_module
+from raymoe.sources.patterns import Patterns, slow_patterns
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
-from raymoe.sources.types import AdapterFacts, ModelFacts, TensorEntry
+from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from tests.sources.checkpoints import write_json
 
 
@@ -201,6 +203,13 @@ NEVER = "peft can't merge it into a model either"
         ({"rank_pattern": {"(?x:(a+)#\n+)!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"}?" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"(?i)up_proj": 1}}, "is no regular expression", SAVE_AGAIN),
+        ({"rank_pattern": {"a{99999999999}": 4}}, "'rank_pattern' has 'a{99999999999}', which is no", SAVE_AGAIN),
+        ({"rank_pattern": {"(" * 400 + "a" + ")" * 400: 4}}, "which is no regular expression", SAVE_AGAIN),
+        ({"rank_pattern": {"(" * 5000 + "a" + ")" * 5000: 4}}, "may take too long to match", SAVE_AGAIN),
+        ({"alpha_pattern": {f"up{n}": 4 for n in range(10_001)}}, "'alpha_pattern' has 10001 patterns", SAVE_AGAIN),
+        ({"alpha_pattern": {f".*.*.*.*{n}": 4 for n in range(10_000)}}, "10000 patterns for 1 modules may take", MERGE),
+        ({"peft_type": ["LORA"]}, "an adapter of type ['LORA'] (adapter_config.json: peft_type)", MERGE),
+        ({"peft_type": {"a": 1}}, "an adapter of type {'a': 1} (", MERGE),
         ({"modules_to_save": ["score"]}, "modules_to_save .* names 'score', and .* holds no tensors", SAVE_AGAIN),
         (
             {"modules_to_save": ["classifier", "score"]},
@@ -228,6 +237,27 @@ def test_ordinary_patterns_are_matched_as_by_peft(model: Path, pattern: str) -> 
     assert get_pattern_key([pattern], "model.layers.0.mlp.up_proj") == pattern
     facts = resolve(model, adapter(model.parent / "lora", CONFIG | {"alpha_pattern": {pattern: 6}}, factors())).adapter
     assert facts is not None and [pair.scaling for pair in facts.pairs.values()] == [3.0]
+
+
+def test_a_pattern_for_each_module() -> None:
+    """EVA gives each module a rank of its own: more patterns than the cache of `re` holds."""
+    modules = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(200) for kind in ("gate", "up", "down")]
+    ranks = {module: number for number, module in enumerate(modules)}
+    assert slow_patterns((ranks, ranks), modules) is None
+    assert [Patterns(ranks, -1).value(module) for module in modules[-20:]] == [*range(580, 600)]
+    assert Patterns(ranks, -1).value("model.layers.200.mlp.up_proj") == -1
+
+
+def test_names_of_many_components() -> None:
+    """A megabyte of them had 300 MB of endings."""
+    file = SourceFile(location="m", size=1)
+    names = [f"{'a.' * 495}{number}.weight" for number in range(100)]
+    entries = {name: TensorEntry(name=name, dtype="F32", shape=(1,), file=file, start=0, end=4) for name in names}
+    endings = _modules_by_ending(CheckpointIndex(files=(file,), tensors=entries))
+    assert sum(map(len, endings)) < 10_000
+    assert _same_module(f"wrapped.a.a.a.{names[3].removesuffix('.weight')}", endings) == names[3].removesuffix(
+        ".weight"
+    )
 
 
 def test_a_classifier_has_one_of_the_names_that_peft_writes(model: Path) -> None:
