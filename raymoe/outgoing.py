@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TextIO
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 __all__ = [
     "MOST_CHARACTERS",
@@ -39,7 +39,8 @@ __all__ = [
 # access key is that of a test server: no secret, and often a word.
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 _SECRET_NAME = re.compile(
-    r"(?i)((^|_)(token|secret|access_key|access_key_id|secret_key|api_key|account_key|connection_string)|passw(or)?d)$"
+    r"(?i)((^|_)(token|secret|access_key|access_key_id|secret_key|api_key|account_key|storage_key|connection_string)"
+    r"|_(pat|pwd)|passw(or)?d)$"  # PWD itself is the working directory
 )
 _LEAST_CHARACTERS, _LEAST_BY_NAME, _LEAST_OF_KEY_ID = 4, 8, 16
 # A value below this many characters may be a word (`test`): it is no secret within a longer word or a path.
@@ -193,6 +194,10 @@ def _known_secrets(environment: tuple[tuple[str, str], ...], remembered: frozens
         elif "://" in value or name.lower().endswith("_proxy"):
             url = value if "://" in value else f"http://{value}"
             found.update((secret, f"<{name}>") for secret in _secrets_of_url(url))
+    # Messages quote values as Python, JSON and URLs write them.
+    for secret, name in [*found.items()]:
+        for form in (repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")):
+            found.setdefault(form, name)
     found.pop("", None)
     return sorted(found.items(), key=lambda item: -len(item[0]))
 

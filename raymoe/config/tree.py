@@ -26,8 +26,11 @@ __all__ = ["NotYaml", "parse_tree"]
 
 _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
+# YAML 1.1 has numbers to the base 60 (1:30:00): PyYAML takes time with the square of their length.
+_MAX_BASE_60_CHARACTERS = 100
 _Entries = dict[str, tuple[ScalarNode, Node]]
 _PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+_NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 # A number in JSON and in YAML 1.2, but text in PyYAML's YAML 1.1.
 _EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -68,8 +71,13 @@ def _report(name: str, line: int | None, what: str, remedy: str = "") -> Problem
 
 
 def _compose(text: str, name: str) -> Node:
+    text = _without_json_tabs(text)
+    if _has_too_many_values(text):
+        raise _too_many(name)
     try:
-        root = yaml.compose(_without_json_tabs(text), Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
+    except _TooManyError:
+        raise _too_many(name) from None
     except yaml.MarkedYAMLError as error:
         raise NotYaml(error, _syntax_report(error, name).problems) from None
     except yaml.reader.ReaderError as error:
@@ -82,6 +90,42 @@ def _compose(text: str, name: str) -> Node:
     if root is None:
         raise _report(name, None, "the config is empty", "write at least base_model and experts")
     return root
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, which composes no more nodes than a config may have."""
+
+    composed = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        self.composed += 1
+        if self.composed > _MAX_VALUES:
+            raise _TooManyError
+        return super().compose_node(parent, index)
+
+
+class _TooManyError(Exception):
+    pass
+
+
+def _has_too_many_values(text: str) -> bool:
+    """By the parser in C, as far as that takes the text: it is much faster than what composes a tree in Python."""
+    if not hasattr(yaml, "CSafeLoader"):
+        return False
+    values = depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+            values += isinstance(event, yaml.NodeEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if values > _MAX_VALUES or depth > _MAX_DEPTH:  # each level makes the parser slower
+                break
+    except (yaml.YAMLError, ValueError):  # the latter for text that is no UTF-8
+        return False
+    return values > _MAX_VALUES
+
+
+def _too_many(name: str) -> ProblemReport:
+    return _report(name, None, f"it holds more than {_MAX_VALUES} values", "is this a merge config?")
 
 
 def _too_deep(name: str, line: int) -> ProblemReport:
@@ -115,13 +159,14 @@ class _Walk:
         self._marks: dict[Loc, Mark] = {}
         self._open: set[int] = set()
         self._entries_of: dict[int, _Entries] = {}
+        self._joined_entries = 0
         self.lines = Lines(name=name, marks=self._marks)
         self.found: list[Found] = []
 
     def value(self, node: Node, loc: Loc) -> Any:
         self._marks.setdefault(loc, _mark(node))
         if len(self._marks) > _MAX_VALUES:
-            raise _report(self._name, None, f"it holds more than {_MAX_VALUES} values", "is this a merge config?")
+            raise _too_many(self._name)
         if len(loc) > _MAX_DEPTH:
             raise _too_deep(self._name, _mark(node).line)
         if isinstance(node, ScalarNode):
@@ -163,7 +208,7 @@ class _Walk:
             if not isinstance(key_node, ScalarNode):
                 self._problem(loc, "a key must be text", "write 'key: value'", _mark(key_node))
             elif key_node.tag == _MERGE_TAG:
-                merged = {**self._merged(value_node, loc), **merged}
+                merged = self._joined(self._merged(value_node, loc), merged)
             elif (first := own.setdefault(key_node.value, (key_node, value_node)))[0] is not key_node:
                 what = f"the key is given twice, first in line {_mark(first[0]).line}"
                 remedy, place = _TWICE.get(key_node.value, "keep one of the two"), (*loc, key_node.value)
@@ -178,16 +223,25 @@ class _Walk:
         merged: _Entries = {}
         for source in node.value if isinstance(node, SequenceNode) else [node]:
             if isinstance(source, MappingNode):
-                merged = {**self._entries(source, loc), **merged}
+                merged = self._joined(self._entries(source, loc), merged)
             else:
                 what = "'<<' merges a mapping or a list of mappings, and this is neither"
                 self._problem(loc, what, "write '<<: *name' for a mapping marked '&name'", _mark(source))
         return merged
 
+    def _joined(self, later: _Entries, first: _Entries) -> _Entries:
+        """The entries of both. A long list of aliases may merge the same ones many times."""
+        self._joined_entries += len(later) + len(first)
+        if self._joined_entries > _MAX_VALUES:
+            raise _too_many(self._name)
+        return {**later, **first}
+
     def _scalar(self, node: ScalarNode, loc: Loc) -> Any:
-        if loc and loc[-1] in NUMBER_KEYS and node.style is None and _EXPONENT_NUMBER.fullmatch(node.value):
-            return float(node.value)
         try:
+            if node.tag in _NUMBER_TAGS and len(node.value) > _MAX_BASE_60_CHARACTERS and ":" in node.value:
+                raise ValueError("too long for a number to the base 60")
+            if loc and loc[-1] in NUMBER_KEYS and node.style is None and _EXPONENT_NUMBER.fullmatch(node.value):
+                return float(node.value)
             return self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError):
             # PyYAML's constructors trust the tag: any of these means that the text does not fit it.

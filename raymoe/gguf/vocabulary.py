@@ -27,6 +27,7 @@ from raymoe.gguf.added import (
 )
 from raymoe.gguf.pretokenizer import KNOWN, pre_tokenizer_name
 from raymoe.gguf.spaces import SpacePrefix, space_prefix
+from raymoe.sources.tokenizer import tokenizer_guard
 from raymoe.text import some
 
 __all__ = ["Vocabulary", "read_vocabulary"]
@@ -336,11 +337,8 @@ def _encoded(files: Mapping[str, Path]) -> list[int] | None:
         return None
     from tokenizers import Tokenizer
 
-    try:
+    with tokenizer_guard(str(files["tokenizer.json"]), "can't be read", FILES):
         tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
         tokenizer.no_truncation()  # one whose stride is too long for its length makes the library panic
         ids: list[int] = tokenizer.encode("a").ids
-    except Exception as error:  # the library raises nothing narrower
-        what = f"can't be read: {error}"
-        raise ProblemReport([Problem(where=str(files["tokenizer.json"]), what=what, remedy=FILES)]) from None
     return ids or None

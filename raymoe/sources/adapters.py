@@ -13,8 +13,7 @@ Everything else is refused by name: silently leaving part of an adapter out woul
 Each kind of fault has its own remedy. "Merge it with peft" is advised only where peft 0.21 applies the adapter; names
 that peft does not find, it skips with a warning and returns the model unchanged.
 
-Sources: the checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint; the matching of
-`rank_pattern` and `alpha_pattern`, `get_pattern_key` in peft/utils/other.py; what becomes of names,
+Sources: the checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint; what becomes of names,
 `BaseTuner._remap_adapter_state_dict_for_load` in peft/tuners/tuners_utils.py.
 """
 
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.heads import EMBEDDING, HEAD
+from raymoe.sources.patterns import LONGEST_NAME, Patterns, pattern_problem, slow_patterns, too_many_patterns
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, LoraPair, TensorEntry
 from raymoe.text import some
 
@@ -51,9 +51,7 @@ _FACTOR = re.compile(
 )
 _MAGNITUDE = "magnitude"
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-# Limits of rank_pattern and alpha_pattern, whose regular expressions may be untrusted: those that peft writes are names
-# of modules. Four repetitions (`.*`) are within them.
-_PATTERN_CHARACTERS, _NAME_CHARACTERS, _MOST_WAYS = 1000, 80, 80**4
+_MOST_COMPONENTS = 8
 _NAMED = 5  # how many of many problems of a kind are listed
 
 # Settings that do not change what the factors mean. (Where modules are targeted shows in the tensors
@@ -148,10 +146,15 @@ def adapter_facts(
     other_base = _other_base(config)
     found = _sort(index, model, other_base)
     faults = [*found.faults, *_missing_modules(config, found)]
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if slow := slow_patterns((ranks, alphas), found.factors):
+        faults.append(_Fault(f"rank_pattern and alpha_pattern in adapter_config.json: {slow}", MERGE_WITH_PEFT))
+        ranks = alphas = {}
+    patterns = Patterns(ranks, config["r"]), Patterns(alphas, config["lora_alpha"])
     pairs: dict[str, LoraPair] = {}
     for module, factors in found.factors.items():
         try:
-            pairs[f"{module}.weight"] = _pair(module, factors, config, model)
+            pairs[f"{module}.weight"] = _pair(module, factors, config, model, *patterns)
         except _Misfit as misfit:
             faults.append(_Fault(str(misfit), misfit.remedy or other_base))
     if not pairs and not faults and not found.replaced and not found.left_out:
@@ -200,9 +203,9 @@ def _other_base(config: Mapping[str, Any]) -> str:
 def _config_faults(config: Mapping[str, Any]) -> list[_Fault]:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        what = f"an adapter of type {peft_type!r} (adapter_config.json: peft_type); only LORA is supported"
+        what = f"an adapter of type {peft_type!r:.80} (adapter_config.json: peft_type); only LORA is supported"
         changes_nothing = "it changes no weights, so that no expert can be made of it: use a LoRA adapter"
-        return [_Fault(what, changes_nothing if peft_type in _PROMPT_TYPES else MERGE_WITH_PEFT)]
+        return [_Fault(what, changes_nothing if str(peft_type) in _PROMPT_TYPES else MERGE_WITH_PEFT)]
     faults = [
         _Fault(
             f"the adapter uses {what} ({key}), which is not supported",
@@ -238,35 +241,15 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
         if not isinstance(patterns, Mapping):
             problems.append(f"{key!r} in adapter_config.json is not an object")
             continue
+        if problem := too_many_patterns(patterns):
+            problems.append(f"{key!r} {problem}")
+            continue
         for pattern, value in patterns.items():
             if not _is_positive(value, kind):
                 problems.append(f"{key!r} gives {pattern!r} the value {value!r:.80}, not a number over 0")
-            try:
-                re.compile(_expression(pattern))
-            except re.error as error:
-                problems.append(f"{key!r} has {pattern!r:.80}, which is no regular expression: {error}")
-                continue
-            if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern) > _MOST_WAYS:
-                problems.append(f"{key!r} has {pattern!r:.80}, which may take too long to match")
+            if problem := pattern_problem(pattern):
+                problems.append(f"{key!r} {problem}")
     return problems
-
-
-def _ways_to_try(pattern: str) -> float:
-    """How many ways a failing match of a pattern tries at most, on names of _NAME_CHARACTERS; inf without a limit.
-
-    A repeated group may hold a choice of its own (`([a-z]+)+`), whose ways grow exponentially. So no group may be
-    repeated, but for `?`. Otherwise the ways multiply: a repetition ends at any character, and each group has its
-    alternatives. Characters of a class (`[)*]`) are counted as if they were operators, which finds too many ways but
-    never too few. `#` begins comments in verbose patterns, which hide what is repeated; names of modules have none.
-    """
-    plain = re.sub(r"\\.", "a", pattern, flags=re.DOTALL)
-    if "#" in plain or re.search(r"\)\s*[*+{]", plain):
-        return math.inf
-    # Lazy and possessive repetitions are one, not two. (After `}` they count as two: it may be a plain character.)
-    plain = re.sub(r"([*+?])[?+]", r"\1", plain.replace("(?", "("))
-    repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
-    alternatives: int = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
-    return float(min(alternatives * _NAME_CHARACTERS**repetitions * 2**optional, _MOST_WAYS + 1))
 
 
 def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) -> bool:
@@ -397,28 +380,42 @@ def _name_faults(names: Sequence[str], model: CheckpointIndex, other_base: str) 
 
 
 def _modules_by_ending(model: CheckpointIndex) -> dict[str, list[str]]:
-    """Modules of the model by the ends of their names, of three components at least: layer, block, matrix."""
     found: dict[str, list[str]] = {}
     for name in model.tensors:
         module, _, kind = name.rpartition(".")
-        parts = module.split(".")
         if kind == "weight":
-            for start in range(max(1, len(parts) - 2)):
-                found.setdefault(".".join(parts[start:]), []).append(module)
+            for ending in _endings(module):
+                found.setdefault(ending, []).append(module)
     return found
 
 
 def _same_module(module: str, modules: Mapping[str, Sequence[str]]) -> str | None:
     """The module of the model that another name for it must mean: the longest ending of the name that only one has."""
-    parts = module.split(".")
-    for start in range(max(1, len(parts) - 2)):
-        candidates = modules.get(".".join(parts[start:]), ())
+    for ending in _endings(module):
+        candidates = modules.get(ending, ())
         if len(candidates) == 1:
             return candidates[0]
     return None
 
 
-def _pair(module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], model: CheckpointIndex) -> LoraPair:
+def _endings(module: str) -> Iterator[str]:
+    """The ends of a module's name from the longest on, of three components at least: layer, block, matrix.
+
+    Of eight at most: wrappers put a few before those, and a name may have hundreds.
+    """
+    parts = module.split(".")
+    for start in range(max(0, len(parts) - _MOST_COMPONENTS), max(1, len(parts) - 2)):
+        yield ".".join(parts[start:])
+
+
+def _pair(
+    module: str,
+    found: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    model: CheckpointIndex,
+    ranks: Patterns,
+    alphas: Patterns,
+) -> LoraPair:
     """The factors of one module. Raises _Misfit with the first thing that does not fit."""
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in found:
@@ -429,7 +426,7 @@ def _pair(module: str, found: Mapping[str, TensorEntry], config: Mapping[str, An
         if entry.dtype not in _FLOATS or len(entry.shape) != 2:
             what = f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; a float matrix is expected"
             raise _Misfit(what, _SAVE_AGAIN)
-    rank, alpha = _rank_and_alpha(module, config)
+    rank, alpha = _rank_and_alpha(module, ranks, alphas)
     if a.shape[0] != rank or b.shape[1] != rank:
         shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
         what = f"{module!r}: {shapes} don't have the rank {rank} of adapter_config.json"
@@ -456,21 +453,9 @@ def _magnitude(
     return entry
 
 
-def _rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank: int = _matched(ranks, module, config["r"])
-    alpha: float = _matched(alphas, module, config["lora_alpha"])
-    return rank, alpha
-
-
-def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's name, or its end after a dot."""
-    if patterns and len(module) > _NAME_CHARACTERS:
+def _rank_and_alpha(module: str, ranks: Patterns, alphas: Patterns) -> tuple[int, float]:
+    if (ranks or alphas) and len(module) > LONGEST_NAME:
         raise _Misfit(
             f"{module!r:.120}: its name is too long to be matched with rank_pattern and alpha_pattern", MERGE_WITH_PEFT
         )
-    return next((value for key, value in patterns.items() if re.match(_expression(key), module)), default)
-
-
-def _expression(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+    return ranks.value(module), alphas.value(module)

@@ -14,9 +14,9 @@ and refuses every other name: there is nothing that a malicious file could call.
 (`torch.load(weights_only=True)` works likewise, but hides where a storage lies, and would make planning
 depend on torch.)
 
-Nor can it take what its size does not tell: a tuple that the pickle builds of shared tuples is as large as two to the
-power of their number where it is hashed or printed, so that only a few are let through, and records are read within
-bounds of their own.
+Nor can it take what its size does not tell. A tuple of shared tuples is as large as two to the power of their number
+where it is hashed or printed, so only a few are let through. Tuples in tuples are hashed by recursion, so only a few
+levels are let through. Records are read within bounds of their own.
 """
 
 from __future__ import annotations
@@ -44,20 +44,19 @@ __all__ = ["parse_pickled"]
 _MAX_PICKLE_BYTES, _MAX_OPERATIONS = 20_000_000, 5_000_000
 _MAX_DIRECTORY_BYTES = 32_000_000
 _MAX_BYTEORDER_BYTES = 16
-# How often a tuple may be taken up again. torch.save never does: n of them make one of at most 3 ** (n / 3) parts.
+# How often a tuple may be taken up again. torch.save never does: n of them make one of at most 2 ** n parts.
 _MAX_SHARED_TUPLES = 16
-# Operations after which the top of the stack is no tuple. (Those that fill a list are not among them: with nothing to
-# fill in they leave a tuple as it is.) What is noted then may be taken up as often as is wanted.
-_NO_TUPLES = frozenset(
-    {
-        *("EMPTY_DICT", "EMPTY_LIST", "DICT", "LIST", "GLOBAL", "STACK_GLOBAL", "PERSID", "BINPERSID", "NONE"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "REDUCE"),
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NEWTRUE", "NEWFALSE"),
-    }
-)
+# How deep tuples may hold tuples: Python hashes a tuple by recursion in C, without a check of the stack. torch.save's
+# hold one another two deep.
+_MAX_TUPLE_DEPTH = 64
+_TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+# Operations that leave what they fill on the stack. (With nothing to fill in, that may be a tuple.)
+_FILLING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
 _REFUSED_OPERATIONS = frozenset(
-    {"DUP", "EMPTY_SET", "FROZENSET", "ADDITEMS", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+    {
+        *("POP", "POP_MARK", "DUP", "EMPTY_SET", "FROZENSET", "ADDITEMS"),
+        *("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
+    }
 )
 _shortened = reprlib.Repr()
 _shortened.maxlevel = _shortened.maxtuple = 3
@@ -134,7 +133,7 @@ def _tensor(
     # Before anything is copied: one long list may be the shape of many tensors.
     if any(isinstance(sizes, (list, tuple)) and len(sizes) > MAX_DIMENSIONS for sizes in (shape, stride)):
         raise _RefusedError(f"a tensor of {max(len(shape), len(stride))} dimensions")
-    bits = tuple(str(key)[:20] for key, value in (metadata or {}).items() if value is not False)
+    bits = tuple(str(key)[:20] for key, value in dict.items(metadata or {}) if value is not False)
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
         raise _RefusedError("a tensor that is not described by a storage, an offset, a shape and strides")
@@ -194,7 +193,7 @@ def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry,
     entries: list[TensorEntry] = []
     problems: list[Problem] = []
     more = 0
-    for name, value in tensors.items():
+    for name, value in dict.items(tensors):  # a pickle may give an OrderedDict an `items` of its own
         try:
             entries.append(_entry(name, value, records, handle, file))
         except ValueError as error:
@@ -298,29 +297,53 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
 
 def _check_operations(pickled: bytes) -> None:
     """Raise _RefusedError or UnpicklingError for a pickle that would take more than its size tells."""
-    before, shared = "", 0
-    notes: dict[int, bool] = {}  # of the memo: whether there may be a tuple
+    # The unpickler's stack, marks and memo, with one number for each value: how deep its tuples are nested, 0 for none.
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    shared = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         name = opcode.name
         if count > _MAX_OPERATIONS:
             raise _RefusedError(f"more than {_MAX_OPERATIONS:,} operations")
         if name in _REFUSED_OPERATIONS:
             raise _RefusedError(f"the operation {name}")
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(notes) if name == "MEMOIZE" else int(str(argument))
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else int(str(argument))
             # The unpickler allocates its memo up to the largest index: a huge one would exhaust memory.
-            if number > len(pickled):
-                raise pickle.UnpicklingError("memo index out of range")
-            # What was noted as a tuple once stays one: a number that is given twice may hide it.
-            notes[number] = notes.get(number, False) or before not in _NO_TUPLES
-            continue  # the top of the stack is as it was
-        if name in ("GET", "BINGET", "LONG_BINGET") and notes.get(int(str(argument)), True):
-            shared += 1
+            if number > len(pickled) or not stack:
+                raise pickle.UnpicklingError("memo index out of range, or nothing to note")
+            memo[number] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(int(str(argument)), 0))
+            shared += stack[-1] > 0
             if shared > _MAX_SHARED_TUPLES:
                 raise _RefusedError("tuples that hold each other many times")
-            before = "TUPLE"
-            continue
-        before = "NONE" if name in ("GET", "BINGET", "LONG_BINGET") else name
+        else:
+            taken = _take(stack, marks, opcode)
+            depth = 1 + max(taken, default=0) if name in _TUPLES else taken[0] if name in _FILLING else 0
+            if depth > _MAX_TUPLE_DEPTH:
+                raise _RefusedError(f"tuples nested more than {_MAX_TUPLE_DEPTH} deep")
+            stack += [depth] * len(opcode.stack_after)
+
+
+def _take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what an operation takes."""
+    wanted = opcode.stack_before
+    if not wanted:
+        return []
+    start = len(stack) - len(wanted)
+    if wanted[-1] is pickletools.stackslice:  # the last of: what is filled, the mark, all after the mark
+        if not marks:
+            raise pickle.UnpicklingError("no mark")
+        start = marks.pop() - (len(wanted) - 2)
+    if start < 0:
+        raise pickle.UnpicklingError("the stack is empty")
+    taken = stack[start:]
+    del stack[start:]
+    return taken
 
 
 def _shown(value: object) -> str:

@@ -32,6 +32,7 @@ from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import leftover_warning, quantisation_problems
 from raymoe.sources.refs import is_local_folder
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SideFile, SourceFile
+from raymoe.untrusted import check_size
 
 __all__ = [
     "Elsewhere",
@@ -204,6 +205,8 @@ def _open(
     if not is_adapter:
         problems += quantisation_problems(folder.label, config or {}, index)
     side, python = side_files(folder), side_files(folder, ("*.py",))
+    problems += _too_large(folder, side)
+    python = tuple(each for each in python if not _too_large(folder, [each]))
     if isinstance(folder, LocalFolder):
         problems += _outside(folder, side)
         python = tuple(each for each in python if not _outside(folder, [each]))
@@ -234,6 +237,18 @@ def _outside(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
         for each in files
         if leads_outside(each.file.location, folder.label)
     ]
+
+
+def _too_large(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
+    """Files that travel with a model are read whole, here and by the libraries that load them."""
+    problems: list[Problem] = []
+    for each in files:
+        try:
+            check_size(each.file.size)
+        except ValueError as error:
+            remedy = "download or save the file again, or use another model"
+            problems.append(Problem(where=f"{folder.label}/{each.name}", what=str(error), remedy=remedy))
+    return problems
 
 
 def _as_loaded(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -326,3 +327,16 @@ def test_errors_hold_none() -> None:
         assert told(str(error)) == told(repr(error)) == []
         assert not any(part.encode() in pickle.dumps(error) for part in TOLD)
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AZURE_STORAGE_KEY", "GITHUB_PAT", "DB_PWD"])
+def test_a_secret_as_messages_quote_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "ab/c+d'e\"f\\g1234"
+    monkeypatch.setenv(name, secret)
+    for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")):
+        assert scrub(f"<{form}>") == f"<<{name}>>"
+
+
+def test_the_working_directory_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/me/models")
+    assert scrub("/home/me/models/a") == "/home/me/models/a"

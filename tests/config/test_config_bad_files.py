@@ -66,6 +66,29 @@ def test_text_that_grows_when_written_out(only_problem: OnlyProblem) -> None:
     assert problem.what == "it holds more than 200000 values"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Anchors are merged as often as they are named: n * n steps.
+        "k0: &a {" + ", ".join(f"k{n}: 1" for n in range(800)) + "}\nb: {<<: [" + ", ".join(["*a"] * 800) + "]}\n",
+        "k0: &a {" + ", ".join(f"k{n}: 1" for n in range(800)) + "}\nb: {" + ", ".join(["<<: *a"] * 800) + "}\n",
+        # Composed whole, these would take gigabytes. The end is for Python's parser alone.
+        "a: [" + "[]," * 200_000 + "]\n",
+        "a: [" + "[]," * 200_000 + '"\\q',
+    ],
+    ids=["aliases", "merges", "lists", "not YAML after all"],
+)
+def test_more_than_it_looks(text: str, only_problem: OnlyProblem) -> None:
+    assert only_problem(text).what == "it holds more than 200000 values"
+
+
+def test_numbers_that_are_long(problems_of: ProblemsOf, valid: str) -> None:
+    """Those to the base 60 took time with the square of their length."""
+    for number in ("1" + ":1" * 20_000, "1" + ":1" * 20_000 + ".5"):
+        problem = problems_of(f"seed: {number}\n" + valid)[0]
+        assert problem.where == "m.yaml:1: seed" and "cannot be read as" in problem.what, problem
+
+
 def test_duplicate_keys(problems_of: ProblemsOf, valid: str) -> None:
     text = valid + "    noise_scale: 0.9\nbase_model: other\nexperts: []\n"
     assert [(p.where, p.what) for p in problems_of(text)] == [

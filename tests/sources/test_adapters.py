@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from raymoe.errors import CheckpointError
+from raymoe.sources.adapters import _modules_by_ending, _same_module
+from raymoe.sources.patterns import Patterns, slow_patterns
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
-from raymoe.sources.types import AdapterFacts, ModelFacts, TensorEntry
+from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from tests.sources.checkpoints import write_json
 
 
@@ -201,6 +203,11 @@ NEVER = "peft can't merge it into a model either"
         ({"rank_pattern": {"(?x:(a+)#\n+)!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"}?" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"(?i)up_proj": 1}}, "is no regular expression", SAVE_AGAIN),
+        ({"rank_pattern": {"a{99999999999}": 4}}, "'rank_pattern' has 'a{99999999999}', which is no", SAVE_AGAIN),
+        ({"rank_pattern": {"(" * 5000 + "a" + ")" * 5000: 4}}, "may take too long to match", SAVE_AGAIN),
+        ({"alpha_pattern": {f"up{n}": 4 for n in range(10_001)}}, "'alpha_pattern' has 10001 patterns", SAVE_AGAIN),
+        ({"peft_type": ["LORA"]}, "an adapter of type ['LORA'] (adapter_config.json: peft_type)", MERGE),
+        ({"peft_type": {"a": 1}}, "an adapter of type {'a': 1} (", MERGE),
         ({"modules_to_save": ["score"]}, "modules_to_save .* names 'score', and .* holds no tensors", SAVE_AGAIN),
         (
             {"modules_to_save": ["classifier", "score"]},
@@ -228,6 +235,36 @@ def test_ordinary_patterns_are_matched_as_by_peft(model: Path, pattern: str) -> 
     assert get_pattern_key([pattern], "model.layers.0.mlp.up_proj") == pattern
     facts = resolve(model, adapter(model.parent / "lora", CONFIG | {"alpha_pattern": {pattern: 6}}, factors())).adapter
     assert facts is not None and [pair.scaling for pair in facts.pairs.values()] == [3.0]
+
+
+def test_a_pattern_for_each_module() -> None:
+    """EVA gives each module a rank of its own. Patterns of strangers may be as many, and each slow."""
+    modules = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(60) for kind in ("gate", "up", "down")]
+    ranks = {module: number for number, module in enumerate(modules)}
+    assert slow_patterns((ranks, ranks), modules) is None
+    found = Patterns(ranks, -1)
+    assert [found.value(module) for module in modules] == [*range(180)]
+    assert found.value("model.layers.60.mlp.up_proj") == -1
+    slow = {f".*.*.*.*{number}": number for number in range(100)}
+    assert slow_patterns((slow, {}), modules) == "100 patterns for 180 modules may take too long to match"
+
+
+def test_patterns_that_take_too_long_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymoe.sources.patterns._MOST_WAYS_IN_ALL", 10**5)
+    config = CONFIG | {"alpha_pattern": {f".*.*{number}": 4 for number in range(100)}}
+    said = refusal(model, config, factors(), MERGE)
+    assert "rank_pattern and alpha_pattern in adapter_config.json: 100 patterns for 1 modules may take" in said
+
+
+def test_names_of_many_components() -> None:
+    """A megabyte of them had 300 MB of endings."""
+    file = SourceFile(location="m", size=1)
+    names = [f"{'a.' * 495}{number}.weight" for number in range(100)]
+    entries = {name: TensorEntry(name=name, dtype="F32", shape=(1,), file=file, start=0, end=4) for name in names}
+    endings = _modules_by_ending(CheckpointIndex(files=(file,), tensors=entries))
+    assert sum(map(len, endings)) < 10_000
+    module = names[3].removesuffix(".weight")
+    assert _same_module(f"wrapped.{module}", endings) == module
 
 
 def test_a_classifier_has_one_of_the_names_that_peft_writes(model: Path) -> None:

@@ -229,7 +229,7 @@ def doubled(levels: int, first: bytes, between: bytes = b"") -> bytes:
     """Operations that leave a tuple of two equal ones on the stack, as many levels deep."""
     noted = first + b"q\x00"
     for level in range(levels):
-        noted += b"0h" + bytes([level]) + b"h" + bytes([level]) + b"\x86" + between + b"q" + bytes([level + 1])
+        noted += b"h" + bytes([level]) + b"\x86" + between + b"q" + bytes([level + 1])
     return noted
 
 
@@ -241,6 +241,19 @@ def test_tuples_that_double(tmp_path: Path, end: bytes, between: bytes) -> None:
     leaf = b"]" if end == b"Qu." else b"X\x01\x00\x00\x00b"
     pickled = b"\x80\x02}(" + first + doubled(60, leaf, between) + end
     assert "tuples that hold each other many times" in refusal(archive(tmp_path / "m.bin", pickled))
+
+
+@pytest.mark.parametrize("level", [b"\x85", b"K\x01\x86", b"K\x01K\x02\x87", b"(u\x85", b"Nb\x85", b"q\x00\x85"])
+def test_tuples_in_tuples(tmp_path: Path, level: bytes) -> None:
+    """Hashing such a key took the whole stack of the process, which ended without a message."""
+    pickled = b"\x80\x02})" + level * 200_000 + b"Ns."
+    assert "tuples nested more than 64 deep" in refusal(archive(tmp_path / "m.bin", pickled))
+
+
+def test_a_dictionary_with_attributes(tmp_path: Path) -> None:
+    """As `_metadata` of a state dict; one that hides a method changes nothing."""
+    pickled = b"\x80\x02ccollections\nOrderedDict\n)R}(" + b"X\x05\x00\x00\x00itemsK\x05X\x01\x00\x00\x00_Nub."
+    assert parse(archive(tmp_path / "m.bin", pickled)) == {}
 
 
 def test_a_few_shared_tuples_do_no_harm(tmp_path: Path) -> None:
@@ -287,14 +300,16 @@ def test_records_of_one_name(tmp_path: Path) -> None:
     assert "holds a record twice" in refusal(path)
 
 
-@pytest.mark.parametrize("operation", [b"2", b"(\x91", b"\x8f"], ids=["DUP", "FROZENSET", "EMPTY_SET"])
+@pytest.mark.parametrize(
+    "operation", [b"2", b"(\x91", b"\x8f", b"0", b"(1"], ids=["DUP", "FROZENSET", "EMPTY_SET", "POP", "POP_MARK"]
+)
 def test_operations_that_no_state_dict_has(tmp_path: Path, operation: bytes) -> None:
     assert "the pickle asks for the operation" in refusal(archive(tmp_path / "m.bin", b"\x80\x04}" + operation + b"."))
 
 
 def test_too_many_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymoe.sources.pickled._MAX_OPERATIONS", 1000)
-    assert "more than 1,000 operations" in refusal(archive(tmp_path / "m.bin", b"\x80\x02" + b"]0" * 1000 + b"}."))
+    assert "more than 1,000 operations" in refusal(archive(tmp_path / "m.bin", b"\x80\x02" + b"]" * 1001 + b"}."))
 
 
 def test_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

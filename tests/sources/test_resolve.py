@@ -169,3 +169,20 @@ def test_a_folder_of_the_hubs_cache(make_model: Make, tmp_path: Path) -> None:
             f"name the model by its Hub id, org/name, or a revision's folder: {cache}/snapshots/{commit}"
         )
     assert resolve_model(parse_model_ref(str(cache / "snapshots" / commit))).index.tensors
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
+def test_small_files_that_are_large(make_model: Make, name: str) -> None:
+    """They are read whole. A sparse file takes no place on the disk, and all of the memory."""
+    folder = make_model()
+    (folder / name).touch()
+    os.truncate(folder / name, 9 << 30)
+    with pytest.raises(CheckpointError, match=f"/{name}: 9,663,676,416 bytes are too many for such a file"):
+        resolve_model(parse_model_ref(str(folder)))
+
+
+def test_code_that_is_large_counts_as_missing(make_model: Make) -> None:
+    folder = make_model()
+    (folder / "own.py").touch()
+    os.truncate(folder / "own.py", 9 << 30)
+    assert resolve_model(parse_model_ref(str(folder))).python_files == ()

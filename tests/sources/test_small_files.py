@@ -220,6 +220,11 @@ def test_a_truncation_that_makes_the_library_panic(tmp_path: Path) -> None:
     assert found == ("a", "\u0120")
 
 
+def test_a_normalizer_that_makes_the_library_panic(tmp_path: Path) -> None:
+    with pytest.raises(ProblemReport, match=r"tokenizer.json: can't be read: "):
+        vocabulary(tmp_path, {"a": 0}, normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "xxxx"})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"modules_to_save": 5}, "modules_to_save in .* names 5"), ({"lora_alpha": 10**400}, "'lora_alpha' in .* is 10")],

@@ -1,0 +1,85 @@
+"""rank_pattern and alpha_pattern of an adapter: regular expressions from outside, which are matched within bounds.
+
+A pattern matches a module's name, or its end after a dot. The first pattern that matches counts.
+Source: `get_pattern_key` in peft/utils/other.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+__all__ = ["LONGEST_NAME", "Patterns", "pattern_problem", "slow_patterns", "too_many_patterns"]
+
+# Those that peft writes are names of modules. Four repetitions (`.*`) are within the limits.
+LONGEST_NAME = 80
+_PATTERN_CHARACTERS, _MOST_WAYS = 1000, LONGEST_NAME**4
+# A model of 126 layers has 882 modules with a pattern each.
+_MOST_PATTERNS = 10_000
+# Of all patterns on all modules. A way takes about 2 ns, and a match as long as _WAYS_OF_A_MATCH: some 10 seconds.
+_MOST_WAYS_IN_ALL, _WAYS_OF_A_MATCH = 5 * 10**9, 1000
+
+
+class Patterns:
+    """The values that patterns give to modules. Each is compiled once: the cache of `re` holds 512."""
+
+    def __init__(self, patterns: Mapping[str, Any], default: Any) -> None:
+        self._values = [(re.compile(_expression(pattern)), value) for pattern, value in patterns.items()]
+        self._default = default
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def value(self, module: str) -> Any:
+        return next((value for pattern, value in self._values if pattern.match(module)), self._default)
+
+
+def too_many_patterns(patterns: Collection[str]) -> str | None:
+    """What is wrong with so many; to be asked before each is looked at."""
+    return f"has {len(patterns)} patterns (at most {_MOST_PATTERNS})" if len(patterns) > _MOST_PATTERNS else None
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """What is wrong with a pattern, as the end of a sentence."""
+    # Compiling takes time and memory of its own, so it comes last.
+    if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern, LONGEST_NAME) > _MOST_WAYS:
+        return f"has {pattern!r:.80}, which may take too long to match"
+    try:
+        re.compile(_expression(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"has {pattern!r:.80}, which is no regular expression: {error}"
+    return None
+
+
+def slow_patterns(settings: Collection[Mapping[str, Any]], modules: Collection[str]) -> str | None:
+    """What is wrong with patterns that take too long all together."""
+    longest = min(max(map(len, modules), default=0), LONGEST_NAME)
+    patterns = [pattern for patterns in settings for pattern in patterns]
+    ways = sum(_WAYS_OF_A_MATCH + _ways_to_try(pattern, longest) for pattern in patterns)
+    if ways * len(modules) <= _MOST_WAYS_IN_ALL:
+        return None
+    return f"{len(patterns)} patterns for {len(modules)} modules may take too long to match"
+
+
+def _ways_to_try(pattern: str, characters: int) -> float:
+    """How many ways a failing match of a pattern tries at most, on names of so many characters; inf without a limit.
+
+    A repeated group may hold a choice of its own (`([a-z]+)+`), whose ways grow exponentially. So no group may be
+    repeated, but for `?`. Otherwise the ways multiply: a repetition ends at any character, and each group has its
+    alternatives. Characters of a class (`[)*]`) are counted as if they were operators, which finds too many ways but
+    never too few. `#` begins comments in verbose patterns, which hide what is repeated; names of modules have none.
+    """
+    plain = re.sub(r"\\.", "a", pattern, flags=re.DOTALL)
+    if "#" in plain or re.search(r"\)\s*[*+{]", plain):
+        return math.inf
+    # Lazy and possessive repetitions are one, not two. (After `}` they count as two: it may be a plain character.)
+    plain = re.sub(r"([*+?])[?+]", r"\1", plain.replace("(?", "("))
+    repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
+    alternatives: int = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
+    return float(min(alternatives * characters**repetitions * 2**optional, _MOST_WAYS + 1))
+
+
+def _expression(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
