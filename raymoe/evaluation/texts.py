@@ -14,6 +14,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.metrics import MEAN
 from raymoe.evaluation.options import EvaluationOptions, unknown_pair
 from raymoe.objects.urls import check_spelling
+from raymoe.sources.tokenizer import tokenizer_guard
 from raymoe.untrusted import read_json
 
 __all__ = ["LabelledText", "Labels", "TokenisedTexts", "read_texts", "tokenised"]
@@ -116,7 +117,8 @@ def tokenised(
     truncated = 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         some = texts[start : start + _TEXTS_AT_ONCE]
-        found = tokenizer([text.text for text in some], return_attention_mask=False, verbose=False)["input_ids"]
+        with tokenizer_guard(str(file), "the model's tokenizer can't read the texts", "check its tokenizer files"):
+            found = tokenizer([text.text for text in some], return_attention_mask=False, verbose=False)["input_ids"]
         for text, tokens in zip(some, found, strict=True):
             ids.append(tuple(tokens[:max_tokens]))
             truncated += len(tokens) > max_tokens

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raymoe.errors import CheckpointError
+from raymoe.errors import CheckpointError, ProblemReport
 from raymoe.gates.readings import text_tokens
 from raymoe.planning.types import GatePlan
 from raymoe.sources.resolve import HubOptions, fetch_file
-from raymoe.sources.tokenizer import bare_tokenizer
+from raymoe.sources.tokenizer import bare_tokenizer, tokenizer_guard
 
 __all__ = ["prompt_lengths"]
 
@@ -39,13 +39,14 @@ def prompt_lengths(
 
 
 def _lengths(tokenizer: Any, texts: Sequence[str]) -> Iterator[int]:
-    if tokenizer is None:
-        yield from map(text_tokens, texts)
-        return
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        yield from (
-            len(found.ids) for found in tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE]))
-        )
+        some = list(texts[start : start + _TEXTS_AT_ONCE])
+        try:
+            with tokenizer_guard(_FILE, "it can't read a text"):
+                found = tokenizer.encode_batch_fast(some) if tokenizer is not None else None
+        except ProblemReport:  # merging tells what is wrong with it
+            found = None
+        yield from map(text_tokens, some) if found is None else (len(each.ids) for each in found)
 
 
 def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:

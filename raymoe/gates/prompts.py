@@ -20,7 +20,7 @@ from raymoe.planning.prompt_checks import missing_row
 from raymoe.planning.types import GatePlan
 from raymoe.sources.prompts import NO_CHAT_TEMPLATE
 from raymoe.sources.resolve import HubOptions, fetch_file
-from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos
+from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, tokenizer_guard, with_bos, with_one_bos
 from raymoe.sources.types import SideFile
 from raymoe.storage.reader import SourceReader
 from raymoe.untrusted import read_json
@@ -87,15 +87,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # its files may hold anything, and the library trusts them
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        what = f"the base model's tokenizer can't be loaded: {said}"
-        remedy = "gates from prompts need it; check the tokenizer files of base_model"
-        if not trust_remote_code and tokenizer_code(_settings(folder)) != ([], []):
-            what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
-            remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
-        raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
+        with tokenizer_guard(
+            "base_model",
+            "the base model's tokenizer can't be loaded",
+            "gates from prompts need it; check the tokenizer files of base_model",
+        ):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ProblemReport as report:
+        if trust_remote_code or tokenizer_code(_settings(folder)) == ([], []):
+            raise
+        what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
+        remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
+        raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from report
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
@@ -126,7 +129,10 @@ def tokenize(
             whole = [with_one_bos(_rendered(tokenizer, prompt), bos) for prompt in some]
         else:
             whole = [with_bos(prompt, bos) for prompt in some]
-        found: list[list[int]] = tokenizer(whole, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        with tokenizer_guard(
+            f"base_model: {owner}", "its tokenizer can't read the prompts", "check the tokenizer files of base_model"
+        ):
+            found = tokenizer(whole, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for number, (prompt, tokens) in enumerate(zip(some, found, strict=True), start + 1):
             where = f"{owner}, prompt {number} ({prompt[:40]!r})"
             problems += _token_problems(tokenizer, tokens, vocab, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from raymoe.config.modes import EMBEDDING, MODES
-from raymoe.errors import Problem
+from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.sources.tokenizer import TokenizerFacts, with_bos
 
@@ -15,7 +15,8 @@ _NAMED = 5
 
 
 def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Problem], list[str]]:
-    """(problems of prompts with tokens that the embedding has no row for, warnings of prompts that are too long)."""
+    """(problems, warnings) of prompts. Problems: a token that the embedding has no row for, a text that the tokenizer
+    can't read. Warnings: prompts that are too long."""
     problems: list[Problem] = []
     warnings: list[str] = []
     encode: Callable[[str], list[int]] | None = None
@@ -28,7 +29,10 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
             break
         long: list[int] = []
         for name, text in _texts(member):
-            ids = encode(with_bos(text, tokenizer.bos))
+            try:
+                ids = encode(with_bos(text, tokenizer.bos))
+            except ProblemReport as report:
+                return [*problems[:_NAMED], *report.problems], warnings
             if past := [number for number in ids if number >= rows]:
                 token = tokenizer.tokens.get(past[0], "") if tokenizer.tokens else ""
                 problems.append(missing_row(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))

@@ -10,12 +10,13 @@ Copying does not run it; only --trust-remote-code does.
 from __future__ import annotations
 
 import collections
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raymoe.errors import CheckpointError
+from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.sources.types import ModelFacts, SideFile, SourceFile
 from raymoe.untrusted import read_json
 
@@ -24,6 +25,7 @@ __all__ = [
     "bare_tokenizer",
     "tokenizer_code",
     "tokenizer_facts",
+    "tokenizer_guard",
     "with_bos",
     "with_one_bos",
     "with_tokenizer_code",
@@ -34,6 +36,7 @@ ReadFile = Callable[[SourceFile], bytes]
 _CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 _MAX_CODE_BYTES = 1 << 20
+_CHECK_TOKENIZER = "check the tokenizer files of base_model"
 _NAMED = 5  # how many of many missing modules are named
 
 
@@ -97,9 +100,39 @@ def tokenizer_code(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(modules)), list(dict.fromkeys(repositories))
 
 
+@contextlib.contextmanager
+def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
+    """Raise ProblemReport for whatever a tokenizer raises in the block.
+
+    A tokenizer's files may hold anything, and tokenizers and transformers trust them: they raise bare Exceptions. A
+    panic in the Rust code of tokenizers is no Exception at all: it derives from BaseException, as KeyboardInterrupt.
+
+    Args:
+        where: The file or the model that the message names.
+        what: What could not be done. The message adds what the library said.
+        remedy: What to do about it.
+
+    Raises:
+        ProblemReport: For any Exception and any panic. A ProblemReport of the block stays as it is.
+
+    Example:
+        >>> with tokenizer_guard("model/tokenizer.json", "it can't read a text", "check the file"):
+        ...     tokenizer.encode(text)
+    """
+    try:
+        yield
+    except ProblemReport:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ProblemReport([Problem(where=where, what=f"{what}: {said}", remedy=remedy)]) from error
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json.
+    """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json at `where`.
 
     `has_code`: code of the tokenizer's own decides what tokens a text has.
     """
@@ -108,40 +141,50 @@ class TokenizerFacts:
     has_code: bool
     bos: str
     content: bytes
+    where: str = "base_model"
 
     def may_pass(self, rows: int) -> bool:
         """Whether a text can have tokens past so many rows of an embedding, as far as the files show it."""
         return self.tokens is None or self.has_code or max(self.tokens, default=0) >= rows
 
     def encoder(self) -> Callable[[str], list[int]] | None:
-        """The token ids of a text, which begins with BOS; None where only transformers can tell."""
+        """The token ids of a text, which begins with BOS; None where only transformers can tell.
+
+        The function raises ProblemReport for a text that the tokenizer can't read.
+        """
         if self.tokens is None or self.has_code:
             return None
         tokenizer = bare_tokenizer(self.content)
         if tokenizer is None:
             return None
-        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+        def encode(text: str) -> list[int]:
+            with tokenizer_guard(self.where, f"the tokenizer can't read the text {text[:40]!r}", _CHECK_TOKENIZER):
+                return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+        return encode
 
 
 def bare_tokenizer(content: bytes) -> Any:
     """The tokenizer of a tokenizer.json, which neither truncates nor pads, whatever the file says: transformers does
     neither unless it is asked to. None where the file can't be read, or the library is not installed."""
     try:
-        from tokenizers import Tokenizer
+        with tokenizer_guard(_TOKENIZER, "it can't be read"):
+            from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception:  # the library raises bare Exceptions
+            tokenizer = Tokenizer.from_str(content.decode())
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
+    except ProblemReport:
         return None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts:
     """Raises CheckpointError where a file can't be read. A file that is damaged shows nothing."""
     settings = _json(files, _CONFIG, read)
     side = next((side for side in files if side.name == _TOKENIZER), None)
-    content = read(side.file) if side is not None else b""
+    content, where = (read(side.file), side.file.location) if side is not None else (b"", "base_model")
     bos = settings.get("bos_token")
     bos = bos.get("content") if isinstance(bos, Mapping) else bos
     tokens: dict[int, str] | None = None
@@ -151,7 +194,7 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         pass
     has_code = any(tokenizer_code(settings))
-    return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content)
+    return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content, where)
 
 
 def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

@@ -172,6 +172,16 @@ def adds_bos(folder: Path) -> Any:
     return load_tokenizer(folder, trust_remote_code=False)
 
 
+def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    texts = read_texts(write(tmp_path, {"label": "go", "text": "the work"}), Labels(NAMES), EvaluationOptions())
+    save_tokenizer(tmp_path / "plain")
+    file = tmp_path / "plain" / "tokenizer.json"
+    normalizer = {"type": "Replace", "pattern": {"String": ""}, "content": "xxxx"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+    with pytest.raises(ProblemReport, match="the model's tokenizer can't read the texts: "):
+        tokenised(texts, "texts", load_tokenizer(tmp_path / "plain", trust_remote_code=False), VOCAB, 512)
+
+
 def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
     file = write(tmp_path, *({"label": "go", "text": text} for text in ("the work", "a")))
     texts = read_texts(file, Labels(NAMES), EvaluationOptions())

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 
 import raymoe
 from raymoe.errors import ProblemReport
-from raymoe.gates.prompts import prompt_problems
+from raymoe.gates.prompt_lengths import prompt_lengths
+from raymoe.gates.prompts import load_tokenizer, prompt_problems, tokenize
 from raymoe.planning import MergeOptions
+from raymoe.sources.tokenizer import bare_tokenizer
 from tests.pico import merge_config, plan_problems
 
 Zoo = Callable[..., Path]
@@ -77,6 +80,43 @@ def test_prompts_that_are_too_long(zoo: Zoo) -> None:
     spread = "ab " * 100  # 300 bytes, fewer tokens
     for config in (config_of(zoo("llama"), spread, mode="hidden"), config_of(zoo("llama"), long)):
         assert not [w for w in raymoe.plan(config, allow_all_same=True).warnings if "max_position" in w]
+
+
+def save_broken(folder: Path, **parts: Any) -> None:
+    """A tokenizer.json with these parts in the place of its own."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | parts))
+
+
+EMPTY_PATTERN = {"type": "Replace", "pattern": {"String": ""}, "content": "xxxx"}  # panics
+SLOW_PATTERN = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}  # panics
+NO_UNKNOWN = {"type": "WordLevel", "vocab": {"zz": 0}, "unk_token": "x"}  # raises a bare Exception
+
+
+@pytest.mark.parametrize(
+    "parts", [{"normalizer": EMPTY_PATTERN}, {"pre_tokenizer": SLOW_PATTERN}, {"model": NO_UNKNOWN}]
+)
+def test_a_tokenizer_that_fails_on_a_prompt(base: Path, parts: dict[str, Any]) -> None:
+    """Planning names the file, the estimate of memory does without, and transformers' tokenizer is guarded alike."""
+    save_broken(base, **parts)
+    prompt = "hello " * 60 + "a" * 200 + "!"
+    said = plan_problems(config_of(base, prompt, mode="hidden"))
+    assert f"{base / 'tokenizer.json'}: the tokenizer can't read the text '<s>hello" in said, said
+    gates = raymoe.plan(config_of(base, mode="cheap_embed"), allow_all_same=True).gates
+    (member, *_) = gates.experts
+    broken = replace(gates, experts=(replace(member, positive=(prompt,)),))
+    assert prompt_lengths(broken)[member.owner] == prompt_lengths(broken, exact=False)[member.owner]
+    tokenizer = load_tokenizer(base, trust_remote_code=False)
+    with pytest.raises(ProblemReport, match="expert 0: its tokenizer can't read the prompts: "):
+        tokenize(tokenizer, [prompt], vocab=9999, owner="expert 0")
+
+
+def test_a_tokenizer_whose_file_panics(base: Path) -> None:
+    save_broken(base, normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
+    assert bare_tokenizer((base / "tokenizer.json").read_bytes()) is None
+    raymoe.plan(config_of(base, "a " * 300, mode="random"), allow_all_same=True)
+    with pytest.raises(ProblemReport, match="base_model: the base model's tokenizer can't be loaded: "):
+        load_tokenizer(base, trust_remote_code=False)
 
 
 @pytest.fixture
