@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
@@ -39,7 +40,9 @@ __all__ = [
     "TOKEN_BUDGET",
     "Batch",
     "batches",
+    "chunk_of",
     "load_tokenizer",
+    "padded",
     "prompt_problems",
     "tokenize",
     "tokenizer_from",
@@ -233,16 +236,29 @@ class Batch:
             self.ids[number, : len(row)] = torch.tensor(row)
 
 
-def batches(prompts: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET) -> Iterator[list[Sequence[int]]]:
+def batches(
+    prompts: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET, chunk: int = 1
+) -> Iterator[list[Sequence[int]]]:
     """Prompts in groups whose padded size stays within `budget` tokens; a longer prompt goes alone.
 
-    Sorted by length, so that little is padded.
+    Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
     """
     group: list[Sequence[int]] = []
     for prompt in sorted(prompts, key=len):
-        if group and len(prompt) * (len(group) + 1) > budget:
+        if group and padded(len(prompt), chunk) * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(prompt)
     if group:
         yield group
+
+
+def padded(length: int, chunk: int) -> int:
+    """The next multiple of `chunk`."""
+    return -(-length // chunk) * chunk
+
+
+def chunk_of(config: Mapping[str, Any]) -> int:
+    """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
+    spec = read_spec(config, "")
+    return spec.scan.chunk if isinstance(spec, DenseSpec) and spec.scan else 1
