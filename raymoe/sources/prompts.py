@@ -13,7 +13,7 @@ import heapq
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from raymoe.config.checks import check_config
 from raymoe.config.lines import path_text
@@ -135,7 +135,7 @@ def _template_faults(template: Any) -> Iterator[Problem]:
     class Generation(Extension):
         """transformers' own tag."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  # as the base class declares it
 
         def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
             next(parser.stream)
