@@ -3,7 +3,7 @@
     python scripts/measure_prompt_memory.py           # prints the table, and puts it into docs/memory.md
 
 Two small experts, all prompts of 251 tokens, read by one actor. The peak is what the kernel counts as resident at most
-(`ru_maxrss`), mapped file pages and shared memory of Ray's store included, as a merge reports it.
+(`ru_maxrss`), shared memory of Ray's store included, as a merge reports it. Sources are read into memory, not mapped.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raymoe.architectures.dense import Scan
 from raymoe.architectures.rope import rope_kind, rope_parameters
 from raymoe.architectures.rows import ATTENTION, CONV, LINEAR
 
@@ -19,6 +20,7 @@ __all__ = [
     "cwm_windows",
     "granite4_kinds",
     "granite4_limits",
+    "granite4_scan",
     "granite4_values",
     "granite_swa_limits",
     "granite_swa_values",
@@ -28,6 +30,7 @@ __all__ = [
     "phi3_values",
     "qwen3_5_kinds",
     "qwen3_5_rope",
+    "qwen3_5_scan",
     "qwen_windows",
     "smollm3_limits",
     "smollm3_values",
@@ -160,6 +163,18 @@ def granite4_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def granite4_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     return tuple(config["layer_types"])
+
+
+def granite4_scan(extra: Mapping[str, Any]) -> Scan:
+    """For each head, matrices of a chunk's tokens by its tokens."""
+    chunk: int = extra["mamba_chunk_size"]
+    return Scan(chunk=chunk, numbers=5 * chunk * extra["mamba_n_heads"])
+
+
+def qwen3_5_scan(extra: Mapping[str, Any]) -> Scan:
+    """Queries, keys and values of each head in float32, many times; the chunk is fixed in transformers' code."""
+    chunk, widths = 64, extra["linear_key_head_dim"] + extra["linear_value_head_dim"]
+    return Scan(chunk=chunk, numbers=extra["linear_num_value_heads"] * (11 * widths + 2 * chunk))
 
 
 def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FFN_ROLES", "DenseFamily", "TensorRow", "Windows"]
+__all__ = ["FFN_ROLES", "DenseFamily", "Scan", "TensorRow", "Windows"]
 
 FFN_ROLES = ("ffn.gate", "ffn.up", "ffn.down")
 
@@ -51,6 +51,18 @@ def _no_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What transformers' own code of a linear attention or state-space layer holds, without kernels of other libraries.
+
+    Each sequence is padded to a multiple of `chunk` tokens. `numbers` are those in float32 that are held at most per
+    padded token; measured, since they are those of many intermediate tensors.
+    """
+
+    chunk: int
+    numbers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFamily:
     """One dense model type of transformers.
 
@@ -61,10 +73,10 @@ class DenseFamily:
     `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
     construction. `carried` are keys of the family's own that its hosts have too, under the same names.
     `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
-    follow from `layer_types`. `turns_part`: its RoPE may turn a part of each head only. `turns_neighbours`: it turns
-    dimension 0 of a head with 1, 2 with 3, ..., where others turn the first half with the second. `limits` says
-    what about a config no host can hold; `adjust` gives values that follow from others. `dropped` are keys that say
-    nothing of a mixture.
+    follow from `layer_types`. `scan` tells what layers of kind `LINEAR` hold, from the values of `carried`.
+    `turns_part`: its RoPE may turn a part of each head only. `turns_neighbours`: it turns dimension 0 of a head with
+    1, 2 with 3, ..., where others turn the first half with the second. `limits` says what about a config no host can
+    hold; `adjust` gives values that follow from others. `dropped` are keys that say nothing of a mixture.
     `mixture_keys` are those of `MIXTURE_KEYS` (moe.py) that its configuration class has too.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
     `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
@@ -81,6 +93,7 @@ class DenseFamily:
     windows: Windows = _no_windows
     reads_layer_types: bool = False
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
+    scan: Callable[[Mapping[str, Any]], Scan] | None = None
     turns_part: bool = False
     turns_neighbours: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from raymoe.architectures.dense import DenseFamily, TensorRow
+from raymoe.architectures.dense import DenseFamily, Scan, TensorRow
 from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.rope import (
     is_positive,
@@ -20,6 +20,7 @@ from raymoe.architectures.rope import (
     rope_value_problems,
     rotary_share,
 )
+from raymoe.architectures.rows import LINEAR
 from raymoe.architectures.unheld import why_not
 from raymoe.errors import Problem
 
@@ -80,6 +81,11 @@ class DenseSpec:
     def latent_q_bias(self) -> bool:
         """Whether queries are made of latent numbers that have a bias (DeepSeek's attention)."""
         return self.qkv_bias and bool(self.extra["q_lora_rank"])
+
+    @property
+    def scan(self) -> Scan | None:
+        """What its layers of linear attention or state spaces hold; None if it has none."""
+        return self.family.scan(self.extra) if self.family.scan and LINEAR in self.kinds else None
 
     def layers_of(self, kind: str) -> list[int]:
         return [layer for layer, this in enumerate(self.kinds) if this == kind]

@@ -24,10 +24,9 @@ from raymoe.cli.options import (
 
 if TYPE_CHECKING:
     from raymoe.errors import Problem
-    from raymoe.objects.options import StorageOptions
     from raymoe.planning.types import MergePlan
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.places import Inputs
+    from raymoe.runtime.settings import RuntimeSettings
 
 
 @app.command()
@@ -57,6 +56,7 @@ def plan(
     from raymoe.config import config_warnings, load_config, storage_note
     from raymoe.errors import ProblemReport
     from raymoe.report.display import print_plan, say
+    from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
 
     options = merge_options(
@@ -70,26 +70,26 @@ def plan(
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
     inputs = api.named_inputs(merge_config, config)
-    planned = _planned_output(merge_plan, output, merge_config.storage, inputs)
+    settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
+    planned = _planned_output(merge_plan, output, settings)
     print_plan(merge_plan, planned, hub, as_json=as_json)
     if planned is not None and planned.problems:
         raise typer.Exit(ProblemReport.exit_code)
 
 
-def _planned_output(
-    plan: MergePlan, output: str | None, storage: StorageOptions, inputs: Inputs
-) -> PlannedOutput | None:
+def _planned_output(plan: MergePlan, output: str | None, settings: RuntimeSettings) -> PlannedOutput | None:
     if output is None:
         return None
     from raymoe.report.display import PlannedOutput
-    from raymoe.storage.output import complete_merge, open_output, refusals, writable_location, write_problems
+    from raymoe.runtime.merge import output_problems
+    from raymoe.storage.output import complete_merge, open_output, writable_location, write_problems
     from raymoe.storage.ways import bytes_by_way
 
-    target = open_output(writable_location(output, "OUT"), storage)
-    problems: Sequence[Problem] = refusals(plan, target, overwrite=False, inputs=inputs)
+    target = open_output(writable_location(output, "OUT"), settings.storage)
+    problems: Sequence[Problem] = output_problems(plan, target, settings)
     is_complete = not problems and complete_merge(plan, target) is not None
     if not is_complete:
-        problems = problems or write_problems(target, storage)
+        problems = problems or write_problems(target, settings.storage)
     return PlannedOutput(
         location=target.location,
         ways=bytes_by_way(plan, target),

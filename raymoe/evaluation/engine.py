@@ -19,7 +19,7 @@ import torch
 from raymoe.evaluation.mixture import MixtureFfn, Route
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gates.decoder import StreamedDecoder
-from raymoe.gates.prompts import TOKEN_BUDGET, Batch
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, chunk_of, padded
 from raymoe.storage.reader import SourceReader
 
 __all__ = ["See", "Variant", "log_likelihoods"]
@@ -86,7 +86,7 @@ class _Pass:
         ffn = partial(MixtureFfn, model.rule) if model.rule else None
         self._decoder = StreamedDecoder(model, reader, device, ffn=ffn, heads=model.heads, exact=True)
         budget = 1 if self._decoder.rope_depends_on_length else TOKEN_BUDGET
-        self._groups = list(_batches(texts, numbers, budget))
+        self._groups = list(_batches(texts, numbers, budget, chunk_of(model.config)))
         self._batches = [Batch([texts[number] for number in group]) for group in self._groups]
         embedded = [self._decoder.embed(batch) for batch in self._batches]
         self._states = {variant.name: list(embedded) for variant in variants}
@@ -192,11 +192,14 @@ def _passes(texts: Sequence[Sequence[int]], bytes_per_token: int) -> Iterator[li
         yield group
 
 
-def _batches(texts: Sequence[Sequence[int]], numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of texts, given shortest first, in groups whose padded size stays within `budget` tokens."""
+def _batches(
+    texts: Sequence[Sequence[int]], numbers: Sequence[int], budget: int, chunk: int = 1
+) -> Iterator[list[int]]:
+    """Numbers of texts, given shortest first, in groups whose padded size stays within `budget` tokens, a text counted
+    as a multiple of `chunk`."""
     group: list[int] = []
     for number in numbers:
-        if group and len(texts[number]) * (len(group) + 1) > budget:
+        if group and padded(len(texts[number]), chunk) * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(number)

@@ -133,8 +133,7 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
     # null says that there is no such thing; of other keys, that the default holds.
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
-    # A family's own default for the padding token may lie outside the vocabulary.
-    dense |= {"model_type": host.dense, "pad_token_id": config.get("pad_token_id"), **host.dense_keys}
+    dense |= {"model_type": host.dense, **host.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
     dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config["intermediate_size"])
     if dense["model_type"] == "llama" and config.get("sliding_window"):

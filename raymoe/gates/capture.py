@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, tokenize, tokenizer_of
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, chunk_of, tokenize, tokenizer_of
 from raymoe.gates.readings import part_of
 from raymoe.gates.router import not_finite
 from raymoe.planning.types import GatePlan, GatePrompts
@@ -138,7 +138,8 @@ class _Captured:
         self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
     ) -> None:
         positive, negative, bos = prompt_ids(gates, prompts, reader, trust_remote_code=remote_code)
-        groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget)]
+        chunk = chunk_of(prompts.config)
+        groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget, chunk)]
         signs = [sign for _, sign in groups]
         everything = [Batch(group) for group, _ in groups]
         part = _share([batch.ids.numel() for batch in everything], *part_of(prompts))

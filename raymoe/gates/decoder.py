@@ -67,9 +67,11 @@ def _configuration(config: Mapping[str, Any]) -> Any:
             "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
         )
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
-    keys = {key: _decoded(v) for key, v in config.items() if key not in ("model_type", *QUANTISATION_KEYS)}
+    unread = ("model_type", *QUANTISATION_KEYS)
+    keys = {k: _decoded(v) for k, v in config.items() if k not in unread and not k.endswith("_token_id")}
     try:
-        return transformers.AutoConfig.for_model(model_type, **keys)
+        # A padding token, also a family's default one, must have a row in the embedding, which may be smaller.
+        return transformers.AutoConfig.for_model(model_type, **keys, pad_token_id=None)
     except Exception as error:  # its own checks, of whatever kind: what they say is all that there is to say
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
         what = f"transformers {transformers.__version__} takes this config for wrong: {last}"

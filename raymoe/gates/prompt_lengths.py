@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raymoe.errors import CheckpointError, ProblemReport
+from raymoe.errors import ProblemReport
 from raymoe.gates.readings import text_tokens
 from raymoe.planning.types import GatePlan
 from raymoe.sources.resolve import HubOptions, fetch_file
@@ -54,7 +54,7 @@ def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
     for side in gates.tokenizer_files:
         if side.name == _FILE and not side.file.location.startswith("s3://"):
             try:
-                return bare_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes())
-            except (CheckpointError, OSError):
+                return bare_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)
+            except (ProblemReport, OSError):
                 return None
     return None

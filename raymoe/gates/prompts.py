@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.planning.prompt_checks import missing_row
-from raymoe.planning.types import GatePlan
+from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.sources.prompts import NO_CHAT_TEMPLATE
 from raymoe.sources.resolve import HubOptions, fetch_file
-from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, tokenizer_guard, with_bos, with_one_bos
+from raymoe.sources.tokenizer import (
+    TokenizerFacts,
+    tokenizer_code,
+    tokenizer_facts,
+    tokenizer_guard,
+    with_bos,
+    with_one_bos,
+)
 from raymoe.sources.types import SideFile
 from raymoe.storage.reader import SourceReader
 from raymoe.untrusted import read_json
@@ -32,7 +40,9 @@ __all__ = [
     "TOKEN_BUDGET",
     "Batch",
     "batches",
+    "chunk_of",
     "load_tokenizer",
+    "padded",
     "prompt_problems",
     "tokenize",
     "tokenizer_from",
@@ -175,9 +185,9 @@ def prompt_problems(
 ) -> list[Problem]:
     """What is wrong with prompts and tokenizer: found before anything is written, where actors would find it later.
 
-    Prompts are looked at for tokens that the embedding has no row for. Transformers, and so torch, are imported only
-    where the tokenizer's files leave it open whether a text can have such tokens. Files that only other nodes have are
-    left to the actors there.
+    Prompts are looked at for tokens that the embedding has no row for, blank ones for having tokens at all, and a chat
+    template is tried. Transformers, and so torch, are imported only if the tokenizer's files leave one of these open.
+    Files that only other nodes have are left to the actors there.
     """
     if not MODES[gates.mode].needs_prompts:
         return []
@@ -187,21 +197,31 @@ def prompt_problems(
     except CheckpointError:
         return []
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
-    if not any(facts.may_pass(member.weights[EMBEDDING].entry.shape[0]) for member in members):
+    open_texts = [(member, texts) for member in members for texts in _open_texts(member, facts) if texts]
+    if not open_texts:
         return []
     problems: list[Problem] = []
     try:
         tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
     except ProblemReport as report:
         return list(report.problems)
-    for member in members:
+    for member, texts in open_texts:
         vocab = member.weights[EMBEDDING].entry.shape[0]
-        for texts in (member.positive, member.negative):
-            try:
-                tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
-            except ProblemReport as report:
-                problems += report.problems
+        try:
+            tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
+        except ProblemReport as report:
+            problems += report.problems
     return list(dict.fromkeys(problems))
+
+
+def _open_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
+    """The prompts of a member of which only transformers can tell whether they can be used."""
+    may_pass = facts.may_pass(member.weights[EMBEDDING].entry.shape[0])
+    for texts in (member.positive, member.negative):
+        if may_pass or (facts.bos is None and not member.chat_template and not all(texts)):
+            yield texts
+        elif member.chat_template:
+            yield texts[:1]  # they differ in their text alone
 
 
 class Batch:
@@ -216,16 +236,29 @@ class Batch:
             self.ids[number, : len(row)] = torch.tensor(row)
 
 
-def batches(prompts: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET) -> Iterator[list[Sequence[int]]]:
+def batches(
+    prompts: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET, chunk: int = 1
+) -> Iterator[list[Sequence[int]]]:
     """Prompts in groups whose padded size stays within `budget` tokens; a longer prompt goes alone.
 
-    Sorted by length, so that little is padded.
+    Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
     """
     group: list[Sequence[int]] = []
     for prompt in sorted(prompts, key=len):
-        if group and len(prompt) * (len(group) + 1) > budget:
+        if group and padded(len(prompt), chunk) * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(prompt)
     if group:
         yield group
+
+
+def padded(length: int, chunk: int) -> int:
+    """The next multiple of `chunk`."""
+    return -(-length // chunk) * chunk
+
+
+def chunk_of(config: Mapping[str, Any]) -> int:
+    """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
+    spec = read_spec(config, "")
+    return spec.scan.chunk if isinstance(spec, DenseSpec) and spec.scan else 1

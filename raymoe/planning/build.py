@@ -192,6 +192,12 @@ def _assemble(
             "embedding. The output keeps this head and has tie_word_embeddings: false. transformers 5 loads the base "
             "in the same way; transformers 4 replaces its head by the embedding"
         )
+    if (pad := output_config.get("pad_token_id")) is not None and not _has_row(pad, base.vocab):
+        output_config["pad_token_id"] = None
+        warnings.append(
+            f"base_model ({base_facts.label}): pad_token_id is {pad!r:.80}, which has no row in the embedding of "
+            f"{base.vocab} rows. transformers loads no model with such a key: in the output it is null"
+        )
     if stray := _stray_keys(base_facts.config, base):
         warnings.append(
             f"base_model ({base_facts.label}): its config.json has keys of mixtures of experts, which a "
@@ -245,6 +251,11 @@ def _output_config(
     kept = {k: v for k, v in base_config.items() if k not in dropped}
     output = {**family_ids, **kept, **host_config(host, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
     return dict(sorted(output.items()))
+
+
+def _has_row(token: object, rows: int) -> bool:
+    """Whether an embedding of so many rows can be told that this is its padding; below zero, it counts from the end."""
+    return isinstance(token, int) and not isinstance(token, bool) and -rows <= token < rows
 
 
 def _stray_keys(base_config: Mapping[str, Any], base: DenseSpec) -> list[str]:

@@ -15,39 +15,58 @@ _NAMED = 5
 
 
 def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Problem], list[str]]:
-    """(problems, warnings) of prompts. Problems: a token that the embedding has no row for, a text that the tokenizer
-    can't read. Warnings: prompts that are too long."""
+    """(problems, warnings) of prompts. Problems: a tokenizer or a text that can't be read, a prompt without tokens, a
+    token that the embedding has no row for. Warnings: prompts that are too long."""
     problems: list[Problem] = []
     warnings: list[str] = []
-    encode: Callable[[str], list[int]] | None = None
-    for member in (*gates.experts, *gates.shared):
-        rows, limit = _rows(member), _limit(gates, member)
-        if not member.positive or not (tokenizer.may_pass(rows) or any(_may_be_long(member, limit))):
-            continue
-        encode = encode or tokenizer.encoder()
-        if encode is None:
-            break
-        long: list[int] = []
-        for name, text in _texts(member):
-            try:
-                ids = encode(with_bos(text, tokenizer.bos))
-            except ProblemReport as report:
-                return [*problems[:_NAMED], *report.problems], warnings
-            if past := [number for number in ids if number >= rows]:
-                token = tokenizer.tokens.get(past[0], "") if tokenizer.tokens else ""
-                problems.append(missing_row(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))
-            if limit and len(ids) > limit:
-                long.append(len(ids))
-        if long:
-            warnings.append(
-                f"{member.owner}: {len(long)} of its prompts have more tokens (up to {max(long)}) than the model that "
-                f"reads them was made for ({limit}, max_position_embeddings): cut or split them"
-            )
+    try:
+        encode = tokenizer.encoder()
+        for member in (*gates.experts, *gates.shared):
+            problems += _without_tokens(gates, member, tokenizer.bos)
+            rows, limit = _rows(member), _limit(gates, member)
+            if encode and member.positive and (tokenizer.may_pass(rows) or any(_may_be_long(member, limit))):
+                found, long = _encoded(member, tokenizer, encode, limit)
+                problems += found
+                warnings += long
+    except ProblemReport as report:
+        return [*problems[:_NAMED], *report.problems], warnings
     if len(problems) > _NAMED:
-        problems[_NAMED:] = [
-            Problem(where="prompts", what=f"and {len(problems) - _NAMED} more prompts with such tokens")
-        ]
+        problems[_NAMED:] = [Problem(where="prompts", what=f"and {len(problems) - _NAMED} more such prompts")]
     return problems, warnings
+
+
+def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> Iterator[Problem]:
+    """Prompts of which nothing is read; `bos` is as in `TokenizerFacts`. A chat template always writes something."""
+    if bos is None or member.chat_template or not member.positive:
+        return
+    for name, text in _texts(member):
+        if not with_bos(text, bos):
+            what = "it has no tokens: the tokenizer has no BOS token, as which a blank prompt is read"
+            yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
+    if bos and MODES[gates.mode].fits_rows and all(with_bos(text, bos) == bos for text in member.positive):
+        what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
+        yield Problem(where=member.owner, what=what, remedy="give it some text")
+
+
+def _encoded(
+    member: GatePrompts, tokenizer: TokenizerFacts, encode: Callable[[str], list[int]], limit: int
+) -> tuple[list[Problem], list[str]]:
+    """What `prompt_checks` says of the tokens of a member's prompts."""
+    rows, long = _rows(member), []
+    problems: list[Problem] = []
+    for name, text in _texts(member):
+        ids = encode(with_bos(text, tokenizer.bos or ""))
+        if past := [number for number in ids if number >= rows]:
+            token = tokenizer.tokens.get(past[0], "") if tokenizer.tokens else ""
+            problems.append(missing_row(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))
+        if limit and len(ids) > limit:
+            long.append(len(ids))
+    if not long:
+        return problems, []
+    return problems, [
+        f"{member.owner}: {len(long)} of its prompts have more tokens (up to {max(long)}) than the model that "
+        f"reads them was made for ({limit}, max_position_embeddings): cut or split them"
+    ]
 
 
 def missing_row(where: str, number: int, token: str, rows: int) -> Problem:

@@ -24,8 +24,9 @@ from raymoe.planning.types import (
     Transform,
     WeightRef,
 )
-from raymoe.sources.adapters import MERGE_WITH_PEFT
+from raymoe.sources.adapters import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
 from raymoe.sources.dtypes import DTYPE_BYTES
+from raymoe.sources.heads import HEAD
 from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
 from raymoe.text import some
 
@@ -261,7 +262,10 @@ def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only
     if facts.adapter is None:
         return []
     label, problems = f"{where} ({facts.label})", []
-    for module, what in facts.adapter.left_out.items():
+    left_out = dict(facts.adapter.left_out)
+    if spec.tied and HEAD in facts.adapter.pairs:  # the file holds a duplicate of the embedding, which is not used
+        left_out["lm_head"] = LORA_ON_TIED_HEAD
+    for module, what in left_out.items():
         if _is_of_ffn(f"{module}.weight", spec):
             what = f"its adapter has {what} for {module}, a part of the FFN; this is not supported"
             problems.append(Problem(where=label, what=what, remedy=MERGE_WITH_PEFT))

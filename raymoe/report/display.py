@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
+from raymoe.objects.urls import is_s3
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
 from raymoe.report import terminal
 from raymoe.report.memory import actor_memory
@@ -77,7 +78,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
             "weight_bytes_read": totals.gate_bytes,
             "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
         },
-        "actor_memory_bytes": actor_memory(plan, hub),
+        "actor_memory_bytes": actor_memory(plan, hub, sent=_sent(output)),
         "shards": [
             {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
         ],
@@ -108,7 +109,7 @@ def print_plan(
     for way, count in (output.ways if output else {}).items():
         console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
     console.print(_gate_line(plan))
-    memory = actor_memory(plan, hub)
+    memory = actor_memory(plan, hub, sent=_sent(output))
     on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
@@ -123,6 +124,13 @@ def print_plan(
             console.print(f"not as it is now: {problem}", style="yellow")
         return
     console.print("No problems found." if not plan.warnings else "No errors found.")
+
+
+def _sent(output: PlannedOutput | None) -> int:
+    """Bytes that actors send to S3: all that the store does not copy."""
+    if output is None or not is_s3(output.location):
+        return 0
+    return sum(count for way, count in output.ways.items() if way != "store_copy")
 
 
 def _kinds(plan: MergePlan) -> str:

@@ -2,25 +2,29 @@
 
 The terms are those of the code that holds them, and `scripts/measure_prompt_memory.py` compares their sum with what
 merges take (docs/memory.md). What a process holds before it does anything was measured on Linux with Python 3.11,
-Ray 2.60, torch 2.13 and transformers 5.23; other versions differ by tens of MB.
+Ray 2.60, torch 2.13 and transformers 5.23; for a CUDA build of torch, with torch 2.11+cu130 and transformers 5.17.
+Other versions differ by tens of MB.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config import MODES
 from raymoe.config.modes import EMBEDDING
 from raymoe.gates.capture import FOLDS, token_limit
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
-from raymoe.gates.prompts import batches
+from raymoe.gates.prompts import batches, chunk_of, padded
 from raymoe.gates.readings import Reading, readings
-from raymoe.planning.types import GatePlan, MergePlan, WeightRef
+from raymoe.planning.types import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["actor_memory"]
@@ -29,9 +33,12 @@ __all__ = ["actor_memory"]
 # what it needs of transformers, and has tokenized its prompts.
 _COPYING_ACTOR_BYTES = 140_000_000
 _EMBEDDING_ACTOR_BYTES = 240_000_000
-_COMPUTING_ACTOR_BYTES = 505_000_000
-# CUDA's libraries in an actor's memory, and what they hold on the GPU; measured on H100.
-_GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 2_000_000_000, 60_000_000
+_COMPUTING_ACTOR_BYTES = 520_000_000
+# The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
+# cuBLAS holds there. Measured on H200.
+_CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
+_THREADS, _BLOCK_BYTES = 4, 7 << 24  # that compute blocks of noise and LoRA (storage/transform.py), and what each takes
+_UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _WORTH_COUNTING_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -39,43 +46,81 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """The largest of the passes in which prompts are read: `tokens` in all, of which `batch_tokens` at most go through
-    a layer at once, the longest prompt having `longest`. Padding is counted."""
+    """One of the passes in which prompts are read: `tokens` in all, of which `batch_tokens` at most go through a layer
+    at once (`scanned` if its layers pad sequences), the longest prompt having `longest`. Padding is counted."""
 
     tokens: int
     batch_tokens: int
     longest: int
     members: tuple[Reading, ...]
+    scanned: int = 0
 
 
-def actor_memory(plan: MergePlan, hub: HubOptions | None = None) -> dict[str, int]:
+def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 0) -> dict[str, int]:
     """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
-    of the machine's then. Taken to read all the prompts that one model reads. `hub` says where the Hub's cache is."""
-    gates, mode = plan.gates, MODES[plan.gates.mode]
+    of the machine's then. Taken to read all the prompts that one model reads.
+
+    Args:
+        plan: The plan of a merge.
+        hub: Where the Hub's cache is.
+        sent: Bytes of the output that actors send to S3.
+
+    Returns:
+        Bytes by `cpu`, `gpu` and `beside_gpu`; the last two are 0 if no model is run.
+    """
+    mode = MODES[plan.gates.mode]
+    writing = _writing_bytes(plan, sent)
     if not mode.needs_prompts:
-        return {"cpu": _COPYING_ACTOR_BYTES, "gpu": 0, "beside_gpu": 0}
+        return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
     if not mode.reads_layers:
-        return {"cpu": _EMBEDDING_ACTOR_BYTES + _embedding_bytes(plan), "gpu": 0, "beside_gpu": 0}
-    largest, tokens = _largest_pass(plan, hub)
-    hidden, layer = gates.hidden, plan.totals.peak_gate_bytes
-    dtype = largest.members[0].weights[EMBEDDING].entry.dtype
-    elements = _layer_elements(gates)  # computed with as the embedding is stored, whatever their own dtypes are
+        return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan), "gpu": 0, "beside_gpu": 0}
+    passes, tokens = _passes(plan, hub)
+    each = [_pass_bytes(plan, one, _left_bytes(plan, tokens)) for one in passes]
+    most = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
+    computing = _CUDA_ACTOR_BYTES if _is_cuda_build() else _COMPUTING_ACTOR_BYTES
+    return {
+        "cpu": computing + writing + most["cpu"],
+        "gpu": _GPU_WORK_BYTES + most["gpu"],
+        "beside_gpu": _GPU_ACTOR_BYTES + writing + most["beside_gpu"],
+    }
+
+
+def _pass_bytes(plan: MergePlan, one: _Pass, left: int) -> dict[str, int]:
+    """What a pass adds to an actor's libraries; `left` is what prompts leave at the layers."""
+    gates, hidden = plan.gates, plan.gates.hidden
+    run = gates.layers if MODES[gates.mode].fits_rows else gates.layers - 1  # the last layer's input is all it takes
+    layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
+    # Computed with as the embedding is stored, whatever the layers' own dtypes are.
+    dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    left = _left_bytes(plan, largest, tokens)
     fitting = fitting_bytes(gates)
-    common = _TOKEN_BYTES * largest.tokens + left
+    common = _TOKEN_BYTES * one.tokens + left
     reading = {
-        width: largest.tokens * hidden * width + _work_bytes(plan, largest, width) + _adapter_bytes(largest, width)
+        width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
         for width in {here, stored}
     }
     return {
-        "cpu": _COMPUTING_ACTOR_BYTES
-        + common
-        + max(2 * elements * here + reading[here], fitting * most_layers_at_once(gates)),
-        "gpu": 3 * max(layer, elements * stored) + _GPU_WORK_BYTES + reading[stored],
-        "beside_gpu": _GPU_ACTOR_BYTES + common + max(2 * layer, fitting),
+        "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * most_layers_at_once(gates)),
+        "gpu": min(3, run) * max(layer, elements * stored) + reading[stored],
+        "beside_gpu": common + max(min(2, run) * layer, fitting),
     }
+
+
+def _writing_bytes(plan: MergePlan, sent: int) -> int:
+    """What shards take while they are written: blocks that are computed ahead, and parts of uploads."""
+    parts = (part for shard in plan.shards for part in shard.parts)
+    computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
+    ahead = min(_THREADS, os.cpu_count() or 1) * _BLOCK_BYTES if computed else 0
+    return ahead + min(_UPLOAD_BYTES, 3 * sent)
+
+
+def _matrices(part: Part) -> tuple[Part, ...]:
+    return part.what.matrices if isinstance(part.what, Columns) else (part,)
+
+
+def _is_slow(what: PartSource) -> bool:
+    return isinstance(what, Transform) and (what.lora is not None or what.noise_scale is not None)
 
 
 def _layer_elements(gates: GatePlan) -> int:
@@ -97,8 +142,8 @@ def _embedding_bytes(plan: MergePlan) -> int:
     return min(tokens, plan.gates.vocab) * plan.gates.hidden * 6 + _TOKEN_BYTES * tokens
 
 
-def _largest_pass(plan: MergePlan, hub: HubOptions | None) -> tuple[_Pass, int]:
-    """The largest pass of one actor, and the tokens of all prompts together."""
+def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
+    """The passes of one actor, and the tokens of all prompts together."""
     gates = plan.gates
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
     lengths = prompt_lengths(gates, exact=False)
@@ -106,36 +151,45 @@ def _largest_pass(plan: MergePlan, hub: HubOptions | None) -> tuple[_Pass, int]:
     if total * gates.hidden * 4 > _WORTH_COUNTING_BYTES:
         lengths = prompt_lengths(gates, hub=hub)
         total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
-    sizes = {owner: _batch_sizes(*of_member) for owner, of_member in lengths.items()}
-    passes = [
+    chunks = {member.owner: chunk_of(member.config) for member in members}
+    sizes = {owner: _batch_sizes(*lengths[owner], chunk=chunk) for owner, chunk in chunks.items()}
+    return [
         _Pass(
-            tokens=sum(sum(sizes[part.owner]) // part.parts for part in taken),
-            batch_tokens=max(max(sizes[part.owner]) for part in taken),
+            tokens=sum(_part_tokens([size for size, _ in sizes[part.owner]], part.parts) for part in taken),
+            batch_tokens=max(size for part in taken for size, _ in sizes[part.owner]),
             longest=max(max(map(max, filter(None, lengths[part.owner]))) for part in taken),
             members=taken,
+            scanned=max(scanned for part in taken for _, scanned in sizes[part.owner]),
         )
         for taken in readings(members, 1, gates.hidden)
-    ]
-    return max(passes, key=lambda each: each.tokens), total
+    ], total
 
 
-def _batch_sizes(*lengths: list[int]) -> list[int]:
-    """Tokens of a member's batches, padding included."""
-    groups = [group for some in lengths for group in batches([range(length) for length in some])]
-    return [len(group) * max(map(len, group)) for group in groups]
+def _part_tokens(sizes: list[int], parts: int) -> int:
+    """A batch is not cut, also where it is larger than a part."""
+    return max(sum(sizes) // parts, *sizes)
 
 
-def _work_bytes(plan: MergePlan, largest: _Pass, width: int) -> int:
+def _batch_sizes(*lengths: list[int], chunk: int) -> list[tuple[int, int]]:
+    """Tokens of a member's batches, padding included; and with that to a multiple of `chunk`."""
+    groups = [group for some in lengths for group in batches([range(length) for length in some], chunk=chunk)]
+    longest = [max(map(len, group)) for group in groups]
+    return [(len(g) * most, len(g) * padded(most, chunk)) for g, most in zip(groups, longest, strict=True)]
+
+
+def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
     """Activations of one batch in one layer: three as wide as the FFN, six as wide as the states. Attention holds no
-    scores, but a mask where a sliding window is shorter than a prompt."""
-    config = largest.members[0].config
+    scores, but a mask where a sliding window is shorter than a prompt. Linear attention computes in float32."""
+    config = one.members[0].config
     wide = max(int(config.get(key) or 0) for key in ("intermediate_size", "ffn_hidden_size"))
-    window = config.get("sliding_window") or largest.longest
-    mask = 5 * largest.longest**2 if largest.longest > window else 0
-    return largest.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask
+    window = config.get("sliding_window") or one.longest
+    mask = 5 * one.longest**2 if one.longest > window else 0
+    spec = read_spec(config, "")
+    scan = 4 * one.scanned * spec.scan.numbers if isinstance(spec, DenseSpec) and spec.scan else 0
+    return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scan
 
 
-def _left_bytes(plan: MergePlan, largest: _Pass, tokens: int) -> int:
+def _left_bytes(plan: MergePlan, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
     gates = plan.gates
     members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
@@ -144,12 +198,12 @@ def _left_bytes(plan: MergePlan, largest: _Pass, tokens: int) -> int:
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 
-def _adapter_bytes(largest: _Pass, width: int) -> int:
+def _adapter_bytes(one: _Pass, width: int) -> int:
     """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
     that one adapter changes, made anew."""
     factors: dict[str, int] = {}
     changed = 0
-    for adapter in _adapters(largest.members):
+    for adapter in _adapters(one.members):
         made: dict[str, int] = {}
         for name, weight in adapter.items():
             layer = match[1] if (match := _LAYER.match(name)) else ""
@@ -178,3 +232,12 @@ def _multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return re.search(r"\b(avx512_bf16|amx_tile)\b", flags) is not None
+
+
+def _is_cuda_build() -> bool:
+    """Whether the installed torch is built for CUDA, found without an import. PyPI's version does not say so."""
+    try:
+        path = distribution("torch").locate_file("torch/version.py")
+        return re.search(r"^cuda\b[^=\n]*= *['\"]", Path(str(path)).read_text(), re.MULTILINE) is not None
+    except (PackageNotFoundError, OSError):
+        return False

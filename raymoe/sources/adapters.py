@@ -31,10 +31,11 @@ from raymoe.sources.patterns import LONGEST_NAME, Patterns, pattern_problem, slo
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, LoraPair, TensorEntry
 from raymoe.text import some
 
-__all__ = ["EMPTY_ADAPTER", "MERGE_WITH_PEFT", "adapter_facts"]
+__all__ = ["EMPTY_ADAPTER", "LORA_ON_TIED_HEAD", "MERGE_WITH_PEFT", "adapter_facts"]
 
 MERGE_WITH_PEFT = "merge the adapter into its model with peft (merge_and_unload, save_pretrained) and use the result"
 """A remedy that works for adapters that peft applies and raymoe does not."""
+LORA_ON_TIED_HEAD = "LoRA on the output head, which the model ties to its embedding"
 _SAVE_AGAIN = "save the adapter again with peft (save_pretrained), or download it again"
 _GATHER = (
     "save the adapter again with gathered weights (stage3_gather_16bit_weights_on_model_save: true in DeepSpeed's "
@@ -284,7 +285,7 @@ def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _S
         elif f"{match['module']}.weight" in model.tensors:
             _take_factor(found, match, entry)
         elif match["module"] == "lm_head":
-            found.left_out["lm_head"] = "LoRA on the output head, which the model ties to its embedding"
+            found.left_out["lm_head"] = LORA_ON_TIED_HEAD
         else:
             misnamed.append(name)
     for name in [name for name in found.replaced if name.rpartition(".")[0] in found.factors]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -99,21 +99,52 @@ def prompt_file_place(file: PromptFile) -> str:
 def chat_template_problems(
     config: MergeConfig, base: ModelFacts, hub: HubOptions | None = None, elsewhere: Elsewhere | None = None
 ) -> list[Problem]:
-    """That the base has no chat template and the config asks for one, as far as its small files show it."""
+    """That the config asks for a chat template and the base has none, or one that is no Jinja template.
+
+    The template is parsed and not run: planning runs nothing that comes with a model.
+    """
     experts = (*config.experts, *config.shared_experts)
     if not config.needs_prompts or not any(map(config.uses_chat_template, experts)):
         return []
     files = {side.name: side.file for side in base.side_files}
-    if "chat_template.jinja" in files:
-        return []
-    settings: Any = {}
-    if "tokenizer_config.json" in files:
-        try:
-            file = files["tokenizer_config.json"]
-            read = elsewhere.read(file) if elsewhere else fetch_file(file, hub, config.storage).read_bytes()
-            settings = read_json(read)
-        except CheckpointError as error:
-            return list(error.problems)
-        except (OSError, ValueError):
-            return []  # whoever loads the tokenizer says what is wrong with this file
-    return [] if isinstance(settings, Mapping) and settings.get("chat_template") else [NO_CHAT_TEMPLATE]
+
+    def read(name: str) -> bytes:
+        return elsewhere.read(files[name]) if elsewhere else fetch_file(files[name], hub, config.storage).read_bytes()
+
+    template: Any = None
+    try:
+        if "chat_template.jinja" in files:
+            template = read("chat_template.jinja").decode()
+        elif "tokenizer_config.json" in files:
+            settings = read_json(read("tokenizer_config.json"))
+            template = settings.get("chat_template") if isinstance(settings, Mapping) else None
+    except CheckpointError as error:
+        return list(error.problems)
+    except (OSError, ValueError):
+        return []  # loading the tokenizer tells what is wrong with this file
+    return list(_template_faults(template)) if template else [NO_CHAT_TEMPLATE]
+
+
+def _template_faults(template: Any) -> Iterator[Problem]:
+    """A template's syntax error. Of several templates only transformers knows which one it takes."""
+    if not isinstance(template, str):
+        return
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """transformers' own tag."""
+
+        tags = {"generation"}  # noqa: RUF012  # as the base class declares it
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        what = f"its chat template can't be used: {error.message} (line {error.lineno})"
+        yield Problem(where="base_model", what=what, remedy="correct the template, or leave chat_template out")
+    except RecursionError:  # deeply nested: transformers tells whether it can be used
+        pass

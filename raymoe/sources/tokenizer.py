@@ -33,7 +33,8 @@ __all__ = [
 
 ReadFile = Callable[[SourceFile], bytes]
 
-_CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+_CONFIG, _TOKENIZER, _SPECIAL = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
+_WITHOUT_BOS = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 _MAX_CODE_BYTES = 1 << 20
 _CHECK_TOKENIZER = "check the tokenizer files of base_model"
@@ -134,12 +135,13 @@ def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
 class TokenizerFacts:
     """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json at `where`.
 
-    `has_code`: code of the tokenizer's own decides what tokens a text has.
+    `has_code`: code of the tokenizer's own decides what tokens a text has. `bos` is the BOS token, "" if there is none,
+    None if only the tokenizer's class can tell.
     """
 
     tokens: Mapping[int, str] | None
     has_code: bool
-    bos: str
+    bos: str | None
     content: bytes
     where: str = "base_model"
 
@@ -150,12 +152,12 @@ class TokenizerFacts:
     def encoder(self) -> Callable[[str], list[int]] | None:
         """The token ids of a text, which begins with BOS; None where only transformers can tell.
 
-        The function raises ProblemReport for a text that the tokenizer can't read.
+        Raises ProblemReport if tokenizer.json can't be read. The function raises it for a text that can't be read.
         """
-        if self.tokens is None or self.has_code:
+        if self.has_code or not self.content:
             return None
-        tokenizer = bare_tokenizer(self.content)
-        if tokenizer is None:
+        tokenizer = bare_tokenizer(self.content, self.where)
+        if self.tokens is None:
             return None
 
         def encode(text: str) -> list[int]:
@@ -165,19 +167,16 @@ class TokenizerFacts:
         return encode
 
 
-def bare_tokenizer(content: bytes) -> Any:
+def bare_tokenizer(content: bytes, where: str) -> Any:
     """The tokenizer of a tokenizer.json, which neither truncates nor pads, whatever the file says: transformers does
-    neither unless it is asked to. None where the file can't be read, or the library is not installed."""
-    try:
-        with tokenizer_guard(_TOKENIZER, "it can't be read"):
-            from tokenizers import Tokenizer
+    neither unless it is asked to. Raises ProblemReport if the tokenizers library can't read the file at `where`."""
+    with tokenizer_guard(where, "the tokenizer can't be read", _CHECK_TOKENIZER):
+        from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_str(content.decode())
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return tokenizer
-    except ProblemReport:
-        return None
+        tokenizer = Tokenizer.from_str(content.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts:
@@ -185,8 +184,6 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
     settings = _json(files, _CONFIG, read)
     side = next((side for side in files if side.name == _TOKENIZER), None)
     content, where = (read(side.file), side.file.location) if side is not None else (b"", "base_model")
-    bos = settings.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, Mapping) else bos
     tokens: dict[int, str] | None = None
     try:
         parsed = read_json(content) if content else {}
@@ -194,7 +191,18 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         pass
     has_code = any(tokenizer_code(settings))
-    return TokenizerFacts(tokens, has_code, bos if isinstance(bos, str) else "", content, where)
+    bos = _bos(settings, _json(files, _SPECIAL, read))
+    return TokenizerFacts(tokens, has_code, bos or None if has_code else bos, content, where)
+
+
+def _bos(settings: Mapping[str, Any], special: Mapping[str, Any]) -> str | None:
+    """The BOS token as `TokenizerFacts` has it. A class may have one that the files do not name, as Llama's has."""
+    named = [settings.get("bos_token"), special.get("bos_token")]  # of older tokenizers in a file of its own
+    for token in named:
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str):
+            return text
+    return "" if "bos_token" in settings or settings.get("tokenizer_class") in _WITHOUT_BOS else None
 
 
 def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

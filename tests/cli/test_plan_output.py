@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,31 @@ def test_finished_merges(cli: Cli, config: Callable[..., Path], tmp_path: Path) 
     assert same.code == 0 and f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in same.out
     assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"] is True
     refused(cli, config("hidden"), out, "the output folder holds a finished merge")
+
+
+def test_sources_that_changed_since_the_merge_was_interrupted(
+    cli: Cli, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    import yaml
+
+    import raymoe
+    from raymoe.runtime.source_files import SourceFiles
+
+    out = tmp_path / "out"
+    content = yaml.safe_load(config().read_text())
+    base = Path(shutil.copytree(content["base_model"], tmp_path / "own-base"))
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**content, "base_model": str(base)}))
+    digest = json.loads(cli("plan", path, "--json").out)["digest"]
+    plan = raymoe.plan(path)
+    target = open_output(str(out), StorageOptions())
+    target.lock()
+    target.begin(digest, SourceFiles(plan, None).stamps(), fresh=False)
+    target.release()
+    goes_on = cli("plan", path, out)
+    assert goes_on.code == 0 and "`raymoe merge` goes on from there" in goes_on.out
+    os.utime(base / "model.safetensors", (1, 1))
+    refused(cli, path, out, "source files changed since the merge in this folder was interrupted")
 
 
 def test_buckets(cli: Cli, config: Callable[..., Path], moto: Server) -> None:

@@ -190,7 +190,7 @@ def test_dynamic_rope_reads_each_prompt_by_itself(zoo: Zoo) -> None:
 def test_prompts_of_nothing_but_bos_are_refused(zoo: Zoo) -> None:
     base = zoo("llama")
     config = config_of(base, base, {"positive_prompts": ["<s>"], "negative_prompts": ["text"]})
-    with pytest.raises(ProblemReport, match="the positive prompts of expert 0 have no tokens but BOS"):
+    with pytest.raises(ProblemReport, match="expert 0: its positive prompts have no tokens but BOS"):
         captured(config)
     # One such prompt among others is none that could be held out, and the modes that read its last token take it.
     both = captured(config_of(base, base, {"positive_prompts": ["<s>", "text"]}))[0]

@@ -22,6 +22,7 @@ from tests.pico import (
     HIDDEN,
     LAYERS,
     VOCAB,
+    copy_model,
     merge_config,
     merge_without_ray,
     plan_problems,
@@ -111,6 +112,30 @@ def test_they_are_refused_where_the_whole_model_is_used(
         dense_model(resolve_model(parse_model_ref(f"{base}+{adapter}")), "expert 0")
 
 
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("duplicate", [False, True])
+def test_lora_on_a_tied_head_is_refused_whether_or_not_the_file_holds_the_head(
+    duplicate: bool, magnitude: bool, zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    tied = zoo("llama", tie_word_embeddings=True)
+    head = tensors_of(tied)["model.embed_tokens.weight"]
+    twice = copy_model(tied, tmp_path / "base", tensors={"lm_head.weight": head.clone()})
+    adapter = save_lora(tmp_path / "lora", twice, ["lm_head", "q_proj"])
+    if magnitude:
+        lengths = {
+            f"{PREFIX}{name.removesuffix('.weight')}.lora_magnitude_vector": torch.ones(len(weight))
+            for name, weight in tensors_of(twice).items()
+            if name.endswith(("lm_head.weight", "q_proj.weight"))
+        }
+        adapter = adapter_with(tmp_path / "dora", twice, ["lm_head", "q_proj"], lengths, use_dora=True)
+    base = twice if duplicate else tied
+    text = plan_problems(merge_config(f"{base}+{adapter}", [tied] * 2, mode="random"))  # type: ignore[arg-type]
+    assert "LoRA on the output head, which the model ties to its embedding" in text
+    assert "merge the adapter into its model with peft" in text
+    with pytest.raises(ProblemReport, match="LoRA on the output head"):
+        dense_model(resolve_model(parse_model_ref(f"{base}+{adapter}")), "expert 0")
+
+
 def test_unsupported_changes_of_the_ffn_are_refused(zoo: Callable[..., Path], tmp_path: Path) -> None:
     base = zoo("llama")
     name = f"{PREFIX}model.layers.1.mlp.up_proj"
@@ -134,8 +159,6 @@ def test_a_whole_matrix_of_the_ffn_takes_the_place_of_the_models(zoo: Callable[.
 
 
 def test_empty_tensors_of_a_model_have_their_own_remedy(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    from tests.pico import copy_model
-
     base = zoo("llama")
     names = {name: torch.zeros(0) for name in tensors_of(base) if "mlp" in name}
     empty = copy_model(base, tmp_path / "empty", tensors=names)

@@ -113,10 +113,90 @@ def test_a_tokenizer_that_fails_on_a_prompt(base: Path, parts: dict[str, Any]) -
 
 def test_a_tokenizer_whose_file_panics(base: Path) -> None:
     save_broken(base, normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
-    assert bare_tokenizer((base / "tokenizer.json").read_bytes()) is None
+    with pytest.raises(ProblemReport, match="x: the tokenizer can't be read: "):
+        bare_tokenizer((base / "tokenizer.json").read_bytes(), "x")
+    assert "the tokenizer can't be read: " in plan_problems(config_of(base))
     raymoe.plan(config_of(base, "a " * 300, mode="random"), allow_all_same=True)
     with pytest.raises(ProblemReport, match="base_model: the base model's tokenizer can't be loaded: "):
         load_tokenizer(base, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "content", [lambda text: text[:5000], lambda _: "{}", lambda text: text.replace("BPE", "Nope")]
+)
+def test_a_tokenizer_that_the_library_can_not_read(base: Path, content: Callable[[str], str]) -> None:
+    path = base / "tokenizer.json"
+    path.write_text(content(path.read_text()))
+    assert f"{path}: the tokenizer can't be read: " in plan_problems(config_of(base))
+    raymoe.plan(config_of(base, mode="random"), allow_all_same=True)
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", None])
+def test_a_blank_prompt_and_no_bos(base: Path, kind: str | None) -> None:
+    """Refused at planning if the files say that there is no BOS, else by the merge before it writes."""
+    settings = {"tokenizer_class": kind, "bos_token": None, "eos_token": "</s>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for key in ("positive_prompts", "negative_prompts"):
+        config = config_of(base)
+        config["experts"][1][key] = ["fine", ""]
+        said = plan_problems(config)
+        number = key.replace("positive_prompts", "prompt 2").replace("negative_prompts", "negative prompt 2")
+        assert f"expert 1, {number} (''): it has no tokens" in said and "no BOS token" in said
+    raymoe.plan(config_of(base, " "), allow_all_same=True)
+    raymoe.plan(config_of(base, "", chat_template=True), allow_all_same=True)
+
+
+def test_a_blank_prompt_where_only_the_class_tells_of_bos(base: Path) -> None:
+    (base / "tokenizer_config.json").write_text("{}")
+    plan = raymoe.plan(config_of(base, "fine", ""), allow_all_same=True)
+    assert [problem.what for problem in prompt_problems(plan.gates, trust_remote_code=False)] == ["it has no tokens"]
+    assert not prompt_problems(raymoe.plan(config_of(base), allow_all_same=True).gates, trust_remote_code=False)
+    (base / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    plan = raymoe.plan(config_of(base, "fine", ""), allow_all_same=True)
+    assert not prompt_problems(plan.gates, trust_remote_code=False)
+
+
+def test_ridge_with_prompts_of_bos_alone(base: Path) -> None:
+    assert "expert 1: its positive prompts have no tokens but BOS" in plan_problems(
+        config_of(base, "<s>", mode="ridge")
+    )
+    for mode, prompts in (("hidden", ["<s>"]), ("ridge", ["<s>", "a"])):
+        raymoe.plan(config_of(base, *prompts, mode=mode), allow_all_same=True)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{% for m in", "unexpected 'end of template' (line 1)"), ("{% nope %}", "Encountered unknown tag 'nope'")],
+)
+def test_a_template_with_a_syntax_error(base: Path, template: str, said: str, in_config: bool) -> None:
+    if in_config:
+        (base / "chat_template.jinja").unlink()
+        settings = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": template}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        (base / "chat_template.jinja").write_text(template)
+    assert f"base_model: its chat template can't be used: {said}" in plan_problems(config_of(base, chat_template=True))
+    raymoe.plan(config_of(base), allow_all_same=True)
+
+
+def test_a_template_that_transformers_takes_is_taken(base: Path) -> None:
+    """With its own tag, and loops that are left early."""
+    from transformers import AutoTokenizer
+
+    text = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% break %}{% endfor %}"
+    (base / "chat_template.jinja").write_text(text)
+    plan = raymoe.plan(config_of(base, chat_template=True), allow_all_same=True)
+    assert not prompt_problems(plan.gates, trust_remote_code=False)
+    turn = [{"role": "user", "content": "a"}]
+    assert AutoTokenizer.from_pretrained(str(base)).apply_chat_template(turn, tokenize=False) == "a"
+
+
+def test_a_template_that_refuses_a_turn_is_found_before_the_merge_writes(base: Path) -> None:
+    (base / "chat_template.jinja").write_text("{{ raise_exception('a system turn is needed') }}")
+    plan = raymoe.plan(config_of(base, chat_template=True), allow_all_same=True)
+    problems = prompt_problems(plan.gates, trust_remote_code=False)
+    assert [problem.what for problem in problems] == ["its chat template can't be used: a system turn is needed"]
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from raymoe.report import memory
 from raymoe.report.memory import actor_memory
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.types import SourceFile
-from tests.pico import HIDDEN, merge_config
+from tests.pico import HIDDEN, merge_config, save_lora
 
 
 @pytest.fixture
 def planned(zoo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., MergePlan]:
     monkeypatch.setattr(memory, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(memory, "_is_cuda_build", lambda: False)
 
     def plan(mode: str, prompts: int, *, words: int = 50) -> MergePlan:
         content: dict[str, Any] = merge_config(
@@ -131,6 +132,82 @@ def test_modes_that_read_no_layers(planned: Callable[..., MergePlan]) -> None:
     assert embed["cpu"] > 240_000_000 and embed["gpu"] == 0
 
 
+def test_an_expert_with_more_prompts_hides_no_longer_ones(zoo: Callable[..., Path]) -> None:
+    """Each expert reads its own prompts here: neither pass has both the most tokens and the longest prompt."""
+
+    def bytes_with(second: list[str]) -> dict[str, int]:
+        content = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], prompt_model="expert")
+        content["experts"][0]["positive_prompts"] = ["ab " * 5000]
+        content["experts"][1]["positive_prompts"] = second
+        return actor_memory(raymoe.plan(content))
+
+    few, many = bytes_with(["ab"]), bytes_with([f"{number} ab" * 40 for number in range(400)])
+    assert all(many[key] >= few[key] for key in few)
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [("'13.0'", True), ('"12.4"', True), ("None", False)])
+@pytest.mark.parametrize("form", ["cuda: Optional[str] = {}", "cuda = {}"])
+def test_the_build_of_torch_is_read_from_its_files(
+    cuda: str, form: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\n{form.format(cuda)}\nhip: Optional[str] = '6.2'\n")
+
+    class Torch:
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / name.removeprefix("torch/")
+
+    monkeypatch.setattr(memory, "distribution", lambda name: Torch())
+    assert memory._is_cuda_build() is expected
+    (tmp_path / "version.py").unlink()
+    assert not memory._is_cuda_build()
+
+
+def test_the_build_of_torch_counts(planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, embed = planned("hidden", 2), planned("cheap_embed", 2)
+    for_cpu, embedding = actor_memory(plan), actor_memory(embed)
+    monkeypatch.setattr(memory, "_is_cuda_build", lambda: True)
+    assert actor_memory(plan)["cpu"] - for_cpu["cpu"] > 300_000_000 and actor_memory(embed) == embedding
+
+
+def test_layers_that_pad_sequences(zoo: Callable[..., Path]) -> None:
+    """Short prompts count as a chunk each: in batches, and for what a layer holds of them."""
+    from raymoe.gates.prompts import batches, chunk_of
+
+    mamba = {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 64, "mamba_d_head": 2, "mamba_expand": 2}
+    sizes = {"granitemoehybrid": (mamba, 256, 64 * 256), "qwen3_5_text": ({}, 64, 4 * 64)}
+    for family, (options, chunk, least) in sizes.items():
+        base, expert = zoo(family, **options), zoo(family, seed=1, **options)
+        content = merge_config(base, [base, expert])
+        for word, entry in zip("ab", content["experts"], strict=True):
+            entry["positive_prompts"] = [f"{word}{number}" for number in range(40)]
+        plan = raymoe.plan(content)
+        assert chunk_of(plan.gates.experts[0].config) == chunk
+        (one,), _ = memory._passes(plan, None)
+        assert one.batch_tokens < one.scanned <= 2048
+        assert memory._work_bytes(plan, one, 4) > one.scanned * 4 * least
+        prompts = [[0] * 3 for _ in range(40)]
+        assert max(map(len, batches(prompts, chunk=chunk))) == min(40, 2048 // chunk)
+    plain = raymoe.plan(
+        merge_config(zoo("granitemoehybrid"), [zoo("granitemoehybrid", seed=1)] * 2), allow_all_same=True
+    )
+    assert chunk_of(plain.gates.experts[0].config) == 1  # attention in all layers
+
+
+def test_weights_that_are_computed_and_uploads_count(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    base = zoo("llama")
+    lora = save_lora(tmp_path / "lora", base, ["up_proj"])
+    for mode in ("random", "hidden"):
+        copied = raymoe.plan(merge_config(base, [base, zoo("llama", seed=1)], mode=mode))
+        computed = raymoe.plan(merge_config(base, [base, f"{base}+{lora}"], mode=mode))
+        noisy = raymoe.plan(
+            merge_config(base, [base, base], mode=mode, expert_options={"noise_scale": 0.1}), allow_all_same=True
+        )
+        plain = actor_memory(copied)["cpu"]
+        assert actor_memory(computed)["cpu"] - plain >= 7 << 24 and actor_memory(noisy)["cpu"] - plain >= 7 << 24
+        assert actor_memory(copied, sent=1000)["cpu"] - plain == 3000
+        assert actor_memory(copied, sent=10**10)["cpu"] - plain == 340_000_000
+
+
 def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Path) -> None:
     """Each of them adds its factors, in float64, of two layers."""
     from raymoe.gates.readings import Reading, readings
@@ -190,9 +267,8 @@ def test_layers_are_computed_with_as_the_embedding_is_stored(planned: Callable[.
 def test_states_of_shared_experts_count(planned: Callable[..., MergePlan]) -> None:
     plan = planned("hidden", 2)
     shared = replace(plan, gates=replace(plan.gates, shared=plan.gates.experts[:1]))
-    largest, _ = memory._largest_pass(plan, None)
-    more = memory._left_bytes(shared, largest, 10**9) - memory._left_bytes(plan, largest, 10**9)
-    assert more * 2 == memory._left_bytes(plan, largest, 10**9)
+    more = memory._left_bytes(shared, 10**9) - memory._left_bytes(plan, 10**9)
+    assert more * 2 == memory._left_bytes(plan, 10**9)
 
 
 def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:

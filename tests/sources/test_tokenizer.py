@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from raymoe.errors import ProblemReport
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, resolve_model
 from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos, with_tokenizer_code
@@ -88,14 +89,37 @@ def test_tokens(make_model: Make) -> None:
     assert tokenizer_facts(facts_of(folder).side_files, read).may_pass(1000)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}'])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}'])
 def test_a_damaged_tokenizer_shows_nothing(make_model: Make, content: str) -> None:
-    """Whoever loads it says what is wrong with it."""
+    """Encoding with it says what is wrong with it."""
     folder = make_model()
     (folder / "tokenizer.json").write_text(content)
     (folder / "tokenizer_config.json").write_text(content)
     found = tokenizer_facts(facts_of(folder).side_files, read)
-    assert found.tokens is None and found.may_pass(10**9) and found.encoder() is None
+    assert found.tokens is None and found.may_pass(10**9)
+    with pytest.raises(ProblemReport, match=r"tokenizer\.json: the tokenizer can't be read: "):
+        found.encoder()
+
+
+@pytest.mark.parametrize(
+    ("settings", "special", "bos"),
+    [
+        ({"bos_token": "<s>"}, {}, "<s>"),
+        ({"bos_token": {"content": "<s>"}}, {"bos_token": "<b>"}, "<s>"),
+        ({"bos_token": None}, {"bos_token": "<b>"}, "<b>"),
+        ({"bos_token": None, "tokenizer_class": "Qwen2Tokenizer"}, {}, ""),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, ""),
+        ({"tokenizer_class": "LlamaTokenizer"}, {}, None),
+        ({}, {}, None),
+        ({"bos_token": None, "auto_map": {"AutoTokenizer": "own.Fast"}}, {}, None),
+    ],
+)
+def test_bos(make_model: Make, settings: dict[str, Any], special: dict[str, Any], bos: str | None) -> None:
+    """None where the tokenizer's class may have one that its files do not name."""
+    folder = make_model()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    assert tokenizer_facts(facts_of(folder).side_files, read).bos == bos
 
 
 @pytest.mark.parametrize(
