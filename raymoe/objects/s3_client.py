@@ -10,6 +10,7 @@ to be exact here. An `S3Client` may be held across a fork: the child builds a cl
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -112,4 +113,18 @@ def _make_filesystem(options: StorageOptions) -> Any:
 
 async def _request(filesystem: Any, operation: str, handle: Handle[_T], arguments: Mapping[str, Any]) -> _T:
     client = await filesystem.set_session()
+    client.meta.events.register_last("before-send.s3", _can_be_sent_again, unique_id="raymoe")
     return await handle(await getattr(client, operation)(**arguments))
+
+
+def _can_be_sent_again(request: Any, **_: Any) -> None:
+    """Give aiohttp a body that it can send twice.
+
+    If a kept connection is lost before the answer, aiohttp sends a PUT again by itself. Some versions (3.12.15 and 3.14.3
+    were tried) read the body from where the first sending ended, so they send nothing: both sides wait for each other
+    until `read_timeout_s` is over.
+    """
+    if isinstance(request.body, io.BytesIO):
+        from raymoe.objects.sent_body import SentBody
+
+        request.body = SentBody(memoryview(request.body.getvalue()))  # without a copy

@@ -222,6 +222,7 @@ def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:
     assert output == {
         "location": f"s3://{store.bucket}/out/planned",
         "problems": [],
+        "is_complete": False,
         "unfinished_merge_goes_on": False,
     }
 

@@ -1,0 +1,27 @@
+"""The body of a request, for aiohttp to send any number of times and in pieces, so that it is not copied as a whole."""
+
+from __future__ import annotations
+
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
+
+__all__ = ["SentBody"]
+
+_PIECE_BYTES = 1 << 18
+
+
+class SentBody(Payload):
+    """Bytes that lie in memory."""
+
+    _value: memoryview
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__(data)
+        self._size = data.nbytes
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return bytes(self._value).decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        for start in range(0, self._value.nbytes, _PIECE_BYTES):
+            await writer.write(self._value[start : start + _PIECE_BYTES])
