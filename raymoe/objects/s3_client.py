@@ -120,9 +120,9 @@ async def _request(filesystem: Any, operation: str, handle: Handle[_T], argument
 def _can_be_sent_again(request: Any, **_: Any) -> None:
     """Give aiohttp a body that it can send twice.
 
-    If a kept connection is lost before the answer, aiohttp sends a PUT again by itself. Some versions (3.12.15 and 3.14.3
-    were tried) read the body from where the first sending ended, so they send nothing: both sides wait for each other
-    until `read_timeout_s` is over.
+    If a kept connection is lost before the answer, aiohttp sends a PUT again by itself. Some versions (3.12.15 and
+    3.14.3 were tried) read the body from where the first sending ended and send nothing: both sides wait for each
+    other until `read_timeout_s` is over.
     """
     if isinstance(request.body, io.BytesIO):
         from raymoe.objects.sent_body import SentBody
