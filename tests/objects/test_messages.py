@@ -51,7 +51,7 @@ def secrets() -> Iterator[None]:
 def refusal(call: Callable[[S3Store], object], *answers: Answer, **options: Any) -> StorageError:
     """The error of a call that is answered so, looked through for credentials."""
     with canned(*answers) as server:
-        store = S3Store(StorageOptions(endpoint=server.url, deadline_s=5, **options))
+        store = S3Store(StorageOptions(endpoint=server.url, deadline_s=30, **options))
         with pytest.raises(StorageError) as caught:
             call(store)
         # One; and for bodiless answers one more that asks why, and perhaps botocore's question for the region.
@@ -142,7 +142,7 @@ def test_reasons_and_remedies(
 )
 def test_wrong_regions_are_told_with_the_right_one(secrets: None, answer: Answer) -> None:
     with canned(answer) as server, pytest.raises(StorageError) as caught:
-        S3Store(StorageOptions(endpoint=server.url, deadline_s=5)).read(URL, 0, 10)
+        S3Store(StorageOptions(endpoint=server.url, deadline_s=30)).read(URL, 0, 10)
     assert "the bucket bucket is in region ap-south-1, and it was looked for in eu-west-1" in str(caught.value)
     assert "set storage.region or AWS_REGION to ap-south-1" in str(caught.value)
 
