@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/index_answers.py $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX)))
 
+# Files of tests are spread over two processes; those of one file share their fixtures. PARALLEL= runs one process.
+PARALLEL ?= -n 2 --dist loadfile
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 BASE := models/SmolLM2-135M-Instruct
@@ -68,7 +71,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) --durations=25
 	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
 	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
 
