@@ -24,4 +24,4 @@ def test_no_room_for_states(local_ray: None, error: str) -> None:
         rf"^router of layer 3: no room for the states of prompts: .* \({error}\)\. Start Ray with more .* run the same"
     )
     with pytest.raises(MergeFailed, match=words):
-        _result(full.remote(), GateJob(3))
+        _result(full.remote(), GateJob(3), sent=False)
