@@ -38,6 +38,7 @@ _REASONS = (
     "taken over this output",
     "is no longer that of this run",
     "was replaced or removed",
+    "was replaced as soon as it had been written",
     "an unfinished merge of another plan",
     "holds a finished merge",
 )
