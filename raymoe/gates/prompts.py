@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from raymoe.architectures import DenseSpec, read_spec
+from raymoe.architectures.dense import Scan
 from raymoe.config.modes import EMBEDDING, MODES
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
@@ -44,6 +45,7 @@ __all__ = [
     "load_tokenizer",
     "padded",
     "prompt_problems",
+    "scan_of",
     "tokenize",
     "tokenizer_from",
     "tokenizer_of",
@@ -215,7 +217,7 @@ def prompt_problems(
 
 
 def _open_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
-    """The prompts of a member of which only transformers can tell whether they can be used."""
+    """A member's prompts that only transformers can check."""
     may_pass = facts.may_pass(member.weights[EMBEDDING].entry.shape[0])
     for texts in (member.positive, member.negative):
         if may_pass or (facts.bos is None and not member.chat_template and not all(texts)):
@@ -260,5 +262,11 @@ def padded(length: int, chunk: int) -> int:
 
 def chunk_of(config: Mapping[str, Any]) -> int:
     """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
+    scan = scan_of(config)
+    return scan.chunk if scan else 1
+
+
+def scan_of(config: Mapping[str, Any]) -> Scan | None:
+    """What layers of linear attention or state spaces hold in a model with this config.json; None if it has none."""
     spec = read_spec(config, "")
-    return spec.scan.chunk if isinstance(spec, DenseSpec) and spec.scan else 1
+    return spec.scan if isinstance(spec, DenseSpec) else None

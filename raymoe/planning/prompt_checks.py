@@ -36,7 +36,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
 
 
 def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> Iterator[Problem]:
-    """Prompts of which nothing is read; `bos` is as in `TokenizerFacts`. A chat template always writes something."""
+    """Prompts without tokens; `bos` is as in `TokenizerFacts`. A chat template always writes something."""
     if bos is None or member.chat_template or not member.positive:
         return
     for name, text in _texts(member):

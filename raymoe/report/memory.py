@@ -9,23 +9,22 @@ Other versions differ by tens of MB.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config import MODES
 from raymoe.config.modes import EMBEDDING
 from raymoe.gates.capture import FOLDS, token_limit
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
 from raymoe.gates.prompt_lengths import prompt_lengths
-from raymoe.gates.prompts import batches, chunk_of, padded
+from raymoe.gates.prompts import batches, chunk_of, padded, scan_of
 from raymoe.gates.readings import Reading, readings
 from raymoe.planning.types import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
 from raymoe.sources.resolve import HubOptions
+from raymoe.storage.transform import THREADS
 
 __all__ = ["actor_memory"]
 
@@ -37,7 +36,7 @@ _COMPUTING_ACTOR_BYTES = 520_000_000
 # The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
 # cuBLAS holds there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
-_THREADS, _BLOCK_BYTES = 4, 7 << 24  # that compute blocks of noise and LoRA (storage/transform.py), and what each takes
+_BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _WORTH_COUNTING_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
@@ -46,8 +45,13 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """One of the passes in which prompts are read: `tokens` in all, of which `batch_tokens` at most go through a layer
-    at once (`scanned` if its layers pad sequences), the longest prompt having `longest`. Padding is counted."""
+    """One pass over prompts, counted in tokens with padding.
+
+    tokens         all tokens of the pass
+    batch_tokens   the largest batch, which goes through a layer at once
+    scanned        the same where layers pad each sequence to a chunk
+    longest        the longest prompt
+    """
 
     tokens: int
     batch_tokens: int
@@ -111,7 +115,7 @@ def _writing_bytes(plan: MergePlan, sent: int) -> int:
     """What shards take while they are written: blocks that are computed ahead, and parts of uploads."""
     parts = (part for shard in plan.shards for part in shard.parts)
     computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
-    ahead = min(_THREADS, os.cpu_count() or 1) * _BLOCK_BYTES if computed else 0
+    ahead = THREADS * _BLOCK_BYTES if computed else 0
     return ahead + min(_UPLOAD_BYTES, 3 * sent)
 
 
@@ -184,9 +188,9 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
     wide = max(int(config.get(key) or 0) for key in ("intermediate_size", "ffn_hidden_size"))
     window = config.get("sliding_window") or one.longest
     mask = 5 * one.longest**2 if one.longest > window else 0
-    spec = read_spec(config, "")
-    scan = 4 * one.scanned * spec.scan.numbers if isinstance(spec, DenseSpec) and spec.scan else 0
-    return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scan
+    scan = scan_of(config)
+    scanning = 4 * one.scanned * scan.numbers if scan else 0
+    return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scanning
 
 
 def _left_bytes(plan: MergePlan, tokens: int) -> int:

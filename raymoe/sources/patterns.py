@@ -37,7 +37,7 @@ class Patterns:
 
 
 def too_many_patterns(patterns: Collection[str]) -> str | None:
-    """What is wrong with so many; to be asked before each is looked at."""
+    """The problem of a setting with too many patterns. Call it before each pattern is checked."""
     return f"has {len(patterns)} patterns (at most {_MOST_PATTERNS})" if len(patterns) > _MOST_PATTERNS else None
 
 

@@ -259,7 +259,7 @@ def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
 
 
 def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[str]:
-    """Local weights that were written after the finished merge, and of which the recorded samples are the same.
+    """Local weights that were written after the finished merge, although their recorded samples are unchanged.
 
     They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
     beside an output in an object store, whose times are of another clock.

@@ -31,6 +31,7 @@ from raymoe.storage.values import has_non_finite
 
 __all__ = [
     "NUMPY_DTYPES",
+    "THREADS",
     "dora_factors",
     "in_heads",
     "load_array",
@@ -48,7 +49,8 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
 }
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32
 _CAST_ELEMENTS = 1 << 17
-_THREADS = min(4, os.cpu_count() or 1)
+# How many blocks are computed ahead at once; report/memory.py counts them.
+THREADS = min(4, os.cpu_count() or 1)
 
 Float32 = npt.NDArray[np.float32]
 _Rows = TypeVar("_Rows", bound=Any)
@@ -99,7 +101,7 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
     under_way = deque[tuple[Future[memoryview], slice]]()
     try:
         while blocks or under_way:
-            while blocks and len(under_way) < _THREADS:
+            while blocks and len(under_way) < THREADS:
                 block, piece = blocks.pop(0)
                 under_way.append((_threads().submit(_transformed_block, *block), piece))
             done, piece = under_way.popleft()
@@ -112,7 +114,7 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
 @cache
 def _threads() -> ThreadPoolExecutor:
     """The process's threads for blocks: all its shards share them, so that memory does not grow with their number."""
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="transform")
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="transform")
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what comes of it is looked at
