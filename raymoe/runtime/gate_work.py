@@ -24,6 +24,7 @@ from raymoe.gates.readings import Reading, readings
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan
 from raymoe.report.display import say
+from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.runtime.worker import ROUTERS, reading_name
 from raymoe.sources.types import TensorEntry
 
@@ -35,13 +36,15 @@ class GateJob:
     """Prompts that one model reads, or the number of a layer. `failures`: how often an actor died over it or input was
     lost; `stalls`: how often it stood still.
 
-    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by reading.
+    `losses`: how often states had been lost when it began. `states` refer to what the prompts will leave, once they are
+    being read: one layer after the other, by reading.
     `tensors` refer to those that its prompts' models share with shards, in Ray's store.
     """
 
     what: tuple[Reading, ...] | int
     failures: int = 0
     stalls: int = 0
+    losses: int = 0
     states: list[Any] = field(default_factory=list)
     tensors: Any = None
 
@@ -69,12 +72,11 @@ class GateWork:
         readers: int,
         names: Mapping[str, str] | None = None,
         written: Set[TensorEntry] = frozenset(),
+        transport: Transport | None = None,
     ) -> None:
         """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners;
         `written`: tensors of objects that actors read for shards."""
-        import ray
-
-        self._written = written
+        self._written, self._transport = written, transport or RayTransport()
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
         self._passes = readings(self.members, readers, gates.hidden)
@@ -84,7 +86,8 @@ class GateWork:
             self._parts[key[0]].append(key)
         self._idle_readers = readers
         # What all jobs share; each gets its own prompts beside it.
-        self._shared_plan = ray.put(dataclasses.replace(gates, experts=(), shared=())) if self.members else None
+        shared = dataclasses.replace(gates, experts=(), shared=())
+        self._shared_plan = self._transport.put(shared) if self.members else None
         self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
         self._captured: dict[tuple[str, int], list[Any]] = {}  # by owner and part
         self._told: dict[Any, set[int]] = {}  # the passes whose tensors each actor knows of
@@ -143,6 +146,7 @@ class GateWork:
 
     def _take(self, job: GateJob) -> GateJob:
         self._waiting.remove(job)
+        job.losses = self._losses
         self._idle_readers -= not isinstance(job.what, int)
         return job
 
@@ -178,12 +182,10 @@ class GateWork:
         return tuple(self._tensors(each) for each in (job, *waiting))
 
     def _tensors(self, job: GateJob) -> Any:
-        import ray
-
         if job.tensors is None:
             assert not isinstance(job.what, int)
             read = (ref.entry for each in job.what for ref in each.weights.values())
-            job.tensors = ray.put(tuple(dict.fromkeys(entry for entry in read if entry in self._written)))
+            job.tensors = self._transport.put(tuple(dict.fromkeys(entry for entry in read if entry in self._written)))
         return job.tensors
 
     def forget(self, actor: Any) -> None:
@@ -206,9 +208,10 @@ class GateWork:
         else:
             self._rows |= dict(zip((part.owner for part in job.what), result, strict=True))
 
-    def capture_again(self) -> None:
-        """States of prompts were lost with their node: all are captured anew, for the layers that are not done."""
-        if self._all_captured:  # else another layer has seen to it
+    def capture_again(self, job: GateJob) -> None:
+        """States of prompts that this layer takes were lost with their node: all are captured anew, for the layers that
+        are not done."""
+        if job.losses == self._losses:  # else another layer has seen to it
             say("what prompts had left at the layers was lost with its node: they are read again")
             self._losses += 1
             self._captured.clear()

@@ -19,7 +19,6 @@ is ended as if it had died; the second time that the same job stands still ends 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -37,8 +36,8 @@ from raymoe.runtime.settings import STALL_TIMEOUT_S
 from raymoe.runtime.shard_work import ShardQueue, ShardTask, ShardWork, SharedReads, read_for_shards
 from raymoe.runtime.stall import Moves, Stall, Verdict
 from raymoe.runtime.stream import SenderLost
+from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.runtime.worker import Status, Whereabouts
-from raymoe.sources.types import SourceFile
 from raymoe.text import human_time
 
 __all__ = ["Outcome", "run_jobs"]
@@ -138,19 +137,22 @@ def run_jobs(
     shards_at_once: int,
     needs: Needs | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    transport: Transport | None = None,
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
     `gpus` says which of the actors were given a GPU. `readers` actors at most read prompts at once. An actor works on
     the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
     `needs`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several times a
-    second. A job that stands still for `stall_timeout_s` is given to another actor, once.
+    second. A job that stands still for `stall_timeout_s` is given to another actor, once. `transport`: what the handles
+    are of; the cluster that this process is connected to, if it is not said.
     """
+    transport = transport or RayTransport()
     written = read_for_shards(plan, work.reads)
-    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), written)
+    gates = GateWork(plan.gates, min(readers, len(handles)), owner_names(plan), written, transport)
     given = zip_longest(handles, gpus, fillvalue=False)
     actors = [_Actor(handle, number, has_gpu) for number, (handle, has_gpu) in enumerate(given)]
-    run = _Jobs(plan, gates, actors, work, needs, Stall(stall_timeout_s))
+    run = _Jobs(plan, gates, actors, work, needs, Stall(stall_timeout_s, transport.now), transport)
     run.layers_at_once, run.shards_at_once = layers_at_once, shards_at_once
     try:
         while run.has_work:
@@ -173,7 +175,9 @@ class _Jobs:
         work: ShardWork,
         needs: Needs | None,
         stall: Stall,
+        transport: Transport,
     ) -> None:
+        self._transport = transport
         self.outcome, self.gates = Outcome(readings=gates.readings), gates
         self.shards = ShardQueue([shard for shard in plan.shards if shard.owner != "router"], work)
         self.layers_at_once = self.shards_at_once = 1
@@ -184,7 +188,7 @@ class _Jobs:
         self._running: dict[Any, _Run] = {}
         self._may: dict[tuple[_Actor, frozenset[str]], bool] = {}  # by actor and files: whether it may do such shards
         self._others: dict[tuple[frozenset[str], bool], bool] = {}
-        self._began = self._busy_at = time.monotonic()
+        self._began = self._busy_at = transport.now()
         self._stall, self._up_at = stall, stall.now
 
     @property
@@ -197,7 +201,7 @@ class _Jobs:
         everyone = [*self._actors, *([self._writer] if self._writer else [])]
         for actor in everyone:
             if not actor.is_up:
-                _ask(actor, self._files)
+                self._ask(actor)
         for actor in self._actors:
             if actor.is_up:
                 self._fill_gates(actor)
@@ -208,7 +212,7 @@ class _Jobs:
         self.outcome.writer = self._writer.handle if self._writer is not None and self._writer.is_up else None
         self.outcome.away = [actor.handle for actor in self._actors if not actor.is_up]
         asked = {actor.answer: actor for actor in everyone if actor.answer is not None}
-        for ref in _wait([*self._running, *asked]):
+        for ref in self._wait([*self._running, *asked]):
             if ref in asked:
                 self._welcome(asked[ref])
             else:
@@ -219,12 +223,10 @@ class _Jobs:
 
     def end(self) -> None:
         """Nothing more is wanted."""
-        import ray
-
         for ref in self._running:
-            ray.cancel(ref, force=False, recursive=False)
+            self._transport.cancel(ref)
         if self._writer is not None:
-            ray.kill(self._writer.handle, no_restart=True)
+            self._transport.end(self._writer.handle, for_good=True)
 
     def _fill_gates(self, actor: _Actor) -> None:
         if not actor.gates_busy and (job := self.gates.next_member(lambda job: self._may_read(actor, job))) is not None:
@@ -245,7 +247,7 @@ class _Jobs:
 
     @property
     def _is_settling(self) -> bool:
-        return time.monotonic() - self._began < _SETTLE_S
+        return self._transport.now() - self._began < _SETTLE_S
 
     def _others_do(self, files: frozenset[str], *, gpu: bool) -> bool:
         """Whether actors with, or without, a GPU are there that can read these files, or will be in a moment."""
@@ -299,7 +301,7 @@ class _Jobs:
 
     def _check_hope(self) -> None:
         """Raises MergeFailed where what is left can't be done by anybody who is here or may come soon."""
-        now = time.monotonic()
+        now = self._transport.now()
         here = [actor for actor in self._actors if actor.is_up]
         are_up = bool(here) and (self._writer is None or self._writer.is_up)
         if are_up:
@@ -338,7 +340,7 @@ class _Jobs:
         """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
         actor, job = run.actor, run.job
         _leave(run)
-        loss, result = _result(ref, job, sent=run.sent)
+        loss, result = self._result(ref, job, sent=run.sent)
         if loss == "actor" and run.sent and self._writer is not None:
             self._writer.is_up = False
         if loss in ("actor", "sender"):
@@ -346,7 +348,8 @@ class _Jobs:
             if not (loss == "actor" and run.sent):
                 actor.is_up, actor.gates_for = False, ()
         elif loss == "states":
-            self.gates.capture_again()
+            assert isinstance(job, GateJob)
+            self.gates.capture_again(job)
         elif isinstance(job, ShardTask):
             self.shards.came_back(job.opened, result)
         else:
@@ -364,18 +367,17 @@ class _Jobs:
 
     def _hear(self, actors: Sequence[_Actor]) -> None:
         """Take what actors say of themselves, and ask them again. One that stands still does not keep the others."""
-        import ray
         from ray.exceptions import RayError
 
         self._stall.look()
         asked = {actor.status_answer: actor for actor in actors if actor.status_answer is not None}
-        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else ():
+        for ref in self._transport.ready(list(asked), 0):
             actor, asked[ref].status_answer = asked[ref], None
             try:
-                actor.status = self.outcome.statuses[actor.number] = ray.get(ref)
+                actor.status = self.outcome.statuses[actor.number] = self._transport.fetch(ref)
             except RayError:
                 continue  # it is being restarted; its work is what is waited for, not its words
-        now = time.monotonic()
+        now = self._transport.now()
         for actor in actors:
             if actor.is_up and actor.status_answer is None and now - actor.status_asked_at >= _STATUS_EVERY_S:
                 actor.status_answer, actor.status_asked_at = actor.handle.status.remote(), now
@@ -409,13 +411,11 @@ class _Jobs:
             self._end(actor)
 
     def _answers(self, actor: _Actor) -> bool:
-        return actor.status_answer is None or time.monotonic() - actor.status_asked_at < _SILENT_S
+        return actor.status_answer is None or self._transport.now() - actor.status_asked_at < _SILENT_S
 
     def _end(self, actor: _Actor) -> None:
         """End an actor's process, and take its jobs from it: Ray starts it anew, if it can be ended at all."""
-        import ray
-
-        ray.kill(actor.handle, no_restart=False)
+        self._transport.end(actor.handle, for_good=False)
         for ref, run in list(self._running.items()):
             if actor is run.actor or (run.sent and actor is self._writer):
                 del self._running[ref]  # a result that still comes is of no use
@@ -426,12 +426,11 @@ class _Jobs:
 
     def _welcome(self, actor: _Actor) -> None:
         """The actor is up, or will never be. Raises MergeFailed where it was the last one, or the writer."""
-        import ray
         from ray.exceptions import RayError
 
         answer, actor.answer = actor.answer, None
         try:
-            actor.place = ray.get(answer)
+            actor.place = self._transport.fetch(answer)
             actor.is_up, actor.refusals = True, 0
             self.gates.forget(actor.handle)
             actor.status = actor.status_answer = None
@@ -454,6 +453,36 @@ class _Jobs:
                 f"{who} died ({first_line(cause_of(error))}). Memory may have run out; run the same command again "
                 "to go on from the shards that are finished."
             ) from error
+
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        """The first reference that is ready, if one is within a tick."""
+        if not refs:  # all actors are away, and have just said so
+            self._transport.sleep(_TICK_S)
+        return self._transport.ready(refs, _TICK_S, most=1)
+
+    def _result(self, ref: Any, job: GateJob | ShardTask, *, sent: bool) -> tuple[str, Any]:
+        """What came back; or what was lost, as `_loss` says, if it has not been lost too often."""
+        from ray.exceptions import RayError
+
+        try:
+            return "", self._transport.fetch(ref)
+        except RayError as error:
+            lost = _loss(error, job, sent=sent)
+            job.failures += 1
+            if job.failures < _ATTEMPTS:
+                return lost, None
+            what = "what it works with was lost with its node" if lost == "states" else "its actor died"
+            raise MergeFailed(
+                f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. Memory may have run out; "
+                "run the same command again to go on from the shards that are finished."
+            ) from error
+
+    def _ask(self, actor: _Actor) -> None:
+        """Ask an actor that is away whether it is up. One that has not been started yet answers when it is; one that is
+        being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again."""
+        now = self._transport.now()
+        if actor.answer is None and now - actor.asked_at >= _ASK_EVERY_S:
+            actor.answer, actor.asked_at = actor.handle.where.remote(self._files), now
 
 
 def _unavailable() -> type[Exception]:
@@ -478,36 +507,6 @@ def _at(actor: _Actor) -> str:
     """Where an actor is, for people who look for its process."""
     place = actor.place
     return f"actor {actor.number}, process {place['pid']} on {place['node']}" if place else f"actor {actor.number}"
-
-
-def _wait(refs: list[Any]) -> list[Any]:
-    """The first reference that is ready, if one is within a tick."""
-    import ray
-
-    if not refs:  # all actors are away, and have just said so
-        time.sleep(_TICK_S)
-        return []
-    ready: list[Any] = ray.wait(refs, num_returns=1, timeout=_TICK_S)[0]
-    return ready
-
-
-def _result(ref: Any, job: GateJob | ShardTask, *, sent: bool) -> tuple[str, Any]:
-    """What came back; or what was lost, as `_loss` says, if it has not been lost too often."""
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        return "", ray.get(ref)
-    except RayError as error:
-        lost = _loss(error, job, sent=sent)
-        job.failures += 1
-        if job.failures < _ATTEMPTS:
-            return lost, None
-        what = "what it works with was lost with its node" if lost == "states" else "its actor died"
-        raise MergeFailed(
-            f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. Memory may have run out; run "
-            "the same command again to go on from the shards that are finished."
-        ) from error
 
 
 def _loss(error: Exception, job: GateJob | ShardTask, *, sent: bool) -> str:
@@ -539,11 +538,3 @@ def _no_room(label: str, error: BaseException) -> MergeFailed:
         f"objects to ({type(error).__name__}). Start Ray with more of either (ray start --object-store-memory, "
         "--object-spilling-directory), and run the same command again to go on from the shards that are finished."
     )
-
-
-def _ask(actor: _Actor, files: Sequence[SourceFile]) -> None:
-    """Ask an actor that is away whether it is up. One that has not been started yet answers when it is; one that is
-    being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again."""
-    now = time.monotonic()
-    if actor.answer is None and now - actor.asked_at >= _ASK_EVERY_S:
-        actor.answer, actor.asked_at = actor.handle.where.remote(files), now

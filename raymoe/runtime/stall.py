@@ -11,6 +11,7 @@ no time passes, since it would not have seen a move.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -39,14 +40,16 @@ class Moves:
 class Stall:
     """The clock of one run, and the time that a job may stand still."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds that never go back."""
         self.limit_s = limit_s
         self.now = 0.0
-        self._looked_at = time.monotonic()
+        self._clock = clock
+        self._looked_at = clock()
 
     def look(self) -> None:
         """Let the time since the last look pass, as far as it was spent looking."""
-        now = time.monotonic()
+        now = self._clock()
         self.now += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
         self._looked_at = now
 

@@ -127,8 +127,8 @@ def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateW
     read_all(work)
     first, second, third = layers_of(work)
     work.came_back(first, rows(0.0))
-    work.capture_again()
-    work.capture_again()  # the other layer's job has failed for the same reason
+    work.capture_again(second)
+    work.capture_again(third)  # its job has failed for the same reason
     assert work.members_done == 0 and work.next_layer() is None
     work.send_back(third)  # its actor was on that node; it will be asked for anew
     again = read_all(work)
@@ -136,6 +136,7 @@ def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateW
     left = layers_of(work)
     assert [job.what for job in left] == [1, 2] and left[0] is not second
     # A job from before the loss that comes to an end after all: its layer is done.
+    work.capture_again(second)  # nor does one that fails: its states are there again
     work.send_back(left[0])
     work.came_back(second, rows(0.1))
     assert layers_of(work) == []
@@ -148,7 +149,7 @@ def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> No
         members = read_all(work)
         layers = layers_of(work)
         assert {job.failures for job in (*members, *layers)} == {losses}
-        work.capture_again()
+        work.capture_again(layers[0])
 
 
 def test_embeddings_need_no_layers(local_ray: None, zoo: Callable[..., Path]) -> None:

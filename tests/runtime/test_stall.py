@@ -7,14 +7,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from raymoe.errors import MergeFailed
 from raymoe.runtime.at_work import AtWork
-from raymoe.runtime.gate_work import GateJob
-from raymoe.runtime.schedule import _Actor, _Jobs
 from raymoe.runtime.stall import Stall, Verdict
 from raymoe.text import human_time
 from tests.cli.commands import finished_shards, hashes, wait_until
@@ -57,34 +53,6 @@ def test_no_time_passes_while_the_coordinator_does_something_else(monkeypatch: p
     stall.look()
     assert 0 < stall.now - began <= 2
     assert stall.judge(moves, None) is Verdict.FINE
-
-
-def test_the_same_job_that_stands_still_again_ends_the_merge() -> None:
-    run = _Jobs.__new__(_Jobs)
-    run._stall, run._writer = Stall(1200), None
-    place: Any = {"pid": 77, "node": "node 10.0.0.9 (far)", "missing": frozenset()}
-    job = GateJob(5, stalls=1)
-    message = (
-        r"^router of layer 5: nothing has moved for 20 min \(actor 3, process 77 on node 10.0.0.9 \(far\)\), for the "
-        r"second time\. .*same command again.*--stall-timeout"
-    )
-    with pytest.raises(MergeFailed, match=message):
-        run._give_away(run._begun(_Actor(None, 3, place=place), job))
-
-
-def test_no_actor_is_up_for_too_long() -> None:
-    """A process that stands still before it has said that it is up: no job of its could be seen to stand still."""
-    run = _Jobs.__new__(_Jobs)
-    run._stall, run._writer, run._running, run._up_at = Stall(60), None, {}, 0.0
-    run._actors = [_Actor(None)]
-    run._stall.now = 59.0
-    run._check_hope()
-    run._stall.now = 60.0
-    with pytest.raises(MergeFailed, match=r"^none of the actors has been up for 60 s: .*same command again"):
-        run._check_hope()
-    run._actors[0].is_up, run._writer = True, _Actor(None)
-    with pytest.raises(MergeFailed, match=r"^the actor that writes to the output has not been up for 60 s"):
-        run._check_hope()
 
 
 def test_times_for_people() -> None:
