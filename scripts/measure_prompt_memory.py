@@ -28,6 +28,7 @@ SHAPE = Shape(hidden=1024, intermediate=2048, layers=2, heads=8, kv_heads=4, voc
 MODES = ("hidden", "hidden_avg", "ridge", "cheap_embed")
 COUNTS = (16, 100, 800, 3200)
 TOKENS = 251
+PLACES = {"cpu": "on a CPU", "gpu": "of the GPU", "beside_gpu": "beside the GPU"}
 
 # The merge in a process of its own: a driver that plans keeps what it read.
 RUN = """
@@ -69,13 +70,17 @@ def measure(work: Path, mode: str, count: int, shape: Shape = SHAPE) -> dict[str
     return dict(json.loads(printed.splitlines()[-1]))
 
 
-def row(mode: str, count: int, result: dict[str, Any]) -> str:
+def rows(mode: str, count: int, result: dict[str, Any]) -> list[str]:
+    """Lines of the table: one, or two where the actor computes on a GPU."""
     planned, used = result["planned"], result["used"]
-    on_gpu = bool(used["gpu"])
-    words = [f"{mode}{' (GPU)' if on_gpu else ''}", str(count)]
-    for key, taken in (("beside_gpu", used["cpu"]), ("gpu", used["gpu"])) if on_gpu else (("cpu", used["cpu"]),):
-        words += [f"{planned[key] / 1e6:.0f} MB", f"{taken / 1e6:.0f} MB", f"{planned[key] / taken - 1:+.0%}"]
-    return f"| {' | '.join(words)} |"
+    places = ["gpu", "beside_gpu"] if used["gpu"] else ["cpu"]
+    found = []
+    for place in places:
+        taken = used["gpu" if place == "gpu" else "cpu"]
+        said = planned[place]
+        words = [mode, str(count), PLACES[place], f"{said / 1e6:.0f} MB", f"{taken / 1e6:.0f} MB"]
+        found.append(f"| {' | '.join([*words, f'{round(100 * (said / taken - 1)):+d}%'])} |")
+    return found
 
 
 def main() -> None:
@@ -86,11 +91,12 @@ def main() -> None:
     parser.add_argument("--no-page", action="store_true", help="print only; leave docs/memory.md alone")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    lines = ["| gate mode | prompts | plan | peak | plan against peak |", "|---|---|---|---|---|"]
+    lines = ["| gate mode | prompts | memory | plan | peak | plan against peak |", "|---|---|---|---|---|---|"]
     for mode in arguments.modes:
         for count in arguments.counts:
-            lines.append(row(mode, count, measure(arguments.work, mode, count)))
-            print(lines[-1], flush=True)
+            found = rows(mode, count, measure(arguments.work, mode, count))
+            print("\n".join(found), flush=True)
+            lines += found
     if not arguments.no_page:
         put_between(PAGE, MARK, "\n".join(lines))
 

@@ -12,7 +12,7 @@ from raymoe.planning.types import GatePlan
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.sources.tokenizer import bare_tokenizer, tokenizer_guard
 
-__all__ = ["prompt_lengths"]
+__all__ = ["different_tokens", "prompt_lengths"]
 
 _FILE = "tokenizer.json"
 _TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
@@ -38,15 +38,40 @@ def prompt_lengths(
     return lengths
 
 
+def different_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
+    """How many different tokens the prompts of one member have at most, counted by the tokenizer; None where its
+    tokenizer.json is not on this machine. `hub` as above."""
+    tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
+    for member in (*gates.experts, *gates.shared):
+        ids: set[int] = set()
+        for some in _groups((*member.positive, *member.negative)):
+            if (found := _ids(tokenizer, some)) is None:
+                return None
+            ids.update(*found)
+        most = max(most, len(ids) + (_TEMPLATE_TOKENS if member.chat_template else 0))
+    return most
+
+
 def _lengths(tokenizer: Any, texts: Sequence[str]) -> Iterator[int]:
+    for some in _groups(texts):
+        found = _ids(tokenizer, some)
+        yield from map(text_tokens, some) if found is None else map(len, found)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        some = list(texts[start : start + _TEXTS_AT_ONCE])
-        try:
-            with tokenizer_guard(_FILE, "it can't read a text"):
-                found = tokenizer.encode_batch_fast(some) if tokenizer is not None else None
-        except ProblemReport:  # merging tells what is wrong with it
-            found = None
-        yield from map(text_tokens, some) if found is None else (len(each.ids) for each in found)
+        yield list(texts[start : start + _TEXTS_AT_ONCE])
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
+    """The texts' tokens; None without a tokenizer, or where it can't read one of them: merging tells what is wrong."""
+    if tokenizer is None:
+        return None
+    try:
+        with tokenizer_guard(_FILE, "it can't read a text"):
+            return [each.ids for each in tokenizer.encode_batch_fast(texts)]
+    except ProblemReport:
+        return None
 
 
 def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:

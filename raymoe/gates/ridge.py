@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from raymoe.gates.capture import FOLDS
+from raymoe.gates.fitting import CHOICE_SIZE, CHUNK
 from raymoe.gates.summary import LayerCheck, check_of
 
 __all__ = ["Examples", "FittedRows", "fit_gate", "fit_rows"]
@@ -29,9 +30,7 @@ __all__ = ["Examples", "FittedRows", "fit_gate", "fit_rows"]
 _RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS = 0.1, 8.0
 _SCALES = tuple(2.0 ** (step / 2) for step in range(13))  # 1 to 64
-# Largest system solved for every fold and lambda. Where hidden and tokens are both beyond it, every n-th token is used.
-_CHOICE_SIZE = 1024
-_CHUNK, _BLOCK = 4096, 1024
+_BLOCK = 1024
 
 Moved = Callable[[], None]
 
@@ -138,11 +137,11 @@ class _Problem:
         return part
 
     def sample(self) -> _Problem:
-        """As many tokens as lambda is chosen with, at even distances."""
+        """The tokens that lambda is chosen with: every n-th one where hidden and tokens are both beyond CHOICE_SIZE."""
         tokens, hidden = self.states.shape
-        if min(tokens, hidden) <= _CHOICE_SIZE:
+        if min(tokens, hidden) <= CHOICE_SIZE:
             return self
-        return self.subset(torch.arange(0, tokens, -(-tokens // _CHOICE_SIZE), device=self.states.device))
+        return self.subset(torch.arange(0, tokens, -(-tokens // CHOICE_SIZE), device=self.states.device))
 
     def has_folds(self, *, experts: int) -> bool:
         """Whether every expert keeps some positive prompts whichever fold is held out."""
@@ -180,8 +179,8 @@ def _gram(problem: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
     (tokens, hidden), targets = problem.states.shape, problem.rooted_targets()
     options = {"dtype": torch.float64, "device": problem.states.device}
     gram, right = torch.zeros((hidden, hidden), **options), torch.zeros((hidden, targets.shape[1]), **options)
-    for start in range(0, tokens, _CHUNK):
-        end = min(start + _CHUNK, tokens)
+    for start in range(0, tokens, CHUNK):
+        end = min(start + CHUNK, tokens)
         rooted = problem.rooted(start, end)
         right += rooted.T @ targets[start:end]
         for at in range(0, hidden, _BLOCK):  # the upper triangle alone: the rest is its mirror image

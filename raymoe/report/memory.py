@@ -19,7 +19,7 @@ from raymoe.config import MODES
 from raymoe.config.modes import EMBEDDING
 from raymoe.gates.capture import FOLDS, token_limit
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
-from raymoe.gates.prompt_lengths import prompt_lengths
+from raymoe.gates.prompt_lengths import different_tokens, prompt_lengths
 from raymoe.gates.prompts import batches, chunk_of, padded, scan_of
 from raymoe.gates.readings import Reading, readings
 from raymoe.planning.types import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
@@ -36,6 +36,7 @@ _COMPUTING_ACTOR_BYTES = 520_000_000
 # The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
 # cuBLAS holds there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
+_GPU_SOLVER_BYTES = 350_000_000  # of the libraries that factorise on a GPU, in the machine's memory; measured likewise
 _BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
@@ -77,9 +78,9 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
     if not mode.needs_prompts:
         return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
     if not mode.reads_layers:
-        return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan), "gpu": 0, "beside_gpu": 0}
+        return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan, hub), "gpu": 0, "beside_gpu": 0}
     passes, tokens = _passes(plan, hub)
-    each = [_pass_bytes(plan, one, _left_bytes(plan, tokens)) for one in passes]
+    each = [_pass_bytes(plan, one, tokens) for one in passes]
     most = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
     computing = _CUDA_ACTOR_BYTES if _is_cuda_build() else _COMPUTING_ACTOR_BYTES
     return {
@@ -89,8 +90,8 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
     }
 
 
-def _pass_bytes(plan: MergePlan, one: _Pass, left: int) -> dict[str, int]:
-    """What a pass adds to an actor's libraries; `left` is what prompts leave at the layers."""
+def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
+    """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
     gates, hidden = plan.gates, plan.gates.hidden
     run = gates.layers if MODES[gates.mode].fits_rows else gates.layers - 1  # the last layer's input is all it takes
     layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
@@ -98,16 +99,16 @@ def _pass_bytes(plan: MergePlan, one: _Pass, left: int) -> dict[str, int]:
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    fitting = fitting_bytes(gates)
-    common = _TOKEN_BYTES * one.tokens + left
+    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].fits_rows else 0
+    common = _TOKEN_BYTES * one.tokens + _left_bytes(plan, tokens)
     reading = {
         width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
         for width in {here, stored}
     }
     return {
         "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * most_layers_at_once(gates)),
-        "gpu": min(3, run) * max(layer, elements * stored) + reading[stored],
-        "beside_gpu": common + max(min(2, run) * layer, fitting),
+        "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
+        "beside_gpu": common + min(2, run) * layer + solver,
     }
 
 
@@ -139,11 +140,14 @@ def _layer_elements(gates: GatePlan) -> int:
     return found
 
 
-def _embedding_bytes(plan: MergePlan) -> int:
+def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
     """The embedding rows of one member's tokens, each once: as they are stored, and in float32."""
     lengths = prompt_lengths(plan.gates, exact=False)
     tokens = max(sum(positive) + sum(negative) for positive, negative in lengths.values())
-    return min(tokens, plan.gates.vocab) * plan.gates.hidden * 6 + _TOKEN_BYTES * tokens
+    different, row = min(tokens, plan.gates.vocab), plan.gates.hidden * 6
+    if different * row > _WORTH_COUNTING_BYTES and (counted := different_tokens(plan.gates, hub=hub)) is not None:
+        different = counted
+    return different * row + _TOKEN_BYTES * tokens
 
 
 def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:

@@ -130,7 +130,7 @@ def test_different_data_choose_differently() -> None:
     assert len({check.scale for check in checks if check}) == 3
 
 
-@pytest.mark.parametrize(("name", "value"), [("_CHUNK", 7), ("_CHUNK", 48), ("_BLOCK", 5), ("_BLOCK", 24)])
+@pytest.mark.parametrize(("name", "value"), [("CHUNK", 7), ("CHUNK", 48), ("_BLOCK", 5), ("_BLOCK", 24)])
 def test_chunks_and_blocks_change_nothing(name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = clusters(24)
     whole = fit_rows(given)
@@ -229,7 +229,7 @@ def test_narrow_states_are_computed_with_in_float64(hidden: int, dtype: torch.dt
 def test_lambda_is_chosen_with_fewer_tokens_where_there_are_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third token chooses; all of them are fitted."""
     given = clusters(30, tokens=2, noise=2.0)
-    monkeypatch.setattr(ridge, "_CHOICE_SIZE", 20)
+    monkeypatch.setattr(ridge, "CHOICE_SIZE", 20)
     reference = Reference(given)
     for name in ("x", "prompts", "negative", "labels", "targets", "weights"):
         setattr(reference, name, getattr(reference, name)[::3])
@@ -245,7 +245,7 @@ def test_a_sample_that_lost_an_experts_prompts_chooses_nothing(monkeypatch: pyte
     numbers = np.random.default_rng(3)
     long = [examples(numbers.standard_normal((20, 30)), [0] * 19 + [1]) for _ in range(2)]
     assert fit_rows(long).check is not None
-    monkeypatch.setattr(ridge, "_CHOICE_SIZE", 20)  # tokens 0, 2, ..., 38: neither token of a prompt 1
+    monkeypatch.setattr(ridge, "CHOICE_SIZE", 20)  # tokens 0, 2, ..., 38: neither token of a prompt 1
     fitted = fit_rows(long)
     assert fitted.check is None
     np.testing.assert_allclose(fitted.rows, 8 * Reference(long).rows(0.1), rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ import raymoe
 from raymoe.gates import fitting, readings
 from raymoe.gates import prompt_lengths as prompt_lengths_module
 from raymoe.gates.fitting import fitting_bytes, most_layers_at_once
-from raymoe.gates.prompt_lengths import prompt_lengths
+from raymoe.gates.prompt_lengths import different_tokens, prompt_lengths
 from raymoe.planning.types import MergePlan
 from raymoe.report import memory
 from raymoe.report.memory import actor_memory
@@ -87,7 +87,7 @@ def test_lengths_come_from_the_cache_that_planning_filled(
     assert asked == [HubOptions(cache_dir=str(tmp_path), endpoint="http://hub", offline=True)]  # nothing is downloaded
 
 
-@pytest.mark.parametrize("mode", ["hidden", "ridge"])
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
 def test_states_of_all_prompts_of_a_pass(
     planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
@@ -109,21 +109,44 @@ def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Call
 
 @pytest.mark.parametrize(("hidden", "layers"), [(576, 4), (2048, 4), (4096, 2), (8192, 1), (16384, 1)])
 def test_layers_that_are_fitted_at_once(planned: Callable[..., MergePlan], hidden: int, layers: int) -> None:
-    gates = replace(planned("ridge", 2).gates, hidden=hidden)
+    gates = replace(planned("ridge", 2).gates, hidden=hidden, layers=8)
     assert most_layers_at_once(gates) == layers
     assert layers == 1 or layers * fitting_bytes(gates) <= 2 << 30
     assert fitting_bytes(replace(gates, mode="hidden")) == 0
     assert most_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
+    assert most_layers_at_once(replace(gates, layers=1)) == 1
+
+
+def test_fitting_takes_what_was_measured(planned: Callable[..., MergePlan]) -> None:
+    """Peaks of `fit_rows` in a process of its own, in MB, with what it was given."""
+    gates = planned("ridge", 2).gates
+    measured = {(1024, 4016): 122, (1024, 16384): 268, (2048, 4016): 274, (2048, 16384): 462, (4096, 16384): 1028}
+    for (hidden, tokens), megabytes in measured.items():
+        planned_bytes = fitting_bytes(replace(gates, hidden=hidden), tokens)
+        assert planned_bytes == pytest.approx(megabytes * 1e6, rel=0.2), (hidden, tokens)
 
 
 def test_all_layers_that_are_fitted_at_once_count(
     planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned("ridge", 2)
-    plan = replace(plan, gates=replace(plan.gates, hidden=2048))
+    plan = replace(plan, gates=replace(plan.gates, hidden=2048, layers=4))
+    tokens = sum(sum(map(sum, of_member)) for of_member in prompt_lengths(plan.gates, exact=False).values())
     four = actor_memory(plan)["cpu"]
     monkeypatch.setattr(fitting, "_BUDGET_BYTES", 0)
-    assert four - actor_memory(plan)["cpu"] == 3 * fitting_bytes(plan.gates)
+    assert four - actor_memory(plan)["cpu"] == 3 * fitting_bytes(plan.gates, tokens)
+
+
+def test_embeddings_are_counted_by_tokens_that_differ(
+    planned: Callable[..., MergePlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = planned("cheap_embed", 400)
+    estimated = actor_memory(few)["cpu"]
+    monkeypatch.setattr(memory, "_WORTH_COUNTING_BYTES", 0)
+    counted = different_tokens(few.gates)
+    assert counted is not None and 1 < counted < few.gates.vocab
+    assert estimated - actor_memory(few)["cpu"] == (few.gates.vocab - counted) * few.gates.hidden * 6
+    assert different_tokens(replace(few.gates, tokenizer_files=())) is None
 
 
 def test_modes_that_read_no_layers(planned: Callable[..., MergePlan]) -> None:
