@@ -4,15 +4,48 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.objects.servers import STARTERS
+from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
+
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, says in {**MARKS, "unit": "needs this process alone", "every_server": "runs on every S3 server"}.items():
+        config.addinivalue_line("markers", f"{name}: {says}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    is_given = any("server" in str(mark.args[0]).split(",") for mark in metafunc.definition.iter_markers("parametrize"))
+    if (
+        "server" in metafunc.fixturenames
+        and not is_given
+        and "tests.objects.fixtures" in _module_of(metafunc, "server")
+    ):
+        metafunc.parametrize("server", servers_of(metafunc, STARTERS), indirect=True)
+
+
+def _module_of(metafunc: pytest.Metafunc, name: str) -> str:
+    """Where the fixture of that name is defined that a test uses."""
+    found = metafunc._arg2fixturedefs.get(name)
+    return found[-1].func.__module__ if found else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_tiers(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from nothing_outside(item))
 
 
 @pytest.fixture(scope="session")

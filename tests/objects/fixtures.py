@@ -1,6 +1,6 @@
 """Fixtures for tests with object stores. Import the ones you need into a conftest.py; the servers are shared.
 
-server     each of the two servers in turn; its environment variables are set for the test
+server     one of the servers (see tests/tiers.py); its environment variables are set for the test
 bucket     the URL of an empty bucket in it, and only of this test's
 store      an S3Store on it that gives up early
 """
@@ -14,10 +14,10 @@ import pytest
 
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.s3 import S3Store
-from tests.objects.servers import STARTERS, Server, environment, running_server
+from tests.objects.servers import Server, environment, running_server
 
 
-@pytest.fixture(params=STARTERS)
+@pytest.fixture
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     running = running_server(request.param)
     with environment(running.environment):

@@ -17,6 +17,8 @@ from tests.objects.servers import Server
 A, B, C = os.urandom(MIN_PART_BYTES), os.urandom(MIN_PART_BYTES + 3), os.urandom(1000)
 RUN = {"raymoe-run": "run-1"}
 
+pytestmark = pytest.mark.every_server  # what all else that uses a store relies on
+
 
 def test_an_object_appears_whole_when_it_is_completed(store: S3Store, bucket: str) -> None:
     url = join(bucket, "out/shard")

@@ -17,6 +17,8 @@ from tests.objects.servers import Server
 
 CONTENT = os.urandom(3_000_017)
 
+pytestmark = pytest.mark.every_server  # what all else that uses a store relies on
+
 
 @pytest.mark.parametrize("name", ["plain", "a b+c&d=e", "ä/ö/日本.bin", "%41%2F", "a@b/c", "semi;colon,~'()!*$"])
 def test_an_object_of_any_name_is_written_looked_at_listed_read_and_deleted(

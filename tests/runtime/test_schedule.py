@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ObjectStoreFullError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 import raymoe
 from raymoe.errors import MergeFailed
@@ -225,14 +225,21 @@ def test_an_error_of_the_job_itself_ends_the_merge_at_once(cluster: FakeCluster,
     assert len(cluster.begun("write")) == 2
 
 
-def test_no_room_for_states_is_not_tried_again(cluster: FakeCluster, run: Run) -> None:
+@pytest.mark.parametrize("error", [ObjectStoreFullError, OutOfDiskError])
+@pytest.mark.parametrize("method", ["capture", "layer_rows"])
+def test_no_room_for_states_is_not_tried_again(
+    cluster: FakeCluster, run: Run, method: str, error: type[RayError]
+) -> None:
+    """Raised where prompts are read, or where a router's actor takes in what they left."""
     cluster.actor()
-    cluster.raising["capture"] = ObjectStoreFullError("full")
-    with pytest.raises(
-        MergeFailed, match=r"^gates of expert \d: no room for the states of prompts: Ray's object store"
-    ):
+    cluster.raising[method] = RayTaskError(method, "", error("Local disk is full"))
+    words = (
+        r"^(gates of expert \d|router of layer \d): no room for the states of prompts: Ray's object store is full, .* "
+        rf"\({error.__name__}\)\. Start Ray with more .* run the same command again"
+    )
+    with pytest.raises(MergeFailed, match=words):
         run(Written(), "hidden")
-    assert len(cluster.begun("capture")) == 1
+    assert len(cluster.begun(method)) == 1
 
 
 # States of prompts

@@ -1,0 +1,74 @@
+"""Which tier a test is of: what it needs beside this process decides, and a test that needs more than it says fails.
+
+    unit        this process alone                              make check
+    ray         a Ray cluster                                   make test
+    s3          servers of objects or of models, also threads   make test
+    processes   commands and programs of their own              make test
+    engines     llama.cpp, lm-evaluation-harness                make test
+    soak        long by nature; each has a short version        make soak
+
+Tests with a fixture that starts something have its mark from here; what else starts something has its mark in its file,
+and a test without a mark is a unit test. CONTRIBUTING.md tells what each tier proves.
+
+A test of object stores runs on moto. With the mark `every_server` it runs on the others too; without it, those are part
+of `make soak`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import pytest
+
+__all__ = ["MARKS", "mark_tiers", "nothing_outside", "servers_of"]
+
+MARKS: Mapping[str, str] = {
+    "ray": "needs a Ray cluster",
+    "s3": "needs a server of objects or of models, in this process or another",
+    "processes": "starts other processes",
+    "engines": "needs an inference engine or another program that uses what raymoe writes",
+    "soak": "takes minutes by nature: part of `make soak` only",
+}
+_BY_FIXTURE: Mapping[str, str] = {"local_ray": "ray", "server": "s3", "hub": "s3"}
+_OUTSIDE = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "socket.bind"})
+
+_running: list[str] = []  # the unit test that is running, if one is
+_is_watched = False
+
+
+def mark_tiers(items: list[pytest.Item]) -> None:
+    """Give each test the marks of its fixtures, and `unit` to those with no other."""
+    for item in items:
+        for name in set(getattr(item, "fixturenames", ())) & set(_BY_FIXTURE):
+            item.add_marker(_BY_FIXTURE[name])
+        if not any(item.get_closest_marker(name) for name in MARKS):
+            item.add_marker("unit")
+
+
+def servers_of(metafunc: pytest.Metafunc, servers: tuple[str, ...]) -> list[Any]:
+    """The servers that a test's `server` is in turn: the first, and in `make soak` the others."""
+    first, *others = servers
+    every = metafunc.definition.get_closest_marker("every_server") is not None
+    return [first, *(other if every else pytest.param(other, marks=pytest.mark.soak) for other in others)]
+
+
+def nothing_outside(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A unit test starts no process and opens no port, so that `make check` stays quick and needs nothing."""
+    global _is_watched
+    if item.get_closest_marker("unit") is None:
+        return (yield)
+    if not _is_watched:
+        sys.addaudithook(_refuse)  # which can't be taken back: it looks at what runs
+        _is_watched = True
+    _running.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _running.clear()
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if _running and event in _OUTSIDE:
+        raise AssertionError(f"{_running[0]}: {event} {arguments[:1]} in a unit test: give it a mark of tests/tiers.py")
