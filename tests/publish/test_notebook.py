@@ -1,45 +1,78 @@
-"""notebooks/merge_and_publish.ipynb, run as it is with the example experts, and published on the stand-in."""
+"""notebooks/merge_and_publish.ipynb, run with models of a megabyte, and published on the stand-in.
+
+`make soak` runs it as it is, with the example experts.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.pico import REPOSITORY
+from tests.pico import REPOSITORY, merge_config
 from tests.publish.hub import WritableHub
 
 NOTEBOOK = REPOSITORY / "notebooks/merge_and_publish.ipynb"
 
 
-def test_the_notebook(
+KINDS = ("go", "metamath", "spanish", "dictionary")
+
+
+@pytest.fixture
+def run(
     hub: WritableHub, ray_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[..., tuple[str, list[str]]]:
+    """run(config=None) executes the notebook, with other models than its own if a config is given: what it prints, and
+    the types of what it shows."""
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("RAY_ADDRESS", ray_env["RAY_ADDRESS"])
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    parameters.source = (
-        f"OUT, REPO, PUBLISH = {str(tmp_path / 'out')!r}, 'org/four', True\n"
-        "PROMPTS, TEXTS, TOKENS, AGAINST, NEW_TOKENS = 2, 1, 16, ('oracle',), 4\n"
-    )
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
-    client.execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
-    shown = [mime for output in outputs for mime in output.get("data", {})]
+
+    def run(config: dict[str, Any] | None = None) -> tuple[str, list[str]]:
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        cells = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", ())}
+        cells["parameters"].source = (
+            f"OUT, REPO, PUBLISH = {str(tmp_path / 'out')!r}, 'org/four', True\n"
+            "PROMPTS, TEXTS, TOKENS, AGAINST, NEW_TOKENS = 2, 1, 16, ('oracle',), 4\n"
+        )
+        if config is not None:
+            cells["config"].source = f"CONFIG = {config!r}"
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+        text = "".join(output.get("text", "") for output in outputs)
+        return text, [mime for output in outputs for mime in output.get("data", {})]
+
+    return run
+
+
+def check_published(hub: WritableHub, text: str, shown: list[str], out: Path) -> None:
     assert "routers on held-out prompts" in text and "lighthouse (a kind of tower):" in text
     assert f"pushed: {hub.url}/org/four/commit/" in text
     assert "text/html" in shown and "text/markdown" in shown
     assert hub.written["org/four"].private
     files = hub.files("org/four")
     assert json.loads(files["raymoe.json"])["config"]["gate_mode"] == "ridge"
-    shards = list((tmp_path / "out").glob("*.safetensors"))
+    shards = list(out.glob("*.safetensors"))
     assert shards and all(files[path.name] == path.read_bytes() for path in shards)
+
+
+def test_the_notebook(
+    hub: WritableHub, run: Callable[..., tuple[str, list[str]]], zoo: Callable[..., Path], tmp_path: Path
+) -> None:
+    for seed, kind in enumerate(KINDS, 1):  # experts are told from each other by their names
+        (tmp_path / kind).symlink_to(zoo("llama", seed=seed))
+    config = merge_config(zoo("llama"), [tmp_path / kind for kind in KINDS], mode="ridge", experts_per_token=2)
+    check_published(hub, *run(config), tmp_path / "out")
+
+
+@pytest.mark.soak
+def test_the_notebook_as_it_is(hub: WritableHub, run: Callable[..., tuple[str, list[str]]], tmp_path: Path) -> None:
+    check_published(hub, *run(), tmp_path / "out")
 
 
 def test_it_is_kept_without_outputs() -> None:

@@ -19,9 +19,10 @@ Zoo = Callable[..., Path]
 @pytest.mark.parametrize(
     ("mode", "dtype", "actors"),
     [
-        ("hidden", "bfloat16", (1, 3)),
-        ("hidden", "float32", (1, 2)),
-        ("ridge", "bfloat16", (1, 2, 3, 3)),
+        ("ridge", "bfloat16", (1, 3)),
+        pytest.param("hidden", "bfloat16", (1, 3), marks=pytest.mark.soak),
+        pytest.param("hidden", "float32", (1, 2), marks=pytest.mark.soak),
+        pytest.param("ridge", "bfloat16", (1, 2, 3, 3), marks=pytest.mark.soak),
     ],
 )
 def test_actors_and_nodes(

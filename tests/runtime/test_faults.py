@@ -19,7 +19,8 @@ from tests.processes import below, kill
 from tests.runtime.conftest import FLAGS, Merge, expert_actors
 
 
-@pytest.mark.parametrize("actors", [1, 2])
+# What the scheduler does at such moments has its own tests (test_schedule.py); these are the real kills.
+@pytest.mark.parametrize("actors", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_killed_actor_is_replaced(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path, actors: int) -> None:
     out = tmp_path / "out"
     process = many_shards.start(out, ray_env, "--actors", str(actors))
@@ -31,6 +32,7 @@ def test_a_killed_actor_is_replaced(many_shards: Merge, ray_env: dict[str, str],
     assert hashes(out) == many_shards.files
 
 
+@pytest.mark.soak
 def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = many_shards.start(out, ray_env)
@@ -55,6 +57,7 @@ def test_an_actor_that_dies_again_and_again(many_shards: Merge, ray_env: dict[st
     assert hashes(out) == many_shards.files
 
 
+@pytest.mark.soak  # tests/chaos loses one in make test
 def test_a_lost_node(
     many_shards: Merge,
     ray_env: dict[str, str],

@@ -58,7 +58,7 @@ def busy(with_what: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(("at", "actors"), [(READING, "2"), (FITTING, "1")])
+@pytest.mark.parametrize(("at", "actors"), [(READING, "2"), pytest.param(FITTING, "1", marks=pytest.mark.soak)])
 def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at: str, actors: str) -> None:
     process = wide.start(tmp_path / "out", ray_env, "--actors", actors)
     kill(wait_until(lambda: busy(at), at, [process])[0])
@@ -87,6 +87,7 @@ def full_head(local_ray: None) -> Iterator[list[Any]]:
         ray.kill(holder)
 
 
+@pytest.mark.soak
 def test_states_that_are_lost_with_their_node(
     wide: Merge,
     ray_env: dict[str, str],
@@ -114,6 +115,7 @@ def test_states_that_are_lost_with_their_node(
     assert hashes(out) == wide.files
 
 
+@pytest.mark.soak
 def test_a_router_that_kills_every_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path) -> None:
     """One message, and the same command goes on from there."""
     out = tmp_path / "out"
