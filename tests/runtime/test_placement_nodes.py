@@ -133,7 +133,7 @@ def test_prompts_are_read_where_the_base_is(world: World, out: Path) -> None:
     assert weights[0] == weights[1] and len(weights[0]) == 4
 
 
-@pytest.mark.parametrize("side", ["sender", "writer"])
+@pytest.mark.parametrize("side", ["sender", pytest.param("writer", marks=pytest.mark.soak)])
 def test_a_side_of_a_stream_is_lost(world: World, noisy: Path, many: dict[str, Any], out: Path, side: str) -> None:
     title = {"sender": "ray::send ", "writer": "ray::receive "}[side]
     node = {"sender": "a", "writer": "head"}[side]
@@ -148,6 +148,7 @@ def test_a_side_of_a_stream_is_lost(world: World, noisy: Path, many: dict[str, A
     assert files_of(out) == many
 
 
+@pytest.mark.soak
 def test_a_killed_driver_goes_on(world: World, noisy: Path, many: dict[str, Any], out: Path) -> None:
     process = world.start("merge", noisy, out, *MANY)
     wait_until(lambda: len(finished_shards(out)) > 5, "the sixth shard", [process])
@@ -180,6 +181,7 @@ def test_models_that_are_read_together_and_are_not_together(world: World, out: P
     assert f"{world.base} is on node " in said and "prompt_model: base" in said
 
 
+@pytest.mark.soak
 def test_the_only_node_with_an_expert_is_lost(world: World, noisy: Path, many: dict[str, Any], out: Path) -> None:
     process = world.start("merge", noisy, out, *MANY)
     wait_until(lambda: len(finished_shards(out)) > 3, "the fourth shard", [process])
