@@ -1,4 +1,4 @@
-# Everything from a fresh machine with Python and make: `make demo`, `make test`.
+# Everything from a fresh machine with Python and make: `make demo`, `make check`, `make test`, `make soak`.
 #
 # TORCH is the torch requirement, TORCH_PIP what pip is told for it. Without an NVIDIA driver the CPU build is asked for,
 # which is a tenth of the size of the CUDA build; with one, or where CPU_INDEX does not answer, pip's default is. Another
@@ -10,8 +10,9 @@ TORCH ?= torch==2.13.0
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/index_answers.py $(CPU_INDEX)/torch/ && echo --extra-index-url $(CPU_INDEX)))
 
-# Files of tests are spread over two processes; those of one file share their fixtures. PARALLEL= runs one process.
+# Files of tests are spread over processes; those of one file share their fixtures. PARALLEL= runs one process.
 PARALLEL ?= -n 2 --dist loadfile
+SOAK_MERGES ?= 200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
@@ -29,11 +30,13 @@ OLDER := $(VENV)/transformers-4
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo check test soak lint install clean
 
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
-	@echo "make test     lint, types and all tests"
+	@echo "make check    lint, types and all tests that need this process alone: a minute"
+	@echo "make test     lint, types and all tests that prove a promise: what CI runs"
+	@echo "make soak     what is long by nature: more kills and faults, the notebook as it is"
 	@echo "make install  only the environment, in $(VENV)"
 
 install: $(READY)
@@ -70,10 +73,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check: lint
+	$(BIN)/python -m pytest $(PARALLEL) -m unit
+
 test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready
-	$(BIN)/python -m pytest $(PARALLEL) --durations=25
+	$(BIN)/python -m pytest $(PARALLEL) -m "not soak" --durations=25
 	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
 	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
+
+soak: $(READY) $(BASE)/config.json
+	$(BIN)/python -m pytest -m soak --durations=25
+	$(BIN)/python scripts/soak_storage.py --merges $(SOAK_MERGES)
+	$(BIN)/python scripts/chaos.py
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,8 @@
     unit        this process alone                              make check
     ray         a Ray cluster                                   make test
     s3          servers of objects or of models, also threads   make test
-    processes   commands and programs of their own              make test
-    engines     llama.cpp, lm-evaluation-harness                make test
+    processes   commands and servers of their own               make test
+    engines     models are run, in transformers or llama.cpp    make test
     soak        long by nature; each has a short version        make soak
 
 Tests with a fixture that starts something have its mark from here; what else starts something has its mark in its file,
@@ -27,8 +27,8 @@ __all__ = ["MARKS", "mark_tiers", "nothing_outside", "servers_of"]
 MARKS: Mapping[str, str] = {
     "ray": "needs a Ray cluster",
     "s3": "needs a server of objects or of models, in this process or another",
-    "processes": "starts other processes",
-    "engines": "needs an inference engine or another program that uses what raymoe writes",
+    "processes": "starts other processes, or a server that speaks neither S3 nor the Hub's protocol",
+    "engines": "runs whole models in an inference engine (transformers, llama.cpp) to compare what they compute",
     "soak": "takes minutes by nature: part of `make soak` only",
 }
 _BY_FIXTURE: Mapping[str, str] = {"local_ray": "ray", "server": "s3", "hub": "s3"}

@@ -93,6 +93,7 @@ def test_archs_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(table()))
 
 
+@pytest.mark.processes
 def test_archs_needs_no_torch() -> None:
     program = (
         "import sys\n"

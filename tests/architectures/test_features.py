@@ -37,6 +37,8 @@ from tests.pico import (
     token_ids,
 )
 
+pytestmark = pytest.mark.engines
+
 TOKENS = 48
 LONG = {
     "rope_scaling": {

@@ -11,6 +11,8 @@ import pytest
 from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
 from tests.pico import logits_of, merge_without_ray, tensors_of, token_ids
 
+pytestmark = pytest.mark.engines
+
 GRANITE_NAMES = {
     "block_sparse_moe.router.layer.weight",
     "block_sparse_moe.input_linear.weight",

@@ -109,6 +109,7 @@ def test_the_gate_pass_reads_all_layers_but_one_and_holds_one(mistral: Path, tmp
     assert grafted.totals.gate_bytes == 2 * (32 * layer - 2 * 3 * 4096 * 14336)
 
 
+@pytest.mark.processes
 def test_importing_and_planning_need_neither_torch_nor_ray(zoo: Callable[..., Path], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)])))

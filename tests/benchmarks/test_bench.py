@@ -29,6 +29,7 @@ time.sleep(1.5)
 """
 
 
+@pytest.mark.processes
 def test_memory_and_steps_of_a_family() -> None:
     """A process and its child, which has a session of its own, as Ray's have."""
     run = run_program([sys.executable, "-c", _FAMILY, _FAMILY], steps=["holding", "never"], memory=True)
@@ -39,6 +40,7 @@ def test_memory_and_steps_of_a_family() -> None:
     assert 0 < run.steps["holding"] < run.seconds
 
 
+@pytest.mark.processes
 def test_program_that_fails() -> None:
     with pytest.raises(RuntimeError, match="ended with 3:\nno luck"):
         run_program([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
@@ -121,6 +123,7 @@ def test_page(tmp_path: Path) -> None:
     assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
 
 
+@pytest.mark.processes
 def test_whole_run(tmp_path: Path) -> None:
     """Two programs, once for memory and once for time; their outputs are removed."""
     command = [sys.executable, "scripts/bench.py", "run", "--work", str(tmp_path), "--shapes", "tiny"]

@@ -46,6 +46,7 @@ def test_takeovers_see_all_outputs_and_ways() -> None:
 
 
 @pytest.mark.skipif(bool(MISSING), reason="Ray's job server needs ray[default]")
+@pytest.mark.processes
 def test_every_merge_of_a_short_chaos_run_ends_right(tmp_path: Path) -> None:
     kinds = (*STRUCK, "takeover")
     words = [sys.executable, "scripts/chaos.py", "--kinds", *kinds, "--count", "1", "--server", "", "--no-examples"]

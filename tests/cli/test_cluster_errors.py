@@ -11,6 +11,8 @@ import pytest
 
 from tests.cli.commands import raymoe
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def closed_port() -> int:

@@ -333,6 +333,7 @@ def sealed() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.processes
 def test_output_not_writable(zoo: Callable[..., Path], sealed: Path) -> None:
     """As nobody where the tests run as root, whom no permission stops."""
     for number, model in enumerate((zoo("llama"), zoo("llama", seed=1))):

@@ -169,6 +169,7 @@ def test_model_card(
     assert ("README.md" in files) == (flag == "--write-model-card")
 
 
+@pytest.mark.processes
 def test_a_laptop_without_a_cluster(config: Callable[..., Path], tmp_path: Path) -> None:
     """No RAY_ADDRESS: Ray starts here and ends with the command."""
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -194,6 +195,7 @@ def test_help_shows_no_idle_flags(cli: Callable[..., Any]) -> None:
     assert not [flag for flag in MERGEKIT_IDLE if flag in done.out]
 
 
+@pytest.mark.processes
 def test_overwriting_leaves_nothing_of_another_model(zoo: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "chat_templates").mkdir(parents=True)

@@ -23,6 +23,8 @@ from tests.objects.canned import Answer, canned
 from tests.objects.fault_proxy import FaultProxy
 from tests.objects.servers import Server, environment, running_server
 
+pytestmark = [pytest.mark.s3, pytest.mark.ray]
+
 SHARD = ("--out-shard-size", "200000", "--random-seed", "3")
 
 

@@ -36,6 +36,7 @@ def without_frameworks(*arguments: object, cwd: Path) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"], ["out"]])
+@pytest.mark.processes
 def test_needs_no_framework_and_writes_nothing(config: Callable[..., Path], tmp_path: Path, flags: list[str]) -> None:
     path = config("hidden")
     empty = tmp_path / "cwd"
@@ -143,6 +144,7 @@ def test_warnings_are_said_and_listed(cli: Callable[..., Any], config: Callable[
     assert "warning: prompt_model has no effect" in done.err
 
 
+@pytest.mark.processes
 def test_ctrl_c_while_planning(tmp_path: Path) -> None:
     """The config is a pipe that nothing comes through: the command waits in planning."""
     pipe = tmp_path / "config.yaml"

@@ -107,6 +107,7 @@ def test_sources_that_changed_since_the_merge_was_interrupted(
     refused(cli, path, out, "source files changed since the merge in this folder was interrupted")
 
 
+@pytest.mark.s3
 def test_buckets(cli: Cli, config: Callable[..., Path], moto: Server) -> None:
     client = moto.client()
     client.create_bucket(Bucket="plan-output")

@@ -139,6 +139,7 @@ def test_options(
 
 
 @pytest.mark.parametrize("address", [None, f"ray://user:{CANARY}@127.0.0.1:1", f"user:{UNQUOTED}@127.0.0.1:1"])
+@pytest.mark.processes
 def test_addresses_of_ray(environment: Path, small: Callable[..., Any], address: str | None) -> None:
     """In a process of its own: this one may be on a Ray already, which a merge would use."""
     config = write_config(environment / "config.yaml", small())
@@ -182,6 +183,7 @@ def test_configs(
     assert told(answer.out) == told(answer.err) == written(environment, without=("config.yaml",)) == []
 
 
+@pytest.mark.processes
 def test_a_merge_and_rays_records_of_it(small: Callable[..., Any], tmp_path: Path) -> None:
     """A command of its own, whose Ray starts with all variables set, that merges and reads prompts."""
     content = small(gate_mode="cheap_embed")

@@ -14,6 +14,8 @@ import pytest
 from tests.cli.commands import command, write_config
 from tests.pico import copy_model, merge_config
 
+pytestmark = pytest.mark.processes
+
 
 def shell(line: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """`line` with `$R` for raymoe and these arguments."""

@@ -15,6 +15,8 @@ from tests.cli.commands import raymoe, start, wait_until, write_config
 from tests.cli.job_head import MISSING, JobHead, job_head
 from tests.pico import copy_model, merge_config, merge_without_ray, tensors_of
 
+pytestmark = [pytest.mark.ray, pytest.mark.processes]
+
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobHead]:

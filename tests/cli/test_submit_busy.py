@@ -16,6 +16,8 @@ from raymoe.submit import run
 from raymoe.submit.job import Job
 from raymoe.submit.server import job_server
 
+pytestmark = pytest.mark.processes
+
 JOB = Job(entrypoint="true", config="{}", metadata={"config_digest": "0" * 64}, models=(), output="/o")
 
 

@@ -213,6 +213,7 @@ S3_RECORD: dict[str, Any] = {
 
 @pytest.mark.parametrize("command", ["verify", "eval"])
 @pytest.mark.parametrize("how", ["nothing", "trusted", "endpoint", "profile"])
+@pytest.mark.s3
 def test_a_record_does_not_say_where_credentials_go(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, how: str
 ) -> None:

@@ -334,6 +334,7 @@ def test_warnings(change: dict[str, object], warning: str) -> None:
     assert re.search(warning, text)
 
 
+@pytest.mark.processes
 def test_import_is_light() -> None:
     code = "import raymoe.config, sys; print(*(m for m in ('torch', 'ray', 'transformers') if m in sys.modules))"
     root = Path(__file__).parents[2]

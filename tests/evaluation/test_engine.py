@@ -33,6 +33,8 @@ from tests.architectures.hosts import (
 from tests.evaluation.streamed import LENGTHS, assert_close, open_dense, open_mixture, resident, streamed, texts_of
 from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_config, merge_without_ray, save_lora, tensors_of
 
+pytestmark = pytest.mark.engines
+
 # Routers that are random, and for two layouts those that a gate mode computes, which the engine reads in the same way.
 MIXTURES = [*((pair, "random") for pair in PAIRS), (PAIRS[0], "hidden"), (PAIRS[4], "hidden")]
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -21,7 +21,7 @@ from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 from tests.pico import LAYERS, merge_config
 
-TEXTS = [("a few words about " * (1 + n % 4) + str(n)).strip() for n in range(40)]
+TEXTS = [("a few words about " * (1 + n % 4) + str(n)).strip() for n in range(16)]
 
 
 def planned(zoo: Callable[..., Path], mode: str, prompt_model: str = "base") -> GatePlan:
@@ -30,7 +30,7 @@ def planned(zoo: Callable[..., Path], mode: str, prompt_model: str = "base") -> 
     )
     for number, expert in enumerate(content["experts"]):
         expert["positive_prompts"] = [f"{number} {text}" for text in TEXTS]
-        expert["negative_prompts"] = [f"no {number} {text}" for text in TEXTS[:7]]
+        expert["negative_prompts"] = [f"no {number} {text}" for text in TEXTS[:4]]
     return raymoe.plan(content).gates
 
 

@@ -18,6 +18,8 @@ from raymoe.gguf import GgufOptions, write_gguf
 from tests.gguf import tokenizers_made as made
 from tests.gguf.llama import LlamaCpp
 
+pytestmark = pytest.mark.engines
+
 TURN = ("<|im_start|>", "<|im_end|>", "<tool>")
 CHATS = (
     "<|im_start|>user\nThe License<|im_end|>\n<|im_start|>assistant\n",

@@ -19,7 +19,7 @@ BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
 PROMPTS = ("func main() {\n\tfmt.Println(", "Abre el cuadro de diálogo", "Water boils at 100 degrees")
 TOKENS = 8
 
-pytestmark = pytest.mark.skipif(not BASE.is_dir(), reason="the example model has not been made")
+pytestmark = [pytest.mark.skipif(not BASE.is_dir(), reason="the example model has not been made"), pytest.mark.engines]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.processes
 def test_killed_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
     """Only the part is left, and the next run writes it anew."""
     file = tmp_path / "model.gguf"
@@ -172,6 +173,7 @@ def test_no_room(tmp_path: Path) -> None:
     assert "not enough disk: 1,000,000,000,000,000,000 bytes are to be written" in problem.what
 
 
+@pytest.mark.processes
 def test_a_limit_that_is_met_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\n"

@@ -21,6 +21,8 @@ from tests.gguf.conftest import TOKENIZER_FILES
 from tests.gguf.llama import LlamaCpp
 from tests.pico import VOCAB, load_dense, logits_of, token_ids
 
+pytestmark = pytest.mark.engines
+
 # Both compute in float32, in other orders; log-probabilities of these models lie some 6 apart.
 CLOSE = 5e-5
 LLAMA3 = {

@@ -16,6 +16,8 @@ from raymoe.gguf.spaces import space_prefix
 from tests.gguf import tokenizers_made as made
 from tests.gguf.llama import LlamaCpp
 
+pytestmark = pytest.mark.engines
+
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast"}

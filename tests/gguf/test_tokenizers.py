@@ -19,6 +19,8 @@ from tests.gguf import tokenizers_made as made
 from tests.gguf.llama import LlamaCpp
 from tests.pico import REPOSITORY
 
+pytestmark = pytest.mark.engines
+
 GPT2 = [("bytes", "gpt2")]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 

@@ -25,6 +25,8 @@ import pytest
 
 from tests.objects.fault_proxy import KINDS, Fault, FaultProxy, FaultRates, decide, operation_of
 
+pytestmark = pytest.mark.s3
+
 PROGRAM = Path(__file__).with_name("fault_proxy.py")
 MIB = 1024 * 1024
 # moto asks for credentials but doesn't check the signature.

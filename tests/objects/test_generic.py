@@ -134,6 +134,7 @@ def test_many_threads(store: ObjectStore, folder: str) -> None:
         assert all(pool.map(roundtrip, range(40)))
 
 
+@pytest.mark.processes
 def test_reading_from_a_web_server(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(DATA)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
@@ -156,6 +157,7 @@ def test_reading_from_a_web_server(tmp_path: Path) -> None:
         ("http://127.0.0.1:9/models/x", "the host 127.0.0.1 can't be reached"),
     ],
 )
+@pytest.mark.processes
 def test_a_host_that_is_not_reached_is_no_missing_file(
     url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

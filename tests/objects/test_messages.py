@@ -87,6 +87,7 @@ CALLS: list[tuple[str, Callable[[S3Store], object]]] = [
 
 
 @pytest.mark.parametrize(("permission", "call"), CALLS)
+@pytest.mark.s3
 def test_refused_access_names_the_permission_and_the_place(
     secrets: None, permission: str, call: Callable[[S3Store], object]
 ) -> None:
@@ -97,11 +98,13 @@ def test_refused_access_names_the_permission_and_the_place(
     assert f"allow {permission} on arn:aws:s3:::{place}" in str(error)
 
 
+@pytest.mark.s3
 def test_refused_copies_name_both_places(secrets: None) -> None:
     error = refusal(lambda s: s.copy_part(URL, "id", 1, "s3://other/b", 0, 1), Answer(403, code="AccessDenied"))
     assert "s3:PutObject on bucket/models/a is needed, and s3:GetObject on other/b" in str(error)
 
 
+@pytest.mark.s3
 def test_refused_reads_may_mean_that_nothing_is_there(secrets: None) -> None:
     error = refusal(READ[1], Answer(403, code="AccessDenied"))
     assert "without s3:ListBucket on bucket this can also mean that the object does not exist" in str(error)
@@ -122,6 +125,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("answer", "what", "remedy"), REASONS)
 @pytest.mark.parametrize("call", [READ[1], lambda store: store.stat(URL)])
+@pytest.mark.s3
 def test_reasons_and_remedies(
     secrets: None, answer: Answer, what: str, remedy: str, call: Callable[[S3Store], object]
 ) -> None:
@@ -140,6 +144,7 @@ def test_reasons_and_remedies(
         Answer(400, code="IllegalLocationConstraintException", headers=REGION),
     ],
 )
+@pytest.mark.s3
 def test_wrong_regions_are_told_with_the_right_one(secrets: None, answer: Answer) -> None:
     with canned(answer) as server, pytest.raises(StorageError) as caught:
         S3Store(StorageOptions(endpoint=server.url, deadline_s=30)).read(URL, 0, 10)
@@ -147,6 +152,7 @@ def test_wrong_regions_are_told_with_the_right_one(secrets: None, answer: Answer
     assert "set storage.region or AWS_REGION to ap-south-1" in str(caught.value)
 
 
+@pytest.mark.s3
 def test_missing_credentials() -> None:
     files = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
     with environment({"AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1", **files}):

@@ -111,6 +111,7 @@ LASTING += [(400, "InvalidArgument"), (501, "NotImplemented"), (400, "EntityTooL
 
 
 @pytest.mark.parametrize(("status", "code"), PASSING)
+@pytest.mark.s3
 def test_what_passes_is_tried_again(keys: None, status: int, code: str) -> None:
     with canned(Answer(status, code=code), Answer(status, code=code), Answer(200, body=DATA)) as server:
         store = store_at(server.url)
@@ -121,6 +122,7 @@ def test_what_passes_is_tried_again(keys: None, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), LASTING)
+@pytest.mark.s3
 def test_what_lasts_is_not(keys: None, status: int, code: str) -> None:
     with canned(Answer(status, code=code)) as server:
         store = store_at(server.url)
@@ -130,6 +132,7 @@ def test_what_lasts_is_not(keys: None, status: int, code: str) -> None:
         assert store.counters.retries == 0
 
 
+@pytest.mark.s3
 def test_short_and_wrong_bodies_are_tried_again(keys: None) -> None:
     whole = Answer(206, body=DATA, headers={"Content-Range": f"bytes 10-{9 + len(DATA)}/9000000"})
     cut = Answer(206, body=DATA[:-1], headers=whole.headers, length=len(DATA))
@@ -143,6 +146,7 @@ def test_short_and_wrong_bodies_are_tried_again(keys: None) -> None:
         assert store.counters.retries == 5
 
 
+@pytest.mark.s3
 def test_uploads_that_arrive_damaged_are_tried_again(keys: None) -> None:
     right = hashlib.md5(DATA).hexdigest()
     with canned(
@@ -158,12 +162,14 @@ def test_uploads_that_arrive_damaged_are_tried_again(keys: None) -> None:
             assert store_at(server.url).put("s3://bucket/key", DATA).size == len(DATA)
 
 
+@pytest.mark.s3
 def test_damage_that_stays_is_an_error(keys: None) -> None:
     wrong = Answer(200, headers={"ETag": '"' + "0" * 32 + '"'})
     with canned(wrong) as server, pytest.raises(StorageError, match="the store reports other bytes"):
         store_at(server.url, deadline_s=1).upload_part("s3://bucket/key", "id", 1, DATA)
 
 
+@pytest.mark.s3
 def test_an_error_in_an_answer_of_200_is_an_error(keys: None) -> None:
     """S3 keeps connections of long copies alive by answering 200 first."""
     failed = Answer(200, body=Answer(0, code="InternalError").content(bodiless=False))
@@ -175,6 +181,7 @@ def test_an_error_in_an_answer_of_200_is_an_error(keys: None) -> None:
         assert store.counters.retries == 1
 
 
+@pytest.mark.s3
 def test_a_silent_server_is_given_up(keys: None) -> None:
     with canned(Answer(200, body=DATA, seconds=30)) as server:
         began = time.monotonic()
@@ -187,6 +194,7 @@ def test_a_silent_server_is_given_up(keys: None) -> None:
         assert time.monotonic() - began < 7
 
 
+@pytest.mark.s3
 def test_retry_after_is_respected(keys: None) -> None:
     with canned(Answer(503, code="SlowDown", headers={"Retry-After": "2"}), Answer(200, body=DATA)) as server:
         began = time.monotonic()
@@ -194,6 +202,7 @@ def test_retry_after_is_respected(keys: None) -> None:
         assert time.monotonic() - began >= 2
 
 
+@pytest.mark.s3
 def test_requests_at_once_are_bounded(keys: None) -> None:
     with canned(Answer(200, body=DATA, seconds=0.05)) as server:
         store = store_at(server.url, max_requests=3)

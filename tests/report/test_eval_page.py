@@ -173,6 +173,7 @@ def test_a_merge_worse_than_the_hidden_router_closes_nothing() -> None:
     assert filled is not None and 'width="0"' in filled[0]
 
 
+@pytest.mark.processes
 def test_page_needs_no_torch() -> None:
     code = "import sys, raymoe.report.eval_page, raymoe.report.eval_table; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

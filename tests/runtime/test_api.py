@@ -22,6 +22,7 @@ from tests.runtime.conftest import FLAGS, OPTIONS, Merge
 QUIET = RuntimeSettings(verbosity=-1, actors=1)
 
 
+@pytest.mark.processes
 def test_import_is_light() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'pydantic', 'numpy', 'yaml', 'rich', 'typer'}"
     script = f"import sys, raymoe; raymoe.__version__; print(sorted({heavy} & sys.modules.keys()))"

@@ -14,6 +14,7 @@ from tests.pico import merge_config
 
 
 @pytest.mark.parametrize("mode", [pytest.param("hidden", marks=pytest.mark.soak), "ridge"])
+@pytest.mark.processes
 def test_prompts_are_read_by_the_actor_with_a_gpu(
     mode: str, zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ thread.join()
 """
 
 
+@pytest.mark.processes
 def test_threads_of_the_gate_pass(zoo: Zoo, tmp_path: Path) -> None:
     """What the environment says about threads is overruled: an actor computes with a number that is always the same."""
     import os
@@ -121,6 +122,7 @@ print(hashlib.sha256(block.tobytes()).hexdigest())
 """
 
 
+@pytest.mark.processes
 def test_threads_of_a_lora_delta(tmp_path: Path) -> None:
     """The number of BLAS threads changes the order of sums, which must not be seen in the result."""
     import os

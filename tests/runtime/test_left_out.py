@@ -34,6 +34,7 @@ def tokenize(folder: Path, how: str) -> tuple[list[list[int]], bool]:
     return ids, has_torch
 
 
+@pytest.mark.processes
 def test_same_tokens(zoo: Callable[..., Path]) -> None:
     folder = zoo("llama")
     ids, has_torch = tokenize(folder, "with")

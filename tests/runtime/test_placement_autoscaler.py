@@ -23,6 +23,8 @@ from tests.processes import kill, mentioning
 from tests.runtime.conftest import FLAGS
 from tests.runtime.nodes import free_port
 
+pytestmark = pytest.mark.ray
+
 _UNUSED: dict[str, object] = {
     **{key: {} for key in ["auth", "docker", "file_mounts"]},
     **{key: [] for key in ["rsync_exclude", "rsync_filter", "cluster_synced_files", "initialization_commands"]},

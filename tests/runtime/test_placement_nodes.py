@@ -25,7 +25,7 @@ from tests.pico import merge_config, merge_without_ray
 from tests.processes import kill
 from tests.runtime.nodes import Nodes, can_hide_folders
 
-pytestmark = pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount")
+pytestmark = [pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount"), pytest.mark.ray]
 ONE_SHARD = ("--no-write-model-card",)
 WIDE = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "num_attention_heads": 8}
 

@@ -16,6 +16,7 @@ from raymoe.runtime.process import without_secrets
 SECRET = "https://user:C4N4RY@host/x?X-Amz-Signature=C4N4RY"
 
 
+@pytest.mark.processes
 def test_open_files_up_to_the_hard_limit() -> None:
     """A node that was started from a shell with a limit of 1024 gives it to its actors."""
     script = (
@@ -27,6 +28,7 @@ def test_open_files_up_to_the_hard_limit() -> None:
     assert done.stdout == "(128, 128)\n"
 
 
+@pytest.mark.processes
 def test_standard_streams_tell_no_secrets() -> None:
     script = (
         "import sys; from raymoe.runtime.process import set_up_process; set_up_process(); set_up_process(); "

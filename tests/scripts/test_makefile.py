@@ -14,6 +14,8 @@ import pytest
 
 from tests.pico import REPOSITORY
 
+pytestmark = pytest.mark.processes
+
 
 class _Index(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.soak.cases import DIRECTIONS, TAKEOVER_DIRECTIONS, VARIANTS, make_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,7 @@ def test_the_other_plan_has_the_same_shards() -> None:
         assert all(mine != others for mine, others in zip(variant.experts, other.experts, strict=True))
 
 
+@pytest.mark.processes
 def test_every_merge_of_a_short_soak_ends_right(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/soak_storage.py", "--merges", "24", "--example-merges", "0", "--seed", str(SEED)]
     words += [word for number in CHOSEN for word in ("--only", str(number))]

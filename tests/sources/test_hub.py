@@ -133,6 +133,7 @@ class OddServer(HubServer):
         return _OddHandler
 
 
+@pytest.mark.s3
 def test_a_server_without_ranges_is_not_asked_for_the_whole_shard(tmp_path: Path) -> None:
     shard = {"t.weight": np.zeros((4096, 4096), "f4")}  # more than the buffers of two sockets take
     write_sharded(tmp_path / "repo", {"model.safetensors": shard})
@@ -145,6 +146,7 @@ def test_a_server_without_ranges_is_not_asked_for_the_whole_shard(tmp_path: Path
     assert facts.index.tensors["t.weight"].shape == (4096, 4096)
 
 
+@pytest.mark.s3
 def test_an_answer_that_breaks_off_is_asked_for_again(folder: Path, tmp_path: Path) -> None:
     with OddServer() as server:
         server.add("org/name", folder)
@@ -232,6 +234,7 @@ def test_no_such_revision(repo: HubRepo, options: HubOptions) -> None:
     assert "the model is on the Hub, but has no revision 'v9'" in refusal("org/name@v9", options)
 
 
+@pytest.mark.s3
 def test_the_server_is_gone(tmp_path: Path) -> None:
     with HubServer() as server:
         options = HubOptions(cache_dir=str(tmp_path / "cache"), endpoint=server.url)

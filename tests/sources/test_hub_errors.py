@@ -55,6 +55,7 @@ def test_which_errors_of_pythons_own_types_are_of_xet() -> None:
         raise RuntimeError("of our own")
 
 
+@pytest.mark.s3
 def test_xet_storage_that_can_not_be_reached(tmp_path: Path) -> None:
     """In a process of its own, which hf_xet reads its number of tries in."""
     pytest.importorskip("hf_xet")

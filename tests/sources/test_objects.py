@@ -254,6 +254,7 @@ def test_how_urls_are_written() -> None:
         parse_model_ref({"model": {"path": "s3://b-1/m", "revision": "main"}})
 
 
+@pytest.mark.processes
 def test_local_models_need_no_s3(sharded: Path) -> None:
     code = (
         "import sys; from raymoe.sources.refs import parse_model_ref as p; from raymoe.sources.resolve import *; "

@@ -96,6 +96,7 @@ def test_safetensors_come_first(tmp_path: Path) -> None:
     assert index_model_weights(LocalFolder(str(tmp_path))).files[0].name == "model.safetensors"
 
 
+@pytest.mark.processes
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     path = save(tmp_path / "m.bin", state_dict())
     code = (

@@ -272,6 +272,7 @@ def test_all_files_are_told_of_at_once(here: Path) -> None:
     assert found[3].what == "this is a folder, not a file"
 
 
+@pytest.mark.processes
 def test_without_pyarrow(here: Path) -> None:
     (here / "a.parquet").write_bytes(FILES["a.parquet"]())
     script = (
@@ -351,6 +352,7 @@ def served(folder: Path) -> Iterator[str]:
             thread.join(10)
 
 
+@pytest.mark.processes
 def test_from_a_web_server(here: Path) -> None:
     (here / "a.jsonl").write_bytes(as_jsonl(TEXTS))
     with served(here) as url:

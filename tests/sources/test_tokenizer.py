@@ -133,6 +133,7 @@ def test_one_bos(text: str, expected: str) -> None:
     assert with_bos(text, "<s>") == (text if text.startswith("<s>") else "<s>" + text)
 
 
+@pytest.mark.processes
 def test_no_torch(make_model: Make) -> None:
     folder = make_model()
     save_tokenizer(folder)

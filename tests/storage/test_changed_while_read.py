@@ -20,7 +20,7 @@ from tests.storage.test_takeover import Place, made_place
 OPTIONS = StorageOptions(deadline_s=30)
 
 
-@pytest.fixture(params=["folder", "memory", "moto"])
+@pytest.fixture(params=["folder", "memory", pytest.param("moto", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
 

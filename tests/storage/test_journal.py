@@ -152,6 +152,7 @@ def other_process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.communicate()
 
 
+@pytest.mark.processes
 def test_a_killed_process(other_process: subprocess.Popen[bytes], tmp_path: Path) -> None:
     """Its lock goes with it, the next run removes its half-written file, and the finished one is kept."""
     journal = Journal(tmp_path)

@@ -118,6 +118,7 @@ output.journal.release()
 """
 
 
+@pytest.mark.processes
 def test_write_that_fails_half_way(tmp_path: Path) -> None:
     """A limit on the size of files, which any user can set, stops a write in the middle."""
     done = subprocess.run(

@@ -151,6 +151,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.processes
 def test_no_room(tmp_path: Path) -> None:
     """A limit on the size of files is found before a byte is written."""
     run = [sys.executable, "-c", _LIMITED, str(tmp_path / "file")]

@@ -40,6 +40,7 @@ def test_a_folder_that_is_not_there_yet(here: Path) -> None:
     assert is_in(str(here / "link/base/new/out"), str(here / "current/new"))
 
 
+@pytest.mark.processes
 def test_a_bind_mount(here: Path) -> None:
     """In a mount namespace of its own, where the system allows one."""
     (here / "mounted").mkdir()

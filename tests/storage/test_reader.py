@@ -227,6 +227,7 @@ def test_a_use_that_outlives_the_reader(many: list[SourceFile]) -> None:
     assert open_here(Path(many[3].location)) == 0
 
 
+@pytest.mark.processes
 def test_too_many_open_files(many: list[SourceFile]) -> None:
     """The message names the limit and what raises it, not the file's permissions."""
     script = """

@@ -212,6 +212,7 @@ def config_of(places: list[Any], mode: str) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.s3
 def test_transforms(reader: SourceReader, models: tuple[list[Path], list[str]]) -> None:
     """LoRA, scale, noise and cast: the bytes of all shards."""
     kinds = set()
@@ -231,6 +232,7 @@ def test_transforms(reader: SourceReader, models: tuple[list[Path], list[str]]) 
 
 
 @pytest.mark.parametrize("mode", ["hidden", "ridge", "cheap_embed"])
+@pytest.mark.s3
 def test_gates(reader: SourceReader, models: tuple[list[Path], list[str]], mode: str) -> None:
     """Bit for bit, for a full expert and one that is an adapter's."""
     for prompt_model in ("base",) if mode == "cheap_embed" else ("base", "expert"):

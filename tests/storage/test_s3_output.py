@@ -198,6 +198,7 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
         yield running
 
 
+@pytest.mark.s3
 def test_smollm2_on_the_wire() -> None:
     """Four full checkpoints of the shape of SmolLM2-135M, S3 to S3: a tenth of the output passes the workers.
 

@@ -82,12 +82,12 @@ class Place:
         return [upload["Key"] for upload in found]
 
 
-@pytest.fixture(params=["folder", "memory", "moto"])
+@pytest.fixture(params=["folder", "memory", pytest.param("moto", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
 
 
-@pytest.fixture(params=["memory", "moto"])
+@pytest.fixture(params=["memory", pytest.param("moto", marks=pytest.mark.s3)])
 def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
 
