@@ -54,8 +54,9 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert [problem.where.partition(":")[0] for problem in report.value.problems] == ["OUT", "config", "/nowhere/p.txt"]
 
 
-def test_too_many_prompts(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text(f"{'x' * 1_000_000}\n" * 17)
+def test_too_many_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymoe.submit.job._MAX_CONFIG_BYTES", 10_000)
+    (tmp_path / "p.txt").write_text(f"{'x' * 1000}\n" * 11)
     prompts = ({"file": str(tmp_path / "p.txt"), "limit": None}, ["x"])
     experts = [expert | {"positive_prompts": each} for expert, each in zip(EXPERTS, prompts, strict=True)]
     path = write_config(tmp_path / "c.yaml", {"base_model": "org/x", "experts": experts})

@@ -77,7 +77,7 @@ def test_rows_are_those_of_one_pass(
 ) -> None:
     """Of `ridge` to the bit, since states are only put together; where sums are added in parts, to their last bits."""
     gates = planned(zoo, mode)
-    monkeypatch.setattr("raymoe.gates.capture.TOKEN_BUDGET", 64)  # some batches of each member
+    monkeypatch.setattr("raymoe.gates.capture.TOKEN_BUDGET", 200)  # some batches of each member
     expected = rows_of(gates)
     monkeypatch.setattr(module, "STATE_BYTES", module._state_bytes(gates.experts[0], gates.hidden) // parts + 1)
     assert len(readings(gates.experts, 1, gates.hidden)) >= 6
