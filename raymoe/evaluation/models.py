@@ -16,9 +16,9 @@ from typing import Any
 
 from raymoe.architectures import FAMILIES, DenseSpec, MoeHost, host_of, read_spec
 from raymoe.architectures.moe import PER_TOKEN_KEY
-from raymoe.architectures.rope import rotary_share
+from raymoe.architectures.rope import rope_value_problems, rotary_share
 from raymoe.architectures.spec import NULL_MEANS_NONE
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemReport, few
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
 from raymoe.planning.tensors import adapter_problems, head_rows, rows_of, weight_refs
 from raymoe.planning.types import HeadRows, WeightRef
@@ -104,6 +104,11 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
+    # `read_spec` sees what is made of the config, and not all that is read here.
+    odd_values = rope_value_problems(facts.config)
+    where = f"{facts.label}/config.json"
+    if problems := few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
+        raise ProblemReport(problems)
     in_part = (share := rotary_share(facts.config)) != 1.0 and host.dense_turns_whole_heads
     if in_part and (not host.dense_in_part or facts.config.get("use_qk_norm")):
         what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
@@ -140,13 +145,13 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
     dense |= {"model_type": host.dense, **host.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
-    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config["intermediate_size"])
+    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
     if dense["model_type"] == "llama" and config.get("sliding_window"):
         dense["model_type"] = "mistral"
     if dense["model_type"] == "seed_oss" and config.get("use_qk_norm"):
         dense["model_type"] = "qwen3"
     scaling = config.get("rope_scaling")
-    if scaling and "rope_type" not in scaling:
+    if scaling and isinstance(scaling, Mapping) and "rope_type" not in scaling:
         dense["rope_scaling"] = {**scaling, "rope_type": scaling.get("type", "default")}
     return dense
 
