@@ -82,3 +82,18 @@ def test_more_experts_than_the_tensors_hold(
     tmp_path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], said: str
 ) -> None:
     assert said in refusal(tmp_path / "out", config, shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_parameters": {"partial_rotary_factor": 10**400}}, "partial_rotary_factor is 1000"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half'"),
+        ({"rope_scaling": 3}, "rope_scaling is 3"),
+        ({"rope_parameters": ["yarn"]}, "rope_parameters is ['yarn']"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+    ],
+)
+def test_values_that_no_model_has(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(tmp_path / "out", MIXTRAL | {"num_local_experts": 2} | changes, HEAD)
