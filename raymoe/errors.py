@@ -12,13 +12,14 @@ control character, or a line that looks like a message of its own (`raymoe.outgo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from raymoe.outgoing import for_people, shortened
 from raymoe.text import number_ranges, some
 
-__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "install_remedy"]
+__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "few", "install_remedy"]
 
 # Of a line in a file, or of an item in a list.
 _NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
@@ -39,6 +40,17 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n    -> {self.remedy}" if self.remedy else text
+
+
+def few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
+    """The first of problems of one kind, and that there are more.
+
+    One file can give any number of them. A generator is not run to its end: each problem takes half a millisecond.
+
+    Example: `problems += few(_name_problems(index))`.
+    """
+    first = list(islice(problems, most + 1))
+    return [*first[:most], *(replace(each, what="and more problems of this kind") for each in first[most:])]
 
 
 def install_remedy(extra: str) -> str:

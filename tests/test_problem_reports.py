@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 
 import pytest
 
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemReport, few
 
 
 def report(*wheres: str, what: str = "unknown key", remedy: str = "remove it") -> ProblemReport:
@@ -43,3 +44,19 @@ def test_other_problems_stay_in_their_order() -> None:
 def test_reports_cross_processes() -> None:
     caught = report("m:1: a[0]", "m:2: a[1]")
     assert str(pickle.loads(pickle.dumps(caught))) == str(caught)
+
+
+def test_a_few_of_many() -> None:
+    """Problems are made one by one, since each takes its time."""
+    made: list[int] = []
+
+    def problems(count: int) -> Iterator[Problem]:
+        for number in range(count):
+            made.append(number)
+            yield Problem(where="file", what=f"problem {number}", remedy="mend it")
+
+    assert [problem.what for problem in few(problems(3), 3)] == ["problem 0", "problem 1", "problem 2"]
+    made.clear()
+    found = few(problems(100_000), 2)
+    assert [problem.what for problem in found] == ["problem 0", "problem 1", "and more problems of this kind"]
+    assert len(made) == 3

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.architectures.dense import Scan
-from raymoe.architectures.rope import rope_kind, rope_parameters
+from raymoe.architectures.rope import is_number, rope_kind, rope_parameters
 from raymoe.architectures.rows import ATTENTION, CONV, LINEAR
 
 __all__ = [
@@ -105,8 +105,9 @@ def lfm2_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     types = config.get("layer_types")
     if types:
         return tuple(types)
-    attention = config.get("full_attn_idxs")
-    return tuple(ATTENTION if attention is None or layer in attention else CONV for layer in range(layers))
+    numbers = config.get("full_attn_idxs")
+    attention = range(layers) if numbers is None else frozenset(numbers)
+    return tuple(ATTENTION if layer in attention else CONV for layer in range(layers))
 
 
 def qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
@@ -182,7 +183,7 @@ def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:
     if thetas is not None and (
         not isinstance(thetas, list)
         or len(thetas) != config["num_hidden_layers"]
-        or not all(isinstance(theta, int | float) and theta >= 0 and not isinstance(theta, bool) for theta in thetas)
+        or not all(is_number(theta) and theta >= 0 for theta in thetas)
     ):
         layers = config["num_hidden_layers"]
         return [f"layer_rope_theta is {thetas!r:.80}: not one number, 0 or more, for each of {layers} layers"]

@@ -7,10 +7,13 @@ config has both, `rope_scaling` counts, as in transformers. Kinds and the keys t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
+    "POSITIVE",
+    "is_number",
     "is_positive",
     "rope_kind",
     "rope_kind_problems",
@@ -19,6 +22,9 @@ __all__ = [
     "rope_value_problems",
     "rotary_share",
 ]
+
+POSITIVE = "a number over 0 (up to 1.8e+308)"
+"""What `is_positive` wants, for people."""
 
 # Kind -> keys without which transformers does not compute it, all of them numbers or lists of numbers.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +36,11 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
 }
 _LISTS = ("short_factor", "long_factor")
+# Keys that may be left out or null, all of them numbers.
+_OPTIONAL = (
+    *("original_max_position_embeddings", "alpha", "attention_factor", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "factor"),
+)
 
 
 def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
@@ -59,9 +70,13 @@ def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key in ("rope_type", "type") and not isinstance(value, str):
             yield f"{key} of its RoPE is {value!r:.80}", "text"
         elif key == "rope_theta" and value is not None and not is_positive(value):
-            yield f"rope_theta is {value!r:.80}", "a number over 0"
+            yield f"rope_theta is {value!r:.80}", POSITIVE
         elif isinstance(value, Mapping):
-            yield f"its RoPE has settings for {key} layers alone", "one RoPE for all layers"
+            yield f"its RoPE has settings for {key:.80} layers alone", "one RoPE for all layers"
+        elif key in _OPTIONAL and value is not None and not is_number(value):
+            yield f"{key} of its RoPE is {value!r:.80}", "a number"
+        elif any(_is_too_large(each) for each in (value if isinstance(value, list) else [value])):
+            yield f"{key:.80} of its RoPE is {value!r:.80}", "a number that a float can hold"
 
 
 def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[tuple[str, str]]:
@@ -74,7 +89,7 @@ def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[t
     for key in _NEEDS[kind]:
         value = parameters.get(key)
         if key not in _LISTS and not is_positive(value):
-            yield f"{key} of its {kind} RoPE is {value!r:.80}", "a number over 0"
+            yield f"{key} of its {kind} RoPE is {value!r:.80}", POSITIVE
         elif key in _LISTS and not (
             isinstance(value, list) and len(value) == rotary_dim // 2 and all(map(is_positive, value))
         ):
@@ -83,7 +98,8 @@ def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[t
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of all that stands under the one name or the other."""
-    return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    found = config.get("rope_scaling") or config.get("rope_parameters")
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def rope_kind(parameters: Mapping[str, Any]) -> str:
@@ -92,6 +108,15 @@ def rope_kind(parameters: Mapping[str, Any]) -> str:
     return kind
 
 
-def is_positive(value: object) -> bool:
+def is_positive(value: object) -> TypeGuard[float]:
     """Whether a value of a config is a number over 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return is_number(value) and value > 0
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a config is a number that a float can hold. JSON has integers of thousands of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not _is_too_large(value)
+
+
+def _is_too_large(value: object) -> bool:
+    return isinstance(value, int) and abs(value) > sys.float_info.max

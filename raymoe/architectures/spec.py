@@ -14,6 +14,8 @@ from typing import Any
 from raymoe.architectures.dense import DenseFamily, Scan, TensorRow
 from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.rope import (
+    POSITIVE,
+    is_number,
     is_positive,
     rope_kind_problems,
     rope_of,
@@ -22,7 +24,7 @@ from raymoe.architectures.rope import (
 )
 from raymoe.architectures.rows import LINEAR
 from raymoe.architectures.unheld import why_not
-from raymoe.errors import Problem
+from raymoe.errors import Problem, few
 
 __all__ = ["NULL_MEANS_NONE", "DenseSpec", "read_spec"]
 
@@ -205,7 +207,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
 
 
 def _expected(where: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
-    return [Problem(where=where, what=what, remedy=f"expected {expected}") for what, expected in found]
+    return few(Problem(where=where, what=what, remedy=f"expected {expected}") for what, expected in found)
 
 
 def _unknown(model_type: object, where: str) -> Problem:
@@ -241,6 +243,17 @@ def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(each, kind) for each in value)
 
 
+def _is_limit(value: object) -> bool:
+    """Whether it is a pair of numbers. transformers 5 writes infinity as an object."""
+    infinity = {"__float__": "Infinity"}
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and is_number(value[0])
+        and (is_number(value[1]) or value[1] == infinity)
+    )
+
+
 # Keys that a config may leave out or set to null, what their values must be, and how to say so.
 _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
@@ -249,10 +262,11 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
         lambda v: v == 0 or _is_positive_int(v),
         "a whole number from 0 on or null",
     ),
-    (("rms_norm_eps", "rope_theta", "logits_scaling", "block_ffn_dim_multiplier"), is_positive, "a number over 0"),
+    (("rms_norm_eps", "rope_theta", "logits_scaling"), is_positive, POSITIVE),
+    (("block_ffn_dim_multiplier",), lambda v: is_positive(v) and v < 2**20, "a number over 0, below 1,048,576"),
     (
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logit_scale"),
-        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+        is_number,
         "a number",
     ),
     (
@@ -274,7 +288,7 @@ _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("layer_types", "layers_block_type"), lambda v: _is_list_of(v, str), "a list of kinds or null"),
     (("full_attn_idxs",), lambda v: _is_list_of(v, int), "a list of numbers of layers or null"),
     (("mamba_d_head",), lambda v: v == "auto" or _is_positive_int(v), 'a positive whole number or "auto"'),
-    (("time_step_limit",), lambda v: isinstance(v, list) and len(v) == 2, "two numbers"),
+    (("time_step_limit",), _is_limit, "two numbers"),
     (("hidden_act",), lambda v: isinstance(v, str), "text"),
     (
         (

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Pl
 
 from raymoe.config.lines import excerpt, kind_of, shown
 from raymoe.config.values import text, value_error, whole_number
-from raymoe.objects.urls import check_spelling, is_url, normalise
+from raymoe.objects.urls import check_no_secrets, check_spelling, is_url, normalise
 
 __all__ = ["PromptFile", "Prompts", "file_format", "is_compressed", "written_out"]
 
@@ -60,6 +60,10 @@ def _field(value: Any) -> str:
         return "text"
     if not text(value):
         raise value_error("is empty", "name the key or column that holds the prompt, for example text")
+    try:
+        check_no_secrets(text(value))
+    except ValueError as error:
+        raise value_error(str(error), "name the key or column that holds the prompt, for example text") from None
     return text(value)
 
 

@@ -9,15 +9,16 @@ belongs to the mixture under what the FFN is called there (`mlp.` in most famili
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from raymoe.architectures import FAMILIES, DenseSpec, MoeHost, host_of, read_spec
 from raymoe.architectures.moe import PER_TOKEN_KEY
-from raymoe.architectures.rope import rotary_share
+from raymoe.architectures.rope import rope_value_problems, rotary_share
 from raymoe.architectures.spec import NULL_MEANS_NONE
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemReport, few
 from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
 from raymoe.planning.tensors import adapter_problems, head_rows, rows_of, weight_refs
 from raymoe.planning.types import HeadRows, WeightRef
@@ -48,6 +49,10 @@ _DENSE_KEYS = (
     "attention_bias",
 )
 _FUSED = "experts.gate_up_proj"
+# Experts in all layers, where those of a layer are in one tensor, which says nothing of their number. (Where each has
+# tensors of its own, there are no more than tensors.) The largest mixtures have 60,000.
+_MOST_FUSED = 200_000
+_NAMED = 4  # of many missing tensors
 _REMEDY = "evaluate a merge as raymoe wrote it"
 
 
@@ -99,6 +104,11 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
     if host is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
+    # `read_spec` sees what is made of the config, and not all that is read here.
+    odd_values = rope_value_problems(facts.config)
+    where = f"{facts.label}/config.json"
+    if problems := few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
+        raise ProblemReport(problems)
     in_part = (share := rotary_share(facts.config)) != 1.0 and host.dense_turns_whole_heads
     if in_part and (not host.dense_in_part or facts.config.get("use_qk_norm")):
         what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
@@ -115,8 +125,8 @@ def mixture_model(facts: ModelFacts) -> EvaluatedModel:
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])
     rule = _rule(host, facts, spec)
     tensors = facts.index.tensors
-    if missing := [name for name in _output_names(host, spec, rule) if name not in tensors]:
-        raise ProblemReport([Problem(where=facts.label, what=_missing(host, missing, tensors), remedy=_REMEDY)])
+    if fault := _too_many(host, spec, rule, tensors) or _missing(host, spec, rule, tensors):
+        raise ProblemReport([Problem(where=facts.label, what=fault, remedy=_REMEDY)])
     entries = dict(_entries(host, spec, rule, tensors))
     if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
         raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
@@ -135,13 +145,13 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
     dense |= {"model_type": host.dense, **host.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
-    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config["intermediate_size"])
+    dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
     if dense["model_type"] == "llama" and config.get("sliding_window"):
         dense["model_type"] = "mistral"
     if dense["model_type"] == "seed_oss" and config.get("use_qk_norm"):
         dense["model_type"] = "qwen3"
     scaling = config.get("rope_scaling")
-    if scaling and "rope_type" not in scaling:
+    if scaling and isinstance(scaling, Mapping) and "rope_type" not in scaling:
         dense["rope_scaling"] = {**scaling, "rope_type": scaling.get("type", "default")}
     return dense
 
@@ -176,20 +186,50 @@ def _output_names(host: MoeHost, spec: DenseSpec, rule: RoutingRule) -> Iterator
     for layer in range(spec.layers):
         yield host.router.format(layer=layer)
         for name in host.expert.values():
-            yield from (name.format(layer=layer, expert=expert) for expert in range(rule.experts))
+            each = range(rule.experts) if "{expert}" in name else (0,)  # or all of a layer in one tensor
+            yield from (name.format(layer=layer, expert=expert) for expert in each)
         if rule.shared:
             yield from (name.format(layer=layer) for name in host.shared.values())
             if rule.gates_shared:
                 yield host.shared_router.format(layer=layer)
 
 
-def _missing(host: MoeHost, missing: Sequence[str], tensors: Mapping[str, TensorEntry]) -> str:
+def _too_many(host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """What is wrong with a number of experts that the tensors can't hold: a config.json may name any number."""
+    if _fused_elsewhere(host, tensors):
+        return None
+    what = f"config.json gives {rule.experts} experts to each of {spec.layers} layers"
+    if not host.is_fused:
+        # Each expert has a tensor at least in each layer.
+        fits = rule.experts * spec.layers <= len(tensors)
+        return None if fits else f"{what}, which {len(tensors)} tensors can't hold"
+    if rule.experts * spec.layers > _MOST_FUSED:
+        return f"{what} (at most {_MOST_FUSED:,} in all)"
+    names = (name.format(layer=layer) for layer in range(spec.layers) for name in sorted({*host.expert.values()}))
+    for name in names:
+        shape = tensors[name].shape if name in tensors else (rule.experts, 1, 1)
+        if len(shape) != 3 or shape[0] != rule.experts or 0 in shape:
+            return f"{what}, and {name} has the shape {list(shape)}"
+    return None
+
+
+def _missing(host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]) -> str | None:
     """What to say of tensors that are not there: why, where transformers 5 has given the experts other names."""
-    fused = next((name for name in tensors if name.endswith(_FUSED)), None)
-    if fused is None or any(name.endswith(_FUSED) for name in host.expert.values()):
-        return f"{len(missing)} tensor(s) missing: {', '.join(missing[:4])}"
-    how = "transformers saves them so with save_original_format=False"
-    return f"all experts of a layer are in one tensor ({fused}): {how}"
+    missing = (name for name in _output_names(host, spec, rule) if name not in tensors)
+    first = list(islice(missing, _NAMED))
+    if not first:
+        return None
+    if fused := _fused_elsewhere(host, tensors):
+        how = "transformers saves them so with save_original_format=False"
+        return f"all experts of a layer are in one tensor ({fused}): {how}"
+    return f"{len(first) + sum(1 for _ in missing)} tensor(s) missing: {', '.join(first)}"
+
+
+def _fused_elsewhere(host: MoeHost, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """A tensor with all experts of a layer in it, where the architecture has one for each."""
+    if any(name.endswith(_FUSED) for name in host.expert.values()):
+        return None
+    return next((name for name in tensors if name.endswith(_FUSED)), None)
 
 
 def _entries(

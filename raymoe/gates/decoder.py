@@ -38,6 +38,7 @@ __all__ = ["ReadableModel", "StreamedDecoder"]
 
 _HEAD = "lm_head.weight"
 _TURNED = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
+_NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
 Visit = Callable[[int, int, torch.Tensor], None]
 
 
@@ -84,7 +85,8 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if isinstance(value, Mapping):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else dict(value)
+        is_infinite = value.keys() == {"__float__"} and value["__float__"] in _NON_FINITE
+        return float(value["__float__"]) if is_infinite else dict(value)
     return value
 
 

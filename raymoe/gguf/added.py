@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemReport, few
 from raymoe.text import some
 from raymoe.untrusted import check_size, read_json
 
@@ -30,6 +30,7 @@ __all__ = [
 FILES = "add the tokenizer files of the base model to the checkpoint's folder"
 _BY_TEXT = "added_tokens.json"
 _BY_ID = "added_tokens_decoder"
+_NAMED = 5  # of many problems
 # What llama.cpp does where the model's name has one of these: space behind special tokens is taken away, but for that
 # behind three of them; without any of the four there it does not load the file.
 # Source: "set attributes by model/tokenizer/architecture name" in its src/llama-vocab.cpp.
@@ -62,6 +63,8 @@ def added_beside_model(files: Mapping[str, Path], config: Mapping[str, Any]) -> 
     problems: list[Problem] = []
     special = set(_special_texts(config))
     for where, token in _stated(files, config, special):
+        if len(problems) > _NAMED:
+            break
         if token is None:
             what = f"{_BY_TEXT if where.endswith(_BY_TEXT) else _BY_ID} has an entry that is no token with an id"
             problems.append(Problem(where=where, what=what, remedy=FILES))
@@ -71,7 +74,7 @@ def added_beside_model(files: Mapping[str, Path], config: Mapping[str, Any]) -> 
             problems.append(two_texts(where, token.number, known.text, token.text))
         found[token.number] = token
     if problems:
-        raise ProblemReport(problems)
+        raise ProblemReport(few(problems, _NAMED))
     return list(found.values())
 
 

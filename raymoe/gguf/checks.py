@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raymoe.architectures import MoeShape, host_of
+from raymoe.architectures.rope import is_number
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gguf.targets import AS_WRITTEN
@@ -86,7 +87,7 @@ def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
 
 
 def _same(value: Any, written: Any) -> bool:
-    numbers = isinstance(value, float | int) and isinstance(written, float | int)
+    numbers = is_number(value) and is_number(written)
     return isclose(value, written, rel_tol=_NEARLY) if numbers else bool(value == written)
 
 

@@ -14,7 +14,7 @@ from raymoe.architectures.rows import ATTENTION, LINEAR
 from raymoe.evaluation.models import RoutingRule
 from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
-from raymoe.gguf.targets import Target, has_alpha
+from raymoe.gguf.targets import Target, rope_base
 from raymoe.gguf.vocabulary import Vocabulary
 from raymoe.report.source_cards import is_model_of_hub, stated_licence, texts_of
 
@@ -189,10 +189,7 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
 
     writer.add_rope_dimension_count(spec.rotary_dim)
     scaling = spec.rope_scaling or {"rope_type": "default"}
-    stretch = 1.0
-    if has_alpha(spec):  # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe
-        stretch = scaling["alpha"] ** (spec.head_dim / (spec.head_dim - 2))
-    writer.add_rope_freq_base(spec.rope_theta * stretch)
+    writer.add_rope_freq_base(rope_base(spec))
     # Llama 3's is in the tensor rope_freqs, and dynamic scaling only begins where the context of the file ends.
     if scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

@@ -31,6 +31,7 @@ rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -40,7 +41,7 @@ from raymoe.architectures import DenseSpec
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import RoutingRule
 
-__all__ = ["AS_WRITTEN", "DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha"]
+__all__ = ["AS_WRITTEN", "DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha", "rope_base"]
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
@@ -174,7 +175,7 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
     architecture = _ARCHITECTURES[found]
-    reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture)]
+    reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture), *_number_reasons(spec)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
     if rule is not None and rule.scores != architecture.scores:
@@ -199,6 +200,10 @@ def _turns_neighbours(spec: DenseSpec) -> bool:
         return bool(spec.extra["rope_interleave"])
     return spec.family.turns_neighbours
 
+
+# What the floats of a GGUF file's metadata hold, and keys of configs that are written as such.
+_LARGEST_REAL = 3.4028234663852886e38
+_REALS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale")
 
 AS_WRITTEN = "convert a merge as raymoe wrote it"
 
@@ -318,6 +323,41 @@ def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
             continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
             yield f"RoPE scaling {kind!r} with {key} {value!r}"
+
+
+def _number_reasons(spec: DenseSpec) -> Iterator[str]:
+    """Numbers that the file's 32 bits can't hold, which a config.json may say of no weight."""
+    scaling = spec.rope_scaling or {}
+    reals = {
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta (with alpha)" if has_alpha(spec) else "rope_theta": rope_base(spec),
+        "factor of RoPE": scaling.get("factor"),
+        **{key: spec.extra.get(key) for key in _REALS},
+    }
+    for key, value in reals.items():
+        if value is not None and abs(value) > _LARGEST_REAL and not math.isinf(value):
+            yield f"{key} {value:.6g}: at most {_LARGEST_REAL:.6g}"
+    wholes = {
+        "max_position_embeddings": spec.max_positions,
+        "sliding_window": spec.sliding_window,
+        "original_max_position_embeddings": scaling.get("original_max_position_embeddings"),
+    }
+    for key, value in wholes.items():
+        if value is not None and not (isinstance(value, int) and 0 <= value < 2**32):
+            yield f"{key} {value:.6g}: a whole number below {2**32}"
+
+
+def rope_base(spec: DenseSpec) -> float:
+    """The base of rotary frequencies with Hunyuan's `alpha` in it."""
+    if not has_alpha(spec):
+        return spec.rope_theta
+    # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe
+    alpha = spec.rope_scaling["alpha"] if spec.rope_scaling else 1
+    try:
+        stretched = spec.rope_theta * alpha ** (spec.head_dim / (spec.head_dim - 2))
+    except (OverflowError, ZeroDivisionError):
+        return sys.float_info.max
+    return stretched if isinstance(stretched, float) else sys.float_info.max  # complex, of an alpha below 0
 
 
 def has_alpha(spec: DenseSpec) -> bool:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.objects.urls import check_no_secrets
 
 __all__ = ["StorageOptions"]
 
 _CHECKSUMS = (None, "sha256")
+_MOST_REQUESTS = 10_000
+_LONGEST_S = 10**9  # larger ones are no times that a system's timers take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +40,18 @@ class StorageOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.max_requests < 1:
-            problems.append(_problem("max_requests", f"{self.max_requests} is not a number from 1 up", "leave it out"))
+        if not 1 <= self.max_requests <= _MOST_REQUESTS:
+            what = f"{_shown(self.max_requests)} is not a number from 1 up to {_MOST_REQUESTS}"
+            problems.append(_problem("max_requests", what, "leave it out"))
         for name in ("read_timeout_s", "deadline_s"):
-            if not getattr(self, name) > 0:
-                problems.append(_problem(name, f"{getattr(self, name)} is not a time over 0 seconds", "leave it out"))
+            if not 0 < getattr(self, name) <= _LONGEST_S:
+                what = f"{_shown(getattr(self, name))} is not a time over 0 seconds, up to {_LONGEST_S}"
+                problems.append(_problem(name, what, "leave it out"))
+        for name in ("region", "profile"):
+            try:
+                check_no_secrets(getattr(self, name) or "")
+            except ValueError as error:
+                problems.append(_problem(name, str(error), "write its name, and set credentials as for the AWS CLI"))
         if self.checksum not in _CHECKSUMS:
             what = f"unknown checksum {self.checksum!r}"
             problems.append(_problem("checksum", what, "write sha256, or leave it out"))
@@ -55,6 +65,11 @@ class StorageOptions:
             problems.append(_problem("endpoint", what, remedy))
         if problems:
             raise ProblemReport(problems)
+
+
+def _shown(number: float) -> str:
+    """A number as text, unless it is an integer that is too long to be written."""
+    return f"{number}" if abs(number) < 2**64 or isinstance(number, float) else "this"
 
 
 def _problem(name: str, what: str, remedy: str) -> Problem:

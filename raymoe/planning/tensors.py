@@ -9,7 +9,7 @@ from itertools import groupby
 
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape
 from raymoe.config import ExpertConfig
-from raymoe.errors import Problem
+from raymoe.errors import Problem, few
 from raymoe.planning.shards import OutputTensor, Piece
 from raymoe.planning.types import (
     FUSED,
@@ -27,7 +27,7 @@ from raymoe.planning.types import (
 from raymoe.sources.adapters import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.heads import HEAD
-from raymoe.sources.types import LoraPair, ModelFacts, TensorEntry
+from raymoe.sources.types import AdapterFacts, LoraPair, ModelFacts, TensorEntry
 from raymoe.text import some
 
 __all__ = [
@@ -261,19 +261,21 @@ def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only
     """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it."""
     if facts.adapter is None:
         return []
-    label, problems = f"{where} ({facts.label})", []
-    left_out = dict(facts.adapter.left_out)
-    if spec.tied and HEAD in facts.adapter.pairs:  # the file holds a duplicate of the embedding, which is not used
+    return few(_adapter_problems(facts.adapter, spec, f"{where} ({facts.label})", ffn_only=ffn_only))
+
+
+def _adapter_problems(adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn_only: bool) -> Iterator[Problem]:
+    left_out = dict(adapter.left_out)
+    if spec.tied and HEAD in adapter.pairs:  # the file holds a duplicate of the embedding, which is not used
         left_out["lm_head"] = LORA_ON_TIED_HEAD
     for module, what in left_out.items():
         if _is_of_ffn(f"{module}.weight", spec):
             what = f"its adapter has {what} for {module}, a part of the FFN; this is not supported"
-            problems.append(Problem(where=label, what=what, remedy=MERGE_WITH_PEFT))
+            yield Problem(where=label, what=what, remedy=MERGE_WITH_PEFT)
         elif not ffn_only:
             what = f"its adapter has {what} for {module}; this is not supported where more than the FFN is used"
             remedy = f"use prompt_model: base or grafted, or {MERGE_WITH_PEFT}"
-            problems.append(Problem(where=label, what=what, remedy=remedy))
-    return problems
+            yield Problem(where=label, what=what, remedy=remedy)
 
 
 def adapter_warnings(member: Member, where: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raymoe.architectures import MoeHost, host_of
 from raymoe.architectures.moe import PER_TOKEN_KEY
@@ -136,6 +137,10 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
         for entry in index.tensors.values()
         if pattern.match(entry.name) and entry.dtype in _FLOATS and len(entry.shape) == 2 and all(entry.shape)
     ]
+    # In a .bin file any number of tensors may be the same bytes; of safetensors each has its own.
+    if sum(entry.nbytes for entry in entries) > sum(file.size for file in index.files):
+        where, what = entries[0].file.location, f"its {len(entries)} routers have more bytes than the files"
+        raise ProblemReport([Problem(where=where, what=what, remedy="save the model again as safetensors")])
     norms, cosines = [], []
     with SourceReader(HubOptions(), storage) as reader:
         for entry in entries:
@@ -144,7 +149,7 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
             units = rows / np.maximum(lengths, 1e-12)[:, None]
             norms.append(lengths.mean())
             if len(rows) > 1:
-                cosines.append((units @ units.T)[np.triu_indices(len(rows), 1)].mean())
+                cosines.append(_mean_cosine(units))
     summary: dict[str, Any] = {"layers": len(entries)}
     if norms:
         summary["row_norm"] = {"min": min(norms), "max": max(norms)}
@@ -155,6 +160,13 @@ def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> 
             "max": max(cosines),
         }
     return summary
+
+
+def _mean_cosine(units: npt.NDArray[np.float64]) -> float:
+    """The mean over all pairs of rows (N, hidden) of length 1 or 0, from their sum: a matrix of all pairs is N * N."""
+    count = len(units)
+    in_all, of_rows = np.square(units.sum(axis=0)).sum(), np.square(units).sum()
+    return float((in_all - of_rows) / (count * (count - 1)))
 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:

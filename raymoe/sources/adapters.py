@@ -142,8 +142,8 @@ def adapter_facts(
     on. `base_model_name_or_path` is not compared: models move and are renamed; shapes are compared. Raises
     CheckpointError with all problems.
     """
-    if faults := _config_faults(config):
-        raise CheckpointError([fault.at(label) for fault in faults])  # what tensors are can't be told without it
+    if faults := _config_faults(config):  # what tensors are can't be told without it
+        raise CheckpointError([fault.at(label) for fault in _briefly(faults, "problems of adapter_config.json")])
     other_base = _other_base(config)
     found = _sort(index, model, other_base)
     faults = [*found.faults, *_missing_modules(config, found)]
@@ -189,10 +189,10 @@ class _Misfit(ValueError):
         self.remedy = remedy
 
 
-def _briefly(faults: Sequence[_Fault]) -> list[_Fault]:
+def _briefly(faults: Sequence[_Fault], kind: str = "that don't fit") -> list[_Fault]:
     if len(faults) <= _NAMED:
         return list(faults)
-    return [*faults[:_NAMED], _Fault(f"and {len(faults) - _NAMED} more that don't fit", faults[_NAMED].remedy)]
+    return [*faults[:_NAMED], _Fault(f"and {len(faults) - _NAMED} more {kind}", faults[_NAMED].remedy)]
 
 
 def _other_base(config: Mapping[str, Any]) -> str:
@@ -219,13 +219,15 @@ def _config_faults(config: Mapping[str, Any]) -> list[_Fault]:
     ]
     others = []
     if config.get("bias", "none") != "none":
-        others.append(f"the adapter trains biases (bias: {config['bias']!r}), which is not supported")
+        others.append(f"the adapter trains biases (bias: {config['bias']!r:.80}), which is not supported")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and init is not None and str(init).lower() not in _INITS_KEEPING_BASE:
-        others.append(f"the adapter was made with init_lora_weights {init!r}, which changed its model's own weights")
+        others.append(
+            f"the adapter was made with init_lora_weights {init!r:.80}, which changed its model's own weights"
+        )
     for key in sorted(config.keys() - _INERT - _REFUSED.keys() - {"bias"}):
         if config[key]:
-            others.append(f"unknown setting {key!r} = {config[key]!r:.80} in adapter_config.json")
+            others.append(f"unknown setting {key!r:.80} = {config[key]!r:.80} in adapter_config.json")
     faults += [_Fault(what, MERGE_WITH_PEFT) for what in others]
     return faults + [
         _Fault(what, f"correct adapter_config.json, or {_SAVE_AGAIN}") for what in _number_problems(config)
@@ -247,7 +249,7 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
             continue
         for pattern, value in patterns.items():
             if not _is_positive(value, kind):
-                problems.append(f"{key!r} gives {pattern!r} the value {value!r:.80}, not a number over 0")
+                problems.append(f"{key!r} gives {pattern!r:.80} the value {value!r:.80}, not a number over 0")
             if problem := pattern_problem(pattern):
                 problems.append(f"{key!r} {problem}")
     return problems

@@ -12,16 +12,17 @@ the last word.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from raymoe.errors import CheckpointError, Problem
+from raymoe.errors import CheckpointError, Problem, few
 from raymoe.sources.adapters import EMPTY_ADAPTER
 from raymoe.sources.folder import Folder, is_inside, read_json_object, unusable
 from raymoe.sources.pickled import parse_pickled
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.types import CheckpointIndex, SourceFile, TensorEntry
+from raymoe.text import some
 
 __all__ = ["index_adapter_weights", "index_model_weights"]
 
@@ -99,8 +100,8 @@ def _combine(
     for file_name, entries in by_file.items():
         for entry in entries:
             holders.setdefault(entry.name, {})[file_name] = entry
-    problems = _weight_map_problems(folder, holders, weight_map)
-    problems += _double_problems(folder, holders, weight_map)
+    problems = few(_weight_map_problems(folder, holders, weight_map), _NAMED)
+    problems += few(_double_problems(folder, holders, weight_map), _NAMED)
     # In two shards: the last one counts. In none of the index: it is part of the model all the same.
     tensors = {name: list(held.values())[-1] for name, held in holders.items()}
     if not tensors:
@@ -121,7 +122,7 @@ def _entries_by_file(folder: Folder, files: Mapping[str, SourceFile]) -> dict[st
             except CheckpointError as error:
                 problems.extend(error.problems)
     if problems:
-        raise CheckpointError(problems)
+        raise CheckpointError(few(problems, 2 * _NAMED))  # of each file there may be several
     return result
 
 
@@ -134,25 +135,23 @@ def _entries(folder: Folder, name: str, file: SourceFile) -> Sequence[TensorEntr
 
 def _weight_map_problems(
     folder: Folder, holders: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str]
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """Tensors that are not where the index says, gathered by (named file, actual file)."""
     wrong: dict[tuple[str, str], list[str]] = {}
     for name, file_name in weight_map.items():
         held = holders.get(name, {})
         if file_name not in held:
             wrong.setdefault((file_name, next(iter(held), "")), []).append(name)
-    problems: list[Problem] = []
     for (file_name, actual), names in wrong.items():
         found = f"found in {actual}" if actual else "found nowhere"
         what = f"the index file places {_some(names)} here: not so, {found}"
         remedy = "index and shards are not of one checkpoint: download or save all of them again"
-        problems.append(Problem(where=f"{folder.label}/{file_name}", what=what, remedy=remedy))
-    return problems
+        yield Problem(where=f"{folder.label}/{file_name}", what=what, remedy=remedy)
 
 
 def _double_problems(
     folder: Folder, holders: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str]
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """Tensors in several shards, unless the index names the last of them.
 
     transformers loads the shards in the order of their names, whatever the index says of a tensor: the last one stays.
@@ -161,11 +160,10 @@ def _double_problems(
     for name, held in holders.items():
         if len(held) > 1 and weight_map.get(name) != list(held)[-1]:
             double.setdefault(tuple(held), []).append(name)
-    problems: list[Problem] = []
     for files, names in double.items():
-        what = f"{_some(names)} in {' and in '.join(files)}: transformers takes the last, which the index does not name"
-        problems.append(Problem(where=folder.label, what=what, remedy=_CONVERT))
-    return problems
+        where = some(files, _NAMED, " and in ")
+        what = f"{_some(names)} in {where}: transformers takes the last, which the index does not name"
+        yield Problem(where=folder.label, what=what, remedy=_CONVERT)
 
 
 def _some(names: Sequence[str]) -> str:

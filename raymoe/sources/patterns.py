@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["LONGEST_NAME", "Patterns", "pattern_problem", "slow_patterns", "too_many_patterns"]
@@ -16,17 +17,23 @@ __all__ = ["LONGEST_NAME", "Patterns", "pattern_problem", "slow_patterns", "too_
 # Those that peft writes are names of modules. Four repetitions (`.*`) are within the limits.
 LONGEST_NAME = 80
 _PATTERN_CHARACTERS, _MOST_WAYS = 1000, LONGEST_NAME**4
-# A model of 126 layers has 882 modules with a pattern each.
-_MOST_PATTERNS = 10_000
+# Of one setting. A model of 126 layers has 882 modules with a pattern each, 35 kB. Compiling takes up to 4 us for each
+# character.
+_MOST_PATTERNS, _MOST_CHARACTERS = 10_000, 400_000
+# What compiling can take long for, and no name of a module needs: characters beyond ASCII, of which one class can hold
+# hundreds of ranges, the escapes that stand for them, and flags, which look for each character in both cases.
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPES_BY_NUMBER = frozenset("xuUN0")
+_FLAG = re.compile(r"\(\?[^:=!<>P(]")
 # Of all patterns on all modules. A way takes about 2 ns, and a match as long as _WAYS_OF_A_MATCH: some 10 seconds.
 _MOST_WAYS_IN_ALL, _WAYS_OF_A_MATCH = 5 * 10**9, 1000
 
 
 class Patterns:
-    """The values that patterns give to modules. Each is compiled once: the cache of `re` holds 512."""
+    """The values that patterns give to modules."""
 
     def __init__(self, patterns: Mapping[str, Any], default: Any) -> None:
-        self._values = [(re.compile(_expression(pattern)), value) for pattern, value in patterns.items()]
+        self._values = [(_compiled(pattern), value) for pattern, value in patterns.items()]
         self._default = default
 
     def __bool__(self) -> bool:
@@ -38,7 +45,11 @@ class Patterns:
 
 def too_many_patterns(patterns: Collection[str]) -> str | None:
     """The problem of a setting with too many patterns. Call it before each pattern is checked."""
-    return f"has {len(patterns)} patterns (at most {_MOST_PATTERNS})" if len(patterns) > _MOST_PATTERNS else None
+    if len(patterns) > _MOST_PATTERNS:
+        return f"has {len(patterns)} patterns (at most {_MOST_PATTERNS})"
+    if (characters := sum(map(len, patterns))) > _MOST_CHARACTERS:
+        return f"has patterns of {characters:,} characters in all (at most {_MOST_CHARACTERS:,})"
+    return None
 
 
 def pattern_problem(pattern: str) -> str | None:
@@ -46,11 +57,21 @@ def pattern_problem(pattern: str) -> str | None:
     # Compiling takes time and memory of its own, so it comes last.
     if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern, LONGEST_NAME) > _MOST_WAYS:
         return f"has {pattern!r:.80}, which may take too long to match"
+    if not pattern.isascii() or _ESCAPES_BY_NUMBER.intersection(_ESCAPE.findall(pattern)):
+        return f"has {pattern!r:.80}, which has characters that names of modules don't have"
+    if _FLAG.search(_ESCAPE.sub("a", pattern)):
+        return f"has {pattern!r:.80}, which has flags, (?i) or the like"
     try:
-        re.compile(_expression(pattern))
+        _compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"has {pattern!r:.80}, which is no regular expression: {error}"
     return None
+
+
+@lru_cache(maxsize=_MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Adapters of one merge mostly have the same patterns; the cache of `re` holds 512."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def slow_patterns(settings: Collection[Mapping[str, Any]], modules: Collection[str]) -> str | None:
@@ -71,7 +92,7 @@ def _ways_to_try(pattern: str, characters: int) -> float:
     alternatives. Characters of a class (`[)*]`) are counted as if they were operators, which finds too many ways but
     never too few. `#` begins comments in verbose patterns, which hide what is repeated; names of modules have none.
     """
-    plain = re.sub(r"\\.", "a", pattern, flags=re.DOTALL)
+    plain = _ESCAPE.sub("a", pattern)
     if "#" in plain or re.search(r"\)\s*[*+{]", plain):
         return math.inf
     # Lazy and possessive repetitions are one, not two. (After `}` they count as two: it may be a plain character.)
@@ -79,7 +100,3 @@ def _ways_to_try(pattern: str, characters: int) -> float:
     repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
     alternatives: int = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
     return float(min(alternatives * characters**repetitions * 2**optional, _MOST_WAYS + 1))
-
-
-def _expression(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"

@@ -16,7 +16,9 @@ depend on torch.)
 
 Nor can it take what its size does not tell. A tuple of shared tuples is as large as two to the power of their number
 where it is hashed or printed, so only a few are let through. Tuples in tuples are hashed by recursion, so only a few
-levels are let through. Records are read within bounds of their own.
+levels are let through. Keys of dictionaries that a file chooses to have one hash take time by the square of their
+number, so only text and small numbers are keys: Python's hashes of text differ from process to process. Records are
+read within bounds of their own.
 """
 
 from __future__ import annotations
@@ -50,6 +52,22 @@ _MAX_SHARED_TUPLES = 16
 # hold one another two deep.
 _MAX_TUPLE_DEPTH = 64
 _TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+_TEXTS = frozenset(
+    {
+        *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+    }
+)
+_NUMBERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"})
+# Sizes and offsets are below. From here on different integers have one hash.
+_TOO_LARGE = 2**61 - 1
+# Optimizers' states have parameters by number. Below this number, at most some hundred keys share their places in a
+# dictionary, however they are chosen.
+_LARGEST_KEY = 2**20
+# Operations that fill a dictionary -> where keys begin among the values that they take.
+_KEYED: Mapping[str, int] = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0}
+# What a value on the unpickler's stack is: at 0 anything else, above 0 how deep its tuples are nested.
+_KEY = -1
 # Operations that leave what they fill on the stack. (With nothing to fill in, that may be a tuple.)
 _FILLING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
 _REFUSED_OPERATIONS = frozenset(
@@ -140,6 +158,13 @@ def _tensor(
     return _Tensor(storage, offset, tuple(shape), tuple(stride), bits)
 
 
+def _ordered_dict(*pairs: Any) -> collections.OrderedDict[Any, Any]:
+    """An empty one, which operations fill: `_check_operations` does not see the keys of `pairs`."""
+    if pairs:
+        raise _RefusedError("an OrderedDict of pairs")
+    return collections.OrderedDict()
+
+
 def _parameter(data: Any, *_: Any) -> _Tensor:
     if not isinstance(data, _Tensor):
         raise _RefusedError("a parameter that is no tensor")
@@ -148,8 +173,7 @@ def _parameter(data: Any, *_: Any) -> _Tensor:
 
 _CALLABLE: Mapping[tuple[str, str], object] = MappingProxyType(
     {
-        # A C type: immutable as well, other than a class of our own would be.
-        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("collections", "OrderedDict"): _Rebuild(_ordered_dict),
         ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_tensor),
         ("torch._utils", "_rebuild_parameter"): _Rebuild(_parameter),
     }
@@ -297,7 +321,7 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
 
 def _check_operations(pickled: bytes) -> None:
     """Raise _RefusedError or UnpicklingError for a pickle that would take more than its size tells."""
-    # The unpickler's stack, marks and memo, with one number for each value: how deep its tuples are nested, 0 for none.
+    # The unpickler's stack, marks and memo, with one number for each value: `_KEY`, or how deep its tuples are nested.
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
@@ -308,6 +332,8 @@ def _check_operations(pickled: bytes) -> None:
             raise _RefusedError(f"more than {_MAX_OPERATIONS:,} operations")
         if name in _REFUSED_OPERATIONS:
             raise _RefusedError(f"the operation {name}")
+        if name in _NUMBERS and isinstance(argument, int) and abs(argument) >= _TOO_LARGE:
+            raise _RefusedError(f"an integer of {argument.bit_length()} bits")
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -323,10 +349,19 @@ def _check_operations(pickled: bytes) -> None:
                 raise _RefusedError("tuples that hold each other many times")
         else:
             taken = _take(stack, marks, opcode)
-            depth = 1 + max(taken, default=0) if name in _TUPLES else taken[0] if name in _FILLING else 0
+            if name in _KEYED and any(key != _KEY for key in taken[_KEYED[name] :: 2]):
+                raise _RefusedError("a dictionary whose keys are neither text nor small numbers")
+            depth = 1 + max([0, *taken]) if name in _TUPLES else taken[0] if name in _FILLING else 0
             if depth > _MAX_TUPLE_DEPTH:
                 raise _RefusedError(f"tuples nested more than {_MAX_TUPLE_DEPTH} deep")
-            stack += [depth] * len(opcode.stack_after)
+            stack += [_KEY if _may_be_key(name, argument) else depth] * len(opcode.stack_after)
+
+
+def _may_be_key(operation: str, argument: Any) -> bool:
+    """Whether an operation leaves text or a small number on the stack. `INT` leaves truth values too."""
+    if operation in _NUMBERS:
+        return isinstance(argument, int) and not isinstance(argument, bool) and abs(argument) < _LARGEST_KEY
+    return operation in _TEXTS
 
 
 def _take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:

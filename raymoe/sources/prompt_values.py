@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -33,6 +34,12 @@ _MAX_LINE_BYTES = 16 * 2**20
 _READ_BYTES = 4 * 2**20
 _BATCH_ROWS = 256
 _SHOWN_FIELDS = 12
+# Of Parquet, where one text can stand for any number of rows, and a page of zeros takes up nothing: how many times its
+# size a file may give in texts (as gzip does at most), unless that is little, and how many times their bytes in the
+# file the pages of a row group may take, unless they are small.
+_MOST_TIMES, _LEAST_OF_MOST_BYTES, _BYTES_OF_A_ROW = 1000, 2**30, 64
+_MOST_TIMES_COMPRESSED, _LARGEST_CHUNK = 100, 64 * 2**20
+_LARGE_CHARACTERS, _DICTIONARY_PAGE = 2**16, 2
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
@@ -178,7 +185,8 @@ def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
         faults.end("reading Parquet needs pyarrow, which is not installed", remedy)
     try:
         # By default a whole row group's column is read ahead.
-        opened = parquet.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
+        options: Any = {"buffer_size": _READ_BYTES, "pre_buffer": False}
+        opened = parquet.ParquetFile(raw, **options)
         names = opened.schema_arrow.names
         if field not in names:
             faults.end(*_no_field("column", field, names))
@@ -186,17 +194,92 @@ def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
         kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
         if str(kind) not in (*_TEXT_TYPES, "null"):
             faults.end(f"the column '{excerpt(field)}' holds {excerpt(str(kind))}, not text", "name a column of text")
-        row = 0
-        for batch in opened.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False):
-            for value in batch.column(0):
-                row += 1
-                if (text := _cell(value, faults, f" row {row}")) is not None:
-                    yield text
+        if str(kind) == "null":
+            return
+        _check_chunks(opened.metadata, field, faults)
+        most = max(_LEAST_OF_MOST_BYTES, _MOST_TIMES * raw.seek(0, io.SEEK_END))
+        row = nbytes = 0
+        large = _Large()
+        for group in range(opened.metadata.num_row_groups):
+            rows = _batch_rows(raw, opened.metadata, group, field, faults)
+            for batch in opened.iter_batches(rows, row_groups=[group], columns=[field], use_threads=False):
+                for value in batch.column(0):
+                    row += 1
+                    text = _cell(value, faults, f" row {row}")
+                    nbytes += _BYTES_OF_A_ROW + len(text or "")
+                    if nbytes > most:
+                        what = f"its texts have more than {_MOST_TIMES} times the bytes of the file, and over 1 GiB"
+                        faults.end(what, "write each prompt once", f" row {row}")
+                    if text is not None:
+                        yield large.once(text)
     except (ArrowException, OSError, ValueError) as error:
         faults.end(f"the Parquet file can't be read: {excerpt(str(error), 200)}", "make the file again")
 
 
+class _Large:
+    """Large texts that are the same are held once: all rows may have one of a Parquet file's dictionary."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._characters = 0
+
+    def once(self, text: str) -> str:
+        if len(text) < _LARGE_CHARACTERS:
+            return text
+        if text not in self._texts:
+            if self._characters + len(text) > _LARGEST_CHUNK:
+                self._texts.clear()
+                self._characters = 0
+            self._characters += len(text)
+        return self._texts.setdefault(text, text)
+
+
+def _check_chunks(metadata: Any, field: str, faults: Faults) -> None:
+    """End with a problem for pages that take far more than their bytes in the file: a page is expanded as a whole."""
+    for group in range(metadata.num_row_groups):
+        chunk = _chunk(metadata, group, field)
+        expanded, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
+        if expanded > max(_LARGEST_CHUNK, _MOST_TIMES_COMPRESSED * stored):
+            what = f"row group {group} has {expanded:,} bytes of '{excerpt(field)}' in {stored:,} compressed ones"
+            faults.end(what, "write the prompts as .jsonl or .jsonl.gz")
+
+
+def _chunk(metadata: Any, group: int, field: str) -> Any:
+    schema = metadata.schema
+    return metadata.row_group(group).column(
+        next(number for number in range(metadata.num_columns) if schema.column(number).path == field)
+    )
+
+
+def _batch_rows(raw: BinaryIO, metadata: Any, group: int, field: str, faults: Faults) -> int:
+    """How many rows to read at once: each may be as large as the dictionary, which the header of its page tells.
+
+    Source: PageHeader in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift, whose
+    first fields are the kind of page and its size when it is expanded, each a byte and a number of 7 bits a byte.
+    """
+    chunk = _chunk(metadata, group, field)
+    starts = [start for start in (chunk.data_page_offset, chunk.dictionary_page_offset) if start]
+    raw.seek(min(starts, default=0))
+    header = raw.read(16)
+    numbers = re.match(rb"\x15([\x80-\xff]*[\x00-\x7f])\x15([\x80-\xff]*[\x00-\x7f])", header, re.DOTALL)
+    if numbers is None:
+        return _BATCH_ROWS  # a damaged file, as pyarrow will tell
+    kind, nbytes = (sum((byte & 0x7F) << 7 * n for n, byte in enumerate(number)) >> 1 for number in numbers.groups())
+    if kind != _DICTIONARY_PAGE:
+        return _BATCH_ROWS
+    if nbytes > _MAX_LINE_BYTES + _READ_BYTES:
+        what = f"row group {group} has a dictionary of {nbytes:,} bytes for '{excerpt(field)}'"
+        faults.end(what, f"write it with texts of at most {_MAX_LINE_BYTES >> 20} MiB, or without a dictionary")
+    return max(1, min(_BATCH_ROWS, _LARGEST_CHUNK // max(int(nbytes), 1)))
+
+
 def _cell(value: Any, faults: Faults, at: str) -> str | None:
+    if not value.is_valid:
+        return None
+    value = getattr(value, "value", value)  # of a dictionary
+    buffer = value.as_buffer()
+    if buffer.size > _MAX_LINE_BYTES:
+        faults.end(f"the text has more than {_MAX_LINE_BYTES >> 20} MiB", "write one prompt a row", at)
     try:
         text: str | None = value.as_py()
     except UnicodeDecodeError:

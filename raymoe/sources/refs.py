@@ -133,6 +133,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
         return PathRef(path=normalise(path))
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
+    check_no_secrets(revision or "")
     # As in mergekit, `path` here is a path as it is: nothing is split off it.
     return PathRef(path=path.strip(), revision=revision.strip() if revision else None)
 

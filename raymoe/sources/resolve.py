@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from raymoe.errors import CheckpointError, Problem
+from raymoe.errors import CheckpointError, Problem, few
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url, local_path
 from raymoe.sources.adapters import adapter_facts
@@ -205,10 +205,10 @@ def _open(
     if not is_adapter:
         problems += quantisation_problems(folder.label, config or {}, index)
     side, python = side_files(folder), side_files(folder, ("*.py",))
-    problems += _too_large(folder, side)
+    problems += few(_too_large(folder, side))
     python = tuple(each for each in python if not _too_large(folder, [each]))
     if isinstance(folder, LocalFolder):
-        problems += _outside(folder, side)
+        problems += few(_outside(folder, side))
         python = tuple(each for each in python if not _outside(folder, [each]))
     if problems or config is None or index is None:
         raise CheckpointError(problems)

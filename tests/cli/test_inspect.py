@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from raymoe.planning import MergeOptions
+from raymoe.report.inspect import inspect_checkpoint
 
 Cli = Callable[..., Any]
 
@@ -157,3 +162,43 @@ def test_the_number_of_experts_by_another_name(host: str, cli: Cli, zoo: Callabl
 
 def change(path: Path, changes: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+ROUTER = "model.layers.{layer}.block_sparse_moe.gate.weight"
+
+
+def mixture_of(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"model_type": "mixtral", "num_experts_per_tok": 2}')
+    return folder
+
+
+def test_cosines_of_all_pairs(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    rows[3] = 0
+    save_file({ROUTER.format(layer=0): rows, ROUTER.format(layer=1): rows[:2]}, tmp_path / "model.safetensors")
+    units = rows / np.maximum(np.linalg.norm(rows, axis=1), 1e-12)[:, None]
+    expected = [np.mean([a @ b for a, b in combinations(units[:count], 2)]) for count in (7, 2)]
+    found = inspect_checkpoint(mixture_of(tmp_path))["routers"]["cosine_between_rows"]
+    assert found == pytest.approx({"min": min(expected), "mean": np.mean(expected), "max": max(expected)}, abs=1e-6)
+
+
+def test_a_router_of_many_rows(tmp_path: Path) -> None:
+    """400 kB; a matrix of all pairs of rows would have 320 GB."""
+    save_file({ROUTER.format(layer=0): np.ones((200_000, 1), np.float16)}, tmp_path / "model.safetensors")
+    tracemalloc.start()
+    try:
+        routers = inspect_checkpoint(mixture_of(tmp_path))["routers"]
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert routers["cosine_between_rows"]["mean"] == pytest.approx(1)
+
+
+def test_routers_that_are_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
+    """A few bytes for each router in a .bin file have all of its rows read again."""
+    torch = pytest.importorskip("torch")
+    rows = torch.ones(1000, 100)
+    torch.save({ROUTER.format(layer=layer): rows for layer in range(3)}, mixture_of(tmp_path) / "pytorch_model.bin")
+    done = cli("inspect", tmp_path)
+    assert done.code == 2
+    assert "its 3 routers have more bytes than the files" in done.err

@@ -226,6 +226,7 @@ BAD_PROMPT_FILES = {
     "no text": ("file: yes", "file", "YAML reads 'yes' as a boolean", 'quote it: "yes"'),
     "hub": ("file: hf://a/b.txt", "file", "files on the Hub can't be named here", "download the file"),
     "bad URL": ("file: s3://b/../p.txt", "file", r"has the path segment '\.\.'", "s3://bucket/folder/"),
+    "secret field": ("file: p.jsonl, field: 's3://a:hidden@b/p'", "field", "a URL has credentials", "key or column"),
     "secret URL": ("file: 's3://me:hidden@b/p.txt'", "file", "a URL has credentials", "s3://bucket"),
     "field number": ("file: p.txt, field: 3", "field", "reads '3' as a number", 'quote it: "3"'),
     "field empty": ("file: p.txt, field: ''", "field", "is empty", "key or column"),

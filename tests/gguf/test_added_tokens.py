@@ -109,6 +109,14 @@ def test_what_is_no_tokens_is_refused(by_text: Any, decoder: Any, message: str, 
         write_gguf(model, model / "model.gguf")
 
 
+def test_thousands_of_entries_that_are_no_tokens(model: Path) -> None:
+    made.put(model, model=made.sentencepiece_model(), **NAMES)
+    (model / "added_tokens.json").write_text(json.dumps({f"<{number}>": -1 for number in range(5000)}))
+    with pytest.raises(ProblemReport) as caught:
+        write_gguf(model, model / "model.gguf")
+    assert len(caught.value.problems) == 6
+
+
 def test_both_files_may_say_the_same(model: Path) -> None:
     made.put(model, model=made.sentencepiece_model(), added_tokens_decoder=by_id(), **NAMES, **PLAIN)
     (model / "added_tokens.json").write_text(json.dumps({text: 400 + n for n, text in enumerate(TURN)}))

@@ -112,6 +112,16 @@ def test_they_are_refused_where_the_whole_model_is_used(
         dense_model(resolve_model(parse_model_ref(f"{base}+{adapter}")), "expert 0")
 
 
+def test_an_adapter_of_many_unsupported_changes(zoo: Callable[..., Path], tmp_path: Path) -> None:
+    base = zoo("llama")
+    more = {f"{PREFIX}model.table{number}.lora_embedding_A": torch.ones(4, 1) for number in range(50)}
+    adapter = adapter_with(tmp_path / "lora", base, ["up_proj"], more)
+    with pytest.raises(ProblemReport) as caught:
+        dense_model(resolve_model(parse_model_ref(f"{base}+{adapter}")), "expert 0")
+    assert len(caught.value.problems) == 6
+    assert caught.value.problems[-1].what == "and more problems of this kind"
+
+
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("duplicate", [False, True])
 def test_lora_on_a_tied_head_is_refused_whether_or_not_the_file_holds_the_head(

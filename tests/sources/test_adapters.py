@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 
 from raymoe.errors import CheckpointError
 from raymoe.sources.adapters import _modules_by_ending, _same_module
-from raymoe.sources.patterns import Patterns, slow_patterns
+from raymoe.sources.patterns import Patterns, _compiled, pattern_problem, slow_patterns
 from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, SourceFile, TensorEntry
@@ -202,7 +203,7 @@ NEVER = "peft can't merge it into a model either"
         ({"rank_pattern": {".*.*.*.*.*!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"(?x:(a+)#\n+)!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
         ({"rank_pattern": {"}?" * 40 + "!": 1}}, "'rank_pattern' has .* may take too long to match", SAVE_AGAIN),
-        ({"rank_pattern": {"(?i)up_proj": 1}}, "is no regular expression", SAVE_AGAIN),
+        ({"rank_pattern": {"(?i)up_proj": 1}}, "'rank_pattern' has '(?i)up_proj', which has flags", SAVE_AGAIN),
         ({"rank_pattern": {"a{99999999999}": 4}}, "'rank_pattern' has 'a{99999999999}', which is no", SAVE_AGAIN),
         ({"rank_pattern": {"(" * 5000 + "a" + ")" * 5000: 4}}, "may take too long to match", SAVE_AGAIN),
         ({"alpha_pattern": {f"up{n}": 4 for n in range(10_001)}}, "'alpha_pattern' has 10001 patterns", SAVE_AGAIN),
@@ -223,6 +224,31 @@ def test_refused_settings(model: Path, setting: dict[str, Any], message: str, re
 
 
 @pytest.mark.parametrize(
+    ("setting", "first"),
+    [
+        ({f"k{number:05}": 1 for number in range(40_000)}, "unknown setting 'k00000' = 1"),
+        (
+            {"rank_pattern": {f"up_proj{number}": 0 for number in range(1000)}},
+            "'rank_pattern' gives 'up_proj0' the value",
+        ),
+        ({"bias": "a" * 10_000}, f"the adapter trains biases (bias: '{'a' * 79})"),
+        ({"init_lora_weights": "a" * 10_000}, f"init_lora_weights '{'a' * 79}, which"),
+        ({"a" * 10_000: 1}, f"unknown setting '{'a' * 79} = 1"),
+    ],
+)
+def test_thousands_of_refused_settings(model: Path, setting: dict[str, Any], first: str) -> None:
+    """40,000 unknown keys, half a megabyte, took 42 s and gave a message of 7 MB."""
+    folder = adapter(model.parent / "lora", CONFIG | setting, factors())
+    with pytest.raises(CheckpointError) as caught:
+        resolve(model, folder)
+    problems = caught.value.problems
+    assert first in problems[0].what and all(len(problem.what) < 250 for problem in problems)
+    assert len(problems) <= 6
+    if len(problems) > 1:
+        assert re.fullmatch(r"and (39)?995 more problems of adapter_config\.json", problems[-1].what)
+
+
+@pytest.mark.parametrize(
     "pattern",
     [
         r".*\.layers\.\d+\..*?_proj",
@@ -235,6 +261,43 @@ def test_ordinary_patterns_are_matched_as_by_peft(model: Path, pattern: str) -> 
     assert get_pattern_key([pattern], "model.layers.0.mlp.up_proj") == pattern
     facts = resolve(model, adapter(model.parent / "lora", CONFIG | {"alpha_pattern": {pattern: 6}}, factors())).adapter
     assert facts is not None and [pair.scaling for pair in facts.pairs.values()] == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("[\u0100-\uffff\u0101-\uffff]", "which has characters that names of modules don't have"),
+        (r"[\u0100-\uffff]", "which has characters that names of modules don't have"),
+        (r"[\x00-\xff]", "which has characters that names of modules don't have"),
+        (r"\N{LATIN SMALL LETTER A}", "which has characters that names of modules don't have"),
+        ("(?i:up_proj)", "which has flags, (?i) or the like"),
+        ("(?-i:up_proj)", "which has flags, (?i) or the like"),
+        ("(?x:up_proj)", "which has flags, (?i) or the like"),
+    ],
+)
+def test_patterns_that_take_long_to_compile(pattern: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve classes of 329 ranges up to the last of 65,536 characters took 22 s. They are not compiled at all."""
+    monkeypatch.delattr("raymoe.sources.patterns._compiled")
+    assert str(pattern_problem(pattern)).endswith(said)
+
+
+@pytest.mark.parametrize("pattern", [r"a\\uppp", r"\(?i_proj", "(?:a|b)(?=c)(?!d)(?<=c)(?P<e>f)"])
+def test_patterns_that_look_like_them(pattern: str) -> None:
+    assert pattern_problem(pattern) is None
+
+
+def test_patterns_are_compiled_once() -> None:
+    patterns = {f"compiled_once_{number}": number for number in range(1000)}
+    before = _compiled.cache_info().misses
+    assert not any(map(pattern_problem, patterns))
+    Patterns(patterns, 0)
+    assert _compiled.cache_info().misses == before + 1000
+
+
+def test_patterns_of_many_characters(model: Path) -> None:
+    config = CONFIG | {"rank_pattern": {f"{number:03}" + "a" * 900: 2 for number in range(450)}}
+    said = refusal(model, config, factors(), SAVE_AGAIN)
+    assert "'rank_pattern' has patterns of 406,350 characters in all (at most 400,000)" in said
 
 
 def test_a_pattern_for_each_module() -> None:

@@ -125,6 +125,26 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
     assert f"{A}: the index file places 'gone' here: not so, found nowhere" in text
 
 
+def test_an_index_that_disagrees_with_many_shards(tmp_path: Path) -> None:
+    names = [f"model-{number:05}-of-00012.safetensors" for number in range(1, 13)]
+    write_sharded(tmp_path, {name: zeros(f"t{number}") for number, name in enumerate(names)})
+    weight_map = {f"t{number - 1}": name for number, name in enumerate(names)}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    found = refused(tmp_path).problems
+    assert len(found) == 6 and found[-1].what == "and more problems of this kind"
+
+
+def test_tensors_that_many_shards_hold(tmp_path: Path) -> None:
+    names = [f"model-{number:05}-of-00012.safetensors" for number in range(1, 13)]
+    held = {name: zeros("all", *(f"from {other}" for other in range(number + 1))) for number, name in enumerate(names)}
+    write_sharded(tmp_path, held)
+    weight_map = {f"x{name}": name for name in names} | {"all": names[0]}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    found = [problem for problem in refused(tmp_path).problems if "transformers takes the last" in problem.what]
+    assert "and 7 more: transformers takes the last" in found[0].what
+    assert len(found) == 5
+
+
 def test_every_broken_shard_is_reported(tmp_path: Path) -> None:
     write_sharded(tmp_path, {A: zeros("a"), B: zeros("c")})
     for name in (A, B):

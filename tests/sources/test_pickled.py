@@ -145,7 +145,7 @@ def archive(path: Path, pickled: bytes, *, compress: bool = False, **records: by
         # setting attributes of the stand-ins, or of a type
         (b"ctorch._utils\n_rebuild_tensor_v2\n(NtX\x01\x00\x00\x00a}tb.", "the pickle"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "the pickle"),
-        (b"ccollections\nOrderedDict\n(N}X\x08\x00\x00\x00__init__K\x01stb.", "the pickle is damaged"),
+        (b"ccollections\nOrderedDict\n(N}X\x08\x00\x00\x00__init__K\x01stb.", "the pickle asks for an attribute"),
         # a memo index that would take gigabytes
         (b"Nr\xff\xff\xff\x7f.", "the pickle is damaged .*memo"),
         (b"", "the pickle is damaged"),
@@ -258,10 +258,68 @@ def test_a_dictionary_with_attributes(tmp_path: Path) -> None:
 
 
 def test_a_few_shared_tuples_do_no_harm(tmp_path: Path) -> None:
-    pickled = b"\x80\x02}(" + doubled(7, b"X\x01\x00\x00\x00b") + b"K\x01u."
+    pickled = b"\x80\x02}(X\x01\x00\x00\x00a" + doubled(7, b"X\x01\x00\x00\x00b") + b"u."
     said = refusal(archive(tmp_path / "m.bin", pickled))
-    assert "is not the name of a tensor" in said
+    assert "'a' is a tuple, not a tensor" in said
     assert len(said) < 1000
+
+
+_LARGE = [number * (2**61 - 1) for number in range(1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (_LARGE, "an integer of 61 bits"),
+        ([-number for number in _LARGE], "an integer of 61 bits"),
+        ([number << 40 for number in range(1, 4)], "neither text nor small numbers"),
+        ([2**20], "neither text nor small numbers"),
+        ([0.5, 1.5], "neither text nor small numbers"),
+        ([(1, 2), (2, 1)], "neither text nor small numbers"),
+        ([("a",)], "neither text nor small numbers"),
+        ([True, None], "neither text nor small numbers"),
+        ([b"a"], "neither text nor small numbers"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [dict, OrderedDict])
+def test_keys_whose_hashes_a_file_can_choose(tmp_path: Path, keys: list[Any], said: str, wrap: Any) -> None:
+    """60,000 keys of one hash took minutes."""
+    for pickled in (pickle.dumps(wrap.fromkeys(keys), 2), pickle.dumps({"a": wrap.fromkeys(keys)}, 2)):
+        assert f"the pickle asks for {'a dictionary whose keys are ' * ('neither' in said)}{said}" in refusal(
+            archive(tmp_path / "m.bin", pickled)
+        )
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"}G" + b"\0" * 8 + b"Ns.",
+        b"}(X\x01\0\0\0aNG" + b"\0" * 8 + b"Nu.",
+        b"(G" + b"\0" * 8 + b"Nd.",
+        b"}G" + b"\0" * 8 + b"q\x00h\x00Ns.",
+        b"}I01\nNs.",
+        b"}C\x01aNs.",
+    ],
+    ids=["SETITEM", "SETITEMS", "DICT", "from the memo", "a truth value", "bytes"],
+)
+def test_keys_by_every_operation(tmp_path: Path, operations: bytes) -> None:
+    assert "keys are neither text nor small numbers" in refusal(archive(tmp_path / "m.bin", b"\x80\x03" + operations))
+
+
+def test_a_dictionary_of_pairs(tmp_path: Path) -> None:
+    """Their keys are filled in by Python, and not by operations."""
+    pickled = b"\x80\x02ccollections\nOrderedDict\n](G" + b"\0" * 8 + b"N\x86e\x85R."
+    assert "the pickle asks for an OrderedDict of pairs" in refusal(archive(tmp_path / "m.bin", pickled))
+
+
+def test_a_training_checkpoint(tmp_path: Path) -> None:
+    """Its optimizer has parameters by number, which is no reason to call the file dangerous."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = save(tmp_path / "m.bin", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 10**12})
+    assert "'optimizer' is a dict, not a tensor" in refusal(path)
 
 
 def test_records_that_are_larger_than_they_look(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a.jsonl.gz": lambda: gzip.compress(as_jsonl(TEXTS)),
     "a.parquet": lambda: as_parquet(TEXTS),
     "nulls.parquet": lambda: as_parquet([None, *TEXTS[:300], "", *TEXTS[300:], None]),
+    "dictionary nulls.parquet": lambda: as_parquet(
+        [None, *TEXTS], type=pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    ),
     "large.parquet": lambda: as_parquet(TEXTS, type=pyarrow.large_string()),
     "dictionary.parquet": lambda: as_parquet(TEXTS, type=pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
 }
@@ -183,6 +186,59 @@ def test_memory_is_bounded(name: str, here: Path) -> None:
     assert peak < 12_000_000
     assert arrow.max_memory() < 24_000_000
     assert bool(arrow.max_memory()) == name.endswith("parquet")
+
+
+# --- a text of Parquet's dictionary stands for any number of rows
+
+
+def repeated(path: Path, nbytes: int, rows: int, **options: Any) -> str:
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), ["a" * nbytes])
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "write_statistics": False} | options
+    parquet.write_table(pyarrow.table({"text": column}), path, store_schema=False, **options)
+    return path.name
+
+
+def test_a_repeated_text_is_held_a_few_times(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 639 bytes took 2.2 GB."""
+    name = repeated(here / "a.parquet", 4 * 2**20, 300)
+    monkeypatch.setattr("raymoe.sources.prompt_values._LEAST_OF_MOST_BYTES", 2**26)
+    usual = pyarrow.default_memory_pool()
+    pyarrow.set_memory_pool(arrow := pyarrow.proxy_memory_pool(usual))
+    try:
+        (problem,) = problems({"file": name})
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert arrow.max_memory() < 160 * 2**20
+    assert "its texts have more than 1000 times the bytes of the file" in problem.what
+
+
+def test_a_repeated_text_is_one_object(here: Path) -> None:
+    name = repeated(here / "a.parquet", 2**20, 300)
+    found = drawn(name, limit=None)
+    assert len(found) == 300 and len({id(text) for text in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"nbytes": 17 * 2**20}, "the text has more than 16 MiB"),
+        ({"nbytes": 17 * 2**20, "use_dictionary": False, "compression": "snappy"}, "the text has more than 16 MiB"),
+        ({"nbytes": 21 * 2**20}, "row group 0 has a dictionary of 22,020,100 bytes for 'text'"),
+        ({"nbytes": 65 * 2**20}, "row group 0 has 68,157,4.. bytes of 'text' in .* compressed ones"),
+    ],
+)
+def test_texts_and_pages_that_are_too_large(options: dict[str, Any], said: str, here: Path) -> None:
+    name = repeated(here / "a.parquet", rows=1, **options)
+    (problem,) = problems({"file": name})
+    assert re.search(said, problem.what)
+
+
+def test_rows_without_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([None] * 100_000, pyarrow.string())}), here / "a.parquet")
+    assert (here / "a.parquet").stat().st_size < 1500
+    monkeypatch.setattr("raymoe.sources.prompt_values._LEAST_OF_MOST_BYTES", 2**20)
+    (problem,) = problems({"file": "a.parquet"})
+    assert "its texts have more than 1000 times the bytes of the file" in problem.what
 
 
 # --- what is wrong with files

@@ -109,3 +109,12 @@ def test_an_existing_folder_wins_over_splitting(
 def test_refused(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_model_ref(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("role", ["model", "lora"])
+@pytest.mark.parametrize("revision", ["https://user:hidden@host/x", "s3://AK:hid/den@b/x", "https:/user:hidden@host/x"])
+def test_a_revision_with_credentials_is_refused_without_them(role: str, revision: str) -> None:
+    value = {"model": "org/name", "lora": "org/lora", role: {"path": "org/name", "revision": revision}}
+    with pytest.raises(ValueError, match="credentials") as caught:
+        parse_model_ref(value)
+    assert "hid" not in str(caught.value)
