@@ -67,5 +67,13 @@ def make_streams_safe() -> None:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    if type(sys.stdout) is io.TextIOWrapper and sys.stdout.fileno() == 1:  # otherwise a program has replaced it
+    if type(sys.stdout) is io.TextIOWrapper and _number_of(sys.stdout) == 1:  # otherwise a program has replaced it
         sys.stdout = _Output(sys.stdout)
+
+
+def _number_of(stream: io.TextIOWrapper) -> int | None:
+    """None where a program has put memory in a stream's place."""
+    try:
+        return stream.fileno()
+    except OSError:
+        return None

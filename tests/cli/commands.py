@@ -1,8 +1,14 @@
-"""Running `raymoe` as a user does, and looking at what a merge left."""
+"""Running `raymoe` as a user does, and looking at what a merge left.
+
+raymoe("plan", config)                       to its end; in this process where that makes no difference
+start("merge", config, out, env=...)         a process of its own, which a test may stop or kill
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -23,12 +29,50 @@ def command(*arguments: object) -> list[str]:
 def raymoe(
     *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. Fails on a traceback, which no user should see."""
+    """Run a command to its end. Fails on a traceback, which no user should see.
+
+    A process of its own takes seconds to start. It is done without one where the command needs no Ray, or would use the
+    cluster that this process is connected to.
+    """
+    if not options and (str(arguments[0]) in _WITHOUT_RAY or _is_this_cluster(env)):
+        return _run_here([str(argument) for argument in arguments], os.environ if env is None else env, cwd)
     done = subprocess.run(
         command(*arguments), env=env, cwd=cwd, capture_output=True, text=True, timeout=180, check=False, **options
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+_WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "submit"})
+
+
+def _is_this_cluster(env: Mapping[str, str] | None) -> bool:
+    import ray
+
+    return bool(env) and ray.is_initialized() and env.get("RAY_ADDRESS") == ray.get_runtime_context().gcs_address
+
+
+def _run_here(arguments: list[str], env: Mapping[str, str], cwd: Path | None) -> subprocess.CompletedProcess[str]:
+    from raymoe.cli import run_command
+
+    before, folder, argv = dict(os.environ), os.getcwd(), sys.argv
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd or folder)
+    sys.argv = ["raymoe", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_command()
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(before)
+    said, told = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(arguments, code, said, told)
 
 
 def start(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
