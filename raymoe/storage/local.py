@@ -339,7 +339,10 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
 
 def _is_result(path: Path) -> bool:
     size = _size(path)
-    return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
+    try:
+        return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _already_there(root: Path) -> int:
@@ -366,8 +369,9 @@ def remove_checkpoint(root: Path) -> None:
 
     A link is removed as the link that it is; nothing that a link leads to is touched.
     """
-    recorded = recorded_files(root)
-    for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
+    recorded = [name for name in recorded_files(root) if name != RESULT_NAME]
+    result = [RESULT_NAME] if _is_result(root / RESULT_NAME) else []  # another file of that name is the user's
+    for path in map(root.joinpath, (RECORD_NAME, INDEX_NAME, *result, *recorded)):
         if not _is_behind_a_link(root, path) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
     templates = root / "chat_templates"

@@ -446,12 +446,12 @@ def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], obj
 
 
 def _checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
-    there = [entry.name for entry in store.list(location)]
-    recorded = recorded_files(store, location) if RECORD_NAME in there else []
-    parts = [name for name in there if is_part_of_a_model(name)]
-    inside = [name for name in recorded if name in there]
-    first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
-    return list(dict.fromkeys([*first, *inside, *parts]))
+    entries = {entry.name: entry for entry in store.list(location)}
+    if RESULT_NAME in entries and not _is_result(store, location, entries[RESULT_NAME]):
+        del entries[RESULT_NAME]  # another file of that name is the user's
+    recorded = recorded_files(store, location) if RECORD_NAME in entries else []
+    names = (RECORD_NAME, INDEX_NAME, RESULT_NAME, *recorded, *filter(is_part_of_a_model, entries))
+    return [name for name in dict.fromkeys(names) if name in entries]
 
 
 def recorded_files(store: ObjectStore, location: str) -> list[str]:

@@ -199,6 +199,28 @@ def test_a_record_that_names_a_folder_and_the_journal(place: str, tmp_path: Path
     output.release()
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_overwrite_removes_a_result_of_raymoe_alone(
+    place: str, tmp_path: Path, is_folder: bool, is_recorded: bool
+) -> None:
+    """A user's own `result.json` stays, whatever the record says."""
+    out = str(tmp_path / "out") if is_folder else place
+    filesystem, path = fsspec.url_to_fs(out)
+    filesystem.makedirs(path, exist_ok=True)
+    result = b'{"exit_reason": "done", "raymoe_version": "1"}'
+    for content, stays in ((b"mine", True), (result, False)):
+        filesystem.pipe_file(f"{path}/result.json", content)
+        files = {"result.json": {"size": 1}} if is_recorded else {}
+        filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps({"files": files}).encode())
+        output: Output = open_output(out, OPTIONS)
+        output.lock()
+        output.begin("plan", {}, fresh=True)
+        output.release()
+        assert filesystem.exists(f"{path}/result.json") == stays
+        assert not filesystem.exists(f"{path}/{RECORD_NAME}")
+
+
 def test_clean_up_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = LocalOutput(tmp_path)
     output.lock()
