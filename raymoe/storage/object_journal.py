@@ -121,8 +121,7 @@ class ObjectJournal:
     def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
         claim = self.claim()
-        recorded = claim.sources if claim is not None else {}
-        return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
+        return claim.changed_sources(stamps) if claim is not None else []
 
     @property
     def is_clearing(self) -> bool:
