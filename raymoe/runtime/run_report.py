@@ -192,7 +192,7 @@ def _may_replace(place: str, storage: StorageOptions, *, is_own: bool = False) -
     """Whether nothing is lost with what is there: it is not there, holds nothing, or is the result of a run.
 
     A place in an object store that can only be written to may be written to, and a pipe or a device too. Not so the
-    output's own (`is_own`): a merge can read its output, and the user has not named the place. Raises StorageError then.
+    output's own (`is_own`), which the user has not named and a merge can read: there StorageError is raised.
     """
     if is_url(place):
         try:

@@ -79,7 +79,7 @@ def not_of_this_merge(place: str) -> MergeFailed:
     """What is raised for a file that readers take for a part of the model, and that this merge does not have."""
     return MergeFailed(
         f"{place}: this file belongs to another model, and has appeared here since the merge began. The merge is not "
-        "finished: remove the file and run the same command again, or use --overwrite, which removes it and begins again."
+        "finished: remove the file and run the same command again, or use --overwrite to remove it and begin again."
     )
 
 
