@@ -21,6 +21,7 @@ from raymoe.gates.fitting import most_layers_at_once
 from raymoe.gates.prompts import prompt_problems
 from raymoe.gates.router import conditioning_warning, zero_row_warnings
 from raymoe.gates.summary import RouterSummary, router_warnings, summary_lines
+from raymoe.objects.problems import StorageError
 from raymoe.objects.urls import is_s3, is_url
 from raymoe.outgoing import json_text
 from raymoe.planning.types import GatePlan, MergePlan, Shard
@@ -285,10 +286,20 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
         raise ProblemReport(problems)
     if (finished := _finished(plan, target, settings)) is not None:
         return finished
-    stamps = sources.stamps()
+    without = replace(settings, overwrite=False)
     is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
-    goes_on = is_unfinished and not target.changed_sources(stamps)
-    target.begin(plan.digest, stamps, fresh=settings.overwrite and not goes_on)
+    # --overwrite goes on only where the same command without it would: it is the remedy for what is in the way.
+    goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
+    try:
+        target.begin(plan.digest, sources.stamps(), fresh=settings.overwrite and not goes_on)
+    except StorageError:
+        raise
+    except ProblemReport:
+        # Another run of this merge may have ended since the look.
+        finished = None if output_problems(plan, target, settings, sources) else _finished(plan, target, settings)
+        if finished is None:
+            raise
+        return finished
     return None
 
 

@@ -202,12 +202,11 @@ class Placement:
         """What tells one state from another of the files that the coordinator's own node does not have."""
         stamps = {}
         for file in self.needs.files:
-            views = {node.node_id: (node.files or {}).get(file.location) for node in self.nodes}
-            held = [view for node_id, view in views.items() if node_id in self._holders[file.location] and view]
-            if held and views.get(self.here) is None:
-                times = {view.mtime_ns for view in held}
-                # Copies have times of their own, and which of them there are depends on the nodes that are up.
-                stamps[file.location] = lasting_stamp(times.pop() if len(times) == 1 else None, held[0].sample)
+            views = [(node, view) for node in self.nodes if (view := (node.files or {}).get(file.location)) is not None]
+            held = [(node, view) for node, view in views if node.node_id in self._holders[file.location]]
+            if held and all(node.node_id != self.here for node, _ in views):
+                times = [(node.name, view.mtime_ns) for node, view in held]
+                stamps[file.location] = lasting_stamp(times, held[0][1].sample)
         return stamps
 
     def changed(self, before: Placement | None = None) -> list[str]:

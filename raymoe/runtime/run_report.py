@@ -172,6 +172,8 @@ def _check(place: str, output: str | Path | None) -> None:
 
 def _is_there(report: RunReport, place: str) -> bool:
     """Whether the result of the run that finished this merge is at a place."""
+    if not is_url(place) and is_special(Path(place)):  # a pipe could be read for ever
+        return False
     try:
         content = open_store(place, report.storage).read_all(place) if is_url(place) else Path(place).read_bytes()
     except (OSError, RaymoeError):
@@ -186,10 +188,11 @@ def _is_of_merge(place: str, output: str) -> bool:
     return (is_inside and is_written_by_a_merge(name)) or is_in(place, f"{output.rstrip('/')}/{JOURNAL}")
 
 
-def _may_replace(place: str, storage: StorageOptions) -> bool:
+def _may_replace(place: str, storage: StorageOptions, *, is_own: bool = False) -> bool:
     """Whether nothing is lost with what is there: it is not there, holds nothing, or is the result of a run.
 
-    A place in an object store that can only be written to may be written to.
+    A place in an object store that can only be written to may be written to, and a pipe or a device too. Not so the
+    output's own (`is_own`), which the user has not named and a merge can read: there StorageError is raised.
     """
     if is_url(place):
         try:
@@ -197,8 +200,12 @@ def _may_replace(place: str, storage: StorageOptions) -> bool:
             size = info.size if info else 0
             content = open_store(place, storage).read_all(place) if 0 < size <= MAX_RESULT_BYTES else b""
         except StorageError:
+            if is_own:
+                raise
             return True
-    elif is_special(Path(place)) or not os.path.exists(place):
+    elif is_special(Path(place)):
+        return not is_own
+    elif not os.path.exists(place):
         return True
     else:
         size = os.stat(place).st_size
@@ -211,6 +218,10 @@ def _in_the_way(place: str) -> Problem:
     return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
 
 
+def _kept(place: str) -> str:
+    return f"{place} is no result of raymoe and is kept; to write the result of this run, name a file with --result"
+
+
 def _write(
     report: RunReport, place: str | None, reason: str, error: BaseException | None, *, is_own: bool = False
 ) -> None:
@@ -219,8 +230,8 @@ def _write(
         return
     content = json_text(report.plain(reason, error), scrubbed=True) + "\n"
     try:
-        if not is_own and not _may_replace(place, report.storage):
-            say(f"warning: {_in_the_way(place)}")
+        if not _may_replace(place, report.storage, is_own=is_own):
+            say(f"warning: {_kept(place) if is_own else _in_the_way(place)}")
         elif is_url(place):
             open_store(place, report.storage).put(place, content.encode())
         else:

@@ -36,7 +36,7 @@ from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.storage.output import ShardJob
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import CARD_NAME, RECORD_NAME
+from raymoe.storage.records import CARD_NAME, RECORD_NAME, is_part_of_a_model
 from raymoe.storage.stream import different_tensors
 from raymoe.text import some
 
@@ -193,9 +193,12 @@ def _file_differences(
     differences, unknown = [], []
     if record.get("plan_digest") != plan.digest:
         differences.append("the plan: sources, config or raymoe's output format are not what they were at the merge")
+    own = record.get("files", {})
+    others = (name for name in folder.names if is_part_of_a_model(name) and name not in own)
+    differences += [f"{name}: belongs to a model, and this merge did not write it" for name in others]
     weights = {shard.file_name for shard in plan.shards}
     with SourceReader(settings.hub, settings.storage) as reader:
-        for name, expected in record.get("files", {}).items():
+        for name, expected in own.items():
             file, checksum = folder.find(name), expected["checksum"]
             if file is None:
                 differences.append(f"{name}: missing")

@@ -7,14 +7,17 @@ every later opening compares (`open_file`): what is read belongs to the header t
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
 import socket
 import stat
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -26,6 +29,7 @@ __all__ = [
     "LocalFolder",
     "check_unchanged",
     "has_changed",
+    "has_other_content",
     "is_in_view",
     "lasting_stamp",
     "leads_outside",
@@ -166,13 +170,35 @@ def small_sample(file: SourceFile) -> int:
     return _sample_of(file.location, file.size, _SMALL_BLOCKS)
 
 
-def lasting_stamp(mtime_ns: int | None, sample: int) -> str:
-    """What a journal keeps of a local file. The time alone does not tell models apart: in images, archives and package
-    stores all files may have one time. The inode is left out: a mount may number its files anew.
+def lasting_stamp(times: Iterable[tuple[str, int]], sample: int) -> str:
+    """What a journal keeps of a local file: a sample, and the times (ns) that it has on nodes, by the node's name.
 
-    `mtime_ns` is None where copies on several nodes have times of their own.
+    The time alone does not tell models apart: in images, archives and package stores all files may have one time. The
+    inode is left out: a mount may number its files anew.
     """
-    return f"{'copies' if mtime_ns is None else mtime_ns}:{sample:016x}"
+    by_node: dict[str, list[int]] = {}
+    for node, mtime_ns in sorted(set(times)):
+        by_node.setdefault(node, []).append(mtime_ns)
+    return f"{json.dumps(by_node)}:{sample:016x}"
+
+
+def has_other_content(before: str, now: str) -> bool:
+    """Whether two lasting stamps are of different content. The samples decide.
+
+    Times are compared only where both stamps have one from the same node: a copy on another node has a time of its
+    own, and which copies there are depends on the nodes that are up.
+    """
+    (times, sample), (times_now, sample_now) = _lasting(before), _lasting(now)
+    return sample != sample_now or any(times[node].isdisjoint(times_now[node]) for node in times.keys() & times_now)
+
+
+def _lasting(stamp: str) -> tuple[dict[str, set[Any]], str]:
+    """Times by node, and the sample; an older raymoe did not say on which node a time was read."""
+    times, _, sample = stamp.rpartition(":")
+    try:
+        return {node: set(each) for node, each in json.loads(times).items()}, sample
+    except (ValueError, TypeError, AttributeError):
+        return {}, sample
 
 
 def _sample_of(path: str, size: int, blocks: int) -> int:

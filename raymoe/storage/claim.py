@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed
+from raymoe.sources.local import has_other_content
 
-__all__ = ["JOURNAL_FORMAT", "Claim", "replaced", "taken_over"]
+__all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "not_of_this_merge", "replaced", "taken_over"]
 
 # Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
 JOURNAL_FORMAT = 3
@@ -48,6 +49,11 @@ class Claim:
         sources."""
         return note.get("digest") == self.digest and note.get("origin") == self.origin
 
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+        """Local source files that are others now than when the claim was written."""
+        known = ((name, self.sources[name], stamp) for name, stamp in stamps.items() if name in self.sources)
+        return sorted(name for name, before, now in known if has_other_content(str(before), now))
+
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Claim | None:
         """The claim in the content of a `plan.json`; None where it is damaged, or of another version of raymoe."""
@@ -60,9 +66,21 @@ class Claim:
         return cls(digest=str(words[0]), run=str(words[1]), origin=str(words[2]), sources=sources)
 
 
-def taken_over(location: str) -> MergeFailed:
+class TakenOver(MergeFailed):
+    """The output is no longer this run's."""
+
+
+def taken_over(location: str) -> TakenOver:
     """What is raised where a run finds that the output is no longer its own."""
-    return MergeFailed(f"{location}: another run of this merge has taken over this output")
+    return TakenOver(f"{location}: another run of this merge has taken over this output")
+
+
+def not_of_this_merge(place: str) -> MergeFailed:
+    """What is raised for a file that readers take for a part of the model, and that this merge does not have."""
+    return MergeFailed(
+        f"{place}: this file belongs to another model, and has appeared here since the merge began. The merge is not "
+        "finished: remove the file and run the same command again, or use --overwrite to remove it and begin again."
+    )
 
 
 def replaced(place: str) -> MergeFailed:

@@ -27,6 +27,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -96,8 +97,7 @@ class Journal:
     def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Source files that were modified after the interrupted merge had read them."""
         claim = self.claim()
-        recorded = claim.sources if claim is not None else {}
-        return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
+        return claim.changed_sources(stamps) if claim is not None else []
 
     def links(self) -> list[Problem]:
         """The journal's files and folders that are links: what is done to them would be done elsewhere."""
@@ -347,7 +347,7 @@ def source_stamps(files: Iterable[SourceFile]) -> dict[str, str]:
         planned = file.stamp if is_in_view(file) else None
         with contextlib.suppress(OSError):
             mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
-            stamps[file.location] = lasting_stamp(mtime_ns, small_sample(file))
+            stamps[file.location] = lasting_stamp([(socket.gethostname(), mtime_ns)], small_sample(file))
     return stamps
 
 

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from raymoe.objects.urls import is_url
 from raymoe.planning.types import Shard
 from raymoe.planning.upload import CopyRange, spans
 from raymoe.sources.types import SourceFile
-from raymoe.storage.claim import replaced, taken_over
+from raymoe.storage.claim import not_of_this_merge, replaced, taken_over
 from raymoe.storage.journal import Journal, sync_folder
 from raymoe.storage.new_file import NewFile, SharedRange
 from raymoe.storage.output import Progress, ShardJob
@@ -161,9 +161,19 @@ class LocalOutput:
                 f"{error.strerror or error}. Run the same command again when it can be: that removes what is left."
             ) from error
 
+    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
+        return [] if self.journal.is_clearing else self._other_files(own)
+
+    def _other_files(self, own: Container[str]) -> list[str]:
+        """The index is replaced, whatever it is of: nothing of an older run can take its place."""
+        return [name for name in _model_files(self.root) if name not in own and name != INDEX_NAME]
+
     def _check_files(self) -> None:
-        """Raise MergeFailed if a file is not there any more as it was written. Nothing of an older run can take its
-        place (journal.py), so that its size is enough."""
+        """Raise MergeFailed if a file is not there any more as it was written, or a file of another model is there.
+        Nothing of an older run can take its place (journal.py), so that its size is enough."""
+        if others := self._other_files(self._written):
+            self.journal.check_run()  # they may be a newer run's
+            raise not_of_this_merge(str(self.root / others[0]))
         for name, record in self._written.items():
             if _size(self.root / name) != record.size:
                 raise replaced(str(self.root / name))
@@ -339,7 +349,10 @@ def _occupied(root: Path, digest: str | None) -> Problem | None:
 
 def _is_result(path: Path) -> bool:
     size = _size(path)
-    return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
+    try:
+        return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _already_there(root: Path) -> int:
@@ -366,16 +379,23 @@ def remove_checkpoint(root: Path) -> None:
 
     A link is removed as the link that it is; nothing that a link leads to is touched.
     """
-    recorded = recorded_files(root)
-    for path in (*(root / name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME)), *map(root.joinpath, recorded)):
+    recorded = [name for name in recorded_files(root) if name != RESULT_NAME]
+    result = [RESULT_NAME] if _is_result(root / RESULT_NAME) else []  # another file of that name is the user's
+    for path in map(root.joinpath, (RECORD_NAME, INDEX_NAME, *result, *recorded)):
         if not _is_behind_a_link(root, path) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
     templates = root / "chat_templates"
     if templates.is_symlink():
         templates.unlink()
-    for path in (*root.glob("*"), *templates.glob("*")):
-        if (path.is_file() or path.is_symlink()) and is_part_of_a_model(path.relative_to(root).as_posix()):
-            path.unlink(missing_ok=True)
+    for name in _model_files(root):
+        (root / name).unlink(missing_ok=True)
+
+
+def _model_files(root: Path) -> list[str]:
+    """Names of the files in a folder that a reader takes for a part of a model."""
+    there = (*root.glob("*"), *(root / "chat_templates").glob("*"))
+    names = (path.relative_to(root).as_posix() for path in there if path.is_file() or path.is_symlink())
+    return sorted(filter(is_part_of_a_model, names))
 
 
 def _is_behind_a_link(root: Path, path: Path) -> bool:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,7 +36,7 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.objects.problems import ObjectExists, ObjectMissing
 from raymoe.objects.store import ObjectEntry, ObjectStore, UploadedPart
 from raymoe.objects.urls import join
-from raymoe.storage.claim import Claim, replaced, taken_over
+from raymoe.storage.claim import Claim, not_of_this_merge, replaced, taken_over
 from raymoe.storage.records import (
     INDEX_NAME,
     JOURNAL,
@@ -58,6 +58,7 @@ __all__ = [
     "finished_claim",
     "finished_merge",
     "occupied",
+    "other_model_files",
     "read_json",
     "recorded_files",
     "remove_checkpoint",
@@ -121,8 +122,7 @@ class ObjectJournal:
     def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
         claim = self.claim()
-        recorded = claim.sources if claim is not None else {}
-        return sorted(name for name, stamp in stamps.items() if name in recorded and recorded[name] != stamp)
+        return claim.changed_sources(stamps) if claim is not None else []
 
     @property
     def is_clearing(self) -> bool:
@@ -157,6 +157,7 @@ class ObjectJournal:
         if has_to_clear:  # an older run that was just ending may have removed the first one with its own journal
             self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
+        self.check_run()  # so that none of these notes is a newer run's: it writes them after its claim
         return has_to_clear
 
     def _seen(self, before: Claim | None) -> tuple[object, ...]:
@@ -281,6 +282,13 @@ class ObjectJournal:
                 continue
         return found
 
+    def clear_unclaimed(self) -> None:
+        """Remove the notes of a journal without a claim, as two runs of one merge may leave it that end at once. The
+        caller knows that the merge is finished."""
+        there = [entry.name for entry in self._store.list(self._folder)]
+        if there and not self.exists:  # so that none is a newer run's note: it writes them after its claim
+            self._delete(there)
+
     def clear(self, claim: Claim) -> None:
         """Forget everything, as long as the output is that claim's. Raises MergeFailed where it is not any more.
 
@@ -355,7 +363,9 @@ class WrittenFiles:
         self._seen[name] = (size, etag)
 
     def check(self) -> None:
-        """Raise MergeFailed if one is not there any more as it was written."""
+        """Raise MergeFailed if one is not there any more as it was written, or a file of another model is there."""
+        if others := other_model_files(self._store, self._location, self._seen):
+            raise not_of_this_merge(join(self._location, others[0]))
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="check") as pool:
             wrong = [name for name, is_same in zip(self._seen, pool.map(self._is_same, self._seen)) if not is_same]
         if wrong:
@@ -430,6 +440,13 @@ def _is_result(store: ObjectStore, location: str, entry: ObjectEntry) -> bool:
         return False
 
 
+def other_model_files(store: ObjectStore, location: str, own: Container[str]) -> list[str]:
+    """Files that readers take for a part of the model here and that are not among `own`. The index is looked at by
+    itself: an earlier run of the same merge may have written it."""
+    names = (entry.name for entry in store.list(location))
+    return sorted(name for name in names if is_part_of_a_model(name) and name not in own and name != INDEX_NAME)
+
+
 def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], object]) -> None:
     """Remove what --overwrite replaces, record and index first. All else is of other programs, and stays.
 
@@ -446,12 +463,12 @@ def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], obj
 
 
 def _checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
-    there = [entry.name for entry in store.list(location)]
-    recorded = recorded_files(store, location) if RECORD_NAME in there else []
-    parts = [name for name in there if is_part_of_a_model(name)]
-    inside = [name for name in recorded if name in there]
-    first = [name for name in (RECORD_NAME, INDEX_NAME, RESULT_NAME) if name in there]
-    return list(dict.fromkeys([*first, *inside, *parts]))
+    entries = {entry.name: entry for entry in store.list(location)}
+    if RESULT_NAME in entries and not _is_result(store, location, entries[RESULT_NAME]):
+        del entries[RESULT_NAME]  # another file of that name is the user's
+    recorded = recorded_files(store, location) if RECORD_NAME in entries else []
+    names = (RECORD_NAME, INDEX_NAME, RESULT_NAME, *recorded, *filter(is_part_of_a_model, entries))
+    return [name for name in dict.fromkeys(names) if name in entries]
 
 
 def recorded_files(store: ObjectStore, location: str) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,23 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import check_spelling, is_s3, is_url, join, local_path, normalise
+from raymoe.outgoing import json_text
 from raymoe.planning.types import MergePlan, Part, Shard, Source
 from raymoe.planning.upload import UploadPart
 from raymoe.sources.local import recorded_sample
 from raymoe.sources.types import SourceFile, TensorEntry
 from raymoe.storage.places import Inputs, is_in_job_package, overwritten, source_folders
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import CARD_NAME, JOURNAL, PROBE, RECORD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.records import (
+    CARD_NAME,
+    INDEX_NAME,
+    JOURNAL,
+    PROBE,
+    RECORD_NAME,
+    FileRecord,
+    FinishedMerge,
+    json_object,
+)
 from raymoe.storage.stream import RouterBytes
 from raymoe.text import some
 
@@ -99,6 +109,12 @@ class Output(Protocol):
 
     def recorded_files(self) -> Sequence[str]:
         """Names of the files in the record here, also of another merge's: `begin` removes them where it is fresh."""
+
+    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
+        """Files beside the unfinished merge here that readers take for a part of its model, and that are not of it.
+
+        `own` are the names of its files, `index` is the content of its index. Files that the next run removes in any
+        case are left out."""
 
     def clean_up(self) -> None:
         """Remove what is left of the journal of a merge that is finished. Raises ProblemReport if another merge is at
@@ -212,7 +228,19 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
     if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
         problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location, finished)]
+    elif not problems and not overwrite and output.digest() == plan.digest:
+        problems = _other_files(plan, output)
     return problems
+
+
+def _other_files(plan: MergePlan, output: Output) -> list[Problem]:
+    own = {INDEX_NAME, *(shard.file_name for shard in plan.shards), *(side.name for side in plan.side_files)}
+    names = output.other_model_files(own, json_object(json_text(plan.index)))
+    if not names:
+        return []
+    what = f"files of another model are beside the unfinished merge here: {some(names, most=3)}"
+    remedy = "use --overwrite to remove them and begin again, or remove them yourself to go on"
+    return [Problem(where=output.location, what=what, remedy=remedy)]
 
 
 def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:

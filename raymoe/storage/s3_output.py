@@ -2,9 +2,9 @@
 
 The coordinator opens a shard's upload, actors send its parts or have them copied, the coordinator completes it: that is
 the moment in which the whole object becomes visible. Several actors may feed one upload. An upload that a dead run left
-is taken up again where its id is known, with those of its parts that were noted as sent; it is aborted where only the
-intention is known, and where it is of another merge. Uploads that the journal does not know of are of other programs,
-and are left alone.
+is taken up again where its id is known, with those of its parts that were noted as sent; it is aborted where it is of
+another merge. Where only the intention is known, all uploads of that key are aborted that were opened after it: a store
+does not tell which program has opened one. All other uploads are of other programs, and are left alone.
 
 Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part
 counts with its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
-from raymoe.errors import MergeFailed
 from raymoe.objects.answers import is_md5
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError, UploadGone, object_replaced
@@ -28,7 +27,7 @@ from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
 from raymoe.sources.types import SourceFile
-from raymoe.storage.claim import Claim
+from raymoe.storage.claim import Claim, not_of_this_merge
 from raymoe.storage.object_journal import (
     NotedUpload,
     ObjectJournal,
@@ -67,7 +66,8 @@ class S3Output(StoreOutput[MultipartStore]):
         claim = self._journal.check_run()
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
-        self._abort(upload for upload in self._journal.all_earlier_uploads() if has_to_clear or not upload.is_own)
+        earlier = (each for each in self._journal.all_earlier_uploads() if has_to_clear or not each.is_own)
+        self._abort(earlier, self._journal.check_run)
         if has_to_clear:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
             self._journal.cleared()
@@ -80,7 +80,7 @@ class S3Output(StoreOutput[MultipartStore]):
         # A router's shard is written by every run: other hardware gives rows that differ by rounding.
         goes_on = shard.owner != "router"
         if goes_on and (record := self._finished(name, shard.nbytes)) is not None:
-            self._abort(self._journal.earlier_uploads(name))
+            self._abort(self._journal.earlier_uploads(name), self._journal.check_run)
             self._kept[name] = record
             return ()
         parts = upload_parts(shard, self.same_store)
@@ -150,26 +150,18 @@ class S3Output(StoreOutput[MultipartStore]):
         return FileRecord(name=name, size=size, checksum=self._checksum(url, etag))
 
     def write_index(self, content: bytes) -> FileRecord:
-        self._written.check()
-        self._journal.check_run()
+        self._check_files()
         url = join(self.location, INDEX_NAME)
-        # Not every server honours a conditional put: look first, so that only a race of moments is left to it.
-        there = self._store.stat(url)
-        if there is not None and self._store.read_all(url) != content:
-            raise MergeFailed(f"{url}: an index of something else has appeared here since the merge began")
-        if there is None:
-            try:
-                info = self._store.put(url, content, only_if_absent=True)
-            except ObjectExists as error:
-                raise MergeFailed(f"{url}: another program has written an index here") from error
-        else:
-            info = self._store.put(url, content)
+        try:
+            info = self._store.put(url, content, only_if_absent=not self._check_index(content))
+        except ObjectExists as error:
+            raise not_of_this_merge(url) from error
         return self._wrote(INDEX_NAME, len(content), info.etag)
 
     def _clear(self, claim: Claim) -> None:
         uploads = self._journal.all_uploads()
         self._journal.check_claim(claim)  # and so none of them is a newer run's
-        self._abort(uploads)
+        self._abort(uploads, lambda: self._journal.check_claim(claim))
         super()._clear(claim)
 
     def release(self) -> None:
@@ -223,7 +215,7 @@ class S3Output(StoreOutput[MultipartStore]):
         if goes_on:
             taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
         same = [upload for upload in earlier if taken is not None and upload.upload_id == taken.upload_id]
-        self._abort(upload for upload in earlier if upload not in same)
+        self._abort((upload for upload in earlier if upload not in same), self._journal.check_run)
         if taken is not None and taken.upload_id is not None:
             self._journal.begun_upload(name, taken.upload_id)
             for upload in same:  # two, where a run was killed between its own note and the removal of the older one
@@ -251,13 +243,20 @@ class S3Output(StoreOutput[MultipartStore]):
             return False
         return True
 
-    def _abort(self, uploads: Iterable[NotedUpload]) -> None:
-        """Abort what was noted of uploads, and remove the notes. Where a run died between its intention and the id,
-        what was opened since then is its own."""
+    def _abort(self, uploads: Iterable[NotedUpload], check: Callable[[], object]) -> None:
+        """Abort what was noted of uploads, and remove the notes.
+
+        Where a run died between its intention and the id, what was opened since then is taken for its own: a store does
+        not tell which program has opened an upload. `check` raises where a newer run, with uploads of its own, has the
+        output.
+        """
         for upload in uploads:
             url = join(self.location, upload.name)
-            ids = [upload.upload_id] if upload.upload_id is not None else self._opened_since(url, upload.known)
-            for upload_id in ids:
+            ids = [upload.upload_id]
+            if upload.upload_id is None:
+                ids = [*self._opened_since(url, upload.known)]
+                check()
+            for upload_id in filter(None, ids):
                 self._store.abort_upload(url, upload_id)
             self._journal.forget(upload)
 

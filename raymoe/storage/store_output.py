@@ -6,25 +6,26 @@ systems of fsspec. How a shard is written, and the index, is in `s3_output` and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from raymoe.errors import MergeFailed, Problem
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import ObjectExists, StorageError
+from raymoe.objects.problems import ObjectExists, ObjectMissing, StorageError
 from raymoe.objects.store import ObjectInfo, ObjectStore
 from raymoe.objects.urls import join
-from raymoe.storage.claim import Claim, replaced
+from raymoe.storage.claim import Claim, TakenOver, not_of_this_merge, replaced
 from raymoe.storage.object_journal import (
     ObjectJournal,
     WrittenFiles,
     finished_claim,
     finished_merge,
     occupied,
+    other_model_files,
     read_json,
     recorded_files,
 )
-from raymoe.storage.records import RECORD_NAME, FileRecord, FinishedMerge, json_object
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge, json_object
 
 __all__ = ["StoreOutput"]
 
@@ -68,6 +69,15 @@ class StoreOutput(Generic[_Store]):
     def clean_up(self) -> None:
         if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
             self._clear(claim)
+        elif self.finished_merge() is not None:
+            self._journal.clear_unclaimed()
+
+    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
+        if self._journal.is_clearing:
+            return []
+        others = other_model_files(self._store, self.location, own)
+        there = self._index()
+        return others if there is None or json_object(there) == index else [INDEX_NAME, *others]
 
     def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
         return self._journal.changed_sources(stamps)
@@ -82,14 +92,44 @@ class StoreOutput(Generic[_Store]):
         return self._journal.is_of_this_run
 
     def end(self, record: bytes) -> None:
-        self._written.check()
-        self._journal.check_run()
+        self._check_files()
         url = join(self.location, RECORD_NAME)
         try:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
             raise self._recorded_meanwhile(url, record) from error
-        self._clear(self._journal.check_run())
+        try:
+            self._clear(self._journal.check_run())
+        except TakenOver:
+            # Another run of this merge has just begun. It sees the record, and leaves the merge as it is.
+            if self.finished_merge() != FinishedMerge.of(json_object(record)):
+                raise
+
+    def _check_files(self) -> None:
+        """Raise MergeFailed if the output is not this run's, or does not hold what it has written and nothing else."""
+        try:
+            self._written.check()
+        except MergeFailed:
+            self._journal.check_run()  # the reason for what is wrong, where a newer run is at work
+            raise
+        self._journal.check_run()
+
+    def _index(self) -> bytes | None:
+        """The index that is here; None where there is none."""
+        try:
+            return self._store.read_all(join(self.location, INDEX_NAME))
+        except ObjectMissing:
+            return None
+
+    def _check_index(self, content: bytes) -> bool:
+        """Whether an earlier run of this merge has written the index. Raises MergeFailed for another one.
+
+        Not every store honours a conditional put: this look leaves a race of moments to it.
+        """
+        there = self._index()
+        if there is not None and json_object(there) != json_object(content):
+            raise not_of_this_merge(join(self.location, INDEX_NAME))
+        return there is not None
 
     def _recorded_meanwhile(self, url: str, own: bytes) -> MergeFailed:
         """What is raised for a record that has appeared here while this run was at work."""

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import xxhash
 
-from raymoe.errors import MergeFailed
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
@@ -111,11 +110,8 @@ class StreamOutput(StoreOutput[FsspecStore]):
         return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
 
     def write_index(self, content: bytes) -> FileRecord:
-        self._written.check()
-        url = join(self.location, INDEX_NAME)
-        # fsspec knows no condition that all file systems keep: look first.
-        if self._store.stat(url) is not None and self._store.read_all(url) != content:
-            raise MergeFailed(f"{url}: an index of something else has appeared here since the merge began")
+        self._check_files()
+        self._check_index(content)
         return self.write_small(INDEX_NAME, content)
 
     def release(self) -> None:

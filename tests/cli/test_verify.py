@@ -85,13 +85,14 @@ def test_every_difference_is_listed(cli: Cli, local_ray: None, merged: Path) -> 
     done = cli("verify", merged, *ONE)
     assert done.code == 1
     assert done.out.splitlines() == [
+        "model-extra.safetensors: belongs to a model, and this merge did not write it",
         "config.json: changed since the merge",
         f"model.safetensors.index.json: {path.stat().st_size} bytes, expected {recorded}",
         "model.extra: a tensor that this merge does not have",
         "model.layers.0.block_sparse_moe.experts.1.w2.weight: differs",
         "model.layers.1.block_sparse_moe.gate.weight: differs",
         "model.layers.2.self_attn.q_proj.weight: differs",
-        "NOT verified: 6 differences",
+        "NOT verified: 7 differences",
     ]
 
 

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from raymoe.runtime.cluster import slots_for
 from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, files_on
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import PIECE_BYTES, pieces_of
+from raymoe.sources.local import has_other_content
 from raymoe.sources.types import SourceFile
-from raymoe.storage.journal import source_stamps
+from raymoe.storage.journal import Journal, source_stamps
 from tests.pico import merge_config
 
 PlanOf = Callable[..., MergePlan]
@@ -133,13 +134,35 @@ def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
     zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
-    assert found.stamps() == source_stamps(
-        file for s in plan.sources for file in s.files if file.location in (zero, one)
-    )
-    copied = dict(found.nodes[2].files or {})
-    copied[zero] = replace(copied[zero], mtime_ns=5)
-    apart = Placement(found.needs, [*found.nodes[:2], replace(found.nodes[2], files=copied)], "a")
-    assert apart.stamps()[zero] == f"copies:{copied[zero].sample:016x}"  # whichever of the copies is there
+    stamps = found.stamps()
+    assert stamps.keys() == {zero, one}
+    here = source_stamps(file for s in plan.sources for file in s.files)
+    assert not any(has_other_content(stamp, here[name]) for name, stamp in stamps.items())
+
+
+def test_a_copy_that_is_lost_or_comes_back_changes_no_source(plan_of: PlanOf, tmp_path: Path) -> None:
+    """Copies have times of their own. Only another time on the same node tells of another file; samples always do."""
+    plan = plan_of("random", experts=2)
+    needs = Needs(plan)
+    views = files_on(needs.files)
+    later = {name: replace(view, mtime_ns=view.mtime_ns + 1) for name, view in views.items()}
+    other = {name: replace(view, sample=view.sample ^ 1) for name, view in views.items()}
+
+    def stamps(**files: Mapping[str, FileView]) -> dict[str, str]:
+        seen: dict[str, Mapping[str, FileView]] = {"driver": {}, **files}
+        nodes = [Node(node_id=n, name=n, cpus=2, gpus=0, free={}, files=there) for n, there in seen.items()]
+        return Placement(needs, nodes, "driver").stamps()
+
+    both, first, second = stamps(a=views, b=later), stamps(a=views), stamps(b=later)
+    for number, (before, now) in enumerate(permutations((both, first, second), 2)):
+        journal = Journal(tmp_path / str(number))
+        journal.lock()
+        journal.begin("plan", before)
+        assert journal.changed_sources(now) == []
+        assert journal.changed_sources(stamps(c=other)) == sorted(views)  # a sample tells, whatever the node
+        assert journal.changed_sources(stamps(a=later)) == ([] if before == second else sorted(views))
+        assert journal.changed_sources(stamps(b=views)) == ([] if before == first else sorted(views))
+        journal.release()
 
 
 def test_too_few_actors_allowed(plan_of: PlanOf) -> None:

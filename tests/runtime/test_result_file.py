@@ -69,13 +69,53 @@ def test_files_of_the_merge(tmp_path: Path) -> None:
 
 
 def test_the_outputs_own_result_follows_no_link(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/result.json").symlink_to("../mine")
+    """A link to an earlier result is replaced, a link to anything else is kept; what they lead to stays."""
+    out, own = tmp_path / "out", tmp_path / "out/result.json"
+    out.mkdir()
+    for content in ('{"exit_reason": "failed", "raymoe_version": "1"}', "mine"):
+        (tmp_path / "elsewhere").write_text(content)
+        own.unlink(missing_ok=True)
+        own.symlink_to("../elsewhere")
+        with recorded(None) as report:
+            report.output = str(out)
+        assert (tmp_path / "elsewhere").read_text() == content
+        assert own.is_symlink() == (content == "mine")
+
+
+@pytest.mark.parametrize("content", ["mine", '{"exit_reason": "done"}', "pipe", "folder"])
+@pytest.mark.parametrize("was_complete", [False, True])
+def test_the_users_own_file_in_the_output_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, was_complete: bool
+) -> None:
+    """A file of the name `result.json` need not be of raymoe. One line says that it is kept."""
+    own = tmp_path / "result.json"
+    if content == "pipe":
+        os.mkfifo(own)
+    elif content == "folder":
+        own.mkdir()
+    else:
+        own.write_text(content)
+    before = own.stat()
     with recorded(None) as report:
-        report.output = str(tmp_path / "out")
-    assert (tmp_path / "mine").read_text() == "mine"
-    assert json.loads((tmp_path / "out/result.json").read_text())["exit_reason"] == "done"
+        report.output, report.plan_digest, report.was_complete = str(tmp_path), "plan", was_complete
+    assert own.stat() == before
+    assert not own.is_file() or own.read_text() == content
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {own} is no result of raymoe and is kept")
+
+
+def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "memory://own-result/out"
+    store = open_store(url, StorageOptions())
+    store.put(f"{url}/result.json", b"mine")
+    with recorded(None) as report:
+        report.output = url
+    assert store.read_all(f"{url}/result.json") == b"mine"
+    assert "is no result of raymoe and is kept" in capsys.readouterr().err
+    store.delete(f"{url}/result.json")
+    with recorded(None) as report:
+        report.output = url
+    assert json.loads(store.read_all(f"{url}/result.json"))["exit_reason"] == "done"
 
 
 def test_objects() -> None:

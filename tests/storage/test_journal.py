@@ -14,7 +14,7 @@ import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.objects.options import StorageOptions
-from raymoe.sources.local import stat_file
+from raymoe.sources.local import has_other_content, stat_file
 from raymoe.sources.types import SourceFile
 from raymoe.storage.journal import Journal, source_stamps
 from raymoe.storage.local import LocalOutput
@@ -66,7 +66,8 @@ def test_source_stamps(tmp_path: Path) -> None:
     locations = [str(file), "hf://org/name@0123/model.safetensors", str(tmp_path / "none")]
     stamps = source_stamps(SourceFile(location=location, size=0) for location in locations)
     assert stamps.keys() == {str(file)}
-    assert stamps[str(file)].startswith("123456789:")
+    older = f"123456789:{stamps[str(file)].rpartition(':')[2]}"  # of an older raymoe, which named no node
+    assert "[123456789]" in stamps[str(file)] and not has_other_content(older, stamps[str(file)])
 
 
 @pytest.mark.parametrize("kind", [LocalOutput, StreamOutput])

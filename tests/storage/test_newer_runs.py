@@ -167,6 +167,47 @@ def test_an_upload_that_two_runs_have_noted_is_taken_up(place: str, monkeypatch:
     assert len([name for name in names(place) if "/uploads/" in name]) == 1
 
 
+def test_a_run_that_is_taken_over_while_it_begins_removes_no_part(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer run claims the output between the older one's claim and its look at what earlier runs have left."""
+    older, newer = StreamOutput(place, OPTIONS), StreamOutput(place, OPTIONS)
+    store, real = older._store, older._store.list
+    parts = list[str]()
+
+    def begins(url: str, **named: Any) -> Any:
+        if older.is_reachable() and not parts:
+            newer.begin("other", {}, fresh=True)
+            parts.append(newer._journal.new_part("m.safetensors"))
+            store.put(parts[0], b"part")
+        return real(url, **named)
+
+    monkeypatch.setattr(older._store, "list", begins)
+    with pytest.raises(MergeFailed, match="taken over"):
+        older.begin("plan", {}, fresh=True)
+    assert store.read_all(parts[0]) == b"part"
+    assert newer.is_reachable()
+
+
+def test_an_upload_of_a_newer_run_is_not_taken_for_an_older_ones(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run died between its intention and the upload's id. The run after it is taken over while it looks for it."""
+    store = Uploads()
+    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+    dead, older, newer = (S3Output(place, OPTIONS) for _ in range(3))
+    dead.begin("plan", {}, fresh=False)
+    dead._journal.intend_upload("m.safetensors", known=[])
+    real = store.list_uploads
+
+    def begins(url: str) -> Any:
+        monkeypatch.setattr(store, "list_uploads", real)
+        newer.begin("other", {}, fresh=True)
+        newer._open_upload("m.safetensors", goes_on=False)
+        return real(url)
+
+    monkeypatch.setattr(store, "list_uploads", begins)
+    with pytest.raises(MergeFailed, match="taken over"):
+        older.begin("third", {}, fresh=True)
+    assert [*store.uploads.values()][-1]
+
+
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_files_of_a_foreign_record_are_sources(place: str, tmp_path: Path, is_folder: bool) -> None:
     """--overwrite removes what the record names, in subfolders too."""
@@ -197,6 +238,28 @@ def test_a_record_that_names_a_folder_and_the_journal(place: str, tmp_path: Path
     assert output.is_reachable()
     assert filesystem.exists(f"{path}/sub/mine.txt") and not filesystem.exists(f"{path}/old.txt")
     output.release()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_overwrite_removes_a_result_of_raymoe_alone(
+    place: str, tmp_path: Path, is_folder: bool, is_recorded: bool
+) -> None:
+    """A user's own `result.json` stays, whatever the record says."""
+    out = str(tmp_path / "out") if is_folder else place
+    filesystem, path = fsspec.url_to_fs(out)
+    filesystem.makedirs(path, exist_ok=True)
+    result = b'{"exit_reason": "done", "raymoe_version": "1"}'
+    for content, stays in ((b"mine", True), (result, False)):
+        filesystem.pipe_file(f"{path}/result.json", content)
+        files = {"result.json": {"size": 1}} if is_recorded else {}
+        filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps({"files": files}).encode())
+        output: Output = open_output(out, OPTIONS)
+        output.lock()
+        output.begin("plan", {}, fresh=True)
+        output.release()
+        assert filesystem.exists(f"{path}/result.json") == stays
+        assert not filesystem.exists(f"{path}/{RECORD_NAME}")
 
 
 def test_clean_up_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,14 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.s3 import S3Store
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
+from raymoe.runtime.merge import _begin, output_problems
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.source_files import SourceFiles
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.local import LocalOutput
 from raymoe.storage.output import Output, complete_merge, open_output
 from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import RECORD_NAME, FileRecord
+from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.s3_output import S3Output
 from raymoe.storage.stream_output import StreamOutput
 from tests.objects.servers import environment, running_server
@@ -467,18 +470,115 @@ def test_a_run_that_goes_on_late(
         check_is_alone(place, small, tmp_path)
 
 
+def command(place: Place, plan: MergePlan, *, overwrite: bool = False) -> None:
+    """What `raymoe merge` does with an output, but for Ray. Raises what it raises."""
+    settings = RuntimeSettings(verbosity=-1, overwrite=overwrite, storage=OPTIONS)
+    output, sources = open_output(place.location, OPTIONS), SourceFiles(plan, None)
+    if problems := output_problems(plan, output, settings):
+        raise ProblemReport(problems)
+    try:
+        if _begin(plan, output, settings, sources) is None:
+            shards = write_shards(output, plan)
+            shards += [output.write_small(s.name, Path(s.file.location).read_bytes()) for s in plan.side_files]
+            write_rest(output, plan, shards)
+        else:
+            output.clean_up()
+    finally:
+        output.release()
+
+
+def put(place: Place, name: str, content: bytes) -> None:
+    filesystem, path = fsspec.url_to_fs(place.location)
+    filesystem.pipe_file(f"{path}/{name}", content)
+
+
 def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     output, (plan, other) = started(store_place, plans[0]), plans
     shards = write_shards(output, plan)
-    filesystem, path = fsspec.url_to_fs(store_place.location)
-    filesystem.pipe_file(f"{path}/{RECORD_NAME}", record_of(other, []))
+    put(store_place, RECORD_NAME, record_of(other, []))
     with pytest.raises(MergeFailed, match=r"a merge of another plan has ended here.*--overwrite"):
         write_rest(output, plan, shards)
     output.release()
-    again = open_output(store_place.location, OPTIONS)
-    (problem,) = again.problems(digest=plan.digest, output_bytes=0, overwrite=False)
-    assert "a merge of another plan has ended here" in problem.what and "--overwrite" in problem.remedy
-    finish(started(store_place, plan, fresh=True), plan)
+    with pytest.raises(ProblemReport, match=r"(?s)a merge of another plan has ended here.*--overwrite"):
+        command(store_place, plan)
+    command(store_place, plan, overwrite=True)
+    assert json.loads(store_place.files()[RECORD_NAME])["plan_digest"] == plan.digest
+
+
+def test_index_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
+    output, (plan, _) = started(store_place, plans[0]), plans
+    shards = write_shards(output, plan)
+    put(store_place, INDEX_NAME, b'{"weight_map": {}}')
+    with pytest.raises(MergeFailed, match=r"index.json: this file belongs to another model.*--overwrite"):
+        write_rest(output, plan, shards)
+    output.release()
+    with pytest.raises(ProblemReport, match=r"(?s)files of another model are beside .*index.json.*--overwrite"):
+        command(store_place, plan)
+    command(store_place, plan, overwrite=True)
+    assert json.loads(store_place.files()[INDEX_NAME]) == plan.index
+
+
+@pytest.mark.parametrize("name", ["chat_templates/old.jinja", "model-00001-of-00009.safetensors", "vocab.json"])
+@pytest.mark.parametrize("is_late", [False, True], ids=["before the index", "before the record"])
+def test_a_file_of_another_model_ends_the_merge(
+    place: Place, plans: tuple[MergePlan, MergePlan], name: str, is_late: bool
+) -> None:
+    """Such as a template of an older run, whose plan has one. It is named, and so is a remedy, which works."""
+    output, plan = started(place, plans[0]), plans[0]
+    records = [*write_shards(output, plan), output.write_small("config.json", json.dumps(plan.config).encode())]
+    if is_late:
+        records.append(output.write_index(json.dumps(plan.index).encode()))
+    if isinstance(output, LocalOutput):
+        (Path(place.location) / name).parent.mkdir(exist_ok=True)
+    put(place, name, b"old")
+    put(place, "notes.txt", b"mine")
+    with pytest.raises(MergeFailed, match=rf"{name}: this file belongs to another model.*--overwrite"):
+        output.end(record_of(plan, records)) if is_late else output.write_index(json.dumps(plan.index).encode())
+    assert RECORD_NAME not in place.files()
+    output.release()
+    with pytest.raises(ProblemReport, match=rf"(?s)files of another model are beside .*{name}.*--overwrite"):
+        command(place, plan)
+    command(place, plan, overwrite=True)
+    there = place.files()
+    assert RECORD_NAME in there and name not in there and there["notes.txt"] == b"mine"
+
+
+def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
+    """The later run's claim comes between the record of the older one and its last look. Both find the merge done."""
+    plan = plans[0]
+    older, later = started(store_place, plan), open_output(store_place.location, OPTIONS)
+    shards, settings = write_shards(older, plan), RuntimeSettings(verbosity=-1, storage=OPTIONS)
+    store, claims = later._store, list[Any]()
+
+    class Late:
+        """The later run's store, whose claim is held back until the older run has written its record."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def put(self, url: str, *arguments: Any, **named: Any) -> Any:
+            if not url.endswith("/plan.json") or claims:
+                return store.put(url, *arguments, **named)
+            real = older._store.put
+
+            def record_and_claim(place: str, *content: Any, **options: Any) -> Any:
+                info = real(place, *content, **options)
+                if place.endswith(RECORD_NAME):
+                    claims.append(store.put(url, *arguments, **named))
+                return info
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(older._store, "put", record_and_claim)
+                write_rest(older, plan, shards)
+            return claims[0]
+
+    later._store = later._journal._store = Late()
+    finished = _begin(plan, later, settings, SourceFiles(plan, None))
+    assert claims and finished is not None and finished.digest == plan.digest
+    later.clean_up()
+    later.release()
+    assert RECORD_NAME in store_place.files()
+    assert not [name for name in store_place.files() if name.startswith(".raymoe")]
 
 
 def test_replaced_shard_is_seen_before_done_is_said(
