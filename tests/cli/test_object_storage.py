@@ -356,8 +356,15 @@ def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
 
-@pytest.mark.parametrize("to_bucket", [False, True])
-@pytest.mark.parametrize("actors", [1, 2])
+@pytest.mark.parametrize(
+    ("actors", "to_bucket"),
+    [
+        (1, False),
+        (2, True),
+        pytest.param(1, True, marks=pytest.mark.soak),
+        pytest.param(2, False, marks=pytest.mark.soak),
+    ],
+)
 def test_eight_adapters_of_one_base_read_it_once(
     actors: int, to_bucket: bool, store: Store, zoo: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from tests.pico import merge_config
 @pytest.mark.parametrize("mode", [pytest.param("hidden", marks=pytest.mark.soak), "ridge"])
 @pytest.mark.processes
 def test_prompts_are_read_by_the_actor_with_a_gpu(
-    mode: str, zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, zoo: Callable[..., Path], ray_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An actor that runs a model has torch, and more than 350 MB; one that only copies has 150."""
     from ray.cluster_utils import Cluster
@@ -36,7 +36,7 @@ def test_prompts_are_read_by_the_actor_with_a_gpu(
     assert found is not None, done.stderr
     sizes = [float(size) * {"MB": 1, "GB": 1000}[unit] for size, unit in re.findall(r"([\d.]+) (MB|GB)", found[1])]
     assert len(sizes) == 3 and sizes[0] > 350 and max(sizes[1:]) < 250, done.stderr
-    one = raymoe("merge", config, tmp_path / "one", "--out-shard-size", "100000", "--actors", "1")
+    one = raymoe("merge", config, tmp_path / "one", "--out-shard-size", "100000", "--actors", "1", env=ray_env)
     assert one.returncode == 0, one.stderr
     for shard in (tmp_path / "one").glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

@@ -7,7 +7,6 @@ each of the two others.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -35,6 +34,7 @@ class World:
     """A cluster of three nodes, and how to run commands beside its head."""
 
     nodes: Nodes
+    one_node: dict[str, str]  # the environment of a cluster of one
     base: Path
     experts: tuple[Path, Path]
 
@@ -53,8 +53,7 @@ class World:
     def expected(self, config: Path, *flags: str) -> dict[str, Any]:
         """What a merge gives where everything is on one node."""
         out = self.nodes.folder / f"{config.stem}-expected"
-        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        done = raymoe("merge", config, out, *flags, "--quiet", env=env)
+        done = raymoe("merge", config, out, *flags, "--quiet", env=self.one_node)
         assert done.returncode == 0, done.stderr
         return files_of(out)
 
@@ -66,7 +65,7 @@ def files_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(ray_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from tests.pico import save_model
 
     server = running_server("moto")
@@ -78,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with nodes:
         for node in ("head", "a", "b"):
             nodes.add(node, cpus=1)
-        yield World(nodes, paths[0], (paths[1], paths[2]))
+        yield World(nodes, ray_env, paths[0], (paths[1], paths[2]))
 
 
 @pytest.fixture
