@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import raymoe
+from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.gates.assemble import router_bytes
 from raymoe.gates.here import gate_rows_here
@@ -305,6 +306,28 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
     (folder / "config.json").write_text(json.dumps(plan.config))
     (folder / INDEX_NAME).write_text(json.dumps(plan.index))
     return plan
+
+
+def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | None = None) -> None:
+    """What `raymoe.merge` leaves, written in this process: by the same output, with the journal, record and card."""
+    from raymoe.runtime import merge as run
+    from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.runtime.source_files import SourceFiles
+
+    content = MergeConfig.model_validate(config)
+    plan = raymoe.plan(content, options, allow_all_same=True)
+    settings = RuntimeSettings(verbosity=-1)
+    target = run.output_of(folder, settings)
+    run._begin(plan, target, settings, SourceFiles(plan, None))
+    with SourceReader(HubOptions()) as reader:
+        rows, summary = gate_rows_here(plan.gates, reader, device="cpu")
+        records = []
+        for shard in (shard for shard in plan.shards if shard.owner != "router"):
+            results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
+            records.append(target.complete(shard, results))
+    records += run._write_router(plan, rows, target, settings)
+    run._finish(plan, content, target, settings, records, summary)
+    target.release()
 
 
 def plan_problems(config: Mapping[str, Any], options: MergeOptions | None = None) -> str:

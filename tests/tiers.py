@@ -39,12 +39,19 @@ _is_watched = False
 
 
 def mark_tiers(items: list[pytest.Item]) -> None:
-    """Give each test the marks of its fixtures, and `unit` to those with no other."""
+    """Give each test the marks of its fixtures, and `unit` to those with no other. Files of what takes longest come
+    first, so that two processes end at about the same time."""
     for item in items:
         for name in set(getattr(item, "fixturenames", ())) & set(_BY_FIXTURE):
             item.add_marker(_BY_FIXTURE[name])
         if not any(item.get_closest_marker(name) for name in MARKS):
             item.add_marker("unit")
+    tiers = (*MARKS, "unit")
+    ranks: dict[str, int] = {}
+    for item in items:
+        rank = min(tiers.index(mark.name) for mark in item.iter_markers() if mark.name in tiers)
+        ranks[item.nodeid.partition("::")[0]] = min(rank, ranks.get(item.nodeid.partition("::")[0], len(tiers)))
+    items.sort(key=lambda item: ranks[item.nodeid.partition("::")[0]])
 
 
 def servers_of(metafunc: pytest.Metafunc, servers: tuple[str, ...]) -> list[Any]:

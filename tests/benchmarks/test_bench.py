@@ -123,7 +123,7 @@ def test_page(tmp_path: Path) -> None:
     assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
 
 
-@pytest.mark.processes
+@pytest.mark.soak
 def test_whole_run(tmp_path: Path) -> None:
     """Two programs, once for memory and once for time; their outputs are removed."""
     command = [sys.executable, "scripts/bench.py", "run", "--work", str(tmp_path), "--shapes", "tiny"]

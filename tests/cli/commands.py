@@ -43,13 +43,20 @@ def raymoe(
     return done
 
 
-_WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "submit"})
+_WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "eval", "submit"})
 
 
 def _is_this_cluster(env: Mapping[str, str] | None) -> bool:
     import ray
 
-    return bool(env) and ray.is_initialized() and env.get("RAY_ADDRESS") == ray.get_runtime_context().gcs_address
+    if env is None or not ray.is_initialized() or env.get("RAY_ADDRESS") != ray.get_runtime_context().gcs_address:
+        return False
+    return _of_ray(env) == _of_ray(os.environ)
+
+
+def _of_ray(env: Mapping[str, str]) -> dict[str, str]:
+    """What Ray reads of an environment, but for where its cluster is."""
+    return {name: value for name, value in env.items() if name.startswith("RAY_") and name != "RAY_ADDRESS"}
 
 
 def _run_here(arguments: list[str], env: Mapping[str, str], cwd: Path | None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import raymoe
-from tests.pico import merge_config
+from tests.pico import merge_config, merge_here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE_BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
@@ -19,13 +19,13 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merge of two experts, `code` and `law`, and texts for them beside it."""
     folder = tmp_path_factory.mktemp("eval")
     for number, name in enumerate(("base", "code", "law")):
         shutil.copytree(zoo("llama", seed=number), folder / name)
-    ray_merge(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden"), folder / "out")
-    ray_merge(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden_avg"), folder / "avg")
+    merge_here(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden"), folder / "out")
+    merge_here(merge_config(folder / "base", [folder / "code", folder / "law"], mode="hidden_avg"), folder / "avg")
     texts = [("code", "def area(radius): return 3"), ("law", "You may reproduce the Work"), ("law", "The licensor")]
     lines = [json.dumps({"label": label, "text": text}) + "\n" for label, text in texts]
     (folder / "texts.jsonl").write_text("".join(lines))
@@ -116,7 +116,8 @@ def test_what_is_no_merge(merged: Path, cli: Cli) -> None:
 
 
 @pytest.mark.skipif(not EXAMPLE_BASE.is_dir(), reason="needs scripts/fetch_example_base.py")
-def test_the_example_experts_are_told_apart(ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.engines
+def test_the_example_experts_are_told_apart(tmp_path: Path) -> None:
     """The merge of the example predicts each kind of text better than the base, and the right expert better still."""
     import yaml
 
@@ -128,7 +129,7 @@ def test_the_example_experts_are_told_apart(ray_merge: Callable[..., Any], tmp_p
         adapter = REPOSITORY / expert["source_model"].partition("+")[2]
         expert["source_model"] = f"{EXAMPLE_BASE}+{adapter}"
         expert["positive_prompts"] = expert["positive_prompts"][:4]
-    ray_merge(config, tmp_path / "out")
+    merge_here(config, tmp_path / "out")
     asked: dict[str, Any] = {"against": ("base", "oracle"), "limit": 1, "max_tokens": 96, "device": "cpu"}
     result = package.evaluate(tmp_path / "out", REPOSITORY / "examples/heldout.jsonl", **asked)
     assert result["experts"] == ["go", "metamath", "spanish", "dictionary"]

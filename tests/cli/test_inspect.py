@@ -21,12 +21,12 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def merged(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.pico import merge_config
+def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.pico import merge_config, merge_here
 
     out = tmp_path_factory.mktemp("inspect") / "out"
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="random")
-    ray_merge(config, out, MergeOptions(max_shard_bytes=300_000))
+    merge_here(config, out, MergeOptions(max_shard_bytes=300_000))
     return out
 
 

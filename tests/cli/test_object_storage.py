@@ -96,6 +96,14 @@ def merged(store: Store, config: Path, output: object, *flags: str) -> subproces
     return done
 
 
+@pytest.fixture(scope="module")
+def finished(store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A config, and the URL of the merge that was made of it. Read-only."""
+    config, url = config_of(store.there, tmp_path_factory.mktemp("finished") / "config.yaml"), store.url()
+    merged(store, config, url)
+    return config, url
+
+
 # What names the sources, by their places.
 OF_PLACES = {"README.md", "raymoe.json"}
 
@@ -170,11 +178,9 @@ def test_verify_finds_what_was_changed(store: Store, tmp_path: Path) -> None:
     assert "weight: differs" in done.stdout and "NOT verified: 2 differences" in done.stdout
 
 
-def test_verify_of_a_copy(store: Store, tmp_path: Path) -> None:
+def test_verify_of_a_copy(store: Store, finished: tuple[Path, str], tmp_path: Path) -> None:
     """A copy has no ETags, by which the record knows the objects: the MD5s among them, and tensors, decide."""
-    config = config_of(store.there, tmp_path / "config.yaml")
-    url, copy = store.url(), tmp_path / "copy"
-    merged(store, config, url)
+    (_, url), copy = finished, tmp_path / "copy"
     copy.mkdir()
     for name, content in store.files(url).items():
         (copy / name).write_bytes(content)
@@ -309,10 +315,8 @@ def test_the_output_is_a_source(store: Store, tmp_path: Path) -> None:
     assert store.files(store.there[1]) == before
 
 
-def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, tmp_path: Path) -> None:
-    config = config_of(store.there, tmp_path / "config.yaml")
-    url = store.url()
-    merged(store, config, url)
+def test_a_finished_merge_is_not_overwritten_by_chance(store: Store, finished: tuple[Path, str]) -> None:
+    config, url = finished  # and written again, the same
     before = store.files(url)
     refused(store.run("merge", config, url, "--out-shard-size", "1G"), 2, url, "holds a finished merge", "--overwrite")
     again = store.run("merge", config, url, *SHARD)

@@ -30,13 +30,13 @@ def sources(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def finished(sources: Path, ray_merge: Callable[..., Any]) -> Path:
+def finished(sources: Path) -> Path:
     """Experts with noise, and a router from prompts: every kind of part but zeros."""
-    from tests.pico import merge_config
+    from tests.pico import merge_config, merge_here
 
     experts = [sources / "model-1", sources / "model-2"]
     config = merge_config(sources / "model-0", experts, mode="cheap_embed", expert_options={"noise_scale": 0.01})
-    ray_merge(config, sources / "out", MergeOptions(max_shard_bytes=300_000, seed=3))
+    merge_here(config, sources / "out", MergeOptions(max_shard_bytes=300_000, seed=3))
     return sources / "out"
 
 

@@ -20,7 +20,7 @@ from raymoe.planning import MergeOptions
 from tests.architectures.hosts import PAIRS, load_grafted, load_merged
 from tests.evaluation.streamed import resident
 from tests.evaluation.test_texts import adds_bos
-from tests.pico import HIDDEN, LAYERS, load_dense, merge_config, save_lora, tensors_of
+from tests.pico import HIDDEN, LAYERS, load_dense, merge_config, merge_here, save_lora, tensors_of
 
 TEXTS = {
     "code": ["def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)", "x = [y for y in z]"],
@@ -69,8 +69,8 @@ def world(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def hidden(world: World, ray_merge: Callable[..., Any]) -> Path:
-    ray_merge(world.config(mode="hidden"), world.folder / "hidden")
+def hidden(world: World) -> Path:
+    merge_here(world.config(mode="hidden"), world.folder / "hidden")
     return world.folder / "hidden"
 
 
@@ -176,14 +176,13 @@ def test_mode_hidden_is_computed_from_the_recorded_prompts(
     world: World,
     hidden: Path,
     result: dict[str, Any],
-    ray_merge: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Random experts: a text's own one is no better than another, and there is no gap that a router could close.
     assert result["gap_closed"] is None
     monkeypatch.setattr("raymoe.evaluation.metrics.SMALLEST_GAP", -1.0)
-    ray_merge(world.config(mode="cheap_embed"), tmp_path / "other")
+    merge_here(world.config(mode="cheap_embed"), tmp_path / "other")
     other = raymoe.evaluate(tmp_path / "other", world.data, device="cpu", against=("hidden", "oracle"))
     assert other["loss"]["hidden"] == pytest.approx(result["loss"]["merged"], abs=1e-5)
     assert other["loss"]["oracle"] == pytest.approx(result["loss"]["oracle"], abs=1e-5)
@@ -200,23 +199,21 @@ GATED = [pair for pair in PAIRS if pair.gates_shared][:1]
 
 @pytest.mark.parametrize("pair", [*GATED, *(pair for pair in PAIRS if str(pair) in FFN_OF_ANOTHER_NAME)], ids=str)
 def test_mode_hidden_has_the_shared_experts_gate_and_any_family(
-    pair: Any, zoo: Callable[..., Path], world: World, ray_merge: Callable[..., Any], tmp_path: Path
+    pair: Any, zoo: Callable[..., Path], world: World, tmp_path: Path
 ) -> None:
     base, *experts = (zoo(pair.family, seed=seed) for seed in range(3))
     labels = tuple(f"{label}={number}" for number, label in enumerate(("code", "law")))
     found = {}
     for mode in ("hidden", "cheap_embed"):
-        ray_merge(pair.config(base, experts, zoo(pair.family, seed=4), mode=mode), tmp_path / mode)
+        merge_here(pair.config(base, experts, zoo(pair.family, seed=4), mode=mode), tmp_path / mode)
         asked = {"against": ("hidden",), "labels": (*labels, "food=0"), "device": "cpu"}
         found[mode] = raymoe.evaluate(tmp_path / mode, world.data, **asked)["loss"]
     assert found["cheap_embed"]["hidden"] == pytest.approx(found["hidden"]["merged"], abs=1e-5)
     assert abs(found["cheap_embed"]["merged"]["mean"] - found["hidden"]["merged"]["mean"]) > 1e-4
 
 
-def test_a_merge_without_prompts_is_not_compared_with_hidden(
-    world: World, ray_merge: Callable[..., Any], tmp_path: Path
-) -> None:
-    ray_merge(world.config(mode="random"), tmp_path / "random", MergeOptions(seed=3))
+def test_a_merge_without_prompts_is_not_compared_with_hidden(world: World, tmp_path: Path) -> None:
+    merge_here(world.config(mode="random"), tmp_path / "random", MergeOptions(seed=3))
     found = raymoe.evaluate(tmp_path / "random", world.data, device="cpu", limit=1)
     assert found["loss"]["hidden"] is None and found["gap_closed"] is None and found["seed"] == 3
     assert found["warnings"] == ["not compared with gate mode hidden: the merge has no prompts"]
@@ -236,20 +233,18 @@ def test_what_is_left_out_is_said(world: World, hidden: Path, tmp_path: Path) ->
     assert [name for name, value in found["loss"].items() if value] == ["merged"]
 
 
-def test_a_merge_without_tokenizer_is_read_with_the_bases(
-    world: World, result: dict[str, Any], ray_merge: Callable[..., Any], tmp_path: Path
-) -> None:
-    ray_merge(world.config(mode="hidden"), tmp_path / "bare", MergeOptions(copy_tokenizer=False))
+def test_a_merge_without_tokenizer_is_read_with_the_bases(world: World, result: dict[str, Any], tmp_path: Path) -> None:
+    merge_here(world.config(mode="hidden"), tmp_path / "bare", MergeOptions(copy_tokenizer=False))
     assert not (tmp_path / "bare/tokenizer.json").exists()
     found = raymoe.evaluate(tmp_path / "bare", world.data, against=(), device="cpu")
     assert found["loss"]["merged"] == pytest.approx(result["loss"]["merged"], abs=1e-5)
 
 
-def test_experts_of_one_name_have_numbers(world: World, ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+def test_experts_of_one_name_have_numbers(world: World, tmp_path: Path) -> None:
     twins = merge_config(
         world.base, [world.folder / "code", world.folder / "code", world.folder / "law"], mode="random"
     )
-    ray_merge(twins, tmp_path / "twins")
+    merge_here(twins, tmp_path / "twins")
     with pytest.raises(ProblemReport, match="the label 'code' is the name of experts 0 and 1"):
         raymoe.evaluate(tmp_path / "twins", world.data, labels=("food=law",))
     asked = {"labels": ("code=1", "food=law"), "against": ("experts",), "device": "cpu"}
@@ -296,10 +291,10 @@ def refused(*arguments: Any, **options: Any) -> str:
     return str(report.value)
 
 
-def test_sources_that_are_gone_can_be_left_out(world: World, ray_merge: Callable[..., Any], tmp_path: Path) -> None:
+def test_sources_that_are_gone_can_be_left_out(world: World, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(world.folder / "law", tmp_path / "law"))
     config = merge_config(world.base, [world.folder / "code", moved], mode="hidden")
-    ray_merge(config, tmp_path / "out")
+    merge_here(config, tmp_path / "out")
     shutil.rmtree(moved)
     found = refused(tmp_path / "out", world.data, labels=("food=0",))
     assert str(moved) in found and "expert 1 of this merge" in found
@@ -331,6 +326,7 @@ def test_what_is_no_merge(world: World, hidden: Path, tmp_path: Path) -> None:
     assert "model_type is 'llama', which is no mixture that raymoe writes" in refused(dense, world.data)
 
 
+@pytest.mark.s3
 def test_a_merge_in_an_object_store(world: World, hidden: Path, result: dict[str, Any]) -> None:
     from tests.objects.servers import environment, running_server
 

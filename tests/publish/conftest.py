@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raymoe.planning import MergeOptions
 from tests.cli.conftest import Answer, cli, config, ray_env
 from tests.objects.fixtures import bucket, server
-from tests.pico import merge_config
+from tests.pico import merge_config, merge_here
 from tests.publish.hub import WritableHub
 
 __all__ = ["Answer", "bucket", "cli", "config", "hub", "merged", "ray_env", "server"]
@@ -33,9 +32,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
 
 
 @pytest.fixture(scope="session")
-def merged(ray_merge: Callable[..., Any], zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished merge of three experts, in six shards. Read-only; `shutil.copytree` gives one to change."""
     out = tmp_path_factory.mktemp("merged") / "out"
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="hidden")
-    ray_merge(config, out, MergeOptions(max_shard_bytes=300_000))
+    merge_here(config, out, MergeOptions(max_shard_bytes=300_000))
     return out
