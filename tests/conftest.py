@@ -19,7 +19,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, says in {**MARKS, "unit": "needs this process alone", "every_server": "runs on every S3 server"}.items():
+    for name, says in {
+        **MARKS,
+        "unit": "needs this process alone",
+        "every_server": "runs on every S3 server",
+        "soak_on(text)": "its cases with that text in their name are long",
+    }.items():
         config.addinivalue_line("markers", f"{name}: {says}")
 
 

@@ -11,7 +11,7 @@ Tests with a fixture that starts something have its mark from here; what else st
 and a test without a mark is a unit test. CONTRIBUTING.md tells what each tier proves.
 
 A test of object stores runs on moto. With the mark `every_server` it runs on the others too; without it, those are part
-of `make soak`.
+of `make soak`. With the mark `soak_on("moto")`, its cases with that in their name are part of `make soak`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def mark_tiers(items: list[pytest.Item]) -> None:
     """Give each test the marks of its fixtures, and `unit` to those with no other. Files of what takes longest come
     first, so that two processes end at about the same time."""
     for item in items:
+        if any(mark.args[0] in item.name for mark in item.iter_markers("soak_on")):
+            item.add_marker("soak")
         for name in set(getattr(item, "fixturenames", ())) & set(_BY_FIXTURE):
             item.add_marker(_BY_FIXTURE[name])
         if not any(item.get_closest_marker(name) for name in MARKS):

@@ -20,10 +20,12 @@ from tests.pico import load_dense, logits_of, merge_without_ray, tensors_of, tok
 
 CASES = [
     (Pair("llama", "mixtral"), "hidden"),
-    (Pair("qwen2", "qwen2_moe", shared=True), "ridge"),
-    (Pair("granitemoehybrid", "granitemoehybrid", shared=True, options=MAMBA), "hidden"),
+    pytest.param(Pair("qwen2", "qwen2_moe", shared=True), "ridge", marks=pytest.mark.soak),
+    pytest.param(
+        Pair("granitemoehybrid", "granitemoehybrid", shared=True, options=MAMBA), "hidden", marks=pytest.mark.soak
+    ),
     (Pair("youtu", "deepseek_v3", shared=True), "ridge"),
-    (Pair("granite_swa", "granitemoe_swa"), "random"),
+    pytest.param(Pair("granite_swa", "granitemoe_swa"), "random", marks=pytest.mark.soak),
 ]
 
 

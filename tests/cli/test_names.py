@@ -31,7 +31,9 @@ def config(zoo: Callable[..., Path], tmp_path: Path) -> Path:
     return write_config(tmp_path / HAN / "cönfig.yaml", content)
 
 
-@pytest.mark.parametrize("name", [pytest.param(UMLAUT, marks=pytest.mark.soak), f"{HAN}/out", NOT_UTF8])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.soak) for name in (UMLAUT, NOT_UTF8)), f"{HAN}/out"]
+)
 def test_outputs_and_sources_of_any_name(
     cli: Callable[..., Any], ray_merge: Callable[..., Any], config: Path, tmp_path: Path, name: str
 ) -> None:

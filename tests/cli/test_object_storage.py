@@ -363,9 +363,9 @@ def test_each_byte_is_read_once(store: Store, zoo: Callable[..., Path], tmp_path
 @pytest.mark.parametrize(
     ("actors", "to_bucket"),
     [
-        (1, False),
-        (2, True),
-        pytest.param(1, True, marks=pytest.mark.soak),
+        (1, True),
+        pytest.param(2, True, marks=pytest.mark.soak),
+        pytest.param(1, False, marks=pytest.mark.soak),
         pytest.param(2, False, marks=pytest.mark.soak),
     ],
 )

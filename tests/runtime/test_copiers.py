@@ -13,7 +13,8 @@ from tests.cli.commands import raymoe, write_config
 from tests.pico import merge_config
 
 
-@pytest.mark.parametrize("mode", [pytest.param("hidden", marks=pytest.mark.soak), "ridge"])
+@pytest.mark.soak  # what the scheduler does where actors have GPUs has tests in test_schedule.py
+@pytest.mark.parametrize("mode", ["hidden", "ridge"])
 @pytest.mark.processes
 def test_prompts_are_read_by_the_actor_with_a_gpu(
     mode: str, zoo: Callable[..., Path], ray_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -58,7 +58,8 @@ def busy(with_what: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(("at", "actors"), [(READING, "2"), pytest.param(FITTING, "1", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize(("at", "actors"), [(READING, "2"), (FITTING, "1")])
 def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at: str, actors: str) -> None:
     process = wide.start(tmp_path / "out", ray_env, "--actors", actors)
     kill(wait_until(lambda: busy(at), at, [process])[0])

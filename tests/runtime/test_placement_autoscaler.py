@@ -23,7 +23,7 @@ from tests.processes import kill, mentioning
 from tests.runtime.conftest import FLAGS
 from tests.runtime.nodes import free_port
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
 _UNUSED: dict[str, object] = {
     **{key: {} for key in ["auth", "docker", "file_mounts"]},

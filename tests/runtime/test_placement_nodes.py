@@ -132,7 +132,8 @@ def test_prompts_are_read_where_the_base_is(world: World, out: Path) -> None:
     assert weights[0] == weights[1] and len(weights[0]) == 4
 
 
-@pytest.mark.parametrize("side", ["sender", pytest.param("writer", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("side", ["sender", "writer"])
 def test_a_side_of_a_stream_is_lost(world: World, noisy: Path, many: dict[str, Any], out: Path, side: str) -> None:
     title = {"sender": "ray::send ", "writer": "ray::receive "}[side]
     node = {"sender": "a", "writer": "head"}[side]

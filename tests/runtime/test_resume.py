@@ -38,7 +38,7 @@ def file_stamps(output: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_killed_anywhere(
     many_shards: Merge, ray_env: dict[str, str], ray_merge: Run, tmp_path: Path, seed: int
 ) -> None:

@@ -353,6 +353,8 @@ class TakeOver:
         self._rest = lambda: None
 
 
+@pytest.mark.soak_on("moto-the same plan")
+@pytest.mark.soak_on("moto-another plan-done")
 @pytest.mark.parametrize("until", ["done", "shards"])
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 def test_taken_over_while_the_old_run_stands_still(
@@ -387,6 +389,7 @@ def test_taken_over_while_the_old_run_stands_still(
     every_order(store_place, once, steps(store_place, 2))
 
 
+@pytest.mark.soak_on("moto-the same plan")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
     store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
