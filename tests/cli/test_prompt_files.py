@@ -58,8 +58,8 @@ def listed(place: Path) -> dict[str, Any]:
     return config
 
 
-def test_same_bytes_as_from_lists(place: Path, ray_merge: Callable[..., Any], tmp_path: Path) -> None:
-    ray_merge(listed(place), tmp_path / "out")
+def test_same_bytes_as_from_lists(place: Path, tmp_path: Path) -> None:
+    merge_here(listed(place), tmp_path / "out")
     found, expected = hashes(place / "out"), hashes(tmp_path / "out")
     # These two hold the config as it was written.
     assert {name for name in found if found[name] != expected[name]} == {"README.md", "raymoe.json"}
@@ -68,7 +68,7 @@ def test_same_bytes_as_from_lists(place: Path, ray_merge: Callable[..., Any], tm
     assert (records[1]["prompt_files"], len(records[0]["prompt_files"])) == ([], 3)
     other = listed(place)
     other["experts"][0]["positive_prompts"][-1] += "!"
-    ray_merge(other, tmp_path / "other")
+    merge_here(other, tmp_path / "other")
     assert {name for name in found if found[name] != hashes(tmp_path / "other")[name] and "safetensors" in name}
 
 
