@@ -18,6 +18,7 @@ from pyarrow import parquet
 from raymoe.sources.prompts import draw
 from tests.cli.commands import hashes, raymoe, write_config
 from tests.objects.servers import environment, running_server
+from tests.pico import merge_here
 
 Cli = Callable[..., Any]
 TEXTS = [[f"{word} number {number}" for number in range(40)] for word in ("river", "salt", "licence")]
