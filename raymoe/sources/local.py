@@ -183,20 +183,25 @@ def lasting_stamp(times: Iterable[tuple[str, int]], sample: int) -> str:
 
 
 def has_other_content(before: str, now: str) -> bool:
-    """Whether two lasting stamps are of different content. The samples decide.
+    """Whether two lasting stamps may be of different content: the samples differ, or no time shows that it is the same.
 
-    Times are compared only where both stamps have one from the same node: a copy on another node has a time of its
-    own, and which copies there are depends on the nodes that are up.
+    A copy on another node has a time of its own, and which copies there are depends on the nodes that are up. So one
+    time that both have is enough, on whatever nodes (a container has another name each time), unless the copy on one
+    node has been written since.
     """
     (times, sample), (times_now, sample_now) = _lasting(before), _lasting(now)
-    return sample != sample_now or any(times[node].isdisjoint(times_now[node]) for node in times.keys() & times_now)
+    if sample != sample_now or any(times[node].isdisjoint(times_now[node]) for node in times.keys() & times_now):
+        return True
+    known, known_now = (set().union(*each.values()) for each in (times, times_now))
+    return bool(known and known_now) and known.isdisjoint(known_now)
 
 
 def _lasting(stamp: str) -> tuple[dict[str, set[Any]], str]:
-    """Times by node, and the sample; an older raymoe did not say on which node a time was read."""
+    """Times by node, and the sample; an older raymoe did not say on which node a time was read, or kept none."""
     times, _, sample = stamp.rpartition(":")
     try:
-        return {node: set(each) for node, each in json.loads(times).items()}, sample
+        known = json.loads(times)
+        return ({"": {known}} if isinstance(known, int) else {node: set(each) for node, each in known.items()}), sample
     except (ValueError, TypeError, AttributeError):
         return {}, sample
 

@@ -423,3 +423,22 @@ def test_release_that_fails(tmp_path: Path) -> None:
     assert each_call(names, OSError(errno.EIO, "Input/output error"), prepare, release) > 1
     for path in tmp_path.iterdir():
         LocalOutput(path).lock()
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["of today", "of an older raymoe"])
+def test_a_source_that_is_replaced_while_the_machine_gets_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    """As containers do. Its samples may be the same, so its time decides, whatever the name is."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1 << 20))
+    file = SourceFile(location=str(path), size=1 << 20)
+    (before,) = source_stamps([file]).values()
+    if older:
+        before = f"{path.stat().st_mtime_ns}:{before.rpartition(':')[2]}"
+    monkeypatch.setattr("socket.gethostname", lambda: "another-pod")
+    (now,) = source_stamps([file]).values()
+    assert not has_other_content(before, now)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    (now,) = source_stamps([file]).values()
+    assert has_other_content(before, now)
