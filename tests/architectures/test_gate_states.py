@@ -17,6 +17,8 @@ from tests.gates.test_decoder_router_inputs import readable, streamed
 from tests.gates.test_streaming import prompts_of
 from tests.pico import load_dense
 
+pytestmark = pytest.mark.engines
+
 LENGTHS = (3, 30, 17, 8)
 # Families whose tables are Llama's are looked at in tests/gates.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -42,6 +42,8 @@ from tests.pico import (
     token_ids,
 )
 
+pytestmark = pytest.mark.engines
+
 WIDTH = 96
 # One family a host; Hunyuan's shared expert is always as wide as the others.
 HOSTS = list({pair.host: pair for pair in PAIRS if pair.shared and pair.host != "hunyuan_v1_moe"}.values())

@@ -21,6 +21,8 @@ from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, Pair, load_merged
 from tests.gguf.conftest import TOKENIZER_FILES
 from tests.pico import copy_model, load_dense, logits_of, merge_config, merge_without_ray, tensors_of, token_ids
 
+pytestmark = pytest.mark.engines
+
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # LFM2's older name of the key is the one that counts.
 TIED = {"tie_word_embeddings": True}

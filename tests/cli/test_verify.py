@@ -176,7 +176,7 @@ def test_from_another_folder(sources: Path, ray_env: dict[str, str], tmp_path: P
     assert done.stdout.startswith("verified: ")
 
 
-def test_a_card_may_be_edited(merged: Path, cli: Cli) -> None:
+def test_a_card_may_be_edited(merged: Path, cli: Cli, local_ray: None) -> None:
     with open(merged / "README.md", "a") as file:
         file.write("\nBy hand.\n")
     answer = cli("verify", merged, *ONE)

@@ -22,6 +22,8 @@ from tests.evaluation.streamed import resident
 from tests.evaluation.test_texts import adds_bos
 from tests.pico import HIDDEN, LAYERS, load_dense, merge_config, merge_here, save_lora, tensors_of
 
+pytestmark = pytest.mark.engines
+
 TEXTS = {
     "code": ["def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)", "x = [y for y in z]"],
     "law": ["The licensor grants you a copyright licence.", "You may reproduce the Work"],

@@ -15,6 +15,8 @@ from tests.architectures.hosts import PAIRS, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
 from tests.pico import merge_without_ray
 
+pytestmark = pytest.mark.engines
+
 # One a host, and one that turns a part of each head; DeepSeek-MoE v1 has a configuration of its own, which is not in
 # transformers.
 HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in HOSTS if host != "deepseek"]

@@ -23,6 +23,8 @@ from raymoe.storage.reader import SourceReader
 from tests.gates.test_streaming import LENGTHS, prompts_of
 from tests.pico import LAYERS, load_dense, merge_config
 
+pytestmark = pytest.mark.engines
+
 WINDOWS = {"use_sliding_window": True, "sliding_window": 12}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),

@@ -19,6 +19,8 @@ from raymoe.storage.reader import SourceReader
 from tests.gates.direct import rows_of_plan
 from tests.pico import LAYERS, copy_model, load_dense, merge_config, tensors_of
 
+pytestmark = pytest.mark.engines
+
 LENGTHS = (1, 40, 3, 17, 2, 40, 9, 1, 26, 5)
 
 

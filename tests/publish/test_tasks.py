@@ -17,6 +17,8 @@ from tests.cli.conftest import Answer
 
 Cli = Callable[..., Answer]
 has_harness = importlib.util.find_spec("lm_eval") is not None
+pytestmark = pytest.mark.engines
+
 needs_harness = pytest.mark.skipif(not has_harness, reason="the extra lm-eval is not installed")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

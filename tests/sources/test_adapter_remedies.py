@@ -17,6 +17,8 @@ from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import AdapterFacts
 
+pytestmark = pytest.mark.engines
+
 peft = pytest.importorskip("peft")
 FFN = ["gate_proj", "up_proj", "down_proj"]
 WEIGHTS = "adapter_model.safetensors"
