@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import StorageError
+from raymoe.objects.problems import ObjectChanged, StorageError
 from raymoe.objects.retry import Failure, Kind, Pacer, Retries, kind_of
 from raymoe.objects.s3 import MIN_PART_BYTES, S3Store
 from raymoe.objects.urls import join
@@ -144,6 +144,20 @@ def test_short_and_wrong_bodies_are_tried_again(keys: None) -> None:
         store = store_at(server.url)
         assert store.read("s3://bucket/key", 10, 10 + len(DATA)) == DATA
         assert store.counters.retries == 5
+
+
+@pytest.mark.s3
+def test_a_replaced_object_is_noticed_where_the_server_does_not_look(keys: None) -> None:
+    """A server may ignore the condition that an object is still the same; its answer tells."""
+    headers = {"ETag": '"another"', "Content-Range": f"bytes 0-{len(DATA) - 1}/{len(DATA)}"}
+    with canned(Answer(200, body=DATA, headers={"ETag": '"another"'})) as server:
+        assert store_at(server.url).read_all("s3://bucket/key", "another") == DATA
+        with pytest.raises(ObjectChanged, match="its ETag is another"):
+            store_at(server.url).read_all("s3://bucket/key", "planned")
+    with canned(Answer(206, body=DATA, headers=headers)) as server:
+        assert store_at(server.url).read("s3://bucket/key", 0, len(DATA), "another") == DATA
+        with pytest.raises(ObjectChanged, match="its ETag is another"):
+            store_at(server.url).read("s3://bucket/key", 0, len(DATA), "planned")
 
 
 @pytest.mark.s3
