@@ -20,8 +20,8 @@ _PATTERN_CHARACTERS, _MOST_WAYS = 1000, LONGEST_NAME**4
 # Of one setting. A model of 126 layers has 882 modules with a pattern each, 35 kB. Compiling takes up to 4 us for each
 # character.
 _MOST_PATTERNS, _MOST_CHARACTERS = 10_000, 400_000
-# What compiling can take long for, and no name of a module needs: characters beyond ASCII, of which one class can hold
-# hundreds of ranges, the escapes that stand for them, and flags, which look for each character in both cases.
+# These make compiling slow, and module names need none of them: characters beyond ASCII (one class can hold hundreds of
+# ranges), the escapes that stand for them, and flags (each character is looked for in both cases).
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPES_BY_NUMBER = frozenset("xuUN0")
 _FLAG = re.compile(r"\(\?[^:=!<>P(]")

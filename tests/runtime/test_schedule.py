@@ -77,7 +77,9 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
 
 
-def test_who_reads_an_expert_writes_it_first(cluster: FakeCluster, run: Run, plans: dict[str, MergePlan]) -> None:
+def test_an_actor_writes_the_expert_that_it_reads_first(
+    cluster: FakeCluster, run: Run, plans: dict[str, MergePlan]
+) -> None:
     actors = [cluster.actor() for _ in range(3)]
     run(Written(), "hidden")
     owner = {shard.file_name: shard.owner for shard in plans["hidden"].shards}
@@ -207,7 +209,7 @@ def test_an_actor_that_ray_has_no_room_for_is_waited_for(cluster: FakeCluster, r
     assert sorted(work.done) == shards and cluster.seconds > 41
 
 
-def test_nobody_is_up_for_too_long(cluster: FakeCluster, run: Run) -> None:
+def test_no_actor_is_up_for_too_long(cluster: FakeCluster, run: Run) -> None:
     cluster.actor(up_after=1e6)
     with pytest.raises(MergeFailed, match=r"^none of the actors has been up for 2 min: .*same command again"):
         run(Written())
@@ -276,11 +278,18 @@ def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster
 # Files that only some nodes have, and outputs that only some nodes see
 
 
-def test_work_goes_to_who_has_the_files(
-    cluster: FakeCluster, run: Run, plans: dict[str, MergePlan], shards: list[str]
+@pytest.fixture
+def of_one_expert(plans: dict[str, MergePlan]) -> tuple[Needs, str]:
+    """What the jobs need, and the file of one expert's shards."""
+    needs, plan = Needs(plans["random"]), plans["random"]
+    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == "expert 1")]
+    return needs, file
+
+
+def test_work_goes_to_actors_that_have_the_files(
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
 ) -> None:
-    needs = Needs(plans["random"])
-    (theirs,) = needs.shards[next(s.file_name for s in plans["random"].shards if s.owner == "expert 1")]
+    needs, theirs = of_one_expert
     has, lacks = cluster.actor(), cluster.actor(missing=[theirs])
     work = Written()
     run(work, needs=needs)
@@ -289,9 +298,8 @@ def test_work_goes_to_who_has_the_files(
     assert {actor for _, actor, _ in cluster.begun("write")} == {has, lacks}
 
 
-def test_files_that_no_node_has_any_more(cluster: FakeCluster, run: Run, plans: dict[str, MergePlan]) -> None:
-    needs = Needs(plans["random"])
-    (theirs,) = needs.shards[next(s.file_name for s in plans["random"].shards if s.owner == "expert 1")]
+def test_files_that_no_node_has_any_more(cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str]) -> None:
+    needs, theirs = of_one_expert
     has, _ = cluster.actor(), cluster.actor(missing=[theirs], node="node 2")
     cluster.at(0.5, lambda: cluster.kill(has, back_after=None))
     with pytest.raises(MergeFailed, match=rf"{theirs} is on none of the nodes with an actor \(node 2\).*same command"):
@@ -300,10 +308,9 @@ def test_files_that_no_node_has_any_more(cluster: FakeCluster, run: Run, plans: 
 
 
 def test_hope_for_a_node_that_may_come_back(
-    cluster: FakeCluster, run: Run, plans: dict[str, MergePlan], shards: list[str]
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
 ) -> None:
-    needs = Needs(plans["random"])
-    (theirs,) = needs.shards[next(s.file_name for s in plans["random"].shards if s.owner == "expert 1")]
+    needs, theirs = of_one_expert
     has, _ = cluster.actor(), cluster.actor(missing=[theirs])
     cluster.at(0.5, lambda: cluster.kill(has, back_after=60.0))
     work = Written()
@@ -328,7 +335,7 @@ def sending(cluster: FakeCluster, writers: list[FakeActor]) -> Written:
     return Written(start)
 
 
-def test_who_does_not_see_the_output_sends_to_a_writer(
+def test_an_actor_that_does_not_see_the_output_sends_to_a_writer(
     cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
 ) -> None:
     far = [cluster.actor(sees_output=False), cluster.actor(sees_output=False)]
@@ -338,7 +345,7 @@ def test_who_does_not_see_the_output_sends_to_a_writer(
     assert cluster.ended == [(writers[0], True)]  # when nothing is left to do
 
 
-def test_who_sees_the_output_writes_what_it_can(cluster: FakeCluster, run: Run, sending: Written) -> None:
+def test_an_actor_that_sees_the_output_writes_what_it_can(cluster: FakeCluster, run: Run, sending: Written) -> None:
     near, far = cluster.actor(), cluster.actor(sees_output=False)
     run(sending, actors=[near, far])
     assert {actor for _, actor, _ in cluster.begun("write")} == {near} and not cluster.begun("receive")
