@@ -14,6 +14,9 @@ TORCH_PIP ?= $(if $(shell command -v nvidia-smi),,$(shell $(PYTHON) scripts/inde
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 SOAK_MERGES ?= 200
 
+# Where it is set, each of a thousand processes compiles the package and its tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 BASE := models/SmolLM2-135M-Instruct

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes side by side share the cores: with a thread per core in each, torch's threads wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +52,12 @@ def _module_of(metafunc: pytest.Metafunc, name: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_tiers(items)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: looking through it again and again for garbage took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
