@@ -6,13 +6,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.objects.servers import STARTERS
+from tests.objects.servers import STARTERS, environment
 from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
 
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
@@ -66,13 +66,37 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def local_ray(_aws_files: Path) -> Iterator[None]:
     """A Ray cluster of this process. Merges in the same process use it as it is and leave it alone."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    with environment({"AWS_CONFIG_FILE": str(_aws_files), "AWS_SHARED_CREDENTIALS_FILE": str(_aws_files)}):
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False
+        )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _aws_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("aws") / "config"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def ray_has_access(local_ray: None, _aws_files: Path) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """ray_has_access(variables) gives the session's cluster the AWS_* variables, as a node's profile would, till the
+    end of the file."""
+
+    def give(variables: Mapping[str, str]) -> None:
+        lines = [f"{name.removeprefix('AWS_').lower()} = {value}" for name, value in variables.items()]
+        lines = [f"aws_{line}" if "_key" in line.partition(" ")[0] else line for line in lines]
+        _aws_files.write_text("\n".join(["[default]", *lines, ""]))
+
+    yield give
+    _aws_files.write_text("")
 
 
 @pytest.fixture(scope="session")

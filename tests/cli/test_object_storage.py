@@ -1,4 +1,4 @@
-"""The commands with object stores, from end to end, on a Ray cluster of their own whose processes have credentials.
+"""The commands with object stores, from end to end, on a Ray cluster whose processes have credentials.
 
 Everything goes through a proxy that counts. The server is the juicefs gateway: it checks credentials.
 """
@@ -6,7 +6,6 @@ Everything goes through a proxy that counts. The server is the juicefs gateway: 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import uuid
@@ -21,7 +20,7 @@ import pytest
 from tests.cli.commands import files_below, raymoe, write_config
 from tests.objects.canned import Answer, canned
 from tests.objects.fault_proxy import FaultProxy
-from tests.objects.servers import Server, environment, running_server
+from tests.objects.servers import Server, running_server
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 
@@ -63,8 +62,10 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def store(zoo: Callable[..., Path]) -> Iterator[Store]:
-    from ray.cluster_utils import Cluster
+def store(
+    zoo: Callable[..., Path], ray_env: dict[str, str], ray_has_access: Callable[[Mapping[str, str]], None]
+) -> Iterator[Store]:
+    import ray
 
     server = running_server("juicefs")
     here = [zoo("llama", seed=seed, dtype="bfloat16") for seed in (0, 1, 2)]
@@ -73,12 +74,11 @@ def store(zoo: Callable[..., Path]) -> Iterator[Store]:
     for number, folder in enumerate(here):
         for path in folder.iterdir():
             client.put_object(Bucket=bucket, Key=f"models/m{number}/{path.name}", Body=path.read_bytes())
-    with FaultProxy(server.endpoint) as proxy, environment(server.environment | {"AWS_ENDPOINT_URL": proxy.url}):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        env = {**os.environ, "RAY_ADDRESS": cluster.address}
-        session = Path(cluster.head_node.get_session_dir_path())
-        yield Store(server=server, proxy=proxy, env=env, bucket=bucket, here=here, session=session)
-        cluster.shutdown()
+    with FaultProxy(server.endpoint) as proxy:
+        access = server.environment | {"AWS_ENDPOINT_URL": proxy.url}
+        ray_has_access(access)
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        yield Store(server=server, proxy=proxy, env=ray_env | access, bucket=bucket, here=here, session=session)
 
 
 def config_of(models: list[Any], path: Path, mode: str = "random", **keys: Any) -> Path:

@@ -16,6 +16,7 @@ from tests.architectures.hosts import ALL_LAYERS, DYNAMIC, LLAMA3, YARN, load_gr
 from tests.gates.direct import computed_rows, direct_rows
 from tests.pico import copy_model, load_dense, merge_config, save_lora, tensors_of
 
+ENGINES = pytest.mark.engines
 TOLERANCE = 1e-5
 WINDOW = 12
 LONG = "The work is licensed under the terms of this licence, and no other terms apply. " * 6
@@ -43,7 +44,9 @@ def two_experts(base: Path, experts: list[Path | str], first: dict[str, Any], **
 
 @pytest.mark.parametrize("prompt_model", ["base", "expert", "grafted"])
 @pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=ENGINES) for name in FAMILIES if name != "llama")]
+)
 def test_rows_are_what_transformers_computes(name: str, mode: str, prompt_model: str, zoo: Callable[..., Path]) -> None:
     family, options = FAMILIES[name]
     base, expert = zoo(family, **options), zoo(family, seed=1, **options)
@@ -99,7 +102,9 @@ def test_the_window_is_felt_by_long_prompts(mode: str, zoo: Callable[..., Path],
     assert difference["short"] == 0.0
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=ENGINES) for name in ("mistral", "qwen2", "qwen3"))]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("extra", [PROMPTS, WITH_NEGATIVES], ids=["positive", "negative"])
 def test_cheap_embed_sums_token_embeddings(

@@ -263,11 +263,25 @@ def test_the_pacer_bounds_and_times_out() -> None:
         pass
 
 
-def test_retries_wait_longer_and_longer_and_stop_at_the_deadline() -> None:
-    times: list[float] = []
+class Clock:
+    """Time that passes only while something sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_retries_wait_longer_and_longer_and_stop_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(), []
+    monkeypatch.setattr("raymoe.objects.retry.time", clock)
 
     def fail(_: float) -> None:
-        times.append(time.monotonic())
+        times.append(clock.now)
         raise ConnectionResetError
 
     outcome = Retries(4, 3.0).run(fail)

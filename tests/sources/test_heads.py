@@ -17,7 +17,7 @@ from raymoe.sources.resolve import resolve_models
 from raymoe.sources.types import SourceFile
 from tests.sources.checkpoints import write_json
 
-ROWS, COLUMNS = 24_000, 256  # 24 MB each
+ROWS, COLUMNS = 8_000, 256  # 8 MB each
 TIED = {"tie_word_embeddings": True}
 
 
@@ -55,7 +55,7 @@ def test_a_trained_head_is_known_by_a_sample(tmp_path: Path) -> None:
     assert read <= 2 * 8 * 64 * 1024
 
 
-@pytest.mark.parametrize("row", [0, 5_000, 17_001, ROWS - 1])
+@pytest.mark.parametrize("row", [0, 1_700, 5_667, ROWS - 1])
 def test_one_other_row_is_enough(row: int, tmp_path: Path) -> None:
     head = embedding()
     head[row] += 1

@@ -167,8 +167,8 @@ def test_places(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["big.txt", "big.txt.gz", "big.jsonl", "big.parquet"])
 def test_memory_is_bounded(name: str, here: Path) -> None:
-    """64 MB of prompts, of which 0.3 MB are drawn; in Parquet they are one row group."""
-    texts = [f"{number} " + "x" * 2000 for number in range(32_000)]
+    """32 MB of prompts, of which 0.3 MB are drawn; in Parquet they are one row group."""
+    texts = [f"{number} " + "x" * 2000 for number in range(16_000)]
     make = {"txt": as_txt, "jsonl": as_jsonl, "gz": lambda texts: gzip.compress(as_txt(texts), 1)}
     make["parquet"] = functools.partial(as_parquet, row_group=len(texts), plain=True)
     (here / name).write_bytes(make[name.rpartition(".")[2]](texts))
