@@ -198,6 +198,7 @@ def test_only_uploads_below_the_url_are_listed(store: S3Store, bucket: str) -> N
     assert {upload.url for upload in store.list_uploads(bucket)} == set(others)
 
 
+@pytest.mark.soak_on("juicefs")
 def test_uploads_of_more_than_a_page(store: S3Store, bucket: str, server: Server) -> None:
     urls = [join(bucket, "run", f"{number:04}") for number in range(1003)]  # a page has 1000
     with ThreadPoolExecutor(8) as pool:
@@ -206,6 +207,7 @@ def test_uploads_of_more_than_a_page(store: S3Store, bucket: str, server: Server
     assert found == ids
 
 
+@pytest.mark.soak_on("juicefs")
 def test_parts_of_more_than_a_page(store: S3Store, bucket: str) -> None:
     url = join(bucket, "object")
     upload = store.create_upload(url)

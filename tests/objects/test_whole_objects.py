@@ -95,6 +95,7 @@ def test_folder_markers_are_not_files(store: S3Store, bucket: str, server: Serve
     assert [entry.name for entry in store.list(bucket)] == ["model/a"]
 
 
+@pytest.mark.soak_on("juicefs")
 def test_listings_of_more_than_a_page(store: S3Store, bucket: str) -> None:
     names = [f"{number:04}" for number in range(1003)]  # a page has 1000
     with ThreadPoolExecutor(8) as pool:
@@ -148,6 +149,7 @@ def _read_in_child(store: S3Store, url: str, answer: multiprocessing.SimpleQueue
     answer.put(store.read_all(url))
 
 
+@pytest.mark.soak_on("juicefs")
 def test_a_forked_child_builds_its_own_client(store: S3Store, bucket: str) -> None:
     url = join(bucket, "object")
     store.put(url, b"content")  # the parent's client is in use

@@ -199,6 +199,7 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
 
 
 @pytest.mark.s3
+@pytest.mark.soak  # in short: test_most_bytes_stay_in_the_store
 def test_smollm2_on_the_wire() -> None:
     """Four full checkpoints of the shape of SmolLM2-135M, S3 to S3: a tenth of the output passes the workers.
 

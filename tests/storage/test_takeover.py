@@ -386,7 +386,7 @@ def test_taken_over_while_the_old_run_stands_still(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 2))
+    every_order(store_place, once, steps(store_place, 4))
 
 
 @pytest.mark.soak_on("moto-the same plan")
@@ -422,7 +422,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 6))
+    every_order(store_place, once, steps(store_place, 12))
     if other_plan:
         assert failed == []
 
@@ -833,4 +833,4 @@ def test_interrupted_while_it_removes_the_old_merge(
         check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 3))
+    every_order(store_place, once, steps(store_place, 6))
