@@ -169,16 +169,16 @@ _SEAWEEDFS = ("master", "volume", "filer", "s3")
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """os.environ with `variables` and without other AWS_* ones (but for certificates), for a while."""
-    before = dict(os.environ)
-    for name in before:
-        if name.startswith("AWS_") and name != "AWS_CA_BUNDLE":
-            del os.environ[name]
+    others = [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]
+    before = {name: os.environ.pop(name, None) for name in (*others, *variables)}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():  # and nothing else: Ray puts variables of its own there
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager
