@@ -32,8 +32,11 @@ def raymoe(
     """Run a command to its end. Fails on a traceback, which no user should see.
 
     A process of its own takes seconds to start. It is done without one where the command needs no Ray, or would use the
-    cluster that this process is connected to.
+    cluster that this process is connected to. There it works with one actor, unless the arguments say otherwise: each
+    takes seconds to import what computes.
     """
+    if str(arguments[0]) in ("merge", "verify") and _is_this_cluster(env) and "--actors" not in arguments:
+        arguments = (*arguments, "--actors", "1")
     if not options and (str(arguments[0]) in _WITHOUT_RAY or _is_this_cluster(env)):
         return _run_here([str(argument) for argument in arguments], os.environ if env is None else env, cwd)
     done = subprocess.run(

@@ -33,6 +33,7 @@ def place(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_fact
     (folder / "c.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS[2]).encode()))
     config = {
         "base_model": str(zoo("llama")),
+        "gate_mode": "cheap_embed",
         "experts": [
             {
                 "source_model": str(zoo("llama", seed=1)),

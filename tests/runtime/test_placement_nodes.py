@@ -26,7 +26,7 @@ from tests.runtime.nodes import Nodes, can_hide_folders
 
 pytestmark = [pytest.mark.skipif(not can_hide_folders(), reason="needs the right to mount"), pytest.mark.ray]
 ONE_SHARD = ("--no-write-model-card",)
-WIDE = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 2, "num_attention_heads": 8}
+WIDE = {"hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def noisy(world: World) -> Path:
 @pytest.fixture(scope="module")
 def many(world: World, noisy: Path) -> dict[str, Any]:
     """The files of the merge with noise in many shards."""
-    return world.expected(noisy, "--out-shard-size", "2M", *ONE_SHARD)
+    return world.expected(noisy, "--out-shard-size", "500K", *ONE_SHARD)
 
 
-MANY = ("--out-shard-size", "2M", *ONE_SHARD)
+MANY = ("--out-shard-size", "500K", *ONE_SHARD)
 
 
 def test_a_folder_and_a_bucket(world: World, noisy: Path, many: dict[str, Any], out: Path) -> None:

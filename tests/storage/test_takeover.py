@@ -202,6 +202,7 @@ class Waiting(SourceReader):
         yield from super().chunks(file, start, end)
 
 
+@pytest.mark.soak_on("moto-ends well")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 @pytest.mark.parametrize("fails", [True, False], ids=["fails", "ends well"])
 def test_late_actor(
@@ -386,7 +387,7 @@ def test_taken_over_while_the_old_run_stands_still(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 4))
+    every_order(store_place, once, steps(store_place, 2))
 
 
 @pytest.mark.soak_on("moto-the same plan")
@@ -422,11 +423,13 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 12))
+    every_order(store_place, once, steps(store_place, 10))
     if other_plan:
         assert failed == []
 
 
+@pytest.mark.soak_on("moto-smaller shards")
+@pytest.mark.soak_on("moto-the same plan")
 @pytest.mark.parametrize("until", ["done", "shards"])
 @pytest.mark.parametrize("other", ["another plan", "smaller shards", "the same plan"])
 def test_a_run_that_begins_late(
@@ -522,6 +525,7 @@ def test_index_of_another_plan_names_the_remedy(store_place: Place, plans: tuple
     assert json.loads(store_place.files()[INDEX_NAME]) == plan.index
 
 
+@pytest.mark.soak_on("moto-before the index")
 @pytest.mark.parametrize("name", ["chat_templates/old.jinja", "model-00001-of-00009.safetensors", "vocab.json"])
 @pytest.mark.parametrize("is_late", [False, True], ids=["before the index", "before the record"])
 def test_a_file_of_another_model_ends_the_merge(
@@ -688,6 +692,7 @@ def test_new_run_fences_before_it_removes(
 # --- after the end
 
 
+@pytest.mark.soak_on("moto")
 def test_killed_while_the_journal_is_removed(place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path) -> None:
     """What is left after any number of removals: the merge is complete, and the same command removes the rest."""
     plan = plans[0]
@@ -833,4 +838,4 @@ def test_interrupted_while_it_removes_the_old_merge(
         check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 6))
+    every_order(store_place, once, steps(store_place, 3))
