@@ -33,7 +33,7 @@ OLDER := $(VENV)/transformers-4
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-.PHONY: help demo check test soak lint install clean
+.PHONY: help demo check test test-lm-eval test-transformers-4 soak lint install clean
 
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
@@ -81,7 +81,12 @@ check: lint
 
 test: lint $(BASE)/config.json $(HARNESS)/.ready $(OLDER)/.ready
 	$(BIN)/python -m pytest $(PARALLEL) -m "not soak" --durations=25
+	$(MAKE) --no-print-directory -j 2 --output-sync test-lm-eval test-transformers-4
+
+test-lm-eval: $(HARNESS)/.ready
 	$(HARNESS)/bin/python -m pytest tests/publish/test_tasks.py
+
+test-transformers-4: $(OLDER)/.ready
 	$(OLDER)/bin/python -m pytest tests/architectures/test_same_experts.py
 
 soak: $(READY) $(BASE)/config.json

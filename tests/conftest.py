@@ -58,6 +58,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: looking through it again and again for garbage took a tenth of the time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 @pytest.hookimpl(wrapper=True)

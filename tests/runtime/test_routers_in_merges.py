@@ -146,7 +146,7 @@ def test_modes_that_sum_are_judged_in_the_layers_that_they_run(
 
 def test_prompts_of_one_kind_are_warned_of(zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path) -> None:
     """Nothing tells whose they are, where one model reads them all; nor is the mode that one has a remedy."""
-    result = ray_merge(config_with(zoo, "kkk", prompt_model="base"), tmp_path / "out", actors=2)
+    result = ray_merge(config_with(zoo, "kkk", prompt_model="base"), tmp_path / "out")
     (warning,) = (warning for warning in result.warnings if "hardly tell" in warning)
     assert re.match(
         r"the routers hardly tell the experts' prompts apart: \d\d% of .* and 33% would by chance; ", warning
@@ -169,7 +169,7 @@ def test_a_lora_a_gated_shared_expert_and_negative_prompts(
     for number, expert in enumerate((*config["experts"], *config["shared_experts"])):
         expert["positive_prompts"] = prompts_of("qwz"[number], number)
         expert["negative_prompts"] = prompts_of("j", 9)
-    result = ray_merge(config, tmp_path / "out", actors=2)
+    result = ray_merge(config, tmp_path / "out")
     assert "chance 50%" in result.router_lines[0]
     blocks = moe_blocks(load_merged(tmp_path / "out"))
     for block in blocks:

@@ -1,4 +1,4 @@
-"""A short soak: a merge to a bucket that is killed, and a takeover on a store of fsspec's."""
+"""A short soak: a merge to a bucket whose requests fail now and then, and which is killed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from tests.soak.cases import DIRECTIONS, TAKEOVER_DIRECTIONS, VARIANTS, make_cas
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("moto", "juicefs")
-# The last one is a takeover of small models: the older merge's requests are held back until the newer one has begun.
-SEED, CHOSEN = 25, (4, 23)
+SEED, CHOSEN = 25, (4,)
 
 
 def test_cases_depend_on_the_seed_alone_and_see_everything() -> None:

@@ -390,7 +390,7 @@ def test_taken_over_while_the_old_run_stands_still(
     every_order(store_place, once, steps(store_place, 2))
 
 
-@pytest.mark.soak_on("moto-the same plan")
+@pytest.mark.soak_on("moto")
 @pytest.mark.parametrize("other_plan", [True, False], ids=["another plan", "the same plan"])
 def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
     store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path, other_plan: bool
@@ -423,7 +423,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
             check_is_alone(place, new, tmp_path)
         return calls.calls
 
-    every_order(store_place, once, steps(store_place, 10))
+    every_order(store_place, once, steps(store_place, 6))
     if other_plan:
         assert failed == []
 
