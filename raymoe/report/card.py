@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-import raymoe
+from raymoe._version import __version__
 from raymoe.architectures import HOSTS, MoeHost
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.gates.summary import RouterSummary
@@ -249,7 +249,7 @@ def _making(config: MergeConfig) -> Iterator[str]:
     plain = _public_config(config)
     yield "## How it was made"
     yield ""
-    yield f"Merged with raymoe {raymoe.__version__}; `raymoe.json` is the record of it. The config:"
+    yield f"Merged with raymoe {__version__}; `raymoe.json` is the record of it. The config:"
     yield ""
     text = _yaml(plain)
     if has_unprintable(text):  # a reader would see another config than there is

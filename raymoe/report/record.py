@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import raymoe
+from raymoe._version import __version__
 from raymoe.config import MergeConfig
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan
@@ -36,7 +36,7 @@ def merge_record(
     }
     return {
         "format": RECORD_FORMAT,
-        "raymoe_version": raymoe.__version__,
+        "raymoe_version": __version__,
         "plan_digest": plan.digest,
         "architecture": plan.host,
         "dtype": plan.dtype,

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import raymoe
+from raymoe._version import __version__
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
@@ -86,7 +86,7 @@ class RunReport:
         counters = process_counters()
         return {
             "format": _FORMAT,
-            "raymoe_version": raymoe.__version__,
+            "raymoe_version": __version__,
             "output": self.output,
             "plan_digest": self.plan_digest,
             "exit_reason": reason,

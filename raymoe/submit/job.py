@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-import raymoe
+from raymoe._version import __version__
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.urls import is_url
@@ -79,7 +79,7 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
         output=location,
         metadata={
             "name": "raymoe merge",
-            "raymoe_version": raymoe.__version__,
+            "raymoe_version": __version__,
             "config_digest": hashlib.sha256(canonical.encode()).hexdigest(),
             "output": location,
         },

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import raymoe
 from raymoe.errors import MergeFailed
 from raymoe.report.display import say
 from raymoe.submit.follow import exit_code, follow
@@ -35,7 +34,7 @@ def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
         (Path(folder) / CONFIG_NAME).write_text(job.config, encoding="utf-8")
         runtime_env: dict[str, Any] = {"working_dir": folder}
         if install:
-            runtime_env |= {"py_modules": [str(Path(raymoe.__file__).parent)], "excludes": ["__pycache__"]}
+            runtime_env |= {"py_modules": [str(Path(__file__).parents[1])], "excludes": ["__pycache__"]}
         try:
             _submit(client, name, entrypoint=job.entrypoint, runtime_env=runtime_env, metadata=job.metadata)
         except (RuntimeError, OSError) as error:
