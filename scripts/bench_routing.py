@@ -30,12 +30,12 @@ import torch
 from pages import put_between
 
 import raymoe
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.engine import Variant, log_likelihoods
 from raymoe.evaluation.models import mixture_model
 from raymoe.gates.assemble import router_bytes, router_rows
 from raymoe.gates.here import gate_rows_here
 from raymoe.planning.types import MergePlan, Router
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import HubOptions, resolve_model
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from raymoe.config.lines import Found, Lines, Loc, excerpt, kind_of
+from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.config.prompts import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
-from raymoe.sources.types import ModelRef, PathRef
 
 __all__ = ["salvage", "schema_problems"]
 

@@ -18,13 +18,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from raymoe.config.lines import Loc, excerpt, kind_of, shown
+from raymoe.config.model_refs import ModelRef, parse_model_ref
 from raymoe.config.modes import MODES
 from raymoe.config.prompts import PromptFile, Prompts
 from raymoe.config.storage import plain_storage, storage_options
 from raymoe.config.values import flag, one_of, scale, text, value_error, whole_number
 from raymoe.objects.options import StorageOptions
-from raymoe.sources.refs import parse_model_ref
-from raymoe.sources.types import ModelRef
 
 __all__ = ["NUMBER_KEYS", "Dtype", "ExpertConfig", "MergeConfig", "PromptModel"]
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from raymoe import api
 from raymoe.config import MODES, MergeConfig
+from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.planning import MergeOptions
 from raymoe.planning.types import GatePlan
 from raymoe.runtime.verify import recorded_config, with_own_storage
-from raymoe.sources.refs import short_name
 from raymoe.sources.resolve import resolve_model
-from raymoe.sources.types import ModelFacts, ModelRef, PathRef
+from raymoe.sources.types import ModelFacts
 from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.output import output_location
 from raymoe.storage.records import RECORD_NAME

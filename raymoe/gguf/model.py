@@ -18,6 +18,7 @@ import yaml
 from raymoe import api
 from raymoe.architectures import DenseSpec
 from raymoe.config import config_warnings, storage_note
+from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
 from raymoe.gguf.checks import Chunks, check_mixture
@@ -31,7 +32,7 @@ from raymoe.report.source_cards import front_matter_of, source_cards
 from raymoe.report.terminal import say
 from raymoe.runtime.devices import device_of
 from raymoe.sources.resolve import fetch_side_files, resolve_model
-from raymoe.sources.types import CheckpointIndex, ModelFacts, ModelRef, PathRef, SourceFile, TensorEntry
+from raymoe.sources.types import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.output import output_location
 from raymoe.storage.places import Inputs

@@ -12,6 +12,7 @@ from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
 from raymoe.architectures.hosts import host_config
 from raymoe.architectures.moe import MIXTURE_KEYS
 from raymoe.config import ExpertConfig, MergeConfig
+from raymoe.config.model_refs import ModelRef
 from raymoe.config.modes import MODES
 from raymoe.config.prompts import written_out
 from raymoe.errors import Problem, ProblemReport
@@ -36,7 +37,7 @@ from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOpt
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
 from raymoe.sources.folder import has_vocabulary
 from raymoe.sources.quantised import QUANTISATION_KEYS
-from raymoe.sources.types import ModelFacts, ModelRef, SideFile
+from raymoe.sources.types import ModelFacts, SideFile
 
 __all__ = ["build_plan"]
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from raymoe.config.model_refs import PathRef, is_local_folder, short_name
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
@@ -22,8 +23,6 @@ from raymoe.sources.folder import Folder
 from raymoe.sources.hub import HubOptions, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.objects import open_object_folder
-from raymoe.sources.refs import is_local_folder, short_name
-from raymoe.sources.types import PathRef
 from raymoe.storage.records import CARD_NAME
 from raymoe.untrusted import MAX_YAML_BYTES, read_yaml
 

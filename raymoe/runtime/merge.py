@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.config import MODES, MergeConfig
+from raymoe.config.model_refs import short_name
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.fitting import most_layers_at_once
@@ -41,7 +42,6 @@ from raymoe.runtime.shard_work import Sending, read_for_shards
 from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.runtime.writer import start_writer
 from raymoe.signals import sigterm_as_ctrl_c
-from raymoe.sources.refs import short_name
 from raymoe.sources.types import SourceFile
 from raymoe.storage.output import (
     Output,

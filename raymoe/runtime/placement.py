@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.config import MODES
+from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
 from raymoe.sources.local import has_changed, is_in_view, lasting_stamp, small_sample
-from raymoe.sources.refs import short_name
 from raymoe.sources.types import LoraPair, SourceFile
 
 __all__ = [

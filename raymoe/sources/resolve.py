@@ -1,6 +1,6 @@
 """From what a config names to facts: the one entry to this folder for planning, and for fetching files later.
 
-    parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
+    parse_model_ref (config) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
                                   SourceFile --fetch_file--> local path     actors: whole files
                                   open_folders                              another node: headers that the driver lacks
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, few
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url, local_path
@@ -30,8 +31,7 @@ from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, o
 from raymoe.sources.local import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.objects import fetch_object, open_object_folder
 from raymoe.sources.quantised import leftover_warning, quantisation_problems
-from raymoe.sources.refs import is_local_folder
-from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SideFile, SourceFile
+from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile
 from raymoe.untrusted import check_size
 
 __all__ = [

@@ -13,40 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raymoe.config.model_refs import ModelRef
+
 __all__ = [
     "AdapterFacts",
     "CheckpointIndex",
     "FileStamp",
     "LoraPair",
     "ModelFacts",
-    "ModelRef",
-    "PathRef",
     "SideFile",
     "SourceFile",
     "TensorEntry",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathRef:
-    """A local folder, a Hub id (`org/name`) with the revision asked for, if any, or a URL in normal form."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRef:
-    """A model as a config names it: `model`, `model@revision`, `model+adapter`, `model@rev+adapter@rev`."""
-
-    model: PathRef
-    adapter: PathRef | None = None
-
-    def __str__(self) -> str:
-        return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

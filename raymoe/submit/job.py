@@ -20,11 +20,10 @@ import yaml
 
 from raymoe._version import __version__
 from raymoe.config import MergeConfig
+from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.sources.prompts import read_prompts
-from raymoe.sources.refs import is_local_folder
-from raymoe.sources.types import ModelRef, PathRef
 from raymoe.storage.output import output_location, writable_location
 from raymoe.text import human_bytes
 

@@ -12,11 +12,11 @@ import torch
 
 import raymoe
 from raymoe.architectures import DenseSpec, read_spec
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.gates.decoder import StreamedDecoder
 from raymoe.gates.prompts import Batch, batches
 from raymoe.planning.tensors import weight_refs
 from raymoe.planning.types import GatePrompts
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import HubOptions, resolve_model
 from raymoe.sources.types import SourceFile
 from raymoe.storage.reader import SourceReader

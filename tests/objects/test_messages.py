@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raymoe.config import load_config
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError, ProblemReport
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
@@ -19,7 +20,6 @@ from raymoe.objects.problems import BucketMissing, StorageError
 from raymoe.objects.s3 import S3Store
 from raymoe.objects.urls import join, normalise, s3_location
 from raymoe.outgoing import scrub
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_models
 from tests.objects.canned import Answer, canned
 from tests.objects.servers import Server, environment

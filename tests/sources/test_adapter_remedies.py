@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import AdapterFacts
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.sources.adapters import _modules_by_ending, _same_module
 from raymoe.sources.patterns import Patterns, _compiled, pattern_problem, slow_patterns
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from tests.sources.checkpoints import write_json

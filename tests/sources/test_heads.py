@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.sources.checkpoint import index_model_weights
 from raymoe.sources.heads import EMBEDDING, HEAD, has_own_head
 from raymoe.sources.local import LocalFolder
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_models
 from raymoe.sources.types import SourceFile
 from tests.sources.checkpoints import write_json

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
 from raymoe.sources.folder import is_inside
 from raymoe.sources.local import LocalFolder
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import resolve_model
 from tests.sources.checkpoints import Tensors, write_json, write_sharded
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.store import open_store
 from raymoe.objects.urls import join, s3_location
 from raymoe.sources.objects import read_range
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
 from raymoe.sources.types import ModelFacts, SourceFile
 from tests.objects.fault_proxy import FaultProxy
@@ -257,7 +257,7 @@ def test_how_urls_are_written() -> None:
 @pytest.mark.processes
 def test_local_models_need_no_s3(sharded: Path) -> None:
     code = (
-        "import sys; from raymoe.sources.refs import parse_model_ref as p; from raymoe.sources.resolve import *; "
+        "import sys; from raymoe.config.model_refs import parse_model_ref as p; from raymoe.sources.resolve import *; "
         f"facts = resolve_model(p({str(sharded)!r})); [fetch_file(f) for f in facts.index.files]; "
         "import raymoe.objects.store, raymoe.objects.s3, raymoe.objects.generic; "
         "print(*({'s3fs', 'fsspec', 'aiobotocore', 'botocore', 'aiohttp', 'torch', 'ray'} & set(sys.modules)))"

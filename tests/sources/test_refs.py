@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raymoe.sources.refs import parse_model_ref
-from raymoe.sources.types import ModelRef, PathRef
+from raymoe.config.model_refs import ModelRef, PathRef, parse_model_ref
 
 
 def ref(path: str, revision: str | None = None, adapter: tuple[str, str | None] | None = None) -> ModelRef:

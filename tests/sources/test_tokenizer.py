@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import ProblemReport
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, resolve_model
 from raymoe.sources.tokenizer import tokenizer_code, tokenizer_facts, with_bos, with_one_bos, with_tokenizer_code
 from raymoe.sources.types import ModelFacts, SideFile, SourceFile
@@ -139,7 +139,7 @@ def test_no_torch(make_model: Make) -> None:
     save_tokenizer(folder)
     script = (
         "import sys; from raymoe.sources.tokenizer import *; from raymoe.sources.resolve import *; "
-        "from raymoe.sources.refs import parse_model_ref as p; facts = resolve_model(p(sys.argv[1])); "
+        "from raymoe.config.model_refs import parse_model_ref as p; facts = resolve_model(p(sys.argv[1])); "
         "found = tokenizer_facts(facts.side_files, lambda file: fetch_file(file).read_bytes()); "
         "print(len(found.encoder()('abc')) > 0, {'torch', 'transformers'} & set(sys.modules))"
     )

@@ -15,15 +15,37 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from raymoe.objects.urls import check_no_secrets, check_spelling, is_url, normalise
-from raymoe.sources.types import ModelRef, PathRef
 
-__all__ = ["is_local_folder", "parse_model_ref", "short_name"]
+__all__ = ["ModelRef", "PathRef", "is_local_folder", "parse_model_ref", "short_name"]
 
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _FORMS = "write 'model', 'model@revision', 'model+adapter' or 'model@revision+adapter@revision'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathRef:
+    """A local folder, a Hub id (`org/name`) with the revision asked for, if any, or a URL in normal form."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as a config names it: `model`, `model@revision`, `model+adapter`, `model@rev+adapter@rev`."""
+
+    model: PathRef
+    adapter: PathRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)
 
 
 def parse_model_ref(value: str | Mapping[str, Any]) -> ModelRef:
