@@ -208,7 +208,7 @@ def _planned(
     from raymoe.runtime.devices import actor_device_problems
     from raymoe.runtime.merge import output_of
     from raymoe.runtime.other_nodes import OtherNodes
-    from raymoe.storage.output import clash
+    from raymoe.storage.output_checks import clash
 
     report.storage = config.storage
     report.check_place()

@@ -82,7 +82,8 @@ def _planned_output(plan: MergePlan, output: str | None, settings: RuntimeSettin
         return None
     from raymoe.report.display import PlannedOutput
     from raymoe.runtime.merge import output_problems
-    from raymoe.storage.output import complete_merge, open_output, writable_location, write_problems
+    from raymoe.storage.open_output import open_output, writable_location
+    from raymoe.storage.output_checks import complete_merge, write_problems
     from raymoe.storage.ways import bytes_by_way
 
     target = open_output(writable_location(output, "OUT"), settings.storage)

@@ -21,7 +21,7 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
 from raymoe.runtime.devices import device_of, device_problems
 from raymoe.storage.checkpoint import open_checkpoint, read_object
-from raymoe.storage.output import output_location
+from raymoe.storage.open_output import output_location
 
 __all__ = ["HarnessFailed", "HarnessOptions", "check_choice", "run_harness"]
 

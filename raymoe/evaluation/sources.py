@@ -22,7 +22,7 @@ from raymoe.runtime.verify import recorded_config, with_own_storage
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import ModelFacts
 from raymoe.storage.checkpoint import open_checkpoint, read_object
-from raymoe.storage.output import output_location
+from raymoe.storage.open_output import output_location
 from raymoe.storage.records import RECORD_NAME
 
 __all__ = ["FinishedMerge", "expert_names", "hidden_gates", "open_merge", "resolve_sources"]

@@ -16,7 +16,7 @@ from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
 from raymoe.sources.local import LocalFolder
 from raymoe.storage.checkpoint import read_object
-from raymoe.storage.output import output_location, unwritable
+from raymoe.storage.open_output import output_location, unwritable
 from raymoe.storage.places import Inputs, replaced
 from raymoe.storage.records import RECORD_NAME, is_written_by_a_merge
 from raymoe.storage.whole_file import is_special, linked_place, try_to_open, write_whole

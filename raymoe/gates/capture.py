@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.modes import EMBEDDING, MODES
+from raymoe.config.modes import MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, chunk_of, tokenize, tokenizer_of
+from raymoe.gates.prompts import TOKEN_BUDGET, Batch, batches, chunk_of, prompt_ids
 from raymoe.gates.readings import part_of
 from raymoe.gates.router import not_finite
 from raymoe.planning.types import GatePlan, GatePrompts
@@ -28,7 +28,7 @@ from raymoe.storage.reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "prompt_ids", "token_limit"]
+__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "token_limit"]
 
 FOLDS = 5
 """Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
@@ -57,19 +57,6 @@ class MemberLayer:
     sums: Float64 | None = None
     counts: npt.NDArray[np.int64] | None = None
     negative_mean: Float64 | None = None
-
-
-def prompt_ids(
-    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
-) -> tuple[list[list[int]], list[list[int]], int | None]:
-    """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
-    tokenizer = tokenizer_of(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
-    vocab = prompts.weights[EMBEDDING].entry.shape[0]
-    positive, negative = (
-        tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
-        for texts in (prompts.positive, prompts.negative)
-    )
-    return positive, negative, tokenizer.bos_token_id if tokenizer.bos_token else None
 
 
 def token_limit(mode: str, members: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.config.modes import EMBEDDING
+from raymoe.gates.prompts import prompt_ids
 from raymoe.gates.router import gate_rows, normalised
 from raymoe.planning.types import GatePlan, GatePrompts, WeightRef
 from raymoe.storage.reader import SourceReader
@@ -46,8 +47,6 @@ def embedding_gate_rows(
     gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> Float32:
     """The router row (hidden,) of one expert, the same for every layer. Raises ProblemReport for bad prompts."""
-    from raymoe.gates.capture import prompt_ids
-
     positive, negative, _ = prompt_ids(gates, prompts, reader, trust_remote_code=trust_remote_code)
     ref = prompts.weights[EMBEDDING]
     without = mean_embedding(reader, ref, negative) if negative else None

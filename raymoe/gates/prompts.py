@@ -44,6 +44,7 @@ __all__ = [
     "chunk_of",
     "load_tokenizer",
     "padded",
+    "prompt_ids",
     "prompt_problems",
     "scan_of",
     "tokenize",
@@ -152,6 +153,19 @@ def tokenize(
             raise ProblemReport(problems)
         ids += found
     return ids
+
+
+def prompt_ids(
+    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
+) -> tuple[list[list[int]], list[list[int]], int | None]:
+    """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
+    tokenizer = tokenizer_of(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
+    vocab = prompts.weights[EMBEDDING].entry.shape[0]
+    positive, negative = (
+        tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
+        for texts in (prompts.positive, prompts.negative)
+    )
+    return positive, negative, tokenizer.bos_token_id if tokenizer.bos_token else None
 
 
 def _rendered(tokenizer: Any, prompt: str) -> str:

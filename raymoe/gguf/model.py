@@ -34,7 +34,7 @@ from raymoe.runtime.devices import device_of
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from raymoe.storage.checkpoint import open_checkpoint
-from raymoe.storage.output import output_location
+from raymoe.storage.open_output import output_location
 from raymoe.storage.places import Inputs
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME

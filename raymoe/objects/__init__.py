@@ -2,7 +2,8 @@
 
     options.py   StorageOptions: how to reach a store; plain data that travels to actors, never credentials
     urls.py      what a URL is, its normal form, its parts
-    store.py     the ObjectStore protocol, and `open_store`: one store a process and URL
+    store.py     the ObjectStore protocol
+    registry.py  `open_store`: one store for each scheme and set of options
     stream.py    an object as a file to read
     s3.py        S3 and what speaks its language, with conditional reads, multipart uploads and server-side copies
     generic.py   whatever fsspec reaches (gs://, memory://, https://, ...) at plain speed

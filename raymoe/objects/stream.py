@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import Asked, ObjectMissing, problem_at
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

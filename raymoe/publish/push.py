@@ -26,7 +26,7 @@ from raymoe.runtime.merge import MergeResult, output_of, output_problems, run_me
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
-from raymoe.storage.output import complete_merge
+from raymoe.storage.output_checks import complete_merge
 from raymoe.text import human_bytes, some
 
 __all__ = ["look_at_push", "merge_and_push", "push_merge"]

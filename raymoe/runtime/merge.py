@@ -43,16 +43,9 @@ from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.runtime.writer import start_writer
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.types import SourceFile
-from raymoe.storage.output import (
-    Output,
-    ShardJob,
-    complete_merge,
-    open_output,
-    refusals,
-    rewritten_sources,
-    writable_location,
-    write_problems,
-)
+from raymoe.storage.open_output import open_output, writable_location
+from raymoe.storage.output import Output, ShardJob
+from raymoe.storage.output_checks import complete_merge, refusals, rewritten_sources, write_problems
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way

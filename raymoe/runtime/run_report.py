@@ -19,14 +19,15 @@ from raymoe._version import __version__
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
-from raymoe.objects.store import StoreCounters, open_store, process_counters
+from raymoe.objects.registry import open_store, process_counters
+from raymoe.objects.store import StoreCounters
 from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
 from raymoe.report.display import say
 from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
 from raymoe.signals import before_the_end
-from raymoe.storage.output import output_location, writable_location
+from raymoe.storage.open_output import output_location, writable_location
 from raymoe.storage.places import is_in, is_same_place
 from raymoe.storage.records import JOURNAL, MAX_RESULT_BYTES, RESULT_NAME, is_result, is_written_by_a_merge, json_object
 from raymoe.storage.whole_file import is_special, write_whole

@@ -25,7 +25,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.capture import MemberLayer
 from raymoe.gates.layer_rows import LayerRows
 from raymoe.gates.readings import Reading
-from raymoe.objects.store import process_counters
+from raymoe.objects.registry import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.runtime.at_work import AtWork, Job
 from raymoe.runtime.memory import peak_rss_bytes
@@ -34,7 +34,8 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import pieces_of
 from raymoe.sources.local import stat_file
 from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.output import Progress, ShardJob, open_output
+from raymoe.storage.open_output import open_output
+from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.spool import GATES, SHARDS, Spool
 from raymoe.storage.stream import different_tensors, shard_chunks, shard_range

@@ -23,7 +23,7 @@ from pathlib import Path
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import join
 from raymoe.sources.folder import unusable
 from raymoe.sources.types import SourceFile

@@ -16,7 +16,7 @@ from raymoe.sources.folder import Folder
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.objects import open_object_folder
 from raymoe.sources.types import SourceFile
-from raymoe.storage.output import output_location
+from raymoe.storage.open_output import output_location
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import JOURNAL
 from raymoe.untrusted import check_size, read_json

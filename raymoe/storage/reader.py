@@ -25,7 +25,7 @@ from pathlib import Path
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import is_url
 from raymoe.sources.hub import half_downloaded, parse_location
 from raymoe.sources.local import open_file, unreadable

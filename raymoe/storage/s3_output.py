@@ -22,7 +22,8 @@ from typing import Any, cast
 from raymoe.objects.answers import is_md5
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectExists, StorageError, UploadGone, object_replaced
-from raymoe.objects.store import MultipartStore, UploadedPart, open_store
+from raymoe.objects.registry import open_store
+from raymoe.objects.store import MultipartStore, UploadedPart
 from raymoe.objects.urls import is_s3, join
 from raymoe.planning.types import Columns, Shard, Transform
 from raymoe.planning.upload import UploadPart, upload_parts
@@ -33,11 +34,11 @@ from raymoe.storage.object_journal import (
     ObjectJournal,
     remove_checkpoint,
 )
-from raymoe.storage.output import Progress, ShardJob, read_stream
+from raymoe.storage.output import Progress, ShardJob
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME, FileRecord
 from raymoe.storage.store_output import StoreOutput
-from raymoe.storage.stream import RouterBytes, shard_range
+from raymoe.storage.stream import RouterBytes, read_stream, shard_range
 
 __all__ = ["S3Output"]
 

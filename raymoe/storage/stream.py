@@ -19,7 +19,15 @@ from raymoe.storage.reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
 from raymoe.storage.values import looked_at, number_bytes
 
-__all__ = ["CHUNK_BYTES", "RouterBytes", "different_tensors", "part_chunks", "shard_chunks", "shard_range"]
+__all__ = [
+    "CHUNK_BYTES",
+    "RouterBytes",
+    "different_tensors",
+    "part_chunks",
+    "read_stream",
+    "shard_chunks",
+    "shard_range",
+]
 
 RouterBytes = Callable[[Part, Router], bytes]
 
@@ -155,3 +163,13 @@ def _constant(dtype: str, value: float, start: int, end: int) -> Iterator[memory
         first, count = start % size, min(CHUNK_BYTES, end - start)
         yield block[first : first + count]
         start += count
+
+
+def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:
+    """A bounded stream in one buffer of `size` bytes."""
+    buffer, filled = bytearray(size), 0
+    for chunk in chunks:
+        buffer[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    assert filled == size, f"a stream of {filled} bytes, expected {size}"
+    return buffer

@@ -21,7 +21,7 @@ import xxhash
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Shard
 from raymoe.sources.types import SourceFile

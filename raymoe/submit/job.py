@@ -24,7 +24,7 @@ from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.sources.prompts import read_prompts
-from raymoe.storage.output import output_location, writable_location
+from raymoe.storage.open_output import output_location, writable_location
 from raymoe.text import human_bytes
 
 __all__ = ["CONFIG_NAME", "Job", "make_job"]

@@ -15,8 +15,8 @@ import torch
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.gates import capture as capture_module
-from raymoe.gates.capture import MemberLayer, capture, prompt_ids
-from raymoe.gates.prompts import batches
+from raymoe.gates.capture import MemberLayer, capture
+from raymoe.gates.prompts import batches, prompt_ids
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.reader import SourceReader
 from tests.architectures.hosts import load_grafted

@@ -9,7 +9,7 @@ import pytest
 
 from raymoe.errors import ProblemReport
 from raymoe.gguf import GgufOptions, write_gguf
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import join
 from tests.objects.fixtures import bucket, server, store
 

@@ -18,7 +18,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from raymoe.objects.generic import FsspecStore
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import ObjectChanged, ObjectExists, ObjectMissing, StorageError
-from raymoe.objects.store import ObjectStore, open_store
+from raymoe.objects.registry import open_store
+from raymoe.objects.store import ObjectStore
 from raymoe.objects.urls import join
 
 DATA = os.urandom(100_003)

@@ -10,8 +10,8 @@ import pytest
 
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import BucketMissing, ObjectChanged, ObjectExists, ObjectMissing, StorageError
+from raymoe.objects.registry import open_store
 from raymoe.objects.s3 import S3Store
-from raymoe.objects.store import open_store
 from raymoe.objects.urls import join, s3_location
 from tests.objects.servers import Server
 

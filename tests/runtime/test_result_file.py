@@ -12,7 +12,7 @@ import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.runtime.run_report import RunReport, recorded
 
 Cli = Callable[..., Any]

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import join, s3_location
 from raymoe.sources.objects import read_range
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models

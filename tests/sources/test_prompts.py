@@ -24,7 +24,7 @@ from pyarrow import parquet
 from raymoe.config import MergeConfig, PromptFile
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.problems import ObjectChanged
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.stream import ObjectStream
 from raymoe.sources.prompts import draw, prompt_file_place, read_prompts
 

@@ -12,7 +12,8 @@ import pytest
 from raymoe.errors import CheckpointError
 from raymoe.objects.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.output import Output, open_output
+from raymoe.storage.open_output import open_output
+from raymoe.storage.output import Output
 from raymoe.storage.reader import SourceReader
 from tests.storage.plans import one_shard, save, tensor
 from tests.storage.test_takeover import Place, made_place

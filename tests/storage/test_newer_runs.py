@@ -21,7 +21,9 @@ from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import UploadGone
 from raymoe.storage import s3_output, stream_output
 from raymoe.storage.local import LocalOutput
-from raymoe.storage.output import Output, clash, open_output
+from raymoe.storage.open_output import open_output
+from raymoe.storage.output import Output
+from raymoe.storage.output_checks import clash
 from raymoe.storage.places import Inputs
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME
 from raymoe.storage.s3_output import S3Output

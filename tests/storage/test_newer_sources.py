@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raymoe.sources.local import recorded_sample, stat_file
-from raymoe.storage.output import _newer_sources, rewritten_sources
+from raymoe.storage.output_checks import _newer_sources, rewritten_sources
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FinishedMerge
 
 

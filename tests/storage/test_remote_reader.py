@@ -15,7 +15,7 @@ import raymoe
 from raymoe.errors import CheckpointError
 from raymoe.gates.here import gate_rows_here
 from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.objects.registry import open_store
 from raymoe.objects.urls import join
 from raymoe.planning.types import Transform
 from raymoe.sources.resolve import HubOptions

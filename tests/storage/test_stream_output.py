@@ -20,7 +20,8 @@ from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.types import Shard
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.local import LocalOutput
-from raymoe.storage.output import Output, open_output, output_location
+from raymoe.storage.open_output import open_output, output_location
+from raymoe.storage.output import Output
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.stream_output import StreamOutput

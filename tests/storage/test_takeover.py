@@ -30,7 +30,9 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.local import LocalOutput
-from raymoe.storage.output import Output, complete_merge, open_output
+from raymoe.storage.open_output import open_output
+from raymoe.storage.output import Output
+from raymoe.storage.output_checks import complete_merge
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.s3_output import S3Output

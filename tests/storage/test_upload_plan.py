@@ -18,7 +18,7 @@ from raymoe.planning.shards import OutputTensor, pack_shards
 from raymoe.planning.types import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.upload import MIN_PART_BYTES, UploadPart, copied_by_store, upload_parts
 from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.output import open_output
+from raymoe.storage.open_output import open_output
 from raymoe.storage.ways import bytes_by_way
 
 MIB = 1 << 20
