@@ -30,9 +30,9 @@ import torch
 from pages import put_between
 
 import raymoe
+from raymoe.checkpoints.weight_table import mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.engine import Variant, log_likelihoods
-from raymoe.evaluation.models import mixture_model
 from raymoe.gates.assemble import router_bytes, router_rows
 from raymoe.gates.here import gate_rows_here
 from raymoe.planning.types import MergePlan, Router

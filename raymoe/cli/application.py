@@ -13,9 +13,9 @@ import typer
 
 from raymoe import signals
 from raymoe.cli.streams import OutputLost, make_streams_safe
+from raymoe.console import say
 from raymoe.errors import RaymoeError
 from raymoe.outgoing import Scrubbed, remember_secrets
-from raymoe.report.terminal import say
 
 __all__ = ["app", "main", "run_command", "stoppable"]
 

@@ -57,10 +57,10 @@ def evaluate(
     With --tasks the merge is given to lm-evaluation-harness instead, which loads it whole.
     """
     from raymoe import api
+    from raymoe.console import say
     from raymoe.evaluation.harness import HarnessOptions, check_choice, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
     from raymoe.evaluation.written import check_writable, read_by_evaluation, write_evaluation
-    from raymoe.report.display import say
     from raymoe.report.eval_table import print_evaluation
     from raymoe.report.tasks_table import print_tasks
     from raymoe.sources.resolve import HubOptions

@@ -39,8 +39,8 @@ def gguf(
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp; no Ray, little memory."""
+    from raymoe.console import say
     from raymoe.gguf import GgufOptions, write_gguf
-    from raymoe.report.display import say
     from raymoe.sources.resolve import HubOptions
     from raymoe.text import human_bytes, human_count
 

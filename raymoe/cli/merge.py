@@ -35,7 +35,7 @@ from raymoe.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from raymoe.runtime.merge import MergeResult
+    from raymoe.results import MergeResult
 
 
 @app.command()
@@ -107,8 +107,9 @@ def merge(
     """
     from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note
+    from raymoe.console import say
     from raymoe.publish.target import push_target
-    from raymoe.report.display import print_result, say
+    from raymoe.report.display import print_result
     from raymoe.runtime.run_report import recorded
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions

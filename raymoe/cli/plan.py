@@ -52,12 +52,14 @@ def plan(
     With OUT, ends as `merge` would where OUT can't be written. In a bucket that is tried: an object of a few bytes is
     put below OUT and deleted.
     """
-    from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note
+    from raymoe.console import say
     from raymoe.errors import ProblemReport
-    from raymoe.report.display import print_plan, say
+    from raymoe.planning.plan_merge import plan_merge
+    from raymoe.report.display import print_plan
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.places import named_inputs
 
     options = merge_options(
         out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
@@ -68,8 +70,8 @@ def plan(
     if note := storage_note(merge_config.storage):
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
-    merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
-    inputs = api.named_inputs(merge_config, config)
+    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=True)
+    inputs = named_inputs(merge_config, config)
     settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
     planned = _planned_output(merge_plan, output, settings)
     print_plan(merge_plan, planned, hub, as_json=as_json)

@@ -37,7 +37,7 @@ def submit(
     Models are not sent: they are Hub ids, URLs or folders that the cluster's nodes have.
     """
     from raymoe.config import load_config
-    from raymoe.report.display import say
+    from raymoe.console import say
     from raymoe.submit.job import make_job
     from raymoe.submit.run import follow_job, send_job
     from raymoe.submit.server import job_server

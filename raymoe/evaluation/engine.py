@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymoe.checkpoints.weight_table import EvaluatedModel
 from raymoe.evaluation.mixture import MixtureFfn, Route
-from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gates.decoder import StreamedDecoder
 from raymoe.gates.prompts import TOKEN_BUDGET, Batch, chunk_of, padded
 from raymoe.storage.reader import SourceReader

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.compute import device_of, device_problems
 from raymoe.errors import Problem, ProblemReport, RaymoeError, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
-from raymoe.runtime.devices import device_of, device_problems
-from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.open_output import output_location
 
 __all__ = ["HarnessFailed", "HarnessOptions", "check_choice", "run_harness"]

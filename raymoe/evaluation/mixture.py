@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raymoe.evaluation.models import RoutingRule
+from raymoe.checkpoints.weight_table import RoutingRule
 
 __all__ = ["Choice", "MixtureFfn", "Route"]
 

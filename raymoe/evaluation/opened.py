@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raymoe.checkpoints.weight_table import EvaluatedModel, dense_model, mixture_model
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.models import EvaluatedModel, dense_model, mixture_model
 from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.evaluation.sources import FinishedMerge, hidden_gates, open_merge, resolve_sources
 from raymoe.evaluation.texts import LabelledText, Labels, TokenisedTexts, read_texts, tokenised

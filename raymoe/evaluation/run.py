@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.checkpoints.weight_table import EvaluatedModel
+from raymoe.compute import device_of
 from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, rounded
-from raymoe.evaluation.models import EvaluatedModel
 from raymoe.evaluation.opened import Opened, open_evaluation
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.evaluation.progress import EvaluationProgress
 from raymoe.evaluation.samples import Samples
 from raymoe.gates.assemble import router_rows
 from raymoe.planning.types import GatePlan, Router
-from raymoe.runtime.devices import device_of
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
 

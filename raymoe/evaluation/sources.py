@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raymoe import api
+from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.config import MODES, MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.planning import MergeOptions
+from raymoe.planning.plan_merge import plan_merge
 from raymoe.planning.types import GatePlan
-from raymoe.runtime.verify import recorded_config, with_own_storage
 from raymoe.sources.resolve import resolve_model
 from raymoe.sources.types import ModelFacts
-from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.open_output import output_location
 from raymoe.storage.records import RECORD_NAME
 
@@ -110,7 +110,7 @@ def hidden_gates(merge: FinishedMerge, wanted: Sequence[str], options: Evaluatio
     config = merge.config.model_copy(update={"gate_mode": "hidden"})
     merge_options = replace(merge.options, quantise_gates=None)
     try:
-        return api.plan(config, merge_options, hub=options.hub, allow_all_same=True).gates
+        return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates
     except ProblemReport as report:
         problems = [replace(p, remedy=_leave_out(p.remedy, wanted, {"hidden"})) for p in report.problems]
         raise ProblemReport(problems) from None

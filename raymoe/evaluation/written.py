@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
 from raymoe.sources.local import LocalFolder
-from raymoe.storage.checkpoint import read_object
 from raymoe.storage.open_output import output_location, unwritable
 from raymoe.storage.places import Inputs, replaced
 from raymoe.storage.records import RECORD_NAME, is_written_by_a_merge

@@ -11,8 +11,8 @@ import numpy as np
 
 from raymoe.architectures import MoeShape, host_of
 from raymoe.architectures.rope import is_number
+from raymoe.checkpoints.weight_table import EvaluatedModel
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.models import EvaluatedModel
 from raymoe.gguf.targets import AS_WRITTEN
 from raymoe.sources.heads import HEAD
 from raymoe.sources.types import ModelFacts, TensorEntry

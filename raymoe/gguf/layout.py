@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.architectures import DenseSpec
-from raymoe.evaluation.models import RoutingRule
+from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.gguf.changes import AS_IT_IS, Change
 from raymoe.gguf.forms import Form, forms_of
 from raymoe.gguf.options import TYPES, TensorType

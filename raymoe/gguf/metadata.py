@@ -11,7 +11,7 @@ from typing import Any
 
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.rows import ATTENTION, LINEAR
-from raymoe.evaluation.models import RoutingRule
+from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.gguf.layout import GgufTensor
 from raymoe.gguf.options import TensorType
 from raymoe.gguf.targets import Target, rope_base

@@ -15,27 +15,27 @@ from typing import Any
 
 import yaml
 
-from raymoe import api
 from raymoe.architectures import DenseSpec
-from raymoe.config import config_warnings, storage_note
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.checkpoints.weight_table import EvaluatedModel, RoutingRule, dense_model, mixture_model
+from raymoe.compute import device_of
+from raymoe.config import config_warnings, load_config, storage_note
 from raymoe.config.model_refs import ModelRef, PathRef
+from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.models import EvaluatedModel, RoutingRule, dense_model, mixture_model
 from raymoe.gguf.checks import Chunks, check_mixture
 from raymoe.gguf.options import GgufOptions
 from raymoe.gguf.targets import AS_WRITTEN, DENSE, MIXTURES
 from raymoe.objects.urls import is_url
 from raymoe.planning import MergePlan
+from raymoe.planning.plan_merge import plan_merge
 from raymoe.planning.types import Shard
 from raymoe.report.card import card_metadata
 from raymoe.report.source_cards import front_matter_of, source_cards
-from raymoe.report.terminal import say
-from raymoe.runtime.devices import device_of
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.sources.types import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
-from raymoe.storage.checkpoint import open_checkpoint
 from raymoe.storage.open_output import output_location
-from raymoe.storage.places import Inputs
+from raymoe.storage.places import Inputs, named_inputs
 from raymoe.storage.reader import SourceReader
 from raymoe.storage.records import RECORD_NAME
 from raymoe.storage.stream import RouterBytes, shard_range
@@ -48,7 +48,7 @@ _NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertedModel:
-    """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `evaluation/models.py`).
+    """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `checkpoints/weight_table.py`).
 
     `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
     names in the folder. `inputs` are the files that are read. `prepare` computes what is not in any file, and has to be
@@ -109,10 +109,10 @@ def _is_of_a_checkpoint(path: Path) -> bool:
 
 @contextmanager
 def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
-    checked = api.load_config(config, allow_all_same=options.allow_all_same)
+    checked = load_config(config, allow_all_same=options.allow_all_same)
     if not options.quiet and (note := storage_note(checked.storage)):
         say(f"note: {note}")
-    plan = api.plan(checked, options.merge, hub=options.hub, allow_all_same=True)
+    plan = plan_merge(checked, options.merge, hub=options.hub, allow_all_same=True)
     options = replace(options, storage=checked.storage)
     with SourceReader(options.hub, options.storage) as reader:
         parts = _PlannedParts(plan, reader, options)
@@ -125,7 +125,7 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
             card=card,
             chunks=parts.chunks,
             prepare=parts.prepare,
-            inputs=api.named_inputs(checked, config, models),
+            inputs=named_inputs(checked, config, models),
             check_unchanged=reader.check_unchanged,
         )
 
@@ -140,9 +140,9 @@ class _PlannedParts:
 
     def prepare(self, tell: Callable[[str], None]) -> None:
         """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
+        from raymoe.compute import limit_threads
         from raymoe.gates.assemble import router_bytes
         from raymoe.gates.here import gate_rows_here
-        from raymoe.runtime.process import limit_threads
 
         stage = [""]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import MappingProxyType
 
+from raymoe.compute import device_problems
 from raymoe.errors import Problem, install_remedy
 from raymoe.objects.options import StorageOptions
 from raymoe.planning import MergeOptions
-from raymoe.runtime.devices import device_problems
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["TYPES", "GgufOptions", "TensorType", "has_gguf", "option_problems"]

@@ -38,8 +38,8 @@ from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
+from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.models import RoutingRule
 
 __all__ = ["AS_WRITTEN", "DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha", "rope_base"]
 

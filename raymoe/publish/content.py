@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.errors import Problem, ProblemReport
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.urls import is_url
@@ -26,7 +27,6 @@ from raymoe.report.card import PLACE
 from raymoe.sources.folder import Folder, is_inside
 from raymoe.sources.hub import is_hub_id
 from raymoe.sources.types import SourceFile
-from raymoe.storage.checkpoint import open_checkpoint, read_object
 from raymoe.storage.records import CARD_NAME, INDEX_NAME, RECORD_NAME
 
 __all__ = ["Published", "PublishedFile", "open_published"]

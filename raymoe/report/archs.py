@@ -6,7 +6,7 @@ import sys
 
 from raymoe.architectures.table import held_pairs, table
 from raymoe.architectures.unheld import UNHELD
-from raymoe.report.terminal import print_json
+from raymoe.console import print_json
 
 __all__ = ["print_archs"]
 

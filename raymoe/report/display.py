@@ -8,28 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import HOSTS
 from raymoe.config import MODES
+from raymoe.console import console as rich_console
+from raymoe.console import print_json, put, say
 from raymoe.objects.urls import is_s3
 from raymoe.planning.types import FUSED, SHARED, MergePlan, Shard
-from raymoe.report import terminal
 from raymoe.report.memory import actor_memory
-from raymoe.report.terminal import print_json, put, say
+from raymoe.results import MergeResult, Verification
 from raymoe.storage.ways import WAYS
 from raymoe.text import human_bytes, human_count
 
 if TYPE_CHECKING:
-    from raymoe.runtime.merge import MergeResult
-    from raymoe.runtime.verify import Verification
     from raymoe.sources.resolve import HubOptions
 
 __all__ = [
     "PlannedOutput",
-    "actor_memory",
     "merge_line",
     "plan_summary",
     "print_plan",
     "print_result",
     "print_verification",
-    "say",
 ]
 
 
@@ -97,7 +94,7 @@ def print_plan(
     if as_json:
         print_json(plan_summary(plan, output, hub))
         return
-    console = terminal.console()
+    console = rich_console()
     totals, host = plan.totals, HOSTS[plan.host]
     experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
     console.print(f"{host.title} ({host.architecture}), {experts}, {plan.dtype}", style="bold")

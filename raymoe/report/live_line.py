@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from raymoe.report.terminal import console, say
+from raymoe.console import console, say
 
 __all__ = ["LiveLine"]
 

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raymoe.compute import COMPUTE_THREADS
+from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.planning.types import MergePlan
-from raymoe.report.display import say
 from raymoe.runtime.autoscaler import has_autoscaler
 from raymoe.runtime.left_out import leave_sklearn_out, leave_torch_out
 from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line, own_words
 from raymoe.runtime.placement import Needs, Node, Placement, Seat, ask_nodes, cluster_nodes, driver_node
-from raymoe.runtime.process import COMPUTE_THREADS, without_secrets
+from raymoe.runtime.process import without_secrets
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.start_errors import knock, refuse_job_server, start_problem
 from raymoe.runtime.stream import PIECES_AHEAD

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.config import MODES
+from raymoe.console import say
 from raymoe.gates.assemble import Rows, collected, embedding_rows_by_owner
 from raymoe.gates.readings import Reading, readings
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import GatePlan
-from raymoe.report.display import say
 from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.runtime.worker import ROUTERS, reading_name
 from raymoe.sources.types import TensorEntry

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from raymoe.checkpoints.merge_record import merge_record
+from raymoe.compute import peak_rss_bytes
 from raymoe.config import MODES, MergeConfig
 from raymoe.config.model_refs import short_name
+from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.gates.assemble import Rows, random_gate_rows, router_bytes
 from raymoe.gates.fitting import most_layers_at_once
@@ -27,11 +30,10 @@ from raymoe.objects.urls import is_s3, is_url
 from raymoe.outgoing import json_text
 from raymoe.planning.types import GatePlan, MergePlan, Shard
 from raymoe.report.card import model_card
-from raymoe.report.display import merge_line, say
-from raymoe.report.record import merge_record
+from raymoe.report.display import merge_line
 from raymoe.report.source_cards import source_cards
+from raymoe.results import MergeResult
 from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
-from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.other_nodes import OtherNodes
 from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
@@ -51,27 +53,7 @@ from raymoe.storage.records import FileRecord, FinishedMerge
 from raymoe.storage.ways import bytes_by_way
 from raymoe.text import some
 
-__all__ = ["MergeResult", "output_of", "output_problems", "run_merge"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeResult:
-    """What a finished merge was: files by name, warnings, memory as the processes saw it (bytes), and in words how the
-    routers did on held-out prompts."""
-
-    output: str
-    files: tuple[FileRecord, ...]
-    warnings: tuple[str, ...]
-    bytes_written: int
-    bytes_copied_by_store: int
-    bytes_kept: int
-    peak_driver_bytes: int
-    peak_actor_bytes: tuple[int, ...]
-    peak_gpu_bytes: tuple[int, ...]
-    seconds: float  # since the actors were started
-    run_seconds: float  # since the run was
-    router_lines: tuple[str, ...] = ()
-    was_complete: bool = False  # an earlier run had finished this merge, and nothing was left to do
+__all__ = ["output_of", "output_problems", "run_merge"]
 
 
 def run_merge(

@@ -18,10 +18,8 @@ from typing import Any, cast
 from raymoe.errors import RaymoeError
 from raymoe.outgoing import scrub, scrub_streams
 
-__all__ = ["COMPUTE_THREADS", "let_gates_go_first", "limit_threads", "set_up_process", "without_secrets"]
+__all__ = ["let_gates_go_first", "set_up_process", "without_secrets"]
 
-# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
-COMPUTE_THREADS = 2
 _WRITERS_NICE = 5
 _SWITCH_S = 0.0002
 # From malloc.h, and what they are set to.
@@ -103,14 +101,6 @@ def _allow_open_files() -> None:
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):  # 'no limit' is more than some kernels take
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def limit_threads(count: int = COMPUTE_THREADS) -> None:
-    """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
-    import torch
-
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
 
 
 def let_gates_go_first() -> None:

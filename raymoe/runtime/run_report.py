@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from raymoe._version import __version__
+from raymoe.compute import peak_rss_bytes
+from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.objects.options import StorageOptions
 from raymoe.objects.problems import StorageError
@@ -23,8 +25,6 @@ from raymoe.objects.registry import open_store, process_counters
 from raymoe.objects.store import StoreCounters
 from raymoe.objects.urls import is_url
 from raymoe.outgoing import json_text
-from raymoe.report.display import say
-from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.worker import Status
 from raymoe.signals import before_the_end
 from raymoe.storage.open_output import output_location, writable_location

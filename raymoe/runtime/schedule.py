@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from raymoe.console import say
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.gates.assemble import Rows
 from raymoe.gates.summary import RouterSummary
 from raymoe.planning.types import MergePlan, Shard
-from raymoe.report.display import say
 from raymoe.runtime.gate_work import GateJob, GateWork
 from raymoe.runtime.losses import Fate, cause_of, fate_of, first_line, own_words
 from raymoe.runtime.placement import Needs, owner_names

@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.compute import limit_threads, peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gates.capture import MemberLayer
 from raymoe.gates.layer_rows import LayerRows
@@ -28,8 +29,7 @@ from raymoe.gates.readings import Reading
 from raymoe.objects.registry import process_counters
 from raymoe.planning.types import GatePlan, GatePrompts
 from raymoe.runtime.at_work import AtWork, Job
-from raymoe.runtime.memory import peak_rss_bytes
-from raymoe.runtime.process import let_gates_go_first, limit_threads, set_up_process
+from raymoe.runtime.process import let_gates_go_first, set_up_process
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.stream import pieces_of
 from raymoe.sources.local import stat_file

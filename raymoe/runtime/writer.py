@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raymoe.compute import peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
 from raymoe.runtime.at_work import AtWork
-from raymoe.runtime.memory import peak_rss_bytes
 from raymoe.runtime.process import set_up_process, without_secrets
 from raymoe.runtime.stream import arrivals
 from raymoe.runtime.worker import Status, Whereabouts, node_words

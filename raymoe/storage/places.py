@@ -14,10 +14,14 @@ import os
 import re
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from raymoe.config import MergeConfig
+from raymoe.config.lines import path_text
 from raymoe.errors import Problem
 from raymoe.objects.urls import is_url, local_path
+from raymoe.sources.prompts import prompt_file_place
 from raymoe.storage.records import JOURNAL, is_written_by_a_merge
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "is_in",
     "is_in_job_package",
     "is_same_place",
+    "named_inputs",
     "overwritten",
     "place_key",
     "replaced",
@@ -140,6 +145,16 @@ def source_folders(owner: str, folders: Iterable[str], files: Iterable[str]) -> 
         if not file.startswith("hf://"):  # those are in the Hub's cache, which is among `folders`
             found |= dict.fromkeys(_folder(name) for name in _names_of(file))
     return ((owner, folder) for folder in found)
+
+
+def named_inputs(config: MergeConfig, source: object, more: Inputs | None = None) -> Inputs:
+    """The files that a merge reads besides its models: the config, where `source` is its path, and files of prompts."""
+    files = dict.fromkeys(more.files if more else ())
+    if isinstance(source, (str, Path)):
+        files["the config", os.path.abspath(source)] = None
+    for loc, prompts in config.prompt_files.items():
+        files[f"the file of {path_text(loc)}", prompt_file_place(prompts)] = None
+    return Inputs(folders=more.folders if more else (), files=tuple(files))
 
 
 def _clash(output: str, what: str, input_: str) -> Problem:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raymoe.console import say
 from raymoe.errors import MergeFailed
-from raymoe.report.display import say
 from raymoe.submit.follow import exit_code, follow
 from raymoe.submit.job import CONFIG_NAME, Job
 

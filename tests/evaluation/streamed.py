@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raymoe.checkpoints.weight_table import EvaluatedModel, dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.engine import Variant, log_likelihoods
-from raymoe.evaluation.models import EvaluatedModel, dense_model, mixture_model
 from raymoe.sources.resolve import HubOptions, resolve_model
 from raymoe.storage.reader import SourceReader
 

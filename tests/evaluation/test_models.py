@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raymoe.checkpoints import weight_table
 from raymoe.errors import ProblemReport
-from raymoe.evaluation import models
 from tests.evaluation.streamed import open_mixture
 
 MIXTRAL = {"model_type": "mixtral", "num_experts_per_tok": 2}
@@ -36,14 +36,14 @@ def refusal(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, .
 @pytest.fixture
 def few_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that a checkpoint must have are a few hundred at most, whatever its config.json says."""
-    output_names = models._output_names
+    output_names = weight_table._output_names
 
     def limited(*args: Any) -> Any:
         for count, name in enumerate(output_names(*args)):
             assert count < 1000, "too many names are made"
             yield name
 
-    monkeypatch.setattr(models, "_output_names", limited)
+    monkeypatch.setattr(weight_table, "_output_names", limited)
 
 
 @pytest.mark.usefixtures("few_names")

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from raymoe.console import console, put, say
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.outgoing import for_people, has_unprintable, json_text, printable
-from raymoe.report import terminal
 from raymoe.report.display import print_verification
-from raymoe.runtime.verify import Verification
+from raymoe.results import Verification
 from raymoe.submit.follow import _Log
 from tests.cli.conftest import cli
 from tests.pico import copy_model, merge_config
@@ -53,17 +53,17 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
     table = Table("a", "b")
     table.add_row(HOSTILE, "x")
-    console = terminal.console()
-    console.print(table)
-    console.print(HOSTILE, style="bold")
+    table_console = console()
+    table_console.print(table)
+    table_console.print(HOSTILE, style="bold")
     out = capsys.readouterr().out
     assert not has_unprintable(out)
     assert r"\x1b[2J" in out and "[bold]x[/bold]" in out
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.say(HOSTILE)
-    terminal.put(f"{HOSTILE}\nverified")
+    say(HOSTILE)
+    put(f"{HOSTILE}\nverified")
     print_verification(Verification(tensors=1, differences=(f"{HOSTILE}: missing",), notes=(HOSTILE,)), quiet=False)
     said = capsys.readouterr()
     assert not has_unprintable(said.out + said.err)

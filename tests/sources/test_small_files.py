@@ -13,6 +13,7 @@ import yaml
 
 import raymoe
 from raymoe.architectures.spec import DenseSpec, read_spec
+from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.errors import ProblemReport
 from raymoe.gguf.vocabulary import read_vocabulary
 from raymoe.planning import MergeOptions
@@ -24,7 +25,6 @@ from raymoe.sources.dtypes import tensor_nbytes
 from raymoe.sources.folder import read_json_object
 from raymoe.sources.local import LocalFolder
 from raymoe.sources.types import CheckpointIndex, SourceFile, TensorEntry
-from raymoe.storage.checkpoint import read_object
 from raymoe.storage.local import recorded_files, remove_checkpoint
 from raymoe.submit.server import _url
 from raymoe.untrusted import MAX_VALUES, read_json, read_yaml

@@ -204,8 +204,8 @@ def test_a_strict_merge_of_sound_models(
     ray_merge: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same bytes; but it does not go on from shards that were not looked at, and its record says so."""
+    from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
     from raymoe.objects.options import StorageOptions
-    from raymoe.storage.checkpoint import open_checkpoint, read_object
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="random")
     ray_merge(config, tmp_path / "a")

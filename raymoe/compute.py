@@ -1,15 +1,26 @@
-"""Where work in this process computes: on a GPU, if there is one, or where the user says."""
+"""How this process computes: on which device, with how many threads, and how much memory it has taken."""
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from raymoe.errors import Problem
 
-__all__ = ["actor_device_problems", "device_of", "device_problems"]
+__all__ = [
+    "COMPUTE_THREADS",
+    "actor_device_problems",
+    "device_of",
+    "device_problems",
+    "limit_threads",
+    "peak_rss_bytes",
+]
+
+# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
+COMPUTE_THREADS = 2
 
 
 def device_problems(device: str | None) -> Iterator[Problem]:
@@ -38,3 +49,16 @@ def device_of(device: str | None) -> str:
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def limit_threads(count: int = COMPUTE_THREADS) -> None:
+    """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
+    import torch
+
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
