@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.config import MergeConfig, check_config, load_config, make_config
 from raymoe.errors import ProblemReport
-from raymoe.objects.options import StorageOptions
+from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.resolve import Elsewhere, HubOptions, folders_of
-from raymoe.storage.places import Inputs, named_inputs
+from raymoe.storage.locations import Inputs, named_inputs
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
     from raymoe.publish.upload import Pushed
     from raymoe.results import MergeResult
     from raymoe.runtime.run_report import RunReport
@@ -59,7 +59,7 @@ def merge(
     same call goes on from the shards that are finished. Where `output` holds this merge finished, nothing is done, and
     `was_complete` of the result is true. `report` is told how the run goes, and may be read after a failure too.
     """
-    from raymoe.runtime.merge import run_merge
+    from raymoe.runtime.coordinator import run_merge
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
@@ -114,7 +114,7 @@ def push(
     afterwards; after either the same call goes on, and sends nothing again that the Hub has.
     """
     from raymoe.publish.push import push_merge
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
 
     target = PushTarget(repo=repo, private=private, revision=revision, message=message)
     return push_merge(merged, target, hub or HubOptions(), storage or StorageOptions(), quiet=quiet)
@@ -132,7 +132,7 @@ def look_at_push(
 ) -> Iterator[str]:
     """What `push` would do, in lines for people; nothing is made or sent. Raises ProblemReport."""
     from raymoe.publish.push import look_at_push
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
 
     target = PushTarget(repo=repo, private=private, revision=revision, message=message)
     return look_at_push(merged, target, hub or HubOptions(), storage or StorageOptions())
@@ -164,9 +164,9 @@ def _planned(
 ) -> MergePlan:
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
     from raymoe.compute import actor_device_problems
-    from raymoe.runtime.merge import output_of
-    from raymoe.runtime.other_nodes import OtherNodes
-    from raymoe.storage.output_checks import clash
+    from raymoe.runtime.coordinator import output_of
+    from raymoe.runtime.remote_folders import OtherNodes
+    from raymoe.storage.outputs.output_checks import clash
 
     report.storage = config.storage
     report.check_place()

@@ -1,7 +1,7 @@
 """The ways to a terminal: lines on standard error, lines and tables on standard output.
 
 Text in them comes from models, configs and records that anybody may have written. Nothing in it moves a cursor, changes
-colors or hides what stands beside it, and no secret is shown (`raymoe.outgoing`).
+colors or hides what stands beside it, and no secret is shown (`raymoe.safe_text`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from raymoe.outgoing import for_people, json_text, printable, scrub
+from raymoe.safe_text import for_people, json_text, printable, scrub
 
 __all__ = ["console", "print_json", "put", "say"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymoe.storage.records import FileRecord
+from raymoe.storage.file_names import FileRecord
 
 __all__ = ["MergeResult", "Verification"]
 

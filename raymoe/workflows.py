@@ -12,19 +12,19 @@ from pathlib import Path
 from raymoe.config import MergeConfig
 from raymoe.console import say
 from raymoe.errors import ProblemReport
-from raymoe.planning.types import MergePlan
-from raymoe.publish.content import open_published
-from raymoe.publish.failures import PushFailed
+from raymoe.planning.plan import MergePlan
+from raymoe.publish.errors import PushFailed
+from raymoe.publish.manifest import open_published
 from raymoe.publish.push import push_published
-from raymoe.publish.target import PushTarget, open_repository, source_problem, target_problems
+from raymoe.publish.repository import PushTarget, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Pushed
-from raymoe.report.card import card_metadata
-from raymoe.report.source_cards import source_cards
+from raymoe.report.model_card import card_metadata
+from raymoe.report.source_metadata import source_cards
 from raymoe.results import MergeResult
-from raymoe.runtime.merge import output_of, output_problems, run_merge
+from raymoe.runtime.coordinator import output_of, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.storage.output_checks import complete_merge
+from raymoe.storage.outputs.output_checks import complete_merge
 
 __all__ = ["merge_and_push"]
 

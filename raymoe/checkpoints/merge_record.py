@@ -15,14 +15,14 @@ from typing import Any
 from raymoe._version import __version__
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
-from raymoe.gates.summary import RouterSummary
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import is_s3
-from raymoe.planning.types import MergePlan
-from raymoe.sources.local import has_changed, recorded_sample
-from raymoe.sources.prompts import prompt_file_place
-from raymoe.storage.records import RECORD_NAME, FileRecord
-from raymoe.text import some
+from raymoe.formatting import some
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_s3
+from raymoe.planning.plan import MergePlan
+from raymoe.routers.heldout_report import RouterSummary
+from raymoe.sources.local_folder import has_changed, recorded_sample
+from raymoe.sources.prompt_sampling import prompt_file_place
+from raymoe.storage.file_names import RECORD_NAME, FileRecord
 
 __all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
 

@@ -10,16 +10,16 @@ from typing import Any
 import xxhash
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import is_url
-from raymoe.sources.folder import Folder
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.objects import open_object_folder
-from raymoe.sources.types import SourceFile
-from raymoe.storage.open_output import output_location
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import JOURNAL
-from raymoe.untrusted import check_size, read_json
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_url
+from raymoe.sources.bucket_folder import open_object_folder
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.folder_protocol import Folder
+from raymoe.sources.local_folder import LocalFolder
+from raymoe.storage.file_names import JOURNAL
+from raymoe.storage.outputs.open_output import output_location
+from raymoe.storage.source_reader import SourceReader
+from raymoe.untrusted_files import check_size, read_json
 
 __all__ = ["checksum_like", "open_checkpoint", "read_object"]
 

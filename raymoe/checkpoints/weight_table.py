@@ -15,14 +15,14 @@ from itertools import islice
 from typing import Any
 
 from raymoe.architectures import FAMILIES, DenseSpec, MoeHost, host_of, read_spec
-from raymoe.architectures.moe import PER_TOKEN_KEY
+from raymoe.architectures.dense_spec import NULL_MEANS_NONE
+from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
 from raymoe.architectures.rope import rope_value_problems, rotary_share
-from raymoe.architectures.spec import NULL_MEANS_NONE
 from raymoe.errors import Problem, ProblemReport, few
-from raymoe.planning.compat import FLOAT_DTYPES, check_tensors, spec_of
-from raymoe.planning.tensors import adapter_problems, head_rows, rows_of, weight_refs
-from raymoe.planning.types import HeadRows, WeightRef
-from raymoe.sources.types import ModelFacts, TensorEntry
+from raymoe.planning.compatibility import FLOAT_DTYPES, check_tensors, spec_of
+from raymoe.planning.plan import HeadRows, WeightRef
+from raymoe.planning.tensor_sources import adapter_problems, head_rows, rows_of, weight_refs
+from raymoe.sources.facts import ModelFacts, TensorEntry
 
 __all__ = ["EvaluatedModel", "RoutingRule", "dense_model", "mixture_model"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import (
+from raymoe.cli.shared_options import (
     AllSame,
     Cache,
     ConfigPath,
@@ -24,8 +24,8 @@ from raymoe.cli.options import (
 
 if TYPE_CHECKING:
     from raymoe.errors import Problem
-    from raymoe.planning.types import MergePlan
-    from raymoe.report.display import PlannedOutput
+    from raymoe.planning.plan import MergePlan
+    from raymoe.report.plan_report import PlannedOutput
     from raymoe.runtime.settings import RuntimeSettings
 
 
@@ -56,10 +56,10 @@ def plan(
     from raymoe.console import say
     from raymoe.errors import ProblemReport
     from raymoe.planning.plan_merge import plan_merge
-    from raymoe.report.display import print_plan
+    from raymoe.report.plan_report import print_plan
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.places import named_inputs
+    from raymoe.storage.locations import named_inputs
 
     options = merge_options(
         out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
@@ -82,11 +82,11 @@ def plan(
 def _planned_output(plan: MergePlan, output: str | None, settings: RuntimeSettings) -> PlannedOutput | None:
     if output is None:
         return None
-    from raymoe.report.display import PlannedOutput
-    from raymoe.runtime.merge import output_problems
-    from raymoe.storage.open_output import open_output, writable_location
-    from raymoe.storage.output_checks import complete_merge, write_problems
-    from raymoe.storage.ways import bytes_by_way
+    from raymoe.report.plan_report import PlannedOutput
+    from raymoe.runtime.coordinator import output_problems
+    from raymoe.storage.outputs.open_output import open_output, writable_location
+    from raymoe.storage.outputs.output_checks import complete_merge, write_problems
+    from raymoe.storage.transfer_summary import bytes_by_way
 
     target = open_output(writable_location(output, "OUT"), settings.storage)
     problems: Sequence[Problem] = output_problems(plan, target, settings)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Quiet
+from raymoe.cli.shared_options import Quiet
 
 
 @app.command()

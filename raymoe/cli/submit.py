@@ -38,9 +38,9 @@ def submit(
     """
     from raymoe.config import load_config
     from raymoe.console import say
-    from raymoe.submit.job import make_job
-    from raymoe.submit.run import follow_job, send_job
-    from raymoe.submit.server import job_server
+    from raymoe.submit.job_server import job_server
+    from raymoe.submit.job_spec import make_job
+    from raymoe.submit.submit import follow_job, send_job
 
     params, options = _merge_arguments(context, arguments)
     job = make_job(

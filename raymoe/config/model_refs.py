@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.objects.urls import check_no_secrets, check_spelling, is_url, normalise
+from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalise
 
 __all__ = ["ModelRef", "PathRef", "is_local_folder", "parse_model_ref", "short_name"]
 

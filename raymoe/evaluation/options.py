@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from raymoe.compute import device_problems
 from raymoe.errors import Problem
-from raymoe.objects.options import StorageOptions
+from raymoe.object_store.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["AGAINST", "EvaluationOptions", "option_problems", "parse_against", "unknown_pair"]

@@ -17,10 +17,10 @@ from raymoe.config import MergeConfig, check_config
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
-from raymoe.sources.prompts import chat_template_problems, read_prompts
+from raymoe.sources.facts import ModelFacts, SourceFile
+from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
 from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, resolve_models, with_contents
-from raymoe.sources.tokenizer import tokenizer_facts, with_tokenizer_code
-from raymoe.sources.types import ModelFacts, SourceFile
+from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
 
 __all__ = ["plan_merge"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from raymoe.console import say
 from raymoe.errors import ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.publish.content import Published, open_published
-from raymoe.publish.target import PushTarget, Repository, open_repository, source_problem, target_problems
+from raymoe.formatting import human_bytes, some
+from raymoe.object_store.options import StorageOptions
+from raymoe.publish.manifest import Published, open_published
+from raymoe.publish.repository import PushTarget, Repository, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
 from raymoe.sources.hub import HubOptions
-from raymoe.text import human_bytes, some
 
 __all__ = ["look_at_push", "push_merge", "push_published"]
 

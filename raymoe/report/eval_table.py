@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from raymoe.console import console as rich_console
 from raymoe.console import print_json
-from raymoe.report.eval_figures import (
+from raymoe.report.eval_numbers import (
     MEAN,
     best_of,
     labels_of,

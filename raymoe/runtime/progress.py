@@ -15,14 +15,14 @@ from typing import Any
 from raymoe.compute import peak_rss_bytes
 from raymoe.config import MODES
 from raymoe.console import console, say
-from raymoe.planning.types import MergePlan
+from raymoe.formatting import human_bytes, human_time
+from raymoe.planning.plan import MergePlan
 from raymoe.results import MergeResult
-from raymoe.runtime.metrics import MergeMetrics
+from raymoe.runtime.actor_status import Status
+from raymoe.runtime.ray_metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
-from raymoe.runtime.schedule import Outcome
-from raymoe.runtime.worker import Status
-from raymoe.storage.records import FileRecord
-from raymoe.text import human_bytes, human_time
+from raymoe.runtime.scheduler import Outcome
+from raymoe.storage.file_names import FileRecord
 
 __all__ = ["Progress"]
 

@@ -18,24 +18,26 @@ from raymoe.checkpoints.merge_record import prompt_records, recorded_config, wit
 from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
-from raymoe.gates.assemble import random_gate_rows, router_bytes
-from raymoe.gates.fitting import most_layers_at_once
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
-from raymoe.planning.types import Shard
 from raymoe.results import Verification
-from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
-from raymoe.runtime.other_nodes import OtherNodes
+from raymoe.routers.fit_memory import most_layers_at_once
+from raymoe.routers.router_matrices import random_gate_rows, router_bytes
+from raymoe.runtime.actor_plan import placed, slots_for
+from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.connect import connected
 from raymoe.runtime.progress import Progress
-from raymoe.runtime.schedule import run_jobs
+from raymoe.runtime.remote_folders import OtherNodes
+from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.folder import Folder, is_inside
-from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.output import ShardJob
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import CARD_NAME, RECORD_NAME, is_part_of_a_model
-from raymoe.storage.stream import different_tensors
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.folder_protocol import Folder, is_inside
+from raymoe.sources.weight_index import index_model_weights
+from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, is_part_of_a_model
+from raymoe.storage.outputs.protocol import ShardJob
+from raymoe.storage.shard_stream import different_tensors
+from raymoe.storage.source_reader import SourceReader
 
 __all__ = ["verify_merge"]
 

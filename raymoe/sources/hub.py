@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raymoe.config.model_refs import PathRef
-from raymoe.sources.folder import unusable
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.folder_protocol import unusable
 from raymoe.sources.hub_errors import hub_errors
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.types import SourceFile
+from raymoe.sources.local_folder import LocalFolder
 
 __all__ = [
     "HubFolder",

@@ -16,7 +16,7 @@ from raymoe.checkpoints.weight_table import dense_model
 from raymoe.config import make_config
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import ProblemReport
-from raymoe.report.card import model_card
+from raymoe.report.model_card import model_card
 from raymoe.sources.resolve import resolve_model
 from tests.pico import (
     HIDDEN,

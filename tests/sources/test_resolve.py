@@ -12,7 +12,7 @@ import pytest
 
 from raymoe.config.model_refs import PathRef, parse_model_ref
 from raymoe.errors import CheckpointError
-from raymoe.sources.folder import side_files
+from raymoe.sources.folder_protocol import side_files
 from raymoe.sources.hub import HubFolder, HubOptions
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
 from tests.sources.checkpoints import Tensors
