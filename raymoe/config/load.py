@@ -1,7 +1,7 @@
 """From a config file to a checked `MergeConfig`, or to one report of everything that is wrong with it.
 
     bytes --> text --yaml_loader--> values + lines --schema--> MergeConfig --cross_checks--> MergeConfig
-                       \\_______________________________\\______________________\\___> problems, in the order of the file
+                       \\____________________________\\______________________\\___> problems, in the order of the file
 
 A file that cannot be read or is no YAML stops at once, since nothing can be said about its keys. From then
 on problems are collected: what the schema refuses is set aside, and the checks run on the rest.
