@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from raymoe._version import __version__
+
 if TYPE_CHECKING:
     from raymoe.api import evaluate, load_config, merge, plan, push
     from raymoe.errors import MergeFailed, ProblemReport
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from raymoe.planning import MergeOptions
     from raymoe.runtime.settings import RuntimeSettings
 
-__version__ = "0.1.0"
 __all__ = [
     "EvaluationOptions",
     "MergeFailed",

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from raymoe.config import MergeConfig, check_config, load_config, make_config
-from raymoe.config.lines import path_text
-from raymoe.errors import Problem, ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.planning import MergeOptions, MergePlan, build_plan
-from raymoe.planning.prompt_checks import prompt_checks
-from raymoe.sources.prompts import chat_template_problems, prompt_file_place, read_prompts
-from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, folders_of, resolve_models, with_contents
-from raymoe.sources.tokenizer import tokenizer_facts, with_tokenizer_code
-from raymoe.sources.types import ModelFacts, SourceFile
-from raymoe.storage.places import Inputs
+from raymoe.errors import ProblemReport
+from raymoe.object_store.options import StorageOptions
+from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.plan_merge import plan_merge
+from raymoe.sources.resolve import Elsewhere, HubOptions, folders_of
+from raymoe.storage.locations import Inputs, named_inputs
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
     from raymoe.publish.upload import Pushed
-    from raymoe.runtime.merge import MergeResult
+    from raymoe.results import MergeResult
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
-
-_T = TypeVar("_T")
 
 __all__ = ["evaluate", "load_config", "look_at_push", "merge", "merge_and_push", "plan", "push"]
 
@@ -50,40 +41,7 @@ def plan(
     `elsewhere`, on the nodes of a cluster.
     """
     checked = _config(config, allow_all_same)
-    models = [checked.base_model, *(e.source_model for e in (*checked.experts, *checked.shared_experts))]
-    problems: list[Problem] = []
-    concrete = _collect(problems, lambda: read_prompts(checked))
-    facts = _collect(problems, lambda: resolve_models(models, hub, checked.storage, elsewhere, [checked.base_model]))
-    if facts is None:
-        raise ProblemReport(problems)
-    base = facts[checked.base_model]
-    with elsewhere.together(side.file for side in base.side_files) if elsewhere else nullcontext():
-        read = cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, checked.storage).read_bytes())
-        problems += chat_template_problems(checked, base, hub, elsewhere)
-        base = _collect(problems, lambda: _with_small_files(base, read)) or base
-        tokenizer = (
-            _collect(problems, lambda: tokenizer_facts(base.side_files, read)) if checked.needs_prompts else None
-        )
-    if problems or concrete is None:
-        raise ProblemReport(problems)
-    planned = build_plan(concrete, {**facts, checked.base_model: base}, options or MergeOptions())
-    problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
-    if problems:
-        raise ProblemReport(problems)
-    return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
-
-
-def _with_small_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
-    """The base with the code of its tokenizer, and with checksums of its small files."""
-    return with_contents(with_tokenizer_code(base, read), read)
-
-
-def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
-    try:
-        return step()
-    except ProblemReport as report:
-        problems += report.problems
-        return None
+    return plan_merge(checked, options, hub=hub, allow_all_same=allow_all_same, elsewhere=elsewhere)
 
 
 def merge(
@@ -101,7 +59,7 @@ def merge(
     same call goes on from the shards that are finished. Where `output` holds this merge finished, nothing is done, and
     `was_complete` of the result is true. `report` is told how the run goes, and may be read after a failure too.
     """
-    from raymoe.runtime.merge import run_merge
+    from raymoe.runtime.coordinator import run_merge
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
@@ -127,9 +85,9 @@ def merge_and_push(
     `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
     or, where `output` holds this merge finished, in the push alone. Raises what `merge` raises, and PushFailed.
     """
-    from raymoe.publish.push import merge_and_push
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.workflows import merge_and_push
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
@@ -156,7 +114,7 @@ def push(
     afterwards; after either the same call goes on, and sends nothing again that the Hub has.
     """
     from raymoe.publish.push import push_merge
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
 
     target = PushTarget(repo=repo, private=private, revision=revision, message=message)
     return push_merge(merged, target, hub or HubOptions(), storage or StorageOptions(), quiet=quiet)
@@ -174,7 +132,7 @@ def look_at_push(
 ) -> Iterator[str]:
     """What `push` would do, in lines for people; nothing is made or sent. Raises ProblemReport."""
     from raymoe.publish.push import look_at_push
-    from raymoe.publish.target import PushTarget
+    from raymoe.publish.repository import PushTarget
 
     target = PushTarget(repo=repo, private=private, revision=revision, message=message)
     return look_at_push(merged, target, hub or HubOptions(), storage or StorageOptions())
@@ -205,10 +163,10 @@ def _planned(
     report: RunReport,
 ) -> MergePlan:
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
-    from raymoe.runtime.devices import actor_device_problems
-    from raymoe.runtime.merge import output_of
-    from raymoe.runtime.other_nodes import OtherNodes
-    from raymoe.storage.output import clash
+    from raymoe.compute import actor_device_problems
+    from raymoe.runtime.coordinator import output_of
+    from raymoe.runtime.remote_folders import OtherNodes
+    from raymoe.storage.outputs.output_checks import clash
 
     report.storage = config.storage
     report.check_place()
@@ -223,16 +181,6 @@ def _planned(
         is_read = clash(target, _with_models(settings.inputs, config, settings.hub))
         also = [is_read] if is_read else target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
         raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
-
-
-def named_inputs(config: MergeConfig, source: object, more: Inputs | None = None) -> Inputs:
-    """The files that a merge reads besides its models: the config, where `source` is its path, and files of prompts."""
-    files = dict.fromkeys(more.files if more else ())
-    if isinstance(source, (str, Path)):
-        files["the config", os.path.abspath(source)] = None
-    for loc, prompts in config.prompt_files.items():
-        files[f"the file of {path_text(loc)}", prompt_file_place(prompts)] = None
-    return Inputs(folders=more.folders if more else (), files=tuple(files))
 
 
 def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs:

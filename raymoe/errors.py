@@ -6,7 +6,7 @@ one go and not one error at a time. The command line prints a report without a t
 `exit_code`; nothing below the command line calls `sys.exit`.
 
 Messages quote text from outside: names of files, values of configs, answers of servers. None of them holds a secret, a
-control character, or a line that looks like a message of its own (`raymoe.outgoing`).
+control character, or a line that looks like a message of its own (`raymoe.safe_text`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from raymoe.outgoing import for_people, shortened
-from raymoe.text import number_ranges, some
+from raymoe.formatting import number_ranges, some
+from raymoe.safe_text import for_people, shortened
 
 __all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "few", "install_remedy"]
 

@@ -69,7 +69,7 @@ def write_config(path: Path, experts: Sequence[Path], mode: str, prompts: int, w
 def write_copies(path: Path, config: Path) -> Path:
     """What `raw` is to copy: for each shard its size, and (source, start, end, offset) for each range."""
     from raymoe import api
-    from raymoe.planning.upload import CopyRange, spans
+    from raymoe.planning.multipart import CopyRange, spans
 
     shards = []
     for shard in api.plan(config).shards:

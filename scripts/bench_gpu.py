@@ -79,7 +79,7 @@ def read_rate(model: Path) -> float:
 def gate_bytes(config: Path, actors: int) -> int:
     """Bytes of weights that the gate pass reads: each model once by each actor that reads prompts with it."""
     from raymoe import api
-    from raymoe.gates.readings import readings
+    from raymoe.routers.prompt_passes import readings
 
     gates = api.plan(config).gates
     parts = readings([*gates.experts], actors, gates.hidden)

@@ -30,16 +30,16 @@ import torch
 from pages import put_between
 
 import raymoe
-from raymoe.evaluation.engine import Variant, log_likelihoods
-from raymoe.evaluation.models import mixture_model
-from raymoe.gates.assemble import router_bytes, router_rows
-from raymoe.gates.here import gate_rows_here
-from raymoe.planning.types import MergePlan, Router
-from raymoe.sources.refs import parse_model_ref
+from raymoe.checkpoints.weight_table import mixture_model
+from raymoe.config.model_refs import parse_model_ref
+from raymoe.evaluation.scoring import Variant, log_likelihoods
+from raymoe.planning.plan import MergePlan, Router
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.router_matrices import router_bytes, router_rows
 from raymoe.sources.resolve import HubOptions, resolve_model
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME
-from raymoe.storage.stream import shard_chunks
+from raymoe.storage.file_names import INDEX_NAME
+from raymoe.storage.shard_stream import shard_chunks
+from raymoe.storage.source_reader import SourceReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
@@ -181,8 +181,8 @@ def measured(
 
 def bench_solve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds for a layer's router of a 7B shape on each device, and for reading the experts' weights."""
-    from raymoe.gates.capture import token_limit
-    from raymoe.gates.ridge import Examples, fit_rows
+    from raymoe.routers.activations import token_limit
+    from raymoe.routers.ridge import Examples, fit_rows
 
     shape = SHAPE_7B
     generator = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def make_merges(folder: Path) -> None:
     import torch
 
     from raymoe.architectures import HOSTS
-    from tests.architectures.hosts import PAIRS
+    from tests.architectures.pairs import PAIRS
     from tests.pico import load_dense, logits_of, merge_without_ray, save_model
 
     for pair in PAIRS:

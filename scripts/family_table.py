@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 from pages import put_between
 
-from raymoe.architectures.table import HeldPair, held_pairs
-from raymoe.architectures.unheld import UNHELD
+from raymoe.architectures.support_matrix import HeldPair, held_pairs
+from raymoe.architectures.unsupported_families import UNHELD
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/families.md"

@@ -33,7 +33,7 @@ PLACES = {"cpu": "on a CPU", "gpu": "of the GPU", "beside_gpu": "beside the GPU"
 # The merge in a process of its own: a driver that plans keeps what it read.
 RUN = """
 import json, sys, raymoe
-from raymoe.report.memory import actor_memory
+from raymoe.report.memory_estimate import actor_memory
 from raymoe.runtime.settings import RuntimeSettings
 planned = actor_memory(raymoe.plan(sys.argv[1]))
 result = raymoe.merge(sys.argv[1], sys.argv[2], settings=RuntimeSettings(verbosity=-1, actors=1))

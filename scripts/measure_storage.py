@@ -2,10 +2,10 @@
 
     python scripts/measure_storage.py --page    # prints the table, and puts it into docs/object-storage.md
 
-The store is the S3 gateway of JuiceFS, started here (tests/objects/servers.py). Peak memory is what the kernel counts
-as resident at most (`ru_maxrss`), as a merge reports it for the driver and for each actor. An idle actor, which has
-imported what it needs and looked at its output, is measured beside them; an actor may use 400 MB more than that. All
-experts are one model: what is measured does not depend on the values of weights.
+The store is the S3 gateway of JuiceFS, started here (tests/object_store/servers.py). Peak memory is what the kernel
+counts as resident at most (`ru_maxrss`), as a merge reports it for the driver and for each actor. An idle actor, which
+has imported what it needs and looked at its output, is measured beside them; an actor may use 400 MB more than that.
+All experts are one model: what is measured does not depend on the values of weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ RUN = """
 import json, sys
 import ray, raymoe
 from raymoe.planning import MergeOptions
-from raymoe.runtime.cluster import Slots, expert_actors
+from raymoe.runtime.actor_plan import Slots
+from raymoe.runtime.actors import expert_actors
 from raymoe.runtime.placement import Seat
 from raymoe.runtime.settings import RuntimeSettings
 
@@ -58,8 +59,8 @@ print(json.dumps({"idle": idle, "driver": result.peak_driver_bytes, "actors": re
 
 def upload(folder: Path, url: str) -> None:
     """All files of a folder as objects below `url`, in parts."""
-    from raymoe.objects.options import StorageOptions
-    from raymoe.objects.s3 import S3Store
+    from raymoe.object_store.options import StorageOptions
+    from raymoe.object_store.s3_store import S3Store
 
     store = S3Store(StorageOptions())
     for path in folder.iterdir():
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "out/storage", help="16 GB are needed there for a while")
     parser.add_argument("--page", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    from tests.objects.servers import start_juicefs
+    from tests.object_store.servers import start_juicefs
 
     model = arguments.work / "model"
     write_model(model, SHAPE)

@@ -2,7 +2,7 @@
 
     python scripts/measure_switch.py FILE          # a file of some hundred megabytes, in the page cache
 
-The copy is what an actor does with a shard (storage/new_file.py): read, checksum, write, in pieces of 256 KiB.
+The copy is what an actor does with a shard (storage/file_writer.py): read, checksum, write, in pieces of 256 KiB.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-from tests.objects.fault_proxy import KINDS  # noqa: E402
+from tests.object_store.fault_proxy import KINDS  # noqa: E402
 from tests.soak.cases import EXAMPLE_VARIANTS, TAKEOVER_DIRECTIONS, Case, make_cases  # noqa: E402
 from tests.soak.runs import Outcome, run_case  # noqa: E402
 from tests.soak.world import World, open_world  # noqa: E402

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 
 from tests.cli.commands import command, hashes  # noqa: E402
-from tests.objects.servers import start_server  # noqa: E402
+from tests.object_store.servers import start_server  # noqa: E402
 from tests.processes import arguments  # noqa: E402
 from tests.runtime.nodes import Nodes, can_hide_folders  # noqa: E402
 

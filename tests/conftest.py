@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.objects.servers import STARTERS, environment
+from tests.object_store.servers import STARTERS, environment
 from tests.tiers import MARKS, mark_tiers, nothing_outside, servers_of
 
 # A test run in the background of a shell inherits that Ctrl-C is ignored, and so would the commands that are tested.
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if (
         "server" in metafunc.fixturenames
         and not is_given
-        and "tests.objects.fixtures" in _module_of(metafunc, "server")
+        and "tests.object_store.fixtures" in _module_of(metafunc, "server")
     ):
         metafunc.parametrize("server", servers_of(metafunc, STARTERS), indirect=True)
 

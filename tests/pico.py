@@ -23,13 +23,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import raymoe
 from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
-from raymoe.gates.assemble import router_bytes
-from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import INDEX_NAME
-from raymoe.storage.stream import shard_chunks
+from raymoe.storage.file_names import INDEX_NAME
+from raymoe.storage.shard_stream import shard_chunks
+from raymoe.storage.source_reader import SourceReader
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those whose tables are Llama's
@@ -310,7 +310,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
 
 def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | None = None) -> None:
     """What `raymoe.merge` leaves, written in this process: by the same output, with the journal, record and card."""
-    from raymoe.runtime import merge as run
+    from raymoe.runtime import coordinator as run
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.runtime.source_files import SourceFiles
 

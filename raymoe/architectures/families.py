@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raymoe.architectures.configs import (
+from raymoe.architectures.config_rules import (
     cohere2_windows,
     cohere_limits,
     cohere_windows,
@@ -36,8 +36,8 @@ from raymoe.architectures.configs import (
     windows_everywhere,
     youtu_limits,
 )
-from raymoe.architectures.dense import DenseFamily
-from raymoe.architectures.rows import (
+from raymoe.architectures.dense_family import DenseFamily
+from raymoe.architectures.tensor_tables import (
     COHERE2_ROWS,
     GLM_ROWS,
     GRANITE4_ROWS,

@@ -12,10 +12,10 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from raymoe import signals
-from raymoe.cli.streams import OutputLost, make_streams_safe
+from raymoe.cli.standard_streams import OutputLost, make_streams_safe
+from raymoe.console import say
 from raymoe.errors import RaymoeError
-from raymoe.outgoing import Scrubbed, remember_secrets
-from raymoe.report.terminal import say
+from raymoe.safe_text import Scrubbed, remember_secrets
 
 __all__ = ["app", "main", "run_command", "stoppable"]
 

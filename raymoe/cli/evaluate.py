@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Cache, Quiet, Remote, TrustRecord, on_device
+from raymoe.cli.shared_options import Cache, Quiet, Remote, TrustRecord, on_device
 
 
 @app.command(name="eval")
@@ -57,10 +57,10 @@ def evaluate(
     With --tasks the merge is given to lm-evaluation-harness instead, which loads it whole.
     """
     from raymoe import api
-    from raymoe.evaluation.harness import HarnessOptions, check_choice, run_harness
+    from raymoe.console import say
+    from raymoe.evaluation.lm_eval import HarnessOptions, check_choice, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
-    from raymoe.evaluation.written import check_writable, read_by_evaluation, write_evaluation
-    from raymoe.report.display import say
+    from raymoe.evaluation.output_files import check_writable, read_by_evaluation, write_evaluation
     from raymoe.report.eval_table import print_evaluation
     from raymoe.report.tasks_table import print_tasks
     from raymoe.sources.resolve import HubOptions

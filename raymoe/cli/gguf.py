@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import AllSame, Cache, Crimes, Quiet, Remote, log_level, merge_options, on_device
+from raymoe.cli.shared_options import AllSame, Cache, Crimes, Quiet, Remote, log_level, merge_options, on_device
 
 
 @app.command()
@@ -39,10 +39,10 @@ def gguf(
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp; no Ray, little memory."""
-    from raymoe.gguf import GgufOptions, write_gguf
-    from raymoe.report.display import say
+    from raymoe.console import say
+    from raymoe.export.gguf import GgufOptions, write_gguf
+    from raymoe.formatting import human_bytes, human_count
     from raymoe.sources.resolve import HubOptions
-    from raymoe.text import human_bytes, human_count
 
     log_level(verbose)
     of_config = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.idle import idle, idle_notes
-from raymoe.cli.options import (
+from raymoe.cli.ignored_flags import idle, idle_notes
+from raymoe.cli.shared_options import (
     Actors,
     Address,
     AllSame,
@@ -35,7 +35,7 @@ from raymoe.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from raymoe.runtime.merge import MergeResult
+    from raymoe.results import MergeResult
 
 
 @app.command()
@@ -107,12 +107,13 @@ def merge(
     """
     from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note
-    from raymoe.publish.target import push_target
-    from raymoe.report.display import print_result, say
+    from raymoe.console import say
+    from raymoe.publish.repository import push_target
+    from raymoe.report.plan_report import print_result
     from raymoe.runtime.run_report import recorded
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.places import Inputs
+    from raymoe.storage.locations import Inputs
 
     log_level(verbose)
     options = merge_options(

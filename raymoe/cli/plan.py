@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import (
+from raymoe.cli.shared_options import (
     AllSame,
     Cache,
     ConfigPath,
@@ -24,8 +24,8 @@ from raymoe.cli.options import (
 
 if TYPE_CHECKING:
     from raymoe.errors import Problem
-    from raymoe.planning.types import MergePlan
-    from raymoe.report.display import PlannedOutput
+    from raymoe.planning.plan import MergePlan
+    from raymoe.report.plan_report import PlannedOutput
     from raymoe.runtime.settings import RuntimeSettings
 
 
@@ -52,12 +52,14 @@ def plan(
     With OUT, ends as `merge` would where OUT can't be written. In a bucket that is tried: an object of a few bytes is
     put below OUT and deleted.
     """
-    from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note
+    from raymoe.console import say
     from raymoe.errors import ProblemReport
-    from raymoe.report.display import print_plan, say
+    from raymoe.planning.plan_merge import plan_merge
+    from raymoe.report.plan_report import print_plan
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
+    from raymoe.storage.locations import named_inputs
 
     options = merge_options(
         out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
@@ -68,8 +70,8 @@ def plan(
     if note := storage_note(merge_config.storage):
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
-    merge_plan = api.plan(merge_config, options, hub=hub, allow_all_same=True)
-    inputs = api.named_inputs(merge_config, config)
+    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=True)
+    inputs = named_inputs(merge_config, config)
     settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
     planned = _planned_output(merge_plan, output, settings)
     print_plan(merge_plan, planned, hub, as_json=as_json)
@@ -80,10 +82,11 @@ def plan(
 def _planned_output(plan: MergePlan, output: str | None, settings: RuntimeSettings) -> PlannedOutput | None:
     if output is None:
         return None
-    from raymoe.report.display import PlannedOutput
-    from raymoe.runtime.merge import output_problems
-    from raymoe.storage.output import complete_merge, open_output, writable_location, write_problems
-    from raymoe.storage.ways import bytes_by_way
+    from raymoe.report.plan_report import PlannedOutput
+    from raymoe.runtime.coordinator import output_problems
+    from raymoe.storage.outputs.open_output import open_output, writable_location
+    from raymoe.storage.outputs.output_checks import complete_merge, write_problems
+    from raymoe.storage.transfer_summary import bytes_by_way
 
     target = open_output(writable_location(output, "OUT"), settings.storage)
     problems: Sequence[Problem] = output_problems(plan, target, settings)

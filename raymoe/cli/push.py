@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.options import Quiet
+from raymoe.cli.shared_options import Quiet
 
 
 @app.command()
@@ -28,7 +28,7 @@ def push(
     A push that was interrupted goes on when the same command is run again; what is there is not sent again.
     """
     from raymoe import api
-    from raymoe.report.display import say
+    from raymoe.console import say
 
     if dry_run:
         for line in api.look_at_push(checkpoint, repo, private=private, revision=revision, message=message):

@@ -37,10 +37,10 @@ def submit(
     Models are not sent: they are Hub ids, URLs or folders that the cluster's nodes have.
     """
     from raymoe.config import load_config
-    from raymoe.report.display import say
-    from raymoe.submit.job import make_job
-    from raymoe.submit.run import follow_job, send_job
-    from raymoe.submit.server import job_server
+    from raymoe.console import say
+    from raymoe.submit.job_server import job_server
+    from raymoe.submit.job_spec import make_job
+    from raymoe.submit.submit import follow_job, send_job
 
     params, options = _merge_arguments(context, arguments)
     job = make_job(

@@ -4,13 +4,13 @@
 in Python. Importing this needs neither torch, transformers nor Ray.
 """
 
-from raymoe.config.checks import ALL_SAME_FLAG, check_config, config_warnings
-from raymoe.config.lines import Lines, Loc
+from raymoe.config.cross_checks import ALL_SAME_FLAG, check_config, config_warnings
+from raymoe.config.gate_modes import MODES, GateMode
 from raymoe.config.load import load_config, load_config_with_lines, make_config, parse_config
-from raymoe.config.modes import MODES, GateMode
-from raymoe.config.prompts import PromptFile
+from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
-from raymoe.config.storage import storage_note
+from raymoe.config.source_positions import Lines, Loc
+from raymoe.config.storage_block import storage_note
 
 __all__ = [
     "ALL_SAME_FLAG",

@@ -1,7 +1,7 @@
 """From a config file to a checked `MergeConfig`, or to one report of everything that is wrong with it.
 
-    bytes --> text --tree--> values + lines --schema--> MergeConfig --checks--> MergeConfig
-                       \\________________________\\_________________\\___> problems, in the order of the file
+    bytes --> text --yaml_loader--> values + lines --schema--> MergeConfig --cross_checks--> MergeConfig
+                       \\____________________________\\______________________\\___> problems, in the order of the file
 
 A file that cannot be read or is no YAML stops at once, since nothing can be said about its keys. From then
 on problems are collected: what the schema refuses is set aside, and the checks run on the rest.
@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raymoe.config.checks import find_unsound
-from raymoe.config.lines import NO_LINES, Found, Lines, Loc
-from raymoe.config.mend import find_change
-from raymoe.config.problems import salvage, schema_problems
+from raymoe.config.cross_checks import find_unsound
 from raymoe.config.schema import MergeConfig
-from raymoe.config.tree import NotYaml, parse_tree
+from raymoe.config.schema_errors import salvage, schema_problems
+from raymoe.config.source_positions import NO_LINES, Found, Lines, Loc
+from raymoe.config.yaml_loader import NotYaml, parse_tree
+from raymoe.config.yaml_repair import find_change
 from raymoe.errors import Problem, ProblemReport
 
 __all__ = ["load_config", "load_config_with_lines", "make_config", "parse_config"]

@@ -3,11 +3,11 @@
 A config that mergekit-moe accepts means the same here, with the same defaults; `null` for an optional key
 is its default. What differs is strictness: an unknown key, a quoted number or a prompt that YAML read as a
 date is an error and not a surprise in the merged model. The models check each value by itself; whether the
-values go together is the business of `checks`. Names are cleaned on the way in (`hidden_last` is `hidden`,
+values go together is the business of `cross_checks`. Names are cleaned on the way in (`hidden_last` is `hidden`,
 `torch.bfloat16` is `bfloat16`), so that two configs that mean the same compare equal and have the same
 `to_plain`.
 
-Values that are nothing special to a key are read by `values`, prompts by `prompts`.
+Values that are nothing special to a key are read by `coerce`, prompts by `prompt_sources`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from raymoe.config.lines import Loc, excerpt, kind_of, shown
-from raymoe.config.modes import MODES
-from raymoe.config.prompts import PromptFile, Prompts
-from raymoe.config.storage import plain_storage, storage_options
-from raymoe.config.values import flag, one_of, scale, text, value_error, whole_number
-from raymoe.objects.options import StorageOptions
-from raymoe.sources.refs import parse_model_ref
-from raymoe.sources.types import ModelRef
+from raymoe.config.coerce import flag, one_of, scale, text, value_error, whole_number
+from raymoe.config.gate_modes import MODES
+from raymoe.config.model_refs import ModelRef, parse_model_ref
+from raymoe.config.prompt_sources import PromptFile, Prompts
+from raymoe.config.source_positions import Loc, excerpt, kind_of, shown
+from raymoe.config.storage_block import plain_storage, storage_options
+from raymoe.object_store.options import StorageOptions
 
 __all__ = ["NUMBER_KEYS", "Dtype", "ExpertConfig", "MergeConfig", "PromptModel"]
 

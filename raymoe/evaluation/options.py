@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from raymoe.compute import device_problems
 from raymoe.errors import Problem
-from raymoe.objects.options import StorageOptions
-from raymoe.runtime.devices import device_problems
+from raymoe.object_store.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 
 __all__ = ["AGAINST", "EvaluationOptions", "option_problems", "parse_against", "unknown_pair"]

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raymoe.checkpoints.weight_table import EvaluatedModel
+from raymoe.compute import device_of
+from raymoe.evaluation.inputs import Opened, open_evaluation
 from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, rounded
-from raymoe.evaluation.models import EvaluatedModel
-from raymoe.evaluation.opened import Opened, open_evaluation
 from raymoe.evaluation.options import EvaluationOptions
-from raymoe.evaluation.progress import EvaluationProgress
-from raymoe.evaluation.samples import Samples
-from raymoe.gates.assemble import router_rows
-from raymoe.planning.types import GatePlan, Router
-from raymoe.runtime.devices import device_of
-from raymoe.storage.reader import SourceReader
+from raymoe.evaluation.routing_samples import Samples
+from raymoe.planning.plan import GatePlan, Router
+from raymoe.report.progress_line import LiveLine
+from raymoe.routers.router_matrices import router_rows
+from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
 
 if TYPE_CHECKING:
-    from raymoe.evaluation.engine import Variant
+    from raymoe.evaluation.scoring import Variant
 
 __all__ = ["evaluate_merge"]
 
@@ -92,7 +92,7 @@ class _Computation:
 
     def mixture(self) -> Values:
         """Log-likelihoods of `merged` and of the routings that it is compared with."""
-        from raymoe.evaluation.engine import Variant
+        from raymoe.evaluation.scoring import Variant
 
         variants = [Variant(name="merged", see=self._see)]
         if self._opened.oracle:
@@ -103,7 +103,7 @@ class _Computation:
 
     def dense(self) -> Values:
         """Log-likelihoods of the base and of each expert. One that is there twice is run once."""
-        from raymoe.evaluation.engine import Variant
+        from raymoe.evaluation.scoring import Variant
 
         found: Values = {}
         for name, model in self._opened.dense.items():
@@ -112,7 +112,7 @@ class _Computation:
         return found
 
     def _pass(self, model: EvaluatedModel, variants: list[Variant]) -> Values:
-        from raymoe.evaluation.engine import log_likelihoods
+        from raymoe.evaluation.scoring import log_likelihoods
 
         ids = self._opened.tokens.ids
         total = sum(map(len, ids)) * model.spec.layers * len(variants)
@@ -126,8 +126,8 @@ class _Computation:
 
     def _hidden(self, gates: GatePlan) -> Variant:
         """The rows that gate mode `hidden` gives, rounded as they would be in the checkpoint."""
-        from raymoe.evaluation.engine import Variant
-        from raymoe.gates.here import gate_rows_here
+        from raymoe.evaluation.scoring import Variant
+        from raymoe.routers.in_process import gate_rows_here
 
         rows, _ = gate_rows_here(
             gates,
@@ -182,3 +182,22 @@ def _data_summary(opened: Opened, file: str) -> dict[str, Any]:
         label["tokens"] += len(ids) - 1
     tokens = sum(label["tokens"] for label in per_label.values())
     return {"file": file, "texts": len(opened.texts), "tokens": tokens, "per_label": per_label}
+
+
+class EvaluationProgress(LiveLine):
+    """Counts tokens that have passed a layer, stage by stage."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(_words, quiet=quiet)
+
+    def stage(self, name: str, total: int = 0) -> None:
+        """What comes next, and how many tokens times layers it is; 0 if that is not known."""
+        self._done, self._total = 0, total
+        self._next(name)
+
+    def layer_done(self, tokens: int) -> None:
+        self.add(tokens)
+
+
+def _words(done: int, total: int) -> str:
+    return f"{done / total:.0%}" if total else f"{done:,} token-layers"

@@ -9,19 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
-from raymoe.architectures.hosts import host_config
-from raymoe.architectures.moe import MIXTURE_KEYS
+from raymoe.architectures.moe_architecture import MIXTURE_KEYS, host_config
 from raymoe.config import ExpertConfig, MergeConfig
-from raymoe.config.modes import MODES
-from raymoe.config.prompts import written_out
+from raymoe.config.gate_modes import MODES
+from raymoe.config.model_refs import ModelRef
+from raymoe.config.prompt_sources import written_out
 from raymoe.errors import Problem, ProblemReport
-from raymoe.planning.checks import check_plan
-from raymoe.planning.compat import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
+from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
+from raymoe.planning.config_numbers import odd_numbers
 from raymoe.planning.digest import plan_digest
-from raymoe.planning.numbers import odd_numbers
+from raymoe.planning.invariants import check_plan
+from raymoe.planning.plan import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.planning.prompt_counts import prompt_warnings
-from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.tensors import (
+from raymoe.planning.shard_packing import OutputTensor, pack_shards
+from raymoe.planning.tensor_sources import (
     Member,
     adapter_problems,
     adapter_warnings,
@@ -32,11 +33,10 @@ from raymoe.planning.tensors import (
     weight_refs,
 )
 from raymoe.planning.totals import totals_of
-from raymoe.planning.types import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
-from raymoe.sources.folder import has_vocabulary
-from raymoe.sources.quantised import QUANTISATION_KEYS
-from raymoe.sources.types import ModelFacts, ModelRef, SideFile
+from raymoe.sources.facts import ModelFacts, SideFile
+from raymoe.sources.folder_protocol import has_vocabulary
+from raymoe.sources.quantization_check import QUANTISATION_KEYS
 
 __all__ = ["build_plan"]
 
@@ -70,8 +70,8 @@ _GENERATION_CONFIG = "generation_config.json"
 def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], options: MergeOptions) -> MergePlan:
     """Plan a merge.
 
-    `facts` holds every model that `config` names, and `config` the prompts of its files (`sources.prompts`). Raises
-    ProblemReport with all problems found.
+    `facts` holds every model that `config` names, and `config` the prompts of its files (`sources.prompt_sampling`).
+    Raises ProblemReport with all problems found.
     """
     base_facts = facts[config.base_model]
     base, problems = spec_of(base_facts, "base_model")

@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from raymoe.planning.types import GatePlan, Shard
-from raymoe.planning.upload import upload_layout
-from raymoe.sources.types import SideFile
+from raymoe.planning.multipart import upload_layout
+from raymoe.planning.plan import GatePlan, Shard
+from raymoe.sources.facts import SideFile
 
 __all__ = ["plan_digest"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raymoe.config.modes import EMBEDDING, MODES
+from raymoe.config.gate_modes import EMBEDDING, MODES
 from raymoe.errors import Problem, ProblemReport
-from raymoe.planning.types import GatePlan, GatePrompts
-from raymoe.sources.tokenizer import TokenizerFacts, with_bos
+from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 
 __all__ = ["missing_row", "prompt_checks"]
 

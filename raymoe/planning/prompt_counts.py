@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raymoe.config.modes import MODES
-from raymoe.planning.types import GatePlan
-from raymoe.text import some
+from raymoe.config.gate_modes import MODES
+from raymoe.formatting import some
+from raymoe.planning.plan import GatePlan
 
 __all__ = ["MEASURED", "prompt_warnings"]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from raymoe.architectures import MoeShape
-from raymoe.planning.types import GatePlan, GatePrompts, Shard, Totals
+from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
 
 __all__ = ["totals_of"]
 
@@ -41,7 +41,7 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
 
 
 def _different(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
-    """One reader of each model: those that differ by adapters alone are read together (`gates.readings`)."""
+    """One reader of each model: those that differ by adapters alone are read together (`routers.prompt_passes`)."""
     models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in readers}
     return list(models.values())
 

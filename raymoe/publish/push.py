@@ -1,35 +1,22 @@
-"""`push_merge`: a finished merge to a repository; `merge_and_push`: a merge and its push as one thing that goes on.
-
-A merge that is to be pushed is checked against the Hub before it starts. Run again, it goes on where it stopped: in the
-merge, or, where the output holds this very merge finished, in the push.
-"""
+"""A finished merge to a repository of the Hub, or what that would do."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raymoe.config import MergeConfig
+from raymoe.console import say
 from raymoe.errors import ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.planning.types import MergePlan
-from raymoe.publish.content import Published, open_published
-from raymoe.publish.failures import PushFailed
-from raymoe.publish.target import PushTarget, Repository, open_repository, source_problem, target_problems
+from raymoe.formatting import human_bytes, some
+from raymoe.object_store.options import StorageOptions
+from raymoe.publish.manifest import Published, open_published
+from raymoe.publish.repository import PushTarget, Repository, open_repository, source_problem, target_problems
 from raymoe.publish.upload import Comparison, Pushed, compare, upload
-from raymoe.report.card import card_metadata
-from raymoe.report.display import say
-from raymoe.report.source_cards import source_cards
-from raymoe.runtime.merge import MergeResult, output_of, output_problems, run_merge
-from raymoe.runtime.run_report import RunReport
-from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
-from raymoe.storage.output import complete_merge
-from raymoe.text import human_bytes, some
 
-__all__ = ["look_at_push", "merge_and_push", "push_merge"]
+__all__ = ["look_at_push", "push_merge", "push_published"]
 
 
 def push_merge(
@@ -40,7 +27,7 @@ def push_merge(
         raise ProblemReport(problems)
     published = open_published(place, target.repo, storage)
     _refuse_source(target, published)
-    return _push(published, open_repository(target, hub, card=published.card), quiet=quiet)
+    return push_published(published, open_repository(target, hub, card=published.card), quiet=quiet)
 
 
 def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions) -> Iterator[str]:
@@ -63,58 +50,12 @@ def look_at_push(place: str | Path, target: PushTarget, hub: HubOptions, storage
     yield "nothing was sent (--dry-run)"
 
 
-def merge_and_push(
-    plan: MergePlan,
-    config: MergeConfig,
-    output: str | Path,
-    target: PushTarget,
-    settings: RuntimeSettings,
-    report: RunReport,
-    on_merged: Callable[[MergeResult], None],
-) -> Pushed:
-    """Merge, call `on_merged` (unless the output holds this merge finished), and publish.
-
-    Raises ProblemReport before the merge starts, for all that keeps either from being done.
-    """
-    out = output_of(output, settings)
-    models = [name for source in plan.sources for name in source.label.split("+")]
-    of_source = source_problem(target, models)
-    of_output = output_problems(plan, out, settings)
-    if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:
-        raise ProblemReport(problems)
-    quiet = settings.verbosity < 0
-    if not settings.overwrite and complete_merge(plan, out) is not None:
-        out.clean_up()
-        published = open_published(output, target.repo, settings.storage)
-        repository = open_repository(target, settings.hub, card=published.card)
-        report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
-        report.was_complete = True
-        if not quiet:
-            say(f"{out.location} holds this merge, finished: going on with the push")
-    else:
-        repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
-        on_merged(run_merge(plan, config, output, settings, report))
-        published = open_published(output, target.repo, settings.storage)
-    if published.plan_digest != plan.digest:
-        what = "another merge has taken the place of this one, and was not pushed"
-        raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
-    with report.phase("push"):
-        return _push(published, repository, quiet=quiet)
-
-
-def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
-    """The head of the card that a merge would write, all that the Hub judges of it; None where it writes no card."""
-    if not plan.options.model_card:
-        return None
-    return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"
-
-
 def _refuse_source(target: PushTarget, published: Published, head: str | None = None) -> None:
     if problem := source_problem(target, published.hub_sources, head):
         raise ProblemReport([problem])
 
 
-def _push(published: Published, repository: Repository, *, quiet: bool) -> Pushed:
+def push_published(published: Published, repository: Repository, *, quiet: bool) -> Pushed:
     def tell(text: str) -> None:
         if not quiet:
             say(text)

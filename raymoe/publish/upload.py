@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.objects.urls import is_url
-from raymoe.publish.asked import check_ignored
-from raymoe.publish.content import Published, PublishedFile
-from raymoe.publish.failures import PushFailed, refusals, stops
-from raymoe.publish.target import Repository
-from raymoe.sources.local import has_changed
-from raymoe.storage.records import RECORD_NAME, is_part_of_a_model
-from raymoe.text import human_bytes
+from raymoe.formatting import human_bytes
+from raymoe.object_store.urls import is_url
+from raymoe.publish.errors import PushFailed, refusals, stops
+from raymoe.publish.manifest import Published, PublishedFile
+from raymoe.publish.preflight import check_ignored
+from raymoe.publish.repository import Repository
+from raymoe.sources.local_folder import has_changed
+from raymoe.storage.file_names import RECORD_NAME, is_part_of_a_model
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from raymoe.report import svg
-from raymoe.report.eval_figures import (
+from raymoe.report.eval_numbers import (
     MEAN,
     best_of,
     labels_of,

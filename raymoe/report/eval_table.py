@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from raymoe.report import terminal
-from raymoe.report.eval_figures import (
+from raymoe.console import console as rich_console
+from raymoe.console import print_json
+from raymoe.report.eval_numbers import (
     MEAN,
     best_of,
     labels_of,
@@ -22,7 +23,6 @@ from raymoe.report.eval_figures import (
     router_origin,
     weakest_layers,
 )
-from raymoe.report.terminal import print_json
 
 __all__ = ["print_evaluation"]
 
@@ -35,7 +35,7 @@ def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> Non
     if as_json:
         print_json(result)
         return
-    console = terminal.console()
+    console = rich_console()
     data = result["data"]
     count, used = len(result["experts"]), result["experts_per_token"]
     console.print(f"{result['model']} ({result['architecture']})", style="bold")

@@ -12,18 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.architectures import MoeHost, host_of
-from raymoe.architectures.moe import PER_TOKEN_KEY
+from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.console import print_json, put
 from raymoe.errors import Problem, ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.report.terminal import print_json, put
-from raymoe.sources.checkpoint import index_model_weights
+from raymoe.formatting import human_bytes, human_count
+from raymoe.object_store.options import StorageOptions
+from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.resolve import HubOptions
-from raymoe.sources.types import CheckpointIndex, TensorEntry
-from raymoe.storage.checkpoint import open_checkpoint, read_object
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import RECORD_NAME
+from raymoe.sources.weight_index import index_model_weights
+from raymoe.storage.file_names import RECORD_NAME
+from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
-from raymoe.text import human_bytes, human_count
 
 __all__ = ["inspect_checkpoint", "print_summary"]
 

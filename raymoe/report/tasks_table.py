@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raymoe.report import terminal
+from raymoe.console import console as rich_console
 
 __all__ = ["print_tasks"]
 
@@ -14,7 +14,7 @@ def print_tasks(result: Mapping[str, Any]) -> None:
     """Print what `raymoe eval --tasks --json` writes on standard output, a row a metric."""
     from rich.table import Table
 
-    console = terminal.console()
+    console = rich_console()
     console.print(result["model"], style="bold")
     table = Table("task", "version", "shots", "examples", "metric", "value", "standard error", box=None, pad_edge=False)
     for column in (*table.columns[1:4], *table.columns[5:]):

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.config import MODES
+from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
-from raymoe.planning.types import GatePrompts, MergePlan, Part, Transform
-from raymoe.sources.local import has_changed, is_in_view, lasting_stamp, small_sample
-from raymoe.sources.refs import short_name
-from raymoe.sources.types import LoraPair, SourceFile
+from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.sources.facts import LoraPair, SourceFile
+from raymoe.sources.local_folder import has_changed, is_in_view, lasting_stamp, small_sample
 
 __all__ = [
     "FileView",

@@ -10,21 +10,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from raymoe.compute import peak_rss_bytes
 from raymoe.config import MODES
-from raymoe.planning.types import MergePlan
-from raymoe.report.terminal import console, say
-from raymoe.runtime.memory import peak_rss_bytes
-from raymoe.runtime.metrics import MergeMetrics
+from raymoe.console import console, say
+from raymoe.formatting import human_bytes, human_time
+from raymoe.planning.plan import MergePlan
+from raymoe.results import MergeResult
+from raymoe.runtime.actor_status import Status
+from raymoe.runtime.ray_metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
-from raymoe.runtime.schedule import Outcome
-from raymoe.runtime.worker import Status
-from raymoe.storage.records import FileRecord
-from raymoe.text import human_bytes, human_time
-
-if TYPE_CHECKING:
-    from raymoe.runtime.merge import MergeResult
+from raymoe.runtime.scheduler import Outcome
+from raymoe.storage.file_names import FileRecord
 
 __all__ = ["Progress"]
 
@@ -121,8 +119,6 @@ class Progress:
         return [self._latest[number] for number in sorted(self._latest)]
 
     def result(self, output: str, files: tuple[FileRecord, ...], warnings: Sequence[str]) -> MergeResult:
-        from raymoe.runtime.merge import MergeResult
-
         self._step("checkpoint is complete")
         self._report.end("end")
         last = self._statuses()

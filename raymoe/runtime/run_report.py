@@ -15,21 +15,29 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import raymoe
+from raymoe._version import __version__
+from raymoe.compute import peak_rss_bytes
+from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport, RaymoeError
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.problems import StorageError
-from raymoe.objects.store import StoreCounters, open_store, process_counters
-from raymoe.objects.urls import is_url
-from raymoe.outgoing import json_text
-from raymoe.report.display import say
-from raymoe.runtime.memory import peak_rss_bytes
-from raymoe.runtime.worker import Status
+from raymoe.object_store.errors import StorageError
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.protocol import StoreCounters
+from raymoe.object_store.registry import open_store, process_counters
+from raymoe.object_store.urls import is_url
+from raymoe.runtime.actor_status import Status
+from raymoe.safe_text import json_text
 from raymoe.signals import before_the_end
-from raymoe.storage.output import output_location, writable_location
-from raymoe.storage.places import is_in, is_same_place
-from raymoe.storage.records import JOURNAL, MAX_RESULT_BYTES, RESULT_NAME, is_result, is_written_by_a_merge, json_object
-from raymoe.storage.whole_file import is_special, write_whole
+from raymoe.storage.atomic_file import is_special, write_whole
+from raymoe.storage.file_names import (
+    JOURNAL,
+    MAX_RESULT_BYTES,
+    RESULT_NAME,
+    is_result,
+    is_written_by_a_merge,
+    json_object,
+)
+from raymoe.storage.locations import is_in, is_same_place
+from raymoe.storage.outputs.open_output import output_location, writable_location
 
 __all__ = ["RunReport", "recorded"]
 
@@ -86,7 +94,7 @@ class RunReport:
         counters = process_counters()
         return {
             "format": _FORMAT,
-            "raymoe_version": raymoe.__version__,
+            "raymoe_version": __version__,
             "output": self.output,
             "plan_digest": self.plan_digest,
             "exit_reason": reason,

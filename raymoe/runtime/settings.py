@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raymoe.objects.options import StorageOptions
+from raymoe.object_store.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.places import Inputs
+from raymoe.storage.locations import Inputs
 
 __all__ = ["STALL_TIMEOUT_S", "RuntimeSettings"]
 

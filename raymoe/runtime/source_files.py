@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from raymoe.errors import MergeFailed, RaymoeError
-from raymoe.planning.types import MergePlan
+from raymoe.formatting import some
+from raymoe.planning.plan import MergePlan
 from raymoe.runtime.placement import Placement
-from raymoe.sources.local import has_changed, is_in_view
-from raymoe.storage.journal import source_stamps
-from raymoe.text import some
+from raymoe.sources.local_folder import has_changed, is_in_view
+from raymoe.storage.local_journal import source_stamps
 
 __all__ = ["SourceFiles", "SourcesChanged"]
 

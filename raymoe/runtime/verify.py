@@ -9,62 +9,37 @@ an endpoint or a profile in it is used only with the user's consent (`with_own_s
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raymoe import api
+from raymoe.checkpoints.merge_record import prompt_records, recorded_config, with_own_storage
+from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.config import MODES, MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
-from raymoe.gates.assemble import random_gate_rows, router_bytes
-from raymoe.gates.fitting import most_layers_at_once
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import is_s3
 from raymoe.planning import MergeOptions, MergePlan
-from raymoe.planning.types import Shard
-from raymoe.report.record import prompt_records
-from raymoe.runtime.cluster import connected, expert_actors, placed, slots_for
-from raymoe.runtime.other_nodes import OtherNodes
+from raymoe.planning.plan import Shard
+from raymoe.planning.plan_merge import plan_merge
+from raymoe.results import Verification
+from raymoe.routers.fit_memory import most_layers_at_once
+from raymoe.routers.router_matrices import random_gate_rows, router_bytes
+from raymoe.runtime.actor_plan import placed, slots_for
+from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.connect import connected
 from raymoe.runtime.progress import Progress
-from raymoe.runtime.schedule import run_jobs
+from raymoe.runtime.remote_folders import OtherNodes
+from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.folder import Folder, is_inside
-from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.checkpoint import checksum_like, open_checkpoint, read_object
-from raymoe.storage.output import ShardJob
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.records import CARD_NAME, RECORD_NAME, is_part_of_a_model
-from raymoe.storage.stream import different_tensors
-from raymoe.text import some
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.folder_protocol import Folder, is_inside
+from raymoe.sources.weight_index import index_model_weights
+from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, is_part_of_a_model
+from raymoe.storage.outputs.protocol import ShardJob
+from raymoe.storage.shard_stream import different_tensors
+from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["Verification", "recorded_config", "verify_merge", "with_own_storage"]
-
-# Variables by which a user says where S3 is, and as whom requests are made.
-_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """What was compared, and every difference, one line each. `notes`: what differs and may."""
-
-    tensors: int
-    differences: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    @property
-    def summary(self) -> str:
-        if self.ok:
-            return f"verified: {self.tensors} tensors equal to what the sources give, byte for byte"
-        count = len(self.differences)
-        return f"NOT verified: {count} difference{'s' * (count > 1)}"
+__all__ = ["verify_merge"]
 
 
 def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
@@ -82,7 +57,7 @@ def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
     config = with_own_storage(config, settings.storage, folder.label, trusts_record=settings.trust_record)
     settings = replace(settings, storage=config.storage)
-    plan = api.plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
+    plan = plan_merge(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
     of_files, unknown = _file_differences(folder, record, plan, settings)
     differences = [*_prompt_differences(record, plan, config), *of_files]
     edited = [line for line in differences if line.startswith(f"{CARD_NAME}: ")]
@@ -117,60 +92,6 @@ def _is_prompt_file(file: Any) -> bool:
     keys = ("owner", "key", "file", "sha256")
     is_object = isinstance(file, Mapping)
     return is_object and isinstance(file.get("count"), int) and all(isinstance(file.get(key), str) for key in keys)
-
-
-def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
-    config = dict(record["config"])
-    models = {source["owner"]: source["model"] for source in record["sources"]}
-    config["base_model"] = models["base"]
-    for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
-        experts = enumerate(config.get(key) or ())
-        config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
-        for file in record.get("prompt_files", ()):
-            kind, number = file["owner"].split()
-            if kind == owner:
-                expert = config[key][int(number)]
-                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
-    return config
-
-
-def with_own_storage(
-    config: MergeConfig, own: StorageOptions, folder: str, *, trusts_record: bool = False
-) -> MergeConfig:
-    """The recorded config, S3 reached as the user says: by `own`, else by the environment, else by the record itself
-    where the user trusts it.
-
-    Raises ProblemReport, before anything is asked, where only the record says at which address or as whom.
-    """
-    recorded = config.storage
-    if trusts_record or not (recorded.endpoint or recorded.profile):
-        return config
-    storage = replace(recorded, endpoint=own.endpoint, profile=own.profile)
-    needed = [place for place in _places(config) if is_s3(place)]
-    says_where = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
-    says_who = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
-    if needed and not (says_where and says_who):
-        address = f"at {recorded.endpoint}" if recorded.endpoint else ""
-        identity = f"with the profile {recorded.profile!r} of this user" if recorded.profile else ""
-        what = (
-            f"the record says that {some(needed, most=2)} is reached {' '.join(filter(None, (address, identity)))}; "
-            "requests signed with your credentials would be sent there"
-        )
-        variables = [
-            *([] if says_where else ["AWS_ENDPOINT_URL_S3"]),
-            *([] if says_who else ["AWS_PROFILE"]),
-        ]
-        remedy = f"set {' and '.join(variables)} to what you mean, or give --trust-record if you know that place"
-        raise ProblemReport([Problem(where=f"{folder}/{RECORD_NAME}", what=what, remedy=remedy)])
-    return config.model_copy(update={"storage": storage})
-
-
-def _places(config: MergeConfig) -> Iterator[str]:
-    """What the config reads: models, adapters and files of prompts."""
-    for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
-        yield from (path.path for path in (ref.model, ref.adapter) if path is not None)
-    yield from (file.file for file in config.prompt_files.values())
 
 
 def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: MergeConfig) -> list[str]:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raymoe.sources.folder import unusable
+from raymoe.config.model_refs import PathRef
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.folder_protocol import unusable
 from raymoe.sources.hub_errors import hub_errors
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.types import PathRef, SourceFile
+from raymoe.sources.local_folder import LocalFolder
 
 __all__ = [
     "HubFolder",

@@ -1,6 +1,6 @@
 """From what a config names to facts: the one entry to this folder for planning, and for fetching files later.
 
-    parse_model_ref (refs.py) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
+    parse_model_ref (config) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
                                   SourceFile --fetch_file--> local path     actors: whole files
                                   open_folders                              another node: headers that the driver lacks
 
@@ -19,20 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, few
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.urls import is_url, local_path
-from raymoe.sources.adapters import adapter_facts
-from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
-from raymoe.sources.folder import Folder, read_json_object, side_files, unusable
-from raymoe.sources.heads import EMBEDDING, HEAD, has_own_head
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_url, local_path
+from raymoe.sources.bucket_folder import fetch_object, open_object_folder
+from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile
+from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
-from raymoe.sources.local import LocalFolder, leads_outside, open_file, with_content
-from raymoe.sources.objects import fetch_object, open_object_folder
-from raymoe.sources.quantised import leftover_warning, quantisation_problems
-from raymoe.sources.refs import is_local_folder
-from raymoe.sources.types import AdapterFacts, CheckpointIndex, ModelFacts, ModelRef, PathRef, SideFile, SourceFile
-from raymoe.untrusted import check_size
+from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
+from raymoe.sources.lora import adapter_facts
+from raymoe.sources.output_head import EMBEDDING, HEAD, has_own_head
+from raymoe.sources.quantization_check import leftover_warning, quantisation_problems
+from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
+from raymoe.untrusted_files import check_size
 
 __all__ = [
     "Elsewhere",
@@ -341,7 +341,7 @@ def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: Sto
     """A path on this node with the bytes of `file`: itself, or a copy in the Hub cache, downloaded if needed.
 
     An object is copied to a temporary file, which goes with this process: meant for small files, since weights are read
-    by range (`sources.objects.read_range`).
+    by range (`sources.bucket_folder.read_range`).
     Raises CheckpointError when the file is not there, can't be had, or is not the one that was planned with.
     """
     if parse_location(file.location) is not None:

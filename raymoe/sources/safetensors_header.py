@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, tensor_nbytes
-from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.untrusted import read_json
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.untrusted_files import read_json
 
 __all__ = ["MAX_HEADER_BYTES", "PREFIX_BYTES", "ReadRange", "parse_header"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed
-from raymoe.sources.local import has_other_content
+from raymoe.sources.local_folder import has_other_content
 
 __all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "not_of_this_merge", "replaced", "taken_over"]
 

@@ -33,11 +33,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.objects.problems import ObjectExists, ObjectMissing
-from raymoe.objects.store import ObjectEntry, ObjectStore, UploadedPart
-from raymoe.objects.urls import join
+from raymoe.object_store.errors import ObjectExists, ObjectMissing
+from raymoe.object_store.protocol import ObjectEntry, ObjectStore, UploadedPart
+from raymoe.object_store.urls import join
 from raymoe.storage.claim import Claim, not_of_this_merge, replaced, taken_over
-from raymoe.storage.records import (
+from raymoe.storage.file_names import (
     INDEX_NAME,
     JOURNAL,
     MAX_RESULT_BYTES,

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.sources.types import SourceFile
+from raymoe.sources.facts import SourceFile
 
 __all__ = ["OpenFiles"]
 

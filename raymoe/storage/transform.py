@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.errors import MergeFailed
-from raymoe.planning.types import Part, Transform
-from raymoe.sources.types import LoraPair, TensorEntry
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.values import has_non_finite
+from raymoe.planning.plan import Part, Transform
+from raymoe.sources.facts import LoraPair, TensorEntry
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.value_checks import has_non_finite
 
 __all__ = [
     "NUMPY_DTYPES",
@@ -49,7 +49,7 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
 }
 BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32
 _CAST_ELEMENTS = 1 << 17
-# How many blocks are computed ahead at once; report/memory.py counts them.
+# How many blocks are computed ahead at once; report/memory_estimate.py counts them.
 THREADS = min(4, os.cpu_count() or 1)
 
 Float32 = npt.NDArray[np.float32]

@@ -13,10 +13,10 @@ import pytest
 import transformers
 
 from raymoe.architectures import FAMILIES, HOSTS
-from raymoe.architectures.table import held_pairs, table
-from raymoe.architectures.unheld import UNHELD
-from raymoe.report.archs import print_archs
-from tests.architectures.hosts import PAIRS
+from raymoe.architectures.support_matrix import held_pairs, table
+from raymoe.architectures.unsupported_families import UNHELD
+from raymoe.report.support_table import print_archs
+from tests.architectures.pairs import PAIRS
 from tests.pico import REPOSITORY
 
 PAGE = REPOSITORY / "docs/families.md"

@@ -11,7 +11,7 @@ import torch
 
 import raymoe
 from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, read_spec
-from tests.architectures.hosts import (
+from tests.architectures.pairs import (
     ALL_LAYERS,
     DYNAMIC,
     LINEAR,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
+from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
 from tests.pico import logits_of, merge_without_ray, tensors_of, token_ids
 
 pytestmark = pytest.mark.engines

@@ -12,10 +12,10 @@ import torch
 
 from raymoe.architectures import FAMILIES
 from raymoe.errors import ProblemReport
-from raymoe.gates.prompts import batches
-from tests.gates.test_decoder_router_inputs import readable, streamed
-from tests.gates.test_streaming import prompts_of
+from raymoe.routers.tokenize import batches
 from tests.pico import load_dense
+from tests.routers.test_decoder_router_inputs import readable, streamed
+from tests.routers.test_streamed_decoder import prompts_of
 
 pytestmark = pytest.mark.engines
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from raymoe.planning.types import Router
-from tests.architectures.hosts import MAMBA, MAX_DIFFERENCE, Pair, load_merged
+from raymoe.planning.plan import Router
+from tests.architectures.pairs import MAMBA, MAX_DIFFERENCE, Pair, load_merged
 from tests.pico import load_dense, logits_of, merge_without_ray, tensors_of, token_ids
 
 CASES = [

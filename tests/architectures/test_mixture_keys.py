@@ -15,7 +15,7 @@ import transformers
 import raymoe
 import raymoe.planning
 from raymoe.architectures import FAMILIES, HOSTS, MoeHost
-from raymoe.architectures.moe import MIXTURE_KEYS, PER_TOKEN_KEY
+from raymoe.architectures.moe_architecture import MIXTURE_KEYS, PER_TOKEN_KEY
 from raymoe.planning.build import _DROPPED_KEYS
 from tests.pico import copy_model, load_dense, logits_of, merge_config, merge_without_ray, token_ids
 

@@ -14,7 +14,7 @@ import pytest
 
 import raymoe
 from raymoe.architectures import read_spec
-from raymoe.architectures.spec import DenseSpec
+from raymoe.architectures.dense_spec import DenseSpec
 from tests.pico import merge_config, save_tokenizer
 
 # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json

@@ -11,10 +11,10 @@ import pytest
 
 import raymoe
 from raymoe.architectures import FAMILIES
-from raymoe.architectures.unheld import why_not
+from raymoe.architectures.unsupported_families import why_not
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-from tests.architectures.hosts import DYNAMIC, LLAMA3, MAMBA, MIXED_LAYERS, WINDOW, YARN
+from tests.architectures.pairs import DYNAMIC, LLAMA3, MAMBA, MIXED_LAYERS, WINDOW, YARN
 from tests.evaluation.streamed import open_mixture
 from tests.pico import copy_model, merge_config, merge_without_ray, plan_problems, tensors_of
 

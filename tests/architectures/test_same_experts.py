@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import raymoe
-from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, WINDOW, Pair, load_grafted, load_merged
+from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, WINDOW, Pair, load_grafted, load_merged
 from tests.pico import load_dense, logits_of, merge_without_ray, token_ids
 
 pytestmark = pytest.mark.engines

@@ -11,24 +11,16 @@ import pytest
 import torch
 
 import raymoe
-from raymoe.gates.assemble import router_bytes
-from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergeOptions
 from raymoe.report.inspect import inspect_checkpoint
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import shard_range
-from tests.architectures.hosts import (
-    MAX_DIFFERENCE,
-    PAIRS,
-    Pair,
-    force_router,
-    load_grafted,
-    load_merged,
-    moe_blocks,
-)
+from raymoe.storage.shard_stream import shard_range
+from raymoe.storage.source_reader import SourceReader
+from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
 from tests.pico import (
     LAYERS,
     MODES,

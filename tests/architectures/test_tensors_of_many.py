@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import raymoe
-from raymoe.gates.assemble import router_bytes
-from raymoe.gates.here import gate_rows_here
 from raymoe.planning import MergeOptions
-from raymoe.report.display import plan_summary, print_plan
 from raymoe.report.inspect import inspect_checkpoint
+from raymoe.report.plan_report import plan_summary, print_plan
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import shard_chunks, shard_range
+from raymoe.storage.shard_stream import shard_chunks, shard_range
+from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, Tensors, merge_config, merge_without_ray, save_lora, tensors_of
 
 INPUT = "model.layers.{}.block_sparse_moe.input_linear.weight"

@@ -15,10 +15,10 @@ from packaging.version import Version
 
 import raymoe
 from raymoe.architectures import HOSTS
-from raymoe.gguf import GgufOptions, write_gguf
+from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.planning import MergePlan
-from tests.architectures.hosts import MAX_DIFFERENCE, PAIRS, Pair, load_merged
-from tests.gguf.conftest import TOKENIZER_FILES
+from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, load_merged
+from tests.export.gguf.conftest import TOKENIZER_FILES
 from tests.pico import copy_model, load_dense, logits_of, merge_config, merge_without_ray, tensors_of, token_ids
 
 pytestmark = pytest.mark.engines

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from raymoe.runtime.worker import GATES_OF
+from raymoe.runtime.actor_status import GATES_OF
 from tests.processes import below, titled
 from tests.soak.compare import RECORD, noted_shards
 from tests.soak.places import Place

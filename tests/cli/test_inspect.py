@@ -147,7 +147,7 @@ def test_a_record_that_lacks_keys(cli: Cli, merged: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("host", ["ernie4_5_moe", "hunyuan_v1_moe"])
 def test_the_number_of_experts_by_another_name(host: str, cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
     """As transformers 5 writes it."""
-    from tests.architectures.hosts import PAIRS
+    from tests.architectures.pairs import PAIRS
     from tests.pico import merge_without_ray
 
     pair = next(pair for pair in PAIRS if pair.host == host)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from raymoe.runtime.metrics import METRICS, MergeMetrics, ray_text
-from raymoe.storage.records import RECORD_NAME
+from raymoe.runtime.ray_metrics import METRICS, MergeMetrics, ray_text
+from raymoe.storage.file_names import RECORD_NAME
 from tests.cli.commands import write_config
 from tests.pico import copy_model, merge_config, save_lora
 

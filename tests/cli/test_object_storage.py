@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import files_below, raymoe, write_config
-from tests.objects.canned import Answer, canned
-from tests.objects.fault_proxy import FaultProxy
-from tests.objects.servers import Server, running_server
+from tests.object_store.canned import Answer, canned
+from tests.object_store.fault_proxy import FaultProxy
+from tests.object_store.servers import Server, running_server
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]
 
@@ -199,7 +199,7 @@ def test_verify_of_a_copy(store: Store, finished: tuple[Path, str], tmp_path: Pa
 
 def test_planning_reads_headers_only(store: Store, tmp_path: Path) -> None:
     """Under 1% of the sources, of which a pico model's tokenizer is the most: weights are counted by themselves."""
-    from tests.storage.test_upload_plan import SMOLLM2, tensor_shapes
+    from tests.planning.test_multipart import SMOLLM2, tensor_shapes
 
     client, names = store.server.client(), []
     header, end = {}, 0

@@ -83,7 +83,7 @@ def test_plan_says_what_is_at_the_output(
     cli: Callable[..., Any], ray_merge: Callable[..., Any], config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """What `merge` would refuse, with the same words; and that an unfinished merge goes on."""
-    from raymoe.storage.local import LocalOutput
+    from raymoe.storage.outputs.local import LocalOutput
 
     out = tmp_path / "out"
     new = cli("plan", config(), out)

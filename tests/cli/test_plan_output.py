@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
 from raymoe.storage.object_journal import ObjectJournal, occupied
-from raymoe.storage.output import open_output, write_problems
-from tests.objects.servers import Server, environment, running_server
+from raymoe.storage.outputs.open_output import open_output
+from raymoe.storage.outputs.output_checks import write_problems
+from tests.object_store.servers import Server, environment, running_server
 from tests.pico import merge_without_ray
 
 Cli = Callable[..., Any]

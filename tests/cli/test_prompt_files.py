@@ -15,9 +15,9 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from raymoe.sources.prompts import draw
+from raymoe.sources.prompt_sampling import draw
 from tests.cli.commands import hashes, raymoe, write_config
-from tests.objects.servers import environment, running_server
+from tests.object_store.servers import environment, running_server
 from tests.pico import merge_here
 
 Cli = Callable[..., Any]

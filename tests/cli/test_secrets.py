@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.outgoing import MOST_CHARACTERS, json_text, remember_secrets, scrub
+from raymoe.safe_text import MOST_CHARACTERS, json_text, remember_secrets, scrub
 from tests.cli.commands import files_below, raymoe, write_config
 
 Cli = Callable[..., Any]
@@ -58,7 +58,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(constants, "ENDPOINT", VARIABLES["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("raymoe.outgoing._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered", set())
     monkeypatch.chdir(tmp_path)
     huggingface_hub.close_session()
     yield tmp_path
@@ -124,7 +124,7 @@ def small(zoo: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers here: one try is enough."""
-    monkeypatch.setattr("raymoe.objects.retry._TRIES_AT_FIRST_CONTACT", 1)
+    monkeypatch.setattr("raymoe.object_store.retry._TRIES_AT_FIRST_CONTACT", 1)
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments).replace(CANARY, "..."))
@@ -246,7 +246,7 @@ def test_forms(text: str, scrubbed: str) -> None:
     ],
 )
 def test_what_is_no_secret(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.outgoing._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered", set())
     remember_secrets(["plan", text])
     assert scrub(text) == text
 
@@ -291,7 +291,7 @@ def test_credentials_of_test_servers_are_words(monkeypatch: pytest.MonkeyPatch) 
     assert scrub(text) == text
     assert scrub("key 'test', key=test.") == "key '<AWS_SECRET_ACCESS_KEY>', key=<AWS_SECRET_ACCESS_KEY>."
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "    ")
-    monkeypatch.setattr("raymoe.outgoing._remembered", {""})
+    monkeypatch.setattr("raymoe.safe_text._remembered", {""})
     assert scrub("abc  d") == "abc  d"
 
 
@@ -315,7 +315,7 @@ def test_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.outgoing._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered", set())
     remember_secrets(["submit", "s3://bucket/a@b", "--address", f"http://u:{UNQUOTED}@h:1", "--token", "tokenXYZ"])
     assert scrub(f"a {UNQUOTED} b tokenXYZ bucket/a") == "a <removed> b <removed> bucket/a"
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from raymoe.errors import MergeFailed
-from raymoe.submit import run
-from raymoe.submit.job import Job
-from raymoe.submit.server import job_server
+from raymoe.submit import submit
+from raymoe.submit.job_server import job_server
+from raymoe.submit.job_spec import Job
 
 pytestmark = pytest.mark.processes
 
@@ -70,13 +70,13 @@ def job_server_that_is(*, busy: int, takes_silently: bool = False) -> Iterator[A
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(submit, "_PAUSES_S", (0.0, 0.0, 0.0))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
 
 
 def send(server: Any) -> str:
-    return run.send_job(job_server(f"http://127.0.0.1:{server.server_port}", None), JOB, install=False)
+    return submit.send_job(job_server(f"http://127.0.0.1:{server.server_port}", None), JOB, install=False)
 
 
 def test_it_is_asked_again_until_it_has_one(capsys: pytest.CaptureFixture[str]) -> None:

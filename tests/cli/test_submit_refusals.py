@@ -10,7 +10,7 @@ import pytest
 
 from raymoe.config import load_config, parse_config
 from raymoe.errors import ProblemReport
-from raymoe.submit.job import make_job
+from raymoe.submit.job_spec import make_job
 from tests.cli.commands import write_config
 
 NOBODY = ("--address", "http://127.0.0.1:1")
@@ -55,7 +55,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_too_many_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.submit.job._MAX_CONFIG_BYTES", 10_000)
+    monkeypatch.setattr("raymoe.submit.job_spec._MAX_CONFIG_BYTES", 10_000)
     (tmp_path / "p.txt").write_text(f"{'x' * 1000}\n" * 11)
     prompts = ({"file": str(tmp_path / "p.txt"), "limit": None}, ["x"])
     experts = [expert | {"positive_prompts": each} for expert, each in zip(EXPERTS, prompts, strict=True)]

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from raymoe.planning import MergeOptions
 from tests.cli.commands import raymoe, write_config
-from tests.objects.canned import Answer, canned
+from tests.object_store.canned import Answer, canned
 
 Cli = Callable[..., Any]
 ONE = ("--actors", "1")

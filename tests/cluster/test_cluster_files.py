@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from raymoe.objects.urls import is_url
-from raymoe.runtime.metrics import METRICS
+from raymoe.object_store.urls import is_url
+from raymoe.runtime.ray_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

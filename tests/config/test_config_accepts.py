@@ -21,7 +21,7 @@ from raymoe.config import (
     load_config_with_lines,
     parse_config,
 )
-from raymoe.sources.types import ModelRef, PathRef
+from raymoe.config.model_refs import ModelRef, PathRef
 
 FOUR_MISTRALS = """\
 base_model: mlabonne/AlphaMonarch-7B

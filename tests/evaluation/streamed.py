@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymoe.evaluation.engine import Variant, log_likelihoods
-from raymoe.evaluation.models import EvaluatedModel, dense_model, mixture_model
-from raymoe.sources.refs import parse_model_ref
+from raymoe.checkpoints.weight_table import EvaluatedModel, dense_model, mixture_model
+from raymoe.config.model_refs import parse_model_ref
+from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.sources.resolve import HubOptions, resolve_model
-from raymoe.storage.reader import SourceReader
+from raymoe.storage.source_reader import SourceReader
 
 LENGTHS = (2, 31, 17, 5, 40, 17)
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-from tests.architectures.hosts import PAIRS, load_grafted, load_merged
+from tests.architectures.pairs import PAIRS, load_grafted, load_merged
 from tests.evaluation.streamed import resident
-from tests.evaluation.test_texts import adds_bos
+from tests.evaluation.test_dataset import adds_bos
 from tests.pico import HIDDEN, LAYERS, load_dense, merge_config, merge_here, save_lora, tensors_of
 
 pytestmark = pytest.mark.engines
@@ -152,7 +152,7 @@ def test_routing_is_what_the_resident_routers_choose(world: World, hidden: Path,
 
 
 def router_scores(model: Any, tokens: list[int]) -> list[Any]:
-    from tests.architectures.hosts import moe_blocks
+    from tests.architectures.pairs import moe_blocks
 
     seen: list[Any] = []
     hooks = [
@@ -330,7 +330,7 @@ def test_what_is_no_merge(world: World, hidden: Path, tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_a_merge_in_an_object_store(world: World, hidden: Path, result: dict[str, Any]) -> None:
-    from tests.objects.servers import environment, running_server
+    from tests.object_store.servers import environment, running_server
 
     server = running_server("moto")
     client = server.client()

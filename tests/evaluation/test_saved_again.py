@@ -11,7 +11,7 @@ import pytest
 
 from raymoe.architectures import HOSTS
 from raymoe.errors import ProblemReport
-from tests.architectures.hosts import PAIRS, Pair, load_merged
+from tests.architectures.pairs import PAIRS, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
 from tests.pico import merge_without_ray
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import raymoe
+from raymoe.checkpoints.weight_table import dense_model
 from raymoe.config import make_config
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import ProblemReport
-from raymoe.evaluation.models import dense_model
-from raymoe.report.card import model_card
-from raymoe.sources.refs import parse_model_ref
+from raymoe.report.model_card import model_card
 from raymoe.sources.resolve import resolve_model
 from tests.pico import (
     HIDDEN,

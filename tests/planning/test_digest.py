@@ -118,7 +118,7 @@ def test_sources_that_matter(config: Config, zoo: Callable[..., Path], tmp_path:
 def test_layout_of_uploads(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run goes on with the parts that an earlier one has sent: parts that are cut otherwise are of another plan."""
     before = digest(config)
-    monkeypatch.setattr("raymoe.planning.upload.STREAM_PART_BYTES", 8 << 20)
+    monkeypatch.setattr("raymoe.planning.multipart.STREAM_PART_BYTES", 8 << 20)
     assert digest(config) != before
 
 

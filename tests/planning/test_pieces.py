@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from raymoe.planning.checks import check_plan
-from raymoe.planning.shards import OutputTensor, Piece, pack_shards
-from raymoe.planning.types import Copy, Shard
-from raymoe.planning.upload import copied_by_store, upload_parts
-from tests.planning.test_shards import copied, damaged_part
+from raymoe.planning.invariants import check_plan
+from raymoe.planning.multipart import copied_by_store, upload_parts
+from raymoe.planning.plan import Copy, Shard
+from raymoe.planning.shard_packing import OutputTensor, Piece, pack_shards
+from tests.planning.test_shard_packing import copied, damaged_part
 
 
 def stacked(name: str, count: int, start: int = 0) -> OutputTensor:

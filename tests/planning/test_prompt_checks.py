@@ -14,10 +14,10 @@ import pytest
 
 import raymoe
 from raymoe.errors import ProblemReport
-from raymoe.gates.prompt_lengths import prompt_lengths
-from raymoe.gates.prompts import load_tokenizer, prompt_problems, tokenize
 from raymoe.planning import MergeOptions
-from raymoe.sources.tokenizer import bare_tokenizer
+from raymoe.routers.prompt_lengths import prompt_lengths
+from raymoe.routers.tokenize import load_tokenizer, prompt_problems, tokenize
+from raymoe.sources.tokenizer_files import bare_tokenizer
 from tests.pico import merge_config, plan_problems
 
 Zoo = Callable[..., Path]

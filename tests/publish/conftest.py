@@ -9,7 +9,7 @@ import pytest
 
 from raymoe.planning import MergeOptions
 from tests.cli.conftest import Answer, cli, config, ray_env
-from tests.objects.fixtures import bucket, server
+from tests.object_store.fixtures import bucket, server
 from tests.pico import merge_config, merge_here
 from tests.publish.hub import WritableHub
 

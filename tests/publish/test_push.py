@@ -15,7 +15,7 @@ import xxhash
 import raymoe
 from tests.cli.commands import raymoe as command
 from tests.cli.conftest import Answer
-from tests.objects.servers import Server
+from tests.object_store.servers import Server
 from tests.publish.hub import WritableHub, account
 
 Cli = Callable[..., Answer]

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
-from raymoe.gates.layer_rows import LayerRows
-from raymoe.planning.types import Shard
-from raymoe.runtime.stream import SenderLost
-from raymoe.runtime.worker import ROUTERS, Status, Whereabouts, reading_name
-from raymoe.sources.types import SourceFile
-from raymoe.storage.output import ShardJob
+from raymoe.planning.plan import Shard
+from raymoe.routers.fit_layer import LayerRows
+from raymoe.runtime.actor_status import ROUTERS, Status, Whereabouts, reading_name
+from raymoe.runtime.shard_transfer import SenderLost
+from raymoe.sources.facts import SourceFile
+from raymoe.storage.outputs.protocol import ShardJob
 
 __all__ = ["FakeActor", "FakeCluster", "Written"]
 

@@ -95,7 +95,7 @@ def test_not_in_the_main_thread(many_shards: Merge, local_ray: None, tmp_path: P
 
 def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp_path: Path, monkeypatch: Any) -> None:
     """A caller that catches an error, or Ctrl-C in a notebook, may call again: the lock is not held for ever."""
-    import raymoe.runtime.merge as merge_module
+    import raymoe.runtime.coordinator as merge_module
 
     def stop(*_: object, **options: object) -> None:
         raise KeyboardInterrupt

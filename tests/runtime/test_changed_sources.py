@@ -15,7 +15,7 @@ import raymoe
 from raymoe.config import make_config
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.planning import MergePlan
-from raymoe.runtime.merge import _spoiling, output_of, output_problems, run_merge
+from raymoe.runtime.coordinator import _spoiling, output_of, output_problems, run_merge
 from raymoe.runtime.placement import Needs, Node, Placement, files_on
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles, SourcesChanged

@@ -13,7 +13,7 @@ from tests.cli.commands import raymoe, write_config
 from tests.pico import merge_config
 
 
-@pytest.mark.soak  # what the scheduler does where actors have GPUs has tests in test_schedule.py
+@pytest.mark.soak  # what the scheduler does where actors have GPUs has tests in test_scheduler.py
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])
 @pytest.mark.processes
 def test_prompts_are_read_by_the_actor_with_a_gpu(

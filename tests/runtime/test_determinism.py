@@ -56,10 +56,10 @@ def test_actors_and_nodes(
 _ROWS = """
 import hashlib, sys, threading
 import raymoe
-from raymoe.gates.here import gate_rows_here
-from raymoe.runtime.process import COMPUTE_THREADS, limit_threads
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.compute import COMPUTE_THREADS, limit_threads
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.reader import SourceReader
+from raymoe.storage.source_reader import SourceReader
 import torch
 
 def compute():  # in a thread, as an actor does
@@ -107,8 +107,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.safetensors_header import parse_header
-from raymoe.sources.types import LoraPair, SourceFile
-from raymoe.storage.reader import SourceReader
+from raymoe.sources.facts import LoraPair, SourceFile
+from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import with_lora
 
 path = Path(sys.argv[1])

@@ -19,7 +19,7 @@ from tests.processes import below, kill
 from tests.runtime.conftest import FLAGS, Merge, expert_actors
 
 
-# What the scheduler does at such moments has its own tests (test_schedule.py); these are the real kills.
+# What the scheduler does at such moments has its own tests (test_scheduler.py); these are the real kills.
 @pytest.mark.parametrize("actors", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_killed_actor_is_replaced(many_shards: Merge, ray_env: dict[str, str], tmp_path: Path, actors: int) -> None:
     out = tmp_path / "out"
@@ -163,7 +163,7 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     import raymoe
     from raymoe.config import MergeConfig
     from raymoe.errors import MergeFailed
-    from raymoe.runtime.merge import run_merge
+    from raymoe.runtime.coordinator import run_merge
     from raymoe.runtime.settings import RuntimeSettings
     from tests.pico import merge_config
 

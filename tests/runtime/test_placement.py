@@ -15,13 +15,13 @@ import pytest
 
 import raymoe
 from raymoe.planning import MergePlan
-from raymoe.runtime.cluster import slots_for
+from raymoe.runtime.actor_plan import slots_for
 from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, files_on
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.stream import PIECE_BYTES, pieces_of
-from raymoe.sources.local import has_other_content
-from raymoe.sources.types import SourceFile
-from raymoe.storage.journal import Journal, source_stamps
+from raymoe.runtime.shard_transfer import PIECE_BYTES, pieces_of
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.local_folder import has_other_content
+from raymoe.storage.local_journal import Journal, source_stamps
 from tests.pico import merge_config
 
 PlanOf = Callable[..., MergePlan]

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from raymoe.storage.records import RESULT_NAME
+from raymoe.storage.file_names import RESULT_NAME
 from tests.cli.commands import command, finished_shards, hashes, raymoe, wait_until, write_config
-from tests.objects.servers import running_server
+from tests.object_store.servers import running_server
 from tests.pico import merge_config, merge_without_ray
 from tests.processes import kill
 from tests.runtime.nodes import Nodes, can_hide_folders

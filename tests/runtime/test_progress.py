@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.runtime.actor_status import Status
 from raymoe.runtime.progress import Progress
-from raymoe.runtime.schedule import Outcome
-from raymoe.runtime.worker import Status
-from raymoe.storage.values import FoundValues
+from raymoe.runtime.scheduler import Outcome
+from raymoe.storage.value_checks import FoundValues
 from tests.pico import merge_config
 
 NOTHING = Status(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
 from raymoe.runtime.run_report import RunReport, recorded
 
 Cli = Callable[..., Any]

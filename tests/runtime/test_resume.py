@@ -136,10 +136,10 @@ def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
     """An unfinished merge, made by the storage layer itself: the first two shards of the plan."""
     import raymoe
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.journal import source_stamps
-    from raymoe.storage.local import LocalOutput
-    from raymoe.storage.reader import SourceReader
-    from raymoe.storage.stream import shard_chunks
+    from raymoe.storage.local_journal import source_stamps
+    from raymoe.storage.outputs.local import LocalOutput
+    from raymoe.storage.shard_stream import shard_chunks
+    from raymoe.storage.source_reader import SourceReader
 
     plan = raymoe.plan(config, OPTIONS, allow_all_same=True)
     output = LocalOutput(out)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from raymoe.planning import MergeOptions
-from tests.architectures.hosts import load_merged, moe_blocks
+from tests.architectures.pairs import load_merged, moe_blocks
 from tests.cli.commands import finished_shards, hashes, raymoe, start, wait_until, write_config
 from tests.pico import LAYERS, merge_config, save_lora
 from tests.runtime.conftest import kill

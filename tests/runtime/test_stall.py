@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from raymoe.runtime.at_work import AtWork
+from raymoe.formatting import human_time
+from raymoe.runtime.job_activity import AtWork
 from raymoe.runtime.stall import Stall, Verdict
-from raymoe.text import human_time
 from tests.cli.commands import finished_shards, hashes, wait_until
 from tests.processes import send
 from tests.runtime.conftest import Merge, expert_actors
@@ -91,10 +91,10 @@ def test_a_stopped_actor(many_shards: Merge, ray_env: dict[str, str], tmp_path: 
 def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: str) -> None:
     """Each batch of prompts, each layer that is loaded, each system that is solved."""
     import raymoe
-    from raymoe.gates.capture import capture_layers
-    from raymoe.gates.layer_rows import layer_rows
+    from raymoe.routers.activations import capture_layers
+    from raymoe.routers.fit_layer import layer_rows
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.reader import SourceReader
+    from raymoe.storage.source_reader import SourceReader
     from tests.pico import merge_config
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base")
@@ -118,9 +118,9 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
 
 
 def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
+    from raymoe.sources.facts import SourceFile
     from raymoe.sources.resolve import HubOptions
-    from raymoe.sources.types import SourceFile
-    from raymoe.storage.reader import SourceReader
+    from raymoe.storage.source_reader import SourceReader
 
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 20))
@@ -134,12 +134,12 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
     """An actor, and the writer of another node's shards, read what an earlier run left: each chunk counts."""
     import numpy as np
 
-    from raymoe.runtime.at_work import Job
-    from raymoe.runtime.writer import ShardWriter
+    from raymoe.runtime.job_activity import Job
+    from raymoe.runtime.shard_transfer import ShardWriter
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.local import LocalOutput
-    from raymoe.storage.output import ShardJob
-    from raymoe.storage.reader import SourceReader
+    from raymoe.storage.outputs.local import LocalOutput
+    from raymoe.storage.outputs.protocol import ShardJob
+    from raymoe.storage.source_reader import SourceReader
     from tests.storage.plans import one_shard, save, tensor
 
     entry = save(tmp_path / "source", {"w": np.zeros(1 << 20, np.uint8)})["w"]

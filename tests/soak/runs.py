@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.objects.fault_proxy import FaultProxy, FaultRates
+from tests.object_store.fault_proxy import FaultProxy, FaultRates
 from tests.soak.cases import Case, Kill
 from tests.soak.compare import INDEX, JOURNAL, differences
 from tests.soak.places import Place

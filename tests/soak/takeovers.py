@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.objects.fault_proxy import FaultProxy, FaultRates
+from tests.object_store.fault_proxy import FaultProxy, FaultRates
 from tests.processes import send
 from tests.soak.cases import MergeCase, Stage, Takeover
 from tests.soak.compare import INDEX, JOURNAL, RECORD, differences, noted_shards

@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
-from tests.objects.fault_proxy import FaultProxy
-from tests.objects.servers import Server, new_keys, start_server
+from tests.object_store.fault_proxy import FaultProxy
+from tests.object_store.servers import Server, new_keys, start_server
 from tests.pico import PROMPTS
 from tests.soak.cases import MergeCase, Variant
 from tests.soak.cluster import Cluster, ray_cluster

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.objects.fixtures import bucket, server
+from tests.object_store.fixtures import bucket, server
 from tests.sources.checkpoints import Tensors, write_json
 
 __all__ = ["bucket", "make_model", "server", "tensors"]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.sources.hub import HubOptions, parse_location
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
 from tests.sources.checkpoints import write_json, write_sharded
 from tests.sources.hub_server import Handler, HubRepo, HubServer
@@ -310,7 +310,7 @@ def test_bin_files_are_downloaded_with_a_warning(server: HubServer, tmp_path: Pa
 def test_the_librarys_environment_variables(server: HubServer, repo: HubRepo, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE, without any option of ours, in a process of its own."""
     code = (
-        "import sys; from raymoe.sources.refs import parse_model_ref; from raymoe.sources.resolve import *\n"
+        "import sys; from raymoe.config.model_refs import parse_model_ref; from raymoe.sources.resolve import *\n"
         "facts = resolve_model(parse_model_ref('org/name'))\n"
         "print(facts.label, *[fetch_file(f) for f in facts.index.files], 'torch' in sys.modules)"
     )

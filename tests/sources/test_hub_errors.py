@@ -61,7 +61,7 @@ def test_xet_storage_that_can_not_be_reached(tmp_path: Path) -> None:
     pytest.importorskip("hf_xet")
     write_json(tmp_path / "repo/config.json", {"model_type": "llama"})
     code = (
-        "from raymoe.errors import CheckpointError; from raymoe.sources.refs import parse_model_ref\n"
+        "from raymoe.errors import CheckpointError; from raymoe.config.model_refs import parse_model_ref\n"
         "from raymoe.sources.resolve import resolve_model\n"
         "try: resolve_model(parse_model_ref('org/name'))\n"
         "except CheckpointError as error: print(error)"

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
-from raymoe.sources.checkpoint import index_adapter_weights, index_model_weights
-from raymoe.sources.folder import is_inside
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.refs import parse_model_ref
+from raymoe.sources.folder_protocol import is_inside
+from raymoe.sources.local_folder import LocalFolder
 from raymoe.sources.resolve import resolve_model
+from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
 from tests.sources.checkpoints import Tensors, write_json, write_sharded
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raymoe.config.model_refs import PathRef, parse_model_ref
 from raymoe.errors import CheckpointError
-from raymoe.sources.folder import side_files
+from raymoe.sources.folder_protocol import side_files
 from raymoe.sources.hub import HubFolder, HubOptions
-from raymoe.sources.refs import parse_model_ref
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
-from raymoe.sources.types import PathRef
 from tests.sources.checkpoints import Tensors
 
 Make = Callable[..., Path]

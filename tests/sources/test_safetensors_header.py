@@ -15,8 +15,8 @@ from safetensors.numpy import save
 
 from raymoe.errors import CheckpointError
 from raymoe.sources.dtypes import DTYPE_BYTES, dtype_code, tensor_nbytes
+from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.safetensors_header import PREFIX_BYTES, parse_header
-from raymoe.sources.types import SourceFile, TensorEntry
 
 
 def parse(data: bytes) -> tuple[TensorEntry, ...]:

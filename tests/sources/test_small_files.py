@@ -12,22 +12,22 @@ import pytest
 import yaml
 
 import raymoe
-from raymoe.architectures.spec import DenseSpec, read_spec
+from raymoe.architectures.dense_spec import DenseSpec, read_spec
+from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.errors import ProblemReport
-from raymoe.gguf.vocabulary import read_vocabulary
+from raymoe.export.gguf.vocabulary import read_vocabulary
 from raymoe.planning import MergeOptions
 from raymoe.report.inspect import inspect_checkpoint
-from raymoe.report.source_cards import read_front_matter
+from raymoe.report.source_metadata import read_front_matter
 from raymoe.runtime.start_errors import refuse_job_server
-from raymoe.sources.adapters import adapter_facts
 from raymoe.sources.dtypes import tensor_nbytes
-from raymoe.sources.folder import read_json_object
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.types import CheckpointIndex, SourceFile, TensorEntry
-from raymoe.storage.checkpoint import read_object
-from raymoe.storage.local import recorded_files, remove_checkpoint
-from raymoe.submit.server import _url
-from raymoe.untrusted import MAX_VALUES, read_json, read_yaml
+from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
+from raymoe.sources.folder_protocol import read_json_object
+from raymoe.sources.local_folder import LocalFolder
+from raymoe.sources.lora import adapter_facts
+from raymoe.storage.outputs.local import recorded_files, remove_checkpoint
+from raymoe.submit.job_server import _url
+from raymoe.untrusted_files import MAX_VALUES, read_json, read_yaml
 from tests.pico import copy_model, merge_config
 
 DEEP = "[" * 100_000
@@ -190,7 +190,7 @@ def test_addresses_that_are_none() -> None:
 def test_a_record_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raymoe.json").write_text('{"files": ["a"]}')
     assert recorded_files(tmp_path) == ["a"]
-    monkeypatch.setattr("raymoe.storage.local.MAX_JSON_BYTES", 10)
+    monkeypatch.setattr("raymoe.storage.outputs.local.MAX_JSON_BYTES", 10)
     assert recorded_files(tmp_path) == []
 
 

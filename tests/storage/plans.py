@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from raymoe.planning.shards import OutputTensor, pack_shards
-from raymoe.planning.types import Copy, PartSource, Shard
-from raymoe.sources.checkpoint import index_model_weights
-from raymoe.sources.local import LocalFolder
-from raymoe.sources.types import TensorEntry
+from raymoe.planning.plan import Copy, PartSource, Shard
+from raymoe.planning.shard_packing import OutputTensor, pack_shards
+from raymoe.sources.facts import TensorEntry
+from raymoe.sources.local_folder import LocalFolder
+from raymoe.sources.weight_index import index_model_weights
 
 Array = np.ndarray[Any, Any]
 

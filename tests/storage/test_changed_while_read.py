@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from raymoe.errors import CheckpointError
-from raymoe.objects.options import StorageOptions
+from raymoe.object_store.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.output import Output, open_output
-from raymoe.storage.reader import SourceReader
+from raymoe.storage.outputs.open_output import open_output
+from raymoe.storage.outputs.protocol import Output
+from raymoe.storage.source_reader import SourceReader
+from tests.storage.outputs.test_takeover import Place, made_place
 from tests.storage.plans import one_shard, save, tensor
-from tests.storage.test_takeover import Place, made_place
 
 OPTIONS = StorageOptions(deadline_s=30)
 

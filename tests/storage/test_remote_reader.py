@@ -13,18 +13,18 @@ import pytest
 
 import raymoe
 from raymoe.errors import CheckpointError
-from raymoe.gates.here import gate_rows_here
-from raymoe.objects.options import StorageOptions
-from raymoe.objects.store import open_store
-from raymoe.objects.urls import join
-from raymoe.planning.types import Transform
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
+from raymoe.object_store.urls import join
+from raymoe.planning.plan import Transform
+from raymoe.routers.in_process import gate_rows_here
+from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.resolve import HubOptions
-from raymoe.sources.types import SourceFile, TensorEntry
-from raymoe.storage.reader import CHUNK_BYTES, SourceReader
-from raymoe.storage.stream import shard_chunks
+from raymoe.storage.shard_stream import shard_chunks
+from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from tests.cli.commands import wait_until
-from tests.objects.fixtures import bucket, server
-from tests.objects.servers import environment, running_server
+from tests.object_store.fixtures import bucket, server
+from tests.object_store.servers import environment, running_server
 
 __all__ = ["bucket", "server"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from raymoe.errors import MergeFailed
-from raymoe.planning.types import HeadRows, Transform
+from raymoe.planning.plan import HeadRows, Transform
+from raymoe.sources.facts import LoraPair
 from raymoe.sources.resolve import HubOptions
-from raymoe.sources.types import LoraPair
-from raymoe.storage.reader import SourceReader
-from raymoe.storage.stream import part_chunks
+from raymoe.storage.shard_stream import part_chunks
+from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array, transformed_bytes
 from tests.storage.plans import one_shard, save, tensor
 

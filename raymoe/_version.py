@@ -1,0 +1,3 @@
+"""The version alone, so that it is known without importing anything else."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,28 @@
+"""The MoE hosts that experts are put into, by the families that they take.
+
+Output names are those of the checkpoints on the Hub, mostly one tensor an expert and matrix, which transformers 4 and
+5, vLLM, SGLang and llama.cpp's converter read; not the fused names that transformers 5 uses in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raymoe.architectures.moe.granite import GRANITE_HOSTS
+from raymoe.architectures.moe.llama_like import LLAMA_LIKE_HOSTS
+from raymoe.architectures.moe.same_family import SIBLINGS
+from raymoe.architectures.moe.sigmoid_routed import SIGMOID_HOSTS
+from raymoe.architectures.moe_architecture import MoeHost
+
+__all__ = ["HOSTS", "host_of"]
+
+# In order of preference where a config does not force one: the most widely read layout first.
+HOSTS: Mapping[str, MoeHost] = {
+    host.name: host for host in (*LLAMA_LIKE_HOSTS, *GRANITE_HOSTS, *SIBLINGS, *SIGMOID_HOSTS)
+}
+
+
+def host_of(config: Mapping[str, Any]) -> MoeHost | None:
+    """The host that a mixture's config.json names; None for what is no mixture that raymoe writes."""
+    return next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)

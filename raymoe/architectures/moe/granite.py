@@ -1,0 +1,211 @@
+"""Granite's hosts: multipliers on embeddings, residuals, scores and logits, and the experts of a layer in two tensors.
+
+Sources: transformers' `models/granitemoe`, `models/granitemoeshared`, `models/granitemoehybrid` and
+`models/granitemoe_swa`, each read next to its dense sibling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.architectures.dense_spec import DenseSpec
+from raymoe.architectures.moe_architecture import (
+    BACKBONE,
+    EMPTY_SHARED_WIDTH,
+    LAYER,
+    O_BIAS,
+    QKV_BIAS,
+    ConstantRow,
+    MoeHost,
+    MoeShape,
+    common_reasons,
+    head_dim_reason,
+    no_shared_reasons,
+    ungated_shared_reasons,
+)
+from raymoe.architectures.tensor_tables import ATTENTION, GRANITE4_ROWS, LINEAR
+
+__all__ = ["GRANITE_HOSTS"]
+
+# The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
+_MOE = LAYER + "block_sparse_moe."
+_EXPERTS = {
+    "ffn.gate": _MOE + "input_linear.weight",
+    "ffn.up": _MOE + "input_linear.weight",
+    "ffn.down": _MOE + "output_linear.weight",
+}
+_SHARED = {
+    "ffn.gate": LAYER + "shared_mlp.input_linear.weight",
+    "ffn.up": LAYER + "shared_mlp.input_linear.weight",
+    "ffn.down": LAYER + "shared_mlp.output_linear.weight",
+}
+
+
+def _moe_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_local_experts": moe.experts,
+        "attention_bias": spec.qkv_bias,
+        "shared_intermediate_size": 0,
+        "output_router_logits": False,
+    }
+
+
+def _moe_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return _attention_reasons(spec) + no_shared_reasons(moe)
+
+
+def _attention_reasons(spec: DenseSpec) -> list[str]:
+    reasons = common_reasons(spec) + head_dim_reason(spec)
+    if spec.layers_of(LINEAR):
+        reasons.append(f"{len(spec.layers_of(LINEAR))} layers with Mamba: all of its layers have attention")
+    if spec.extra.get("position_embedding_type", "rope") != "rope":
+        reasons.append(f"position_embedding_type {spec.extra['position_embedding_type']!r}: it has RoPE in every layer")
+    return reasons
+
+
+def _shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {**_moe_config(spec, moe), "shared_intermediate_size": spec.intermediate * moe.shared}
+
+
+def _shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return _attention_reasons(spec) + ungated_shared_reasons(moe)
+
+
+def _hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    # transformers 4 knows kinds of layers by these names only, and transformers 5 by these too.
+    kinds = {LINEAR: "mamba", ATTENTION: "attention"}
+    return {
+        **_moe_config(spec, moe),
+        "layer_types": [kinds[kind] for kind in spec.kinds],
+        "shared_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
+    }
+
+
+def _hybrid_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + head_dim_reason(spec) + ungated_shared_reasons(moe)
+
+
+def _hybrid_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    if moe.shared:
+        return ()
+    width = EMPTY_SHARED_WIDTH
+    return (
+        ConstantRow(name=_SHARED["ffn.gate"], shape=(2 * width, "hidden")),
+        ConstantRow(name=_SHARED["ffn.down"], shape=("hidden", width)),
+    )
+
+
+# --- With windows: RoPE and windows layer by layer, a sink for each head
+
+_SWA_EXPERTS = {
+    "ffn.gate": _MOE + "experts.gate_up_proj",
+    "ffn.up": _MOE + "experts.gate_up_proj",
+    "ffn.down": _MOE + "experts.down_proj",
+}
+# A head's output is multiplied by sigmoid(logsumexp(its scores) - sink). SmolLM3 has no sinks, and for this one that is
+# exactly 1. bfloat16 has this number, and float16.
+_NO_SINK = -9984.0
+_SINKS = LAYER + "self_attn.sinks"
+
+
+def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    keys = {
+        **_moe_config(spec, moe),
+        "head_dim": spec.head_dim,
+        "shared_intermediate_size": spec.intermediate * moe.shared,
+        "layer_types": spec.window_types,
+        "sliding_window": spec.sliding_window or spec.max_positions,
+    }
+    if spec.model_type == "smollm3":
+        keys |= {
+            "attention_multiplier": spec.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "layer_rope_theta": [spec.rope_theta if rope else 0 for rope in spec.extra["no_rope_layers"]],
+        }
+    return keys
+
+
+def _swa_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec, mixed_windows=True) + ungated_shared_reasons(moe)
+
+
+def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    if spec.model_type == "granite_swa":
+        return ()
+    return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK),)
+
+
+GRANITE_HOSTS = (
+    MoeHost(
+        name="granitemoe",
+        title="Granite MoE",
+        model_type="granitemoe",
+        architecture="GraniteMoeForCausalLM",
+        accepts=("granite", "granitemoehybrid"),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        expert=_EXPERTS,
+        router=_MOE + "router.layer.weight",
+        config=_moe_config,
+        refusals=_moe_refusals,
+        dense="granite",
+        experts_key="num_local_experts",
+        since="4.57",
+    ),
+    MoeHost(
+        name="granitemoeshared",
+        title="Granite MoE with a shared expert",
+        model_type="granitemoeshared",
+        architecture="GraniteMoeSharedForCausalLM",
+        accepts=("granite", "granitemoehybrid"),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        expert=_EXPERTS,
+        router=_MOE + "router.layer.weight",
+        shared=_SHARED,
+        config=_shared_config,
+        refusals=_shared_refusals,
+        dense="granite",
+        experts_key="num_local_experts",
+        shared_key="shared_intermediate_size",
+        since="4.57",
+    ),
+    MoeHost(
+        name="granitemoehybrid",
+        title="Granite MoE with Mamba",
+        model_type="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        accepts=("granitemoehybrid",),
+        backbone={row.role: row.name for row in GRANITE4_ROWS if not row.is_ffn},
+        expert=_EXPERTS,
+        router=_MOE + "router.layer.weight",
+        shared=_SHARED,
+        constants=_hybrid_constants,
+        config=_hybrid_config,
+        refusals=_hybrid_refusals,
+        dense="granitemoehybrid",
+        dense_keys={"num_local_experts": 0},
+        experts_key="num_local_experts",
+        since="4.57",
+        note="without a shared expert there is one of zeros",
+    ),
+    MoeHost(
+        name="granitemoe_swa",
+        title="Granite MoE with windows",
+        model_type="granitemoe_swa",
+        architecture="GraniteMoeSWAForCausalLM",
+        accepts=("granite_swa", "smollm3"),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, "attn.sinks": _SINKS},
+        expert=_SWA_EXPERTS,
+        router=_MOE + "router.weight",
+        shared=_SHARED,
+        constants=_swa_constants,
+        config=_swa_config,
+        refusals=_swa_refusals,
+        dense="granite_swa",
+        experts_key="num_local_experts",
+        shared_key="shared_intermediate_size",
+        since="5.23",
+        note="transformers runs its attention, as that of Granite with windows, without SDPA; SmolLM3's own is faster",
+    ),
+)

@@ -1,0 +1,257 @@
+"""The MoE hosts that take the Llama-like families.
+
+Sources: transformers' `models/mixtral`, `models/qwen2_moe`, `models/qwen3_moe`; for DeepSeek-MoE v1 its paper
+(https://arxiv.org/abs/2401.06066) and the published config of deepseek-ai/deepseek-moe-16b-base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.architectures.dense_family import FFN_ROLES
+from raymoe.architectures.dense_spec import DenseSpec
+from raymoe.architectures.moe_architecture import (
+    BACKBONE,
+    EMPTY_SHARED_WIDTH,
+    EXPERTS,
+    LAYER,
+    O_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    ConstantRow,
+    MoeHost,
+    MoeShape,
+    bias_reasons,
+    common_reasons,
+    head_dim_reason,
+    ungated_shared_reasons,
+    zero_ffn,
+)
+from raymoe.architectures.tensor_tables import QWEN3_5_ROWS
+
+__all__ = ["LLAMA_LIKE_HOSTS"]
+
+_LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
+_MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
+
+
+def _mixtral_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = common_reasons(spec) + bias_reasons(spec, qkv=False, o=False)
+    if moe.shared:
+        reasons.append("shared_experts: it has none")
+    return reasons
+
+
+def _mixtral_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {"num_local_experts": moe.experts, "head_dim": spec.head_dim, "output_router_logits": False}
+
+
+def _qwen_keys(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_experts": moe.experts,
+        "moe_intermediate_size": spec.intermediate,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "use_sliding_window": spec.sliding_window is not None,
+        "max_window_layers": 0 if spec.sliding_window else spec.layers,
+    }
+
+
+def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    window = spec.sliding_window is not None
+    keys = {
+        **_qwen_keys(spec, moe),
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
+    }
+    if window:
+        # transformers 5 derives other layers from max_window_layers than transformers 4 did: say it outright.
+        keys["layer_types"] = spec.window_types
+    return keys
+
+
+def _qwen2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = common_reasons(spec, mixed_windows=True) + bias_reasons(spec, qkv=True, o=False)
+    return reasons + head_dim_reason(spec) + _gated_shared_reasons(moe)
+
+
+def _gated_shared_reasons(moe: MoeShape) -> list[str]:
+    if moe.shared and moe.needs_prompts and not moe.shared_prompted:
+        return ["a shared expert without positive_prompts: its shared expert has a gate"]
+    return []
+
+
+def _qwen2_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    rows: list[ConstantRow] = []
+    if not spec.qkv_bias:
+        # Not every reader honours `qkv_bias: false`; zeros mean the same to all of them.
+        widths = {"q": "q_out", "k": "kv_out", "v": "kv_out"}
+        rows += [ConstantRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
+    return (*rows, *_empty_shared(spec, moe))
+
+
+def _empty_shared(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    if moe.shared:
+        return ()
+    gate = ConstantRow(name=LAYER + "mlp.shared_expert_gate.weight", shape=(1, "hidden"))
+    return (*zero_ffn(_QWEN2_SHARED, EMPTY_SHARED_WIDTH), gate)
+
+
+_QWEN2_SHARED = {role: f"{LAYER}mlp.shared_expert.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def _qwen3_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {**_qwen_keys(spec, moe), "head_dim": spec.head_dim, "attention_bias": spec.qkv_bias}
+
+
+def _qwen3_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + (["shared_experts: it has none"] if moe.shared else [])
+
+
+def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias,
+        "layer_types": list(spec.kinds),
+        "num_experts": moe.experts,
+        "moe_intermediate_size": spec.intermediate,
+        "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
+        "output_router_logits": False,
+    }
+
+
+def _qwen3_5_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return _gated_shared_reasons(moe)
+
+
+_DEEPSEEK_ROPE = ("linear", "dynamic")
+_DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base"
+
+
+def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    scaling = None
+    if spec.rope_scaling:
+        # The form of its time: these two fields, and no other, or its configuration class refuses to load.
+        scaling = {"type": spec.rope_scaling["rope_type"], "factor": spec.rope_scaling["factor"]}
+    return {
+        "n_routed_experts": moe.experts,
+        "n_shared_experts": moe.shared or None,
+        "moe_intermediate_size": spec.intermediate,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+        "norm_topk_prob": True,
+        "attention_bias": spec.qkv_bias,
+        "rope_scaling": scaling,
+        "auto_map": {
+            "AutoConfig": f"{_DEEPSEEK_CODE}--configuration_deepseek.DeepseekConfig",
+            "AutoModel": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekForCausalLM",
+        },
+    }
+
+
+def _deepseek_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = common_reasons(spec)
+    if spec.sliding_window:
+        reasons.append(f"sliding_window {spec.sliding_window}: its attention has none")
+    reasons += head_dim_reason(spec)
+    if spec.rope_scaling and spec.rope_scaling["rope_type"] not in _DEEPSEEK_ROPE:
+        kind = spec.rope_scaling["rope_type"]
+        reasons.append(f"RoPE scaling {kind!r}: it knows {', '.join(_DEEPSEEK_ROPE)}")
+    reasons += ungated_shared_reasons(moe)
+    if moe.experts_per_token == 1:
+        reasons.append("experts_per_token 1: it renormalises router weights only for two experts or more")
+    return reasons
+
+
+LLAMA_LIKE_HOSTS = (
+    MoeHost(
+        name="mixtral",
+        title="Mixtral",
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        accepts=(*_LLAMAS, "ministral"),
+        backbone=BACKBONE,
+        expert={r: f"{LAYER}block_sparse_moe.experts.{{expert}}.{w}.weight" for r, w in _MIXTRAL_NAMES.items()},
+        router=LAYER + "block_sparse_moe.gate.weight",
+        config=_mixtral_config,
+        refusals=_mixtral_refusals,
+        dense="llama",
+        experts_key="num_local_experts",
+        aliases={"num_local_experts": "num_experts"},
+        since="4.57",
+    ),
+    MoeHost(
+        name="deepseek",
+        title="DeepSeek MoE",
+        model_type="deepseek",
+        architecture="DeepseekForCausalLM",
+        accepts=_LLAMAS,
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared={role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES},
+        config=_deepseek_config,
+        refusals=_deepseek_refusals,
+        dense="llama",
+        experts_key="n_routed_experts",
+        shared_key="n_shared_experts",
+        renormalise_key="norm_topk_prob",
+        code=_DEEPSEEK_CODE,
+    ),
+    MoeHost(
+        name="qwen2_moe",
+        title="Qwen MoE",
+        model_type="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        accepts=(*_LLAMAS, "ministral", "cwm", "qwen2"),
+        backbone={**BACKBONE, **QKV_BIAS},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_QWEN2_SHARED,
+        shared_router=LAYER + "mlp.shared_expert_gate.weight",
+        constants=_qwen2_constants,
+        config=_qwen2_config,
+        refusals=_qwen2_refusals,
+        dense="qwen2",
+        renormalise_key="norm_topk_prob",
+        since="4.57",
+        mixed_windows_since="5.23",
+    ),
+    MoeHost(
+        name="qwen3_moe",
+        title="Qwen3 MoE",
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        accepts=("qwen3",),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **QK_NORM},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        config=_qwen3_config,
+        refusals=_qwen3_refusals,
+        dense="qwen3",
+        renormalise_key="norm_topk_prob",
+        aliases={"num_experts": "num_local_experts"},
+        since="4.57",
+    ),
+    MoeHost(
+        name="qwen3_5_moe",
+        title="Qwen3.5 MoE (text)",
+        model_type="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        accepts=("qwen3_5_text",),
+        backbone={row.role: row.name for row in QWEN3_5_ROWS if not row.is_ffn},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_QWEN2_SHARED,
+        shared_router=LAYER + "mlp.shared_expert_gate.weight",
+        constants=_empty_shared,
+        config=_qwen3_5_config,
+        refusals=_qwen3_5_refusals,
+        dense="qwen3_5_text",
+        since="5.23",
+    ),
+)

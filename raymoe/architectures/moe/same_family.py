@@ -1,0 +1,264 @@
+"""Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
+
+Sources: transformers' `models/flex_olmo`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
+`models/lfm2_moe`, each read next to its dense sibling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.architectures.dense_family import FFN_ROLES
+from raymoe.architectures.dense_spec import DenseSpec
+from raymoe.architectures.moe_architecture import (
+    BACKBONE,
+    EXPERTS,
+    LAYER,
+    O_BIAS,
+    PER_TOKEN_KEY,
+    QK_NORM,
+    QKV_BIAS,
+    ConstantRow,
+    MoeHost,
+    MoeShape,
+    bias_reasons,
+    common_reasons,
+    head_dim_reason,
+    no_shared_reasons,
+    ungated_shared_reasons,
+    zero_ffn,
+)
+from raymoe.architectures.tensor_tables import LFM2_ROWS
+
+__all__ = ["SIBLINGS"]
+
+
+def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_experts": moe.experts,
+        "norm_topk_prob": True,
+        "attention_bias": spec.qkv_bias,
+        "output_router_logits": False,
+    }
+
+
+def _flex_olmo_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + head_dim_reason(spec) + no_shared_reasons(moe)
+
+
+# --- ERNIE 4.5: chooses by softmax plus a bias, which is zero here
+
+_ERNIE_SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def _ernie_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "use_bias": False,
+        "moe_num_experts": moe.experts,
+        "moe_k": moe.experts_per_token,
+        "moe_num_shared_experts": moe.shared,
+        "moe_intermediate_size": spec.intermediate,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": spec.layers - 1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        "output_router_logits": False,
+    }
+
+
+def _ernie_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return common_reasons(spec) + bias_reasons(spec, qkv=False, o=False) + ungated_shared_reasons(moe)
+
+
+def _ernie_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    return (ConstantRow(name=LAYER + "mlp.moe_statics.e_score_correction_bias", shape=(1, moe.experts)),)
+
+
+# --- Hunyuan v1: always has a shared expert, as wide as the others
+
+_HUNYUAN_SHARED = {role: f"{LAYER}mlp.shared_mlp.{role[4:]}_proj.weight" for role in FFN_ROLES}
+_HUNYUAN_NORMS = {
+    "attn.q_norm": LAYER + "self_attn.query_layernorm.weight",
+    "attn.k_norm": LAYER + "self_attn.key_layernorm.weight",
+}
+
+
+def _hunyuan_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias,
+        "num_experts": moe.experts,
+        "moe_topk": moe.experts_per_token,
+        "moe_intermediate_size": spec.intermediate,
+        # Keys of the published model's own code, which vLLM reads.
+        "use_mixed_mlp_moe": True,
+        "num_shared_expert": 1,
+        "use_qk_norm": True,
+        "output_router_logits": False,
+    }
+
+
+def _hunyuan_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = common_reasons(spec) + ungated_shared_reasons(moe)
+    if moe.shared > 1:
+        reasons.append(f"{moe.shared} shared experts: it has one, as wide as an expert")
+    return reasons
+
+
+def _hunyuan_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    return () if moe.shared else zero_ffn(_HUNYUAN_SHARED, "intermediate")
+
+
+# --- Cohere 2: layers with a window have RoPE, the others have none; one LayerNorm for attention and FFN
+
+
+def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": None,  # a number there means RMSNorm in place of LayerNorm
+        "layer_norm_eps": spec.rms_norm_eps,
+        # transformers has `rope_scaling` among this configuration's keys and does not read it.
+        **({"rope_parameters": {"rope_theta": spec.rope_theta, **spec.rope_scaling}} if spec.rope_scaling else {}),
+        "attention_bias": spec.qkv_bias,
+        "layer_types": spec.window_types,
+        "mlp_layer_types": ["sparse"] * spec.layers,
+        "num_experts": moe.experts,
+        "num_shared_experts": moe.shared,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "softmax",
+        "output_router_logits": False,
+    }
+
+
+def _cohere2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return ungated_shared_reasons(moe)
+
+
+# --- LFM2: some layers have a short convolution in place of attention
+
+# transformers divides the scores of the chosen, between 0.5 and 1 each where they are the best of several, by their sum
+# plus this. A factor that is right for scores of 0.75 takes back all of it but a quarter at most (see _lfm2_config).
+_LFM2_EPSILON = 1e-6
+
+
+def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "rms_norm_eps": None,
+        "norm_eps": spec.rms_norm_eps,
+        "layer_types": list(spec.kinds),
+        "num_dense_layers": 0,
+        "num_experts": moe.experts,
+        "moe_intermediate_size": spec.intermediate,
+        "use_expert_bias": False,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0 + _LFM2_EPSILON / (0.75 * moe.experts_per_token),
+        "output_router_logits": False,
+    }
+
+
+def _lfm2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    return head_dim_reason(spec) + no_shared_reasons(moe)
+
+
+_LFM2_EXPERT = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
+
+SIBLINGS = (
+    MoeHost(
+        name="flex_olmo",
+        title="FlexOlmo",
+        model_type="flex_olmo",
+        architecture="FlexOlmoForCausalLM",
+        accepts=("olmo2",),
+        backbone={
+            **{role: name for role, name in BACKBONE.items() if role != "norm.input"},
+            "norm.post_ffn": LAYER + "post_feedforward_layernorm.weight",
+            **QKV_BIAS,
+            **O_BIAS,
+            **QK_NORM,
+        },
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        config=_flex_olmo_config,
+        refusals=_flex_olmo_refusals,
+        dense="olmo2",
+        renormalise_key="norm_topk_prob",
+        aliases={"num_experts": "num_local_experts"},
+        since="4.57",
+    ),
+    MoeHost(
+        name="ernie4_5_moe",
+        title="ERNIE 4.5 MoE",
+        model_type="ernie4_5_moe",
+        architecture="Ernie4_5_MoeForCausalLM",
+        accepts=("ernie4_5", "helium"),
+        backbone=BACKBONE,
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_ERNIE_SHARED,
+        constants=_ernie_constants,
+        config=_ernie_config,
+        refusals=_ernie_refusals,
+        dense="ernie4_5",
+        experts_key="moe_num_experts",
+        shared_key="moe_num_shared_experts",
+        aliases={"moe_num_experts": "num_experts", PER_TOKEN_KEY: "moe_k"},
+        since="4.57",
+    ),
+    MoeHost(
+        name="hunyuan_v1_moe",
+        title="Hunyuan MoE",
+        model_type="hunyuan_v1_moe",
+        architecture="HunYuanMoEV1ForCausalLM",
+        accepts=("hunyuan_v1_dense",),
+        backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **_HUNYUAN_NORMS},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.wg.weight",
+        shared=_HUNYUAN_SHARED,
+        constants=_hunyuan_constants,
+        config=_hunyuan_config,
+        refusals=_hunyuan_refusals,
+        dense="hunyuan_v1_dense",
+        aliases={"num_experts": "num_local_experts", PER_TOKEN_KEY: "moe_topk"},
+        since="4.57",
+        note="without a shared expert there is one of zeros, as wide as the experts",
+    ),
+    MoeHost(
+        name="cohere2_moe",
+        title="Cohere 2 MoE",
+        model_type="cohere2_moe",
+        architecture="Cohere2MoeForCausalLM",
+        accepts=("cohere2", "cohere"),
+        backbone={
+            **{role: name for role, name in BACKBONE.items() if role != "norm.post"},
+            **QKV_BIAS,
+            **O_BIAS,
+        },
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_ERNIE_SHARED,
+        config=_cohere2_config,
+        refusals=_cohere2_refusals,
+        dense="cohere2",
+        shared_key="num_shared_experts",
+        since="5.23",
+    ),
+    MoeHost(
+        name="lfm2_moe",
+        title="LFM2 MoE",
+        model_type="lfm2_moe",
+        architecture="Lfm2MoeForCausalLM",
+        accepts=("lfm2",),
+        backbone={row.role: row.name for row in LFM2_ROWS if not row.is_ffn},
+        expert={r: f"{LAYER}feed_forward.experts.{{expert}}.{w}.weight" for r, w in _LFM2_EXPERT.items()},
+        router=LAYER + "feed_forward.gate.weight",
+        config=_lfm2_config,
+        refusals=_lfm2_refusals,
+        dense="lfm2",
+        dense_keys={"block_auto_adjust_ff_dim": False},
+        renormalise_key="norm_topk_prob",
+        scores="sigmoid",
+        since="5.23",
+        note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor takes that back",
+    ),
+)

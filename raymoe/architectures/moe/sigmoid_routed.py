@@ -1,0 +1,128 @@
+"""Hosts whose routers score by sigmoid, in the manner of DeepSeek-V3.
+
+Scores of the chosen experts are made to sum to one, and the bias that has a say in the choice is zero: copies of one
+model are then that model. Each has a shared expert in every layer.
+Sources: transformers' `models/deepseek_v3` and `models/glm4_moe`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.architectures.dense_family import FFN_ROLES
+from raymoe.architectures.dense_spec import DenseSpec
+from raymoe.architectures.moe_architecture import (
+    BACKBONE,
+    EXPERTS,
+    LAYER,
+    QK_NORM,
+    QKV_BIAS,
+    ConstantRow,
+    MoeHost,
+    MoeShape,
+    ungated_shared_reasons,
+    zero_ffn,
+)
+from raymoe.architectures.tensor_tables import MLA_ROWS
+
+__all__ = ["SIGMOID_HOSTS"]
+
+_SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+
+def _routing(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    return {
+        "n_routed_experts": moe.experts,
+        "n_shared_experts": max(1, moe.shared),
+        "moe_intermediate_size": spec.intermediate,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
+        "output_router_logits": False,
+        "attention_bias": spec.qkv_bias,
+    }
+
+
+def _glm4_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    keys = {"head_dim": spec.head_dim, "use_qk_norm": spec.qk_norm, "partial_rotary_factor": spec.partial_rotary}
+    return {**_routing(spec, moe), **keys}
+
+
+def _reasons(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = ungated_shared_reasons(moe)
+    if spec.mlp_bias:
+        reasons.append("mlp_bias: its experts have no bias")
+    if moe.experts == 1:
+        reasons.append("1 expert: its router compares the two best")
+    return reasons
+
+
+def _glm4_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+    reasons = _reasons(spec, moe)
+    if spec.o_bias:
+        reasons.append("bias of attention's output projection: its attention has none")
+    if spec.rotary_dim % 2:
+        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: {spec.rotary_dim} dimensions are no pairs")
+    if spec.sliding_window:
+        reasons.append(f"sliding_window {spec.sliding_window}: its attention has none")
+    return reasons
+
+
+def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
+    bias = ConstantRow(name=LAYER + "mlp.gate.e_score_correction_bias", shape=(moe.experts,))
+    return (bias,) if moe.shared else (bias, *zero_ffn(_SHARED, "intermediate"))
+
+
+_NOTE = "without a shared expert there is one of zeros, as wide as the experts"
+
+SIGMOID_HOSTS = (
+    MoeHost(
+        name="glm4_moe",
+        title="GLM-4.5 MoE",
+        model_type="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "iquestcoder", "qwen2", "qwen3", "glm"),
+        backbone={**BACKBONE, **QKV_BIAS, **QK_NORM},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_SHARED,
+        constants=_constants,
+        config=_glm4_config,
+        refusals=_glm4_refusals,
+        dense="seed_oss",
+        dense_in_part="glm",
+        experts_key="n_routed_experts",
+        renormalise_key="norm_topk_prob",
+        aliases={"n_routed_experts": "num_local_experts"},
+        scores="sigmoid",
+        since="4.57",
+        note=_NOTE,
+    ),
+    MoeHost(
+        name="deepseek_v3",
+        title="DeepSeek-V3",
+        model_type="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        accepts=("youtu",),
+        backbone={row.role: row.name for row in MLA_ROWS if not row.is_ffn},
+        expert=EXPERTS,
+        router=LAYER + "mlp.gate.weight",
+        shared=_SHARED,
+        constants=_constants,
+        config=_routing,
+        refusals=_reasons,
+        dense="youtu",
+        experts_key="n_routed_experts",
+        renormalise_key="norm_topk_prob",
+        aliases={"n_routed_experts": "num_local_experts"},
+        scores="sigmoid",
+        since="4.57",
+        note=_NOTE,
+    ),
+)

@@ -1,0 +1,257 @@
+"""What a MoE host is: names of the output tensors, the output's config.json, how it routes, and the limits.
+
+A host holds a dense model exactly when, with one expert's FFN in every place, it computes what the dense model
+computes. Whatever a host can't express (a bias that its attention lacks, a window on some layers only) is refused by
+name: a checkpoint that loads and computes something else is worse than none. The hosts themselves are in
+moe/llama_like.py, moe/granite.py, moe/same_family.py and moe/sigmoid_routed.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.architectures.dense_family import FFN_ROLES
+from raymoe.architectures.dense_spec import DenseSpec
+from raymoe.architectures.families import FAMILIES
+
+__all__ = [
+    "BACKBONE",
+    "EMPTY_SHARED_WIDTH",
+    "EXPERTS",
+    "LAYER",
+    "MIXTURE_KEYS",
+    "O_BIAS",
+    "PER_TOKEN_KEY",
+    "QKV_BIAS",
+    "QK_NORM",
+    "ConstantRow",
+    "MoeHost",
+    "MoeShape",
+    "bias_reasons",
+    "common_reasons",
+    "head_dim_reason",
+    "host_config",
+    "no_shared_reasons",
+    "ungated_shared_reasons",
+    "zero_ffn",
+]
+
+PER_TOKEN_KEY = "num_experts_per_tok"
+"""How many experts run for a token, in a config.json that raymoe writes."""
+
+MIXTURE_KEYS = frozenset(
+    {
+        # How many experts, under all names that a configuration class of transformers reads.
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+        # How many run for a token, and with which weights.
+        *(PER_TOKEN_KEY, "moe_k", "moe_topk", "norm_topk_prob", "moe_norm_min", "routed_scaling_factor"),
+        *("scoring_func", "topk_method", "n_group", "topk_group", "expert_selection_fn", "use_expert_bias"),
+        # How wide they are.
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
+        *("prefix_dense_intermediate_size", "shared_expert_combination_strategy", "use_mixed_mlp_moe"),
+        # Which layers have them.
+        *("decoder_sparse_step", "mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "moe_layer_freq"),
+        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "num_dense_layers"),
+        *("prefix_dense_sliding_window_pattern", "num_nextn_predict_layers", "num_mtp_layers"),
+        # Training.
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux"),
+    }
+)
+"""Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge:
+hosts read several of them, some as other names of keys that raymoe writes (the `attribute_map` of transformers)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeShape:
+    """How many experts there are, how many run for a token, how many are shared (run for every token).
+
+    `shared_prompted`: the shared experts have prompts. `needs_prompts`: the gate mode computes gates from prompts.
+    """
+
+    experts: int
+    experts_per_token: int
+    shared: int = 0
+    shared_prompted: bool = False
+    needs_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantRow:
+    """A tensor that the host demands and the dense model lacks. `value` makes it do nothing: zero, mostly."""
+
+    name: str
+    shape: tuple[str | int, ...]
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeHost:
+    """One MoE architecture.
+
+    `backbone` maps roles to output names, `expert` and `shared` map FFN roles to names with `{layer}` and `{expert}`.
+    Names of experts without `{expert}` are of tensors with all experts in them, (experts, rows, columns), and roles
+    that share a name lie one after the other in it, in the order of the mapping.
+    `constants` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
+    `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
+    `dense_in_part` is that of hosts whose RoPE may turn a part of each head, where `dense` can't.
+    `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
+    one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `aliases` has the
+    other names of the first and of PER_TOKEN_KEY that transformers reads (the `attribute_map` of its configuration):
+    when it saves a merge again, it writes only one of them. `scores` says what is made of router scores before the
+    highest are chosen: softmax or sigmoid.
+    `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
+    it comes with code of its own (`code`: where from). `mixed_windows_since`: the oldest that has a window on some
+    layers only, where the host can have that. `note` is what else there is to know of it.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    architecture: str
+    accepts: tuple[str, ...]
+    backbone: Mapping[str, str]
+    expert: Mapping[str, str]
+    router: str
+    config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
+    refusals: Callable[[DenseSpec, MoeShape], list[str]]
+    dense: str
+    dense_in_part: str = ""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    shared_router: str = ""
+    constants: Callable[[DenseSpec, MoeShape], tuple[ConstantRow, ...]] = lambda spec, moe: ()
+    experts_key: str = "num_experts"
+    shared_key: str = ""
+    renormalise_key: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    scores: str = "softmax"
+    dense_keys: Mapping[str, Any] = field(default_factory=dict)
+    since: str = ""
+    code: str = ""
+    mixed_windows_since: str = ""
+    note: str = ""
+
+    @property
+    def turns_neighbours(self) -> bool:
+        """As in `DenseFamily`."""
+        return FAMILIES[self.dense].turns_neighbours
+
+    @property
+    def dense_turns_whole_heads(self) -> bool:
+        """Whether the RoPE of `dense` can't turn a part of each head, as the host's may."""
+        return any(FAMILIES[name].turns_part for name in self.accepts) and not FAMILIES[self.dense].turns_part
+
+    def loaded_since(self, layer_types: Sequence[object] | None) -> str:
+        """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: code of its
+        own.
+        """
+        return self.mixed_windows_since if self.mixed_windows_since and len(set(layer_types or ())) > 1 else self.since
+
+    def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
+        """A key of the host's config and its value there, by the first of its names that has one; (key, None) else."""
+        names = (key, self.aliases.get(key, key))
+        return next(((name, config[name]) for name in names if config.get(name) is not None), (key, None))
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all experts of a layer are in the same tensors."""
+        return any("{expert}" not in name for name in self.expert.values())
+
+
+LAYER = "model.layers.{layer}."
+BACKBONE = {
+    "embed": "model.embed_tokens.weight",
+    "norm.input": LAYER + "input_layernorm.weight",
+    "norm.post": LAYER + "post_attention_layernorm.weight",
+    "norm.final": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    **{f"attn.{p}": f"{LAYER}self_attn.{p}_proj.weight" for p in "qkvo"},
+}
+QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}
+O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
+QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
+EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
+
+# Where a host has a shared expert in every layer and the merge none, it gets this width and zeros. 256 is a multiple of
+# every block size that quantised formats use; a width of 0 is not read by llama.cpp.
+EMPTY_SHARED_WIDTH = 256
+
+
+def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+    """Keys of the output's config.json that follow from the dense model and the host.
+
+    Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
+    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
+    does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
+    """
+    carried = FAMILIES[host.dense].carried
+    keys = {
+        "architectures": [host.architecture],
+        "model_type": host.model_type,
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "hidden_act": spec.hidden_act,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
+        "sliding_window": spec.sliding_window,
+        "tie_word_embeddings": spec.tied,
+        PER_TOKEN_KEY: moe.experts_per_token,
+        **{key: value for key, value in spec.extra.items() if key in carried},
+        **host.config(spec, moe),
+    }
+    return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
+
+
+# --- reasons and rows that several hosts share
+
+
+def common_reasons(spec: DenseSpec, *, mixed_windows: bool = False) -> list[str]:
+    """`mixed_windows`: the host may have a window on some layers only."""
+    reasons = []
+    if spec.mlp_bias:
+        reasons.append("mlp_bias: its experts have no bias")
+    if spec.partial_rotary != 1.0:
+        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: its RoPE turns whole heads")
+    if spec.has_mixed_windows and not mixed_windows:
+        reasons.append("sliding window on some layers only (max_window_layers / layer_types): it has one rule for all")
+    return reasons
+
+
+def bias_reasons(spec: DenseSpec, *, qkv: bool, o: bool) -> list[str]:
+    if (spec.qkv_bias and not qkv) or (spec.o_bias and not o):
+        missing = "q, k, v and output projections" if not qkv else "output projection"
+        return [f"attention_bias: its {missing} of attention have no bias"]
+    return []
+
+
+def head_dim_reason(spec: DenseSpec) -> list[str]:
+    if spec.explicit_head_dim:
+        return [f"head_dim {spec.head_dim}: its head_dim is always hidden_size / num_attention_heads"]
+    return []
+
+
+def no_shared_reasons(moe: MoeShape) -> list[str]:
+    return ["shared_experts: it has none"] if moe.shared else []
+
+
+def ungated_shared_reasons(moe: MoeShape) -> list[str]:
+    """Of hosts whose shared experts have no gate."""
+    return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_prompted else []
+
+
+def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ConstantRow, ...]:
+    """A shared expert that adds exactly nothing."""
+    shapes: dict[str, tuple[str | int, ...]] = {
+        "ffn.gate": (width, "hidden"),
+        "ffn.up": (width, "hidden"),
+        "ffn.down": ("hidden", width),
+    }
+    return tuple(ConstantRow(name=names[role], shape=shape) for role, shape in shapes.items())

@@ -1,0 +1,299 @@
+"""Tables of tensors: the rows of each dense family, in the order in which transformers writes them.
+
+A copy in this order reads its sources forwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from raymoe.architectures.dense_family import TensorRow
+
+__all__ = [
+    "ATTENTION",
+    "COHERE2_ROWS",
+    "CONV",
+    "GLM_ROWS",
+    "GRANITE4_ROWS",
+    "GRANITE_SWA_ROWS",
+    "HUNYUAN_ROWS",
+    "LFM2_ROWS",
+    "LINEAR",
+    "LLAMA_ROWS",
+    "MLA_ROWS",
+    "OLMO2_ROWS",
+    "PHI3_ROWS",
+    "QWEN3_5_ROWS",
+]
+
+_LAYER = "model.layers.{layer}."
+_PROJECTIONS = {
+    "q": ("q_out", "hidden", "qkv_bias"),
+    "k": ("kv_out", "hidden", "qkv_bias"),
+    "v": ("kv_out", "hidden", "qkv_bias"),
+    "o": ("hidden", "q_out", "o_bias"),
+}
+
+
+def _attention(proj: str, name: str = "", kind: str = "") -> tuple[TensorRow, ...]:
+    out, inner, bias = _PROJECTIONS[proj]
+    prefix = f"{_LAYER}self_attn.{name or proj + '_proj'}."
+    return (
+        TensorRow(role=f"attn.{proj}", name=prefix + "weight", shape=(out, inner), kind=kind),
+        TensorRow(role=f"attn.{proj}.bias", name=prefix + "bias", shape=(out,), when=bias, kind=kind),
+    )
+
+
+def _ffn(proj: str, out: str, inner: str) -> tuple[TensorRow, ...]:
+    prefix = f"{_LAYER}mlp.{proj}_proj."
+    return (
+        TensorRow(role=f"ffn.{proj}", name=prefix + "weight", shape=(out, inner)),
+        TensorRow(role=f"ffn.{proj}.bias", name=prefix + "bias", shape=(out,), when="mlp_bias"),
+    )
+
+
+def _norm(role: str, name: str, size: str = "hidden", kind: str = "") -> TensorRow:
+    return TensorRow(role=f"norm.{role}", name=f"{_LAYER}{name}.weight", shape=(size,), kind=kind)
+
+
+def _head_norm(proj: str, name: str, size: str, when: str = "", kind: str = "") -> TensorRow:
+    weight = f"{_LAYER}self_attn.{name}.weight"
+    return TensorRow(role=f"attn.{proj}_norm", name=weight, shape=(size,), when=when, kind=kind)
+
+
+_EMBED = TensorRow(role="embed", name="model.embed_tokens.weight", shape=("vocab", "hidden"))
+_HEAD = TensorRow(role="lm_head", name="lm_head.weight", shape=("vocab", "hidden"), when="untied")
+_FINAL_NORM = TensorRow(role="norm.final", name="model.norm.weight", shape=("hidden",))
+_FFN = (
+    *_ffn("down", "hidden", "intermediate"),
+    *_ffn("gate", "intermediate", "hidden"),
+    *_ffn("up", "intermediate", "hidden"),
+)
+
+LLAMA_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    _head_norm("k", "k_norm", "head_dim", "qk_norm"),
+    *_attention("k"),
+    *_attention("o"),
+    _head_norm("q", "q_norm", "head_dim", "qk_norm"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+# Norms after attention and FFN, and none before; those of q and k are over all heads at once.
+OLMO2_ROWS = (
+    _EMBED,
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    _norm("post_ffn", "post_feedforward_layernorm"),
+    _head_norm("k", "k_norm", "kv_out"),
+    *_attention("k"),
+    *_attention("o"),
+    _head_norm("q", "q_norm", "q_out"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+_SINKS = TensorRow(role="attn.sinks", name=f"{_LAYER}self_attn.sinks", shape=("heads",))
+GRANITE_SWA_ROWS = tuple(
+    row for llama in LLAMA_ROWS for row in ((_SINKS, llama) if llama.role == "attn.v" else (llama,))
+)
+HUNYUAN_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN,
+    _norm("post", "post_attention_layernorm"),
+    *_attention("k"),
+    _head_norm("k", "key_layernorm", "head_dim"),
+    *_attention("o"),
+    *_attention("q"),
+    _head_norm("q", "query_layernorm", "head_dim"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+# Attention and FFN side by side, behind one norm.
+COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
+_FFN_OF_TWO = (
+    TensorRow(role="ffn.down", name=f"{_LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
+    TensorRow(
+        role="ffn.gate_up",
+        name=f"{_LAYER}mlp.gate_up_proj.weight",
+        shape=("2*intermediate", "hidden"),
+        holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+    ),
+)
+GLM_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN_OF_TWO,
+    _norm("post", "post_attention_layernorm"),
+    *_attention("k"),
+    *_attention("o"),
+    *_attention("q"),
+    *_attention("v"),
+    _FINAL_NORM,
+    _HEAD,
+)
+PHI3_ROWS = (
+    _EMBED,
+    _norm("input", "input_layernorm"),
+    *_FFN_OF_TWO,
+    _norm("post", "post_attention_layernorm"),
+    *_attention("o")[:1],
+    TensorRow(
+        role="attn.qkv",
+        name=f"{_LAYER}self_attn.qkv_proj.weight",
+        shape=("q_out+2*kv_out", "hidden"),
+        holds=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
+    ),
+    _FINAL_NORM,
+    _HEAD,
+)
+CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
+
+
+def _granite4_rows() -> tuple[TensorRow, ...]:
+    """Layers with attention and with a state space (Mamba 2). The FFN is named as a mixture's shared expert is."""
+    heads, inner = "mamba_n_heads", "mamba_n_heads*mamba_d_head"
+    convolved = f"{inner}+2*mamba_n_groups*mamba_d_state"
+    shapes = {
+        "A_log": (heads,),
+        "D": (heads,),
+        "conv1d.bias": (convolved,),
+        "conv1d.weight": (convolved, "1", "mamba_d_conv"),
+        "dt_bias": (heads,),
+        "in_proj.bias": (f"{inner}+{convolved}+{heads}",),
+        "in_proj.weight": (f"{inner}+{convolved}+{heads}", "hidden"),
+        "norm.weight": (inner,),
+        "out_proj.bias": ("hidden",),
+        "out_proj.weight": ("hidden", inner),
+    }
+    when = {"conv1d.bias": "mamba_conv_bias", "in_proj.bias": "mamba_proj_bias", "out_proj.bias": "mamba_proj_bias"}
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *(
+            TensorRow(role=f"mamba.{n}", name=f"{_LAYER}mamba.{n}", shape=s, when=when.get(n, ""), kind=LINEAR)
+            for n, s in shapes.items()
+        ),
+        _norm("post", "post_attention_layernorm"),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", kind=ATTENTION),
+        *_attention("q", kind=ATTENTION),
+        *_attention("v", kind=ATTENTION),
+        TensorRow(
+            role="ffn.gate_up",
+            name=f"{_LAYER}shared_mlp.input_linear.weight",
+            shape=("2*intermediate", "hidden"),
+            holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+        ),
+        TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
+def _lfm2_rows() -> tuple[TensorRow, ...]:
+    conv, ffn = f"{_LAYER}conv.", f"{_LAYER}feed_forward."
+
+    def convolution(role: str, name: str, shape: tuple[str, ...]) -> tuple[TensorRow, ...]:
+        weight = TensorRow(role=f"conv.{role}", name=f"{conv}{name}.weight", shape=shape, kind=CONV)
+        bias = TensorRow(
+            role=f"conv.{role}.bias", name=f"{conv}{name}.bias", shape=shape[:1], when="conv_bias", kind=CONV
+        )
+        return weight, bias
+
+    return (
+        _EMBED,
+        *convolution("kernel", "conv", ("hidden", "1", "conv_L_cache")),
+        *convolution("in", "in_proj", ("3*hidden", "hidden")),
+        *convolution("out", "out_proj", ("hidden", "hidden")),
+        TensorRow(role="ffn.gate", name=ffn + "w1.weight", shape=("intermediate", "hidden")),
+        TensorRow(role="ffn.down", name=ffn + "w2.weight", shape=("hidden", "intermediate")),
+        TensorRow(role="ffn.up", name=ffn + "w3.weight", shape=("intermediate", "hidden")),
+        _norm("post", "ffn_norm"),
+        _norm("input", "operator_norm"),
+        _head_norm("k", "k_layernorm", "head_dim", kind=ATTENTION),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", "out_proj", kind=ATTENTION),
+        _head_norm("q", "q_layernorm", "head_dim", kind=ATTENTION),
+        *_attention("q", kind=ATTENTION),
+        *_attention("v", kind=ATTENTION),
+        TensorRow(role="norm.final", name="model.embedding_norm.weight", shape=("hidden",)),
+        _HEAD,
+    )
+
+
+def _mla_rows() -> tuple[TensorRow, ...]:
+    """Attention whose q, k and v are made of a few latent numbers (DeepSeek's)."""
+    attention = f"{_LAYER}self_attn."
+
+    def projection(role: str, name: str, shape: tuple[str, str], when: str = "", bias: str = "") -> list[TensorRow]:
+        rows = [TensorRow(role=f"mla.{role}", name=f"{attention}{name}.weight", shape=shape, when=when)]
+        if bias:
+            rows.append(TensorRow(role=f"mla.{role}.bias", name=f"{attention}{name}.bias", shape=shape[:1], when=bias))
+        return rows
+
+    q_out, latent = "heads*qk_nope_head_dim+heads*qk_rope_head_dim", "q_lora_rank"
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *_FFN,
+        _norm("post", "post_attention_layernorm"),
+        TensorRow(role="mla.kv_norm", name=f"{attention}kv_a_layernorm.weight", shape=("kv_lora_rank",)),
+        *projection("kv_a", "kv_a_proj_with_mqa", ("kv_lora_rank+qk_rope_head_dim", "hidden"), bias="qkv_bias"),
+        *projection("kv_b", "kv_b_proj", ("heads*qk_nope_head_dim+heads*v_head_dim", "kv_lora_rank")),
+        *projection("o", "o_proj", ("hidden", "heads*v_head_dim"), bias="o_bias"),
+        TensorRow(role="mla.q_norm", name=f"{attention}q_a_layernorm.weight", shape=(latent,), when=latent),
+        *projection("q_a", "q_a_proj", (latent, "hidden"), latent, bias="latent_q_bias"),
+        *projection("q_b", "q_b_proj", (q_out, latent), latent),
+        *projection("q", "q_proj", (q_out, "hidden"), f"!{latent}"),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
+def _qwen3_5_rows() -> tuple[TensorRow, ...]:
+    linear = f"{_LAYER}linear_attn."
+    keys, values = "linear_num_key_heads*linear_key_head_dim", "linear_num_value_heads*linear_value_head_dim"
+    shapes = {
+        "A_log": ("linear_num_value_heads",),
+        "conv1d.weight": (f"2*{keys}+{values}", "1", "linear_conv_kernel_dim"),
+        "dt_bias": ("linear_num_value_heads",),
+        "in_proj_a.weight": ("linear_num_value_heads", "hidden"),
+        "in_proj_b.weight": ("linear_num_value_heads", "hidden"),
+        "in_proj_qkv.weight": (f"2*{keys}+{values}", "hidden"),
+        "in_proj_z.weight": (values, "hidden"),
+        "norm.weight": ("linear_value_head_dim",),
+        "out_proj.weight": ("hidden", values),
+    }
+    (_, q_bias) = _attention("q", kind=ATTENTION)
+    return (
+        _EMBED,
+        _norm("input", "input_layernorm"),
+        *(TensorRow(role=f"linear.{n}", name=linear + n, shape=s, kind=LINEAR) for n, s in shapes.items()),
+        *_FFN,
+        _norm("post", "post_attention_layernorm"),
+        _head_norm("k", "k_norm", "head_dim", kind=ATTENTION),
+        *_attention("k", kind=ATTENTION),
+        *_attention("o", kind=ATTENTION),
+        _head_norm("q", "q_norm", "head_dim", kind=ATTENTION),
+        # Queries, and as many numbers again that attention's output is gated by.
+        TensorRow(role="attn.q", name=f"{_LAYER}self_attn.q_proj.weight", shape=("2*q_out", "hidden"), kind=ATTENTION),
+        replace(q_bias, shape=("2*q_out",)),
+        *_attention("v", kind=ATTENTION),
+        _FINAL_NORM,
+        _HEAD,
+    )
+
+
+GRANITE4_ROWS = _granite4_rows()
+LFM2_ROWS = _lfm2_rows()
+MLA_ROWS = _mla_rows()
+QWEN3_5_ROWS = _qwen3_5_rows()

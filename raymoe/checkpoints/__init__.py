@@ -1,0 +1,1 @@
+"""Finished checkpoints: their files, their weights by role, and the record of the merge that made them."""

@@ -1,0 +1,131 @@
+"""`raymoe.json`: the record of a finished merge. Enough to check every byte of it, and to make it again.
+
+No times and no host names: the same merge gives the same record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from raymoe._version import __version__
+from raymoe.config import MergeConfig
+from raymoe.errors import Problem, ProblemReport
+from raymoe.formatting import some
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_s3
+from raymoe.planning.plan import MergePlan
+from raymoe.routers.heldout_report import RouterSummary
+from raymoe.sources.local_folder import has_changed, recorded_sample
+from raymoe.sources.prompt_sampling import prompt_file_place
+from raymoe.storage.file_names import RECORD_NAME, FileRecord
+
+__all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
+
+RECORD_FORMAT = 1
+# Variables by which a user says where S3 is, and as whom requests are made.
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
+
+
+def merge_record(
+    plan: MergePlan, config: MergeConfig, files: Sequence[FileRecord], summary: RouterSummary | None
+) -> dict[str, Any]:
+    """The record's content. `options` are what, besides the config, decided the output's bytes."""
+    samples = {
+        file.location: sample
+        for source in plan.sources
+        for file in source.files
+        if not has_changed(file) and (sample := recorded_sample(file)) is not None
+    }
+    return {
+        "format": RECORD_FORMAT,
+        "raymoe_version": __version__,
+        "plan_digest": plan.digest,
+        "architecture": plan.host,
+        "dtype": plan.dtype,
+        "parameters": plan.totals.parameters,
+        "active_parameters": plan.totals.active_parameters,
+        "config": config.to_plain(),
+        "prompt_files": prompt_records(plan, config),
+        "routers": summary.plain() if summary else None,
+        # Records of merges that are not strict stay what they were.
+        "options": {key: value for key, value in asdict(plan.options).items() if key != "strict" or value},
+        "sources": [
+            {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
+        ],
+        # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
+        **({"local_files": dict(sorted(samples.items()))} if samples else {}),
+        "files": {record.name: {"size": record.size, "checksum": record.checksum} for record in files},
+    }
+
+
+def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]:
+    """Each file of prompts in `config`, and what was drawn from it: number of texts, SHA-256 of their JSON list."""
+    drawn = {prompts.owner: prompts for prompts in (*plan.gates.experts, *plan.gates.shared)}
+    records = []
+    for (experts, number, key), file in config.prompt_files.items():
+        prompts = drawn[f"{'expert' if experts == 'experts' else 'shared'} {number}"]
+        texts = prompts.positive if key == "positive_prompts" else prompts.negative
+        digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
+        place = prompt_file_place(file)
+        records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
+    return records
+
+
+def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
+    config = dict(record["config"])
+    models = {source["owner"]: source["model"] for source in record["sources"]}
+    config["base_model"] = models["base"]
+    for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
+        experts = enumerate(config.get(key) or ())
+        config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
+        for file in record.get("prompt_files", ()):
+            kind, number = file["owner"].split()
+            if kind == owner:
+                expert = config[key][int(number)]
+                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
+    return config
+
+
+def with_own_storage(
+    config: MergeConfig, own: StorageOptions, folder: str, *, trusts_record: bool = False
+) -> MergeConfig:
+    """The recorded config, S3 reached as the user says: by `own`, else by the environment, else by the record itself
+    where the user trusts it.
+
+    Raises ProblemReport, before anything is asked, where only the record says at which address or as whom.
+    """
+    recorded = config.storage
+    if trusts_record or not (recorded.endpoint or recorded.profile):
+        return config
+    storage = replace(recorded, endpoint=own.endpoint, profile=own.profile)
+    needed = [place for place in _places(config) if is_s3(place)]
+    says_where = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
+    says_who = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
+    if needed and not (says_where and says_who):
+        address = f"at {recorded.endpoint}" if recorded.endpoint else ""
+        identity = f"with the profile {recorded.profile!r} of this user" if recorded.profile else ""
+        what = (
+            f"the record says that {some(needed, most=2)} is reached {' '.join(filter(None, (address, identity)))}; "
+            "requests signed with your credentials would be sent there"
+        )
+        variables = [
+            *([] if says_where else ["AWS_ENDPOINT_URL_S3"]),
+            *([] if says_who else ["AWS_PROFILE"]),
+        ]
+        remedy = f"set {' and '.join(variables)} to what you mean, or give --trust-record if you know that place"
+        raise ProblemReport([Problem(where=f"{folder}/{RECORD_NAME}", what=what, remedy=remedy)])
+    return config.model_copy(update={"storage": storage})
+
+
+def _places(config: MergeConfig) -> Iterator[str]:
+    """What the config reads: models, adapters and files of prompts."""
+    for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
+        yield from (path.path for path in (ref.model, ref.adapter) if path is not None)
+    yield from (file.file for file in config.prompt_files.values())

@@ -1,0 +1,79 @@
+"""Reading what a merge has left: a finished checkpoint, in a folder or in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_url
+from raymoe.sources.bucket_folder import open_object_folder
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.folder_protocol import Folder
+from raymoe.sources.local_folder import LocalFolder
+from raymoe.storage.file_names import JOURNAL
+from raymoe.storage.outputs.open_output import output_location
+from raymoe.storage.source_reader import SourceReader
+from raymoe.untrusted_files import check_size, read_json
+
+__all__ = ["checksum_like", "open_checkpoint", "read_object"]
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
+    """The folder of a finished checkpoint. Raises ProblemReport if there is none, or the merge is not finished."""
+    try:
+        location = output_location(place)
+    except ValueError as error:
+        raise ProblemReport([Problem(where=str(place), what=str(error))]) from None
+    if not is_url(location) and not Path(location).is_dir():
+        remedy = "name the folder or URL of a checkpoint"
+        raise ProblemReport([Problem(where=location, what="there is no such folder", remedy=remedy)])
+    folder: Folder = open_object_folder(location, "checkpoint", storage) if is_url(location) else LocalFolder(location)
+    if folder.find(f"{JOURNAL}/plan.json") is not None:
+        remedy = "run the merge command again to finish it"
+        raise ProblemReport([Problem(where=location, what="this merge is not finished", remedy=remedy)])
+    return folder
+
+
+def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises ProblemReport; `missing` says what it means if the file is not there."""
+    file = folder.find(name)
+    if file is None:
+        raise ProblemReport([Problem(where=folder.label, what=missing, remedy=remedy)])
+    try:
+        check_size(file.size)
+        content = read_json(folder.read(file))
+    except ValueError as error:
+        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what=f"can't be read: {error}")]) from None
+    if not isinstance(content, dict):
+        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what="can't be read: it holds no JSON object")])
+    return content
+
+
+def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str | None:
+    """The file's checksum as it is now, of the kind that was recorded. All bytes are read, but for an object's `etag`.
+
+    None where it can't be told: a copy of an object has no ETag, unless what was recorded is the MD5 of its bytes, as
+    it is at most stores for an object that was not uploaded in parts.
+    """
+    kind, _, digits = recorded.partition(":")
+    if kind == "etag" and file.etag is not None:
+        return f"etag:{file.etag}"
+    if kind == "etag":
+        is_md5 = _MD5.fullmatch(digits) and _digest(file, reader, hashlib.md5(usedforsecurity=False)) == digits
+        return recorded if is_md5 else None
+    return f"{kind}:{_digest(file, reader, hashlib.sha256() if kind == 'sha256' else xxhash.xxh3_128())}"
+
+
+def _digest(file: SourceFile, reader: SourceReader, hasher: Any) -> str:
+    for chunk in reader.chunks(file, 0, file.size):
+        hasher.update(chunk)
+    digits: str = hasher.hexdigest()
+    return digits

@@ -1,0 +1,131 @@
+"""Options that several commands take, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.formatting import parse_size
+
+if TYPE_CHECKING:
+    from raymoe.planning import MergeOptions
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Merge config (mergekit-moe's YAML schema).")]
+ShardSize = Annotated[str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")]
+Seed = Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")]
+AllSame = Annotated[
+    bool,
+    typer.Option(
+        "--i-understand-this-is-not-useful-without-training",
+        help="Allow all experts to be the same model.",
+    ),
+]
+Crimes = Annotated[
+    bool,
+    typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape."),
+]
+CopyTokenizer = Annotated[
+    bool,
+    typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
+]
+Card = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it.")
+]
+Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
+Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster. Default: RAY_ADDRESS, else one is started here.")
+]
+GpusPerExpert = Annotated[
+    float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs an expert actor gets, fractions too.")
+]
+Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
+StallTimeout = Annotated[
+    float,
+    typer.Option(
+        "--stall-timeout",
+        metavar="MINUTES",
+        min=0.05,
+        help="Minutes without any progress after which a job is given to another actor.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu or cuda: where gates are computed. Default: on GPUs, if Ray has any."),
+]
+Remote = Annotated[
+    bool,
+    typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run."),
+]
+TrustRecord = Annotated[
+    bool,
+    typer.Option(
+        "--trust-record",
+        help="Reach S3 by the endpoint and profile in the merge's record; else your environment says where.",
+    ),
+]
+
+
+def merge_options(
+    shard_size: str,
+    seed: int,
+    allow_crimes: bool,
+    copy_tokenizer: bool,
+    model_card: bool,
+    load_in_8bit: bool,
+    load_in_4bit: bool,
+    strict: bool = False,
+) -> MergeOptions:
+    from raymoe.planning import MergeOptions
+
+    problems = []
+    try:
+        max_shard_bytes = parse_size(shard_size)
+    except ValueError as error:
+        problems.append(Problem(where="--out-shard-size", what=str(error)))
+    if load_in_8bit and load_in_4bit:
+        problems.append(Problem(where="--load-in-8bit", what="can't go with --load-in-4bit", remedy="choose one"))
+    if problems:
+        raise ProblemReport(problems)
+    return MergeOptions(
+        max_shard_bytes=max_shard_bytes,
+        seed=seed,
+        allow_crimes=allow_crimes,
+        copy_tokenizer=copy_tokenizer,
+        model_card=model_card,
+        quantise_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
+        strict=strict,
+    )
+
+
+def on_device(device: str | None, *, numbered: bool = False) -> str | None:
+    """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device, and unless `numbered`
+    for a GPU but the first that is visible."""
+    if device is None:
+        return None
+    name, colon, number = device.strip().lower().partition(":")
+    if name not in ("auto", "cpu", "cuda") or (colon and (name != "cuda" or not number.isdecimal())):
+        remedy = "give cpu, cuda or auto"
+        raise ProblemReport([Problem(where="--device", what=f"there is no device {device!r}", remedy=remedy)])
+    if colon and int(number) and not numbered:
+        what = f"{device}: the first GPU that is visible is used"
+        remedy = f"set CUDA_VISIBLE_DEVICES={int(number)}, and give cuda"
+        raise ProblemReport([Problem(where="--device", what=what, remedy=remedy)])
+    return None if name == "auto" else name
+
+
+def on_nodes(device: str | None) -> str | None:
+    """The same for actors. Which of them has which GPU is Ray's choice: a number, as in cuda:1, says nothing here."""
+    return on_device(device, numbered=True)
+
+
+def log_level(verbose: int) -> None:
+    logging.basicConfig(level=[logging.WARNING, logging.INFO][min(verbose, 1)], format="%(message)s")

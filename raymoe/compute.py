@@ -1,0 +1,64 @@
+"""How this process computes: on which device, with how many threads, and how much memory it has taken."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from raymoe.errors import Problem
+
+__all__ = [
+    "COMPUTE_THREADS",
+    "actor_device_problems",
+    "device_of",
+    "device_problems",
+    "limit_threads",
+    "peak_rss_bytes",
+]
+
+# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
+COMPUTE_THREADS = 2
+
+
+def device_problems(device: str | None) -> Iterator[Problem]:
+    """What is wrong with `cpu`, `cuda` or None, which leaves the choice."""
+    if device not in (None, "cpu", "cuda"):
+        yield Problem(where="--device", what=f"there is no device {device!r}", remedy="give cpu, cuda or auto")
+    if device == "cuda" and device_of(None) == "cpu":
+        what = "torch sees no GPU here"
+        yield Problem(where="--device cuda", what=what, remedy="leave it out to compute on the CPU")
+
+
+def actor_device_problems(device: str | None, address: str | None, gpus_per_expert: float | None) -> Iterator[Problem]:
+    """The same for the actors of a merge, as far as it can be told before Ray is there: without a cluster they are on
+    this machine."""
+    if device == "cuda" and gpus_per_expert == 0:
+        what = "--gpus-per-expert 0 gives no GPU to anything"
+        yield Problem(where="--device cuda", what=what, remedy="leave out one of them")
+        return
+    ray: Any = sys.modules.get("ray")
+    is_cluster = address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())
+    yield from device_problems(None if is_cluster and device == "cuda" else device)
+
+
+def device_of(device: str | None) -> str:
+    """`cpu` or `cuda`."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def limit_threads(count: int = COMPUTE_THREADS) -> None:
+    """Let torch compute with a fixed number of threads (see COMPUTE_THREADS)."""
+    import torch
+
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,203 @@
+"""Whether the values of a config go together: what no key can say by itself.
+
+Each check is a function from a config to problems, and all of them run, so that one report holds
+everything. They know nothing of files: a config made in Python is checked by `check_config(config)`, and
+one from a file gets its line numbers from `Lines`. Where the schema refused a value, its place is `unread`,
+and the checks that need it are left out rather than run on a guess.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from raymoe.config.gate_modes import MODES
+from raymoe.config.prompt_sources import PromptFile, file_format
+from raymoe.config.schema import ExpertConfig, MergeConfig
+from raymoe.config.source_positions import NO_LINES, Found, Lines, Loc, path_text, shown
+from raymoe.errors import Problem
+
+__all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_unsound"]
+
+ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """A config, and which places of it were read."""
+
+    config: MergeConfig
+    unread: frozenset[Loc]
+
+    def has(self, *locs: Loc) -> bool:
+        """Whether all of `locs` were read, each with all that it holds and is held by."""
+        return not any(a[: len(b)] == b[: len(a)] for a in self.unread for b in locs)
+
+
+def check_config(config: MergeConfig, lines: Lines | None = None, *, allow_all_same: bool = False) -> list[Problem]:
+    """All combinations of values in `config` that cannot give a sensible merge, in the order of the file.
+
+    `allow_all_same` is the flag for merges that are to be trained: all experts may be the same model.
+    """
+    return (lines or NO_LINES).problems(find_unsound(config, allow_all_same=allow_all_same))
+
+
+def find_unsound(config: MergeConfig, *, allow_all_same: bool, unread: Collection[Loc] = ()) -> list[Found]:
+    """As `check_config`, without places. `unread` are the places where `config` holds placeholders."""
+    checked = _Checked(config=config, unread=frozenset(unread))
+    found = [*_experts(checked), *_prompts(checked), *_shared_prompts(checked), *_identical_prompts(checked)]
+    if not allow_all_same:
+        found += _all_same(checked)
+    return [Found(loc=loc, what=what, remedy=remedy) for loc, what, remedy in found]
+
+
+_Findings = Iterator[tuple[Loc, str, str]]
+
+
+def _experts(checked: _Checked) -> _Findings:
+    per_token, count = checked.config.experts_per_token, len(checked.config.experts)
+    # Experts keep their number in a salvaged config, so only a list that was not read at all is in the way.
+    experts_read = ("experts",) not in checked.unread
+    if experts_read and not count:
+        yield ("experts",), "there are no experts", "list at least one, each as '- source_model: ...'"
+    if not checked.has(("experts_per_token",)):
+        return
+    if per_token < 1:
+        yield (
+            ("experts_per_token",),
+            "must be 1 or more",
+            "write how many experts work on each token, usually 2",
+        )
+    elif experts_read and 0 < count < per_token:
+        given = "experts_per_token" in checked.config.model_fields_set
+        how = "" if given else " by default"
+        what = f"experts_per_token is {shown(per_token)}{how}, but there {_are(count)}"
+        loc: Loc = ("experts_per_token",) if given else ("experts",)
+        yield loc, what, f"write experts_per_token: {count}{' or less' * (count > 1)}, or add experts"
+
+
+def _are(count: int) -> str:
+    return "is only 1 expert" if count == 1 else f"are only {count} experts"
+
+
+def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
+    """Whether its router can't be computed from its positive prompts.
+
+    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. Rows that are fitted to
+    tokens need others than that.
+    """
+    prompts = expert.positive_prompts
+    if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
+        return False
+    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].fits_rows else not prompts
+
+
+def _prompts(checked: _Checked) -> _Findings:
+    config = checked.config
+    if not checked.has(("gate_mode",)) or not config.needs_prompts:
+        return
+    for index, expert in enumerate(config.experts):
+        loc: Loc = ("experts", index, "positive_prompts")
+        if checked.has(loc) and _lacks_prompts(config, expert):
+            what = "has only blank prompts" if expert.positive_prompts else "has no prompts"
+            yield (
+                loc,
+                f"the expert {what}, but gate_mode {config.gate_mode} computes the router from them",
+                "add texts this expert is good at, or use gate_mode: random and train the router",
+            )
+
+
+def _shared_prompts(checked: _Checked) -> _Findings:
+    """Shared experts have a gate each or none: the architecture decides, but it decides alike for all."""
+    config = checked.config
+    if not checked.has(("gate_mode",), ("shared_experts",)) or not config.needs_prompts:
+        return
+    without = [i for i, expert in enumerate(config.shared_experts) if _lacks_prompts(config, expert)]
+    for index in without:
+        expert = config.shared_experts[index]
+        loc: Loc = ("shared_experts", index, "positive_prompts")
+        if len(without) < len(config.shared_experts):
+            yield (
+                loc,
+                "this shared expert has no prompts and others have",
+                "give all of them prompts, or none",
+            )
+        elif expert.negative_prompts:
+            yield (
+                loc,
+                "there are negative prompts but no positive ones",
+                "add positive_prompts, or remove both",
+            )
+
+
+def _identical_prompts(checked: _Checked) -> _Findings:
+    config = checked.config
+    if not checked.has(("gate_mode",), ("experts",)) or not config.needs_prompts or len(config.experts) < 2:
+        return
+    if any(_lacks_prompts(config, expert) for expert in config.experts):
+        return  # reported expert by expert
+    if len({_prompts_of(config, expert) for expert in config.experts}) == 1:
+        yield (
+            ("experts",),
+            f"all {len(config.experts)} experts have the same prompts, so the router cannot tell them apart",
+            "give each expert prompts of what it, and not the others, is good at",
+        )
+
+
+def _prompts_of(config: MergeConfig, expert: ExpertConfig) -> tuple[object, ...]:
+    return expert.positive_prompts, expert.negative_prompts, config.uses_chat_template(expert)
+
+
+def _is_all_same(config: MergeConfig) -> bool:
+    # References are compared whole: one model with two adapters is two experts.
+    return len(config.experts) > 1 and len({expert.source_model for expert in config.experts}) == 1
+
+
+def _all_same(checked: _Checked) -> _Findings:
+    """With random gates this is sparse upcycling, which is trained afterwards anyway: a warning will do."""
+    config = checked.config
+    if not checked.has(("gate_mode",)) or not config.needs_prompts or not _is_all_same(config):
+        return
+    if checked.has(*(("experts", index, "source_model") for index in range(len(config.experts)))):
+        yield (
+            ("experts",),
+            f"all {len(config.experts)} experts are the same model: the merge is larger and no better",
+            f"use different models, or pass {ALL_SAME_FLAG} if you mean to train the merge",
+        )
+
+
+def config_warnings(config: MergeConfig) -> list[str]:
+    """What is allowed but most likely not meant."""
+    return [*_same_experts(config), *_blank_prompts(config), *_idle_keys(config)]
+
+
+def _same_experts(config: MergeConfig) -> Iterator[str]:
+    if _is_all_same(config):
+        yield f"all {len(config.experts)} experts are the same model: not useful before the merge is trained"
+        return
+    groups: dict[object, list[str]] = defaultdict(list)
+    for index, expert in enumerate(config.experts):
+        groups[(expert.source_model, _prompts_of(config, expert))].append(path_text(("experts", index)))
+    for names in groups.values():
+        if len(names) > 1:
+            yield f"{', '.join(names)} have the same source_model and prompts: one expert {len(names)} times"
+
+
+def _blank_prompts(config: MergeConfig) -> Iterator[str]:
+    for index, expert in enumerate(config.experts):
+        for key in ("positive_prompts", "negative_prompts"):
+            prompts: tuple[str, ...] | PromptFile = getattr(expert, key)
+            for number, prompt in enumerate(() if isinstance(prompts, PromptFile) else prompts):
+                if not prompt.strip() and config.needs_prompts:
+                    yield f"{path_text(('experts', index, key, number))} is blank: only the beginning of a text is read"
+
+
+def _idle_keys(config: MergeConfig) -> Iterator[str]:
+    if config.prompt_model and not config.needs_prompts:
+        yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
+    if not config.needs_prompts and any(map(config.uses_chat_template, (*config.experts, *config.shared_experts))):
+        yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
+    for loc, prompts in config.prompt_files.items():
+        if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":
+            yield f"{path_text((*loc, 'field'))} has no effect: a text file has one prompt a line"

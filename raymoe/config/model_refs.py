@@ -1,0 +1,176 @@
+"""How a config names a model: one string, or mergekit's mapping, parsed to a `ModelRef`.
+
+    org/name    org/name@revision    ./folder    s3://bucket/folder
+    model+adapter    model@revision+adapter@revision    s3://bucket/base+s3://bucket/adapter
+    {model: {path: org/name, revision: main}, lora: {path: ./adapter}}
+
+'+' and '@' may occur in the name of a local folder. So what exists as a folder wins over splitting: first the
+whole string, then each way to split it at a '+', then each part before it is split at its '@'. A config that
+works is never read otherwise because of an unrelated folder: only a folder of exactly the written name
+counts. URLs are taken literally and have no revisions; one with a '+' is written as a mapping.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalise
+
+__all__ = ["ModelRef", "PathRef", "is_local_folder", "parse_model_ref", "short_name"]
+
+_COMMIT = re.compile(r"@[0-9a-f]{40}$")
+_FORMS = "write 'model', 'model@revision', 'model+adapter' or 'model@revision+adapter@revision'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathRef:
+    """A local folder, a Hub id (`org/name`) with the revision asked for, if any, or a URL in normal form."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as a config names it: `model`, `model@revision`, `model+adapter`, `model@rev+adapter@rev`."""
+
+    model: PathRef
+    adapter: PathRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)
+
+
+def parse_model_ref(value: str | Mapping[str, Any]) -> ModelRef:
+    """Parse a model as a config names it.
+
+    Raises ValueError with a message for the user; the caller knows the config key and adds it.
+    """
+    if isinstance(value, str):
+        return _parse_string(value)
+    if isinstance(value, Mapping):
+        return _parse_mapping(value)
+    raise ValueError(f"a model is a string or a mapping with 'model' and 'lora', not {_kind(value)}; {_FORMS}")
+
+
+def is_local_folder(path: str) -> bool:
+    """Whether `path` (with '~' for the home folder) is a folder on this machine."""
+    return "\0" not in path and os.path.isdir(os.path.expanduser(path))
+
+
+def _parse_string(text: str) -> ModelRef:
+    text = text.strip()
+    check_no_secrets(text)
+    if not text:
+        raise ValueError(f"the model is empty; {_FORMS}")
+    if is_local_folder(text) or "+" not in text:
+        return ModelRef(model=_parse_path(text, "model"))
+    splits = [(text[:at], text[at + 1 :]) for at, char in enumerate(text) if char == "+"]
+    if len(splits) > 1:
+        local = [split for split in splits if all(_names_folder(part) or "+" not in part for part in split)]
+        if len(local) != 1:
+            raise ValueError(
+                f"{text!r} has {len(splits)} '+', but a model takes one adapter; {_FORMS}. "
+                "(Several adapters: merge all but one first. A folder with '+' in its name has to exist; "
+                "a URL with '+' is written as {model: {path: s3://...}}.)"
+            )
+        splits = local
+    model, adapter = splits[0]
+    return ModelRef(model=_parse_path(model, "model"), adapter=_parse_path(adapter, "adapter"))
+
+
+def _names_folder(part: str) -> bool:
+    return is_local_folder(part) or ("@" in part and is_local_folder(part.rpartition("@")[0]))
+
+
+def _parse_path(text: str, role: str) -> PathRef:
+    text = text.strip()
+    if not text:
+        raise ValueError(f"the {role} is empty; {_FORMS}")
+    check_spelling(text)
+    if is_url(text):
+        return PathRef(path=_url_without_revision(text, role))
+    if is_local_folder(text) or "@" not in text:
+        return PathRef(path=text)
+    path, _, revision = text.rpartition("@")
+    if not path.strip():
+        raise ValueError(f"{text!r} has a revision but no {role} before the '@'; {_FORMS}")
+    if not revision.strip():
+        raise ValueError(f"the revision after '@' in {text!r} is empty; leave the '@' out for the default branch")
+    # An '@' before a '/' is part of a path (./a@b/c, not there yet), and a second '@' is no Hub id.
+    if "@" in path and not is_local_folder(path):
+        raise ValueError(f"{text!r} has more than one '@', and no folder of that name exists here; {_FORMS}")
+    return PathRef(path=path.strip(), revision=revision.strip())
+
+
+def _url_without_revision(text: str, role: str) -> str:
+    check_no_secrets(text)
+    name, at, revision = text.rpartition("/")[2].rpartition("@")
+    if at:
+        raise ValueError(
+            f"{text!r} asks for revision {revision!r}, but a URL has none; leave out '@{revision}', or, if the folder "
+            f"is called {name}@{revision}, write {{{role}: {{path: {text}}}}}"
+        )
+    return normalise(text)
+
+
+def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
+    if value.get("override_architecture") is not None:
+        raise ValueError(
+            "'override_architecture' is not supported: the architecture is read from config.json; "
+            "correct 'architectures' and 'model_type' there"
+        )
+    _refuse_unknown(value, {"model", "lora", "override_architecture"}, "a model")
+    if value.get("model") is None:
+        raise ValueError("the mapping of a model has no 'model'; write {model: {path: org/name}, lora: {path: ...}}")
+    model, lora = value["model"], value.get("lora")
+    if isinstance(model, str) and lora is None:
+        return _parse_string(model)
+    return ModelRef(
+        model=_parse_part(model, "model"),
+        adapter=None if lora is None else _parse_part(lora, "lora"),
+    )
+
+
+def _parse_part(value: Any, role: str) -> PathRef:
+    if isinstance(value, str):
+        return _parse_path(value, role)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"'{role}' is a string or a mapping with 'path' and 'revision', not {_kind(value)}")
+    _refuse_unknown(value, {"path", "revision"}, f"'{role}'")
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f"'{role}' needs a 'path': a local folder, a Hub id such as org/name, or a URL")
+    check_spelling(path)
+    if is_url(path):
+        if revision is not None:
+            raise ValueError(f"'{role}' is a URL, and a URL has no revisions; leave out 'revision'")
+        return PathRef(path=normalise(path))
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
+    check_no_secrets(revision or "")
+    # As in mergekit, `path` here is a path as it is: nothing is split off it.
+    return PathRef(path=path.strip(), revision=revision.strip() if revision else None)
+
+
+def _refuse_unknown(value: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        known_text = ", ".join(sorted(known - {"override_architecture"}))
+        raise ValueError(f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)} in {what}; known: {known_text}")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def short_name(model: str, adapter: str | None) -> str:
+    """What people call a source: the last part of the place of its adapter, or else of its model."""
+    return _COMMIT.sub("", (adapter or model).rstrip("/")).rpartition("/")[2]

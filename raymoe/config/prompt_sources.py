@@ -1,0 +1,141 @@
+"""Prompts as a config gives them: written out as a list of texts, or a file to draw them from.
+
+    positive_prompts: ["func main() {", "package main"]
+    positive_prompts: {file: prompts/go.jsonl, field: text, limit: 256, seed: 0}
+
+Only what the config itself can show is checked here; what is in the files is for `raymoe.sources.prompt_sampling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
+
+from raymoe.config.coerce import text, value_error, whole_number
+from raymoe.config.source_positions import excerpt, kind_of, shown
+from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalise
+
+__all__ = ["PromptFile", "Prompts", "file_format", "is_compressed", "written_out"]
+
+_SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_KNOWN = ".txt, .jsonl, .ndjson (these also with .gz) or .parquet"
+_ONE_A_LINE = "make it a list: one prompt a line, each after '- '"
+_MAX_NUMBER = 2**63
+
+
+def file_format(file: str) -> str | None:
+    """`txt`, `jsonl` or `parquet`, by the name's ending; None for a file that can't be read."""
+    name = file.lower()
+    plain = name.removesuffix(".gz")
+    found = next((kind for suffix, kind in _SUFFIXES.items() if plain.endswith(suffix)), None)
+    return None if found == "parquet" and plain != name else found
+
+
+def is_compressed(file: str) -> bool:
+    return file.lower().endswith(".gz")
+
+
+def _file(value: Any) -> str:
+    file = text(value).strip()
+    if not file:
+        raise value_error("is blank", f"name a file: {_KNOWN}")
+    if file.startswith("hf://"):
+        raise value_error("files on the Hub can't be named here", "download the file and name it by its path")
+    try:
+        check_spelling(file)
+        file = normalise(file) if is_url(file) else file
+    except ValueError as error:
+        raise value_error(excerpt(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
+    if "\0" in file or file_format(file) is None:
+        what = f"can't tell the format of {shown(file.rstrip('/').rpartition('/')[2])} by its ending"
+        near = "; JSON has to have one object a line" if ".json" in file.lower() else ""
+        raise value_error(what, f"name a file that ends with {_KNOWN}{near}")
+    return file
+
+
+def _field(value: Any) -> str:
+    if value is None:
+        return "text"
+    if not text(value):
+        raise value_error("is empty", "name the key or column that holds the prompt, for example text")
+    try:
+        check_no_secrets(text(value))
+    except ValueError as error:
+        raise value_error(str(error), "name the key or column that holds the prompt, for example text") from None
+    return text(value)
+
+
+def _limit(value: Any) -> int | None:
+    if value is None:
+        return None
+    number = whole_number(value, example=256)
+    if not 1 <= number < _MAX_NUMBER:
+        raise value_error(f"{shown(number)} is not a number from 1 up", "write how many to draw, or null for all")
+    return number
+
+
+def _seed(value: Any) -> int:
+    number = 0 if value is None else whole_number(value, example=0)
+    if not 0 <= number < _MAX_NUMBER:
+        raise value_error(f"{shown(number)} is not a number from 0 up", "write a seed such as 0")
+    return number
+
+
+class PromptFile(BaseModel):
+    """Prompts that are drawn from a file: `limit` of them (`None`: all), chosen by `seed`, in the file's order.
+
+    `file` is a path or a URL in normal form; `field` the key of each line's object, or the column.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Annotated[str, PlainValidator(_file)]
+    field: Annotated[str, PlainValidator(_field)] = "text"
+    limit: Annotated[int | None, PlainValidator(_limit)] = 256
+    seed: Annotated[int, PlainValidator(_seed)] = 0
+
+
+def _prompt(value: Any) -> str:
+    if isinstance(value, (Mapping, list)):
+        # "- Note: this" is a mapping and "- [INST] ..." a list: the prompt as a whole has to be quoted.
+        raise value_error(
+            f"expected text, got {kind_of(value)}",
+            "quote the whole prompt: ': ' inside it, or '[' or '{' at its start, has a meaning in YAML",
+        )
+    return text(value)
+
+
+def _list(value: Any) -> Any:
+    if isinstance(value, str):
+        in_file = "; a file is named as {file: ...}" if file_format(value) else ""
+        raise value_error(f"expected a list of prompts, got the text {shown(value)}", _ONE_A_LINE + in_file)
+    if not isinstance(value, (list, tuple)):
+        raise value_error(f"expected a list of prompts, got {kind_of(value)}", _ONE_A_LINE)
+    return value
+
+
+_LIST = TypeAdapter(Annotated[tuple[Annotated[str, PlainValidator(_prompt)], ...], BeforeValidator(_list)])
+
+
+def _prompts(value: Any) -> tuple[str, ...] | PromptFile:
+    # Not a union: pydantic would try both forms, and name both in the place of every error.
+    if value is None:
+        return ()
+    if isinstance(value, (Mapping, PromptFile)):
+        return PromptFile.model_validate(value)
+    return _LIST.validate_python(value)
+
+
+def _plain(prompts: tuple[str, ...] | PromptFile) -> list[str] | dict[str, Any]:
+    return prompts.model_dump() if isinstance(prompts, PromptFile) else list(prompts)
+
+
+Prompts = Annotated[tuple[str, ...] | PromptFile, PlainValidator(_prompts), PlainSerializer(_plain)]
+
+
+def written_out(prompts: tuple[str, ...] | PromptFile) -> tuple[str, ...]:
+    """The texts of prompts whose files have been read."""
+    assert not isinstance(prompts, PromptFile), f"{prompts.file} has not been read"
+    return prompts

@@ -1,0 +1,153 @@
+"""What the schema refuses, in words for people; and what is left of a config without it.
+
+`schema_problems` gives each of pydantic's errors a place and a remedy. `salvage` goes on from there: it
+replaces what was refused by placeholders, so that the checks of whole configs can run on the rest and a
+person sees everything at once. The places with placeholders are handed on as `unread`, and no check looks
+at them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from raymoe.config.model_refs import ModelRef, PathRef
+from raymoe.config.prompt_sources import PromptFile
+from raymoe.config.schema import ExpertConfig, MergeConfig
+from raymoe.config.source_positions import Found, Lines, Loc, excerpt, kind_of
+
+__all__ = ["salvage", "schema_problems"]
+
+_TOP_KEYS = tuple(MergeConfig.model_fields)
+_EXPERT_KEYS = tuple(ExpertConfig.model_fields)
+_PROMPT_FILE_KEYS = tuple(PromptFile.model_fields)
+_NO_KEYS: tuple[str, ...] = ()
+_OTHER_COMMANDS = {
+    **dict.fromkeys(("models", "merge_method", "slices", "modules", "parameters"), "mergekit-yaml"),
+    **dict.fromkeys(("tokenizer", "tokenizer_source", "out_dtype"), "mergekit-yaml"),
+    **dict.fromkeys(("genome", "tasks"), "mergekit-evolve"),
+    **dict.fromkeys(("layer_slices", "embedding_source", "lm_head_source"), "bakllama"),
+}
+_REMEDIES = {
+    "base_model": "add 'base_model: org/name' or a local folder: it gives attention, norms and embeddings",
+    "experts": "add 'experts:' with one '- source_model: ...' for each expert",
+    "source_model": "add 'source_model: org/name' or a local folder: it gives the expert's FFN weights",
+    "file": "name the file as {file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
+}
+_PLACEHOLDER_MODEL = ModelRef(model=PathRef(path="?"))
+_PLACEHOLDER_FILE = "?.txt"
+
+
+def schema_problems(error: ValidationError, lines: Lines) -> list[Found]:
+    """One problem for each thing the schema refuses; a required key under a wrong name is one, not two."""
+    all_details = error.errors(include_url=False)
+    meant = {_meant(details["loc"]) for details in all_details if details["type"] == "extra_forbidden"}
+    return [
+        _found(details, lines) for details in all_details if details["type"] != "missing" or details["loc"] not in meant
+    ]
+
+
+def _found(details: ErrorDetails, lines: Lines) -> Found:
+    loc = details["loc"]
+    if details["type"] == "extra_forbidden":
+        what, remedy = _unknown_key(loc)
+    elif details["type"] == "missing":
+        what, remedy = "this key is required", _REMEDIES[str(loc[-1])]
+    elif details["type"] in ("model_type", "model_attributes_type"):
+        what = f"a merge config is a mapping of keys to values, not {kind_of(details['input'])}"
+        remedy = "write 'base_model: ...' and 'experts: ...', each on a line of its own"
+    else:
+        what, remedy = _value_problem(details, lines)
+    return Found(loc=loc, what=what, remedy=remedy)
+
+
+def _value_problem(details: ErrorDetails, lines: Lines) -> tuple[str, str]:
+    context = details.get("ctx", {})
+    mark = lines.marks.get(details["loc"])
+    if not context.get("quote") or mark is None or not mark.text:
+        return details["msg"], str(context.get("remedy", ""))
+    # Show what was typed: a person wrote 'yes' and never saw the true that YAML made of it.
+    typed = excerpt(mark.text)
+    what = f"expected text, but without quotes YAML reads '{typed}' as {kind_of(details['input'])}"
+    return what, f'quote it: "{typed}"'
+
+
+def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys that a mapping knows in which `loc` is one, and those of other mappings."""
+    if len(loc) == 4:  # of a file of prompts
+        return _PROMPT_FILE_KEYS, _NO_KEYS
+    return (_TOP_KEYS, _EXPERT_KEYS) if len(loc) == 1 else (_EXPERT_KEYS, _TOP_KEYS)
+
+
+def _meant(loc: Loc) -> Loc | None:
+    """The place of the key that an unknown key most likely was to be."""
+    known, elsewhere = _keys_at(loc)
+    key = str(loc[-1])
+    if key in elsewhere or (len(loc) == 1 and key in _OTHER_COMMANDS):
+        return None
+    near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    return (*loc[:-1], near[0]) if near else None
+
+
+def _unknown_key(loc: Loc) -> tuple[str, str]:
+    key, at_top = str(loc[-1]), len(loc) == 1
+    known, elsewhere = _keys_at(loc)
+    if key in elsewhere:
+        level = "an expert, beside its source_model" if at_top else "the top level of the config"
+        return "unknown key here", f"it belongs to {level}"
+    if at_top and key in _OTHER_COMMANDS:
+        what = f"this is a key of a config of {_OTHER_COMMANDS[key]}, not of mergekit-moe"
+        return (
+            what,
+            f"remove it, or use {_OTHER_COMMANDS[key]} for this config; keys here: {', '.join(known)}",
+        )
+    meant = _meant(loc)
+    return "unknown key", f"did you mean {meant[-1]}?" if meant else f"keys here: {', '.join(known)}"
+
+
+def salvage(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[Loc]] | None:
+    """The config that `data` is without what the schema refused, and the places not to be trusted in it.
+
+    `None` where nothing can be saved: the config as a whole is no mapping.
+    """
+    locs = [(details["loc"], details["type"]) for details in error.errors(include_url=False)]
+    if any(not loc for loc, _ in locs):
+        return None
+    rest = copy.deepcopy(data)
+    for loc, kind in locs:
+        _replace(rest, loc, unknown=kind == "extra_forbidden")
+    unread = {loc for loc, kind in locs if kind != "extra_forbidden"}
+    # What an unknown key was to say is missing elsewhere, which is no second problem. An expert's may hold its prompts,
+    # whatever it is called.
+    for details in error.errors(include_url=False):
+        loc = details["loc"]
+        if details["type"] == "extra_forbidden":
+            may_be_prompts = len(loc) == 3 and isinstance(details["input"], (str, list, dict))
+            if (meant := _meant(loc) or ((*loc[:-1], "positive_prompts") if may_be_prompts else None)) is not None:
+                unread.add(meant)
+    return MergeConfig.model_validate(rest), frozenset(unread)
+
+
+def _replace(data: Any, loc: Sequence[str | int], *, unknown: bool) -> None:
+    parent = data
+    for step in loc[:-1]:
+        parent = parent[step]
+    last = loc[-1]
+    if unknown:
+        parent.pop(last, None)  # one object may stand in several places of a config made in Python
+    elif last in ("base_model", "source_model"):
+        parent[last] = _PLACEHOLDER_MODEL
+    elif last == "file":
+        parent[last] = _PLACEHOLDER_FILE
+    elif last == "experts":
+        parent[last] = []
+    elif isinstance(last, int):
+        # An item is an expert or a prompt; it stays in its place, since others are named by their number.
+        parent[last] = {"source_model": _PLACEHOLDER_MODEL} if len(loc) == 2 else "?"
+    else:
+        parent.pop(last, None)

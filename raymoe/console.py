@@ -1,0 +1,53 @@
+"""The ways to a terminal: lines on standard error, lines and tables on standard output.
+
+Text in them comes from models, configs and records that anybody may have written. Nothing in it moves a cursor, changes
+colors or hides what stands beside it, and no secret is shown (`raymoe.safe_text`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from raymoe.safe_text import for_people, json_text, printable, scrub
+
+__all__ = ["console", "print_json", "put", "say"]
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error. Where it can't be written, nothing ends for it."""
+    with contextlib.suppress(OSError):
+        print(for_people(text), file=sys.stderr, flush=True)
+
+
+def put(text: str) -> None:
+    """A line of a command's answer, on standard output."""
+    print(for_people(text))
+
+
+def print_json(value: Any) -> None:
+    """A value for programs, on standard output: JSON without secrets, escaped where the encoding lacks a character."""
+    text = json_text(value, scrubbed=True)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)
+    print(text)
+
+
+def console(*, stderr: bool = False) -> Any:
+    """Rich's console for tables and styles. Names are printed as they are: '[...]' in one is no markup. What is piped
+    is not wrapped."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Clean(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
+            for text, style, control in super().render(*arguments, **options):
+                yield Segment(text if control else printable(scrub(text)), style, control)
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Clean(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else 10_000)

@@ -1,0 +1,116 @@
+"""A finished merge and what it was made of, as its record (`raymoe.json`) names it.
+
+The merge itself is read from its own files; base and experts from the places where they were at the merge. A place that
+is no longer there is a problem only for what needs it, and the message says how to leave that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.config import MODES, MergeConfig
+from raymoe.config.model_refs import ModelRef, PathRef, short_name
+from raymoe.errors import Problem, ProblemReport
+from raymoe.evaluation.options import EvaluationOptions
+from raymoe.planning import MergeOptions
+from raymoe.planning.plan import GatePlan
+from raymoe.planning.plan_merge import plan_merge
+from raymoe.sources.facts import ModelFacts
+from raymoe.sources.resolve import resolve_model
+from raymoe.storage.file_names import RECORD_NAME
+from raymoe.storage.outputs.open_output import output_location
+
+__all__ = ["FinishedMerge", "expert_names", "hidden_gates", "open_merge", "resolve_sources"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedMerge:
+    """`facts` are of the merged checkpoint; `config` and `options` as recorded, models named as they were found."""
+
+    facts: ModelFacts
+    config: MergeConfig
+    options: MergeOptions
+    names: tuple[str, ...]
+
+    @property
+    def has_prompts(self) -> bool:
+        return all(expert.positive_prompts or expert.negative_prompts for expert in self.config.experts)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether its gate mode is `hidden`, which merges are compared with."""
+        return self.config.gate_mode in ("hidden", "hidden_last") and self.prompt_model == "base"
+
+    @property
+    def prompt_model(self) -> str | None:
+        """Which model read the prompts for the gates; None where none did."""
+        mode = MODES[self.config.gate_mode]
+        return (self.config.prompt_model or mode.default_prompt_model) if mode.reads_layers else None
+
+
+def open_merge(place: str | Path, options: EvaluationOptions) -> FinishedMerge:
+    """Raises ProblemReport where there is no finished merge with its record."""
+    folder = open_checkpoint(place, options.storage)
+    missing = "there is no raymoe.json, the record of a finished merge"
+    record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
+    try:
+        config = MergeConfig.from_plain(recorded_config(record))
+        merge_options, names = MergeOptions(**record["options"]), expert_names(record["sources"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"this record can't be read: {str(error).splitlines()[0]}"
+        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
+    config = with_own_storage(config, options.storage, folder.label, trusts_record=options.trust_record)
+    ref = ModelRef(model=PathRef(path=output_location(place)))
+    facts = resolve_model(ref, options.hub, config.storage)
+    return FinishedMerge(facts=facts, config=config, options=merge_options, names=names)
+
+
+def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What people call the experts of a record."""
+    return tuple(short_name(s["model"], s["adapter"]) for s in sources if s["owner"].startswith("expert "))
+
+
+def resolve_sources(merge: FinishedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
+    """Base and experts by owner name, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
+    owners = {"base": merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
+    if {"experts", "hidden"} & set(wanted):
+        owners |= {f"expert {number}": expert.source_model for number, expert in enumerate(merge.config.experts)}
+    problems: dict[Problem, list[str]] = {}
+    found: dict[str, ModelFacts] = {}
+    for owner, ref in owners.items():
+        try:
+            found[owner] = resolve_model(ref, options.hub, merge.config.storage)
+        except ProblemReport as report:
+            for problem in report.problems:
+                problems.setdefault(problem, []).append(owner)
+    if problems:
+        raise ProblemReport([_left_out(problem, missing, wanted) for problem, missing in problems.items()])
+    return found
+
+
+def _left_out(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
+    """The problem of a source, and how to do without that source."""
+    without = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
+    what = f"{', '.join(owners)} of this merge: {problem.what}"
+    return replace(problem, what=what, remedy=_leave_out(problem.remedy, wanted, without))
+
+
+def _leave_out(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
+    rest = ",".join(name for name in wanted if name not in without) or "none"
+    return f"{remedy + ', or ' if remedy else ''}leave out what needs it: --against {rest}"
+
+
+def hidden_gates(merge: FinishedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
+    """How this merge's gates would be made in mode `hidden`. Raises ProblemReport where they can't be."""
+    config = merge.config.model_copy(update={"gate_mode": "hidden"})
+    merge_options = replace(merge.options, quantise_gates=None)
+    try:
+        return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates
+    except ProblemReport as report:
+        problems = [replace(p, remedy=_leave_out(p.remedy, wanted, {"hidden"})) for p in report.problems]
+        raise ProblemReport(problems) from None

@@ -1,0 +1,209 @@
+"""`raymoe eval OUT --tasks ...`: a merge is handed to lm-evaluation-harness, for its tasks or one's own.
+
+The harness loads the whole model with transformers, so unlike `evaluate_merge` this needs room for it: on the GPU, if
+there is one. Everything that can be checked before it is loaded is.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.compute import device_of, device_problems
+from raymoe.errors import Problem, ProblemReport, RaymoeError, install_remedy
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_url
+from raymoe.storage.outputs.open_output import output_location
+
+__all__ = ["HarnessFailed", "HarnessOptions", "check_choice", "run_harness"]
+
+FORMAT = 1
+
+
+class HarnessFailed(RaymoeError):
+    """The harness could not finish; the message has its reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessOptions:
+    """`tasks` are names of tasks, groups or tags, with * and ?, or paths of task files, with commas between them.
+    `include_path` is a folder with further task files. `limit`: examples of a task, the first ones (0: all). `fewshot`:
+    examples shown before each question (None: as the task says). `device`: `cpu`, `cuda` or None, which is a GPU where
+    there is one."""
+
+    tasks: str
+    include_path: Path | None = None
+    limit: int = 0
+    fewshot: int | None = None
+    batch_size: int = 1
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [name for part in self.tasks.split(",") if (name := part.strip())]
+
+
+def check_choice(
+    data: Path | None, tasks: str | None, of_texts: Mapping[str, Any], of_tasks: Mapping[str, Any]
+) -> Path | None:
+    """The file of texts to evaluate on; None where tasks are asked for instead.
+
+    `of_texts` and `of_tasks` are options, by name, that mean something with the one only. Raises ProblemReport.
+    """
+    if (data is None) == (tasks is None):
+        what = "nothing to evaluate on" if data is None else "--data and --tasks are two evaluations"
+        remedy = "give --data FILE with labelled texts, or --tasks NAMES of lm-evaluation-harness"
+        raise ProblemReport([Problem(where="raymoe eval", what=what, remedy=remedy)])
+    given, other, options = ("--tasks", "--data", of_texts) if data is None else ("--data", "--tasks", of_tasks)
+    if lost := [option for option, value in options.items() if value is not None]:
+        what = f"means nothing with {given}"
+        raise ProblemReport([Problem(where=", ".join(lost), what=what, remedy=f"leave it out, or use {other}")])
+    return data
+
+
+def run_harness(place: str | Path, options: HarnessOptions) -> dict[str, Any]:
+    """Run tasks on the finished merge in a folder; the result is what `--json` writes.
+
+    Raises ProblemReport before the model is loaded, HarnessFailed afterwards.
+    """
+    location = _model_folder(place)
+    _check_options(options)
+    names, manager = _known_tasks(options)
+    from lm_eval import simple_evaluate
+
+    try:
+        result: Any = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": location, "dtype": "auto", "trust_remote_code": options.trust_remote_code},
+            tasks=names,
+            num_fewshot=options.fewshot,
+            batch_size=options.batch_size,
+            device=device_of(options.device),
+            limit=options.limit or None,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except Exception as error:  # whatever a task's own code raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HarnessFailed(f"the harness stopped at tasks {', '.join(names)}: {reason}") from error
+    return {
+        "format": FORMAT,
+        "model": str(place),
+        "tasks": {
+            name: {
+                "version": result["versions"].get(name),
+                "fewshot": result["n-shot"].get(name),
+                "samples": result["n-samples"].get(name, {}).get("effective"),
+                "metrics": _metrics(metrics),
+            }
+            for name, metrics in result["results"].items()
+        },
+    }
+
+
+def _model_folder(place: str | Path) -> str:
+    folder = open_checkpoint(place, StorageOptions())
+    read_object(folder, "config.json", "there is no config.json here", "name the output of `raymoe merge`")
+    location = output_location(place)
+    if is_url(location):
+        what = "the harness loads models from folders of this machine"
+        raise ProblemReport([Problem(where=location, what=what, remedy="copy the merge to a folder, and name that")])
+    return location
+
+
+def _check_options(options: HarnessOptions) -> None:
+    problems = list(device_problems(options.device))
+    if find_spec("lm_eval") is None:
+        what = "lm-evaluation-harness is not installed"
+        problems.append(Problem(where="--tasks", what=what, remedy=install_remedy("lm-eval")))
+    if not options.names:
+        remedy = "name tasks, such as arc_easy,hellaswag, or task files"
+        problems.append(Problem(where="--tasks", what="no task is named", remedy=remedy))
+    if options.include_path is not None and not options.include_path.is_dir():
+        what = "there is no such folder"
+        problems.append(Problem(where=f"--include-path {options.include_path}", what=what, remedy="name one"))
+    problems += [problem for name in options.names if _is_file_name(name) for problem in _file_problems(Path(name))]
+    numbers = (
+        ("--limit", options.limit, 0),
+        ("--fewshot", options.fewshot, 0),
+        ("--batch-size", options.batch_size, 1),
+    )
+    for option, number, least in numbers:
+        if number is not None and number < least:
+            problems.append(Problem(where=option, what=f"{number} is too small", remedy=f"give {least} or more"))
+    if problems:
+        raise ProblemReport(problems)
+
+
+def _file_problems(path: Path) -> Iterator[Problem]:
+    """What can be seen of a task file without the harness, which loads the model first."""
+    if not path.is_file():
+        yield Problem(where="--tasks", what=f"there is no file {path}", remedy="correct the path, or name a task")
+        return
+    try:
+        content = yaml.load(path.read_text(), _TaskLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        what = f"{path} can't be read: {' '.join(str(error).split())[:200]}"
+        yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
+        return
+    if not isinstance(content, Mapping) or not {"task", "group", "tag", "include"} & content.keys():
+        what = f"{path} is no task file: it has neither the key 'task' nor 'group'"
+        yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Task files name functions by tags; what they are does not matter here."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _known_tasks(options: HarnessOptions) -> tuple[list[str], Any]:
+    """The tasks by name, patterns resolved, and what knows them. Raises ProblemReport."""
+    from lm_eval.tasks import TaskManager
+
+    files = [name for name in options.names if _is_file_name(name)]
+    wanted = [name for name in options.names if not _is_file_name(name)]
+    folder = str(options.include_path) if options.include_path else None
+    # The harness' own tasks are thousands of files: they are read only if something is not found without them.
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if any(not manager.match_tasks([name]) for name in wanted):
+        manager = TaskManager(include_path=folder)
+    problems, names = [], []
+    for name in wanted:
+        found = manager.match_tasks([name])
+        names += found
+        if not found:
+            close = [] if glob.has_magic(name) else get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            remedy = f"{hint}`lm-eval ls tasks` lists them; tasks of your own need --include-path"
+            problems.append(Problem(where="--tasks", what=f"there is no task {name!r}", remedy=remedy))
+    if problems:
+        raise ProblemReport(problems)
+    return [*dict.fromkeys(names), *files], manager
+
+
+def _metrics(plain: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """'acc,none' and 'acc_stderr,none' as one entry; what is no number (aliases, names) is left out."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in plain.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = plain.get(f"{metric}_stderr,{kind}")
+        name = metric if kind == "none" else f"{metric} ({kind})"
+        found[name] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    return found

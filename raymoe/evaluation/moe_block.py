@@ -1,0 +1,88 @@
+"""One layer's experts and router as one module that stands where a dense layer has its FFN.
+
+Sizes: N tokens, E experts, K experts chosen for a token, H hidden. Only the experts that a token chose are computed
+for it. Formulas: transformers' modelling files of the hosts; for DeepSeek-MoE its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from raymoe.checkpoints.weight_table import RoutingRule
+
+__all__ = ["Choice", "MixtureFfn", "Route"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """How tokens find their experts, in place of the checkpoint's own rows: by other rows of the router (E, H) and of
+    the shared expert's gate, or with `forced` (texts,) each text's tokens to one expert, whatever any router says."""
+
+    router: torch.Tensor | None = None
+    shared_router: torch.Tensor | None = None
+    forced: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The chosen experts (N, K), highest score first, and their weights (N, K) in float32."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+class MixtureFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
+    """`tensors` by the names of `checkpoints.weight_table`. `route` may be set before a call; `choice` is the last
+    call's."""
+
+    def __init__(self, rule: RoutingRule, tensors: Mapping[str, torch.Tensor]) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self._rule, self._tensors = rule, dict(tensors)
+        self._activation = ACT2FN[rule.activation]
+        self.route = Route()
+        self.choice: Choice | None = None
+
+    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        states_NH = hidden_BTH.flatten(0, 1)
+        self.choice = self._choose(states_NH, hidden_BTH.shape[1])
+        output_NH = torch.zeros_like(states_NH)
+        for expert in range(self._rule.experts):
+            token, place = torch.where(self.choice.experts == expert)
+            if len(token):
+                weights = self.choice.weights[token, place, None].to(states_NH.dtype)
+                output_NH.index_add_(0, token, self._ffn(f"experts.{expert}", states_NH[token]) * weights)
+        if self._rule.shared:
+            output_NH += self._shared(states_NH)
+        return output_NH.reshape(hidden_BTH.shape)
+
+    def _choose(self, states_NH: torch.Tensor, tokens: int) -> Choice:
+        if self.route.forced is not None:
+            chosen = self.route.forced.repeat_interleave(tokens)[:, None]
+            return Choice(experts=chosen, weights=torch.ones(chosen.shape, device=states_NH.device))
+        router = self._tensors["router"] if self.route.router is None else self.route.router
+        scores_NE = torch.nn.functional.linear(states_NH, router)
+        if self._rule.scores == "sigmoid":
+            scores_NE = scores_NE.float().sigmoid()
+        else:
+            scores_NE = scores_NE.softmax(dim=-1, dtype=torch.float32)
+        weights, chosen = scores_NE.topk(self._rule.per_token, dim=-1)
+        if self._rule.renormalises:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Choice(experts=chosen, weights=weights)
+
+    def _shared(self, states_NH: torch.Tensor) -> torch.Tensor:
+        output_NH = self._ffn("shared", states_NH)
+        if not self._rule.gates_shared:
+            return output_NH
+        gate = self._tensors["shared_router"] if self.route.shared_router is None else self.route.shared_router
+        return torch.sigmoid(torch.nn.functional.linear(states_NH, gate)) * output_NH
+
+    def _ffn(self, name: str, states_NH: torch.Tensor) -> torch.Tensor:
+        linear, held = torch.nn.functional.linear, self._tensors
+        inner = self._activation(linear(states_NH, held[f"{name}.gate"])) * linear(states_NH, held[f"{name}.up"])
+        return linear(inner, held[f"{name}.down"])

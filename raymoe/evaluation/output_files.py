@@ -1,0 +1,115 @@
+"""The files that an evaluation leaves: eval.json and the page. Whether they can be written is asked at the start.
+
+Each is written beside its place and moved there whole: a full disk or a kill leaves the file that was there before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from raymoe.checkpoints.open_checkpoint import read_object
+from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.urls import is_url
+from raymoe.safe_text import json_text
+from raymoe.sources.local_folder import LocalFolder
+from raymoe.storage.atomic_file import is_special, linked_place, try_to_open, write_whole
+from raymoe.storage.file_names import RECORD_NAME, is_written_by_a_merge
+from raymoe.storage.locations import Inputs, replaced
+from raymoe.storage.outputs.open_output import output_location, unwritable
+
+__all__ = ["check_writable", "read_by_evaluation", "write_evaluation"]
+
+
+def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
+    """`files` by the option that names them. Raises ProblemReport for those that can't be written, for one that two
+    options name (the second would take the place of the first), and for one of the `inputs`."""
+    problems = []
+    owners: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        if problem := _wrong_place(option, path):
+            problems.append(problem)
+        elif owner := replaced(os.path.abspath(path), inputs or Inputs()):
+            what = f"this is {owner}, which would be replaced"
+            problems.append(Problem(where=f"{option} {path}", what=what, remedy="name another file"))
+        elif path.is_dir():
+            problems.append(Problem(where=f"{option} {path}", what="this is a folder", remedy="name a file"))
+        elif not path.absolute().parent.is_dir():
+            problems.append(Problem(where=f"{option} {path}", what="there is no such folder", remedy="make it first"))
+        elif (error := try_to_open(path)) is not None:
+            problems.append(_not_written(f"{option} {path}", error))
+        elif not is_special(path) and (owner := owners.setdefault(linked_place(path), option)) != option:
+            what = f"{owner} is to be written to this file too"
+            problems.append(Problem(where=f"{option} {path}", what=what, remedy="name two files"))
+    if problems:
+        raise ProblemReport(problems)
+
+
+def _wrong_place(option: str, path: Path) -> Problem | None:
+    try:
+        location = output_location(path)
+    except ValueError as error:
+        return Problem(where=option, what=str(error), remedy="name a local file")
+    return unwritable(str(path), location, option, "name a local file")
+
+
+def read_by_evaluation(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
+    """What an evaluation reads, as far as folders of this machine show it: the merge's own files, its sources' folders,
+    the texts, and task files. What is wrong with the merge is not said here."""
+    files = [("the file of texts", os.path.abspath(data))] if data is not None else []
+    files += [("a task file", os.path.abspath(name)) for name in (tasks or "").split(",") if name.strip()]
+    try:
+        location = output_location(checkpoint)
+    except ValueError:
+        location = ""
+    if is_url(location) or not os.path.isdir(location):
+        return Inputs(files=tuple(files))
+    record: Mapping[str, Any] = {}
+    with suppress(ProblemReport):
+        record = read_object(LocalFolder(location), RECORD_NAME, "", "")
+    recorded = record.get("files")
+    own = dict.fromkeys(recorded if isinstance(recorded, Mapping) else ())
+    own |= dict.fromkeys(name for name in os.listdir(location) if is_written_by_a_merge(name))
+    files += [("a file of the merge", os.path.join(location, name)) for name in own]
+    prompts = record.get("prompt_files")
+    names = [each.get("file") for each in (prompts if isinstance(prompts, list) else ()) if isinstance(each, Mapping)]
+    files += [
+        ("a file of prompts of the merge", name) for name in names if isinstance(name, str) and os.path.isabs(name)
+    ]
+    return Inputs(files=tuple(files), folders=tuple(_recorded_folders(record.get("sources"))))
+
+
+def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:
+    """Of a record's sources, which are not trusted to be what raymoe writes, those that are folders of this machine."""
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, Mapping):
+            owner, adapter = str(source.get("owner")), str(source.get("adapter") or "")
+            model = str(source.get("model")).removesuffix(f"+{adapter}")
+            yield from ((owner, folder) for folder in (model, adapter) if os.path.isabs(folder))
+
+
+def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Path | None) -> None:
+    """Raises ProblemReport if a file can't be written after all."""
+    if json_file is not None:
+        _write(json_file, json_text(result) + "\n")
+    if html is not None:
+        from raymoe.report.eval_page import evaluation_page
+
+        _write(html, evaluation_page(result))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise ProblemReport([_not_written(str(path), error)]) from None
+
+
+def _not_written(where: str, error: OSError) -> Problem:
+    what = f"it can't be written: {error.strerror or error}"
+    return Problem(where=where, what=what, remedy="name a file in a folder that you may write to, with space left")

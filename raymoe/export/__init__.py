@@ -1,0 +1,1 @@
+"""A merge in the formats of other programs."""

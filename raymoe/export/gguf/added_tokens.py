@@ -1,0 +1,170 @@
+"""Tokens that are found in a text before anything else: special ones, and those that were added later.
+
+A tokenizer.json has them in it. Beside a tokenizer.model they are in two other files, and both are read: what is there
+under one id has to be one text. Around them transformers may take spaces away, which llama.cpp does for files of one
+name only (`strip_warnings`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymoe.errors import Problem, ProblemReport, few
+from raymoe.formatting import some
+from raymoe.untrusted_files import check_size, read_json
+
+__all__ = [
+    "FILES",
+    "AddedToken",
+    "added_beside_model",
+    "added_of_json",
+    "name_problems",
+    "read_object",
+    "strip_warnings",
+    "two_texts",
+]
+
+FILES = "add the tokenizer files of the base model to the checkpoint's folder"
+_BY_TEXT = "added_tokens.json"
+_BY_ID = "added_tokens_decoder"
+_NAMED = 5  # of many problems
+# What llama.cpp does where the model's name has one of these: space behind special tokens is taken away, but for that
+# behind three of them; without any of the four there it does not load the file.
+# Source: "set attributes by model/tokenizer/architecture name" in its src/llama-vocab.cpp.
+_PHI3 = ("phi-3", "phi3")
+_PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_PHI3_NEEDS = frozenset({*_PHI3_KEEPS, "</s>"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedToken:
+    """`lstrip` and `rstrip`: the space before it, or behind it, is taken away with it."""
+
+    number: int
+    text: str
+    special: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+def added_of_json(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
+    """Those of a tokenizer.json."""
+    return [_token(added["id"], added) for added in tokenizer.get("added_tokens") or ()]
+
+
+def added_beside_model(files: Mapping[str, Path], config: Mapping[str, Any]) -> list[AddedToken]:
+    """Those of a folder without tokenizer.json: `added_tokens.json`, and `added_tokens_decoder` of the tokenizer's
+    config, which says more of them. Raises ProblemReport for what is none, and for two texts under one id.
+    """
+    found: dict[int, AddedToken] = {}
+    problems: list[Problem] = []
+    special = set(_special_texts(config))
+    for where, token in _stated(files, config, special):
+        if len(problems) > _NAMED:
+            break
+        if token is None:
+            what = f"{_BY_TEXT if where.endswith(_BY_TEXT) else _BY_ID} has an entry that is no token with an id"
+            problems.append(Problem(where=where, what=what, remedy=FILES))
+            continue
+        known = found.get(token.number)
+        if known is not None and known.text != token.text:
+            problems.append(two_texts(where, token.number, known.text, token.text))
+        found[token.number] = token
+    if problems:
+        raise ProblemReport(few(problems, _NAMED))
+    return list(found.values())
+
+
+def two_texts(where: str, number: int, first: str, second: str) -> Problem:
+    remedy = "leave the right one: the files are of two tokenizers, or one of them was edited"
+    return Problem(where=where, what=f"token {number} is both {first!r} and {second!r}", remedy=remedy)
+
+
+def _stated(
+    files: Mapping[str, Path], config: Mapping[str, Any], special: Collection[str]
+) -> Iterator[tuple[str, AddedToken | None]]:
+    """(file, token) of all entries, None for what is no token."""
+    if path := files.get(_BY_TEXT):
+        for text, number in read_object(path).items():
+            yield str(path), _checked(number, {"content": text}, special)
+    by_id = config.get(_BY_ID) or {}
+    for number, said in by_id.items() if isinstance(by_id, Mapping) else [(None, by_id)]:
+        whole = int(number) if isinstance(number, str) and number.isdecimal() else None
+        yield str(files["tokenizer_config.json"]), _checked(whole, said, special)
+
+
+def _checked(number: Any, said: Any, special: Collection[str]) -> AddedToken | None:
+    is_token = isinstance(said, Mapping) and isinstance(said.get("content"), str)
+    if not is_token or not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        return None
+    return _token(number, {**said, "special": said.get("special") or said["content"] in special})
+
+
+def _token(number: int, said: Mapping[str, Any]) -> AddedToken:
+    flags = {name: bool(said.get(name)) for name in ("special", "lstrip", "rstrip")}
+    return AddedToken(number=number, text=said["content"], **flags)
+
+
+def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Texts that the tokenizer's config calls special: `bos_token` and its like, and lists of others."""
+    for key, value in config.items():
+        if not key.endswith(("_token", "_special_tokens")):
+            continue
+        for said in value if isinstance(value, list) else [value]:
+            text = said.get("content") if isinstance(said, Mapping) else said
+            if isinstance(text, str):
+                yield text
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ProblemReport for a file that is none."""
+    try:
+        check_size(path.stat().st_size)
+        content = read_json(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
+    if not isinstance(content, dict):
+        raise ProblemReport([Problem(where=str(path), what=f"this is no {path.name}", remedy=FILES)])
+    return content
+
+
+# --- what llama.cpp makes of the space around them
+
+
+def name_problems(name: str, texts: Collection[str], label: str) -> list[Problem]:
+    """A name with which llama.cpp would not load the file. `texts` are those of all tokens."""
+    missing = sorted(_PHI3_NEEDS - set(texts))
+    if not _is_phi3(name) or not missing:
+        return []
+    what = f"llama.cpp takes the name {name!r} for Phi-3's, and loads no such file without {', '.join(missing)}"
+    return [Problem(where=label, what=what, remedy="give it a name without phi-3: --name NAME, or another file name")]
+
+
+def strip_warnings(
+    added: Sequence[AddedToken], special: Collection[str], texts: Collection[str], name: str
+) -> list[str]:
+    """Tokens around which transformers and llama.cpp differ. `special` are the texts of all that are found first."""
+    left = [token.text for token in added if token.lstrip]
+    right = {token.text for token in added if token.rstrip}
+    phi3 = (set(special) | {"</s>"}) - _PHI3_KEEPS
+    warnings = []
+    if left:
+        warnings.append(f"space before {some(left)} goes with the token in transformers, and stays in llama.cpp")
+    if stays := right - (phi3 if _is_phi3(name) else set()):
+        text = f"space behind {some(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
+        if right == phi3 and set(texts) >= _PHI3_NEEDS:
+            text += "; a --name with phi-3 in it makes llama.cpp do the same"
+        warnings.append(text)
+    if _is_phi3(name) and (goes := phi3 - right):
+        warnings.append(
+            f"the name {name!r} makes llama.cpp take away the space behind {some(sorted(goes))}, which transformers "
+            "leaves: a --name without phi-3 in it does not"
+        )
+    return warnings
+
+
+def _is_phi3(name: str) -> bool:
+    return any(part in name.lower() for part in _PHI3)

@@ -1,0 +1,221 @@
+"""`write_gguf`: everything is looked at and refused first, then the file is written from front to back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from raymoe.architectures.moe_architecture import EMPTY_SHARED_WIDTH
+from raymoe.errors import Problem, ProblemReport
+from raymoe.export.gguf.encode import TensorEncoder
+from raymoe.export.gguf.input_model import ConvertedModel, open_model
+from raymoe.export.gguf.llama_cpp_archs import Target, choose_target
+from raymoe.export.gguf.metadata import add_metadata
+from raymoe.export.gguf.mixture_checks import is_zero
+from raymoe.export.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
+from raymoe.export.gguf.pretokenizer import KNOWN
+from raymoe.export.gguf.staging_file import PartFile, new_file, output_without_room
+from raymoe.export.gguf.tensor_layout import GgufTensor, file_tensors
+from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from raymoe.formatting import human_bytes
+from raymoe.report.progress_line import LiveLine
+from raymoe.storage.locations import replaced
+
+__all__ = ["GgufFile", "write_gguf"]
+
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT: every tensor begins at a multiple
+_NO_DTYPE = np.dtype(np.float32)  # asked for by the writer, which goes by `raw_dtype`
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFile:
+    """A file that was written: `size` in bytes, `parameters` the numbers in its tensors."""
+
+    path: Path
+    size: int
+    architecture: str
+    type: str
+    tensors: int
+    parameters: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Conversion:
+    """All that is known before the first byte is written."""
+
+    model: ConvertedModel
+    target: Target
+    vocabulary: Vocabulary
+    tensors: tuple[GgufTensor, ...]
+    type: TensorType
+    name: str
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(tensor.nbytes + -tensor.nbytes % _ALIGNMENT for tensor in self.tensors)
+
+
+def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | None = None) -> GgufFile:
+    """Write the checkpoint, or the merge of the config (.yaml), `source` as the GGUF file `output`.
+
+    Raises ProblemReport, and leaves no file, with everything that is wrong.
+    """
+    options = options or GgufOptions()
+    path = Path(output).expanduser().absolute()
+    problems = list(option_problems(options))
+    with ExitStack() as stack:
+        file = _collect(problems, lambda: stack.enter_context(new_file(output, overwrite=options.overwrite)))
+        model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
+        if model is None or not has_gguf():
+            raise ProblemReport(problems)
+        conversion = _conversion(model, path, options, problems)
+        assert file is not None
+        progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
+        model.prepare(progress.stage)
+        with file.writing():
+            _write(conversion, file, progress)
+            model.check_unchanged()
+            file.commit()
+    return GgufFile(
+        path=path,
+        size=path.stat().st_size,
+        architecture=conversion.target.architecture.name,
+        type=conversion.type.name,
+        tensors=len(conversion.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in conversion.tensors),
+        warnings=(
+            *model.warnings,
+            *conversion.target.warnings,
+            *conversion.vocabulary.warnings,
+            *_pre_warnings(options),
+            *_type_warnings(conversion),
+        ),
+    )
+
+
+def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except ProblemReport as report:
+        problems += report.problems
+        return None
+
+
+def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
+    """Raises ProblemReport with `problems` and all others."""
+    spec, name = model.spec, options.name or path.stem
+    if owner := replaced(str(path), model.inputs):
+        what = f"this is {owner}, which is read"
+        problems.append(Problem(where=str(path), what=what, remedy="name another file"))
+    target = _collect(
+        problems,
+        lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),
+    )
+    vocabulary = _collect(
+        problems,
+        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, name=name, label=model.label),
+    )
+    if problems or target is None or vocabulary is None:
+        raise ProblemReport(problems)
+    # No type of ggml's matrices is as wide as F64.
+    own = model.weights["model.embed_tokens.weight"].dtype.lower()
+    kind = TYPES[(options.type or own.replace("f64", "f32")).lower()]
+    conversion = _Conversion(
+        model=model,
+        target=target,
+        vocabulary=vocabulary,
+        tensors=file_tensors(spec, target, model.weights, kind),
+        type=kind,
+        name=name,
+    )
+    if problems := output_without_room(path, conversion.data_bytes):
+        raise ProblemReport(problems)
+    return conversion
+
+
+def _shared_is_empty(model: ConvertedModel) -> bool:
+    """Whether the shared expert is the one of zeros that some hosts have without one; its last matrices are read."""
+    ending = f".{model.spec.family.ffn}.shared.down"
+    downs = [entry for name, entry in model.weights.items() if name.endswith(ending)]
+    if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
+        return False
+    return all(is_zero(entry, model.chunks) for entry in downs)
+
+
+def _pre_warnings(options: GgufOptions) -> list[str]:
+    if options.pre is None or options.pre in KNOWN:
+        return []
+    return [
+        f"--pre {options.pre}: this is none of those that raymoe can tell ({', '.join(KNOWN)}); a file with a name "
+        "that llama.cpp does not know can't be loaded"
+    ]
+
+
+def _type_warnings(conversion: _Conversion) -> list[str]:
+    odd = [t for t in conversion.tensors if conversion.type.is_quantised and t.type.name == "f16"]
+    if not odd:
+        return []
+    return [f"{len(odd)} tensors are f16: their rows are no multiple of {conversion.type.block} ({odd[0].name}, ...)"]
+
+
+def _write(conversion: _Conversion, file: PartFile, progress: GgufProgress) -> None:
+    _write_header(conversion, file.part)
+    file.continue_after_header(conversion.data_bytes)
+    file.append(bytes(-file.size % _ALIGNMENT))
+    progress.stage("writing")
+    with TensorEncoder(conversion.model.chunks) as encoder:
+        for tensor in conversion.tensors:
+            start = file.size
+            for piece in encoder.bytes_of(tensor):
+                file.append(piece)
+                progress.written(len(piece))
+            assert file.size - start == tensor.nbytes, f"{tensor.name}: {file.size - start} bytes"
+            file.append(bytes(-file.size % _ALIGNMENT))
+
+
+def _write_header(conversion: _Conversion, part: Path) -> None:
+    """Everything before the tensors' bytes, by the gguf package."""
+    import gguf
+
+    writer = gguf.GGUFWriter(part, conversion.target.architecture.name)
+    try:
+        for tensor in conversion.tensors:
+            number = gguf.GGMLQuantizationType(tensor.type.number)
+            writer.add_tensor_info(tensor.name, tensor.shape, _NO_DTYPE, tensor.nbytes, raw_dtype=number)
+        add_metadata(
+            writer,
+            name=conversion.name,
+            spec=conversion.model.spec,
+            card=conversion.model.card,
+            target=conversion.target,
+            tensors=conversion.tensors,
+            vocabulary=conversion.vocabulary,
+            kind=conversion.type,
+        )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+class GgufProgress(LiveLine):
+    """Counts the bytes of tensors that have been written."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        super().__init__(lambda done, whole: f"{human_bytes(done)} of {human_bytes(whole)}", total=total, quiet=quiet)
+
+    def stage(self, name: str) -> None:
+        """What comes next."""
+        self._next(name)
+
+    def written(self, count: int) -> None:
+        self.add(count)

@@ -1,0 +1,122 @@
+"""The bytes of a tensor as the file has them: taken over as they are, or block by block in another order or type.
+
+A block is whole rows of about `_BLOCK_ELEMENTS`, whole units where rows change places (`changes.Change`). Blocks are
+converted a few ahead by threads, so that at any time only some of them are in memory, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.export.gguf.mixture_checks import Chunks
+from raymoe.export.gguf.options import TensorType
+from raymoe.export.gguf.tensor_layout import GgufTensor
+from raymoe.export.gguf.tensor_ops import AS_IT_IS
+from raymoe.sources.facts import TensorEntry
+from raymoe.storage.transform import NUMPY_DTYPES
+
+__all__ = ["TensorEncoder"]
+
+_BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32
+_THREADS = min(4, os.cpu_count() or 1)
+
+Float32 = npt.NDArray[np.float32]
+
+
+class TensorEncoder:
+    """Gives the bytes of tensors, one after the other. A context manager: it has threads."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="encode")
+
+    def __enter__(self) -> TensorEncoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def bytes_of(self, tensor: GgufTensor) -> Iterator[memoryview]:
+        """All bytes in order; a piece is valid until the next one. Raises ProblemReport for values that don't fit."""
+        if not tensor.sources:
+            yield memoryview(np.array(tensor.values, dtype=np.float32).tobytes())
+        for entry in tensor.sources:
+            if entry.dtype.lower() == tensor.type.name and tensor.change == AS_IT_IS:
+                yield from self._chunks(entry)
+            else:
+                yield from self._converted(tensor, entry)
+
+    def _converted(self, tensor: GgufTensor, entry: TensorEntry) -> Iterator[memoryview]:
+        under_way = deque[Future[memoryview]]()
+        try:
+            for block in _row_blocks(entry, tensor.change.unit, self._chunks):
+                under_way.append(self._pool.submit(_encoded, tensor, entry, block))
+                if len(under_way) > _THREADS:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for left in under_way:
+                left.cancel()
+
+
+def _row_blocks(entry: TensorEntry, unit: int, chunks: Chunks) -> Iterator[bytearray]:
+    """The tensor's bytes cut into blocks of whole units of rows, a buffer of its own each."""
+    width = math.prod(entry.shape[1:])
+    rows = max(1, _BLOCK_ELEMENTS // width // unit) * unit
+    size = rows * width * np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize
+    left = entry.nbytes
+    block, filled = bytearray(min(size, left)), 0
+    for chunk in chunks(entry):
+        while len(chunk):
+            count = min(len(chunk), len(block) - filled)
+            block[filled : filled + count] = chunk[:count]
+            chunk, filled = chunk[count:], filled + count
+            if filled == len(block):
+                yield block
+                left -= filled
+                block, filled = bytearray(min(size, left)), 0
+    assert not left, f"{entry.name}: {left} bytes too few"
+
+
+def _encoded(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryview:
+    source: npt.NDArray[np.generic] = np.frombuffer(block, dtype=NUMPY_DTYPES[entry.dtype])
+    rows = source.astype(np.float32, copy=False).reshape(-1, math.prod(entry.shape[1:]))
+    encoded = _as_type(tensor.change(rows), tensor.type)
+    if encoded is None:
+        if np.isfinite(rows).all():
+            what, remedy = f"holds values beyond 65504, which {tensor.type.name} can't", "write --type bf16"
+        else:
+            what, remedy = (
+                "holds values that are not finite numbers",
+                "a source model's weights are damaged: get them again",
+            )
+        raise ProblemReport([Problem(where=entry.name, what=what, remedy=remedy)])
+    return np.ascontiguousarray(encoded).reshape(-1).view(np.uint8).data
+
+
+def _as_type(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:
+    """None where a value has no place in the type."""
+    if kind.name == "f32":
+        return rows
+    if kind.name == "bf16":
+        return rows.astype(ml_dtypes.bfloat16)
+    if kind.name == "f16":
+        with np.errstate(over="ignore"):
+            halves = rows.astype(np.float16)
+        return halves if np.isfinite(halves).all() else None
+    if not np.isfinite(rows).all():
+        return None
+    import gguf
+
+    quantised: npt.NDArray[np.generic] = gguf.quantize(rows, gguf.GGMLQuantizationType(kind.number))
+    return quantised

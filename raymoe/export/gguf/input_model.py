@@ -1,0 +1,241 @@
+"""What is converted: a checkpoint that exists, or the merge that a config describes, which is not written for it.
+
+Both come as the same thing, tensors with a way to get their bytes. Those of a merge are made from its plan's parts as
+they are asked for, in the order of the GGUF file; only the routers are computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raymoe.architectures import DenseSpec
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.checkpoints.weight_table import EvaluatedModel, RoutingRule, dense_model, mixture_model
+from raymoe.compute import device_of
+from raymoe.config import config_warnings, load_config, storage_note
+from raymoe.config.model_refs import ModelRef, PathRef
+from raymoe.console import say
+from raymoe.errors import Problem, ProblemReport
+from raymoe.export.gguf.llama_cpp_archs import AS_WRITTEN, DENSE, MIXTURES
+from raymoe.export.gguf.mixture_checks import Chunks, check_mixture
+from raymoe.export.gguf.options import GgufOptions
+from raymoe.object_store.urls import is_url
+from raymoe.planning import MergePlan
+from raymoe.planning.plan import Shard
+from raymoe.planning.plan_merge import plan_merge
+from raymoe.report.model_card import card_metadata
+from raymoe.report.source_metadata import front_matter_of, source_cards
+from raymoe.sources.facts import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
+from raymoe.sources.resolve import fetch_side_files, resolve_model
+from raymoe.storage.file_names import RECORD_NAME
+from raymoe.storage.locations import Inputs, named_inputs
+from raymoe.storage.outputs.open_output import output_location
+from raymoe.storage.shard_stream import RouterBytes, shard_range
+from raymoe.storage.source_reader import SourceReader
+
+__all__ = ["ConvertedModel", "open_model"]
+
+# Mixtures that raymoe writes, but not as GGUF.
+_NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedModel:
+    """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `checkpoints/weight_table.py`).
+
+    `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
+    names in the folder. `inputs` are the files that are read. `prepare` computes what is not in any file, and has to be
+    called before `chunks`; `check_unchanged`, after all of them, raises CheckpointError if a source was written.
+    """
+
+    label: str
+    spec: DenseSpec
+    rule: RoutingRule | None
+    config: Mapping[str, Any]
+    card: Mapping[str, Any]
+    weights: Mapping[str, TensorEntry]
+    files: Mapping[str, Path]
+    warnings: tuple[str, ...]
+    chunks: Chunks
+    prepare: Callable[[Callable[[str], None]], None]
+    check_unchanged: Callable[[], None]
+    inputs: Inputs = field(default_factory=Inputs)
+
+
+@contextmanager
+def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+    """A checkpoint in a folder or at a URL, or a config (.yaml) of a merge. Raises ProblemReport with what is wrong."""
+    path = Path(source).expanduser()
+    # What is no folder is a config, unless it is a file of a checkpoint.
+    is_config = path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and not _is_of_a_checkpoint(path))
+    if not is_url(str(source)) and is_config and not path.is_dir():
+        with _planned(path, options) as model:
+            yield model
+        return
+    if not is_url(str(source)) and path.is_file():
+        remedy = "name the folder of a checkpoint, or the config of a merge"
+        raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
+    if options.of_config:
+        what, remedy = "means nothing for a checkpoint", "leave it out, or name the config of a merge"
+        raise ProblemReport([Problem(where=", ".join(options.of_config), what=what, remedy=remedy)])
+    card = front_matter_of(open_checkpoint(source, options.storage))
+    facts = resolve_model(ModelRef(model=PathRef(path=output_location(source))), options.hub, options.storage)
+    with SourceReader(options.hub, options.storage) as reader:
+        yield _model(
+            facts,
+            options,
+            card=card,
+            chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
+            prepare=lambda tell: None,
+            inputs=_files((*facts.index.files, *(side.file for side in facts.side_files))),
+            check_unchanged=reader.check_unchanged,
+        )
+
+
+def _files(files: Iterable[SourceFile]) -> Inputs:
+    return Inputs(files=tuple(("a file of the model", file.location) for file in files))
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name in ("config.json", RECORD_NAME)
+
+
+@contextmanager
+def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+    checked = load_config(config, allow_all_same=options.allow_all_same)
+    if not options.quiet and (note := storage_note(checked.storage)):
+        say(f"note: {note}")
+    plan = plan_merge(checked, options.merge, hub=options.hub, allow_all_same=True)
+    options = replace(options, storage=checked.storage)
+    with SourceReader(options.hub, options.storage) as reader:
+        parts = _PlannedParts(plan, reader, options)
+        facts = _facts_of(plan, config, config_warnings(checked))
+        card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
+        models = _files(file for source in plan.sources for file in source.files)
+        yield _model(
+            facts,
+            options,
+            card=card,
+            chunks=parts.chunks,
+            prepare=parts.prepare,
+            inputs=named_inputs(checked, config, models),
+            check_unchanged=reader.check_unchanged,
+        )
+
+
+class _PlannedParts:
+    """The tensors of a merge, made from its sources one by one."""
+
+    def __init__(self, plan: MergePlan, reader: SourceReader, options: GgufOptions) -> None:
+        self._plan, self._reader, self._options = plan, reader, options
+        self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
+        self._router: RouterBytes | None = None
+
+    def prepare(self, tell: Callable[[str], None]) -> None:
+        """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
+        from raymoe.compute import limit_threads
+        from raymoe.routers.in_process import gate_rows_here
+        from raymoe.routers.router_matrices import router_bytes
+
+        stage = [""]
+
+        def begun(what: str) -> None:
+            stage[:] = [what]
+            tell(what)
+
+        limit_threads()
+        rows, _ = gate_rows_here(
+            self._plan.gates,
+            self._reader,
+            device=device_of(self._options.device),
+            trust_remote_code=self._options.trust_remote_code,
+            layer_done=lambda tokens: tell(stage[-1]),
+            begun=begun,
+        )
+        self._reader.release()
+        self._router = router_bytes(self._plan.gates, rows)
+
+    def chunks(self, entry: TensorEntry) -> Iterator[memoryview]:
+        shard = self._shards[entry.file.name]
+        return shard_range(shard, entry.start, entry.end, self._reader, self._router)
+
+
+def _facts_of(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
+    """The checkpoint that the merge would leave: same names, dtypes and shapes, files that are not there."""
+    tensors = {}
+    for shard in plan.shards:
+        file = SourceFile(location=f"{config}/{shard.file_name}", size=shard.nbytes)
+        for whole, group in groupby(shard.parts, key=lambda part: part.tensor):
+            parts = list(group)
+            tensors[whole.name] = TensorEntry(
+                name=whole.name,
+                dtype=parts[0].dtype,
+                shape=whole.shape,
+                file=file,
+                start=parts[0].start,
+                end=parts[-1].end,
+            )
+    return ModelFacts(
+        ref=ModelRef(model=PathRef(path=str(config))),
+        label=f"the merge of {config}",
+        revision=None,
+        config=plan.config,
+        index=CheckpointIndex(files=(), tensors=tensors),
+        side_files=plan.gates.tokenizer_files,
+        warnings=(*warnings, *plan.warnings),
+    )
+
+
+def _model(
+    facts: ModelFacts,
+    options: GgufOptions,
+    *,
+    card: Mapping[str, Any],
+    chunks: Chunks,
+    prepare: Callable[[Callable[[str], None]], None],
+    inputs: Inputs,
+    check_unchanged: Callable[[], None],
+) -> ConvertedModel:
+    found = _evaluated(facts)
+    if found.rule is not None:
+        check_mixture(facts, found, chunks)
+    return ConvertedModel(
+        label=facts.label,
+        spec=found.spec,
+        rule=found.rule,
+        config=facts.config,
+        card=card,
+        weights={name: ref.entry for name, ref in found.weights.items()},
+        files=fetch_side_files(facts, options.hub, options.storage),
+        warnings=facts.warnings,
+        chunks=chunks,
+        prepare=prepare,
+        inputs=inputs,
+        check_unchanged=check_unchanged,
+    )
+
+
+def _evaluated(facts: ModelFacts) -> EvaluatedModel:
+    """The model as a table of weights by role. Raises ProblemReport for what raymoe can't convert."""
+    model_type = facts.config.get("model_type")
+    if model_type in DENSE:
+        return dense_model(facts, "checkpoint")
+    if model_type not in MIXTURES:
+        why = _NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
+        remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
+        if model_type not in _NOT_CONVERTED:
+            remedy += "; for others there is llama.cpp's own convert_hf_to_gguf.py"
+        what = f"model_type is {model_type!r}, {why}"
+        raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])
+    try:
+        return mixture_model(facts)
+    except ProblemReport as report:
+        # The remedies there speak of evaluating.
+        raise ProblemReport([replace(p, remedy=AS_WRITTEN) for p in report.problems]) from None

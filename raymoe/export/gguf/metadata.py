@@ -1,0 +1,212 @@
+"""The keys of a GGUF file: what llama.cpp builds the model from, and the tokenizer.
+
+Source of keys and meanings: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what the architectures in
+llama.cpp's src/models ask for (`load_arch_hparams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raymoe.architectures import DenseSpec
+from raymoe.architectures.tensor_tables import ATTENTION, LINEAR
+from raymoe.checkpoints.weight_table import RoutingRule
+from raymoe.export.gguf.llama_cpp_archs import Target, rope_base
+from raymoe.export.gguf.options import TensorType
+from raymoe.export.gguf.tensor_layout import GgufTensor
+from raymoe.export.gguf.vocabulary import Vocabulary
+from raymoe.report.source_metadata import is_model_of_hub, stated_licence, texts_of
+
+__all__ = ["add_metadata"]
+
+# Of layers with a state: kernel of the convolution, channels, numbers in a state, heads, groups (of heads of keys).
+_STATE_SIZES = {
+    "granitehybrid": ("mamba_d_conv", "mamba_n_heads*mamba_d_head", "mamba_d_state", "mamba_n_heads", "mamba_n_groups"),
+    "qwen35moe": (
+        *("linear_conv_kernel_dim", "linear_num_value_heads*linear_value_head_dim", "linear_key_head_dim"),
+        *("linear_num_value_heads", "linear_num_key_heads"),
+    ),
+}
+_QUANTISATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
+
+
+def add_metadata(
+    writer: Any,
+    *,
+    name: str,
+    spec: DenseSpec,
+    card: Mapping[str, Any],
+    target: Target,
+    tensors: Sequence[GgufTensor],
+    vocabulary: Vocabulary,
+    kind: TensorType,
+) -> None:
+    """Add every key to a GGUFWriter of the target's architecture; the tensors have been added before."""
+    from gguf.utility import size_label
+
+    writer.add_type("model")
+    writer.add_name(name)
+    _add_origin(writer, card)
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    writer.add_file_type(kind.file_type)
+    if kind.is_quantised:
+        writer.add_quantization_version(_QUANTISATION_VERSION)
+    _add_sizes(writer, spec, target)
+    if target.rule is None:
+        writer.add_feed_forward_length(spec.intermediate)
+    else:
+        _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
+    _add_rope(writer, spec)
+    if target.architecture.name in ("granite", "granitemoe", "granitehybrid", "granite_swa"):
+        _add_multipliers(writer, spec)
+    elif target.architecture.name == "cohere2moe":
+        writer.add_logit_scale(spec.extra["logit_scale"])
+    _add_own(writer, spec, target.architecture.name)
+    _add_vocabulary(writer, vocabulary)
+
+
+def _add_origin(writer: Any, card: Mapping[str, Any]) -> None:
+    """What a model card says of licence, languages, tags, and the models of the Hub that it was made from."""
+    if licence := stated_licence(card):
+        writer.add_license(licence.name)
+        if licence.title:
+            writer.add_license_name(licence.title)
+        if licence.link:
+            writer.add_license_link(licence.link)
+    if bases := [base for base in texts_of(card.get("base_model")) if is_model_of_hub(base)]:
+        writer.add_base_model_count(len(bases))
+        for number, base in enumerate(bases):
+            organisation, _, base_name = base.rpartition("/")
+            writer.add_base_model_name(number, base_name)
+            writer.add_base_model_organization(number, organisation)
+            writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
+    if tags := texts_of(card.get("tags")):
+        writer.add_tags(list(tags))
+    if languages := texts_of(card.get("language")):
+        writer.add_languages(list(languages))
+
+
+def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
+    architecture = target.architecture
+    writer.add_block_count(spec.layers)
+    writer.add_context_length(target.context)
+    writer.add_embedding_length(spec.hidden)
+    writer.add_head_count(spec.heads)
+    writer.add_vocab_size(spec.vocab)
+    if architecture.name == "deepseek2":
+        _add_latent(writer, spec)
+    else:
+        # A layer without heads is one with a short convolution, or with Mamba.
+        kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
+        writer.add_head_count_kv(kv_heads if kv_heads and architecture.name != "qwen35moe" else spec.kv_heads)
+        writer.add_key_length(spec.head_dim)
+        writer.add_value_length(spec.head_dim)
+    if architecture.name == "cohere2moe":
+        writer.add_layer_norm_eps(spec.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    if architecture.name == "lfm2moe":
+        writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
+    if architecture.windows:
+        # Some layer has to have a window: where none has (Granite's), all get one that ends with the context.
+        has_windows = any(spec.sliding_layers)
+        writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
+        writer.add_sliding_window_pattern(spec.sliding_layers if has_windows else (True,) * spec.layers)
+
+
+def _add_latent(writer: Any, spec: DenseSpec) -> None:
+    """Of attention whose keys and values are made of latent numbers: all heads have the same, and so one of each."""
+    latent, turned = spec.extra["kv_lora_rank"], spec.extra["qk_rope_head_dim"]
+    writer.add_head_count_kv(1)
+    writer.add_key_length(latent + turned)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(spec.extra["qk_nope_head_dim"] + turned)
+    writer.add_value_length_mla(spec.extra["v_head_dim"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_q_lora_rank(spec.extra["q_lora_rank"] or 0)
+
+
+def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
+    """Keys that only one architecture has."""
+    if architecture in _STATE_SIZES:
+        kernel, inner, state, heads, groups = map(spec.size_of, _STATE_SIZES[architecture])
+        writer.add_ssm_conv_kernel(kernel)
+        writer.add_ssm_inner_size(inner)
+        writer.add_ssm_state_size(state)
+        writer.add_ssm_time_step_rank(heads)
+        writer.add_ssm_group_count(groups)
+    if architecture == "granite_swa":
+        ropes = [bool(theta) for theta in spec.extra["layer_rope_theta"]]
+        writer.add_array("granite_swa.attention.rope_pattern", ropes)
+    elif architecture == "granitehybrid":
+        writer.add_rope_scaling_finetuned(spec.extra["position_embedding_type"] == "rope")
+    elif architecture == "qwen35moe":
+        writer.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in spec.kinds])
+        # Older versions know every n-th layer with attention only.
+        every = spec.kinds.index(ATTENTION) + 1
+        if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
+            writer.add_full_attention_interval(every)
+        # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
+        pairs = spec.rotary_dim // 2
+        writer.add_rope_dimension_sections([len(range(axis, pairs, 3)) for axis in range(3)] + [0])
+
+
+def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
+    from gguf import ExpertGatingFuncType
+
+    architecture = target.architecture.name
+    width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
+    # Where an architecture has both lengths, this one is that of layers without experts, of which there are none.
+    writer.add_feed_forward_length(width)
+    writer.add_expert_count(rule.experts)
+    writer.add_expert_used_count(rule.per_token)
+    if architecture != "llama":
+        writer.add_expert_feed_forward_length(width)
+    if architecture in ("bailingmoe", "cohere2moe", "deepseek2", "glm4moe", "lfm2moe"):
+        writer.add_leading_dense_block_count(0)
+        writer.add_expert_gating_func(ExpertGatingFuncType[rule.scores.upper()])
+        writer.add_expert_weights_scale(1.0)
+        writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
+    if target.shared:
+        shared = tensors["blk.0.ffn_down_shexp.weight"].shape[1]
+        if architecture in ("bailingmoe", "deepseek2", "glm4moe"):
+            writer.add_expert_shared_count(shared // width)
+        else:
+            writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _add_multipliers(writer: Any, spec: DenseSpec) -> None:
+    """Granite's: of the embedding, of what every block adds, of attention's scores, and what logits are divided by."""
+    writer.add_embedding_scale(spec.extra["embedding_multiplier"])
+    writer.add_residual_scale(spec.extra["residual_multiplier"])
+    writer.add_attention_scale(spec.extra["attention_multiplier"])
+    writer.add_logit_scale(spec.extra["logits_scaling"])
+
+
+def _add_rope(writer: Any, spec: DenseSpec) -> None:
+    from gguf import RopeScalingType
+
+    writer.add_rope_dimension_count(spec.rotary_dim)
+    scaling = spec.rope_scaling or {"rope_type": "default"}
+    writer.add_rope_freq_base(rope_base(spec))
+    # Llama 3's is in the tensor rope_freqs, and dynamic scaling only begins where the context of the file ends.
+    if scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    elif scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or spec.max_positions)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    vocabulary.special.add_to_gguf(writer, quiet=True)

@@ -1,0 +1,108 @@
+"""Whether a mixture is one of raymoe's: what a GGUF file of it would leave out or get wrong is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from math import isclose
+from typing import Any
+
+import numpy as np
+
+from raymoe.architectures import MoeShape, host_of
+from raymoe.architectures.rope import is_number
+from raymoe.checkpoints.weight_table import EvaluatedModel
+from raymoe.errors import Problem, ProblemReport
+from raymoe.export.gguf.llama_cpp_archs import AS_WRITTEN
+from raymoe.sources.facts import ModelFacts, TensorEntry
+from raymoe.sources.output_head import HEAD
+
+__all__ = ["Chunks", "check_mixture", "is_zero"]
+
+Chunks = Callable[[TensorEntry], Iterator[memoryview]]
+"""The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
+
+# ERNIE's, GLM's and DeepSeek's addition to router scores, on which only the choice of experts depends: a merge's is 0.
+_ADDED = "e_score_correction_bias"
+# Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
+# back what transformers adds to a sum and llama.cpp does not.
+_PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
+_NEARLY = 3e-6
+# Keys of a host that are no switch: what the dense model or `_shapes` is made of, in any of its forms, and what has
+# nothing to do with the probability of a token.
+_READ_ELSEWHERE = frozenset(
+    {
+        *("attention_bias", "head_dim", "layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling"),
+        *("max_window_layers", "sliding_window", "use_qk_norm", "use_sliding_window"),
+        *("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier", "layer_rope_theta"),
+        *("layer_norm_eps", "norm_eps", "moe_intermediate_size", "n_shared_experts", "num_shared_experts"),
+        *("shared_expert_intermediate_size", "shared_intermediate_size"),
+        *("auto_map", "num_nextn_predict_layers", "output_router_logits"),
+    }
+)
+_SHOWN = 4
+
+
+def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
+    """Whether every number of a tensor is zero; it is read as far as that takes."""
+    return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
+
+
+def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
+    """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
+
+    Additions to router scores of zeros are no loss; other tensors, sizes and settings than raymoe writes are. A setting
+    that the config leaves out is taken for the one that raymoe writes.
+    """
+    used = {ref.entry.name for ref in model.weights.values()}
+    left = []
+    for name, entry in sorted(facts.index.tensors.items()):
+        if name in used or name.endswith(model.spec.family.ignored) or (name == HEAD and model.spec.tied):
+            continue
+        if not name.endswith(_ADDED) or not is_zero(entry, chunks):
+            left.append(name)
+    found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
+    for name, expected in _shapes(model):
+        if (shape := model.weights[name].entry.shape) != expected:
+            found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
+    for key, written in _switches(facts, model).items():
+        value = facts.config.get(key)
+        if value is not None and not _same(value, written):
+            found.append(f"{key} is {json.dumps(value):.80}, and only {json.dumps(written):.80} is converted")
+    if found:
+        raise ProblemReport([Problem(where=facts.label, what=what, remedy=AS_WRITTEN) for what in found[:_SHOWN]])
+
+
+def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
+    """The keys by which a host of transformers computes one thing or another, with the values that raymoe writes."""
+    rule, host = model.rule, host_of(facts.config)
+    assert rule is not None and host is not None
+    shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.shared))
+    # What the rule itself is read from, `choose_target` looks at.
+    read = _READ_ELSEWHERE | {host.experts_key, host.shared_key, host.renormalise_key}
+    switches = {key: value for key, value in host.config(model.spec, shape).items() if key not in read}
+    if not rule.shared:
+        switches.pop("shared_expert_combination_strategy", None)
+    return {**switches, **_PLAIN}
+
+
+def _same(value: Any, written: Any) -> bool:
+    numbers = is_number(value) and is_number(written)
+    return isclose(value, written, rel_tol=_NEARLY) if numbers else bool(value == written)
+
+
+def _shapes(model: EvaluatedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape that it must have) of each tensor; how wide experts are, the first of them says."""
+    spec, rule = model.spec, model.rule
+    assert rule is not None
+    for row, _, name in spec.tensors():
+        if not row.is_ffn:
+            yield name, spec.shape_of(row)
+    width = model.weights[f"model.layers.0.{spec.family.ffn}.experts.0.up"].entry.shape[0]
+    for layer in range(spec.layers):
+        prefix = f"model.layers.{layer}.{spec.family.ffn}."
+        yield f"{prefix}router", (rule.experts, spec.hidden)
+        for expert in range(rule.experts):
+            yield f"{prefix}experts.{expert}.gate", (width, spec.hidden)
+            yield f"{prefix}experts.{expert}.up", (width, spec.hidden)
+            yield f"{prefix}experts.{expert}.down", (spec.hidden, width)

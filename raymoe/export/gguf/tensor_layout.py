@@ -1,0 +1,159 @@
+"""The tensors of a GGUF file: names, shapes and types, and which tensors of the model each one is made of.
+
+Every matrix of a layer's experts is one tensor, (experts, out, in): the experts' own, one behind the other.
+Shapes are row-major as in safetensors; GGUF itself names the dimensions in the other order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.architectures import DenseSpec
+from raymoe.checkpoints.weight_table import RoutingRule
+from raymoe.export.gguf.llama_cpp_archs import Target
+from raymoe.export.gguf.options import TYPES, TensorType
+from raymoe.export.gguf.tensor_map import Form, forms_of
+from raymoe.export.gguf.tensor_ops import AS_IT_IS, Change
+from raymoe.sources.facts import TensorEntry
+
+__all__ = ["GgufTensor", "file_tensors", "rope_factors"]
+
+Float32 = npt.NDArray[np.float32]
+
+_MATRICES = ("gate", "up", "down")
+# Small and sensitive, as vectors are: routers and kernels of convolutions.
+_ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", ".shortconv.conv.weight", ".ssm_conv1d.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """`sources` one behind the other, each with `change`, are the tensor, or `values` are where there are none."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    sources: tuple[TensorEntry, ...] = ()
+    change: Change = AS_IT_IS
+    values: tuple[float, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.nbytes(math.prod(self.shape))
+
+
+def file_tensors(
+    spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry], wanted: TensorType
+) -> tuple[GgufTensor, ...]:
+    """All tensors of the file: those of no layer, then layer by layer."""
+    forms = list(_dense_forms(spec, target, weights))
+    if target.rule is not None:
+        for layer in range(spec.layers):
+            mlp = f"model.layers.{layer}.{spec.family.ffn}."
+            forms += _mixture_forms(f"blk.{layer}.ffn_", mlp, target.rule, target, weights)
+    tensors = [
+        GgufTensor(
+            name=form.name,
+            shape=form.shape,
+            type=_type_of(form.name, form.shape, wanted),
+            sources=form.sources,
+            change=form.change,
+        )
+        for form in forms
+    ]
+    tensors += _constants(spec, target)
+    return tuple(sorted(tensors, key=_layer_of))
+
+
+def _dense_forms(spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry]) -> Iterator[Form]:
+    """All but a mixture's FFN."""
+    for row, layer, name in spec.tensors():
+        if row.is_ffn and target.rule is not None:
+            continue
+        yield from forms_of(spec, target, row, layer, weights[name])
+        if row.role == "embed" and spec.tied and not target.architecture.tied:
+            yield Form("output.weight", (weights[name],), weights[name].shape)
+
+
+def _mixture_forms(
+    block: str, mlp: str, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
+) -> Iterator[Form]:
+    """What a layer has in the place of its FFN."""
+
+    def of(name: str, *sources: str) -> Form:
+        entries = tuple(weights[mlp + source] for source in sources)
+        return Form(block + name, entries, entries[0].shape)
+
+    yield of("gate_inp.weight", "router")
+    for matrix in _MATRICES:
+        stacked = of(f"{matrix}_exps.weight", *(f"experts.{expert}.{matrix}" for expert in range(rule.experts)))
+        yield stacked._replace(shape=(rule.experts, *stacked.shape))
+    if not target.shared:
+        return
+    if rule.gates_shared:
+        gate = of("gate_inp_shexp.weight", "shared_router")
+        yield gate._replace(shape=gate.shape[-1:])  # one row, which llama.cpp has as a vector
+    if target.architecture.name == "granite_swa":
+        together = of("up_shexp.weight", "shared.gate", "shared.up")
+        yield together._replace(shape=(2 * together.shape[0], together.shape[1]))
+        yield of("down_shexp.weight", "shared.down")
+    else:
+        yield from (of(f"{matrix}_shexp.weight", f"shared.{matrix}") for matrix in _MATRICES)
+
+
+def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
+    """Tensors whose values follow from the config."""
+    factors = rope_factors(spec) if target.architecture.factors else None
+    if factors is not None:
+        yield _of_values("rope_freqs.weight", factors.tolist())
+    if target.architecture.scores == "sigmoid" and target.rule is not None:
+        # An addition to the scores by which experts are chosen; a merge's is zero (`checks.check_mixture`).
+        for layer in range(spec.layers):
+            yield _of_values(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
+
+
+def _of_values(name: str, values: Sequence[float]) -> GgufTensor:
+    return GgufTensor(name=name, shape=(len(values),), type=TYPES["f32"], values=tuple(values))
+
+
+def _layer_of(tensor: GgufTensor) -> int:
+    parts = tensor.name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else -1
+
+
+def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:
+    """Vectors, routers and kernels are always f32, as llama.cpp's own converter has them.
+
+    In a file of 4 bits, embedding and output matrix have 8. Rows that are no whole number of blocks stay f16.
+    """
+    if max(shape) == math.prod(shape) or name.endswith(_ALWAYS_F32):
+        return TYPES["f32"]
+    if wanted.is_quantised and shape[-1] % wanted.block:
+        return TYPES["f16"]
+    if wanted.name == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        return TYPES["q8_0"]
+    return wanted
+
+
+def rope_factors(spec: DenseSpec) -> Float32 | None:
+    """What each rotary frequency is divided by with Llama 3's scaling, (head_dim / 2,). None without it.
+
+    Waves much shorter than the original context stay, much longer ones are stretched by `factor`, those between by a
+    blend of both. Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py.
+    """
+    scaling: Mapping[str, Any] | None = spec.rope_scaling
+    if scaling is None or scaling["rope_type"] != "llama3":
+        return None
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
+    # How many waves fit into the original context: all of them with `high` and more, none with `low` and less.
+    original = scaling.get("original_max_position_embeddings") or spec.max_positions
+    waves = original * turns / (2 * math.pi)
+    kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    factors: Float32 = (1.0 / ((1.0 - kept) / scaling["factor"] + kept)).astype(np.float32)
+    return factors

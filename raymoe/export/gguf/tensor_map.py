@@ -1,0 +1,167 @@
+"""Which tensors of a GGUF file are made of which tensor of the model, and in what form.
+
+Most are taken over under another name. What is not: q and k for a rotary embedding that turns neighbours, DeepSeek's
+latent keys and values, which llama.cpp has in two tensors, the states of Mamba and of Qwen3.5's linear attention, and
+Qwen3.5's norms.
+
+Names: LLM_TENSOR_NAMES in llama.cpp's src/llama-arch.cpp; shapes: `load_arch_tensors` in its src/models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from raymoe.architectures import DenseSpec
+from raymoe.architectures.dense_family import TensorRow
+from raymoe.export.gguf.llama_cpp_archs import Target
+from raymoe.export.gguf.tensor_ops import AS_IT_IS, Change, minus_exp, neighbours, plus_one
+from raymoe.planning.tensor_sources import rows_of
+from raymoe.sources.facts import TensorEntry
+
+__all__ = ["Form", "forms_of"]
+
+
+class Form(NamedTuple):
+    """`sources` one behind the other, each with `change`, are the tensor `name`."""
+
+    name: str
+    sources: tuple[TensorEntry, ...]
+    shape: tuple[int, ...]
+    change: Change = AS_IT_IS
+
+
+# Roles of a dense model (architectures/tensor_tables.py), and what llama.cpp calls them, in each layer or once.
+_NAMES = {
+    "embed": "token_embd.weight",
+    "norm.final": "output_norm.weight",
+    "lm_head": "output.weight",
+    "norm.input": "attn_norm.weight",
+    "norm.post": "ffn_norm.weight",
+    **{f"attn.{p}": f"attn_{p}.weight" for p in "qkv"},
+    **{f"attn.{p}.bias": f"attn_{p}.bias" for p in "qkv"},
+    "attn.o": "attn_output.weight",
+    "attn.o.bias": "attn_output.bias",
+    "attn.q_norm": "attn_q_norm.weight",
+    "attn.sinks": "attn_sinks.weight",
+    "attn.k_norm": "attn_k_norm.weight",
+    "conv.kernel": "shortconv.conv.weight",
+    "conv.in": "shortconv.in_proj.weight",
+    "conv.out": "shortconv.out_proj.weight",
+    "mla.q": "attn_q.weight",
+    "mla.q_a": "attn_q_a.weight",
+    "mla.q_norm": "attn_q_a_norm.weight",
+    "mla.q_b": "attn_q_b.weight",
+    "mla.kv_a": "attn_kv_a_mqa.weight",
+    "mla.kv_norm": "attn_kv_a_norm.weight",
+    "mla.o": "attn_output.weight",
+    "mamba.in_proj.weight": "ssm_in.weight",
+    "mamba.conv1d.weight": "ssm_conv1d.weight",
+    "mamba.conv1d.bias": "ssm_conv1d.bias",
+    "mamba.dt_bias": "ssm_dt.bias",
+    "mamba.A_log": "ssm_a",
+    "mamba.D": "ssm_d",
+    "mamba.norm.weight": "ssm_norm.weight",
+    "mamba.out_proj.weight": "ssm_out.weight",
+    "linear.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear.in_proj_z.weight": "attn_gate.weight",
+    "linear.in_proj_a.weight": "ssm_alpha.weight",
+    "linear.in_proj_b.weight": "ssm_beta.weight",
+    "linear.conv1d.weight": "ssm_conv1d.weight",
+    "linear.dt_bias": "ssm_dt.bias",
+    "linear.A_log": "ssm_a",
+    "linear.norm.weight": "ssm_norm.weight",
+    "linear.out_proj.weight": "ssm_out.weight",
+    **{f"ffn.{m}": f"ffn_{m}.weight" for m in ("gate", "up", "down")},
+    **{f"ffn.{m}.bias": f"ffn_{m}.bias" for m in ("gate", "up", "down")},
+}
+# What some architectures call otherwise.
+_POST_NORM = {"norm.post": "post_attention_norm.weight"}
+_OWN_NAMES = {
+    "glm4moe": _POST_NORM,
+    "qwen35moe": _POST_NORM,
+    "lfm2moe": {"norm.final": "token_embd_norm.weight"},
+}
+_ROTATED = ("attn.q", "attn.q.bias", "attn.k", "attn.k.bias")
+_ADDED_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_norm")
+
+
+def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None, source: TensorEntry) -> Iterator[Form]:
+    """What the file has of one tensor of the model."""
+    if row.role == "mla.kv_b":
+        yield from _latent(spec, f"blk.{layer}.", source)
+        return
+    name = _name(target, row.role, layer)
+    if row.role.startswith("linear."):
+        yield _linear(spec, name, row.role, source)
+    elif row.role.startswith("mamba."):
+        yield _mamba(name, row.role, source)
+    else:
+        shape = (source.shape[0], source.shape[-1]) if row.role == "conv.kernel" else source.shape
+        yield Form(name, (source,), shape, _change(spec, target, row.role))
+
+
+def _name(target: Target, role: str, layer: int | None) -> str:
+    name = _OWN_NAMES.get(target.architecture.name, {}).get(role) or _NAMES[role]
+    return name if layer is None else f"blk.{layer}.{name}"
+
+
+def _change(spec: DenseSpec, target: Target, role: str) -> Change:
+    if target.architecture.name == "qwen35moe" and role in _ADDED_ONE:
+        return Change(function=plus_one)
+    if not target.reorders:
+        return AS_IT_IS
+    if role in _ROTATED:
+        return Change(unit=spec.head_dim, rows=neighbours(spec.head_dim))
+    if role in ("mla.q", "mla.q_b", "mla.kv_a"):
+        turned = spec.extra["qk_rope_head_dim"]
+        before = spec.extra["kv_lora_rank" if role == "mla.kv_a" else "qk_nope_head_dim"]
+        return Change(unit=before + turned, rows=neighbours(turned, before))
+    return AS_IT_IS
+
+
+def _latent(spec: DenseSpec, block: str, source: TensorEntry) -> Iterator[Form]:
+    """Keys and values out of latent numbers, (heads * (keys + values), latent): keys by columns, values by rows."""
+    keys, values, latent = (spec.extra[key] for key in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
+    unit = keys + values
+    of_keys = Change(unit=unit, rows=tuple(range(keys)), transposed=True)
+    of_values = Change(unit=unit, rows=tuple(range(keys, unit)))
+    yield Form(f"{block}attn_k_b.weight", (source,), (spec.heads, latent, keys), of_keys)
+    yield Form(f"{block}attn_v_b.weight", (source,), (spec.heads, values, latent), of_values)
+
+
+def _mamba(name: str, role: str, source: TensorEntry) -> Form:
+    shape = source.shape
+    if role == "mamba.conv1d.weight":
+        shape = (shape[0], shape[-1])
+    elif role in ("mamba.A_log", "mamba.D"):
+        shape = (shape[0], 1)
+    elif role == "mamba.norm.weight":
+        shape = (1, shape[0])  # one group
+    return Form(name, (source,), shape, Change(function=minus_exp) if role == "mamba.A_log" else AS_IT_IS)
+
+
+def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> Form:
+    """Of Qwen3.5's linear attention. Several heads of values may belong to one of keys.
+
+    In the model they follow each other; llama.cpp has the first one of all heads of keys, then the second of all.
+    """
+    keys, values = spec.extra["linear_num_key_heads"], spec.extra["linear_num_value_heads"]
+    width = spec.extra["linear_value_head_dim"]
+    order = [key * (values // keys) + number for number in range(values // keys) for key in range(keys)]
+    by_width = [head * width + i for head in order for i in range(width)]
+    before = 2 * keys * spec.extra["linear_key_head_dim"]  # rows of queries and keys
+    if role == "linear.in_proj_qkv.weight":
+        heads = tuple(rows_of(source, before + head * width, before + (head + 1) * width) for head in order)
+        return Form(name, (rows_of(source, 0, before), *heads), source.shape)
+    if role == "linear.in_proj_z.weight":
+        return Form(name, tuple(rows_of(source, head * width, (head + 1) * width) for head in order), source.shape)
+    if role == "linear.conv1d.weight":
+        rows = (*range(before), *(before + i for i in by_width))
+        return Form(name, (source,), (source.shape[0], source.shape[-1]), Change(unit=len(rows), rows=rows))
+    if role == "linear.out_proj.weight":
+        return Form(name, (source,), source.shape, Change(columns=tuple(by_width)))
+    if role == "linear.norm.weight":
+        return Form(name, (source,), source.shape)
+    function = minus_exp if role == "linear.A_log" else None
+    return Form(name, (source,), source.shape, Change(unit=values, rows=tuple(order), function=function))

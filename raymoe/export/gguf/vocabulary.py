@@ -1,0 +1,344 @@
+"""A tokenizer as a GGUF file holds it, from the tokenizer files of a checkpoint.
+
+Two kinds are known to llama.cpp by these names: `gpt2`, byte-level BPE with its merges in order (tokenizer.json), and
+`llama`, SentencePiece's BPE with a score for every token (tokenizer.model, or a tokenizer.json that was made of one).
+Special tokens, and the chat template, are read by the gguf package.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.export.gguf.added_tokens import (
+    FILES,
+    AddedToken,
+    added_beside_model,
+    added_of_json,
+    name_problems,
+    read_object,
+    strip_warnings,
+    two_texts,
+)
+from raymoe.export.gguf.pretokenizer import KNOWN, pre_tokenizer_name
+from raymoe.export.gguf.space_prefix import SpacePrefix, space_prefix
+from raymoe.formatting import some
+from raymoe.sources.tokenizer_files import tokenizer_guard
+
+__all__ = ["Vocabulary", "read_vocabulary"]
+
+# gguf.TokenType, which are SentencePiece's own numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_NEVER_MERGED = -1e6  # the score of a token that no merge makes
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """`tokens` has an entry for each row of the embedding. `scores` are SentencePiece's, `pre` and merges BPE's.
+
+    `special` is the gguf package's SpecialVocab: merges, ids of special tokens, what is put around a text, template.
+    `warnings` say which texts transformers cuts otherwise.
+    """
+
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...] | None
+    add_space_prefix: bool | None
+    special: Any
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tokens:
+    """Tokens by id while they are gathered."""
+
+    text: dict[int, str]
+    type: dict[int, int]
+    score: dict[int, float]
+    space: SpacePrefix = field(default_factory=lambda: SpacePrefix(added=True))
+    added: list[AddedToken] = field(default_factory=list)
+
+    def add(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
+        if not isinstance(number, int) or number < 0 or not isinstance(text, str):
+            raise ValueError(f"the token {text!r:.80} has the id {number!r:.80}")
+        self.text[number], self.type[number], self.score[number] = text, kind, score
+
+    def leave_out_added(self, size: int) -> list[AddedToken]:
+        """Remove added tokens without a row in an embedding of `size` rows, and return them.
+
+        No merge makes an added token, so that the rest of the vocabulary does not need it.
+        """
+        beyond = [token for token in self.added if token.number >= size]
+        self.added = [token for token in self.added if token.number < size]
+        for number in {token.number for token in beyond}:
+            del self.text[number], self.type[number], self.score[number]
+        return beyond
+
+    def found_first(self) -> list[str]:
+        """Those that llama.cpp looks for in a text before it cuts it."""
+        return [self.text[number] for number, kind in self.type.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+
+
+def read_vocabulary(
+    files: Mapping[str, Path], config: Mapping[str, Any], size: int, *, pre: str | None, name: str, label: str
+) -> Vocabulary:
+    """The tokenizer among `files` for an embedding of `size` rows.
+
+    `pre` is llama.cpp's name of the pre-tokenizer, where the caller knows it, `name` what the file calls the model.
+    Raises ProblemReport for a tokenizer that llama.cpp has none for, or that is not known to be one of its own.
+    """
+    said = _read_config(files)
+    tokens, model, pre = _tokens(files, config, said, pre, label)
+    left_out = tokens.leave_out_added(size)
+    if max(tokens.text, default=0) >= size:
+        what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
+        raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
+    for number in range(size):
+        if number not in tokens.text:
+            tokens.add(number, f"[PAD{number}]", UNUSED, _NEVER_MERGED)
+    texts = tokens.text.values()
+    if problems := name_problems(name, texts, label):
+        raise ProblemReport(problems)
+    order = range(size)
+    return Vocabulary(
+        model=model,
+        pre=pre,
+        tokens=tuple(tokens.text[number] for number in order),
+        types=tuple(tokens.type[number] for number in order),
+        scores=tuple(tokens.score[number] for number in order) if model == "llama" else None,
+        add_space_prefix=tokens.space.added if model == "llama" else None,
+        special=_special(files, config, said, tokens, size, with_merges=model == "gpt2"),
+        warnings=(
+            *_left_out_warnings(left_out, size),
+            *(tokens.space.warnings if model == "llama" else ()),
+            *strip_warnings(tokens.added, tokens.found_first(), texts, name),
+        ),
+    )
+
+
+def _left_out_warnings(tokens: Sequence[AddedToken], size: int) -> list[str]:
+    if not tokens:
+        return []
+    names = some([f"{token.text} (id {token.number})" for token in tokens])
+    return [
+        f"the embedding has {size} rows, and the tokenizer has added tokens without one: {names}. They are left out of "
+        "the file, and llama.cpp reads their text as any other text"
+    ]
+
+
+def _tokens(
+    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], pre: str | None, label: str
+) -> tuple[_Tokens, str, str]:
+    """(tokens, llama.cpp's name of the kind, of the pre-tokenizer). A byte-level tokenizer.json comes first."""
+    path = files.get("tokenizer.json")
+    tokenizer = _read_json(path) if path is not None else {}
+    try:
+        if tokenizer and _is_byte_level(tokenizer):
+            tokens = _with_added(_byte_level_tokens(tokenizer), added_of_json(tokenizer))
+            return tokens, "gpt2", pre or _known_pre(tokenizer, str(path))
+        if "tokenizer.model" in files:
+            return _of_model(files, config, said, tokenizer), "llama", "default"
+        if tokenizer:
+            tokens = _sentencepiece_like_tokens(tokenizer, str(path))
+            tokens.space = space_prefix(said, tokenizer, True, config.get("model_type"))
+            return _with_added(tokens, added_of_json(tokenizer)), "llama", "default"
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
+        raise ProblemReport([Problem(where=str(path), what=what, remedy=FILES)]) from error
+    what = "there is neither a tokenizer.json nor a tokenizer.model, and a GGUF file holds its tokenizer"
+    raise ProblemReport([Problem(where=label, what=what, remedy=FILES)])
+
+
+def _of_model(
+    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> _Tokens:
+    """Of a tokenizer.model; `tokenizer` is the tokenizer.json beside it, if there is one."""
+    path = files["tokenizer.model"]
+    tokens, adds_space = _sentencepiece_tokens(path)
+    tokens.space = space_prefix(said, tokenizer, adds_space, config.get("model_type"))
+    if tokenizer:
+        return _with_added(tokens, added_of_json(tokenizer))
+    added = added_beside_model(files, said)
+    odd = [token for token in added if tokens.text.get(token.number, token.text) != token.text]
+    if odd:
+        raise ProblemReport([two_texts(str(path), t.number, tokens.text[t.number], t.text) for t in odd[:_SHOWN]])
+    return _with_added(tokens, added)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = read_object(path)
+    if not isinstance(content.get("model"), dict):
+        raise ProblemReport([Problem(where=str(path), what="this is no tokenizer.json", remedy=FILES)])
+    return content
+
+
+def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    decoder = tokenizer.get("decoder") or {}
+    kinds = [decoder.get("type"), *(step.get("type") for step in decoder.get("decoders", ()))]
+    return tokenizer["model"].get("type") in ("BPE", None) and "ByteLevel" in kinds
+
+
+def _known_pre(tokenizer: Mapping[str, Any], where: str) -> str:
+    name = pre_tokenizer_name(tokenizer)
+    if name is None:
+        what = f"it cuts text in no way that raymoe knows llama.cpp's name of ({', '.join(KNOWN)})"
+        remedy = "if llama.cpp has one that cuts text the same way, name it: --pre NAME (tokenizer.ggml.pre)"
+        raise ProblemReport([Problem(where=where, what=what, remedy=remedy)])
+    return name
+
+
+def _byte_level_tokens(tokenizer: Mapping[str, Any]) -> _Tokens:
+    tokens = _Tokens(text={}, type={}, score={})
+    for text, number in tokenizer["model"]["vocab"].items():
+        tokens.add(number, text, NORMAL)
+    return tokens
+
+
+def _with_added(tokens: _Tokens, added: list[AddedToken]) -> _Tokens:
+    """Tokens that are found in a text before anything else: control tokens, and the user's own."""
+    for token in added:
+        if tokens.type.get(token.number) != UNKNOWN:
+            kind = CONTROL if token.special else USER_DEFINED
+            tokens.add(token.number, token.text, kind, tokens.score.get(token.number, 0.0))
+    tokens.added = added
+    return tokens
+
+
+def _sentencepiece_tokens(path: Path) -> tuple[_Tokens, bool]:
+    """The pieces, and whether a space is put before a text."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
+    if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
+        raise ProblemReport([_no_bpe(str(path))])
+    tokens = _Tokens(text={}, type={}, score={})
+    for number, piece in enumerate(proto.pieces):
+        tokens.add(number, piece.piece, piece.type, piece.score)
+    return tokens, proto.normalizer_spec.add_dummy_prefix
+
+
+def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tokens:
+    """Of a tokenizer.json that was made of a tokenizer.model; scores put the merges into the order that they have."""
+    model = tokenizer["model"]
+    if model.get("type") not in ("BPE", None) or not model.get("byte_fallback"):
+        raise ProblemReport([_no_bpe(where)])
+    score: dict[str, float] = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        score.setdefault(left + right, -float(rank))
+    tokens = _Tokens(text={}, type={}, score={})
+    for text, number in model["vocab"].items():
+        is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        kind = UNKNOWN if text == model.get("unk_token") else BYTE if is_byte else NORMAL
+        tokens.add(number, text, kind, score.get(text, _NEVER_MERGED))
+    return tokens
+
+
+def _no_bpe(where: str) -> Problem:
+    what = "this tokenizer is neither byte-level BPE nor SentencePiece's BPE with bytes to fall back on"
+    return Problem(
+        where=where, what=what, remedy="llama.cpp runs these two kinds for this architecture: use another base"
+    )
+
+
+def _special(
+    files: Mapping[str, Path],
+    config: Mapping[str, Any],
+    said: Mapping[str, Any],
+    tokens: _Tokens,
+    size: int,
+    *,
+    with_merges: bool,
+) -> Any:
+    """`config` is the model's, `said` the tokenizer's."""
+    import gguf
+
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
+        for name, path in files.items():
+            target = Path(folder) / name
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(path.absolute())
+        (Path(folder) / "config.json").write_text(json.dumps(_without_absent_ids(config)))
+        try:
+            special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            what = f"the gguf package can't read this tokenizer: {type(error).__name__} {error}"
+            where = files.get("tokenizer.json") or next(iter(files.values()))
+            raise ProblemReport([Problem(where=str(where), what=what, remedy=FILES)]) from error
+    numbers = {text: number for number, text in tokens.text.items()}
+    for kind in special.special_token_types:
+        # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
+        token = said.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text in numbers:
+            special.special_token_ids[kind] = numbers[text]
+    special.add_special_token = _added_around(files, said, special.special_token_ids)
+    return special
+
+
+def _without_absent_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config without negative ids of special tokens: -1 says that there is no such token."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            kept[key] = _without_absent_ids(value)
+        elif not (key.endswith("_token_id") and isinstance(value, int) and value < 0):
+            kept[key] = value
+    return kept
+
+
+def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:
+    """Whether BOS and EOS are put around a text: as the tokenizer's config says, else as its tokenizer.json does.
+
+    Always said outright: llama.cpp has a default of its own for each pre-tokenizer.
+    """
+    around: dict[str, bool] = {}
+    seen: list[int] | None = None
+    for kind, place in (("bos", 0), ("eos", -1)):
+        said = config.get(f"add_{kind}_token")
+        if not isinstance(said, bool):
+            if seen is None:
+                seen = _encoded(files)
+            said = seen[place] == ids.get(kind) if seen is not None else kind == "bos"
+        around[kind] = said and kind in ids
+    return around
+
+
+def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
+    """tokenizer_config.json. What special_tokens_map.json says goes before it where it is older than the key
+    `added_tokens_decoder`, as in transformers.
+    """
+    path, map_path = files.get("tokenizer_config.json"), files.get("special_tokens_map.json")
+    said = read_object(path) if path else {}
+    if "added_tokens_decoder" in said or not map_path:
+        return said
+    return {
+        **said,
+        **{key: value for key, value in read_object(map_path).items() if key.endswith(("_token", "_tokens"))},
+    }
+
+
+def _encoded(files: Mapping[str, Path]) -> list[int] | None:
+    """Ids of a short text with what is put around it. None where there is only a tokenizer.model."""
+    if "tokenizer.json" not in files:
+        return None
+    from tokenizers import Tokenizer
+
+    with tokenizer_guard(str(files["tokenizer.json"]), "can't be read", FILES):
+        tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+        tokenizer.no_truncation()  # one whose stride is too long for its length makes the library panic
+        ids: list[int] = tokenizer.encode("a").ids
+    return ids or None

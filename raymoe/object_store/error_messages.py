@@ -1,0 +1,235 @@
+"""What client libraries raise, in words for people: which object, what happened, which permission, what to do.
+
+`storage_error` is the one place where this happens. It takes from an error its class, a code, a status, the bucket's
+region and the server's own sentence, never the rest: answers hold key ids, tokens and signatures. What it returns keeps
+no reference to the error either, and is raised outside of any `except` (no `__cause__`, no `__context__`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from raymoe.object_store.errors import (
+    Asked,
+    BucketMissing,
+    ObjectMissing,
+    StorageError,
+    UploadGone,
+    object_changed,
+    object_exists,
+    problem_at,
+)
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.retry import Failure, Kind, Mismatch, ShortRead, error_code, error_status
+from raymoe.object_store.urls import is_s3, s3_location
+
+__all__ = ["storage_error"]
+
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
+_PERMISSIONS = {
+    "get_object": "s3:GetObject",
+    "head_object": "s3:GetObject",
+    "list_objects_v2": "s3:ListBucket",
+    "put_object": "s3:PutObject",
+    "delete_object": "s3:DeleteObject",
+    "create_multipart_upload": "s3:PutObject",
+    "upload_part": "s3:PutObject",
+    "upload_part_copy": "s3:PutObject",
+    "complete_multipart_upload": "s3:PutObject",
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "list_parts": "s3:ListMultipartUploadParts",
+}
+_ON_BUCKET = frozenset({"list_objects_v2", "list_multipart_uploads"})
+_DOING = {
+    "get_object": "read",
+    "head_object": "look at",
+    "list_objects_v2": "list",
+    "delete_object": "delete",
+    "list_multipart_uploads": "list open uploads of",
+    "list_parts": "list uploaded parts of",
+    "abort_multipart_upload": "abort an upload of",
+}
+_REFUSED_KEYS = frozenset({"InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidClientTokenId"})
+_REFUSED = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
+_ELSEWHERE = frozenset(
+    {"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"}
+)
+_BAD_PARTS = frozenset({"EntityTooLarge", "EntityTooSmall", "InvalidPart", "InvalidPartOrder", "NotImplemented"})
+# Classes of botocore and aiohttp; a class counts with its bases.
+_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
+_CREDENTIALS_FAIL = frozenset({"CredentialRetrievalError", "TokenRetrievalError", "SSOError", "ConfigParseError"})
+_UNREACHABLE = frozenset({"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"})
+_CERTIFICATE = frozenset({"SSLError", "ClientSSLError"})
+_BAD_REGION = frozenset({"InvalidRegionError", "NoRegionError", "InvalidEndpointConfigurationError"})
+_SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, where the process runs"
+_READS = frozenset({"get_object", "head_object", "upload_part_copy"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An error of a client library, as far as it is looked at."""
+
+    error: Exception
+    code: str
+    status: int | None
+    names: frozenset[str]
+
+
+def storage_error(failure: Failure, asked: Asked, options: StorageOptions) -> StorageError:
+    """The error to raise for a call that failed for good."""
+    error = failure.error
+    names = frozenset(cls.__name__ for cls in type(error).__mro__)
+    found = _Found(error, error_code(error), error_status(error), names)
+    for words in (_missing_or_changed, _credentials, _place, _connection):
+        if (known := words(found, asked, options)) is not None:
+            return known
+    it = "the bucket" if asked.operation in _ON_BUCKET else "it"
+    what = f"the store can't {_DOING.get(asked.operation, 'write')} {it}: {_sentence(found)}"
+    if failure.kind is not Kind.LASTS:
+        what = f"{what} (gave up after {failure.tries} tries in {failure.elapsed_s:.0f} s)"
+        return problem_at(asked, what, "the store is overloaded or down: run the same command again later")
+    if found.code in _BAD_PARTS:
+        return problem_at(asked, what, "the store does not take what S3 takes; see the page on object storage")
+    if isinstance(error, ImportError):
+        return problem_at(asked, what, "install the package that fsspec needs for this kind of URL")
+    if _is_full(found):
+        return problem_at(asked, what, "free space in the store, or raise its quota")
+    return problem_at(asked, what, "check the URL and the store")
+
+
+def _missing_or_changed(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+    if isinstance(found.error, Mismatch):
+        return object_changed(asked, str(found.error))
+    if found.code == "NoSuchBucket":
+        remedy = "correct the bucket's name, or create it; a bucket elsewhere needs its endpoint"
+        return problem_at(asked, f"there is no bucket {_bucket(asked)} at {_endpoint(options)}", remedy, BucketMissing)
+    if found.code == "NoSuchUpload":
+        what = "the upload is no longer open: it was aborted, or expired"
+        return problem_at(asked, what, "run the same command again; it begins a new upload", UploadGone)
+    if found.status == 412 or found.code == "PreconditionFailed":
+        if asked.operation in _READS:
+            return object_changed(asked, "its ETag is another")
+        return object_exists(asked.url)
+    if (
+        found.status == 416
+        or found.code == "InvalidRange"
+        or (found.code == "InvalidArgument" and asked.operation == "upload_part_copy")
+    ):
+        return object_changed(asked, "it is shorter")
+    if found.code == "NoSuchKey" or (found.status == 404 and asked.operation in _READS):
+        what = f"there is no object {asked.source_url} to copy from" if asked.source_url else "there is no such object"
+        return problem_at(asked, what, "correct the name", ObjectMissing)
+    if isinstance(found.error, FileExistsError):
+        return object_exists(asked.url)
+    if isinstance(found.error, FileNotFoundError):
+        return problem_at(asked, "there is nothing of this name", "correct the name", ObjectMissing)
+    return None
+
+
+def _credentials(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+    if found.code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
+        remedy = "renew them (as in `aws sso login`) and run the same command again"
+        return problem_at(asked, "the credentials have expired", remedy)
+    if found.code in ("RequestTimeTooSkewed", "RequestExpired"):
+        what = "this machine's clock is wrong: the store refuses the time of the request"
+        return problem_at(asked, what, "set the clock (NTP)")
+    if found.code in _REFUSED_KEYS:
+        what = f"{_endpoint(options)} does not know the access key, or refuses its token"
+        return problem_at(asked, what, f"{_SET_CREDENTIALS}; check that they belong to this endpoint")
+    if found.code == "SignatureDoesNotMatch":
+        what = "the store refuses the secret key (or a proxy changed the request)"
+        return problem_at(asked, what, _SET_CREDENTIALS)
+    if found.names & _NO_CREDENTIALS:
+        remedy = f"{_SET_CREDENTIALS}; for a public bucket set storage.anonymous"
+        return problem_at(asked, f"no credentials found for {_endpoint(options)}", remedy)
+    if "ProfileNotFound" in found.names:
+        profile = options.profile or os.environ.get("AWS_PROFILE", "")
+        return problem_at(asked, f"there is no profile {profile!r} in ~/.aws", "correct storage.profile or AWS_PROFILE")
+    if found.names & _CREDENTIALS_FAIL:
+        what = f"credentials can't be had ({type(found.error).__name__})"
+        return problem_at(asked, what, "log in again, or check ~/.aws")
+    if found.code in _REFUSED or found.status in (401, 403) or isinstance(found.error, PermissionError):
+        return _denied(asked)
+    return None
+
+
+def _denied(asked: Asked) -> StorageError:
+    permission = _PERMISSIONS.get(asked.operation)
+    if permission is None or not is_s3(asked.url):
+        return problem_at(asked, "access is refused", "check the credentials' permissions")
+    bucket = _bucket(asked)
+    place = bucket if asked.operation in _ON_BUCKET else f"{bucket}/{s3_location(asked.url).key}"
+    what = f"access is refused: {permission} on {place} is needed"
+    remedy = f"allow {permission} on arn:aws:s3:::{place} for the credentials in use"
+    if asked.source_url is not None:
+        source = s3_location(asked.source_url)
+        what += f", and s3:GetObject on {source.bucket}/{source.key}"
+    elif permission == "s3:GetObject":
+        # Without it S3 answers 403 and not 404 for what is not there.
+        remedy += f"; without s3:ListBucket on {bucket} this can also mean that the object does not exist"
+    return problem_at(asked, what, remedy)
+
+
+def _place(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+    if found.names & _BAD_REGION:
+        return problem_at(asked, "the region is missing or not valid", "set storage.region or AWS_REGION")
+    if found.code not in _ELSEWHERE and found.status not in (301, 307):
+        return None
+    response = getattr(found.error, "response", {})
+    region = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    region = region or response.get("Error", {}).get("Region")
+    used = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    right = f"is in region {region}, and" if region else "is elsewhere:"
+    what = f"the bucket {_bucket(asked)} {right} it was looked for in {used or 'the default region'}"
+    return problem_at(asked, what, f"set storage.region or AWS_REGION to {region or 'the region of the bucket'}")
+
+
+def _connection(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+    if not is_s3(asked.url) and "ClientConnectorError" in found.names:
+        host = urlsplit(asked.url).hostname
+        if isinstance(getattr(found.error, "os_error", None), socket.gaierror):
+            what, remedy = f"the host {host} was not found", "correct the host's name in the URL, or check the network"
+        else:
+            what, remedy = f"the host {host} can't be reached", "check host and port in the URL, and the network"
+        return problem_at(asked, what, remedy)
+    if found.names & _UNREACHABLE:
+        what = f"{_endpoint(options)} can't be reached"
+        return problem_at(asked, what, "check the network, and storage.endpoint or AWS_ENDPOINT_URL")
+    if found.names & _CERTIFICATE:
+        remedy = "for an authority of your own set AWS_CA_BUNDLE; or the endpoint is http:// and not https://"
+        return problem_at(asked, f"the certificate of {_endpoint(options)} is not accepted", remedy)
+    return None
+
+
+def _sentence(found: _Found) -> str:
+    """What the server said, or else what the library did."""
+    error, status = found.error, found.status
+    response = getattr(error, "response", None)
+    answer = response.get("Error", {}) if isinstance(response, dict) else {}
+    if answer:
+        message = str(answer.get("Message") or "").strip()
+        return " ".join(filter(None, (f"HTTP {status}" if status else "", found.code, message and f"({message})")))
+    if isinstance(error, ShortRead):
+        return str(error)
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]:.300}" if text else type(error).__name__
+
+
+def _is_full(found: _Found) -> bool:
+    words = ("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "DiskFull", "NoSpace")
+    return any(word in found.code for word in words) or getattr(found.error, "errno", None) == errno.ENOSPC
+
+
+def _bucket(asked: Asked) -> str:
+    return s3_location(asked.url).bucket if is_s3(asked.url) else asked.url
+
+
+def _endpoint(options: StorageOptions) -> str:
+    used = options.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return re.sub(r"//[^/@]*@", "//", used.split("?")[0]) if used else "the S3 endpoint of AWS"

@@ -1,0 +1,264 @@
+"""Any file system that fsspec knows (gs://, az://, memory://, https://, ...) as a plain `ObjectStore`.
+
+What fsspec promises for all of them is less than what S3 does: no condition travels with a request, so whether an
+object changed is asked after reading it, and 'only if absent' is as strong as the file system's own `mode="create"`,
+after a look. Credentials are those that each file system finds by itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from raymoe.object_store.error_messages import storage_error
+from raymoe.object_store.errors import Asked, object_exists
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, StoreCounters
+from raymoe.object_store.retry import Failure, Kind, Mismatch, Retries, ShortRead, kind_of
+
+__all__ = ["FsspecStore"]
+
+_T = TypeVar("_T")
+
+# Where folders exist apart from what is in them.
+_WITH_FOLDERS = frozenset({"file", "local", "memory", "sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp"})
+_COPY_BYTES = 8 << 20
+# Whose listing is empty where the server was not reached.
+_HIDING = frozenset({"http", "https"})
+# What file systems call a value that changes with the content, the best first.
+_ETAG_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "generation",
+    "mtime",
+    "last_modified",
+    "LastModified",
+    "created",
+)
+
+
+class FsspecStore:
+    """Implements `ObjectStore` for the URLs of one scheme."""
+
+    def __init__(self, scheme: str, options: StorageOptions):
+        self.scheme, self.options = scheme, options
+        self._retries = Retries(options.max_requests, options.deadline_s)
+        self._lock = threading.Lock()
+        self._read_bytes, self._sent_bytes = 0, 0
+
+    @property
+    def counters(self) -> StoreCounters:
+        retries = self._retries
+        return StoreCounters(
+            requests=retries.requests,
+            retries=retries.retries,
+            throttled=retries.times_throttled,
+            bytes_read=self._read_bytes,
+            bytes_sent=self._sent_bytes,
+            bytes_copied=0,
+        )
+
+    def stat(self, url: str) -> ObjectInfo | None:
+        def look() -> ObjectInfo | None:
+            filesystem, path = self._open(url)
+            try:
+                info = filesystem.info(path)
+            except FileNotFoundError as error:
+                _raise_unreached(error.__cause__)
+                return None
+            if info.get("type") == "directory":
+                return None
+            if info.get("size") is None:
+                raise Mismatch("the server tells no size for it")
+            return ObjectInfo(size=info["size"], etag=_etag(info))
+
+        return self._call("head_object", url, look)
+
+    def read(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+        if start == end:
+            return b""
+
+        def get() -> bytes:
+            filesystem, path = self._open(url)
+            data: bytes = filesystem.cat_file(path, start=start, end=end)
+            if len(data) != end - start:
+                size = filesystem.info(path).get("size")
+                if size is not None and size < end:
+                    raise Mismatch(f"it has {size} bytes, and at least {end} were expected")
+                raise ShortRead(f"the store sent {len(data)} bytes, and {end - start} were asked for")
+            self._check(filesystem, path, etag)
+            return data
+
+        data = self._call("get_object", url, get)
+        with self._lock:
+            self._read_bytes += len(data)
+        return data
+
+    def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
+        buffer[:] = self.read(url, start, start + len(buffer), etag)
+
+    def read_all(self, url: str, etag: str | None = None) -> bytes:
+        def get() -> bytes:
+            filesystem, path = self._open(url)
+            data: bytes = filesystem.cat_file(path)
+            self._check(filesystem, path, etag)
+            return data
+
+        data = self._call("get_object", url, get)
+        with self._lock:
+            self._read_bytes += len(data)
+        return data
+
+    def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
+        def find() -> Sequence[ObjectEntry]:
+            filesystem, path = self._open(url)
+            try:
+                found = filesystem.find(path, maxdepth=None if recursive else 1, detail=True)
+                if not found and self.scheme in _HIDING:
+                    try:
+                        filesystem.ls(path)
+                    except Exception as error:
+                        _raise_unreached(error)
+            except FileNotFoundError as error:
+                _raise_unreached(error.__cause__)
+                return []
+            prefix = path.rstrip("/") + "/"
+            # A file of this very name is 'found' in itself.
+            entries = [
+                ObjectEntry(name=name.removeprefix(prefix), size=info.get("size") or 0, etag=_etag(info))
+                for name, info in found.items()
+                if name.startswith(prefix)
+            ]
+            return sorted(entries, key=lambda entry: entry.name)
+
+        return self._call("list_objects_v2", url, find)
+
+    def put(
+        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
+        if only_if_absent and self.stat(url) is not None:
+            raise object_exists(url)
+
+        tries = 0
+
+        def pipe() -> ObjectInfo:
+            nonlocal tries
+            tries += 1
+            filesystem, path = self._open(url)
+            try:
+                if self.scheme in _WITH_FOLDERS:
+                    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                _pipe(filesystem, path, data, only_if_absent=only_if_absent)
+            except FileExistsError:
+                # Our own, where an earlier try got through and its answer did not.
+                if tries == 1 or filesystem.cat_file(path) != data:
+                    raise
+            info = filesystem.info(path)
+            if info.get("size") != len(data):
+                raise ShortRead(f"the store has {info.get('size')} bytes, and {len(data)} were sent")
+            return ObjectInfo(size=len(data), etag=_etag(info))
+
+        info = self._call("put_object", url, pipe)
+        with self._lock:
+            self._sent_bytes += len(data)
+        return info
+
+    def delete(self, url: str) -> None:
+        def remove() -> None:
+            filesystem, path = self._open(url)
+            try:
+                filesystem.rm_file(path)
+            except FileNotFoundError:
+                return
+
+        self._call("delete_object", url, remove)
+
+    def move(self, url: str, to: str, size: int) -> ObjectInfo:
+        """Give a file of `size` bytes another name, in place of what has it. In one step where the file system renames;
+        else the store copies it, or, if it can do neither, this process."""
+        tries = 0
+
+        def rename() -> ObjectInfo:
+            nonlocal tries
+            tries += 1
+            filesystem, path = self._open(url)
+            _, target = self._open(to)
+            try:
+                if self.scheme in _WITH_FOLDERS:
+                    filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                _rename(filesystem, path, target)
+            except FileNotFoundError:
+                # An earlier try got through, and its answer did not?
+                if tries == 1 or not filesystem.exists(target):
+                    raise
+            info = filesystem.info(target)
+            if info.get("size") != size:
+                raise ShortRead(f"the store has {info.get('size')} bytes, and {size} were moved")
+            return ObjectInfo(size=size, etag=_etag(info))
+
+        return self._call("copy_object", to, rename)
+
+    def _open(self, url: str) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        # Cheap: fsspec keeps the instances.
+        filesystem, path = url_to_fs(url, use_listings_cache=False)
+        return filesystem, str(path)
+
+    def _check(self, filesystem: Any, path: str, etag: str | None) -> None:
+        if etag is not None and (now := _etag(filesystem.info(path))) != etag:
+            raise Mismatch(f"its ETag or time is another ({now})")
+
+    def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
+        outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)
+        if isinstance(outcome, Failure):
+            raise storage_error(outcome, Asked(operation=operation, url=url), self.options)
+        return outcome
+
+
+def _pipe(filesystem: Any, path: str, data: bytes, *, only_if_absent: bool) -> None:
+    if only_if_absent:
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+            return
+        except (NotImplementedError, ValueError):  # a file system without such a mode: the look before has to do
+            pass
+    filesystem.pipe_file(path, data, mode="overwrite")
+
+
+def _rename(filesystem: Any, path: str, target: str) -> None:
+    from fsspec import AbstractFileSystem
+
+    if type(filesystem).mv is not AbstractFileSystem.mv:  # fsspec's own copies, after many looks
+        try:
+            filesystem.mv(path, target)
+        except FileExistsError:  # not all file systems replace what has the name
+            filesystem.rm_file(target)
+            filesystem.mv(path, target)
+        return
+    try:
+        filesystem.cp_file(path, target)
+    except NotImplementedError:
+        with filesystem.open(path, "rb") as source, filesystem.open(target, "wb") as copy:
+            shutil.copyfileobj(source, copy, _COPY_BYTES)
+    if filesystem.info(target).get("size") == filesystem.info(path).get("size"):
+        filesystem.rm_file(path)
+
+
+def _raise_unreached(error: BaseException | None) -> None:
+    """Raise what a file system takes for a missing file, and is a server that was not reached or is out of order."""
+    if isinstance(error, Exception) and kind_of(error) is not Kind.LASTS:
+        raise error
+
+
+def _etag(info: Mapping[str, Any]) -> str | None:
+    value = next((info[key] for key in _ETAG_KEYS if info.get(key) is not None), None)
+    # Some tell a time once as a number and once as a datetime.
+    value = value.timestamp() if isinstance(value, datetime) else value
+    return None if value is None else str(value).strip('"')

@@ -1,0 +1,54 @@
+"""An object as a file to read from start to end or by seeking; each read is one request for that range."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING
+
+from raymoe.object_store.errors import Asked, ObjectMissing, problem_at
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["ObjectStream"]
+
+
+class ObjectStream(io.RawIOBase):
+    """The object at a normalised URL, as it is when this is made: a change afterwards is an error.
+
+    For small reads wrap it in `io.BufferedReader`. Raises StorageError.
+    """
+
+    def __init__(self, url: str, options: StorageOptions | None = None):
+        super().__init__()
+        self._url, self._store, self._position = url, open_store(url, options), 0
+        info = self._store.stat(url)
+        if info is None:
+            asked = Asked(operation="head_object", url=url)
+            raise problem_at(asked, "there is no such object", "correct the name", ObjectMissing)
+        self._size, self._etag = info.size, info.etag
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer).cast("B")
+        count = max(0, min(len(target), self._size - self._position))
+        if count:
+            self._store.read_into(self._url, self._position, target[:count], self._etag)
+        self._position += count
+        return count

@@ -1,0 +1,76 @@
+"""How to reach an object store. Plain data: it is pickled to actors and may be shown and recorded anywhere.
+
+There is deliberately no field for a key, a secret or a token. Each process finds credentials itself where every tool of
+its cloud looks for them (environment, ~/.aws, an instance's role), so none can leak into a job record or a message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.urls import check_no_secrets
+
+__all__ = ["StorageOptions"]
+
+_CHECKSUMS = (None, "sha256")
+_MOST_REQUESTS = 10_000
+_LONGEST_S = 10**9  # larger ones are no times that a system's timers take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageOptions:
+    """What is None comes from the usual environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION,
+    AWS_PROFILE) and ~/.aws/config.
+
+    `max_requests` is how many requests a process has under way at once. `read_timeout_s` is how long a server may stay
+    silent; `deadline_s` bounds one call altogether, with all its retries. `checksum` is what a finished output is
+    checked with by reading it back (None: sizes and part digests only). `anonymous` sends no credentials, for public
+    buckets.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    max_requests: int = 16
+    read_timeout_s: float = 300
+    deadline_s: float = 900
+    checksum: str | None = None
+    anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 1 <= self.max_requests <= _MOST_REQUESTS:
+            what = f"{_shown(self.max_requests)} is not a number from 1 up to {_MOST_REQUESTS}"
+            problems.append(_problem("max_requests", what, "leave it out"))
+        for name in ("read_timeout_s", "deadline_s"):
+            if not 0 < getattr(self, name) <= _LONGEST_S:
+                what = f"{_shown(getattr(self, name))} is not a time over 0 seconds, up to {_LONGEST_S}"
+                problems.append(_problem(name, what, "leave it out"))
+        for name in ("region", "profile"):
+            try:
+                check_no_secrets(getattr(self, name) or "")
+            except ValueError as error:
+                problems.append(_problem(name, str(error), "write its name, and set credentials as for the AWS CLI"))
+        if self.checksum not in _CHECKSUMS:
+            what = f"unknown checksum {self.checksum!r}"
+            problems.append(_problem("checksum", what, "write sha256, or leave it out"))
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            # Not shown: somebody may have put credentials into it.
+            what, remedy = "the endpoint is not an http:// or https:// URL", "write https://host[:port]"
+            problems.append(_problem("endpoint", what, remedy))
+        elif self.endpoint is not None and ("@" in self.endpoint or "?" in self.endpoint):
+            what = "the endpoint holds more than an address; credentials don't belong into it"
+            remedy = "write https://host[:port], and set credentials as for the AWS CLI"
+            problems.append(_problem("endpoint", what, remedy))
+        if problems:
+            raise ProblemReport(problems)
+
+
+def _shown(number: float) -> str:
+    """A number as text, unless it is an integer that is too long to be written."""
+    return f"{number}" if abs(number) < 2**64 or isinstance(number, float) else "this"
+
+
+def _problem(name: str, what: str, remedy: str) -> Problem:
+    return Problem(where=f"storage.{name}", what=what, remedy=remedy)

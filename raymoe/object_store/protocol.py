@@ -1,0 +1,162 @@
+"""The protocol that object stores are used through, and what it speaks of.
+
+    ObjectStore       what every store can do: look, list, read a range, put a small object, delete
+    MultipartStore    what S3 adds: objects assembled from parts that several processes upload or have copied
+
+Promises of every method:
+- Thread-safe; meant to be called from many threads at once. The store itself bounds the requests under way.
+- Transient failures are retried until the deadline of `StorageOptions`; what is raised then, or for anything that
+  waiting does not mend, is a `StorageError` (errors.py), with the special cases that callers tell apart as its
+  subclasses.
+- Idempotent: calling again after any failure, also after a reply that was lost, ends in the same state and the
+  same result.
+- URLs are normalised (urls.py), sizes are bytes, intervals half-open, ETags without their quotes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+__all__ = ["MultipartStore", "ObjectEntry", "ObjectInfo", "ObjectStore", "OpenUpload", "StoreCounters", "UploadedPart"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """An object as it is now. `etag` changes with the content; it is no content hash. `metadata` is the writer's."""
+
+    size: int
+    etag: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectEntry:
+    """An object in a listing; `name` is relative to the folder that was listed, with '/' for subfolders."""
+
+    name: str
+    size: int
+    etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadedPart:
+    """A part that the store has: what completing an upload needs, and is checked against."""
+
+    number: int
+    etag: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenUpload:
+    """A multipart upload that is neither completed nor aborted."""
+
+    url: str
+    upload_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCounters:
+    """What this process has done through one store so far, for reports."""
+
+    requests: int
+    retries: int
+    throttled: int
+    bytes_read: int
+    bytes_sent: int
+    bytes_copied: int  # by the server itself
+
+
+class ObjectStore(Protocol):
+    """One object store, seen from one process."""
+
+    @property
+    def counters(self) -> StoreCounters:
+        """A snapshot."""
+
+    def stat(self, url: str) -> ObjectInfo | None:
+        """The object, or None if there is none. A missing bucket is an error, not None."""
+
+    def read(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+        """Exactly the bytes [start, end). With `etag`, ObjectChanged if the object is another by now."""
+
+    def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
+        """The same, into memory of the caller: what is read is held once and not twice."""
+
+    def read_all(self, url: str, etag: str | None = None) -> bytes:
+        """A whole small object. ObjectMissing if there is none."""
+
+    def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
+        """All objects in the folder `url`, by name; without `recursive` those in its subfolders are left out.
+
+        Empty where there is nothing; a missing bucket is an error.
+        """
+
+    def put(
+        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
+        """Write a small object as a whole.
+
+        With `only_if_absent`, ObjectExists if there is one that was not written by this very call.
+        """
+
+    def delete(self, url: str) -> None:
+        """Delete an object; done if there is none."""
+
+
+class MultipartStore(ObjectStore, Protocol):
+    """S3's multipart uploads.
+
+    An upload is invisible until it is completed, and then visible at once as a whole. Parts are numbered 1 to 10,000,
+    of 5 MiB to 5 GiB except the last. Sending a part of the same number again replaces it. Parts may come from any
+    process that has the upload's id.
+    """
+
+    def create_upload(self, url: str, metadata: Mapping[str, str] | None = None) -> str:
+        """Begin an upload and return its id. `metadata` becomes the object's: put an id of the run into it.
+
+        The one call that is not idempotent: where its reply is lost, an upload stays open that nobody knows;
+        `list_uploads` finds it.
+        """
+
+    def upload_part(self, url: str, upload_id: str, number: int, data: bytes | bytearray | memoryview) -> UploadedPart:
+        """Send one part. What the store says it got is compared with what was sent."""
+
+    def copy_part(
+        self,
+        url: str,
+        upload_id: str,
+        number: int,
+        source_url: str,
+        start: int,
+        end: int,
+        source_etag: str | None = None,
+    ) -> UploadedPart:
+        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`."""
+
+    def complete_upload(
+        self,
+        url: str,
+        upload_id: str,
+        parts: Sequence[UploadedPart],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        only_if_absent: bool = False,
+    ) -> ObjectInfo:
+        """Make the object of its parts, in the order of their numbers, and check its size.
+
+        `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
+        and metadata counts as this upload, completed earlier; else UploadGone, or ObjectExists where `only_if_absent`
+        and something else is in the way.
+        """
+
+    def abort_upload(self, url: str, upload_id: str) -> None:
+        """Drop an upload and its parts; done if there is none."""
+
+    def list_uploads(self, url: str) -> Sequence[OpenUpload]:
+        """All open uploads of objects in the folder `url`, and of `url` itself; whoever began them."""
+
+    def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
+        """The parts that an open upload has so far, by number. UploadGone if it is not open."""

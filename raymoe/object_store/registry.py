@@ -1,0 +1,51 @@
+"""The stores of this process: one for each scheme, options and environment."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import fields
+
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.protocol import ObjectStore, StoreCounters
+from raymoe.object_store.urls import is_s3
+
+__all__ = ["open_store", "process_counters"]
+
+_stores: dict[tuple[int, str, StorageOptions, int], ObjectStore] = {}
+_stores_lock = threading.Lock()
+
+
+def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
+    """The store that a normalised URL lies in: a MultipartStore (`S3Store`) for s3://, another for the rest.
+
+    One a process, options and AWS_* environment: connections, pacing and counters are shared. Building it
+    sends nothing.
+    """
+    options = options or StorageOptions()
+    scheme = "s3" if is_s3(url) else url.partition("://")[0].lower()
+    # With the process id: a forked child must not use its parent's connections. With the environment (hashed: it has
+    # credentials): what `options` leave open is decided there.
+    environment = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (os.getpid(), scheme, options, environment)
+    with _stores_lock:
+        if key not in _stores:
+            _stores[key] = _build(scheme, options)
+        return _stores[key]
+
+
+def process_counters() -> StoreCounters:
+    """What this process has done through all its stores."""
+    with _stores_lock:
+        counters = [store.counters for key, store in _stores.items() if key[0] == os.getpid()]
+    return StoreCounters(**{f.name: sum(getattr(each, f.name) for each in counters) for f in fields(StoreCounters)})
+
+
+def _build(scheme: str, options: StorageOptions) -> ObjectStore:
+    if scheme == "s3":
+        from raymoe.object_store.s3_store import S3Store
+
+        return S3Store(options)
+    from raymoe.object_store.fsspec_store import FsspecStore
+
+    return FsspecStore(scheme, options)

@@ -1,0 +1,130 @@
+"""How requests to S3 are sent: one client a process, used from many threads.
+
+    thread of the caller --run_coroutine_threadsafe--> fsspec's event loop --aiobotocore client--> endpoint
+
+s3fs builds the client (profiles, endpoints, roles, its end at exit) and owns the loop; requests are sent through the
+client itself, since what s3fs adds to one (own retries, errors without their codes, listings it remembers) is what has
+to be exact here. An `S3Client` may be held across a fork: the child builds a client of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from raymoe.object_store.error_messages import storage_error
+from raymoe.object_store.errors import Asked
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.protocol import StoreCounters
+from raymoe.object_store.retry import Failure, Retries
+
+__all__ = ["Handle", "S3Client"]
+
+_CONNECT_TIMEOUT_S = 10
+
+_T = TypeVar("_T")
+Handle = Callable[[Any], Awaitable[_T]]
+
+
+class S3Client:
+    """Sends requests, with retries and pacing, and counts. Thread-safe."""
+
+    def __init__(self, options: StorageOptions):
+        self.options = options
+        self._retries = Retries(options.max_requests, options.deadline_s)
+        self._lock = threading.Lock()
+        self._made: tuple[int, Any] | None = None  # (process id, S3FileSystem)
+        self._read, self._sent, self._copied = 0, 0, 0
+
+    def call(self, asked: Asked, handle: Handle[_T], **arguments: Any) -> _T:
+        """The result of one request. Raises StorageError."""
+        outcome = self.send(asked, handle, **arguments)
+        if isinstance(outcome, Failure):
+            raise storage_error(outcome, asked, self.options)
+        return outcome
+
+    def send(self, asked: Asked, handle: Handle[_T], **arguments: Any) -> _T | Failure:
+        """Send `asked.operation` until it succeeds or fails for good.
+
+        `handle` makes the result of the answer, in the event loop; what it raises counts as a failure of the request.
+        """
+
+        def attempt(seconds: float) -> _T:
+            filesystem = self._filesystem()
+            request = _request(filesystem, asked.operation, handle, arguments)
+            future = asyncio.run_coroutine_threadsafe(request, filesystem.loop)
+            try:
+                return future.result(seconds)
+            finally:
+                future.cancel()  # of no effect on one that is done
+
+        return self._retries.run(attempt)
+
+    def count(self, *, read: int = 0, sent: int = 0, copied: int = 0) -> None:
+        """Add bytes of calls that succeeded."""
+        with self._lock:
+            self._read += read
+            self._sent += sent
+            self._copied += copied
+
+    def counters(self) -> StoreCounters:
+        retries = self._retries
+        return StoreCounters(
+            requests=retries.requests,
+            retries=retries.retries,
+            throttled=retries.times_throttled,
+            bytes_read=self._read,
+            bytes_sent=self._sent,
+            bytes_copied=self._copied,
+        )
+
+    def _filesystem(self) -> Any:
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                self._made = (os.getpid(), _make_filesystem(self.options))
+            return self._made[1]
+
+
+def _make_filesystem(options: StorageOptions) -> Any:
+    from s3fs import S3FileSystem
+
+    region = options.region or os.environ.get("AWS_REGION")  # botocore knows only AWS_DEFAULT_REGION
+    return S3FileSystem(
+        anon=options.anonymous,
+        endpoint_url=options.endpoint,
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "max_pool_connections": options.max_requests + 4,
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "read_timeout": options.read_timeout_s,
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        **({"profile": options.profile} if options.profile else {}),
+    )
+
+
+async def _request(filesystem: Any, operation: str, handle: Handle[_T], arguments: Mapping[str, Any]) -> _T:
+    client = await filesystem.set_session()
+    client.meta.events.register_last("before-send.s3", _can_be_sent_again, unique_id="raymoe")
+    return await handle(await getattr(client, operation)(**arguments))
+
+
+def _can_be_sent_again(request: Any, **_: Any) -> None:
+    """Give aiohttp a body that it can send twice.
+
+    If a kept connection is lost before the answer, aiohttp sends a PUT again by itself. Some versions (3.12.15 and
+    3.14.3 were tried) read the body from where the first sending ended and send nothing: both sides wait for each
+    other until `read_timeout_s` is over.
+    """
+    if isinstance(request.body, io.BytesIO):
+        from raymoe.object_store.request_body import SentBody
+
+        request.body = SentBody(memoryview(request.body.getvalue()))  # without a copy

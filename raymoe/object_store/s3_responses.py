@@ -1,0 +1,120 @@
+"""What an S3 server's answers have to hold for the call to count as done; and ETags.
+
+Answers are the mappings of botocore. What is raised here is judged by retry.py: a ShortRead is tried again, a
+Mismatch lasts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from raymoe.object_store.protocol import ObjectInfo, UploadedPart
+from raymoe.object_store.retry import Mismatch, ShortRead
+
+__all__ = [
+    "Answer",
+    "bare",
+    "check_answer",
+    "check_etag",
+    "check_sent",
+    "is_made_of",
+    "is_md5",
+    "multipart_etag",
+    "quoted",
+    "read_body",
+]
+
+Answer = Mapping[str, Any]
+
+_CHUNK_BYTES = 1 << 18
+_HEX_DIGITS = frozenset("0123456789abcdef")
+
+
+async def read_body(response: Answer, buffer: memoryview) -> None:
+    """Fill the buffer exactly. Raises ShortRead."""
+    body, done = response["Body"], 0
+    try:
+        async for chunk in body.iter_chunks(_CHUNK_BYTES):
+            if done + len(chunk) > len(buffer):
+                raise ShortRead(f"the store sent more than the {len(buffer)} bytes asked for")
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
+    finally:
+        body.close()
+    if done < len(buffer):
+        raise ShortRead(f"the store sent {done} bytes, and {len(buffer)} were asked for")
+
+
+def check_answer(response: Answer, start: int, end: int, etag: str | None) -> None:
+    """Raise if the body to come is not the range that was asked for."""
+    try:
+        check_etag(response, etag)
+        content_range = response.get("ContentRange")
+        if content_range is None:  # a server that knows no ranges
+            if start != 0 or response["ContentLength"] != end:
+                raise ShortRead("the store ignores the range asked for")
+            return
+        sent, _, total = content_range.removeprefix("bytes ").partition("/")
+        if total.isdigit() and int(total) < end:
+            raise Mismatch(f"it has {total} bytes, and at least {end} were expected")
+        if sent != f"{start}-{end - 1}":
+            raise ShortRead(f"the store sent bytes {sent}, and {start}-{end - 1} were asked for")
+    except Exception:
+        response["Body"].close()
+        raise
+
+
+def check_etag(response: Answer, etag: str | None) -> None:
+    if etag is not None and bare(response.get("ETag")) != etag:
+        response["Body"].close()
+        raise Mismatch("its ETag is another")
+
+
+def check_sent(data: bytes | bytearray) -> tuple[Callable[[Answer], Awaitable[Answer]], str]:
+    """What checks the answer to an upload of `data`, and the Content-MD5 to send with it."""
+    digest = hashlib.md5(data, usedforsecurity=False)
+
+    async def check(response: Answer) -> Answer:
+        etag = str(bare(response.get("ETag")))
+        encrypted = "kms" in response.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in response
+        if not encrypted and is_md5(etag) and etag != digest.hexdigest():
+            raise ShortRead(f"the store reports other bytes (MD5 {etag}) than were sent ({digest.hexdigest()})")
+        return response
+
+    return check, base64.b64encode(digest.digest()).decode()
+
+
+def is_made_of(info: ObjectInfo, parts: Sequence[UploadedPart], metadata: Mapping[str, str] | None) -> bool:
+    """Whether an object is what completing an upload of these parts, begun with this metadata, gives.
+
+    Its ETag shows it where ETags are S3's. They are not with keys of KMS, or in stores that make up their own: there
+    the size and the metadata have to do. Stores that keep no metadata exist as well (the gateway of JuiceFS).
+    """
+    if info.size != sum(part.size for part in parts):
+        return False
+    known = dict(metadata or {})
+    made_for_us = bool(known) and all(info.metadata.get(name.lower()) == value for name, value in known.items())
+    return made_for_us or (info.etag is not None and info.etag == multipart_etag(parts))
+
+
+def multipart_etag(parts: Sequence[UploadedPart]) -> str | None:
+    """The ETag that S3 gives to an object of these parts, if they are not encrypted with a key of KMS."""
+    if not all(is_md5(part.etag) for part in parts):
+        return None
+    joined = b"".join(bytes.fromhex(part.etag) for part in parts)
+    return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+
+def is_md5(etag: str) -> bool:
+    return len(etag) == 32 and set(etag) <= _HEX_DIGITS
+
+
+def bare(etag: str | None) -> str | None:
+    return etag.strip('"') if etag else None
+
+
+def quoted(etag: str) -> str:
+    return f'"{etag}"'

@@ -1,0 +1,137 @@
+"""Do these models fit together? Every check that configs and headers allow, all problems collected.
+
+An expert gives its FFN and nothing else, so it must agree with the base in what an FFN is (widths, depth, activation);
+vocabulary, heads and RoPE may differ, and are warned about where the merged model would see a difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from raymoe.architectures import DenseSpec, read_spec
+from raymoe.errors import Problem
+from raymoe.formatting import some
+from raymoe.sources.facts import ModelFacts
+from raymoe.sources.output_head import HEAD
+
+__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of", "ties_by_config"]
+
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
+    """The model's spec, or why there is none. A head of its own counts, even if config.json ties it."""
+    result = read_spec(facts.config, facts.label)
+    if isinstance(result, DenseSpec):
+        return replace(result, tied=result.tied and not facts.own_head), []
+    return None, [Problem(where=f"{where} ({p.where})", what=p.what, remedy=p.remedy) for p in result]
+
+
+def ties_by_config(facts: ModelFacts) -> bool:
+    """True if config.json says that the embedding is the output head, as its family's default or in words."""
+    result = read_spec(facts.config, facts.label)
+    return isinstance(result, DenseSpec) and result.tied
+
+
+def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool) -> list[Problem]:
+    """Can this expert's FFN stand in for the base's?"""
+    problems = []
+    if expert.model_type != base.model_type and not allow_crimes:
+        what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
+        remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
+        problems.append(Problem(where=where, what=what, remedy=remedy))
+    elif expert.model_type != base.model_type and _ffn_names(expert) != _ffn_names(base):
+        what = f"a {expert.model_type} model stores its FFN otherwise than a {base.model_type} model"
+        problems.append(Problem(where=where, what=what, remedy="use models of one type"))
+    for key, name in (
+        ("layers", "num_hidden_layers"),
+        ("hidden", "hidden_size"),
+        ("intermediate", "intermediate_size"),
+        ("hidden_act", "hidden_act"),
+        ("mlp_bias", "mlp_bias"),
+    ):
+        got, expected = getattr(expert, key), getattr(base, key)
+        if got != expected:
+            what = f"{name} is {got}, but the base's is {expected}"
+            remedy = "experts must have the base's depth, widths and activation; use fine-tunes of the same model"
+            problems.append(Problem(where=where, what=what, remedy=remedy))
+    return problems
+
+
+def _ffn_names(spec: DenseSpec) -> list[str]:
+    """Weights of an FFN, biases left out: whether those are there is told apart."""
+    return [row.name for row in spec.rows() if row.is_ffn and not row.role.endswith(".bias")]
+
+
+def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]:
+    """Differences that the merged model does not carry, since the base's attention and embeddings rule."""
+    warnings = []
+    if expert.model_type != base.model_type:
+        warnings.append(
+            f"{where}: its FFNs are those of a {expert.model_type} model, in the layers of a {base.model_type} model"
+        )
+    if (expert.rope_theta, expert.rope_scaling) != (base.rope_theta, base.rope_scaling):
+        warnings.append(f"{where}: its RoPE settings differ from the base's; the base's are used")
+    if (expert.kinds, expert.sliding_window, expert.sliding_layers) != (
+        base.kinds,
+        base.sliding_window,
+        base.sliding_layers,
+    ):
+        warnings.append(f"{where}: its layers have other attention or windows than the base's, which are used")
+    same = expert.extra.keys() & base.extra.keys()
+    if other := sorted(key for key in same if expert.extra[key] != base.extra[key]):
+        warnings.append(f"{where}: {', '.join(other)} differ from the base's, which are used")
+    if expert.vocab != base.vocab:
+        warnings.append(
+            f"{where}: its vocabulary has {expert.vocab} tokens, the base's {base.vocab}; the base's is used"
+        )
+    if expert.max_positions != base.max_positions:
+        warnings.append(
+            f"{where}: max_position_embeddings {expert.max_positions} differs from the base's {base.max_positions}, "
+            "which is used"
+        )
+    if expert.rms_norm_eps != base.rms_norm_eps:
+        warnings.append(f"{where}: rms_norm_eps {expert.rms_norm_eps} differs from the base's {base.rms_norm_eps}")
+    return warnings
+
+
+def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
+    """Is every tensor that is needed there, with the shape that the config promises, and nothing that no row names?"""
+    label = f"{where} ({facts.label})"
+    expected = {name: (row, spec.shape_of(row)) for row, _, name in spec.tensors()}
+    needed = {name: shape for name, (row, shape) in expected.items() if row.is_ffn or not ffn_only}
+    tensors = facts.index.tensors
+    problems = []
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        what = f"{len(missing)} tensor(s) missing: {some(missing)}"
+        remedy = "the checkpoint must hold what its config.json describes"
+        if missing == [HEAD]:
+            remedy = "set tie_word_embeddings: true in its config.json if the model ties its embeddings"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in needed.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {some(wrong, separator='; ')}"
+        remedy = "weights and config.json must be of the same model"
+        if all(0 in tensors[name].shape for name in needed if name in tensors and tensors[name].shape != needed[name]):
+            remedy = "DeepSpeed's ZeRO-3 leaves empty tensors: save the model again with gathered weights"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
+    dtypes = sorted({tensors[n].dtype for n in needed if n in tensors and tensors[n].dtype not in FLOAT_DTYPES})
+    if dtypes:
+        remedy = "use an unquantised checkpoint (bfloat16, float16 or float32)"
+        problems.append(Problem(where=label, what=f"weights of type {', '.join(dtypes)}", remedy=remedy))
+    unmapped = _unmapped(facts, spec, expected.keys())
+    if unmapped:
+        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {some(unmapped)}"
+        remedy = "raymoe never drops a weight silently; is config.json the right one for this checkpoint?"
+        problems.append(Problem(where=label, what=what, remedy=remedy))
+    return problems
+
+
+def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
+    ignored = spec.family.ignored + (("lm_head.weight",) if spec.tied else ())
+    return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]

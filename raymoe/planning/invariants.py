@@ -1,0 +1,43 @@
+"""The plan's own invariants, checked once, completely, on every plan that is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from raymoe.planning.plan import Columns, Copy, Shard
+from raymoe.planning.shard_packing import OutputTensor
+from raymoe.sources.dtypes import tensor_nbytes
+
+__all__ = ["check_plan"]
+
+
+def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None:
+    """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""
+    parts = [part.name for shard in shards for part in shard.parts]
+    assert len(parts) == len(set(parts)), "a part is written twice"
+    placed = [tensor for shard in shards for tensor, _ in groupby(part.tensor for part in shard.parts)]
+    names = {tensor.name for tensor in placed}
+    assert len(names) == len(placed), "an output tensor is written twice"
+    assert names == {t.name for t in tensors}, "an output tensor is not written"
+    files = [shard.file_name for shard in shards]
+    assert len(files) == len(set(files)), "two shards of one name"
+    for shard in shards:
+        end = len(shard.header)
+        assert shard.header[8:9] == b"{" and int.from_bytes(shard.header[:8], "little") == end - 8
+        for part in shard.parts:
+            assert part.start == end, f"{part.name}: gap or overlap in {shard.file_name}"
+            assert part.nbytes == tensor_nbytes(part.dtype, part.shape), f"{part.name}: bytes do not fit its shape"
+            matrices = part.what.matrices if isinstance(part.what, Columns) else (part,)
+            for matrix in matrices:
+                if isinstance(matrix.what, Copy):
+                    source = matrix.what.source
+                    assert (source.dtype, source.shape, source.nbytes) == (matrix.dtype, matrix.shape, matrix.nbytes)
+            if isinstance(part.what, Columns):
+                assert {(matrix.dtype, matrix.shape[0]) for matrix in matrices} == {(part.dtype, part.shape[0])}
+                assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: columns missing"
+            end = part.end
+        for tensor, of_tensor in groupby(shard.parts, key=lambda part: part.tensor):
+            pieces = list(of_tensor)
+            size = sum(piece.nbytes for piece in pieces)
+            assert size == tensor_nbytes(pieces[0].dtype, tensor.shape), f"{tensor.name}: its parts do not make it up"

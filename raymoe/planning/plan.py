@@ -1,0 +1,288 @@
+"""A merge as data: what is written where, from which bytes. No tensors, no handles, nothing that can fail later.
+
+    MergePlan
+      .shards      Shard: one output file, its header final, its parts back to back
+        .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
+          .what    Copy | Transform | Columns | Router | Constant: where those bytes come from
+      .gates       GatePlan: which prompts are read by which model to make the router rows
+      .side_files  small files taken over from the base byte for byte
+
+Everything but the router's values is known here, from configs and file headers, before one weight is read.
+Sizes are bytes, intervals half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
+
+__all__ = [
+    "FUSED",
+    "SHARED",
+    "Columns",
+    "Constant",
+    "Copy",
+    "GatePlan",
+    "GatePrompts",
+    "HeadRows",
+    "MergeOptions",
+    "MergePlan",
+    "Part",
+    "Router",
+    "Shard",
+    "Source",
+    "Totals",
+    "Transform",
+    "WeightRef",
+    "WholeTensor",
+]
+
+# Owners of shards whose tensors hold several experts.
+FUSED, SHARED = "experts", "shared experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """What, besides the config, decides the bytes of the output."""
+
+    max_shard_bytes: int = 5_000_000_000
+    seed: int = 0
+    allow_crimes: bool = False
+    copy_tokenizer: bool = True
+    model_card: bool = True
+    quantise_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
+    strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
+
+    def __post_init__(self) -> None:
+        """Raises TypeError: a record from a stranger may hold anything."""
+        for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantise_gates", (str, type(None)))):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r:.80}")
+        for name in ("allow_crimes", "copy_tokenizer", "model_card", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}, not true or false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The bytes of `source`, unchanged."""
+
+    source: TensorEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRows:
+    """Rows of q or k in another order within each head of `head_dim`: RoPE turns the first `turned` of them.
+
+    A family that turns neighbours (0 with 1, 2 with 3, ...) computes in this order what it computes in its own when
+    the first half of those rows is turned with the second: products of q and k do not depend on the order.
+    """
+
+    head_dim: int
+    turned: int
+
+    @property
+    def order(self) -> list[int]:
+        """Which row of a head of neighbours comes where in a head of halves."""
+        return [*range(0, self.turned, 2), *range(1, self.turned, 2), *range(self.turned, self.head_dim)]
+
+    @property
+    def order_back(self) -> list[int]:
+        """Which row of a head of halves comes where in a head of neighbours."""
+        return sorted(range(self.head_dim), key=self.order.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform:
+    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, its rows in the order of `heads`, cast to
+    the part's dtype, in this order.
+
+    Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
+    """
+
+    source: TensorEntry
+    lora: LoraPair | None = None
+    noise_scale: float | None = None
+    scale: float | None = None
+    seed: int = 0
+    heads: HeadRows | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Rows of the router of `layer`: one an expert, or with `shared` the one row of the shared experts' gate."""
+
+    layer: int
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """One number everywhere."""
+
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Matrices side by side: each row is that of the first, then that of the second, and so on.
+
+    Each is a part of its own, copied or transformed, at bytes [0, its size); they agree in dtype and number of rows.
+    """
+
+    matrices: tuple[Part, ...]
+
+
+PartSource = Copy | Transform | Columns | Router | Constant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTensor:
+    """A tensor of the file that several parts make up, one after the other."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One output tensor at bytes [start, end) of its shard file, or a block of the rows of `whole`.
+
+    Some hosts have one tensor for all experts of a layer. Its parts come from one source each.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    what: PartSource
+    whole: WholeTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def read(self) -> tuple[Copy | Transform, ...]:
+        """What is read for it: nothing for what is computed."""
+        if isinstance(self.what, Columns):
+            return tuple(source for matrix in self.what.matrices for source in matrix.read)
+        return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
+
+    @property
+    def tensor(self) -> WholeTensor:
+        """What the file's header calls the tensor that these bytes are of, and its shape there."""
+        return self.whole or WholeTensor(name=self.name, shape=self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`;
+    `FUSED` or `SHARED`, where they come from several experts or shared experts."""
+
+    file_name: str
+    owner: str
+    header: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.parts[-1].end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRef:
+    """A tensor to load for computing: where it lies, and its LoRA delta."""
+
+    entry: TensorEntry
+    lora: LoraPair | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePrompts:
+    """The prompts of one expert and the model that reads them.
+
+    `weights` maps parameter names (`model.layers.0.mlp.up_proj.weight`) to what is loaded for them: the base's, the
+    expert's, or grafted (the base with this expert's FFN). Empty where no model reads the prompts. With
+    `chat_template` each prompt is read as a user's turn in the base's template.
+    """
+
+    owner: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    config: Mapping[str, Any]
+    weights: Mapping[str, WeightRef]
+    chat_template: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePlan:
+    """How the router rows are made: one `GatePrompts` an expert, then one a shared expert with a gate."""
+
+    mode: str
+    prompt_model: str
+    layers: int
+    hidden: int
+    experts: tuple[GatePrompts, ...]
+    shared: tuple[GatePrompts, ...]
+    tokenizer_files: tuple[SideFile, ...]
+    vocab: int
+    seed: int
+    quantise: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders,
+    `unused` the modules that its adapter changes and whose changes are not in the merge."""
+
+    owner: str
+    label: str
+    revision: str | None
+    adapter: str | None
+    files: tuple[SourceFile, ...]
+    folders: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the plan. Parameters are counted in the output's own tensors; `active` for one token."""
+
+    parameters: int
+    active_parameters: int
+    output_bytes: int
+    bytes_by_owner: Mapping[str, int]
+    bytes_by_kind: Mapping[str, int]
+    gate_bytes: int
+    peak_gate_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes."""
+
+    host: str
+    config: Mapping[str, Any]
+    dtype: str
+    shards: tuple[Shard, ...]
+    side_files: tuple[SideFile, ...]
+    gates: GatePlan
+    sources: tuple[Source, ...]
+    totals: Totals
+    options: MergeOptions
+    warnings: tuple[str, ...]
+    digest: str
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """Content of model.safetensors.index.json."""
+        weight_map = {part.tensor.name: shard.file_name for shard in self.shards for part in shard.parts}
+        total = sum(part.nbytes for shard in self.shards for part in shard.parts)
+        metadata = {"total_size": total, "total_parameters": self.totals.parameters}
+        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

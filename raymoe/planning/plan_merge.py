@@ -1,0 +1,76 @@
+"""From a config to its plan: what the config names is read (files of prompts, configs, headers), and planned.
+
+    MergeConfig --read_prompts, resolve_models--> MergeConfig, ModelFacts --build_plan--> MergePlan
+
+The one module of this package that reads anything. What is wrong with any of it is in one report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import TypeVar
+
+from raymoe.config import MergeConfig, check_config
+from raymoe.errors import Problem, ProblemReport
+from raymoe.planning import MergeOptions, MergePlan, build_plan
+from raymoe.planning.prompt_checks import prompt_checks
+from raymoe.sources.facts import ModelFacts, SourceFile
+from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
+from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, resolve_models, with_contents
+from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
+
+__all__ = ["plan_merge"]
+
+_T = TypeVar("_T")
+
+
+def plan_merge(
+    config: MergeConfig,
+    options: MergeOptions | None = None,
+    *,
+    hub: HubOptions | None = None,
+    allow_all_same: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> MergePlan:
+    """Plan a merge: reads configs, file headers and prompts, no weights.
+
+    Raises ProblemReport with everything that is wrong with the config, its models or its files of prompts. Folders
+    that are not here are looked for `elsewhere`, on the nodes of a cluster.
+    """
+    if wrong := check_config(config, allow_all_same=allow_all_same):
+        raise ProblemReport(wrong)
+    models = [config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))]
+    problems: list[Problem] = []
+    concrete = _collect(problems, lambda: read_prompts(config))
+    facts = _collect(problems, lambda: resolve_models(models, hub, config.storage, elsewhere, [config.base_model]))
+    if facts is None:
+        raise ProblemReport(problems)
+    base = facts[config.base_model]
+    with elsewhere.together(side.file for side in base.side_files) if elsewhere else nullcontext():
+        read = cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes())
+        problems += chat_template_problems(config, base, hub, elsewhere)
+        base = _collect(problems, lambda: _with_small_files(base, read)) or base
+        tokenizer = _collect(problems, lambda: tokenizer_facts(base.side_files, read)) if config.needs_prompts else None
+    if problems or concrete is None:
+        raise ProblemReport(problems)
+    planned = build_plan(concrete, {**facts, config.base_model: base}, options or MergeOptions())
+    problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
+    if problems:
+        raise ProblemReport(problems)
+    return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
+
+
+def _with_small_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
+    """The base with the code of its tokenizer, and with checksums of its small files."""
+    return with_contents(with_tokenizer_code(base, read), read)
+
+
+def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
+    try:
+        return step()
+    except ProblemReport as report:
+        problems += report.problems
+        return None

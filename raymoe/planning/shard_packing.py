@@ -1,0 +1,181 @@
+"""Packs output tensors into shard files: names, headers and offsets, final before anything is written.
+
+A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
+Only tensors that hold several experts of a layer have many sources; they are in shards of their own.
+Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
+output and a run of copies is one long range; short runs come before long ones (see `_small_runs_first`).
+
+File format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON padded with spaces, data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from raymoe.planning.multipart import MIN_PART_BYTES
+from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
+from raymoe.sources.dtypes import DTYPE_BYTES
+
+__all__ = ["OutputTensor", "Piece", "pack_shards"]
+
+# Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
+_ALIGN = 64
+# Some filesystems let two files share what they have in common, if it lies on whole blocks in both.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A block of an output tensor's rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    what: PartSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """A tensor of the merged model that has no place in a file yet. `what` is its source, or what it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    owner: str
+    what: PartSource | tuple[Piece, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What it is made of, in order: of most tensors one thing, themselves."""
+        return self.what if isinstance(self.what, tuple) else (Piece(name=self.name, shape=self.shape, what=self.what),)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
+    groups: list[list[OutputTensor]] = []
+    by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
+    assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
+    for members in by_owner.values():
+        groups.extend(_fill(_small_runs_first(_source_order(members)), max_shard_bytes))
+    count = len(groups)
+    return tuple(
+        _build(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, start=1)
+    )
+
+
+def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    def key(tensor: OutputTensor) -> tuple[str, int, str]:
+        what = tensor.pieces[0].what
+        if isinstance(what, Columns):
+            what = what.matrices[0].what
+        if isinstance(what, (Copy, Transform)):
+            return (what.source.file.location, what.source.start, tensor.name)
+        return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's
+
+    return sorted(tensors, key=key)
+
+
+def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """Runs of neighbouring source bytes that are too short for a part of an upload before those that are not.
+
+    An object store copies long ranges by itself; the short ones, and the header, have to be sent. Together at the
+    beginning of a shard they cost no more than their own bytes.
+    """
+    runs: list[list[OutputTensor]] = []
+    for tensor in tensors:
+        if runs and _touches(runs[-1][-1], tensor):
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+    small = [t for run in runs for t in run if not _is_long(run)]
+    return small + [t for run in runs for t in run if _is_long(run)]
+
+
+def _touches(left: OutputTensor, right: OutputTensor) -> bool:
+    a, b = left.what, right.what
+    return (
+        isinstance(a, Copy)
+        and isinstance(b, Copy)
+        and a.source.file == b.source.file
+        and a.source.end == b.source.start
+    )
+
+
+def _is_long(run: Sequence[OutputTensor]) -> bool:
+    return isinstance(run[0].pieces[0].what, Copy) and sum(tensor.nbytes for tensor in run) >= MIN_PART_BYTES
+
+
+def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+    groups: list[list[OutputTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or tensor.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
+
+
+def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
+    (owner,) = [key for key, _ in groupby(tensors, key=lambda t: t.owner)]
+    parts, offset = [], 0  # places in the data
+    for tensor in tensors:
+        whole = WholeTensor(name=tensor.name, shape=tensor.shape) if isinstance(tensor.what, tuple) else None
+        for piece in tensor.pieces:
+            end = offset + math.prod(piece.shape) * DTYPE_BYTES[tensor.dtype]
+            parts.append(
+                Part(
+                    name=piece.name,
+                    dtype=tensor.dtype,
+                    shape=piece.shape,
+                    start=offset,
+                    end=end,
+                    what=piece.what,
+                    whole=whole,
+                )
+            )
+            offset = end
+    header = _header(tensors, _data_place(parts))
+    shift = len(header)
+    placed = tuple(replace(part, start=part.start + shift, end=part.end + shift) for part in parts)
+    return Shard(file_name=file_name, owner=owner, header=header, parts=placed)
+
+
+def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> bytes:
+    # transformers refuses files without this metadata entry.
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    place, align = data_place
+    padded = text + b" " * ((place - 8 - len(text)) % align)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def _data_place(parts: Sequence[Part]) -> tuple[int, int]:
+    """Where the data has to start, as (rest, modulus).
+
+    With long copies: so that most of their bytes lie in their blocks as they do in the source. A source's data starts
+    at a multiple of 8 at least, which every reader of that source is content with.
+    """
+    rests: Counter[int] = Counter()
+    for part in parts:
+        if isinstance(part.what, Copy):
+            rests[(part.what.source.start - part.start) % _BLOCK] += part.nbytes
+    rest, count = max(rests.items(), key=lambda item: item[1], default=(0, 0))
+    return (rest, _BLOCK) if count >= MIN_PART_BYTES and rest % 8 == 0 else (0, _ALIGN)

@@ -1,0 +1,315 @@
+"""Which tensors the merged model has and where each comes from: the dense table met with the host's, role by role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from raymoe.architectures import DenseSpec, MoeHost, MoeShape
+from raymoe.config import ExpertConfig
+from raymoe.errors import Problem, few
+from raymoe.formatting import some
+from raymoe.planning.plan import (
+    FUSED,
+    SHARED,
+    Columns,
+    Constant,
+    Copy,
+    HeadRows,
+    Part,
+    PartSource,
+    Router,
+    Transform,
+    WeightRef,
+)
+from raymoe.planning.shard_packing import OutputTensor, Piece
+from raymoe.sources.dtypes import DTYPE_BYTES
+from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, TensorEntry
+from raymoe.sources.lora import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
+from raymoe.sources.output_head import HEAD
+
+__all__ = [
+    "Member",
+    "adapter_problems",
+    "adapter_warnings",
+    "base_tensors",
+    "computed_tensors",
+    "expert_tensors",
+    "head_rows",
+    "rows_of",
+    "unused_changes",
+    "weight_refs",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An expert or shared expert in its place: owner `expert 2` or `shared 0`."""
+
+    owner: str
+    number: int
+    is_shared: bool
+    config: ExpertConfig
+    facts: ModelFacts
+    spec: DenseSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """One matrix (or vector) of a dense model, with what becomes of it: a stored tensor, or some rows of one."""
+
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    what: PartSource
+
+
+def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
+    """Embeddings, norms, attention, head."""
+    heads = head_rows(spec, host)
+    for matrix in _matrices(facts, spec, dtype, ffn=False):
+        output = host.backbone[matrix.role].format(layer=matrix.layer)
+        what = _by_heads(matrix.what, heads) if heads and matrix.role in _TURNED else matrix.what
+        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=what)
+
+
+def head_rows(spec: DenseSpec, host: MoeHost) -> HeadRows | None:
+    """The order that the host's RoPE wants rows of q and k in; None where it is that of the family."""
+    if not spec.family.turns_neighbours or host.turns_neighbours:
+        return None
+    return HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim)
+
+
+_TURNED = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
+
+
+def _by_heads(what: PartSource, heads: HeadRows) -> Transform:
+    assert isinstance(what, (Copy, Transform))
+    return Transform(source=what.source, heads=heads) if isinstance(what, Copy) else replace(what, heads=heads)
+
+
+def expert_tensors(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFNs of all experts and shared experts, in the tensors that the host has for them."""
+    experts = [member for member in members if not member.is_shared]
+    shared = [member for member in members if member.is_shared]
+    if host.is_fused:
+        yield from _fused(experts, host, dtype, seed)
+    else:
+        for member in experts:
+            yield from _member_tensors(member, host.expert, dtype, seed)
+    if len(shared) > 1:
+        yield from _widened(shared, host.shared, dtype, seed)
+    else:
+        for member in shared:
+            yield from _member_tensors(member, host.shared, dtype, seed)
+
+
+def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFN of one expert, or of one shared expert. Roles that share a name lie in one tensor, row by row."""
+    for matrices in _ffn_layers(member, dtype, seed):
+        for template, roles in _roles_by_name(names).items():
+            output = template.format(layer=matrices[roles[0]].layer, expert=member.number)
+            (width,) = {matrices[role].shape[1:] for role in roles}
+            shape = (sum(matrices[role].shape[0] for role in roles), *width)
+            what = matrices[roles[0]].what if len(roles) == 1 else _pieces(output, matrices, roles)
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=member.owner, what=what)
+
+
+def _fused(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """The FFNs of all experts of a layer as the few tensors of (experts, rows, columns) that they are in this host."""
+    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+        for template, roles in _roles_by_name(host.expert).items():
+            first = of_layer[0]
+            output = template.format(layer=first[roles[0]].layer)
+            rows, width = sum(first[role].shape[0] for role in roles), first[roles[0]].shape[1]
+            yield OutputTensor(
+                name=output,
+                dtype=dtype,
+                shape=(len(members), rows, width),
+                owner=FUSED,
+                what=tuple(
+                    piece
+                    for member, matrices in zip(members, of_layer, strict=True)
+                    for piece in _pieces(f"{output}[{member.number}]", matrices, roles)
+                ),
+            )
+
+
+def _widened(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+    """Several shared experts as one that is as wide as all of them, which is their sum exactly: rows of gate and up
+    below each other, columns of down side by side."""
+    for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
+        for template, roles in _roles_by_name(names).items():
+            output = template.format(layer=of_layer[0][roles[0]].layer)
+            blocks = [
+                Piece(name=f"{output}[{member.number}].{role[4:]}", shape=found[role].shape, what=found[role].what)
+                for role in roles
+                for member, found in zip(members, of_layer, strict=True)
+            ]
+            rows, columns = blocks[0].shape
+            what: PartSource | tuple[Piece, ...]
+            if roles == ["ffn.down"]:
+                shape = (rows, columns * len(members))
+                what = Columns(matrices=tuple(_alone(block, dtype) for block in blocks))
+            else:
+                shape, what = (rows * len(blocks), columns), tuple(blocks)
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=SHARED, what=what)
+
+
+def _alone(piece: Piece, dtype: str) -> Part:
+    nbytes = math.prod(piece.shape) * DTYPE_BYTES[dtype]
+    return Part(name=piece.name, dtype=dtype, shape=piece.shape, start=0, end=nbytes, what=piece.what)
+
+
+def _ffn_layers(member: Member, dtype: str, seed: int) -> Iterator[Mapping[str, _Matrix]]:
+    """The matrices of each layer's FFN by their roles."""
+    config = member.config
+    matrices = _matrices(
+        member.facts, member.spec, dtype, ffn=True, noise=config.noise_scale, scale=config.residual_scale, seed=seed
+    )
+    for _, of_layer in groupby(matrices, key=lambda matrix: matrix.layer):
+        yield {matrix.role: matrix for matrix in of_layer}
+
+
+def _roles_by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
+    roles: dict[str, list[str]] = {}
+    for role, name in names.items():
+        roles.setdefault(name, []).append(role)
+    return roles
+
+
+def _pieces(tensor: str, matrices: Mapping[str, _Matrix], roles: Sequence[str]) -> tuple[Piece, ...]:
+    return tuple(
+        Piece(name=f"{tensor}.{role[4:]}", shape=matrices[role].shape, what=matrices[role].what) for role in roles
+    )
+
+
+def _matrices(
+    facts: ModelFacts,
+    spec: DenseSpec,
+    dtype: str,
+    *,
+    ffn: bool,
+    noise: float | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+) -> Iterator[_Matrix]:
+    """The matrices of a model's FFNs, or all others, in the order of its table."""
+    for row, layer, name in spec.tensors():
+        if row.is_ffn is not ffn:
+            continue
+        entry, lora = facts.index.tensors[name], _lora(facts, name)
+        for role, first, last in spec.held_by(row):
+            shape = (last - first, *spec.shape_of(row)[1:])
+            part = entry if shape == entry.shape else rows_of(entry, first, last)
+            part_lora = lora if lora is None or part is entry else _lora_rows(lora, first, last)
+            # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
+            own_scale = scale if role == "ffn.down" else None
+            what: PartSource
+            if part.dtype == dtype and lora is None and not noise and own_scale is None:
+                what = Copy(source=part)
+            else:
+                what = Transform(source=part, lora=part_lora, noise_scale=noise or None, scale=own_scale, seed=seed)
+            yield _Matrix(role=role, layer=layer, shape=shape, what=what)
+
+
+def rows_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """Rows [first, last) of a tensor as one of its own: they lie together in its file."""
+    width = entry.nbytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(last - first, *entry.shape[1:]),
+        start=entry.start + first * width,
+        end=entry.start + last * width,
+    )
+
+
+def _lora_rows(lora: LoraPair, first: int, last: int) -> LoraPair:
+    magnitude = rows_of(lora.magnitude, first, last) if lora.magnitude is not None else None
+    return replace(lora, b=rows_of(lora.b, first, last), magnitude=magnitude)
+
+
+def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
+    """Routers, gates of shared experts, and what the host demands and the dense model lacks."""
+    constant_rows = host.constants(spec, moe)
+    for layer in range(spec.layers):
+        yield _computed(host.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer))
+        if moe.shared and host.shared_router:
+            name = host.shared_router.format(layer=layer)
+            yield _computed(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
+        for row in constant_rows:
+            shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
+            yield _computed(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
+
+
+def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None = None) -> dict[str, WeightRef]:
+    """Parameter name -> what to load, for a model that reads prompts; `ffn_from` grafts an expert's FFN onto it."""
+    refs = {}
+    for row, _, name in spec.tensors():
+        source = ffn_from.facts if ffn_from and row.is_ffn else facts
+        refs[name] = WeightRef(entry=source.index.tensors[name], lora=_lora(source, name))
+    return refs
+
+
+def _computed(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:
+    return OutputTensor(name=name, dtype=dtype, shape=shape, owner="router", what=what)
+
+
+def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
+    """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it."""
+    if facts.adapter is None:
+        return []
+    return few(_adapter_problems(facts.adapter, spec, f"{where} ({facts.label})", ffn_only=ffn_only))
+
+
+def _adapter_problems(adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn_only: bool) -> Iterator[Problem]:
+    left_out = dict(adapter.left_out)
+    if spec.tied and HEAD in adapter.pairs:  # the file holds a duplicate of the embedding, which is not used
+        left_out["lm_head"] = LORA_ON_TIED_HEAD
+    for module, what in left_out.items():
+        if _is_of_ffn(f"{module}.weight", spec):
+            what = f"its adapter has {what} for {module}, a part of the FFN; this is not supported"
+            yield Problem(where=label, what=what, remedy=MERGE_WITH_PEFT)
+        elif not ffn_only:
+            what = f"its adapter has {what} for {module}; this is not supported where more than the FFN is used"
+            remedy = f"use prompt_model: base or grafted, or {MERGE_WITH_PEFT}"
+            yield Problem(where=label, what=what, remedy=remedy)
+
+
+def adapter_warnings(member: Member, where: str) -> list[str]:
+    """What an adapter changes that is not in the merge."""
+    adapter = member.facts.adapter
+    if adapter is None:
+        return []
+    changed = [*adapter.pairs, *adapter.replaced]
+    if not any(_is_of_ffn(name, member.spec) for name in changed):
+        return [
+            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
+            f"it is the same as {member.config.source_model.model} without it"
+        ]
+    unused = unused_changes(member.facts, member.spec)
+    if not unused:
+        return []
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
+    return [
+        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN ({some(names, 8)}). "
+        "These changes are not in the merge: an expert contributes only its FFN"
+    ]
+
+
+def unused_changes(facts: ModelFacts, spec: DenseSpec) -> list[str]:
+    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head."""
+    if facts.adapter is None:
+        return []
+    changed = (name for name in (*facts.adapter.pairs, *facts.adapter.replaced) if not _is_of_ffn(name, spec))
+    return [*(name.rpartition(".")[0] for name in changed), *facts.adapter.left_out]
+
+
+def _is_of_ffn(name: str, spec: DenseSpec) -> bool:
+    return f".{spec.family.ffn}." in name
+
+
+def _lora(facts: ModelFacts, name: str) -> LoraPair | None:
+    return facts.adapter.pairs.get(name) if facts.adapter else None

@@ -1,0 +1,71 @@
+"""What the Hub is asked before anything is sent: whether it would take the card, and whether it would take every file.
+
+Both would show after the weights are up: a refused card stops the commit, and a file that the repository's .gitignore
+names is left out of it without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.formatting import some
+from raymoe.publish.errors import refusals
+from raymoe.publish.manifest import PublishedFile
+from raymoe.storage.file_names import CARD_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["check_card", "check_ignored"]
+
+_FILES_AT_ONCE = 256  # as many as the library asks about at once
+_SHOWN_CHARACTERS = 200
+
+
+def check_card(card: str, api: HfApi) -> None:
+    """Raise ProblemReport if the Hub refuses the card's metadata."""
+    with refusals(CARD_NAME):
+        url, asked = f"{api.endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
+        status, answer, text = _ask(url, asked, refusal=400)
+    if status == 400:
+        errors = answer.get("errors")
+        listed = errors if isinstance(errors, list) else []
+        reasons = [str(each.get("message")) for each in listed if isinstance(each, Mapping)]
+        what = f"the Hub refuses its metadata: {'; '.join(reasons) or text or 'it does not say why'}"
+        remedy = "correct the lines between '---' at its head, in the output; a merge has them from its models' cards"
+        raise ProblemReport([Problem(where=CARD_NAME, what=what, remedy=remedy)])
+
+
+def check_ignored(repo: str, branch: str, files: Sequence[PublishedFile], api: HfApi) -> None:
+    """Raise ProblemReport if a commit on the branch would leave out some of these files."""
+    url, ignored = f"{api.endpoint}/api/models/{repo}/preupload/{quote(branch, safe='')}", []
+    for start in range(0, len(files), _FILES_AT_ONCE):
+        # `sample` is how the Hub tells text from weights; what is ignored goes by the name alone.
+        asked = [{"path": f.name, "size": f.size, "sample": ""} for f in files[start : start + _FILES_AT_ONCE]]
+        with refusals(repo):
+            _, answer, _ = _ask(url, {"files": asked})
+        ignored += [str(told["path"]) for told in answer.get("files", ()) if told.get("shouldIgnore")]
+    if ignored:
+        what = f"the .gitignore of its branch {branch} keeps files out of a commit: {some(ignored, most=3)}"
+        remedy = "take the lines that name them out of that file on the Hub, or push to another repository"
+        raise ProblemReport([Problem(where=repo, what=what, remedy=remedy)])
+
+
+def _ask(url: str, asked: Mapping[str, Any], refusal: int | None = None) -> tuple[int, Mapping[str, Any], str]:
+    """Status, answer and the beginning of its text; the answer is empty where it is no JSON object. `refusal` is a
+    status that is an answer too; for others the library's errors are raised."""
+    # Documented (package_reference/utilities), if not re-exported for type checkers.
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    response = http_backoff("POST", url, json=asked, headers=build_hf_headers())
+    if response.status_code != refusal:
+        hf_raise_for_status(response)
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = {}
+    text = " ".join(response.text.split())
+    return response.status_code, answer if isinstance(answer, dict) else {}, text[:_SHOWN_CHARACTERS]

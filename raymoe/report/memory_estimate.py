@@ -1,0 +1,251 @@
+"""What an actor will hold at most, told from the plan.
+
+The terms are those of the code that holds them, and `scripts/measure_prompt_memory.py` compares their sum with what
+merges take (docs/memory.md). What a process holds before it does anything was measured on Linux with Python 3.11,
+Ray 2.60, torch 2.13 and transformers 5.23; for a CUDA build of torch, with torch 2.11+cu130 and transformers 5.17.
+Other versions differ by tens of MB.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from raymoe.config import MODES
+from raymoe.config.gate_modes import EMBEDDING
+from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.routers.activations import FOLDS, token_limit
+from raymoe.routers.fit_memory import fitting_bytes, most_layers_at_once
+from raymoe.routers.prompt_lengths import different_tokens, prompt_lengths
+from raymoe.routers.prompt_passes import Reading, readings
+from raymoe.routers.tokenize import batches, chunk_of, padded, scan_of
+from raymoe.sources.resolve import HubOptions
+from raymoe.storage.transform import THREADS
+
+__all__ = ["actor_memory"]
+
+# Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
+# what it needs of transformers, and has tokenized its prompts.
+_COPYING_ACTOR_BYTES = 140_000_000
+_EMBEDDING_ACTOR_BYTES = 240_000_000
+_COMPUTING_ACTOR_BYTES = 520_000_000
+# The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
+# cuBLAS holds there. Measured on H200.
+_CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
+_GPU_SOLVER_BYTES = 350_000_000  # of the libraries that factorise on a GPU, in the machine's memory; measured likewise
+_BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
+_UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
+_TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
+_WORTH_COUNTING_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """One pass over prompts, counted in tokens with padding.
+
+    tokens         all tokens of the pass
+    batch_tokens   the largest batch, which goes through a layer at once
+    scanned        the same where layers pad each sequence to a chunk
+    longest        the longest prompt
+    """
+
+    tokens: int
+    batch_tokens: int
+    longest: int
+    members: tuple[Reading, ...]
+    scanned: int = 0
+
+
+def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 0) -> dict[str, int]:
+    """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
+    of the machine's then. Taken to read all the prompts that one model reads.
+
+    Args:
+        plan: The plan of a merge.
+        hub: Where the Hub's cache is.
+        sent: Bytes of the output that actors send to S3.
+
+    Returns:
+        Bytes by `cpu`, `gpu` and `beside_gpu`; the last two are 0 if no model is run.
+    """
+    mode = MODES[plan.gates.mode]
+    writing = _writing_bytes(plan, sent)
+    if not mode.needs_prompts:
+        return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
+    if not mode.reads_layers:
+        return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan, hub), "gpu": 0, "beside_gpu": 0}
+    passes, tokens = _passes(plan, hub)
+    each = [_pass_bytes(plan, one, tokens) for one in passes]
+    most = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
+    computing = _CUDA_ACTOR_BYTES if _is_cuda_build() else _COMPUTING_ACTOR_BYTES
+    return {
+        "cpu": computing + writing + most["cpu"],
+        "gpu": _GPU_WORK_BYTES + most["gpu"],
+        "beside_gpu": _GPU_ACTOR_BYTES + writing + most["beside_gpu"],
+    }
+
+
+def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
+    """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
+    gates, hidden = plan.gates, plan.gates.hidden
+    run = gates.layers if MODES[gates.mode].fits_rows else gates.layers - 1  # the last layer's input is all it takes
+    layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
+    # Computed with as the embedding is stored, whatever the layers' own dtypes are.
+    dtype = one.members[0].weights[EMBEDDING].entry.dtype
+    stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
+    here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
+    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].fits_rows else 0
+    common = _TOKEN_BYTES * one.tokens + _left_bytes(plan, tokens)
+    reading = {
+        width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
+        for width in {here, stored}
+    }
+    return {
+        "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * most_layers_at_once(gates)),
+        "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
+        "beside_gpu": common + min(2, run) * layer + solver,
+    }
+
+
+def _writing_bytes(plan: MergePlan, sent: int) -> int:
+    """What shards take while they are written: blocks that are computed ahead, and parts of uploads."""
+    parts = (part for shard in plan.shards for part in shard.parts)
+    computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
+    ahead = THREADS * _BLOCK_BYTES if computed else 0
+    return ahead + min(_UPLOAD_BYTES, 3 * sent)
+
+
+def _matrices(part: Part) -> tuple[Part, ...]:
+    return part.what.matrices if isinstance(part.what, Columns) else (part,)
+
+
+def _is_slow(what: PartSource) -> bool:
+    return isinstance(what, Transform) and (what.lora is not None or what.noise_scale is not None)
+
+
+def _layer_elements(gates: GatePlan) -> int:
+    """Numbers in the largest layer that prompts pass."""
+    found = 0
+    for member in (*gates.experts, *gates.shared):
+        layers: dict[str, int] = {}
+        for name, weight in member.weights.items():
+            if match := _LAYER.match(name):
+                layers[match[1]] = layers.get(match[1], 0) + math.prod(weight.entry.shape)
+        found = max([found, *layers.values()])
+    return found
+
+
+def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
+    """The embedding rows of one member's tokens, each once: as they are stored, and in float32."""
+    lengths = prompt_lengths(plan.gates, exact=False)
+    tokens = max(sum(positive) + sum(negative) for positive, negative in lengths.values())
+    different, row = min(tokens, plan.gates.vocab), plan.gates.hidden * 6
+    if different * row > _WORTH_COUNTING_BYTES and (counted := different_tokens(plan.gates, hub=hub)) is not None:
+        different = counted
+    return different * row + _TOKEN_BYTES * tokens
+
+
+def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
+    """The passes of one actor, and the tokens of all prompts together."""
+    gates = plan.gates
+    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
+    lengths = prompt_lengths(gates, exact=False)
+    total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
+    if total * gates.hidden * 4 > _WORTH_COUNTING_BYTES:
+        lengths = prompt_lengths(gates, hub=hub)
+        total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
+    chunks = {member.owner: chunk_of(member.config) for member in members}
+    sizes = {owner: _batch_sizes(*lengths[owner], chunk=chunk) for owner, chunk in chunks.items()}
+    return [
+        _Pass(
+            tokens=sum(_part_tokens([size for size, _ in sizes[part.owner]], part.parts) for part in taken),
+            batch_tokens=max(size for part in taken for size, _ in sizes[part.owner]),
+            longest=max(max(map(max, filter(None, lengths[part.owner]))) for part in taken),
+            members=taken,
+            scanned=max(scanned for part in taken for _, scanned in sizes[part.owner]),
+        )
+        for taken in readings(members, 1, gates.hidden)
+    ], total
+
+
+def _part_tokens(sizes: list[int], parts: int) -> int:
+    """A batch is not cut, also where it is larger than a part."""
+    return max(sum(sizes) // parts, *sizes)
+
+
+def _batch_sizes(*lengths: list[int], chunk: int) -> list[tuple[int, int]]:
+    """Tokens of a member's batches, padding included; and with that to a multiple of `chunk`."""
+    groups = [group for some in lengths for group in batches([range(length) for length in some], chunk=chunk)]
+    longest = [max(map(len, group)) for group in groups]
+    return [(len(g) * most, len(g) * padded(most, chunk)) for g, most in zip(groups, longest, strict=True)]
+
+
+def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
+    """Activations of one batch in one layer: three as wide as the FFN, six as wide as the states. Attention holds no
+    scores, but a mask where a sliding window is shorter than a prompt. Linear attention computes in float32."""
+    config = one.members[0].config
+    wide = max(int(config.get(key) or 0) for key in ("intermediate_size", "ffn_hidden_size"))
+    window = config.get("sliding_window") or one.longest
+    mask = 5 * one.longest**2 if one.longest > window else 0
+    scan = scan_of(config)
+    scanning = 4 * one.scanned * scan.numbers if scan else 0
+    return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scanning
+
+
+def _left_bytes(plan: MergePlan, tokens: int) -> int:
+    """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
+    gates = plan.gates
+    members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
+    kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
+    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * members
+    return gates.layers * gates.hidden * (2 * kept + sums)
+
+
+def _adapter_bytes(one: _Pass, width: int) -> int:
+    """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
+    that one adapter changes, made anew."""
+    factors: dict[str, int] = {}
+    changed = 0
+    for adapter in _adapters(one.members):
+        made: dict[str, int] = {}
+        for name, weight in adapter.items():
+            layer = match[1] if (match := _LAYER.match(name)) else ""
+            assert weight.lora is not None
+            elements = sum(math.prod(entry.shape) for entry in weight.lora.entries.values())
+            factors[layer] = factors.get(layer, 0) + 8 * elements
+            made[layer] = made.get(layer, 0) + width * math.prod(weight.entry.shape)
+        changed = max([changed, *made.values()])
+    return 2 * max(factors.values(), default=0) + changed
+
+
+def _adapters(members: tuple[Reading, ...]) -> list[Mapping[str, WeightRef]]:
+    """The different adapters on the weights that these members' prompts are read with."""
+    found: list[Mapping[str, WeightRef]] = []
+    for member in members:
+        adapter = {name: weight for name, weight in member.weights.items() if weight.lora is not None}
+        if adapter and adapter not in found:
+            found.append(adapter)
+    return found
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU does, as `routers.layer_loader.compute_dtype` asks torch."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_tile)\b", flags) is not None
+
+
+def _is_cuda_build() -> bool:
+    """Whether the installed torch is built for CUDA, found without an import. PyPI's version does not say so."""
+    try:
+        path = distribution("torch").locate_file("torch/version.py")
+        return re.search(r"^cuda\b[^=\n]*= *['\"]", Path(str(path)).read_text(), re.MULTILINE) is not None
+    except (PackageNotFoundError, OSError):
+        return False

@@ -1,0 +1,265 @@
+"""README.md of a merged model: what it was made of, how its routers do, how to load it, and the Hub's metadata.
+
+What the metadata state is known or left out: `base_model` are models of the Hub, `license` and `language` are there
+where all sources state the same. The same merge gives the same card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from raymoe._version import __version__
+from raymoe.architectures import HOSTS, MoeHost
+from raymoe.config import ExpertConfig, MergeConfig
+from raymoe.formatting import human_count
+from raymoe.planning.plan import MergePlan
+from raymoe.report.source_metadata import Licence, SourceCard, agreed
+from raymoe.routers.heldout_report import RouterSummary
+from raymoe.safe_text import has_unprintable, printable
+
+__all__ = ["PLACE", "card_metadata", "model_card"]
+
+PLACE = "<this folder>"
+"""What the card calls the model before it has a name on the Hub."""
+
+# Keys of the config that the card shows even where they have their default.
+_ALWAYS_SAID = ("gate_mode", "experts_per_token")
+_EXAMPLES = 2
+# Stands for an empty text.
+_NOTHING = "-"
+_EXAMPLE_CHARACTERS = 60
+# Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
+_IN_VLLM = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Mixtral", "Deepseek", "DeepseekV3", "Ernie4_5_Moe", "FlexOlmo", "Glm4Moe", "GraniteMoe"),
+        *("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA", "HunYuanMoEV1", "Lfm2Moe", "Qwen2Moe", "Qwen3Moe"),
+        *("Cohere2Moe", "Qwen3_5Moe"),
+    )
+)
+_IN_LLAMA_CPP = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Mixtral", "Deepseek", "Ernie4_5_Moe", "Glm4Moe", "GraniteMoe", "GraniteMoeShared", "HunYuanMoEV1"),
+        *("Qwen2Moe", "Qwen3Moe", "Lfm2Moe", "Cohere2Moe", "DeepseekV3", "GraniteMoeHybrid", "GraniteMoeSWA"),
+        "Qwen3_5Moe",
+    )
+)
+
+
+def model_card(
+    plan: MergePlan, config: MergeConfig, summary: RouterSummary | None = None, sources: Sequence[SourceCard] = ()
+) -> str:
+    """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
+    models."""
+    host = HOSTS[plan.host]
+    sections = (
+        _head(plan, config, host),
+        _experts(plan, config, summary),
+        _routers(config, summary),
+        _loading(host, config, plan.config),
+        _licences(sources),
+        _making(config),
+    )
+    lines = [line for section in sections for line in section]
+    return f"---\n{card_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
+    """The card's front matter, YAML."""
+    from huggingface_hub import ModelCardData
+
+    # Models of the Hub by their names; a folder on somebody's machine is for others what it was made from.
+    bases = [name for source in sources for name in ((source.hub_id,) if source.hub_id else source.bases)]
+    licence: Licence | None = agreed([source.licence for source in sources])
+    languages: tuple[str, ...] | None = agreed([source.languages for source in sources])
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(bases)) or None,
+        language=list(languages) if languages else None,
+        library_name="transformers",
+        license=licence.name if licence else None,
+        license_name=licence.title if licence else None,
+        license_link=licence.link if licence else None,
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["merge", "moe", "frankenmoe", "raymoe", plan.host])),
+        **({"base_model_relation": "merge"} if bases else {}),
+    )
+    text: str = data.to_yaml()
+    return text
+
+
+def _head(plan: MergePlan, config: MergeConfig, host: MoeHost) -> Iterator[str]:
+    yield f"# {host.title} mixture of {len(config.experts)} experts"
+    yield ""
+    yield (
+        f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
+        f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
+        f"embeddings come from {_name(str(config.base_model))}; each expert gives its feed-forward weights. "
+        "Nothing was trained."
+    )
+    yield ""
+
+
+def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+    """One row an expert; with a summary also how its prompts are routed."""
+    yield "## Experts"
+    yield ""
+    measured = [" tokens that find it |", " share of tokens |"] if summary else []
+    yield "| expert | model | prompts | for example |" + "".join(measured)
+    yield "|---|---|---:|---|" + "---:|" * len(measured)
+    prompts = {member.owner: member.positive for member in (*plan.gates.experts, *plan.gates.shared)}
+    for number, expert in enumerate(config.experts):
+        row = _expert_row(str(number), expert, prompts.get(f"expert {number}", ()))
+        if summary:
+            layers = summary.layers.values()
+            right = sum(layer.right[number] for layer in layers) / len(layers)
+            load = sum(layer.load[number] for layer in layers) / len(layers)
+            row += f" {right:.0%} | {load:.0%} |"
+        yield row
+    for number, expert in enumerate(config.shared_experts):
+        row = _expert_row(f"shared {number}", expert, prompts.get(f"shared {number}", ()))
+        yield row + " - |" * len(measured)
+    yield ""
+    if unused := {source.owner: source.unused for source in plan.sources if source.unused}:
+        counts = ", ".join(f"{owner} ({len(modules)} modules)" for owner, modules in unused.items())
+        yield (
+            f"The adapters of {counts} also change modules other than the feed-forward ones, such as attention. These "
+            "changes are not in this model."
+        )
+        yield ""
+
+
+def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
+    examples = "<br>".join(_code(prompt) for prompt in prompts[:_EXAMPLES])
+    return f"| {name} | {_name(str(expert.source_model))} | {len(prompts) or '-'} | {examples} |"
+
+
+def _code(text: str) -> str:
+    """The beginning of a text as a code span that is safe in a table."""
+    line = " ".join(text.split())
+    if len(line) > _EXAMPLE_CHARACTERS:
+        line = line[:_EXAMPLE_CHARACTERS].rstrip() + " ..."
+    return _span(line)
+
+
+def _name(text: str) -> str:
+    """A model's name or path as a code span that is safe in a table, whole."""
+    return _span(" ".join(text.split()))
+
+
+def _span(line: str) -> str:
+    """A line from a stranger's file as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
+    if not line:  # two backticks would begin a code span that others' text can end
+        return _NOTHING
+    # A backslash before '|' would escape the one that escapes it.
+    line = re.sub(r"\\(?=\|)", r"\\ ", printable(line)).replace("|", "\\|")
+    fence = _fence(line, 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _fence(text: str, at_least: int) -> str:
+    """Backticks, one more than the longest run of them in a text."""
+    runs = re.findall("`+", text)
+    return "`" * max(at_least, 1 + max(map(len, runs), default=0))
+
+
+def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+    yield "## Routing"
+    yield ""
+    origin = "prompts" if config.needs_prompts else "a seed"
+    yield f"The routers were made from {origin}: gate mode `{config.gate_mode}`."
+    if summary:
+        chance = 1 / summary.experts
+        weakest = min(summary.layers, key=lambda number: summary.layers[number].accuracy)
+        yield (
+            "The table's last columns come from prompts that the judged routers had not seen: how many of an expert's "
+            "prompt tokens have it as their first choice, and how many of all experts' tokens do, over the layers. "
+            f"Together {summary.accuracy:.0%} of tokens find their expert (chance: {chance:.0%}), in the weakest layer "
+            f"({weakest}) {summary.layers[weakest].accuracy:.0%}."
+        )
+    yield ""
+
+
+def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
+    """`output` is the merge's config.json."""
+    since = host.loaded_since(output.get("layer_types"))
+    yield "## Use it"
+    yield ""
+    trust = "" if since else ", trust_remote_code=True"
+    yield f"With transformers {since} or later:" if since else "With transformers, and the model's own code:"
+    yield ""
+    yield "```python"
+    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield ""
+    yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
+    yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+    yield "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"
+    yield "```"
+    yield ""
+    if host.code:
+        yield f"Its code is that of {host.code} on the Hub, written for transformers 4; it is downloaded and run."
+        yield ""
+    if host.architecture in _IN_VLLM and since == host.since:
+        yield f'With vLLM: `vllm serve "{PLACE}"`'
+        yield ""
+    # With a shared expert llama.cpp computes something else: of Qwen's MoE it does not make the weights of the chosen
+    # experts sum to one, of Cohere's it takes a mean. What else can keep it from a file, the command says.
+    chosen = host.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
+    is_refused = config.shared_experts and (chosen or host.name == "cohere2_moe")
+    if host.architecture in _IN_LLAMA_CPP and not is_refused:
+        yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
+        yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
+        yield ""
+
+
+def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
+    """What each source says of its licence, where the metadata can't say one thing of all."""
+    if not sources or agreed([source.licence for source in sources]):
+        return
+    yield "## Licence"
+    yield ""
+    yield "No one licence is stated by all models that this one is made of. They say:"
+    yield ""
+    for source in sources:
+        yield f"- {_name(source.label)}: {_said(source.licence)}"
+    yield ""
+
+
+def _said(licence: Licence | None) -> str:
+    if licence is None:
+        return "nothing that could be read"
+    # Names with a dot may be addresses, which GitHub and the Hub make links of; versions (`apache-2.0`) are not.
+    name = _name(licence.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", licence.name) else licence.name
+    return f"{_name(licence.title)} ({name})" if licence.title else name
+
+
+def _public_config(config: MergeConfig) -> dict[str, Any]:
+    """The config for others to merge with: without what has its default, but for what readers look for, and without
+    how this user reaches object stores."""
+    said = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
+    return {key: said.get(key, value) for key, value in config.to_plain().items() if key in (*said, *_ALWAYS_SAID)}
+
+
+def _making(config: MergeConfig) -> Iterator[str]:
+    plain = _public_config(config)
+    yield "## How it was made"
+    yield ""
+    yield f"Merged with raymoe {__version__}; `raymoe.json` is the record of it. The config:"
+    yield ""
+    text = _yaml(plain)
+    if has_unprintable(text):  # a reader would see another config than there is
+        text = _yaml(plain, allow_unicode=False)
+    fence = _fence(text, 3)
+    yield f"{fence}yaml"
+    yield text
+    yield fence
+
+
+def _yaml(plain: dict[str, Any], *, allow_unicode: bool = True) -> str:
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=allow_unicode, width=110)
+    return text.rstrip()

@@ -1,0 +1,215 @@
+"""Plans and results on a terminal, and plans as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raymoe.architectures import HOSTS
+from raymoe.config import MODES
+from raymoe.console import console as rich_console
+from raymoe.console import print_json, put, say
+from raymoe.formatting import human_bytes, human_count
+from raymoe.object_store.urls import is_s3
+from raymoe.planning.plan import FUSED, SHARED, MergePlan, Shard
+from raymoe.report.memory_estimate import actor_memory
+from raymoe.results import MergeResult, Verification
+from raymoe.storage.transfer_summary import WAYS
+
+if TYPE_CHECKING:
+    from raymoe.sources.resolve import HubOptions
+
+__all__ = [
+    "PlannedOutput",
+    "merge_line",
+    "plan_summary",
+    "print_plan",
+    "print_result",
+    "print_verification",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOutput:
+    """Where a plan is to be written: bytes by way (storage/transfer_summary.py), what keeps a merge from being written
+    there as it is now, and whether a merge of this plan is there: an unfinished one goes on, a finished one is
+    complete."""
+
+    location: str
+    ways: Mapping[str, int]
+    problems: tuple[str, ...] = ()
+    goes_on: bool = False
+    is_complete: bool = False
+
+
+def merge_line(plan: MergePlan, output: str) -> str:
+    """The first line of a merge: what is made, and where."""
+    size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
+    return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
+
+
+def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None) -> dict[str, Any]:
+    """What `raymoe plan --json` prints; `output` where it is known, `hub` as the plan was made with."""
+    totals = plan.totals
+    where: dict[str, Any] = {}
+    if output is not None:
+        where["bytes_by_way"] = dict(output.ways)
+        where["output"] = {
+            "location": output.location,
+            "problems": list(output.problems),
+            "unfinished_merge_goes_on": output.goes_on,
+            "is_complete": output.is_complete,
+        }
+    return {
+        **where,
+        "architecture": plan.host,
+        "dtype": plan.dtype,
+        "parameters": totals.parameters,
+        "active_parameters": totals.active_parameters,
+        "output_bytes": totals.output_bytes,
+        "bytes_by_source": dict(totals.bytes_by_owner),
+        "bytes_by_kind": dict(totals.bytes_by_kind),
+        "gates": {
+            "mode": plan.gates.mode,
+            "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].reads_layers else None,
+            "weight_bytes_read": totals.gate_bytes,
+            "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
+        },
+        "actor_memory_bytes": actor_memory(plan, hub, sent=_sent(output)),
+        "shards": [
+            {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
+        ],
+        "sources": [
+            {"owner": s.owner, "model": s.label, "revision": s.revision, "files": len(s.files)} for s in plan.sources
+        ],
+        "warnings": list(plan.warnings),
+        "config": dict(plan.config),
+        "digest": plan.digest,
+    }
+
+
+def print_plan(
+    plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None, *, as_json: bool
+) -> None:
+    if as_json:
+        print_json(plan_summary(plan, output, hub))
+        return
+    console = rich_console()
+    totals, host = plan.totals, HOSTS[plan.host]
+    experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
+    console.print(f"{host.title} ({host.architecture}), {experts}, {plan.dtype}", style="bold")
+    active = human_count(totals.active_parameters)
+    console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
+    console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
+    console.print(_source_table(plan))
+    console.print(_shard_table(plan))
+    for way, count in (output.ways if output else {}).items():
+        console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
+    console.print(_gate_line(plan))
+    memory = actor_memory(plan, hub, sent=_sent(output))
+    on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
+    gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
+    console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    if output is not None and output.is_complete:
+        console.print(f"{output.location} holds this merge, finished: `raymoe merge` has nothing left to do.")
+    if output is not None and output.goes_on:
+        console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
+    if output is not None and output.problems:
+        for problem in output.problems:
+            console.print(f"not as it is now: {problem}", style="yellow")
+        return
+    console.print("No problems found." if not plan.warnings else "No errors found.")
+
+
+def _sent(output: PlannedOutput | None) -> int:
+    """Bytes that actors send to S3: all that the store does not copy."""
+    if output is None or not is_s3(output.location):
+        return 0
+    return sum(count for way, count in output.ways.items() if way != "store_copy")
+
+
+def _kinds(plan: MergePlan) -> str:
+    names = {
+        "copy": "copied",
+        "transform": "transformed",
+        "columns": "put side by side",
+        "router": "routers",
+        "constant": "constants",
+    }
+    kinds = plan.totals.bytes_by_kind.items()
+    return ", ".join(f"{human_bytes(count)} {names[kind]}" for kind, count in kinds)
+
+
+def _source_table(plan: MergePlan) -> Any:
+    from rich.table import Table
+
+    table = Table("source", "model", "writes", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    for source in plan.sources:
+        own = plan.totals.bytes_by_owner.get(source.owner)
+        together = SHARED if source.owner.startswith("shared") else FUSED
+        table.add_row(source.owner, source.label, human_bytes(own) if own else f"in {together}")
+    for together in (FUSED, SHARED):
+        if (own := plan.totals.bytes_by_owner.get(together)) is not None:
+            table.add_row(together, "all of them, tensor by tensor", human_bytes(own))
+    table.add_row("router", f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner["router"]))
+    return table
+
+
+def _tensors(shard: Shard) -> int:
+    return len({part.tensor.name for part in shard.parts})
+
+
+def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
+    from rich.table import Table
+
+    table = Table("shard", "of", "tensors", "size", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for shard in plan.shards[:limit]:
+        table.add_row(shard.file_name, shard.owner, str(_tensors(shard)), human_bytes(shard.nbytes))
+    if len(plan.shards) > limit:
+        table.add_row(f"and {len(plan.shards) - limit} more", "", "", "")
+    return table
+
+
+def _gate_line(plan: MergePlan) -> str:
+    mode = MODES[plan.gates.mode]
+    if not mode.needs_prompts:
+        return f"Gates: {mode.name}, drawn from seed {plan.gates.seed}."
+    count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
+    if not mode.reads_layers:
+        return f"Gates: {mode.name} from {count} prompts; no model is run."
+    reads = human_bytes(plan.totals.gate_bytes)
+    who = {"base": "the base model", "expert": "the experts", "grafted": "the base with each expert's FFN"}
+    reader = who[plan.gates.prompt_model]
+    return f"Gates: {mode.name} from {count} prompts, read by {reader}; {reads} of weights are read for them."
+
+
+def print_result(result: MergeResult) -> None:
+    """The last lines of a merge."""
+    size = sum(record.size for record in result.files)
+    if result.was_complete:
+        say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}, all from an earlier run")
+        return
+    kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
+    what = f"{len(result.files) + 1} files, {human_bytes(size)}{kept}"
+    say(f"done: {result.output}, {what} in {result.run_seconds:.1f} s")
+    for line in result.router_lines:
+        say(line)
+    actors = ", ".join(human_bytes(peak) for peak in result.peak_actor_bytes)
+    say(f"peak memory: driver {human_bytes(result.peak_driver_bytes)}, actors {actors}")
+    if any(result.peak_gpu_bytes):
+        say(f"peak GPU memory: {', '.join(human_bytes(peak) for peak in result.peak_gpu_bytes)}")
+
+
+def print_verification(verification: Verification, *, quiet: bool) -> None:
+    for line in verification.differences:
+        put(line)
+    for line in verification.notes:
+        put(f"note: {line}")
+    if not quiet or not verification.ok:
+        put(verification.summary)

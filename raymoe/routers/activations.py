@@ -1,0 +1,292 @@
+"""What an expert's prompts leave behind at each layer, for that layer's router to be made of.
+
+`hidden`      per fold of prompts, the sum of the layer's input at each prompt's last token
+`hidden_avg`  the same of its mean over the prompt's tokens; padding does not count
+`ridge`       the state of every token, as the layer's router will see it (see ridge.py)
+
+Modes that only sum keep a few tokens' states as well: the finished routers are judged by them (see heldout_report.py).
+BOS says nothing of a prompt's kind, and is left out of the states. They are kept in bfloat16, as they are on most GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.config.gate_modes import MODES
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.routers.prompt_passes import part_of
+from raymoe.routers.router_math import not_finite
+from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches, chunk_of, prompt_ids
+from raymoe.storage.source_reader import SourceReader
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "token_limit"]
+
+FOLDS = 5
+"""Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
+
+MOST_TOKENS = 16_384  # of all experts together, that a layer's router is fitted to: past that, more hardly help
+_CHECK_TOKENS = 1_024  # of all experts together, that other modes' routers are judged by
+_NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
+
+Float64 = npt.NDArray[np.float64]
+LayerDone = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberLayer:
+    """One member's prompts at one layer.
+
+    `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
+    prompt that each token is of, `negative` (tokens,) whether that is a negative one. No tokens: nothing was kept here.
+    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum. Of a member
+    that is read in parts, each part has one of these: its own states, sums and counts, its share of the mean.
+    """
+
+    states: npt.NDArray[np.int16]
+    prompts: npt.NDArray[np.int64]
+    negative: npt.NDArray[np.bool_]
+    sums: Float64 | None = None
+    counts: npt.NDArray[np.int64] | None = None
+    negative_mean: Float64 | None = None
+
+
+def token_limit(mode: str, members: int) -> int:
+    """How many tokens' states are kept of each expert's prompts; of more, every so manyth."""
+    return max(1, (MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
+
+
+def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
+    """`capture_layers` for one member alone, as a whole."""
+    return [layer for (layer,) in capture_layers(gates, [prompts], reader, **options)]
+
+
+def capture_layers(
+    gates: GatePlan,
+    prompts: Sequence[GatePrompts],
+    reader: SourceReader,
+    *,
+    members: int,
+    device: str,
+    trust_remote_code: bool = False,
+    layer_done: LayerDone | None = None,
+    counted: LayerDone | None = None,
+) -> Iterator[list[MemberLayer]]:
+    """What the prompts of some of `members` experts, which the same model reads, or it with their adapters, leave at a
+    layer, by expert; one layer after the other.
+
+    The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
+    so that it makes no difference to the result who is read together. `counted` is called once with the number of
+    tokens that are to pass layers, one token and layer each, `layer_done` with that of those that have passed one.
+    Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
+    """
+    from raymoe.routers.streamed_decoder import StreamedDecoder
+
+    decoder = StreamedDecoder(prompts[0], reader, device, others=prompts[1:], quantise=gates.quantise)
+    budget = 1 if decoder.rope_depends_on_length else TOKEN_BUDGET
+    captured = [_Captured(gates, each, reader, budget, members, trust_remote_code) for each in prompts]
+    placed = [(member, number) for member in captured for number in range(len(member.batches))]
+
+    def add(layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
+        member, batch = placed[number]
+        member.add(layer, batch, hidden_BTH)
+
+    def look(layer: int, number: int, state_BTH: torch.Tensor) -> None:
+        member, batch = placed[number]
+        member.keep(layer, batch, state_BTH)
+        if layer_done is not None:
+            layer_done(int(member.batches[batch].lengths.sum()))
+
+    together = [batch for member in captured for batch in member.batches]
+    if counted is not None:
+        fits = MODES[gates.mode].fits_rows
+        counted(sum(int(batch.lengths.sum()) for batch in together) * (gates.layers if fits else gates.layers - 1))
+    models = [number for number, member in enumerate(captured) for _ in member.batches]
+    if MODES[gates.mode].fits_rows:
+        layers = decoder.router_inputs(together, gates.layers, look, models=models)
+    else:
+        layers = decoder.layer_inputs(together, gates.layers, add, look, models=models)
+    for layer in layers:
+        yield [member.take(layer) for member in captured]
+
+
+class _Captured:
+    """One member's prompts, or a part of them, on their way through the layers."""
+
+    def __init__(
+        self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
+    ) -> None:
+        positive, negative, bos = prompt_ids(gates, prompts, reader, trust_remote_code=remote_code)
+        chunk = chunk_of(prompts.config)
+        groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget, chunk)]
+        signs = [sign for _, sign in groups]
+        everything = [Batch(group) for group, _ in groups]
+        part = _share([batch.ids.numel() for batch in everything], *part_of(prompts))
+        self.batches = everything[part]
+        self._owner, self._hidden = prompts.owner, gates.hidden
+        tokens = _Tokens(everything, signs, bos, token_limit(gates.mode, members))
+        fits = MODES[gates.mode].fits_rows
+        if fits and not tokens.has_positive:
+            what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
+            raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
+        self._tokens = tokens.of(part)
+        self._sums = None if fits else _Sums(gates, everything, signs, part)
+        self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]
+
+    def add(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
+        assert self._sums is not None
+        self._sums.add(layer, batch, hidden_BTH)
+
+    def keep(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
+        bits = self._tokens.taken(batch, state_BTH)
+        if (bits & _NOT_FINITE == _NOT_FINITE).any():
+            raise MergeFailed(not_finite(self._owner, layer))
+        self._states[layer].append(bits)
+
+    def take(self, layer: int) -> MemberLayer:
+        """What the prompts left at a layer that they have passed."""
+        tokens, states = self._tokens, self._states[layer]
+        self._states[layer] = []
+        summed: dict[str, Any] = {} if self._sums is None else self._sums.take(layer)
+        if not states:  # the last layer of modes that do not run it; a part without prompts
+            none = np.zeros((0, self._hidden), np.int16)
+            return MemberLayer(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
+        return MemberLayer(states=np.concatenate(states), prompts=tokens.prompts, negative=tokens.negative, **summed)
+
+
+def _share(sizes: Sequence[int], part: int, parts: int) -> slice:
+    """The batches that are read as `part` of `parts`, as neighbours, cut by their sizes."""
+    ends = np.cumsum(sizes)
+    of_batch = (ends - np.asarray(sizes) / 2) * parts // max(1, ends[-1])
+    return slice(int((of_batch < part).sum()), int((of_batch <= part).sum()))
+
+
+class _Tokens:
+    """The tokens whose states are kept: of all real ones but BOS, `limit` at even distances.
+
+    Batches of positive prompts come first. Few of them are not lost among many negative ones, nor the other way round.
+    """
+
+    def __init__(self, groups: Sequence[Batch], signs: Sequence[bool], bos: int | None, limit: int) -> None:
+        import torch
+
+        real = []
+        for group in groups:
+            mask = torch.arange(group.ids.shape[1])[None] < group.lengths[:, None]
+            if bos is not None:
+                mask[:, 0] &= group.ids[:, 0] != bos
+            real.append(mask)
+        total = [
+            sum(int(mask.sum()) for mask, s in zip(real, signs, strict=True) if s is sign) for sign in (False, True)
+        ]
+        self.has_positive = total[False] > 0
+        positive = min(total[False], max((limit + 1) // 2, limit - total[True]))
+        chosen = torch.cat([_spread(total[False], positive), _spread(total[True], min(total[True], limit - positive))])
+        number, at = [0, 0], 0
+        self._masks: list[torch.Tensor] = []
+        self._prompts: list[npt.NDArray[np.int64]] = []
+        self._negative: list[npt.NDArray[np.bool_]] = []
+        for mask, sign in zip(real, signs, strict=True):
+            count = int(mask.sum())
+            kept = mask.clone()
+            kept[mask] = chosen[at : at + count]
+            at += count
+            self._masks.append(kept)
+            rows = torch.arange(number[sign], number[sign] + len(mask))
+            number[sign] += len(mask)
+            self._prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
+            self._negative.append(np.full(int(kept.sum()), sign))
+
+    def of(self, part: slice) -> _Tokens:
+        """Those of some of the batches, which are numbered anew."""
+        some = object.__new__(_Tokens)
+        some.has_positive = self.has_positive
+        for name in ("_masks", "_prompts", "_negative"):
+            setattr(some, name, getattr(self, name)[part])
+        return some
+
+    @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.zeros(0, np.int64), *self._prompts])
+
+    @property
+    def negative(self) -> npt.NDArray[np.bool_]:
+        return np.concatenate([np.zeros(0, np.bool_), *self._negative])
+
+    def taken(self, number: int, state_BTH: torch.Tensor) -> npt.NDArray[np.int16]:
+        """The chosen tokens' states of one batch, (chosen, hidden)."""
+        import torch
+
+        chosen = state_BTH[self._masks[number].to(state_BTH.device)]
+        bits: npt.NDArray[np.int16] = chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        return bits
+
+
+def _spread(total: int, count: int) -> torch.Tensor:
+    """(total,) bool: `count` of them at even distances."""
+    import torch
+
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.arange(count) * total // max(1, count)] = True
+    return chosen
+
+
+class _Sums:
+    """Sums of what `hidden` and `hidden_avg` take from each prompt, by layer and fold; only of layers under way."""
+
+    def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool], part: slice) -> None:
+        """Of all the `groups` of prompts those of `part` are summed here, which are numbered anew."""
+        self._last, self._hidden = gates.mode == "hidden", gates.hidden
+        self._groups, self._signs = groups[part], signs[part]
+        self._layers: dict[int, tuple[Float64, Float64]] = {}
+        first: list[int] = []  # number of a batch's first prompt
+        counts = [0, 0]
+        for group, sign in zip(groups, signs, strict=True):
+            first.append(counts[sign])
+            counts[sign] += len(group.lengths)
+        self._first = first[part]
+        self._negatives = counts[True]
+        self._counts = np.zeros(FOLDS, np.int64)
+        for number, sign in enumerate(self._signs):
+            if not sign:
+                self._counts += np.bincount(self._folds(number), minlength=FOLDS)
+
+    def _folds(self, number: int) -> npt.NDArray[np.int64]:
+        return (self._first[number] + np.arange(len(self._groups[number].lengths))) % FOLDS
+
+    def add(self, layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
+        import torch
+
+        lengths = self._groups[number].lengths.to(hidden_BTH.device)
+        if self._last:
+            taken = hidden_BTH[torch.arange(len(lengths), device=hidden_BTH.device), lengths - 1].float()
+        else:
+            real = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None] < lengths[:, None]
+            taken = (hidden_BTH.float() * real[..., None]).sum(dim=1) / lengths[:, None]
+        vectors = taken.cpu().numpy().astype(np.float64)
+        positive, negative = self._of(layer)
+        if self._signs[number]:
+            negative += vectors.sum(axis=0)
+        else:
+            np.add.at(positive, self._folds(number), vectors)
+
+    def _of(self, layer: int) -> tuple[Float64, Float64]:
+        """The sums of a layer: of positive prompts (FOLDS, hidden), of negative ones (hidden,)."""
+        if layer not in self._layers:
+            self._layers[layer] = np.zeros((FOLDS, self._hidden)), np.zeros(self._hidden)
+        return self._layers[layer]
+
+    def take(self, layer: int) -> dict[str, Any]:
+        """What a layer's sums came to; they are not kept."""
+        positive, negative = self._of(layer)
+        del self._layers[layer]
+        mean = negative / self._negatives if self._negatives else None
+        return {"sums": positive, "counts": self._counts, "negative_mean": mean}

@@ -1,0 +1,125 @@
+"""What the prompts say of the routers before anybody uses them: each fold judged by rows made without it.
+
+A layer's *accuracy* is the share of held-out prompt tokens whose highest-scored expert is their prompt's, its *load*
+the share of them that each expert gets first; every expert's prompts count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.formatting import number_ranges
+
+__all__ = ["LayerCheck", "RouterSummary", "check_of", "router_warnings", "summary_lines"]
+
+_WEAKEST = 3
+# An expert is starved in a layer where it comes first for less than this share of its fair share.
+_STARVED = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCheck:
+    """One layer on held-out prompts: by expert the share of its tokens that it gets, and its share of all tokens."""
+
+    right: tuple[float, ...]
+    load: tuple[float, ...]
+    ridge: float | None = None
+    scale: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+def check_of(
+    labels: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    experts: int,
+    *,
+    ridge: float | None = None,
+    scale: float | None = None,
+) -> LayerCheck:
+    """The check of a layer from its held-out tokens: their prompts' experts and their first choices, both (tokens,)."""
+    shares = np.zeros((experts, experts))  # of the tokens of expert i, those that get expert j first
+    np.add.at(shares, (labels, first), 1)
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
+    right, load = tuple(shares.diagonal().tolist()), tuple(shares.mean(axis=0).tolist())
+    return LayerCheck(right=right, load=load, ridge=ridge, scale=scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSummary:
+    """The layers that could be judged, by number."""
+
+    experts: int
+    layers: Mapping[int, LayerCheck]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(layer.accuracy for layer in self.layers.values()) / len(self.layers)
+
+    def starved(self) -> dict[int, list[int]]:
+        """Experts and the layers where they get next to nothing."""
+        limit = _STARVED / self.experts
+        found = {
+            expert: [number for number, layer in self.layers.items() if layer.load[expert] < limit]
+            for expert in range(self.experts)
+        }
+        return {expert: layers for expert, layers in found.items() if layers}
+
+    def plain(self) -> dict[str, Any]:
+        """As values that JSON has, for records."""
+        return {
+            "accuracy": round(self.accuracy, 4),
+            "layers": [
+                {
+                    "layer": number,
+                    "accuracy": round(layer.accuracy, 4),
+                    "load": [round(share, 4) for share in layer.load],
+                    **({"lambda": layer.ridge, "scale": layer.scale} if layer.ridge is not None else {}),
+                }
+                for number, layer in sorted(self.layers.items())
+            ],
+        }
+
+
+def summary_lines(summary: RouterSummary, names: Sequence[str]) -> list[str]:
+    """Two lines for people: how well the routers tell the prompts apart, and who gets how much."""
+    weakest = sorted(summary.layers, key=lambda number: summary.layers[number].accuracy)[:_WEAKEST]
+    weak = ", ".join(f"layer {number} {summary.layers[number].accuracy:.0%}" for number in sorted(weakest))
+    count = len(summary.layers)
+    loads = [sum(layer.load[expert] for layer in summary.layers.values()) / count for expert in range(summary.experts)]
+    shares = ", ".join(f"{name} {load:.0%}" for name, load in zip(names, loads, strict=True))
+    chance = 1 / summary.experts
+    return [
+        f"routers on held-out prompts: {summary.accuracy:.0%} of tokens to their expert first (chance {chance:.0%}); "
+        f"weakest: {weak}",
+        f"first choices by expert: {shares}",
+    ]
+
+
+def router_warnings(summary: RouterSummary, names: Sequence[str], *, fitted: bool) -> list[str]:
+    """What is wrong with the routers, with numbers and the remedy. `fitted`: they are of the mode that fits best."""
+    warnings = []
+    other_mode = "" if fitted else ", or use gate_mode: ridge"
+    chance = 1 / summary.experts
+    if summary.experts > 1 and summary.accuracy < chance + 0.25 * (1 - chance):
+        warnings.append(
+            f"the routers hardly tell the experts' prompts apart: {summary.accuracy:.0%} of held-out prompt tokens go "
+            f"to their expert first, and {chance:.0%} would by chance; give each expert more prompts, of the kind of "
+            f"text that it is to work on{other_mode}"
+        )
+    for expert, layers in summary.starved().items():
+        if len(layers) * 2 >= len(summary.layers):
+            warnings.append(
+                f"{names[expert]} will be starved: it comes first for less than {_STARVED / summary.experts:.0%} of "
+                f"prompt tokens in {len(layers)} of {len(summary.layers)} layers ({number_ranges(layers)}); its "
+                "prompts look like another expert's: give it prompts that differ more, or add negative_prompts"
+                f"{other_mode}"
+            )
+    return warnings

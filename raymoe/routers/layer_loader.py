@@ -1,0 +1,255 @@
+"""A model's layers one after the other on the device where they are computed, the next ones on their way meanwhile.
+
+    CPU   the next layer is read and widened to float32 by a thread, while this one is computed with
+    GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy a layer
+
+On a CPU two buffers of a layer each take turns: mapping new memory for each layer would cost more than reading it. On a
+GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at most
+are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on the
+CPU and join them, and so do the factors of adapters, which are made float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymoe.object_store.urls import is_url
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transform import load_array
+
+__all__ = ["LayerLoader", "LayerParts", "LoadedLayer", "compute_dtype", "load_weight"]
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
+_PIECE_BYTES = 8 << 20
+_ALIGNED = 256  # bytes; a tensor in a buffer begins where kernels like it
+
+FactorKey = tuple[int, str, str]
+"""Which of several adapters, on which weight, and which of its factors (see `LoraPair.entries`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """Where a layer's weights lie, by what its module calls them, and the factors of adapters on them."""
+
+    weights: Mapping[str, TensorEntry]
+    factors: Mapping[FactorKey, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        return [*self.weights.values(), *self.factors.values()]
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedLayer:
+    """The same on the device: weights in the dtype of computation, factors in float64."""
+
+    weights: dict[str, torch.Tensor]
+    factors: dict[FactorKey, torch.Tensor]
+
+
+def compute_dtype(stored: str, device: torch.device, *, exact: bool) -> torch.dtype:
+    """What weights stored as `stored` are computed with: on a GPU the same; on a CPU float32.
+
+    bfloat16 stays what it is on CPUs that multiply it natively, several times as fast as float32, unless `exact`.
+    """
+    if device.type != "cpu":
+        return _TORCH_DTYPES[stored]
+    return torch.bfloat16 if stored == "BF16" and not exact and _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices (AVX-512 BF16 or AMX)."""
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(test is not None and test() for test in tests)
+
+
+def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+    """A weight on the CPU, in the dtype that it is computed with."""
+    if not is_url(entry.file.location):
+        weight = torch.empty(entry.shape, dtype=dtype)
+        _read_as(reader, entry, weight.reshape(-1))
+        return weight
+    flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
+    weight = flat.reshape(entry.shape).to(dtype)
+    reader.moved()
+    return weight
+
+
+def _read_as(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> None:
+    """Read a tensor of a local file into `target` (elements,), which may have another dtype."""
+    stored = _TORCH_DTYPES[entry.dtype]
+    if not entry.nbytes:
+        return
+    if stored == target.dtype:
+        reader.read_into(entry.file, entry.start, memoryview(target.view(torch.uint8).numpy()))
+        return
+    piece = torch.empty(min(target.numel(), _PIECE_BYTES // stored.itemsize), dtype=stored)
+    content = memoryview(piece.view(torch.uint8).numpy())
+    for at in range(0, target.numel(), piece.numel()):
+        count = min(piece.numel(), target.numel() - at)
+        reader.read_into(entry.file, entry.start + at * stored.itemsize, content[: count * stored.itemsize])
+        target[at : at + count].copy_(piece[:count])
+
+
+def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, torch.Tensor]:
+    """On the CPU, in memory of their own."""
+    return {key: torch.from_numpy(load_array(reader, e).astype(np.float64)) for key, e in layer.factors.items()}
+
+
+class LayerLoader:
+    """Gives the tensors of each layer on `device`, in order. Use it for one run over the layers."""
+
+    def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype) -> None:
+        self._reader, self._device, self._dtype = reader, device, dtype
+
+    def layers(self, layers: Sequence[LayerParts]) -> Generator[LoadedLayer, None, None]:
+        """The tensors of each layer; they are valid until the next ones are asked for."""
+        if self._device.type == "cuda":
+            with _Ring(self._reader, self._device, self._dtype, layers) as ring:
+                yield from ring.layers()
+            return
+        largest = max((sum(map(_elements, _local_weights(layer).values())) for layer in layers), default=0)
+        with torch.inference_mode(False):  # they are written by a thread that is in no such mode
+            buffers = [torch.empty(largest, dtype=self._dtype) for _ in range(2)]
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0], buffers[0]) if layers else None
+            for number in range(len(layers)):
+                assert ahead is not None
+                loaded, ahead = ahead.result(), None
+                if number + 1 < len(layers):  # into the buffer of the layer before this one
+                    ahead = pool.submit(self._load, layers[number + 1], buffers[(number + 1) % 2])
+                yield loaded
+                del loaded
+
+    def _load(self, layer: LayerParts, buffer: torch.Tensor) -> LoadedLayer:
+        self._reader.load(layer.entries)
+        local, at = _local_weights(layer), 0
+        remote = {name: entry for name, entry in layer.weights.items() if name not in local}
+        weights = {name: load_weight(self._reader, entry, self._dtype) for name, entry in remote.items()}
+        for name, entry in local.items():
+            place = buffer[at : at + math.prod(entry.shape)]
+            _read_as(self._reader, entry, place)
+            weights[name] = place.view(entry.shape)
+            at += _elements(entry)
+        factors = _load_factors(self._reader, layer)
+        self._reader.release()  # what was read of objects is in use, or has been widened: its source can go
+        return LoadedLayer(weights=weights, factors=factors)
+
+
+def _elements(entry: TensorEntry) -> int:
+    """Room for a tensor of a local file in a buffer; the next one begins where kernels like it."""
+    return -(-math.prod(entry.shape) // _ALIGNED) * _ALIGNED
+
+
+def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
+    return {name: entry for name, entry in layer.weights.items() if not is_url(entry.file.location)}
+
+
+@dataclass
+class _Layout:
+    """Where each weight of a layer is in a buffer: name -> (start, end). `spans` are neighbours in a file, joined."""
+
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spans: list[tuple[SourceFile, int, int, int]] = field(default_factory=list)  # file, start and end there, start here
+    size: int = 0
+
+    def add(self, name: str, entry: TensorEntry) -> None:
+        if self.spans and self.spans[-1][0] == entry.file and self.spans[-1][2] == entry.start:
+            file, start, _, at = self.spans[-1]
+            self.places[name] = (at + entry.start - start, at + entry.end - start)
+            self.spans[-1] = (file, start, entry.end, at)
+        else:
+            at = -(-self.size // _ALIGNED) * _ALIGNED
+            self.places[name] = (at, at + entry.nbytes)
+            self.spans.append((entry.file, entry.start, entry.end, at))
+        self.size = max(self.size, self.places[name][1])
+
+
+class _Ring:
+    """Layers on their way to a GPU. A context manager."""
+
+    def __init__(
+        self, reader: SourceReader, device: torch.device, dtype: torch.dtype, layers: Sequence[LayerParts]
+    ) -> None:
+        self._reader, self._device, self._dtype, self._layers = reader, device, dtype, layers
+        self._layouts = [self._layout(layer) for layer in layers]
+        largest = max((layout.size for layout in self._layouts), default=0)
+        self._pinned = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied: list[Any] = [None, None]  # the event after which a pinned buffer may be filled again
+        self._stream = torch.cuda.Stream(device)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read-layer")
+
+    def __enter__(self) -> _Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._stream.synchronize()
+
+    def layers(self) -> Iterator[LoadedLayer]:
+        waiting = [self._ahead.submit(self._send, number) for number in range(min(2, len(self._layers)))]
+        for number in range(len(self._layers)):
+            loaded, ready = waiting.pop(0).result()
+            torch.cuda.current_stream(self._device).wait_event(ready)
+            # Their memory is not given to others before this stream is done with them.
+            for tensor in (*loaded.weights.values(), *loaded.factors.values()):
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+            if number + 2 < len(self._layers):
+                waiting.append(self._ahead.submit(self._send, number + 2))
+            yield loaded
+            del loaded
+
+    def _layout(self, layer: LayerParts) -> _Layout:
+        layout = _Layout()
+        direct = [(entry, name) for name, entry in layer.weights.items() if self._goes_as_it_is(entry)]
+        for entry, name in sorted(direct, key=lambda pair: (pair[0].file.location, pair[0].start)):
+            layout.add(name, entry)
+        return layout
+
+    def _goes_as_it_is(self, entry: TensorEntry) -> bool:
+        return _TORCH_DTYPES[entry.dtype] == self._dtype and entry.nbytes > 0
+
+    def _send(self, number: int) -> tuple[LoadedLayer, Any]:
+        """Read a layer and start its copy; its tensors on the GPU, and the event after which they are there."""
+        layout, layer, slot = self._layouts[number], self._layers[number], number % 2
+        if self._copied[slot] is not None:
+            self._copied[slot].synchronize()
+        pinned = self._pinned[slot]
+        self._fill(layout, memoryview(pinned.numpy()))
+        others = {name: entry for name, entry in layer.weights.items() if name not in layout.places}
+        self._reader.load([*others.values(), *layer.factors.values()])
+        cast = {name: load_weight(self._reader, entry, self._dtype) for name, entry in others.items()}
+        made = _load_factors(self._reader, layer)
+        with torch.cuda.stream(self._stream):
+            whole = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
+            whole.copy_(pinned[: layout.size], non_blocking=True)
+            weights = {name: tensor.to(self._device) for name, tensor in cast.items()}
+            factors = {key: tensor.to(self._device) for key, tensor in made.items()}
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        self._copied[slot] = ready
+        self._reader.release()
+        for name, (start, end) in layout.places.items():
+            weights[name] = whole[start:end].view(self._dtype).reshape(layer.weights[name].shape)
+        return LoadedLayer(weights=weights, factors=factors), ready
+
+    def _fill(self, layout: _Layout, buffer: memoryview) -> None:
+        reads = []
+        for file, start, end, at in layout.spans:
+            step = end - start if is_url(file.location) else _PIECE_BYTES
+            for low in range(start, end, step):
+                part = buffer[at + low - start : at + min(low + step, end) - start]
+                reads.append(self._readers.submit(self._reader.read_into, file, low, part))
+        for read in reads:
+            read.result()

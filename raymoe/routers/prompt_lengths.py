@@ -1,0 +1,85 @@
+"""How long prompts are in tokens, without torch or transformers: for estimates, not for what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from raymoe.errors import ProblemReport
+from raymoe.planning.plan import GatePlan
+from raymoe.routers.prompt_passes import text_tokens
+from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.tokenizer_files import bare_tokenizer, tokenizer_guard
+
+__all__ = ["different_tokens", "prompt_lengths"]
+
+_FILE = "tokenizer.json"
+_TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
+_TEXTS_AT_ONCE = 256  # whose tokens are held at once
+
+
+def prompt_lengths(
+    gates: GatePlan, *, exact: bool = True, hub: HubOptions | None = None
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Tokens of each member's positive and negative prompts, by owner.
+
+    Counted by the tokenizer where its tokenizer.json is on this machine and `exact` is asked for; else estimated from
+    the texts. `hub` says where the Hub's cache is; nothing is downloaded. A chat template is taken to add a few tokens.
+    """
+    tokenizer = _tokenizer(gates, hub or HubOptions()) if exact else None
+    lengths = {}
+    for member in (*gates.experts, *gates.shared):
+        more = _TEMPLATE_TOKENS if member.chat_template else 0
+        positive, negative = (
+            [length + more for length in _lengths(tokenizer, texts)] for texts in (member.positive, member.negative)
+        )
+        lengths[member.owner] = (positive, negative)
+    return lengths
+
+
+def different_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
+    """How many different tokens the prompts of one member have at most, counted by the tokenizer; None where its
+    tokenizer.json is not on this machine. `hub` as above."""
+    tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
+    for member in (*gates.experts, *gates.shared):
+        ids: set[int] = set()
+        for some in _groups((*member.positive, *member.negative)):
+            if (found := _ids(tokenizer, some)) is None:
+                return None
+            ids.update(*found)
+        most = max(most, len(ids) + (_TEMPLATE_TOKENS if member.chat_template else 0))
+    return most
+
+
+def _lengths(tokenizer: Any, texts: Sequence[str]) -> Iterator[int]:
+    for some in _groups(texts):
+        found = _ids(tokenizer, some)
+        yield from map(text_tokens, some) if found is None else map(len, found)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        yield list(texts[start : start + _TEXTS_AT_ONCE])
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
+    """The texts' tokens; None without a tokenizer, or where it can't read one of them: merging tells what is wrong."""
+    if tokenizer is None:
+        return None
+    try:
+        with tokenizer_guard(_FILE, "it can't read a text"):
+            return [each.ids for each in tokenizer.encode_batch_fast(texts)]
+    except ProblemReport:
+        return None
+
+
+def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
+    """None without a file that can be read: merging tells what is wrong with it."""
+    for side in gates.tokenizer_files:
+        if side.name == _FILE and not side.file.location.startswith("s3://"):
+            try:
+                return bare_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)
+            except (ProblemReport, OSError):
+                return None
+    return None

@@ -1,0 +1,94 @@
+"""Which prompts are read together: what one actor reads in one pass over a model's layers. Torch-free.
+
+Members whose prompts the same stored weights read are read together, so that each layer is loaded once for all of them.
+While they are read, the states of all their tokens are held. So a pass takes no more prompts than fit `STATE_BYTES`; a
+member with more of them is read in several parts. How many parts follows from the texts alone: sums of one member are
+added in the order of its parts, so that the routers do not depend on who reads what, or on what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+from raymoe.planning.plan import GatePrompts
+
+__all__ = ["STATE_BYTES", "Reading", "part_of", "readings", "text_tokens"]
+
+STATE_BYTES = 2 << 30
+"""Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
+about half as many tokens as that; a tokenizer of single bytes has twice as many."""
+
+_TEXT_BYTES_PER_TOKEN = 2
+_TOKENS_PER_PROMPT = 8  # beside its text: BOS and the like
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(GatePrompts):
+    """The share of a member's prompts that is read in one pass: `part` of `parts`, counted from 0."""
+
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.owner if self.parts == 1 else f"{self.owner} (part {self.part + 1} of {self.parts})"
+
+
+def part_of(prompts: GatePrompts) -> tuple[int, int]:
+    """Which part of the prompts is read, and of how many: the first of one, but for a `Reading`."""
+    return (prompts.part, prompts.parts) if isinstance(prompts, Reading) else (0, 1)
+
+
+def readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> list[tuple[Reading, ...]]:
+    """What `actors` that read side by side are given to read, pass by pass; states are of `hidden` dimensions.
+
+    So a model's layers are read once by each actor, not once for each expert: where the base reads all prompts, and
+    where experts are one model with different adapters.
+    """
+    groups: list[list[GatePrompts]] = []
+    for member in members:
+        group = next((group for group in groups if _same_but_adapters(group[0], member)), None)
+        if group is None:
+            groups.append([member])
+        else:
+            group.append(member)
+    return [reading for group in groups for reading in _passes(group, max(1, actors), hidden)]
+
+
+def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
+    if one.config != other.config or one.weights.keys() != other.weights.keys():
+        return False
+    return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
+
+
+def _passes(group: Sequence[GatePrompts], actors: int, hidden: int) -> Iterator[tuple[Reading, ...]]:
+    parts = [part for member in group for part in _parts(member, hidden)]
+    count = min(actors, len(parts))
+    for start, end in pairwise(len(parts) * number // count for number in range(count + 1)):
+        held = 0
+        taken: list[Reading] = []
+        for part in parts[start:end]:
+            nbytes = _state_bytes(part, hidden) // part.parts
+            if taken and held + nbytes > STATE_BYTES:
+                yield tuple(taken)
+                held, taken = 0, []
+            held += nbytes
+            taken.append(part)
+        yield tuple(taken)
+
+
+def _parts(member: GatePrompts, hidden: int) -> list[Reading]:
+    count = max(1, -(-_state_bytes(member, hidden) // STATE_BYTES))
+    plain = {field.name: getattr(member, field.name) for field in fields(GatePrompts)}
+    return [Reading(**plain, part=part, parts=count) for part in range(count)]
+
+
+def _state_bytes(member: GatePrompts, hidden: int) -> int:
+    return 4 * hidden * sum(map(text_tokens, (*member.positive, *member.negative)))
+
+
+def text_tokens(text: str) -> int:
+    """An estimate of a text's tokens: its bytes alone decide."""
+    return len(text.encode(errors="replace")) // _TEXT_BYTES_PER_TOKEN + _TOKENS_PER_PROMPT

@@ -1,0 +1,262 @@
+"""`ridge`: one regularised least-squares classifier a layer, on the exact inputs of its router.
+
+For the tokens of all experts' prompts, with `x` the state (hidden,) that the layer's router sees, `t` one-hot of the
+prompt's expert minus 1 / experts, and token weights `w` that give every expert the same total:
+
+    W = argmin  sum_n w_n |W x_n - t_n|^2 + lambda s |W|^2        s = mean diagonal of sum_n w_n x_n x_n^T
+
+`lambda` is the one with the least squared error on held-out *prompts* (never tokens of one prompt on both sides), and
+the rows are `W` times the factor that makes the softmax over their scores most likely on the same held-out prompts: the
+routing weights are then neither flat nor saturated. Tokens of an expert's negative prompts have the target 'any of the
+others'. Everything is summed in float64; of the two forms of ridge regression (hidden x hidden, or the dual, tokens x
+tokens) the smaller is solved. Torch computes, on whatever device the states are given on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raymoe.routers.activations import FOLDS
+from raymoe.routers.fit_memory import CHOICE_SIZE, CHUNK
+from raymoe.routers.heldout_report import LayerCheck, check_of
+
+__all__ = ["Examples", "FittedRows", "fit_gate", "fit_rows"]
+
+_RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0))
+_RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS = 0.1, 8.0
+_SCALES = tuple(2.0 ** (step / 2) for step in range(13))  # 1 to 64
+_BLOCK = 1024
+
+Moved = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """What one member's prompts give to the classifier of one layer.
+
+    `states` (tokens, hidden) in any float dtype, on the device to compute on; `prompts` (tokens,) int64 numbers the
+    prompt that a token is of; `negative` (tokens,) bool marks those of negative prompts, which are numbered apart.
+    """
+
+    states: torch.Tensor
+    prompts: torch.Tensor
+    negative: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedRows:
+    """Rows (experts, hidden) float32 of one layer's router, and how it did on held-out prompts (None: too few)."""
+
+    rows: npt.NDArray[np.float32]
+    check: LayerCheck | None
+
+
+def fit_rows(examples: Sequence[Examples], moved: Moved | None = None) -> FittedRows:
+    """The router of one layer; `examples` has one entry per expert, in their order. `moved` is called with each chunk
+    of tokens that is summed, and each system that is solved."""
+    if len(examples) == 1:  # one expert gets every token whatever its score
+        return FittedRows(rows=np.zeros((1, examples[0].states.shape[1]), np.float32), check=None)
+    problem = _Problem(examples, moved or _ignored)
+    sample = problem.sample()
+    if sample.has_folds(experts=len(examples)):
+        ridge, scale, check = _choose(sample)
+    else:
+        ridge, scale, check = _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS, None
+    rows = (_solve(problem, ridge) * scale).T
+    return FittedRows(rows=rows.float().cpu().numpy(), check=check)
+
+
+def fit_gate(
+    shared: Sequence[Examples], others: Sequence[Examples], moved: Moved | None = None
+) -> npt.NDArray[np.float32]:
+    """The gate (hidden,) of all shared experts, a sigmoid: open on their prompts, closed on their negative ones and on
+    the experts' prompts."""
+    own = _together(shared)
+    rest = Examples(
+        states=torch.cat([own.states[own.negative], *(e.states[~e.negative] for e in others)]),
+        prompts=torch.cat([own.prompts[own.negative], *(e.prompts[~e.negative] for e in others)]),
+        negative=torch.zeros(
+            int(own.negative.sum()) + sum(int((~e.negative).sum()) for e in others),
+            dtype=torch.bool,
+            device=own.states.device,
+        ),
+    )
+    positive = Examples(
+        states=own.states[~own.negative], prompts=own.prompts[~own.negative], negative=own.negative[~own.negative]
+    )
+    rows = fit_rows([positive, rest], moved).rows
+    difference: npt.NDArray[np.float32] = rows[0] - rows[1]
+    return difference
+
+
+def _ignored() -> None:
+    """The default of `moved`."""
+
+
+def _together(examples: Sequence[Examples]) -> Examples:
+    return Examples(
+        states=torch.cat([e.states for e in examples]),
+        prompts=torch.cat([e.prompts for e in examples]),
+        negative=torch.cat([e.negative for e in examples]),
+    )
+
+
+class _Problem:
+    """All examples of a layer side by side: states (N, hidden), targets (N, experts), weights (N,), folds to be cut."""
+
+    def __init__(self, examples: Sequence[Examples], moved: Moved) -> None:
+        self.moved = moved
+        device, experts = examples[0].states.device, len(examples)
+        self.states = torch.cat([e.states for e in examples])
+        self.prompts = torch.cat([e.prompts for e in examples])
+        self.negative = torch.cat([e.negative for e in examples])
+        counts = torch.tensor([len(e.prompts) for e in examples], device=device)
+        self.labels = torch.repeat_interleave(torch.arange(experts, device=device), counts)
+        one_hot = torch.nn.functional.one_hot(self.labels, experts).double()
+        anything_else = (1 - one_hot) / (experts - 1)
+        self.targets = torch.where(self.negative[:, None], anything_else, one_hot) - 1 / experts
+        self.weights = torch.zeros(len(self.labels), dtype=torch.float64, device=device)
+        for expert in range(experts):
+            positive = (self.labels == expert) & ~self.negative
+            count = int(positive.sum())
+            self.weights[positive] = 1 / (experts * count)
+            negative = (self.labels == expert) & self.negative
+            # A negative token weighs as much as a positive one, but all of them no more than all positive ones.
+            self.weights[negative] = 1 / (experts * max(count, int(negative.sum())))
+
+    def subset(self, chosen: torch.Tensor) -> _Problem:
+        part = object.__new__(_Problem)
+        part.moved = self.moved
+        for name in ("states", "prompts", "negative", "labels", "targets", "weights"):
+            setattr(part, name, getattr(self, name)[chosen])
+        return part
+
+    def sample(self) -> _Problem:
+        """The tokens that lambda is chosen with: every n-th one where hidden and tokens are both beyond CHOICE_SIZE."""
+        tokens, hidden = self.states.shape
+        if min(tokens, hidden) <= CHOICE_SIZE:
+            return self
+        return self.subset(torch.arange(0, tokens, -(-tokens // CHOICE_SIZE), device=self.states.device))
+
+    def has_folds(self, *, experts: int) -> bool:
+        """Whether every expert keeps some positive prompts whichever fold is held out."""
+        held = [(self.prompts[(self.labels == n) & ~self.negative] % FOLDS).unique() for n in range(experts)]
+        return all(len(folds) > 1 for folds in held)
+
+    def rooted(self, start: int, end: int) -> torch.Tensor:
+        """Rows [start, end) of the states, each times the root of its weight; float64."""
+        return self.states[start:end].double() * self.weights[start:end, None].sqrt()
+
+    def rooted_targets(self) -> torch.Tensor:
+        return self.targets * self.weights[:, None].sqrt()
+
+
+def _solve(problem: _Problem, ridge: float) -> torch.Tensor:
+    """W^T, (hidden, experts)."""
+    tokens, hidden = problem.states.shape
+    if tokens < hidden:
+        rooted = problem.rooted(0, tokens)
+        kernel = rooted @ rooted.T
+        _add_ridge(kernel, ridge, float(kernel.diagonal().sum()) / hidden)
+        return rooted.T @ torch.cholesky_solve(problem.rooted_targets(), torch.linalg.cholesky(kernel))
+    gram, right = _gram(problem)
+    _add_ridge(gram, ridge, float(gram.diagonal().mean()))
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+
+
+def _add_ridge(matrix: torch.Tensor, ridge: float, scale: float) -> None:
+    # States that are all zero have no scale; any will do.
+    matrix.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+
+
+def _gram(problem: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted states^T states (hidden, hidden) and states^T targets, in chunks: never all states in float64."""
+    (tokens, hidden), targets = problem.states.shape, problem.rooted_targets()
+    options = {"dtype": torch.float64, "device": problem.states.device}
+    gram, right = torch.zeros((hidden, hidden), **options), torch.zeros((hidden, targets.shape[1]), **options)
+    for start in range(0, tokens, CHUNK):
+        end = min(start + CHUNK, tokens)
+        rooted = problem.rooted(start, end)
+        right += rooted.T @ targets[start:end]
+        for at in range(0, hidden, _BLOCK):  # the upper triangle alone: the rest is its mirror image
+            gram[at : at + _BLOCK, at:] += rooted[:, at : at + _BLOCK].T @ rooted[:, at:]
+        problem.moved()
+    return gram.triu() + gram.triu(1).T, right
+
+
+def _choose(problem: _Problem) -> tuple[float, float, LayerCheck]:
+    """Lambda, the rows' scale, and what the held-out prompts say of the router."""
+    held_out = _held_out_scores(problem)
+    errors = [float((((scores - problem.targets) ** 2).sum(dim=1) * problem.weights).sum()) for scores in held_out]
+    best = min(range(len(errors)), key=lambda number: errors[number])
+    positive = ~problem.negative
+    scores, labels, weights = held_out[best][positive], problem.labels[positive], problem.weights[positive]
+    scale = min(_SCALES, key=lambda factor: _surprise(scores * factor, labels, weights))
+    first = scores.argmax(dim=1).cpu().numpy()
+    check = check_of(labels.cpu().numpy(), first, scores.shape[1], ridge=_RIDGES[best], scale=scale)
+    return _RIDGES[best], scale, check
+
+
+def _held_out_scores(problem: _Problem) -> list[torch.Tensor]:
+    """For each lambda the scores (tokens, experts) that each token gets from the fit without its fold."""
+    tokens, hidden = problem.states.shape
+    scores = [torch.empty_like(problem.targets) for _ in _RIDGES]
+    for fold in (_dual_folds if tokens < hidden else _primal_folds)(problem):
+        for ridge, into in zip(_RIDGES, scores, strict=True):
+            matrix = fold.system.clone()
+            _add_ridge(matrix, ridge, fold.scale)
+            into[fold.outside] = fold.seen @ torch.cholesky_solve(fold.right, torch.linalg.cholesky(matrix))
+            problem.moved()
+    return scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fold:
+    """The system to solve without a fold, and what its solution is multiplied by for the scores of `outside`, the
+    numbers of the tokens that are held out."""
+
+    outside: torch.Tensor
+    system: torch.Tensor
+    right: torch.Tensor
+    seen: torch.Tensor
+    scale: float
+
+
+def _primal_folds(problem: _Problem) -> Iterator[_Fold]:
+    whole, right = _gram(problem)
+    scale = float(whole.diagonal().mean())
+    for number in range(FOLDS):
+        outside = (problem.prompts % FOLDS == number).nonzero()[:, 0]
+        part = problem.subset(outside)
+        gram, part_right = _gram(part)
+        yield _Fold(
+            outside=outside, system=whole - gram, right=right - part_right, seen=part.states.double(), scale=scale
+        )
+
+
+def _dual_folds(problem: _Problem) -> Iterator[_Fold]:
+    tokens, hidden = problem.states.shape
+    rooted, targets = problem.rooted(0, tokens), problem.rooted_targets()
+    kernel = rooted @ rooted.T
+    scale = float(kernel.diagonal().sum()) / hidden
+    for number in range(FOLDS):
+        held_out = problem.prompts % FOLDS == number
+        inside, outside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        yield _Fold(
+            outside=outside,
+            system=kernel[inside][:, inside],
+            right=targets[inside],
+            seen=kernel[outside][:, inside] / problem.weights[outside, None].sqrt(),
+            scale=scale,
+        )
+
+
+def _surprise(scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
+    """Mean cross-entropy of the softmax over all experts, in nats."""
+    likely = torch.log_softmax(scores, dim=1).gather(1, labels[:, None])[:, 0]
+    return float(-(likely * weights).sum() / weights.sum())

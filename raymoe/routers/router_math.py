@@ -1,0 +1,120 @@
+"""From prompt states to router rows: differences, unit length, and whether the rows can tell experts apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.formatting import number_ranges
+
+__all__ = [
+    "conditioning_warning",
+    "gate_rows",
+    "normalised",
+    "random_rows",
+    "shared_gate_row",
+    "zero_row_warnings",
+]
+
+Float32 = npt.NDArray[np.float32]
+
+# Two rows of a larger cosine are nearly parallel: both experts get nearly the same score for every token.
+MAX_COSINE = 0.92
+
+
+def normalised(vectors: npt.ArrayLike) -> Float32:
+    """Each vector (last axis) at unit length; a zero vector stays zero."""
+    array = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(array, axis=-1, keepdims=True)
+    units: Float32 = (array / np.maximum(norms, 1e-8)).astype(np.float32)
+    return units
+
+
+def gate_rows(positive: Float32, negative: Float32 | None) -> Float32:
+    """Router rows of one expert, (layers, hidden), each at unit length."""
+    return normalised(positive if negative is None else positive.astype(np.float64) - negative)
+
+
+def shared_gate_row(rows: Sequence[Float32]) -> Float32:
+    """The one gate (hidden,) of all shared experts out of a row for each of them: each of them counts alike.
+
+    Hosts have one gate, however many experts stand behind it.
+    """
+    return rows[0] if len(rows) == 1 else normalised(np.sum(rows, axis=0, dtype=np.float64))
+
+
+def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> Float32:
+    """Rows that need no prompts, (layers, hidden), drawn from (seed, owner, layer).
+
+    `random`: a random direction at unit length, about N(0, 1/hidden) for each element. Rows of N(0, 1), as some tools
+    draw them, make router logits so large that the softmax sends everything to one expert.
+    `uniform_random`: U(-1/sqrt(hidden), 1/sqrt(hidden)), what torch.nn.Linear starts with.
+    """
+    rows = []
+    for layer in range(layers):
+        key = hashlib.sha256(f"{seed}/router/{owner}/{layer}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+        if mode == "random":
+            rows.append(normalised(generator.standard_normal(hidden)))
+        else:
+            bound = hidden**-0.5
+            rows.append(generator.uniform(-bound, bound, hidden).astype(np.float32))
+    return np.stack(rows)
+
+
+def not_finite(owner: str, layer: int) -> str:
+    """What is said of an expert whose prompts leave states that no row can be made of."""
+    return (
+        f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "
+        "them has weights that are not finite, or so large that its sums overflow: get it again, or use another"
+    )
+
+
+def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str | None:
+    """A warning with numbers if the rows of two experts point nearly the same way in some layers.
+
+    Args:
+        rows: One (layers, hidden) array per expert.
+        names: What the warning calls the experts, in the order of `rows`.
+
+    Only cosines near +1 count: rows of opposite directions tell experts apart best, and rows that add up to zero, or
+    more rows than dimensions, are no fault.
+    """
+    if len(rows) < 2:
+        return None
+    closest = [_closest_pair(np.stack([row[layer] for row in rows])) for layer in range(len(rows[0]))]
+    bad = [layer for layer, (cosine, _, _) in enumerate(closest) if not cosine <= MAX_COSINE]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda layer: closest[layer][0])
+    cosine, first, second = closest[worst]
+    return (
+        f"the router rows of two experts are nearly parallel (cosine above {MAX_COSINE:g}) in {len(bad)} of "
+        f"{len(closest)} layers: layers {number_ranges(bad)}. Worst is layer {worst}: cosine {cosine:.3f} between "
+        f"{names[first]} and {names[second]}. Such experts get nearly equal scores for every token; use prompts that "
+        "differ more, add negative_prompts, or gate_mode: ridge"
+    )
+
+
+def _closest_pair(rows_EH: Float32) -> tuple[float, int, int]:
+    """The largest cosine between two experts' rows of one layer, and whose rows those are."""
+    units = normalised(rows_EH).astype(np.float64)
+    first, second = np.triu_indices(len(units), 1)
+    cosines = (units @ units.T)[first, second]
+    largest = int(cosines.argmax())
+    return float(cosines[largest]), int(first[largest]), int(second[largest])
+
+
+def zero_row_warnings(rows: Sequence[Float32], names: Sequence[str]) -> Iterator[str]:
+    """A warning for each expert whose rows are zero: its prompts and its negative prompts leave the same states."""
+    for row, name in zip(rows, names, strict=True):
+        zero = np.flatnonzero(~row.any(axis=1)).tolist()
+        if zero:
+            yield (
+                f"the router row of {name} is zero in {len(zero)} of {len(row)} layers ({number_ranges(zero)}), so "
+                "that it has the same score for every token: its positive_prompts and negative_prompts leave the same "
+                "states; use prompts that differ"
+            )

@@ -1,0 +1,358 @@
+"""A decoder that is never in memory: one layer is loaded, all texts go through it, it is dropped.
+
+The layers are transformers' own modules, made on the meta device, so that every family computes what transformers
+computes. While a layer runs, the next ones are read (see layer_loader.py): a few layers are held, whatever the model's
+size.
+
+Several models are run at once where they are one base with different adapters (see lora_weights.py): the base's layers
+are read once for all of them.
+
+The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from raymoe.architectures import FAMILIES
+from raymoe.config.gate_modes import EMBEDDING
+from raymoe.errors import Problem, ProblemReport
+from raymoe.planning.plan import HeadRows, WeightRef
+from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register
+from raymoe.routers.cheap_embed import embedding_rows
+from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
+from raymoe.routers.lora_weights import adapted_weight
+from raymoe.routers.quantize import quantised_layer
+from raymoe.routers.tokenize import Batch
+from raymoe.sources.quantization_check import QUANTISATION_KEYS
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transform import in_heads, read_rows, with_lora
+
+__all__ = ["ReadableModel", "StreamedDecoder"]
+
+_HEAD = "lm_head.weight"
+_TURNED = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
+_NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
+Visit = Callable[[int, int, torch.Tensor], None]
+
+
+class ReadableModel(Protocol):
+    """What can be streamed: a dense model's config.json, and where its parameters lie (`GatePrompts`, for one)."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def weights(self) -> Mapping[str, WeightRef]: ...
+
+
+def _look(visit: Visit, layer: int, number: int, ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    visit(layer, number, args[0])
+
+
+def _configuration(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family, or
+    refuses the config."""
+    import transformers
+
+    model_type = config["model_type"]
+    if model_type not in transformers.CONFIG_MAPPING:
+        what = f"transformers {transformers.__version__} has no {model_type} models, which are to read prompts"
+        remedy = (
+            "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
+        )
+        raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
+    unread = ("model_type", *QUANTISATION_KEYS)
+    keys = {k: _decoded(v) for k, v in config.items() if k not in unread and not k.endswith("_token_id")}
+    try:
+        # A padding token, also a family's default one, must have a row in the embedding, which may be smaller.
+        return transformers.AutoConfig.for_model(model_type, **keys, pad_token_id=None)
+    except Exception as error:  # its own checks, of whatever kind: what they say is all that there is to say
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        what = f"transformers {transformers.__version__} takes this config for wrong: {last}"
+        remedy = "mend the model's config.json, or use a gate mode that reads no layers: cheap_embed, random"
+        raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)]) from error
+
+
+def _decoded(value: Any) -> Any:
+    """A value of config.json as configuration classes take it: transformers 5 writes infinity as an object."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, Mapping):
+        is_infinite = value.keys() == {"__float__"} and value["__float__"] in _NON_FINITE
+        return float(value["__float__"]) if is_infinite else dict(value)
+    return value
+
+
+class StreamedDecoder:
+    """Runs texts through a model whose weights are loaded layer by layer.
+
+    It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
+    `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
+    `heads`: rows of q and k lie in this order, and are put back into that of the family.
+    `others` are models of the same config and the same stored weights, with other adapters on them; model 0 is `model`.
+    """
+
+    def __init__(
+        self,
+        model: ReadableModel,
+        reader: SourceReader,
+        device: str,
+        *,
+        others: Sequence[ReadableModel] = (),
+        quantise: str | None = None,
+        exact: bool = False,
+        ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
+        heads: HeadRows | None = None,
+    ) -> None:
+        from transformers import AutoModel
+
+        self._reader, self._weights = reader, model.weights
+        self._models = (model, *others)
+        adapters = [{name: ref.lora for name, ref in each.weights.items() if ref.lora} for each in self._models]
+        self._adapters = [one for number, one in enumerate(adapters) if one not in adapters[:number]]
+        self._adapter_of = [self._adapters.index(one) for one in adapters]  # by model
+        self._at: tuple[int, LoadedLayer, torch.nn.Module] | None = None  # the layer in use, what it is made of
+        self._in_place = 0  # whose adapters are in it
+        self._family = FAMILIES[model.config["model_type"]]
+        self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
+        self._heads = heads
+        self._config = _configuration(model.config)
+        if self._family.has_sinks:
+            register()
+        self._config._attn_implementation = ATTENTION_WITH_SINKS if self._family.has_sinks else "sdpa"
+        with torch.device("meta"):
+            self._model: Any = AutoModel.from_config(self._config)
+        self._dtype = compute_dtype(self._weights[EMBEDDING].entry.dtype, self._device, exact=exact)
+
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether a token's state depends on how long its sequence is, padding included: texts must go alone."""
+        rope = self._model.rotary_emb  # None in models without
+        return rope is not None and rope.rope_type in ("dynamic", "longrope")
+
+    def layer_inputs(
+        self,
+        batches: Sequence[Batch],
+        layers: int,
+        visit: Visit,
+        look: Visit | None = None,
+        *,
+        models: Sequence[int] | None = None,
+    ) -> Iterator[int]:
+        """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the number of each
+        layer, when all is said of it. `models` says which model reads each batch (default: model 0).
+
+        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for. `look` is
+        called as by `router_inputs`, for the layers that are run.
+        """
+        models = models or [0] * len(batches)
+        states = self._embedded(batches, models)
+        for number, hidden in enumerate(states):
+            visit(0, number, hidden)
+        for layer in self.loaded_layers(layers - 1):
+            for number, model in enumerate(models):
+                self.read_as(model)
+                states[number].copy_(self._run_seen(layer, number, states[number], look))
+                visit(layer + 1, number, states[number])
+            yield layer
+        yield layers - 1
+
+    def router_inputs(
+        self, batches: Sequence[Batch], layers: int, visit: Visit, *, models: Sequence[int] | None = None
+    ) -> Iterator[int]:
+        """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1; the
+        number of each layer, when all batches have been through it. `models` as in `layer_inputs`.
+
+        It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
+        layer is neither read nor run.
+        """
+        models = models or [0] * len(batches)
+        states = self._embedded(batches, models)
+        for layer in self.loaded_layers(layers, last_ffn=False):
+            for number, model in enumerate(models):
+                self.read_as(model)
+                output = self._run_seen(layer, number, states[number], visit)
+                if layer < layers - 1:
+                    states[number].copy_(output)
+                del output
+            yield layer
+
+    def _embedded(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
+        """The input of layer 0 for all batches, in one block of memory.
+
+        Each layer's output takes the place of its input there. States that came and went one by one among a layer's
+        activations would cut the heap into pieces, and hold up to three times their size.
+        """
+        width = self._weights[EMBEDDING].entry.shape[1]
+        sizes = [batch.ids.numel() * width for batch in batches]
+        block = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+        states = []
+        for batch, model, part in zip(batches, models, block.split(sizes), strict=True):
+            state = part.view(*batch.ids.shape, width)
+            state.copy_(self.embed(batch, model))
+            states.append(state)
+        return states
+
+    def _run_seen(self, layer: int, number: int, hidden_BTH: torch.Tensor, look: Visit | None) -> torch.Tensor:
+        with torch.inference_mode():
+            if look is None:
+                return self.run_layer(layer, hidden_BTH)
+            with self.ffn_of(layer).register_forward_pre_hook(partial(_look, look, layer, number)):
+                return self.run_layer(layer, hidden_BTH)
+
+    def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
+        """The numbers of the first `count` layers, each loaded while the one before it is in use.
+
+        A layer can be run until the next one is asked for. Without `last_ffn` the last one has no FFN: what stands in
+        its place gives back its input.
+        """
+        wanted = [self._layer_parts(layer, last_ffn or layer < count - 1) for layer in range(count)]
+        with closing(LayerLoader(self._reader, self._device, self._dtype).layers(wanted)) as loaded:
+            for layer in range(count):  # enumerate would hold on to each layer until the next is there
+                self._at = layer, next(loaded), self._model.layers[layer]
+                self._install(0)
+                yield layer
+                self._at, self._model.layers[layer] = None, torch.nn.Identity()
+
+    def read_as(self, model: int) -> None:
+        """Put the adapters of one of the models into the layer that is loaded."""
+        if self._adapter_of[model] != self._in_place:
+            self._install(self._adapter_of[model])
+
+    def ffn_of(self, layer: int) -> torch.nn.Module:
+        """What stands in the place of the FFN of a layer that is loaded."""
+        module: torch.nn.Module = getattr(self._model.layers[layer], self._family.ffn)
+        return module
+
+    def final_norm(self) -> torch.nn.Module:
+        """The norm after the last layer."""
+        name = self._family.final_norm
+        module: torch.nn.Module = getattr(self._model, name)
+        weight = load_weight(self._reader, self._weights[f"model.{name}.weight"].entry, self._dtype)
+        module.load_state_dict({"weight": weight.to(self._device)}, assign=True)
+        self._reader.release()
+        return module
+
+    def head_blocks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). Tied, it is the embedding.
+
+        Where a family scales its logits, the rows are scaled.
+        """
+        ref = self._weights.get(_HEAD, self._weights[EMBEDDING])
+        factor = getattr(self._config, "logit_scale", 1.0) / getattr(self._config, "logits_scaling", 1.0)
+        vocab = ref.entry.shape[0]
+        for start in range(0, vocab, rows):
+            part = slice(start, min(start + rows, vocab))
+            block = read_rows(self._reader, ref.entry, part)
+            if ref.lora is not None:
+                block = with_lora(self._reader, block, ref.lora, part)
+            rows_VH = torch.from_numpy(block).to(self._device, self._dtype)
+            yield start, rows_VH if factor == 1.0 else rows_VH * factor
+
+    def _install(self, adapters: int) -> None:
+        """Make the layer in use out of what was loaded, with the adapters of that number on it."""
+        assert self._at is not None
+        layer, loaded, blank = self._at
+        tensors: Mapping[str, torch.Tensor] = self._adapted(layer, loaded, adapters)
+        module, prefix = blank, f"{self._family.ffn}."
+        if len(self._adapters) > 1:
+            module = self._model.layers[layer] = copy.deepcopy(blank)
+        ffn = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if self._ffn is not None or not ffn:
+            setattr(module, self._family.ffn, torch.nn.Identity())
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        if self._quantise:
+            module = quantised_layer(module, tensors, self._device, self._quantise)
+        else:
+            module.load_state_dict(tensors, assign=True)
+        if self._ffn is not None and ffn:
+            setattr(module, self._family.ffn, self._ffn(ffn))
+        module.eval()
+        self._in_place = adapters
+
+    def _adapted(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
+        """The layer's weights, those that adapters change made anew, and rows of heads where the family has them."""
+        prefix, tensors = f"model.layers.{layer}.", dict(loaded.weights)
+        for full, lora in self._adapters[adapters].items():
+            name = full.removeprefix(prefix)
+            if full.startswith(prefix) and name in tensors:
+                factors = {part: loaded.factors[adapters, name, part] for part in lora.entries}
+                tensors[name] = adapted_weight(tensors[name], factors, lora.scaling)
+        if self._heads is not None:
+            for name in _TURNED & tensors.keys():
+                tensors[name] = in_heads(tensors[name], self._heads.head_dim, self._heads.order_back)
+        return tensors
+
+    def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:
+        prefix = f"model.layers.{layer}."
+        names = {full: full.removeprefix(prefix) for full in self._weights if full.startswith(prefix)}
+        if not with_ffn:
+            names = {full: name for full, name in names.items() if not name.startswith(f"{self._family.ffn}.")}
+        factors = {
+            (number, names[full], part): entry
+            for number, adapters in enumerate(self._adapters)
+            for full, lora in adapters.items()
+            if full in names
+            for part, entry in lora.entries.items()
+        }
+        weights = {name: self._weights[full].entry for full, name in names.items()}
+        return LayerParts(weights=weights, factors=factors)
+
+    def embed(self, batch: Batch, model: int = 0) -> torch.Tensor:
+        """The input of layer 0, (batch, tokens, hidden)."""
+        ref = self._models[model].weights[EMBEDDING]
+        rows = embedding_rows(self._reader, ref, batch.ids.flatten().tolist())
+        hidden = torch.from_numpy(np.stack([rows[token] for token in batch.ids.flatten().tolist()]))
+        hidden = hidden.reshape(*batch.ids.shape, -1).to(self._device, self._dtype)
+        return hidden * getattr(self._config, "embedding_multiplier", 1.0)
+
+    def run_layer(self, layer: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """A loaded layer's output for its input of the same shape."""
+        tokens = hidden_BTH.shape[1]
+        positions = torch.arange(tokens, device=self._device)[None]
+        rotary = self._rotary(layer)
+        output = self._model.layers[layer](
+            hidden_BTH,
+            attention_mask=self._mask(layer, tokens),
+            position_ids=positions,
+            position_embeddings=rotary and rotary(hidden_BTH, positions),
+        )
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
+        return result
+
+    def _rotary(self, layer: int) -> torch.nn.Module | None:
+        """The rotary embedding of a layer, None where it has none.
+
+        Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
+        """
+        if self._model.rotary_emb is None:
+            return None
+        config = self._config
+        if thetas := getattr(config, "layer_rope_theta", None):
+            if not thetas[layer]:
+                return None
+            config = copy.copy(config)
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": thetas[layer]}
+        rotary: torch.nn.Module = type(self._model.rotary_emb)(config=config).to(self._device)
+        return rotary
+
+    def _mask(self, layer: int, tokens: int) -> torch.Tensor | None:
+        """Which tokens each one attends to, (1, 1, tokens, tokens); None is plain causal attention, where SDPA needs no
+        mask: no sliding window bites, and there are no sinks.
+        """
+        types = getattr(self._config, "layer_types", None)
+        slides = not types or types[layer] == "sliding_attention"
+        window = (getattr(self._config, "sliding_window", None) or tokens) if slides else tokens
+        if tokens <= window and not self._family.has_sinks:
+            return None
+        index = torch.arange(tokens, device=self._device)
+        distance = index[:, None] - index[None]
+        return ((distance >= 0) & (distance < window))[None, None]

@@ -1,0 +1,286 @@
+"""Prompts to token ids, and token ids to batches of bounded size.
+
+Batches are padded on the right. A causal model's states at real tokens never see what stands to their right, so padding
+needs no mask, changes no position, and is simply not read afterwards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from raymoe.architectures import DenseSpec, read_spec
+from raymoe.architectures.dense_family import Scan
+from raymoe.config.gate_modes import EMBEDDING, MODES
+from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.object_store.options import StorageOptions
+from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.planning.prompt_checks import missing_row
+from raymoe.sources.facts import SideFile
+from raymoe.sources.prompt_sampling import NO_CHAT_TEMPLATE
+from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.tokenizer_files import (
+    TokenizerFacts,
+    tokenizer_code,
+    tokenizer_facts,
+    tokenizer_guard,
+    with_bos,
+    with_one_bos,
+)
+from raymoe.storage.source_reader import SourceReader
+from raymoe.untrusted_files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "TOKEN_BUDGET",
+    "Batch",
+    "batches",
+    "chunk_of",
+    "load_tokenizer",
+    "padded",
+    "prompt_ids",
+    "prompt_problems",
+    "scan_of",
+    "tokenize",
+    "tokenizer_from",
+    "tokenizer_of",
+]
+
+# Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
+TOKEN_BUDGET = 2048
+_PROMPTS_AT_ONCE = 256
+# Some templates write today's date, by this function; what is computed must not depend on the day.
+_TEMPLATE_DAY = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024", "%j": "208"}
+_TEMPLATE_DAY |= {"%a": "Fri", "%A": "Friday", "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%Z": "UTC"}
+_FIXED_DAY = "".join(
+    ["{%- macro strftime_now(format) -%}{{ format"]
+    + [f"|replace('{code}', '{text}')" for code, text in _TEMPLATE_DAY.items()]
+    + [" }}{%- endmacro +%}"]
+)
+
+
+# The tokenizer that was loaded last, by its files and their state. All experts of a merge have one and the same.
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+def tokenizer_of(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
+    """The tokenizer that these files make up. Raises ProblemReport where they don't."""
+    paths = {side.name: reader.path(side.file) for side in files}
+    key = (trust_remote_code, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
+    if key not in _loaded:
+        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
+        _loaded.clear()
+        _loaded[key] = tokenizer
+    return _loaded[key]
+
+
+def tokenizer_from(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
+    """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
+        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
+        code = xxhash.xxh3_64()
+        for name in sorted(name for name in paths if name.endswith(".py")):
+            code.update(paths[name].read_bytes())
+        folder = Path(root) / f"tokenizer_{code.hexdigest()}"
+        for name, path in paths.items():
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer whose files lie in `folder`."""
+    from transformers import AutoTokenizer
+
+    try:
+        with tokenizer_guard(
+            "base_model",
+            "the base model's tokenizer can't be loaded",
+            "gates from prompts need it; check the tokenizer files of base_model",
+        ):
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ProblemReport as report:
+        if trust_remote_code or tokenizer_code(_settings(folder)) == ([], []):
+            raise
+        what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
+        remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
+        raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from report
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        content = read_json((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: str, chat_template: bool = False
+) -> list[list[int]]:
+    """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
+
+    With `chat_template` a prompt is one turn of the user in the tokenizer's template, and the answer is about to begin.
+    Raises ProblemReport for a missing template, a prompt without tokens or one with tokens that the model has no
+    embedding for.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise ProblemReport([NO_CHAT_TEMPLATE])
+    bos = tokenizer.bos_token or ""
+    ids: list[list[int]] = []
+    problems: list[Problem] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        some = prompts[start : start + _PROMPTS_AT_ONCE]
+        if chat_template:
+            whole = [with_one_bos(_rendered(tokenizer, prompt), bos) for prompt in some]
+        else:
+            whole = [with_bos(prompt, bos) for prompt in some]
+        with tokenizer_guard(
+            f"base_model: {owner}", "its tokenizer can't read the prompts", "check the tokenizer files of base_model"
+        ):
+            found = tokenizer(whole, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for number, (prompt, tokens) in enumerate(zip(some, found, strict=True), start + 1):
+            where = f"{owner}, prompt {number} ({prompt[:40]!r})"
+            problems += _token_problems(tokenizer, tokens, vocab, where)
+        if problems:
+            raise ProblemReport(problems)
+        ids += found
+    return ids
+
+
+def prompt_ids(
+    gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
+) -> tuple[list[list[int]], list[list[int]], int | None]:
+    """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
+    tokenizer = tokenizer_of(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
+    vocab = prompts.weights[EMBEDDING].entry.shape[0]
+    positive, negative = (
+        tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
+        for texts in (prompts.positive, prompts.negative)
+    )
+    return positive, negative, tokenizer.bos_token_id if tokenizer.bos_token else None
+
+
+def _rendered(tokenizer: Any, prompt: str) -> str:
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _FIXED_DAY + template
+        text: str = tokenizer.apply_chat_template(
+            turn, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program of its own
+        what = f"its chat template can't be used: {(str(error) or type(error).__name__).splitlines()[0]}"
+        remedy = "use a base model whose template takes one turn of a user, or leave chat_template out"
+        raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
+    return text
+
+
+def _token_problems(tokenizer: Any, tokens: Sequence[int], vocab: int, where: str) -> list[Problem]:
+    if not tokens:
+        return [Problem(where=where, what="it has no tokens", remedy="give it some text")]
+    if (past := max(tokens)) >= vocab:
+        return [missing_row(where, past, str(tokenizer.convert_ids_to_tokens(past)), vocab)]
+    return []
+
+
+def prompt_problems(
+    gates: GatePlan,
+    *,
+    trust_remote_code: bool,
+    hub: HubOptions | None = None,
+    storage: StorageOptions | None = None,
+) -> list[Problem]:
+    """What is wrong with prompts and tokenizer: found before anything is written, where actors would find it later.
+
+    Prompts are looked at for tokens that the embedding has no row for, blank ones for having tokens at all, and a chat
+    template is tried. Transformers, and so torch, are imported only if the tokenizer's files leave one of these open.
+    Files that only other nodes have are left to the actors there.
+    """
+    if not MODES[gates.mode].needs_prompts:
+        return []
+    try:
+        paths = {side.name: fetch_file(side.file, hub, storage) for side in gates.tokenizer_files}
+        facts = tokenizer_facts(gates.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
+    except CheckpointError:
+        return []
+    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
+    open_texts = [(member, texts) for member in members for texts in _open_texts(member, facts) if texts]
+    if not open_texts:
+        return []
+    problems: list[Problem] = []
+    try:
+        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
+    except ProblemReport as report:
+        return list(report.problems)
+    for member, texts in open_texts:
+        vocab = member.weights[EMBEDDING].entry.shape[0]
+        try:
+            tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
+        except ProblemReport as report:
+            problems += report.problems
+    return list(dict.fromkeys(problems))
+
+
+def _open_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
+    """A member's prompts that only transformers can check."""
+    may_pass = facts.may_pass(member.weights[EMBEDDING].entry.shape[0])
+    for texts in (member.positive, member.negative):
+        if may_pass or (facts.bos is None and not member.chat_template and not all(texts)):
+            yield texts
+        elif member.chat_template:
+            yield texts[:1]  # they differ in their text alone
+
+
+class Batch:
+    """Right-padded prompts. `ids` (batch, length) int64; `lengths` (batch,) counts the real tokens of each row."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        self.lengths = torch.tensor([len(row) for row in rows])
+        self.ids: torch.Tensor = torch.zeros((len(rows), int(self.lengths.max())), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            self.ids[number, : len(row)] = torch.tensor(row)
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET, chunk: int = 1
+) -> Iterator[list[Sequence[int]]]:
+    """Prompts in groups whose padded size stays within `budget` tokens; a longer prompt goes alone.
+
+    Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
+    """
+    group: list[Sequence[int]] = []
+    for prompt in sorted(prompts, key=len):
+        if group and padded(len(prompt), chunk) * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
+
+
+def padded(length: int, chunk: int) -> int:
+    """The next multiple of `chunk`."""
+    return -(-length // chunk) * chunk
+
+
+def chunk_of(config: Mapping[str, Any]) -> int:
+    """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
+    scan = scan_of(config)
+    return scan.chunk if scan else 1
+
+
+def scan_of(config: Mapping[str, Any]) -> Scan | None:
+    """What layers of linear attention or state spaces hold in a model with this config.json; None if it has none."""
+    spec = read_spec(config, "")
+    return spec.scan if isinstance(spec, DenseSpec) else None

@@ -1,0 +1,71 @@
+"""What an actor says of itself: where it is, what it works on, and what it has done so far."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from raymoe.planning.plan import GatePrompts
+from raymoe.routers.prompt_passes import Reading
+
+__all__ = ["GATES_OF", "ROUTERS", "Status", "Whereabouts", "node_words", "reading_name"]
+
+# How `Status.busy_with` names the reading of prompts, and the making of routers.
+GATES_OF, ROUTERS = "gates of ", "routers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What an actor has done so far.
+
+    `gate_tokens` have passed a layer, counted for each layer, of `gate_tokens_planned` in the `readings_counted` parts
+    of members that it has begun to read. `moves` counts by job how often it moved on (see job_activity.py),
+    `store_requests` the requests to object stores, which have timeouts and retries of their own. `warnings` name the
+    first tensors with findings, `warnings_left_out` is the number of the others.
+    """
+
+    bytes_written: int
+    bytes_copied_by_store: int
+    bytes_kept: int
+    gate_tokens: int
+    gate_tokens_planned: int
+    readings_counted: int
+    store_retries: int
+    store_requests: int
+    moves: Mapping[str, int]
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    busy_with: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    warnings_left_out: int = 0
+
+
+class Whereabouts(TypedDict):
+    """What an actor says of itself when it comes up: its process, its node (in words, and by Ray's id), whether it sees
+    the output, what it computes on, and which of the files that it was asked about it can't read."""
+
+    pid: int
+    node: str
+    node_id: str
+    output_visible: bool
+    device: str
+    missing: frozenset[str]
+
+
+def reading_name(members: Sequence[GatePrompts]) -> str:
+    """The name of the job that reads these prompts."""
+    names = (member.name if isinstance(member, Reading) else member.owner for member in members)
+    return f"{GATES_OF}{', '.join(names)}"
+
+
+def node_words() -> str:
+    """This node as messages call it: its host's name, and the address that Ray knows it by."""
+    host = socket.gethostname()
+    if "ray" not in sys.modules:
+        return f"node {host}"
+    import ray
+
+    return f"node {ray.util.get_node_ip_address()} ({host})" if ray.is_initialized() else f"node {host}"

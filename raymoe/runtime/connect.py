@@ -1,0 +1,67 @@
+"""Being connected to Ray: to a cluster that runs, or to one that is started here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raymoe.console import say
+from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
+from raymoe.runtime.ray_errors import cause_of, first_line
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.start_errors import knock, refuse_job_server, start_problem
+from raymoe.signals import heard_at_once
+
+__all__ = ["connected"]
+
+
+@contextmanager
+def connected(settings: RuntimeSettings) -> Iterator[None]:
+    """Be connected to Ray: to the cluster at `address` or RAY_ADDRESS, else to one started here.
+
+    A connection that exists already is used and left alone; one made here is closed at the end.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    if ray.is_initialized():
+        yield
+        return
+    level = logging.INFO if settings.verbosity > 1 else logging.WARNING
+    # Ray says at every start that its token authentication is on; that is its default, and no news to a user.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {
+        "address": settings.address,
+        "namespace": "raymoe",
+        "logging_level": level,
+        "log_to_driver": settings.verbosity > 0,
+    }
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    refuse_job_server(address or "")
+    if not address:
+        # A laptop's own cluster: no dashboard to start and wait for.
+        options |= {"address": "local", "include_dashboard": False}
+    if settings.verbosity >= 0:
+        say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
+    try:
+        knock(address or "")
+        with heard_at_once():
+            ray.init(**options)
+    except SystemExit:  # how Ray's own handlers of SIGTERM end a process, without a word
+        raise KeyboardInterrupt from None
+    except Exception as error:  # of whatever class: Ray raises a bare Exception where its own node starts too slowly
+        raise ProblemReport([start_problem(error, address)]) from error
+    try:
+        yield
+    except RayError as error:  # whatever no part of a merge can mend, a lost head among it
+        cause = cause_of(error)
+        if isinstance(cause, RaymoeError):
+            raise cause from None
+        what = f"Ray failed: {type(cause).__name__}: {first_line(cause)}"
+        raise MergeFailed(f"{what}. Run the same command again to go on from the shards that are finished.") from error
+    finally:
+        ray.shutdown()

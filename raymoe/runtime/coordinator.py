@@ -1,0 +1,333 @@
+"""The coordinator: runs a plan to a finished checkpoint.
+
+    check the output -> begin the journal -> actors: gate rows, shards -> router shard -> small files -> index -> record
+
+Nothing that a reader takes for a finished checkpoint exists before the index, which comes after all weights; the record
+(`raymoe.json`) comes last. Whatever ends a merge early leaves the journal, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raymoe.checkpoints.merge_record import merge_record
+from raymoe.compute import peak_rss_bytes
+from raymoe.config import MODES, MergeConfig
+from raymoe.config.model_refs import short_name
+from raymoe.console import say
+from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
+from raymoe.formatting import some
+from raymoe.object_store.errors import StorageError
+from raymoe.object_store.urls import is_s3, is_url
+from raymoe.planning.plan import GatePlan, MergePlan, Shard
+from raymoe.report.model_card import model_card
+from raymoe.report.plan_report import merge_line
+from raymoe.report.source_metadata import source_cards
+from raymoe.results import MergeResult
+from raymoe.routers.fit_memory import most_layers_at_once
+from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
+from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
+from raymoe.routers.router_matrices import Rows, random_gate_rows, router_bytes
+from raymoe.routers.tokenize import prompt_problems
+from raymoe.runtime.actor_plan import placed, slots_for
+from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.connect import connected
+from raymoe.runtime.placement import owner_names
+from raymoe.runtime.progress import Progress
+from raymoe.runtime.remote_folders import OtherNodes
+from raymoe.runtime.run_report import RunReport
+from raymoe.runtime.scheduler import run_jobs
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.shard_jobs import Sending, read_for_shards
+from raymoe.runtime.shard_transfer import start_writer
+from raymoe.runtime.source_files import SourceFiles, SourcesChanged
+from raymoe.safe_text import json_text
+from raymoe.signals import sigterm_as_ctrl_c
+from raymoe.sources.facts import SourceFile
+from raymoe.storage.file_names import FileRecord, FinishedMerge
+from raymoe.storage.outputs.open_output import open_output, writable_location
+from raymoe.storage.outputs.output_checks import complete_merge, refusals, rewritten_sources, write_problems
+from raymoe.storage.outputs.protocol import Output, ShardJob
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transfer_summary import bytes_by_way
+
+__all__ = ["output_of", "output_problems", "run_merge"]
+
+
+def run_merge(
+    plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings, report: RunReport | None = None
+) -> MergeResult:
+    """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
+
+    Where the output holds this very merge, finished, nothing is done but to remove what is left of its journal.
+    `report` is told how it goes.
+    """
+    report = report or RunReport()
+    target = output_of(output, settings)
+    report.output, report.plan_digest = target.location, plan.digest
+    report.planned_bytes_by_way = bytes_by_way(plan, target)
+    problems = output_problems(plan, target, settings)
+    if not problems and (finished := _finished(plan, target, settings)) is not None:
+        return _already_complete(plan, target, finished, settings, report)
+    problems = problems or write_problems(target, settings.storage)
+    problems += prompt_problems(
+        plan.gates, trust_remote_code=settings.trust_remote_code, hub=settings.hub, storage=settings.storage
+    )
+    if problems:
+        raise ProblemReport(problems)
+    if settings.verbosity >= 0:
+        say(merge_line(plan, target.location))
+    settings = replace(settings, strict=plan.options.strict)
+    report.begin("start of Ray")
+    with connected(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
+        jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
+        reads_layers = MODES[plan.gates.mode].reads_layers
+        placement = placed(plan)
+        work = WriteShards(target, owner_names(plan))
+        slots = slots_for(
+            settings,
+            jobs=jobs,
+            compute=reads_layers,
+            quantise=plan.gates.quantise,
+            placement=placement,
+            experts=len(plan.gates.experts),
+            reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
+            beside_driver=not is_url(target.location),
+            shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
+            most_layers_at_once=most_layers_at_once(plan.gates),
+        )
+        sources = SourceFiles(plan, placement)
+        try:
+            if (finished := _begin(plan, target, settings, sources)) is not None:
+                return _already_complete(plan, target, finished, settings, report)
+            with _begun(), _spoiling(target), Progress(plan, settings.verbosity, report=report) as progress:
+                with sources.explaining(), expert_actors(slots, target.location, settings, target.run) as actors:
+                    outcome = run_jobs(
+                        plan,
+                        actors,
+                        work,
+                        progress.watch(actors),
+                        gpus=[seat.gpus > 0 for seat in slots.seats],
+                        readers=slots.readers,
+                        layers_at_once=slots.layers_at_once,
+                        shards_at_once=slots.shards_at_once,
+                        needs=placement.needs if placement is not None else None,
+                        stall_timeout_s=settings.stall_timeout_s,
+                    )
+                    progress.final_look(actors, outcome)
+                sources.check_unchanged()
+                rows = outcome.rows | random_gate_rows(plan.gates)
+                names = _expert_names(plan)
+                warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
+                records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
+                files = _finish(plan, config, target, settings, records, outcome.summary)
+                lines = summary_lines(outcome.summary, names) if outcome.summary else ()
+                return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
+        finally:
+            target.release()
+
+
+def _finished(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
+    """The merge that is asked for, where an earlier run has finished it."""
+    return None if settings.overwrite else complete_merge(plan, target)
+
+
+def _already_complete(
+    plan: MergePlan, target: Output, finished: FinishedMerge, settings: RuntimeSettings, report: RunReport
+) -> MergeResult:
+    target.clean_up()
+    report.was_complete, report.bytes_kept = True, finished.nbytes
+    if settings.verbosity >= 0:
+        say(f"{target.location} is already complete: an earlier run has finished this merge")
+    warnings = [*plan.warnings, *_rewritten(plan, target, finished)]
+    return MergeResult(
+        output=target.location,
+        files=finished.files,
+        warnings=tuple(warnings),
+        bytes_written=0,
+        bytes_copied_by_store=0,
+        bytes_kept=finished.nbytes,
+        peak_driver_bytes=peak_rss_bytes(),
+        peak_actor_bytes=(),
+        peak_gpu_bytes=(),
+        seconds=0.0,
+        run_seconds=report.seconds,
+        was_complete=True,
+    )
+
+
+def _rewritten(plan: MergePlan, target: Output, finished: FinishedMerge) -> Iterator[str]:
+    if names := rewritten_sources(plan, target.location, finished):
+        yield (
+            f"sources were written after the merge was finished: {some(names, most=3)}. Their sizes and samples are "
+            "the same, but a small change would not be seen so: `raymoe verify` compares every byte"
+        )
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """What is found wrong with prompts, once they are read, is no refusal any more: shards may have been written."""
+    try:
+        yield
+    except ProblemReport as report:
+        raise MergeFailed(str(report)) from report
+
+
+@contextmanager
+def _spoiling(target: Output) -> Iterator[None]:
+    """Where sources changed, the next run is to begin again, with --overwrite and also where they are put back."""
+    try:
+        yield
+    except SourcesChanged:
+        with suppress(RaymoeError, OSError):  # another run has the output, or it can't be reached
+            target.spoil()
+        raise
+
+
+def output_of(output: str | Path, settings: RuntimeSettings) -> Output:
+    """The output that a user names. Raises ProblemReport for a place that none can be at."""
+    return open_output(writable_location(output, "output"), settings.storage)
+
+
+class WriteShards:
+    """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
+
+    def __init__(self, target: Output, names: Mapping[str, str]) -> None:
+        """`names` are what Ray's dashboard calls the owners of shards."""
+        self._target, self._names = target, names
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return self._target.jobs(shard)
+
+    def start(self, actor: Any, job: ShardJob) -> Any:
+        return actor.write_shard.options(name=self._name("write", job)).remote(job)
+
+    def reads(self, file: SourceFile) -> bool:
+        return not (is_s3(self._target.location) and self._target.same_store(file))
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        return self._target.complete(shard, results)
+
+    @property
+    def sending(self) -> Sending | None:
+        return None if is_url(self._target.location) else _SendShards(self._target, self._name)
+
+    def _name(self, what: str, job: ShardJob) -> str:
+        return f"{what} {job.shard.file_name} of {self._names.get(job.shard.owner, job.shard.owner)}"
+
+
+class _SendShards:
+    """The shards of a local folder that actors of other nodes do not see."""
+
+    def __init__(self, target: Output, name: Callable[[str, ShardJob], str]) -> None:
+        self._target, self._name = target, name
+
+    def start_writer(self) -> Any:
+        return start_writer(self._target.location, self._target.run)
+
+    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
+        return writer.receive.options(name=self._name("receive", job)).remote(actor, job)
+
+
+def output_problems(
+    plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles | None = None
+) -> list[Problem]:
+    """Everything that keeps this plan from being written to `target`, found without writing.
+
+    `sources` as all nodes see them, where they have been asked.
+    """
+    sources = sources or SourceFiles(plan, None)
+    problems = refusals(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
+    if changed := sources.changed():
+        what = f"files were written after the merge was planned with them: {some(changed, most=3)}"
+        remedy = "run the same command again when they no longer change"
+        problems.append(Problem(where="sources", what=what, remedy=remedy))
+    if not problems and not settings.overwrite and target.digest() == plan.digest:
+        changed = target.changed_sources(sources.stamps())
+        if changed:
+            what = f"source files changed since the merge in this folder was interrupted: {', '.join(changed[:3])}"
+            remedy = "use --overwrite to start again from the new files"
+            problems.append(Problem(where=target.location, what=what, remedy=remedy))
+    return problems
+
+
+def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles) -> FinishedMerge | None:
+    """Begin the run, unless another one has finished this merge since the first look: that merge."""
+    target.lock()
+    # Another merge may have come and gone since the first look; now nobody else is here.
+    if problems := output_problems(plan, target, settings, sources):
+        raise ProblemReport(problems)
+    if (finished := _finished(plan, target, settings)) is not None:
+        return finished
+    without = replace(settings, overwrite=False)
+    is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
+    # --overwrite goes on only where the same command without it would: it is the remedy for what is in the way.
+    goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
+    try:
+        target.begin(plan.digest, sources.stamps(), fresh=settings.overwrite and not goes_on)
+    except StorageError:
+        raise
+    except ProblemReport:
+        # Another run of this merge may have ended since the look.
+        finished = None if output_problems(plan, target, settings, sources) else _finished(plan, target, settings)
+        if finished is None:
+            raise
+        return finished
+    return None
+
+
+def _expert_names(plan: MergePlan) -> list[str]:
+    experts = [source for source in plan.sources if source.owner.startswith("expert ")]
+    return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
+
+
+def _gate_warnings(gates: GatePlan, rows: Rows, summary: RouterSummary | None, names: Sequence[str]) -> Iterator[str]:
+    mode = MODES[gates.mode]
+    # The lengths and sums of fitted rows mean something: only rows that are directions are judged by their cosines.
+    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.fits_rows else []
+    if judged:
+        if warning := conditioning_warning(judged, names):
+            yield warning
+        yield from zero_row_warnings(judged, names)
+    if summary is not None:
+        yield from router_warnings(summary, names, fitted=mode.fits_rows)
+
+
+def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
+    """The router's shards, which the driver writes: the gates are here, and they are small."""
+    router = router_bytes(plan.gates, rows)
+    with SourceReader(settings.hub, settings.storage) as reader:
+        for shard in plan.shards:
+            if shard.owner == "router":
+                results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
+                yield target.complete(shard, results)
+
+
+def _finish(
+    plan: MergePlan,
+    config: MergeConfig,
+    target: Output,
+    settings: RuntimeSettings,
+    records: Sequence[FileRecord],
+    summary: RouterSummary | None,
+) -> tuple[FileRecord, ...]:
+    """Small files, the index, the record; then the journal goes."""
+    records = list(records)
+    for side in plan.side_files:
+        records.append(target.write_small(side.name, OtherNodes(settings).read(side.file)))
+    records.append(target.write_small("config.json", _json(plan.config)))
+    if plan.options.model_card:
+        card = model_card(plan, config, summary, source_cards(plan, settings.hub, settings.storage))
+        records.append(target.write_small("README.md", card.encode()))
+    records.append(target.write_index(_json(plan.index)))
+    files = tuple(sorted(records, key=lambda record: record.name))
+    target.end(_json(merge_record(plan, config, files, summary)))
+    return files
+
+
+def _json(content: Any) -> bytes:
+    return f"{json_text(content)}\n".encode()

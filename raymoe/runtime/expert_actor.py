@@ -1,0 +1,277 @@
+"""The expert actor's code, as a plain class: it can be run and tested without Ray.
+
+An actor serves one expert at a time. Its three kinds of call run side by side (Ray's concurrency groups): `gates` reads
+the expert's prompts on the device, `write` writes shards, `control` answers questions while the other two work. Calls
+may be repeated after a death: a shard that is already whole is found in the journal and not written again.
+
+Torch is imported by `capture` and `layer_rows` alone, for modes that run a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.compute import limit_threads, peak_rss_bytes
+from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.registry import process_counters
+from raymoe.planning.plan import GatePlan, GatePrompts
+from raymoe.routers.activations import MemberLayer
+from raymoe.routers.fit_layer import LayerRows
+from raymoe.runtime.actor_process import let_gates_go_first, set_up_process
+from raymoe.runtime.actor_status import GATES_OF, ROUTERS, Status, Whereabouts, node_words, reading_name
+from raymoe.runtime.job_activity import AtWork, Job
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.shard_transfer import pieces_of
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.local_folder import stat_file
+from raymoe.storage.outputs.open_output import open_output
+from raymoe.storage.outputs.protocol import Progress, ShardJob
+from raymoe.storage.read_cache import GATES, SHARDS, Spool
+from raymoe.storage.shard_stream import different_tensors, shard_chunks, shard_range
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.value_checks import FoundValues
+
+__all__ = ["ExpertWorker"]
+
+
+class ExpertWorker:
+    """Works for one expert at a time: gate rows on its device, shards to the output."""
+
+    def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
+        set_up_process()
+        self._settings = settings
+        self._output = open_output(output, settings.storage, run)
+        self._spool = Spool()
+        self._found = FoundValues(strict=settings.strict)
+        self._lock = threading.Lock()
+        self._bytes_written = self._bytes_copied = self._bytes_kept = 0
+        self._gate_tokens = self._gate_tokens_planned = self._readings_counted = 0
+        self._at_work = AtWork()
+
+    def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
+        """Where this actor is, and which of some local files it can't read (those of another size included)."""
+        return Whereabouts(
+            pid=os.getpid(),
+            node=node_words(),
+            node_id=_node_id(),
+            output_visible=self._output.is_reachable(),
+            device="cuda:0" if self._has_gpu() else "cpu",
+            missing=frozenset(
+                f.location for f in files if (found := stat_file(f.location)) is None or found.size != f.size
+            ),
+        )
+
+    def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
+        """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
+        from raymoe.routers.cheap_embed import embedding_gate_rows
+
+        with self._at_work.on(_gates_of(members), reading_name(members)) as work, self._reader(work) as reader:
+            remote_code = self._settings.trust_remote_code
+            return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
+
+    def capture(
+        self,
+        gates: GatePlan,
+        members: Sequence[GatePrompts],
+        experts: int,
+        also_written: Sequence[TensorEntry] = (),
+        *later: Sequence[TensorEntry],
+    ) -> Iterator[MemberLayer | None]:
+        """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
+        None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
+
+        `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
+        `later`: the same of prompts that are still waiting, as far as this actor has not been told of them.
+        """
+        # Before torch is imported, which shards do not wait for.
+        for entries in (also_written, *later):
+            self._spool.expect(entries, GATES, SHARDS)
+        try:
+            yield from self._captured_layers(gates, members, experts)
+        finally:
+            self._spool.forget(also_written, GATES)
+        yield None
+
+    def _captured_layers(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer]:
+        from raymoe.routers.activations import capture_layers
+
+        device = self._device()
+
+        def layer_done(tokens: int) -> None:
+            work.moved()
+            with self._lock:
+                self._gate_tokens += tokens
+
+        def counted(tokens: int) -> None:
+            work.moved()
+            with self._lock:
+                self._gate_tokens_planned += tokens
+                self._readings_counted += len(members)
+
+        if gates.quantise:
+            from raymoe.routers.quantize import check_quantise
+
+            check_quantise(gates.quantise, device)
+        limit_threads()
+        label, name = _gates_of(members), reading_name(members)
+        with self._at_work.on(label, name) as work, self._reader(work, GATES) as reader:
+            layers = capture_layers(
+                gates,
+                members,
+                reader,
+                members=experts,
+                device=device,
+                trust_remote_code=self._settings.trust_remote_code,
+                layer_done=layer_done,
+                counted=counted,
+            )
+            for layer in layers:
+                work.moved()
+                yield from layer
+
+    def layer_rows(self, mode: str, experts: int, parts: Sequence[int], *left: MemberLayer) -> LayerRows:
+        """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones.
+
+        `parts` says how many of `left` each member has, one after the other.
+        """
+        from raymoe.routers.fit_layer import joined, layer_rows
+
+        limit_threads(1)
+        ends = [sum(parts[: number + 1]) for number in range(len(parts))]
+        members = [joined(left[end - count : end]) for end, count in zip(ends, parts, strict=True)]
+        with self._at_work.on(ROUTERS) as work:
+            return layer_rows(mode, members[:experts], members[experts:], self._device(), work.moved)
+
+    def write_shard(self, job: ShardJob) -> Any:
+        """Write a shard, or its part of one; the result is for the output's `complete`."""
+        self._check_output()
+        let_gates_go_first()
+        with self._writing(job) as (reader, progress):
+            if self._settings.strict:
+                _look_at_copies(job, reader)
+            result = self._output.do(job, reader, progress)
+        if result is None:  # an earlier run left it whole
+            with self._lock:
+                self._bytes_kept += job.shard.nbytes
+        return result
+
+    def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
+        let_gates_go_first()
+        with self._writing(job) as (reader, progress):
+            for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
+                yield piece
+                progress(len(piece), 0)
+
+    def compare_shard(self, job: ShardJob, written: Mapping[str, TensorEntry]) -> list[str]:
+        """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
+        with self._writing(job) as (reader, progress):
+            return different_tensors(job.shard.parts, written, reader, progress=lambda count: progress(count, 0))
+
+    def status(self) -> Status:
+        gpu = 0
+        if sys.modules.get("torch") is not None:
+            import torch
+
+            gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        counters = process_counters()
+        with self._lock:
+            return Status(
+                bytes_written=self._bytes_written,
+                bytes_copied_by_store=self._bytes_copied,
+                bytes_kept=self._bytes_kept,
+                gate_tokens=self._gate_tokens,
+                gate_tokens_planned=self._gate_tokens_planned,
+                readings_counted=self._readings_counted,
+                store_retries=counters.retries,
+                store_requests=counters.requests,
+                moves=self._at_work.moves,
+                peak_rss_bytes=peak_rss_bytes(),
+                peak_gpu_bytes=gpu,
+                busy_with=self._at_work.labels,
+                warnings=self._found.lines,
+                warnings_left_out=self._found.left_out,
+            )
+
+    def _has_gpu(self) -> bool:
+        """Whether Ray gave this actor one. Asked without torch, which takes seconds to import."""
+        return self._settings.device != "cpu" and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def _device(self) -> str:
+        if not self._has_gpu():
+            return "cpu"
+        import torch
+
+        if self._settings.device == "cuda" and not torch.cuda.is_available():
+            what = f"Ray gives a GPU to an actor on {node_words()}, and torch sees none there"
+            remedy = "install a torch for that GPU and its driver, or leave it out to compute on CPUs"
+            raise ProblemReport([Problem(where="--device cuda", what=what, remedy=remedy)])
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+    def _check_output(self) -> None:
+        if not self._output.is_reachable():
+            what = f"the output {self._output.location} is no longer that of this run on {node_words()}"
+            remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
+            raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
+
+    def _reader(self, work: Job, name: str = SHARDS) -> SourceReader:
+        return SourceReader(
+            self._settings.hub,
+            self._settings.storage,
+            spool=self._spool,
+            name=name,
+            found=self._found,
+            moved=work.moved,
+        )
+
+    @contextmanager
+    def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
+        """A reader for a shard, and what is to be told of bytes that have been moved; what other shards are made of too
+        is kept for those that this actor will do."""
+        self._spool.expect(job.shared, job.name)
+        self._spool.expect(job.later, SHARDS)
+        self._spool.forget(set(job.shared).difference(job.later), SHARDS)
+
+        def progress(written: int, copied: int) -> None:
+            work.moved()
+            with self._lock:
+                self._bytes_written += written
+                self._bytes_copied += copied
+
+        try:
+            with (
+                self._at_work.on(job.shard.file_name, job.name) as work,
+                self._reader(work, job.name if job.shared else SHARDS) as reader,
+            ):
+                yield reader, progress
+        finally:
+            self._spool.forget(job.shared, job.name)
+
+
+def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
+    """Read what the store is going to copy itself, for its numbers to be looked at."""
+    for part in job.parts:
+        if part.copy is not None:
+            for _ in shard_range(job.shard, part.start, part.end, reader):
+                pass
+
+
+def _gates_of(members: Sequence[GatePrompts]) -> str:
+    return f"{GATES_OF}{', '.join(dict.fromkeys(member.owner for member in members))}"
+
+
+def _node_id() -> str:
+    """Ray's id of this node; empty where this class is run without Ray."""
+    if "ray" not in sys.modules:
+        return ""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""

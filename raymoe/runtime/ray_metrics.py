@@ -1,0 +1,103 @@
+"""A merge as metrics of Ray, for Prometheus and Grafana (cluster/grafana-dashboard.json).
+
+All are recorded by the coordinator, from what the actors say of themselves: Ray sends a process's metrics every ten
+seconds, and would lose the last ones of actors, which are killed at the end. Where Ray exports no metrics, nothing
+comes of it. Ray puts `ray_` before the names.
+
+Metrics are for onlookers: whatever Ray objects to ends them, and not the merge.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from raymoe.planning.plan import MergePlan, Shard
+from raymoe.runtime.actor_status import GATES_OF, Status
+
+if TYPE_CHECKING:
+    from raymoe.runtime.scheduler import Outcome
+
+__all__ = ["METRICS", "MergeMetrics", "ray_text"]
+
+_log = logging.getLogger(__name__)
+
+# Name -> (kind, its tags beside `output`, what it says).
+METRICS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
+    "raymoe_bytes_copied": ("Counter", ("way",), "Bytes written by workers, or copied by the store itself"),
+    "raymoe_bytes_planned": ("Gauge", (), "Bytes of all shards but the router's"),
+    "raymoe_shards_done": ("Counter", (), "Shards that are complete"),
+    "raymoe_shards_planned": ("Gauge", (), "Shards but the router's"),
+    "raymoe_gate_tokens": ("Counter", (), "Tokens that were passed through a layer for the gates, layers summed"),
+    "raymoe_expert_phase": ("Gauge", ("expert", "phase"), "1 while prompts are read (gates) or shards written for it"),
+    "raymoe_actors_away": ("Gauge", (), "Actors that are not up yet, or not again"),
+}
+
+
+def ray_text(text: str) -> str:
+    """A user's text as a tag of a metric: Ray takes ASCII. The rest is escaped, as in '\\xfc'."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+class MergeMetrics:
+    """Turns totals into steps of counters, and what actors are at into phases of experts."""
+
+    def __init__(self, plan: MergePlan, output: str) -> None:
+        self._metrics: dict[str, Any] = {}
+        self._counted: dict[tuple[str, str], int] = {}
+        self._shard_owners = {shard.file_name: shard.owner for shard in plan.shards}
+        self._phases: set[tuple[str, str]] = set()
+        self._is_on = True
+        with self._harmless():
+            self._begin([shard for shard in plan.shards if shard.owner != "router"], ray_text(output))
+
+    def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
+        """Record what has come to be since the last call."""
+        if self._is_on:
+            with self._harmless():
+                self._record(list(actors), outcome)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: Ray's Python, its C++, and what exports the metrics
+            self._is_on = False
+            _log.warning("no metrics of this merge in Ray: %s: %s", type(error).__name__, error)
+
+    def _begin(self, shards: Sequence[Shard], output: str) -> None:
+        from ray.util import metrics
+
+        for name, (kind, tags, description) in METRICS.items():
+            made = getattr(metrics, kind)(name, description=description, tag_keys=("output", *tags))
+            self._metrics[name] = made.set_default_tags({"output": output})
+        self._metrics["raymoe_bytes_planned"].set(sum(shard.nbytes for shard in shards))
+        self._metrics["raymoe_shards_planned"].set(len(shards))
+
+    def _record(self, actors: Sequence[Status], outcome: Outcome) -> None:
+        self._count("raymoe_bytes_copied", sum(status.bytes_written for status in actors), way="worker")
+        self._count("raymoe_bytes_copied", sum(status.bytes_copied_by_store for status in actors), way="store")
+        self._count("raymoe_gate_tokens", sum(status.gate_tokens for status in actors))
+        self._count("raymoe_shards_done", len(outcome.shard_results))
+        self._metrics["raymoe_actors_away"].set(len(outcome.away))
+        phases = {phase for status in actors for what in status.busy_with for phase in self._at(what)}
+        for now, which in ((0, self._phases - phases), (1, phases - self._phases)):
+            for expert, phase in which:
+                self._metrics["raymoe_expert_phase"].set(now, tags={"expert": ray_text(expert), "phase": phase})
+        self._phases = phases
+
+    def _count(self, name: str, total: int, **tags: str) -> None:
+        """An actor that was restarted counts from zero again, so a total may fall; what comes then is counted on."""
+        key = (name, tags.get("way", ""))
+        step = total - self._counted.get(key, 0)
+        self._counted[key] = total
+        if step > 0:
+            self._metrics[name].inc(step, tags=tags)
+
+    def _at(self, what: str) -> list[tuple[str, str]]:
+        if what.startswith(GATES_OF):
+            return [(owner, "gates") for owner in what.removeprefix(GATES_OF).split(", ")]
+        owner = self._shard_owners.get(what)
+        return [(owner, "shards")] if owner else []

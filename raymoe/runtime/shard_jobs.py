@@ -1,0 +1,162 @@
+"""The queue of shards, as jobs for actors. What is done with a shard, `ShardWork`, a merge or a verification says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from raymoe.object_store.urls import is_url
+from raymoe.planning.plan import Copy, MergePlan, Part, Shard
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.storage.outputs.protocol import ShardJob
+
+__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "SharedReads", "read_for_shards"]
+
+
+class Sending(Protocol):
+    """Jobs that two actors do: one sends what the other, on the output's node, writes."""
+
+    def start_writer(self) -> Any:
+        """The actor that writes; it may not be up yet."""
+
+    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
+        """Start a job; the reference of its result."""
+
+
+class ShardWork(Protocol):
+    """What is done with shards. A shard is one or several jobs, which several actors may do at the same time."""
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        """Begin with a shard; nothing, if there is nothing left for actors to do."""
+
+    def start(self, actor: Any, job: ShardJob) -> Any:
+        """Start a job on an actor; the reference of its result."""
+
+    def reads(self, file: SourceFile) -> bool:
+        """Whether actors read that object for shards: not so where a store copies it."""
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
+        """All jobs of a shard came back: what is to be kept of it."""
+
+    @property
+    def sending(self) -> Sending | None:
+        """How actors that do not see the output do their jobs; None: they all do them as they are."""
+
+
+def read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
+    """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
+    return frozenset(entry for shard in plan.shards for part in shard.parts for entry in _fetched(part, reads))
+
+
+def _fetched(part: Part, reads: Callable[[SourceFile], bool]) -> Iterator[TensorEntry]:
+    """What actors fetch for a part. A store copies nothing that is to be changed."""
+    for read in part.read:
+        copies = isinstance(part.what, Copy)
+        if is_url(read.source.file.location) and (not copies or reads(read.source.file)):
+            yield read.source
+
+
+class SharedReads:
+    """Tensors of objects that several shards are made of, as experts are that are one model with different adapters."""
+
+    def __init__(self, plan: MergePlan, reads: Callable[[SourceFile], bool]) -> None:
+        self._reads = reads
+        self._shards: dict[TensorEntry, set[str]] = {}
+        for shard in plan.shards:
+            for part in shard.parts:
+                for entry in _fetched(part, reads):
+                    self._shards.setdefault(entry, set()).add(shard.file_name)
+
+    def told(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
+        """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
+        that are `waiting` (by name) as many need it as there are actors."""
+        fetched = (e for part in job.shard.parts if job.does(part) for e in _fetched(part, self._reads))
+        shared = tuple(dict.fromkeys(entry for entry in fetched if len(self._shards[entry]) > 1))
+        if not shared:
+            return job
+        others = waiting - {job.shard.file_name}
+        later = tuple(entry for entry in shared if len(self._shards[entry] & others) >= actors)
+        return replace(job, shared=shared, later=later)
+
+
+@dataclass
+class _OpenShard:
+    """A shard whose jobs have been asked for: how many are still to come back, and what came back."""
+
+    shard: Shard
+    missing: int
+    results: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class ShardTask:
+    """A job of a shard: `detail` is what the actor is given. `failures` and `stalls` as of a `GateJob`."""
+
+    opened: _OpenShard
+    detail: ShardJob
+    failures: int = 0
+    stalls: int = 0
+
+    @property
+    def owner(self) -> str:
+        return self.opened.shard.owner
+
+    @property
+    def label(self) -> str:
+        return f"{self.opened.shard.file_name} ({self.owner})"
+
+
+class ShardQueue:
+    """The queue of shards: `waiting` have not been begun, `ready` are jobs of begun ones that nobody does yet."""
+
+    def __init__(self, waiting: list[Shard], work: ShardWork) -> None:
+        self.waiting, self.work = waiting, work
+        self.results: list[Any] = []
+        self.bytes_kept = 0
+        self.ready: list[ShardTask] = []
+
+    def next_for(self, owners: Collection[str], may_do: Callable[[Shard], bool]) -> ShardTask | None:
+        """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any;
+        begun shards first."""
+        while True:
+            ready = (job for job in self.ready if may_do(job.opened.shard))
+            waiting = (shard for shard in self.waiting if may_do(shard))
+            job = min(ready, key=lambda job: _preference(owners, job.owner), default=None)
+            shard = min(waiting, key=lambda shard: _preference(owners, shard.owner), default=None)
+            if job is not None and (
+                shard is None or _preference(owners, job.owner) <= _preference(owners, shard.owner)
+            ):
+                self.ready.remove(job)
+                return job
+            if shard is None:
+                return None
+            self.waiting.remove(shard)
+            self._begin(shard)
+
+    @property
+    def names(self) -> set[str]:
+        """The shards that wait, or have jobs that do."""
+        return {shard.file_name for shard in (*self.waiting, *(job.opened.shard for job in self.ready))}
+
+    def first_waiting(self) -> Shard | None:
+        return next(iter([*(job.opened.shard for job in self.ready), *self.waiting]), None)
+
+    def _begin(self, shard: Shard) -> None:
+        jobs = self.work.jobs(shard)
+        opened = _OpenShard(shard, len(jobs))
+        self.ready += [ShardTask(opened, detail=job) for job in jobs]
+        if not jobs:
+            self.bytes_kept += shard.nbytes
+            self.results.append(self.work.complete(shard, ()))
+
+    def came_back(self, opened: _OpenShard, result: Any) -> None:
+        opened.results.append(result)
+        opened.missing -= 1
+        if not opened.missing:
+            self.results.append(self.work.complete(opened.shard, opened.results))
+
+
+def _preference(owners: Collection[str], owner: str) -> tuple[bool, bool]:
+    """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
+    return (owner not in owners, owner != "base")

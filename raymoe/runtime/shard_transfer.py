@@ -1,0 +1,187 @@
+"""A shard's way from the node that has its sources to the node that has the output, where these are two.
+
+    sender, an expert actor                     receiver, the writer beside the output
+    shard_chunks -> pieces_of --Ray's store--> arrivals -> LocalOutput.write: part, checksum, fsync, rename, journal
+
+The receiver pulls. The sender stands still while `PIECES_AHEAD` pieces wait to be taken, so that neither side holds
+more than a few pieces a shard, however large it is. Pieces are numpy arrays: Ray copies each into its store once, and
+the receiver reads it there in place. Everything that is computed (casts, LoRA, noise) is computed by the sender.
+Whichever side dies, the half-written part goes, and the shard is done again.
+
+The writer is one actor of a merge, started on the coordinator's node when an expert actor turns out not to see the
+output. It holds no CPU of Ray's: a head that is to do no work still has to write what only it can.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.compute import peak_rss_bytes
+from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
+from raymoe.runtime.actor_process import set_up_process, without_secrets
+from raymoe.runtime.actor_status import Status, Whereabouts, node_words
+from raymoe.runtime.job_activity import AtWork
+from raymoe.sources.facts import SourceFile
+from raymoe.storage.outputs.local import LocalOutput
+from raymoe.storage.outputs.protocol import ShardJob
+from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
+
+__all__ = ["PIECES_AHEAD", "PIECE_BYTES", "SenderLost", "ShardWriter", "arrivals", "pieces_of", "start_writer"]
+
+PIECE_BYTES = CHUNK_BYTES
+PIECES_AHEAD = 4  # of a shard: made, and not yet taken by the receiver
+_TAKEN_AHEAD = 2  # taken by the receiver, and on their way to its node while one before them is written
+_SHARDS_AT_ONCE = 8
+_RESTARTS = 2
+
+
+class SenderLost(Exception):
+    """The actor that sent a shard died, or its node did; the receiver is well."""
+
+
+def pieces_of(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """A stream of `size` bytes in pieces of `PIECE_BYTES`. A piece is valid until the next one is asked for."""
+    buffer = np.empty(min(PIECE_BYTES, size), np.uint8)
+    filled = 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk):
+            count = min(len(chunk) - at, len(buffer) - filled)
+            buffer[filled : filled + count] = np.frombuffer(chunk, np.uint8, count, at)
+            at, filled = at + count, filled + count
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
+
+
+def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
+    """The bytes of a shard as `sender` sends them, in chunks that stay in the processor's cache while they are written.
+
+    Raises what went wrong at the sender, or SenderLost.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    stream = sender.send_shard.options(name=f"send {job.shard.file_name}").remote(job)
+    try:
+        for reference in _taken_ahead(stream):
+            piece = memoryview(ray.get(reference))
+            for start in range(0, len(piece), LOCAL_CHUNK_BYTES):
+                yield piece[start : start + LOCAL_CHUNK_BYTES]
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, (RaymoeError, RayError)):  # the latter where the store is full, say
+            raise cause from None
+        raise MergeFailed(f"{job.shard.file_name}: {type(cause).__name__}: {cause}") from error
+    except RayError as error:
+        raise SenderLost(str(error).splitlines()[0]) from error
+    finally:
+        # Ray ends a sender that stands still when it is told so; one whose stream is just dropped would run to its end.
+        ray.cancel(stream)
+
+
+def _taken_ahead(stream: Any) -> Iterator[Any]:
+    """The references of a stream in order; those that come next are being fetched to this node meanwhile."""
+    import ray
+
+    taken: deque[Any] = deque()
+    for reference in stream:
+        ray.wait([reference], timeout=0, fetch_local=True)
+        taken.append(reference)
+        if len(taken) > _TAKEN_AHEAD:
+            yield taken.popleft()
+    while taken:
+        yield taken.popleft()
+
+
+class ShardWriter:
+    """Writes what other nodes send, as a plain class; `start_writer` makes it an actor."""
+
+    def __init__(self, output: str, run: str) -> None:
+        set_up_process()
+        self._output = LocalOutput(Path(output), run)
+        self._lock = threading.Lock()
+        self._bytes_kept = 0
+        self._at_work = AtWork()
+
+    def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
+        """As an expert actor's; a writer reads no sources."""
+        return Whereabouts(
+            pid=os.getpid(),
+            node=node_words(),
+            node_id="",
+            output_visible=self._output.is_reachable(),
+            device="cpu",
+            missing=frozenset(file.location for file in files),
+        )
+
+    def receive(self, sender: Any, job: ShardJob) -> Any:
+        """Write the shard that the actor `sender` sends; None if an earlier run left it whole.
+
+        Raises SenderLost, what went wrong at the sender, or what went wrong here.
+        """
+        if not self._output.is_reachable():
+            what = f"the output {self._output.location} is not the folder of this run on {node_words()}"
+            remedy = "name a folder of the node that the merge is started on, or a URL"
+            raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
+        name, size = job.shard.file_name, job.shard.nbytes
+        with self._at_work.on(f"receive {name}", job.name) as work:
+
+            def progress(written: int, copied: int) -> None:
+                work.moved()
+
+            if self._output.finished(name, size, progress) is not None:
+                with self._lock:
+                    self._bytes_kept += size
+                return None
+            return self._output.write(name, arrivals(sender, job), expected=size, progress=progress)
+
+    def status(self) -> Status:
+        """What it has done so far; bytes written are counted by those who send them."""
+        with self._lock:
+            return Status(
+                bytes_written=0,
+                bytes_copied_by_store=0,
+                bytes_kept=self._bytes_kept,
+                gate_tokens=0,
+                gate_tokens_planned=0,
+                readings_counted=0,
+                store_retries=0,
+                store_requests=0,
+                moves=self._at_work.moves,
+                peak_rss_bytes=peak_rss_bytes(),
+                peak_gpu_bytes=0,
+                busy_with=self._at_work.labels,
+            )
+
+
+def start_writer(output: str, run: str) -> Any:
+    """The writer as an actor of this node; it may not be up yet."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    groups = {"receive": "write", "where": "control", "status": "control"}
+    methods = {
+        name: ray.method(concurrency_group=group)(without_secrets(getattr(ShardWriter, name)))
+        for name, group in groups.items()
+    }
+    remote = ray.remote(concurrency_groups={"write": _SHARDS_AT_ONCE, "control": 1})(
+        type("ShardWriter", (ShardWriter,), methods)
+    )
+    here = ray.get_runtime_context().get_node_id()
+    return remote.options(
+        name=f"raymoe writer of {output} {run[:6]}",
+        num_cpus=0,
+        max_restarts=_RESTARTS,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+    ).remote(output, run)

@@ -1,0 +1,163 @@
+"""What planning needs to know of a checkpoint: facts from configs and file headers, no tensors and no handles.
+
+    ModelRef (as written in a config) --resolve--> ModelFacts
+        .index     CheckpointIndex   tensor name -> file, byte range, dtype, shape
+        .adapter   AdapterFacts      the same for a PEFT LoRA, and which tensor each pair of factors changes
+
+All of it is plain data: it is pickled to Ray actors and compared in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.config.model_refs import ModelRef
+
+__all__ = [
+    "AdapterFacts",
+    "CheckpointIndex",
+    "FileStamp",
+    "LoraPair",
+    "ModelFacts",
+    "SideFile",
+    "SourceFile",
+    "TensorEntry",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What tells a local file from a later state of it: modification time (ns) and inode number.
+
+    `view` names the machine and mount namespace in which the stamp was taken. In another view the same path can be a
+    copy with another time and inode, so stamps are compared in their own view only. `inode` is 0 on filesystems without
+    lasting inode numbers (FUSE).
+    """
+
+    mtime_ns: int
+    inode: int
+    view: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """One file of a checkpoint.
+
+    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `size` is in bytes.
+    `etag` is what tells one content of an object from another, where its store has such a thing; None elsewhere.
+    `content` is the checksum of a small local file (`xxh3-128:hex`), None elsewhere.
+    `stamp` is taken before the file is read for the first time. It says nothing about the content, so files with
+    different stamps compare equal, and plans with different stamps have the same digest.
+    """
+
+    location: str
+    size: int
+    etag: str | None = None
+    content: str | None = None
+    stamp: FileStamp | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.location.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """A small file that travels with a model. `name` is relative to the model's folder: `chat_templates/tool.jinja`."""
+
+    name: str
+    file: SourceFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor lies: bytes `[start, end)` of `file`, row-major and little-endian.
+
+    `dtype` is the safetensors code (`BF16`, `F16`, `F32`, ...), `start` and `end` are offsets in the file itself
+    (the length of a safetensors header included).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SourceFile
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointIndex:
+    """All tensors of one checkpoint by name, and the files that hold them."""
+
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPair:
+    """The two factors of one weight's delta: W' = W + scaling * (B @ A).
+
+    `a` has shape (rank, in_features), `b` has shape (out_features, rank). With DoRA, `magnitude` (out_features,) is how
+    long each row of W' is made. Sources of the formulas: Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et
+    al. 2024, https://arxiv.org/abs/2402.09353; scaling is alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (https://arxiv.org/abs/2312.03732).
+    """
+
+    a: TensorEntry
+    b: TensorEntry
+    scaling: float
+    magnitude: TensorEntry | None = None
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """What there is to read, by its name here."""
+        entries = {"a": self.a, "b": self.b}
+        return entries if self.magnitude is None else {**entries, "magnitude": self.magnitude}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """A PEFT LoRA adapter. `pairs` maps the name of the changed tensor in the model to its factors.
+
+    `replaced` are whole tensors that take the place of the model's, by name. `left_out` are modules that the adapter
+    changes in a way that is not supported, and what that is: fine where a merge uses nothing of these modules.
+    """
+
+    label: str
+    revision: str | None
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    pairs: Mapping[str, LoraPair]
+    replaced: Mapping[str, TensorEntry] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """One resolved model.
+
+    `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
+    `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files (of the base
+    with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
+    files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs);
+    those of a model of the Hub are in its cache. `own_head`: it holds an lm_head.weight that differs from its
+    embedding, whatever config.json says of tying them.
+    """
+
+    ref: ModelRef
+    label: str
+    revision: str | None
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    side_files: tuple[SideFile, ...] = ()
+    python_files: tuple[SideFile, ...] = ()
+    adapter: AdapterFacts | None = None
+    warnings: tuple[str, ...] = field(default=())
+    folders: tuple[str, ...] = ()
+    own_head: bool = False

@@ -1,0 +1,127 @@
+"""A checkpoint's folder, wherever it is: the small protocol that indexing is written against.
+
+`LocalFolder` (local_folder.py), `HubFolder` (hub.py) and `ObjectFolder` (bucket_folder.py) implement it;
+`weight_index.py` and `resolve.py` know only this. Every method raises CheckpointError, and nothing else, for what a
+user can mend. Names are relative to the folder, with '/'.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.sources.facts import SideFile, SourceFile
+from raymoe.untrusted_files import check_size, read_json
+
+__all__ = [
+    "SIDE_FILES",
+    "Folder",
+    "has_vocabulary",
+    "is_inside",
+    "matches",
+    "read_json_object",
+    "side_files",
+    "unusable",
+]
+
+# Files of which every tokenizer has one.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+# What travels with a model besides its weights and config: never weights, and code only where the tokenizer names it
+# (see tokenizer_files.py).
+SIDE_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates/*.jinja",
+    "generation_config.json",
+)
+
+
+class Folder(Protocol):
+    """Read access to one folder of files."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the folder: an absolute path, `org/name@<commit>`, or a URL."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, for a Hub repository."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Sorted names of the files at the top and in `chat_templates/`."""
+
+    @property
+    def bin_warning(self) -> str | None:
+        """What to warn of when `.bin` files of this folder have to be indexed."""
+
+    def find(self, name: str) -> SourceFile | None:
+        """The file of that name (also in a subfolder), or None."""
+
+    def read(self, file: SourceFile) -> bytes:
+        """A whole small file."""
+
+    def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file."""
+
+    def local_path(self, file: SourceFile) -> Path:
+        """A path to read the whole file from, downloading it first where it is remote."""
+
+    def missing_remedy(self, name: str) -> str:
+        """What to do about a file that should be here and is not."""
+
+
+def unusable(where: str, what: str, remedy: str = "") -> CheckpointError:
+    """A CheckpointError of one problem, to be raised."""
+    return CheckpointError([Problem(where=where, what=what, remedy=remedy)])
+
+
+def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
+    """A small JSON file that holds an object. Raises CheckpointError when it is missing or anything else."""
+    file = folder.find(name)
+    if file is None:
+        raise unusable(folder.label, f"{name} is missing", folder.missing_remedy(name))
+    where = f"{folder.label}/{name}"
+    try:
+        check_size(file.size)
+        value = read_json(folder.read(file))
+    except ValueError as error:
+        raise unusable(where, f"not valid JSON: {error}", "download or save the file again") from error
+    if not isinstance(value, dict):
+        raise unusable(
+            where, f"expected a JSON object, found {type(value).__name__}", "download or save the file again"
+        )
+    return value
+
+
+def side_files(folder: Folder, patterns: Sequence[str] = SIDE_FILES) -> tuple[SideFile, ...]:
+    """The small files that travel with a model, or others of some names, sorted by name."""
+    names = sorted(name for name in folder.names if matches(name, patterns) and is_inside(name))
+    return tuple(SideFile(name=name, file=file) for name in names if (file := folder.find(name)) is not None)
+
+
+def has_vocabulary(files: Sequence[SideFile]) -> bool:
+    """Whether a model's side files hold a tokenizer."""
+    return any(matches(file.name, _VOCABULARIES) for file in files)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name relative to a folder matches one of some patterns. `*` matches no '/'."""
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name, as an index file gives it, stays inside its folder."""
+    if not name or not name.isprintable() or "\\" in name or name.startswith(("/", "~")):
+        return False
+    # A drive letter makes a path absolute on Windows.
+    return posixpath.normpath(name) == name and name.split("/")[0] not in ("", ".", "..") and ":" not in name

@@ -1,0 +1,150 @@
+"""Prompts from files: each is read once from start to end, and what is drawn from it stands in for it in the config.
+
+    MergeConfig with {file: ...} --read_prompts--> the same MergeConfig with lists of texts
+
+Which prompts are drawn depends on the seed and on their number among the file's prompts alone: the same on every
+machine, for every format of the same prompts, and a smaller limit draws some of those of a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from raymoe.config.cross_checks import check_config
+from raymoe.config.prompt_sources import PromptFile
+from raymoe.config.schema import MergeConfig
+from raymoe.config.source_positions import path_text
+from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.object_store.errors import StorageError
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.urls import is_url, local_path
+from raymoe.sources.facts import ModelFacts
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.prompt_reader import Faults, prompt_values
+from raymoe.sources.resolve import Elsewhere, fetch_file
+from raymoe.untrusted_files import read_json
+
+__all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "draw", "prompt_file_place", "read_prompts"]
+
+NO_CHAT_TEMPLATE = Problem(
+    where="base_model",
+    what="chat_template is true, but the base model's tokenizer has no chat template",
+    remedy="use a base model with one (an instruct or chat model), or leave chat_template out",
+)
+
+
+def read_prompts(config: MergeConfig, *, local_only: bool = False) -> MergeConfig:
+    """`config` with texts in the place of its files of prompts; with `local_only`, of those on this machine.
+
+    Raises ProblemReport with everything that is wrong with any of the files, or with what is drawn from them together.
+    """
+    problems: list[Problem] = []
+    drawn: dict[PromptFile, tuple[str, ...]] = {}
+    files = {loc: file for loc, file in config.prompt_files.items() if not (local_only and _is_remote(file))}
+    for loc, file in files.items():
+        if file not in drawn:
+            drawn[file], found = _read(file, config.storage, path_text(loc))
+            problems += found
+    if problems:
+        raise ProblemReport(problems)
+    concrete = config.with_prompts({loc: drawn[file] for loc, file in files.items()})
+    if drawn and (unsound := check_config(concrete, allow_all_same=True)):
+        raise ProblemReport(unsound)
+    return concrete
+
+
+def _is_remote(file: PromptFile) -> bool:
+    return is_url(file.file) and local_path(file.file) is None
+
+
+def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[str, ...], list[Problem]]:
+    faults = Faults(file.file, owner)
+    try:
+        drawn = draw(prompt_values(file, storage, faults), file.limit, file.seed)
+        if not drawn and not faults.problems:
+            faults.end("there are no prompts in it, or only blank ones", "write one prompt a line")
+    except StorageError as error:
+        return (), [replace(problem, where=f"{problem.where}: {owner}") for problem in error.problems]
+    except ProblemReport as report:
+        return (), list(report.problems)
+    return drawn, faults.problems
+
+
+def draw(texts: Iterable[str], limit: int | None, seed: int) -> tuple[str, ...]:
+    """`limit` of the texts, or all if there are fewer, in their order. Holds no more than that many."""
+    if limit is None:
+        return tuple(texts)
+    # A text's rank is a hash of the seed and its number; the lowest are kept, the highest of them on top of the heap.
+    kept: list[tuple[int, int, str]] = []
+    for number, text in enumerate(texts):
+        rank = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+        entry = (-int.from_bytes(rank, "big"), number, text)
+        if len(kept) < limit:
+            heapq.heappush(kept, entry)
+        else:
+            heapq.heappushpop(kept, entry)
+    return tuple(text for _, _, text in sorted(kept, key=lambda entry: entry[1]))
+
+
+def prompt_file_place(file: PromptFile) -> str:
+    """Where a file of prompts lies, whatever the working directory."""
+    return file.file if is_url(file.file) else os.path.abspath(os.path.expanduser(file.file))
+
+
+def chat_template_problems(
+    config: MergeConfig, base: ModelFacts, hub: HubOptions | None = None, elsewhere: Elsewhere | None = None
+) -> list[Problem]:
+    """That the config asks for a chat template and the base has none, or one that is no Jinja template.
+
+    The template is parsed and not run: planning runs nothing that comes with a model.
+    """
+    experts = (*config.experts, *config.shared_experts)
+    if not config.needs_prompts or not any(map(config.uses_chat_template, experts)):
+        return []
+    files = {side.name: side.file for side in base.side_files}
+
+    def read(name: str) -> bytes:
+        return elsewhere.read(files[name]) if elsewhere else fetch_file(files[name], hub, config.storage).read_bytes()
+
+    template: Any = None
+    try:
+        if "chat_template.jinja" in files:
+            template = read("chat_template.jinja").decode()
+        elif "tokenizer_config.json" in files:
+            settings = read_json(read("tokenizer_config.json"))
+            template = settings.get("chat_template") if isinstance(settings, Mapping) else None
+    except CheckpointError as error:
+        return list(error.problems)
+    except (OSError, ValueError):
+        return []  # loading the tokenizer tells what is wrong with this file
+    return list(_template_faults(template)) if template else [NO_CHAT_TEMPLATE]
+
+
+def _template_faults(template: Any) -> Iterator[Problem]:
+    """A template's syntax error. Of several templates only transformers knows which one it takes."""
+    if not isinstance(template, str):
+        return
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """transformers' own tag."""
+
+        tags = {"generation"}  # noqa: RUF012  # as the base class declares it
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        what = f"its chat template can't be used: {error.message} (line {error.lineno})"
+        yield Problem(where="base_model", what=what, remedy="correct the template, or leave chat_template out")
+    except RecursionError:  # deeply nested: transformers tells whether it can be used
+        pass

@@ -1,0 +1,112 @@
+"""Recognise a quantised checkpoint, and refuse it by the name of its method.
+
+A merge copies the bytes of weights: packed integers would be copied as well, but the config of the merged
+model can't describe experts quantised each in its own way, and gates can't be computed from them.
+`config.json` usually tells; where it does not (a converter forgot it), tensor names and dtypes do. A config.json that
+names a method while all tensors are plain floats was left behind by a tool that wrote the weights at full precision
+again: it is a leftover, and only warned of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raymoe.errors import Problem
+from raymoe.sources.dtypes import DTYPE_BITS
+from raymoe.sources.facts import CheckpointIndex, TensorEntry
+
+__all__ = ["QUANTISATION_KEYS", "leftover_warning", "quantisation_problems"]
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""Keys of config.json that describe a quantised checkpoint."""
+
+_REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
+
+# last component of a tensor's name -> what it betrays
+_TENSOR_SUFFIXES: Mapping[str, str] = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "scales": "GPTQ or AWQ",
+    "weight_scale_inv": "FP8",
+    "weight_scale": "FP8 or compressed-tensors",
+    "weight_scale_2": "ModelOpt FP4",
+    "weight_packed": "compressed-tensors",
+    "weight_zero_point": "compressed-tensors",
+    "input_scale": "FP8",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes 8-bit",
+    "weight_format": "bitsandbytes 8-bit",
+    "bitsandbytes__nf4": "bitsandbytes 4-bit",
+    "bitsandbytes__fp4": "bitsandbytes 4-bit",
+}
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+# Methods that store plain weights and quantise them each time the model runs: the weights alone compute another model.
+_AT_RUN_TIME = ("bitnet", "fp_quant")
+
+
+def quantisation_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
+    """At most one problem: the method that the config or the tensors name."""
+    declared = _declared_method(config)
+    if declared and not _is_leftover(declared[0], index):
+        method, key = declared
+        what = f"the checkpoint is quantised with {method} (config.json: {key})"
+        return [Problem(where=label, what=what, remedy=_REMEDY)]
+    for entry in index.tensors.values() if index else ():
+        if betrayed := _betrayed_method(entry):
+            what = f"the checkpoint is quantised ({betrayed}): tensor {entry.name!r} of dtype {entry.dtype}"
+            return [Problem(where=label, what=what, remedy=_REMEDY)]
+    return []
+
+
+def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> str | None:
+    """What to say of a config.json that names a method although the weights are plain. None where it names none."""
+    declared = _declared_method(config)
+    if declared is None or not _is_leftover(declared[0], index):
+        return None
+    method, key = declared
+    dtypes = ", ".join(sorted({entry.dtype for entry in index.tensors.values()}))
+    return (
+        f"{label}: config.json says that the checkpoint is quantised with {method} ({key}), but its tensors are plain "
+        f"{dtypes}: the key is taken for a leftover and is not used"
+    )
+
+
+def _is_leftover(method: str, index: CheckpointIndex | None) -> bool:
+    if index is None or method.split(",")[0] in _AT_RUN_TIME:
+        return False
+    return all(entry.dtype in _FLOATS and not _betrayed_method(entry) for entry in index.tensors.values())
+
+
+def _declared_method(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(method, config key), from the config or its text part."""
+    for part, prefix in ((config, ""), (config.get("text_config"), "text_config.")):
+        for key in QUANTISATION_KEYS:
+            value = part.get(key) if isinstance(part, Mapping) else None
+            if value:
+                return _method_name(value), prefix + key
+    return None
+
+
+def _method_name(quantization: Any) -> str:
+    if not isinstance(quantization, Mapping):
+        return "an unknown method"
+    method = quantization.get("quant_method") or quantization.get("quant_algo")
+    if not method and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"
+    bits = quantization.get("bits")
+    name = str(method) if method else "an unknown method"
+    return f"{name}, {bits} bits" if bits else name
+
+
+def _betrayed_method(entry: TensorEntry) -> str | None:
+    suffix = entry.name.rsplit(".", 1)[-1]
+    if suffix in _TENSOR_SUFFIXES:
+        return _TENSOR_SUFFIXES[suffix]
+    if DTYPE_BITS[entry.dtype] <= 8 and entry.dtype.startswith("F"):
+        return f"{DTYPE_BITS[entry.dtype]}-bit floats"
+    if suffix == "weight" and entry.dtype not in _FLOATS:
+        return "integer weights"
+    return None

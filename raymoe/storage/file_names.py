@@ -1,0 +1,137 @@
+"""Names of the files that make an output, and what is noted of each file that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.errors import Problem
+from raymoe.formatting import some
+from raymoe.sources.folder_protocol import SIDE_FILES, is_inside, matches
+from raymoe.untrusted_files import read_json
+
+__all__ = [
+    "CARD_NAME",
+    "CHECKPOINT_FILES",
+    "INDEX_NAME",
+    "JOURNAL",
+    "MAX_RESULT_BYTES",
+    "PROBE",
+    "RECORD_NAME",
+    "RESULT_NAME",
+    "FileRecord",
+    "FinishedMerge",
+    "is_part_of_a_model",
+    "is_recorded_file",
+    "is_result",
+    "is_written_by_a_merge",
+    "json_object",
+]
+
+JOURNAL = ".raymoe"
+PROBE = "probe-"  # with what follows, an object in the journal's place that is there for a moment
+CARD_NAME = "README.md"
+RECORD_NAME = "raymoe.json"
+RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint
+MAX_RESULT_BYTES = 16 << 20  # of a result: 50 bytes for each actor
+INDEX_NAME = "model.safetensors.index.json"
+# The weights of a checkpoint.
+CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# What transformers puts on top of a model that lies beside it.
+_ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
+
+
+def is_part_of_a_model(name: str) -> bool:
+    """Whether a reader of a folder would take this file for a part of the model in it: weights, adapters, tokenizer.
+
+    Of another model, these are removed where a merge takes its place; anything else is somebody's own and stays.
+    """
+    patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
+    return matches(name, patterns)
+
+
+def is_written_by_a_merge(name: str) -> bool:
+    """Whether a merge writes a file of this name, or removes one where it takes the place of another model."""
+    return is_part_of_a_model(name) or name in (RECORD_NAME, RESULT_NAME, CARD_NAME, "config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A finished file: name, size in bytes, checksum as `algorithm:hex`.
+
+    `xxh3-128` (local files, streams) and `sha256` are of the file's bytes. `etag` is the object store's own: for an
+    upload in parts on S3 usually the MD5 of the parts' MD5s, and how many they were.
+    """
+
+    name: str
+    size: int
+    checksum: str
+
+
+def json_object(content: bytes | str) -> dict[str, Any]:
+    """A JSON object; empty where the text is none. What is read here may be half a file, or another program's."""
+    try:
+        found = read_json(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_recorded_file(name: object) -> bool:
+    """Whether a record may name such a file of the output. The journal is of the run at work, not of a merge."""
+    return isinstance(name, str) and is_inside(name) and name.split("/")[0] != JOURNAL
+
+
+def is_result(content: bytes) -> bool:
+    """Whether a file tells how a run went (`result.json`, or what `--result` names).
+
+    A run that fails may leave one in an output that is empty otherwise. The next run takes the output all the same.
+    """
+    return {"exit_reason", "raymoe_version"} <= json_object(content).keys()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedMerge:
+    """A finished merge, as its record (`raymoe.json`) tells of it: the plan's digest, and the files. `local_files` are
+    samples of the local weights that it is made of, by location; records of an older raymoe have none."""
+
+    digest: str
+    files: tuple[FileRecord, ...]
+    local_files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> FinishedMerge | None:
+        """The merge that a record tells of; None where it is no record of a merge."""
+        digest, files = record.get("plan_digest"), record.get("files")
+        if not isinstance(digest, str) or not isinstance(files, Mapping) or INDEX_NAME not in files:
+            return None
+        if not all(_is_entry(name, entry) for name, entry in files.items()):
+            return None
+        records = (FileRecord(name=n, size=e["size"], checksum=str(e.get("checksum", ""))) for n, e in files.items())
+        local = record.get("local_files")
+        samples = {str(name): str(sample) for name, sample in local.items()} if isinstance(local, Mapping) else {}
+        return cls(digest=digest, files=tuple(records), local_files=samples)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def problems(self, location: str, size_of: Callable[[str], int | None]) -> list[Problem]:
+        """What has become of the files since: those that are missing, or of another size. The card may be edited."""
+        wrong = []
+        for file in self.files:
+            size = size_of(file.name)
+            if size is None:
+                wrong.append(f"{file.name} is missing")
+            elif size != file.size and file.name != CARD_NAME:
+                wrong.append(f"{file.name} has {size:,} bytes, and had {file.size:,} when it was merged")
+        if not wrong:
+            return []
+        what = f"the finished merge here is damaged: {some(wrong, most=3)}"
+        return [Problem(where=location, what=what, remedy="put the files back, or use --overwrite to merge again")]
+
+
+def _is_entry(name: Any, entry: Any) -> bool:
+    is_file = isinstance(name, str) and is_inside(name)
+    return is_file and isinstance(entry, Mapping) and type(entry.get("size")) is int

@@ -1,0 +1,360 @@
+"""The journal of a merge, in `.raymoe/` beside the output: what makes an interrupted merge resumable and safe.
+
+    OUT/.raymoe/lock                held (flock) while a merge runs, so that two never write one output
+    OUT/.raymoe/plan.json           whose the output is (claim.py): plan, run, stamps of the sources; written first
+    OUT/.raymoe/parts/RUN/FILE.X    a file being written; moved to OUT/FILE when it is whole and on disk
+    OUT/.raymoe/done/FILE.json      size and checksum of a finished file, plan and run; written after the move
+    OUT/.raymoe/clearing.RUN        there while the run removes what an earlier merge left (--overwrite), and after
+                                    its sources changed: the next run removes what is there
+    OUT/raymoe.json                 the record of the finished merge; written last, then `.raymoe/` is removed
+
+A folder with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
+
+Writers may outlive their run: the actors of a killed driver, or an actor on a node that was lost and replaced. So every
+attempt at a file has a name of its own (X), and every run a folder of its own (RUN), through which all its files come
+to their places, the journal's own too. A new run writes `plan.json` first; then it takes the folders of all other runs
+away. After that nothing that a late writer still has open can be moved into the output or into the journal. Only then
+the new run removes what an earlier merge left.
+
+Nothing here follows a link: a journal, or a folder of it, that is a link is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raymoe.errors import Problem, ProblemReport
+from raymoe.sources.facts import SourceFile
+from raymoe.sources.local_folder import is_in_view, lasting_stamp, small_sample
+from raymoe.storage.claim import Claim, taken_over
+from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
+
+__all__ = ["Journal", "source_stamps", "sync_folder"]
+
+_LOOKERS_S = 10.0  # how long a lock is tried for that is held by processes which only look, each for a moment
+_CLEARING = "clearing."
+_REMOVE_TRIES = 4
+_OPEN_ON_NFS = ".nfs"  # what a removed file is called there until the last process has closed it
+
+
+class Journal:
+    """Reads and writes the journal of one output folder. Holds no state but the lock and the name of its run.
+
+    `run` is the run that it writes for; the coordinator's journal gets it from `begin`.
+    """
+
+    def __init__(self, root: Path, run: str = "") -> None:
+        self.root = root
+        self.folder = root / JOURNAL
+        self.run = run
+        self._lock: int | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an unfinished merge in the folder."""
+        return os.path.isfile(self.folder / "plan.json")
+
+    @property
+    def is_of_this_run(self) -> bool:
+        """Whether the output is still (and, seen from here, at all) the one that this run writes to."""
+        claim = self.claim()
+        return claim is not None and bool(self.run) and claim.run == self.run
+
+    def check_run(self) -> Claim:
+        """The claim of this run. Raises MergeFailed where another run has taken over the output."""
+        claim = self.claim()
+        if claim is None or not self.run or claim.run != self.run:
+            raise taken_over(str(self.root))
+        return claim
+
+    def claim(self) -> Claim | None:
+        """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
+        return Claim.of(self._read("plan.json"))
+
+    def digest(self) -> str | None:
+        """Digest of the plan that this journal belongs to; None where there is no readable journal."""
+        claim = self.claim()
+        return claim.digest if claim is not None else None
+
+    @property
+    def is_clearing(self) -> bool:
+        """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
+        claim = self.claim()
+        return claim is not None and self._clearing(claim.origin).exists()
+
+    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+        """Source files that were modified after the interrupted merge had read them."""
+        claim = self.claim()
+        return claim.changed_sources(stamps) if claim is not None else []
+
+    def links(self) -> list[Problem]:
+        """The journal's files and folders that are links: what is done to them would be done elsewhere."""
+        places = (self.folder, *(self.folder / name for name in ("lock", "plan.json", "parts", "done")))
+        remedy = "remove the link, or choose another output"
+        return [Problem(where=str(p), what="this is a link", remedy=remedy) for p in places if p.is_symlink()]
+
+    @property
+    def taken(self) -> Problem:
+        """What is wrong with an output that `is_taken`."""
+        what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
+        return Problem(where=str(self.root), what=what, remedy=remedy)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another merge is writing to the output just now."""
+        if self._lock is not None:
+            return False
+        try:
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            return _is_held(descriptor)
+        except OSError:  # a filesystem without locks, which `lock` tells of
+            return False
+        finally:
+            os.close(descriptor)
+
+    def lock(self) -> None:
+        """Take the output for this process. Raises ProblemReport if another merge holds it."""
+        path, deadline = self.folder / "lock", time.monotonic() + _LOOKERS_S
+        while self._lock is None:
+            if links := self.links():
+                raise ProblemReport(links)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            except FileNotFoundError:
+                continue  # a merge ended just now, and its folder is gone
+            try:
+                is_locked = self._try_lock(descriptor, is_late=time.monotonic() > deadline)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if is_locked and _is_file_at(descriptor, path):
+                self._lock = descriptor
+            else:
+                os.close(descriptor)  # a process looked at it, or it is the lock of a merge that ended just now
+
+    def _try_lock(self, descriptor: int, *, is_late: bool) -> bool:
+        """Whether the lock was had. Raises ProblemReport if a merge has it; False where processes only look at it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                what = f"its filesystem does not lock files ({error.strerror})"
+                remedy = "choose a folder on another one, or mount it with locks"
+                raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
+        if _is_held(descriptor) or is_late:
+            raise ProblemReport([self.taken])
+        return False
+
+    def begin(
+        self, digest: str, stamps: Mapping[str, str], *, fresh: bool = False, remove: Callable[[], None] | None = None
+    ) -> None:
+        """Begin a run, or go on with an interrupted one; the lock is held.
+
+        All other runs are fenced off first, and half-written files removed. With `fresh`, or where a run was
+        interrupted at it, `remove` is called then, which removes what an earlier merge left.
+        """
+        assert self._lock is not None, "a journal is begun under its lock"
+        before, self.run = self.claim(), uuid.uuid4().hex
+        fresh = fresh or self.is_clearing
+        goes_on = before is not None and before.digest == digest and not fresh
+        origin = before.origin if before is not None and goes_on else self.run
+        (self.folder / "parts" / self.run).mkdir(parents=True)
+        if fresh:
+            self._clearing(self.run).touch()
+        self._write("plan.json", Claim(digest=digest, run=self.run, origin=origin, sources=stamps).plain())
+        self._fence()
+        if not goes_on:
+            _remove(self.folder / "done")
+        if fresh and remove is not None:
+            remove()
+        (self.folder / "done").mkdir(exist_ok=True)
+        self._forget_clearing()
+
+    def spoil(self) -> None:
+        """Note that what this merge has written is of no use: the next run begins again. Raises OSError or
+        MergeFailed."""
+        self._clearing(self.check_run().origin).touch()
+
+    def _fence(self) -> None:
+        """Take away the folders of all other runs, so that they can't move a file to its place any more."""
+        for folder in (self.folder / "parts").iterdir():
+            if folder.name != self.run:
+                _remove(folder)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """What was killed while it removed a folder, or (an older raymoe) while it wrote `plan.json`."""
+        for pattern in ("*.gone", "plan.json.*.tmp"):
+            for left in self.folder.glob(pattern):
+                _remove(left)
+
+    def clear_parts(self) -> None:
+        """Remove the files that this run was writing; what still writes to one can't finish it."""
+        if self.run:
+            _remove(self.folder / "parts" / self.run)
+        with contextlib.suppress(OSError):
+            (self.folder / "parts").rmdir()  # not where another run has taken over
+
+    def new_part(self, name: str) -> Path:
+        """A path for one attempt at writing a file, never given twice."""
+        return self.folder / "parts" / self.run / f"{_flat(name)}.{uuid.uuid4().hex}"
+
+    def finished(self, name: str) -> FileRecord | None:
+        """The record of a file that this merge finished; the caller compares it with the file itself."""
+        note, claim = self._read(f"done/{_flat(name)}.json"), self.claim()
+        if claim is None or not claim.owns(note) or self.run not in ("", claim.run):
+            return None
+        try:
+            return FileRecord(**note["file"])
+        except (KeyError, TypeError):
+            return None
+
+    def record(self, record: FileRecord) -> None:
+        """Note a finished file. Raises MergeFailed where another run has taken over."""
+        self._write(f"done/{_flat(record.name)}.json", {**self.check_run().signature, "file": asdict(record)})
+
+    def clear(self) -> None:
+        """Forget everything but the lock; `plan.json` goes first, since it is what makes a journal. Raises OSError."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        for name in ("parts", "done"):
+            _remove(self.folder / name)
+        self._forget_clearing()
+        self._remove_leftovers()
+
+    def end(self) -> None:
+        """The merge is complete: the journal goes, the record stays. Raises OSError where it can't be removed."""
+        self.clear()
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, if it is held. Half-written files go, and the folder too where it holds nothing else.
+
+        What can't be removed stays, for the next run: how the merge ended is what matters.
+        """
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            self.clear_parts()
+        is_over = not self.exists
+        if is_over:
+            with contextlib.suppress(OSError):
+                (self.folder / "lock").unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        if is_over:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def _clearing(self, run: str) -> Path:
+        return self.folder / f"{_CLEARING}{run}"
+
+    def _forget_clearing(self) -> None:
+        for marker in self.folder.glob(f"{_CLEARING}*"):
+            marker.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return json_object((self.folder / name).read_bytes())
+        except OSError:
+            return {}
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a small file of the journal in one step; after return it survives a crash of the machine."""
+        temporary, path = self.new_part(name), self.folder / name
+        try:
+            with open(temporary, "xb") as file:
+                file.write(json.dumps(content).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether a merge holds the lock; those that look at it, as this does, hold it too, but shared. Raises OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            return True
+        raise
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link, the link alone. Raises OSError where it can't be moved away.
+
+    First it gets another name: a process that writes into it can't reach it by the old one any more. On NFS another
+    machine may still know it for a while, and add a file; it can't to a folder that is gone.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    gone = path.with_name(f"{uuid.uuid4().hex}.gone")
+    os.rename(path, gone)
+    for _ in range(_REMOVE_TRIES):
+        shutil.rmtree(gone, ignore_errors=True)
+        if not gone.exists():
+            return
+    if any(not left.name.startswith(_OPEN_ON_NFS) for left in gone.rglob("*") if left.is_file()):
+        shutil.rmtree(gone)
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _flat(name: str) -> str:
+    """A file's name without folders: the journal's own folders are flat."""
+    return name.replace("/", "__")
+
+
+def source_stamps(files: Iterable[SourceFile]) -> dict[str, str]:
+    """What tells one state of a local source file from another between two runs, by location: its time, as it was when
+    the header was read, and a sample.
+
+    Files of another machine are left out, unless they are here too. A Hub revision never changes.
+    """
+    stamps = {}
+    for file in files:
+        if "://" in file.location:
+            continue
+        planned = file.stamp if is_in_view(file) else None
+        with contextlib.suppress(OSError):
+            mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
+            stamps[file.location] = lasting_stamp([(socket.gethostname(), mtime_ns)], small_sample(file))
+    return stamps
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

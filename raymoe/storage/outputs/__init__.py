@@ -1,0 +1,1 @@
+"""Where a merge is written: a local folder, S3, or whatever else fsspec reaches."""

@@ -1,0 +1,141 @@
+"""What is checked of an output before a merge is written there: what is in the way, and what is there already."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+
+from raymoe.errors import Problem
+from raymoe.formatting import some
+from raymoe.object_store.errors import StorageError
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
+from raymoe.object_store.urls import is_url, join
+from raymoe.planning.plan import MergePlan, Source
+from raymoe.safe_text import json_text
+from raymoe.sources.local_folder import recorded_sample
+from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, JOURNAL, PROBE, RECORD_NAME, FinishedMerge, json_object
+from raymoe.storage.locations import Inputs, overwritten, source_folders
+from raymoe.storage.outputs.protocol import Output
+
+__all__ = ["clash", "complete_merge", "refusals", "rewritten_sources", "write_problems"]
+
+
+def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None) -> list[Problem]:
+    """What keeps this plan from being written there, as far as the output and the sources' places show it.
+
+    `inputs` are what a merge reads besides the plan's models. An output that would take the place of something that is
+    read is refused before anything else is said of it: what else is wrong has remedies that would lose the source.
+    """
+    inputs = inputs or Inputs()
+    folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
+    files = [side.file.location for side in (*plan.side_files, *plan.gates.tokenizer_files)]
+    folders += source_folders("base", (), files)
+    if problem := clash(output, Inputs(folders=tuple(folders), files=inputs.files)):
+        return [problem]
+    problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
+    if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
+        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location, finished)]
+    elif not problems and not overwrite and output.digest() == plan.digest:
+        problems = _other_files(plan, output)
+    return problems
+
+
+def _other_files(plan: MergePlan, output: Output) -> list[Problem]:
+    own = {INDEX_NAME, *(shard.file_name for shard in plan.shards), *(side.name for side in plan.side_files)}
+    names = output.other_model_files(own, json_object(json_text(plan.index)))
+    if not names:
+        return []
+    what = f"files of another model are beside the unfinished merge here: {some(names, most=3)}"
+    remedy = "use --overwrite to remove them and begin again, or remove them yourself to go on"
+    return [Problem(where=output.location, what=what, remedy=remedy)]
+
+
+def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
+    """What keeps this process from writing to an output that is in order otherwise, found by trying: an object of a few
+    bytes is put there and deleted. What a folder allows its `problems` tell without."""
+    if not is_url(output.location):
+        return []
+    store, name = open_store(output.location, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
+    url = join(output.location, name)
+    problems: list[Problem] = []
+    try:
+        store.put(url, b"raymoe: may be deleted")
+    except StorageError as error:
+        problems += error.problems
+    finally:  # also where the put was stopped, or got through and its answer did not
+        try:
+            store.delete(url)
+        except StorageError as error:
+            problems += [] if problems else error.problems
+    # The permissions are needed on all that is to be written, not on this name.
+    return [
+        Problem(where=output.location, what=p.what.replace(name, "*"), remedy=p.remedy.replace(name, "*"))
+        for p in problems
+    ]
+
+
+def clash(output: Output, inputs: Inputs) -> Problem | None:
+    """The problem of an output whose merge would remove or replace something that it reads."""
+    return overwritten(output.location, inputs, output.recorded_files())
+
+
+def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
+    return source_folders(source.owner, source.folders, (file.location for file in source.files))
+
+
+def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
+    """The finished merge of this very plan, where the output holds it: then nothing is left to do.
+
+    The one rule for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. The plan is told
+    by its digest. Files that are missing or have another size are in `output.problems`, which is to be called first.
+    """
+    found = output.finished_merge()
+    return found if found is not None and found.digest == plan.digest else None
+
+
+def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[str]:
+    """Local weights that were written after the finished merge, although their recorded samples are unchanged.
+
+    They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
+    beside an output in an object store, whose times are of another clock.
+    """
+    if is_url(location):
+        return []
+    when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    names = {file.location for source in plan.sources for file in source.files} & finished.local_files.keys()
+    return sorted(name for name in names if os.path.exists(name) and os.stat(name).st_mtime_ns > when)
+
+
+def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
+    if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
+        return []
+    what, remedy = "the finished merge here has no model card", "use --no-write-model-card, or --overwrite"
+    return [Problem(where=output.location, what=what, remedy=remedy)]
+
+
+def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
+    """Local models that are others now than those that the finished merge was made of.
+
+    Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
+    with a change between the sampled blocks (`rewritten_sources`). What the record of an older raymoe
+    has no sample of is judged by its time, but not beside an output in an object store, whose times are of another
+    clock.
+    """
+    files = [file for source in plan.sources for file in source.files]
+    known = {file.location for file in files if file.location in finished.local_files}
+    samples = {file.location: recorded_sample(file) for file in files if file.location in known}
+    other = {name for name, now in samples.items() if now is not None and now != finished.local_files[name]}
+    if not is_url(location):
+        when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+        judged = [file for file in files if file.location not in known]
+        if not known:
+            judged += [side.file for side in plan.side_files]
+        names = {file.location for file in judged if not is_url(file.location) and os.path.exists(file.location)}
+        other |= {name for name in names if os.stat(name).st_mtime_ns > when}
+    if not other:
+        return []
+    what = f"the merge here was made of other sources than are there now: {some(sorted(other), most=3)}"
+    remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
+    return [Problem(where=location, what=what, remedy=remedy)]

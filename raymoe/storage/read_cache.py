@@ -1,0 +1,242 @@
+"""One read of each byte: what several pieces of work want of an object is fetched once by a process.
+
+    gates    --read--> object store --+--> gates
+                                      +--> a file without a name --read--> shards, and its room is free again
+
+and the other way round, whichever comes first; so too for shards that are made of the same weights, as those of experts
+that are one model with different adapters. Ranges that are on their way are waited for. The file has the object's own
+offsets and holds only what somebody is still expected to read; it is gone with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from raymoe.object_store.urls import is_url
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.storage.linux_io import free_range
+
+__all__ = ["GATES", "SHARDS", "Fetch", "Spool"]
+
+_MOST_BYTES = 64 << 30
+_MOST_IN_MEMORY = 256 << 20  # where temporary files lie in memory
+
+GATES = "gates"
+SHARDS = "shards"
+"""Who reads: the gate pass, and shards of which no more is known than that one will come. A shard that others share
+weights with reads under its own name."""
+
+Fetch = Callable[[int, memoryview], None]
+"""Fills a buffer with the bytes of an object from a position on."""
+
+
+@dataclass(eq=False)
+class _Segment:
+    """Bytes [start, end), who is still expected to read them, and whether they are in the file."""
+
+    start: int
+    end: int
+    wanted: set[str] = field(default_factory=set)
+    is_stored: bool = False
+    in_use: bool = False
+
+    def split(self, at: int) -> _Segment:
+        """Keep what lies before `at`; the rest."""
+        rest = _Segment(at, self.end, set(self.wanted), self.is_stored)
+        self.end = at
+        return rest
+
+    def others(self, reader: str) -> set[str]:
+        """Who wants it besides one who reads it now."""
+        served = reader if reader in self.wanted or reader == GATES else SHARDS
+        return self.wanted - {served}
+
+
+@dataclass
+class _Object:
+    """The segments of one object, in order, and the file that keeps them."""
+
+    segments: list[_Segment] = field(default_factory=list)
+    file: IO[bytes] | None = None
+
+    def add(self, start: int, end: int, readers: Iterable[str]) -> None:
+        """Have a range wanted by `readers`."""
+        at = start
+        for known in [*self.cut_out(start, end), _Segment(end, end)]:
+            if at < known.start:
+                self.segments.insert(bisect_left(self.segments, at, key=_start), _Segment(at, known.start))
+            at = max(at, known.end)
+        for segment in self.overlapping(start, end):
+            segment.wanted |= set(readers)
+
+    def overlapping(self, start: int, end: int) -> list[_Segment]:
+        first = max(0, bisect_left(self.segments, start, key=_start) - 1)
+        last = bisect_left(self.segments, end, key=_start)
+        return [segment for segment in self.segments[first:last] if segment.end > start]
+
+    def cut_out(self, start: int, end: int) -> list[_Segment]:
+        """The segments within [start, end); those that reach beyond are split, unless they are in use."""
+        for at in (start, end):
+            for segment in self.overlapping(at, at + 1):
+                if segment.start < at and not segment.in_use:
+                    self.segments.insert(self.segments.index(segment) + 1, segment.split(at))
+        return self.overlapping(start, end)
+
+
+def _start(segment: _Segment) -> int:
+    return segment.start
+
+
+class Spool:
+    """What one process keeps of objects between its two readings. Thread-safe.
+
+    At most `most_bytes` are kept in `folder` (default: the system's for temporary files, at most half of its free
+    room). What does not fit is simply read again.
+    """
+
+    def __init__(self, folder: Path | None = None, most_bytes: int | None = None) -> None:
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._most_bytes = _room(self._folder) if most_bytes is None else most_bytes
+        self._changed = threading.Condition()
+        self._objects: dict[SourceFile, _Object] = {}
+        self._kept_bytes = 0
+
+    def expect(self, entries: Iterable[TensorEntry], *readers: str) -> None:
+        """These will be read by all of `readers`. Local files are left to the page cache."""
+        with self._changed:
+            for entry in entries:
+                if is_url(entry.file.location) and entry.nbytes:
+                    self._objects.setdefault(entry.file, _Object()).add(entry.start, entry.end, readers)
+
+    def forget(self, entries: Iterable[TensorEntry], *readers: str) -> None:
+        """These will be read by `readers` no more: they are not kept for them."""
+        with self._changed:
+            for entry in entries:
+                if (kept := self._objects.get(entry.file)) is not None:
+                    segments = kept.cut_out(entry.start, entry.end)
+                    for segment in segments:
+                        segment.wanted -= set(readers)
+                    self._drop(kept, [s for s in segments if not s.wanted and not s.in_use])
+
+    def read_into(self, reader: str, file: SourceFile, start: int, buffer: memoryview, fetch: Fetch) -> None:
+        """Fill `buffer` from `start` on: what others have left from the spool, the rest by `fetch`."""
+        found = self._claim(file, start, start + len(buffer))
+        if found is None:
+            fetch(start, buffer)
+            return
+        kept, segments = found
+        try:
+            there = [segment for segment in segments if segment.is_stored]
+            self._read(kept, there, start, buffer)
+            for low, high in _gaps(start, start + len(buffer), there):
+                fetch(low, buffer[low - start : high - start])
+            new = [segment for segment in segments if not segment.is_stored and segment.others(reader)]
+            stored = self._store(kept, new, start, buffer)
+        except BaseException:
+            self._give_back(segments)
+            raise
+        with self._changed:
+            for segment in segments:
+                segment.is_stored |= segment in stored
+                segment.wanted = segment.others(reader)
+            self._drop(kept, [segment for segment in segments if not segment.wanted])
+        self._give_back(segments)
+
+    def _claim(self, file: SourceFile, start: int, end: int) -> tuple[_Object, list[_Segment]] | None:
+        """The segments of a range, for this call alone to fetch or to take; None if nobody wants any of it."""
+        with self._changed:
+            kept = self._objects.get(file)
+            if kept is None:
+                return None
+            while any(segment.in_use for segment in kept.overlapping(start, end)):
+                self._changed.wait()
+            segments = kept.cut_out(start, end)
+            for segment in segments:
+                segment.in_use = True
+            return (kept, segments) if segments else None
+
+    def _give_back(self, segments: Iterable[_Segment]) -> None:
+        with self._changed:
+            for segment in segments:
+                segment.in_use = False
+            self._changed.notify_all()
+
+    def _read(self, kept: _Object, segments: Sequence[_Segment], start: int, buffer: memoryview) -> None:
+        for segment in segments:
+            assert kept.file is not None
+            part, done = buffer[segment.start - start : segment.end - start], 0
+            while done < len(part):
+                count = os.preadv(kept.file.fileno(), [part[done:]], segment.start + done)
+                assert count, "the spool lost what it had kept"
+                done += count
+
+    def _store(self, kept: _Object, segments: Sequence[_Segment], start: int, buffer: memoryview) -> list[_Segment]:
+        """Those of the segments that there was room for."""
+        stored = []
+        for segment in segments:
+            size = segment.end - segment.start
+            with self._changed:
+                if self._kept_bytes + size > self._most_bytes:
+                    continue
+                self._kept_bytes += size
+            try:
+                with self._changed:
+                    if kept.file is None:
+                        kept.file = tempfile.TemporaryFile(dir=self._folder, prefix="raymoe-spool-")  # noqa: SIM115
+                _write(kept.file.fileno(), segment.start, buffer[segment.start - start : segment.end - start])
+                stored.append(segment)
+            except OSError:  # the disk is full, or the folder is gone: it is read again
+                with self._changed:
+                    self._kept_bytes -= size
+        return stored
+
+    def _drop(self, kept: _Object, segments: Iterable[_Segment]) -> None:
+        """Forget segments that nobody wants any more. Call it with the lock held."""
+        for segment in segments:
+            kept.segments.remove(segment)
+            if segment.is_stored and kept.file is not None:
+                self._kept_bytes -= segment.end - segment.start
+                free_range(kept.file.fileno(), segment.start, segment.end - segment.start)
+            segment.in_use = False
+        self._changed.notify_all()
+
+
+def _gaps(start: int, end: int, segments: Iterable[_Segment]) -> list[tuple[int, int]]:
+    """What of [start, end) lies in none of the segments."""
+    gaps, at = [], start
+    for segment in segments:
+        if at < segment.start:
+            gaps.append((at, segment.start))
+        at = segment.end
+    return [*gaps, (at, end)] if at < end else gaps
+
+
+def _write(descriptor: int, start: int, content: memoryview) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done:], start + done)
+
+
+def _room(folder: Path) -> int:
+    """Bytes that may be kept in a folder."""
+    free = shutil.disk_usage(folder).free // 2
+    return min(free, _MOST_IN_MEMORY if _is_in_memory(folder) else _MOST_BYTES)
+
+
+def _is_in_memory(folder: Path) -> bool:
+    """Whether the folder's filesystem is a tmpfs, as Linux tells it."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    place = folder.resolve()
+    above = [(len(words[1]), words[2]) for words in mounts if place.is_relative_to(words[1])]
+    return max(above, default=(0, ""))[1] in ("tmpfs", "ramfs")

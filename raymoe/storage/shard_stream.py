@@ -1,0 +1,175 @@
+"""A shard as a stream of bytes: header, copied ranges, transformed blocks, computed rows, in file order.
+
+Any range of a shard can be asked for by itself, so that several workers may each send a piece of one file. Parts whose
+source ranges touch are read as one range. Memory: a few chunks of `CHUNK_BYTES`, or one transformed block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.planning.multipart import CopyRange, Span, spans
+from raymoe.planning.plan import Columns, Constant, Copy, Part, Router, Shard, Transform
+from raymoe.sources.facts import TensorEntry
+from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
+from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
+from raymoe.storage.value_checks import looked_at, number_bytes
+
+__all__ = [
+    "CHUNK_BYTES",
+    "RouterBytes",
+    "different_tensors",
+    "part_chunks",
+    "read_stream",
+    "shard_chunks",
+    "shard_range",
+]
+
+RouterBytes = Callable[[Part, Router], bytes]
+
+
+def shard_chunks(shard: Shard, reader: SourceReader, router: RouterBytes | None = None) -> Iterator[memoryview]:
+    """All bytes of a shard file in order. A chunk is valid until the next one is asked for."""
+    return shard_range(shard, 0, shard.nbytes, reader, router)
+
+
+def shard_range(
+    shard: Shard, start: int, end: int, reader: SourceReader, router: RouterBytes | None = None
+) -> Iterator[memoryview]:
+    """Bytes [start, end) of a shard file, in order."""
+    if start < len(shard.header):
+        yield memoryview(shard.header)[start : min(end, len(shard.header))]
+    yield from _range(shard.parts, start, end, reader, router)
+
+
+def part_chunks(
+    parts: tuple[Part, ...], reader: SourceReader, router: RouterBytes | None = None
+) -> Iterator[memoryview]:
+    """The bytes of consecutive parts. `router` gives the bytes of computed rows, where there are any."""
+    return _range(parts, parts[0].start, parts[-1].end, reader, router)
+
+
+def _range(
+    parts: tuple[Part, ...], start: int, end: int, reader: SourceReader, router: RouterBytes | None
+) -> Iterator[memoryview]:
+    for span in spans(parts) if not reader.found.strict else _each_alone(parts):
+        low, high = max(span.start, start), min(span.end, end)
+        if low < high:
+            yield from _span_bytes(span, low - span.start, high - span.start, reader, router)
+
+
+def _span_bytes(
+    span: Span, start: int, end: int, reader: SourceReader, router: RouterBytes | None
+) -> Iterator[memoryview]:
+    """Bytes [start, end) of a span."""
+    if isinstance(span.what, CopyRange):
+        yield from reader.chunks(span.what.file, span.what.start + start, span.what.start + end)
+        return
+    part = span.what
+    if isinstance(part.what, Copy):
+        yield from _copied(part, part.what.source, start, end, reader)
+    elif isinstance(part.what, Transform):
+        yield from transformed_bytes(reader, part, part.what, start, end)
+    elif isinstance(part.what, Columns):
+        yield from _side_by_side(part, part.what, start, end, reader)
+    elif isinstance(part.what, Router):
+        assert router is not None, "router rows asked for where none were computed"
+        yield memoryview(router(part, part.what))[start:end]
+    elif isinstance(part.what, Constant):
+        yield from _constant(part.dtype, part.what.value, start, end)
+
+
+def _each_alone(parts: Iterable[Part]) -> Iterator[Span]:
+    """The parts in order, none joined with its neighbour."""
+    return (Span(start=part.start, end=part.end, what=part) for part in parts)
+
+
+def _copied(part: Part, source: TensorEntry, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+    """Bytes [start, end) of a tensor that is copied, each of its numbers looked at."""
+    at = source.start + start
+    before = bytearray(start % number_bytes(part.dtype) if number_bytes(part.dtype) else 0)
+    if before:
+        reader.read_into(source.file, at - len(before), memoryview(before))
+    yield from looked_at(
+        reader.chunks(source.file, at, source.start + end),
+        part.dtype,
+        lambda: reader.found.note(part.tensor.name, f"NaN or infinity in {source.name} of {source.file.location}"),
+        before=bytes(before),
+    )
+
+
+def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+    """Bytes [start, end) of matrices that share their rows, block of rows by block.
+
+    The blocks are those that a transformed matrix is computed in, so that none is computed twice.
+    """
+    row_bytes = part.nbytes // part.shape[0]
+    for rows in row_blocks(what.matrices[0].shape):
+        first, last = rows.start * row_bytes, rows.stop * row_bytes
+        if first >= end or last <= start:
+            continue
+        block: npt.NDArray[np.uint8] = np.empty((rows.stop - rows.start, row_bytes), np.uint8)
+        at = 0
+        for matrix in what.matrices:
+            width = matrix.nbytes // matrix.shape[0]
+            (span,) = _each_alone((matrix,)) if reader.found.strict else spans((matrix,))
+            filled, done = np.empty((rows.stop - rows.start) * width, np.uint8), 0
+            for chunk in _span_bytes(span, rows.start * width, rows.stop * width, reader, None):
+                filled[done : done + len(chunk)] = chunk
+                done += len(chunk)
+            block[:, at : at + width] = filled.reshape(-1, width)
+            at += width
+        yield block.reshape(-1).data[max(0, start - first) : min(last, end) - first]
+
+
+def different_tensors(
+    parts: Iterable[Part],
+    written: Mapping[str, TensorEntry],
+    reader: SourceReader,
+    router: RouterBytes | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Names of the tensors whose bytes, as `written` holds them, are not what the plan says; all of them are read."""
+    different = []
+    for tensor, group in groupby(parts, key=lambda part: part.tensor):
+        of_tensor = tuple(group)
+        entry = written.get(tensor.name)
+        if entry is None or (entry.dtype, entry.shape) != (of_tensor[0].dtype, tensor.shape):
+            different.append(tensor.name)
+            continue
+        offset, same = entry.start, True
+        for chunk in part_chunks(of_tensor, reader, router):
+            found = bytearray(len(chunk))
+            reader.read_into(entry.file, offset, memoryview(found))
+            same = same and found == chunk
+            offset += len(chunk)
+            if progress is not None:
+                progress(len(chunk))
+        if not same:
+            different.append(tensor.name)
+    return different
+
+
+def _constant(dtype: str, value: float, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a tensor that is `value` everywhere."""
+    element = np.array([value], NUMPY_DTYPES[dtype]).tobytes() if value else b"\0"
+    size = len(element)
+    block = memoryview(element * (min(end - start, CHUNK_BYTES) // size + 2))
+    while start < end:
+        first, count = start % size, min(CHUNK_BYTES, end - start)
+        yield block[first : first + count]
+        start += count
+
+
+def read_stream(chunks: Iterable[memoryview], size: int) -> bytearray:
+    """A bounded stream in one buffer of `size` bytes."""
+    buffer, filled = bytearray(size), 0
+    for chunk in chunks:
+        buffer[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    assert filled == size, f"a stream of {filled} bytes, expected {size}"
+    return buffer

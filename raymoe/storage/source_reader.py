@@ -1,0 +1,279 @@
+"""Ranged reads of source files on this node, wherever they lie.
+
+A `SourceReader` serves ranges to several threads. A file on this node (Hub files are fetched into the Hub's cache
+first) stays open between reads, a limited number of them at once (see open_files.py); an object is read in place by
+ranged requests, several under way at once. Ways to read:
+
+    chunks      a long range as a stream, for bytes that are passed on; of an object, the next chunks are read ahead
+    read_into   a range into the caller's buffer
+    scattered   many short ranges, joined where they lie close together
+    view        a whole tensor that is computed with
+
+Nothing is mapped: a mapped file that is cut short while it is read ends the process with SIGBUS, without a message.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+
+from raymoe.errors import CheckpointError, Problem
+from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.registry import open_store
+from raymoe.object_store.urls import is_url
+from raymoe.sources.bucket_folder import as_checkpoint_errors
+from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.hub import half_downloaded, parse_location
+from raymoe.sources.local_folder import open_file, unreadable
+from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.storage.open_files import OpenFiles
+from raymoe.storage.read_cache import SHARDS, Spool
+from raymoe.storage.value_checks import FoundValues
+
+__all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
+
+CHUNK_BYTES = 8 << 20
+# A chunk of a local file stays in the processor's cache between its reading, its checksum and its writing: four times
+# as fast as one of 8 MiB (see file_writer.py).
+LOCAL_CHUNK_BYTES = 256 << 10
+_CHUNKS_AHEAD = 3
+_REQUESTS_AT_ONCE = 8
+# Ranges of an object that lie closer than this are one request: the bytes between cost less than a round trip.
+_JOIN_BYTES = 128 << 10
+_JOINED_BYTES = 64 << 20
+# What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
+_KEPT_BYTES = 64 << 20
+_DOWNLOAD_MOVES_S = 5.0
+_MOST_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
+
+Moved = Callable[[], None]
+
+
+class SourceReader:
+    """Open source files of one process. Thread-safe. `close()` when done, or use it as a context manager."""
+
+    def __init__(
+        self,
+        hub: HubOptions,
+        storage: StorageOptions | None = None,
+        *,
+        spool: Spool | None = None,
+        name: str = SHARDS,
+        found: FoundValues | None = None,
+        moved: Moved | None = None,
+    ) -> None:
+        """With a `spool`, where it is called `name`, what others read of objects too is fetched once. `found` collects
+        what is seen in weights that are read through it. `moved` is called from any thread whenever something has been
+        read."""
+        self.found = found or FoundValues()
+        self._hub, self._storage = hub, storage or StorageOptions()
+        self._spool, self._name = spool, name
+        self.moved: Moved = moved or _ignored
+        self._lock = threading.Lock()
+        self._files = OpenFiles(self._open)
+        self._pool: ThreadPoolExecutor | None = None
+        self._read_tensors: dict[TensorEntry, memoryview] = {}
+
+    def __enter__(self) -> SourceReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Raises CheckpointError if a file was written while it was read, unless there is an error already."""
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
+
+    def path(self, file: SourceFile) -> Path:
+        """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
+        if (location := parse_location(file.location)) is None:
+            return fetch_file(file, self._hub, self._storage)
+        with _while_it_grows(partial(half_downloaded, location.repo, self._hub), self.moved):
+            return fetch_file(file, self._hub, self._storage)
+
+    def opened(self, file: SourceFile) -> AbstractContextManager[int]:
+        """A descriptor of a file on this node, valid in the context. Raises CheckpointError."""
+        return self._files.use(file)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of this node has been written since this reader opened it."""
+        self._files.check()
+
+    def read_into(self, file: SourceFile, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
+        if is_url(file.location):
+            with as_checkpoint_errors():
+                if self._spool is None:
+                    self._fetch(file, start, buffer)
+                else:
+                    self._spool.read_into(self._name, file, start, buffer, partial(self._fetch, file))
+        else:
+            self._read_local(file, start, buffer)
+
+    def chunks(self, file: SourceFile, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes [start, end) in order. A chunk is valid until the next one is asked for."""
+        if is_url(file.location):
+            yield from self._chunks_ahead(
+                file, [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
+            )
+            return
+        buffer = memoryview(bytearray(min(LOCAL_CHUNK_BYTES, end - start)))
+        for low in range(start, end, LOCAL_CHUNK_BYTES):
+            chunk = buffer[: end - low]
+            self._read_local(file, low, chunk)
+            yield chunk
+
+    def scattered(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """The bytes of many short ranges, in the order given."""
+        if not is_url(file.location):
+            return [self._read(file, start, end) for start, end in ranges]
+        found = self._joined(file, ranges)
+        return [found[span] for span in ranges]
+
+    def load(self, entries: Sequence[TensorEntry]) -> None:
+        """Read tensors of objects that are about to be viewed, neighbours in one go; local ones are left to `view`."""
+        remote = [entry for entry in entries if is_url(entry.file.location) and entry.nbytes]
+        for file in dict.fromkeys(entry.file for entry in remote):
+            members = [entry for entry in remote if entry.file == file]
+            found = self._joined(file, [(entry.start, entry.end) for entry in members])
+            with self._lock:
+                self._read_tensors |= {entry: found[entry.start, entry.end] for entry in members}
+
+    def view(self, entry: TensorEntry) -> memoryview:
+        """The bytes of a tensor, in memory of its own. Tensors that are not large are kept for the next call, since
+        LoRA factors are asked for block by block."""
+        if entry.nbytes == 0:
+            return memoryview(bytearray())
+        content = self._read_tensors.get(entry)
+        if content is None:
+            if is_url(entry.file.location):
+                content = self._joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
+            else:
+                content = self._read(entry.file, entry.start, entry.end)
+            self._keep(entry, content)
+        return content
+
+    def release(self) -> None:
+        """Let go of read tensors: memory is given back as soon as the last view is dropped."""
+        with self._lock:
+            self._read_tensors.clear()
+
+    def close(self) -> None:
+        self.release()
+        self._files.close()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool = None
+
+    def _open(self, file: SourceFile) -> int:
+        is_local = "://" not in file.location
+        return open_file(file, None if is_local else self.path(file))
+
+    def _keep(self, entry: TensorEntry, content: memoryview) -> None:
+        """Remember a tensor that was read, and forget the oldest: a shard may need more of them than memory holds."""
+        if len(content) > _KEPT_BYTES:
+            return
+        with self._lock:
+            kept = sum(map(len, self._read_tensors.values())) + len(content)
+            for oldest in list(self._read_tensors):
+                if kept <= _KEPT_BYTES:
+                    break
+                kept -= len(self._read_tensors.pop(oldest))
+            self._read_tensors[entry] = content
+
+    def _fetch(self, file: SourceFile, start: int, buffer: memoryview) -> None:
+        open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
+        self.moved()
+
+    def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
+        buffer = memoryview(bytearray(end - start))
+        self.read_into(file, start, buffer)
+        return buffer
+
+    def _read_local(self, file: SourceFile, start: int, buffer: memoryview) -> None:
+        with self._files.use(file) as descriptor:
+            done = 0
+            while done < len(buffer):
+                try:
+                    count = os.preadv(descriptor, [buffer[done : done + _MOST_READ_BYTES]], start + done)
+                except OSError as error:
+                    raise unreadable(file, error) from error
+                if count == 0:
+                    what = f"ends at byte {start + done}, expected at least {start + len(buffer)}"
+                    remedy = "the file changed while it was read; run the merge again"
+                    raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
+                done += count
+                self.moved()
+
+    def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """Chunks of an object, a few of them under way before they are asked for."""
+        waiting, under_way = deque(spans), deque[Future[memoryview]]()
+        while waiting or under_way:
+            while waiting and len(under_way) < _CHUNKS_AHEAD:
+                under_way.append(self._requests().submit(self._read, file, *waiting.popleft()))
+            yield under_way.popleft().result()
+
+    def _joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
+        """Ranges of an object: those that lie close together are one buffer, read by several requests at once."""
+        groups: list[list[tuple[int, int]]] = []
+        for span in sorted(set(ranges)):
+            if groups and span[0] - groups[-1][-1][1] <= _JOIN_BYTES and span[1] - groups[-1][0][0] <= _JOINED_BYTES:
+                groups[-1].append(span)
+            else:
+                groups.append([span])
+        found: dict[tuple[int, int], memoryview] = {}
+        reads = []
+        for group in groups:
+            first = group[0][0]
+            buffer = memoryview(bytearray(group[-1][1] - first))
+            for at in range(0, len(buffer), CHUNK_BYTES):
+                reads.append(self._requests().submit(self.read_into, file, first + at, buffer[at : at + CHUNK_BYTES]))
+            found |= {(start, end): buffer[start - first : end - first] for start, end in group}
+        for read in reads:
+            read.result()
+        return found
+
+    def _requests(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read")
+            return self._pool
+
+
+def _ignored() -> None:
+    """The default of `moved`."""
+
+
+@contextmanager
+def _while_it_grows(sizes: Callable[[], Mapping[str, tuple[int, int]]], moved: Moved) -> Iterator[None]:
+    """Call `moved` at the start, and then every few seconds if one of the `sizes` has grown or a file is new.
+
+    The library that downloads reports nothing. It may also wait for the cache's lock, which a process that stands still
+    can hold: so the time alone says nothing.
+    """
+    ended, seen = threading.Event(), sizes()
+
+    def tick() -> None:
+        nonlocal seen
+        while not ended.wait(_DOWNLOAD_MOVES_S):
+            now = sizes()
+            if any(size > seen.get(name, (-1, -1)) for name, size in now.items()):
+                moved()
+            seen = now
+
+    moved()
+    thread = threading.Thread(target=tick, daemon=True, name="download-moves")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,34 @@
+"""By which way each byte of an output gets there: what `raymoe plan CONFIG OUT` shows, computed, not measured."""
+
+from __future__ import annotations
+
+from raymoe.object_store.urls import is_s3
+from raymoe.planning.multipart import CopyRange, copied_by_store, spans, upload_parts
+from raymoe.planning.plan import MergePlan
+from raymoe.storage.outputs.protocol import Output
+
+__all__ = ["WAYS", "bytes_by_way"]
+
+WAYS = {
+    "store_copy": "copied inside the object store",
+    "streamed": "read from an object store or the Hub by a worker",
+    "local": "read from a local file by a worker",
+    "computed": "computed by a worker (headers, routers, transforms)",
+}
+
+
+def bytes_by_way(plan: MergePlan, output: Output) -> dict[str, int]:
+    """Bytes of the output's shards by way, the ways of `WAYS`; together they are the output's bytes."""
+    ways = dict.fromkeys(WAYS, 0)
+    for shard in plan.shards:
+        copied = copied_by_store(upload_parts(shard, output.same_store)) if is_s3(output.location) else 0
+        ways["store_copy"] += copied
+        ways["computed"] += len(shard.header)
+        for span in spans(shard.parts):
+            way = "computed"
+            if isinstance(span.what, CopyRange):
+                way = "streamed" if "://" in span.what.file.location else "local"
+            ways[way] += span.end - span.start
+        # What the store copies was counted by its source just now.
+        ways["streamed"] -= copied
+    return {way: count for way, count in ways.items() if count}

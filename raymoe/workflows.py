@@ -1,0 +1,75 @@
+"""`merge_and_push`: a merge and its push as one thing that goes on.
+
+A merge that is to be pushed is checked against the Hub before it starts. Run again, it goes on where it stopped: in the
+merge, or, where the output holds this very merge finished, in the push.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from raymoe.config import MergeConfig
+from raymoe.console import say
+from raymoe.errors import ProblemReport
+from raymoe.planning.plan import MergePlan
+from raymoe.publish.errors import PushFailed
+from raymoe.publish.manifest import open_published
+from raymoe.publish.push import push_published
+from raymoe.publish.repository import PushTarget, open_repository, source_problem, target_problems
+from raymoe.publish.upload import Pushed
+from raymoe.report.model_card import card_metadata
+from raymoe.report.source_metadata import source_cards
+from raymoe.results import MergeResult
+from raymoe.runtime.coordinator import output_of, output_problems, run_merge
+from raymoe.runtime.run_report import RunReport
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.storage.outputs.output_checks import complete_merge
+
+__all__ = ["merge_and_push"]
+
+
+def merge_and_push(
+    plan: MergePlan,
+    config: MergeConfig,
+    output: str | Path,
+    target: PushTarget,
+    settings: RuntimeSettings,
+    report: RunReport,
+    on_merged: Callable[[MergeResult], None],
+) -> Pushed:
+    """Merge, call `on_merged` (unless the output holds this merge finished), and publish.
+
+    Raises ProblemReport before the merge starts, for all that keeps either from being done.
+    """
+    out = output_of(output, settings)
+    models = [name for source in plan.sources for name in source.label.split("+")]
+    of_source = source_problem(target, models)
+    of_output = output_problems(plan, out, settings)
+    if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:
+        raise ProblemReport(problems)
+    quiet = settings.verbosity < 0
+    if not settings.overwrite and complete_merge(plan, out) is not None:
+        out.clean_up()
+        published = open_published(output, target.repo, settings.storage)
+        repository = open_repository(target, settings.hub, card=published.card)
+        report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
+        report.was_complete = True
+        if not quiet:
+            say(f"{out.location} holds this merge, finished: going on with the push")
+    else:
+        repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
+        on_merged(run_merge(plan, config, output, settings, report))
+        published = open_published(output, target.repo, settings.storage)
+    if published.plan_digest != plan.digest:
+        what = "another merge has taken the place of this one, and was not pushed"
+        raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
+    with report.phase("push"):
+        return push_published(published, repository, quiet=quiet)
+
+
+def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
+    """The head of the card that a merge would write, all that the Hub judges of it; None where it writes no card."""
+    if not plan.options.model_card:
+        return None
+    return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"

@@ -1,0 +1,122 @@
+"""Text of models, configs and records on a terminal: nothing in it moves the cursor, hides a line or makes one up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from raymoe.console import console, put, say
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.report.plan_report import print_verification
+from raymoe.results import Verification
+from raymoe.safe_text import for_people, has_unprintable, json_text, printable
+from raymoe.submit.job_log import _Log
+from tests.cli.conftest import cli
+from tests.pico import copy_model, merge_config
+
+__all__ = ["cli"]
+
+# Clears the screen, colors, goes back, reorders, ends the line for Unicode, half of a character.
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\b\u202e\u2066\u2028\x7f\ud800 [bold]x[/bold]"
+SHOWN = r"\x1b[2J\x1b]0;title\x07\x9b31m\r\x08\u202e\u2066\u2028\x7f\ud800 [bold]x[/bold]"
+
+
+def test_what_is_escaped() -> None:
+    assert printable(HOSTILE) == SHOWN
+    plain = "tab\tline\nümläut 漢字 עברית 👩‍🚀 ▁token Ġ"
+    assert printable(plain) == plain and not has_unprintable(plain)
+
+
+def test_lines_that_are_no_messages_of_their_own() -> None:
+    assert for_people("name\ndone: all is well") == r"name\ndone: all is well"
+    assert for_people("2 problems:\n  one\n      -> remedy\n") == "2 problems:\n  one\n      -> remedy\n"
+    problem = Problem(where="a\nb", what=f"{HOSTILE}\nerror: no", remedy="x\ny")
+    for error in (ProblemReport([problem, problem]), MergeFailed(f"{HOSTILE}\nerror: no")):
+        assert not has_unprintable(str(error))
+        assert not [line for line in str(error).splitlines() if line.startswith(("error", "b", "y"))]
+
+
+def test_json_says_the_same_and_is_text() -> None:
+    content = {HOSTILE: [HOSTILE, "é", 1.5, None]}
+    text = json_text(content)
+    assert not has_unprintable(text) and json.loads(text) == content
+    text.encode()
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    table = Table("a", "b")
+    table.add_row(HOSTILE, "x")
+    table_console = console()
+    table_console.print(table)
+    table_console.print(HOSTILE, style="bold")
+    out = capsys.readouterr().out
+    assert not has_unprintable(out)
+    assert r"\x1b[2J" in out and "[bold]x[/bold]" in out
+
+
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    say(HOSTILE)
+    put(f"{HOSTILE}\nverified")
+    print_verification(Verification(tensors=1, differences=(f"{HOSTILE}: missing",), notes=(HOSTILE,)), quiet=False)
+    said = capsys.readouterr()
+    assert not has_unprintable(said.out + said.err)
+    assert "\nverified" not in said.out
+
+
+def test_logs_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    """A connection that begins with the first line again repeats nothing."""
+
+    class Client:
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield f"a\n{HOSTILE}\n"
+            yield "b\n"
+
+    log = _Log()
+    for _ in range(2):
+        asyncio.run(log.tail(cast(Any, Client()), "job"))
+    assert capsys.readouterr().out == f"a\n{SHOWN}\nb\n"
+
+
+@pytest.fixture
+def hostile(zoo: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose config.json has such text wherever it may have text."""
+    changes = {"architectures": [HOSTILE], "note": HOSTILE, HOSTILE: 1, "hidden_act": "silu"}
+    return copy_model(zoo("llama"), tmp_path / "mo\x1b[31mdel", config=changes)
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_commands(
+    cli: Callable[..., Any], hostile: Path, zoo: Callable[..., Path], tmp_path: Path, as_json: tuple[str, ...]
+) -> None:
+    config = merge_config(hostile, [zoo("llama", seed=1), zoo("llama", seed=2)], mode="random")
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    for arguments in (("inspect", hostile), ("plan", tmp_path / "config.yaml")):
+        answer = cli(*arguments, *as_json)
+        assert answer.code == 0, answer.err
+        assert not has_unprintable(answer.out + answer.err)
+    # A type that nobody knows is named in an error.
+    config_file = hostile / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "model_type": HOSTILE}))
+    answer = cli("plan", tmp_path / "config.yaml")
+    assert answer.code == 2 and not has_unprintable(answer.out + answer.err)
+
+
+def test_a_config_says_where_requests_go(
+    cli: Callable[..., Any], zoo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they go there."""
+    monkeypatch.setattr("raymoe.object_store.retry._TRIES_AT_FIRST_CONTACT", 1)
+    storage = {"endpoint": "http://127.0.0.1:1", "profile": "work", "deadline_s": 1}
+    config = merge_config(zoo("llama"), ["s3://b/m", zoo("llama", seed=2)], mode="random", storage=storage)
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    said = "note: s3:// is reached at http://127.0.0.1:1 with the profile 'work', as storage: in the config says\n"
+    for arguments in (("plan", "C"), ("merge", "C", tmp_path / "out"), ("gguf", "C", tmp_path / "m.gguf")):
+        answer = cli(*(tmp_path / "c.yaml" if each == "C" else each for each in arguments))
+        assert answer.code == 2 and answer.err.startswith(said), answer.err

@@ -1,0 +1,129 @@
+"""Every exception that Ray has: a death is retried, what can't be mended ends the merge with one message."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import ray.exceptions
+
+from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.object_store.errors import StorageError
+from raymoe.runtime.ray_errors import FATES, Fate, cause_of, fate_of, first_line
+from raymoe.runtime.router_jobs import GateJob
+from raymoe.runtime.scheduler import _Actor, _Jobs, _loss
+from raymoe.runtime.shard_transfer import SenderLost
+
+KINDS = [
+    kind
+    for _, kind in sorted(vars(ray.exceptions).items())
+    if inspect.isclass(kind) and issubclass(kind, ray.exceptions.RayError)
+]
+READING, LAYER = GateJob(()), GateJob(3)
+
+
+def made(kind: type[Exception]) -> Exception:
+    """An instance; constructors differ from class to class and from version to version."""
+
+    class Made(kind):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            pass
+
+        def __str__(self) -> str:
+            return "\nwhat happened\nand more"
+
+    Made.__name__ = kind.__name__
+    return Made()
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As it comes out of an actor's method."""
+    return ray.exceptions.RayTaskError("capture", "Traceback ...", cause)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
+def test_every_exception_is_in_the_table(kind: type[Exception]) -> None:
+    """A version of Ray that brings a new class fails here, and the class gets its place."""
+    assert kind.__name__ in FATES
+    assert fate_of(made(kind)) is FATES[kind.__name__]
+
+
+def test_a_class_that_is_not_in_the_table_counts_as_its_base() -> None:
+    new = type("SomeNewDeath", (ray.exceptions.ActorDiedError,), {"__init__": lambda self: None})
+    assert fate_of(new()) is Fate.GONE
+    assert fate_of(OSError()) is Fate.FINAL
+
+
+def test_a_gpu_without_memory_is_told_as_such() -> None:
+    """torch has an OutOfMemoryError too. It is an error of the job, and not the death of the actor."""
+    error = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("CUDA out of memory. Tried 2 GiB")
+    assert fate_of(error) is Fate.FINAL
+    for job, label in ((READING, "gates of "), (LAYER, "router of layer 3")):
+        with pytest.raises(MergeFailed, match=rf"^{label}.*: OutOfMemoryError: CUDA out of memory. Tried 2 GiB$"):
+            _loss(wrapped(error), job, sent=False)
+    foreign = type("RayActorError", (Exception,), {"__module__": "rayleigh.errors"})
+    assert fate_of(foreign()) is Fate.FINAL
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ray.exceptions.RayTaskError])
+def test_what_a_job_lost(kind: type[Exception]) -> None:
+    error, fate = made(kind), FATES[kind.__name__]
+    if fate in (Fate.FULL, Fate.FINAL):
+        for raised in (error, wrapped(error)):
+            with pytest.raises(MergeFailed, match=rf"^router of layer 3: .*{kind.__name__}"):
+                _loss(raised, LAYER, sent=False)
+        return
+    assert _loss(error, LAYER, sent=False) == ("states" if fate is Fate.LOST else "actor")
+    assert _loss(error, READING, sent=False) == "actor"
+    assert _loss(wrapped(error), LAYER, sent=False) == "states"
+    assert _loss(wrapped(error), READING, sent=True) == "sender"
+
+
+def test_what_an_actor_raises_itself() -> None:
+    assert _loss(wrapped(SenderLost("node died")), READING, sent=True) == "sender"
+    problem = ProblemReport([Problem(where="base", what="is broken")])
+    with pytest.raises(ProblemReport, match="is broken"):
+        _loss(wrapped(problem), READING, sent=False)
+    with pytest.raises(MergeFailed, match="router of layer 3: ValueError: no such thing"):
+        _loss(wrapped(ValueError("no such thing")), LAYER, sent=False)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
+def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
+    """It is asked again where it may come, else the others work on; the last one ends the merge with one message."""
+    run = _Jobs.__new__(_Jobs)
+    first, second = _Actor("one"), _Actor("another")
+    run._actors, run._writer = [first, second], None
+    for _ in range(4):
+        if first in run._actors:
+            run._not_up(first, made(kind))
+    comes_again = FATES[kind.__name__] in (Fate.AWAY, Fate.LOST)
+    assert run._actors == ([first, second] if comes_again else [second])
+    if comes_again and kind is not ray.exceptions.ActorUnavailableError:
+        run._not_up(first, made(kind))  # not for ever
+        assert run._actors == [second]
+    if kind is not ray.exceptions.ActorUnavailableError:
+        second.refusals = 4
+        with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
+            run._not_up(second, made(kind))
+
+
+def test_the_last_actor_can_not_reach_the_output() -> None:
+    """No node has the credentials that the driver has: no process died, and the remedy is the store's."""
+    run, last = _Jobs.__new__(_Jobs), _Actor("one")
+    run._actors, run._writer = [last], None
+    problem = Problem(where="s3://bucket/out", what="no credentials found", remedy="set AWS_ACCESS_KEY_ID")
+    with pytest.raises(MergeFailed) as told:
+        run._not_up(last, wrapped(StorageError([problem])))
+    said = str(told.value)
+    assert "no credentials found" in said and "set AWS_ACCESS_KEY_ID" in said
+    assert "died" not in said and "emory" not in said
+    run._actors = [last]
+    with pytest.raises(MergeFailed, match=r"the last one can't work: OSError: no such device$"):
+        run._not_up(last, wrapped(OSError("no such device")))
+
+
+def test_words() -> None:
+    assert first_line(made(ray.exceptions.NodeDiedError)) == "what happened"
+    assert first_line(OSError()) == "OSError"
+    assert isinstance(cause_of(wrapped(OSError("x"))), OSError)

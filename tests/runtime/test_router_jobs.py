@@ -1,0 +1,190 @@
+"""The queue of gate jobs by itself: what comes when, what is done again after a loss, and what is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import raymoe
+from raymoe.routers.fit_layer import LayerRows
+from raymoe.routers.heldout_report import LayerCheck
+from raymoe.runtime.router_jobs import GateJob, GateWork
+from tests.pico import HIDDEN, LAYERS, merge_config
+
+OWNERS = ["expert 0", "expert 1", "expert 2"]
+
+
+@pytest.fixture
+def work(local_ray: None, zoo: Callable[..., Path]) -> GateWork:
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="ridge")
+    return GateWork(raymoe.plan(config).gates, 3)
+
+
+def read_all(work: GateWork) -> list[GateJob]:
+    """All prompts are read: a state in Ray's store for each layer."""
+    import ray
+
+    jobs = []
+    while job := work.next_member():
+        assert work.next_layer() is None
+        job.states = [ray.put(np.zeros(200_000, np.uint8)) for _ in range(LAYERS * len(job.owners))]
+        jobs.append(job)
+        work.came_back(job, None)
+    return jobs
+
+
+def rows(value: float) -> LayerRows:
+    check = LayerCheck(right=(value, 1.0, 1.0), load=(1 / 3, 1 / 3, 1 / 3))
+    return LayerRows(experts=np.full((3, HIDDEN), value), shared=None, check=check)
+
+
+def layers_of(work: GateWork) -> list[GateJob]:
+    found = []
+    while job := work.next_layer():
+        found.append(job)
+    return found
+
+
+def in_store() -> set[str]:
+    """Ids of the objects that this process still holds in Ray's store."""
+    from ray._private.worker import global_worker
+
+    return {name.decode() for name in global_worker.core_worker.get_all_reference_counts()}
+
+
+def test_layers_come_when_all_prompts_have_been_read(work: GateWork) -> None:
+    first, second, third = (work.next_member() for _ in range(3))
+    assert first is not None and second is not None and third is not None
+    assert [job.owners for job in (first, second, third)] == [(owner,) for owner in OWNERS]
+    assert first.label == "gates of expert 0"
+    for done, job in enumerate((second, first)):
+        work.came_back(job, None)
+        assert work.members_done == done + 1
+        assert not work.is_waiting and work.next_layer() is None
+    work.came_back(third, None)
+    assert work.is_waiting
+    jobs = layers_of(work)
+    assert [job.what for job in jobs] == [0, 1, 2]
+    assert jobs[1].label == "router of layer 1"
+
+
+def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="ridge")
+    work = GateWork(raymoe.plan(config).gates, 2)
+    first, second = work.next_member(), work.next_member()
+    assert first is not None and second is not None and work.next_member() is None
+    work.send_back(first)  # its actor died
+    again = work.next_member()
+    assert again is first and work.next_member() is None
+    work.came_back(second, None)
+    third = work.next_member()
+    assert third is not None and third.owners == ("expert 2",)
+
+
+def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> None:
+    read_all(work)
+    for job in reversed(layers_of(work)):
+        assert isinstance(job.what, int)
+        work.came_back(job, rows(float(job.what)))
+    assert not work.is_waiting
+    found, summary = work.result()
+    assert list(found) == OWNERS
+    for owner in OWNERS:
+        np.testing.assert_array_equal(found[owner], np.repeat([[0.0], [1.0], [2.0]], HIDDEN, axis=1))
+    assert summary is not None and [check.right[0] for check in summary.layers.values()] == [0, 1, 2]
+
+
+def test_states_leave_the_store_with_their_layer(work: GateWork) -> None:
+    """What is under way for one layer and all that are done is not held by the coordinator."""
+    ids = [[ref.hex() for ref in job.states] for job in read_all(work)]
+    held = {name for names in ids for name in names}
+    assert len(held) == 3 * LAYERS and held <= in_store()
+    for job in layers_of(work):
+        assert isinstance(job.what, int)
+        work.came_back(job, rows(0.5))
+        held -= {names[job.what] for names in ids}
+        assert in_store() & {name for names in ids for name in names} == held
+
+
+def test_a_job_whose_actor_died_is_next(work: GateWork) -> None:
+    job = work.next_member()
+    assert job is not None
+    work.send_back(job)
+    assert work.next_member() is job
+    work.send_back(job)
+    read_all(work)
+    layers = layers_of(work)
+    work.send_back(layers[2])
+    work.send_back(layers[1])
+    assert layers_of(work) == [layers[1], layers[2]]
+
+
+def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateWork) -> None:
+    read_all(work)
+    first, second, third = layers_of(work)
+    work.came_back(first, rows(0.0))
+    work.capture_again(second)
+    work.capture_again(third)  # its job has failed for the same reason
+    assert work.members_done == 0 and work.next_layer() is None
+    work.send_back(third)  # its actor was on that node; it will be asked for anew
+    again = read_all(work)
+    assert [job.owners for job in again] == [(owner,) for owner in OWNERS]
+    left = layers_of(work)
+    assert [job.what for job in left] == [1, 2] and left[0] is not second
+    # A job from before the loss that comes to an end after all: its layer is done.
+    work.capture_again(second)  # nor does one that fails: its states are there again
+    work.send_back(left[0])
+    work.came_back(second, rows(0.1))
+    assert layers_of(work) == []
+    work.came_back(left[1], rows(0.2))
+    assert work.result()[0]["expert 0"][:, 0] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> None:
+    for losses in range(3):
+        members = read_all(work)
+        layers = layers_of(work)
+        assert {job.failures for job in (*members, *layers)} == {losses}
+        work.capture_again(layers[0])
+
+
+def test_embeddings_need_no_layers(local_ray: None, zoo: Callable[..., Path]) -> None:
+    config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="cheap_embed")
+    work = GateWork(raymoe.plan(config).gates, 1)
+    while job := work.next_member():
+        work.came_back(job, [np.arange(HIDDEN, dtype=np.float32)] * len(job.owners))
+    assert work.members_done == 2 and not work.is_waiting and work.next_layer() is None
+    found, summary = work.result()
+    assert summary is None
+    np.testing.assert_array_equal(found["expert 1"], np.tile(np.arange(HIDDEN, dtype=np.float32), (LAYERS, 1)))
+
+
+def test_random_rows_are_no_work(local_ray: None, zoo: Callable[..., Path]) -> None:
+    config: dict[str, Any] = merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="random")
+    work = GateWork(raymoe.plan(config).gates, 2)
+    assert not work.is_waiting and work.members == []
+    assert work.result() == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt_model", "actors", "expected"),
+    [
+        ("base", 1, [("expert 0", "expert 1", "expert 2")]),
+        ("base", 2, [("expert 0",), ("expert 1", "expert 2")]),
+        ("base", 7, [("expert 0",), ("expert 1",), ("expert 2",)]),
+        ("grafted", 1, [("expert 0",), ("expert 1",), ("expert 2",)]),
+    ],
+)
+def test_who_reads_the_same_model_is_read_together(
+    prompt_model: str, actors: int, expected: list[tuple[str, ...]], local_ray: None, zoo: Callable[..., Path]
+) -> None:
+    experts = [zoo("llama", seed=seed) for seed in (1, 2, 3)]
+    config = merge_config(zoo("llama"), experts, mode="ridge", prompt_model=prompt_model)
+    work = GateWork(raymoe.plan(config).gates, actors)
+    assert [job.owners for job in read_all(work)] == expected
+    assert work.members_done == 3
+    assert len(layers_of(work)) == LAYERS

@@ -1,0 +1,440 @@
+"""Each decision of the scheduler, on a cluster whose actors die, come back and stand still on cue."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+
+import raymoe
+from raymoe.errors import MergeFailed
+from raymoe.planning import MergeOptions
+from raymoe.planning.plan import MergePlan
+from raymoe.runtime.placement import Needs
+from raymoe.runtime.scheduler import Outcome, run_jobs
+from tests.pico import LAYERS, merge_config
+from tests.runtime.fake_cluster import JOB_S, FakeActor, FakeCluster, Written
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
+
+
+@pytest.fixture(scope="session")
+def plans(zoo: Callable[..., Path]) -> dict[str, MergePlan]:
+    """By gate mode: three experts, in some thirty shards."""
+    models = [zoo("llama", seed=seed) for seed in range(4)]
+    options = MergeOptions(max_shard_bytes=40_000)
+    reading = {"hidden": {"prompt_model": "grafted"}, "random": {}}
+    configs = {mode: merge_config(models[0], models[1:], mode=mode, **more) for mode, more in reading.items()}
+    return {mode: raymoe.plan(config, options) for mode, config in configs.items()}
+
+
+@pytest.fixture
+def run(cluster: FakeCluster, plans: dict[str, MergePlan]) -> Run:
+    """run(work, mode="random", **more) is `run_jobs` on the cluster's actors; they are its first arguments."""
+
+    def run(work: Written, mode: str = "random", *, actors: Sequence[FakeActor] | None = None, **more: Any) -> Outcome:
+        more = {"readers": 8, "layers_at_once": 1, "shards_at_once": 1, "stall_timeout_s": 120.0, **more}
+        handles = list(actors or cluster.actors)
+        return run_jobs(plans[mode], handles, work, cluster.tick, transport=cluster, **more)
+
+    return run
+
+
+@pytest.fixture
+def shards(plans: dict[str, MergePlan]) -> list[str]:
+    return sorted(shard.file_name for shard in plans["random"].shards if shard.owner != "router")
+
+
+def written(cluster: FakeCluster) -> Counter[str]:
+    """How often each shard was begun."""
+    return Counter(job for _, _, job in cluster.begun("write"))
+
+
+# Without losses
+
+
+@pytest.mark.parametrize("actors", [1, 3])
+def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], actors: int) -> None:
+    for _ in range(actors):
+        cluster.actor()
+    work = Written()
+    outcome = run(work, "hidden")
+    assert sorted(work.done) == shards and set(written(cluster).values()) == {1}
+    assert len(shards) > 20
+    assert len(cluster.begun("capture")) == 3 and len(cluster.begun("layer_rows")) == LAYERS
+    assert outcome.gates_done and set(outcome.rows) == {"expert 0", "expert 1", "expert 2"}
+    # No actor idles while there is work: lanes are filled again as soon as they are free.
+    assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
+
+
+def test_an_actor_writes_the_expert_that_it_reads_first(
+    cluster: FakeCluster, run: Run, plans: dict[str, MergePlan]
+) -> None:
+    actors = [cluster.actor() for _ in range(3)]
+    run(Written(), "hidden")
+    owner = {shard.file_name: shard.owner for shard in plans["hidden"].shards}
+    read = {actor.number: job for _, actor, job in cluster.begun("capture")}
+    for actor in actors:
+        mine = [owner[job] for _, each, job in cluster.begun("write") if each is actor]
+        own = read[actor.number].removeprefix("gates of ")
+        count = sum(each == own for each in owner.values())
+        assert mine[:count] == [own] * count and mine[count] == "base"
+
+
+def test_no_more_read_prompts_than_there_may_be(cluster: FakeCluster, run: Run) -> None:
+    for _ in range(3):
+        cluster.actor()
+    run(Written(), "hidden", readers=1)
+    began = [when for when, _, _ in cluster.begun("capture")]
+    assert len(began) == 3 and all(late - early >= JOB_S for early, late in pairwise(began))
+
+
+def test_layers_come_after_all_prompts(cluster: FakeCluster, run: Run) -> None:
+    cluster.actor()
+    run(Written(), "hidden")
+    assert min(cluster.begun("layer_rows"))[0] >= max(cluster.begun("capture"))[0] + JOB_S
+
+
+def test_gpus_read_prompts_and_leave_the_bytes_to_others(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    gpu, cpu = cluster.actor(device="cuda:0"), cluster.actor()
+    work = Written()
+    run(work, "hidden", gpus=[True, False])
+    assert {actor for _, actor, _ in (*cluster.begun("capture"), *cluster.begun("layer_rows"))} == {gpu}
+    ready = max(when for when, _, _ in cluster.begun("layer_rows")) + JOB_S
+    assert all(actor is cpu or when >= ready for when, actor, _ in cluster.begun("write"))
+    assert sorted(work.done) == shards
+
+
+def test_a_gpu_that_is_a_moment_late_still_reads_the_prompts(cluster: FakeCluster, run: Run) -> None:
+    gpu, _ = cluster.actor(device="cuda:0", up_after=4.0), cluster.actor()
+    run(Written(), "hidden", gpus=[True, False])
+    assert {actor for _, actor, _ in cluster.begun("capture")} == {gpu}
+
+
+def test_a_gpu_that_does_not_come_is_not_waited_for(cluster: FakeCluster, run: Run) -> None:
+    _, cpu = cluster.actor(device="cuda:0", up_after=600.0), cluster.actor()
+    run(Written(), "hidden", gpus=[True, False])
+    assert {actor for _, actor, _ in cluster.begun("capture")} == {cpu} and cluster.seconds < 60
+
+
+def test_an_actor_that_comes_late_takes_part(cluster: FakeCluster, run: Run) -> None:
+    cluster.actor()
+    late = cluster.actor(up_after=5.0)
+    run(Written())
+    began = [when for when, actor, _ in cluster.begun("write") if actor is late]
+    assert 5 <= min(began) < 6
+
+
+# Deaths
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_what_a_dead_actor_wrote_is_next(cluster: FakeCluster, run: Run, shards: list[str], actors: int) -> None:
+    first, *_ = [cluster.actor() for _ in range(actors)]
+    cluster.at(3.5, lambda: cluster.kill(first, back_after=2.0))
+    work = Written()
+    run(work)
+    assert sorted(work.done) == shards
+    (again,) = (job for job, times in written(cluster).items() if times > 1)
+    began = [job for when, _, job in cluster.begun("write") if when >= 3.5]
+    assert began[0] == again and written(cluster)[again] == 2
+    assert any(actor is first and when >= 5.5 for when, actor, _ in cluster.begun("write"))  # it is back at work
+
+
+def test_prompts_of_a_dead_actor_are_read_by_another(cluster: FakeCluster, run: Run) -> None:
+    first, second = cluster.actor(), cluster.actor()
+    cluster.at(0.5, lambda: cluster.kill(first, back_after=None))
+    assert run(Written(), "hidden").gates_done
+    assert len(cluster.begun("capture")) == 4
+    assert {actor for when, actor, _ in cluster.begun("capture") if when > 0.5} == {second}
+
+
+def test_a_job_that_kills_every_actor_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
+    actors = [cluster.actor(), cluster.actor()]
+    cluster.takes["write"] = 5.0
+    victim = ""
+
+    def kills() -> bool:
+        nonlocal victim
+        victim = victim or next((job for _, _, job in cluster.begun("write")), "")
+        return any(ref.name == victim and ref.at > cluster.now() for actor in actors for ref in actor.refs)
+
+    def kill() -> None:
+        for actor in actors:
+            if any(ref.name == victim and ref.at > cluster.now() for ref in actor.refs):
+                cluster.kill(actor, back_after=1.0)
+        cluster.when(kills, kill)
+
+    cluster.when(kills, kill)
+    with pytest.raises(MergeFailed, match=r"its actor died .*, 3 times\. Memory may .* run the same command again"):
+        run(Written())
+    assert written(cluster)[victim] == 3
+    assert cluster.cancelled  # what others were doing is not wanted any more
+
+
+def test_actors_that_never_come_back_are_left_out(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    first, second = cluster.actor(), cluster.actor()
+    cluster.at(1.5, lambda: cluster.kill(first, back_after=None))
+    work = Written()
+    assert run(work).away == []
+    assert sorted(work.done) == shards
+    assert {actor for when, actor, _ in cluster.begun("write") if when > 1.5} == {second}
+
+
+def test_the_last_actor_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
+    for number in range(2):
+        actor = cluster.actor()
+        cluster.at(1.5 + number, lambda actor=actor: cluster.kill(actor, back_after=None))
+    message = r"^no actor is left: the last one died \(.*\)\. .*run the same command again to go on"
+    with pytest.raises(MergeFailed, match=message):
+        run(Written())
+
+
+def test_an_actor_that_ray_has_no_room_for_is_waited_for(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    """It refuses each question meanwhile: that is no death."""
+    only = cluster.actor()
+    cluster.at(1.5, lambda: cluster.kill(only, back_after=40.0))
+    work = Written()
+    run(work)
+    assert sorted(work.done) == shards and cluster.seconds > 41
+
+
+def test_no_actor_is_up_for_too_long(cluster: FakeCluster, run: Run) -> None:
+    cluster.actor(up_after=1e6)
+    with pytest.raises(MergeFailed, match=r"^none of the actors has been up for 2 min: .*same command again"):
+        run(Written())
+    assert 120 <= cluster.seconds < 130
+
+
+def test_an_error_of_the_job_itself_ends_the_merge_at_once(cluster: FakeCluster, run: Run) -> None:
+    cluster.actor()
+    cluster.raising["write"] = RayTaskError("write", "", MergeFailed("the disk is full"))
+    with pytest.raises(MergeFailed, match=r"^the disk is full$"):
+        run(Written())
+    cluster.raising["write"] = RayTaskError("write", "", ZeroDivisionError("by zero"))
+    with pytest.raises(MergeFailed, match=r"^model-.*: ZeroDivisionError: by zero$"):
+        run(Written())
+    assert len(cluster.begun("write")) == 2
+
+
+@pytest.mark.parametrize("error", [ObjectStoreFullError, OutOfDiskError])
+@pytest.mark.parametrize("method", ["capture", "layer_rows"])
+def test_no_room_for_states_is_not_tried_again(
+    cluster: FakeCluster, run: Run, method: str, error: type[RayError]
+) -> None:
+    """Raised where prompts are read, or where a router's actor takes in what they left."""
+    cluster.actor()
+    cluster.raising[method] = RayTaskError(method, "", error("Local disk is full"))
+    words = (
+        r"^(gates of expert \d|router of layer \d): no room for the states of prompts: Ray's object store is full, .* "
+        rf"\({error.__name__}\)\. Start Ray with more .* run the same command again"
+    )
+    with pytest.raises(MergeFailed, match=words):
+        run(Written(), "hidden")
+    assert len(cluster.begun(method)) == 1
+
+
+# States of prompts
+
+
+def test_lost_states_are_read_again_for_the_layers_that_are_left(
+    cluster: FakeCluster, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actors = [cluster.actor(), cluster.actor()]
+    cluster.takes["layer_rows"] = 4.0
+    cluster.when(lambda: len(cluster.begun("layer_rows")) > 1, lambda: cluster.lose_node(actors[0], back_after=2.0))
+    outcome = run(Written(), "hidden")
+    assert outcome.gates_done and outcome.layers_done == LAYERS
+    captures = Counter(job for _, _, job in cluster.begun("capture"))
+    # The actor is asked once more before its death is known, since it was the store that missed its states first.
+    assert sorted(captures.values()) == [2, 2, 3]
+    assert capsys.readouterr().err.count("lost with its node: they are read again") == 1
+
+
+def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster, run: Run) -> None:
+    actors = [cluster.actor(), cluster.actor()]
+
+    def lose() -> None:
+        count = len(cluster.begun("layer_rows"))
+        cluster.lose_node(actors[0], back_after=1.0)
+        cluster.lose_node(actors[1], back_after=1.0)
+        cluster.when(lambda: len(cluster.begun("layer_rows")) > count, lose)
+
+    cluster.when(lambda: bool(cluster.begun("layer_rows")), lose)
+    with pytest.raises(MergeFailed, match=r"^(router of layer|gates of|model-).*, 3 times"):
+        run(Written(), "hidden")
+
+
+# Files that only some nodes have, and outputs that only some nodes see
+
+
+@pytest.fixture
+def of_one_expert(plans: dict[str, MergePlan]) -> tuple[Needs, str]:
+    """What the jobs need, and the file of one expert's shards."""
+    needs, plan = Needs(plans["random"]), plans["random"]
+    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == "expert 1")]
+    return needs, file
+
+
+def test_work_goes_to_actors_that_have_the_files(
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
+) -> None:
+    needs, theirs = of_one_expert
+    has, lacks = cluster.actor(), cluster.actor(missing=[theirs])
+    work = Written()
+    run(work, needs=needs)
+    takes = {job for _, actor, job in cluster.begun("write") if actor is lacks}
+    assert sorted(work.done) == shards and takes and all(theirs not in needs.shards[job] for job in takes)
+    assert {actor for _, actor, _ in cluster.begun("write")} == {has, lacks}
+
+
+def test_files_that_no_node_has_any_more(cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str]) -> None:
+    needs, theirs = of_one_expert
+    has, _ = cluster.actor(), cluster.actor(missing=[theirs], node="node 2")
+    cluster.at(0.5, lambda: cluster.kill(has, back_after=None))
+    with pytest.raises(MergeFailed, match=rf"{theirs} is on none of the nodes with an actor \(node 2\).*same command"):
+        run(Written(), needs=needs)
+    assert cluster.seconds < 60
+
+
+def test_hope_for_a_node_that_may_come_back(
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
+) -> None:
+    needs, theirs = of_one_expert
+    has, _ = cluster.actor(), cluster.actor(missing=[theirs])
+    cluster.at(0.5, lambda: cluster.kill(has, back_after=60.0))
+    work = Written()
+    run(work, needs=needs)
+    assert sorted(work.done) == shards
+
+
+@pytest.fixture
+def writers(cluster: FakeCluster) -> list[FakeActor]:
+    """The writers that were started."""
+    return []
+
+
+@pytest.fixture
+def sending(cluster: FakeCluster, writers: list[FakeActor]) -> Written:
+    """Shards of actors that do not see the output are sent to a writer."""
+
+    def start() -> FakeActor:
+        writers.append(cluster.actor(up_after=1.0))
+        return writers[-1]
+
+    return Written(start)
+
+
+def test_an_actor_that_does_not_see_the_output_sends_to_a_writer(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    far = [cluster.actor(sees_output=False), cluster.actor(sees_output=False)]
+    run(sending, actors=far)
+    assert sorted(sending.done) == shards and len(writers) == 1
+    assert len(cluster.begun("receive")) == len(shards) and not cluster.begun("write")
+    assert cluster.ended == [(writers[0], True)]  # when nothing is left to do
+
+
+def test_an_actor_that_sees_the_output_writes_what_it_can(cluster: FakeCluster, run: Run, sending: Written) -> None:
+    near, far = cluster.actor(), cluster.actor(sees_output=False)
+    run(sending, actors=[near, far])
+    assert {actor for _, actor, _ in cluster.begun("write")} == {near} and not cluster.begun("receive")
+
+
+def test_a_sender_that_dies(cluster: FakeCluster, run: Run, sending: Written, shards: list[str]) -> None:
+    far = [cluster.actor(sees_output=False), cluster.actor(sees_output=False)]
+    cluster.when(lambda: cluster.busy(far[0]), lambda: cluster.kill(far[0], back_after=2.0))
+    run(sending, actors=far)
+    assert sorted(sending.done) == shards
+    assert max(Counter(job for _, _, job in cluster.begun("receive")).values()) == 2
+
+
+def test_a_writer_that_dies(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    far = [cluster.actor(sees_output=False), cluster.actor(sees_output=False)]
+    cluster.when(lambda: len(sending.done) > 3, lambda: cluster.kill(writers[0], back_after=3.0))
+    run(sending, actors=far)
+    assert sorted(sending.done) == shards and len(writers) == 1
+    again = Counter(job for _, _, job in cluster.begun("receive"))
+    assert sorted(again.values())[-2:] == [2, 2]  # what both were sending
+
+
+def test_a_writer_that_never_comes_back(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor]
+) -> None:
+    far = cluster.actor(sees_output=False)
+    cluster.when(lambda: len(sending.done) > 3, lambda: cluster.kill(writers[0], back_after=None))
+    with pytest.raises(MergeFailed, match=r"^the actor that writes to the output died"):
+        run(sending, actors=[far])
+
+
+# Jobs that stand still
+
+
+def test_a_job_that_stands_still_is_given_to_another(
+    cluster: FakeCluster, run: Run, shards: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    still, _ = cluster.actor(), cluster.actor()
+    cluster.at(0.5, lambda: cluster.stand_still(still))
+    work = Written()
+    run(work)
+    assert sorted(work.done) == shards
+    said = [line for line in capsys.readouterr().err.splitlines() if "nothing has moved" in line]
+    assert ["for 60 s" in said[0], "for 2 min" in said[1], len(said)] == [True, True, 2]
+    assert all("(actor 0, process 100 on node 1)" in line for line in said)
+    assert cluster.ended == [(still, False)] and 120 < cluster.seconds < 150
+
+
+def test_a_job_that_stands_still_twice_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
+    actors = [cluster.actor(), cluster.actor()]
+    cluster.takes["write"] = 5.0
+    cluster.at(0.5, lambda: [cluster.stand_still(actor) for actor in actors])
+    cluster.at(124, lambda: [cluster.stand_still(actor) for actor in actors])
+    message = r"^model-.*: nothing has moved for 2 min \(actor \d, .*\), for the second time\. .*--stall-timeout"
+    with pytest.raises(MergeFailed, match=message):
+        run(Written())
+    assert 240 < cluster.seconds < 260
+
+
+def test_a_slow_job_that_moves_is_left_alone(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    cluster.actor()
+    cluster.takes["write"] = 300.0
+    work = Written()
+    run(work, shards_at_once=16)
+    assert sorted(work.done) == shards and cluster.ended == []
+
+
+def test_a_writer_that_is_not_up_for_too_long(cluster: FakeCluster, run: Run) -> None:
+    """A process that stands still before it has said that it is up: no job of its could be seen to stand still."""
+    far = cluster.actor(sees_output=False)
+    with pytest.raises(MergeFailed, match=r"^the actor that writes to the output has not been up for 2 min"):
+        run(Written(lambda: cluster.actor(up_after=1e6)), actors=[far])
+
+
+@pytest.mark.parametrize("side", ["sender", "writer"])
+def test_of_a_stream_the_side_that_is_silent_is_ended(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str], side: str
+) -> None:
+    far = cluster.actor(sees_output=False)
+
+    def stop() -> None:
+        silent, other = (far, writers[0]) if side == "sender" else (writers[0], far)
+        cluster.stand_still(silent, silent=True)
+        cluster.stand_still(other)
+        cluster.when(lambda: bool(cluster.ended), lambda: setattr(other, "is_still", False))
+
+    cluster.when(lambda: len(sending.done) > 3, stop)
+    run(sending, actors=[far])
+    assert sorted(sending.done) == shards
+    assert cluster.ended[0] == (far if side == "sender" else writers[0], False)
