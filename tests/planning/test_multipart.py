@@ -213,8 +213,8 @@ def test_all_copied_all_sent_and_tiny() -> None:
 TB = 10**12
 GIANTS: Mapping[str, Callable[[], Shard]] = {
     "one range": lambda: shard_of(copied(5 * TB, 0)),
-    "runs of 5 MiB": lambda: alternating(100_000_000_000, MIN_PART_BYTES, 0),
-    "runs of 5 MiB and as much computed": lambda: alternating(200_000_000_000, MIN_PART_BYTES, MIN_PART_BYTES),
+    "runs of 5 MiB": lambda: alternating(70_000_000_000, MIN_PART_BYTES, 0),
+    "runs of 5 MiB and as much computed": lambda: alternating(120_000_000_000, MIN_PART_BYTES, MIN_PART_BYTES),
     "runs of 200 MiB": lambda: alternating(2 * TB, 200 * MIB, 0),
     "runs of a byte over 1 GiB, and 100 MiB computed": lambda: alternating(5 * TB, (1 << 30) + 1, 100 * MIB),
     "runs of 60 MiB, and a byte computed": lambda: alternating(500_000_000_000, 60 * MIB, 1),
