@@ -12,18 +12,18 @@ from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan_merge import plan_merge
-from raymoe.sources.resolve import Elsewhere, HubOptions, folders_of
-from raymoe.storage.locations import Inputs, named_inputs
+from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, folders_of
+from raymoe.storage.locations import Inputs, input_paths
 
 if TYPE_CHECKING:
     from raymoe.evaluation.options import EvaluationOptions
     from raymoe.publish.repository import PushTarget
-    from raymoe.publish.upload import Pushed
+    from raymoe.publish.upload import PushResult
     from raymoe.results import MergeResult
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
-__all__ = ["evaluate", "load_config", "look_at_push", "merge", "merge_and_push", "plan", "push"]
+__all__ = ["evaluate", "load_config", "merge", "merge_and_push", "plan", "push", "push_dry_run"]
 
 
 def plan(
@@ -32,16 +32,16 @@ def plan(
     *,
     hub: HubOptions | None = None,
     allow_all_same: bool = False,
-    elsewhere: Elsewhere | None = None,
+    remote_folders: RemoteFolderResolver | None = None,
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
     `config` is a MergeConfig, the same as a mapping, or the path of a YAML file. Raises ProblemReport with everything
     that is wrong with the config, its models or its files of prompts. Folders that are not here are looked for
-    `elsewhere`, on the nodes of a cluster.
+    `remote_folders`, on the nodes of a cluster.
     """
     checked = _config(config, allow_all_same)
-    return plan_merge(checked, options, hub=hub, allow_all_same=allow_all_same, elsewhere=elsewhere)
+    return plan_merge(checked, options, hub=hub, allow_all_same=allow_all_same, remote_folders=remote_folders)
 
 
 def merge(
@@ -65,8 +65,8 @@ def merge(
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage, inputs=named_inputs(checked, config, settings.inputs))
-    return run_merge(_planned(checked, output, options, settings, report), checked, output, settings, report)
+    settings = replace(settings, storage=checked.storage, inputs=input_paths(checked, config, settings.inputs))
+    return run_merge(_plan_for_output(checked, output, options, settings, report), checked, output, settings, report)
 
 
 def merge_and_push(
@@ -79,7 +79,7 @@ def merge_and_push(
     allow_all_same: bool = False,
     report: RunReport | None = None,
     on_merged: Callable[[MergeResult], None] | None = None,
-) -> Pushed:
+) -> PushResult:
     """`merge`, then `push`. The token and the repository are checked before the merge starts.
 
     `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
@@ -91,8 +91,8 @@ def merge_and_push(
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
     checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage, inputs=named_inputs(checked, config, settings.inputs))
-    merge_plan = _planned(checked, output, options, settings, report)
+    settings = replace(settings, storage=checked.storage, inputs=input_paths(checked, config, settings.inputs))
+    merge_plan = _plan_for_output(checked, output, options, settings, report)
     merged = on_merged or (lambda result: None)
     return merge_and_push(merge_plan, checked, output, target, settings, report, merged)
 
@@ -107,7 +107,7 @@ def push(
     hub: HubOptions | None = None,
     storage: StorageOptions | None = None,
     quiet: bool = True,
-) -> Pushed:
+) -> PushResult:
     """Publish a finished merge, a folder or a URL, as the model `repo` (org/name) on the Hub, in one commit.
 
     `revision` is a branch, made if it is missing. Raises ProblemReport before anything is sent and PushFailed
@@ -120,7 +120,7 @@ def push(
     return push_merge(merged, target, hub or HubOptions(), storage or StorageOptions(), quiet=quiet)
 
 
-def look_at_push(
+def push_dry_run(
     merged: str | Path,
     repo: str,
     *,
@@ -131,11 +131,11 @@ def look_at_push(
     storage: StorageOptions | None = None,
 ) -> Iterator[str]:
     """What `push` would do, in lines for people; nothing is made or sent. Raises ProblemReport."""
-    from raymoe.publish.push import look_at_push
+    from raymoe.publish.push import push_dry_run
     from raymoe.publish.repository import PushTarget
 
     target = PushTarget(repo=repo, private=private, revision=revision, message=message)
-    return look_at_push(merged, target, hub or HubOptions(), storage or StorageOptions())
+    return push_dry_run(merged, target, hub or HubOptions(), storage or StorageOptions())
 
 
 def evaluate(
@@ -155,7 +155,7 @@ def evaluate(
     return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
 
 
-def _planned(
+def _plan_for_output(
     config: MergeConfig,
     output: str | Path,
     options: MergeOptions | None,
@@ -164,23 +164,25 @@ def _planned(
 ) -> MergePlan:
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
     from raymoe.compute import actor_device_problems
-    from raymoe.runtime.coordinator import output_of
-    from raymoe.runtime.remote_folders import OtherNodes
-    from raymoe.storage.outputs.output_checks import clash
+    from raymoe.runtime.coordinator import open_target
+    from raymoe.runtime.remote_folders import RayFolderResolver
+    from raymoe.storage.outputs.output_checks import input_conflict
 
     report.storage = config.storage
-    report.check_place()
-    if of_device := list(actor_device_problems(settings.device, settings.address, settings.gpus_per_expert)):
-        raise ProblemReport(of_device)
+    report.check_result_location()
+    if device_errors := list(actor_device_problems(settings.device, settings.address, settings.gpus_per_expert)):
+        raise ProblemReport(device_errors)
     try:
         with report.phase("plan"):
-            elsewhere = OtherNodes(settings)
-            return plan(config, options, hub=settings.hub, allow_all_same=True, elsewhere=elsewhere)
+            remote_folders = RayFolderResolver(settings)
+            return plan(config, options, hub=settings.hub, allow_all_same=True, remote_folders=remote_folders)
     except ProblemReport as refusal:
-        target = output_of(output, settings)
-        is_read = clash(target, _with_models(settings.inputs, config, settings.hub))
-        also = [is_read] if is_read else target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
-        raise (ProblemReport([*refusal.problems, *also]) if also else refusal) from None
+        target = open_target(output, settings)
+        is_read = input_conflict(target, _with_models(settings.inputs, config, settings.hub))
+        output_errors = (
+            [is_read] if is_read else target.problems(digest=None, output_bytes=0, overwrite=settings.overwrite)
+        )
+        raise (ProblemReport([*refusal.problems, *output_errors]) if output_errors else refusal) from None
 
 
 def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs:

@@ -13,7 +13,7 @@ from raymoe.errors import Problem
 __all__ = [
     "COMPUTE_THREADS",
     "actor_device_problems",
-    "device_of",
+    "choose_device",
     "device_problems",
     "limit_threads",
     "peak_rss_bytes",
@@ -27,7 +27,7 @@ def device_problems(device: str | None) -> Iterator[Problem]:
     """What is wrong with `cpu`, `cuda` or None, which leaves the choice."""
     if device not in (None, "cpu", "cuda"):
         yield Problem(where="--device", what=f"there is no device {device!r}", remedy="give cpu, cuda or auto")
-    if device == "cuda" and device_of(None) == "cpu":
+    if device == "cuda" and choose_device(None) == "cpu":
         what = "torch sees no GPU here"
         yield Problem(where="--device cuda", what=what, remedy="leave it out to compute on the CPU")
 
@@ -44,7 +44,7 @@ def actor_device_problems(device: str | None, address: str | None, gpus_per_expe
     yield from device_problems(None if is_cluster and device == "cuda" else device)
 
 
-def device_of(device: str | None) -> str:
+def choose_device(device: str | None) -> str:
     """`cpu` or `cuda`."""
     import torch
 

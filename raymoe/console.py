@@ -12,20 +12,20 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from raymoe.safe_text import for_people, json_text, printable, scrub
+from raymoe.safe_text import json_text, printable, safe_message, scrub
 
-__all__ = ["console", "print_json", "put", "say"]
+__all__ = ["console", "print_json", "print_line", "say"]
 
 
 def say(text: str) -> None:
     """A line for people, on standard error. Where it can't be written, nothing ends for it."""
     with contextlib.suppress(OSError):
-        print(for_people(text), file=sys.stderr, flush=True)
+        print(safe_message(text), file=sys.stderr, flush=True)
 
 
-def put(text: str) -> None:
+def print_line(text: str) -> None:
     """A line of a command's answer, on standard output."""
-    print(for_people(text))
+    print(safe_message(text))
 
 
 def print_json(value: Any) -> None:

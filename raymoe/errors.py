@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from raymoe.formatting import number_ranges, some
-from raymoe.safe_text import for_people, shortened
+from raymoe.formatting import number_ranges, short_list
+from raymoe.safe_text import safe_message, shorten
 
-__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "few", "install_remedy"]
+__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "first_few", "install_remedy"]
 
 # Of a line in a file, or of an item in a list.
 _NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
@@ -35,19 +35,19 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("where", "what", "remedy"):
-            object.__setattr__(self, name, shortened(for_people(getattr(self, name))))
+            object.__setattr__(self, name, shorten(safe_message(getattr(self, name))))
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n    -> {self.remedy}" if self.remedy else text
 
 
-def few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
+def first_few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
     """The first of problems of one kind, and that there are more.
 
     One file can give any number of them. A generator is not run to its end: each problem takes half a millisecond.
 
-    Example: `problems += few(_name_problems(index))`.
+    Example: `problems += first_few(_name_problems(index))`.
     """
     first = list(islice(problems, most + 1))
     return [*first[:most], *(replace(each, what="and more problems of this kind") for each in first[most:])]
@@ -64,7 +64,7 @@ class RaymoeError(Exception):
     exit_code = 1
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(for_people(each) if isinstance(each, str) else each for each in args))
+        super().__init__(*(safe_message(each) if isinstance(each, str) else each for each in args))
 
 
 class ProblemReport(RaymoeError):
@@ -78,30 +78,34 @@ class ProblemReport(RaymoeError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        shown = _told_once(self.problems)
-        if len(shown) == 1:
-            return str(shown[0])
-        head = f"{len(shown)} problems:"
-        return "\n".join([head, *(f"  {str(p).replace(chr(10), chr(10) + '  ')}" for p in shown)])
+        problems = _merge_repeated(self.problems)
+        if len(problems) == 1:
+            return str(problems[0])
+        head = f"{len(problems)} problems:"
+        return "\n".join([head, *(f"  {str(p).replace(chr(10), chr(10) + '  ')}" for p in problems)])
 
     def __reduce__(self) -> tuple[type[ProblemReport], tuple[tuple[Problem, ...]]]:
         # Exception's own pickling would hand the formatted text to __init__ (reports cross process borders on Ray).
         return type(self), (self.problems,)
 
 
-def _told_once(problems: Sequence[Problem]) -> list[Problem]:
+def _merge_repeated(problems: Sequence[Problem]) -> list[Problem]:
     """`problems` with one for all places of the same problem, in the order of the first ones."""
     places: dict[tuple[str, str], dict[str, list[str]]] = {}
     for problem in problems:
-        alike = places.setdefault((problem.what, problem.remedy), {})
-        alike.setdefault(_NUMBER.sub("\0", problem.where), []).append(problem.where)
+        same_problem = places.setdefault((problem.what, problem.remedy), {})
+        same_problem.setdefault(_NUMBER.sub("\0", problem.where), []).append(problem.where)
     return [
-        Problem(where=some([_joined(wheres) for wheres in alike.values()], separator="; "), what=what, remedy=remedy)
-        for (what, remedy), alike in places.items()
+        Problem(
+            where=short_list([_join_locations(wheres) for wheres in same_problem.values()], separator="; "),
+            what=what,
+            remedy=remedy,
+        )
+        for (what, remedy), same_problem in places.items()
     ]
 
 
-def _joined(wheres: Sequence[str]) -> str:
+def _join_locations(wheres: Sequence[str]) -> str:
     """Places that differ in numbers only, as one: `a.yaml:6: experts[0]` and `a.yaml:9: experts[1]` are
     `a.yaml:6, 9: experts[0-1]`.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "human_time", "number_ranges", "parse_size", "some"]
+__all__ = ["human_bytes", "human_count", "human_time", "number_ranges", "parse_size", "short_list"]
 
 
 def human_bytes(count: float) -> str:
@@ -46,7 +46,7 @@ def number_ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)
 
 
-def some(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+def short_list(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
     """The first few of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

@@ -1,7 +1,7 @@
 """What leaves raymoe: messages, logs and results, without secrets and without anything that a terminal would act on.
 
-    RaymoeError, Problem --> for_people      every message, also one that Ray stores or that Python code prints
-    say, console         --> for_people      lines and tables of the commands
+    RaymoeError, Problem --> safe_message      every message, also one that Ray stores or that Python code prints
+    say, console         --> safe_message      lines and tables of the commands
     result.json          --> json_text(scrubbed=True)
     standard streams     --> Scrubbed        whatever else a command or a library prints
 
@@ -23,16 +23,16 @@ from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
 __all__ = [
-    "MOST_CHARACTERS",
-    "Scrubbed",
-    "for_people",
+    "MAX_CHARACTERS",
+    "ScrubbedStream",
     "has_unprintable",
     "json_text",
     "printable",
     "remember_secrets",
+    "safe_message",
     "scrub",
     "scrub_streams",
-    "shortened",
+    "shorten",
 ]
 
 # Variables by name, and by the end of their names, with values of that many characters at least. A shorter id of an
@@ -42,7 +42,7 @@ _SECRET_NAME = re.compile(
     r"(?i)((^|_)(token|secret|access_key|access_key_id|secret_key|api_key|account_key|storage_key|connection_string)"
     r"|_(pat|pwd)|passw(or)?d)$"  # PWD itself is the working directory
 )
-_LEAST_CHARACTERS, _LEAST_BY_NAME, _LEAST_OF_KEY_ID = 4, 8, 16
+_MIN_CHARACTERS, _MIN_CHARACTERS_BY_NAME, _MIN_CHARACTERS_OF_KEY_ID = 4, 8, 16
 # A value below this many characters may be a word (`test`): it is no secret within a longer word or a path.
 _LONG = 8
 
@@ -72,10 +72,10 @@ _UNPRINTABLE = re.compile(
 # A line of a message that goes on is indented. One that is not would be taken for a message of its own.
 _NEW_LINE = re.compile(r"\n(?! |$)")
 
-MOST_CHARACTERS = 4_000
+MAX_CHARACTERS = 4_000
 """Of each of a problem's texts."""
 
-_remembered: set[str] = set()
+_remembered_secrets: set[str] = set()
 
 
 def remember_secrets(arguments: Iterable[str]) -> None:
@@ -84,14 +84,14 @@ def remember_secrets(arguments: Iterable[str]) -> None:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if previous == "--token" or (option == "--token" and equals):
-            _remembered.add(value if option == "--token" else argument)
-        _remembered.update(_secrets_of_url(argument))
+            _remembered_secrets.add(value if option == "--token" else argument)
+        _remembered_secrets.update(_secrets_of_url(argument))
         previous = argument
 
 
 def scrub(text: str) -> str:
     """`text` without credentials in URLs, presigned queries, and the secrets that this process knows of."""
-    for secret, name in _known_secrets(tuple(os.environ.items()), frozenset(_remembered)):
+    for secret, name in _known_secrets(tuple(os.environ.items()), frozenset(_remembered_secrets)):
         if secret not in text:
             continue
         if len(secret) >= _LONG:
@@ -99,12 +99,12 @@ def scrub(text: str) -> str:
         else:
             text = re.sub(rf"(?<![\w./-]){re.escape(secret)}(?![\w/-]|\.\w)", name.replace("\\", r"\\"), text)
     if "//" in text and "@" in text:
-        text = _USER.sub("", _WITHOUT_QUOTES.sub(_without_password, text))
+        text = _USER.sub("", _WITHOUT_QUOTES.sub(_remove_password, text))
     text = _QUERY.sub(r"\1=<removed>", text)
     return _KNOWN_FORMS.sub("<removed>", _AUTHORIZATION.sub(r"\1<removed>", text))
 
 
-def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+def shorten(text: str, most: int = MAX_CHARACTERS) -> str:
     """`text`, without its middle where it is longer than any message that is written for people."""
     if len(text) <= most:
         return text
@@ -121,19 +121,19 @@ def has_unprintable(text: str) -> bool:
     return _UNPRINTABLE.search(text) is not None
 
 
-def for_people(text: str) -> str:
+def safe_message(text: str) -> str:
     """A message as it may be shown anywhere; a line in it that is not indented is no line of its own."""
     return _NEW_LINE.sub(r"\\n", printable(scrub(text)))
 
 
 def json_text(content: Any, *, scrubbed: bool = False) -> str:
     """JSON for people and programs, one value a line; with `scrubbed`, without secrets."""
-    text = json.dumps(_scrubbed(content) if scrubbed else content, indent=2, ensure_ascii=False)
+    text = json.dumps(_scrub_content(content) if scrubbed else content, indent=2, ensure_ascii=False)
     # Such characters can be in strings alone, where JSON has an escape for each.
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-class Scrubbed:
+class ScrubbedStream:
     """A text stream that is written to without secrets; all else is the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -155,29 +155,29 @@ def scrub_streams() -> None:
     """Have this process write without secrets to its standard streams, whatever it or a library prints."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Scrubbed):
-            setattr(sys, name, Scrubbed(stream))
+        if stream is not None and not isinstance(stream, ScrubbedStream):
+            setattr(sys, name, ScrubbedStream(stream))
 
 
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
 
 
-def _scrubbed(content: Any) -> Any:
+def _scrub_content(content: Any) -> Any:
     """What json.dumps takes, with each text scrubbed."""
     if isinstance(content, str):
         return scrub(content)
     if isinstance(content, dict):
-        return {_scrubbed(key): _scrubbed_value(key, value) for key, value in content.items()}
-    return [_scrubbed(each) for each in content] if isinstance(content, (list, tuple)) else content
+        return {_scrub_content(key): _scrub_value(key, value) for key, value in content.items()}
+    return [_scrub_content(each) for each in content] if isinstance(content, (list, tuple)) else content
 
 
-def _scrubbed_value(key: Any, value: Any) -> Any:
+def _scrub_value(key: Any, value: Any) -> Any:
     is_credential = isinstance(key, str) and isinstance(value, str) and key.lower().endswith("authorization")
-    return "<removed>" if is_credential else _scrubbed(value)
+    return "<removed>" if is_credential else _scrub_content(value)
 
 
-def _without_password(match: re.Match[str]) -> str:
+def _remove_password(match: re.Match[str]) -> str:
     text = match[0]
     before, at, after = text.rpartition("@")
     found = _PASSWORD.search(before) if at else None
@@ -189,7 +189,7 @@ def _known_secrets(environment: tuple[tuple[str, str], ...], remembered: frozens
     """Secrets of this process and what is written in their place, longer ones first: one may be a part of another."""
     found = dict.fromkeys(remembered, "<removed>")
     for name, value in environment:
-        if len(value.strip()) >= _least_characters(name):
+        if len(value.strip()) >= _min_characters(name):
             found[value.strip()] = f"<{name}>"
         elif "://" in value or name.lower().endswith("_proxy"):
             url = value if "://" in value else f"http://{value}"
@@ -202,13 +202,13 @@ def _known_secrets(environment: tuple[tuple[str, str], ...], remembered: frozens
     return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
-def _least_characters(name: str) -> float:
+def _min_characters(name: str) -> float:
     """From how many characters on the value of a variable is a secret."""
     if name in _SECRET_VARIABLES:
-        return _LEAST_CHARACTERS
+        return _MIN_CHARACTERS
     if _SECRET_NAME.search(name) is None:
         return math.inf
-    return _LEAST_OF_KEY_ID if name.lower().endswith("access_key_id") else _LEAST_BY_NAME
+    return _MIN_CHARACTERS_OF_KEY_ID if name.lower().endswith("access_key_id") else _MIN_CHARACTERS_BY_NAME
 
 
 def _secrets_of_url(text: str) -> Iterator[str]:
@@ -225,6 +225,8 @@ def _secrets_of_url(text: str) -> Iterator[str]:
     for user_info in holders:
         found.append(user_info.partition(":")[2] if ":" in user_info else user_info)
     query = rest.partition("?")[2].partition("#")[0]
-    found += [value for pair in re.split("[&;]", query) if len(value := pair.partition("=")[2]) >= _LEAST_BY_NAME]
+    found += [
+        value for pair in re.split("[&;]", query) if len(value := pair.partition("=")[2]) >= _MIN_CHARACTERS_BY_NAME
+    ]
     for secret in found:
-        yield from (each for each in (secret, unquote(secret)) if len(each) >= _LEAST_CHARACTERS)
+        yield from (each for each in (secret, unquote(secret)) if len(each) >= _MIN_CHARACTERS)

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["before_the_end", "heard_at_once", "sigterm_as_ctrl_c", "stoppable"]
+__all__ = ["end_on_signal", "run_before_end", "sigterm_as_ctrl_c", "stoppable"]
 
-_HEARD = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STATUS = 1
-_LAST_CALLS_S = 5.0
+_FINAL_CALLS_TIMEOUT_S = 5.0
 
 _last_words: list[str] = []  # of the command that this process runs, if it runs one
-_to_do: list[Callable[[], None]] = []
+_final_calls: list[Callable[[], None]] = []
 
 
 @contextmanager
@@ -59,17 +59,17 @@ def stoppable(last_words: str) -> Iterator[None]:
 
 
 @contextmanager
-def before_the_end(call: Callable[[], None]) -> Iterator[None]:
-    """What is to be done before the process is ended in the block of `heard_at_once`."""
-    _to_do.append(call)
+def run_before_end(call: Callable[[], None]) -> Iterator[None]:
+    """What is to be done before the process is ended in the block of `end_on_signal`."""
+    _final_calls.append(call)
     try:
         yield
     finally:
-        _to_do.remove(call)
+        _final_calls.remove(call)
 
 
 @contextmanager
-def heard_at_once() -> Iterator[None]:
+def end_on_signal() -> Iterator[None]:
     """SIGINT and SIGTERM end the process, whatever the main thread is at: for calls that do not return to Python.
 
     Only in the main thread of a command; a program that uses raymoe as a library is not ended.
@@ -77,31 +77,31 @@ def heard_at_once() -> Iterator[None]:
     if not _last_words or threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    listener = threading.Thread(target=_listen, args=(heard,), daemon=True, name="signals")
-    previous = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    listener = threading.Thread(target=_listen, args=(read_end,), daemon=True, name="signals")
+    previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     listener.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous)
-        os.close(told)  # the listener has read to the end
+        os.close(write_end)  # the listener has read to the end
         listener.join()
-        os.close(heard)
+        os.close(read_end)
 
 
-def _listen(heard: int) -> None:
-    while numbers := os.read(heard, 64):
-        if any(number in _HEARD for number in numbers):
+def _listen(read_end: int) -> None:
+    while numbers := os.read(read_end, 64):
+        if any(number in _SIGNALS for number in numbers):
             _end()
 
 
 def _end() -> None:
-    for call in reversed(_to_do):
+    for call in reversed(_final_calls):
         doing = threading.Thread(target=call, daemon=True)
         doing.start()
-        doing.join(_LAST_CALLS_S)
+        doing.join(_FINAL_CALLS_TIMEOUT_S)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{_last_words[-1]}\n")
         sys.stderr.flush()

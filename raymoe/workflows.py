@@ -14,17 +14,17 @@ from raymoe.console import say
 from raymoe.errors import ProblemReport
 from raymoe.planning.plan import MergePlan
 from raymoe.publish.errors import PushFailed
-from raymoe.publish.manifest import open_published
+from raymoe.publish.manifest import open_manifest
 from raymoe.publish.push import push_published
 from raymoe.publish.repository import PushTarget, open_repository, source_problem, target_problems
-from raymoe.publish.upload import Pushed
+from raymoe.publish.upload import PushResult
 from raymoe.report.model_card import card_metadata
 from raymoe.report.source_metadata import source_cards
 from raymoe.results import MergeResult
-from raymoe.runtime.coordinator import output_of, output_problems, run_merge
+from raymoe.runtime.coordinator import open_target, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.storage.outputs.output_checks import complete_merge
+from raymoe.storage.outputs.output_checks import find_complete_merge
 
 __all__ = ["merge_and_push"]
 
@@ -37,35 +37,35 @@ def merge_and_push(
     settings: RuntimeSettings,
     report: RunReport,
     on_merged: Callable[[MergeResult], None],
-) -> Pushed:
+) -> PushResult:
     """Merge, call `on_merged` (unless the output holds this merge finished), and publish.
 
     Raises ProblemReport before the merge starts, for all that keeps either from being done.
     """
-    out = output_of(output, settings)
+    out = open_target(output, settings)
     models = [name for source in plan.sources for name in source.label.split("+")]
     of_source = source_problem(target, models)
     of_output = output_problems(plan, out, settings)
     if problems := [*target_problems(target), *((of_source,) if of_source else ()), *of_output]:
         raise ProblemReport(problems)
     quiet = settings.verbosity < 0
-    if not settings.overwrite and complete_merge(plan, out) is not None:
+    if not settings.overwrite and find_complete_merge(plan, out) is not None:
         out.clean_up()
-        published = open_published(output, target.repo, settings.storage)
-        repository = open_repository(target, settings.hub, card=published.card)
-        report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, published.nbytes
+        manifest = open_manifest(output, target.repo, settings.storage)
+        repository = open_repository(target, settings.hub, card=manifest.card)
+        report.output, report.plan_digest, report.bytes_kept = out.location, plan.digest, manifest.nbytes
         report.was_complete = True
         if not quiet:
             say(f"{out.location} holds this merge, finished: going on with the push")
     else:
         repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
         on_merged(run_merge(plan, config, output, settings, report))
-        published = open_published(output, target.repo, settings.storage)
-    if published.plan_digest != plan.digest:
+        manifest = open_manifest(output, target.repo, settings.storage)
+    if manifest.plan_digest != plan.digest:
         what = "another merge has taken the place of this one, and was not pushed"
         raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
     with report.phase("push"):
-        return push_published(published, repository, quiet=quiet)
+        return push_published(manifest, repository, quiet=quiet)
 
 
 def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:

@@ -79,10 +79,10 @@ def read_rate(model: Path) -> float:
 def gate_bytes(config: Path, actors: int) -> int:
     """Bytes of weights that the gate pass reads: each model once by each actor that reads prompts with it."""
     from raymoe import api
-    from raymoe.routers.prompt_passes import readings
+    from raymoe.routers.prompt_passes import plan_readings
 
     gates = api.plan(config).gates
-    parts = readings([*gates.experts], actors, gates.hidden)
+    parts = plan_readings([*gates.experts], actors, gates.hidden)
     return sum(ref.entry.nbytes for members in parts for n, ref in members[0].weights.items() if ".layers." in n)
 
 

@@ -34,7 +34,7 @@ from raymoe.checkpoints.weight_table import mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.planning.plan import MergePlan, Router
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes, router_rows
 from raymoe.sources.resolve import HubOptions, resolve_model
 from raymoe.storage.file_names import INDEX_NAME
@@ -109,7 +109,7 @@ def write_merge(plan: MergePlan, folder: Path) -> None:
 def rows_of(plan: MergePlan, device: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """(layers, experts, hidden), rounded to bfloat16 as in a checkpoint."""
     with SourceReader(HubOptions()) as reader:
-        rows, _ = gate_rows_here(plan.gates, reader, device=device)
+        rows, _ = compute_routers_locally(plan.gates, reader, device=device)
     stacked = np.stack([router_rows(plan.gates, rows, Router(layer=layer)) for layer in range(plan.gates.layers)])
     return torch.from_numpy(stacked).bfloat16().float().numpy()
 
@@ -162,7 +162,7 @@ def measured(
             label = texts[text][0]
             right[variant.name][label] += (int((experts_TK[:, 0] == label).sum()), len(experts_TK))
 
-        return dataclasses.replace(variant, see=see)
+        return dataclasses.replace(variant, on_routing=see)
 
     values = log_likelihoods(model, [ids for _, ids in texts], [seeing(variant) for variant in variants], *where)
     results = {}

@@ -55,7 +55,7 @@ def make_merges(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from raymoe.architectures import HOSTS
+    from raymoe.architectures import MOE_ARCHITECTURES
     from tests.architectures.pairs import PAIRS
     from tests.pico import load_dense, logits_of, merge_without_ray, save_model
 
@@ -66,7 +66,7 @@ def make_merges(folder: Path) -> None:
         dense = save_model(place / "dense", pair.family, **pair.options)
         off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}
         plan = merge_without_ray(pair.config(dense, [dense] * 3, dense, mode="random", **off), place / "merged")
-        (place / "since").write_text(HOSTS[pair.host].loaded_since(plan.config.get("layer_types")))
+        (place / "since").write_text(MOE_ARCHITECTURES[pair.host].min_transformers_for(plan.config.get("layer_types")))
         logits = logits_of(load_dense(dense), torch.tensor([TOKENS]))
         (place / "logits.json").write_text(json.dumps(logits.tolist()))
 

@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 from pages import put_between
 
-from raymoe.architectures.support_matrix import HeldPair, held_pairs
-from raymoe.architectures.unsupported_families import UNHELD
+from raymoe.architectures.support_matrix import SupportedPair, supported_pairs
+from raymoe.architectures.unsupported_families import UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/families.md"
@@ -81,7 +81,7 @@ def exact_table(measured: dict[str, Measured]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     notes: dict[str, list[str]] = {}
-    for pair in held_pairs():
+    for pair in supported_pairs():
         parts = [m for name in variants(pair) if (m := measured.get(name)) is not None]
         if not parts:
             sys.exit(f"no test of {pair.family} in {pair.host}")
@@ -102,7 +102,7 @@ def exact_table(measured: dict[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def variants(pair: HeldPair) -> tuple[str, str]:
+def variants(pair: SupportedPair) -> tuple[str, str]:
     """What the tests call a pair, without and with a shared expert."""
     return f"{pair.family}-{pair.host}", f"{pair.family}-{pair.host}-shared"
 
@@ -114,7 +114,7 @@ def summed(parts: list[Measured], kind: str) -> str:
 
 def refused_table() -> str:
     lines = ["| dense models | `model_type` | why not |", "|---|---|---|"]
-    for family in UNHELD:
+    for family in UNSUPPORTED:
         types = ", ".join(f"`{name}`" for name in family.model_types)
         lines.append(f"| {family.title} | {types} | {family.reason} |")
     return "\n".join(lines)
@@ -136,7 +136,7 @@ def pairs_of_page(page: str) -> list[tuple[str, str]]:
 
 
 def pairs_of_code() -> list[tuple[str, str]]:
-    return [(pair.family, pair.host) for pair in held_pairs()]
+    return [(pair.family, pair.host) for pair in supported_pairs()]
 
 
 def refused_of_page(page: str) -> list[str]:

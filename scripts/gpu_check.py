@@ -92,8 +92,8 @@ def main() -> None:
         "one GPU an expert (waves)": {"settings": {}, "merge": {}},
         "a quarter of a GPU an expert": {"settings": {"gpus_per_expert": 0.25}, "merge": {}},
         "on CPUs (--device cpu)": {"settings": {"device": "cpu"}, "merge": {}},
-        "--load-in-8bit": {"settings": {}, "merge": {"quantise_gates": "8bit"}},
-        "--load-in-4bit": {"settings": {}, "merge": {"quantise_gates": "4bit"}},
+        "--load-in-8bit": {"settings": {}, "merge": {"quantize_gates": "8bit"}},
+        "--load-in-4bit": {"settings": {}, "merge": {"quantize_gates": "4bit"}},
     }
     print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {EXPERTS} experts of {arguments.shape}")
     print(

@@ -37,15 +37,15 @@ RUN = """
 import json, sys
 import ray, raymoe
 from raymoe.planning import MergeOptions
-from raymoe.runtime.actor_plan import Slots
+from raymoe.runtime.actor_plan import ActorPlan
 from raymoe.runtime.actors import expert_actors
-from raymoe.runtime.placement import Seat
+from raymoe.runtime.placement import ActorPlacement
 from raymoe.runtime.settings import RuntimeSettings
 
 config, output = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 settings = RuntimeSettings(verbosity=-1)
-slots = Slots(seats=(Seat(),), gpus=0.0, readers=1, layers_at_once=1, shards_at_once=1, runs_model=False)
+slots = ActorPlan(seats=(ActorPlacement(),), gpus=0.0, readers=1, layers_at_once=1, shards_at_once=1, runs_model=False)
 with expert_actors(slots, output, settings) as (actor,):
     ray.get(actor.where.remote())
     idle = ray.get(actor.status.remote()).peak_rss_bytes

@@ -24,7 +24,7 @@ import raymoe
 from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.file_names import INDEX_NAME
@@ -298,7 +298,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
     plan = raymoe.plan(config, options, allow_all_same=True)
     folder.mkdir(parents=True)
     with SourceReader(HubOptions()) as reader:
-        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
+        rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
         for shard in plan.shards:
             with open(folder / shard.file_name, "wb") as file:
                 for chunk in shard_chunks(shard, reader, router_bytes(plan.gates, rows)):
@@ -317,16 +317,16 @@ def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | 
     content = MergeConfig.model_validate(config)
     plan = raymoe.plan(content, options, allow_all_same=True)
     settings = RuntimeSettings(verbosity=-1)
-    target = run.output_of(folder, settings)
+    target = run.open_target(folder, settings)
     run._begin(plan, target, settings, SourceFiles(plan, None))
     with SourceReader(HubOptions()) as reader:
-        rows, summary = gate_rows_here(plan.gates, reader, device="cpu")
+        rows, summary = compute_routers_locally(plan.gates, reader, device="cpu")
         records = []
         for shard in (shard for shard in plan.shards if shard.owner != "router"):
             results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
             records.append(target.complete(shard, results))
     records += run._write_router(plan, rows, target, settings)
-    run._finish(plan, content, target, settings, records, summary)
+    run._write_small_files(plan, content, target, settings, records, summary)
     target.release()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raymoe.errors import Problem, ProblemReport, few
+from raymoe.errors import Problem, ProblemReport, first_few
 
 
 def report(*wheres: str, what: str = "unknown key", remedy: str = "remove it") -> ProblemReport:
@@ -55,8 +55,8 @@ def test_a_few_of_many() -> None:
             made.append(number)
             yield Problem(where="file", what=f"problem {number}", remedy="mend it")
 
-    assert [problem.what for problem in few(problems(3), 3)] == ["problem 0", "problem 1", "problem 2"]
+    assert [problem.what for problem in first_few(problems(3), 3)] == ["problem 0", "problem 1", "problem 2"]
     made.clear()
-    found = few(problems(100_000), 2)
+    found = first_few(problems(100_000), 2)
     assert [problem.what for problem in found] == ["problem 0", "problem 1", "and more problems of this kind"]
     assert len(made) == 3

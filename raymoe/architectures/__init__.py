@@ -3,20 +3,20 @@
 from raymoe.architectures.dense_family import DenseFamily, TensorRow
 from raymoe.architectures.dense_spec import DenseSpec, read_spec
 from raymoe.architectures.families import FAMILIES
-from raymoe.architectures.moe import HOSTS, host_of
-from raymoe.architectures.moe_architecture import MoeHost, MoeShape
-from raymoe.architectures.select_architecture import Selection, select_host
+from raymoe.architectures.moe import MOE_ARCHITECTURES, find_moe_architecture
+from raymoe.architectures.moe_architecture import MoeArchitecture, MoeShape
+from raymoe.architectures.select_architecture import Selection, select_moe_architecture
 
 __all__ = [
     "FAMILIES",
-    "HOSTS",
+    "MOE_ARCHITECTURES",
     "DenseFamily",
     "DenseSpec",
-    "MoeHost",
+    "MoeArchitecture",
     "MoeShape",
     "Selection",
     "TensorRow",
-    "host_of",
+    "find_moe_architecture",
     "read_spec",
-    "select_host",
+    "select_moe_architecture",
 ]

@@ -4,7 +4,7 @@ A row names a tensor's *role* (`attn.q`, `ffn.down`, ...). Hosts map roles to th
 meet in roles and nowhere else, and adding either is adding a table. Shapes are written in symbols that `DenseSpec`
 resolves to numbers; `when` names the `DenseSpec` flag without which the row does not exist (`!flag`: with which).
 
-Some families store several matrices as one (Phi-3 has q, k and v in `qkv_proj`). Such a row `holds` them: blocks of its
+Some families store several matrices as one (Phi-3 has q, k and v in `qkv_proj`). Such a row `fused` them: blocks of its
 rows, each with a role of its own. The families themselves are in families.py.
 """
 
@@ -26,7 +26,7 @@ Windows = Callable[[Mapping[str, Any], int], tuple[int | None, tuple[bool, ...]]
 class TensorRow:
     """One kind of tensor: `name` may hold `{layer}`; `shape` is in symbols of `DenseSpec.size_of`.
 
-    `kind`: only layers of that kind have it, in families whose layers differ. `holds`: what the tensor is made of,
+    `kind`: only layers of that kind have it, in families whose layers differ. `fused`: what the tensor is made of,
     as (role, symbol of its number of rows) from the first row on.
     """
 
@@ -35,7 +35,7 @@ class TensorRow:
     shape: tuple[str, ...]
     when: str = ""
     kind: str = ""
-    holds: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, str], ...] = ()
 
     @property
     def per_layer(self) -> bool:
@@ -74,9 +74,9 @@ class DenseFamily:
     construction. `carried` are keys of the family's own that its hosts have too, under the same names.
     `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
     follow from `layer_types`. `scan` tells what layers of kind `LINEAR` hold, from the values of `carried`.
-    `turns_part`: its RoPE may turn a part of each head only. `turns_neighbours`: it turns dimension 0 of a head with
-    1, 2 with 3, ..., where others turn the first half with the second. `limits` says what about a config no host can
-    hold; `adjust` gives values that follow from others. `dropped` are keys that say nothing of a mixture.
+    `has_partial_rotary`: its RoPE may turn a part of each head only. `rope_is_interleaved`: it turns dimension 0 of a
+    head with 1, 2 with 3, ..., where others turn the first half with the second. `limits` says what about a config no
+    host can hold; `adjust` gives values that follow from others. `dropped` are keys that say nothing of a mixture.
     `mixture_keys` are those of `MIXTURE_KEYS` (moe_architecture.py) that its configuration class has too.
     `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
     `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
@@ -94,8 +94,8 @@ class DenseFamily:
     reads_layer_types: bool = False
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     scan: Callable[[Mapping[str, Any]], Scan] | None = None
-    turns_part: bool = False
-    turns_neighbours: bool = False
+    has_partial_rotary: bool = False
+    rope_is_interleaved: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")

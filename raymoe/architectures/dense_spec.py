@@ -17,14 +17,14 @@ from raymoe.architectures.rope import (
     POSITIVE,
     is_number,
     is_positive,
+    read_rope,
     rope_kind_problems,
-    rope_of,
     rope_value_problems,
     rotary_share,
 )
 from raymoe.architectures.tensor_tables import LINEAR
-from raymoe.architectures.unsupported_families import why_not
-from raymoe.errors import Problem, few
+from raymoe.architectures.unsupported_families import unsupported_reason
+from raymoe.errors import Problem, first_few
 
 __all__ = ["NULL_MEANS_NONE", "DenseSpec", "read_spec"]
 
@@ -129,12 +129,12 @@ class DenseSpec:
     def shape_of(self, row: TensorRow) -> tuple[int, ...]:
         return tuple(self.size_of(symbol) for symbol in row.shape)
 
-    def held_by(self, row: TensorRow) -> Iterator[tuple[str, int, int]]:
+    def fused_parts(self, row: TensorRow) -> Iterator[tuple[str, int, int]]:
         """(role, first row, row after the last) of what a tensor is made of; most are one thing, with one role."""
-        if not row.holds:
+        if not row.fused:
             yield row.role, 0, self.shape_of(row)[0]
         start = 0
-        for role, rows in row.holds:
+        for role, rows in row.fused:
             yield role, start, start + self.size_of(rows)
             start += self.size_of(rows)
 
@@ -172,7 +172,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     where = f"{label}/config.json"
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        return [_unknown(model_type, where)]
+        return [_unknown_family_problem(model_type, where)]
     merged = _with_defaults(FAMILIES[model_type], config)
     problems = [
         Problem(where=where, what=f"{key} is {merged.get(key)!r:.80}", remedy="expected a positive whole number")
@@ -189,7 +189,7 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
         for key in keys
         if merged.get(key) is not None and not is_valid(merged[key])
     ]
-    problems = problems or _expected(where, rope_value_problems(merged))
+    problems = problems or _value_problems(where, rope_value_problems(merged))
     if problems:
         return problems
     family = FAMILIES[model_type]
@@ -203,15 +203,15 @@ def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem
     if problems:
         return problems
     spec = _build(family, merged)
-    return _expected(where, rope_kind_problems(merged, spec.rotary_dim)) or spec
+    return _value_problems(where, rope_kind_problems(merged, spec.rotary_dim)) or spec
 
 
-def _expected(where: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
-    return few(Problem(where=where, what=what, remedy=f"expected {expected}") for what, expected in found)
+def _value_problems(where: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
+    return first_few(Problem(where=where, what=what, remedy=f"expected {expected}") for what, expected in found)
 
 
-def _unknown(model_type: object, where: str) -> Problem:
-    if isinstance(model_type, str) and (reason := why_not(model_type)):
+def _unknown_family_problem(model_type: object, where: str) -> Problem:
+    if isinstance(model_type, str) and (reason := unsupported_reason(model_type)):
         what, remedy = f"model_type is {model_type!r}: {reason}", "use models of a family that `raymoe archs` lists"
         return Problem(where=where, what=what, remedy=remedy)
     known = ", ".join(sorted(FAMILIES))
@@ -327,16 +327,16 @@ def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) ->
     if len(types) != layers:
         what = f"layer_types has {len(types)} entries, but num_hidden_layers is {layers}"
         return [Problem(where=where, what=what, remedy="give one for each layer")]
-    odd = sorted({str(kind) for kind in types} - known)
-    if odd:
-        what = f"layer_types has {', '.join(odd)}, which a {family.model_type} model does not have"
+    invalid = sorted({str(kind) for kind in types} - known)
+    if invalid:
+        what = f"layer_types has {', '.join(invalid)}, which a {family.model_type} model does not have"
         return [Problem(where=where, what=what, remedy=f"expected {' or '.join(sorted(known))}")]
     return []
 
 
 def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
     heads, layers = merged["num_attention_heads"], merged["num_hidden_layers"]
-    theta, scaling = rope_of(merged)
+    theta, scaling = read_rope(merged)
     window, sliding = family.windows(merged, layers)
 
     def has(feature: str) -> bool:
@@ -365,6 +365,6 @@ def _build(family: DenseFamily, merged: Mapping[str, Any]) -> DenseSpec:
         mlp_bias=has("mlp_bias"),
         qk_norm=has("qk_norm"),
         kinds=family.kinds(merged, layers) if family.kinds else (),
-        partial_rotary=rotary_share(merged) if family.turns_part else 1.0,
+        partial_rotary=rotary_share(merged) if family.has_partial_rotary else 1.0,
         extra={key: merged.get(key) for key in family.carried},
     )

@@ -27,12 +27,12 @@ __all__ = [
     "QKV_BIAS",
     "QK_NORM",
     "ConstantRow",
-    "MoeHost",
+    "MoeArchitecture",
     "MoeShape",
     "bias_reasons",
     "common_reasons",
     "head_dim_reason",
-    "host_config",
+    "moe_config",
     "no_shared_reasons",
     "ungated_shared_reasons",
     "zero_ffn",
@@ -68,13 +68,13 @@ hosts read several of them, some as other names of keys that raymoe writes (the 
 class MoeShape:
     """How many experts there are, how many run for a token, how many are shared (run for every token).
 
-    `shared_prompted`: the shared experts have prompts. `needs_prompts`: the gate mode computes gates from prompts.
+    `shared_has_prompts`: the shared experts have prompts. `needs_prompts`: the gate mode computes gates from prompts.
     """
 
     experts: int
     experts_per_token: int
     shared: int = 0
-    shared_prompted: bool = False
+    shared_has_prompts: bool = False
     needs_prompts: bool = False
 
 
@@ -88,66 +88,76 @@ class ConstantRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoeHost:
+class MoeArchitecture:
     """One MoE architecture.
 
     `backbone` maps roles to output names, `expert` and `shared` map FFN roles to names with `{layer}` and `{expert}`.
     Names of experts without `{expert}` are of tensors with all experts in them, (experts, rows, columns), and roles
     that share a name lie one after the other in it, in the order of the mapping.
-    `constants` and `refusals` look at the dense model; `config` gives the keys that the host adds to the base's config.
-    `dense` is the family whose attention and norms the host has; its config follows from the host's, with `dense_keys`.
-    `dense_in_part` is that of hosts whose RoPE may turn a part of each head, where `dense` can't.
+    `constants` and `unsupported_reasons` look at the dense model; `config` gives the keys that the host adds to the
+    base's config.
+    `dense_family` is the family whose attention and norms the host has; its config follows from the host's, with
+    `dense_keys`.
+    `partial_rotary_family` is that of hosts whose RoPE may turn a part of each head, where `dense_family` can't.
     `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
-    one), `renormalise_key` what makes the weights of the chosen sum to one (empty: they always do). `aliases` has the
+    one), `renormalize_key` what makes the weights of the chosen sum to one (empty: they always do). `aliases` has the
     other names of the first and of PER_TOKEN_KEY that transformers reads (the `attribute_map` of its configuration):
-    when it saves a merge again, it writes only one of them. `scores` says what is made of router scores before the
-    highest are chosen: softmax or sigmoid.
-    `since` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py); empty where
-    it comes with code of its own (`code`: where from). `mixed_windows_since`: the oldest that has a window on some
-    layers only, where the host can have that. `note` is what else there is to know of it.
+    when it saves a merge again, it writes only one of them. `score_function` says what is made of router scores before
+    the highest are chosen: softmax or sigmoid.
+    `min_transformers` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py);
+    empty where it comes with code of its own (`code_repository`: where from). `min_transformers_mixed_windows`: the
+    oldest that has a window on some layers only, where the host can have that. `note` is what else there is to know of
+    it.
     """
 
     name: str
     title: str
     model_type: str
-    architecture: str
+    class_name: str
     accepts: tuple[str, ...]
     backbone: Mapping[str, str]
     expert: Mapping[str, str]
     router: str
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
-    refusals: Callable[[DenseSpec, MoeShape], list[str]]
-    dense: str
-    dense_in_part: str = ""
+    unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
+    dense_family: str
+    partial_rotary_family: str = ""
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_router: str = ""
     constants: Callable[[DenseSpec, MoeShape], tuple[ConstantRow, ...]] = lambda spec, moe: ()
     experts_key: str = "num_experts"
     shared_key: str = ""
-    renormalise_key: str = ""
+    renormalize_key: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    scores: str = "softmax"
+    score_function: str = "softmax"
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
-    since: str = ""
-    code: str = ""
-    mixed_windows_since: str = ""
+    min_transformers: str = ""
+    code_repository: str = ""
+    min_transformers_mixed_windows: str = ""
     note: str = ""
 
     @property
-    def turns_neighbours(self) -> bool:
+    def rope_is_interleaved(self) -> bool:
         """As in `DenseFamily`."""
-        return FAMILIES[self.dense].turns_neighbours
+        return FAMILIES[self.dense_family].rope_is_interleaved
 
     @property
-    def dense_turns_whole_heads(self) -> bool:
-        """Whether the RoPE of `dense` can't turn a part of each head, as the host's may."""
-        return any(FAMILIES[name].turns_part for name in self.accepts) and not FAMILIES[self.dense].turns_part
+    def dense_lacks_partial_rotary(self) -> bool:
+        """Whether the RoPE of `dense_family` can't turn a part of each head, as the host's may."""
+        return (
+            any(FAMILIES[name].has_partial_rotary for name in self.accepts)
+            and not FAMILIES[self.dense_family].has_partial_rotary
+        )
 
-    def loaded_since(self, layer_types: Sequence[object] | None) -> str:
+    def min_transformers_for(self, layer_types: Sequence[object] | None) -> str:
         """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: code of its
         own.
         """
-        return self.mixed_windows_since if self.mixed_windows_since and len(set(layer_types or ())) > 1 else self.since
+        return (
+            self.min_transformers_mixed_windows
+            if self.min_transformers_mixed_windows and len(set(layer_types or ())) > 1
+            else self.min_transformers
+        )
 
     def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
         """A key of the host's config and its value there, by the first of its names that has one; (key, None) else."""
@@ -179,17 +189,17 @@ EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for rol
 EMPTY_SHARED_WIDTH = 256
 
 
-def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
+def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     """Keys of the output's config.json that follow from the dense model and the host.
 
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
     RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
     does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
     """
-    carried = FAMILIES[host.dense].carried
+    carried = FAMILIES[architecture.dense_family].carried
     keys = {
-        "architectures": [host.architecture],
-        "model_type": host.model_type,
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
         "vocab_size": spec.vocab,
         "hidden_size": spec.hidden,
         "intermediate_size": spec.intermediate,
@@ -205,7 +215,7 @@ def host_config(host: MoeHost, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]
         "tie_word_embeddings": spec.tied,
         PER_TOKEN_KEY: moe.experts_per_token,
         **{key: value for key, value in spec.extra.items() if key in carried},
-        **host.config(spec, moe),
+        **architecture.config(spec, moe),
     }
     return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
 
@@ -244,7 +254,7 @@ def no_shared_reasons(moe: MoeShape) -> list[str]:
 
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
     """Of hosts whose shared experts have no gate."""
-    return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_prompted else []
+    return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_has_prompts else []
 
 
 def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ConstantRow, ...]:

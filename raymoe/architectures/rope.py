@@ -15,9 +15,9 @@ __all__ = [
     "POSITIVE",
     "is_number",
     "is_positive",
+    "read_rope",
     "rope_kind",
     "rope_kind_problems",
-    "rope_of",
     "rope_parameters",
     "rope_value_problems",
     "rotary_share",
@@ -27,7 +27,7 @@ POSITIVE = "a number over 0 (up to 1.8e+308)"
 """What `is_positive` wants, for people."""
 
 # Kind -> keys without which transformers does not compute it, all of them numbers or lists of numbers.
-_NEEDS: Mapping[str, tuple[str, ...]] = {
+_REQUIRED_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -43,7 +43,7 @@ _OPTIONAL = (
 )
 
 
-def rope_of(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+def read_rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     """theta, and the scaling with its `rope_type`; None for plain RoPE."""
     parameters = rope_parameters(config)
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
@@ -83,10 +83,10 @@ def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[t
     """The same of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a head that turn."""
     parameters = rope_parameters(config)
     kind = rope_kind(parameters)
-    if kind not in _NEEDS:
-        yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(_NEEDS)}"
+    if kind not in _REQUIRED_KEYS:
+        yield f"its RoPE is of type {kind!r:.40}", f"one of {', '.join(_REQUIRED_KEYS)}"
         return
-    for key in _NEEDS[kind]:
+    for key in _REQUIRED_KEYS[kind]:
         value = parameters.get(key)
         if key not in _LISTS and not is_positive(value):
             yield f"{key} of its {kind} RoPE is {value!r:.80}", POSITIVE

@@ -6,58 +6,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raymoe.architectures.dense_spec import DenseSpec
-from raymoe.architectures.moe import HOSTS
-from raymoe.architectures.moe_architecture import MoeHost, MoeShape
+from raymoe.architectures.moe import MOE_ARCHITECTURES
+from raymoe.architectures.moe_architecture import MoeArchitecture, MoeShape
 from raymoe.errors import Problem
 
-__all__ = ["Selection", "select_host"]
+__all__ = ["Selection", "select_moe_architecture"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    host: MoeHost | None
+    architecture: MoeArchitecture | None
     problems: tuple[Problem, ...] = ()
 
 
-def select_host(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str) -> Selection:
+def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str) -> Selection:
     """Choose the host for a base model; the experts' own types are checked against the base's by the planner.
 
     `forced` is the config's `architecture` and may be the start of a host's name or title ("qwen", "Mixtral").
     """
-    candidates: Sequence[MoeHost] = [host for host in HOSTS.values() if base.model_type in host.accepts]
+    candidates: Sequence[MoeArchitecture] = [
+        architecture for architecture in MOE_ARCHITECTURES.values() if base.model_type in architecture.accepts
+    ]
     if forced is not None:
-        candidates = _named(forced)
+        candidates = _architectures_named(forced)
         if not candidates:
-            names = ", ".join(f"{h.name} ({h.title})" for h in HOSTS.values())
+            names = ", ".join(f"{h.name} ({h.title})" for h in MOE_ARCHITECTURES.values())
             what = f"unknown architecture {forced!r}"
-            return Selection(host=None, problems=(Problem(where=where, what=what, remedy=f"one of: {names}"),))
-    reasons = [(host, _reasons(host, base, moe)) for host in candidates]
-    for host, why_not in reasons:
+            return Selection(architecture=None, problems=(Problem(where=where, what=what, remedy=f"one of: {names}"),))
+    reasons = [(architecture, _reasons(architecture, base, moe)) for architecture in candidates]
+    for architecture, why_not in reasons:
         if not why_not:
-            return Selection(host=host)
-    details = "".join(f"\n      {host.title}: {'; '.join(why)}" for host, why in reasons)
-    nothing = "no MoE architecture" if forced is None else f"architecture {forced!r}"
+            return Selection(architecture=architecture)
+    details = "".join(f"\n      {architecture.title}: {'; '.join(why)}" for architecture, why in reasons)
+    no_match = "no MoE architecture" if forced is None else f"architecture {forced!r}"
     can = "can" if forced is None else "can't"
-    what = f"{nothing} {can} hold a {base.model_type} base with {_describe(moe)}:{details}"
+    what = f"{no_match} {can} hold a {base.model_type} base with {_describe(moe)}:{details}"
     remedy = "change what is named above, or use other models"
     if forced is not None:
-        others = [host.name for host in HOSTS.values() if not _reasons(host, base, moe)]
-        able = f" ({', '.join(others)} can)" if others else ""
-        remedy += f", or another architecture{able}, or leave it out to let raymoe choose"
-    return Selection(host=None, problems=(Problem(where=where, what=what, remedy=remedy),))
+        others = [
+            architecture.name for architecture in MOE_ARCHITECTURES.values() if not _reasons(architecture, base, moe)
+        ]
+        suitable = f" ({', '.join(others)} can)" if others else ""
+        remedy += f", or another architecture{suitable}, or leave it out to let raymoe choose"
+    return Selection(architecture=None, problems=(Problem(where=where, what=what, remedy=remedy),))
 
 
-def _named(forced: str) -> list[MoeHost]:
+def _architectures_named(forced: str) -> list[MoeArchitecture]:
     wanted = forced.strip().lower()
-    exact = [host for host in HOSTS.values() if wanted in (host.name, host.title.lower())]
-    starts = [h for h in HOSTS.values() if h.name.startswith(wanted) or h.title.lower().startswith(wanted)]
+    exact = [host for host in MOE_ARCHITECTURES.values() if wanted in (host.name, host.title.lower())]
+    starts = [h for h in MOE_ARCHITECTURES.values() if h.name.startswith(wanted) or h.title.lower().startswith(wanted)]
     return exact or starts
 
 
-def _reasons(host: MoeHost, base: DenseSpec, moe: MoeShape) -> list[str]:
-    if base.model_type not in host.accepts:
-        return [f"takes {', '.join(host.accepts)} models only"]
-    return host.refusals(base, moe)
+def _reasons(architecture: MoeArchitecture, base: DenseSpec, moe: MoeShape) -> list[str]:
+    if base.model_type not in architecture.accepts:
+        return [f"takes {', '.join(architecture.accepts)} models only"]
+    return architecture.unsupported_reasons(base, moe)
 
 
 def _describe(moe: MoeShape) -> str:

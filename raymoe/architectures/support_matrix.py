@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.architectures.families import FAMILIES
-from raymoe.architectures.moe import HOSTS
-from raymoe.architectures.moe_architecture import MoeHost
-from raymoe.architectures.unsupported_families import UNHELD
+from raymoe.architectures.moe import MOE_ARCHITECTURES
+from raymoe.architectures.moe_architecture import MoeArchitecture
+from raymoe.architectures.unsupported_families import UNSUPPORTED
 
-__all__ = ["HeldPair", "held_pairs", "table"]
+__all__ = ["SupportedPair", "support_matrix", "supported_pairs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldPair:
+class SupportedPair:
     """A dense family and a MoE host that holds it exactly.
 
     `is_default`: the host that is taken where a config names none. `shared_expert`: `no`, `gated`, `plain`, or `always`
@@ -34,32 +34,35 @@ class HeldPair:
     note: str
 
 
-def held_pairs() -> Iterator[HeldPair]:
+def supported_pairs() -> Iterator[SupportedPair]:
     """Every pair, by family, in the order in which hosts are chosen."""
     for family in FAMILIES.values():
         _, windows = family.windows(family.defaults, 8)
-        for number, host in enumerate(h for h in HOSTS.values() if family.model_type in h.accepts):
-            yield HeldPair(
+        for number, architecture in enumerate(h for h in MOE_ARCHITECTURES.values() if family.model_type in h.accepts):
+            yield SupportedPair(
                 family=family.model_type,
                 family_title=family.title,
-                host=host.name,
-                host_title=host.title,
-                architecture=host.architecture,
+                host=architecture.name,
+                host_title=architecture.title,
+                architecture=architecture.class_name,
                 is_default=number == 0,
-                shared_expert=_shared_expert(host),
-                since=host.loaded_since(windows),
-                note=host.note,
+                shared_expert=_shared_expert(architecture),
+                since=architecture.min_transformers_for(windows),
+                note=architecture.note,
             )
 
 
-def _shared_expert(host: MoeHost) -> str:
-    if not host.shared:
+def _shared_expert(architecture: MoeArchitecture) -> str:
+    if not architecture.shared:
         return "no"
-    if host.shared_router:
+    if architecture.shared_router:
         return "gated"
-    return "plain" if host.shared_key else "always"
+    return "plain" if architecture.shared_key else "always"
 
 
-def table() -> dict[str, list[dict[str, Any]]]:
+def support_matrix() -> dict[str, list[dict[str, Any]]]:
     """Both tables as plain data: what `raymoe archs --json` prints."""
-    return {"exact": [asdict(pair) for pair in held_pairs()], "refused": [asdict(family) for family in UNHELD]}
+    return {
+        "exact": [asdict(pair) for pair in supported_pairs()],
+        "refused": [asdict(family) for family in UNSUPPORTED],
+    }

@@ -119,19 +119,19 @@ HUNYUAN_ROWS = (
 )
 # Attention and FFN side by side, behind one norm.
 COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
-_FFN_OF_TWO = (
+_FUSED_FFN = (
     TensorRow(role="ffn.down", name=f"{_LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
     TensorRow(
         role="ffn.gate_up",
         name=f"{_LAYER}mlp.gate_up_proj.weight",
         shape=("2*intermediate", "hidden"),
-        holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+        fused=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
     ),
 )
 GLM_ROWS = (
     _EMBED,
     _norm("input", "input_layernorm"),
-    *_FFN_OF_TWO,
+    *_FUSED_FFN,
     _norm("post", "post_attention_layernorm"),
     *_attention("k"),
     *_attention("o"),
@@ -143,14 +143,14 @@ GLM_ROWS = (
 PHI3_ROWS = (
     _EMBED,
     _norm("input", "input_layernorm"),
-    *_FFN_OF_TWO,
+    *_FUSED_FFN,
     _norm("post", "post_attention_layernorm"),
     *_attention("o")[:1],
     TensorRow(
         role="attn.qkv",
         name=f"{_LAYER}self_attn.qkv_proj.weight",
         shape=("q_out+2*kv_out", "hidden"),
-        holds=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
+        fused=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
     ),
     _FINAL_NORM,
     _HEAD,
@@ -191,7 +191,7 @@ def _granite4_rows() -> tuple[TensorRow, ...]:
             role="ffn.gate_up",
             name=f"{_LAYER}shared_mlp.input_linear.weight",
             shape=("2*intermediate", "hidden"),
-            holds=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
+            fused=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
         ),
         TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
         _FINAL_NORM,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["UNHELD", "UnheldFamily", "why_not"]
+__all__ = ["UNSUPPORTED", "UnsupportedFamily", "unsupported_reason"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnheldFamily:
+class UnsupportedFamily:
     """`model_types` of transformers that share the reason."""
 
     title: str
@@ -20,121 +20,121 @@ class UnheldFamily:
 _NO_GATE = "its FFN is two matrices without a gate, and the experts of every MoE architecture that fits have three"
 _HYBRID = "it is a hybrid of attention and state-space layers, which raymoe's tables do not describe"
 
-UNHELD: tuple[UnheldFamily, ...] = (
-    UnheldFamily(
+UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
+    UnsupportedFamily(
         title="Gemma 1 to 4",
         model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
         reason="its norms multiply by one plus their weight (but for Gemma 4's), and the one MoE with its four norms, "
         "Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="GLM-4 of 2025 (0414)",
         model_types=("glm4",),
         reason="it has norms before and behind attention and FFN; of MoEs only Gemma 4's has, with a dense FFN beside "
         "the experts",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="OLMo 1",
         model_types=("olmo",),
         reason="its LayerNorm has no weights; OLMoE has RMSNorm, and norms of q and k",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="OLMo 3",
         model_types=("olmo3", "olmo_hybrid"),
         reason="most of its layers have a sliding window (in the hybrid: no attention), and FlexOlmo's have none",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="EXAONE 4",
         model_types=("exaone4",),
         reason="its norms stand behind attention and FFN, those of EXAONE MoE before them",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Ministral 3",
         model_types=("ministral3", "mistral3"),
         reason="beyond its original context its queries are scaled by their position, which no MoE architecture with "
         "its attention does",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="HyperCLOVA X",
         model_types=("hyperclovax",),
         reason="its norms behind attention and FFN have no place in Granite's MoE",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="StableLM",
         model_types=("stablelm",),
         reason="its LayerNorm has biases and its RoPE turns a part of each head; PhiMoE, which has such norms, turns "
         "whole heads, and the weights of its two experts do not sum to one",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Falcon",
         model_types=("falcon",),
         reason=_NO_GATE,
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="GPT-2, GPT-J, GPT-Neo, GPT-NeoX (Pythia), OPT, BLOOM, MPT, CodeGen, StarCoder",
         model_types=("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "gpt_bigcode"),
         reason=_NO_GATE,
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="StarCoder2, Phi-1 and Phi-2, Persimmon",
         model_types=("starcoder2", "phi", "persimmon"),
         reason=_NO_GATE,
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Nemotron, Arcee AFM, Apertus, Jais 2, nanochat",
         model_types=("nemotron", "arcee", "apertus", "jais2", "nanochat"),
         reason=_NO_GATE,
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="BitNet",
         model_types=("bitnet",),
         reason="it has norms inside attention and FFN, and weights of three values",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="MiniCPM3",
         model_types=("minicpm3",),
         reason="its residuals and embeddings are scaled by constants, which DeepSeek's MoE, whose attention it has, "
         "does not do",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="DiffLlama",
         model_types=("diffllama",),
         reason="no MoE architecture has its attention",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Doge",
         model_types=("doge",),
         reason="its attention chooses keys by a learned mask and its residuals have weights; its own MoE keeps the "
         "dense FFN and adds single rows to it",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="LFM3",
         model_types=("lfm3",),
         reason="it has norms behind attention, convolution and FFN and a gate on attention's output, which LFM2's MoE "
         "lacks",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="VaultGemma",
         model_types=("vaultgemma",),
         reason="its norms multiply by one plus their weight and its attention has a soft cap by default; no MoE "
         "architecture has both",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="HRM-Text",
         model_types=("hrm_text",),
         reason="it runs its layers several times over, and its norms have no weights",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Mamba, RWKV, xLSTM",
         model_types=("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
         reason="its layers have no FFN that could become experts",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Jamba, Bamba, Falcon-H1, Zamba, Nemotron-H, RecurrentGemma",
         model_types=("jamba", "bamba", "falcon_h1", "zamba", "zamba2", "nemotron_h", "recurrent_gemma"),
         reason=_HYBRID,
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Qwen-VL, Qwen3.5 with vision, Llama 3.2 Vision, LLaVA, InternVL, Pixtral",
         model_types=(
             "qwen2_vl",
@@ -149,7 +149,7 @@ UNHELD: tuple[UnheldFamily, ...] = (
         ),
         reason="it reads images too; a text model of a type that is listed, saved by itself, can be merged",
     ),
-    UnheldFamily(
+    UnsupportedFamily(
         title="Models that are mixtures already",
         model_types=(
             "mixtral",
@@ -197,9 +197,9 @@ UNHELD: tuple[UnheldFamily, ...] = (
 )
 
 
-_REASONS: Mapping[str, str] = {name: family.reason for family in UNHELD for name in family.model_types}
+_REASONS: Mapping[str, str] = {name: family.reason for family in UNSUPPORTED for name in family.model_types}
 
 
-def why_not(model_type: str) -> str:
+def unsupported_reason(model_type: str) -> str:
     """The reason why models of this type are refused; empty for a type that is not listed."""
     return _REASONS.get(model_type, "")

@@ -9,19 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from raymoe._version import __version__
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_s3
 from raymoe.planning.plan import MergePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.sources.local_folder import has_changed, recorded_sample
-from raymoe.sources.prompt_sampling import prompt_file_place
+from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.file_names import RECORD_NAME, FileRecord
 
 __all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
@@ -46,7 +46,7 @@ def merge_record(
         "format": RECORD_FORMAT,
         "raymoe_version": __version__,
         "plan_digest": plan.digest,
-        "architecture": plan.host,
+        "architecture": plan.architecture,
         "dtype": plan.dtype,
         "parameters": plan.totals.parameters,
         "active_parameters": plan.totals.active_parameters,
@@ -54,7 +54,7 @@ def merge_record(
         "prompt_files": prompt_records(plan, config),
         "routers": summary.plain() if summary else None,
         # Records of merges that are not strict stay what they were.
-        "options": {key: value for key, value in asdict(plan.options).items() if key != "strict" or value},
+        "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
         "sources": [
             {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
         ],
@@ -72,7 +72,7 @@ def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]
         prompts = drawn[f"{'expert' if experts == 'experts' else 'shared'} {number}"]
         texts = prompts.positive if key == "positive_prompts" else prompts.negative
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
-        place = prompt_file_place(file)
+        place = prompt_file_location(file)
         records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
 
@@ -105,26 +105,27 @@ def with_own_storage(
     if trusts_record or not (recorded.endpoint or recorded.profile):
         return config
     storage = replace(recorded, endpoint=own.endpoint, profile=own.profile)
-    needed = [place for place in _places(config) if is_s3(place)]
-    says_where = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
-    says_who = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
-    if needed and not (says_where and says_who):
+    needed = [place for place in _read_locations(config) if is_s3(place)]
+    names_endpoint = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
+    names_identity = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
+    if needed and not (names_endpoint and names_identity):
         address = f"at {recorded.endpoint}" if recorded.endpoint else ""
         identity = f"with the profile {recorded.profile!r} of this user" if recorded.profile else ""
         what = (
-            f"the record says that {some(needed, most=2)} is reached {' '.join(filter(None, (address, identity)))}; "
+            f"the record says that {short_list(needed, most=2)} is reached "
+            f"{' '.join(filter(None, (address, identity)))}; "
             "requests signed with your credentials would be sent there"
         )
         variables = [
-            *([] if says_where else ["AWS_ENDPOINT_URL_S3"]),
-            *([] if says_who else ["AWS_PROFILE"]),
+            *([] if names_endpoint else ["AWS_ENDPOINT_URL_S3"]),
+            *([] if names_identity else ["AWS_PROFILE"]),
         ]
         remedy = f"set {' and '.join(variables)} to what you mean, or give --trust-record if you know that place"
         raise ProblemReport([Problem(where=f"{folder}/{RECORD_NAME}", what=what, remedy=remedy)])
     return config.model_copy(update={"storage": storage})
 
 
-def _places(config: MergeConfig) -> Iterator[str]:
+def _read_locations(config: MergeConfig) -> Iterator[str]:
     """What the config reads: models, adapters and files of prompts."""
     for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
         yield from (path.path for path in (ref.model, ref.adapter) if path is not None)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from raymoe.architectures import FAMILIES, DenseSpec, MoeHost, host_of, read_spec
+from raymoe.architectures import FAMILIES, DenseSpec, MoeArchitecture, find_moe_architecture, read_spec
 from raymoe.architectures.dense_spec import NULL_MEANS_NONE
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
 from raymoe.architectures.rope import rope_value_problems, rotary_share
-from raymoe.errors import Problem, ProblemReport, few
-from raymoe.planning.compatibility import FLOAT_DTYPES, check_tensors, spec_of
-from raymoe.planning.plan import HeadRows, WeightRef
-from raymoe.planning.tensor_sources import adapter_problems, head_rows, rows_of, weight_refs
+from raymoe.errors import Problem, ProblemReport, first_few
+from raymoe.planning.compatibility import FLOAT_DTYPES, check_tensors, load_spec
+from raymoe.planning.plan import HeadPermutation, WeightRef
+from raymoe.planning.tensor_sources import adapter_problems, head_permutation, slice_rows, weight_refs
 from raymoe.sources.facts import ModelFacts, TensorEntry
 
-__all__ = ["EvaluatedModel", "RoutingRule", "dense_model", "mixture_model"]
+__all__ = ["CheckpointModel", "RoutingRule", "dense_model", "mixture_model"]
 
 # Keys of a host's config.json that mean the same in the dense model whose attention and norms it has.
 _DENSE_KEYS = (
@@ -51,32 +51,32 @@ _DENSE_KEYS = (
 _FUSED = "experts.gate_up_proj"
 # Experts in all layers, where those of a layer are in one tensor, which says nothing of their number. (Where each has
 # tensors of its own, there are no more than tensors.) The largest mixtures have 60,000.
-_MOST_FUSED = 200_000
+_MAX_FUSED = 200_000
 _NAMED = 4  # of many missing tensors
 _REMEDY = "evaluate a merge as raymoe wrote it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRule:
-    """How a host goes from router scores to weights: `scores` of all experts (softmax or sigmoid), the highest
-    `per_token` of them, which are made to sum to one where it `renormalises`. `gates_shared`: the shared expert counts
-    by its own gate's sigmoid.
+    """How a host goes from router scores to weights: `score_function` of all experts (softmax or sigmoid), the highest
+    `per_token` of them, which are made to sum to one where it `renormalizes`. `has_shared_gate`: the shared expert
+    counts by its own gate's sigmoid.
     """
 
     experts: int
     per_token: int
-    renormalises: bool
-    shared: bool
-    gates_shared: bool
+    renormalizes: bool
+    has_shared_expert: bool
+    has_shared_gate: bool
     activation: str
-    scores: str = "softmax"
+    score_function: str = "softmax"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluatedModel:
+class CheckpointModel:
     """A model to be streamed. `config` is a dense config.json; `rule` is None for a dense model.
 
-    `heads`: the rows of q and k lie in this order, and not in that of the dense family.
+    `head_permutation`: the rows of q and k lie in this order, and not in that of the dense family.
     """
 
     label: str
@@ -84,66 +84,75 @@ class EvaluatedModel:
     config: Mapping[str, Any]
     weights: Mapping[str, WeightRef]
     rule: RoutingRule | None = None
-    heads: HeadRows | None = None
+    head_permutation: HeadPermutation | None = None
 
 
-def dense_model(facts: ModelFacts, where: str) -> EvaluatedModel:
+def dense_model(facts: ModelFacts, where: str) -> CheckpointModel:
     """A whole dense model, LoRA included. Raises ProblemReport if its files do not hold what its config says."""
-    spec, problems = spec_of(facts, where)
+    spec, problems = load_spec(facts, where)
     if spec is not None:
         problems += check_tensors(facts, spec, where, ffn_only=False)
         problems += adapter_problems(facts, spec, where, ffn_only=False)
     if problems or spec is None:
         raise ProblemReport(problems)
-    return EvaluatedModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))
+    return CheckpointModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))
 
 
-def mixture_model(facts: ModelFacts) -> EvaluatedModel:
+def mixture_model(facts: ModelFacts) -> CheckpointModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
-    host = host_of(facts.config)
-    if host is None:
+    architecture = find_moe_architecture(facts.config)
+    if architecture is None:
         what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
     # `read_spec` sees what is made of the config, and not all that is read here.
     odd_values = rope_value_problems(facts.config)
     where = f"{facts.label}/config.json"
-    if problems := few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
+    if problems := first_few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
         raise ProblemReport(problems)
-    in_part = (share := rotary_share(facts.config)) != 1.0 and host.dense_turns_whole_heads
-    if in_part and (not host.dense_in_part or facts.config.get("use_qk_norm")):
+    in_part = (share := rotary_share(facts.config)) != 1.0 and architecture.dense_lacks_partial_rotary
+    if in_part and (not architecture.partial_rotary_family or facts.config.get("use_qk_norm")):
         what = f"partial_rotary_factor is {share}: no dense model has this attention to evaluate it with"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what)])
-    config = _dense_config(host, facts.config)
+    config = _dense_config(architecture, facts.config)
     if in_part:
-        config |= {"model_type": host.dense_in_part, "partial_rotary_factor": share}
+        config |= {"model_type": architecture.partial_rotary_family, "partial_rotary_factor": share}
     spec = read_spec(config, facts.label)
     if not isinstance(spec, DenseSpec):
         raise ProblemReport(spec)
     spec = replace(spec, tied=spec.tied and not facts.own_head)
-    if odd := sorted({row.role for row in spec.rows() if not row.is_ffn} - host.backbone.keys()):
-        what = f"its config.json gives it {', '.join(odd)}, which no merge has"
+    if bad_settings := sorted({row.role for row in spec.rows() if not row.is_ffn} - architecture.backbone.keys()):
+        what = f"its config.json gives it {', '.join(bad_settings)}, which no merge has"
         raise ProblemReport([Problem(where=facts.label, what=what, remedy=_REMEDY)])
-    rule = _rule(host, facts, spec)
+    rule = _routing_rule(architecture, facts, spec)
     tensors = facts.index.tensors
-    if fault := _too_many(host, spec, rule, tensors) or _missing(host, spec, rule, tensors):
+    if fault := _too_many_experts(architecture, spec, rule, tensors) or _missing_tensors(
+        architecture, spec, rule, tensors
+    ):
         raise ProblemReport([Problem(where=facts.label, what=fault, remedy=_REMEDY)])
-    entries = dict(_entries(host, spec, rule, tensors))
-    if odd := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
-        raise ProblemReport([Problem(where=facts.label, what=f"weights of type {', '.join(odd)}", remedy=_REMEDY)])
+    entries = dict(_entries(architecture, spec, rule, tensors))
+    if bad_settings := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
+        raise ProblemReport(
+            [Problem(where=facts.label, what=f"weights of type {', '.join(bad_settings)}", remedy=_REMEDY)]
+        )
     weights = {name: WeightRef(entry=entry) for name, entry in entries.items()}
-    return EvaluatedModel(
-        label=facts.label, spec=spec, config=config, weights=weights, rule=rule, heads=head_rows(spec, host)
+    return CheckpointModel(
+        label=facts.label,
+        spec=spec,
+        config=config,
+        weights=weights,
+        rule=rule,
+        head_permutation=head_permutation(spec, architecture),
     )
 
 
-def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
+def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the dense model that has the mixture's attention and norms."""
-    family = FAMILIES[host.dense]
+    family = FAMILIES[architecture.dense_family]
     own_names = [name for names in family.keys.values() for name in names]
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
     # null says that there is no such thing; of other keys, that the default holds.
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
-    dense |= {"model_type": host.dense, **host.dense_keys}
+    dense |= {"model_type": architecture.dense_family, **architecture.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
     dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
     if dense["model_type"] == "llama" and config.get("sliding_window"):
@@ -156,56 +165,61 @@ def _dense_config(host: MoeHost, config: Mapping[str, Any]) -> dict[str, Any]:
     return dense
 
 
-def _rule(host: MoeHost, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
+def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
     config = facts.config
     (experts_key, experts), (per_token_key, per_token) = (
-        host.entry(config, key) for key in (host.experts_key, PER_TOKEN_KEY)
+        architecture.entry(config, key) for key in (architecture.experts_key, PER_TOKEN_KEY)
     )
     if not isinstance(experts, int) or not isinstance(per_token, int) or not 1 <= per_token <= experts:
         what = f"{experts_key} is {experts!r} and {per_token_key} is {per_token!r}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
     # A softmax over the chosen ones, as Mixtral has it, is the same as one over all that is made to sum to one again.
-    renormalises = not host.renormalise_key or bool(config.get(host.renormalise_key))
+    renormalizes = not architecture.renormalize_key or bool(config.get(architecture.renormalize_key))
     return RoutingRule(
         experts=experts,
         per_token=per_token,
         # The code of DeepSeek-MoE leaves the weight of a single expert as it is.
-        renormalises=renormalises and not (host.name == "deepseek" and per_token == 1),
-        shared=bool(host.shared) and (not host.shared_key or bool(config.get(host.shared_key))),
-        gates_shared=bool(host.shared_router),
+        renormalizes=renormalizes and not (architecture.name == "deepseek" and per_token == 1),
+        has_shared_expert=bool(architecture.shared)
+        and (not architecture.shared_key or bool(config.get(architecture.shared_key))),
+        has_shared_gate=bool(architecture.shared_router),
         activation=spec.hidden_act,
-        scores=host.scores,
+        score_function=architecture.score_function,
     )
 
 
-def _output_names(host: MoeHost, spec: DenseSpec, rule: RoutingRule) -> Iterator[str]:
+def _output_names(architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule) -> Iterator[str]:
     """Every tensor that the checkpoint must have."""
     for row, layer, _ in spec.tensors():
         if not row.is_ffn:
-            yield host.backbone[row.role].format(layer=layer)
+            yield architecture.backbone[row.role].format(layer=layer)
     for layer in range(spec.layers):
-        yield host.router.format(layer=layer)
-        for name in host.expert.values():
+        yield architecture.router.format(layer=layer)
+        for name in architecture.expert.values():
             each = range(rule.experts) if "{expert}" in name else (0,)  # or all of a layer in one tensor
             yield from (name.format(layer=layer, expert=expert) for expert in each)
-        if rule.shared:
-            yield from (name.format(layer=layer) for name in host.shared.values())
-            if rule.gates_shared:
-                yield host.shared_router.format(layer=layer)
+        if rule.has_shared_expert:
+            yield from (name.format(layer=layer) for name in architecture.shared.values())
+            if rule.has_shared_gate:
+                yield architecture.shared_router.format(layer=layer)
 
 
-def _too_many(host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]) -> str | None:
+def _too_many_experts(
+    architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
+) -> str | None:
     """What is wrong with a number of experts that the tensors can't hold: a config.json may name any number."""
-    if _fused_elsewhere(host, tensors):
+    if _find_fused_tensor(architecture, tensors):
         return None
     what = f"config.json gives {rule.experts} experts to each of {spec.layers} layers"
-    if not host.is_fused:
+    if not architecture.is_fused:
         # Each expert has a tensor at least in each layer.
         fits = rule.experts * spec.layers <= len(tensors)
         return None if fits else f"{what}, which {len(tensors)} tensors can't hold"
-    if rule.experts * spec.layers > _MOST_FUSED:
-        return f"{what} (at most {_MOST_FUSED:,} in all)"
-    names = (name.format(layer=layer) for layer in range(spec.layers) for name in sorted({*host.expert.values()}))
+    if rule.experts * spec.layers > _MAX_FUSED:
+        return f"{what} (at most {_MAX_FUSED:,} in all)"
+    names = (
+        name.format(layer=layer) for layer in range(spec.layers) for name in sorted({*architecture.expert.values()})
+    )
     for name in names:
         shape = tensors[name].shape if name in tensors else (rule.experts, 1, 1)
         if len(shape) != 3 or shape[0] != rule.experts or 0 in shape:
@@ -213,43 +227,45 @@ def _too_many(host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mappin
     return None
 
 
-def _missing(host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]) -> str | None:
+def _missing_tensors(
+    architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
+) -> str | None:
     """What to say of tensors that are not there: why, where transformers 5 has given the experts other names."""
-    missing = (name for name in _output_names(host, spec, rule) if name not in tensors)
+    missing = (name for name in _output_names(architecture, spec, rule) if name not in tensors)
     first = list(islice(missing, _NAMED))
     if not first:
         return None
-    if fused := _fused_elsewhere(host, tensors):
+    if fused := _find_fused_tensor(architecture, tensors):
         how = "transformers saves them so with save_original_format=False"
         return f"all experts of a layer are in one tensor ({fused}): {how}"
     return f"{len(first) + sum(1 for _ in missing)} tensor(s) missing: {', '.join(first)}"
 
 
-def _fused_elsewhere(host: MoeHost, tensors: Mapping[str, TensorEntry]) -> str | None:
+def _find_fused_tensor(architecture: MoeArchitecture, tensors: Mapping[str, TensorEntry]) -> str | None:
     """A tensor with all experts of a layer in it, where the architecture has one for each."""
-    if any(name.endswith(_FUSED) for name in host.expert.values()):
+    if any(name.endswith(_FUSED) for name in architecture.expert.values()):
         return None
     return next((name for name in tensors if name.endswith(_FUSED)), None)
 
 
 def _entries(
-    host: MoeHost, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
+    architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, TensorEntry]]:
     """(name to load under, where it lies) of everything that is loaded."""
     for row, layer, name in spec.tensors():
         if not row.is_ffn:
-            yield name, tensors[host.backbone[row.role].format(layer=layer)]
+            yield name, tensors[architecture.backbone[row.role].format(layer=layer)]
     for layer in range(spec.layers):
         prefix = f"model.layers.{layer}.{spec.family.ffn}."
-        yield f"{prefix}router", tensors[host.router.format(layer=layer)]
+        yield f"{prefix}router", tensors[architecture.router.format(layer=layer)]
         for expert in range(rule.experts):
-            for role, entry in _ffn(host.expert, tensors, layer, expert):
+            for role, entry in _ffn(architecture.expert, tensors, layer, expert):
                 yield f"{prefix}experts.{expert}.{role}", entry
-        if rule.shared:
-            for role, entry in _ffn(host.shared, tensors, layer, 0):
+        if rule.has_shared_expert:
+            for role, entry in _ffn(architecture.shared, tensors, layer, 0):
                 yield f"{prefix}shared.{role}", entry
-            if rule.gates_shared:
-                yield f"{prefix}shared_router", tensors[host.shared_router.format(layer=layer)]
+            if rule.has_shared_gate:
+                yield f"{prefix}shared_router", tensors[architecture.shared_router.format(layer=layer)]
 
 
 def _ffn(
@@ -261,8 +277,8 @@ def _ffn(
         together = [other for other in names if names[other] == template]
         if len(entry.shape) == 3:
             experts, rows, width = entry.shape
-            entry = rows_of(replace(entry, shape=(experts * rows, width)), expert * rows, (expert + 1) * rows)
+            entry = slice_rows(replace(entry, shape=(experts * rows, width)), expert * rows, (expert + 1) * rows)
         if len(together) > 1:
             rows, at = entry.shape[0] // len(together), together.index(role)
-            entry = rows_of(entry, at * rows, (at + 1) * rows)
+            entry = slice_rows(entry, at * rows, (at + 1) * rows)
         yield role[4:], entry

@@ -15,7 +15,7 @@ from raymoe import signals
 from raymoe.cli.standard_streams import OutputLost, make_streams_safe
 from raymoe.console import say
 from raymoe.errors import RaymoeError
-from raymoe.safe_text import Scrubbed, remember_secrets
+from raymoe.safe_text import ScrubbedStream, remember_secrets
 
 __all__ = ["app", "main", "run_command", "stoppable"]
 
@@ -97,18 +97,18 @@ def _run() -> None:
         say(str(stopped))
         sys.exit(stopped.exit_code)
     except RaymoeError as error:
-        _end(error)
+        _exit_with_error(error)
     except SystemExit as exit:
         if exit.code:
             raise
     try:
         sys.stdout.flush()
     except OutputLost as lost:
-        _end(lost)
+        _exit_with_error(lost)
 
 
-def _end(error: RaymoeError) -> NoReturn:
-    if not isinstance(error, OutputLost) or error.is_told:
+def _exit_with_error(error: RaymoeError) -> NoReturn:
+    if not isinstance(error, OutputLost) or error.is_reported:
         say(f"error: {error}")
     sys.exit(error.exit_code)
 
@@ -118,7 +118,7 @@ def _scrubbed_streams() -> Iterator[None]:
     """Whatever is printed, also by libraries and by an unexpected exception, is printed without secrets."""
     remember_secrets(sys.argv[1:])
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast(TextIO, Scrubbed(streams[0])), cast(TextIO, Scrubbed(streams[1]))
+    sys.stdout, sys.stderr = cast(TextIO, ScrubbedStream(streams[0])), cast(TextIO, ScrubbedStream(streams[1]))
     try:
         yield
     except SystemExit:

@@ -13,6 +13,6 @@ from raymoe.cli.application import app, stoppable
 @stoppable()
 def archs(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """List which dense models become which mixtures, and why others do not."""
-    from raymoe.report.support_table import print_archs
+    from raymoe.report.support_table import print_support_matrix
 
-    print_archs(as_json=as_json)
+    print_support_matrix(as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.shared_options import Cache, Quiet, Remote, TrustRecord, on_device
+from raymoe.cli.shared_options import Quiet, TransformersCache, TrustRecord, TrustRemoteCode, parse_device
 
 
 @app.command(name="eval")
@@ -47,9 +47,9 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. Default: a GPU, if there is one.")
     ] = None,
-    trust_remote_code: Remote = False,
+    trust_remote_code: TrustRemoteCode = False,
     trust_record: TrustRecord = False,
-    transformers_cache: Cache = None,
+    transformers_cache: TransformersCache = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory.
@@ -58,14 +58,14 @@ def evaluate(
     """
     from raymoe import api
     from raymoe.console import say
-    from raymoe.evaluation.lm_eval import HarnessOptions, check_choice, run_harness
+    from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
-    from raymoe.evaluation.output_files import check_writable, read_by_evaluation, write_evaluation
+    from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
     from raymoe.report.eval_table import print_evaluation
     from raymoe.report.tasks_table import print_tasks
     from raymoe.sources.resolve import HubOptions
 
-    texts = check_choice(
+    texts = check_data_or_tasks(
         data,
         tasks,
         {
@@ -79,7 +79,7 @@ def evaluate(
         },
         {"--include-path": include_path, "--fewshot": fewshot, "--batch-size": batch_size},
     )
-    inputs = read_by_evaluation(checkpoint, data, tasks)
+    inputs = evaluation_input_paths(checkpoint, data, tasks)
     check_writable({"--json": json_file, "--html": html}, inputs)
     if texts is None:
         questions = HarnessOptions(
@@ -88,7 +88,7 @@ def evaluate(
             limit=limit,
             fewshot=fewshot,
             batch_size=1 if batch_size is None else batch_size,
-            device=on_device(device),
+            device=parse_device(device),
             trust_remote_code=trust_remote_code,
         )
         scores = run_harness(checkpoint, questions)
@@ -105,7 +105,7 @@ def evaluate(
         max_tokens=512 if max_tokens is None else max_tokens,
         text_field=text_field or "text",
         label_field=label_field or "label",
-        device=on_device(device),
+        device=parse_device(device),
         trust_remote_code=trust_remote_code,
         trust_record=trust_record,
         quiet=quiet,

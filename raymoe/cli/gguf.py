@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.shared_options import AllSame, Cache, Crimes, Quiet, Remote, log_level, merge_options, on_device
+from raymoe.cli.shared_options import (
+    AllowCrimes,
+    AllSame,
+    Quiet,
+    TransformersCache,
+    TrustRemoteCode,
+    merge_options,
+    parse_device,
+    set_log_level,
+)
 
 
 @app.command()
@@ -28,13 +37,13 @@ def gguf(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name. Default: the file's.")] = None,
     random_seed: Annotated[int | None, typer.Option(help="Of a config: seed of random gates and of noise.")] = None,
-    allow_crimes: Crimes = False,
+    allow_crimes: AllowCrimes = False,
     all_same: AllSame = False,
     device: Annotated[
         str | None, typer.Option("--device", help="Of a config: its gates on cpu or cuda. Default: a GPU, if any.")
     ] = None,
-    trust_remote_code: Remote = False,
-    transformers_cache: Cache = None,
+    trust_remote_code: TrustRemoteCode = False,
+    transformers_cache: TransformersCache = None,
     verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -44,7 +53,7 @@ def gguf(
     from raymoe.formatting import human_bytes, human_count
     from raymoe.sources.resolve import HubOptions
 
-    log_level(verbose)
+    set_log_level(verbose)
     of_config = {
         "--random-seed": random_seed is not None,
         "--allow-crimes": allow_crimes,
@@ -57,9 +66,9 @@ def gguf(
         name=name,
         overwrite=overwrite,
         merge=merge_options("5B", random_seed or 0, allow_crimes, True, False, False, False),
-        of_config=tuple(option for option, value in of_config.items() if value),
+        config_options=tuple(option for option, value in of_config.items() if value),
         allow_all_same=all_same,
-        device=on_device(device),
+        device=parse_device(device),
         trust_remote_code=trust_remote_code,
         quiet=quiet,
         hub=HubOptions(cache_dir=transformers_cache),

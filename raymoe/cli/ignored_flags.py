@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["idle", "idle_notes"]
+__all__ = ["ignored_flag_notes", "noop"]
 
 # name -> why
-_IDLE: dict[str, str] = {
+_IGNORED_FLAGS: dict[str, str] = {
     "lazy_unpickle": "pickled checkpoints are always read by byte range",
     "low_cpu_memory": "memory does not grow with the model",
     "read_to_gpu": "weights that are only copied never visit a GPU",
@@ -27,13 +27,18 @@ _IDLE: dict[str, str] = {
 }
 
 
-def idle(name: str, *declarations: str, kind: Any = bool) -> Any:
-    return Annotated[kind, typer.Option(*declarations, help=f"Accepted, nothing to do: {_IDLE[name]}.", hidden=True)]
+def noop(name: str, *declarations: str, kind: Any = bool) -> Any:
+    return Annotated[
+        kind, typer.Option(*declarations, help=f"Accepted, nothing to do: {_IGNORED_FLAGS[name]}.", hidden=True)
+    ]
 
 
-def idle_notes(context: typer.Context) -> list[str]:
+def ignored_flag_notes(context: typer.Context) -> list[str]:
     """One line for each given flag that has nothing to do."""
     # By name: newer versions of typer bring their own copy of click's enumeration.
-    sources = {name: context.get_parameter_source(name) for name in _IDLE}
+    sources = {name: context.get_parameter_source(name) for name in _IGNORED_FLAGS}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    return [f"note: --{name.replace('_', '-')} is accepted and changes nothing here: {_IDLE[name]}" for name in given]
+    return [
+        f"note: --{name.replace('_', '-')} is accepted and changes nothing here: {_IGNORED_FLAGS[name]}"
+        for name in given
+    ]

@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.ignored_flags import idle, idle_notes
+from raymoe.cli.ignored_flags import ignored_flag_notes, noop
 from raymoe.cli.shared_options import (
     Actors,
     Address,
+    AllowCrimes,
     AllSame,
-    Cache,
-    Card,
     ConfigPath,
     CopyTokenizer,
-    Crimes,
     Device,
     GpusPerExpert,
     In4Bit,
     In8Bit,
+    OutShardSize,
     Quiet,
-    Remote,
-    Seed,
-    ShardSize,
+    RandomSeed,
     StallTimeout,
     Strict,
+    TransformersCache,
+    TrustRemoteCode,
     Verbose,
-    log_level,
+    WriteModelCard,
     merge_options,
-    on_nodes,
+    parse_actor_device,
+    set_log_level,
 )
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def merge(
     config: ConfigPath,
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix for the merged model.")],
     copy_tokenizer: CopyTokenizer = True,
-    allow_crimes: Crimes = False,
-    out_shard_size: ShardSize = "5B",
-    random_seed: Seed = 0,
+    allow_crimes: AllowCrimes = False,
+    out_shard_size: OutShardSize = "5B",
+    random_seed: RandomSeed = 0,
     all_same: AllSame = False,
     load_in_8bit: In8Bit = False,
     load_in_4bit: In4Bit = False,
     strict: Strict = False,
-    trust_remote_code: Remote = False,
-    transformers_cache: Cache = None,
-    write_model_card: Card = True,
+    trust_remote_code: TrustRemoteCode = False,
+    transformers_cache: TransformersCache = None,
+    write_model_card: WriteModelCard = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the merge that is in OUT.")] = False,
     address: Address = None,
     gpus_per_expert: GpusPerExpert = None,
@@ -82,22 +82,22 @@ def merge(
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="With --push-to-hub: first line of the commit.")
     ] = None,
-    lazy_unpickle: idle("lazy_unpickle", "--lazy-unpickle/--no-lazy-unpickle") = False,  # type: ignore[valid-type]
-    low_cpu_memory: idle("low_cpu_memory", "--low-cpu-memory/--no-low-cpu-memory") = False,  # type: ignore[valid-type]
-    read_to_gpu: idle("read_to_gpu", "--read-to-gpu/--no-read-to-gpu") = False,  # type: ignore[valid-type]
-    multi_gpu: idle("multi_gpu", "--multi-gpu/--no-multi-gpu") = False,  # type: ignore[valid-type]
-    gpu_rich: idle("gpu_rich", "--gpu-rich") = False,  # type: ignore[valid-type]
-    cuda: idle("cuda", "--cuda/--no-cuda") = False,  # type: ignore[valid-type]
-    async_write: idle("async_write", "--async-write/--no-async-write") = False,  # type: ignore[valid-type]
-    write_threads: idle("write_threads", "--write-threads", kind=int) = 1,  # type: ignore[valid-type]
-    num_threads: idle("num_threads", "-j", "--num-threads", kind=int | None) = None,  # type: ignore[valid-type]
-    clone_tensors: idle("clone_tensors", "--clone-tensors/--no-clone-tensors") = False,  # type: ignore[valid-type]
-    safe_serialization: idle(  # type: ignore[valid-type]
+    lazy_unpickle: noop("lazy_unpickle", "--lazy-unpickle/--no-lazy-unpickle") = False,  # type: ignore[valid-type]
+    low_cpu_memory: noop("low_cpu_memory", "--low-cpu-memory/--no-low-cpu-memory") = False,  # type: ignore[valid-type]
+    read_to_gpu: noop("read_to_gpu", "--read-to-gpu/--no-read-to-gpu") = False,  # type: ignore[valid-type]
+    multi_gpu: noop("multi_gpu", "--multi-gpu/--no-multi-gpu") = False,  # type: ignore[valid-type]
+    gpu_rich: noop("gpu_rich", "--gpu-rich") = False,  # type: ignore[valid-type]
+    cuda: noop("cuda", "--cuda/--no-cuda") = False,  # type: ignore[valid-type]
+    async_write: noop("async_write", "--async-write/--no-async-write") = False,  # type: ignore[valid-type]
+    write_threads: noop("write_threads", "--write-threads", kind=int) = 1,  # type: ignore[valid-type]
+    num_threads: noop("num_threads", "-j", "--num-threads", kind=int | None) = None,  # type: ignore[valid-type]
+    clone_tensors: noop("clone_tensors", "--clone-tensors/--no-clone-tensors") = False,  # type: ignore[valid-type]
+    safe_serialization: noop(  # type: ignore[valid-type]
         "safe_serialization", "--safe-serialization/--no-safe-serialization"
     ) = True,
-    lora_merge_cache: idle("lora_merge_cache", "--lora-merge-cache", kind=str | None) = None,  # type: ignore[valid-type]
-    lora_merge_dtype: idle("lora_merge_dtype", "--lora-merge-dtype", kind=str | None) = None,  # type: ignore[valid-type]
-    unsafe_truncate_embeddings: idle(  # type: ignore[valid-type]
+    lora_merge_cache: noop("lora_merge_cache", "--lora-merge-cache", kind=str | None) = None,  # type: ignore[valid-type]
+    lora_merge_dtype: noop("lora_merge_dtype", "--lora-merge-dtype", kind=str | None) = None,  # type: ignore[valid-type]
+    unsafe_truncate_embeddings: noop(  # type: ignore[valid-type]
         "unsafe_truncate_embeddings", "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings"
     ) = False,
 ) -> None:
@@ -110,12 +110,12 @@ def merge(
     from raymoe.console import say
     from raymoe.publish.repository import push_target
     from raymoe.report.plan_report import print_result
-    from raymoe.runtime.run_report import recorded
+    from raymoe.runtime.run_report import record_run
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
     from raymoe.storage.locations import Inputs
 
-    log_level(verbose)
+    set_log_level(verbose)
     options = merge_options(
         out_shard_size,
         random_seed,
@@ -130,7 +130,7 @@ def merge(
         address=address,
         gpus_per_expert=gpus_per_expert,
         actors=actors,
-        device=on_nodes(device),
+        device=parse_actor_device(device),
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
@@ -147,9 +147,9 @@ def merge(
             print_result(merged)
 
     if not quiet:
-        for note in idle_notes(context):
+        for note in ignored_flag_notes(context):
             say(note)
-    with recorded(result, output) as report:
+    with record_run(result, output) as report:
         merge_config = load_config(config, allow_all_same=all_same)
         for warning in config_warnings(merge_config):
             say(f"warning: {warning}")

@@ -9,16 +9,16 @@ import typer
 
 from raymoe.cli.application import app, stoppable
 from raymoe.cli.shared_options import (
+    AllowCrimes,
     AllSame,
-    Cache,
     ConfigPath,
     CopyTokenizer,
-    Crimes,
     In4Bit,
     In8Bit,
-    Seed,
-    ShardSize,
+    OutShardSize,
+    RandomSeed,
     Strict,
+    TransformersCache,
     merge_options,
 )
 
@@ -38,14 +38,14 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     copy_tokenizer: CopyTokenizer = True,
-    allow_crimes: Crimes = False,
-    out_shard_size: ShardSize = "5B",
-    random_seed: Seed = 0,
+    allow_crimes: AllowCrimes = False,
+    out_shard_size: OutShardSize = "5B",
+    random_seed: RandomSeed = 0,
     all_same: AllSame = False,
     load_in_8bit: In8Bit = False,
     load_in_4bit: In4Bit = False,
     strict: Strict = False,
-    transformers_cache: Cache = None,
+    transformers_cache: TransformersCache = None,
 ) -> None:
     """Show what a merge would do: reads configs and file headers only.
 
@@ -59,7 +59,7 @@ def plan(
     from raymoe.report.plan_report import print_plan
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.locations import named_inputs
+    from raymoe.storage.locations import input_paths
 
     options = merge_options(
         out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
@@ -71,7 +71,7 @@ def plan(
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
     merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=True)
-    inputs = named_inputs(merge_config, config)
+    inputs = input_paths(merge_config, config)
     settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
     planned = _planned_output(merge_plan, output, settings)
     print_plan(merge_plan, planned, hub, as_json=as_json)
@@ -85,18 +85,18 @@ def _planned_output(plan: MergePlan, output: str | None, settings: RuntimeSettin
     from raymoe.report.plan_report import PlannedOutput
     from raymoe.runtime.coordinator import output_problems
     from raymoe.storage.outputs.open_output import open_output, writable_location
-    from raymoe.storage.outputs.output_checks import complete_merge, write_problems
-    from raymoe.storage.transfer_summary import bytes_by_way
+    from raymoe.storage.outputs.output_checks import find_complete_merge, write_problems
+    from raymoe.storage.transfer_summary import bytes_by_method
 
     target = open_output(writable_location(output, "OUT"), settings.storage)
     problems: Sequence[Problem] = output_problems(plan, target, settings)
-    is_complete = not problems and complete_merge(plan, target) is not None
+    is_complete = not problems and find_complete_merge(plan, target) is not None
     if not is_complete:
         problems = problems or write_problems(target, settings.storage)
     return PlannedOutput(
         location=target.location,
-        ways=bytes_by_way(plan, target),
+        bytes_by_method=bytes_by_method(plan, target),
         problems=tuple(map(str, problems)),
-        goes_on=not problems and not is_complete and target.digest() == plan.digest,
+        is_resumable=not problems and not is_complete and target.digest() == plan.digest,
         is_complete=is_complete,
     )

@@ -31,7 +31,7 @@ def push(
     from raymoe.console import say
 
     if dry_run:
-        for line in api.look_at_push(checkpoint, repo, private=private, revision=revision, message=message):
+        for line in api.push_dry_run(checkpoint, repo, private=private, revision=revision, message=message):
             say(line)
         return
     pushed = api.push(checkpoint, repo, private=private, revision=revision, message=message, quiet=quiet)

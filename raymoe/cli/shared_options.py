@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from raymoe.planning import MergeOptions
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Merge config (mergekit-moe's YAML schema).")]
-ShardSize = Annotated[str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")]
-Seed = Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")]
+OutShardSize = Annotated[str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")]
+RandomSeed = Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")]
 AllSame = Annotated[
     bool,
     typer.Option(
@@ -24,7 +24,7 @@ AllSame = Annotated[
         help="Allow all experts to be the same model.",
     ),
 ]
-Crimes = Annotated[
+AllowCrimes = Annotated[
     bool,
     typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape."),
 ]
@@ -32,13 +32,15 @@ CopyTokenizer = Annotated[
     bool,
     typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
 ]
-Card = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
+WriteModelCard = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
 In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it.")
 ]
-Cache = Annotated[str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")]
+TransformersCache = Annotated[
+    str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")
+]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
 Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
 Address = Annotated[
@@ -61,7 +63,7 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu or cuda: where gates are computed. Default: on GPUs, if Ray has any."),
 ]
-Remote = Annotated[
+TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code/--no-trust-remote-code", help="Allow a tokenizer's own code to run."),
 ]
@@ -101,12 +103,12 @@ def merge_options(
         allow_crimes=allow_crimes,
         copy_tokenizer=copy_tokenizer,
         model_card=model_card,
-        quantise_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
+        quantize_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
         strict=strict,
     )
 
 
-def on_device(device: str | None, *, numbered: bool = False) -> str | None:
+def parse_device(device: str | None, *, numbered: bool = False) -> str | None:
     """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device, and unless `numbered`
     for a GPU but the first that is visible."""
     if device is None:
@@ -122,10 +124,10 @@ def on_device(device: str | None, *, numbered: bool = False) -> str | None:
     return None if name == "auto" else name
 
 
-def on_nodes(device: str | None) -> str | None:
+def parse_actor_device(device: str | None) -> str | None:
     """The same for actors. Which of them has which GPU is Ray's choice: a number, as in cuda:1, says nothing here."""
-    return on_device(device, numbered=True)
+    return parse_device(device, numbered=True)
 
 
-def log_level(verbose: int) -> None:
+def set_log_level(verbose: int) -> None:
     logging.basicConfig(level=[logging.WARNING, logging.INFO][min(verbose, 1)], format="%(message)s")

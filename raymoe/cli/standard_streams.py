@@ -21,7 +21,7 @@ class OutputLost(RaymoeError):
 
     def __init__(self, error: OSError):
         super().__init__(f"standard output can't be written to: {error.strerror}")
-        self.is_told = not isinstance(error, BrokenPipeError)  # `| head` has read what it wanted
+        self.is_reported = not isinstance(error, BrokenPipeError)  # `| head` has read what it wanted
 
 
 class _Output(io.TextIOWrapper):
@@ -37,16 +37,16 @@ class _Output(io.TextIOWrapper):
         try:
             return super().write(text)
         except OSError as error:
-            raise _discarded(error) from None
+            raise _discard_output(error) from None
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            raise _discarded(error) from None
+            raise _discard_output(error) from None
 
 
-def _discarded(error: OSError) -> OutputLost:
+def _discard_output(error: OSError) -> OutputLost:
     """The error to raise; nothing that is still to be printed fails again, at the interpreter's end for one."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -67,11 +67,11 @@ def make_streams_safe() -> None:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    if type(sys.stdout) is io.TextIOWrapper and _number_of(sys.stdout) == 1:  # otherwise a program has replaced it
+    if type(sys.stdout) is io.TextIOWrapper and _descriptor_of(sys.stdout) == 1:  # otherwise a program has replaced it
         sys.stdout = _Output(sys.stdout)
 
 
-def _number_of(stream: io.TextIOWrapper) -> int | None:
+def _descriptor_of(stream: io.TextIOWrapper) -> int | None:
     """None where a program has put memory in a stream's place."""
     try:
         return stream.fileno()

@@ -42,7 +42,7 @@ def submit(
     from raymoe.submit.job_spec import make_job
     from raymoe.submit.submit import follow_job, send_job
 
-    params, options = _merge_arguments(context, arguments)
+    params, options = _parse_merge_arguments(context, arguments)
     job = make_job(
         load_config(params["config"], allow_all_same=params["all_same"]),
         params["output"],
@@ -60,7 +60,7 @@ def submit(
     raise typer.Exit(follow_job(client, name, job))
 
 
-def _merge_arguments(context: typer.Context, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `raymoe merge`, as it takes them: its parameters by name, and the options among them anew.
 
     What it refuses ends this command as it would end that one.

@@ -10,15 +10,15 @@ from raymoe.cli.application import app, stoppable
 from raymoe.cli.shared_options import (
     Actors,
     Address,
-    Cache,
     Device,
     Quiet,
-    Remote,
     StallTimeout,
+    TransformersCache,
     TrustRecord,
+    TrustRemoteCode,
     Verbose,
-    log_level,
-    on_nodes,
+    parse_actor_device,
+    set_log_level,
 )
 
 
@@ -30,9 +30,9 @@ def verify(
     actors: Actors = None,
     device: Device = None,
     stall_timeout: StallTimeout = 20,
-    trust_remote_code: Remote = False,
+    trust_remote_code: TrustRemoteCode = False,
     trust_record: TrustRecord = False,
-    transformers_cache: Cache = None,
+    transformers_cache: TransformersCache = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -42,11 +42,11 @@ def verify(
     from raymoe.runtime.verify import verify_merge
     from raymoe.sources.resolve import HubOptions
 
-    log_level(verbose)
+    set_log_level(verbose)
     settings = RuntimeSettings(
         address=address,
         actors=actors,
-        device=on_nodes(device),
+        device=parse_actor_device(device),
         trust_remote_code=trust_remote_code,
         trust_record=trust_record,
         verbosity=-1 if quiet else verbose,

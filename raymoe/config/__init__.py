@@ -6,10 +6,10 @@ in Python. Importing this needs neither torch, transformers nor Ray.
 
 from raymoe.config.cross_checks import ALL_SAME_FLAG, check_config, config_warnings
 from raymoe.config.gate_modes import MODES, GateMode
-from raymoe.config.load import load_config, load_config_with_lines, make_config, parse_config
+from raymoe.config.load import load_config, load_config_with_positions, make_config, parse_config
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
-from raymoe.config.source_positions import Lines, Loc
+from raymoe.config.source_positions import Loc, SourcePositions
 from raymoe.config.storage_block import storage_note
 
 __all__ = [
@@ -18,15 +18,15 @@ __all__ = [
     "Dtype",
     "ExpertConfig",
     "GateMode",
-    "Lines",
     "Loc",
     "MergeConfig",
     "PromptFile",
     "PromptModel",
+    "SourcePositions",
     "check_config",
     "config_warnings",
     "load_config",
-    "load_config_with_lines",
+    "load_config_with_positions",
     "make_config",
     "parse_config",
     "storage_note",

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from raymoe.config.source_positions import kind_of, shown
+from raymoe.config.source_positions import short_repr, yaml_kind
 
-__all__ = ["flag", "one_of", "scale", "text", "value_error", "whole_number"]
+__all__ = ["parse_choice", "parse_finite", "parse_flag", "parse_integer", "parse_text", "value_error"]
 
 
 def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
@@ -23,66 +23,68 @@ def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCusto
     return PydanticCustomError("raymoe", "{what}", {"what": what, "remedy": remedy, "quote": quote})
 
 
-def text(value: Any) -> str:
+def parse_text(value: Any) -> str:
     if value is None:
         raise value_error("expected text, got nothing", "write the text, or remove the entry", quote=True)
     if not isinstance(value, str):
-        raise value_error(f"expected text, got {kind_of(value)}", "put it in quotes", quote=True)
+        raise value_error(f"expected text, got {yaml_kind(value)}", "put it in quotes", quote=True)
     try:
         # JSON may spell a character beyond U+FFFF as two escapes, which YAML reads as two halves of one.
         return value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         raise value_error(
-            f"{shown(value)} is not valid Unicode text", "remove the lone surrogate (\\uD800-\\uDFFF)"
+            f"{short_repr(value)} is not valid Unicode text", "remove the lone surrogate (\\uD800-\\uDFFF)"
         ) from None
 
 
-def one_of(value: Any, names: tuple[str, ...], nicknames: Mapping[str, str]) -> str:
-    given = text(value)
+def parse_choice(value: Any, names: tuple[str, ...], nicknames: Mapping[str, str]) -> str:
+    given = parse_text(value)
     if given in names:
         return given
     near = given.strip().lower()
     close = [nicknames[near]] if near in nicknames else get_close_matches(near, names, n=1)
     remedy = f"did you mean {close[0]}? (one of {', '.join(names)})" if close else f"use one of {', '.join(names)}"
-    raise value_error(f"{shown(given)} is not a known value", remedy)
+    raise value_error(f"{short_repr(given)} is not a known value", remedy)
 
 
-def flag(value: Any) -> bool:
+def parse_flag(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    got = f"the text {shown(value)}" if isinstance(value, str) else kind_of(value)
+    got = f"the text {short_repr(value)}" if isinstance(value, str) else yaml_kind(value)
     raise value_error(f"expected true or false, got {got}", "write true or false, without quotes")
 
 
-def whole_number(value: Any, *, example: int) -> int:
+def parse_integer(value: Any, *, example: int) -> int:
     if isinstance(value, str):
-        raise value_error(f"expected a whole number, got the text {shown(value)}", "write it as digits without quotes")
+        raise value_error(
+            f"expected a whole number, got the text {short_repr(value)}", "write it as digits without quotes"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise value_error(f"expected a whole number, got {kind_of(value)}", f"write a number, for example {example}")
+        raise value_error(f"expected a whole number, got {yaml_kind(value)}", f"write a number, for example {example}")
     if isinstance(value, float) and not value.is_integer():
         remedy = f"write a number without a fraction, for example {example}"
-        raise value_error(f"expected a whole number, got {shown(value)}", remedy)
+        raise value_error(f"expected a whole number, got {short_repr(value)}", remedy)
     return int(value)
 
 
-def scale(value: Any) -> float:
+def parse_finite(value: Any) -> float:
     """A finite number with a fraction."""
     if isinstance(value, str):
-        number = _number_in(value)
+        number = _parse_number(value)
         remedy = f"write it without quotes: {number}" if number is not None else "write a number, for example 0.1"
-        raise value_error(f"expected a number, got the text {shown(value)}", remedy)
+        raise value_error(f"expected a number, got the text {short_repr(value)}", remedy)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise value_error(f"expected a number, got {kind_of(value)}", "write a number, for example 0.1")
+        raise value_error(f"expected a number, got {yaml_kind(value)}", "write a number, for example 0.1")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise value_error(f"{shown(value)} is not a finite number", "write a number, for example 0.1")
+        raise value_error(f"{short_repr(value)} is not a finite number", "write a number, for example 0.1")
     return number
 
 
-def _number_in(given: str) -> float | None:
+def _parse_number(given: str) -> float | None:
     try:
         number = float(given)
     except ValueError:

@@ -2,7 +2,7 @@
 
 Each check is a function from a config to problems, and all of them run, so that one report holds
 everything. They know nothing of files: a config made in Python is checked by `check_config(config)`, and
-one from a file gets its line numbers from `Lines`. Where the schema refused a value, its place is `unread`,
+one from a file gets its line numbers from `SourcePositions`. Where the schema refused a value, its place is `unread`,
 and the checks that need it are left out rather than run on a guess.
 """
 
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from raymoe.config.gate_modes import MODES
 from raymoe.config.prompt_sources import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
-from raymoe.config.source_positions import NO_LINES, Found, Lines, Loc, path_text, shown
+from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePositions, format_loc, short_repr
 from raymoe.errors import Problem
 
-__all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_unsound"]
+__all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_invalid"]
 
 ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
+class _ReadConfig:
     """A config, and which places of it were read."""
 
     config: MergeConfig
@@ -35,27 +35,34 @@ class _Checked:
         return not any(a[: len(b)] == b[: len(a)] for a in self.unread for b in locs)
 
 
-def check_config(config: MergeConfig, lines: Lines | None = None, *, allow_all_same: bool = False) -> list[Problem]:
+def check_config(
+    config: MergeConfig, positions: SourcePositions | None = None, *, allow_all_same: bool = False
+) -> list[Problem]:
     """All combinations of values in `config` that cannot give a sensible merge, in the order of the file.
 
     `allow_all_same` is the flag for merges that are to be trained: all experts may be the same model.
     """
-    return (lines or NO_LINES).problems(find_unsound(config, allow_all_same=allow_all_same))
+    return (positions or NO_POSITIONS).problems(find_invalid(config, allow_all_same=allow_all_same))
 
 
-def find_unsound(config: MergeConfig, *, allow_all_same: bool, unread: Collection[Loc] = ()) -> list[Found]:
+def find_invalid(config: MergeConfig, *, allow_all_same: bool, unread: Collection[Loc] = ()) -> list[Finding]:
     """As `check_config`, without places. `unread` are the places where `config` holds placeholders."""
-    checked = _Checked(config=config, unread=frozenset(unread))
-    found = [*_experts(checked), *_prompts(checked), *_shared_prompts(checked), *_identical_prompts(checked)]
+    checked = _ReadConfig(config=config, unread=frozenset(unread))
+    found = [
+        *_expert_findings(checked),
+        *_prompt_findings(checked),
+        *_shared_prompt_findings(checked),
+        *_identical_prompt_findings(checked),
+    ]
     if not allow_all_same:
-        found += _all_same(checked)
-    return [Found(loc=loc, what=what, remedy=remedy) for loc, what, remedy in found]
+        found += _all_same_findings(checked)
+    return [Finding(loc=loc, what=what, remedy=remedy) for loc, what, remedy in found]
 
 
 _Findings = Iterator[tuple[Loc, str, str]]
 
 
-def _experts(checked: _Checked) -> _Findings:
+def _expert_findings(checked: _ReadConfig) -> _Findings:
     per_token, count = checked.config.experts_per_token, len(checked.config.experts)
     # Experts keep their number in a salvaged config, so only a list that was not read at all is in the way.
     experts_read = ("experts",) not in checked.unread
@@ -72,12 +79,12 @@ def _experts(checked: _Checked) -> _Findings:
     elif experts_read and 0 < count < per_token:
         given = "experts_per_token" in checked.config.model_fields_set
         how = "" if given else " by default"
-        what = f"experts_per_token is {shown(per_token)}{how}, but there {_are(count)}"
+        what = f"experts_per_token is {short_repr(per_token)}{how}, but there {_count_with_verb(count)}"
         loc: Loc = ("experts_per_token",) if given else ("experts",)
         yield loc, what, f"write experts_per_token: {count}{' or less' * (count > 1)}, or add experts"
 
 
-def _are(count: int) -> str:
+def _count_with_verb(count: int) -> str:
     return "is only 1 expert" if count == 1 else f"are only {count} experts"
 
 
@@ -90,10 +97,10 @@ def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
     prompts = expert.positive_prompts
     if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
         return False
-    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].fits_rows else not prompts
+    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].is_fitted else not prompts
 
 
-def _prompts(checked: _Checked) -> _Findings:
+def _prompt_findings(checked: _ReadConfig) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",)) or not config.needs_prompts:
         return
@@ -108,7 +115,7 @@ def _prompts(checked: _Checked) -> _Findings:
             )
 
 
-def _shared_prompts(checked: _Checked) -> _Findings:
+def _shared_prompt_findings(checked: _ReadConfig) -> _Findings:
     """Shared experts have a gate each or none: the architecture decides, but it decides alike for all."""
     config = checked.config
     if not checked.has(("gate_mode",), ("shared_experts",)) or not config.needs_prompts:
@@ -131,7 +138,7 @@ def _shared_prompts(checked: _Checked) -> _Findings:
             )
 
 
-def _identical_prompts(checked: _Checked) -> _Findings:
+def _identical_prompt_findings(checked: _ReadConfig) -> _Findings:
     config = checked.config
     if not checked.has(("gate_mode",), ("experts",)) or not config.needs_prompts or len(config.experts) < 2:
         return
@@ -154,7 +161,7 @@ def _is_all_same(config: MergeConfig) -> bool:
     return len(config.experts) > 1 and len({expert.source_model for expert in config.experts}) == 1
 
 
-def _all_same(checked: _Checked) -> _Findings:
+def _all_same_findings(checked: _ReadConfig) -> _Findings:
     """With random gates this is sparse upcycling, which is trained afterwards anyway: a warning will do."""
     config = checked.config
     if not checked.has(("gate_mode",)) or not config.needs_prompts or not _is_all_same(config):
@@ -169,35 +176,37 @@ def _all_same(checked: _Checked) -> _Findings:
 
 def config_warnings(config: MergeConfig) -> list[str]:
     """What is allowed but most likely not meant."""
-    return [*_same_experts(config), *_blank_prompts(config), *_idle_keys(config)]
+    return [*_same_expert_warnings(config), *_blank_prompt_warnings(config), *_unused_key_warnings(config)]
 
 
-def _same_experts(config: MergeConfig) -> Iterator[str]:
+def _same_expert_warnings(config: MergeConfig) -> Iterator[str]:
     if _is_all_same(config):
         yield f"all {len(config.experts)} experts are the same model: not useful before the merge is trained"
         return
     groups: dict[object, list[str]] = defaultdict(list)
     for index, expert in enumerate(config.experts):
-        groups[(expert.source_model, _prompts_of(config, expert))].append(path_text(("experts", index)))
+        groups[(expert.source_model, _prompts_of(config, expert))].append(format_loc(("experts", index)))
     for names in groups.values():
         if len(names) > 1:
             yield f"{', '.join(names)} have the same source_model and prompts: one expert {len(names)} times"
 
 
-def _blank_prompts(config: MergeConfig) -> Iterator[str]:
+def _blank_prompt_warnings(config: MergeConfig) -> Iterator[str]:
     for index, expert in enumerate(config.experts):
         for key in ("positive_prompts", "negative_prompts"):
             prompts: tuple[str, ...] | PromptFile = getattr(expert, key)
             for number, prompt in enumerate(() if isinstance(prompts, PromptFile) else prompts):
                 if not prompt.strip() and config.needs_prompts:
-                    yield f"{path_text(('experts', index, key, number))} is blank: only the beginning of a text is read"
+                    yield (
+                        f"{format_loc(('experts', index, key, number))} is blank: only the beginning of a text is read"
+                    )
 
 
-def _idle_keys(config: MergeConfig) -> Iterator[str]:
+def _unused_key_warnings(config: MergeConfig) -> Iterator[str]:
     if config.prompt_model and not config.needs_prompts:
         yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
     if not config.needs_prompts and any(map(config.uses_chat_template, (*config.experts, *config.shared_experts))):
         yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
     for loc, prompts in config.prompt_files.items():
         if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":
-            yield f"{path_text((*loc, 'field'))} has no effect: a text file has one prompt a line"
+            yield f"{format_loc((*loc, 'field'))} has no effect: a text file has one prompt a line"

@@ -14,16 +14,16 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateMode:
-    """`needs_prompts`: gates come from prompts. `reads_layers`: a model has to read them, layer by layer.
-    `fits_rows`: a layer's rows are fitted to what its router sees, of all experts' prompts at once."""
+    """`needs_prompts`: gates come from prompts. `needs_forward_pass`: a model has to read them, layer by layer.
+    `is_fitted`: a layer's rows are fitted to what its router sees, of all experts' prompts at once."""
 
     name: str
     needs_prompts: bool
-    reads_layers: bool
-    fits_rows: bool = False
+    needs_forward_pass: bool
+    is_fitted: bool = False
     default_prompt_model: str = "base"
 
-    def reads(self, name: str, layers: int, ffn: str) -> bool:
+    def needs_parameter(self, name: str, layers: int, ffn: str) -> bool:
         """Whether this mode loads the parameter `name` of a model with that many layers, whose FFNs are called `ffn`.
 
         The gate of a layer comes from that layer's input, so the last layer is never run and neither is the head; where
@@ -32,19 +32,21 @@ class GateMode:
         if name == EMBEDDING:
             return self.needs_prompts
         match = _LAYER.match(name)
-        if not self.reads_layers or match is None:
+        if not self.needs_forward_pass or match is None:
             return False
-        return int(match[1]) < layers - 1 or (self.fits_rows and f".{ffn}." not in name)
+        return int(match[1]) < layers - 1 or (self.is_fitted and f".{ffn}." not in name)
 
 
 MODES: Mapping[str, GateMode] = {
     mode.name: mode
     for mode in (
-        GateMode(name="hidden", needs_prompts=True, reads_layers=True),
-        GateMode(name="hidden_avg", needs_prompts=True, reads_layers=True),
-        GateMode(name="ridge", needs_prompts=True, reads_layers=True, fits_rows=True, default_prompt_model="grafted"),
-        GateMode(name="cheap_embed", needs_prompts=True, reads_layers=False),
-        GateMode(name="random", needs_prompts=False, reads_layers=False),
-        GateMode(name="uniform_random", needs_prompts=False, reads_layers=False),
+        GateMode(name="hidden", needs_prompts=True, needs_forward_pass=True),
+        GateMode(name="hidden_avg", needs_prompts=True, needs_forward_pass=True),
+        GateMode(
+            name="ridge", needs_prompts=True, needs_forward_pass=True, is_fitted=True, default_prompt_model="grafted"
+        ),
+        GateMode(name="cheap_embed", needs_prompts=True, needs_forward_pass=False),
+        GateMode(name="random", needs_prompts=False, needs_forward_pass=False),
+        GateMode(name="uniform_random", needs_prompts=False, needs_forward_pass=False),
     )
 }

@@ -15,15 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raymoe.config.cross_checks import find_unsound
+from raymoe.config.cross_checks import find_invalid
 from raymoe.config.schema import MergeConfig
-from raymoe.config.schema_errors import salvage, schema_problems
-from raymoe.config.source_positions import NO_LINES, Found, Lines, Loc
+from raymoe.config.schema_errors import partial_config, schema_problems
+from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePositions
 from raymoe.config.yaml_loader import NotYaml, parse_tree
-from raymoe.config.yaml_repair import find_change
+from raymoe.config.yaml_repair import find_fix
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["load_config", "load_config_with_lines", "make_config", "parse_config"]
+__all__ = ["load_config", "load_config_with_positions", "make_config", "parse_config"]
 
 _MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
@@ -34,10 +34,12 @@ def load_config(path: str | Path, *, allow_all_same: bool = False) -> MergeConfi
     Raises ProblemReport with everything that is wrong, in the order of the file. `allow_all_same` permits
     experts that are all the same model, for merges that are to be trained.
     """
-    return load_config_with_lines(path, allow_all_same=allow_all_same)[0]
+    return load_config_with_positions(path, allow_all_same=allow_all_same)[0]
 
 
-def load_config_with_lines(path: str | Path, *, allow_all_same: bool = False) -> tuple[MergeConfig, Lines]:
+def load_config_with_positions(
+    path: str | Path, *, allow_all_same: bool = False
+) -> tuple[MergeConfig, SourcePositions]:
     """As `load_config`, with the lines of the file for problems that are found later: `lines.where(loc)`."""
     return _parse(_read(Path(path)), str(path), allow_all_same=allow_all_same)
 
@@ -49,24 +51,24 @@ def parse_config(text: str, *, name: str, allow_all_same: bool = False) -> Merge
 
 def make_config(data: Mapping[str, Any], *, allow_all_same: bool = False) -> MergeConfig:
     """As `load_config`, for a config made in Python."""
-    return _check(dict(data), NO_LINES, [], allow_all_same=allow_all_same)
+    return _check(dict(data), NO_POSITIONS, [], allow_all_same=allow_all_same)
 
 
-def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, Lines]:
+def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, SourcePositions]:
     try:
-        data, lines, found = parse_tree(text, name)
+        data, positions, found = parse_tree(text, name)
     except NotYaml as report:
-        raise _with_change(report, text, name) from None
-    return _check(data, lines, found, allow_all_same=allow_all_same), lines
+        raise _with_fix(report, text, name) from None
+    return _check(data, positions, found, allow_all_same=allow_all_same), positions
 
 
-def _with_change(report: NotYaml, text: str, name: str) -> ProblemReport:
+def _with_fix(report: NotYaml, text: str, name: str) -> ProblemReport:
     """The report with what to change as its remedy, if that is found."""
-    change = find_change(text, report.error, _problem_count)
-    if change is None:
+    fix = find_fix(text, report.error, _problem_count)
+    if fix is None:
         return ProblemReport(report.problems)
-    where, what = f"{name}:{change.first + 1}", f"not valid YAML: {change.what}"
-    return ProblemReport([Problem(where=where, what=what, remedy=change.remedy)])
+    where, what = f"{name}:{fix.first + 1}", f"not valid YAML: {fix.what}"
+    return ProblemReport([Problem(where=where, what=what, remedy=fix.remedy)])
 
 
 def _problem_count(text: str) -> int:
@@ -77,7 +79,7 @@ def _problem_count(text: str) -> int:
     return 0
 
 
-def _check(data: Any, lines: Lines, found: list[Found], *, allow_all_same: bool) -> MergeConfig:
+def _check(data: Any, positions: SourcePositions, found: list[Finding], *, allow_all_same: bool) -> MergeConfig:
     """The config that `data` is; `found` are the problems that are known already."""
     # Where an expert has two models, the list has an expert too few.
     unread: set[Loc] = {
@@ -85,13 +87,13 @@ def _check(data: Any, lines: Lines, found: list[Found], *, allow_all_same: bool)
     }
     try:
         config = MergeConfig.model_validate(data)
-        found += find_unsound(config, allow_all_same=allow_all_same, unread=unread)
+        found += find_invalid(config, allow_all_same=allow_all_same, unread=unread)
     except ValidationError as error:
-        found += schema_problems(error, lines)
-        if saved := salvage(data, error):
-            found += find_unsound(saved[0], allow_all_same=allow_all_same, unread=unread | saved[1])
+        found += schema_problems(error, positions)
+        if partial := partial_config(data, error):
+            found += find_invalid(partial[0], allow_all_same=allow_all_same, unread=unread | partial[1])
     if found:
-        raise ProblemReport(lines.problems(found))
+        raise ProblemReport(positions.problems(found))
     return config
 
 

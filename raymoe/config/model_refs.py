@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalise
+from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
 __all__ = ["ModelRef", "PathRef", "is_local_folder", "parse_model_ref", "short_name"]
 
@@ -57,7 +57,7 @@ def parse_model_ref(value: str | Mapping[str, Any]) -> ModelRef:
         return _parse_string(value)
     if isinstance(value, Mapping):
         return _parse_mapping(value)
-    raise ValueError(f"a model is a string or a mapping with 'model' and 'lora', not {_kind(value)}; {_FORMS}")
+    raise ValueError(f"a model is a string or a mapping with 'model' and 'lora', not {_kind_name(value)}; {_FORMS}")
 
 
 def is_local_folder(path: str) -> bool:
@@ -74,7 +74,7 @@ def _parse_string(text: str) -> ModelRef:
         return ModelRef(model=_parse_path(text, "model"))
     splits = [(text[:at], text[at + 1 :]) for at, char in enumerate(text) if char == "+"]
     if len(splits) > 1:
-        local = [split for split in splits if all(_names_folder(part) or "+" not in part for part in split)]
+        local = [split for split in splits if all(_is_folder_name(part) or "+" not in part for part in split)]
         if len(local) != 1:
             raise ValueError(
                 f"{text!r} has {len(splits)} '+', but a model takes one adapter; {_FORMS}. "
@@ -86,7 +86,7 @@ def _parse_string(text: str) -> ModelRef:
     return ModelRef(model=_parse_path(model, "model"), adapter=_parse_path(adapter, "adapter"))
 
 
-def _names_folder(part: str) -> bool:
+def _is_folder_name(part: str) -> bool:
     return is_local_folder(part) or ("@" in part and is_local_folder(part.rpartition("@")[0]))
 
 
@@ -118,7 +118,7 @@ def _url_without_revision(text: str, role: str) -> str:
             f"{text!r} asks for revision {revision!r}, but a URL has none; leave out '@{revision}', or, if the folder "
             f"is called {name}@{revision}, write {{{role}: {{path: {text}}}}}"
         )
-    return normalise(text)
+    return normalize_url(text)
 
 
 def _parse_mapping(value: Mapping[str, Any]) -> ModelRef:
@@ -143,7 +143,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
     if isinstance(value, str):
         return _parse_path(value, role)
     if not isinstance(value, Mapping):
-        raise ValueError(f"'{role}' is a string or a mapping with 'path' and 'revision', not {_kind(value)}")
+        raise ValueError(f"'{role}' is a string or a mapping with 'path' and 'revision', not {_kind_name(value)}")
     _refuse_unknown(value, {"path", "revision"}, f"'{role}'")
     path, revision = value.get("path"), value.get("revision")
     if not isinstance(path, str) or not path.strip():
@@ -152,7 +152,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
     if is_url(path):
         if revision is not None:
             raise ValueError(f"'{role}' is a URL, and a URL has no revisions; leave out 'revision'")
-        return PathRef(path=normalise(path))
+        return PathRef(path=normalize_url(path))
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
     check_no_secrets(revision or "")
@@ -167,7 +167,7 @@ def _refuse_unknown(value: Mapping[str, Any], known: set[str], what: str) -> Non
         raise ValueError(f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)} in {what}; known: {known_text}")
 
 
-def _kind(value: Any) -> str:
+def _kind_name(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r}"
 
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
 
-from raymoe.config.coerce import text, value_error, whole_number
-from raymoe.config.source_positions import excerpt, kind_of, shown
-from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalise
+from raymoe.config.coerce import parse_integer, parse_text, value_error
+from raymoe.config.source_positions import short_repr, short_text, yaml_kind
+from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
-__all__ = ["PromptFile", "Prompts", "file_format", "is_compressed", "written_out"]
+__all__ = ["PromptFile", "Prompts", "expand_prompts", "file_format", "is_compressed"]
 
 _SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KNOWN = ".txt, .jsonl, .ndjson (these also with .gz) or .parquet"
@@ -37,49 +37,49 @@ def is_compressed(file: str) -> bool:
     return file.lower().endswith(".gz")
 
 
-def _file(value: Any) -> str:
-    file = text(value).strip()
+def _parse_file(value: Any) -> str:
+    file = parse_text(value).strip()
     if not file:
         raise value_error("is blank", f"name a file: {_KNOWN}")
     if file.startswith("hf://"):
         raise value_error("files on the Hub can't be named here", "download the file and name it by its path")
     try:
         check_spelling(file)
-        file = normalise(file) if is_url(file) else file
+        file = normalize_url(file) if is_url(file) else file
     except ValueError as error:
-        raise value_error(excerpt(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
+        raise value_error(short_text(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
     if "\0" in file or file_format(file) is None:
-        what = f"can't tell the format of {shown(file.rstrip('/').rpartition('/')[2])} by its ending"
+        what = f"can't tell the format of {short_repr(file.rstrip('/').rpartition('/')[2])} by its ending"
         near = "; JSON has to have one object a line" if ".json" in file.lower() else ""
         raise value_error(what, f"name a file that ends with {_KNOWN}{near}")
     return file
 
 
-def _field(value: Any) -> str:
+def _parse_field(value: Any) -> str:
     if value is None:
         return "text"
-    if not text(value):
+    if not parse_text(value):
         raise value_error("is empty", "name the key or column that holds the prompt, for example text")
     try:
-        check_no_secrets(text(value))
+        check_no_secrets(parse_text(value))
     except ValueError as error:
         raise value_error(str(error), "name the key or column that holds the prompt, for example text") from None
-    return text(value)
+    return parse_text(value)
 
 
-def _limit(value: Any) -> int | None:
+def _parse_limit(value: Any) -> int | None:
     if value is None:
         return None
-    number = whole_number(value, example=256)
+    number = parse_integer(value, example=256)
     if not 1 <= number < _MAX_NUMBER:
-        raise value_error(f"{shown(number)} is not a number from 1 up", "write how many to draw, or null for all")
+        raise value_error(f"{short_repr(number)} is not a number from 1 up", "write how many to draw, or null for all")
     return number
 
 
-def _seed(value: Any) -> int:
-    number = 0 if value is None else whole_number(value, example=0)
+def _parse_seed(value: Any) -> int:
+    number = 0 if value is None else parse_integer(value, example=0)
     if not 0 <= number < _MAX_NUMBER:
-        raise value_error(f"{shown(number)} is not a number from 0 up", "write a seed such as 0")
+        raise value_error(f"{short_repr(number)} is not a number from 0 up", "write a seed such as 0")
     return number
 
 
@@ -91,35 +91,35 @@ class PromptFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, PlainValidator(_file)]
-    field: Annotated[str, PlainValidator(_field)] = "text"
-    limit: Annotated[int | None, PlainValidator(_limit)] = 256
-    seed: Annotated[int, PlainValidator(_seed)] = 0
+    file: Annotated[str, PlainValidator(_parse_file)]
+    field: Annotated[str, PlainValidator(_parse_field)] = "text"
+    limit: Annotated[int | None, PlainValidator(_parse_limit)] = 256
+    seed: Annotated[int, PlainValidator(_parse_seed)] = 0
 
 
-def _prompt(value: Any) -> str:
+def _parse_prompt(value: Any) -> str:
     if isinstance(value, (Mapping, list)):
         # "- Note: this" is a mapping and "- [INST] ..." a list: the prompt as a whole has to be quoted.
         raise value_error(
-            f"expected text, got {kind_of(value)}",
+            f"expected text, got {yaml_kind(value)}",
             "quote the whole prompt: ': ' inside it, or '[' or '{' at its start, has a meaning in YAML",
         )
-    return text(value)
+    return parse_text(value)
 
 
-def _list(value: Any) -> Any:
+def _parse_list(value: Any) -> Any:
     if isinstance(value, str):
         in_file = "; a file is named as {file: ...}" if file_format(value) else ""
-        raise value_error(f"expected a list of prompts, got the text {shown(value)}", _ONE_A_LINE + in_file)
+        raise value_error(f"expected a list of prompts, got the text {short_repr(value)}", _ONE_A_LINE + in_file)
     if not isinstance(value, (list, tuple)):
-        raise value_error(f"expected a list of prompts, got {kind_of(value)}", _ONE_A_LINE)
+        raise value_error(f"expected a list of prompts, got {yaml_kind(value)}", _ONE_A_LINE)
     return value
 
 
-_LIST = TypeAdapter(Annotated[tuple[Annotated[str, PlainValidator(_prompt)], ...], BeforeValidator(_list)])
+_LIST = TypeAdapter(Annotated[tuple[Annotated[str, PlainValidator(_parse_prompt)], ...], BeforeValidator(_parse_list)])
 
 
-def _prompts(value: Any) -> tuple[str, ...] | PromptFile:
+def _parse_prompts(value: Any) -> tuple[str, ...] | PromptFile:
     # Not a union: pydantic would try both forms, and name both in the place of every error.
     if value is None:
         return ()
@@ -128,14 +128,14 @@ def _prompts(value: Any) -> tuple[str, ...] | PromptFile:
     return _LIST.validate_python(value)
 
 
-def _plain(prompts: tuple[str, ...] | PromptFile) -> list[str] | dict[str, Any]:
+def _to_plain(prompts: tuple[str, ...] | PromptFile) -> list[str] | dict[str, Any]:
     return prompts.model_dump() if isinstance(prompts, PromptFile) else list(prompts)
 
 
-Prompts = Annotated[tuple[str, ...] | PromptFile, PlainValidator(_prompts), PlainSerializer(_plain)]
+Prompts = Annotated[tuple[str, ...] | PromptFile, PlainValidator(_parse_prompts), PlainSerializer(_to_plain)]
 
 
-def written_out(prompts: tuple[str, ...] | PromptFile) -> tuple[str, ...]:
+def expand_prompts(prompts: tuple[str, ...] | PromptFile) -> tuple[str, ...]:
     """The texts of prompts whose files have been read."""
     assert not isinstance(prompts, PromptFile), f"{prompts.file} has not been read"
     return prompts

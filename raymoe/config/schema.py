@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from raymoe.config.coerce import flag, one_of, scale, text, value_error, whole_number
+from raymoe.config.coerce import parse_choice, parse_finite, parse_flag, parse_integer, parse_text, value_error
 from raymoe.config.gate_modes import MODES
 from raymoe.config.model_refs import ModelRef, parse_model_ref
 from raymoe.config.prompt_sources import PromptFile, Prompts
-from raymoe.config.source_positions import Loc, excerpt, kind_of, shown
+from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
 from raymoe.config.storage_block import plain_storage, storage_options
 from raymoe.object_store.options import StorageOptions
 
@@ -46,69 +46,69 @@ _DTYPE_NICKNAMES = {
 }
 
 
-def _gate_mode(value: Any) -> str:
+def _parse_gate_mode(value: Any) -> str:
     if value is None:
         return "hidden"
     names = (*MODES, *_GATE_MODE_ALIASES)
-    name = one_of(value, names, {})
+    name = parse_choice(value, names, {})
     return _GATE_MODE_ALIASES.get(name, name)
 
 
-def _dtype(value: Any) -> str | None:
+def _parse_dtype(value: Any) -> str | None:
     if value is None:
         return None
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    return one_of(name, get_args(Dtype), _DTYPE_NICKNAMES)
+    return parse_choice(name, get_args(Dtype), _DTYPE_NICKNAMES)
 
 
-def _prompt_model(value: Any) -> str | None:
-    return None if value is None else one_of(value, get_args(PromptModel), {})
+def _parse_prompt_model(value: Any) -> str | None:
+    return None if value is None else parse_choice(value, get_args(PromptModel), {})
 
 
-def _architecture(value: Any) -> str | None:
+def _parse_architecture(value: Any) -> str | None:
     if value is None:
         return None
-    name = text(value).strip().lower()
+    name = parse_text(value).strip().lower()
     if not name:
         raise value_error("is blank", "name an output architecture, or leave the key out to have it chosen")
     return name
 
 
-def _count(value: Any) -> int:
-    return 2 if value is None else whole_number(value, example=2)
+def _parse_count(value: Any) -> int:
+    return 2 if value is None else parse_integer(value, example=2)
 
 
-def _scale(value: Any) -> float | None:
-    return None if value is None else scale(value)
+def _parse_scale(value: Any) -> float | None:
+    return None if value is None else parse_finite(value)
 
 
-def _noise_scale(value: Any) -> float | None:
-    number = _scale(value)
+def _parse_noise_scale(value: Any) -> float | None:
+    number = _parse_scale(value)
     if number is not None and number < 0:
-        raise value_error(f"{shown(value)} is below zero", "write zero or more: it is a standard deviation")
+        raise value_error(f"{short_repr(value)} is below zero", "write zero or more: it is a standard deviation")
     return number
 
 
-def _flag(value: Any) -> bool:
-    return False if value is None else flag(value)
+def _parse_flag(value: Any) -> bool:
+    return False if value is None else parse_flag(value)
 
 
-def _own_flag(value: Any) -> bool | None:
-    return None if value is None else flag(value)
+def _parse_optional_flag(value: Any) -> bool | None:
+    return None if value is None else parse_flag(value)
 
 
-def _model_ref(value: Any) -> ModelRef:
+def _parse_ref(value: Any) -> ModelRef:
     if isinstance(value, ModelRef):
         return value
-    ref = value if isinstance(value, Mapping) else text(value)
+    ref = value if isinstance(value, Mapping) else parse_text(value)
     try:
         return parse_model_ref(ref)
     except ValueError as error:
         message = str(error)
         if isinstance(ref, str):
-            message = message.replace(repr(ref.strip()), shown(ref.strip()))
+            message = message.replace(repr(ref.strip()), short_repr(ref.strip()))
         example = "name a local folder or a Hub model: org/name, org/name@revision, org/name+org/adapter"
-        raise value_error(excerpt(message, 400), example) from None
+        raise value_error(short_text(message, 400), example) from None
 
 
 def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
@@ -119,34 +119,34 @@ def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
     return {key: {"path": part.path, "revision": part.revision} for key, part in parts.items()}
 
 
-def _expert(value: Any) -> Any:
+def _parse_expert(value: Any) -> Any:
     if isinstance(value, (Mapping, ExpertConfig)):
         return value
-    name = excerpt(value) if isinstance(value, str) else "org/name"
-    raise value_error(f"expected a mapping, got {kind_of(value)}", f"write '- source_model: {name}'")
+    name = short_text(value) if isinstance(value, str) else "org/name"
+    raise value_error(f"expected a mapping, got {yaml_kind(value)}", f"write '- source_model: {name}'")
 
 
-def _experts(value: Any) -> Any:
+def _parse_experts(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise value_error(
-            f"expected a list of experts, got {kind_of(value)}",
+            f"expected a list of experts, got {yaml_kind(value)}",
             "start each expert with '- source_model: ...'",
         )
     return value
 
 
-def _shared_experts(value: Any) -> Any:
-    return () if value is None else _experts(value)
+def _parse_shared_experts(value: Any) -> Any:
+    return () if value is None else _parse_experts(value)
 
 
-def _storage(value: Any) -> StorageOptions:
+def _parse_storage(value: Any) -> StorageOptions:
     try:
         return storage_options(value)
     except ValueError as error:
         raise value_error(str(error.args[0]), str(error.args[1])) from None
 
 
-Model = Annotated[ModelRef, PlainValidator(_model_ref), PlainSerializer(_plain_ref)]
+Model = Annotated[ModelRef, PlainValidator(_parse_ref), PlainSerializer(_plain_ref)]
 
 
 class ExpertConfig(BaseModel):
@@ -162,12 +162,12 @@ class ExpertConfig(BaseModel):
     source_model: Model
     positive_prompts: Prompts = ()
     negative_prompts: Prompts = ()
-    noise_scale: Annotated[float | None, BeforeValidator(_noise_scale)] = None
-    residual_scale: Annotated[float | None, BeforeValidator(_scale)] = None
-    chat_template: Annotated[bool | None, PlainValidator(_own_flag)] = None
+    noise_scale: Annotated[float | None, BeforeValidator(_parse_noise_scale)] = None
+    residual_scale: Annotated[float | None, BeforeValidator(_parse_scale)] = None
+    chat_template: Annotated[bool | None, PlainValidator(_parse_optional_flag)] = None
 
 
-Expert = Annotated[ExpertConfig, BeforeValidator(_expert)]
+Expert = Annotated[ExpertConfig, BeforeValidator(_parse_expert)]
 
 
 class MergeConfig(BaseModel):
@@ -181,15 +181,17 @@ class MergeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_model: Model
-    experts: Annotated[tuple[Expert, ...], BeforeValidator(_experts)]
-    shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(_shared_experts)] = ()
-    gate_mode: Annotated[str, PlainValidator(_gate_mode)] = "hidden"
-    dtype: Annotated[Dtype | None, BeforeValidator(_dtype)] = None
-    experts_per_token: Annotated[int, PlainValidator(_count)] = Field(default=2)
-    architecture: Annotated[str | None, PlainValidator(_architecture)] = None
-    prompt_model: Annotated[PromptModel | None, BeforeValidator(_prompt_model)] = None
-    chat_template: Annotated[bool, PlainValidator(_flag)] = False
-    storage: Annotated[StorageOptions, PlainValidator(_storage), PlainSerializer(plain_storage)] = StorageOptions()
+    experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_experts)]
+    shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_shared_experts)] = ()
+    gate_mode: Annotated[str, PlainValidator(_parse_gate_mode)] = "hidden"
+    dtype: Annotated[Dtype | None, BeforeValidator(_parse_dtype)] = None
+    experts_per_token: Annotated[int, PlainValidator(_parse_count)] = Field(default=2)
+    architecture: Annotated[str | None, PlainValidator(_parse_architecture)] = None
+    prompt_model: Annotated[PromptModel | None, BeforeValidator(_parse_prompt_model)] = None
+    chat_template: Annotated[bool, PlainValidator(_parse_flag)] = False
+    storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
+        StorageOptions()
+    )
 
     @property
     def needs_prompts(self) -> bool:

@@ -1,6 +1,6 @@
 """What the schema refuses, in words for people; and what is left of a config without it.
 
-`schema_problems` gives each of pydantic's errors a place and a remedy. `salvage` goes on from there: it
+`schema_problems` gives each of pydantic's errors a place and a remedy. `partial_config` goes on from there: it
 replaces what was refused by placeholders, so that the checks of whole configs can run on the rest and a
 person sees everything at once. The places with placeholders are handed on as `unread`, and no check looks
 at them.
@@ -19,9 +19,9 @@ from pydantic_core import ErrorDetails
 from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
-from raymoe.config.source_positions import Found, Lines, Loc, excerpt, kind_of
+from raymoe.config.source_positions import Finding, Loc, SourcePositions, short_text, yaml_kind
 
-__all__ = ["salvage", "schema_problems"]
+__all__ = ["partial_config", "schema_problems"]
 
 _TOP_KEYS = tuple(MergeConfig.model_fields)
 _EXPERT_KEYS = tuple(ExpertConfig.model_fields)
@@ -43,37 +43,39 @@ _PLACEHOLDER_MODEL = ModelRef(model=PathRef(path="?"))
 _PLACEHOLDER_FILE = "?.txt"
 
 
-def schema_problems(error: ValidationError, lines: Lines) -> list[Found]:
+def schema_problems(error: ValidationError, positions: SourcePositions) -> list[Finding]:
     """One problem for each thing the schema refuses; a required key under a wrong name is one, not two."""
     all_details = error.errors(include_url=False)
-    meant = {_meant(details["loc"]) for details in all_details if details["type"] == "extra_forbidden"}
+    closest = {_closest_key(details["loc"]) for details in all_details if details["type"] == "extra_forbidden"}
     return [
-        _found(details, lines) for details in all_details if details["type"] != "missing" or details["loc"] not in meant
+        _finding(details, positions)
+        for details in all_details
+        if details["type"] != "missing" or details["loc"] not in closest
     ]
 
 
-def _found(details: ErrorDetails, lines: Lines) -> Found:
+def _finding(details: ErrorDetails, positions: SourcePositions) -> Finding:
     loc = details["loc"]
     if details["type"] == "extra_forbidden":
         what, remedy = _unknown_key(loc)
     elif details["type"] == "missing":
         what, remedy = "this key is required", _REMEDIES[str(loc[-1])]
     elif details["type"] in ("model_type", "model_attributes_type"):
-        what = f"a merge config is a mapping of keys to values, not {kind_of(details['input'])}"
+        what = f"a merge config is a mapping of keys to values, not {yaml_kind(details['input'])}"
         remedy = "write 'base_model: ...' and 'experts: ...', each on a line of its own"
     else:
-        what, remedy = _value_problem(details, lines)
-    return Found(loc=loc, what=what, remedy=remedy)
+        what, remedy = _value_problem(details, positions)
+    return Finding(loc=loc, what=what, remedy=remedy)
 
 
-def _value_problem(details: ErrorDetails, lines: Lines) -> tuple[str, str]:
+def _value_problem(details: ErrorDetails, positions: SourcePositions) -> tuple[str, str]:
     context = details.get("ctx", {})
-    mark = lines.marks.get(details["loc"])
+    mark = positions.marks.get(details["loc"])
     if not context.get("quote") or mark is None or not mark.text:
         return details["msg"], str(context.get("remedy", ""))
     # Show what was typed: a person wrote 'yes' and never saw the true that YAML made of it.
-    typed = excerpt(mark.text)
-    what = f"expected text, but without quotes YAML reads '{typed}' as {kind_of(details['input'])}"
+    typed = short_text(mark.text)
+    what = f"expected text, but without quotes YAML reads '{typed}' as {yaml_kind(details['input'])}"
     return what, f'quote it: "{typed}"'
 
 
@@ -84,11 +86,11 @@ def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (_TOP_KEYS, _EXPERT_KEYS) if len(loc) == 1 else (_EXPERT_KEYS, _TOP_KEYS)
 
 
-def _meant(loc: Loc) -> Loc | None:
+def _closest_key(loc: Loc) -> Loc | None:
     """The place of the key that an unknown key most likely was to be."""
-    known, elsewhere = _keys_at(loc)
+    known, other_keys = _keys_at(loc)
     key = str(loc[-1])
-    if key in elsewhere or (len(loc) == 1 and key in _OTHER_COMMANDS):
+    if key in other_keys or (len(loc) == 1 and key in _OTHER_COMMANDS):
         return None
     near = get_close_matches(key.strip().lower().replace("-", "_"), known, n=1, cutoff=0.5)
     return (*loc[:-1], near[0]) if near else None
@@ -96,8 +98,8 @@ def _meant(loc: Loc) -> Loc | None:
 
 def _unknown_key(loc: Loc) -> tuple[str, str]:
     key, at_top = str(loc[-1]), len(loc) == 1
-    known, elsewhere = _keys_at(loc)
-    if key in elsewhere:
+    known, other_keys = _keys_at(loc)
+    if key in other_keys:
         level = "an expert, beside its source_model" if at_top else "the top level of the config"
         return "unknown key here", f"it belongs to {level}"
     if at_top and key in _OTHER_COMMANDS:
@@ -106,11 +108,11 @@ def _unknown_key(loc: Loc) -> tuple[str, str]:
             what,
             f"remove it, or use {_OTHER_COMMANDS[key]} for this config; keys here: {', '.join(known)}",
         )
-    meant = _meant(loc)
-    return "unknown key", f"did you mean {meant[-1]}?" if meant else f"keys here: {', '.join(known)}"
+    closest = _closest_key(loc)
+    return "unknown key", f"did you mean {closest[-1]}?" if closest else f"keys here: {', '.join(known)}"
 
 
-def salvage(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[Loc]] | None:
+def partial_config(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[Loc]] | None:
     """The config that `data` is without what the schema refused, and the places not to be trusted in it.
 
     `None` where nothing can be saved: the config as a whole is no mapping.
@@ -128,7 +130,9 @@ def salvage(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[L
         loc = details["loc"]
         if details["type"] == "extra_forbidden":
             may_be_prompts = len(loc) == 3 and isinstance(details["input"], (str, list, dict))
-            if (meant := _meant(loc) or ((*loc[:-1], "positive_prompts") if may_be_prompts else None)) is not None:
+            if (
+                meant := _closest_key(loc) or ((*loc[:-1], "positive_prompts") if may_be_prompts else None)
+            ) is not None:
                 unread.add(meant)
     return MergeConfig.model_validate(rest), frozenset(unread)
 

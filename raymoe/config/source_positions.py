@@ -1,10 +1,10 @@
 """Where things stand in a config, and how what a person typed is shown back.
 
-A `Loc` is the path of a value in the config, `("experts", 1, "positive_prompts")`; `Lines` maps each one to
-its `Mark` in the file. Everything that finds a problem names a `Loc` (`Found`) and leaves line numbers to
-`Lines`, so that the same checks serve a config file and a config made in Python, which has no lines.
+A `Loc` is the path of a value in the config, `("experts", 1, "positive_prompts")`; `SourcePositions` maps each one to
+its `Mark` in the file. Everything that finds a problem names a `Loc` (`Finding`) and leaves line numbers to
+`SourcePositions`, so that the same checks serve a config file and a config made in Python, which has no lines.
 
-Text of users can be long and can hold control characters; `excerpt` and `shown` make it fit for one line of
+Text of users can be long and can hold control characters; `short_text` and `short_repr` make it fit for one line of
 a terminal.
 """
 
@@ -16,11 +16,21 @@ from dataclasses import dataclass, field
 
 from raymoe.errors import Problem
 
-__all__ = ["NO_LINES", "Found", "Lines", "Loc", "Mark", "excerpt", "kind_of", "path_text", "shown"]
+__all__ = [
+    "NO_POSITIONS",
+    "Finding",
+    "Loc",
+    "Mark",
+    "SourcePositions",
+    "format_loc",
+    "short_repr",
+    "short_text",
+    "yaml_kind",
+]
 
 Loc = tuple[str | int, ...]
 
-_EXCERPT_CHARS = 60
+_SHORT_TEXT_CHARS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -33,7 +43,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
+class SourcePositions:
     """The marks of one config file. `name` is what messages call the file."""
 
     name: str
@@ -46,21 +56,21 @@ class Lines:
                 return mark
         return None
 
-    def where(self, loc: Loc, mark: Mark | None = None) -> str:
+    def describe(self, loc: Loc, mark: Mark | None = None) -> str:
         """`merge.yaml:12: experts[1].positive_prompts`, as far as known. `mark` overrides that of `loc`."""
         mark = mark or self.mark(loc)
         place = f"{self.name}:{mark.line}" if mark else self.name
-        return ": ".join(part for part in (place, path_text(loc)) if part)
+        return ": ".join(part for part in (place, format_loc(loc)) if part)
 
-    def problems(self, found: Iterable[Found]) -> list[Problem]:
+    def problems(self, found: Iterable[Finding]) -> list[Problem]:
         """`found` as problems, in the order of the file."""
-        placed = [(f.mark or self.mark(f.loc), f) for f in found]
-        placed.sort(key=lambda pair: (pair[0].line, pair[0].column) if pair[0] else (0, 0))
-        return [Problem(where=self.where(f.loc, mark), what=f.what, remedy=f.remedy) for mark, f in placed]
+        sorted_problems = [(f.mark or self.mark(f.loc), f) for f in found]
+        sorted_problems.sort(key=lambda pair: (pair[0].line, pair[0].column) if pair[0] else (0, 0))
+        return [Problem(where=self.describe(f.loc, mark), what=f.what, remedy=f.remedy) for mark, f in sorted_problems]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Finding:
     """A problem before it is placed. `mark` is for what has no `Loc` of its own: the second of two keys."""
 
     loc: Loc
@@ -69,37 +79,37 @@ class Found:
     mark: Mark | None = None
 
 
-NO_LINES = Lines(name="", marks={})
+NO_POSITIONS = SourcePositions(name="", marks={})
 """For configs made in Python: `where` is the path alone."""
 
 
-def path_text(loc: Loc) -> str:
+def format_loc(loc: Loc) -> str:
     """`("experts", 1, "dtype")` as a person writes it: `experts[1].dtype`."""
     text = ""
     for step in loc:
-        text += f"[{step}]" if isinstance(step, int) else f".{excerpt(step)}" if text else excerpt(step)
+        text += f"[{step}]" if isinstance(step, int) else f".{short_text(step)}" if text else short_text(step)
     return text
 
 
-def excerpt(text: str, limit: int = _EXCERPT_CHARS) -> str:
+def short_text(text: str, limit: int = _SHORT_TEXT_CHARS) -> str:
     """The first `limit` characters of `text`, on one line and with nothing a terminal would act on."""
-    cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
-    return f"{cut}..." if len(text) > limit else cut
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
+    return f"{printable}..." if len(text) > limit else printable
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value in a message: text in quotes, all of it cut to size."""
     if isinstance(value, str):
-        return f"'{excerpt(value)}'"
+        return f"'{short_text(value)}'"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and value.bit_length() > 200:
         # str() of an int refuses more than some thousand digits.
         return f"a number of {value.bit_length()} bits"
-    return excerpt(str(value))
+    return short_text(str(value))
 
 
-def kind_of(value: object) -> str:
+def yaml_kind(value: object) -> str:
     """What a value is, in words of YAML rather than of Python."""
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (type(None), "nothing"),
@@ -111,4 +121,4 @@ def kind_of(value: object) -> str:
         (Mapping, "a mapping"),
         ((list, tuple), "a list"),
     )
-    return next((words for types, words in kinds if isinstance(value, types)), f"a {type(value).__name__}")
+    return next((name for types, name in kinds if isinstance(value, types)), f"a {type(value).__name__}")

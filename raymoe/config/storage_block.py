@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from raymoe.config.source_positions import kind_of, shown
+from raymoe.config.source_positions import short_repr, yaml_kind
 from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 
@@ -31,7 +31,7 @@ def storage_options(value: Any) -> StorageOptions:
     if value is None or isinstance(value, StorageOptions):
         return value or StorageOptions()
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected a mapping, got {kind_of(value)}", f"keys here: {', '.join(_TYPES)}")
+        raise ValueError(f"expected a mapping, got {yaml_kind(value)}", f"keys here: {', '.join(_TYPES)}")
     given = {key: item for key, item in value.items() if item is not None}
     for key, item in given.items():
         _check(str(key), item)
@@ -53,7 +53,7 @@ def _check(key: str, item: Any) -> None:
     wanted = _TYPES[key]
     if not isinstance(item, wanted) or (isinstance(item, bool) and bool not in wanted):
         kind = {str: "text", bool: "true or false", int: "a whole number"}[wanted[0]]
-        raise ValueError(f"{key} is {shown(item)}", f"write {kind}")
+        raise ValueError(f"{key} is {short_repr(item)}", f"write {kind}")
 
 
 def plain_storage(options: StorageOptions) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from raymoe.config.schema import NUMBER_KEYS
-from raymoe.config.source_positions import Found, Lines, Loc, Mark, excerpt
+from raymoe.config.source_positions import Finding, Loc, Mark, SourcePositions, short_text
 from raymoe.errors import Problem, ProblemReport
 
 __all__ = ["NotYaml", "parse_tree"]
@@ -39,7 +39,7 @@ _QUOTE_REMEDY = (
     "check the indentation here and in the lines before, and put text in quotes if it begins with one of "
     "[ { * & ! % @ ` | > or holds ': ' or ' #'"
 )
-_TWICE = {"source_model": "begin each expert with '- source_model: ...'; or keep one of the two"}
+_DUPLICATE_KEY_REMEDIES = {"source_model": "begin each expert with '- source_model: ...'; or keep one of the two"}
 _TAB_REMEDY = "indent with spaces: YAML takes no tabs there"
 
 
@@ -51,14 +51,14 @@ class NotYaml(ProblemReport):
         self.error = error
 
 
-def parse_tree(text: str, name: str) -> tuple[Any, Lines, list[Found]]:
+def parse_tree(text: str, name: str) -> tuple[Any, SourcePositions, list[Finding]]:
     """Read YAML or JSON: the values, their lines, and what is wrong with single keys and values.
 
     Raises ProblemReport if the text as a whole cannot be read, NotYaml if it is not YAML.
     """
     loader = yaml.SafeLoader("")
     root = _compose(text, name)
-    walk = _Walk(loader, name)
+    walk = _NodeReader(loader, name)
     try:
         value = walk.value(root, ())
     finally:
@@ -136,7 +136,7 @@ def _syntax_report(error: yaml.MarkedYAMLError, name: str) -> ProblemReport:
     mark = error.problem_mark or error.context_mark
     what = ", ".join(part for part in (error.context, error.problem) if part)
     remedy = _TAB_REMEDY if "'\\t'" in what else _QUOTE_REMEDY
-    return _report(name, mark.line + 1 if mark else None, f"not valid YAML: {excerpt(what, 200)}", remedy)
+    return _report(name, mark.line + 1 if mark else None, f"not valid YAML: {short_text(what, 200)}", remedy)
 
 
 def _without_json_tabs(text: str) -> str:
@@ -150,7 +150,7 @@ def _without_json_tabs(text: str) -> str:
     return text.replace("\t", " ")
 
 
-class _Walk:
+class _NodeReader:
     """One walk over a node tree. `lines` and `found` are complete when `value` of the root has returned."""
 
     def __init__(self, loader: yaml.SafeLoader, name: str):
@@ -159,9 +159,9 @@ class _Walk:
         self._marks: dict[Loc, Mark] = {}
         self._open: set[int] = set()
         self._entries_of: dict[int, _Entries] = {}
-        self._joined_entries = 0
-        self.lines = Lines(name=name, marks=self._marks)
-        self.found: list[Found] = []
+        self._join_cache = 0
+        self.lines = SourcePositions(name=name, marks=self._marks)
+        self.found: list[Finding] = []
 
     def value(self, node: Node, loc: Loc) -> Any:
         self._marks.setdefault(loc, _mark(node))
@@ -174,7 +174,7 @@ class _Walk:
         if id(node) in self._open:
             raise _report(self._name, _mark(node).line, "an anchor holds an alias of itself", "write the value out")
         if node.tag not in _PLAIN_TAGS:
-            self._problem(loc, f"the tag {excerpt(node.tag)} has no meaning here", "remove the tag")
+            self._problem(loc, f"the tag {short_text(node.tag)} has no meaning here", "remove the tag")
         self._open.add(id(node))
         try:
             return self._mapping(node, loc) if isinstance(node, MappingNode) else self._items(node, loc)
@@ -182,7 +182,7 @@ class _Walk:
             self._open.remove(id(node))
 
     def _problem(self, loc: Loc, what: str, remedy: str, mark: Mark | None = None) -> None:
-        self.found.append(Found(loc=loc, what=what, remedy=remedy, mark=mark))
+        self.found.append(Finding(loc=loc, what=what, remedy=remedy, mark=mark))
 
     def _items(self, node: Node, loc: Loc) -> list[Any]:
         return [self.value(item, (*loc, index)) for index, item in enumerate(node.value)]
@@ -203,36 +203,39 @@ class _Walk:
         self._entries_of[id(node)] = {}  # what a mapping that merges itself gets from itself
         own: _Entries = {}
         merged: _Entries = {}
-        twice: dict[str, Found] = {}
+        duplicates: dict[str, Finding] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 self._problem(loc, "a key must be text", "write 'key: value'", _mark(key_node))
             elif key_node.tag == _MERGE_TAG:
-                merged = self._joined(self._merged(value_node, loc), merged)
+                merged = self._join(self._read_merge_key(value_node, loc), merged)
             elif (first := own.setdefault(key_node.value, (key_node, value_node)))[0] is not key_node:
                 what = f"the key is given twice, first in line {_mark(first[0]).line}"
-                remedy, place = _TWICE.get(key_node.value, "keep one of the two"), (*loc, key_node.value)
-                twice[key_node.value] = Found(loc=place, what=what, remedy=remedy, mark=_mark(key_node))
+                remedy, place = (
+                    _DUPLICATE_KEY_REMEDIES.get(key_node.value, "keep one of the two"),
+                    (*loc, key_node.value),
+                )
+                duplicates[key_node.value] = Finding(loc=place, what=what, remedy=remedy, mark=_mark(key_node))
         # Of two experts without a dash between them all keys are there twice.
-        self.found += [twice["source_model"]] if "source_model" in twice else twice.values()
+        self.found += [duplicates["source_model"]] if "source_model" in duplicates else duplicates.values()
         self._entries_of[id(node)] = {**merged, **own}
         return self._entries_of[id(node)]
 
-    def _merged(self, node: Node, loc: Loc) -> _Entries:
+    def _read_merge_key(self, node: Node, loc: Loc) -> _Entries:
         """What `<<: node` brings in; of several mappings, the first that has a key gives it."""
         merged: _Entries = {}
         for source in node.value if isinstance(node, SequenceNode) else [node]:
             if isinstance(source, MappingNode):
-                merged = self._joined(self._entries(source, loc), merged)
+                merged = self._join(self._entries(source, loc), merged)
             else:
                 what = "'<<' merges a mapping or a list of mappings, and this is neither"
                 self._problem(loc, what, "write '<<: *name' for a mapping marked '&name'", _mark(source))
         return merged
 
-    def _joined(self, later: _Entries, first: _Entries) -> _Entries:
+    def _join(self, later: _Entries, first: _Entries) -> _Entries:
         """The entries of both. A long list of aliases may merge the same ones many times."""
-        self._joined_entries += len(later) + len(first)
-        if self._joined_entries > _MAX_VALUES:
+        self._join_cache += len(later) + len(first)
+        if self._join_cache > _MAX_VALUES:
             raise _too_many(self._name)
         return {**later, **first}
 
@@ -247,7 +250,7 @@ class _Walk:
             # PyYAML's constructors trust the tag: any of these means that the text does not fit it.
             # 2024-13-45 has the form of a date and is none; !!int x is no number; !python/object is refused.
             kind = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else node.tag
-            what = f"'{excerpt(node.value)}' cannot be read as {excerpt(kind)}"
+            what = f"'{short_text(node.value)}' cannot be read as {short_text(kind)}"
             self._problem(loc, what, "put it in quotes, if it is text" if node.style is None else "remove the tag")
             return node.value
 

@@ -12,19 +12,19 @@ from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.metrics import MEAN
-from raymoe.evaluation.options import EvaluationOptions, unknown_pair
+from raymoe.evaluation.options import EvaluationOptions, label_pair_problem
 from raymoe.object_store.urls import check_spelling
 from raymoe.sources.tokenizer_files import tokenizer_guard
 from raymoe.untrusted_files import read_json
 
-__all__ = ["LabelledText", "Labels", "TokenisedTexts", "read_texts", "tokenised"]
+__all__ = ["LabeledText", "Labels", "TokenizedTexts", "read_texts", "tokenize_texts"]
 
-_SHOWN_PROBLEMS = 20
+_MAX_SHOWN_PROBLEMS = 20
 _TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledText:
+class LabeledText:
     """A text of the file's line `line` (from 1), for an expert."""
 
     line: int
@@ -34,7 +34,7 @@ class LabelledText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenisedTexts:
+class TokenizedTexts:
     """Token ids of each text, cut to the longest that was allowed. `skipped`: leading tokens (BOS) that are no text."""
 
     ids: tuple[tuple[int, ...], ...]
@@ -54,7 +54,7 @@ class Labels:
             label, _, expert = pair.partition("=")
             number = self._number(expert.strip()) if label.strip() else None
             if number is None:
-                problems.append(unknown_pair(pair, names))
+                problems.append(label_pair_problem(pair, names))
             elif self._given.setdefault(label.strip(), number) != number:
                 what = f"{label.strip()!r} is given to two experts"
                 problems.append(Problem(where="--label", what=what, remedy="give it to one"))
@@ -83,14 +83,14 @@ class Labels:
         return None
 
 
-def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> list[LabelledText]:
+def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> list[LabeledText]:
     """The first `options.limit` texts of each label, in the file's order. Raises ProblemReport with all problems."""
-    problems = _Kinds(str(file))
-    found: list[LabelledText] = []
+    problems = _ProblemKinds(str(file))
+    found: list[LabeledText] = []
     taken: dict[str, int] = {}
     for line, content in _lines(file):
         try:
-            text = _labelled(line, content, labels, options)
+            text = _parse_line(line, content, labels, options)
         except ValueError as error:
             what, remedy = error.args
             problems.add(Problem(where=f"{file}, line {line}", what=what, remedy=remedy))
@@ -105,15 +105,15 @@ def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> 
     return found
 
 
-def tokenised(
-    texts: Sequence[LabelledText], file: str | Path, tokenizer: Any, vocab: int, max_tokens: int
-) -> TokenisedTexts:
+def tokenize_texts(
+    texts: Sequence[LabeledText], file: str | Path, tokenizer: Any, vocab: int, max_tokens: int
+) -> TokenizedTexts:
     """The texts as the tokenizer makes them by itself: with BOS where it writes one, and without where it does not.
 
     Raises ProblemReport for texts that leave nothing to predict or that the model has no embedding for.
     """
     ids: list[tuple[int, ...]] = []
-    problems = _Kinds(str(file))
+    problems = _ProblemKinds(str(file))
     truncated = 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         some = texts[start : start + _TEXTS_AT_ONCE]
@@ -127,7 +127,7 @@ def tokenised(
     problems.raise_any()
     bos = tokenizer.bos_token_id
     skipped = int(bos is not None and all(tokens[0] == bos for tokens in ids))
-    return TokenisedTexts(ids=tuple(ids), truncated=truncated, skipped=skipped)
+    return TokenizedTexts(ids=tuple(ids), truncated=truncated, skipped=skipped)
 
 
 def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> Iterator[Problem]:
@@ -157,7 +157,7 @@ def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
         raise ProblemReport([Problem(where=str(file), what=what, remedy=remedy)]) from None
 
 
-def _labelled(line: int, content: bytes, labels: Labels, options: EvaluationOptions) -> LabelledText:
+def _parse_line(line: int, content: bytes, labels: Labels, options: EvaluationOptions) -> LabeledText:
     """Raises ValueError(what, remedy)."""
     try:
         value = read_json(content.decode())
@@ -168,11 +168,11 @@ def _labelled(line: int, content: bytes, labels: Labels, options: EvaluationOpti
     if not isinstance(value, dict):
         what = f"expected an object, found {type(value).__name__}"
         raise ValueError(what, f'write {{"{options.text_field}": ..., "{options.label_field}": ...}}')
-    label = _label(value, options)
-    return LabelledText(line=line, text=_text(value, options), label=label, expert=labels.expert(label))
+    label = _parse_label(value, options)
+    return LabeledText(line=line, text=_parse_text(value, options), label=label, expert=labels.expert(label))
 
 
-def _text(value: Mapping[str, Any], options: EvaluationOptions) -> str:
+def _parse_text(value: Mapping[str, Any], options: EvaluationOptions) -> str:
     text = _field(value, options.text_field, "--text-field")
     if not isinstance(text, str):
         raise ValueError(f"{options.text_field!r} is {type(text).__name__}", "expected text")
@@ -185,7 +185,7 @@ def _text(value: Mapping[str, Any], options: EvaluationOptions) -> str:
     return text
 
 
-def _label(value: Mapping[str, Any], options: EvaluationOptions) -> str:
+def _parse_label(value: Mapping[str, Any], options: EvaluationOptions) -> str:
     label = _field(value, options.label_field, "--label-field")
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ValueError(f"{options.label_field!r} is {type(label).__name__}", "expected an expert's name or number")
@@ -202,7 +202,7 @@ def _field(value: Mapping[str, Any], name: str, option: str) -> Any:
     return value[name]
 
 
-class _Kinds:
+class _ProblemKinds:
     """Each kind of problem once, with how many lines have it, and so many kinds that a person still reads them."""
 
     def __init__(self, file: str):
@@ -212,7 +212,7 @@ class _Kinds:
 
     def add(self, problem: Problem) -> None:
         kind = replace(problem, where="")
-        if kind not in self._kinds and len(self._kinds) >= _SHOWN_PROBLEMS:
+        if kind not in self._kinds and len(self._kinds) >= _MAX_SHOWN_PROBLEMS:
             self._more += 1
         else:
             where, count = self._kinds.get(kind, (problem.where, 0))

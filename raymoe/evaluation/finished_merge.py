@@ -25,11 +25,11 @@ from raymoe.sources.resolve import resolve_model
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.outputs.open_output import output_location
 
-__all__ = ["FinishedMerge", "expert_names", "hidden_gates", "open_merge", "resolve_sources"]
+__all__ = ["EvaluatedMerge", "expert_names", "open_merge", "plan_hidden_gates", "resolve_sources"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedMerge:
+class EvaluatedMerge:
     """`facts` are of the merged checkpoint; `config` and `options` as recorded, models named as they were found."""
 
     facts: ModelFacts
@@ -50,24 +50,24 @@ class FinishedMerge:
     def prompt_model(self) -> str | None:
         """Which model read the prompts for the gates; None where none did."""
         mode = MODES[self.config.gate_mode]
-        return (self.config.prompt_model or mode.default_prompt_model) if mode.reads_layers else None
+        return (self.config.prompt_model or mode.default_prompt_model) if mode.needs_forward_pass else None
 
 
-def open_merge(place: str | Path, options: EvaluationOptions) -> FinishedMerge:
+def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
     """Raises ProblemReport where there is no finished merge with its record."""
     folder = open_checkpoint(place, options.storage)
     missing = "there is no raymoe.json, the record of a finished merge"
     record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
         config = MergeConfig.from_plain(recorded_config(record))
-        merge_options, names = MergeOptions(**record["options"]), expert_names(record["sources"])
+        merge_options, names = MergeOptions.from_record(record["options"]), expert_names(record["sources"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"this record can't be read: {str(error).splitlines()[0]}"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
     config = with_own_storage(config, options.storage, folder.label, trusts_record=options.trust_record)
     ref = ModelRef(model=PathRef(path=output_location(place)))
     facts = resolve_model(ref, options.hub, config.storage)
-    return FinishedMerge(facts=facts, config=config, options=merge_options, names=names)
+    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=names)
 
 
 def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(short_name(s["model"], s["adapter"]) for s in sources if s["owner"].startswith("expert "))
 
 
-def resolve_sources(merge: FinishedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
+def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
     """Base and experts by owner name, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
     owners = {"base": merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
     if {"experts", "hidden"} & set(wanted):
@@ -89,28 +89,28 @@ def resolve_sources(merge: FinishedMerge, wanted: Sequence[str], options: Evalua
             for problem in report.problems:
                 problems.setdefault(problem, []).append(owner)
     if problems:
-        raise ProblemReport([_left_out(problem, missing, wanted) for problem, missing in problems.items()])
+        raise ProblemReport([_skipped_problem(problem, missing, wanted) for problem, missing in problems.items()])
     return found
 
 
-def _left_out(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
+def _skipped_problem(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
     """The problem of a source, and how to do without that source."""
-    without = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
+    excluded = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
     what = f"{', '.join(owners)} of this merge: {problem.what}"
-    return replace(problem, what=what, remedy=_leave_out(problem.remedy, wanted, without))
+    return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
 
 
-def _leave_out(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
+def _without_options(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
     rest = ",".join(name for name in wanted if name not in without) or "none"
     return f"{remedy + ', or ' if remedy else ''}leave out what needs it: --against {rest}"
 
 
-def hidden_gates(merge: FinishedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
+def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
     """How this merge's gates would be made in mode `hidden`. Raises ProblemReport where they can't be."""
     config = merge.config.model_copy(update={"gate_mode": "hidden"})
-    merge_options = replace(merge.options, quantise_gates=None)
+    merge_options = replace(merge.options, quantize_gates=None)
     try:
         return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates
     except ProblemReport as report:
-        problems = [replace(p, remedy=_leave_out(p.remedy, wanted, {"hidden"})) for p in report.problems]
+        problems = [replace(p, remedy=_without_options(p.remedy, wanted, {"hidden"})) for p in report.problems]
         raise ProblemReport(problems) from None

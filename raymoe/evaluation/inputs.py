@@ -7,33 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raymoe.checkpoints.weight_table import EvaluatedModel, dense_model, mixture_model
+from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.dataset import LabelledText, Labels, TokenisedTexts, read_texts, tokenised
-from raymoe.evaluation.finished_merge import FinishedMerge, hidden_gates, open_merge, resolve_sources
+from raymoe.evaluation.dataset import LabeledText, Labels, TokenizedTexts, read_texts, tokenize_texts
+from raymoe.evaluation.finished_merge import EvaluatedMerge, open_merge, plan_hidden_gates, resolve_sources
 from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.planning.plan import GatePlan
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
 from raymoe.sources.tokenizer_files import with_tokenizer_code
 
-__all__ = ["Opened", "open_evaluation"]
+__all__ = ["EvaluationInputs", "open_evaluation"]
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
+class EvaluationInputs:
     """`names` are the experts', all different. `dense` holds base and experts by the name of their loss, as far as they
     are asked for; `gates` how the rows of mode `hidden` are made, if they are."""
 
-    merge: FinishedMerge
-    mixture: EvaluatedModel
+    merge: EvaluatedMerge
+    mixture: CheckpointModel
     names: tuple[str, ...]
-    texts: tuple[LabelledText, ...]
-    tokens: TokenisedTexts
+    texts: tuple[LabeledText, ...]
+    tokens: TokenizedTexts
     tokenizer: Any
-    dense: Mapping[str, EvaluatedModel]
+    dense: Mapping[str, CheckpointModel]
     gates: GatePlan | None
     oracle: bool
     warnings: tuple[str, ...]
@@ -44,35 +44,35 @@ class Opened:
         return list(dict.fromkeys(text.label for text in self.texts))
 
     @property
-    def own(self) -> dict[str, int]:
+    def label_experts(self) -> dict[str, int]:
         """The expert of each label."""
         return {text.label: text.expert for text in self.texts}
 
 
-def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOptions) -> Opened:
+def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOptions) -> EvaluationInputs:
     """Raises ProblemReport with all that is wrong with the merge, the texts, the sources and the options."""
     merge = open_merge(place, options)
     problems, warnings = list(option_problems(options)), []
-    wanted = list(options.wanted)
+    wanted = list(options.comparisons)
     if "hidden" in wanted and options.against is None and not merge.has_prompts:
         wanted.remove("hidden")
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
     elif "hidden" in wanted and options.against is None and merge.is_hidden:
         wanted.remove("hidden")  # it is that already
-    mixture = _collect(problems, lambda: _mixture(merge))
+    mixture = _collect(problems, lambda: _open_mixture(merge))
     texts = _collect(problems, lambda: read_texts(data, Labels(merge.names, options.labels), options))
     sources = _collect(problems, lambda: resolve_sources(merge, wanted, options))
-    names = _distinct(merge.names)
-    dense = _dense(sources or {}, names, wanted, problems)
+    names = _unique_names(merge.names)
+    dense = _open_dense(sources or {}, names, wanted, problems)
     gates = None
     if sources is not None and "hidden" in wanted:
-        gates = _collect(problems, lambda: hidden_gates(merge, wanted, options))
-    tokenizer = _collect(problems, lambda: _tokenizer(merge, options))
+        gates = _collect(problems, lambda: plan_hidden_gates(merge, wanted, options))
+    tokenizer = _collect(problems, lambda: _open_tokenizer(merge, options))
     if problems or mixture is None or texts is None:
         raise ProblemReport(list(dict.fromkeys(problems)))
-    tokens = tokenised(texts, data, tokenizer, mixture.spec.vocab, options.max_tokens)
-    dense, more = _readable(dense, tokens)
-    return Opened(
+    tokens = tokenize_texts(texts, data, tokenizer, mixture.spec.vocab, options.max_tokens)
+    dense, more = _with_all_tokens(dense, tokens)
+    return EvaluationInputs(
         merge=merge,
         mixture=mixture,
         names=names,
@@ -94,7 +94,7 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _mixture(merge: FinishedMerge) -> EvaluatedModel:
+def _open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
     model = mixture_model(merge.facts)
     if model.rule is not None and model.rule.experts != len(merge.names):
         what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}"
@@ -103,14 +103,14 @@ def _mixture(merge: FinishedMerge) -> EvaluatedModel:
     return model
 
 
-def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
     """Names of which none is there twice: experts of one name get their numbers."""
     return tuple(name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
-def _dense(
+def _open_dense(
     sources: Mapping[str, ModelFacts], names: Sequence[str], wanted: Sequence[str], problems: list[Problem]
-) -> dict[str, EvaluatedModel]:
+) -> dict[str, CheckpointModel]:
     """Whole dense models by the name of their loss: `base`, `expert go`."""
     owners = {"base": "base"} if "base" in wanted else {}
     if "experts" in wanted:
@@ -124,20 +124,22 @@ def _dense(
     return found
 
 
-def _tokenizer(merge: FinishedMerge, options: EvaluationOptions) -> Any:
+def _open_tokenizer(merge: EvaluatedMerge, options: EvaluationOptions) -> Any:
     """The merge's own; the base's where the merge was made without."""
-    from raymoe.routers.tokenize import tokenizer_from
+    from raymoe.routers.tokenize import tokenizer_from_paths
 
     storage, facts = merge.config.storage, merge.facts
     if not merge.options.copy_tokenizer:
         facts = resolve_model(merge.config.base_model, options.hub, storage)
     facts = with_tokenizer_code(facts, lambda file: fetch_file(file, options.hub, storage).read_bytes())
-    return tokenizer_from(fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code)
+    return tokenizer_from_paths(
+        fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code
+    )
 
 
-def _readable(
-    dense: Mapping[str, EvaluatedModel], tokens: TokenisedTexts
-) -> tuple[dict[str, EvaluatedModel], list[str]]:
+def _with_all_tokens(
+    dense: Mapping[str, CheckpointModel], tokens: TokenizedTexts
+) -> tuple[dict[str, CheckpointModel], list[str]]:
     """Models that have an embedding for every token; a warning for each that has not."""
     largest = max(max(ids) for ids in tokens.ids)
     found = {name: model for name, model in dense.items() if model.spec.vocab > largest}
@@ -149,12 +151,12 @@ def _readable(
 
 
 def _text_warnings(
-    texts: Sequence[LabelledText], tokens: TokenisedTexts, names: Sequence[str], options: EvaluationOptions
+    texts: Sequence[LabeledText], tokens: TokenizedTexts, names: Sequence[str], options: EvaluationOptions
 ) -> list[str]:
     warnings = []
-    heard = {text.label for text in texts}
+    reported = {text.label for text in texts}
     for pair in options.labels:
-        if (label := pair.partition("=")[0].strip()) not in heard:
+        if (label := pair.partition("=")[0].strip()) not in reported:
             warnings.append(f"--label {pair}: no text has the label {label!r}")
     if tokens.truncated:
         what = f"{tokens.truncated} of {len(texts)} texts were cut to {options.max_tokens} tokens (--max-tokens)"

@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
-from raymoe.compute import device_of, device_problems
+from raymoe.compute import choose_device, device_problems
 from raymoe.errors import Problem, ProblemReport, RaymoeError, install_remedy
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url
 from raymoe.storage.outputs.open_output import output_location
 
-__all__ = ["HarnessFailed", "HarnessOptions", "check_choice", "run_harness"]
+__all__ = ["HarnessFailed", "HarnessOptions", "check_data_or_tasks", "run_harness"]
 
 FORMAT = 1
 
@@ -48,11 +48,11 @@ class HarnessOptions:
     trust_remote_code: bool = False
 
     @property
-    def names(self) -> list[str]:
+    def task_names(self) -> list[str]:
         return [name for part in self.tasks.split(",") if (name := part.strip())]
 
 
-def check_choice(
+def check_data_or_tasks(
     data: Path | None, tasks: str | None, of_texts: Mapping[str, Any], of_tasks: Mapping[str, Any]
 ) -> Path | None:
     """The file of texts to evaluate on; None where tasks are asked for instead.
@@ -87,7 +87,7 @@ def run_harness(place: str | Path, options: HarnessOptions) -> dict[str, Any]:
             tasks=names,
             num_fewshot=options.fewshot,
             batch_size=options.batch_size,
-            device=device_of(options.device),
+            device=choose_device(options.device),
             limit=options.limit or None,
             log_samples=False,
             task_manager=manager,
@@ -125,13 +125,15 @@ def _check_options(options: HarnessOptions) -> None:
     if find_spec("lm_eval") is None:
         what = "lm-evaluation-harness is not installed"
         problems.append(Problem(where="--tasks", what=what, remedy=install_remedy("lm-eval")))
-    if not options.names:
+    if not options.task_names:
         remedy = "name tasks, such as arc_easy,hellaswag, or task files"
         problems.append(Problem(where="--tasks", what="no task is named", remedy=remedy))
     if options.include_path is not None and not options.include_path.is_dir():
         what = "there is no such folder"
         problems.append(Problem(where=f"--include-path {options.include_path}", what=what, remedy="name one"))
-    problems += [problem for name in options.names if _is_file_name(name) for problem in _file_problems(Path(name))]
+    problems += [
+        problem for name in options.task_names if _is_file_name(name) for problem in _file_problems(Path(name))
+    ]
     numbers = (
         ("--limit", options.limit, 0),
         ("--fewshot", options.fewshot, 0),
@@ -175,8 +177,8 @@ def _known_tasks(options: HarnessOptions) -> tuple[list[str], Any]:
     """The tasks by name, patterns resolved, and what knows them. Raises ProblemReport."""
     from lm_eval.tasks import TaskManager
 
-    files = [name for name in options.names if _is_file_name(name)]
-    wanted = [name for name in options.names if not _is_file_name(name)]
+    files = [name for name in options.task_names if _is_file_name(name)]
+    wanted = [name for name in options.task_names if not _is_file_name(name)]
     folder = str(options.include_path) if options.include_path else None
     # The harness' own tasks are thousands of files: they are read only if something is not found without them.
     manager = TaskManager(include_path=folder, include_defaults=False)

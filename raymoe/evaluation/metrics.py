@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MEAN", "SMALLEST_GAP", "RoutingCounts", "gap_closed", "losses", "rounded"]
+__all__ = ["MEAN", "SMALLEST_GAP", "RoutingCounts", "gap_closed", "losses", "round_values"]
 
 MEAN = "mean"
 SMALLEST_GAP = 0.005
@@ -79,12 +79,12 @@ class RoutingCounts:
             "first_choice": self._by_label(first),
             "chosen": self._by_label(chosen),
             "weight": self._by_label(weight),
-            "first_accuracy": rounded(first_accuracy),
-            "chosen_accuracy": rounded(chosen_accuracy),
-            "first_accuracy_mean": rounded(first_accuracy.mean()),
-            "chosen_accuracy_mean": rounded(chosen_accuracy.mean()),
-            "load": rounded(load),
-            "load_entropy": rounded(_entropy(load)),
+            "first_accuracy": round_values(first_accuracy),
+            "chosen_accuracy": round_values(chosen_accuracy),
+            "first_accuracy_mean": round_values(first_accuracy.mean()),
+            "chosen_accuracy_mean": round_values(chosen_accuracy.mean()),
+            "load": round_values(load),
+            "load_entropy": round_values(_entropy(load)),
             "confusion": self._by_label(first.mean(axis=1)),
         }
 
@@ -95,10 +95,10 @@ class RoutingCounts:
         return mean
 
     def _by_label(self, shares: Float64) -> dict[str, Any]:
-        return {label: rounded(values) for label, values in zip(self._labels, shares, strict=True)}
+        return {label: round_values(values) for label, values in zip(self._labels, shares, strict=True)}
 
 
-def rounded(values: npt.ArrayLike) -> Any:
+def round_values(values: npt.ArrayLike) -> Any:
     """As JSON holds them: six digits after the point are more than a few thousand tokens can tell."""
     return np.round(np.asarray(values, dtype=np.float64), 6).tolist()
 

@@ -13,7 +13,7 @@ import torch
 
 from raymoe.checkpoints.weight_table import RoutingRule
 
-__all__ = ["Choice", "MixtureFfn", "Route"]
+__all__ = ["Choice", "MoeBlock", "Route"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Choice:
     weights: torch.Tensor
 
 
-class MixtureFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
+class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
     """`tensors` by the names of `checkpoints.weight_table`. `route` may be set before a call; `choice` is the last
     call's."""
 
@@ -56,7 +56,7 @@ class MixtureFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
             if len(token):
                 weights = self.choice.weights[token, place, None].to(states_NH.dtype)
                 output_NH.index_add_(0, token, self._ffn(f"experts.{expert}", states_NH[token]) * weights)
-        if self._rule.shared:
+        if self._rule.has_shared_expert:
             output_NH += self._shared(states_NH)
         return output_NH.reshape(hidden_BTH.shape)
 
@@ -66,18 +66,18 @@ class MixtureFfn(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
             return Choice(experts=chosen, weights=torch.ones(chosen.shape, device=states_NH.device))
         router = self._tensors["router"] if self.route.router is None else self.route.router
         scores_NE = torch.nn.functional.linear(states_NH, router)
-        if self._rule.scores == "sigmoid":
+        if self._rule.score_function == "sigmoid":
             scores_NE = scores_NE.float().sigmoid()
         else:
             scores_NE = scores_NE.softmax(dim=-1, dtype=torch.float32)
         weights, chosen = scores_NE.topk(self._rule.per_token, dim=-1)
-        if self._rule.renormalises:
+        if self._rule.renormalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Choice(experts=chosen, weights=weights)
 
     def _shared(self, states_NH: torch.Tensor) -> torch.Tensor:
         output_NH = self._ffn("shared", states_NH)
-        if not self._rule.gates_shared:
+        if not self._rule.has_shared_gate:
             return output_NH
         gate = self._tensors["shared_router"] if self.route.shared_router is None else self.route.shared_router
         return torch.sigmoid(torch.nn.functional.linear(states_NH, gate)) * output_NH

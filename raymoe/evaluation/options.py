@@ -11,7 +11,7 @@ from raymoe.errors import Problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.resolve import HubOptions
 
-__all__ = ["AGAINST", "EvaluationOptions", "option_problems", "parse_against", "unknown_pair"]
+__all__ = ["AGAINST", "EvaluationOptions", "label_pair_problem", "option_problems", "parse_against"]
 
 AGAINST = ("base", "experts", "oracle", "hidden")
 
@@ -37,7 +37,7 @@ class EvaluationOptions:
     storage: StorageOptions = field(default_factory=StorageOptions)
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def comparisons(self) -> tuple[str, ...]:
         """What to compare with, in the order in which it is shown."""
         return AGAINST if self.against is None else tuple(name for name in AGAINST if name in self.against)
 
@@ -67,7 +67,7 @@ def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
         yield Problem(where="--label-field", what=what, remedy="name two fields")
 
 
-def unknown_pair(pair: str, names: Sequence[str]) -> Problem:
+def label_pair_problem(pair: str, names: Sequence[str]) -> Problem:
     """A `--label` that gives no label to one expert, by what is wrong with it."""
     label, equals, expert = (part.strip() for part in pair.partition("="))
     if not (label and equals and expert):

@@ -16,12 +16,12 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.urls import is_url
 from raymoe.safe_text import json_text
 from raymoe.sources.local_folder import LocalFolder
-from raymoe.storage.atomic_file import is_special, linked_place, try_to_open, write_whole
+from raymoe.storage.atomic_file import check_writable_file, is_special, resolve_links, write_atomic
 from raymoe.storage.file_names import RECORD_NAME, is_written_by_a_merge
-from raymoe.storage.locations import Inputs, replaced
-from raymoe.storage.outputs.open_output import output_location, unwritable
+from raymoe.storage.locations import Inputs, replaced_input
+from raymoe.storage.outputs.open_output import output_location, unwritable_problem
 
-__all__ = ["check_writable", "read_by_evaluation", "write_evaluation"]
+__all__ = ["check_writable", "evaluation_input_paths", "write_evaluation"]
 
 
 def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
@@ -32,33 +32,33 @@ def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = Non
     for option, path in files.items():
         if path is None:
             continue
-        if problem := _wrong_place(option, path):
+        if problem := _output_path_problem(option, path):
             problems.append(problem)
-        elif owner := replaced(os.path.abspath(path), inputs or Inputs()):
+        elif owner := replaced_input(os.path.abspath(path), inputs or Inputs()):
             what = f"this is {owner}, which would be replaced"
             problems.append(Problem(where=f"{option} {path}", what=what, remedy="name another file"))
         elif path.is_dir():
             problems.append(Problem(where=f"{option} {path}", what="this is a folder", remedy="name a file"))
         elif not path.absolute().parent.is_dir():
             problems.append(Problem(where=f"{option} {path}", what="there is no such folder", remedy="make it first"))
-        elif (error := try_to_open(path)) is not None:
-            problems.append(_not_written(f"{option} {path}", error))
-        elif not is_special(path) and (owner := owners.setdefault(linked_place(path), option)) != option:
+        elif (error := check_writable_file(path)) is not None:
+            problems.append(_write_problem(f"{option} {path}", error))
+        elif not is_special(path) and (owner := owners.setdefault(resolve_links(path), option)) != option:
             what = f"{owner} is to be written to this file too"
             problems.append(Problem(where=f"{option} {path}", what=what, remedy="name two files"))
     if problems:
         raise ProblemReport(problems)
 
 
-def _wrong_place(option: str, path: Path) -> Problem | None:
+def _output_path_problem(option: str, path: Path) -> Problem | None:
     try:
         location = output_location(path)
     except ValueError as error:
         return Problem(where=option, what=str(error), remedy="name a local file")
-    return unwritable(str(path), location, option, "name a local file")
+    return unwritable_problem(str(path), location, option, "name a local file")
 
 
-def read_by_evaluation(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
+def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
     """What an evaluation reads, as far as folders of this machine show it: the merge's own files, its sources' folders,
     the texts, and task files. What is wrong with the merge is not said here."""
     files = [("the file of texts", os.path.abspath(data))] if data is not None else []
@@ -105,11 +105,11 @@ def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Pa
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        write_atomic(path, text)
     except OSError as error:
-        raise ProblemReport([_not_written(str(path), error)]) from None
+        raise ProblemReport([_write_problem(str(path), error)]) from None
 
 
-def _not_written(where: str, error: OSError) -> Problem:
+def _write_problem(where: str, error: OSError) -> Problem:
     what = f"it can't be written: {error.strerror or error}"
     return Problem(where=where, what=what, remedy="name a file in a folder that you may write to, with space left")

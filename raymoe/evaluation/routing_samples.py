@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Samples", "pieces"]
+__all__ = ["RoutingSamples", "token_pieces"]
 
-TEXTS_A_LABEL = 2
+TEXTS_PER_LABEL = 2
 MAX_TOKENS = 120
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-class Samples:
+class RoutingSamples:
     """Counts, for each token of the first texts of each label, the layers whose first choice was an expert."""
 
     def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[str], skipped: int, experts: int) -> None:
@@ -24,34 +24,34 @@ class Samples:
         taken = [
             text
             for label in dict.fromkeys(labels)
-            for text in [number for number, own in enumerate(labels) if own == label][:TEXTS_A_LABEL]
+            for text in [number for number, own in enumerate(labels) if own == label][:TEXTS_PER_LABEL]
         ]
         self._ids = {text: list(ids[text]) for text in taken}
         self._counts = {
             text: np.zeros((len(tokens[self._span]), experts), np.int64) for text, tokens in self._ids.items()
         }
 
-    def see(self, text: int, experts_TK: npt.NDArray[np.int64]) -> None:
+    def record(self, text: int, experts_TK: npt.NDArray[np.int64]) -> None:
         """What one layer chose for the tokens of a text."""
         if text in self._counts:
             first = experts_TK[self._span, 0]
             self._counts[text] += first[:, None] == np.arange(self._experts)
 
-    def result(self, tokenizer: Any) -> list[dict[str, Any]]:
+    def plain(self, tokenizer: Any) -> list[dict[str, Any]]:
         """`samples` of eval.json."""
         return [
             {
                 "label": self._labels[text],
                 "tokens": [
                     {"text": piece, "experts": counts.tolist()}
-                    for piece, counts in zip(pieces(tokenizer, ids)[self._span], self._counts[text], strict=True)
+                    for piece, counts in zip(token_pieces(tokenizer, ids)[self._span], self._counts[text], strict=True)
                 ],
             }
             for text, ids in self._ids.items()
         ]
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text. A character of several tokens stands at its last one."""
     found: list[str] = []
     before = ""

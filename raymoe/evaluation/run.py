@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.checkpoints.weight_table import EvaluatedModel
-from raymoe.compute import device_of
-from raymoe.evaluation.inputs import Opened, open_evaluation
-from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, rounded
+from raymoe.checkpoints.weight_table import CheckpointModel
+from raymoe.compute import choose_device
+from raymoe.evaluation.inputs import EvaluationInputs, open_evaluation
+from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, round_values
 from raymoe.evaluation.options import EvaluationOptions
-from raymoe.evaluation.routing_samples import Samples
+from raymoe.evaluation.routing_samples import RoutingSamples
 from raymoe.planning.plan import GatePlan, Router
-from raymoe.report.progress_line import LiveLine
+from raymoe.report.progress_line import ProgressLine
 from raymoe.routers.router_matrices import router_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
@@ -43,33 +43,33 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
     Raises ProblemReport, before anything is computed, with everything that is wrong with the merge, the texts, the
     sources to compare with and the options.
     """
-    opened = open_evaluation(place, data, options)
+    inputs = open_evaluation(place, data, options)
     with (
-        SourceReader(options.hub, opened.merge.config.storage) as reader,
+        SourceReader(options.hub, inputs.merge.config.storage) as reader,
         EvaluationProgress(options.quiet) as progress,
     ):
-        computation = _Computation(opened, options, reader, progress)
+        computation = _Computation(inputs, options, reader, progress)
         values = computation.mixture() | computation.dense()
-    labels = [text.label for text in opened.texts]
-    loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(opened)}
-    warnings = [*opened.warnings, *_number_warnings(loss)]
-    config, rule = opened.merge.facts.config, opened.mixture.rule
+    labels = [text.label for text in inputs.texts]
+    loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(inputs)}
+    warnings = [*inputs.warnings, *_number_warnings(loss)]
+    config, rule = inputs.merge.facts.config, inputs.mixture.rule
     assert rule is not None  # it is a mixture
     return {
         "format": FORMAT,
         "model": str(place),
         "architecture": config["model_type"],
-        "gate_mode": opened.merge.config.gate_mode,
-        "prompt_model": opened.merge.prompt_model,
-        "seed": opened.merge.options.seed,
-        "layers": opened.mixture.spec.layers,
+        "gate_mode": inputs.merge.config.gate_mode,
+        "prompt_model": inputs.merge.prompt_model,
+        "seed": inputs.merge.options.seed,
+        "layers": inputs.mixture.spec.layers,
         "experts_per_token": rule.per_token,
-        "experts": list(opened.names),
-        "data": _data_summary(opened, str(data)),
-        "loss": {name: each and _written(each) for name, each in loss.items()},
+        "experts": list(inputs.names),
+        "data": _data_summary(inputs, str(data)),
+        "loss": {name: each and _as_json_losses(each) for name, each in loss.items()},
         "gap_closed": _gap_closed(loss),
         "routing": computation.counts.shares(),
-        "samples": computation.samples.result(opened.tokenizer),
+        "samples": computation.samples.plain(inputs.tokenizer),
         "warnings": warnings,
     }
 
@@ -78,66 +78,66 @@ class _Computation:
     """The passes of one evaluation. `counts` and `samples` are filled by the merge's own routers."""
 
     def __init__(
-        self, opened: Opened, options: EvaluationOptions, reader: SourceReader, progress: EvaluationProgress
+        self, inputs: EvaluationInputs, options: EvaluationOptions, reader: SourceReader, progress: EvaluationProgress
     ) -> None:
-        self._opened, self._reader, self._progress = opened, reader, progress
+        self._inputs, self._reader, self._progress = inputs, reader, progress
         self._remote_code = options.trust_remote_code
-        self._device = device_of(options.device)
-        labels, experts = opened.labels, len(opened.names)
-        own = [opened.own[label] for label in labels]
-        self._label_numbers = [labels.index(text.label) for text in opened.texts]
-        self.counts = RoutingCounts(labels, own, opened.mixture.spec.layers, experts)
-        skipped = opened.tokens.skipped
-        self.samples = Samples(opened.tokens.ids, [text.label for text in opened.texts], skipped, experts)
+        self._device = choose_device(options.device)
+        labels, experts = inputs.labels, len(inputs.names)
+        own = [inputs.label_experts[label] for label in labels]
+        self._label_numbers = [labels.index(text.label) for text in inputs.texts]
+        self.counts = RoutingCounts(labels, own, inputs.mixture.spec.layers, experts)
+        skipped = inputs.tokens.skipped
+        self.samples = RoutingSamples(inputs.tokens.ids, [text.label for text in inputs.texts], skipped, experts)
 
     def mixture(self) -> Values:
         """Log-likelihoods of `merged` and of the routings that it is compared with."""
         from raymoe.evaluation.scoring import Variant
 
-        variants = [Variant(name="merged", see=self._see)]
-        if self._opened.oracle:
-            variants.append(Variant(name="oracle", forced=[text.expert for text in self._opened.texts]))
-        if self._opened.gates is not None:
-            variants.append(self._hidden(self._opened.gates))
-        return self._pass(self._opened.mixture, variants)
+        variants = [Variant(name="merged", on_routing=self._on_routing)]
+        if self._inputs.oracle:
+            variants.append(Variant(name="oracle", forced=[text.expert for text in self._inputs.texts]))
+        if self._inputs.gates is not None:
+            variants.append(self._hidden_variant(self._inputs.gates))
+        return self._pass(self._inputs.mixture, variants)
 
     def dense(self) -> Values:
         """Log-likelihoods of the base and of each expert. One that is there twice is run once."""
         from raymoe.evaluation.scoring import Variant
 
         found: Values = {}
-        for name, model in self._opened.dense.items():
-            twin = next((other for other in found if self._opened.dense[other].label == model.label), None)
-            found |= {name: found[twin]} if twin else self._pass(model, [Variant(name=name)])
+        for name, model in self._inputs.dense.items():
+            duplicate = next((other for other in found if self._inputs.dense[other].label == model.label), None)
+            found |= {name: found[duplicate]} if duplicate else self._pass(model, [Variant(name=name)])
         return found
 
-    def _pass(self, model: EvaluatedModel, variants: list[Variant]) -> Values:
+    def _pass(self, model: CheckpointModel, variants: list[Variant]) -> Values:
         from raymoe.evaluation.scoring import log_likelihoods
 
-        ids = self._opened.tokens.ids
+        ids = self._inputs.tokens.ids
         total = sum(map(len, ids)) * model.spec.layers * len(variants)
         self._progress.stage(", ".join(variant.name for variant in variants), total)
         return log_likelihoods(model, ids, variants, self._reader, self._device, layer_done=self._progress.layer_done)
 
-    def _see(self, layer: int, text: int, experts_TK: npt.NDArray[np.int64], weights_TK: Float32) -> None:
-        skipped = self._opened.tokens.skipped
+    def _on_routing(self, layer: int, text: int, experts_TK: npt.NDArray[np.int64], weights_TK: Float32) -> None:
+        skipped = self._inputs.tokens.skipped
         self.counts.add(self._label_numbers[text], layer, experts_TK[skipped:], weights_TK[skipped:])
-        self.samples.see(text, experts_TK)
+        self.samples.record(text, experts_TK)
 
-    def _hidden(self, gates: GatePlan) -> Variant:
+    def _hidden_variant(self, gates: GatePlan) -> Variant:
         """The rows that gate mode `hidden` gives, rounded as they would be in the checkpoint."""
         from raymoe.evaluation.scoring import Variant
-        from raymoe.routers.in_process import gate_rows_here
+        from raymoe.routers.in_process import compute_routers_locally
 
-        rows, _ = gate_rows_here(
+        rows, _ = compute_routers_locally(
             gates,
             self._reader,
             device=self._device,
             trust_remote_code=self._remote_code,
             layer_done=self._progress.layer_done,
-            begun=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
+            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
         )
-        mixture = self._opened.mixture
+        mixture = self._inputs.mixture
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
 
         def stacked(*, shared: bool) -> Float32:
@@ -148,13 +148,13 @@ class _Computation:
         return Variant(name="hidden", rows=stacked(shared=False), shared_rows=shared_rows)
 
 
-def _loss_names(opened: Opened) -> list[str]:
-    return ["merged", "base", "oracle", "hidden", *(f"expert {name}" for name in opened.names)]
+def _loss_names(inputs: EvaluationInputs) -> list[str]:
+    return ["merged", "base", "oracle", "hidden", *(f"expert {name}" for name in inputs.names)]
 
 
-def _written(loss: Mapping[str, float]) -> dict[str, float | None]:
+def _as_json_losses(loss: Mapping[str, float]) -> dict[str, float | None]:
     """As JSON holds it, which has no infinity and nothing that is not a number."""
-    return {label: rounded(value) if math.isfinite(value) else None for label, value in loss.items()}
+    return {label: round_values(value) if math.isfinite(value) else None for label, value in loss.items()}
 
 
 def _number_warnings(loss: Mapping[str, dict[str, float] | None]) -> list[str]:
@@ -170,34 +170,34 @@ def _gap_closed(loss: Mapping[str, dict[str, float] | None]) -> float | None:
     if merged is None or hidden is None or oracle is None:
         return None
     share = gap_closed(merged[MEAN], hidden[MEAN], oracle[MEAN])
-    return float(rounded(share)) if share is not None and math.isfinite(share) else None
+    return float(round_values(share)) if share is not None and math.isfinite(share) else None
 
 
-def _data_summary(opened: Opened, file: str) -> dict[str, Any]:
+def _data_summary(inputs: EvaluationInputs, file: str) -> dict[str, Any]:
     """Tokens are those that are predicted."""
     per_label: dict[str, dict[str, int]] = {}
-    for text, ids in zip(opened.texts, opened.tokens.ids, strict=True):
+    for text, ids in zip(inputs.texts, inputs.tokens.ids, strict=True):
         label = per_label.setdefault(text.label, {"expert": text.expert, "texts": 0, "tokens": 0})
         label["texts"] += 1
         label["tokens"] += len(ids) - 1
     tokens = sum(label["tokens"] for label in per_label.values())
-    return {"file": file, "texts": len(opened.texts), "tokens": tokens, "per_label": per_label}
+    return {"file": file, "texts": len(inputs.texts), "tokens": tokens, "per_label": per_label}
 
 
-class EvaluationProgress(LiveLine):
+class EvaluationProgress(ProgressLine):
     """Counts tokens that have passed a layer, stage by stage."""
 
     def __init__(self, quiet: bool) -> None:
-        super().__init__(_words, quiet=quiet)
+        super().__init__(_format_progress, quiet=quiet)
 
     def stage(self, name: str, total: int = 0) -> None:
         """What comes next, and how many tokens times layers it is; 0 if that is not known."""
         self._done, self._total = 0, total
-        self._next(name)
+        self._begin_stage(name)
 
     def layer_done(self, tokens: int) -> None:
         self.add(tokens)
 
 
-def _words(done: int, total: int) -> str:
+def _format_progress(done: int, total: int) -> str:
     return f"{done / total:.0%}" if total else f"{done:,} token-layers"

@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymoe.checkpoints.weight_table import EvaluatedModel
-from raymoe.evaluation.moe_block import MixtureFfn, Route
+from raymoe.checkpoints.weight_table import CheckpointModel
+from raymoe.evaluation.moe_block import MoeBlock, Route
 from raymoe.routers.streamed_decoder import StreamedDecoder
-from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, chunk_of, padded
+from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, chunk_size, round_up
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["See", "Variant", "log_likelihoods"]
+__all__ = ["RoutingCallback", "Variant", "log_likelihoods"]
 
 Float32 = npt.NDArray[np.float32]
-See = Callable[[int, int, npt.NDArray[np.int64], Float32], None]
-"""`see(layer, text, experts_TK, weights_TK)`: what a layer's router chose for each token of a text."""
+RoutingCallback = Callable[[int, int, npt.NDArray[np.int64], Float32], None]
+"""`on_routing(layer, text, experts_TK, weights_TK)`: what a layer's router chose for each token of a text."""
 
 # States of all texts and variants of one pass. More texts are more passes.
 STATE_BYTES = 2 << 30
@@ -37,17 +37,17 @@ _VOCAB_BLOCK, _TOKEN_BLOCK = 16384, 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """One way of routing. `rows` (layers, experts, hidden) replace the checkpoint's, `shared_rows` those of the shared
-    expert's gate; `forced` names the expert of each text. `see` is told what was chosen."""
+    expert's gate; `forced` names the expert of each text. `on_routing` is told what was chosen."""
 
     name: str
     rows: Float32 | None = None
     shared_rows: Float32 | None = None
     forced: Sequence[int] | None = None
-    see: See | None = None
+    on_routing: RoutingCallback | None = None
 
 
 def log_likelihoods(
-    model: EvaluatedModel,
+    model: CheckpointModel,
     texts: Sequence[Sequence[int]],
     variants: Sequence[Variant],
     reader: SourceReader,
@@ -75,7 +75,7 @@ class _Pass:
 
     def __init__(
         self,
-        model: EvaluatedModel,
+        model: CheckpointModel,
         texts: Sequence[Sequence[int]],
         numbers: Sequence[int],
         variants: Sequence[Variant],
@@ -83,10 +83,12 @@ class _Pass:
         device: str,
     ) -> None:
         self._model, self._texts, self._variants = model, texts, variants
-        ffn = partial(MixtureFfn, model.rule) if model.rule else None
-        self._decoder = StreamedDecoder(model, reader, device, ffn=ffn, heads=model.heads, exact=True)
+        ffn = partial(MoeBlock, model.rule) if model.rule else None
+        self._decoder = StreamedDecoder(
+            model, reader, device, ffn=ffn, head_permutation=model.head_permutation, exact=True
+        )
         budget = 1 if self._decoder.rope_depends_on_length else TOKEN_BUDGET
-        self._groups = list(_batches(texts, numbers, budget, chunk_of(model.config)))
+        self._groups = list(_batches(texts, numbers, budget, chunk_size(model.config)))
         self._batches = [Batch([texts[number] for number in group]) for group in self._groups]
         embedded = [self._decoder.embed(batch) for batch in self._batches]
         self._states = {variant.name: list(embedded) for variant in variants}
@@ -99,7 +101,7 @@ class _Pass:
                 for number, batch in enumerate(self._batches):
                     self._set_route(layer, variant, number)
                     states[number] = self._decoder.run_layer(layer, states[number])
-                    self._tell(layer, variant, number)
+                    self._report_routing(layer, variant, number)
                     layer_done(int(batch.lengths.sum()))
         self._score()
 
@@ -112,7 +114,7 @@ class _Pass:
 
     def _set_route(self, layer: int, variant: Variant, number: int) -> None:
         ffn = self._decoder.ffn_of(layer)
-        if not isinstance(ffn, MixtureFfn):
+        if not isinstance(ffn, MoeBlock):
             return
         like = self._states[variant.name][number]
 
@@ -124,16 +126,16 @@ class _Pass:
             forced = torch.tensor([variant.forced[text] for text in self._groups[number]], device=like.device)
         ffn.route = Route(router=rows(variant.rows), shared_router=rows(variant.shared_rows), forced=forced)
 
-    def _tell(self, layer: int, variant: Variant, number: int) -> None:
+    def _report_routing(self, layer: int, variant: Variant, number: int) -> None:
         ffn = self._decoder.ffn_of(layer)
-        if variant.see is None or not isinstance(ffn, MixtureFfn) or ffn.choice is None:
+        if variant.on_routing is None or not isinstance(ffn, MoeBlock) or ffn.choice is None:
             return
         rows, tokens = self._batches[number].ids.shape
         experts = ffn.choice.experts.reshape(rows, tokens, -1).cpu().numpy()
         weights = ffn.choice.weights.reshape(rows, tokens, -1).cpu().numpy()
         for row, text in enumerate(self._groups[number]):
             length = len(self._texts[text])
-            variant.see(layer, text, experts[row, :length], weights[row, :length])
+            variant.on_routing(layer, text, experts[row, :length], weights[row, :length])
 
     def _score(self) -> None:
         """From last states to log-likelihoods: each block of the head is read once, for all texts and variants."""
@@ -199,7 +201,7 @@ def _batches(
     as a multiple of `chunk`."""
     group: list[int] = []
     for number in numbers:
-        if group and padded(len(texts[number]), chunk) * (len(group) + 1) > budget:
+        if group and round_up(len(texts[number]), chunk) * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(number)

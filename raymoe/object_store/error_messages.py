@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from raymoe.object_store.errors import (
-    Asked,
     BucketMissing,
     ObjectMissing,
     StorageError,
-    UploadGone,
-    object_changed,
-    object_exists,
-    problem_at,
+    StoreRequest,
+    UploadNotFound,
+    object_changed_error,
+    object_exists_error,
+    storage_problem,
 )
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.retry import Failure, Kind, Mismatch, ShortRead, error_code, error_status
+from raymoe.object_store.retry import Failure, FailureKind, Mismatch, ShortRead, error_code, error_status
 from raymoe.object_store.urls import is_s3, s3_location
 
 __all__ = ["storage_error"]
@@ -45,8 +45,8 @@ _PERMISSIONS = {
     "list_multipart_uploads": "s3:ListBucketMultipartUploads",
     "list_parts": "s3:ListMultipartUploadParts",
 }
-_ON_BUCKET = frozenset({"list_objects_v2", "list_multipart_uploads"})
-_DOING = {
+_BUCKET_OPERATIONS = frozenset({"list_objects_v2", "list_multipart_uploads"})
+_ACTIONS = {
     "get_object": "read",
     "head_object": "look at",
     "list_objects_v2": "list",
@@ -55,9 +55,9 @@ _DOING = {
     "list_parts": "list uploaded parts of",
     "abort_multipart_upload": "abort an upload of",
 }
-_REFUSED_KEYS = frozenset({"InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidClientTokenId"})
-_REFUSED = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
-_ELSEWHERE = frozenset(
+_BAD_KEY_CODES = frozenset({"InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidClientTokenId"})
+_ACCESS_DENIED_CODES = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"})
+_WRONG_REGION_CODES = frozenset(
     {"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"}
 )
 _BAD_PARTS = frozenset({"EntityTooLarge", "EntityTooSmall", "InvalidPart", "InvalidPartOrder", "NotImplemented"})
@@ -68,11 +68,11 @@ _UNREACHABLE = frozenset({"EndpointConnectionError", "ConnectTimeoutError", "Pro
 _CERTIFICATE = frozenset({"SSLError", "ClientSSLError"})
 _BAD_REGION = frozenset({"InvalidRegionError", "NoRegionError", "InvalidEndpointConfigurationError"})
 _SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, where the process runs"
-_READS = frozenset({"get_object", "head_object", "upload_part_copy"})
+_READ_OPERATIONS = frozenset({"get_object", "head_object", "upload_part_copy"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _ClientError:
     """An error of a client library, as far as it is looked at."""
 
     error: Exception
@@ -81,133 +81,139 @@ class _Found:
     names: frozenset[str]
 
 
-def storage_error(failure: Failure, asked: Asked, options: StorageOptions) -> StorageError:
+def storage_error(failure: Failure, request: StoreRequest, options: StorageOptions) -> StorageError:
     """The error to raise for a call that failed for good."""
     error = failure.error
     names = frozenset(cls.__name__ for cls in type(error).__mro__)
-    found = _Found(error, error_code(error), error_status(error), names)
-    for words in (_missing_or_changed, _credentials, _place, _connection):
-        if (known := words(found, asked, options)) is not None:
+    found = _ClientError(error, error_code(error), error_status(error), names)
+    for parts in (_missing_or_changed, _credentials_error, _location_error, _connection_error):
+        if (known := parts(found, request, options)) is not None:
             return known
-    it = "the bucket" if asked.operation in _ON_BUCKET else "it"
-    what = f"the store can't {_DOING.get(asked.operation, 'write')} {it}: {_sentence(found)}"
-    if failure.kind is not Kind.LASTS:
+    it = "the bucket" if request.operation in _BUCKET_OPERATIONS else "it"
+    what = f"the store can't {_ACTIONS.get(request.operation, 'write')} {it}: {_error_text(found)}"
+    if failure.kind is not FailureKind.PERMANENT:
         what = f"{what} (gave up after {failure.tries} tries in {failure.elapsed_s:.0f} s)"
-        return problem_at(asked, what, "the store is overloaded or down: run the same command again later")
+        return storage_problem(request, what, "the store is overloaded or down: run the same command again later")
     if found.code in _BAD_PARTS:
-        return problem_at(asked, what, "the store does not take what S3 takes; see the page on object storage")
+        return storage_problem(request, what, "the store does not take what S3 takes; see the page on object storage")
     if isinstance(error, ImportError):
-        return problem_at(asked, what, "install the package that fsspec needs for this kind of URL")
+        return storage_problem(request, what, "install the package that fsspec needs for this kind of URL")
     if _is_full(found):
-        return problem_at(asked, what, "free space in the store, or raise its quota")
-    return problem_at(asked, what, "check the URL and the store")
+        return storage_problem(request, what, "free space in the store, or raise its quota")
+    return storage_problem(request, what, "check the URL and the store")
 
 
-def _missing_or_changed(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+def _missing_or_changed(found: _ClientError, request: StoreRequest, options: StorageOptions) -> StorageError | None:
     if isinstance(found.error, Mismatch):
-        return object_changed(asked, str(found.error))
+        return object_changed_error(request, str(found.error))
     if found.code == "NoSuchBucket":
         remedy = "correct the bucket's name, or create it; a bucket elsewhere needs its endpoint"
-        return problem_at(asked, f"there is no bucket {_bucket(asked)} at {_endpoint(options)}", remedy, BucketMissing)
+        return storage_problem(
+            request, f"there is no bucket {_bucket(request)} at {_endpoint(options)}", remedy, BucketMissing
+        )
     if found.code == "NoSuchUpload":
         what = "the upload is no longer open: it was aborted, or expired"
-        return problem_at(asked, what, "run the same command again; it begins a new upload", UploadGone)
+        return storage_problem(request, what, "run the same command again; it begins a new upload", UploadNotFound)
     if found.status == 412 or found.code == "PreconditionFailed":
-        if asked.operation in _READS:
-            return object_changed(asked, "its ETag is another")
-        return object_exists(asked.url)
+        if request.operation in _READ_OPERATIONS:
+            return object_changed_error(request, "its ETag is another")
+        return object_exists_error(request.url)
     if (
         found.status == 416
         or found.code == "InvalidRange"
-        or (found.code == "InvalidArgument" and asked.operation == "upload_part_copy")
+        or (found.code == "InvalidArgument" and request.operation == "upload_part_copy")
     ):
-        return object_changed(asked, "it is shorter")
-    if found.code == "NoSuchKey" or (found.status == 404 and asked.operation in _READS):
-        what = f"there is no object {asked.source_url} to copy from" if asked.source_url else "there is no such object"
-        return problem_at(asked, what, "correct the name", ObjectMissing)
+        return object_changed_error(request, "it is shorter")
+    if found.code == "NoSuchKey" or (found.status == 404 and request.operation in _READ_OPERATIONS):
+        what = (
+            f"there is no object {request.source_url} to copy from" if request.source_url else "there is no such object"
+        )
+        return storage_problem(request, what, "correct the name", ObjectMissing)
     if isinstance(found.error, FileExistsError):
-        return object_exists(asked.url)
+        return object_exists_error(request.url)
     if isinstance(found.error, FileNotFoundError):
-        return problem_at(asked, "there is nothing of this name", "correct the name", ObjectMissing)
+        return storage_problem(request, "there is nothing of this name", "correct the name", ObjectMissing)
     return None
 
 
-def _credentials(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+def _credentials_error(found: _ClientError, request: StoreRequest, options: StorageOptions) -> StorageError | None:
     if found.code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
         remedy = "renew them (as in `aws sso login`) and run the same command again"
-        return problem_at(asked, "the credentials have expired", remedy)
+        return storage_problem(request, "the credentials have expired", remedy)
     if found.code in ("RequestTimeTooSkewed", "RequestExpired"):
         what = "this machine's clock is wrong: the store refuses the time of the request"
-        return problem_at(asked, what, "set the clock (NTP)")
-    if found.code in _REFUSED_KEYS:
+        return storage_problem(request, what, "set the clock (NTP)")
+    if found.code in _BAD_KEY_CODES:
         what = f"{_endpoint(options)} does not know the access key, or refuses its token"
-        return problem_at(asked, what, f"{_SET_CREDENTIALS}; check that they belong to this endpoint")
+        return storage_problem(request, what, f"{_SET_CREDENTIALS}; check that they belong to this endpoint")
     if found.code == "SignatureDoesNotMatch":
         what = "the store refuses the secret key (or a proxy changed the request)"
-        return problem_at(asked, what, _SET_CREDENTIALS)
+        return storage_problem(request, what, _SET_CREDENTIALS)
     if found.names & _NO_CREDENTIALS:
         remedy = f"{_SET_CREDENTIALS}; for a public bucket set storage.anonymous"
-        return problem_at(asked, f"no credentials found for {_endpoint(options)}", remedy)
+        return storage_problem(request, f"no credentials found for {_endpoint(options)}", remedy)
     if "ProfileNotFound" in found.names:
         profile = options.profile or os.environ.get("AWS_PROFILE", "")
-        return problem_at(asked, f"there is no profile {profile!r} in ~/.aws", "correct storage.profile or AWS_PROFILE")
+        return storage_problem(
+            request, f"there is no profile {profile!r} in ~/.aws", "correct storage.profile or AWS_PROFILE"
+        )
     if found.names & _CREDENTIALS_FAIL:
         what = f"credentials can't be had ({type(found.error).__name__})"
-        return problem_at(asked, what, "log in again, or check ~/.aws")
-    if found.code in _REFUSED or found.status in (401, 403) or isinstance(found.error, PermissionError):
-        return _denied(asked)
+        return storage_problem(request, what, "log in again, or check ~/.aws")
+    if found.code in _ACCESS_DENIED_CODES or found.status in (401, 403) or isinstance(found.error, PermissionError):
+        return _access_denied(request)
     return None
 
 
-def _denied(asked: Asked) -> StorageError:
-    permission = _PERMISSIONS.get(asked.operation)
-    if permission is None or not is_s3(asked.url):
-        return problem_at(asked, "access is refused", "check the credentials' permissions")
-    bucket = _bucket(asked)
-    place = bucket if asked.operation in _ON_BUCKET else f"{bucket}/{s3_location(asked.url).key}"
+def _access_denied(request: StoreRequest) -> StorageError:
+    permission = _PERMISSIONS.get(request.operation)
+    if permission is None or not is_s3(request.url):
+        return storage_problem(request, "access is refused", "check the credentials' permissions")
+    bucket = _bucket(request)
+    place = bucket if request.operation in _BUCKET_OPERATIONS else f"{bucket}/{s3_location(request.url).key}"
     what = f"access is refused: {permission} on {place} is needed"
     remedy = f"allow {permission} on arn:aws:s3:::{place} for the credentials in use"
-    if asked.source_url is not None:
-        source = s3_location(asked.source_url)
+    if request.source_url is not None:
+        source = s3_location(request.source_url)
         what += f", and s3:GetObject on {source.bucket}/{source.key}"
     elif permission == "s3:GetObject":
         # Without it S3 answers 403 and not 404 for what is not there.
         remedy += f"; without s3:ListBucket on {bucket} this can also mean that the object does not exist"
-    return problem_at(asked, what, remedy)
+    return storage_problem(request, what, remedy)
 
 
-def _place(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
+def _location_error(found: _ClientError, request: StoreRequest, options: StorageOptions) -> StorageError | None:
     if found.names & _BAD_REGION:
-        return problem_at(asked, "the region is missing or not valid", "set storage.region or AWS_REGION")
-    if found.code not in _ELSEWHERE and found.status not in (301, 307):
+        return storage_problem(request, "the region is missing or not valid", "set storage.region or AWS_REGION")
+    if found.code not in _WRONG_REGION_CODES and found.status not in (301, 307):
         return None
     response = getattr(found.error, "response", {})
     region = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
     region = region or response.get("Error", {}).get("Region")
     used = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     right = f"is in region {region}, and" if region else "is elsewhere:"
-    what = f"the bucket {_bucket(asked)} {right} it was looked for in {used or 'the default region'}"
-    return problem_at(asked, what, f"set storage.region or AWS_REGION to {region or 'the region of the bucket'}")
+    what = f"the bucket {_bucket(request)} {right} it was looked for in {used or 'the default region'}"
+    return storage_problem(request, what, f"set storage.region or AWS_REGION to {region or 'the region of the bucket'}")
 
 
-def _connection(found: _Found, asked: Asked, options: StorageOptions) -> StorageError | None:
-    if not is_s3(asked.url) and "ClientConnectorError" in found.names:
-        host = urlsplit(asked.url).hostname
+def _connection_error(found: _ClientError, request: StoreRequest, options: StorageOptions) -> StorageError | None:
+    if not is_s3(request.url) and "ClientConnectorError" in found.names:
+        host = urlsplit(request.url).hostname
         if isinstance(getattr(found.error, "os_error", None), socket.gaierror):
             what, remedy = f"the host {host} was not found", "correct the host's name in the URL, or check the network"
         else:
             what, remedy = f"the host {host} can't be reached", "check host and port in the URL, and the network"
-        return problem_at(asked, what, remedy)
+        return storage_problem(request, what, remedy)
     if found.names & _UNREACHABLE:
         what = f"{_endpoint(options)} can't be reached"
-        return problem_at(asked, what, "check the network, and storage.endpoint or AWS_ENDPOINT_URL")
+        return storage_problem(request, what, "check the network, and storage.endpoint or AWS_ENDPOINT_URL")
     if found.names & _CERTIFICATE:
         remedy = "for an authority of your own set AWS_CA_BUNDLE; or the endpoint is http:// and not https://"
-        return problem_at(asked, f"the certificate of {_endpoint(options)} is not accepted", remedy)
+        return storage_problem(request, f"the certificate of {_endpoint(options)} is not accepted", remedy)
     return None
 
 
-def _sentence(found: _Found) -> str:
+def _error_text(found: _ClientError) -> str:
     """What the server said, or else what the library did."""
     error, status = found.error, found.status
     response = getattr(error, "response", None)
@@ -221,13 +227,13 @@ def _sentence(found: _Found) -> str:
     return f"{type(error).__name__}: {text[0]:.300}" if text else type(error).__name__
 
 
-def _is_full(found: _Found) -> bool:
-    words = ("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "DiskFull", "NoSpace")
-    return any(word in found.code for word in words) or getattr(found.error, "errno", None) == errno.ENOSPC
+def _is_full(found: _ClientError) -> bool:
+    codes = ("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "DiskFull", "NoSpace")
+    return any(word in found.code for word in codes) or getattr(found.error, "errno", None) == errno.ENOSPC
 
 
-def _bucket(asked: Asked) -> str:
-    return s3_location(asked.url).bucket if is_s3(asked.url) else asked.url
+def _bucket(request: StoreRequest) -> str:
+    return s3_location(request.url).bucket if is_s3(request.url) else request.url
 
 
 def _endpoint(options: StorageOptions) -> str:

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from raymoe.errors import Problem, ProblemReport
 
 __all__ = [
-    "Asked",
     "BucketMissing",
     "ObjectChanged",
     "ObjectExists",
     "ObjectMissing",
     "StorageError",
-    "UploadGone",
-    "assembled_wrong",
-    "object_changed",
-    "object_exists",
-    "object_replaced",
-    "problem_at",
+    "StoreRequest",
+    "UploadNotFound",
+    "object_changed_error",
+    "object_exists_error",
+    "object_replaced_error",
+    "storage_problem",
+    "wrong_size_error",
 ]
 
 
@@ -44,7 +44,7 @@ class ObjectChanged(StorageError):
     """An object is not the one that was planned with."""
 
 
-class UploadGone(StorageError):
+class UploadNotFound(StorageError):
     """A multipart upload was aborted, or completed as something else, or never was."""
 
 
@@ -53,7 +53,7 @@ class BucketMissing(StorageError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class StoreRequest:
     """What a store was asked for. `operation` is the client's name of the call, as in `get_object`."""
 
     operation: str
@@ -62,32 +62,34 @@ class Asked:
     only_if_absent: bool = False
 
 
-def problem_at(asked: Asked, what: str, remedy: str, kind: type[StorageError] = StorageError) -> StorageError:
+def storage_problem(
+    request: StoreRequest, what: str, remedy: str, kind: type[StorageError] = StorageError
+) -> StorageError:
     """The error of one problem of what was asked."""
-    return kind([Problem(where=asked.url, what=what, remedy=remedy)])
+    return kind([Problem(where=request.url, what=what, remedy=remedy)])
 
 
-def object_changed(asked: Asked, how: str) -> StorageError:
+def object_changed_error(request: StoreRequest, how: str) -> StorageError:
     """The error for an object (the source of a copy, where there is one) that is another than was planned with."""
-    which = f"the source {asked.source_url}" if asked.source_url else "the object"
+    which = f"the source {request.source_url}" if request.source_url else "the object"
     what = f"{which} is no longer what was planned with: {how}"
-    return problem_at(asked, what, "run the merge again when the object no longer changes", ObjectChanged)
+    return storage_problem(request, what, "run the merge again when the object no longer changes", ObjectChanged)
 
 
-def object_exists(url: str) -> StorageError:
+def object_exists_error(url: str) -> StorageError:
     """The error for something in the way of an object that was to be new."""
     what, remedy = "there is an object of this name already", "choose another output, or allow overwriting"
     return ObjectExists([Problem(where=url, what=what, remedy=remedy)])
 
 
-def object_replaced(url: str) -> StorageError:
+def object_replaced_error(url: str) -> StorageError:
     """The error for an object that is another a moment after it was written."""
     what = "the object was replaced as soon as it had been written, by another run or another program"
     remedy = "run the same command again, and nothing else that writes to this output"
     return StorageError([Problem(where=url, what=what, remedy=remedy)])
 
 
-def assembled_wrong(url: str, size: int | None, expected: int) -> StorageError:
+def wrong_size_error(url: str, size: int | None, expected: int) -> StorageError:
     """The error for an object that is not the sum of its parts."""
     found = "it is not there" if size is None else f"it has {size} bytes"
     what = f"the object was assembled from {expected} bytes in parts, but {found}"

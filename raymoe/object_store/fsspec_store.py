@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from raymoe.object_store.error_messages import storage_error
-from raymoe.object_store.errors import Asked, object_exists
+from raymoe.object_store.errors import StoreRequest, object_exists_error
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, StoreCounters
-from raymoe.object_store.retry import Failure, Kind, Mismatch, Retries, ShortRead, kind_of
+from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, ShortRead, classify_error
 
 __all__ = ["FsspecStore"]
 
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 _WITH_FOLDERS = frozenset({"file", "local", "memory", "sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp"})
 _COPY_BYTES = 8 << 20
 # Whose listing is empty where the server was not reached.
-_HIDING = frozenset({"http", "https"})
+_HIDES_MISSING = frozenset({"http", "https"})
 # What file systems call a value that changes with the content, the best first.
 _ETAG_KEYS = (
     "ETag",
@@ -70,7 +70,7 @@ class FsspecStore:
             try:
                 info = filesystem.info(path)
             except FileNotFoundError as error:
-                _raise_unreached(error.__cause__)
+                _raise_if_unreachable(error.__cause__)
                 return None
             if info.get("type") == "directory":
                 return None
@@ -120,13 +120,13 @@ class FsspecStore:
             filesystem, path = self._open(url)
             try:
                 found = filesystem.find(path, maxdepth=None if recursive else 1, detail=True)
-                if not found and self.scheme in _HIDING:
+                if not found and self.scheme in _HIDES_MISSING:
                     try:
                         filesystem.ls(path)
                     except Exception as error:
-                        _raise_unreached(error)
+                        _raise_if_unreachable(error)
             except FileNotFoundError as error:
-                _raise_unreached(error.__cause__)
+                _raise_if_unreachable(error.__cause__)
                 return []
             prefix = path.rstrip("/") + "/"
             # A file of this very name is 'found' in itself.
@@ -143,7 +143,7 @@ class FsspecStore:
         self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
         if only_if_absent and self.stat(url) is not None:
-            raise object_exists(url)
+            raise object_exists_error(url)
 
         tries = 0
 
@@ -154,7 +154,7 @@ class FsspecStore:
             try:
                 if self.scheme in _WITH_FOLDERS:
                     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                _pipe(filesystem, path, data, only_if_absent=only_if_absent)
+                _write_object(filesystem, path, data, only_if_absent=only_if_absent)
             except FileExistsError:
                 # Our own, where an earlier try got through and its answer did not.
                 if tries == 1 or filesystem.cat_file(path) != data:
@@ -218,11 +218,11 @@ class FsspecStore:
     def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
         outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)
         if isinstance(outcome, Failure):
-            raise storage_error(outcome, Asked(operation=operation, url=url), self.options)
+            raise storage_error(outcome, StoreRequest(operation=operation, url=url), self.options)
         return outcome
 
 
-def _pipe(filesystem: Any, path: str, data: bytes, *, only_if_absent: bool) -> None:
+def _write_object(filesystem: Any, path: str, data: bytes, *, only_if_absent: bool) -> None:
     if only_if_absent:
         try:
             filesystem.pipe_file(path, data, mode="create")
@@ -251,9 +251,9 @@ def _rename(filesystem: Any, path: str, target: str) -> None:
         filesystem.rm_file(path)
 
 
-def _raise_unreached(error: BaseException | None) -> None:
+def _raise_if_unreachable(error: BaseException | None) -> None:
     """Raise what a file system takes for a missing file, and is a server that was not reached or is out of order."""
-    if isinstance(error, Exception) and kind_of(error) is not Kind.LASTS:
+    if isinstance(error, Exception) and classify_error(error) is not FailureKind.PERMANENT:
         raise error
 
 

@@ -6,17 +6,17 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from raymoe.object_store.errors import Asked, ObjectMissing, problem_at
+from raymoe.object_store.errors import ObjectMissing, StoreRequest, storage_problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ObjectStream"]
+__all__ = ["ObjectFile"]
 
 
-class ObjectStream(io.RawIOBase):
+class ObjectFile(io.RawIOBase):
     """The object at a normalised URL, as it is when this is made: a change afterwards is an error.
 
     For small reads wrap it in `io.BufferedReader`. Raises StorageError.
@@ -27,8 +27,8 @@ class ObjectStream(io.RawIOBase):
         self._url, self._store, self._position = url, open_store(url, options), 0
         info = self._store.stat(url)
         if info is None:
-            asked = Asked(operation="head_object", url=url)
-            raise problem_at(asked, "there is no such object", "correct the name", ObjectMissing)
+            request = StoreRequest(operation="head_object", url=url)
+            raise storage_problem(request, "there is no such object", "correct the name", ObjectMissing)
         self._size, self._etag = info.size, info.etag
 
     def readable(self) -> bool:

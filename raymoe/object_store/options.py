@@ -14,8 +14,8 @@ from raymoe.object_store.urls import check_no_secrets
 __all__ = ["StorageOptions"]
 
 _CHECKSUMS = (None, "sha256")
-_MOST_REQUESTS = 10_000
-_LONGEST_S = 10**9  # larger ones are no times that a system's timers take
+_MAX_REQUESTS = 10_000
+_MAX_SECONDS = 10**9  # larger ones are no times that a system's timers take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +40,12 @@ class StorageOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 1 <= self.max_requests <= _MOST_REQUESTS:
-            what = f"{_shown(self.max_requests)} is not a number from 1 up to {_MOST_REQUESTS}"
+        if not 1 <= self.max_requests <= _MAX_REQUESTS:
+            what = f"{_format_number(self.max_requests)} is not a number from 1 up to {_MAX_REQUESTS}"
             problems.append(_problem("max_requests", what, "leave it out"))
         for name in ("read_timeout_s", "deadline_s"):
-            if not 0 < getattr(self, name) <= _LONGEST_S:
-                what = f"{_shown(getattr(self, name))} is not a time over 0 seconds, up to {_LONGEST_S}"
+            if not 0 < getattr(self, name) <= _MAX_SECONDS:
+                what = f"{_format_number(getattr(self, name))} is not a time over 0 seconds, up to {_MAX_SECONDS}"
                 problems.append(_problem(name, what, "leave it out"))
         for name in ("region", "profile"):
             try:
@@ -67,7 +67,7 @@ class StorageOptions:
             raise ProblemReport(problems)
 
 
-def _shown(number: float) -> str:
+def _format_number(number: float) -> str:
     """A number as text, unless it is an integer that is too long to be written."""
     return f"{number}" if abs(number) < 2**64 or isinstance(number, float) else "this"
 

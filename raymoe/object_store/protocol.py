@@ -148,8 +148,8 @@ class MultipartStore(ObjectStore, Protocol):
         """Make the object of its parts, in the order of their numbers, and check its size.
 
         `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
-        and metadata counts as this upload, completed earlier; else UploadGone, or ObjectExists where `only_if_absent`
-        and something else is in the way.
+        and metadata counts as this upload, completed earlier; else UploadNotFound, or ObjectExists where
+        `only_if_absent` and something else is in the way.
         """
 
     def abort_upload(self, url: str, upload_id: str) -> None:
@@ -159,4 +159,4 @@ class MultipartStore(ObjectStore, Protocol):
         """All open uploads of objects in the folder `url`, and of `url` itself; whoever began them."""
 
     def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
-        """The parts that an open upload has so far, by number. UploadGone if it is not open."""
+        """The parts that an open upload has so far, by number. UploadNotFound if it is not open."""

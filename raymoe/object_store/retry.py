@@ -21,13 +21,23 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-__all__ = ["Failure", "Kind", "Mismatch", "Pacer", "Retries", "ShortRead", "error_code", "error_status", "kind_of"]
+__all__ = [
+    "Failure",
+    "FailureKind",
+    "Mismatch",
+    "Pacer",
+    "Retries",
+    "ShortRead",
+    "classify_error",
+    "error_code",
+    "error_status",
+]
 
 T = TypeVar("T")
 
-_FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 20.0
-_THROTTLED_WAIT_S = 0.5  # the first wait after 'slow down'
+_INITIAL_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 20.0
+_THROTTLED_BACKOFF_S = 0.5  # the first wait after 'slow down'
 _TRIES_AT_FIRST_CONTACT = 4  # an endpoint that never answered is more likely misspelt than overloaded
 
 _THROTTLE_CODES = frozenset(
@@ -35,20 +45,20 @@ _THROTTLE_CODES = frozenset(
     | {"RequestLimitExceeded", "TooManyRequests", "BandwidthLimitExceeded", "RequestThrottled"}
 )
 # BadDigest and its like: the body was damaged on its way.
-_PASSING_CODES = frozenset(
+_TRANSIENT_CODES = frozenset(
     {"InternalError", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"}
     | {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 )
-_PASSING_STATUS = frozenset({408, 500, 502, 504})
+_TRANSIENT_STATUS = frozenset({408, 500, 502, 504})
 _THROTTLE_STATUS = frozenset({429, 503})
 # Names and not classes: several HTTP libraries, none of which is imported here. A class counts with its bases.
-_PASSING_ERRORS = frozenset(
+_TRANSIENT_ERRORS = frozenset(
     {"ClientPayloadError", "ClientConnectionError", "ServerDisconnectedError", "HttpProcessingError"}  # aiohttp
     | {"ConnectionClosedError", "ReadTimeoutError", "ConnectTimeoutError", "ResponseStreamingError"}  # botocore
     | {"EndpointConnectionError", "ProxyConnectionError", "ChecksumError", "ResponseParserError", "HTTPClientError"}
     | {"IncompleteRead", "IncompleteReadError", "TimeoutError", "ConnectionError"}
 )
-_LASTING_ERRORS = frozenset({"SSLError", "InvalidProxiesConfigError", "ClientSSLError", "InvalidURL"})
+_PERMANENT_ERRORS = frozenset({"SSLError", "InvalidProxiesConfigError", "ClientSSLError", "InvalidURL"})
 _CONNECT_ERRORS = frozenset(
     {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "HTTPClientError"}
     | {"ClientConnectorError", "ClientConnectorDNSError"}
@@ -63,11 +73,11 @@ class Mismatch(Exception):
     """An object that is not the one that was asked for: shorter, or of another ETag. Waiting does not help."""
 
 
-class Kind(Enum):
+class FailureKind(Enum):
     """What to do about a failure."""
 
-    LASTS = "lasts"
-    PASSES = "passes"
+    PERMANENT = "lasts"
+    TRANSIENT = "passes"
     THROTTLED = "throttled"
 
 
@@ -76,14 +86,14 @@ class Failure:
     """A call that was given up: for a reason that lasts, or at its deadline."""
 
     error: Exception
-    kind: Kind
+    kind: FailureKind
     tries: int
     elapsed_s: float
 
 
 def error_code(error: BaseException) -> str:
     """The code that an S3 server gave ('NoSuchKey'), or ''. Answers without a body give the status as their code."""
-    return str(_error_answer(error).get("Code", ""))
+    return str(_error_response(error).get("Code", ""))
 
 
 def error_status(error: BaseException) -> int | None:
@@ -97,26 +107,26 @@ def error_status(error: BaseException) -> int | None:
     return None
 
 
-def kind_of(error: BaseException) -> Kind:
+def classify_error(error: BaseException) -> FailureKind:
     """Whether waiting may help."""
     code, status = error_code(error), error_status(error)
     names = {cls.__name__ for cls in type(error).__mro__}
     if code in _THROTTLE_CODES or status in _THROTTLE_STATUS:
-        return Kind.THROTTLED
-    if code in _PASSING_CODES or status in _PASSING_STATUS:
-        return Kind.PASSES
-    if status is not None or names & _LASTING_ERRORS:
-        return Kind.LASTS
-    passes = isinstance(error, ShortRead) or names & _PASSING_ERRORS
-    return Kind.PASSES if passes else Kind.LASTS
+        return FailureKind.THROTTLED
+    if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
+        return FailureKind.TRANSIENT
+    if status is not None or names & _PERMANENT_ERRORS:
+        return FailureKind.PERMANENT
+    is_transient = isinstance(error, ShortRead) or names & _TRANSIENT_ERRORS
+    return FailureKind.TRANSIENT if is_transient else FailureKind.PERMANENT
 
 
 class Pacer:
     """Slots for requests under way. Thread-safe."""
 
     def __init__(self, slots: int):
-        self._most, self._slots = float(slots), float(slots)
-        self._taken, self._slowed_at = 0, 0.0
+        self._max_slots, self._slots = float(slots), float(slots)
+        self._in_use, self._slowed_at = 0, 0.0
         self._changed = threading.Condition()
 
     @property
@@ -127,20 +137,20 @@ class Pacer:
     def slot(self, timeout_s: float) -> Iterator[None]:
         """Wait for a free slot and hold it. Raises TimeoutError."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._taken < self.slots, timeout=timeout_s):
+            if not self._changed.wait_for(lambda: self._in_use < self.slots, timeout=timeout_s):
                 raise TimeoutError(f"no request slot came free within {timeout_s:.0f} s")
-            self._taken += 1
+            self._in_use += 1
         try:
             yield
         finally:
             with self._changed:
-                self._taken -= 1
+                self._in_use -= 1
                 self._changed.notify_all()
 
     def succeeded(self) -> None:
         """One more slot for as many successes as there are slots."""
         with self._changed:
-            self._slots = min(self._most, self._slots + 1 / self._slots)
+            self._slots = min(self._max_slots, self._slots + 1 / self._slots)
             self._changed.notify_all()
 
     def throttled(self, started_at: float) -> None:
@@ -158,7 +168,7 @@ class Retries:
         self.pacer = Pacer(max_requests)
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._answered: set[str] = set()  # hosts
+        self._hosts_reached: set[str] = set()  # hosts
         self.requests, self.retries, self.times_throttled = 0, 0, 0
 
     def run(self, attempt: Callable[[float], T], host: str = "") -> T | Failure:
@@ -173,12 +183,12 @@ class Retries:
             error = self._try(attempt, left, host, again=tries > 1)
             if not isinstance(error, _Error):
                 return error
-            kind = kind_of(error.error)
-            if kind is not Kind.LASTS and host not in self._answered and _is_connect_error(error.error):
-                kind = kind if tries < _TRIES_AT_FIRST_CONTACT else Kind.LASTS
-            wait = _wait_s(tries, kind, error.error)
+            kind = classify_error(error.error)
+            if kind is not FailureKind.PERMANENT and host not in self._hosts_reached and _is_connect_error(error.error):
+                kind = kind if tries < _TRIES_AT_FIRST_CONTACT else FailureKind.PERMANENT
+            wait = _backoff_s(tries, kind, error.error)
             elapsed = time.monotonic() - began
-            if kind is Kind.LASTS or elapsed + wait >= self._deadline_s:
+            if kind is FailureKind.PERMANENT or elapsed + wait >= self._deadline_s:
                 return Failure(error.error, kind, tries, elapsed)
             time.sleep(wait)
 
@@ -192,17 +202,17 @@ class Retries:
                 started = time.monotonic()
                 result = attempt(left)
         except Exception as error:
-            if kind_of(error) is Kind.THROTTLED:
+            if classify_error(error) is FailureKind.THROTTLED:
                 self.pacer.throttled(started)
                 with self._lock:
                     self.times_throttled += 1
             if error_status(error) is not None:
-                self._answered.add(host)
+                self._hosts_reached.add(host)
             # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,
             # and an answer about a token that has expired carries the token.
             return _Error(error)
         self.pacer.succeeded()
-        self._answered.add(host)
+        self._hosts_reached.add(host)
         return result
 
 
@@ -217,9 +227,9 @@ def _is_connect_error(error: BaseException) -> bool:
     return bool({cls.__name__ for cls in type(error).__mro__[:1]} & _CONNECT_ERRORS)
 
 
-def _wait_s(tries: int, kind: Kind, error: BaseException) -> float:
-    first = _THROTTLED_WAIT_S if kind is Kind.THROTTLED else _FIRST_WAIT_S
-    longest = min(_LONGEST_WAIT_S, first * 2 ** min(tries - 1, 20))
+def _backoff_s(tries: int, kind: FailureKind, error: BaseException) -> float:
+    first = _THROTTLED_BACKOFF_S if kind is FailureKind.THROTTLED else _INITIAL_BACKOFF_S
+    longest = min(_MAX_BACKOFF_S, first * 2 ** min(tries - 1, 20))
     # From a half on: no waiting at all would defeat the purpose, equal waits would bring all back at once.
     return max(_retry_after_s(error), random.uniform(longest / 2, longest))
 
@@ -231,7 +241,7 @@ def _retry_after_s(error: BaseException) -> float:
     return min(float(value), 60.0) if value.isdigit() else 0.0
 
 
-def _error_answer(error: BaseException) -> dict[str, Any]:
+def _error_response(error: BaseException) -> dict[str, Any]:
     response = getattr(error, "response", None)
     answer = response.get("Error") if isinstance(response, dict) else None
     return answer if isinstance(answer, dict) else {}

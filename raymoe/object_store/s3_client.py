@@ -17,17 +17,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from raymoe.object_store.error_messages import storage_error
-from raymoe.object_store.errors import Asked
+from raymoe.object_store.errors import StoreRequest
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import StoreCounters
 from raymoe.object_store.retry import Failure, Retries
 
-__all__ = ["Handle", "S3Client"]
+__all__ = ["ResponseHandler", "S3Client"]
 
 _CONNECT_TIMEOUT_S = 10
 
 _T = TypeVar("_T")
-Handle = Callable[[Any], Awaitable[_T]]
+ResponseHandler = Callable[[Any], Awaitable[_T]]
 
 
 class S3Client:
@@ -37,25 +37,25 @@ class S3Client:
         self.options = options
         self._retries = Retries(options.max_requests, options.deadline_s)
         self._lock = threading.Lock()
-        self._made: tuple[int, Any] | None = None  # (process id, S3FileSystem)
+        self._filesystem_cache: tuple[int, Any] | None = None  # (process id, S3FileSystem)
         self._read, self._sent, self._copied = 0, 0, 0
 
-    def call(self, asked: Asked, handle: Handle[_T], **arguments: Any) -> _T:
+    def call(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T:
         """The result of one request. Raises StorageError."""
-        outcome = self.send(asked, handle, **arguments)
+        outcome = self.send(store_request, handle, **arguments)
         if isinstance(outcome, Failure):
-            raise storage_error(outcome, asked, self.options)
+            raise storage_error(outcome, store_request, self.options)
         return outcome
 
-    def send(self, asked: Asked, handle: Handle[_T], **arguments: Any) -> _T | Failure:
-        """Send `asked.operation` until it succeeds or fails for good.
+    def send(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T | Failure:
+        """Send `store_request.operation` until it succeeds or fails for good.
 
         `handle` makes the result of the answer, in the event loop; what it raises counts as a failure of the request.
         """
 
         def attempt(seconds: float) -> _T:
             filesystem = self._filesystem()
-            request = _request(filesystem, asked.operation, handle, arguments)
+            request = _request(filesystem, store_request.operation, handle, arguments)
             future = asyncio.run_coroutine_threadsafe(request, filesystem.loop)
             try:
                 return future.result(seconds)
@@ -84,9 +84,9 @@ class S3Client:
 
     def _filesystem(self) -> Any:
         with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), _make_filesystem(self.options))
-            return self._made[1]
+            if self._filesystem_cache is None or self._filesystem_cache[0] != os.getpid():
+                self._filesystem_cache = (os.getpid(), _make_filesystem(self.options))
+            return self._filesystem_cache[1]
 
 
 def _make_filesystem(options: StorageOptions) -> Any:
@@ -111,7 +111,7 @@ def _make_filesystem(options: StorageOptions) -> Any:
     )
 
 
-async def _request(filesystem: Any, operation: str, handle: Handle[_T], arguments: Mapping[str, Any]) -> _T:
+async def _request(filesystem: Any, operation: str, handle: ResponseHandler[_T], arguments: Mapping[str, Any]) -> _T:
     client = await filesystem.set_session()
     client.meta.events.register_last("before-send.s3", _can_be_sent_again, unique_id="raymoe")
     return await handle(await getattr(client, operation)(**arguments))

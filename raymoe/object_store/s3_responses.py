@@ -15,25 +15,25 @@ from raymoe.object_store.protocol import ObjectInfo, UploadedPart
 from raymoe.object_store.retry import Mismatch, ShortRead
 
 __all__ = [
-    "Answer",
-    "bare",
-    "check_answer",
+    "S3Response",
     "check_etag",
-    "check_sent",
-    "is_made_of",
+    "check_response",
     "is_md5",
+    "matches_parts",
     "multipart_etag",
-    "quoted",
+    "quote_etag",
     "read_body",
+    "unquote_etag",
+    "upload_check",
 ]
 
-Answer = Mapping[str, Any]
+S3Response = Mapping[str, Any]
 
 _CHUNK_BYTES = 1 << 18
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
-async def read_body(response: Answer, buffer: memoryview) -> None:
+async def read_body(response: S3Response, buffer: memoryview) -> None:
     """Fill the buffer exactly. Raises ShortRead."""
     body, done = response["Body"], 0
     try:
@@ -48,7 +48,7 @@ async def read_body(response: Answer, buffer: memoryview) -> None:
         raise ShortRead(f"the store sent {done} bytes, and {len(buffer)} were asked for")
 
 
-def check_answer(response: Answer, start: int, end: int, etag: str | None) -> None:
+def check_response(response: S3Response, start: int, end: int, etag: str | None) -> None:
     """Raise if the body to come is not the range that was asked for."""
     try:
         check_etag(response, etag)
@@ -67,18 +67,18 @@ def check_answer(response: Answer, start: int, end: int, etag: str | None) -> No
         raise
 
 
-def check_etag(response: Answer, etag: str | None) -> None:
-    if etag is not None and bare(response.get("ETag")) != etag:
+def check_etag(response: S3Response, etag: str | None) -> None:
+    if etag is not None and unquote_etag(response.get("ETag")) != etag:
         response["Body"].close()
         raise Mismatch("its ETag is another")
 
 
-def check_sent(data: bytes | bytearray) -> tuple[Callable[[Answer], Awaitable[Answer]], str]:
+def upload_check(data: bytes | bytearray) -> tuple[Callable[[S3Response], Awaitable[S3Response]], str]:
     """What checks the answer to an upload of `data`, and the Content-MD5 to send with it."""
     digest = hashlib.md5(data, usedforsecurity=False)
 
-    async def check(response: Answer) -> Answer:
-        etag = str(bare(response.get("ETag")))
+    async def check(response: S3Response) -> S3Response:
+        etag = str(unquote_etag(response.get("ETag")))
         encrypted = "kms" in response.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in response
         if not encrypted and is_md5(etag) and etag != digest.hexdigest():
             raise ShortRead(f"the store reports other bytes (MD5 {etag}) than were sent ({digest.hexdigest()})")
@@ -87,7 +87,7 @@ def check_sent(data: bytes | bytearray) -> tuple[Callable[[Answer], Awaitable[An
     return check, base64.b64encode(digest.digest()).decode()
 
 
-def is_made_of(info: ObjectInfo, parts: Sequence[UploadedPart], metadata: Mapping[str, str] | None) -> bool:
+def matches_parts(info: ObjectInfo, parts: Sequence[UploadedPart], metadata: Mapping[str, str] | None) -> bool:
     """Whether an object is what completing an upload of these parts, begun with this metadata, gives.
 
     Its ETag shows it where ETags are S3's. They are not with keys of KMS, or in stores that make up their own: there
@@ -112,9 +112,9 @@ def is_md5(etag: str) -> bool:
     return len(etag) == 32 and set(etag) <= _HEX_DIGITS
 
 
-def bare(etag: str | None) -> str | None:
+def unquote_etag(etag: str | None) -> str | None:
     return etag.strip('"') if etag else None
 
 
-def quoted(etag: str) -> str:
+def quote_etag(etag: str) -> str:
     return f'"{etag}"'

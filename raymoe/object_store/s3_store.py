@@ -18,23 +18,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.object_store.error_messages import storage_error
-from raymoe.object_store.errors import Asked, assembled_wrong, object_changed, object_exists, object_replaced
+from raymoe.object_store.errors import (
+    StoreRequest,
+    object_changed_error,
+    object_exists_error,
+    object_replaced_error,
+    wrong_size_error,
+)
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, OpenUpload, StoreCounters, UploadedPart
-from raymoe.object_store.retry import Failure, Kind, error_code, error_status
+from raymoe.object_store.retry import Failure, FailureKind, error_code, error_status
 from raymoe.object_store.s3_client import S3Client
 from raymoe.object_store.s3_responses import (
-    Answer,
-    bare,
-    check_answer,
+    S3Response,
     check_etag,
-    check_sent,
-    is_made_of,
+    check_response,
+    matches_parts,
     multipart_etag,
-    quoted,
+    quote_etag,
     read_body,
+    unquote_etag,
+    upload_check,
 )
-from raymoe.object_store.urls import join, s3_location
+from raymoe.object_store.urls import join_url, s3_location
 
 __all__ = ["MAX_PARTS", "MAX_PART_BYTES", "MIN_PART_BYTES", "S3Store"]
 
@@ -62,25 +68,25 @@ class S3Store:
     # --- looking and reading
 
     def stat(self, url: str) -> ObjectInfo | None:
-        asked = Asked(operation="head_object", url=url)
-        outcome = self._client.send(asked, _as_is, **_at(url))
+        request = StoreRequest(operation="head_object", url=url)
+        outcome = self._client.send(request, _identity, **_bucket_and_key(url))
         if isinstance(outcome, Failure):
             # An answer to HEAD has no body, so neither a reason. A one-byte GET has.
             probe: object = outcome
             if error_status(outcome.error) in (301, 400, 403) or s3_location(url).bucket not in self._buckets:
-                get = Asked(operation="get_object", url=url)
-                probe = self._client.send(get, _close_body, Range="bytes=0-0", **_at(url))
+                get = StoreRequest(operation="get_object", url=url)
+                probe = self._client.send(get, _close_body, Range="bytes=0-0", **_bucket_and_key(url))
             if isinstance(probe, Failure) and error_status(probe.error) != 416:
                 if error_status(probe.error) == 404 and error_code(probe.error) in ("NoSuchKey", "404", ""):
                     self._buckets.add(s3_location(url).bucket)
                     return None
-                raise storage_error(probe, asked, self._client.options)
-            outcome = self._client.send(asked, _as_is, **_at(url))  # it came into being meanwhile
+                raise storage_error(probe, request, self._client.options)
+            outcome = self._client.send(request, _identity, **_bucket_and_key(url))  # it came into being meanwhile
             if isinstance(outcome, Failure):
-                raise storage_error(outcome, asked, self._client.options)
+                raise storage_error(outcome, request, self._client.options)
         self._buckets.add(s3_location(url).bucket)
         return ObjectInfo(
-            size=outcome["ContentLength"], etag=bare(outcome.get("ETag")), metadata=outcome.get("Metadata", {})
+            size=outcome["ContentLength"], etag=unquote_etag(outcome.get("ETag")), metadata=outcome.get("Metadata", {})
         )
 
     def read(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
@@ -93,24 +99,26 @@ class S3Store:
             return
         end = start + len(buffer)
 
-        async def fill(response: Answer) -> None:
-            check_answer(response, start, end, etag)
+        async def fill(response: S3Response) -> None:
+            check_response(response, start, end, etag)
             await read_body(response, buffer)
 
-        condition = {"IfMatch": quoted(etag)} if etag else {}
-        asked = Asked(operation="get_object", url=url)
-        self._client.call(asked, fill, Range=f"bytes={start}-{end - 1}", **_at(url), **condition)
+        condition = {"IfMatch": quote_etag(etag)} if etag else {}
+        request = StoreRequest(operation="get_object", url=url)
+        self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
         self._client.count(read=len(buffer))
 
     def read_all(self, url: str, etag: str | None = None) -> bytes:
-        async def whole(response: Answer) -> bytes:
+        async def whole(response: S3Response) -> bytes:
             check_etag(response, etag)
             buffer = bytearray(response["ContentLength"])
             await read_body(response, memoryview(buffer))
             return bytes(buffer)
 
-        condition = {"IfMatch": quoted(etag)} if etag else {}
-        data: bytes = self._client.call(Asked(operation="get_object", url=url), whole, **_at(url), **condition)
+        condition = {"IfMatch": quote_etag(etag)} if etag else {}
+        data: bytes = self._client.call(
+            StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url), **condition
+        )
         self._client.count(read=len(data))
         return data
 
@@ -120,12 +128,12 @@ class S3Store:
         query = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
         found: list[ObjectEntry] = []
         while True:
-            page = self._client.call(Asked(operation="list_objects_v2", url=url), _as_is, **query)
+            page = self._client.call(StoreRequest(operation="list_objects_v2", url=url), _identity, **query)
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(prefix)
                 # Consoles make 'folders': empty objects whose name ends in '/'.
                 if name and not name.endswith("/"):
-                    found.append(ObjectEntry(name=name, size=item["Size"], etag=bare(item.get("ETag"))))
+                    found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
             if not page.get("IsTruncated"):
                 return sorted(found, key=lambda entry: entry.name)
             query["ContinuationToken"] = page["NextContinuationToken"]
@@ -139,42 +147,44 @@ class S3Store:
         condition = {}
         if only_if_absent:
             if self.stat(url) is not None:
-                raise object_exists(url)
+                raise object_exists_error(url)
             metadata[_PUT_TOKEN] = uuid.uuid4().hex
             condition = {"IfNoneMatch": "*"}
-        asked = Asked(operation="put_object", url=url, only_if_absent=only_if_absent)
-        handle, md5 = check_sent(data)
+        request = StoreRequest(operation="put_object", url=url, only_if_absent=only_if_absent)
+        handle, md5 = upload_check(data)
         sent = {"Body": data, "ContentMD5": md5, "Metadata": metadata, **condition}
-        outcome = self._client.send(asked, handle, **_at(url), **sent)
+        outcome = self._client.send(request, handle, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Was it an earlier try of this very call that got through, and whose answer was lost?
             info = self.stat(url) if only_if_absent and error_status(outcome.error) == 412 else None
             if info is None or info.metadata.get(_PUT_TOKEN) != metadata[_PUT_TOKEN]:
-                raise storage_error(outcome, asked, self._client.options)
+                raise storage_error(outcome, request, self._client.options)
             return info
         self._client.count(sent=len(data))
-        return ObjectInfo(size=len(data), etag=bare(outcome.get("ETag")), metadata=metadata)
+        return ObjectInfo(size=len(data), etag=unquote_etag(outcome.get("ETag")), metadata=metadata)
 
     def delete(self, url: str) -> None:
-        asked = Asked(operation="delete_object", url=url)
-        outcome = self._client.send(asked, _as_is, **_at(url))
+        request = StoreRequest(operation="delete_object", url=url)
+        outcome = self._client.send(request, _identity, **_bucket_and_key(url))
         if isinstance(outcome, Failure) and error_code(outcome.error) != "NoSuchKey":
-            raise storage_error(outcome, asked, self._client.options)
+            raise storage_error(outcome, request, self._client.options)
 
     # --- multipart uploads
 
     def create_upload(self, url: str, metadata: Mapping[str, str] | None = None) -> str:
-        asked = Asked(operation="create_multipart_upload", url=url)
-        response = self._client.call(asked, _as_is, Metadata=dict(metadata or {}), **_at(url))
+        request = StoreRequest(operation="create_multipart_upload", url=url)
+        response = self._client.call(request, _identity, Metadata=dict(metadata or {}), **_bucket_and_key(url))
         return str(response["UploadId"])
 
     def upload_part(self, url: str, upload_id: str, number: int, data: bytes | bytearray | memoryview) -> UploadedPart:
         body = bytes(data) if isinstance(data, memoryview) else data
-        handle, md5 = check_sent(body)
+        handle, md5 = upload_check(body)
         sent = {"UploadId": upload_id, "PartNumber": number, "Body": body, "ContentMD5": md5}
-        response = self._client.call(Asked(operation="upload_part", url=url), handle, **_at(url), **sent)
+        response = self._client.call(
+            StoreRequest(operation="upload_part", url=url), handle, **_bucket_and_key(url), **sent
+        )
         self._client.count(sent=len(body))
-        return UploadedPart(number=number, etag=str(bare(response["ETag"])), size=len(body))
+        return UploadedPart(number=number, etag=str(unquote_etag(response["ETag"])), size=len(body))
 
     def copy_part(
         self,
@@ -186,17 +196,17 @@ class S3Store:
         end: int,
         source_etag: str | None = None,
     ) -> UploadedPart:
-        asked = Asked(operation="upload_part_copy", url=url, source_url=source_url)
-        condition = {"CopySourceIfMatch": quoted(source_etag)} if source_etag else {}
+        request = StoreRequest(operation="upload_part_copy", url=url, source_url=source_url)
+        condition = {"CopySourceIfMatch": quote_etag(source_etag)} if source_etag else {}
         response = self._client.call(
-            asked,
-            _as_is,
+            request,
+            _identity,
             UploadId=upload_id,
             PartNumber=number,
-            CopySource=_at(source_url),
+            CopySource=_bucket_and_key(source_url),
             CopySourceRange=f"bytes={start}-{end - 1}",
             **condition,
-            **_at(url),
+            **_bucket_and_key(url),
         )
         source = self.stat(source_url)
         wrong = None
@@ -205,9 +215,9 @@ class S3Store:
         elif source_etag is not None and source.etag != source_etag:
             wrong = "its ETag is another"
         if wrong is not None:
-            raise object_changed(asked, wrong)
+            raise object_changed_error(request, wrong)
         self._client.count(copied=end - start)
-        return UploadedPart(number=number, etag=str(bare(response["CopyPartResult"]["ETag"])), size=end - start)
+        return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
 
     def complete_upload(
         self,
@@ -219,75 +229,75 @@ class S3Store:
         only_if_absent: bool = False,
     ) -> ObjectInfo:
         parts = sorted(parts, key=lambda part: part.number)
-        asked = Asked(operation="complete_multipart_upload", url=url, only_if_absent=only_if_absent)
+        request = StoreRequest(operation="complete_multipart_upload", url=url, only_if_absent=only_if_absent)
         condition = {}
         if only_if_absent:
             condition = {"IfNoneMatch": "*"}
             if (info := self.stat(url)) is not None:
-                if not is_made_of(info, parts, metadata):
-                    raise object_exists(url)
+                if not matches_parts(info, parts, metadata):
+                    raise object_exists_error(url)
                 return info
-        listed = [{"PartNumber": part.number, "ETag": quoted(part.etag)} for part in parts]
+        listed = [{"PartNumber": part.number, "ETag": quote_etag(part.etag)} for part in parts]
         sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}, **condition}
-        outcome = self._client.send(asked, _as_is, **_at(url), **sent)
+        outcome = self._client.send(request, _identity, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Completed by an earlier try whose answer was lost, or by an earlier life of this run?
-            if outcome.kind is Kind.LASTS and error_status(outcome.error) not in (404, 412):
-                raise storage_error(outcome, asked, self._client.options)
+            if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) not in (404, 412):
+                raise storage_error(outcome, request, self._client.options)
             info = self.stat(url)
-            if info is None or not is_made_of(info, parts, metadata):
-                raise storage_error(outcome, asked, self._client.options)
+            if info is None or not matches_parts(info, parts, metadata):
+                raise storage_error(outcome, request, self._client.options)
             return info
         info, expected = self.stat(url), sum(part.size for part in parts)
         if info is None or info.size != expected:
-            raise assembled_wrong(url, info.size if info else None, expected)
+            raise wrong_size_error(url, info.size if info else None, expected)
         # Only where this server's ETags are S3's: others may tell one here, and another or none when they are asked.
         etag = multipart_etag(parts)
-        if etag is not None and bare(outcome.get("ETag")) == etag and info.etag not in (None, etag):
-            raise object_replaced(url)
+        if etag is not None and unquote_etag(outcome.get("ETag")) == etag and info.etag not in (None, etag):
+            raise object_replaced_error(url)
         return info
 
     def abort_upload(self, url: str, upload_id: str) -> None:
-        asked = Asked(operation="abort_multipart_upload", url=url)
-        outcome = self._client.send(asked, _as_is, UploadId=upload_id, **_at(url))
+        request = StoreRequest(operation="abort_multipart_upload", url=url)
+        outcome = self._client.send(request, _identity, UploadId=upload_id, **_bucket_and_key(url))
         if isinstance(outcome, Failure) and error_code(outcome.error) != "NoSuchUpload":
-            raise storage_error(outcome, asked, self._client.options)
+            raise storage_error(outcome, request, self._client.options)
 
     def list_uploads(self, url: str) -> Sequence[OpenUpload]:
         bucket, key = s3_location(url)
         query: dict[str, Any] = {"Bucket": bucket, "Prefix": key}
         found: list[OpenUpload] = []
         while True:
-            page = self._client.call(Asked(operation="list_multipart_uploads", url=url), _as_is, **query)
+            page = self._client.call(StoreRequest(operation="list_multipart_uploads", url=url), _identity, **query)
             for item in page.get("Uploads", ()):
                 # The prefix 'run' finds 'run2/...' too.
                 if not key or item["Key"] == key or item["Key"].startswith(f"{key}/"):
-                    found.append(OpenUpload(url=join(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"]))
+                    found.append(OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"]))
             if not page.get("IsTruncated"):
                 return found
             query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
-        query: dict[str, Any] = {"UploadId": upload_id, **_at(url)}
+        query: dict[str, Any] = {"UploadId": upload_id, **_bucket_and_key(url)}
         found: list[UploadedPart] = []
         while True:
-            page = self._client.call(Asked(operation="list_parts", url=url), _as_is, **query)
+            page = self._client.call(StoreRequest(operation="list_parts", url=url), _identity, **query)
             for item in page.get("Parts", ()):
-                part = UploadedPart(number=item["PartNumber"], etag=str(bare(item["ETag"])), size=item["Size"])
+                part = UploadedPart(number=item["PartNumber"], etag=str(unquote_etag(item["ETag"])), size=item["Size"])
                 found.append(part)
             if not page.get("IsTruncated"):
                 return sorted(found, key=lambda part: part.number)
             query["PartNumberMarker"] = page["NextPartNumberMarker"]
 
 
-async def _as_is(response: Answer) -> Answer:
+async def _identity(response: S3Response) -> S3Response:
     return response
 
 
-async def _close_body(response: Answer) -> None:
+async def _close_body(response: S3Response) -> None:
     response["Body"].close()
 
 
-def _at(url: str) -> dict[str, str]:
+def _bucket_and_key(url: str) -> dict[str, str]:
     location = s3_location(url)
     return {"Bucket": location.bucket, "Key": location.key}

@@ -24,10 +24,10 @@ __all__ = [
     "check_spelling",
     "is_s3",
     "is_url",
-    "join",
+    "join_url",
     "local_path",
-    "normalise",
-    "relative",
+    "normalize_url",
+    "relative_name",
     "s3_location",
 ]
 
@@ -36,7 +36,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*")
 _AUTHORITY = re.compile(r"://([^/]*)")
 _ONE_SLASH = re.compile(r"\w:/[^/\s]*:[^/\s]*@")  # 's3:/KEY:SECRET@bucket', with a slash too few
 # Hub models are named by their id; hf:// is how *we* call a file of one (sources/hub.py).
-_NOT_OURS = ("hf",)
+_FOREIGN_SCHEMES = ("hf",)
 # Of those that fsspec knows, and Python's packages for them may not be installed.
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf")
 _SCHEMES = (*_OBJECT_STORES, "file", "local", "memory")
@@ -55,7 +55,7 @@ class S3Location(NamedTuple):
 def is_url(text: str) -> bool:
     """Whether a path as a user writes it names something in an object store (or any other fsspec file system)."""
     match = _SCHEME.match(text.strip())
-    return match is not None and match["scheme"].lower() not in _NOT_OURS
+    return match is not None and match["scheme"].lower() not in _FOREIGN_SCHEMES
 
 
 def is_s3(url: str) -> bool:
@@ -63,7 +63,7 @@ def is_s3(url: str) -> bool:
     return url.strip().lower().startswith(("s3://", "s3a://"))
 
 
-def normalise(text: str) -> str:
+def normalize_url(text: str) -> str:
     """The normal form of a URL. Raises ValueError with a message for the user."""
     text = text.strip()
     check_no_secrets(text)
@@ -93,26 +93,28 @@ def check_spelling(text: str) -> None:
     match = _ALMOST_URL.match(text)
     if match is None:
         if text.startswith("://"):
-            raise ValueError(f"{_shown(text)} is a URL without its kind; write s3{_unless_secret(text)}, for example")
+            raise ValueError(
+                f"{_show_text(text)} is a URL without its kind; write s3{_hide_secrets(text)}, for example"
+            )
         return
     scheme, sign = match["scheme"].lower(), match["sign"]
     if text.lower().startswith(f"{scheme}://") and _is_scheme(scheme):
         return
     near = get_close_matches(scheme, _SCHEMES, n=1, cutoff=0.5) if len(scheme) > 1 else []
-    url = _meant(near[0], _unless_secret(match["rest"])) if near else ""
+    url = _suggest_url(near[0], _hide_secrets(match["rest"])) if near else ""
     if sign == "://":
         remedy = f"did you mean {url}?" if near else "write s3://bucket/prefix, for example"
-        raise ValueError(f"{_shown(text)}: there is no kind of URL {scheme}://; {remedy}")
+        raise ValueError(f"{_show_text(text)}: there is no kind of URL {scheme}://; {remedy}")
     # 'a:b' and 'a//b' may be names; 'a:/b' is at most a drive of Windows.
     names = _SCHEMES if sign.startswith(":") else _OBJECT_STORES
     if scheme not in names and not sign.startswith((":/", ":\\")):
         return
     write = f"write {url}, or for a local path of this name" if near else "for a local path of this name write"
-    path = f"./{text}" if _unless_secret(text) == text else "./ before it"
-    raise ValueError(f"{_shown(text)} looks like a URL, and is none; {write} {path}")
+    path = f"./{text}" if _hide_secrets(text) == text else "./ before it"
+    raise ValueError(f"{_show_text(text)} looks like a URL, and is none; {write} {path}")
 
 
-def _meant(scheme: str, rest: str) -> str:
+def _suggest_url(scheme: str, rest: str) -> str:
     rest = rest.replace("\\", "/").lstrip("/")
     return rest if scheme == "hf" else f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
@@ -125,11 +127,11 @@ def _is_scheme(scheme: str) -> bool:
     return scheme in available_protocols() or scheme in registry  # the latter of this process
 
 
-def _shown(text: str) -> str:
-    return repr(text) if _unless_secret(text) == text else "this"
+def _show_text(text: str) -> str:
+    return repr(text) if _hide_secrets(text) == text else "this"
 
 
-def _unless_secret(text: str) -> str:
+def _hide_secrets(text: str) -> str:
     """Text of a misspelt URL as it is shown: credentials and queries are not to be repeated."""
     return "..." if "@" in text or "?" in text else text
 
@@ -157,12 +159,12 @@ def s3_location(url: str) -> S3Location:
     return S3Location(bucket, key)
 
 
-def join(url: str, *names: str) -> str:
+def join_url(url: str, *names: str) -> str:
     """The URL of a file (`names`, with '/' for subfolders) in the folder `url`."""
     return "/".join([url.rstrip("/"), *(name.strip("/") for name in names)])
 
 
-def relative(url: str, folder: str) -> str:
+def relative_name(url: str, folder: str) -> str:
     """The name of `url` inside `folder`."""
     prefix = folder.rstrip("/") + "/"
     assert url.startswith(prefix), (url, folder)

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raymoe.architectures import DenseSpec, MoeHost, MoeShape, select_host
-from raymoe.architectures.moe_architecture import MIXTURE_KEYS, host_config
+from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
+from raymoe.architectures.moe_architecture import MIXTURE_KEYS, moe_config
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.gate_modes import MODES
 from raymoe.config.model_refs import ModelRef
-from raymoe.config.prompt_sources import written_out
+from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
-from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, spec_of, ties_by_config
-from raymoe.planning.config_numbers import odd_numbers
+from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, is_tied_by_config, load_spec
+from raymoe.planning.config_numbers import find_non_finite
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
 from raymoe.planning.plan import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
@@ -29,14 +29,14 @@ from raymoe.planning.tensor_sources import (
     base_tensors,
     computed_tensors,
     expert_tensors,
-    unused_changes,
+    unused_modules,
     weight_refs,
 )
-from raymoe.planning.totals import totals_of
+from raymoe.planning.totals import compute_totals
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
 from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import has_vocabulary
-from raymoe.sources.quantization_check import QUANTISATION_KEYS
+from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 
 __all__ = ["build_plan"]
 
@@ -60,7 +60,7 @@ _DROPPED_KEYS = frozenset(
         "pretraining_tp",
         "head_dim",
         "_attn_implementation_autoset",
-        *QUANTISATION_KEYS,
+        *QUANTIZATION_KEYS,
     ]
 )
 _FINITE_REMEDY = "correct the number, get the model again, or merge without --strict"
@@ -74,29 +74,29 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     Raises ProblemReport with all problems found.
     """
     base_facts = facts[config.base_model]
-    base, problems = spec_of(base_facts, "base_model")
-    members = _members(config, facts, problems)
+    base, problems = load_spec(base_facts, "base_model")
+    members = _plan_members(config, facts, problems)
     if base is None:
         raise ProblemReport(problems)
     problems += _tokenizer_problems(config, base_facts)
     moe = _moe_shape(config)
-    selection = select_host(base, moe, forced=config.architecture, where="architecture")
+    selection = select_moe_architecture(base, moe, forced=config.architecture, where="architecture")
     problems += selection.problems
     problems += check_tensors(base_facts, base, "base_model", ffn_only=False)
     problems += adapter_problems(base_facts, base, "base_model", ffn_only=False)
     for member in members:
-        where = f"{_key(member)} ({member.facts.label})"
+        where = f"{_expert_key(member)} ({member.facts.label})"
         problems += check_expert(base, member.spec, where, allow_crimes=options.allow_crimes)
-        whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].reads_layers
-        problems += check_tensors(member.facts, member.spec, _key(member), ffn_only=not whole)
-        problems += adapter_problems(member.facts, member.spec, _key(member), ffn_only=not whole)
+        whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].needs_forward_pass
+        problems += check_tensors(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
+        problems += adapter_problems(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
     if options.strict:
-        for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
+        for where, what in find_non_finite({"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
     problems = list(dict.fromkeys(problems))
-    if problems or selection.host is None:
+    if problems or selection.architecture is None:
         raise ProblemReport(problems)
-    return _assemble(config, options, base_facts, base, members, moe, selection.host)
+    return _assemble(config, options, base_facts, base, members, moe, selection.architecture)
 
 
 def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
@@ -111,11 +111,11 @@ def _prompt_model(config: MergeConfig) -> str:
     return config.prompt_model or MODES[config.gate_mode].default_prompt_model
 
 
-def _key(member: Member) -> str:
+def _expert_key(member: Member) -> str:
     return f"{'shared_experts' if member.is_shared else 'experts'}[{member.number}]"
 
 
-def _members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
+def _plan_members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
     members = []
     for key, owner, experts in (
         ("experts", "expert", config.experts),
@@ -123,7 +123,7 @@ def _members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems
     ):
         for number, expert in enumerate(experts):
             model = facts[expert.source_model]
-            spec, found = spec_of(model, f"{key}[{number}].source_model")
+            spec, found = load_spec(model, f"{key}[{number}].source_model")
             # What is wrong with a type of models is said once.
             problems += [problem for problem in found if problem.what not in {known.what for known in problems}]
             if spec is not None:
@@ -145,7 +145,7 @@ def _moe_shape(config: MergeConfig) -> MoeShape:
         experts=len(config.experts),
         experts_per_token=config.experts_per_token,
         shared=len(config.shared_experts),
-        shared_prompted=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
+        shared_has_prompts=any(e.positive_prompts or e.negative_prompts for e in config.shared_experts),
         needs_prompts=MODES[config.gate_mode].needs_prompts,
     )
 
@@ -157,26 +157,28 @@ def _assemble(
     base: DenseSpec,
     members: Sequence[Member],
     moe: MoeShape,
-    host: MoeHost,
+    architecture: MoeArchitecture,
 ) -> MergePlan:
     dtype = _output_dtype(config, base_facts)
-    tensors: list[OutputTensor] = list(base_tensors(base_facts, base, host, dtype))
-    tensors += expert_tensors(members, host, dtype, options.seed)
-    tensors += computed_tensors(base, moe, host, dtype)
+    tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype))
+    tensors += expert_tensors(members, architecture, dtype, options.seed)
+    tensors += computed_tensors(base, moe, architecture, dtype)
     owners = list(dict.fromkeys(["base", FUSED, *(m.owner for m in members), SHARED, "router"]))
-    gates = _gate_plan(config, options, base_facts, base, members, bool(host.shared_router))
+    gates = _gate_plan(config, options, base_facts, base, members, bool(architecture.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
-    output_config = _output_config(base_facts.config, base, host, moe, dtype)
+    output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
     check_plan(shards, tensors)
-    warnings = [f"{host.title}: {host.note}"] if host.note and not moe.shared else []
-    if (since := host.loaded_since(output_config.get("layer_types"))) != host.since:
+    warnings = [f"{architecture.title}: {architecture.note}"] if architecture.note and not moe.shared else []
+    if (since := architecture.min_transformers_for(output_config.get("layer_types"))) != architecture.min_transformers:
         warnings.append(
-            f"{host.title}: windows on some layers only take transformers {since} or later; 4 puts the window on all "
+            f"{architecture.title}: windows on some layers only take transformers {since} or later; 4 puts the window "
+            "on all "
             "layers and says nothing"
         )
-    if host.code:
+    if architecture.code_repository:
         warnings.append(
-            f"{host.title}: transformers loads it with the code of {host.code} on the Hub (trust_remote_code), which "
+            f"{architecture.title}: transformers loads it with the code of {architecture.code_repository} on the Hub "
+            "(trust_remote_code), which "
             "is for transformers 4"
         )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
@@ -186,40 +188,44 @@ def _assemble(
             f"base_model ({base_facts.label}): its tokenizer has code of its own ({', '.join(code)}), which is copied "
             "with it and runs where it is loaded with trust_remote_code=True; here only with --trust-remote-code"
         )
-    if base_facts.own_head and ties_by_config(base_facts):
+    if base_facts.own_head and is_tied_by_config(base_facts):
         warnings.append(
             f"base_model ({base_facts.label}): tie_word_embeddings is true, but lm_head.weight differs from the "
             "embedding. The output keeps this head and has tie_word_embeddings: false. transformers 5 loads the base "
             "in the same way; transformers 4 replaces its head by the embedding"
         )
-    if (pad := output_config.get("pad_token_id")) is not None and not _has_row(pad, base.vocab):
+    if (pad := output_config.get("pad_token_id")) is not None and not _is_token_of(pad, base.vocab):
         output_config["pad_token_id"] = None
         warnings.append(
             f"base_model ({base_facts.label}): pad_token_id is {pad!r:.80}, which has no row in the embedding of "
             f"{base.vocab} rows. transformers loads no model with such a key: in the output it is null"
         )
-    if stray := _stray_keys(base_facts.config, base):
+    if moe_keys := _moe_keys_in_dense(base_facts.config, base):
         warnings.append(
             f"base_model ({base_facts.label}): its config.json has keys of mixtures of experts, which a "
-            f"{base.model_type} model does not have: {', '.join(stray)}. They are not used, and not in the output"
+            f"{base.model_type} model does not have: {', '.join(moe_keys)}. They are not used, and not in the output"
         )
-    for where, what in odd_numbers({"base_model": base_facts, **{_key(m): m.facts for m in members}}):
+    for where, what in find_non_finite({"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}):
         warnings.append(f"{where}: {what}")
-    warnings += [w for m in members for w in [*expert_warnings(base, m.spec, _key(m)), *adapter_warnings(m, _key(m))]]
+    warnings += [
+        w
+        for m in members
+        for w in [*expert_warnings(base, m.spec, _expert_key(m)), *adapter_warnings(m, _expert_key(m))]
+    ]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]
     warnings += prompt_warnings(gates)
     side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
     return MergePlan(
-        host=host.name,
+        architecture=architecture.name,
         config=output_config,
         dtype=dtype,
         shards=shards,
         side_files=side_files,
         gates=gates,
         sources=(_source("base", base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
-        totals=totals_of(shards, moe, gates),
+        totals=compute_totals(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
         digest=plan_digest(shards, output_config, side_files, gates, strict=options.strict),
@@ -244,21 +250,21 @@ def _output_dtype(config: MergeConfig, base: ModelFacts) -> str:
 
 
 def _output_config(
-    base_config: Mapping[str, Any], base: DenseSpec, host: MoeHost, moe: MoeShape, dtype: str
+    base_config: Mapping[str, Any], base: DenseSpec, architecture: MoeArchitecture, moe: MoeShape, dtype: str
 ) -> dict[str, Any]:
     family_ids = {k: v for k, v in base.family.defaults.items() if k.endswith("_token_id")}
-    dropped = {*_DROPPED_KEYS, *base.family.dropped, *_stray_keys(base_config, base)}
+    dropped = {*_DROPPED_KEYS, *base.family.dropped, *_moe_keys_in_dense(base_config, base)}
     kept = {k: v for k, v in base_config.items() if k not in dropped}
-    output = {**family_ids, **kept, **host_config(host, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
+    output = {**family_ids, **kept, **moe_config(architecture, base, moe), "torch_dtype": NAME_OF_DTYPE[dtype]}
     return dict(sorted(output.items()))
 
 
-def _has_row(token: object, rows: int) -> bool:
+def _is_token_of(token: object, rows: int) -> bool:
     """Whether an embedding of so many rows can be told that this is its padding; below zero, it counts from the end."""
     return isinstance(token, int) and not isinstance(token, bool) and -rows <= token < rows
 
 
-def _stray_keys(base_config: Mapping[str, Any], base: DenseSpec) -> list[str]:
+def _moe_keys_in_dense(base_config: Mapping[str, Any], base: DenseSpec) -> list[str]:
     """Keys of mixtures in the config.json of a dense model whose family has no such keys."""
     return sorted((MIXTURE_KEYS & base_config.keys()) - set(base.family.mixture_keys))
 
@@ -269,7 +275,7 @@ def _gate_plan(
     base_facts: ModelFacts,
     base: DenseSpec,
     members: Sequence[Member],
-    host_gates_shared: bool,
+    has_shared_gate: bool,
 ) -> GatePlan:
     mode, prompt_model = MODES[config.gate_mode], _prompt_model(config)
 
@@ -278,16 +284,18 @@ def _gate_plan(
         model_config: Mapping[str, Any] = base_facts.config
         weights: dict[str, WeightRef] = {}
         if mode.needs_prompts:
-            if prompt_model == "expert" and mode.reads_layers:
+            if prompt_model == "expert" and mode.needs_forward_pass:
                 weights, model_config = weight_refs(member.facts, member.spec), member.facts.config
             else:
-                graft = member if prompt_model == "grafted" else None
-                weights = weight_refs(base_facts, base, ffn_from=graft)
-            weights = {name: ref for name, ref in weights.items() if mode.reads(name, base.layers, base.family.ffn)}
+                grafted = member if prompt_model == "grafted" else None
+                weights = weight_refs(base_facts, base, ffn_from=grafted)
+            weights = {
+                name: ref for name, ref in weights.items() if mode.needs_parameter(name, base.layers, base.family.ffn)
+            }
         return GatePrompts(
             owner=member.owner,
-            positive=written_out(expert.positive_prompts) if mode.needs_prompts else (),
-            negative=written_out(expert.negative_prompts) if mode.needs_prompts else (),
+            positive=expand_prompts(expert.positive_prompts) if mode.needs_prompts else (),
+            negative=expand_prompts(expert.negative_prompts) if mode.needs_prompts else (),
             chat_template=mode.needs_prompts and config.uses_chat_template(expert),
             config=model_config,
             weights=weights,
@@ -300,11 +308,11 @@ def _gate_plan(
         layers=base.layers,
         hidden=base.hidden,
         experts=tuple(prompts(m) for m in members if not m.is_shared),
-        shared=tuple(prompts(m) for m in members if m.is_shared and host_gates_shared),
+        shared=tuple(prompts(m) for m in members if m.is_shared and has_shared_gate),
         tokenizer_files=tokenizer,
         vocab=base.vocab,
         seed=options.seed,
-        quantise=options.quantise_gates,
+        quantize=options.quantize_gates,
     )
 
 
@@ -318,5 +326,5 @@ def _source(owner: str, facts: ModelFacts, expert: DenseSpec | None = None) -> S
         adapter=adapter,
         files=files,
         folders=facts.folders,
-        unused=tuple(unused_changes(facts, expert)) if expert is not None else (),
+        unused=tuple(unused_modules(facts, expert)) if expert is not None else (),
     )

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.errors import Problem
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.output_head import HEAD
 
-__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "spec_of", "ties_by_config"]
+__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "is_tied_by_config", "load_spec"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
-def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
+def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
     """The model's spec, or why there is none. A head of its own counts, even if config.json ties it."""
     result = read_spec(facts.config, facts.label)
     if isinstance(result, DenseSpec):
@@ -27,7 +27,7 @@ def spec_of(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Probl
     return None, [Problem(where=f"{where} ({p.where})", what=p.what, remedy=p.remedy) for p in result]
 
 
-def ties_by_config(facts: ModelFacts) -> bool:
+def is_tied_by_config(facts: ModelFacts) -> bool:
     """True if config.json says that the embedding is the output head, as its family's default or in words."""
     result = read_spec(facts.config, facts.label)
     return isinstance(result, DenseSpec) and result.tied
@@ -104,7 +104,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
     problems = []
     missing = [name for name in needed if name not in tensors]
     if missing:
-        what = f"{len(missing)} tensor(s) missing: {some(missing)}"
+        what = f"{len(missing)} tensor(s) missing: {short_list(missing)}"
         remedy = "the checkpoint must hold what its config.json describes"
         if missing == [HEAD]:
             remedy = "set tie_word_embeddings: true in its config.json if the model ties its embeddings"
@@ -115,7 +115,9 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
         if name in tensors and tensors[name].shape != shape
     ]
     if wrong:
-        what = f"{len(wrong)} tensor(s) with a shape that config.json does not give: {some(wrong, separator='; ')}"
+        what = (
+            f"{len(wrong)} tensor(s) with a shape that config.json does not give: {short_list(wrong, separator='; ')}"
+        )
         remedy = "weights and config.json must be of the same model"
         if all(0 in tensors[name].shape for name in needed if name in tensors and tensors[name].shape != needed[name]):
             remedy = "DeepSpeed's ZeRO-3 leaves empty tensors: save the model again with gathered weights"
@@ -126,7 +128,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
         problems.append(Problem(where=label, what=f"weights of type {', '.join(dtypes)}", remedy=remedy))
     unmapped = _unmapped(facts, spec, expected.keys())
     if unmapped:
-        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {some(unmapped)}"
+        what = f"{len(unmapped)} tensor(s) that a {spec.model_type} model does not have: {short_list(unmapped)}"
         remedy = "raymoe never drops a weight silently; is config.json the right one for this checkpoint?"
         problems.append(Problem(where=label, what=what, remedy=remedy))
     return problems

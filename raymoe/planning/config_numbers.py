@@ -8,14 +8,14 @@ from typing import Any
 
 from raymoe.sources.facts import ModelFacts
 
-__all__ = ["odd_numbers"]
+__all__ = ["find_non_finite"]
 
 _NAMED = 3  # of one config
 # Infinity is what these say where there is no limit: transformers writes `time_step_limit: [0.0, Infinity]`.
 _MAY_BE_INFINITE = ("_limit", "_limits")
 
 
-def odd_numbers(models: Mapping[str, ModelFacts]) -> Iterator[tuple[str, str]]:
+def find_non_finite(models: Mapping[str, ModelFacts]) -> Iterator[tuple[str, str]]:
     """(where, what) for each number of `models`, by their place in the merge's config, that is none to compute with."""
     for place, facts in models.items():
         found = list(_non_finite(facts.config, ""))

@@ -20,6 +20,9 @@ __all__ = ["plan_digest"]
 # Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
 OUTPUT_FORMAT = 2
 
+# Names of classes and fields as they have always been in digests: unfinished and finished merges are known by them.
+_DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
+
 
 def plan_digest(
     shards: tuple[Shard, ...],
@@ -58,4 +61,5 @@ def _plain(value: object) -> object:
     for key in ("whole", "magnitude", "heads", "content"):  # plans of before there were such things keep their digests
         if fields.get(key, ...) is None:
             del fields[key]
-    return {"kind": type(value).__name__, **fields}
+    kind = type(value).__name__
+    return {"kind": _DIGEST_NAMES.get(kind, kind), **{_DIGEST_NAMES.get(key, key): v for key, v in fields.items()}}

@@ -16,9 +16,9 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
     """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""
     parts = [part.name for shard in shards for part in shard.parts]
     assert len(parts) == len(set(parts)), "a part is written twice"
-    placed = [tensor for shard in shards for tensor, _ in groupby(part.tensor for part in shard.parts)]
-    names = {tensor.name for tensor in placed}
-    assert len(names) == len(placed), "an output tensor is written twice"
+    by_file = [tensor for shard in shards for tensor, _ in groupby(part.tensor for part in shard.parts)]
+    names = {tensor.name for tensor in by_file}
+    assert len(names) == len(by_file), "an output tensor is written twice"
     assert names == {t.name for t in tensors}, "an output tensor is not written"
     files = [shard.file_name for shard in shards]
     assert len(files) == len(set(files)), "two shards of one name"

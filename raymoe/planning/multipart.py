@@ -25,7 +25,7 @@ __all__ = [
     "CopyRange",
     "Span",
     "UploadPart",
-    "copied_by_store",
+    "server_side_bytes",
     "spans",
     "upload_layout",
     "upload_parts",
@@ -92,7 +92,7 @@ def spans(parts: Iterable[Part]) -> Iterator[Span]:
         if isinstance(part.what, Copy):
             source = part.what.source
             span = Span(start=part.start, end=part.end, what=CopyRange(source.file, source.start, source.end))
-        joined = _joined(pending, span) if pending is not None else None
+        joined = _join_spans(pending, span) if pending is not None else None
         if pending is not None and joined is None:
             yield pending
         pending = joined or span
@@ -100,7 +100,7 @@ def spans(parts: Iterable[Part]) -> Iterator[Span]:
         yield pending
 
 
-def _joined(left: Span, right: Span) -> Span | None:
+def _join_spans(left: Span, right: Span) -> Span | None:
     """Both as one span, if they are copies of ranges that touch."""
     a, b = left.what, right.what
     if isinstance(a, CopyRange) and isinstance(b, CopyRange) and a.file == b.file and a.end == b.start:
@@ -126,7 +126,7 @@ def upload_layout() -> tuple[int, ...]:
     return _LAYOUT_FORMAT, MIN_PART_BYTES, MAX_PART_BYTES, COPY_PART_BYTES, STREAM_PART_BYTES, MAX_PARTS
 
 
-def copied_by_store(parts: Sequence[UploadPart]) -> int:
+def server_side_bytes(parts: Sequence[UploadPart]) -> int:
     """Bytes that never pass a worker."""
     return sum(part.nbytes for part in parts if part.copy is not None)
 
@@ -134,7 +134,7 @@ def copied_by_store(parts: Sequence[UploadPart]) -> int:
 def _pieces(shard: Shard, same_store: Callable[[SourceFile], bool], stream_bytes: int, scale: int) -> list[_Region]:
     """The parts, where no range of less than `scale` times a least part is copied."""
     copy_bytes = min(MAX_PART_BYTES, scale * COPY_PART_BYTES)
-    regions = _enough_for_a_part(_regions(shard, same_store, scale * MIN_PART_BYTES))
+    regions = _merge_small_regions(_regions(shard, same_store, scale * MIN_PART_BYTES))
     return [
         piece for region in regions for piece in _split(region, stream_bytes if region.copy is None else copy_bytes)
     ]
@@ -156,7 +156,7 @@ def _regions(shard: Shard, same_store: Callable[[SourceFile], bool], least_copy:
         yield sent
 
 
-def _enough_for_a_part(regions: Iterable[_Region]) -> Iterator[_Region]:
+def _merge_small_regions(regions: Iterable[_Region]) -> Iterator[_Region]:
     """Regions that are all large enough, but for the last: a small one takes from the copied range behind it."""
     pending: _Region | None = None  # to be sent
     for region in regions:

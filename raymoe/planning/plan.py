@@ -14,7 +14,7 @@ Sizes are bytes, intervals half-open.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
@@ -27,7 +27,7 @@ __all__ = [
     "Copy",
     "GatePlan",
     "GatePrompts",
-    "HeadRows",
+    "HeadPermutation",
     "MergeOptions",
     "MergePlan",
     "Part",
@@ -53,12 +53,23 @@ class MergeOptions:
     allow_crimes: bool = False
     copy_tokenizer: bool = True
     model_card: bool = True
-    quantise_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
+    quantize_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
     strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
+
+    @classmethod
+    def from_record(cls, recorded: Mapping[str, Any]) -> MergeOptions:
+        """The options of a record, which keeps the spelling of its keys. Raises TypeError for what are none."""
+        renamed = {"quantise_gates": "quantize_gates"}
+        return cls(**{renamed.get(key, key): value for key, value in dict(**recorded).items()})
+
+    def to_record(self) -> dict[str, Any]:
+        """The options as records have them."""
+        renamed = {"quantize_gates": "quantise_gates"}
+        return {renamed.get(key, key): value for key, value in asdict(self).items()}
 
     def __post_init__(self) -> None:
         """Raises TypeError: a record from a stranger may hold anything."""
-        for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantise_gates", (str, type(None)))):
+        for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantize_gates", (str, type(None)))):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r:.80}")
@@ -75,25 +86,25 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadRows:
-    """Rows of q or k in another order within each head of `head_dim`: RoPE turns the first `turned` of them.
+class HeadPermutation:
+    """Rows of q or k in another order within each head of `head_dim`: RoPE turns the first `rotary_dim` of them.
 
     A family that turns neighbours (0 with 1, 2 with 3, ...) computes in this order what it computes in its own when
     the first half of those rows is turned with the second: products of q and k do not depend on the order.
     """
 
     head_dim: int
-    turned: int
+    rotary_dim: int
 
     @property
-    def order(self) -> list[int]:
+    def to_half_split(self) -> list[int]:
         """Which row of a head of neighbours comes where in a head of halves."""
-        return [*range(0, self.turned, 2), *range(1, self.turned, 2), *range(self.turned, self.head_dim)]
+        return [*range(0, self.rotary_dim, 2), *range(1, self.rotary_dim, 2), *range(self.rotary_dim, self.head_dim)]
 
     @property
-    def order_back(self) -> list[int]:
+    def to_interleaved(self) -> list[int]:
         """Which row of a head of halves comes where in a head of neighbours."""
-        return sorted(range(self.head_dim), key=self.order.__getitem__)
+        return sorted(range(self.head_dim), key=self.to_half_split.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +120,7 @@ class Transform:
     noise_scale: float | None = None
     scale: float | None = None
     seed: int = 0
-    heads: HeadRows | None = None
+    heads: HeadPermutation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +179,10 @@ class Part:
         return self.end - self.start
 
     @property
-    def read(self) -> tuple[Copy | Transform, ...]:
+    def sources_read(self) -> tuple[Copy | Transform, ...]:
         """What is read for it: nothing for what is computed."""
         if isinstance(self.what, Columns):
-            return tuple(source for matrix in self.what.matrices for source in matrix.read)
+            return tuple(source for matrix in self.what.matrices for source in matrix.sources_read)
         return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
 
     @property
@@ -233,7 +244,7 @@ class GatePlan:
     tokenizer_files: tuple[SideFile, ...]
     vocab: int
     seed: int
-    quantise: str | None
+    quantize: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +278,7 @@ class Totals:
 class MergePlan:
     """Everything an executor needs. `digest` names the weights, config and side files: equal digests, equal bytes."""
 
-    host: str
+    architecture: str
     config: Mapping[str, Any]
     dtype: str
     shards: tuple[Shard, ...]

@@ -19,7 +19,7 @@ from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.facts import ModelFacts, SourceFile
 from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
-from raymoe.sources.resolve import Elsewhere, HubOptions, fetch_file, resolve_models, with_contents
+from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, fetch_file, resolve_models, with_contents
 from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
 
 __all__ = ["plan_merge"]
@@ -33,26 +33,28 @@ def plan_merge(
     *,
     hub: HubOptions | None = None,
     allow_all_same: bool = False,
-    elsewhere: Elsewhere | None = None,
+    remote_folders: RemoteFolderResolver | None = None,
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
     Raises ProblemReport with everything that is wrong with the config, its models or its files of prompts. Folders
-    that are not here are looked for `elsewhere`, on the nodes of a cluster.
+    that are not here are looked for `remote_folders`, on the nodes of a cluster.
     """
     if wrong := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(wrong)
     models = [config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))]
     problems: list[Problem] = []
     concrete = _collect(problems, lambda: read_prompts(config))
-    facts = _collect(problems, lambda: resolve_models(models, hub, config.storage, elsewhere, [config.base_model]))
+    facts = _collect(problems, lambda: resolve_models(models, hub, config.storage, remote_folders, [config.base_model]))
     if facts is None:
         raise ProblemReport(problems)
     base = facts[config.base_model]
-    with elsewhere.together(side.file for side in base.side_files) if elsewhere else nullcontext():
-        read = cache(elsewhere.read if elsewhere else lambda file: fetch_file(file, hub, config.storage).read_bytes())
-        problems += chat_template_problems(config, base, hub, elsewhere)
-        base = _collect(problems, lambda: _with_small_files(base, read)) or base
+    with remote_folders.connection(side.file for side in base.side_files) if remote_folders else nullcontext():
+        read = cache(
+            remote_folders.read if remote_folders else lambda file: fetch_file(file, hub, config.storage).read_bytes()
+        )
+        problems += chat_template_problems(config, base, hub, remote_folders)
+        base = _collect(problems, lambda: _with_side_files(base, read)) or base
         tokenizer = _collect(problems, lambda: tokenizer_facts(base.side_files, read)) if config.needs_prompts else None
     if problems or concrete is None:
         raise ProblemReport(problems)
@@ -63,7 +65,7 @@ def plan_merge(
     return replace(planned, warnings=tuple(dict.fromkeys((*planned.warnings, *warnings))))
 
 
-def _with_small_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
+def _with_side_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
     """The base with the code of its tokenizer, and with checksums of its small files."""
     return with_contents(with_tokenizer_code(base, read), read)
 

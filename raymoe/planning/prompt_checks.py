@@ -9,7 +9,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 
-__all__ = ["missing_row", "prompt_checks"]
+__all__ = ["missing_row_problem", "prompt_checks"]
 
 _NAMED = 5
 
@@ -24,7 +24,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
         for member in (*gates.experts, *gates.shared):
             problems += _without_tokens(gates, member, tokenizer.bos)
             rows, limit = _rows(member), _limit(gates, member)
-            if encode and member.positive and (tokenizer.may_pass(rows) or any(_may_be_long(member, limit))):
+            if encode and member.positive and (tokenizer.may_exceed(rows) or any(_length_bounds(member, limit))):
                 found, long = _encoded(member, tokenizer, encode, limit)
                 problems += found
                 warnings += long
@@ -43,7 +43,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
         if not with_bos(text, bos):
             what = "it has no tokens: the tokenizer has no BOS token, as which a blank prompt is read"
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
-    if bos and MODES[gates.mode].fits_rows and all(with_bos(text, bos) == bos for text in member.positive):
+    if bos and MODES[gates.mode].is_fitted and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
         yield Problem(where=member.owner, what=what, remedy="give it some text")
 
@@ -58,7 +58,7 @@ def _encoded(
         ids = encode(with_bos(text, tokenizer.bos or ""))
         if past := [number for number in ids if number >= rows]:
             token = tokenizer.tokens.get(past[0], "") if tokenizer.tokens else ""
-            problems.append(missing_row(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))
+            problems.append(missing_row_problem(f"{member.owner}, {name} ({text[:40]!r})", past[0], token, rows))
         if limit and len(ids) > limit:
             long.append(len(ids))
     if not long:
@@ -69,7 +69,7 @@ def _encoded(
     ]
 
 
-def missing_row(where: str, number: int, token: str, rows: int) -> Problem:
+def missing_row_problem(where: str, number: int, token: str, rows: int) -> Problem:
     """The problem of a token id past the last row of the embedding; `token` is its text."""
     what = f"its token {token!r} (id {number}) has no row in the embedding of {rows} rows"
     remedy = "take it out of the prompt, or use a base model whose tokenizer and weights belong together"
@@ -83,7 +83,7 @@ def _rows(member: GatePrompts) -> int:
 def _limit(gates: GatePlan, member: GatePrompts) -> int:
     """The most tokens that the reading model was made for; 0 where none reads them, or it does not say."""
     limit = member.config.get("max_position_embeddings")
-    return limit if MODES[gates.mode].reads_layers and isinstance(limit, int) else 0
+    return limit if MODES[gates.mode].needs_forward_pass and isinstance(limit, int) else 0
 
 
 def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:
@@ -91,6 +91,6 @@ def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:
         yield from ((f"{kind} {number}", text) for number, text in enumerate(texts, 1))
 
 
-def _may_be_long(member: GatePrompts, limit: int) -> Iterator[bool]:
+def _length_bounds(member: GatePrompts, limit: int) -> Iterator[bool]:
     """A token takes a byte or more, but for BOS."""
     return (limit > 0 and len(text.encode(errors="replace")) >= limit for _, text in _texts(member))

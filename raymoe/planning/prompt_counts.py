@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raymoe.config.gate_modes import MODES
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.planning.plan import GatePlan
 
 __all__ = ["MEASURED", "prompt_warnings"]
@@ -26,15 +26,17 @@ def prompt_warnings(gates: GatePlan) -> Iterator[str]:
     if gates.mode not in MEASURED or len(counts) < 2 or not few:
         return
     keywords, texts = MEASURED[gates.mode]
-    better = "" if mode.fits_rows else f"; gate_mode: ridge sends {MEASURED['ridge'][0]}% and {MEASURED['ridge'][1]}%"
+    better = "" if mode.is_fitted else f"; gate_mode: ridge sends {MEASURED['ridge'][0]}% and {MEASURED['ridge'][1]}%"
     single = [owner for owner, count in counts.items() if count == 1]
     unjudged = (
-        f"With one prompt ({some(single)}) no prompt can be held out: {gates.mode} takes a constant strictness and "
+        f"With one prompt ({short_list(single)}) no prompt can be held out: {gates.mode} takes a constant strictness "
+        "and "
         "scale then, and can't foretell an accuracy. "
     )
     yield (
-        f"few prompts ({some(few)}): in the measurement of docs/routing.md {gates.mode} sends {keywords}% of held-out "
+        f"few prompts ({short_list(few)}): in the measurement of docs/routing.md {gates.mode} sends {keywords}% of "
+        "held-out "
         f"tokens first to the matching expert with five keywords per expert, and {texts}% with 16 texts per expert"
-        f"{better}. {unjudged if mode.fits_rows and single else ''}Give each expert 16 prompts or more, a few "
+        f"{better}. {unjudged if mode.is_fitted and single else ''}Give each expert 16 prompts or more, a few "
         "sentences each"
     )

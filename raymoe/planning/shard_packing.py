@@ -64,7 +64,7 @@ def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shar
     by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
     assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
     for members in by_owner.values():
-        groups.extend(_fill(_small_runs_first(_source_order(members)), max_shard_bytes))
+        groups.extend(_split_by_size(_small_runs_first(_source_order(members)), max_shard_bytes))
     count = len(groups)
     return tuple(
         _build(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, start=1)
@@ -91,7 +91,7 @@ def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     """
     runs: list[list[OutputTensor]] = []
     for tensor in tensors:
-        if runs and _touches(runs[-1][-1], tensor):
+        if runs and _is_adjacent(runs[-1][-1], tensor):
             runs[-1].append(tensor)
         else:
             runs.append([tensor])
@@ -99,7 +99,7 @@ def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     return small + [t for run in runs for t in run if _is_long(run)]
 
 
-def _touches(left: OutputTensor, right: OutputTensor) -> bool:
+def _is_adjacent(left: OutputTensor, right: OutputTensor) -> bool:
     a, b = left.what, right.what
     return (
         isinstance(a, Copy)
@@ -113,7 +113,7 @@ def _is_long(run: Sequence[OutputTensor]) -> bool:
     return isinstance(run[0].pieces[0].what, Copy) and sum(tensor.nbytes for tensor in run) >= MIN_PART_BYTES
 
 
-def _fill(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+def _split_by_size(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
     groups: list[list[OutputTensor]] = []
     room = 0
     for tensor in tensors:
@@ -146,8 +146,8 @@ def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
             offset = end
     header = _header(tensors, _data_place(parts))
     shift = len(header)
-    placed = tuple(replace(part, start=part.start + shift, end=part.end + shift) for part in parts)
-    return Shard(file_name=file_name, owner=owner, header=header, parts=placed)
+    parts_by_tensor = tuple(replace(part, start=part.start + shift, end=part.end + shift) for part in parts)
+    return Shard(file_name=file_name, owner=owner, header=header, parts=parts_by_tensor)
 
 
 def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> bytes:

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raymoe.architectures import DenseSpec, MoeHost, MoeShape
+from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig
-from raymoe.errors import Problem, few
-from raymoe.formatting import some
+from raymoe.errors import Problem, first_few
+from raymoe.formatting import short_list
 from raymoe.planning.plan import (
     FUSED,
     SHARED,
     Columns,
     Constant,
     Copy,
-    HeadRows,
+    HeadPermutation,
     Part,
     PartSource,
     Router,
@@ -37,9 +37,9 @@ __all__ = [
     "base_tensors",
     "computed_tensors",
     "expert_tensors",
-    "head_rows",
-    "rows_of",
-    "unused_changes",
+    "head_permutation",
+    "slice_rows",
+    "unused_modules",
     "weight_refs",
 ]
 
@@ -66,44 +66,50 @@ class _Matrix:
     what: PartSource
 
 
-def base_tensors(facts: ModelFacts, spec: DenseSpec, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
+def base_tensors(
+    facts: ModelFacts, spec: DenseSpec, architecture: MoeArchitecture, dtype: str
+) -> Iterator[OutputTensor]:
     """Embeddings, norms, attention, head."""
-    heads = head_rows(spec, host)
+    heads = head_permutation(spec, architecture)
     for matrix in _matrices(facts, spec, dtype, ffn=False):
-        output = host.backbone[matrix.role].format(layer=matrix.layer)
-        what = _by_heads(matrix.what, heads) if heads and matrix.role in _TURNED else matrix.what
+        output = architecture.backbone[matrix.role].format(layer=matrix.layer)
+        what = _permute_heads(matrix.what, heads) if heads and matrix.role in _ROTARY_ROLES else matrix.what
         yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=what)
 
 
-def head_rows(spec: DenseSpec, host: MoeHost) -> HeadRows | None:
+def head_permutation(spec: DenseSpec, architecture: MoeArchitecture) -> HeadPermutation | None:
     """The order that the host's RoPE wants rows of q and k in; None where it is that of the family."""
-    if not spec.family.turns_neighbours or host.turns_neighbours:
+    if not spec.family.rope_is_interleaved or architecture.rope_is_interleaved:
         return None
-    return HeadRows(head_dim=spec.head_dim, turned=spec.rotary_dim)
+    return HeadPermutation(head_dim=spec.head_dim, rotary_dim=spec.rotary_dim)
 
 
-_TURNED = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
+_ROTARY_ROLES = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
 
 
-def _by_heads(what: PartSource, heads: HeadRows) -> Transform:
+def _permute_heads(what: PartSource, permutation: HeadPermutation) -> Transform:
     assert isinstance(what, (Copy, Transform))
-    return Transform(source=what.source, heads=heads) if isinstance(what, Copy) else replace(what, heads=heads)
+    return (
+        Transform(source=what.source, heads=permutation) if isinstance(what, Copy) else replace(what, heads=permutation)
+    )
 
 
-def expert_tensors(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+def expert_tensors(
+    members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
+) -> Iterator[OutputTensor]:
     """The FFNs of all experts and shared experts, in the tensors that the host has for them."""
     experts = [member for member in members if not member.is_shared]
     shared = [member for member in members if member.is_shared]
-    if host.is_fused:
-        yield from _fused(experts, host, dtype, seed)
+    if architecture.is_fused:
+        yield from _fuse_experts(experts, architecture, dtype, seed)
     else:
         for member in experts:
-            yield from _member_tensors(member, host.expert, dtype, seed)
+            yield from _member_tensors(member, architecture.expert, dtype, seed)
     if len(shared) > 1:
-        yield from _widened(shared, host.shared, dtype, seed)
+        yield from _widen_shared(shared, architecture.shared, dtype, seed)
     else:
         for member in shared:
-            yield from _member_tensors(member, host.shared, dtype, seed)
+            yield from _member_tensors(member, architecture.shared, dtype, seed)
 
 
 def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
@@ -117,10 +123,12 @@ def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: 
             yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=member.owner, what=what)
 
 
-def _fused(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> Iterator[OutputTensor]:
+def _fuse_experts(
+    members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
+) -> Iterator[OutputTensor]:
     """The FFNs of all experts of a layer as the few tensors of (experts, rows, columns) that they are in this host."""
     for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
-        for template, roles in _roles_by_name(host.expert).items():
+        for template, roles in _roles_by_name(architecture.expert).items():
             first = of_layer[0]
             output = template.format(layer=first[roles[0]].layer)
             rows, width = sum(first[role].shape[0] for role in roles), first[roles[0]].shape[1]
@@ -137,7 +145,7 @@ def _fused(members: Sequence[Member], host: MoeHost, dtype: str, seed: int) -> I
             )
 
 
-def _widened(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
+def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
     """Several shared experts as one that is as wide as all of them, which is their sum exactly: rows of gate and up
     below each other, columns of down side by side."""
     for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
@@ -152,13 +160,13 @@ def _widened(members: Sequence[Member], names: Mapping[str, str], dtype: str, se
             what: PartSource | tuple[Piece, ...]
             if roles == ["ffn.down"]:
                 shape = (rows, columns * len(members))
-                what = Columns(matrices=tuple(_alone(block, dtype) for block in blocks))
+                what = Columns(matrices=tuple(_single_part(block, dtype) for block in blocks))
             else:
                 shape, what = (rows * len(blocks), columns), tuple(blocks)
             yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=SHARED, what=what)
 
 
-def _alone(piece: Piece, dtype: str) -> Part:
+def _single_part(piece: Piece, dtype: str) -> Part:
     nbytes = math.prod(piece.shape) * DTYPE_BYTES[dtype]
     return Part(name=piece.name, dtype=dtype, shape=piece.shape, start=0, end=nbytes, what=piece.what)
 
@@ -201,10 +209,10 @@ def _matrices(
         if row.is_ffn is not ffn:
             continue
         entry, lora = facts.index.tensors[name], _lora(facts, name)
-        for role, first, last in spec.held_by(row):
+        for role, first, last in spec.fused_parts(row):
             shape = (last - first, *spec.shape_of(row)[1:])
-            part = entry if shape == entry.shape else rows_of(entry, first, last)
-            part_lora = lora if lora is None or part is entry else _lora_rows(lora, first, last)
+            part = entry if shape == entry.shape else slice_rows(entry, first, last)
+            part_lora = lora if lora is None or part is entry else _slice_lora(lora, first, last)
             # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
             own_scale = scale if role == "ffn.down" else None
             what: PartSource
@@ -215,7 +223,7 @@ def _matrices(
             yield _Matrix(role=role, layer=layer, shape=shape, what=what)
 
 
-def rows_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+def slice_rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:
     """Rows [first, last) of a tensor as one of its own: they lie together in its file."""
     width = entry.nbytes // entry.shape[0]
     return replace(
@@ -226,22 +234,26 @@ def rows_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
     )
 
 
-def _lora_rows(lora: LoraPair, first: int, last: int) -> LoraPair:
-    magnitude = rows_of(lora.magnitude, first, last) if lora.magnitude is not None else None
-    return replace(lora, b=rows_of(lora.b, first, last), magnitude=magnitude)
+def _slice_lora(lora: LoraPair, first: int, last: int) -> LoraPair:
+    magnitude = slice_rows(lora.magnitude, first, last) if lora.magnitude is not None else None
+    return replace(lora, b=slice_rows(lora.b, first, last), magnitude=magnitude)
 
 
-def computed_tensors(spec: DenseSpec, moe: MoeShape, host: MoeHost, dtype: str) -> Iterator[OutputTensor]:
+def computed_tensors(
+    spec: DenseSpec, moe: MoeShape, architecture: MoeArchitecture, dtype: str
+) -> Iterator[OutputTensor]:
     """Routers, gates of shared experts, and what the host demands and the dense model lacks."""
-    constant_rows = host.constants(spec, moe)
+    constant_rows = architecture.constants(spec, moe)
     for layer in range(spec.layers):
-        yield _computed(host.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer))
-        if moe.shared and host.shared_router:
-            name = host.shared_router.format(layer=layer)
-            yield _computed(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
+        yield _computed_tensor(
+            architecture.router.format(layer=layer), (moe.experts, spec.hidden), dtype, Router(layer=layer)
+        )
+        if moe.shared and architecture.shared_router:
+            name = architecture.shared_router.format(layer=layer)
+            yield _computed_tensor(name, (1, spec.hidden), dtype, Router(layer=layer, shared=True))
         for row in constant_rows:
             shape = tuple(s if isinstance(s, int) else spec.size_of(s) for s in row.shape)
-            yield _computed(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
+            yield _computed_tensor(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
 
 
 def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None = None) -> dict[str, WeightRef]:
@@ -253,7 +265,7 @@ def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None =
     return refs
 
 
-def _computed(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:
+def _computed_tensor(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:
     return OutputTensor(name=name, dtype=dtype, shape=shape, owner="router", what=what)
 
 
@@ -261,7 +273,7 @@ def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only
     """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it."""
     if facts.adapter is None:
         return []
-    return few(_adapter_problems(facts.adapter, spec, f"{where} ({facts.label})", ffn_only=ffn_only))
+    return first_few(_adapter_problems(facts.adapter, spec, f"{where} ({facts.label})", ffn_only=ffn_only))
 
 
 def _adapter_problems(adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn_only: bool) -> Iterator[Problem]:
@@ -289,17 +301,18 @@ def adapter_warnings(member: Member, where: str) -> list[str]:
             f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
             f"it is the same as {member.config.source_model.model} without it"
         ]
-    unused = unused_changes(member.facts, member.spec)
+    unused = unused_modules(member.facts, member.spec)
     if not unused:
         return []
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
     return [
-        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN ({some(names, 8)}). "
+        f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
+        f"({short_list(names, 8)}). "
         "These changes are not in the merge: an expert contributes only its FFN"
     ]
 
 
-def unused_changes(facts: ModelFacts, spec: DenseSpec) -> list[str]:
+def unused_modules(facts: ModelFacts, spec: DenseSpec) -> list[str]:
     """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head."""
     if facts.adapter is None:
         return []

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from raymoe.architectures import MoeShape
 from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
 
-__all__ = ["totals_of"]
+__all__ = ["compute_totals"]
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
+def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
     parameters, expert_parameters = 0, 0
     by_owner: dict[str, int] = {}
     by_kind: dict[str, int] = {}
@@ -35,12 +35,12 @@ def totals_of(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(_layer_bytes(reader) for reader in _different(readers)),
+        gate_bytes=sum(_layer_bytes(reader) for reader in _distinct_readers(readers)),
         peak_gate_bytes=max((_largest_layer(reader) for reader in readers), default=0),
     )
 
 
-def _different(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
+def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
     """One reader of each model: those that differ by adapters alone are read together (`routers.prompt_passes`)."""
     models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in readers}
     return list(models.values())

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
-from raymoe.sources.hub_errors import first_line, is_network_error, is_xet_error, reason_of
+from raymoe.sources.hub_errors import error_reason, first_line, is_network_error, is_xet_error
 
-__all__ = ["TOKEN_REMEDY", "PushFailed", "refusals", "stops"]
+__all__ = ["TOKEN_REMEDY", "PushFailed", "translate_preflight_errors", "translate_upload_errors"]
 
 TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
 
@@ -18,48 +18,51 @@ class PushFailed(RaymoeError):
 
 
 @contextmanager
-def refusals(where: str) -> Iterator[None]:
+def translate_preflight_errors(where: str) -> Iterator[None]:
     """Turn what the library raises into a ProblemReport about `where`; nothing has been sent."""
     try:
         yield
     except RaymoeError:
         raise
     except Exception as error:
-        if (told := _told(error)) is None:
+        if (described := _describe(error)) is None:
             raise
-        what, remedy = told
+        what, remedy = described
         raise ProblemReport([Problem(where=where, what=what, remedy=remedy)]) from error
 
 
 @contextmanager
-def stops(where: str, progress: Callable[[], str]) -> Iterator[None]:
+def translate_upload_errors(where: str, progress: Callable[[], str]) -> Iterator[None]:
     """The same as PushFailed; `progress` says what has been sent so far."""
     try:
         yield
     except CheckpointError as error:  # a file of the output that can't be read, or is another by now
         problem = error.problems[0]
-        said = f"{where}: {problem.where}: {problem.what}; {progress()}"
-        raise PushFailed(f"{said}\n    -> {problem.remedy}" if problem.remedy else said) from error
+        text = f"{where}: {problem.where}: {problem.what}; {progress()}"
+        raise PushFailed(f"{text}\n    -> {problem.remedy}" if problem.remedy else text) from error
     except RaymoeError:
         raise
     except Exception as error:
-        if (told := _told(error)) is None:
+        if (described := _describe(error)) is None:
             raise
-        what, remedy = told
+        what, remedy = described
         raise PushFailed(f"{where}: {what}; {progress()}\n    -> {remedy}") from error
 
 
-def _told(error: BaseException) -> tuple[str, str] | None:
+def _describe(error: BaseException) -> tuple[str, str] | None:
     """What happened and what to do, from the first error of a chain that says so; None: it is not about the Hub."""
     again = "run the same command again to go on from there"
     for cause in _chain(error):
-        if told := _library_error(cause, again):
-            return told
+        if described := _library_error(cause, again):
+            return described
         if is_xet_error(cause):
             remedy = f"{again}; HF_HUB_DISABLE_XET=1 takes the older way, for servers that have no Xet storage"
             return f"the upload to Xet storage failed ({first_line(cause)})", remedy
         if is_network_error(cause):
-            return f"the Hub can't be reached ({reason_of(cause)})", f"check the network and HF_ENDPOINT, then {again}"
+            return (
+                f"the Hub can't be reached ({error_reason(cause)})",
+                f"check the network and HF_ENDPOINT, then {again}",
+            )
         if isinstance(cause, OSError):
             place = f"{cause.filename}: " if cause.filename else ""  # which what writes to an open file does not tell
             return f"{place}{cause.strerror or first_line(cause)}", again
@@ -81,16 +84,16 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
         return "the repository has no such branch", "name a branch; one that is missing is made from main"
     if status is None:  # not all errors of an answer are of the library's own type
         return None
-    said = f" ({message})" if (message := _server_message(error)) else ""
+    text = f" ({message})" if (message := _server_message(error)) else ""
     if status == 401:
-        return f"the Hub refuses the token{said}", token
+        return f"the Hub refuses the token{text}", token
     if status in (402, 403):
-        return f"the Hub does not allow it{said}", f"use a token that may write there: {token}"
+        return f"the Hub does not allow it{text}", f"use a token that may write there: {token}"
     if status == 412:
         return "another commit changed the repository meanwhile", "look at its history; " + again
     if status == 429:
-        return f"the rate limit of the Hub is reached{said}", f"wait, then {again}"
-    return f"the Hub answered {status}{said}", again if status >= 500 else f"mend that, then {again}"
+        return f"the rate limit of the Hub is reached{text}", f"wait, then {again}"
+    return f"the Hub answered {status}{text}", again if status >= 500 else f"mend that, then {again}"
 
 
 def _server_message(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """What of a finished merge is published: the files that its record names, and the record. Nothing else that lies there.
 
-    raymoe.json --> PublishedFile by name: a file of the output, or for the card and the record the bytes to publish
+    raymoe.json --> ManifestFile by name: a file of the output, or for the card and the record the bytes to publish
 
 The card calls the model by its name on the Hub, and so differs from the output's; the published record says so, and
 leaves out by which endpoint and profile object stores were reached. The card may have been edited; any other file that
@@ -22,21 +22,21 @@ from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url
-from raymoe.report.model_card import PLACE
+from raymoe.report.model_card import PATH_PLACEHOLDER
 from raymoe.safe_text import json_text
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.hub import is_hub_id
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME
 
-__all__ = ["Published", "PublishedFile", "open_published"]
+__all__ = ["Manifest", "ManifestFile", "open_manifest"]
 
 # Keys of the config's `storage`: an address, perhaps of an inner network, and a name in somebody's ~/.aws.
-_OF_THIS_USER = ("endpoint", "profile")
+_USER_KEYS = ("endpoint", "profile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedFile:
+class ManifestFile:
     """One file of the repository-to-be, of `size` bytes: `content` where it is set, else `file`. `sha256` (hex) is
     there where the record has it, so that nothing has to be read to compare."""
 
@@ -52,12 +52,12 @@ class PublishedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class Manifest:
     """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words. Sources
     are paths of this machine, and models of the Hub with their commits."""
 
     folder: Folder
-    files: tuple[PublishedFile, ...]
+    files: tuple[ManifestFile, ...]
     title: str
     card: str | None
     local_sources: tuple[str, ...]
@@ -69,16 +69,16 @@ class Published:
         return sum(file.size for file in self.files)
 
 
-def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Published:
+def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Manifest:
     """The merge at a folder or URL as `repo` would have it. Raises ProblemReport with all that is not in order."""
     folder = open_checkpoint(place, storage)
     record = _record(folder)
     problems: list[Problem] = []
-    files = [_of_output(folder, name, recorded, problems) for name, recorded in record["files"].items()]
-    if (of_record := folder.find(RECORD_NAME)) is not None and _leads_out(folder, of_record):
-        problems.append(_broken(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
+    files = [_manifest_file(folder, name, recorded, problems) for name, recorded in record["files"].items()]
+    if (of_record := folder.find(RECORD_NAME)) is not None and _is_outside(folder, of_record):
+        problems.append(_broken_problem(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
     if INDEX_NAME not in record["files"]:
-        problems.append(_broken(folder, f"no {INDEX_NAME} is among its files"))
+        problems.append(_broken_problem(folder, f"no {INDEX_NAME} is among its files"))
     if not problems and not is_url(folder.label) and _record(folder) != record:
         what, remedy = "another merge was written here just now", "push again when no merge writes here"
         problems.append(Problem(where=folder.label, what=what, remedy=remedy))
@@ -88,10 +88,10 @@ def open_published(place: str | Path, repo: str, storage: StorageOptions) -> Pub
     card = _card(folder, record, repo)
     if card is not None:
         content = card.encode()
-        found.append(PublishedFile(name=CARD_NAME, size=len(content), content=content))
-    plain = _published_record(record, card, repo)
-    found.append(PublishedFile(name=RECORD_NAME, size=len(plain), content=plain))
-    return Published(
+        found.append(ManifestFile(name=CARD_NAME, size=len(content), content=content))
+    plain = _record_to_publish(record, card, repo)
+    found.append(ManifestFile(name=RECORD_NAME, size=len(plain), content=plain))
+    return Manifest(
         folder=folder,
         files=tuple(sorted(found, key=lambda file: file.name)),
         title=_title(record),
@@ -107,11 +107,15 @@ def _record(folder: Folder) -> dict[str, Any]:
     record = read_object(folder, RECORD_NAME, missing, "name the output of `raymoe merge`, and let it finish")
     files = record.get("files")
     if not isinstance(files, Mapping) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise ProblemReport([_broken(folder, f"{RECORD_NAME} can't be read: it names no files with their sizes")])
+        raise ProblemReport(
+            [_broken_problem(folder, f"{RECORD_NAME} can't be read: it names no files with their sizes")]
+        )
     for key in ("sources", "prompt_files"):
         entries = record.get(key) or []
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-            raise ProblemReport([_broken(folder, f"{RECORD_NAME} can't be read: its {key} are no list of objects")])
+            raise ProblemReport(
+                [_broken_problem(folder, f"{RECORD_NAME} can't be read: its {key} are no list of objects")]
+            )
     return record
 
 
@@ -120,30 +124,32 @@ def _is_entry(name: Any, entry: Any) -> bool:
     return is_file and isinstance(entry, Mapping) and isinstance(entry.get("size"), int)
 
 
-def _of_output(folder: Folder, name: str, recorded: Mapping[str, Any], problems: list[Problem]) -> PublishedFile | None:
+def _manifest_file(
+    folder: Folder, name: str, recorded: Mapping[str, Any], problems: list[Problem]
+) -> ManifestFile | None:
     file, size = folder.find(name), recorded["size"]
     if file is None:
-        problems.append(_broken(folder, f"{name} is missing"))
+        problems.append(_broken_problem(folder, f"{name} is missing"))
         return None
-    if _leads_out(folder, file):
+    if _is_outside(folder, file):
         what = f"{name} is a link to a file outside of the folder, which a push does not follow"
         problems.append(Problem(where=folder.label, what=what, remedy="copy the file there in place of the link"))
         return None
     if name != CARD_NAME and file.size != size:
-        problems.append(_broken(folder, f"{name} has {file.size:,} bytes, and had {size:,} when it was merged"))
+        problems.append(_broken_problem(folder, f"{name} has {file.size:,} bytes, and had {size:,} when it was merged"))
         return None
     kind, _, digits = str(recorded.get("checksum", "")).partition(":")
-    return PublishedFile(name=name, size=file.size, file=file, sha256=digits if kind == "sha256" else None)
+    return ManifestFile(name=name, size=file.size, file=file, sha256=digits if kind == "sha256" else None)
 
 
-def _leads_out(folder: Folder, file: SourceFile) -> bool:
+def _is_outside(folder: Folder, file: SourceFile) -> bool:
     if is_url(folder.label):
         return False
     root = os.path.realpath(folder.label)
     return os.path.commonpath([root, os.path.realpath(file.location)]) != root
 
 
-def _broken(folder: Folder, what: str) -> Problem:
+def _broken_problem(folder: Folder, what: str) -> Problem:
     remedy = "merge again (with --overwrite), or put the file back; `raymoe verify` compares every byte"
     return Problem(where=folder.label, what=what, remedy=remedy)
 
@@ -155,7 +161,7 @@ def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
     if file is None:
         return None
     try:
-        card = folder.read(file).decode().replace(PLACE, repo)
+        card = folder.read(file).decode().replace(PATH_PLACEHOLDER, repo)
     except UnicodeDecodeError as error:
         what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
@@ -163,7 +169,7 @@ def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
     return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) and is_hub_id(before) else card
 
 
-def _published_record(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
+def _record_to_publish(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
     """The record, with the repository, and size and checksum of the card as it is published; without what the config
     tells of this user's way to object stores, which a reader replaces by his own."""
     files = dict(record["files"])
@@ -173,7 +179,7 @@ def _published_record(record: Mapping[str, Any], card: str | None, repo: str) ->
     published = {**record, "published_as": repo, "files": files}
     config = record.get("config")
     if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
-        storage = {key: value for key, value in config["storage"].items() if key not in _OF_THIS_USER}
+        storage = {key: value for key, value in config["storage"].items() if key not in _USER_KEYS}
         published["config"] = {**config, "storage": storage}
     return f"{json_text(published)}\n".encode()
 

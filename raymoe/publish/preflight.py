@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.formatting import some
-from raymoe.publish.errors import refusals
-from raymoe.publish.manifest import PublishedFile
+from raymoe.formatting import short_list
+from raymoe.publish.errors import translate_preflight_errors
+from raymoe.publish.manifest import ManifestFile
 from raymoe.storage.file_names import CARD_NAME
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ _SHOWN_CHARACTERS = 200
 
 def check_card(card: str, api: HfApi) -> None:
     """Raise ProblemReport if the Hub refuses the card's metadata."""
-    with refusals(CARD_NAME):
-        url, asked = f"{api.endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
-        status, answer, text = _ask(url, asked, refusal=400)
+    with translate_preflight_errors(CARD_NAME):
+        url, payload = f"{api.endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
+        status, answer, text = _post(url, payload, refusal=400)
     if status == 400:
         errors = answer.get("errors")
         listed = errors if isinstance(errors, list) else []
@@ -39,28 +39,28 @@ def check_card(card: str, api: HfApi) -> None:
         raise ProblemReport([Problem(where=CARD_NAME, what=what, remedy=remedy)])
 
 
-def check_ignored(repo: str, branch: str, files: Sequence[PublishedFile], api: HfApi) -> None:
+def check_ignored(repo: str, branch: str, files: Sequence[ManifestFile], api: HfApi) -> None:
     """Raise ProblemReport if a commit on the branch would leave out some of these files."""
     url, ignored = f"{api.endpoint}/api/models/{repo}/preupload/{quote(branch, safe='')}", []
     for start in range(0, len(files), _FILES_AT_ONCE):
         # `sample` is how the Hub tells text from weights; what is ignored goes by the name alone.
-        asked = [{"path": f.name, "size": f.size, "sample": ""} for f in files[start : start + _FILES_AT_ONCE]]
-        with refusals(repo):
-            _, answer, _ = _ask(url, {"files": asked})
-        ignored += [str(told["path"]) for told in answer.get("files", ()) if told.get("shouldIgnore")]
+        payload = [{"path": f.name, "size": f.size, "sample": ""} for f in files[start : start + _FILES_AT_ONCE]]
+        with translate_preflight_errors(repo):
+            _, answer, _ = _post(url, {"files": payload})
+        ignored += [str(by_name["path"]) for by_name in answer.get("files", ()) if by_name.get("shouldIgnore")]
     if ignored:
-        what = f"the .gitignore of its branch {branch} keeps files out of a commit: {some(ignored, most=3)}"
+        what = f"the .gitignore of its branch {branch} keeps files out of a commit: {short_list(ignored, most=3)}"
         remedy = "take the lines that name them out of that file on the Hub, or push to another repository"
         raise ProblemReport([Problem(where=repo, what=what, remedy=remedy)])
 
 
-def _ask(url: str, asked: Mapping[str, Any], refusal: int | None = None) -> tuple[int, Mapping[str, Any], str]:
+def _post(url: str, payload: Mapping[str, Any], refusal: int | None = None) -> tuple[int, Mapping[str, Any], str]:
     """Status, answer and the beginning of its text; the answer is empty where it is no JSON object. `refusal` is a
     status that is an answer too; for others the library's errors are raised."""
     # Documented (package_reference/utilities), if not re-exported for type checkers.
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    response = http_backoff("POST", url, json=asked, headers=build_hf_headers())
+    response = http_backoff("POST", url, json=payload, headers=build_hf_headers())
     if response.status_code != refusal:
         hf_raise_for_status(response)
     try:

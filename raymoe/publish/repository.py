@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.publish.errors import TOKEN_REMEDY, refusals
+from raymoe.publish.errors import TOKEN_REMEDY, translate_preflight_errors
 from raymoe.publish.preflight import check_card
 from raymoe.safe_text import scrub
 from raymoe.sources.hub import HubOptions, is_hub_id
@@ -28,8 +28,8 @@ __all__ = ["PushTarget", "Repository", "open_repository", "push_target", "source
 _MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What git refuses (git-check-ref-format).
-_NO_BRANCH = re.compile(r"^$|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|^@$|//|^[/.-]|/\.|[/.]$|\.lock(/|$)")
-_READERS = ("read", "no_access")
+_INVALID_BRANCH = re.compile(r"^$|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|^@$|//|^[/.-]|/\.|[/.]$|\.lock(/|$)")
+_READ_ONLY_ROLES = ("read", "no_access")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ def target_problems(target: PushTarget) -> list[Problem]:
         what = f"{target.repo!r} is no name of a repository"
         remedy = "write org/name: letters, digits, '-', '_' and '.', at most 96 characters"
         problems.append(Problem(where="push", what=what, remedy=remedy))
-    if target.revision is not None and (_COMMIT.fullmatch(target.revision) or _NO_BRANCH.search(target.revision)):
+    if target.revision is not None and (_COMMIT.fullmatch(target.revision) or _INVALID_BRANCH.search(target.revision)):
         what = f"{target.revision!r} is no branch that could be pushed to"
         problems.append(Problem(where="push", what=what, remedy="name a branch, or leave it out for main"))
     if target.message is not None and not target.message.strip():
@@ -116,13 +116,13 @@ def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, c
     if problems := target_problems(target):
         raise ProblemReport(problems)
     api = HfApi(endpoint=hub.endpoint)
-    with refusals("push"):
+    with translate_preflight_errors("push"):
         account = api.whoami()
     if problem := _account_problem(target, account, api):
         raise ProblemReport([problem])
     if card is not None:
         check_card(card, api)
-    with refusals(target.repo):
+    with translate_preflight_errors(target.repo):
         is_new = _create(api, target) if make else not api.repo_exists(target.repo)
         if target.private and not (is_new or api.model_info(target.repo).private):
             what = "the repository is there already, and public"
@@ -147,19 +147,19 @@ def _account_problem(target: PushTarget, account: Mapping[str, Any], api: HfApi)
     """Why the token's account can't write there, as far as the Hub tells: fine-grained tokens are not judged here."""
     token = TOKEN_REMEDY.format(endpoint=api.endpoint)
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role in _READERS:
+    if role in _READ_ONLY_ROLES:
         return Problem(where="push", what="the token in use is for reading only", remedy=f"use another: {token}")
     namespace = target.repo.partition("/")[0]
-    name, organisations = str(account.get("name")), account.get("orgs") or []
+    name, organizations = str(account.get("name")), account.get("orgs") or []
     # The Hub takes names in any case.
-    roles = {str(each.get("name")).casefold(): each.get("roleInOrg") for each in organisations}
+    roles = {str(each.get("name")).casefold(): each.get("roleInOrg") for each in organizations}
     if role != "write" or namespace.casefold() == name.casefold():
         return None
     if namespace.casefold() not in roles:
         what = f"the token is of {name}, who is not a member of {namespace!r}"
         remedy = f"push to {name}/{target.repo.partition('/')[2]}, or use a token of a member"
         return Problem(where=target.repo, what=what, remedy=remedy)
-    if roles[namespace.casefold()] in _READERS:
+    if roles[namespace.casefold()] in _READ_ONLY_ROLES:
         what = f"{name} may only read in {namespace!r}"
         remedy = "ask the organisation for the role 'contributor' or more"
         return Problem(where=target.repo, what=what, remedy=remedy)

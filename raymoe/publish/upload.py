@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.formatting import human_bytes
 from raymoe.object_store.urls import is_url
-from raymoe.publish.errors import PushFailed, refusals, stops
-from raymoe.publish.manifest import Published, PublishedFile
+from raymoe.publish.errors import PushFailed, translate_preflight_errors, translate_upload_errors
+from raymoe.publish.manifest import Manifest, ManifestFile
 from raymoe.publish.preflight import check_ignored
 from raymoe.publish.repository import Repository
 from raymoe.sources.local_folder import has_changed
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["Comparison", "Pushed", "compare", "upload"]
+__all__ = ["Comparison", "PushResult", "compare", "upload"]
 
 _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pushed:
-    """A push that is done. `commit` is where the branch is now; `sent` and `there` are names of files."""
+class PushResult:
+    """A push that is done. `commit` is where the branch is now; `sent` and `unchanged` are names of files."""
 
     url: str
     commit: str
     commit_url: str
     sent: tuple[str, ...]
-    there: tuple[str, ...]
+    unchanged: tuple[str, ...]
     removed: tuple[str, ...]
 
     @property
@@ -59,87 +59,89 @@ class Comparison:
     """The branch against what is to be there. `head` is its commit; `others` are files that stay as they are."""
 
     head: str
-    there: tuple[PublishedFile, ...]
-    missing: tuple[PublishedFile, ...]
+    unchanged: tuple[ManifestFile, ...]
+    missing: tuple[ManifestFile, ...]
     removed: tuple[str, ...]
     others: tuple[str, ...]
 
 
-def compare(published: Published, repository: Repository) -> Comparison:
+def compare(manifest: Manifest, repository: Repository) -> Comparison:
     """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
     reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
-    with refusals(target.repo):
+    with translate_preflight_errors(target.repo):
         head = str(api.model_info(target.repo, revision=repository.base).sha)
         listing = api.list_repo_tree(target.repo, recursive=True, revision=head)
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
-    known = [file for file in published.files if file.name in entries]
-    same = {file.name for file in known if _is_same(file, entries[file.name], published)}
-    foreign = sorted(entries.keys() - {file.name for file in published.files})
+    known = [file for file in manifest.files if file.name in entries]
+    same = {file.name for file in known if _is_same(file, entries[file.name], manifest)}
+    foreign = sorted(entries.keys() - {file.name for file in manifest.files})
     removed = tuple(name for name in foreign if is_part_of_a_model(name))
-    missing = tuple(file for file in published.files if file.name not in same)
+    missing = tuple(file for file in manifest.files if file.name not in same)
     check_ignored(target.repo, repository.base, missing, api)
     return Comparison(
         head=head,
-        there=tuple(file for file in published.files if file.name in same),
+        unchanged=tuple(file for file in manifest.files if file.name in same),
         missing=missing,
         removed=removed,
         others=tuple(name for name in foreign if name not in removed and name != ".gitattributes"),
     )
 
 
-def _is_same(file: PublishedFile, entry: RepoFile, published: Published) -> bool:
+def _is_same(file: ManifestFile, entry: RepoFile, manifest: Manifest) -> bool:
     if entry.size != file.size:
         return False
     if entry.lfs is not None:
-        return bool((file.sha256 or _digest(file, published, hashlib.sha256())) == entry.lfs.sha256)
+        return bool((file.sha256 or _digest(file, manifest, hashlib.sha256())) == entry.lfs.sha256)
     git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-    return bool(_digest(file, published, git) == entry.blob_id)
+    return bool(_digest(file, manifest, git) == entry.blob_id)
 
 
-def _digest(file: PublishedFile, published: Published, hasher: Any) -> str:
+def _digest(file: ManifestFile, manifest: Manifest, hasher: Any) -> str:
     """Hex digest of a file's bytes; of an object as they are read, without a copy."""
     if file.content is not None:
         hasher.update(file.content)
     else:
         assert file.file is not None
         for start in range(0, file.size, _CHUNK_BYTES):
-            hasher.update(published.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES)))
+            hasher.update(manifest.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES)))
     digest: str = hasher.hexdigest()
     return digest
 
 
-def upload(published: Published, repository: Repository, comparison: Comparison, say: Callable[[str], None]) -> Pushed:
+def upload(
+    manifest: Manifest, repository: Repository, comparison: Comparison, say: Callable[[str], None]
+) -> PushResult:
     """Send what is missing and commit. Raises PushFailed; the same call again goes on."""
     from huggingface_hub import CommitOperationDelete
 
     target, api = repository.target, repository.api
-    sender = _Sender(published, repository, comparison, say)
+    sender = _Sender(manifest, repository, comparison, say)
     if not comparison.missing and not comparison.removed:
-        return _pushed(repository, comparison, comparison.head)
-    with stops(f"push to {target.repo}", sender.progress):
+        return _push_result(repository, comparison, comparison.head)
+    with translate_upload_errors(f"push to {target.repo}", sender.progress):
         additions = sender.send()
         sender.check_unchanged()
         removals = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in comparison.removed]
         commit = api.create_commit(
             target.repo,
             [*additions, *removals],
-            commit_message=target.message or f"{published.title}, made with raymoe",
+            commit_message=target.message or f"{manifest.title}, made with raymoe",
             revision=target.branch,
             parent_commit=comparison.head,
         )
-    return _pushed(repository, comparison, commit.oid)
+    return _push_result(repository, comparison, commit.oid)
 
 
-def _pushed(repository: Repository, comparison: Comparison, commit: str) -> Pushed:
-    return Pushed(
+def _push_result(repository: Repository, comparison: Comparison, commit: str) -> PushResult:
+    return PushResult(
         url=repository.url,
         commit=commit,
         commit_url=f"{repository.url}/commit/{commit}",
         sent=tuple(file.name for file in comparison.missing),
-        there=tuple(file.name for file in comparison.there),
+        unchanged=tuple(file.name for file in comparison.unchanged),
         removed=comparison.removed,
     )
 
@@ -148,12 +150,12 @@ class _Sender:
     """Sends shards to the Hub's storage, in the order of their names, and counts."""
 
     def __init__(
-        self, published: Published, repository: Repository, comparison: Comparison, say: Callable[[str], None]
+        self, manifest: Manifest, repository: Repository, comparison: Comparison, say: Callable[[str], None]
     ) -> None:
-        self._published, self._repository, self._say = published, repository, say
+        self._manifest, self._repository, self._say = manifest, repository, say
         self._shards = [file for file in comparison.missing if file.is_shard]
         self._others = [file for file in comparison.missing if not file.is_shard]
-        self._sent: list[PublishedFile] = []
+        self._sent: list[ManifestFile] = []
 
     def progress(self) -> str:
         sent = f"{len(self._sent)} of {len(self._shards)} shards are on the Hub, and will not be sent again"
@@ -172,12 +174,12 @@ class _Sender:
             self._say(f"on the Hub: {count}, {human_bytes(done)} of {human_bytes(total)}")
         return additions
 
-    def _send_shard(self, file: PublishedFile) -> CommitOperationAdd:
+    def _send_shard(self, file: ManifestFile) -> CommitOperationAdd:
         """One at a time: what is killed loses one, and Ctrl-C waits for no thread of the library. (Xet sends the chunks
         of one file side by side.) Of an object there is a copy on this machine's disk as long as it is sent."""
         assert file.file is not None
-        target, path = self._repository.target, self._published.folder.local_path(file.file)
-        operation = self._addition(file, path)
+        target, path = self._repository.target, self._manifest.folder.local_path(file.file)
+        operation = self._add_operation(file, path)
         self._repository.api.preupload_lfs_files(target.repo, [operation], revision=target.branch)
         # The library takes the path out of what it has sent; what it has not goes with the commit.
         is_sent = operation.path_or_fileobj == b""
@@ -185,24 +187,26 @@ class _Sender:
             path.unlink(missing_ok=True)
         return operation
 
-    def _addition(self, file: PublishedFile, path: Path) -> CommitOperationAdd:
+    def _add_operation(self, file: ManifestFile, path: Path) -> CommitOperationAdd:
         """Raises PushFailed where the shard is not, or is no longer, the one that the record tells of."""
         from huggingface_hub import CommitOperationAdd
 
         try:
             operation = CommitOperationAdd(file.name, str(path))
         except (ValueError, FileNotFoundError):  # the library's and, a moment later, the system's word for it
-            raise self._changed(file, "is gone") from None
+            raise self._changed_error(file, "is gone") from None
         now = operation.upload_info
         if now.size != file.size:
-            raise self._changed(file, f"has {now.size:,} bytes, and had {file.size:,} when the push began")
+            raise self._changed_error(file, f"has {now.size:,} bytes, and had {file.size:,} when the push began")
         if file.sha256 is not None and now.sha256.hex() != file.sha256:
-            raise self._changed(file, f"is not the file that was merged: its SHA-256 is not that in {RECORD_NAME}")
+            raise self._changed_error(
+                file, f"is not the file that was merged: its SHA-256 is not that in {RECORD_NAME}"
+            )
         self._check(file)
         return operation
 
-    def _changed(self, file: PublishedFile, what: str) -> PushFailed:
-        where = f"push to {self._repository.target.repo}: {self._published.folder.label}/{file.name}"
+    def _changed_error(self, file: ManifestFile, what: str) -> PushFailed:
+        where = f"push to {self._repository.target.repo}: {self._manifest.folder.label}/{file.name}"
         remedy = (
             "let no merge write there during a push; put the file back, or merge again (with --overwrite), and push"
         )
@@ -211,23 +215,23 @@ class _Sender:
     def check_unchanged(self) -> None:
         """Look at all files again before the commit, also at those that are on the Hub already: another merge of the
         same shapes may have been written since. Raises PushFailed, or CheckpointError for an object."""
-        for file in self._published.files:
+        for file in self._manifest.files:
             self._check(file)
 
-    def _check(self, file: PublishedFile) -> None:
+    def _check(self, file: ManifestFile) -> None:
         if file.content is not None or file.file is None:
             return
         if not is_url(file.file.location):
             if not os.path.exists(file.file.location):
-                raise self._changed(file, "is gone")
+                raise self._changed_error(file, "is gone")
             if has_changed(file.file):
-                raise self._changed(file, "was written again since the push began")
+                raise self._changed_error(file, "was written again since the push began")
         elif file.size:
-            self._published.folder.read_range(file.file, 0, 1)  # only as long as it has the ETag that it had
+            self._manifest.folder.read_range(file.file, 0, 1)  # only as long as it has the ETag that it had
 
-    def _bytes(self, file: PublishedFile) -> bytes:
+    def _bytes(self, file: ManifestFile) -> bytes:
         if file.content is not None:
             return file.content
         assert file.file is not None
         self._check(file)
-        return self._published.folder.read(file.file)
+        return self._manifest.folder.read(file.file)

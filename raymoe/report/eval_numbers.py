@@ -12,14 +12,14 @@ from typing import Any
 
 __all__ = [
     "MEAN",
-    "best_of",
-    "labels_of",
-    "loss_of",
+    "best_loss",
     "loss_rows",
     "mean_load",
     "own_expert",
     "own_expert_loss",
     "perplexity",
+    "read_labels",
+    "read_loss",
     "router_origin",
     "weakest_layers",
 ]
@@ -28,7 +28,7 @@ MEAN = "mean"
 _ROW_ORDER = ("base", "hidden", "merged", "oracle")
 
 
-def labels_of(result: Mapping[str, Any]) -> list[str]:
+def read_labels(result: Mapping[str, Any]) -> list[str]:
     return list(result["data"]["per_label"])
 
 
@@ -38,7 +38,7 @@ def own_expert(result: Mapping[str, Any], label: str) -> int | None:
     return number
 
 
-def loss_of(result: Mapping[str, Any], model: str, label: str) -> float | None:
+def read_loss(result: Mapping[str, Any], model: str, label: str) -> float | None:
     """Loss of a model ('merged', 'base', 'expert go', ...) on a label, or 'mean' over labels."""
     losses = result["loss"].get(model) or {}
     value: float | None = losses.get(label)
@@ -56,16 +56,16 @@ def loss_rows(result: Mapping[str, Any]) -> list[str]:
 def own_expert_loss(result: Mapping[str, Any], label: str) -> float | None:
     """Loss of the dense expert that a label belongs to; for 'mean', the mean of those over labels."""
     if label == MEAN:
-        losses = [own_expert_loss(result, each) for each in labels_of(result)]
+        losses = [own_expert_loss(result, each) for each in read_labels(result)]
         present = [loss for loss in losses if loss is not None]
         return sum(present) / len(present) if losses and len(present) == len(losses) else None
     number = own_expert(result, label)
-    return None if number is None else loss_of(result, f"expert {result['experts'][number]}", label)
+    return None if number is None else read_loss(result, f"expert {result['experts'][number]}", label)
 
 
-def best_of(result: Mapping[str, Any], label: str) -> float | None:
+def best_loss(result: Mapping[str, Any], label: str) -> float | None:
     """The lowest loss on a label over all models."""
-    losses = [loss_of(result, model, label) for model in loss_rows(result)]
+    losses = [read_loss(result, model, label) for model in loss_rows(result)]
     return min((loss for loss in losses if loss is not None), default=None)
 
 

@@ -17,14 +17,14 @@ from markupsafe import Markup
 from raymoe.report import svg
 from raymoe.report.eval_numbers import (
     MEAN,
-    best_of,
-    labels_of,
-    loss_of,
+    best_loss,
     loss_rows,
     mean_load,
     own_expert,
     own_expert_loss,
     perplexity,
+    read_labels,
+    read_loss,
     router_origin,
     weakest_layers,
 )
@@ -83,7 +83,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     """The sentence that somebody who reads nothing else should have read."""
     right = result["routing"]["first_accuracy_mean"]
     parts = [f"Routers choose a token's own expert first in {right:.0%} of all cases"]
-    merged, base = loss_of(result, "merged", MEAN), loss_of(result, "base", MEAN)
+    merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
     if merged is not None and base is not None:
         way = "below" if merged <= base else "above"
         parts.append(f"the mean loss is {abs(base - merged):.2f} nats {way} the base model's")
@@ -98,7 +98,7 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
     entropy = routing["load_entropy"]
     least = min(range(len(entropy)), key=entropy.__getitem__)
     tiles = []
-    merged, base = loss_of(result, "merged", MEAN), loss_of(result, "base", MEAN)
+    merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
     if merged is not None:
         beside = "" if base is None else f"; base {base:.3f}"
         tiles.append(_tile("Mean loss", f"{merged:.3f}", f"perplexity {perplexity(merged)}{beside}"))
@@ -123,17 +123,17 @@ def _chip(name: str, expert: int | None) -> dict[str, Any]:
     return {"name": name, "expert": expert, "kind": "plain" if expert is None else svg.expert_kind(expert)}
 
 
-def _compared(result: Mapping[str, Any], label: str) -> dict[str, float]:
+def _compared_losses(result: Mapping[str, Any], label: str) -> dict[str, float]:
     """Losses that a picture sets side by side, by kind, in the order in which they are drawn."""
-    losses = {kind: loss_of(result, kind, label) for kind in ("base", "hidden", "merged", "oracle")}
+    losses = {kind: read_loss(result, kind, label) for kind in ("base", "hidden", "merged", "oracle")}
     if label != MEAN or losses["oracle"] is None:  # their means hardly differ, and would stand on each other
         losses["own"] = own_expert_loss(result, label)
     return {kind: loss for kind, loss in losses.items() if loss is not None}
 
 
 def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
-    labels, columns = labels_of(result), [*labels_of(result), MEAN]
-    compared = {label: losses for label in labels if (losses := _compared(result, label))}
+    labels, columns = read_labels(result), [*read_labels(result), MEAN]
+    compared = {label: losses for label in labels if (losses := _compared_losses(result, label))}
     largest = max((loss for losses in compared.values() for loss in losses.values()), default=0.0)
     panels = [
         {**_chip(label, own_expert(result, label)), "drawing": _loss_bars(label, losses, largest)}
@@ -142,7 +142,7 @@ def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
     table = [
         {"name": model, "cells": [_loss_cell(result, model, label) for label in columns]} for model in loss_rows(result)
     ]
-    means = _compared(result, MEAN)
+    means = _compared_losses(result, MEAN)
     return {
         "ladder": _ladder(means),
         "compared": means.keys(),
@@ -157,15 +157,15 @@ def _loss_bars(label: str, losses: Mapping[str, float], largest: float) -> Marku
         svg.Bar(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
         for kind, loss in losses.items()
     ]
-    said = ", ".join(f"{row.name} {row.text}" for row in rows)
-    return svg.bars(rows, largest, f"Loss on {label}: {said}")
+    title = ", ".join(f"{row.name} {row.text}" for row in rows)
+    return svg.bars(rows, largest, f"Loss on {label}: {title}")
 
 
 def _loss_cell(result: Mapping[str, Any], model: str, label: str) -> dict[str, Any]:
-    loss = loss_of(result, model, label)
+    loss = read_loss(result, model, label)
     if loss is None:
         return {"loss": "–", "perplexity": "", "best": False}
-    return {"loss": f"{loss:.3f}", "perplexity": perplexity(loss), "best": loss == best_of(result, label)}
+    return {"loss": f"{loss:.3f}", "perplexity": perplexity(loss), "best": loss == best_loss(result, label)}
 
 
 def _ladder(losses: Mapping[str, float]) -> Markup | None:
@@ -176,19 +176,19 @@ def _ladder(losses: Mapping[str, float]) -> Markup | None:
     # The merge's label is the one to see first: it is placed first, on the lowest row.
     marks.sort(key=lambda mark: (mark.kind != "merged", mark.value))
     span = ("hidden", "oracle", "merged") if {"hidden", "oracle", "merged"} <= losses.keys() else None
-    said = ", ".join(f"{mark.name} {mark.text}" for mark in sorted(marks, key=lambda mark: mark.value))
-    return svg.ladder(marks, span, f"Mean loss, lower is better: {said}")
+    caption = ", ".join(f"{mark.name} {mark.text}" for mark in sorted(marks, key=lambda mark: mark.value))
+    return svg.ladder(marks, span, f"Mean loss, lower is better: {caption}")
 
 
 def _routing_view(result: Mapping[str, Any]) -> dict[str, Any]:
-    routing, experts, labels = result["routing"], result["experts"], labels_of(result)
+    routing, experts, labels = result["routing"], result["experts"], read_labels(result)
     owns = [own_expert(result, label) for label in labels]
     heatmaps = []
     for label, own in zip(labels, owns):
         rows_LE = routing["first_choice"][label]
         share = None if own is None else routing["confusion"][label][own]
-        said = f"Share of {label} tokens whose first choice is each expert, by layer"
-        drawing = svg.heatmap(rows_LE, experts, own, said)
+        caption = f"Share of {label} tokens whose first choice is each expert, by layer"
+        drawing = svg.heatmap(rows_LE, experts, own, caption)
         heatmaps.append({**_chip(label, own), "share": share, "drawing": drawing})
     confusion = [routing["confusion"][label] for label in labels]
     weakest = weakest_layers(result)
@@ -212,8 +212,8 @@ def _accuracy_lines(result: Mapping[str, Any]) -> Markup:
         svg.Series(name="first choice", values=first, chance=1 / count, kind="first"),
         svg.Series(name=f"among the {used} chosen", values=chosen, chance=used / count, kind="chosen"),
     ]
-    said = f"Accuracy by layer: first choice {min(first):.0%} to {max(first):.0%}"
-    return svg.lines(series, len(first), f"{said}, among the chosen {min(chosen):.0%} to {max(chosen):.0%}")
+    caption = f"Accuracy by layer: first choice {min(first):.0%} to {max(first):.0%}"
+    return svg.lines(series, len(first), f"{caption}, among the chosen {min(chosen):.0%} to {max(chosen):.0%}")
 
 
 def _load_bars(result: Mapping[str, Any]) -> Markup:
@@ -221,9 +221,9 @@ def _load_bars(result: Mapping[str, Any]) -> Markup:
     for number, (name, share) in enumerate(zip(result["experts"], mean_load(result))):
         rows.append(svg.Bar(name=name, value=share, text=f"{share:.1%}", kind=svg.expert_kind(number)))
     even = 1 / len(rows)
-    said = ", ".join(f"{row.name} {row.text}" for row in rows)
+    caption = ", ".join(f"{row.name} {row.text}" for row in rows)
     largest = max(*(row.value for row in rows), even)
-    return svg.bars(rows, largest, f"Share of the work, mean over layers: {said}", width=340, rule=even)
+    return svg.bars(rows, largest, f"Share of the work, mean over layers: {caption}", width=340, rule=even)
 
 
 def _layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

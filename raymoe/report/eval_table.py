@@ -13,13 +13,13 @@ from raymoe.console import console as rich_console
 from raymoe.console import print_json
 from raymoe.report.eval_numbers import (
     MEAN,
-    best_of,
-    labels_of,
-    loss_of,
+    best_loss,
     loss_rows,
     mean_load,
     own_expert,
     perplexity,
+    read_labels,
+    read_loss,
     router_origin,
     weakest_layers,
 )
@@ -54,14 +54,14 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
     rows = loss_rows(result)
 
     def cell(model: str, label: str) -> tuple[str, str]:
-        loss = loss_of(result, model, label)
+        loss = read_loss(result, model, label)
         if loss is None:
             return "-", ""
-        best = loss == best_of(result, label)
+        best = loss == best_loss(result, label)
         return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold green" if best else ""
 
     console.print("\nLoss in nats a token, perplexity in brackets; * is the lowest of a column")
-    _print_blocks(console, "model", rows, {label: label for label in (*labels_of(result), MEAN)}, cell)
+    _print_blocks(console, "model", rows, {label: label for label in (*read_labels(result), MEAN)}, cell)
     if "oracle" in rows:
         console.print("oracle: the merge, always asking a text's own expert")
     if "hidden" in rows:
@@ -87,7 +87,7 @@ def _print_confusion(console: Any, result: Mapping[str, Any]) -> None:
         return f"{result['routing']['confusion'][label][expert]:.0%}{'*' if own else ' '}", "bold" if own else ""
 
     console.print("\nFirst choices of each label's tokens, all layers; * is the label's own expert")
-    _print_blocks(console, "label", labels_of(result), dict(enumerate(result["experts"])), cell)
+    _print_blocks(console, "label", read_labels(result), dict(enumerate(result["experts"])), cell)
 
 
 def _print_load(console: Any, result: Mapping[str, Any]) -> None:

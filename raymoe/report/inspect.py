@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.architectures import MoeHost, host_of
+from raymoe.architectures import MoeArchitecture, find_moe_architecture
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
-from raymoe.console import print_json, put
+from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes, human_count
 from raymoe.object_store.options import StorageOptions
@@ -36,27 +36,27 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     folder = open_checkpoint(place, storage)
     config = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
     index = index_model_weights(folder)
-    host = host_of(config)
+    architecture = find_moe_architecture(config)
     summary: dict[str, Any] = {
         "folder": str(place),
         "model_type": config.get("model_type"),
         "architecture": _first_text(config.get("architectures")),
-        "layers": _whole(config.get("num_hidden_layers")),
-        "hidden_size": _whole(config.get("hidden_size")),
-        "vocab_size": _whole(config.get("vocab_size")),
+        "layers": _whole_number(config.get("num_hidden_layers")),
+        "hidden_size": _whole_number(config.get("hidden_size")),
+        "vocab_size": _whole_number(config.get("vocab_size")),
         "parameters": sum(math.prod(entry.shape) for entry in index.tensors.values()),
         "bytes": sum(file.size for file in index.files),
         "dtypes": _bytes_by(index, lambda entry: entry.dtype),
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
-    if host is not None:
-        summary |= _moe_summary(host, config, index, summary["parameters"], storage)
+    if architecture is not None:
+        summary |= _moe_summary(architecture, config, index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
-        summary["merge"] = _recorded(read_object(folder, RECORD_NAME, "", ""), f"{folder.label}/{RECORD_NAME}")
+        summary["merge"] = _record_summary(read_object(folder, RECORD_NAME, "", ""), f"{folder.label}/{RECORD_NAME}")
     return summary
 
 
-def _whole(value: object) -> int | None:
+def _whole_number(value: object) -> int | None:
     """A number of a config.json that a stranger may have written; None for what is no whole number."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -66,7 +66,7 @@ def _first_text(values: object) -> str:
     return first if isinstance(first, str) else "?"
 
 
-def _recorded(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _record_summary(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a merge's record says of how it was made. Raises ProblemReport for what is no record of raymoe."""
     keys = ("raymoe_version", "sources", "config", "plan_digest")
     if missing := [key for key in keys if key not in record]:
@@ -99,15 +99,19 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _moe_summary(
-    host: MoeHost, config: Mapping[str, Any], index: CheckpointIndex, parameters: int, storage: StorageOptions
+    architecture: MoeArchitecture,
+    config: Mapping[str, Any],
+    index: CheckpointIndex,
+    parameters: int,
+    storage: StorageOptions,
 ) -> dict[str, Any]:
     per_expert: dict[int, int] = {}
     fused: list[tuple[int, int]] = []  # experts along the first axis, parameters of each
-    for template in set(host.expert.values()):
+    for template in set(architecture.expert.values()):
         pattern = _pattern(template)
         for entry in index.tensors.values():
             if match := pattern.match(entry.name):
-                if not host.is_fused:
+                if not architecture.is_fused:
                     number = int(match["expert"])
                     per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape)
                 elif entry.shape and entry.shape[0]:
@@ -116,7 +120,7 @@ def _moe_summary(
     count = max([len(per_expert), *(experts for experts, _ in fused)])
     total = sum(per_expert.values()) + sum(experts * each for experts, each in fused)
     most = sum(each for _, each in fused) or max(per_expert.values(), default=0)
-    used = _whole(host.entry(config, PER_TOKEN_KEY)[1])
+    used = _whole_number(architecture.entry(config, PER_TOKEN_KEY)[1])
     idle = None
     if used is not None and 1 <= used <= count:
         idle = total * (count - used) // count
@@ -125,13 +129,13 @@ def _moe_summary(
         "experts_per_token": used,
         "parameters_per_expert": most,
         "active_parameters": None if idle is None else parameters - idle,
-        "routers": _routers(host, index, storage),
+        "routers": _router_summary(architecture, index, storage),
     }
 
 
-def _routers(host: MoeHost, index: CheckpointIndex, storage: StorageOptions) -> dict[str, Any]:
+def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, storage: StorageOptions) -> dict[str, Any]:
     """Row lengths and the cosines between experts' rows, over all layers: near 1 means that rows hardly differ."""
-    pattern = _pattern(host.router)
+    pattern = _pattern(architecture.router)
     entries: list[TensorEntry] = [
         entry
         for entry in index.tensors.values()
@@ -173,29 +177,29 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    put(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
+    print_line(f"{summary['folder']}: {summary['architecture']} ({summary['model_type']})")
     sizes = ", ".join(f"{human_bytes(count)} {dtype}" for dtype, count in summary["dtypes"].items())
-    put(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
-    layers, hidden, vocab = (_shown(summary[key]) for key in ("layers", "hidden_size", "vocab_size"))
-    put(f"{layers} layers, hidden size {hidden}, vocabulary {vocab}")
+    print_line(f"{human_count(summary['parameters'])} parameters in {len(summary['shards'])} shards, {sizes}")
+    layers, hidden, vocab = (_format_number(summary[key]) for key in ("layers", "hidden_size", "vocab_size"))
+    print_line(f"{layers} layers, hidden size {hidden}, vocabulary {vocab}")
     if "experts" in summary:
         each = human_count(summary["parameters_per_expert"])
         active = "?" if summary["active_parameters"] is None else human_count(summary["active_parameters"])
-        count, used = summary["experts"], _shown(summary["experts_per_token"])
-        put(f"{count} experts of {each}, {used} for each token: {active} parameters active")
+        count, used = summary["experts"], _format_number(summary["experts_per_token"])
+        print_line(f"{count} experts of {each}, {used} for each token: {active} parameters active")
         routers = summary["routers"]
         if "cosine_between_rows" in routers:
             cosine, norm = routers["cosine_between_rows"], routers["row_norm"]
-            put(
+            print_line(
                 f"routers of {routers['layers']} layers: row length {norm['min']:.3g} to {norm['max']:.3g}, "
                 f"mean cosine between experts' rows {cosine['mean']:.3f} ({cosine['min']:.3f} to {cosine['max']:.3f})"
             )
     merge = summary.get("merge")
     if merge:
-        put(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
+        print_line(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
         for source in merge["sources"]:
-            put(f"  {source['owner']:10} {source['model']}")
+            print_line(f"  {source['owner']:10} {source['model']}")
 
 
-def _shown(number: int | None) -> str:
+def _format_number(number: int | None) -> str:
     return "?" if number is None else str(number)

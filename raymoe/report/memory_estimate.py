@@ -19,10 +19,10 @@ from raymoe.config import MODES
 from raymoe.config.gate_modes import EMBEDDING
 from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
 from raymoe.routers.activations import FOLDS, token_limit
-from raymoe.routers.fit_memory import fitting_bytes, most_layers_at_once
-from raymoe.routers.prompt_lengths import different_tokens, prompt_lengths
-from raymoe.routers.prompt_passes import Reading, readings
-from raymoe.routers.tokenize import batches, chunk_of, padded, scan_of
+from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
+from raymoe.routers.prompt_passes import Reading, plan_readings
+from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.transform import THREADS
 
@@ -40,7 +40,7 @@ _GPU_SOLVER_BYTES = 350_000_000  # of the libraries that factorise on a GPU, in 
 _BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
-_WORTH_COUNTING_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
+_MIN_COUNTED_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -77,36 +77,36 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
     writing = _writing_bytes(plan, sent)
     if not mode.needs_prompts:
         return {"cpu": _COPYING_ACTOR_BYTES + writing, "gpu": 0, "beside_gpu": 0}
-    if not mode.reads_layers:
+    if not mode.needs_forward_pass:
         return {"cpu": _EMBEDDING_ACTOR_BYTES + writing + _embedding_bytes(plan, hub), "gpu": 0, "beside_gpu": 0}
     passes, tokens = _passes(plan, hub)
     each = [_pass_bytes(plan, one, tokens) for one in passes]
-    most = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
+    largest = {key: max(found[key] for found in each) for key in ("cpu", "gpu", "beside_gpu")}
     computing = _CUDA_ACTOR_BYTES if _is_cuda_build() else _COMPUTING_ACTOR_BYTES
     return {
-        "cpu": computing + writing + most["cpu"],
-        "gpu": _GPU_WORK_BYTES + most["gpu"],
-        "beside_gpu": _GPU_ACTOR_BYTES + writing + most["beside_gpu"],
+        "cpu": computing + writing + largest["cpu"],
+        "gpu": _GPU_WORK_BYTES + largest["gpu"],
+        "beside_gpu": _GPU_ACTOR_BYTES + writing + largest["beside_gpu"],
     }
 
 
 def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
     gates, hidden = plan.gates, plan.gates.hidden
-    run = gates.layers if MODES[gates.mode].fits_rows else gates.layers - 1  # the last layer's input is all it takes
+    run = gates.layers if MODES[gates.mode].is_fitted else gates.layers - 1  # the last layer's input is all it takes
     layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
     # Computed with as the embedding is stored, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].fits_rows else 0
-    common = _TOKEN_BYTES * one.tokens + _left_bytes(plan, tokens)
+    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].is_fitted else 0
+    common = _TOKEN_BYTES * one.tokens + _activation_bytes(plan, tokens)
     reading = {
         width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
         for width in {here, stored}
     }
     return {
-        "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * most_layers_at_once(gates)),
+        "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * max_layers_at_once(gates)),
         "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
         "beside_gpu": common + min(2, run) * layer + solver,
     }
@@ -145,7 +145,7 @@ def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
     lengths = prompt_lengths(plan.gates, exact=False)
     tokens = max(sum(positive) + sum(negative) for positive, negative in lengths.values())
     different, row = min(tokens, plan.gates.vocab), plan.gates.hidden * 6
-    if different * row > _WORTH_COUNTING_BYTES and (counted := different_tokens(plan.gates, hub=hub)) is not None:
+    if different * row > _MIN_COUNTED_BYTES and (counted := count_distinct_tokens(plan.gates, hub=hub)) is not None:
         different = counted
     return different * row + _TOKEN_BYTES * tokens
 
@@ -156,10 +156,10 @@ def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
     lengths = prompt_lengths(gates, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
-    if total * gates.hidden * 4 > _WORTH_COUNTING_BYTES:
+    if total * gates.hidden * 4 > _MIN_COUNTED_BYTES:
         lengths = prompt_lengths(gates, hub=hub)
         total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
-    chunks = {member.owner: chunk_of(member.config) for member in members}
+    chunks = {member.owner: chunk_size(member.config) for member in members}
     sizes = {owner: _batch_sizes(*lengths[owner], chunk=chunk) for owner, chunk in chunks.items()}
     return [
         _Pass(
@@ -169,7 +169,7 @@ def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
             members=taken,
             scanned=max(scanned for part in taken for _, scanned in sizes[part.owner]),
         )
-        for taken in readings(members, 1, gates.hidden)
+        for taken in plan_readings(members, 1, gates.hidden)
     ], total
 
 
@@ -182,7 +182,7 @@ def _batch_sizes(*lengths: list[int], chunk: int) -> list[tuple[int, int]]:
     """Tokens of a member's batches, padding included; and with that to a multiple of `chunk`."""
     groups = [group for some in lengths for group in batches([range(length) for length in some], chunk=chunk)]
     longest = [max(map(len, group)) for group in groups]
-    return [(len(g) * most, len(g) * padded(most, chunk)) for g, most in zip(groups, longest, strict=True)]
+    return [(len(g) * most, len(g) * round_up(most, chunk)) for g, most in zip(groups, longest, strict=True)]
 
 
 def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
@@ -192,17 +192,17 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
     wide = max(int(config.get(key) or 0) for key in ("intermediate_size", "ffn_hidden_size"))
     window = config.get("sliding_window") or one.longest
     mask = 5 * one.longest**2 if one.longest > window else 0
-    scan = scan_of(config)
+    scan = read_scan(config)
     scanning = 4 * one.scanned * scan.numbers if scan else 0
     return one.batch_tokens * width * (3 * wide + 6 * plan.gates.hidden) + mask + scanning
 
 
-def _left_bytes(plan: MergePlan, tokens: int) -> int:
+def _activation_bytes(plan: MergePlan, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
     gates = plan.gates
     members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
     kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
-    sums = 0 if MODES[gates.mode].fits_rows else (FOLDS + 1) * 8 * members
+    sums = 0 if MODES[gates.mode].is_fitted else (FOLDS + 1) * 8 * members
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 

@@ -13,24 +13,24 @@ from typing import Any
 import yaml
 
 from raymoe._version import __version__
-from raymoe.architectures import HOSTS, MoeHost
+from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.formatting import human_count
 from raymoe.planning.plan import MergePlan
-from raymoe.report.source_metadata import Licence, SourceCard, agreed
+from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable
 
-__all__ = ["PLACE", "card_metadata", "model_card"]
+__all__ = ["PATH_PLACEHOLDER", "card_metadata", "model_card"]
 
-PLACE = "<this folder>"
+PATH_PLACEHOLDER = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
 
 # Keys of the config that the card shows even where they have their default.
-_ALWAYS_SAID = ("gate_mode", "experts_per_token")
+_ALWAYS_SHOWN = ("gate_mode", "experts_per_token")
 _EXAMPLES = 2
 # Stands for an empty text.
-_NOTHING = "-"
+_EMPTY_CELL = "-"
 _EXAMPLE_CHARACTERS = 60
 # Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
 _IN_VLLM = frozenset(
@@ -56,14 +56,14 @@ def model_card(
 ) -> str:
     """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
     models."""
-    host = HOSTS[plan.host]
+    architecture = MOE_ARCHITECTURES[plan.architecture]
     sections = (
-        _head(plan, config, host),
-        _experts(plan, config, summary),
-        _routers(config, summary),
-        _loading(host, config, plan.config),
-        _licences(sources),
-        _making(config),
+        _title_section(plan, config, architecture),
+        _experts_section(plan, config, summary),
+        _routers_section(config, summary),
+        _loading_section(architecture, config, plan.config),
+        _license_section(sources),
+        _config_section(config),
     )
     lines = [line for section in sections for line in section]
     return f"---\n{card_metadata(plan, sources)}\n---\n\n" + "\n".join(lines) + "\n"
@@ -75,25 +75,25 @@ def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
 
     # Models of the Hub by their names; a folder on somebody's machine is for others what it was made from.
     bases = [name for source in sources for name in ((source.hub_id,) if source.hub_id else source.bases)]
-    licence: Licence | None = agreed([source.licence for source in sources])
-    languages: tuple[str, ...] | None = agreed([source.languages for source in sources])
+    license: License | None = common_value([source.license for source in sources])
+    languages: tuple[str, ...] | None = common_value([source.languages for source in sources])
     data = ModelCardData(
         base_model=list(dict.fromkeys(bases)) or None,
         language=list(languages) if languages else None,
         library_name="transformers",
-        license=licence.name if licence else None,
-        license_name=licence.title if licence else None,
-        license_link=licence.link if licence else None,
+        license=license.name if license else None,
+        license_name=license.title if license else None,
+        license_link=license.link if license else None,
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["merge", "moe", "frankenmoe", "raymoe", plan.host])),
+        tags=list(dict.fromkeys(["merge", "moe", "frankenmoe", "raymoe", plan.architecture])),
         **({"base_model_relation": "merge"} if bases else {}),
     )
     text: str = data.to_yaml()
     return text
 
 
-def _head(plan: MergePlan, config: MergeConfig, host: MoeHost) -> Iterator[str]:
-    yield f"# {host.title} mixture of {len(config.experts)} experts"
+def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchitecture) -> Iterator[str]:
+    yield f"# {architecture.title} mixture of {len(config.experts)} experts"
     yield ""
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
@@ -104,7 +104,7 @@ def _head(plan: MergePlan, config: MergeConfig, host: MoeHost) -> Iterator[str]:
     yield ""
 
 
-def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
     """One row an expert; with a summary also how its prompts are routed."""
     yield "## Experts"
     yield ""
@@ -116,7 +116,7 @@ def _experts(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None
         row = _expert_row(str(number), expert, prompts.get(f"expert {number}", ()))
         if summary:
             layers = summary.layers.values()
-            right = sum(layer.right[number] for layer in layers) / len(layers)
+            right = sum(layer.accuracy_by_expert[number] for layer in layers) / len(layers)
             load = sum(layer.load[number] for layer in layers) / len(layers)
             row += f" {right:.0%} | {load:.0%} |"
         yield row
@@ -154,7 +154,7 @@ def _name(text: str) -> str:
 def _span(line: str) -> str:
     """A line from a stranger's file as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
     if not line:  # two backticks would begin a code span that others' text can end
-        return _NOTHING
+        return _EMPTY_CELL
     # A backslash before '|' would escape the one that escapes it.
     line = re.sub(r"\\(?=\|)", r"\\ ", printable(line)).replace("|", "\\|")
     fence = _fence(line, 1)
@@ -167,7 +167,7 @@ def _fence(text: str, at_least: int) -> str:
     return "`" * max(at_least, 1 + max(map(len, runs), default=0))
 
 
-def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
+def _routers_section(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
     yield "## Routing"
     yield ""
     origin = "prompts" if config.needs_prompts else "a seed"
@@ -184,9 +184,9 @@ def _routers(config: MergeConfig, summary: RouterSummary | None) -> Iterator[str
     yield ""
 
 
-def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
+def _loading_section(architecture: MoeArchitecture, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
     """`output` is the merge's config.json."""
-    since = host.loaded_since(output.get("layer_types"))
+    since = architecture.min_transformers_for(output.get("layer_types"))
     yield "## Use it"
     yield ""
     trust = "" if since else ", trust_remote_code=True"
@@ -195,57 +195,60 @@ def _loading(host: MoeHost, config: MergeConfig, output: Mapping[str, Any]) -> I
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
-    yield f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})'
-    yield f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
+    yield f'model = AutoModelForCausalLM.from_pretrained("{PATH_PLACEHOLDER}", dtype="auto"{trust})'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{PATH_PLACEHOLDER}")'
     yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
     yield "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"
     yield "```"
     yield ""
-    if host.code:
-        yield f"Its code is that of {host.code} on the Hub, written for transformers 4; it is downloaded and run."
+    if architecture.code_repository:
+        yield (
+            f"Its code is that of {architecture.code_repository} on the Hub, written for transformers 4; it is "
+            "downloaded and run."
+        )
         yield ""
-    if host.architecture in _IN_VLLM and since == host.since:
-        yield f'With vLLM: `vllm serve "{PLACE}"`'
+    if architecture.class_name in _IN_VLLM and since == architecture.min_transformers:
+        yield f'With vLLM: `vllm serve "{PATH_PLACEHOLDER}"`'
         yield ""
     # With a shared expert llama.cpp computes something else: of Qwen's MoE it does not make the weights of the chosen
     # experts sum to one, of Cohere's it takes a mean. What else can keep it from a file, the command says.
-    chosen = host.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
-    is_refused = config.shared_experts and (chosen or host.name == "cohere2_moe")
-    if host.architecture in _IN_LLAMA_CPP and not is_refused:
+    chosen = architecture.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
+    is_refused = config.shared_experts and (chosen or architecture.name == "cohere2_moe")
+    if architecture.class_name in _IN_LLAMA_CPP and not is_refused:
         yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""
 
 
-def _licences(sources: Sequence[SourceCard]) -> Iterator[str]:
+def _license_section(sources: Sequence[SourceCard]) -> Iterator[str]:
     """What each source says of its licence, where the metadata can't say one thing of all."""
-    if not sources or agreed([source.licence for source in sources]):
+    if not sources or common_value([source.license for source in sources]):
         return
     yield "## Licence"
     yield ""
     yield "No one licence is stated by all models that this one is made of. They say:"
     yield ""
     for source in sources:
-        yield f"- {_name(source.label)}: {_said(source.licence)}"
+        yield f"- {_name(source.label)}: {_license_text(source.license)}"
     yield ""
 
 
-def _said(licence: Licence | None) -> str:
-    if licence is None:
+def _license_text(license: License | None) -> str:
+    if license is None:
         return "nothing that could be read"
     # Names with a dot may be addresses, which GitHub and the Hub make links of; versions (`apache-2.0`) are not.
-    name = _name(licence.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", licence.name) else licence.name
-    return f"{_name(licence.title)} ({name})" if licence.title else name
+    name = _name(license.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", license.name) else license.name
+    return f"{_name(license.title)} ({name})" if license.title else name
 
 
 def _public_config(config: MergeConfig) -> dict[str, Any]:
     """The config for others to merge with: without what has its default, but for what readers look for, and without
     how this user reaches object stores."""
-    said = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
-    return {key: said.get(key, value) for key, value in config.to_plain().items() if key in (*said, *_ALWAYS_SAID)}
+    public = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
+    return {key: public.get(key, value) for key, value in config.to_plain().items() if key in (*public, *_ALWAYS_SHOWN)}
 
 
-def _making(config: MergeConfig) -> Iterator[str]:
+def _config_section(config: MergeConfig) -> Iterator[str]:
     plain = _public_config(config)
     yield "## How it was made"
     yield ""

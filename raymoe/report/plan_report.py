@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raymoe.architectures import HOSTS
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.config import MODES
 from raymoe.console import console as rich_console
-from raymoe.console import print_json, put, say
+from raymoe.console import print_json, print_line, say
 from raymoe.formatting import human_bytes, human_count
 from raymoe.object_store.urls import is_s3
 from raymoe.planning.plan import FUSED, SHARED, MergePlan, Shard
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.results import MergeResult, Verification
-from raymoe.storage.transfer_summary import WAYS
+from raymoe.storage.transfer_summary import TRANSFER_METHODS
 
 if TYPE_CHECKING:
     from raymoe.sources.resolve import HubOptions
@@ -37,16 +37,19 @@ class PlannedOutput:
     complete."""
 
     location: str
-    ways: Mapping[str, int]
+    bytes_by_method: Mapping[str, int]
     problems: tuple[str, ...] = ()
-    goes_on: bool = False
+    is_resumable: bool = False
     is_complete: bool = False
 
 
 def merge_line(plan: MergePlan, output: str) -> str:
     """The first line of a merge: what is made, and where."""
     size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
-    return f"{HOSTS[plan.host].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards to {output}"
+    return (
+        f"{MOE_ARCHITECTURES[plan.architecture].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards "
+        f"to {output}"
+    )
 
 
 def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None) -> dict[str, Any]:
@@ -54,16 +57,16 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
     totals = plan.totals
     where: dict[str, Any] = {}
     if output is not None:
-        where["bytes_by_way"] = dict(output.ways)
+        where["bytes_by_way"] = dict(output.bytes_by_method)
         where["output"] = {
             "location": output.location,
             "problems": list(output.problems),
-            "unfinished_merge_goes_on": output.goes_on,
+            "unfinished_merge_goes_on": output.is_resumable,
             "is_complete": output.is_complete,
         }
     return {
         **where,
-        "architecture": plan.host,
+        "architecture": plan.architecture,
         "dtype": plan.dtype,
         "parameters": totals.parameters,
         "active_parameters": totals.active_parameters,
@@ -72,11 +75,11 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
         "bytes_by_kind": dict(totals.bytes_by_kind),
         "gates": {
             "mode": plan.gates.mode,
-            "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].reads_layers else None,
+            "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].needs_forward_pass else None,
             "weight_bytes_read": totals.gate_bytes,
             "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
         },
-        "actor_memory_bytes": actor_memory(plan, hub, sent=_sent(output)),
+        "actor_memory_bytes": actor_memory(plan, hub, sent=_bytes_sent(output)),
         "shards": [
             {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
         ],
@@ -96,18 +99,18 @@ def print_plan(
         print_json(plan_summary(plan, output, hub))
         return
     console = rich_console()
-    totals, host = plan.totals, HOSTS[plan.host]
+    totals, host = plan.totals, MOE_ARCHITECTURES[plan.architecture]
     experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
-    console.print(f"{host.title} ({host.architecture}), {experts}, {plan.dtype}", style="bold")
+    console.print(f"{host.title} ({host.class_name}), {experts}, {plan.dtype}", style="bold")
     active = human_count(totals.active_parameters)
     console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
     console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
     console.print(_source_table(plan))
     console.print(_shard_table(plan))
-    for way, count in (output.ways if output else {}).items():
-        console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {WAYS[way]}")
+    for method, count in (output.bytes_by_method if output else {}).items():
+        console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {TRANSFER_METHODS[method]}")
     console.print(_gate_line(plan))
-    memory = actor_memory(plan, hub, sent=_sent(output))
+    memory = actor_memory(plan, hub, sent=_bytes_sent(output))
     on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
@@ -115,7 +118,7 @@ def print_plan(
         console.print(f"warning: {warning}", style="yellow")
     if output is not None and output.is_complete:
         console.print(f"{output.location} holds this merge, finished: `raymoe merge` has nothing left to do.")
-    if output is not None and output.goes_on:
+    if output is not None and output.is_resumable:
         console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
     if output is not None and output.problems:
         for problem in output.problems:
@@ -124,11 +127,11 @@ def print_plan(
     console.print("No problems found." if not plan.warnings else "No errors found.")
 
 
-def _sent(output: PlannedOutput | None) -> int:
+def _bytes_sent(output: PlannedOutput | None) -> int:
     """Bytes that actors send to S3: all that the store does not copy."""
     if output is None or not is_s3(output.location):
         return 0
-    return sum(count for way, count in output.ways.items() if way != "store_copy")
+    return sum(count for way, count in output.bytes_by_method.items() if way != "store_copy")
 
 
 def _kinds(plan: MergePlan) -> str:
@@ -181,11 +184,11 @@ def _gate_line(plan: MergePlan) -> str:
     if not mode.needs_prompts:
         return f"Gates: {mode.name}, drawn from seed {plan.gates.seed}."
     count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
-    if not mode.reads_layers:
+    if not mode.needs_forward_pass:
         return f"Gates: {mode.name} from {count} prompts; no model is run."
     reads = human_bytes(plan.totals.gate_bytes)
-    who = {"base": "the base model", "expert": "the experts", "grafted": "the base with each expert's FFN"}
-    reader = who[plan.gates.prompt_model]
+    reading_model = {"base": "the base model", "expert": "the experts", "grafted": "the base with each expert's FFN"}
+    reader = reading_model[plan.gates.prompt_model]
     return f"Gates: {mode.name} from {count} prompts, read by {reader}; {reads} of weights are read for them."
 
 
@@ -208,8 +211,8 @@ def print_result(result: MergeResult) -> None:
 
 def print_verification(verification: Verification, *, quiet: bool) -> None:
     for line in verification.differences:
-        put(line)
+        print_line(line)
     for line in verification.notes:
-        put(f"note: {line}")
+        print_line(f"note: {line}")
     if not quiet or not verification.ok:
-        put(verification.summary)
+        print_line(verification.summary)

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 from raymoe.console import console, say
 
-__all__ = ["LiveLine"]
+__all__ = ["ProgressLine"]
 
 _LINE_EVERY_S = 5.0
-_Line = TypeVar("_Line", bound="LiveLine")
+_Line = TypeVar("_Line", bound="ProgressLine")
 
 
-class LiveLine:
-    """A stage, and how much of it is done; `words` says that as text. A context manager."""
+class ProgressLine:
+    """A stage, and how much of it is done; `describe` says that as text. A context manager."""
 
-    def __init__(self, words: Callable[[int, int], str], *, total: int = 0, quiet: bool = False) -> None:
-        self._words, self._quiet = words, quiet
+    def __init__(self, describe: Callable[[int, int], str], *, total: int = 0, quiet: bool = False) -> None:
+        self._describe, self._quiet = describe, quiet
         self._started = self._last_line = time.monotonic()
         self._stage, self._done, self._total = "", 0, total
         self._live: Any = None
@@ -43,7 +43,7 @@ class LiveLine:
         self._done += count
         self._show()
 
-    def _next(self, stage: str) -> None:
+    def _begin_stage(self, stage: str) -> None:
         self._stage = stage
         self._show()
 
@@ -60,4 +60,4 @@ class LiveLine:
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self._started
-        return f"{elapsed:5.0f} s | {self._stage} | {self._words(self._done, self._total)}"
+        return f"{elapsed:5.0f} s | {self._stage} | {self._describe(self._done, self._total)}"

@@ -27,21 +27,21 @@ from raymoe.storage.file_names import CARD_NAME
 from raymoe.untrusted_files import MAX_YAML_BYTES, read_yaml
 
 __all__ = [
-    "Licence",
+    "License",
     "SourceCard",
-    "agreed",
-    "front_matter_of",
+    "as_strings",
+    "common_value",
     "is_model_of_hub",
+    "parse_front_matter",
     "read_front_matter",
     "source_cards",
-    "stated_licence",
-    "texts_of",
+    "stated_license",
 ]
 
 _AT_ONCE = 8
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Sentences that a licence's text has and no other's, by the Hub's name of the licence. All of a row have to be there.
-_LICENCE_TEXTS = {
+_LICENSE_TEXTS = {
     "apache-2.0": ("Apache License", "Version 2.0, January 2004", "END OF TERMS AND CONDITIONS"),
     "mit": (
         "Permission is hereby granted, free of charge, to any person obtaining a copy",
@@ -50,7 +50,7 @@ _LICENCE_TEXTS = {
     ),
 }
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # Nothing that ends a link in Markdown, in HTML or in YAML.
 _LINK = re.compile(r"https://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}")
 _TITLE_CHARACTERS = 100
@@ -58,7 +58,7 @@ _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Licence:
+class License:
     """A licence as the Hub's metadata have it; `link` and `title` go with `name` `other`."""
 
     name: str
@@ -73,7 +73,7 @@ class SourceCard:
 
     label: str
     hub_id: str | None = None
-    licence: Licence | None = None
+    license: License | None = None
     languages: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
 
@@ -83,15 +83,15 @@ def source_cards(plan: MergePlan, hub: HubOptions, storage: StorageOptions) -> t
     files = [file.location for source in plan.sources for file in source.files]
     folders = list(dict.fromkeys(location.rpartition("/")[0] for location in files))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return tuple(pool.map(lambda folder: _card_at(folder, hub, storage), folders))
+        return tuple(pool.map(lambda folder: _source_card(folder, hub, storage), folders))
 
 
-def agreed(values: list[Any]) -> Any:
+def common_value(values: list[Any]) -> Any:
     """The one value that all have; None where they differ, or one has none."""
     return values[0] if values and values[0] and all(value == values[0] for value in values) else None
 
 
-def read_front_matter(card: str) -> dict[str, Any]:
+def parse_front_matter(card: str) -> dict[str, Any]:
     """The metadata at the head of a model card; empty for a card without, or with what is no YAML mapping."""
     match = _FRONT_MATTER.match(card)
     if match is None:
@@ -104,12 +104,12 @@ def read_front_matter(card: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def front_matter_of(folder: Folder) -> dict[str, Any]:
+def read_front_matter(folder: Folder) -> dict[str, Any]:
     """The metadata of a folder's model card; empty where it says nothing that can be read. Raises CheckpointError."""
-    return read_front_matter(_text(folder, CARD_NAME))
+    return parse_front_matter(_text(folder, CARD_NAME))
 
 
-def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceCard:
+def _source_card(location: str, hub: HubOptions, storage: StorageOptions) -> SourceCard:
     """The card of what lies in one folder: a path, `hf://org/name@<commit>` or a URL."""
     on_hub = parse_location(f"{location}/{CARD_NAME}")
     label = on_hub.repo if on_hub else short_name(location, None)
@@ -119,17 +119,17 @@ def _card_at(location: str, hub: HubOptions, storage: StorageOptions) -> SourceC
             folder = open_hub_folder(PathRef(path=on_hub.repo, revision=on_hub.commit), hub)
         else:
             folder = open_object_folder(location, "model", storage) if is_url(location) else LocalFolder(location)
-        metadata = front_matter_of(folder)
-        licence = stated_licence(metadata) if "license" in metadata else _recognised_licence(folder)
+        metadata = read_front_matter(folder)
+        license = stated_license(metadata) if "license" in metadata else _recognize_license(folder)
     except CheckpointError:
-        metadata, licence = {}, None
+        metadata, license = {}, None
     return SourceCard(
         label=label,
         hub_id=on_hub.repo if on_hub else None,
-        licence=licence,
+        license=license,
         languages=_languages(metadata),
         # A folder that is meant by the name here is no model of the Hub.
-        bases=tuple(name for name in texts_of(metadata.get("base_model")) if is_model_of_hub(name)),
+        bases=tuple(name for name in as_strings(metadata.get("base_model")) if is_model_of_hub(name)),
     )
 
 
@@ -146,20 +146,20 @@ def _text(folder: Folder, name: str) -> str:
     return folder.read(file).decode("utf-8-sig", errors="replace")
 
 
-def stated_licence(metadata: Mapping[str, Any]) -> Licence | None:
+def stated_license(metadata: Mapping[str, Any]) -> License | None:
     """The one licence that a card's metadata name; None where they name none, or several."""
-    names = texts_of(metadata.get("license"))
+    names = as_strings(metadata.get("license"))
     if len(names) != 1:
         return None  # a list of licences says nothing of which applies to what
     name = names[0].lower()
     if name != "other":
-        return Licence(name=name) if _LICENCE_ID.fullmatch(name) else None
+        return License(name=name) if _LICENSE_ID.fullmatch(name) else None
     title, link = metadata.get("license_name"), metadata.get("license_link")
     if not isinstance(title, str) or not title.strip():
         return None
     # A link to a file of the source's own repository leads nowhere from another one.
     is_absolute = isinstance(link, str) and _LINK.fullmatch(link)
-    return Licence(name="other", title=_one_line(title), link=link if is_absolute else None)
+    return License(name="other", title=_one_line(title), link=link if is_absolute else None)
 
 
 def _one_line(title: str) -> str:
@@ -168,20 +168,20 @@ def _one_line(title: str) -> str:
 
 def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The languages as codes, which is all that the Hub takes; none where one is no code."""
-    codes = texts_of(metadata.get("language"))
+    codes = as_strings(metadata.get("language"))
     return codes if all(_LANGUAGE_CODE.fullmatch(code) for code in codes) else ()
 
 
-def _recognised_licence(folder: Folder) -> Licence | None:
-    for name in _LICENCE_FILES:
+def _recognize_license(folder: Folder) -> License | None:
+    for name in _LICENSE_FILES:
         text = " ".join(_text(folder, name).split())
-        for licence, sentences in _LICENCE_TEXTS.items():
+        for license, sentences in _LICENSE_TEXTS.items():
             if text and all(sentence in text for sentence in sentences):
-                return Licence(name=licence)
+                return License(name=license)
     return None
 
 
-def texts_of(value: Any) -> tuple[str, ...]:
+def as_strings(value: Any) -> tuple[str, ...]:
     """A metadata value that is a text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return tuple(each.strip() for each in values if isinstance(each, str) and each.strip())

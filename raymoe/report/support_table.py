@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from raymoe.architectures.support_matrix import held_pairs, table
-from raymoe.architectures.unsupported_families import UNHELD
+from raymoe.architectures.support_matrix import support_matrix, supported_pairs
+from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.console import print_json
 
-__all__ = ["print_archs"]
+__all__ = ["print_support_matrix"]
 
 _SHARED = {
     "no": "",
@@ -18,9 +18,9 @@ _SHARED = {
 }
 
 
-def print_archs(*, as_json: bool) -> None:
+def print_support_matrix(*, as_json: bool) -> None:
     if as_json:
-        print_json(table())
+        print_json(support_matrix())
         return
     from rich.console import Console
     from rich.table import Table
@@ -29,7 +29,7 @@ def print_archs(*, as_json: bool) -> None:
     exact = Table("dense models", "model_type", "become", "architecture", "shared expert", "transformers", box=None)
     last = ""
     notes: dict[str, list[str]] = {}
-    for pair in held_pairs():
+    for pair in supported_pairs():
         names = (pair.family_title, pair.family) if pair.family != last else ("", "")
         since = f"{pair.since} and later" if pair.since else "code of its own"
         exact.add_row(*names, pair.host_title, pair.host, _SHARED[pair.shared_expert], since)
@@ -42,7 +42,7 @@ def print_archs(*, as_json: bool) -> None:
     for note, titles in notes.items():
         console.print(f"{', '.join(titles)}: {note}.")
     console.print("\nRefused, since no MoE architecture computes the same:", style="bold")
-    refused = {f"{family.title} ({', '.join(family.model_types)})": family.reason for family in UNHELD}
+    refused = {f"{family.title} ({', '.join(family.model_types)})": family.reason for family in UNSUPPORTED}
     if not sys.stdout.isatty():  # a line each: a table would make all as long as the longest reason
         for family, reason in refused.items():
             console.print(f" {family}: {reason}")

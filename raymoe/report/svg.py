@@ -19,7 +19,7 @@ from rich.cells import cell_len, set_cell_size
 
 __all__ = ["Bar", "Mark", "Series", "bars", "expert_kind", "heatmap", "ladder", "lines", "matrix", "stack"]
 
-_COLOURS = 16  # of the style sheet
+_COLORS = 16  # of the style sheet
 _LETTER = 7.2  # width of a character at the drawings' 12 px, of a wide font
 
 
@@ -56,7 +56,7 @@ class Series:
 
 def expert_kind(expert: int) -> str:
     """The class that gives an expert its colour; experts beyond the style sheet's colours share them."""
-    return f"e{expert % _COLOURS}"
+    return f"e{expert % _COLORS}"
 
 
 class Drawing:
@@ -163,11 +163,11 @@ def ladder(marks: Sequence[Mark], span: tuple[str, str, str] | None, label: str,
 
 def _levels(labels: Sequence[tuple[float, float]]) -> list[int]:
     """For (middle, width) of labels, the lowest row of each in which it touches none that is placed already."""
-    placed: list[tuple[float, float, int]] = []
+    rows: list[tuple[float, float, int]] = []
     for middle, width in labels:
-        taken = {level for x, other, level in placed if abs(x - middle) < (width + other) / 2 + 12}
-        placed.append((middle, width, next(level for level in range(len(labels)) if level not in taken)))
-    return [level for _, _, level in placed]
+        taken = {level for x, other, level in rows if abs(x - middle) < (width + other) / 2 + 12}
+        rows.append((middle, width, next(level for level in range(len(labels)) if level not in taken)))
+    return [level for _, _, level in rows]
 
 
 def heatmap(

@@ -22,9 +22,9 @@ def print_tasks(result: Mapping[str, Any]) -> None:
     for name, task in result["tasks"].items():
         facts = ["-" if task[key] is None else str(task[key]) for key in ("version", "fewshot", "samples")]
         for metric, value in task["metrics"].items():
-            table.add_row(name, *facts, metric, _shown(value["value"]), _shown(value["stderr"]))
+            table.add_row(name, *facts, metric, _format_score(value["value"]), _format_score(value["stderr"]))
     console.print(table)
 
 
-def _shown(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

@@ -21,19 +21,20 @@ from raymoe.config.gate_modes import MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.routers.prompt_passes import part_of
-from raymoe.routers.router_math import not_finite
-from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches, chunk_of, prompt_ids
+from raymoe.routers.router_math import not_finite_message
+from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches, chunk_size, prompt_ids
 from raymoe.storage.source_reader import SourceReader
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MOST_TOKENS", "MemberLayer", "capture", "capture_layers", "token_limit"]
+__all__ = ["FOLDS", "MAX_TOKENS_PER_EXPERT", "LayerActivations", "capture", "capture_layers", "token_limit"]
 
 FOLDS = 5
 """Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
 
-MOST_TOKENS = 16_384  # of all experts together, that a layer's router is fitted to: past that, more hardly help
+# of all experts together, that a layer's router is fitted to: past that, more hardly help
+MAX_TOKENS_PER_EXPERT = 16_384
 _CHECK_TOKENS = 1_024  # of all experts together, that other modes' routers are judged by
 _NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
 
@@ -42,7 +43,7 @@ LayerDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemberLayer:
+class LayerActivations:
     """One member's prompts at one layer.
 
     `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
@@ -61,10 +62,10 @@ class MemberLayer:
 
 def token_limit(mode: str, members: int) -> int:
     """How many tokens' states are kept of each expert's prompts; of more, every so manyth."""
-    return max(1, (MOST_TOKENS if MODES[mode].fits_rows else _CHECK_TOKENS) // members)
+    return max(1, (MAX_TOKENS_PER_EXPERT if MODES[mode].is_fitted else _CHECK_TOKENS) // members)
 
 
-def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[MemberLayer]:
+def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[LayerActivations]:
     """`capture_layers` for one member alone, as a whole."""
     return [layer for (layer,) in capture_layers(gates, [prompts], reader, **options)]
 
@@ -78,91 +79,95 @@ def capture_layers(
     device: str,
     trust_remote_code: bool = False,
     layer_done: LayerDone | None = None,
-    counted: LayerDone | None = None,
-) -> Iterator[list[MemberLayer]]:
+    on_counted: LayerDone | None = None,
+) -> Iterator[list[LayerActivations]]:
     """What the prompts of some of `members` experts, which the same model reads, or it with their adapters, leave at a
     layer, by expert; one layer after the other.
 
     The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
-    so that it makes no difference to the result who is read together. `counted` is called once with the number of
+    so that it makes no difference to the result who is read together. `on_counted` is called once with the number of
     tokens that are to pass layers, one token and layer each, `layer_done` with that of those that have passed one.
     Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
     """
     from raymoe.routers.streamed_decoder import StreamedDecoder
 
-    decoder = StreamedDecoder(prompts[0], reader, device, others=prompts[1:], quantise=gates.quantise)
+    decoder = StreamedDecoder(prompts[0], reader, device, others=prompts[1:], quantize=gates.quantize)
     budget = 1 if decoder.rope_depends_on_length else TOKEN_BUDGET
-    captured = [_Captured(gates, each, reader, budget, members, trust_remote_code) for each in prompts]
-    placed = [(member, number) for member in captured for number in range(len(member.batches))]
+    captured = [_Capture(gates, each, reader, budget, members, trust_remote_code) for each in prompts]
+    positions = [(member, number) for member in captured for number in range(len(member.batches))]
 
     def add(layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
-        member, batch = placed[number]
-        member.add(layer, batch, hidden_BTH)
+        member, batch = positions[number]
+        member.add_inputs(layer, batch, hidden_BTH)
 
     def look(layer: int, number: int, state_BTH: torch.Tensor) -> None:
-        member, batch = placed[number]
-        member.keep(layer, batch, state_BTH)
+        member, batch = positions[number]
+        member.add_states(layer, batch, state_BTH)
         if layer_done is not None:
             layer_done(int(member.batches[batch].lengths.sum()))
 
     together = [batch for member in captured for batch in member.batches]
-    if counted is not None:
-        fits = MODES[gates.mode].fits_rows
-        counted(sum(int(batch.lengths.sum()) for batch in together) * (gates.layers if fits else gates.layers - 1))
+    if on_counted is not None:
+        is_fitted = MODES[gates.mode].is_fitted
+        on_counted(
+            sum(int(batch.lengths.sum()) for batch in together) * (gates.layers if is_fitted else gates.layers - 1)
+        )
     models = [number for number, member in enumerate(captured) for _ in member.batches]
-    if MODES[gates.mode].fits_rows:
+    if MODES[gates.mode].is_fitted:
         layers = decoder.router_inputs(together, gates.layers, look, models=models)
     else:
         layers = decoder.layer_inputs(together, gates.layers, add, look, models=models)
     for layer in layers:
-        yield [member.take(layer) for member in captured]
+        yield [member.pop_layer(layer) for member in captured]
 
 
-class _Captured:
+class _Capture:
     """One member's prompts, or a part of them, on their way through the layers."""
 
     def __init__(
         self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
     ) -> None:
         positive, negative, bos = prompt_ids(gates, prompts, reader, trust_remote_code=remote_code)
-        chunk = chunk_of(prompts.config)
+        chunk = chunk_size(prompts.config)
         groups = [(g, sign) for sign, ids in ((False, positive), (True, negative)) for g in batches(ids, budget, chunk)]
         signs = [sign for _, sign in groups]
         everything = [Batch(group) for group, _ in groups]
-        part = _share([batch.ids.numel() for batch in everything], *part_of(prompts))
+        part = _batch_slice([batch.ids.numel() for batch in everything], *part_of(prompts))
         self.batches = everything[part]
         self._owner, self._hidden = prompts.owner, gates.hidden
         tokens = _Tokens(everything, signs, bos, token_limit(gates.mode, members))
-        fits = MODES[gates.mode].fits_rows
-        if fits and not tokens.has_positive:
+        is_fitted = MODES[gates.mode].is_fitted
+        if is_fitted and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
             raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
-        self._tokens = tokens.of(part)
-        self._sums = None if fits else _Sums(gates, everything, signs, part)
+        self._tokens = tokens.subset(part)
+        self._sums = None if is_fitted else _Sums(gates, everything, signs, part)
         self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]
 
-    def add(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
+    def add_inputs(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
         assert self._sums is not None
         self._sums.add(layer, batch, hidden_BTH)
 
-    def keep(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
-        bits = self._tokens.taken(batch, state_BTH)
+    def add_states(self, layer: int, batch: int, state_BTH: torch.Tensor) -> None:
+        bits = self._tokens.select_states(batch, state_BTH)
         if (bits & _NOT_FINITE == _NOT_FINITE).any():
-            raise MergeFailed(not_finite(self._owner, layer))
+            raise MergeFailed(not_finite_message(self._owner, layer))
         self._states[layer].append(bits)
 
-    def take(self, layer: int) -> MemberLayer:
+    def pop_layer(self, layer: int) -> LayerActivations:
         """What the prompts left at a layer that they have passed."""
         tokens, states = self._tokens, self._states[layer]
         self._states[layer] = []
-        summed: dict[str, Any] = {} if self._sums is None else self._sums.take(layer)
+        summed: dict[str, Any] = {} if self._sums is None else self._sums.pop_layer(layer)
         if not states:  # the last layer of modes that do not run it; a part without prompts
             none = np.zeros((0, self._hidden), np.int16)
-            return MemberLayer(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
-        return MemberLayer(states=np.concatenate(states), prompts=tokens.prompts, negative=tokens.negative, **summed)
+            return LayerActivations(states=none, prompts=tokens.prompts[:0], negative=tokens.negative[:0], **summed)
+        return LayerActivations(
+            states=np.concatenate(states), prompts=tokens.prompts, negative=tokens.negative, **summed
+        )
 
 
-def _share(sizes: Sequence[int], part: int, parts: int) -> slice:
+def _batch_slice(sizes: Sequence[int], part: int, parts: int) -> slice:
     """The batches that are read as `part` of `parts`, as neighbours, cut by their sizes."""
     ends = np.cumsum(sizes)
     of_batch = (ends - np.asarray(sizes) / 2) * parts // max(1, ends[-1])
@@ -189,7 +194,9 @@ class _Tokens:
         ]
         self.has_positive = total[False] > 0
         positive = min(total[False], max((limit + 1) // 2, limit - total[True]))
-        chosen = torch.cat([_spread(total[False], positive), _spread(total[True], min(total[True], limit - positive))])
+        chosen = torch.cat(
+            [_evenly_spaced(total[False], positive), _evenly_spaced(total[True], min(total[True], limit - positive))]
+        )
         number, at = [0, 0], 0
         self._masks: list[torch.Tensor] = []
         self._prompts: list[npt.NDArray[np.int64]] = []
@@ -205,7 +212,7 @@ class _Tokens:
             self._prompts.append(rows[:, None].expand_as(kept)[kept].numpy())
             self._negative.append(np.full(int(kept.sum()), sign))
 
-    def of(self, part: slice) -> _Tokens:
+    def subset(self, part: slice) -> _Tokens:
         """Those of some of the batches, which are numbered anew."""
         some = object.__new__(_Tokens)
         some.has_positive = self.has_positive
@@ -221,7 +228,7 @@ class _Tokens:
     def negative(self) -> npt.NDArray[np.bool_]:
         return np.concatenate([np.zeros(0, np.bool_), *self._negative])
 
-    def taken(self, number: int, state_BTH: torch.Tensor) -> npt.NDArray[np.int16]:
+    def select_states(self, number: int, state_BTH: torch.Tensor) -> npt.NDArray[np.int16]:
         """The chosen tokens' states of one batch, (chosen, hidden)."""
         import torch
 
@@ -230,7 +237,7 @@ class _Tokens:
         return bits
 
 
-def _spread(total: int, count: int) -> torch.Tensor:
+def _evenly_spaced(total: int, count: int) -> torch.Tensor:
     """(total,) bool: `count` of them at even distances."""
     import torch
 
@@ -257,9 +264,9 @@ class _Sums:
         self._counts = np.zeros(FOLDS, np.int64)
         for number, sign in enumerate(self._signs):
             if not sign:
-                self._counts += np.bincount(self._folds(number), minlength=FOLDS)
+                self._counts += np.bincount(self._fold_numbers(number), minlength=FOLDS)
 
-    def _folds(self, number: int) -> npt.NDArray[np.int64]:
+    def _fold_numbers(self, number: int) -> npt.NDArray[np.int64]:
         return (self._first[number] + np.arange(len(self._groups[number].lengths))) % FOLDS
 
     def add(self, layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
@@ -272,21 +279,21 @@ class _Sums:
             real = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None] < lengths[:, None]
             taken = (hidden_BTH.float() * real[..., None]).sum(dim=1) / lengths[:, None]
         vectors = taken.cpu().numpy().astype(np.float64)
-        positive, negative = self._of(layer)
+        positive, negative = self._layer_sums(layer)
         if self._signs[number]:
             negative += vectors.sum(axis=0)
         else:
-            np.add.at(positive, self._folds(number), vectors)
+            np.add.at(positive, self._fold_numbers(number), vectors)
 
-    def _of(self, layer: int) -> tuple[Float64, Float64]:
+    def _layer_sums(self, layer: int) -> tuple[Float64, Float64]:
         """The sums of a layer: of positive prompts (FOLDS, hidden), of negative ones (hidden,)."""
         if layer not in self._layers:
             self._layers[layer] = np.zeros((FOLDS, self._hidden)), np.zeros(self._hidden)
         return self._layers[layer]
 
-    def take(self, layer: int) -> dict[str, Any]:
+    def pop_layer(self, layer: int) -> dict[str, Any]:
         """What a layer's sums came to; they are not kept."""
-        positive, negative = self._of(layer)
+        positive, negative = self._layer_sums(layer)
         del self._layers[layer]
         mean = negative / self._negatives if self._negatives else None
         return {"sums": positive, "counts": self._counts, "negative_mean": mean}

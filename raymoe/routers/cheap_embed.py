@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from raymoe.config.gate_modes import EMBEDDING
 from raymoe.planning.plan import GatePlan, GatePrompts, WeightRef
-from raymoe.routers.router_math import gate_rows, normalised
+from raymoe.routers.router_math import expert_rows, normalize
 from raymoe.routers.tokenize import prompt_ids
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
 
-__all__ = ["embedding_gate_rows", "embedding_rows", "mean_embedding"]
+__all__ = ["embedding_router_row", "embedding_rows", "mean_embedding"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -25,7 +25,7 @@ def embedding_rows(reader: SourceReader, ref: WeightRef, ids: Sequence[int]) -> 
     tokens = sorted(set(ids))
     ranges = [(ref.entry.start + token * width, ref.entry.start + (token + 1) * width) for token in tokens]
     rows = {}
-    for token, content in zip(tokens, reader.scattered(ref.entry.file, ranges), strict=True):
+    for token, content in zip(tokens, reader.read_ranges(ref.entry.file, ranges), strict=True):
         row = np.frombuffer(content, dtype=NUMPY_DTYPES[ref.entry.dtype]).astype(np.float32)
         if ref.lora is not None:
             row = with_lora(reader, row[None], ref.lora, slice(token, token + 1))[0]
@@ -40,14 +40,14 @@ def mean_embedding(reader: SourceReader, ref: WeightRef, prompts: Sequence[Seque
     total = np.zeros(ref.entry.shape[1:])
     for token in tokens:  # one by one, in their order: a matrix of all of them would grow with the prompts
         total += rows[token]
-    return normalised(total)
+    return normalize(total)
 
 
-def embedding_gate_rows(
+def embedding_router_row(
     gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> Float32:
     """The router row (hidden,) of one expert, the same for every layer. Raises ProblemReport for bad prompts."""
     positive, negative, _ = prompt_ids(gates, prompts, reader, trust_remote_code=trust_remote_code)
     ref = prompts.weights[EMBEDDING]
     without = mean_embedding(reader, ref, negative) if negative else None
-    return gate_rows(mean_embedding(reader, ref, positive), without)
+    return expert_rows(mean_embedding(reader, ref, positive), without)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from raymoe.formatting import number_ranges
 
-__all__ = ["LayerCheck", "RouterSummary", "check_of", "router_warnings", "summary_lines"]
+__all__ = ["LayerScores", "RouterSummary", "router_warnings", "score_heldout", "summary_lines"]
 
 _WEAKEST = 3
 # An expert is starved in a layer where it comes first for less than this share of its fair share.
@@ -23,33 +23,33 @@ _STARVED = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCheck:
+class LayerScores:
     """One layer on held-out prompts: by expert the share of its tokens that it gets, and its share of all tokens."""
 
-    right: tuple[float, ...]
+    accuracy_by_expert: tuple[float, ...]
     load: tuple[float, ...]
     ridge: float | None = None
     scale: float | None = None
 
     @property
     def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
+        return sum(self.accuracy_by_expert) / len(self.accuracy_by_expert)
 
 
-def check_of(
+def score_heldout(
     labels: npt.NDArray[np.int64],
     first: npt.NDArray[np.int64],
     experts: int,
     *,
     ridge: float | None = None,
     scale: float | None = None,
-) -> LayerCheck:
+) -> LayerScores:
     """The check of a layer from its held-out tokens: their prompts' experts and their first choices, both (tokens,)."""
     shares = np.zeros((experts, experts))  # of the tokens of expert i, those that get expert j first
     np.add.at(shares, (labels, first), 1)
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
     right, load = tuple(shares.diagonal().tolist()), tuple(shares.mean(axis=0).tolist())
-    return LayerCheck(right=right, load=load, ridge=ridge, scale=scale)
+    return LayerScores(accuracy_by_expert=right, load=load, ridge=ridge, scale=scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,13 @@ class RouterSummary:
     """The layers that could be judged, by number."""
 
     experts: int
-    layers: Mapping[int, LayerCheck]
+    layers: Mapping[int, LayerScores]
 
     @property
     def accuracy(self) -> float:
         return sum(layer.accuracy for layer in self.layers.values()) / len(self.layers)
 
-    def starved(self) -> dict[int, list[int]]:
+    def starved_layers(self) -> dict[int, list[int]]:
         """Experts and the layers where they get next to nothing."""
         limit = _STARVED / self.experts
         found = {
@@ -114,7 +114,7 @@ def router_warnings(summary: RouterSummary, names: Sequence[str], *, fitted: boo
             f"to their expert first, and {chance:.0%} would by chance; give each expert more prompts, of the kind of "
             f"text that it is to work on{other_mode}"
         )
-    for expert, layers in summary.starved().items():
+    for expert, layers in summary.starved_layers().items():
         if len(layers) * 2 >= len(summary.layers):
             warnings.append(
                 f"{names[expert]} will be starved: it comes first for less than {_STARVED / summary.experts:.0%} of "

@@ -29,8 +29,8 @@ __all__ = ["LayerLoader", "LayerParts", "LoadedLayer", "compute_dtype", "load_we
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
-_PIECE_BYTES = 8 << 20
-_ALIGNED = 256  # bytes; a tensor in a buffer begins where kernels like it
+_BLOCK_BYTES = 8 << 20
+_ALIGNMENT = 256  # bytes; a tensor in a buffer begins where kernels like it
 
 FactorKey = tuple[int, str, str]
 """Which of several adapters, on which weight, and which of its factors (see `LoraPair.entries`)."""
@@ -76,15 +76,15 @@ def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) ->
     """A weight on the CPU, in the dtype that it is computed with."""
     if not is_url(entry.file.location):
         weight = torch.empty(entry.shape, dtype=dtype)
-        _read_as(reader, entry, weight.reshape(-1))
+        _read_and_cast(reader, entry, weight.reshape(-1))
         return weight
     flat = torch.frombuffer(reader.view(entry), dtype=_TORCH_DTYPES[entry.dtype])
     weight = flat.reshape(entry.shape).to(dtype)
-    reader.moved()
+    reader.heartbeat()
     return weight
 
 
-def _read_as(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> None:
+def _read_and_cast(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> None:
     """Read a tensor of a local file into `target` (elements,), which may have another dtype."""
     stored = _TORCH_DTYPES[entry.dtype]
     if not entry.nbytes:
@@ -92,7 +92,7 @@ def _read_as(reader: SourceReader, entry: TensorEntry, target: torch.Tensor) -> 
     if stored == target.dtype:
         reader.read_into(entry.file, entry.start, memoryview(target.view(torch.uint8).numpy()))
         return
-    piece = torch.empty(min(target.numel(), _PIECE_BYTES // stored.itemsize), dtype=stored)
+    piece = torch.empty(min(target.numel(), _BLOCK_BYTES // stored.itemsize), dtype=stored)
     content = memoryview(piece.view(torch.uint8).numpy())
     for at in range(0, target.numel(), piece.numel()):
         count = min(piece.numel(), target.numel() - at)
@@ -114,7 +114,7 @@ class LayerLoader:
     def layers(self, layers: Sequence[LayerParts]) -> Generator[LoadedLayer, None, None]:
         """The tensors of each layer; they are valid until the next ones are asked for."""
         if self._device.type == "cuda":
-            with _Ring(self._reader, self._device, self._dtype, layers) as ring:
+            with _PinnedBufferRing(self._reader, self._device, self._dtype, layers) as ring:
                 yield from ring.layers()
             return
         largest = max((sum(map(_elements, _local_weights(layer).values())) for layer in layers), default=0)
@@ -137,7 +137,7 @@ class LayerLoader:
         weights = {name: load_weight(self._reader, entry, self._dtype) for name, entry in remote.items()}
         for name, entry in local.items():
             place = buffer[at : at + math.prod(entry.shape)]
-            _read_as(self._reader, entry, place)
+            _read_and_cast(self._reader, entry, place)
             weights[name] = place.view(entry.shape)
             at += _elements(entry)
         factors = _load_factors(self._reader, layer)
@@ -147,7 +147,7 @@ class LayerLoader:
 
 def _elements(entry: TensorEntry) -> int:
     """Room for a tensor of a local file in a buffer; the next one begins where kernels like it."""
-    return -(-math.prod(entry.shape) // _ALIGNED) * _ALIGNED
+    return -(-math.prod(entry.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
@@ -158,23 +158,23 @@ def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
 class _Layout:
     """Where each weight of a layer is in a buffer: name -> (start, end). `spans` are neighbours in a file, joined."""
 
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
     spans: list[tuple[SourceFile, int, int, int]] = field(default_factory=list)  # file, start and end there, start here
     size: int = 0
 
     def add(self, name: str, entry: TensorEntry) -> None:
         if self.spans and self.spans[-1][0] == entry.file and self.spans[-1][2] == entry.start:
             file, start, _, at = self.spans[-1]
-            self.places[name] = (at + entry.start - start, at + entry.end - start)
+            self.ranges[name] = (at + entry.start - start, at + entry.end - start)
             self.spans[-1] = (file, start, entry.end, at)
         else:
-            at = -(-self.size // _ALIGNED) * _ALIGNED
-            self.places[name] = (at, at + entry.nbytes)
+            at = -(-self.size // _ALIGNMENT) * _ALIGNMENT
+            self.ranges[name] = (at, at + entry.nbytes)
             self.spans.append((entry.file, entry.start, entry.end, at))
-        self.size = max(self.size, self.places[name][1])
+        self.size = max(self.size, self.ranges[name][1])
 
 
-class _Ring:
+class _PinnedBufferRing:
     """Layers on their way to a GPU. A context manager."""
 
     def __init__(
@@ -184,12 +184,12 @@ class _Ring:
         self._layouts = [self._layout(layer) for layer in layers]
         largest = max((layout.size for layout in self._layouts), default=0)
         self._pinned = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._copied: list[Any] = [None, None]  # the event after which a pinned buffer may be filled again
+        self._copy_events: list[Any] = [None, None]  # the event after which a pinned buffer may be filled again
         self._stream = torch.cuda.Stream(device)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read-layer")
 
-    def __enter__(self) -> _Ring:
+    def __enter__(self) -> _PinnedBufferRing:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,7 +198,7 @@ class _Ring:
         self._stream.synchronize()
 
     def layers(self) -> Iterator[LoadedLayer]:
-        waiting = [self._ahead.submit(self._send, number) for number in range(min(2, len(self._layers)))]
+        waiting = [self._ahead.submit(self._start_transfer, number) for number in range(min(2, len(self._layers)))]
         for number in range(len(self._layers)):
             loaded, ready = waiting.pop(0).result()
             torch.cuda.current_stream(self._device).wait_event(ready)
@@ -206,28 +206,28 @@ class _Ring:
             for tensor in (*loaded.weights.values(), *loaded.factors.values()):
                 tensor.record_stream(torch.cuda.current_stream(self._device))
             if number + 2 < len(self._layers):
-                waiting.append(self._ahead.submit(self._send, number + 2))
+                waiting.append(self._ahead.submit(self._start_transfer, number + 2))
             yield loaded
             del loaded
 
     def _layout(self, layer: LayerParts) -> _Layout:
         layout = _Layout()
-        direct = [(entry, name) for name, entry in layer.weights.items() if self._goes_as_it_is(entry)]
+        direct = [(entry, name) for name, entry in layer.weights.items() if self._needs_no_cast(entry)]
         for entry, name in sorted(direct, key=lambda pair: (pair[0].file.location, pair[0].start)):
             layout.add(name, entry)
         return layout
 
-    def _goes_as_it_is(self, entry: TensorEntry) -> bool:
+    def _needs_no_cast(self, entry: TensorEntry) -> bool:
         return _TORCH_DTYPES[entry.dtype] == self._dtype and entry.nbytes > 0
 
-    def _send(self, number: int) -> tuple[LoadedLayer, Any]:
+    def _start_transfer(self, number: int) -> tuple[LoadedLayer, Any]:
         """Read a layer and start its copy; its tensors on the GPU, and the event after which they are there."""
         layout, layer, slot = self._layouts[number], self._layers[number], number % 2
-        if self._copied[slot] is not None:
-            self._copied[slot].synchronize()
+        if self._copy_events[slot] is not None:
+            self._copy_events[slot].synchronize()
         pinned = self._pinned[slot]
         self._fill(layout, memoryview(pinned.numpy()))
-        others = {name: entry for name, entry in layer.weights.items() if name not in layout.places}
+        others = {name: entry for name, entry in layer.weights.items() if name not in layout.ranges}
         self._reader.load([*others.values(), *layer.factors.values()])
         cast = {name: load_weight(self._reader, entry, self._dtype) for name, entry in others.items()}
         made = _load_factors(self._reader, layer)
@@ -238,16 +238,16 @@ class _Ring:
             factors = {key: tensor.to(self._device) for key, tensor in made.items()}
             ready = torch.cuda.Event()
             ready.record(self._stream)
-        self._copied[slot] = ready
+        self._copy_events[slot] = ready
         self._reader.release()
-        for name, (start, end) in layout.places.items():
+        for name, (start, end) in layout.ranges.items():
             weights[name] = whole[start:end].view(self._dtype).reshape(layer.weights[name].shape)
         return LoadedLayer(weights=weights, factors=factors), ready
 
     def _fill(self, layout: _Layout, buffer: memoryview) -> None:
         reads = []
         for file, start, end, at in layout.spans:
-            step = end - start if is_url(file.location) else _PIECE_BYTES
+            step = end - start if is_url(file.location) else _BLOCK_BYTES
             for low in range(start, end, step):
                 part = buffer[at + low - start : at + min(low + step, end) - start]
                 reads.append(self._readers.submit(self._reader.read_into, file, low, part))

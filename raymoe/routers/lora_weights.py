@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["adapted_weight"]
+__all__ = ["apply_lora"]
 
 _BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64
 
 
-def adapted_weight(weight_OI: torch.Tensor, factors: Mapping[str, torch.Tensor], scaling: float) -> torch.Tensor:
+def apply_lora(weight_OI: torch.Tensor, factors: Mapping[str, torch.Tensor], scaling: float) -> torch.Tensor:
     """`weight` + scaling * B A, in the weight's dtype; with DoRA's magnitudes, each row at its magnitude.
 
     `factors` are float64, named as by `LoraPair.entries`. The arithmetic is that of `storage.transform.with_lora`.

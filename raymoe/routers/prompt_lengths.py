@@ -10,9 +10,9 @@ from raymoe.errors import ProblemReport
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.prompt_passes import text_tokens
 from raymoe.sources.resolve import HubOptions, fetch_file
-from raymoe.sources.tokenizer_files import bare_tokenizer, tokenizer_guard
+from raymoe.sources.tokenizer_files import plain_tokenizer, tokenizer_guard
 
-__all__ = ["different_tokens", "prompt_lengths"]
+__all__ = ["count_distinct_tokens", "prompt_lengths"]
 
 _FILE = "tokenizer.json"
 _TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
@@ -38,7 +38,7 @@ def prompt_lengths(
     return lengths
 
 
-def different_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
+def count_distinct_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
     """How many different tokens the prompts of one member have at most, counted by the tokenizer; None where its
     tokenizer.json is not on this machine. `hub` as above."""
     tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
@@ -79,7 +79,7 @@ def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
     for side in gates.tokenizer_files:
         if side.name == _FILE and not side.file.location.startswith("s3://"):
             try:
-                return bare_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)
+                return plain_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)
             except (ProblemReport, OSError):
                 return None
     return None

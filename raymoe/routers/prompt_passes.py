@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from raymoe.planning.plan import GatePrompts
 
-__all__ = ["STATE_BYTES", "Reading", "part_of", "readings", "text_tokens"]
+__all__ = ["STATE_BYTES", "Reading", "part_of", "plan_readings", "text_tokens"]
 
 STATE_BYTES = 2 << 30
 """Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
@@ -41,7 +41,7 @@ def part_of(prompts: GatePrompts) -> tuple[int, int]:
     return (prompts.part, prompts.parts) if isinstance(prompts, Reading) else (0, 1)
 
 
-def readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> list[tuple[Reading, ...]]:
+def plan_readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> list[tuple[Reading, ...]]:
     """What `actors` that read side by side are given to read, pass by pass; states are of `hidden` dimensions.
 
     So a model's layers are read once by each actor, not once for each expert: where the base reads all prompts, and
@@ -54,7 +54,7 @@ def readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> list[t
             groups.append([member])
         else:
             group.append(member)
-    return [reading for group in groups for reading in _passes(group, max(1, actors), hidden)]
+    return [reading for group in groups for reading in _split_passes(group, max(1, actors), hidden)]
 
 
 def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
@@ -63,8 +63,8 @@ def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
     return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
 
 
-def _passes(group: Sequence[GatePrompts], actors: int, hidden: int) -> Iterator[tuple[Reading, ...]]:
-    parts = [part for member in group for part in _parts(member, hidden)]
+def _split_passes(group: Sequence[GatePrompts], actors: int, hidden: int) -> Iterator[tuple[Reading, ...]]:
+    parts = [part for member in group for part in _split_parts(member, hidden)]
     count = min(actors, len(parts))
     for start, end in pairwise(len(parts) * number // count for number in range(count + 1)):
         held = 0
@@ -79,7 +79,7 @@ def _passes(group: Sequence[GatePrompts], actors: int, hidden: int) -> Iterator[
         yield tuple(taken)
 
 
-def _parts(member: GatePrompts, hidden: int) -> list[Reading]:
+def _split_parts(member: GatePrompts, hidden: int) -> list[Reading]:
     count = max(1, -(-_state_bytes(member, hidden) // STATE_BYTES))
     plain = {field.name: getattr(member, field.name) for field in fields(GatePrompts)}
     return [Reading(**plain, part=part, parts=count) for part in range(count)]

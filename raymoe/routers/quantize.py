@@ -10,10 +10,10 @@ import torch
 
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["check_quantise", "quantised_layer"]
+__all__ = ["check_quantize", "quantize_layer"]
 
 
-def check_quantise(kind: str, device: str) -> None:
+def check_quantize(kind: str, device: str) -> None:
     """Raises ProblemReport with what is missing for `kind` ('8bit' or '4bit') on this device."""
     missing = []
     if device == "cpu":
@@ -29,17 +29,17 @@ def check_quantise(kind: str, device: str) -> None:
         raise ProblemReport([Problem(where=f"--load-in-{kind}", what=what, remedy=remedy)])
 
 
-def quantised_layer(module: Any, tensors: Mapping[str, torch.Tensor], device: torch.device, kind: str) -> Any:
+def quantize_layer(module: Any, tensors: Mapping[str, torch.Tensor], device: torch.device, kind: str) -> Any:
     """A decoder layer with its linear layers quantised on `device`; everything else keeps its dtype."""
     module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
     for name, child in list(module.named_modules()):
         if isinstance(child, torch.nn.Linear):
             parent = module.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _quantised_linear(child, device, kind))
+            setattr(parent, name.rpartition(".")[2], _quantize_linear(child, device, kind))
     return module
 
 
-def _quantised_linear(linear: torch.nn.Linear, device: torch.device, kind: str) -> Any:
+def _quantize_linear(linear: torch.nn.Linear, device: torch.device, kind: str) -> Any:
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)

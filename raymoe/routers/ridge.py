@@ -23,16 +23,16 @@ import torch
 
 from raymoe.routers.activations import FOLDS
 from raymoe.routers.fit_memory import CHOICE_SIZE, CHUNK
-from raymoe.routers.heldout_report import LayerCheck, check_of
+from raymoe.routers.heldout_report import LayerScores, score_heldout
 
-__all__ = ["Examples", "FittedRows", "fit_gate", "fit_rows"]
+__all__ = ["Examples", "FittedRows", "fit_rows", "fit_shared_gate"]
 
 _RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS = 0.1, 8.0
 _SCALES = tuple(2.0 ** (step / 2) for step in range(13))  # 1 to 64
 _BLOCK = 1024
 
-Moved = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,30 +53,30 @@ class FittedRows:
     """Rows (experts, hidden) float32 of one layer's router, and how it did on held-out prompts (None: too few)."""
 
     rows: npt.NDArray[np.float32]
-    check: LayerCheck | None
+    scores: LayerScores | None
 
 
-def fit_rows(examples: Sequence[Examples], moved: Moved | None = None) -> FittedRows:
-    """The router of one layer; `examples` has one entry per expert, in their order. `moved` is called with each chunk
-    of tokens that is summed, and each system that is solved."""
+def fit_rows(examples: Sequence[Examples], heartbeat: Heartbeat | None = None) -> FittedRows:
+    """The router of one layer; `examples` has one entry per expert, in their order. `heartbeat` is called with each
+    chunk of tokens that is summed, and each system that is solved."""
     if len(examples) == 1:  # one expert gets every token whatever its score
-        return FittedRows(rows=np.zeros((1, examples[0].states.shape[1]), np.float32), check=None)
-    problem = _Problem(examples, moved or _ignored)
+        return FittedRows(rows=np.zeros((1, examples[0].states.shape[1]), np.float32), scores=None)
+    problem = _RidgeProblem(examples, heartbeat or _no_heartbeat)
     sample = problem.sample()
     if sample.has_folds(experts=len(examples)):
         ridge, scale, check = _choose(sample)
     else:
         ridge, scale, check = _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS, None
     rows = (_solve(problem, ridge) * scale).T
-    return FittedRows(rows=rows.float().cpu().numpy(), check=check)
+    return FittedRows(rows=rows.float().cpu().numpy(), scores=check)
 
 
-def fit_gate(
-    shared: Sequence[Examples], others: Sequence[Examples], moved: Moved | None = None
+def fit_shared_gate(
+    shared: Sequence[Examples], others: Sequence[Examples], heartbeat: Heartbeat | None = None
 ) -> npt.NDArray[np.float32]:
     """The gate (hidden,) of all shared experts, a sigmoid: open on their prompts, closed on their negative ones and on
     the experts' prompts."""
-    own = _together(shared)
+    own = _concatenate(shared)
     rest = Examples(
         states=torch.cat([own.states[own.negative], *(e.states[~e.negative] for e in others)]),
         prompts=torch.cat([own.prompts[own.negative], *(e.prompts[~e.negative] for e in others)]),
@@ -89,16 +89,16 @@ def fit_gate(
     positive = Examples(
         states=own.states[~own.negative], prompts=own.prompts[~own.negative], negative=own.negative[~own.negative]
     )
-    rows = fit_rows([positive, rest], moved).rows
+    rows = fit_rows([positive, rest], heartbeat).rows
     difference: npt.NDArray[np.float32] = rows[0] - rows[1]
     return difference
 
 
-def _ignored() -> None:
+def _no_heartbeat() -> None:
     """The default of `moved`."""
 
 
-def _together(examples: Sequence[Examples]) -> Examples:
+def _concatenate(examples: Sequence[Examples]) -> Examples:
     return Examples(
         states=torch.cat([e.states for e in examples]),
         prompts=torch.cat([e.prompts for e in examples]),
@@ -106,11 +106,11 @@ def _together(examples: Sequence[Examples]) -> Examples:
     )
 
 
-class _Problem:
+class _RidgeProblem:
     """All examples of a layer side by side: states (N, hidden), targets (N, experts), weights (N,), folds to be cut."""
 
-    def __init__(self, examples: Sequence[Examples], moved: Moved) -> None:
-        self.moved = moved
+    def __init__(self, examples: Sequence[Examples], heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
         device, experts = examples[0].states.device, len(examples)
         self.states = torch.cat([e.states for e in examples])
         self.prompts = torch.cat([e.prompts for e in examples])
@@ -129,14 +129,14 @@ class _Problem:
             # A negative token weighs as much as a positive one, but all of them no more than all positive ones.
             self.weights[negative] = 1 / (experts * max(count, int(negative.sum())))
 
-    def subset(self, chosen: torch.Tensor) -> _Problem:
-        part = object.__new__(_Problem)
-        part.moved = self.moved
+    def subset(self, chosen: torch.Tensor) -> _RidgeProblem:
+        part = object.__new__(_RidgeProblem)
+        part.heartbeat = self.heartbeat
         for name in ("states", "prompts", "negative", "labels", "targets", "weights"):
             setattr(part, name, getattr(self, name)[chosen])
         return part
 
-    def sample(self) -> _Problem:
+    def sample(self) -> _RidgeProblem:
         """The tokens that lambda is chosen with: every n-th one where hidden and tokens are both beyond CHOICE_SIZE."""
         tokens, hidden = self.states.shape
         if min(tokens, hidden) <= CHOICE_SIZE:
@@ -148,22 +148,22 @@ class _Problem:
         held = [(self.prompts[(self.labels == n) & ~self.negative] % FOLDS).unique() for n in range(experts)]
         return all(len(folds) > 1 for folds in held)
 
-    def rooted(self, start: int, end: int) -> torch.Tensor:
+    def weighted_states(self, start: int, end: int) -> torch.Tensor:
         """Rows [start, end) of the states, each times the root of its weight; float64."""
         return self.states[start:end].double() * self.weights[start:end, None].sqrt()
 
-    def rooted_targets(self) -> torch.Tensor:
+    def weighted_targets(self) -> torch.Tensor:
         return self.targets * self.weights[:, None].sqrt()
 
 
-def _solve(problem: _Problem, ridge: float) -> torch.Tensor:
+def _solve(problem: _RidgeProblem, ridge: float) -> torch.Tensor:
     """W^T, (hidden, experts)."""
     tokens, hidden = problem.states.shape
     if tokens < hidden:
-        rooted = problem.rooted(0, tokens)
-        kernel = rooted @ rooted.T
+        weighted = problem.weighted_states(0, tokens)
+        kernel = weighted @ weighted.T
         _add_ridge(kernel, ridge, float(kernel.diagonal().sum()) / hidden)
-        return rooted.T @ torch.cholesky_solve(problem.rooted_targets(), torch.linalg.cholesky(kernel))
+        return weighted.T @ torch.cholesky_solve(problem.weighted_targets(), torch.linalg.cholesky(kernel))
     gram, right = _gram(problem)
     _add_ridge(gram, ridge, float(gram.diagonal().mean()))
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
@@ -174,35 +174,35 @@ def _add_ridge(matrix: torch.Tensor, ridge: float, scale: float) -> None:
     matrix.diagonal().add_(ridge * scale if scale > 0 else 1.0)
 
 
-def _gram(problem: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def _gram(problem: _RidgeProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted states^T states (hidden, hidden) and states^T targets, in chunks: never all states in float64."""
-    (tokens, hidden), targets = problem.states.shape, problem.rooted_targets()
+    (tokens, hidden), targets = problem.states.shape, problem.weighted_targets()
     options = {"dtype": torch.float64, "device": problem.states.device}
     gram, right = torch.zeros((hidden, hidden), **options), torch.zeros((hidden, targets.shape[1]), **options)
     for start in range(0, tokens, CHUNK):
         end = min(start + CHUNK, tokens)
-        rooted = problem.rooted(start, end)
-        right += rooted.T @ targets[start:end]
+        weighted = problem.weighted_states(start, end)
+        right += weighted.T @ targets[start:end]
         for at in range(0, hidden, _BLOCK):  # the upper triangle alone: the rest is its mirror image
-            gram[at : at + _BLOCK, at:] += rooted[:, at : at + _BLOCK].T @ rooted[:, at:]
-        problem.moved()
+            gram[at : at + _BLOCK, at:] += weighted[:, at : at + _BLOCK].T @ weighted[:, at:]
+        problem.heartbeat()
     return gram.triu() + gram.triu(1).T, right
 
 
-def _choose(problem: _Problem) -> tuple[float, float, LayerCheck]:
+def _choose(problem: _RidgeProblem) -> tuple[float, float, LayerScores]:
     """Lambda, the rows' scale, and what the held-out prompts say of the router."""
     held_out = _held_out_scores(problem)
     errors = [float((((scores - problem.targets) ** 2).sum(dim=1) * problem.weights).sum()) for scores in held_out]
     best = min(range(len(errors)), key=lambda number: errors[number])
     positive = ~problem.negative
     scores, labels, weights = held_out[best][positive], problem.labels[positive], problem.weights[positive]
-    scale = min(_SCALES, key=lambda factor: _surprise(scores * factor, labels, weights))
+    scale = min(_SCALES, key=lambda factor: _cross_entropy(scores * factor, labels, weights))
     first = scores.argmax(dim=1).cpu().numpy()
-    check = check_of(labels.cpu().numpy(), first, scores.shape[1], ridge=_RIDGES[best], scale=scale)
+    check = score_heldout(labels.cpu().numpy(), first, scores.shape[1], ridge=_RIDGES[best], scale=scale)
     return _RIDGES[best], scale, check
 
 
-def _held_out_scores(problem: _Problem) -> list[torch.Tensor]:
+def _held_out_scores(problem: _RidgeProblem) -> list[torch.Tensor]:
     """For each lambda the scores (tokens, experts) that each token gets from the fit without its fold."""
     tokens, hidden = problem.states.shape
     scores = [torch.empty_like(problem.targets) for _ in _RIDGES]
@@ -210,24 +210,24 @@ def _held_out_scores(problem: _Problem) -> list[torch.Tensor]:
         for ridge, into in zip(_RIDGES, scores, strict=True):
             matrix = fold.system.clone()
             _add_ridge(matrix, ridge, fold.scale)
-            into[fold.outside] = fold.seen @ torch.cholesky_solve(fold.right, torch.linalg.cholesky(matrix))
-            problem.moved()
+            into[fold.held_out] = fold.features @ torch.cholesky_solve(fold.right, torch.linalg.cholesky(matrix))
+            problem.heartbeat()
     return scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fold:
-    """The system to solve without a fold, and what its solution is multiplied by for the scores of `outside`, the
+    """The system to solve without a fold, and what its solution is multiplied by for the scores of `held_out`, the
     numbers of the tokens that are held out."""
 
-    outside: torch.Tensor
+    held_out: torch.Tensor
     system: torch.Tensor
     right: torch.Tensor
-    seen: torch.Tensor
+    features: torch.Tensor
     scale: float
 
 
-def _primal_folds(problem: _Problem) -> Iterator[_Fold]:
+def _primal_folds(problem: _RidgeProblem) -> Iterator[_Fold]:
     whole, right = _gram(problem)
     scale = float(whole.diagonal().mean())
     for number in range(FOLDS):
@@ -235,28 +235,28 @@ def _primal_folds(problem: _Problem) -> Iterator[_Fold]:
         part = problem.subset(outside)
         gram, part_right = _gram(part)
         yield _Fold(
-            outside=outside, system=whole - gram, right=right - part_right, seen=part.states.double(), scale=scale
+            held_out=outside, system=whole - gram, right=right - part_right, features=part.states.double(), scale=scale
         )
 
 
-def _dual_folds(problem: _Problem) -> Iterator[_Fold]:
+def _dual_folds(problem: _RidgeProblem) -> Iterator[_Fold]:
     tokens, hidden = problem.states.shape
-    rooted, targets = problem.rooted(0, tokens), problem.rooted_targets()
-    kernel = rooted @ rooted.T
+    weighted, targets = problem.weighted_states(0, tokens), problem.weighted_targets()
+    kernel = weighted @ weighted.T
     scale = float(kernel.diagonal().sum()) / hidden
     for number in range(FOLDS):
         held_out = problem.prompts % FOLDS == number
-        inside, outside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        fit_tokens, held_out_tokens = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
         yield _Fold(
-            outside=outside,
-            system=kernel[inside][:, inside],
-            right=targets[inside],
-            seen=kernel[outside][:, inside] / problem.weights[outside, None].sqrt(),
+            held_out=held_out_tokens,
+            system=kernel[fit_tokens][:, fit_tokens],
+            right=targets[fit_tokens],
+            features=kernel[held_out_tokens][:, fit_tokens] / problem.weights[held_out_tokens, None].sqrt(),
             scale=scale,
         )
 
 
-def _surprise(scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
+def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
     """Mean cross-entropy of the softmax over all experts, in nats."""
     likely = torch.log_softmax(scores, dim=1).gather(1, labels[:, None])[:, 0]
     return float(-(likely * weights).sum() / weights.sum())

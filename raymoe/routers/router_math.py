@@ -12,8 +12,8 @@ from raymoe.formatting import number_ranges
 
 __all__ = [
     "conditioning_warning",
-    "gate_rows",
-    "normalised",
+    "expert_rows",
+    "normalize",
     "random_rows",
     "shared_gate_row",
     "zero_row_warnings",
@@ -25,7 +25,7 @@ Float32 = npt.NDArray[np.float32]
 MAX_COSINE = 0.92
 
 
-def normalised(vectors: npt.ArrayLike) -> Float32:
+def normalize(vectors: npt.ArrayLike) -> Float32:
     """Each vector (last axis) at unit length; a zero vector stays zero."""
     array = np.asarray(vectors, dtype=np.float64)
     norms = np.linalg.norm(array, axis=-1, keepdims=True)
@@ -33,9 +33,9 @@ def normalised(vectors: npt.ArrayLike) -> Float32:
     return units
 
 
-def gate_rows(positive: Float32, negative: Float32 | None) -> Float32:
+def expert_rows(positive: Float32, negative: Float32 | None) -> Float32:
     """Router rows of one expert, (layers, hidden), each at unit length."""
-    return normalised(positive if negative is None else positive.astype(np.float64) - negative)
+    return normalize(positive if negative is None else positive.astype(np.float64) - negative)
 
 
 def shared_gate_row(rows: Sequence[Float32]) -> Float32:
@@ -43,7 +43,7 @@ def shared_gate_row(rows: Sequence[Float32]) -> Float32:
 
     Hosts have one gate, however many experts stand behind it.
     """
-    return rows[0] if len(rows) == 1 else normalised(np.sum(rows, axis=0, dtype=np.float64))
+    return rows[0] if len(rows) == 1 else normalize(np.sum(rows, axis=0, dtype=np.float64))
 
 
 def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> Float32:
@@ -58,14 +58,14 @@ def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> F
         key = hashlib.sha256(f"{seed}/router/{owner}/{layer}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
         if mode == "random":
-            rows.append(normalised(generator.standard_normal(hidden)))
+            rows.append(normalize(generator.standard_normal(hidden)))
         else:
             bound = hidden**-0.5
             rows.append(generator.uniform(-bound, bound, hidden).astype(np.float32))
     return np.stack(rows)
 
 
-def not_finite(owner: str, layer: int) -> str:
+def not_finite_message(owner: str, layer: int) -> str:
     """What is said of an expert whose prompts leave states that no row can be made of."""
     return (
         f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "
@@ -101,7 +101,7 @@ def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str |
 
 def _closest_pair(rows_EH: Float32) -> tuple[float, int, int]:
     """The largest cosine between two experts' rows of one layer, and whose rows those are."""
-    units = normalised(rows_EH).astype(np.float64)
+    units = normalize(rows_EH).astype(np.float64)
     first, second = np.triu_indices(len(units), 1)
     cosines = (units @ units.T)[first, second]
     largest = int(cosines.argmax())

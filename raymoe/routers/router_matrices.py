@@ -13,27 +13,27 @@ from raymoe.errors import MergeFailed
 from raymoe.planning.plan import GatePlan, Part, Router
 from raymoe.routers.fit_layer import LayerRows
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.routers.router_math import not_finite, random_rows, shared_gate_row
+from raymoe.routers.router_math import not_finite_message, random_rows, shared_gate_row
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
 __all__ = [
     "SHARED_GATE",
-    "Rows",
-    "collected",
+    "RouterRows",
+    "collect_rows",
     "embedding_rows_by_owner",
-    "random_gate_rows",
+    "random_router_rows",
     "router_bytes",
     "router_rows",
 ]
 
-Rows = dict[str, npt.NDArray[np.float32]]
+RouterRows = dict[str, npt.NDArray[np.float32]]
 """Rows (layers, hidden) of each expert by its owner name, and under `SHARED_GATE` those of the shared experts' gate."""
 
 SHARED_GATE = "gate of the shared experts"
 
 
-def collected(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[Rows, RouterSummary | None]:
+def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[RouterRows, RouterSummary | None]:
     """Rows by owner out of those of all layers, and the summary of the layers that could be judged."""
     order = [layers[number] for number in sorted(layers)]
     rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
@@ -41,12 +41,12 @@ def collected(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[
     if gates:
         rows[SHARED_GATE] = np.stack(gates)
     _check_finite(rows)
-    checks = {number: layers[number].check for number in sorted(layers)}
+    checks = {number: layers[number].scores for number in sorted(layers)}
     known = {number: check for number, check in checks.items() if check is not None}
     return rows, RouterSummary(experts=len(experts), layers=known) if known else None
 
 
-def random_gate_rows(gates: GatePlan) -> Rows:
+def random_router_rows(gates: GatePlan) -> RouterRows:
     """Rows of the experts that have no prompts to read, in the modes that draw them."""
     if MODES[gates.mode].needs_prompts:
         return {}
@@ -58,7 +58,7 @@ def random_gate_rows(gates: GatePlan) -> Rows:
     return {**rows, SHARED_GATE: drawn(gates.shared[0].owner)} if gates.shared else rows
 
 
-def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[str, npt.NDArray[np.float32]]) -> Rows:
+def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[str, npt.NDArray[np.float32]]) -> RouterRows:
     """Rows (hidden,) by owner, of the mode that reads no layers, for each layer."""
     by_owner = {member.owner: rows[member.owner] for member in gates.experts}
     if gates.shared:
@@ -72,16 +72,16 @@ def _check_finite(rows: Mapping[str, npt.NDArray[np.float32]]) -> None:
     for owner, layers in rows.items():
         bad = np.flatnonzero(~np.isfinite(layers).all(axis=-1))
         if bad.size:
-            raise MergeFailed(not_finite(owner, int(bad[0])))
+            raise MergeFailed(not_finite_message(owner, int(bad[0])))
 
 
-def router_rows(gates: GatePlan, rows: Rows, what: Router) -> npt.NDArray[np.float32]:
+def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[np.float32]:
     """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden)."""
     owners = [SHARED_GATE] if what.shared else [member.owner for member in gates.experts]
     return np.stack([rows[owner][what.layer] for owner in owners])
 
 
-def router_bytes(gates: GatePlan, rows: Rows) -> RouterBytes:
+def router_bytes(gates: GatePlan, rows: RouterRows) -> RouterBytes:
     """A function that gives the bytes of any router part of the plan."""
 
     def part_bytes(part: Part, what: Router) -> bytes:

@@ -24,26 +24,26 @@ import torch
 from raymoe.architectures import FAMILIES
 from raymoe.config.gate_modes import EMBEDDING
 from raymoe.errors import Problem, ProblemReport
-from raymoe.planning.plan import HeadRows, WeightRef
-from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register
+from raymoe.planning.plan import HeadPermutation, WeightRef
+from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
 from raymoe.routers.cheap_embed import embedding_rows
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
-from raymoe.routers.lora_weights import adapted_weight
-from raymoe.routers.quantize import quantised_layer
+from raymoe.routers.lora_weights import apply_lora
+from raymoe.routers.quantize import quantize_layer
 from raymoe.routers.tokenize import Batch
-from raymoe.sources.quantization_check import QUANTISATION_KEYS
+from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 from raymoe.storage.source_reader import SourceReader
-from raymoe.storage.transform import in_heads, read_rows, with_lora
+from raymoe.storage.transform import permute_heads, read_rows, with_lora
 
-__all__ = ["ReadableModel", "StreamedDecoder"]
+__all__ = ["StreamableModel", "StreamedDecoder"]
 
 _HEAD = "lm_head.weight"
-_TURNED = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
+_ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
 _NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
-Visit = Callable[[int, int, torch.Tensor], None]
+StatesCallback = Callable[[int, int, torch.Tensor], None]
 
 
-class ReadableModel(Protocol):
+class StreamableModel(Protocol):
     """What can be streamed: a dense model's config.json, and where its parameters lie (`GatePrompts`, for one)."""
 
     @property
@@ -53,11 +53,13 @@ class ReadableModel(Protocol):
     def weights(self) -> Mapping[str, WeightRef]: ...
 
 
-def _look(visit: Visit, layer: int, number: int, ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-    visit(layer, number, args[0])
+def _ffn_input_hook(
+    callback: StatesCallback, layer: int, number: int, ffn: torch.nn.Module, args: tuple[torch.Tensor]
+) -> None:
+    callback(layer, number, args[0])
 
 
-def _configuration(config: Mapping[str, Any]) -> Any:
+def _load_configuration(config: Mapping[str, Any]) -> Any:
     """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family, or
     refuses the config."""
     import transformers
@@ -69,8 +71,8 @@ def _configuration(config: Mapping[str, Any]) -> Any:
             "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
         )
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)])
-    unread = ("model_type", *QUANTISATION_KEYS)
-    keys = {k: _decoded(v) for k, v in config.items() if k not in unread and not k.endswith("_token_id")}
+    unread = ("model_type", *QUANTIZATION_KEYS)
+    keys = {k: _decode_value(v) for k, v in config.items() if k not in unread and not k.endswith("_token_id")}
     try:
         # A padding token, also a family's default one, must have a row in the embedding, which may be smaller.
         return transformers.AutoConfig.for_model(model_type, **keys, pad_token_id=None)
@@ -81,10 +83,10 @@ def _configuration(config: Mapping[str, Any]) -> Any:
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)]) from error
 
 
-def _decoded(value: Any) -> Any:
+def _decode_value(value: Any) -> Any:
     """A value of config.json as configuration classes take it: transformers 5 writes infinity as an object."""
     if isinstance(value, list):
-        return [_decoded(item) for item in value]
+        return [_decode_value(item) for item in value]
     if isinstance(value, Mapping):
         is_infinite = value.keys() == {"__float__"} and value["__float__"] in _NON_FINITE
         return float(value["__float__"]) if is_infinite else dict(value)
@@ -96,21 +98,21 @@ class StreamedDecoder:
 
     It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
     `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
-    `heads`: rows of q and k lie in this order, and are put back into that of the family.
+    `head_permutation`: rows of q and k lie in this order, and are put back into that of the family.
     `others` are models of the same config and the same stored weights, with other adapters on them; model 0 is `model`.
     """
 
     def __init__(
         self,
-        model: ReadableModel,
+        model: StreamableModel,
         reader: SourceReader,
         device: str,
         *,
-        others: Sequence[ReadableModel] = (),
-        quantise: str | None = None,
+        others: Sequence[StreamableModel] = (),
+        quantize: str | None = None,
         exact: bool = False,
         ffn: Callable[[Mapping[str, torch.Tensor]], torch.nn.Module] | None = None,
-        heads: HeadRows | None = None,
+        head_permutation: HeadPermutation | None = None,
     ) -> None:
         from transformers import AutoModel
 
@@ -119,14 +121,14 @@ class StreamedDecoder:
         adapters = [{name: ref.lora for name, ref in each.weights.items() if ref.lora} for each in self._models]
         self._adapters = [one for number, one in enumerate(adapters) if one not in adapters[:number]]
         self._adapter_of = [self._adapters.index(one) for one in adapters]  # by model
-        self._at: tuple[int, LoadedLayer, torch.nn.Module] | None = None  # the layer in use, what it is made of
-        self._in_place = 0  # whose adapters are in it
+        self._current: tuple[int, LoadedLayer, torch.nn.Module] | None = None  # the layer in use, what it is made of
+        self._active_adapters = 0  # whose adapters are in it
         self._family = FAMILIES[model.config["model_type"]]
-        self._device, self._quantise, self._ffn = torch.device(device), quantise, ffn
-        self._heads = heads
-        self._config = _configuration(model.config)
+        self._device, self._quantize, self._ffn = torch.device(device), quantize, ffn
+        self._head_permutation = head_permutation
+        self._config = _load_configuration(model.config)
         if self._family.has_sinks:
-            register()
+            register_sink_attention()
         self._config._attn_implementation = ATTENTION_WITH_SINKS if self._family.has_sinks else "sdpa"
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(self._config)
@@ -142,50 +144,55 @@ class StreamedDecoder:
         self,
         batches: Sequence[Batch],
         layers: int,
-        visit: Visit,
-        look: Visit | None = None,
+        on_hidden_states: StatesCallback,
+        on_ffn_inputs: StatesCallback | None = None,
         *,
         models: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """Call `visit(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the number of each
-        layer, when all is said of it. `models` says which model reads each batch (default: model 0).
+        """Call `on_hidden_states(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the
+        number of each layer, when all is said of it. `models` says which model reads each batch (default: model 0).
 
-        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for. `look` is
-        called as by `router_inputs`, for the layers that are run.
+        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for.
+        `on_ffn_inputs` is called as by `router_inputs`, for the layers that are run.
         """
         models = models or [0] * len(batches)
-        states = self._embedded(batches, models)
+        states = self._embed_all(batches, models)
         for number, hidden in enumerate(states):
-            visit(0, number, hidden)
+            on_hidden_states(0, number, hidden)
         for layer in self.loaded_layers(layers - 1):
             for number, model in enumerate(models):
-                self.read_as(model)
-                states[number].copy_(self._run_seen(layer, number, states[number], look))
-                visit(layer + 1, number, states[number])
+                self.activate_adapters(model)
+                states[number].copy_(self._run_with_hook(layer, number, states[number], on_ffn_inputs))
+                on_hidden_states(layer + 1, number, states[number])
             yield layer
         yield layers - 1
 
     def router_inputs(
-        self, batches: Sequence[Batch], layers: int, visit: Visit, *, models: Sequence[int] | None = None
+        self,
+        batches: Sequence[Batch],
+        layers: int,
+        on_hidden_states: StatesCallback,
+        *,
+        models: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """Call `visit(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers - 1; the
-        number of each layer, when all batches have been through it. `models` as in `layer_inputs`.
+        """Call `on_hidden_states(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers
+        - 1; the number of each layer, when all batches have been through it. `models` as in `layer_inputs`.
 
         It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
         layer is neither read nor run.
         """
         models = models or [0] * len(batches)
-        states = self._embedded(batches, models)
+        states = self._embed_all(batches, models)
         for layer in self.loaded_layers(layers, last_ffn=False):
             for number, model in enumerate(models):
-                self.read_as(model)
-                output = self._run_seen(layer, number, states[number], visit)
+                self.activate_adapters(model)
+                output = self._run_with_hook(layer, number, states[number], on_hidden_states)
                 if layer < layers - 1:
                     states[number].copy_(output)
                 del output
             yield layer
 
-    def _embedded(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
+    def _embed_all(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
         """The input of layer 0 for all batches, in one block of memory.
 
         Each layer's output takes the place of its input there. States that came and went one by one among a layer's
@@ -201,11 +208,13 @@ class StreamedDecoder:
             states.append(state)
         return states
 
-    def _run_seen(self, layer: int, number: int, hidden_BTH: torch.Tensor, look: Visit | None) -> torch.Tensor:
+    def _run_with_hook(
+        self, layer: int, number: int, hidden_BTH: torch.Tensor, on_ffn_inputs: StatesCallback | None
+    ) -> torch.Tensor:
         with torch.inference_mode():
-            if look is None:
+            if on_ffn_inputs is None:
                 return self.run_layer(layer, hidden_BTH)
-            with self.ffn_of(layer).register_forward_pre_hook(partial(_look, look, layer, number)):
+            with self.ffn_of(layer).register_forward_pre_hook(partial(_ffn_input_hook, on_ffn_inputs, layer, number)):
                 return self.run_layer(layer, hidden_BTH)
 
     def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
@@ -217,14 +226,14 @@ class StreamedDecoder:
         wanted = [self._layer_parts(layer, last_ffn or layer < count - 1) for layer in range(count)]
         with closing(LayerLoader(self._reader, self._device, self._dtype).layers(wanted)) as loaded:
             for layer in range(count):  # enumerate would hold on to each layer until the next is there
-                self._at = layer, next(loaded), self._model.layers[layer]
+                self._current = layer, next(loaded), self._model.layers[layer]
                 self._install(0)
                 yield layer
-                self._at, self._model.layers[layer] = None, torch.nn.Identity()
+                self._current, self._model.layers[layer] = None, torch.nn.Identity()
 
-    def read_as(self, model: int) -> None:
+    def activate_adapters(self, model: int) -> None:
         """Put the adapters of one of the models into the layer that is loaded."""
-        if self._adapter_of[model] != self._in_place:
+        if self._adapter_of[model] != self._active_adapters:
             self._install(self._adapter_of[model])
 
     def ffn_of(self, layer: int) -> torch.nn.Module:
@@ -259,9 +268,9 @@ class StreamedDecoder:
 
     def _install(self, adapters: int) -> None:
         """Make the layer in use out of what was loaded, with the adapters of that number on it."""
-        assert self._at is not None
-        layer, loaded, blank = self._at
-        tensors: Mapping[str, torch.Tensor] = self._adapted(layer, loaded, adapters)
+        assert self._current is not None
+        layer, loaded, blank = self._current
+        tensors: Mapping[str, torch.Tensor] = self._apply_adapters(layer, loaded, adapters)
         module, prefix = blank, f"{self._family.ffn}."
         if len(self._adapters) > 1:
             module = self._model.layers[layer] = copy.deepcopy(blank)
@@ -269,26 +278,28 @@ class StreamedDecoder:
         if self._ffn is not None or not ffn:
             setattr(module, self._family.ffn, torch.nn.Identity())
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-        if self._quantise:
-            module = quantised_layer(module, tensors, self._device, self._quantise)
+        if self._quantize:
+            module = quantize_layer(module, tensors, self._device, self._quantize)
         else:
             module.load_state_dict(tensors, assign=True)
         if self._ffn is not None and ffn:
             setattr(module, self._family.ffn, self._ffn(ffn))
         module.eval()
-        self._in_place = adapters
+        self._active_adapters = adapters
 
-    def _adapted(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
+    def _apply_adapters(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
         """The layer's weights, those that adapters change made anew, and rows of heads where the family has them."""
         prefix, tensors = f"model.layers.{layer}.", dict(loaded.weights)
         for full, lora in self._adapters[adapters].items():
             name = full.removeprefix(prefix)
             if full.startswith(prefix) and name in tensors:
                 factors = {part: loaded.factors[adapters, name, part] for part in lora.entries}
-                tensors[name] = adapted_weight(tensors[name], factors, lora.scaling)
-        if self._heads is not None:
-            for name in _TURNED & tensors.keys():
-                tensors[name] = in_heads(tensors[name], self._heads.head_dim, self._heads.order_back)
+                tensors[name] = apply_lora(tensors[name], factors, lora.scaling)
+        if self._head_permutation is not None:
+            for name in _ROTARY_WEIGHTS & tensors.keys():
+                tensors[name] = permute_heads(
+                    tensors[name], self._head_permutation.head_dim, self._head_permutation.to_interleaved
+                )
         return tensors
 
     def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:

@@ -19,7 +19,7 @@ from raymoe.config.gate_modes import EMBEDDING, MODES
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.plan import GatePlan, GatePrompts
-from raymoe.planning.prompt_checks import missing_row
+from raymoe.planning.prompt_checks import missing_row_problem
 from raymoe.sources.facts import SideFile
 from raymoe.sources.prompt_sampling import NO_CHAT_TEMPLATE
 from raymoe.sources.resolve import HubOptions, fetch_file
@@ -41,15 +41,15 @@ __all__ = [
     "TOKEN_BUDGET",
     "Batch",
     "batches",
-    "chunk_of",
+    "chunk_size",
     "load_tokenizer",
-    "padded",
+    "open_tokenizer",
     "prompt_ids",
     "prompt_problems",
-    "scan_of",
+    "read_scan",
+    "round_up",
     "tokenize",
-    "tokenizer_from",
-    "tokenizer_of",
+    "tokenizer_from_paths",
 ]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
@@ -66,21 +66,21 @@ _FIXED_DAY = "".join(
 
 
 # The tokenizer that was loaded last, by its files and their state. All experts of a merge have one and the same.
-_loaded: dict[tuple[Any, ...], Any] = {}
+_tokenizers: dict[tuple[Any, ...], Any] = {}
 
 
-def tokenizer_of(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
+def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
     """The tokenizer that these files make up. Raises ProblemReport where they don't."""
     paths = {side.name: reader.path(side.file) for side in files}
     key = (trust_remote_code, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
-    if key not in _loaded:
-        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
-        _loaded.clear()
-        _loaded[key] = tokenizer
-    return _loaded[key]
+    if key not in _tokenizers:
+        tokenizer = tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
+        _tokenizers.clear()
+        _tokenizers[key] = tokenizer
+    return _tokenizers[key]
 
 
-def tokenizer_from(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
+def tokenizer_from_paths(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
     """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
         # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
@@ -107,14 +107,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         ):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except ProblemReport as report:
-        if trust_remote_code or tokenizer_code(_settings(folder)) == ([], []):
+        if trust_remote_code or tokenizer_code(_read_settings(folder)) == ([], []):
             raise
         what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
         remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from report
 
 
-def _settings(folder: Path) -> Mapping[str, Any]:
+def _read_settings(folder: Path) -> Mapping[str, Any]:
     try:
         content = read_json((folder / "tokenizer_config.json").read_bytes())
     except (OSError, ValueError):
@@ -139,7 +139,7 @@ def tokenize(
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         some = prompts[start : start + _PROMPTS_AT_ONCE]
         if chat_template:
-            whole = [with_one_bos(_rendered(tokenizer, prompt), bos) for prompt in some]
+            whole = [with_one_bos(_apply_chat_template(tokenizer, prompt), bos) for prompt in some]
         else:
             whole = [with_bos(prompt, bos) for prompt in some]
         with tokenizer_guard(
@@ -159,7 +159,7 @@ def prompt_ids(
     gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> tuple[list[list[int]], list[list[int]], int | None]:
     """Token ids of the positive and the negative prompts, and the id of BOS. Raises ProblemReport for bad prompts."""
-    tokenizer = tokenizer_of(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(gates.tokenizer_files, reader, trust_remote_code=trust_remote_code)
     vocab = prompts.weights[EMBEDDING].entry.shape[0]
     positive, negative = (
         tokenize(tokenizer, texts, vocab=vocab, owner=prompts.owner, chat_template=prompts.chat_template)
@@ -168,7 +168,7 @@ def prompt_ids(
     return positive, negative, tokenizer.bos_token_id if tokenizer.bos_token else None
 
 
-def _rendered(tokenizer: Any, prompt: str) -> str:
+def _apply_chat_template(tokenizer: Any, prompt: str) -> str:
     turn = [{"role": "user", "content": prompt}]
     try:
         template = tokenizer.get_chat_template()
@@ -188,7 +188,7 @@ def _token_problems(tokenizer: Any, tokens: Sequence[int], vocab: int, where: st
     if not tokens:
         return [Problem(where=where, what="it has no tokens", remedy="give it some text")]
     if (past := max(tokens)) >= vocab:
-        return [missing_row(where, past, str(tokenizer.convert_ids_to_tokens(past)), vocab)]
+        return [missing_row_problem(where, past, str(tokenizer.convert_ids_to_tokens(past)), vocab)]
     return []
 
 
@@ -213,12 +213,12 @@ def prompt_problems(
     except CheckpointError:
         return []
     members = [member for member in (*gates.experts, *gates.shared) if member.positive]
-    open_texts = [(member, texts) for member in members for texts in _open_texts(member, facts) if texts]
+    open_texts = [(member, texts) for member in members for texts in _unchecked_texts(member, facts) if texts]
     if not open_texts:
         return []
     problems: list[Problem] = []
     try:
-        tokenizer = tokenizer_from(paths, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
     except ProblemReport as report:
         return list(report.problems)
     for member, texts in open_texts:
@@ -230,9 +230,9 @@ def prompt_problems(
     return list(dict.fromkeys(problems))
 
 
-def _open_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
+def _unchecked_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
     """A member's prompts that only transformers can check."""
-    may_pass = facts.may_pass(member.weights[EMBEDDING].entry.shape[0])
+    may_pass = facts.may_exceed(member.weights[EMBEDDING].entry.shape[0])
     for texts in (member.positive, member.negative):
         if may_pass or (facts.bos is None and not member.chat_template and not all(texts)):
             yield texts
@@ -261,7 +261,7 @@ def batches(
     """
     group: list[Sequence[int]] = []
     for prompt in sorted(prompts, key=len):
-        if group and padded(len(prompt), chunk) * (len(group) + 1) > budget:
+        if group and round_up(len(prompt), chunk) * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(prompt)
@@ -269,18 +269,18 @@ def batches(
         yield group
 
 
-def padded(length: int, chunk: int) -> int:
+def round_up(length: int, chunk: int) -> int:
     """The next multiple of `chunk`."""
     return -(-length // chunk) * chunk
 
 
-def chunk_of(config: Mapping[str, Any]) -> int:
+def chunk_size(config: Mapping[str, Any]) -> int:
     """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
-    scan = scan_of(config)
+    scan = read_scan(config)
     return scan.chunk if scan else 1
 
 
-def scan_of(config: Mapping[str, Any]) -> Scan | None:
+def read_scan(config: Mapping[str, Any]) -> Scan | None:
     """What layers of linear attention or state spaces hold in a model with this config.json; None if it has none."""
     spec = read_spec(config, "")
     return spec.scan if isinstance(spec, DenseSpec) else None

@@ -18,10 +18,10 @@ from typing import Any, cast
 from raymoe.errors import RaymoeError
 from raymoe.safe_text import scrub, scrub_streams
 
-__all__ = ["let_gates_go_first", "set_up_process", "without_secrets"]
+__all__ = ["prioritize_gate_threads", "set_up_process", "without_secrets"]
 
-_WRITERS_NICE = 5
-_SWITCH_S = 0.0002
+_WRITER_NICENESS = 5
+_SWITCH_INTERVAL_S = 0.0002
 # From malloc.h, and what they are set to.
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 64 << 20
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
@@ -30,11 +30,11 @@ _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
 def set_up_process() -> None:
     """What every actor's process begins with."""
     scrub_streams()
-    _give_memory_back()
+    _return_freed_memory()
     _allow_open_files()
     # Copying threads need the interpreter for a moment between two pieces. While another thread computes in Python
     # (imports, layers), they wait for it this long each time: with Python's 5 ms they copy at a quarter of the speed.
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,8 +45,8 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(*arguments, **options)
         except Exception as error:
-            told = _told(error)
-        raise told  # out here it does not hold what it was made from
+            scrubbed = _scrub_error(error)
+        raise scrubbed  # out here it does not hold what it was made from
 
     @functools.wraps(method)
     def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -54,8 +54,8 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
             yield from method(*arguments, **options)
             return
         except Exception as error:
-            told = _told(error)
-        raise told
+            scrubbed = _scrub_error(error)
+        raise scrubbed
 
     wrapper: Any = stream if inspect.isgeneratorfunction(method) else call  # Ray asks so too
     # Ray looks for the options of a method, such as its concurrency group, at what `__wrapped__` leads to.
@@ -64,7 +64,7 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], wrapper)
 
 
-def _told(error: Exception) -> Exception:
+def _scrub_error(error: Exception) -> Exception:
     """The error as it may be stored: the same one where its text has no secret left."""
     if isinstance(error, RaymoeError):
         # Its own text is scrubbed. What it was made from is a server's or a library's text.
@@ -77,11 +77,11 @@ def _told(error: Exception) -> Exception:
     error.args = tuple(scrub(each) if isinstance(each, str) else each for each in error.args)
     if isinstance(error, OSError) and isinstance(error.strerror, str):
         error.strerror = scrub(error.strerror)
-    said = str(error)
-    return error if scrub(said) == said else RuntimeError(scrub(f"{type(error).__name__}: {said}"))
+    scrubbed = str(error)
+    return error if scrub(scrubbed) == scrubbed else RuntimeError(scrub(f"{type(error).__name__}: {scrubbed}"))
 
 
-def _give_memory_back() -> None:
+def _return_freed_memory() -> None:
     """Have glibc give back large freed blocks at once, and what lies free at the end of its heap past 64 MiB.
 
     By default both limits grow with the blocks that are freed: with weights coming and going in several threads, an
@@ -103,10 +103,10 @@ def _allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def let_gates_go_first() -> None:
+def prioritize_gate_threads() -> None:
     """Let this thread, which writes shards, stand back where it shares cores with the gate pass.
 
     The gate pass is what takes longest, and the disk is busy anyway. Linux has a niceness a thread.
     """
-    if os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < _WRITERS_NICE:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WRITERS_NICE)
+    if os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < _WRITER_NICENESS:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WRITER_NICENESS)

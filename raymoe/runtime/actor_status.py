@@ -11,10 +11,10 @@ from typing import TypedDict
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.prompt_passes import Reading
 
-__all__ = ["GATES_OF", "ROUTERS", "Status", "Whereabouts", "node_words", "reading_name"]
+__all__ = ["GATES_PREFIX", "ROUTERS_JOB", "ActorInfo", "Status", "node_name", "reading_label"]
 
 # How `Status.busy_with` names the reading of prompts, and the making of routers.
-GATES_OF, ROUTERS = "gates of ", "routers"
+GATES_PREFIX, ROUTERS_JOB = "gates of ", "routers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Status:
     """What an actor has done so far.
 
     `gate_tokens` have passed a layer, counted for each layer, of `gate_tokens_planned` in the `readings_counted` parts
-    of members that it has begun to read. `moves` counts by job how often it moved on (see job_activity.py),
+    of members that it has begun to read. `heartbeats` counts by job how often it moved on (see job_activity.py),
     `store_requests` the requests to object stores, which have timeouts and retries of their own. `warnings` name the
     first tensors with findings, `warnings_left_out` is the number of the others.
     """
@@ -35,7 +35,7 @@ class Status:
     readings_counted: int
     store_retries: int
     store_requests: int
-    moves: Mapping[str, int]
+    heartbeats: Mapping[str, int]
     peak_rss_bytes: int
     peak_gpu_bytes: int
     busy_with: tuple[str, ...]
@@ -43,7 +43,7 @@ class Status:
     warnings_left_out: int = 0
 
 
-class Whereabouts(TypedDict):
+class ActorInfo(TypedDict):
     """What an actor says of itself when it comes up: its process, its node (in words, and by Ray's id), whether it sees
     the output, what it computes on, and which of the files that it was asked about it can't read."""
 
@@ -55,13 +55,13 @@ class Whereabouts(TypedDict):
     missing: frozenset[str]
 
 
-def reading_name(members: Sequence[GatePrompts]) -> str:
+def reading_label(members: Sequence[GatePrompts]) -> str:
     """The name of the job that reads these prompts."""
     names = (member.name if isinstance(member, Reading) else member.owner for member in members)
-    return f"{GATES_OF}{', '.join(names)}"
+    return f"{GATES_PREFIX}{', '.join(names)}"
 
 
-def node_words() -> str:
+def node_name() -> str:
     """This node as messages call it: its host's name, and the address that Ray knows it by."""
     host = socket.gethostname()
     if "ray" not in sys.modules:

@@ -11,12 +11,12 @@ from typing import Any
 
 from raymoe.console import say
 from raymoe.errors import MergeFailed
-from raymoe.runtime.actor_plan import ACTOR_CPUS, Slots
+from raymoe.runtime.actor_plan import ACTOR_CPUS, ActorPlan
 from raymoe.runtime.actor_process import without_secrets
 from raymoe.runtime.expert_actor import ExpertWorker
-from raymoe.runtime.import_blocker import leave_sklearn_out, leave_torch_out
-from raymoe.runtime.placement import Seat, cluster_nodes
-from raymoe.runtime.ray_errors import Fate, cause_of, fate_of, own_words
+from raymoe.runtime.import_blocker import block_sklearn_import, block_torch_import
+from raymoe.runtime.placement import ActorPlacement, cluster_nodes
+from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import PIECES_AHEAD
 
@@ -25,50 +25,54 @@ __all__ = ["expert_actors"]
 _START_GRACE_S = 5
 _START_TIMEOUT_S = 60
 _GROW_TIMEOUT_S = 1800  # machines with GPUs may be hours away, but then a job is better submitted again
-_SAY_EVERY_S = 30
+_REPORT_INTERVAL_S = 30
 _RESTARTS = 2
 
 
 @contextmanager
-def expert_actors(slots: Slots, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
+def expert_actors(actor_plan: ActorPlan, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
     """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
     import ray
 
     # Who gets no GPU is not to look for one: it would take those that CUDA_VISIBLE_DEVICES names for its own.
     on_cpu = replace(settings, device="cpu")
-    if not slots.runs_model:
+    if not actor_plan.runs_model:
         settings = on_cpu
-    needs_torch = slots.runs_model or settings.trust_remote_code
-    groups = {"gates": 1, "layers": slots.layers_at_once, "write": slots.shards_at_once, "control": 1}
+    needs_torch = actor_plan.runs_model or settings.trust_remote_code
+    groups = {"gates": 1, "layers": actor_plan.layers_at_once, "write": actor_plan.shards_at_once, "control": 1}
     remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch, settings.trust_remote_code))
     mark = secrets.token_hex(3)  # Ray wants names that no other merge in the cluster has
     actors = [
         remote.options(
-            name=f"raymoe actor {number}{f' for {seat.label}' if seat.label else ''} [{mark}]",
+            name=f"raymoe actor {number}{f' for {actor_placement.label}' if actor_placement.label else ''} [{mark}]",
             num_cpus=ACTOR_CPUS,
-            num_gpus=seat.gpus,
+            num_gpus=actor_placement.gpus,
             max_restarts=_RESTARTS,
-            scheduling_strategy=_strategy(seat),
-        ).remote(output, settings if seat.gpus else on_cpu, run)
-        for number, seat in enumerate(slots.seats)
+            scheduling_strategy=_strategy(actor_placement),
+        ).remote(output, settings if actor_placement.gpus else on_cpu, run)
+        for number, actor_placement in enumerate(actor_plan.placements)
     ]
     try:
-        _wait_for_one(actors, slots, quiet=settings.verbosity < 0)
+        _wait_for_first_actor(actors, actor_plan, quiet=settings.verbosity < 0)
         yield actors
     finally:
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
 
-def _strategy(seat: Seat) -> Any:
+def _strategy(actor_placement: ActorPlacement) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if seat.node_id is None:
+    if actor_placement.node_id is None:
         return "SPREAD"
-    return NodeAffinitySchedulingStrategy(seat.node_id, soft=not seat.only_there, _spill_on_unavailable=seat.spills)
+    return NodeAffinitySchedulingStrategy(
+        actor_placement.node_id,
+        soft=not actor_placement.hard_affinity,
+        _spill_on_unavailable=actor_placement.allow_spill,
+    )
 
 
-def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
+def _wait_for_first_actor(actors: list[Any], actor_plan: ActorPlan, *, quiet: bool) -> None:
     """Wait for all actors a while, and longer for one of them: the rest may come later (see scheduler.py).
 
     A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
@@ -76,31 +80,35 @@ def _wait_for_one(actors: list[Any], slots: Slots, *, quiet: bool) -> None:
     import ray
     from ray.exceptions import RayError
 
-    calls = [actor.where.remote() for actor in actors]
-    waiting = f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {slots.gpus:g} GPU want room"
-    if slots.may_grow and not quiet and not any(node.room(slots.gpus) for node in cluster_nodes()):
+    calls = [actor.describe.remote() for actor in actors]
+    waiting = (
+        f"waiting for the cluster's autoscaler: {len(actors)} actors of 1 CPU and {actor_plan.gpus:g} GPU want room"
+    )
+    if actor_plan.can_grow and not quiet and not any(node.capacity(actor_plan.gpus) for node in cluster_nodes()):
         say(waiting)
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
-    limit = _GROW_TIMEOUT_S if slots.may_grow else _START_TIMEOUT_S
+    limit = _GROW_TIMEOUT_S if actor_plan.can_grow else _START_TIMEOUT_S
     end = time.monotonic() + limit - _START_GRACE_S
     while not answered and (left := end - time.monotonic()) > 0:
-        if slots.may_grow and not quiet:
+        if actor_plan.can_grow and not quiet:
             say(waiting)
-        answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, _SAY_EVERY_S))
+        answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, _REPORT_INTERVAL_S))
     if not answered:
         raise MergeFailed(
-            f"no actor with {ACTOR_CPUS:g} CPU and {slots.gpus:g} GPU could be started within {limit} s; "
-            f"the cluster has: {'; '.join(node.words for node in cluster_nodes())}. Other work may hold its resources."
+            f"no actor with {ACTOR_CPUS:g} CPU and {actor_plan.gpus:g} GPU could be started within {limit} s; "
+            f"the cluster has: {'; '.join(node.description for node in cluster_nodes())}. Other work may hold its "
+            "resources."
         )
     failures = []
     for answer in answered:
         try:
             ray.get(answer)
         except RayError as error:
-            if fate_of(error) not in (Fate.AWAY, Fate.LOST):  # else it died in its first moments, and may come again
+            # else it died in its first moments, and may come again
+            if classify_failure(error) not in (CallFailure.UNAVAILABLE, CallFailure.LOST):
                 failures.append(error)
     if len(failures) == len(actors):
-        why = own_words(cause_of(failures[0]))
+        why = error_text(cause_of(failures[0]))
         raise MergeFailed(f"no expert actor could be started: {why}") from failures[0]
 
 
@@ -111,11 +119,11 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
     groups = {
         "embedding_rows": "gates",
         "capture": "gates",
-        "layer_rows": "layers",
+        "fit_layer": "layers",
         "write_shard": "write",
         "send_shard": "write",
         "compare_shard": "write",
-        "where": "control",
+        "describe": "control",
         "status": "control",
     }
     methods = {
@@ -127,9 +135,9 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
 
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:
-            leave_torch_out()
+            block_torch_import()
         elif not trusts_code:  # which may want anything
-            leave_sklearn_out()
+            block_sklearn_import()
         without_secrets(worker.__init__)(actor, *arguments)  # type: ignore[misc]
 
     return type("ExpertActor", (worker,), {**methods, "__init__": start})

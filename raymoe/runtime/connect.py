@@ -12,14 +12,14 @@ from raymoe.console import say
 from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
 from raymoe.runtime.ray_errors import cause_of, first_line
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.start_errors import knock, refuse_job_server, start_problem
-from raymoe.signals import heard_at_once
+from raymoe.runtime.start_errors import check_port_open, reject_job_server, start_problem
+from raymoe.signals import end_on_signal
 
-__all__ = ["connected"]
+__all__ = ["ray_connection"]
 
 
 @contextmanager
-def connected(settings: RuntimeSettings) -> Iterator[None]:
+def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
     """Be connected to Ray: to the cluster at `address` or RAY_ADDRESS, else to one started here.
 
     A connection that exists already is used and left alone; one made here is closed at the end.
@@ -41,15 +41,15 @@ def connected(settings: RuntimeSettings) -> Iterator[None]:
         "log_to_driver": settings.verbosity > 0,
     }
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    refuse_job_server(address or "")
+    reject_job_server(address or "")
     if not address:
         # A laptop's own cluster: no dashboard to start and wait for.
         options |= {"address": "local", "include_dashboard": False}
     if settings.verbosity >= 0:
         say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
-        knock(address or "")
-        with heard_at_once():
+        check_port_open(address or "")
+        with end_on_signal():
             ray.init(**options)
     except SystemExit:  # how Ray's own handlers of SIGTERM end a process, without a word
         raise KeyboardInterrupt from None

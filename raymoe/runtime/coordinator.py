@@ -20,7 +20,7 @@ from raymoe.config import MODES, MergeConfig
 from raymoe.config.model_refs import short_name
 from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.urls import is_s3, is_url
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
@@ -28,21 +28,21 @@ from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import merge_line
 from raymoe.report.source_metadata import source_cards
 from raymoe.results import MergeResult
-from raymoe.routers.fit_memory import most_layers_at_once
+from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
 from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
-from raymoe.routers.router_matrices import Rows, random_gate_rows, router_bytes
+from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
 from raymoe.routers.tokenize import prompt_problems
-from raymoe.runtime.actor_plan import placed, slots_for
+from raymoe.runtime.actor_plan import locate_sources, plan_actors
 from raymoe.runtime.actors import expert_actors
-from raymoe.runtime.connect import connected
+from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
-from raymoe.runtime.remote_folders import OtherNodes
+from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.shard_jobs import Sending, read_for_shards
+from raymoe.runtime.shard_jobs import Sending, tensors_read_for_shards
 from raymoe.runtime.shard_transfer import start_writer
 from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.safe_text import json_text
@@ -50,12 +50,17 @@ from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import FileRecord, FinishedMerge
 from raymoe.storage.outputs.open_output import open_output, writable_location
-from raymoe.storage.outputs.output_checks import complete_merge, refusals, rewritten_sources, write_problems
+from raymoe.storage.outputs.output_checks import (
+    find_complete_merge,
+    plan_output_problems,
+    rewritten_sources,
+    write_problems,
+)
 from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.source_reader import SourceReader
-from raymoe.storage.transfer_summary import bytes_by_way
+from raymoe.storage.transfer_summary import bytes_by_method
 
-__all__ = ["output_of", "output_problems", "run_merge"]
+__all__ = ["open_target", "output_problems", "run_merge"]
 
 
 def run_merge(
@@ -67,11 +72,11 @@ def run_merge(
     `report` is told how it goes.
     """
     report = report or RunReport()
-    target = output_of(output, settings)
+    target = open_target(output, settings)
     report.output, report.plan_digest = target.location, plan.digest
-    report.planned_bytes_by_way = bytes_by_way(plan, target)
+    report.planned_bytes_by_method = bytes_by_method(plan, target)
     problems = output_problems(plan, target, settings)
-    if not problems and (finished := _finished(plan, target, settings)) is not None:
+    if not problems and (finished := _finished_before(plan, target, settings)) is not None:
         return _already_complete(plan, target, finished, settings, report)
     problems = problems or write_problems(target, settings.storage)
     problems += prompt_problems(
@@ -83,57 +88,64 @@ def run_merge(
         say(merge_line(plan, target.location))
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
-    with connected(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
+    with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
         jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
-        reads_layers = MODES[plan.gates.mode].reads_layers
-        placement = placed(plan)
+        needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
+        placement = locate_sources(plan)
         work = WriteShards(target, owner_names(plan))
-        slots = slots_for(
+        actor_plan = plan_actors(
             settings,
             jobs=jobs,
-            compute=reads_layers,
-            quantise=plan.gates.quantise,
+            compute=needs_forward_pass,
+            quantize=plan.gates.quantize,
             placement=placement,
             experts=len(plan.gates.experts),
             reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
-            beside_driver=not is_url(target.location),
-            shares_reads=reads_layers and bool(read_for_shards(plan, work.reads)),
-            most_layers_at_once=most_layers_at_once(plan.gates),
+            prefer_driver_node=not is_url(target.location),
+            shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
+            max_layers_at_once=max_layers_at_once(plan.gates),
         )
         sources = SourceFiles(plan, placement)
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
                 return _already_complete(plan, target, finished, settings, report)
-            with _begun(), _spoiling(target), Progress(plan, settings.verbosity, report=report) as progress:
-                with sources.explaining(), expert_actors(slots, target.location, settings, target.run) as actors:
+            with (
+                _problems_as_failure(),
+                _invalidate_on_source_change(target),
+                Progress(plan, settings.verbosity, report=report) as progress,
+            ):
+                with (
+                    sources.explain_failures(),
+                    expert_actors(actor_plan, target.location, settings, target.run) as actors,
+                ):
                     outcome = run_jobs(
                         plan,
                         actors,
                         work,
                         progress.watch(actors),
-                        gpus=[seat.gpus > 0 for seat in slots.seats],
-                        readers=slots.readers,
-                        layers_at_once=slots.layers_at_once,
-                        shards_at_once=slots.shards_at_once,
-                        needs=placement.needs if placement is not None else None,
+                        gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
+                        readers=actor_plan.readers,
+                        layers_at_once=actor_plan.layers_at_once,
+                        shards_at_once=actor_plan.shards_at_once,
+                        requirements=placement.requirements if placement is not None else None,
                         stall_timeout_s=settings.stall_timeout_s,
                     )
-                    progress.final_look(actors, outcome)
+                    progress.final_update(actors, outcome)
                 sources.check_unchanged()
-                rows = outcome.rows | random_gate_rows(plan.gates)
+                rows = outcome.rows | random_router_rows(plan.gates)
                 names = _expert_names(plan)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
-                files = _finish(plan, config, target, settings, records, outcome.summary)
+                files = _write_small_files(plan, config, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
 
 
-def _finished(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
+def _finished_before(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
     """The merge that is asked for, where an earlier run has finished it."""
-    return None if settings.overwrite else complete_merge(plan, target)
+    return None if settings.overwrite else find_complete_merge(plan, target)
 
 
 def _already_complete(
@@ -143,7 +155,7 @@ def _already_complete(
     report.was_complete, report.bytes_kept = True, finished.nbytes
     if settings.verbosity >= 0:
         say(f"{target.location} is already complete: an earlier run has finished this merge")
-    warnings = [*plan.warnings, *_rewritten(plan, target, finished)]
+    warnings = [*plan.warnings, *_rewritten_warnings(plan, target, finished)]
     return MergeResult(
         output=target.location,
         files=finished.files,
@@ -160,16 +172,17 @@ def _already_complete(
     )
 
 
-def _rewritten(plan: MergePlan, target: Output, finished: FinishedMerge) -> Iterator[str]:
+def _rewritten_warnings(plan: MergePlan, target: Output, finished: FinishedMerge) -> Iterator[str]:
     if names := rewritten_sources(plan, target.location, finished):
         yield (
-            f"sources were written after the merge was finished: {some(names, most=3)}. Their sizes and samples are "
+            f"sources were written after the merge was finished: {short_list(names, most=3)}. Their sizes and samples "
+            "are "
             "the same, but a small change would not be seen so: `raymoe verify` compares every byte"
         )
 
 
 @contextmanager
-def _begun() -> Iterator[None]:
+def _problems_as_failure() -> Iterator[None]:
     """What is found wrong with prompts, once they are read, is no refusal any more: shards may have been written."""
     try:
         yield
@@ -178,17 +191,17 @@ def _begun() -> Iterator[None]:
 
 
 @contextmanager
-def _spoiling(target: Output) -> Iterator[None]:
+def _invalidate_on_source_change(target: Output) -> Iterator[None]:
     """Where sources changed, the next run is to begin again, with --overwrite and also where they are put back."""
     try:
         yield
     except SourcesChanged:
         with suppress(RaymoeError, OSError):  # another run has the output, or it can't be reached
-            target.spoil()
+            target.invalidate()
         raise
 
 
-def output_of(output: str | Path, settings: RuntimeSettings) -> Output:
+def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
     """The output that a user names. Raises ProblemReport for a place that none can be at."""
     return open_output(writable_location(output, "output"), settings.storage)
 
@@ -241,13 +254,13 @@ def output_problems(
     `sources` as all nodes see them, where they have been asked.
     """
     sources = sources or SourceFiles(plan, None)
-    problems = refusals(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
+    problems = plan_output_problems(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
     if changed := sources.changed():
-        what = f"files were written after the merge was planned with them: {some(changed, most=3)}"
+        what = f"files were written after the merge was planned with them: {short_list(changed, most=3)}"
         remedy = "run the same command again when they no longer change"
         problems.append(Problem(where="sources", what=what, remedy=remedy))
     if not problems and not settings.overwrite and target.digest() == plan.digest:
-        changed = target.changed_sources(sources.stamps())
+        changed = target.changed_sources(sources.fingerprints())
         if changed:
             what = f"source files changed since the merge in this folder was interrupted: {', '.join(changed[:3])}"
             remedy = "use --overwrite to start again from the new files"
@@ -261,19 +274,21 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
     # Another merge may have come and gone since the first look; now nobody else is here.
     if problems := output_problems(plan, target, settings, sources):
         raise ProblemReport(problems)
-    if (finished := _finished(plan, target, settings)) is not None:
+    if (finished := _finished_before(plan, target, settings)) is not None:
         return finished
     without = replace(settings, overwrite=False)
     is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
     # --overwrite goes on only where the same command without it would: it is the remedy for what is in the way.
     goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
     try:
-        target.begin(plan.digest, sources.stamps(), fresh=settings.overwrite and not goes_on)
+        target.begin(plan.digest, sources.fingerprints(), fresh=settings.overwrite and not goes_on)
     except StorageError:
         raise
     except ProblemReport:
         # Another run of this merge may have ended since the look.
-        finished = None if output_problems(plan, target, settings, sources) else _finished(plan, target, settings)
+        finished = (
+            None if output_problems(plan, target, settings, sources) else _finished_before(plan, target, settings)
+        )
         if finished is None:
             raise
         return finished
@@ -285,19 +300,21 @@ def _expert_names(plan: MergePlan) -> list[str]:
     return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
 
 
-def _gate_warnings(gates: GatePlan, rows: Rows, summary: RouterSummary | None, names: Sequence[str]) -> Iterator[str]:
+def _gate_warnings(
+    gates: GatePlan, rows: RouterRows, summary: RouterSummary | None, names: Sequence[str]
+) -> Iterator[str]:
     mode = MODES[gates.mode]
     # The lengths and sums of fitted rows mean something: only rows that are directions are judged by their cosines.
-    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.fits_rows else []
+    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.is_fitted else []
     if judged:
         if warning := conditioning_warning(judged, names):
             yield warning
         yield from zero_row_warnings(judged, names)
     if summary is not None:
-        yield from router_warnings(summary, names, fitted=mode.fits_rows)
+        yield from router_warnings(summary, names, fitted=mode.is_fitted)
 
 
-def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
+def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
     """The router's shards, which the driver writes: the gates are here, and they are small."""
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
@@ -307,7 +324,7 @@ def _write_router(plan: MergePlan, rows: Rows, target: Output, settings: Runtime
                 yield target.complete(shard, results)
 
 
-def _finish(
+def _write_small_files(
     plan: MergePlan,
     config: MergeConfig,
     target: Output,
@@ -318,16 +335,16 @@ def _finish(
     """Small files, the index, the record; then the journal goes."""
     records = list(records)
     for side in plan.side_files:
-        records.append(target.write_small(side.name, OtherNodes(settings).read(side.file)))
-    records.append(target.write_small("config.json", _json(plan.config)))
+        records.append(target.write_small(side.name, RayFolderResolver(settings).read(side.file)))
+    records.append(target.write_small("config.json", _to_json(plan.config)))
     if plan.options.model_card:
         card = model_card(plan, config, summary, source_cards(plan, settings.hub, settings.storage))
         records.append(target.write_small("README.md", card.encode()))
-    records.append(target.write_index(_json(plan.index)))
+    records.append(target.write_index(_to_json(plan.index)))
     files = tuple(sorted(records, key=lambda record: record.name))
-    target.end(_json(merge_record(plan, config, files, summary)))
+    target.end(_to_json(merge_record(plan, config, files, summary)))
     return files
 
 
-def _json(content: Any) -> bytes:
+def _to_json(content: Any) -> bytes:
     return f"{json_text(content)}\n".encode()

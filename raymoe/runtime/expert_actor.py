@@ -4,7 +4,7 @@ An actor serves one expert at a time. Its three kinds of call run side by side (
 the expert's prompts on the device, `write` writes shards, `control` answers questions while the other two work. Calls
 may be repeated after a death: a shard that is already whole is found in the journal and not written again.
 
-Torch is imported by `capture` and `layer_rows` alone, for modes that run a model.
+Torch is imported by `capture` and `fit_layer` alone, for modes that run a model.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from raymoe.compute import limit_threads, peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.registry import process_counters
 from raymoe.planning.plan import GatePlan, GatePrompts
-from raymoe.routers.activations import MemberLayer
+from raymoe.routers.activations import LayerActivations
 from raymoe.routers.fit_layer import LayerRows
-from raymoe.runtime.actor_process import let_gates_go_first, set_up_process
-from raymoe.runtime.actor_status import GATES_OF, ROUTERS, Status, Whereabouts, node_words, reading_name
-from raymoe.runtime.job_activity import AtWork, Job
+from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
+from raymoe.runtime.actor_status import GATES_PREFIX, ROUTERS_JOB, ActorInfo, Status, node_name, reading_label
+from raymoe.runtime.job_activity import ActiveJobs, Job
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.shard_transfer import pieces_of
+from raymoe.runtime.shard_transfer import split_pieces
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.local_folder import stat_file
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.protocol import Progress, ShardJob
-from raymoe.storage.read_cache import GATES, SHARDS, Spool
+from raymoe.storage.read_cache import GATES, SHARDS, ReadCache
 from raymoe.storage.shard_stream import different_tensors, shard_chunks, shard_range
 from raymoe.storage.source_reader import SourceReader
-from raymoe.storage.value_checks import FoundValues
+from raymoe.storage.value_checks import WeightFindings
 
 __all__ = ["ExpertWorker"]
 
@@ -49,18 +49,18 @@ class ExpertWorker:
         set_up_process()
         self._settings = settings
         self._output = open_output(output, settings.storage, run)
-        self._spool = Spool()
-        self._found = FoundValues(strict=settings.strict)
+        self._read_cache = ReadCache()
+        self._found = WeightFindings(strict=settings.strict)
         self._lock = threading.Lock()
         self._bytes_written = self._bytes_copied = self._bytes_kept = 0
         self._gate_tokens = self._gate_tokens_planned = self._readings_counted = 0
-        self._at_work = AtWork()
+        self._active_jobs = ActiveJobs()
 
-    def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
+    def describe(self, files: Sequence[SourceFile] = ()) -> ActorInfo:
         """Where this actor is, and which of some local files it can't read (those of another size included)."""
-        return Whereabouts(
+        return ActorInfo(
             pid=os.getpid(),
-            node=node_words(),
+            node=node_name(),
             node_id=_node_id(),
             output_visible=self._output.is_reachable(),
             device="cuda:0" if self._has_gpu() else "cpu",
@@ -71,58 +71,64 @@ class ExpertWorker:
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
         """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
-        from raymoe.routers.cheap_embed import embedding_gate_rows
+        from raymoe.routers.cheap_embed import embedding_router_row
 
-        with self._at_work.on(_gates_of(members), reading_name(members)) as work, self._reader(work) as reader:
+        with (
+            self._active_jobs.track(_gates_label(members), reading_label(members)) as work,
+            self._reader(work) as reader,
+        ):
             remote_code = self._settings.trust_remote_code
-            return tuple(embedding_gate_rows(gates, each, reader, trust_remote_code=remote_code) for each in members)
+            return tuple(embedding_router_row(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
     def capture(
         self,
         gates: GatePlan,
         members: Sequence[GatePrompts],
         experts: int,
-        also_written: Sequence[TensorEntry] = (),
-        *later: Sequence[TensorEntry],
-    ) -> Iterator[MemberLayer | None]:
+        shared_with_shards: Sequence[TensorEntry] = (),
+        *keep_cached: Sequence[TensorEntry],
+    ) -> Iterator[LayerActivations | None]:
         """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
         None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
 
-        `also_written`: tensors of objects that shards take too; what this actor reads of them for both is read once.
-        `later`: the same of prompts that are still waiting, as far as this actor has not been told of them.
+        `shared_with_shards`: tensors of objects that shards take too; what this actor reads of them for both is read
+        once.
+        `keep_cached`: the same of prompts that are still waiting, as far as this actor has not been told of them.
         """
         # Before torch is imported, which shards do not wait for.
-        for entries in (also_written, *later):
-            self._spool.expect(entries, GATES, SHARDS)
+        for entries in (shared_with_shards, *keep_cached):
+            self._read_cache.expect(entries, GATES, SHARDS)
         try:
             yield from self._captured_layers(gates, members, experts)
         finally:
-            self._spool.forget(also_written, GATES)
+            self._read_cache.forget(shared_with_shards, GATES)
         yield None
 
-    def _captured_layers(self, gates: GatePlan, members: Sequence[GatePrompts], experts: int) -> Iterator[MemberLayer]:
+    def _captured_layers(
+        self, gates: GatePlan, members: Sequence[GatePrompts], experts: int
+    ) -> Iterator[LayerActivations]:
         from raymoe.routers.activations import capture_layers
 
         device = self._device()
 
         def layer_done(tokens: int) -> None:
-            work.moved()
+            work.heartbeat()
             with self._lock:
                 self._gate_tokens += tokens
 
         def counted(tokens: int) -> None:
-            work.moved()
+            work.heartbeat()
             with self._lock:
                 self._gate_tokens_planned += tokens
                 self._readings_counted += len(members)
 
-        if gates.quantise:
-            from raymoe.routers.quantize import check_quantise
+        if gates.quantize:
+            from raymoe.routers.quantize import check_quantize
 
-            check_quantise(gates.quantise, device)
+            check_quantize(gates.quantize, device)
         limit_threads()
-        label, name = _gates_of(members), reading_name(members)
-        with self._at_work.on(label, name) as work, self._reader(work, GATES) as reader:
+        label, name = _gates_label(members), reading_label(members)
+        with self._active_jobs.track(label, name) as work, self._reader(work, GATES) as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -131,32 +137,32 @@ class ExpertWorker:
                 device=device,
                 trust_remote_code=self._settings.trust_remote_code,
                 layer_done=layer_done,
-                counted=counted,
+                on_counted=counted,
             )
             for layer in layers:
-                work.moved()
+                work.heartbeat()
                 yield from layer
 
-    def layer_rows(self, mode: str, experts: int, parts: Sequence[int], *left: MemberLayer) -> LayerRows:
+    def fit_layer(self, mode: str, experts: int, parts: Sequence[int], *activations: LayerActivations) -> LayerRows:
         """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones.
 
-        `parts` says how many of `left` each member has, one after the other.
+        `parts` says how many of `activations` each member has, one after the other.
         """
-        from raymoe.routers.fit_layer import joined, layer_rows
+        from raymoe.routers.fit_layer import fit_layer, join_parts
 
         limit_threads(1)
         ends = [sum(parts[: number + 1]) for number in range(len(parts))]
-        members = [joined(left[end - count : end]) for end, count in zip(ends, parts, strict=True)]
-        with self._at_work.on(ROUTERS) as work:
-            return layer_rows(mode, members[:experts], members[experts:], self._device(), work.moved)
+        members = [join_parts(activations[end - count : end]) for end, count in zip(ends, parts, strict=True)]
+        with self._active_jobs.track(ROUTERS_JOB) as work:
+            return fit_layer(mode, members[:experts], members[experts:], self._device(), work.heartbeat)
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
         self._check_output()
-        let_gates_go_first()
+        prioritize_gate_threads()
         with self._writing(job) as (reader, progress):
             if self._settings.strict:
-                _look_at_copies(job, reader)
+                _scan_copies(job, reader)
             result = self._output.do(job, reader, progress)
         if result is None:  # an earlier run left it whole
             with self._lock:
@@ -165,9 +171,9 @@ class ExpertWorker:
 
     def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
-        let_gates_go_first()
+        prioritize_gate_threads()
         with self._writing(job) as (reader, progress):
-            for piece in pieces_of(shard_chunks(job.shard, reader), job.shard.nbytes):
+            for piece in split_pieces(shard_chunks(job.shard, reader), job.shard.nbytes):
                 yield piece
                 progress(len(piece), 0)
 
@@ -193,12 +199,12 @@ class ExpertWorker:
                 readings_counted=self._readings_counted,
                 store_retries=counters.retries,
                 store_requests=counters.requests,
-                moves=self._at_work.moves,
+                heartbeats=self._active_jobs.heartbeats,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=gpu,
-                busy_with=self._at_work.labels,
+                busy_with=self._active_jobs.labels,
                 warnings=self._found.lines,
-                warnings_left_out=self._found.left_out,
+                warnings_left_out=self._found.omitted,
             )
 
     def _has_gpu(self) -> bool:
@@ -211,14 +217,14 @@ class ExpertWorker:
         import torch
 
         if self._settings.device == "cuda" and not torch.cuda.is_available():
-            what = f"Ray gives a GPU to an actor on {node_words()}, and torch sees none there"
+            what = f"Ray gives a GPU to an actor on {node_name()}, and torch sees none there"
             remedy = "install a torch for that GPU and its driver, or leave it out to compute on CPUs"
             raise ProblemReport([Problem(where="--device cuda", what=what, remedy=remedy)])
         return "cuda:0" if torch.cuda.is_available() else "cpu"
 
     def _check_output(self) -> None:
         if not self._output.is_reachable():
-            what = f"the output {self._output.location} is no longer that of this run on {node_words()}"
+            what = f"the output {self._output.location} is no longer that of this run on {node_name()}"
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
@@ -226,37 +232,37 @@ class ExpertWorker:
         return SourceReader(
             self._settings.hub,
             self._settings.storage,
-            spool=self._spool,
+            read_cache=self._read_cache,
             name=name,
-            found=self._found,
-            moved=work.moved,
+            findings=self._found,
+            heartbeat=work.heartbeat,
         )
 
     @contextmanager
     def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
         """A reader for a shard, and what is to be told of bytes that have been moved; what other shards are made of too
         is kept for those that this actor will do."""
-        self._spool.expect(job.shared, job.name)
-        self._spool.expect(job.later, SHARDS)
-        self._spool.forget(set(job.shared).difference(job.later), SHARDS)
+        self._read_cache.expect(job.shared_with_shards, job.name)
+        self._read_cache.expect(job.keep_cached, SHARDS)
+        self._read_cache.forget(set(job.shared_with_shards).difference(job.keep_cached), SHARDS)
 
         def progress(written: int, copied: int) -> None:
-            work.moved()
+            work.heartbeat()
             with self._lock:
                 self._bytes_written += written
                 self._bytes_copied += copied
 
         try:
             with (
-                self._at_work.on(job.shard.file_name, job.name) as work,
-                self._reader(work, job.name if job.shared else SHARDS) as reader,
+                self._active_jobs.track(job.shard.file_name, job.name) as work,
+                self._reader(work, job.name if job.shared_with_shards else SHARDS) as reader,
             ):
                 yield reader, progress
         finally:
-            self._spool.forget(job.shared, job.name)
+            self._read_cache.forget(job.shared_with_shards, job.name)
 
 
-def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
+def _scan_copies(job: ShardJob, reader: SourceReader) -> None:
     """Read what the store is going to copy itself, for its numbers to be looked at."""
     for part in job.parts:
         if part.copy is not None:
@@ -264,8 +270,8 @@ def _look_at_copies(job: ShardJob, reader: SourceReader) -> None:
                 pass
 
 
-def _gates_of(members: Sequence[GatePrompts]) -> str:
-    return f"{GATES_OF}{', '.join(dict.fromkeys(member.owner for member in members))}"
+def _gates_label(members: Sequence[GatePrompts]) -> str:
+    return f"{GATES_PREFIX}{', '.join(dict.fromkeys(member.owner for member in members))}"
 
 
 def _node_id() -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["AtWork", "Job"]
+__all__ = ["ActiveJobs", "Job"]
 
 
 @dataclass(eq=False)
@@ -21,14 +21,14 @@ class Job:
 
     label: str
     name: str
-    moves: int = 0
+    heartbeats: int = 0
 
-    def moved(self) -> None:
+    def heartbeat(self) -> None:
         """Something was read, written or computed. For any thread: a count that is lost between two does no harm."""
-        self.moves += 1
+        self.heartbeats += 1
 
 
-class AtWork:
+class ActiveJobs:
     """The jobs of one process. Thread-safe."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class AtWork:
         self._jobs: list[Job] = []
 
     @contextmanager
-    def on(self, label: str, name: str = "") -> Iterator[Job]:
+    def track(self, label: str, name: str = "") -> Iterator[Job]:
         """A job, for the time that it is worked on; its name is its label if none is given."""
         job = Job(label, name or label)
         with self._lock:
@@ -53,10 +53,10 @@ class AtWork:
             return tuple(job.label for job in self._jobs)
 
     @property
-    def moves(self) -> dict[str, int]:
+    def heartbeats(self) -> dict[str, int]:
         """How often jobs moved on, by name; several of one name are counted together."""
         counts = Counter[str]()
         with self._lock:
             for job in self._jobs:
-                counts[job.name] += job.moves
+                counts[job.name] += job.heartbeats
         return dict(counts)

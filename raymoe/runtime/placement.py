@@ -21,23 +21,23 @@ from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
 from raymoe.sources.facts import LoraPair, SourceFile
-from raymoe.sources.local_folder import has_changed, is_in_view, lasting_stamp, small_sample
+from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
 
 __all__ = [
+    "ActorPlacement",
+    "FileRequirements",
     "FileView",
-    "Needs",
     "Node",
     "Placement",
-    "Seat",
-    "ask_nodes",
     "cluster_nodes",
-    "driver_node",
-    "files_on",
-    "on_nodes",
+    "current_node_id",
     "owner_names",
+    "query_nodes",
+    "run_on_nodes",
+    "view_files",
 ]
 
-_ANSWER_S = 45  # a node's first task starts a Python process there
+_ANSWER_TIMEOUT_S = 45  # a node's first task starts a Python process there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,30 +65,30 @@ class Node:
     files: Mapping[str, FileView] | None = None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The node in a message, with what it has and has free."""
-        said = [f"{self.free.get('CPU', 0):g} of {self.cpus:g} CPUs free"]
+        parts = [f"{self.free.get('CPU', 0):g} of {self.cpus:g} CPUs free"]
         if self.gpus:
-            said.append(f"{self.free.get('GPU', 0):g} of {self.gpus:g} GPUs free")
+            parts.append(f"{self.free.get('GPU', 0):g} of {self.gpus:g} GPUs free")
         if memory := self.free.get("memory"):
-            said.append(f"{memory / 1e9:.1f} GB of memory free")
-        return f"{self.name} ({', '.join(said)})"
+            parts.append(f"{memory / 1e9:.1f} GB of memory free")
+        return f"{self.name} ({', '.join(parts)})"
 
-    def room(self, gpus: float) -> int:
+    def capacity(self, gpus: float) -> int:
         """How many actors fit on it, with that many GPUs each."""
         return int(min(self.cpus, self.gpus / gpus)) if gpus else int(self.cpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """Where an actor is started: on that node, on no other if `only_there`; without a node, where Ray has room.
+class ActorPlacement:
+    """Where an actor is started: on that node, on no other if `hard_affinity`; without a node, where Ray has room.
 
-    `spills`: elsewhere also if that node is busy. `label` says for people what it is there for.
+    `allow_spill`: elsewhere also if that node is busy. `label` says for people what it is there for.
     """
 
     node_id: str | None = None
-    only_there: bool = False
-    spills: bool = False
+    hard_affinity: bool = False
+    allow_spill: bool = False
     gpus: float = 0.0
     label: str = ""
 
@@ -105,13 +105,13 @@ class _Task:
     computes: bool
 
 
-class Needs:
+class FileRequirements:
     """The local source files (by location) that each shard is made of, and that reading each member's prompts takes.
 
-    `also` are files that a shard needs besides, by the shard's name.
+    `extra_files` are files that a shard needs besides, by the shard's name.
     """
 
-    def __init__(self, plan: MergePlan, also: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
+    def __init__(self, plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
         found: dict[str, SourceFile] = {}
         self.shards: dict[str, frozenset[str]] = {}
         self.members: dict[str, frozenset[str]] = {}
@@ -119,7 +119,7 @@ class Needs:
         names = owner_names(plan)
         for shard in plan.shards:
             if shard.owner != "router":
-                read = [*_part_files(shard.parts), *(also or {}).get(shard.file_name, ())]
+                read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
                 self.shards[shard.file_name] = _local(read, found)
                 self._add(
                     "the shards of", names.get(shard.owner, shard.owner), self.shards[shard.file_name], shard.nbytes
@@ -128,12 +128,12 @@ class Needs:
         for member in (*plan.gates.experts, *plan.gates.shared):
             if member.positive:
                 self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
-                computes = MODES[plan.gates.mode].reads_layers
+                computes = MODES[plan.gates.mode].needs_forward_pass
                 files = self.members[member.owner]
                 self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
         self.files = tuple(found.values())
 
-    def of_members(self, owners: Iterable[str]) -> frozenset[str]:
+    def for_members(self, owners: Iterable[str]) -> frozenset[str]:
         return frozenset().union(*(self.members[owner] for owner in owners))
 
     def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
@@ -159,7 +159,7 @@ def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozens
 
 def _part_files(parts: Iterable[Part]) -> Iterator[SourceFile]:
     for part in parts:
-        for read in part.read:
+        for read in part.sources_read:
             yield read.source.file
             if isinstance(read, Transform):
                 yield from _lora_files(read.lora)
@@ -177,37 +177,37 @@ def _lora_files(lora: LoraPair | None) -> Iterator[SourceFile]:
 
 
 class Placement:
-    """Who can do what. `here` is the id of the coordinator's node."""
+    """Who can do what. `driver_node_id` is the id of the coordinator's node."""
 
-    def __init__(self, needs: Needs, nodes: Sequence[Node], here: str) -> None:
-        self.needs, self.nodes, self.here = needs, tuple(nodes), here
-        self._holders = {file.location: self._holders_of(file) for file in needs.files}
+    def __init__(self, requirements: FileRequirements, nodes: Sequence[Node], driver_node_id: str) -> None:
+        self.requirements, self.nodes, self.driver_node_id = requirements, tuple(nodes), driver_node_id
+        self._holders = {file.location: self._holders_of(file) for file in requirements.files}
 
     @property
-    def is_free(self) -> bool:
+    def is_unconstrained(self) -> bool:
         """Whether every node can do everything."""
         return all(len(holders) == len(self.nodes) for holders in self._holders.values())
 
-    def able(self, files: Iterable[str]) -> list[Node]:
+    def eligible_nodes(self, files: Iterable[str]) -> list[Node]:
         """The nodes that have all of these files."""
         return [node for node in self.nodes if all(node.node_id in self._holders[file] for file in files)]
 
     def _holders_of(self, file: SourceFile) -> frozenset[str]:
         seen = {node.node_id: (node.files or {}).get(file.location) for node in self.nodes}
         views = {node_id: view for node_id, view in seen.items() if view is not None and view.size == file.size}
-        planned = views.get(self.here, next(iter(views.values()), None))
+        planned = views.get(self.driver_node_id, next(iter(views.values()), None))
         return frozenset(node_id for node_id, view in views.items() if planned and view.sample == planned.sample)
 
-    def stamps(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What tells one state from another of the files that the coordinator's own node does not have."""
-        stamps = {}
-        for file in self.needs.files:
+        fingerprints = {}
+        for file in self.requirements.files:
             views = [(node, view) for node in self.nodes if (view := (node.files or {}).get(file.location)) is not None]
             held = [(node, view) for node, view in views if node.node_id in self._holders[file.location]]
-            if held and all(node.node_id != self.here for node, _ in views):
+            if held and all(node.node_id != self.driver_node_id for node, _ in views):
                 times = [(node.name, view.mtime_ns) for node, view in held]
-                stamps[file.location] = lasting_stamp(times, held[0][1].sample)
-        return stamps
+                fingerprints[file.location] = file_fingerprint(times, held[0][1].sample)
+        return fingerprints
 
     def changed(self, before: Placement | None = None) -> list[str]:
         """Files that a node no longer has as they were when the merge was planned, or `before`."""
@@ -225,22 +225,22 @@ class Placement:
         """The nodes that have a file as it was planned with."""
         return self._holders.get(location, frozenset())
 
-    def asked_again(self) -> Placement:
+    def refresh(self) -> Placement:
         """The same, as it is now; nodes that are gone keep their answers."""
-        now = {node.node_id: node for node in ask_nodes(self.needs.files, cluster_nodes())}
+        now = {node.node_id: node for node in query_nodes(self.requirements.files, cluster_nodes())}
         nodes = [now[n.node_id] if n.node_id in now and now[n.node_id].files is not None else n for n in self.nodes]
-        return Placement(self.needs, nodes, self.here)
+        return Placement(self.requirements, nodes, self.driver_node_id)
 
     def problems(self, gpus: float) -> list[Problem]:
         """The work that no node can do; reading prompts takes `gpus`."""
         problems = []
-        for task in self.needs.tasks:
-            able = self.able(task.files)
+        for task in self.requirements.tasks:
+            eligible = self.eligible_nodes(task.files)
             needed = gpus if task.computes else 0.0
-            if not able:
-                problems.append(self._nowhere(task))
-            elif not any(node.room(needed) for node in able):
-                where = ", ".join(node.words for node in able)
+            if not eligible:
+                problems.append(self._not_found_problem(task))
+            elif not any(node.capacity(needed) for node in eligible):
+                where = ", ".join(node.description for node in eligible)
                 what = f"{task.what}: its files are on {where} only, where no actor with 1 CPU and {needed:g} GPU fits"
                 remedy = (
                     "start Ray there with the CPUs and GPUs of the machine, or put the model where other nodes see it"
@@ -248,15 +248,15 @@ class Placement:
                 problems.append(Problem(where="placement", what=what, remedy=remedy))
         return list(dict.fromkeys(problems))
 
-    def _nowhere(self, task: _Task) -> Problem:
+    def _not_found_problem(self, task: _Task) -> Problem:
         folders: dict[str, list[str]] = {}
         for file in sorted(task.files):
             folders.setdefault(os.path.dirname(file), []).append(file)
-        found = [f"{folder} is {self._whereabouts(files)}" for folder, files in folders.items()]
-        silent = [node.name for node in self.nodes if node.files is None]
-        asked = ", ".join(node.name for node in self.nodes if node.files is not None)
-        what = f"{task.what}: no node has all that this takes: {'; '.join(found)} (asked: {asked}"
-        what += f"; without an answer: {', '.join(silent)})" if silent else ")"
+        found = [f"{folder} is {self._describe_locations(files)}" for folder, files in folders.items()]
+        silent_nodes = [node.name for node in self.nodes if node.files is None]
+        asked_nodes = ", ".join(node.name for node in self.nodes if node.files is not None)
+        what = f"{task.what}: no node has all that this takes: {'; '.join(found)} (asked: {asked_nodes}"
+        what += f"; without an answer: {', '.join(silent_nodes)})" if silent_nodes else ")"
         remedy = (
             "put the folders on one node (or on a filesystem that all share), or name the models by Hub ids or URLs"
         )
@@ -264,50 +264,57 @@ class Placement:
             remedy += "; with prompt_model: base the experts' folders are not read for prompts"
         return Problem(where="placement", what=what, remedy=remedy)
 
-    def _whereabouts(self, files: Sequence[str]) -> str:
+    def _describe_locations(self, files: Sequence[str]) -> str:
         """On which nodes a folder's files are, and what keeps other nodes' files from being the same."""
-        holders = [node.name for node in self.able(files)]
+        holders = [node.name for node in self.eligible_nodes(files)]
         partly = [
             node.name
             for node in self.nodes
             if any(file in (node.files or {}) for file in files) and node.name not in holders
         ]
-        said = f"on {', '.join(holders)}" if holders else "on no node"
-        return f"{said}, and incomplete or another version on {', '.join(partly)}" if partly else said
+        text = f"on {', '.join(holders)}" if holders else "on no node"
+        return f"{text}, and incomplete or another version on {', '.join(partly)}" if partly else text
 
-    def seats(self, count: int, gpus: float) -> tuple[Seat, ...]:
+    def place_actors(self, count: int, gpus: float) -> tuple[ActorPlacement, ...]:
         """Places for `count` actors, and for more where fewer could not do all the work: first one for every piece of
         work, then where there is most of it. To be asked where there are no problems."""
-        taken: Counter[tuple[str, float]] = Counter()
+        reserved: Counter[tuple[str, float]] = Counter()
         labels: dict[tuple[str, float], list[str]] = {}
 
         def free(node: Node, share: float) -> int:
-            held = taken[node.node_id, gpus] + (taken[node.node_id, 0.0] if gpus else 0)
-            return min(node.room(0.0) - held, node.room(share) - taken[node.node_id, share])
+            held = reserved[node.node_id, gpus] + (reserved[node.node_id, 0.0] if gpus else 0)
+            return min(node.capacity(0.0) - held, node.capacity(share) - reserved[node.node_id, share])
 
         demand: Counter[str] = Counter()
-        for task in sorted(self.needs.tasks, key=lambda task: len(self.able(task.files))):
-            able = self.able(task.files)
-            for node in able:
-                demand[node.node_id] += max(1, task.nbytes // len(able))
+        for task in sorted(self.requirements.tasks, key=lambda task: len(self.eligible_nodes(task.files))):
+            eligible = self.eligible_nodes(task.files)
+            for node in eligible:
+                demand[node.node_id] += max(1, task.nbytes // len(eligible))
             # A node without GPUs can still move bytes, and reads prompts that no other can.
-            shares = {gpus} if task.computes and any(node.room(gpus) for node in able) else {gpus, 0.0}
-            if any(taken[node.node_id, share] for node in able for share in shares):
+            shares = {gpus} if task.computes and any(node.capacity(gpus) for node in eligible) else {gpus, 0.0}
+            if any(reserved[node.node_id, share] for node in eligible for share in shares):
                 continue
-            options = [(node, share) for node in able for share in shares if free(node, share) > 0]
+            options = [(node, share) for node in eligible for share in shares if free(node, share) > 0]
             if options:
-                node, share = max(options, key=lambda o: (o[1], free(*o), o[0].node_id == self.here))
-                taken[node.node_id, share] += 1
+                node, share = max(options, key=lambda o: (o[1], free(*o), o[0].node_id == self.driver_node_id))
+                reserved[node.node_id, share] += 1
                 labels.setdefault((node.node_id, share), []).append(task.label)
-        while taken.total() < count and (more := [n for n in self.nodes if demand[n.node_id] and free(n, gpus) > 0]):
-            best = max(more, key=lambda node: demand[node.node_id] / (1 + taken[node.node_id, gpus]))
-            taken[best.node_id, gpus] += 1
-        alone = {able[0].node_id for task in self.needs.tasks if len(able := self.able(task.files)) == 1}
-        seats = []
-        for (node_id, share), number in taken.items():
-            known = [*labels.get((node_id, share), ()), *[""] * number]
-            seats += [Seat(node_id=node_id, only_there=node_id in alone, gpus=share, label=x) for x in known[:number]]
-        return tuple(seats)
+        while reserved.total() < count and (more := [n for n in self.nodes if demand[n.node_id] and free(n, gpus) > 0]):
+            best = max(more, key=lambda node: demand[node.node_id] / (1 + reserved[node.node_id, gpus]))
+            reserved[best.node_id, gpus] += 1
+        only_nodes = {
+            eligible[0].node_id
+            for task in self.requirements.tasks
+            if len(eligible := self.eligible_nodes(task.files)) == 1
+        }
+        placements = []
+        for (node_id, share), number in reserved.items():
+            task_labels = [*labels.get((node_id, share), ()), *[""] * number]
+            placements += [
+                ActorPlacement(node_id=node_id, hard_affinity=node_id in only_nodes, gpus=share, label=x)
+                for x in task_labels[:number]
+            ]
+        return tuple(placements)
 
 
 def cluster_nodes() -> list[Node]:
@@ -329,7 +336,7 @@ def cluster_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: (node.name, node.node_id))
 
 
-def driver_node() -> str:
+def current_node_id() -> str:
     """Ray's id of the node that this process is on."""
     import ray
 
@@ -347,9 +354,9 @@ def _free_resources() -> Mapping[str, Mapping[str, float]]:
     return found
 
 
-def ask_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
+def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
     """The nodes with their answers, of those that give one in time."""
-    answers = on_nodes(files_on, list(files), nodes, "look for source files")
+    answers = run_on_nodes(view_files, list(files), nodes, "look for source files")
     return [
         Node(
             node_id=node.node_id,
@@ -363,7 +370,7 @@ def ask_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
     ]
 
 
-def on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> dict[str, Any]:
+def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> dict[str, Any]:
     """Call a function of one argument on each node, all at once: results by node id, of those that give one in time."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -375,7 +382,7 @@ def on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> 
         ): node.node_id
         for node in nodes
     }
-    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_S)
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_TIMEOUT_S)
     for call in late:
         ray.cancel(call, force=True)
     answers = {}
@@ -387,7 +394,7 @@ def on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> 
     return answers
 
 
-def files_on(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
+def view_files(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
     """What this machine has of some files; of another size they have no sample."""
     found = {}
     for file in wanted:

@@ -27,8 +27,8 @@ from raymoe.storage.file_names import FileRecord
 __all__ = ["Progress"]
 
 _LINE_EVERY_S = 5.0
-_LAST_WORDS_S = 10.0
-_MOST_WARNINGS = 20
+_FINAL_STATUS_TIMEOUT_S = 10.0
+_MAX_WARNINGS = 20
 
 
 class Progress:
@@ -64,7 +64,7 @@ class Progress:
             self._live.start()
         self._report.end("start of Ray")
         self._report.begin("start of actors")
-        self._step("Ray is up")
+        self._report_step("Ray is up")
         if self._report.output is not None:
             self._metrics = MergeMetrics(self._plan, self._report.output)
         return self
@@ -79,12 +79,12 @@ class Progress:
         self._actors = len(actors)
         self._report.end("start of actors")
         self._report.begin(*(["gates"] if self._gates else []), "shards")
-        self._step("actors are up")
+        self._report_step("actors are up")
 
         def tick(outcome: Outcome) -> None:
             self._latest = outcome.statuses
             self._account(actors, outcome)
-            self._reached(outcome)
+            self._report_steps(outcome)
             self._show(outcome)
 
         return tick
@@ -92,7 +92,7 @@ class Progress:
     def _account(self, actors: Sequence[Any], outcome: Outcome) -> None:
         """For the report and the metrics: what was done, and which actors were lost."""
         self._kept = outcome.bytes_kept
-        up = {actor for actor in actors if actor not in outcome.away}
+        up = {actor for actor in actors if actor not in outcome.unavailable}
         self._report.actors_lost += len(self._up - up)
         self._up = up
         for number, status in self._latest.items():
@@ -102,14 +102,16 @@ class Progress:
         if self._metrics is not None:
             self._metrics.record(self._latest.values(), outcome)
 
-    def final_look(self, actors: Sequence[Any], outcome: Outcome) -> None:
+    def final_update(self, actors: Sequence[Any], outcome: Outcome) -> None:
         """The actors' last words, before they are let go."""
         import ray
 
-        asked = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
-        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=_LAST_WORDS_S)[0] if asked else ():
+        pending = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
+        for ref in (
+            ray.wait(list(pending), num_returns=len(pending), timeout=_FINAL_STATUS_TIMEOUT_S)[0] if pending else ()
+        ):
             try:
-                self._latest[asked[ref]] = ray.get(ref)
+                self._latest[pending[ref]] = ray.get(ref)
             except ray.exceptions.RayError:
                 continue
         self._account(actors, outcome)
@@ -119,13 +121,13 @@ class Progress:
         return [self._latest[number] for number in sorted(self._latest)]
 
     def result(self, output: str, files: tuple[FileRecord, ...], warnings: Sequence[str]) -> MergeResult:
-        self._step("checkpoint is complete")
+        self._report_step("checkpoint is complete")
         self._report.end("end")
         last = self._statuses()
         return MergeResult(
             output=output,
             files=files,
-            warnings=(*warnings, *self._found_in_weights()),
+            warnings=(*warnings, *self._weight_warnings()),
             bytes_written=sum(status.bytes_written for status in last),
             bytes_copied_by_store=sum(status.bytes_copied_by_store for status in last),
             bytes_kept=sum(status.bytes_kept for status in last) + self._kept,
@@ -136,24 +138,24 @@ class Progress:
             run_seconds=self._report.seconds,
         )
 
-    def _found_in_weights(self) -> list[str]:
+    def _weight_warnings(self) -> list[str]:
         found = sorted(self._warnings)
         left_out = sum(self._warnings_left_out.values())
-        count = max(0, len(found) - _MOST_WARNINGS) + left_out
+        count = max(0, len(found) - _MAX_WARNINGS) + left_out
         # A tensor that is not named may be counted twice, if two actors worked on it.
         about = "about " if left_out else ""
         more = [f"and {about}{count} more tensors like these"] if count else []
-        return [*found[:_MOST_WARNINGS], *more]
+        return [*found[:_MAX_WARNINGS], *more]
 
-    def _reached(self, outcome: Outcome) -> None:
+    def _report_steps(self, outcome: Outcome) -> None:
         if self._gates and outcome.gates_done:
             self._report.end("gates")
-            self._step("gates are computed")
+            self._report_step("gates are computed")
         if len(outcome.shard_results) == self._shards:
             self._report.end("shards")
-            self._step(f"shards are {self._verb}")
+            self._report_step(f"shards are {self._verb}")
 
-    def _step(self, reached: str) -> None:
+    def _report_step(self, reached: str) -> None:
         if not self._steps_wanted or reached in self._steps:
             return
         self._steps.add(reached)
@@ -183,20 +185,20 @@ class Progress:
         if moved + kept < self._total:
             parts.append(f"{human_bytes(moved / max(elapsed, 1e-9))}/s")
         if MODES[self._plan.gates.mode].needs_prompts:
-            parts.append(self._gate_words(outcome))
-        if outcome.away:
-            parts.append(f"waiting for {len(outcome.away)} of {self._actors} actors")
+            parts.append(self._router_progress(outcome))
+        if outcome.unavailable:
+            parts.append(f"waiting for {len(outcome.unavailable)} of {self._actors} actors")
         return " | ".join(parts)
 
-    def _gate_words(self, outcome: Outcome) -> str:
+    def _router_progress(self, outcome: Outcome) -> str:
         gates, count = self._plan.gates, len(self._gates)
-        if not MODES[gates.mode].reads_layers:
+        if not MODES[gates.mode].needs_forward_pass:
             return f"gates {outcome.members_done} of {count} experts"
         if outcome.members_done == count:
             return f"routers of {outcome.layers_done} of {gates.layers} layers"
-        return self._reading_words(outcome, time.monotonic())
+        return self._reading_progress(outcome, time.monotonic())
 
-    def _reading_words(self, outcome: Outcome, now: float) -> str:
+    def _reading_progress(self, outcome: Outcome, now: float) -> str:
         """How much of the prompts has been read, how fast, and how long the rest will take.
 
         The total is an estimate until all prompts have been begun with: only then are all tokens counted.
@@ -208,15 +210,15 @@ class Progress:
         if not counted or not planned:
             return f"prompts of {len(self._gates)} experts: 0% read"
         total = max(passed, planned * max(outcome.readings, counted) // counted)
-        words = f"prompts: {passed / total:.0%} read ({passed:,} of {'' if counted >= outcome.readings else 'about '}"
-        words += f"{total:,} tokens x layers"
+        text = f"prompts: {passed / total:.0%} read ({passed:,} of {'' if counted >= outcome.readings else 'about '}"
+        text += f"{total:,} tokens x layers"
         if self._reading_since is None or passed < self._reading_since[1]:  # none yet, or those of an actor that died
             self._reading_since = now, passed
         since, before = self._reading_since
         if passed > before and now > since:
             rate = (passed - before) / (now - since)
-            words += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
-        return f"{words})"
+            text += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
+        return f"{text})"
 
     def _table(self, outcome: Outcome) -> Any:
         from rich.console import Group
@@ -233,5 +235,5 @@ class Progress:
 
 def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:
     """The actors that can be asked, by number; the writer, where there is one, comes after the others."""
-    up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.away]
+    up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.unavailable]
     return [*up, (len(actors), outcome.writer)] if outcome.writer is not None else up

@@ -12,15 +12,15 @@ from enum import Enum
 
 from raymoe.errors import RaymoeError
 
-__all__ = ["FATES", "Fate", "cause_of", "fate_of", "first_line", "own_words"]
+__all__ = ["CALL_FAILURES", "CallFailure", "cause_of", "classify_failure", "error_text", "first_line"]
 
 
-class Fate(Enum):
+class CallFailure(Enum):
     """What became of a call that gave no result, and so what is to be done."""
 
-    AWAY = "away"
+    UNAVAILABLE = "away"
     """The process or its node died, or Ray could not make the call. The actor may answer again: it is asked."""
-    GONE = "gone"
+    DEAD = "gone"
     """This actor never answers again. Another actor can do the work."""
     LOST = "lost"
     """An object that the call takes or gives was lost with its node. It has to be made again."""
@@ -30,7 +30,7 @@ class Fate(Enum):
     """The call itself fails, wherever it is made."""
 
 
-FATES: Mapping[str, Fate] = {
+CALL_FAILURES: Mapping[str, CallFailure] = {
     **dict.fromkeys(
         [
             "ActorUnavailableError",
@@ -46,7 +46,7 @@ FATES: Mapping[str, Fate] = {
             "TaskUnschedulableError",
             "WorkerCrashedError",
         ],
-        Fate.AWAY,
+        CallFailure.UNAVAILABLE,
     ),
     **dict.fromkeys(
         [
@@ -56,7 +56,7 @@ FATES: Mapping[str, Fate] = {
             "ActorUnschedulableError",
             "RuntimeEnvSetupError",
         ],
-        Fate.GONE,
+        CallFailure.DEAD,
     ),
     **dict.fromkeys(
         [
@@ -68,9 +68,9 @@ FATES: Mapping[str, Fate] = {
             "PlasmaObjectNotAvailable",
             "ReferenceCountingAssertionError",
         ],
-        Fate.LOST,
+        CallFailure.LOST,
     ),
-    **dict.fromkeys(["ObjectStoreFullError", "OutOfDiskError"], Fate.FULL),
+    **dict.fromkeys(["ObjectStoreFullError", "OutOfDiskError"], CallFailure.FULL),
     **dict.fromkeys(
         [
             "ActorAlreadyExistsError",
@@ -90,15 +90,15 @@ FATES: Mapping[str, Fate] = {
             "UnserializableException",
             "UserCodeException",
         ],
-        Fate.FINAL,
+        CallFailure.FINAL,
     ),
 }
 
 
-def fate_of(error: BaseException) -> Fate:
+def classify_failure(error: BaseException) -> CallFailure:
     """What an exception of Ray's says of the call; FINAL for any other exception."""
     rays = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "ray")
-    return next((FATES[name] for name in rays if name in FATES), Fate.FINAL)
+    return next((CALL_FAILURES[name] for name in rays if name in CALL_FAILURES), CallFailure.FINAL)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -112,10 +112,10 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def own_words(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What an error of an actor says to people: an error of raymoe all, with its remedy; any other its class and last
     line, which follows the traceback if it has one."""
     if isinstance(error, RaymoeError):
         return str(error)
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raymoe.planning.plan import MergePlan, Shard
-from raymoe.runtime.actor_status import GATES_OF, Status
+from raymoe.runtime.actor_status import GATES_PREFIX, Status
 
 if TYPE_CHECKING:
     from raymoe.runtime.scheduler import Outcome
@@ -46,21 +46,21 @@ class MergeMetrics:
 
     def __init__(self, plan: MergePlan, output: str) -> None:
         self._metrics: dict[str, Any] = {}
-        self._counted: dict[tuple[str, str], int] = {}
+        self._last_totals: dict[tuple[str, str], int] = {}
         self._shard_owners = {shard.file_name: shard.owner for shard in plan.shards}
         self._phases: set[tuple[str, str]] = set()
         self._is_on = True
-        with self._harmless():
+        with self._suppress_errors():
             self._begin([shard for shard in plan.shards if shard.owner != "router"], ray_text(output))
 
     def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
         """Record what has come to be since the last call."""
         if self._is_on:
-            with self._harmless():
+            with self._suppress_errors():
                 self._record(list(actors), outcome)
 
     @contextmanager
-    def _harmless(self) -> Iterator[None]:
+    def _suppress_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of any kind: Ray's Python, its C++, and what exports the metrics
@@ -81,8 +81,8 @@ class MergeMetrics:
         self._count("raymoe_bytes_copied", sum(status.bytes_copied_by_store for status in actors), way="store")
         self._count("raymoe_gate_tokens", sum(status.gate_tokens for status in actors))
         self._count("raymoe_shards_done", len(outcome.shard_results))
-        self._metrics["raymoe_actors_away"].set(len(outcome.away))
-        phases = {phase for status in actors for what in status.busy_with for phase in self._at(what)}
+        self._metrics["raymoe_actors_away"].set(len(outcome.unavailable))
+        phases = {phase for status in actors for what in status.busy_with for phase in self._phases_of(what)}
         for now, which in ((0, self._phases - phases), (1, phases - self._phases)):
             for expert, phase in which:
                 self._metrics["raymoe_expert_phase"].set(now, tags={"expert": ray_text(expert), "phase": phase})
@@ -91,13 +91,13 @@ class MergeMetrics:
     def _count(self, name: str, total: int, **tags: str) -> None:
         """An actor that was restarted counts from zero again, so a total may fall; what comes then is counted on."""
         key = (name, tags.get("way", ""))
-        step = total - self._counted.get(key, 0)
-        self._counted[key] = total
+        step = total - self._last_totals.get(key, 0)
+        self._last_totals[key] = total
         if step > 0:
             self._metrics[name].inc(step, tags=tags)
 
-    def _at(self, what: str) -> list[tuple[str, str]]:
-        if what.startswith(GATES_OF):
-            return [(owner, "gates") for owner in what.removeprefix(GATES_OF).split(", ")]
+    def _phases_of(self, what: str) -> list[tuple[str, str]]:
+        if what.startswith(GATES_PREFIX):
+            return [(owner, "gates") for owner in what.removeprefix(GATES_PREFIX).split(", ")]
         owner = self._shard_owners.get(what)
         return [(owner, "shards")] if owner else []

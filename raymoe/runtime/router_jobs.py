@@ -22,9 +22,9 @@ from raymoe.config import MODES
 from raymoe.console import say
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.routers.prompt_passes import Reading, readings
-from raymoe.routers.router_matrices import Rows, collected, embedding_rows_by_owner
-from raymoe.runtime.actor_status import ROUTERS, reading_name
+from raymoe.routers.prompt_passes import Reading, plan_readings
+from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner
+from raymoe.runtime.actor_status import ROUTERS_JOB, reading_label
 from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.sources.facts import TensorEntry
 
@@ -55,12 +55,12 @@ class GateJob:
 
     @property
     def name(self) -> str:
-        """What an actor calls it in `Status.moves`."""
-        return ROUTERS if isinstance(self.what, int) else reading_name(self.what)
+        """What an actor calls it in `Status.heartbeats`."""
+        return ROUTERS_JOB if isinstance(self.what, int) else reading_label(self.what)
 
     @property
     def label(self) -> str:
-        return f"router of layer {self.what}" if isinstance(self.what, int) else reading_name(self.what)
+        return f"router of layer {self.what}" if isinstance(self.what, int) else reading_label(self.what)
 
 
 class GateWork:
@@ -71,15 +71,15 @@ class GateWork:
         gates: GatePlan,
         readers: int,
         names: Mapping[str, str] | None = None,
-        written: Set[TensorEntry] = frozenset(),
+        shard_tensors: Set[TensorEntry] = frozenset(),
         transport: Transport | None = None,
     ) -> None:
         """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners;
-        `written`: tensors of objects that actors read for shards."""
-        self._written, self._transport = written, transport or RayTransport()
+        `shard_tensors`: tensors of objects that actors read for shards."""
+        self._shard_tensors, self._transport = shard_tensors, transport or RayTransport()
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
-        self._passes = readings(self.members, readers, gates.hidden)
+        self._passes = plan_readings(self.members, readers, gates.hidden)
         self._waiting = [GateJob(taken) for taken in self._passes]
         self._parts: dict[str, list[tuple[str, int]]] = {member.owner: [] for member in self.members}
         for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
@@ -88,9 +88,10 @@ class GateWork:
         # What all jobs share; each gets its own prompts beside it.
         shared = dataclasses.replace(gates, experts=(), shared=())
         self._shared_plan = self._transport.put(shared) if self.members else None
-        self._losses = 0  # of states; jobs that come after one begin with as many failures, so that it has an end
+        # of states; jobs that come after one begin with as many failures, so that it has an end
+        self._capture_losses = 0
         self._captured: dict[tuple[str, int], list[Any]] = {}  # by owner and part
-        self._told: dict[Any, set[int]] = {}  # the passes whose tensors each actor knows of
+        self._tensors_known: dict[Any, set[int]] = {}  # the passes whose tensors each actor knows of
         self._layers: dict[int, Any] = {}
         self._rows: dict[str, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
 
@@ -115,42 +116,42 @@ class GateWork:
     @property
     def is_done(self) -> bool:
         """Whether all rows are there."""
-        if self._mode.reads_layers and self.members:
+        if self._mode.needs_forward_pass and self.members:
             return len(self._layers) == self._gates.layers
         return len(self._rows) == len(self.members)
 
     @property
     def _all_captured(self) -> bool:
-        return self._mode.reads_layers and len(self._captured) == self.readings
+        return self._mode.needs_forward_pass and len(self._captured) == self.readings
 
     @property
     def waiting_owners(self) -> tuple[str, ...]:
         """The members whose prompts are to be read next."""
         return next((job.owners for job in self._waiting), ())
 
-    def next_member(self, may_read: Callable[[GateJob], bool] = bool) -> GateJob | None:
+    def next_reading(self, can_read: Callable[[GateJob], bool] = bool) -> GateJob | None:
         """The prompts that are to be read next, of those that may be read by whoever asks."""
         if not self._idle_readers:
             return None
-        jobs = (job for job in self._waiting if not isinstance(job.what, int) and may_read(job))
-        return next((self._take(job) for job in jobs), None)
+        jobs = (job for job in self._waiting if not isinstance(job.what, int) and can_read(job))
+        return next((self._pop(job) for job in jobs), None)
 
     def next_layer(self) -> GateJob | None:
         """The layer whose router is to be made next, if all prompts have been read."""
         if not self._all_captured:
             return None
-        while job := next((self._take(job) for job in self._waiting), None):
+        while job := next((self._pop(job) for job in self._waiting), None):
             if job.what not in self._layers:  # so if it was under way while states were captured again
                 return job
         return None
 
-    def _take(self, job: GateJob) -> GateJob:
+    def _pop(self, job: GateJob) -> GateJob:
         self._waiting.remove(job)
-        job.losses = self._losses
+        job.losses = self._capture_losses
         self._idle_readers -= not isinstance(job.what, int)
         return job
 
-    def send_back(self, job: GateJob) -> None:
+    def requeue(self, job: GateJob) -> None:
         """Its actor died: it goes to the front of the queue."""
         self._idle_readers += not isinstance(job.what, int)
         if self._all_captured or not isinstance(job.what, int):  # else its layer will be asked for again anyway
@@ -163,67 +164,69 @@ class GateWork:
         if isinstance(job.what, int):
             inputs = [self._captured[key][job.what] for keys in self._parts.values() for key in keys]
             counts = tuple(map(len, self._parts.values()))
-            return actor.layer_rows.options(name=job.label).remote(self._gates.mode, experts, counts, *inputs)
-        if not self._mode.reads_layers:
+            return actor.fit_layer.options(name=job.label).remote(self._gates.mode, experts, counts, *inputs)
+        if not self._mode.needs_forward_pass:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
         options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
         capture = actor.capture.options(**options)
-        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *self._also_written(actor, job))
+        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *self._shared_with_shards(actor, job))
         return done
 
-    def _also_written(self, actor: Any, job: GateJob) -> tuple[Any, ...]:
+    def _shared_with_shards(self, actor: Any, job: GateJob) -> tuple[Any, ...]:
         """The tensors that reading these prompts takes and shards too; then those of jobs that wait, which the actor
         has not been told of. Each job's are put into Ray's store once, whoever is told."""
-        if not self._written:
+        if not self._shard_tensors:
             return ()
-        told = self._told.setdefault(actor, set())
-        waiting = [other for other in self._waiting if not isinstance(other.what, int) and id(other) not in told]
-        told |= {id(other) for other in (job, *waiting)}
+        known = self._tensors_known.setdefault(actor, set())
+        waiting = [other for other in self._waiting if not isinstance(other.what, int) and id(other) not in known]
+        known |= {id(other) for other in (job, *waiting)}
         return tuple(self._tensors(each) for each in (job, *waiting))
 
     def _tensors(self, job: GateJob) -> Any:
         if job.tensors is None:
             assert not isinstance(job.what, int)
             read = (ref.entry for each in job.what for ref in each.weights.values())
-            job.tensors = self._transport.put(tuple(dict.fromkeys(entry for entry in read if entry in self._written)))
+            job.tensors = self._transport.put(
+                tuple(dict.fromkeys(entry for entry in read if entry in self._shard_tensors))
+            )
         return job.tensors
 
-    def forget(self, actor: Any) -> None:
+    def forget_actor(self, actor: Any) -> None:
         """An actor's process has ended: what it was told is lost."""
-        self._told.pop(actor, None)
+        self._tensors_known.pop(actor, None)
 
-    def came_back(self, job: GateJob, result: Any) -> None:
+    def complete(self, job: GateJob, result: Any) -> None:
         """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""
         self._idle_readers += not isinstance(job.what, int)
         if isinstance(job.what, int):
             self._layers[job.what] = result
             for layers in self._captured.values():  # the store may have the room for others
                 layers[job.what] = None
-        elif self._mode.reads_layers:
+        elif self._mode.needs_forward_pass:
             for number, part in enumerate(job.what):
                 self._captured[_key(part)] = job.states[number :: len(job.what)]
             if self._all_captured:
                 missing = [n for n in range(self._gates.layers) if n not in self._layers]
-                self._waiting += [GateJob(layer, failures=self._losses) for layer in missing]
+                self._waiting += [GateJob(layer, failures=self._capture_losses) for layer in missing]
         else:
             self._rows |= dict(zip((part.owner for part in job.what), result, strict=True))
 
-    def capture_again(self, job: GateJob) -> None:
+    def recapture(self, job: GateJob) -> None:
         """States of prompts that this layer takes were lost with their node: all are captured anew, for the layers that
         are not done."""
-        if job.losses == self._losses:  # else another layer has seen to it
+        if job.losses == self._capture_losses:  # else another layer has seen to it
             say("what prompts had left at the layers was lost with its node: they are read again")
-            self._losses += 1
+            self._capture_losses += 1
             self._captured.clear()
-            self._waiting = [GateJob(taken, failures=self._losses) for taken in self._passes]
+            self._waiting = [GateJob(taken, failures=self._capture_losses) for taken in self._passes]
 
-    def result(self) -> tuple[Rows, RouterSummary | None]:
+    def result(self) -> tuple[RouterRows, RouterSummary | None]:
         """Rows of all members with prompts, and how they did on held-out prompts."""
         if not self.members:
             return {}, None
-        if not self._mode.reads_layers:
+        if not self._mode.needs_forward_pass:
             return embedding_rows_by_owner(self._gates, self._rows), None
-        return collected(self._layers, [member.owner for member in self._gates.experts])
+        return collect_rows(self._layers, [member.owner for member in self._gates.experts])
 
 
 def _key(part: Reading) -> tuple[str, int]:

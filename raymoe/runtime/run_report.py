@@ -26,8 +26,8 @@ from raymoe.object_store.registry import open_store, process_counters
 from raymoe.object_store.urls import is_url
 from raymoe.runtime.actor_status import Status
 from raymoe.safe_text import json_text
-from raymoe.signals import before_the_end
-from raymoe.storage.atomic_file import is_special, write_whole
+from raymoe.signals import run_before_end
+from raymoe.storage.atomic_file import is_special, write_atomic
 from raymoe.storage.file_names import (
     JOURNAL,
     MAX_RESULT_BYTES,
@@ -39,7 +39,7 @@ from raymoe.storage.file_names import (
 from raymoe.storage.locations import is_in, is_same_place
 from raymoe.storage.outputs.open_output import output_location, writable_location
 
-__all__ = ["RunReport", "recorded"]
+__all__ = ["RunReport", "record_run"]
 
 _FORMAT = 1
 _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
@@ -48,8 +48,8 @@ _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 class RunReport:
     """Phases by name (seconds from the start; those of gates and shards overlap), what actors have done, how it ended.
 
-    `actors_lost` counts deaths of actors that were up. `place` is the path or URL that the report is written to, if not
-    to the output; `storage` is how one that is an object is written.
+    `actors_lost` counts deaths of actors that were up. `result_location` is the path or URL that the report is written
+    to, if not to the output; `storage` is how one that is an object is written.
     """
 
     def __init__(self) -> None:
@@ -57,19 +57,23 @@ class RunReport:
         self._started = time.monotonic()
         self._phases: dict[str, dict[str, float | None]] = {}
         self.storage = StorageOptions()
-        self.place: str | None = None
+        self.result_location: str | None = None
         self.output: str | None = None
         self.plan_digest: str | None = None
-        self.planned_bytes_by_way: Mapping[str, int] = {}
+        self.planned_bytes_by_method: Mapping[str, int] = {}
         self.actors: Sequence[Status] = ()
         self.actors_lost = 0
         self.bytes_kept = 0
         self.was_complete = False  # an earlier run had finished the merge
 
-    def check_place(self) -> None:
+    def check_result_location(self) -> None:
         """Raises ProblemReport where something else than a result would be replaced in an object store."""
-        if self.place is not None and is_url(self.place) and not _may_replace(self.place, self.storage):
-            problem, self.place = _in_the_way(self.place), None
+        if (
+            self.result_location is not None
+            and is_url(self.result_location)
+            and not _may_replace(self.result_location, self.storage)
+        ):
+            problem, self.result_location = _foreign_file_problem(self.result_location), None
             raise ProblemReport([problem])
 
     @contextmanager
@@ -104,7 +108,7 @@ class RunReport:
             "seconds": self._seconds(),
             "phases": self._phases,
             "bytes": {
-                "planned_by_way": dict(self.planned_bytes_by_way),
+                "planned_by_way": dict(self.planned_bytes_by_method),
                 "written_by_actors": sum(status.bytes_written for status in self.actors),
                 "copied_by_store": sum(status.bytes_copied_by_store for status in self.actors),
                 "kept_from_earlier_run": self.bytes_kept + sum(status.bytes_kept for status in self.actors),
@@ -134,7 +138,7 @@ class RunReport:
 
 
 @contextmanager
-def recorded(place: str | None, output: str | Path | None = None) -> Iterator[RunReport]:
+def record_run(place: str | None, output: str | Path | None = None) -> Iterator[RunReport]:
     """A report that is written to a file or URL when the block ends, however it ends.
 
     `None`: to the output, if the merge is done; whose output it is otherwise is not known. What is there of the run
@@ -143,18 +147,18 @@ def recorded(place: str | None, output: str | Path | None = None) -> Iterator[Ru
     """
     report = RunReport()
     if place is not None:
-        report.place = writable_location(place, "--result", example=_EXAMPLE)
-        _check(report.place, output)
+        report.result_location = writable_location(place, "--result", example=_EXAMPLE)
+        _check(report.result_location, output)
     try:
-        with before_the_end(lambda: _write(report, report.place, "stopped", KeyboardInterrupt())):
+        with run_before_end(lambda: _write(report, report.result_location, "stopped", KeyboardInterrupt())):
             yield report
     except BaseException as error:
         reason = "refused" if isinstance(error, ProblemReport) else "failed"
         is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
-        _write(report, report.place, "stopped" if is_stopped else reason, error)
+        _write(report, report.result_location, "stopped" if is_stopped else reason, error)
         raise
     if place is not None or report.output is None:
-        _write(report, report.place, "done", None)
+        _write(report, report.result_location, "done", None)
         return
     own = f"{report.output.rstrip('/')}/{RESULT_NAME}"
     if not (report.was_complete and not report.has_begun("push") and _is_there(report, own)):
@@ -175,7 +179,7 @@ def _check(place: str, output: str | Path | None) -> None:
         what = "this is a folder" if path.is_dir() else "there is no such folder"
         raise ProblemReport([Problem(where=where, what=what, remedy="name a file in a folder")])
     if not _may_replace(place, StorageOptions()):
-        raise ProblemReport([_in_the_way(place)])
+        raise ProblemReport([_foreign_file_problem(place)])
 
 
 def _is_there(report: RunReport, place: str) -> bool:
@@ -221,12 +225,12 @@ def _may_replace(place: str, storage: StorageOptions, *, is_own: bool = False) -
     return not size or is_result(content)
 
 
-def _in_the_way(place: str) -> Problem:
+def _foreign_file_problem(place: str) -> Problem:
     what = "something that is no result of a run is there already"
     return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
 
 
-def _kept(place: str) -> str:
+def _kept_message(place: str) -> str:
     return f"{place} is no result of raymoe and is kept; to write the result of this run, name a file with --result"
 
 
@@ -239,10 +243,10 @@ def _write(
     content = json_text(report.plain(reason, error), scrubbed=True) + "\n"
     try:
         if not _may_replace(place, report.storage, is_own=is_own):
-            say(f"warning: {_kept(place) if is_own else _in_the_way(place)}")
+            say(f"warning: {_kept_message(place) if is_own else _foreign_file_problem(place)}")
         elif is_url(place):
             open_store(place, report.storage).put(place, content.encode())
         else:
-            write_whole(Path(place), content, follow=not is_own)
+            write_atomic(Path(place), content, follow=not is_own)
     except (OSError, RaymoeError) as failure:
         say(f"warning: {place} could not be written: {failure}")

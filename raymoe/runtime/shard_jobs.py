@@ -11,7 +11,7 @@ from raymoe.planning.plan import Copy, MergePlan, Part, Shard
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.protocol import ShardJob
 
-__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "SharedReads", "read_for_shards"]
+__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "SharedReads", "tensors_read_for_shards"]
 
 
 class Sending(Protocol):
@@ -44,14 +44,14 @@ class ShardWork(Protocol):
         """How actors that do not see the output do their jobs; None: they all do them as they are."""
 
 
-def read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
+def tensors_read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
     """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
-    return frozenset(entry for shard in plan.shards for part in shard.parts for entry in _fetched(part, reads))
+    return frozenset(entry for shard in plan.shards for part in shard.parts for entry in _fetched_entries(part, reads))
 
 
-def _fetched(part: Part, reads: Callable[[SourceFile], bool]) -> Iterator[TensorEntry]:
+def _fetched_entries(part: Part, reads: Callable[[SourceFile], bool]) -> Iterator[TensorEntry]:
     """What actors fetch for a part. A store copies nothing that is to be changed."""
-    for read in part.read:
+    for read in part.sources_read:
         copies = isinstance(part.what, Copy)
         if is_url(read.source.file.location) and (not copies or reads(read.source.file)):
             yield read.source
@@ -65,19 +65,19 @@ class SharedReads:
         self._shards: dict[TensorEntry, set[str]] = {}
         for shard in plan.shards:
             for part in shard.parts:
-                for entry in _fetched(part, reads):
+                for entry in _fetched_entries(part, reads):
                     self._shards.setdefault(entry, set()).add(shard.file_name)
 
-    def told(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
+    def with_sharing_hints(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
         """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
         that are `waiting` (by name) as many need it as there are actors."""
-        fetched = (e for part in job.shard.parts if job.does(part) for e in _fetched(part, self._reads))
+        fetched = (e for part in job.shard.parts if job.includes(part) for e in _fetched_entries(part, self._reads))
         shared = tuple(dict.fromkeys(entry for entry in fetched if len(self._shards[entry]) > 1))
         if not shared:
             return job
         others = waiting - {job.shard.file_name}
-        later = tuple(entry for entry in shared if len(self._shards[entry] & others) >= actors)
-        return replace(job, shared=shared, later=later)
+        keep_cached = tuple(entry for entry in shared if len(self._shards[entry] & others) >= actors)
+        return replace(job, shared_with_shards=shared, keep_cached=keep_cached)
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _OpenShard:
     """A shard whose jobs have been asked for: how many are still to come back, and what came back."""
 
     shard: Shard
-    missing: int
+    jobs_left: int
     results: list[Any] = field(default_factory=list)
 
 
@@ -116,12 +116,12 @@ class ShardQueue:
         self.bytes_kept = 0
         self.ready: list[ShardTask] = []
 
-    def next_for(self, owners: Collection[str], may_do: Callable[[Shard], bool]) -> ShardTask | None:
+    def next_for(self, owners: Collection[str], can_write: Callable[[Shard], bool]) -> ShardTask | None:
         """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any;
         begun shards first."""
         while True:
-            ready = (job for job in self.ready if may_do(job.opened.shard))
-            waiting = (shard for shard in self.waiting if may_do(shard))
+            ready = (job for job in self.ready if can_write(job.opened.shard))
+            waiting = (shard for shard in self.waiting if can_write(shard))
             job = min(ready, key=lambda job: _preference(owners, job.owner), default=None)
             shard = min(waiting, key=lambda shard: _preference(owners, shard.owner), default=None)
             if job is not None and (
@@ -150,10 +150,10 @@ class ShardQueue:
             self.bytes_kept += shard.nbytes
             self.results.append(self.work.complete(shard, ()))
 
-    def came_back(self, opened: _OpenShard, result: Any) -> None:
+    def complete(self, opened: _OpenShard, result: Any) -> None:
         opened.results.append(result)
-        opened.missing -= 1
-        if not opened.missing:
+        opened.jobs_left -= 1
+        if not opened.jobs_left:
             self.results.append(self.work.complete(opened.shard, opened.results))
 
 

@@ -1,7 +1,7 @@
 """A shard's way from the node that has its sources to the node that has the output, where these are two.
 
     sender, an expert actor                     receiver, the writer beside the output
-    shard_chunks -> pieces_of --Ray's store--> arrivals -> LocalOutput.write: part, checksum, fsync, rename, journal
+    shard_chunks -> split_pieces --Ray's store--> arrivals -> LocalOutput.write: part, checksum, fsync, rename, journal
 
 The receiver pulls. The sender stands still while `PIECES_AHEAD` pieces wait to be taken, so that neither side holds
 more than a few pieces a shard, however large it is. Pieces are numpy arrays: Ray copies each into its store once, and
@@ -27,18 +27,18 @@ import numpy.typing as npt
 from raymoe.compute import peak_rss_bytes
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.runtime.actor_process import set_up_process, without_secrets
-from raymoe.runtime.actor_status import Status, Whereabouts, node_words
-from raymoe.runtime.job_activity import AtWork
+from raymoe.runtime.actor_status import ActorInfo, Status, node_name
+from raymoe.runtime.job_activity import ActiveJobs
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
 
-__all__ = ["PIECES_AHEAD", "PIECE_BYTES", "SenderLost", "ShardWriter", "arrivals", "pieces_of", "start_writer"]
+__all__ = ["PIECES_AHEAD", "PIECE_BYTES", "SenderLost", "ShardWriter", "receive_chunks", "split_pieces", "start_writer"]
 
 PIECE_BYTES = CHUNK_BYTES
 PIECES_AHEAD = 4  # of a shard: made, and not yet taken by the receiver
-_TAKEN_AHEAD = 2  # taken by the receiver, and on their way to its node while one before them is written
+_PREFETCHED = 2  # taken by the receiver, and on their way to its node while one before them is written
 _SHARDS_AT_ONCE = 8
 _RESTARTS = 2
 
@@ -47,7 +47,7 @@ class SenderLost(Exception):
     """The actor that sent a shard died, or its node did; the receiver is well."""
 
 
-def pieces_of(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[np.uint8]]:
+def split_pieces(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[np.uint8]]:
     """A stream of `size` bytes in pieces of `PIECE_BYTES`. A piece is valid until the next one is asked for."""
     buffer = np.empty(min(PIECE_BYTES, size), np.uint8)
     filled = 0
@@ -64,7 +64,7 @@ def pieces_of(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[n
         yield buffer[:filled]
 
 
-def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
+def receive_chunks(sender: Any, job: ShardJob) -> Iterator[memoryview]:
     """The bytes of a shard as `sender` sends them, in chunks that stay in the processor's cache while they are written.
 
     Raises what went wrong at the sender, or SenderLost.
@@ -74,7 +74,7 @@ def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
 
     stream = sender.send_shard.options(name=f"send {job.shard.file_name}").remote(job)
     try:
-        for reference in _taken_ahead(stream):
+        for reference in _prefetch(stream):
             piece = memoryview(ray.get(reference))
             for start in range(0, len(piece), LOCAL_CHUNK_BYTES):
                 yield piece[start : start + LOCAL_CHUNK_BYTES]
@@ -90,7 +90,7 @@ def arrivals(sender: Any, job: ShardJob) -> Iterator[memoryview]:
         ray.cancel(stream)
 
 
-def _taken_ahead(stream: Any) -> Iterator[Any]:
+def _prefetch(stream: Any) -> Iterator[Any]:
     """The references of a stream in order; those that come next are being fetched to this node meanwhile."""
     import ray
 
@@ -98,7 +98,7 @@ def _taken_ahead(stream: Any) -> Iterator[Any]:
     for reference in stream:
         ray.wait([reference], timeout=0, fetch_local=True)
         taken.append(reference)
-        if len(taken) > _TAKEN_AHEAD:
+        if len(taken) > _PREFETCHED:
             yield taken.popleft()
     while taken:
         yield taken.popleft()
@@ -112,13 +112,13 @@ class ShardWriter:
         self._output = LocalOutput(Path(output), run)
         self._lock = threading.Lock()
         self._bytes_kept = 0
-        self._at_work = AtWork()
+        self._active_jobs = ActiveJobs()
 
-    def where(self, files: Sequence[SourceFile] = ()) -> Whereabouts:
+    def describe(self, files: Sequence[SourceFile] = ()) -> ActorInfo:
         """As an expert actor's; a writer reads no sources."""
-        return Whereabouts(
+        return ActorInfo(
             pid=os.getpid(),
-            node=node_words(),
+            node=node_name(),
             node_id="",
             output_visible=self._output.is_reachable(),
             device="cpu",
@@ -131,20 +131,20 @@ class ShardWriter:
         Raises SenderLost, what went wrong at the sender, or what went wrong here.
         """
         if not self._output.is_reachable():
-            what = f"the output {self._output.location} is not the folder of this run on {node_words()}"
+            what = f"the output {self._output.location} is not the folder of this run on {node_name()}"
             remedy = "name a folder of the node that the merge is started on, or a URL"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
         name, size = job.shard.file_name, job.shard.nbytes
-        with self._at_work.on(f"receive {name}", job.name) as work:
+        with self._active_jobs.track(f"receive {name}", job.name) as work:
 
             def progress(written: int, copied: int) -> None:
-                work.moved()
+                work.heartbeat()
 
             if self._output.finished(name, size, progress) is not None:
                 with self._lock:
                     self._bytes_kept += size
                 return None
-            return self._output.write(name, arrivals(sender, job), expected=size, progress=progress)
+            return self._output.write(name, receive_chunks(sender, job), expected=size, progress=progress)
 
     def status(self) -> Status:
         """What it has done so far; bytes written are counted by those who send them."""
@@ -158,10 +158,10 @@ class ShardWriter:
                 readings_counted=0,
                 store_retries=0,
                 store_requests=0,
-                moves=self._at_work.moves,
+                heartbeats=self._active_jobs.heartbeats,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=0,
-                busy_with=self._at_work.labels,
+                busy_with=self._active_jobs.labels,
             )
 
 
@@ -170,7 +170,7 @@ def start_writer(output: str, run: str) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    groups = {"receive": "write", "where": "control", "status": "control"}
+    groups = {"receive": "write", "describe": "control", "status": "control"}
     methods = {
         name: ray.method(concurrency_group=group)(without_secrets(getattr(ShardWriter, name)))
         for name, group in groups.items()

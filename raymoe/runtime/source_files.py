@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from raymoe.errors import MergeFailed, RaymoeError
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.planning.plan import MergePlan
 from raymoe.runtime.placement import Placement
 from raymoe.sources.local_folder import has_changed, is_in_view
-from raymoe.storage.local_journal import source_stamps
+from raymoe.storage.local_journal import source_fingerprints
 
 __all__ = ["SourceFiles", "SourcesChanged"]
 
@@ -33,10 +33,10 @@ class SourceFiles:
         self._small = [side.file for side in (*plan.side_files, *plan.gates.tokenizer_files)]
         self._placement = placement
 
-    def stamps(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Times and samples of weights by location, for the journal."""
-        far = self._placement.stamps() if self._placement is not None else {}
-        return {**far, **source_stamps(self._weights)}
+        far = self._placement.fingerprints() if self._placement is not None else {}
+        return {**far, **source_fingerprints(self._weights)}
 
     def changed(self) -> list[str]:
         """Files that have been written since they were planned with."""
@@ -47,23 +47,23 @@ class SourceFiles:
         """Raises SourcesChanged if a file was written while the merge was running. Every node is asked again."""
         changed = set(self.changed())
         if self._placement is not None:
-            changed.update(self._placement.asked_again().changed(self._placement))
+            changed.update(self._placement.refresh().changed(self._placement))
         if changed:
-            raise _spoilt(sorted(changed))
+            raise _sources_changed(sorted(changed))
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
+    def explain_failures(self) -> Iterator[None]:
         """A failure in the context is put down to source files that have been written, if there are any."""
         try:
             yield
         except RaymoeError as error:
             if changed := self.changed():
-                raise _spoilt(changed) from error
+                raise _sources_changed(changed) from error
             raise
 
 
-def _spoilt(changed: Sequence[str]) -> SourcesChanged:
+def _sources_changed(changed: Sequence[str]) -> SourcesChanged:
     return SourcesChanged(
-        f"source files changed while they were merged: {some(changed, most=3)}. The output is of no use; run the "
+        f"source files changed while they were merged: {short_list(changed, most=3)}. The output is of no use; run the "
         "same command with --overwrite when they no longer change."
     )

@@ -15,29 +15,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Moves", "Stall", "Verdict"]
+__all__ = ["LastHeartbeat", "StallClock", "Verdict"]
 
-_MOST_BETWEEN_LOOKS_S = 2.0
+_MAX_BETWEEN_LOOKS_S = 2.0
 
 
 class Verdict(Enum):
     """What is to be done about a job."""
 
     FINE = "it moves, or has not stood still for long"
-    SAY = "it has stood still for half of the time, and this has not been said"
-    GIVE_AWAY = "it has stood still for all of the time"
+    WARN = "it has stood still for half of the time, and this has not been said"
+    REASSIGN = "it has stood still for all of the time"
 
 
 @dataclass
-class Moves:
-    """What was last seen of a job, and when that changed, on the clock of `Stall`."""
+class LastHeartbeat:
+    """What was last seen of a job, and when that changed, on the clock of `StallClock`."""
 
     at: float
-    seen: object = None
-    is_said: bool = False
+    heartbeat: object = None
+    is_warned: bool = False
 
 
-class Stall:
+class StallClock:
     """The clock of one run, and the time that a job may stand still."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,21 +50,21 @@ class Stall:
     def look(self) -> None:
         """Let the time since the last look pass, as far as it was spent looking."""
         now = self._clock()
-        self.now += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
+        self.now += min(now - self._looked_at, _MAX_BETWEEN_LOOKS_S)
         self._looked_at = now
 
-    def begin(self) -> Moves:
+    def begin(self) -> LastHeartbeat:
         """A job that begins now."""
-        return Moves(at=self.now)
+        return LastHeartbeat(at=self.now)
 
-    def judge(self, moves: Moves, seen: object) -> Verdict:
-        """What is to be done about a job of which this is `seen` now. Each verdict but FINE is given once."""
-        if seen != moves.seen:
-            moves.seen, moves.at, moves.is_said = seen, self.now, False
-        still = self.now - moves.at
+    def judge(self, last: LastHeartbeat, heartbeat: object) -> Verdict:
+        """What is to be done about a job of which this is `heartbeat` now. Each verdict but FINE is given once."""
+        if heartbeat != last.heartbeat:
+            last.heartbeat, last.at, last.is_warned = heartbeat, self.now, False
+        still = self.now - last.at
         if still >= self.limit_s:
-            return Verdict.GIVE_AWAY
-        if still >= self.limit_s / 2 and not moves.is_said:
-            moves.is_said = True
-            return Verdict.SAY
+            return Verdict.REASSIGN
+        if still >= self.limit_s / 2 and not last.is_warned:
+            last.is_warned = True
+            return Verdict.WARN
         return Verdict.FINE

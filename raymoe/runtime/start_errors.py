@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["knock", "refuse_job_server", "start_problem"]
+__all__ = ["check_port_open", "reject_job_server", "start_problem"]
 
 _REACH_TIMEOUT_S = 10
 _CLUSTER_REMEDY = (
@@ -21,20 +21,20 @@ _HOME_REMEDY = "Ray keeps its token there: set HOME to a folder that you may wri
 _START_REMEDY = "Ray's own logs may say more: logs/ of the newest session in {}"
 
 
-def refuse_job_server(address: str) -> None:
+def reject_job_server(address: str) -> None:
     """Raises ProblemReport for the address of a job server, which Ray takes for the name of a host."""
     if address.lower().startswith(("http://", "https://")):
-        raise ProblemReport([_job_server(address)])
+        raise ProblemReport([_job_server_problem(address)])
 
 
-def knock(address: str) -> None:
+def check_port_open(address: str) -> None:
     """Raises OSError if nothing listens at `host:port`: Ray itself would keep trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():  # not so: 'auto', 'local', for which Ray looks around
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
 
 
-def _job_server(address: str) -> Problem:
+def _job_server_problem(address: str) -> Problem:
     try:
         host = urlsplit(address).hostname or "HEAD"
     except ValueError:  # a bracket that stays open

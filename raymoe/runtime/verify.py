@@ -22,13 +22,13 @@ from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
-from raymoe.routers.fit_memory import most_layers_at_once
-from raymoe.routers.router_matrices import random_gate_rows, router_bytes
-from raymoe.runtime.actor_plan import placed, slots_for
+from raymoe.routers.fit_memory import max_layers_at_once
+from raymoe.routers.router_matrices import random_router_rows, router_bytes
+from raymoe.runtime.actor_plan import locate_sources, plan_actors
 from raymoe.runtime.actors import expert_actors
-from raymoe.runtime.connect import connected
+from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.progress import Progress
-from raymoe.runtime.remote_folders import OtherNodes
+from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -42,22 +42,24 @@ from raymoe.storage.source_reader import SourceReader
 __all__ = ["verify_merge"]
 
 
-def verify_merge(place: str | Path, settings: RuntimeSettings) -> Verification:
+def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verification:
     """Compare a finished merge with its sources. Raises ProblemReport if there is no merge, or its sources are gone."""
-    folder = open_checkpoint(place, settings.storage)
+    folder = open_checkpoint(location, settings.storage)
     missing = "there is no raymoe.json, the record of a finished merge"
     record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
         _check_shape(record)
         config = MergeConfig.from_plain(recorded_config(record))
-        options = MergeOptions(**record["options"])
+        options = MergeOptions.from_record(record["options"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"this record can't be read: {type(error).__name__}: {str(error).splitlines()[0]}"
         remedy = "put back the record that the merge wrote, or merge again with --overwrite"
         raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
     config = with_own_storage(config, settings.storage, folder.label, trusts_record=settings.trust_record)
     settings = replace(settings, storage=config.storage)
-    plan = plan_merge(config, options, hub=settings.hub, allow_all_same=True, elsewhere=OtherNodes(settings))
+    plan = plan_merge(
+        config, options, hub=settings.hub, allow_all_same=True, remote_folders=RayFolderResolver(settings)
+    )
     of_files, unknown = _file_differences(folder, record, plan, settings)
     differences = [*_prompt_differences(record, plan, config), *of_files]
     edited = [line for line in differences if line.startswith(f"{CARD_NAME}: ")]
@@ -163,35 +165,35 @@ class _CompareShards:
 def _tensor_differences(
     plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
-    with connected(settings), Progress(plan, settings.verbosity, "compared") as progress:
-        compute = MODES[plan.gates.mode].reads_layers
+    with ray_connection(settings), Progress(plan, settings.verbosity, "compared") as progress:
+        compute = MODES[plan.gates.mode].needs_forward_pass
         beside = {
             shard.file_name: [written[p.tensor.name].file for p in shard.parts if p.tensor.name in written]
             for shard in plan.shards
         }
-        placement = placed(plan, beside)
-        slots = slots_for(
+        placement = locate_sources(plan, beside)
+        actor_plan = plan_actors(
             settings,
             jobs=len(plan.shards),
             compute=compute,
-            quantise=plan.gates.quantise,
+            quantize=plan.gates.quantize,
             placement=placement,
-            most_layers_at_once=most_layers_at_once(plan.gates),
+            max_layers_at_once=max_layers_at_once(plan.gates),
         )
-        with expert_actors(slots, location, settings) as actors:
+        with expert_actors(actor_plan, location, settings) as actors:
             outcome = run_jobs(
                 plan,
                 actors,
                 _CompareShards(written),
                 progress.watch(actors),
-                gpus=[seat.gpus > 0 for seat in slots.seats],
-                readers=slots.readers,
-                layers_at_once=slots.layers_at_once,
-                shards_at_once=slots.shards_at_once,
-                needs=placement.needs if placement is not None else None,
+                gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
+                readers=actor_plan.readers,
+                layers_at_once=actor_plan.layers_at_once,
+                shards_at_once=actor_plan.shards_at_once,
+                requirements=placement.requirements if placement is not None else None,
                 stall_timeout_s=settings.stall_timeout_s,
             )
-        rows = outcome.rows | random_gate_rows(plan.gates)
+        rows = outcome.rows | random_router_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:
             parts = [part for shard in plan.shards if shard.owner == "router" for part in shard.parts]

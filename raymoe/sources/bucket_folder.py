@@ -24,22 +24,22 @@ from raymoe.errors import CheckpointError
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.folder_protocol import unusable
+from raymoe.sources.folder_protocol import unusable_checkpoint
 
-__all__ = ["ObjectFolder", "as_checkpoint_errors", "fetch_object", "open_object_folder", "read_range"]
+__all__ = ["BucketFolder", "as_checkpoint_errors", "fetch_object", "open_object_folder", "read_range"]
 
 _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
 _HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")
 
 # Copies of objects, by location and ETag; the folder is removed at the end of the process.
-_copies: tempfile.TemporaryDirectory[str] | None = None
+_copies_dir: tempfile.TemporaryDirectory[str] | None = None
 _copies_lock = threading.Lock()
 
 
-class ObjectFolder:
+class BucketFolder:
     """Implements `Folder` on the objects below a URL."""
 
     def __init__(self, url: str, files: dict[str, SourceFile], options: StorageOptions):
@@ -54,7 +54,7 @@ class ObjectFolder:
     def find(self, name: str) -> SourceFile | None:
         if name in self._files or "/" not in name:
             return self._files.get(name)
-        url = join(self.label, name)
+        url = join_url(self.label, name)
         with as_checkpoint_errors():
             info = open_store(url, self._options).stat(url)
         return SourceFile(location=url, size=info.size, etag=info.etag) if info else None
@@ -72,23 +72,25 @@ class ObjectFolder:
         return "complete the folder (upload the model again), or correct the URL"
 
 
-def open_object_folder(url: str, role: str, options: StorageOptions) -> ObjectFolder:
+def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFolder:
     """List the folder at a normalised URL. Raises CheckpointError if nothing is there."""
     with as_checkpoint_errors():
         store, files = open_store(url, options), {}
         for folder in ("", "chat_templates"):
-            for entry in store.list(join(url, folder) if folder else url, recursive=False):
+            for entry in store.list(join_url(url, folder) if folder else url, recursive=False):
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                files[name] = SourceFile(location=join(url, name), size=entry.size, etag=entry.etag)
+                files[name] = SourceFile(location=join_url(url, name), size=entry.size, etag=entry.etag)
         is_object = not files and url.count("/") > 2 and store.stat(url) is not None
     if is_object:
-        raise unusable(url, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
+        raise unusable_checkpoint(
+            url, f"this is a file; a {role} is named by its folder", "name the folder that holds it"
+        )
     if not files:
         remedy = f"correct the URL of the {role}"
         if (match := _HUB_PAGE.match(url)) is not None:
             remedy = f"a model of the Hub is named by its id: {match[1]}"
-        raise unusable(url, "there are no files under this URL", remedy)
-    return ObjectFolder(url, files, options)
+        raise unusable_checkpoint(url, "there are no files under this URL", remedy)
+    return BucketFolder(url, files, options)
 
 
 def read_range(file: SourceFile, start: int, end: int, options: StorageOptions | None = None) -> bytes:
@@ -109,7 +111,7 @@ def fetch_object(file: SourceFile, options: StorageOptions | None = None) -> Pat
             os.replace(part.name, path)  # whole or not at all, whoever else makes it
         except OSError as error:
             what = f"it can't be copied to {folder}: {error.strerror or error}"
-            raise unusable(file.location, what, "set TMPDIR to a folder with enough space") from error
+            raise unusable_checkpoint(file.location, what, "set TMPDIR to a folder with enough space") from error
     return path
 
 
@@ -125,11 +127,11 @@ def _download(file: SourceFile, descriptor: int, options: StorageOptions | None)
 
 
 def _copies_folder() -> Path:
-    global _copies
+    global _copies_dir
     with _copies_lock:
-        if _copies is None:
-            _copies = tempfile.TemporaryDirectory(prefix="raymoe-objects-")
-        return Path(_copies.name)
+        if _copies_dir is None:
+            _copies_dir = tempfile.TemporaryDirectory(prefix="raymoe-objects-")
+        return Path(_copies_dir.name)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A checkpoint's folder, wherever it is: the small protocol that indexing is written against.
 
-`LocalFolder` (local_folder.py), `HubFolder` (hub.py) and `ObjectFolder` (bucket_folder.py) implement it;
+`LocalFolder` (local_folder.py), `HubFolder` (hub.py) and `BucketFolder` (bucket_folder.py) implement it;
 `weight_index.py` and `resolve.py` know only this. Every method raises CheckpointError, and nothing else, for what a
 user can mend. Names are relative to the folder, with '/'.
 """
@@ -25,7 +25,7 @@ __all__ = [
     "matches",
     "read_json_object",
     "side_files",
-    "unusable",
+    "unusable_checkpoint",
 ]
 
 # Files of which every tokenizer has one.
@@ -80,7 +80,7 @@ class Folder(Protocol):
         """What to do about a file that should be here and is not."""
 
 
-def unusable(where: str, what: str, remedy: str = "") -> CheckpointError:
+def unusable_checkpoint(where: str, what: str, remedy: str = "") -> CheckpointError:
     """A CheckpointError of one problem, to be raised."""
     return CheckpointError([Problem(where=where, what=what, remedy=remedy)])
 
@@ -89,15 +89,15 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
     """A small JSON file that holds an object. Raises CheckpointError when it is missing or anything else."""
     file = folder.find(name)
     if file is None:
-        raise unusable(folder.label, f"{name} is missing", folder.missing_remedy(name))
+        raise unusable_checkpoint(folder.label, f"{name} is missing", folder.missing_remedy(name))
     where = f"{folder.label}/{name}"
     try:
         check_size(file.size)
         value = read_json(folder.read(file))
     except ValueError as error:
-        raise unusable(where, f"not valid JSON: {error}", "download or save the file again") from error
+        raise unusable_checkpoint(where, f"not valid JSON: {error}", "download or save the file again") from error
     if not isinstance(value, dict):
-        raise unusable(
+        raise unusable_checkpoint(
             where, f"expected a JSON object, found {type(value).__name__}", "download or save the file again"
         )
     return value

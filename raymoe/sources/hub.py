@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from raymoe.config.model_refs import PathRef
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.folder_protocol import unusable
+from raymoe.sources.folder_protocol import unusable_checkpoint
 from raymoe.sources.hub_errors import hub_errors
 from raymoe.sources.local_folder import LocalFolder
 
@@ -31,10 +31,10 @@ __all__ = [
     "HubOptions",
     "cache_folders",
     "download",
-    "half_downloaded",
     "is_hub_id",
     "open_hub_folder",
     "parse_location",
+    "partial_downloads",
 ]
 
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
@@ -84,7 +84,7 @@ def cache_folders(repo: str, options: HubOptions) -> list[str]:
     return [str(folder / "blobs"), *sorted(map(str, folder.glob("snapshots/*")))]
 
 
-def half_downloaded(repo: str, options: HubOptions) -> dict[str, tuple[int, int]]:
+def partial_downloads(repo: str, options: HubOptions) -> dict[str, tuple[int, int]]:
     """The files of a repository that are being downloaded into the Hub's cache.
 
     By name: the size in bytes and the blocks on the disk. A file that has its size from the start grows in blocks.
@@ -115,7 +115,9 @@ def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHub
     with hub_errors(path.path, path.revision):
         info = HfApi(endpoint=options.endpoint).model_info(path.path, revision=path.revision, files_metadata=True)
     if info.sha is None:
-        raise unusable(str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>")
+        raise unusable_checkpoint(
+            str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>"
+        )
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     return HubFolder(path, info.sha, sizes, options)
 
@@ -135,7 +137,9 @@ class HubFolder:
             return None
         size = self._sizes[name]
         if size is None:
-            raise unusable(self.label, f"the Hub tells no size for {name}", "download the model and name its folder")
+            raise unusable_checkpoint(
+                self.label, f"the Hub tells no size for {name}", "download the model and name its folder"
+            )
         return SourceFile(location=f"hf://{self.label}/{name}", size=size)
 
     def read(self, file: SourceFile) -> bytes:
@@ -213,7 +217,7 @@ def download(file: SourceFile, options: HubOptions, asked_revision: str | None =
             break
     if path.stat().st_size != file.size:
         what = f"the file has {path.stat().st_size} bytes, but {file.size} were expected"
-        raise unusable(file.location, what, f"remove {path} from the cache and try again")
+        raise unusable_checkpoint(file.location, what, f"remove {path} from the cache and try again")
     return path
 
 
@@ -229,7 +233,9 @@ def _open_cached(path: PathRef, options: HubOptions) -> CachedHubFolder:
         if (cached := _cached_path(path.path, name, path.revision, options)) is not None:
             return CachedHubFolder(path, cached.parent, options)
     what = f"offline, and the model is not in the Hub cache; no folder {path.path!r} here either"
-    raise unusable(str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE")
+    raise unusable_checkpoint(
+        str(path), what, f"fetch it once online: `hf download {path.path}`, or unset HF_HUB_OFFLINE"
+    )
 
 
 def _cached_path(repo: str, name: str, revision: str | None, options: HubOptions) -> Path | None:
@@ -251,31 +257,31 @@ def _get_range(location: HubLocation, start: int, end: int, options: HubOptions)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with hub_errors(location.repo, location.commit, location.name):
         tries = 1 + _RETRIES
-        while not isinstance(got := _answered(url, headers, start, end), bytes):
+        while not isinstance(got := _try_range(url, headers, start, end), bytes):
             tries -= 1
             if not tries:
                 raise got
         return got
 
 
-def _answered(url: str, headers: dict[str, str], start: int, end: int) -> bytes | Exception:
+def _try_range(url: str, headers: dict[str, str], start: int, end: int) -> bytes | Exception:
     """The range, or the error that its answer broke off with.
 
     Such an error must not leave the library's context: there it would be taken for one of asking, and asked again.
     """
     from huggingface_hub.utils import hf_raise_for_status
 
-    with _streamed(url, headers) as response:
+    with _open_stream(url, headers) as response:
         hf_raise_for_status(response)
         # 206 is the range; a server that knows no ranges answers 200 with the whole file, a shard of gigabytes.
         skipped = 0 if response.status_code == 206 else start
         try:
-            return _beginning(response, skipped + end - start)[skipped:]
+            return _read_prefix(response, skipped + end - start)[skipped:]
         except Exception as error:
             return error
 
 
-def _streamed(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
+def _open_stream(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
     """A response whose body is still to come: of requests, or since huggingface_hub 1 of httpx."""
     from huggingface_hub import utils
 
@@ -289,7 +295,7 @@ def _streamed(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
     return response
 
 
-def _beginning(response: Any, count: int) -> bytes:
+def _read_prefix(response: Any, count: int) -> bytes:
     """The first bytes of a response's body; what comes after them is not taken from the server."""
     data = bytearray()
     chunks = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem
 
-__all__ = ["first_line", "hub_errors", "is_network_error", "is_xet_error", "reason_of"]
+__all__ = ["error_reason", "first_line", "hub_errors", "is_network_error", "is_xet_error"]
 
 _XET_WORDS = re.compile(r"\bCAS\b|(?i:xet|reconstruction)")
 _HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
@@ -51,16 +51,16 @@ def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Pr
         what, remedy = "the repository has no such file", "name another revision or model"
         return Problem(where=where, what=what, remedy=remedy)
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
-        return Problem(where=where, what=f"the Hub answered {reason_of(error)}", remedy=_advice(status))
+        return Problem(where=where, what=f"the Hub answered {error_reason(error)}", remedy=_advice(status))
     if is_xet_error(error):
         remedy = "check the network, and the space of the Hub cache (HF_HOME); HF_HUB_DISABLE_XET=1 takes the older way"
         return Problem(where=where, what=f"the download from Xet storage failed ({first_line(error)})", remedy=remedy)
     if is_network_error(error):
         remedy = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 works with what is in the cache"
-        return Problem(where=repo, what=f"the Hub can't be reached ({reason_of(error)})", remedy=remedy)
+        return Problem(where=repo, what=f"the Hub can't be reached ({error_reason(error)})", remedy=remedy)
     if isinstance(error, OSError):
         remedy = "check the space and the permissions of the Hub cache (HF_HOME)"
-        return Problem(where=where, what=f"the file can't be stored ({reason_of(error)})", remedy=remedy)
+        return Problem(where=where, what=f"the file can't be stored ({error_reason(error)})", remedy=remedy)
     return None
 
 
@@ -115,7 +115,7 @@ def is_xet_error(error: BaseException) -> bool:
     return is_plain and kind.__module__ == "builtins" and _XET_WORDS.search(str(error)) is not None
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """The operating system's own words where they are at the bottom of it; else the first line."""
     seen: BaseException | None = error
     while seen is not None:

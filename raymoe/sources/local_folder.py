@@ -23,15 +23,15 @@ import xxhash
 
 from raymoe.errors import CheckpointError
 from raymoe.sources.facts import FileStamp, SourceFile
-from raymoe.sources.folder_protocol import unusable
+from raymoe.sources.folder_protocol import unusable_checkpoint
 
 __all__ = [
     "LocalFolder",
     "check_unchanged",
+    "file_fingerprint",
+    "fingerprints_differ",
     "has_changed",
-    "has_other_content",
     "is_in_view",
-    "lasting_stamp",
     "leads_outside",
     "open_file",
     "recorded_sample",
@@ -57,7 +57,7 @@ class LocalFolder:
         try:
             self.names: list[str] = sorted(self._list(""))
         except OSError as error:
-            raise unusable(
+            raise unusable_checkpoint(
                 self.label, f"the folder can't be read: {error.strerror}", "check its permissions"
             ) from error
 
@@ -128,7 +128,7 @@ def open_file(file: SourceFile, path: str | Path | None = None) -> int:
     except FileNotFoundError:
         what = f"the file is not there on this node ({socket.gethostname()})"
         remedy = "put the model where every node sees it under this path, or name it by its Hub id"
-        raise unusable(file.location, what, remedy) from None
+        raise unusable_checkpoint(file.location, what, remedy) from None
     except OSError as error:
         raise unreadable(file, error) from error
     try:
@@ -150,7 +150,7 @@ def check_unchanged(file: SourceFile, descriptor: int) -> None:
     what = "the file has been written again since the merge was planned"
     if size != file.size:
         what = f"the file has {size} bytes, but had {file.size} when the merge was planned"
-    raise unusable(file.location, what, "run the same command again when the file no longer changes")
+    raise unusable_checkpoint(file.location, what, "run the same command again when the file no longer changes")
 
 
 def has_changed(file: SourceFile) -> bool:
@@ -167,10 +167,10 @@ def has_changed(file: SourceFile) -> bool:
 
 def small_sample(file: SourceFile) -> int:
     """A checksum of some blocks of a file of the planned size, 64 KiB in all. Raises OSError."""
-    return _sample_of(file.location, file.size, _SMALL_BLOCKS)
+    return _sample_blocks(file.location, file.size, _SMALL_BLOCKS)
 
 
-def lasting_stamp(times: Iterable[tuple[str, int]], sample: int) -> str:
+def file_fingerprint(times: Iterable[tuple[str, int]], sample: int) -> str:
     """What a journal keeps of a local file: a sample, and the times (ns) that it has on nodes, by the node's name.
 
     The time alone does not tell models apart: in images, archives and package stores all files may have one time. The
@@ -182,21 +182,21 @@ def lasting_stamp(times: Iterable[tuple[str, int]], sample: int) -> str:
     return f"{json.dumps(by_node)}:{sample:016x}"
 
 
-def has_other_content(before: str, now: str) -> bool:
+def fingerprints_differ(before: str, now: str) -> bool:
     """Whether two lasting stamps may be of different content: the samples differ, or no time shows that it is the same.
 
     A copy on another node has a time of its own, and which copies there are depends on the nodes that are up. So one
     time that both have is enough, on whatever nodes (a container has another name each time), unless the copy on one
     node has been written since.
     """
-    (times, sample), (times_now, sample_now) = _lasting(before), _lasting(now)
+    (times, sample), (times_now, sample_now) = _parse_fingerprint(before), _parse_fingerprint(now)
     if sample != sample_now or any(times[node].isdisjoint(times_now[node]) for node in times.keys() & times_now):
         return True
     known, known_now = (set().union(*each.values()) for each in (times, times_now))
     return bool(known and known_now) and known.isdisjoint(known_now)
 
 
-def _lasting(stamp: str) -> tuple[dict[str, set[Any]], str]:
+def _parse_fingerprint(stamp: str) -> tuple[dict[str, set[Any]], str]:
     """Times by node, and the sample; an older raymoe did not say on which node a time was read, or kept none."""
     times, _, sample = stamp.rpartition(":")
     try:
@@ -206,7 +206,7 @@ def _lasting(stamp: str) -> tuple[dict[str, set[Any]], str]:
         return {}, sample
 
 
-def _sample_of(path: str, size: int, blocks: int) -> int:
+def _sample_blocks(path: str, size: int, blocks: int) -> int:
     """A checksum of so many blocks all over a file of that size. Raises OSError."""
     hasher = xxhash.xxh3_64()
     with open(path, "rb", buffering=0) as file:
@@ -223,14 +223,14 @@ def recorded_sample(file: SourceFile) -> str | None:
         return None
     try:
         size = os.stat(file.location).st_size
-        return f"{size}:xxh3-sample:{_sample_of(file.location, size, _RECORDED_BLOCKS):016x}"
+        return f"{size}:xxh3-sample:{_sample_blocks(file.location, size, _RECORDED_BLOCKS):016x}"
     except OSError:
         return None
 
 
 def is_in_view(file: SourceFile) -> bool:
     """Whether the file's stamp was taken where this process is, so that it can be compared with what is here."""
-    return file.stamp is not None and file.stamp.view == _view()
+    return file.stamp is not None and file.stamp.view == _mount_view()
 
 
 def with_content(file: SourceFile, data: bytes) -> SourceFile:
@@ -247,7 +247,7 @@ def unreadable(file: SourceFile, error: OSError) -> CheckpointError:
         remedy = "allow more before Ray is started (ulimit -n 65536)"
     elif error.errno == errno.ENFILE:
         remedy = "the whole machine has too many files open: raise fs.file-max"
-    return unusable(file.location, what, remedy)
+    return unusable_checkpoint(file.location, what, remedy)
 
 
 def _is_same(file: SourceFile, descriptor: int) -> bool:
@@ -272,11 +272,11 @@ def _checksum(descriptor: int) -> str:
 
 def _stamp(status: os.stat_result) -> FileStamp:
     inode = status.st_ino if _has_lasting_inodes(status.st_dev) else 0
-    return FileStamp(mtime_ns=status.st_mtime_ns, inode=inode, view=_view())
+    return FileStamp(mtime_ns=status.st_mtime_ns, inode=inode, view=_mount_view())
 
 
 @cache
-def _view() -> str:
+def _mount_view() -> str:
     """This machine since its start, and the mount namespace of this process: what sees the same files."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

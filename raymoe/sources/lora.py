@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from raymoe.errors import CheckpointError, Problem
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, LoraPair, TensorEntry
 from raymoe.sources.lora_patterns import LONGEST_NAME, Patterns, pattern_problem, slow_patterns, too_many_patterns
 from raymoe.sources.output_head import EMBEDDING, HEAD
@@ -52,12 +52,12 @@ _FACTOR = re.compile(
 )
 _MAGNITUDE = "magnitude"
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-_MOST_COMPONENTS = 8
+_MAX_COMPONENTS = 8
 _NAMED = 5  # how many of many problems of a kind are listed
 
 # Settings that do not change what the factors mean. (Where modules are targeted shows in the tensors
 # themselves.)
-_INERT = frozenset(
+_HARMLESS_SETTINGS = frozenset(
     {
         "alpha_pattern",
         "auto_mapping",
@@ -93,7 +93,7 @@ _INERT = frozenset(
 )
 
 # Settings that do, with what they are, and those of them that peft can't merge into a model either.
-_REFUSED: Mapping[str, str] = {
+_UNSUPPORTED_SETTINGS: Mapping[str, str] = {
     "lora_bias": "biases on the factors",
     "layer_replication": "replicated layers",
     "target_parameters": "LoRA on bare parameters",
@@ -143,7 +143,7 @@ def adapter_facts(
     CheckpointError with all problems.
     """
     if faults := _config_faults(config):  # what tensors are can't be told without it
-        raise CheckpointError([fault.at(label) for fault in _briefly(faults, "problems of adapter_config.json")])
+        raise CheckpointError([fault.at(label) for fault in _first_faults(faults, "problems of adapter_config.json")])
     other_base = _other_base(config)
     found = _sort(index, model, other_base)
     faults = [*found.faults, *_missing_modules(config, found)]
@@ -155,13 +155,13 @@ def adapter_facts(
     pairs: dict[str, LoraPair] = {}
     for module, factors in found.factors.items():
         try:
-            pairs[f"{module}.weight"] = _pair(module, factors, config, model, *patterns)
+            pairs[f"{module}.weight"] = _make_pair(module, factors, config, model, *patterns)
         except _Misfit as misfit:
             faults.append(_Fault(str(misfit), misfit.remedy or other_base))
     if not pairs and not faults and not found.replaced and not found.left_out:
         faults.append(_Fault("the adapter holds no LoRA factors", _SAVE_AGAIN))
     if faults:
-        raise CheckpointError([fault.at(label) for fault in _briefly(faults)])
+        raise CheckpointError([fault.at(label) for fault in _first_faults(faults)])
     return AdapterFacts(
         label=label,
         revision=revision,
@@ -189,7 +189,7 @@ class _Misfit(ValueError):
         self.remedy = remedy
 
 
-def _briefly(faults: Sequence[_Fault], kind: str = "that don't fit") -> list[_Fault]:
+def _first_faults(faults: Sequence[_Fault], kind: str = "that don't fit") -> list[_Fault]:
     if len(faults) <= _NAMED:
         return list(faults)
     return [*faults[:_NAMED], _Fault(f"and {len(faults) - _NAMED} more {kind}", faults[_NAMED].remedy)]
@@ -214,7 +214,7 @@ def _config_faults(config: Mapping[str, Any]) -> list[_Fault]:
             if key in _NEVER_MERGED
             else MERGE_WITH_PEFT,
         )
-        for key, what in _REFUSED.items()
+        for key, what in _UNSUPPORTED_SETTINGS.items()
         if config.get(key)
     ]
     others = []
@@ -225,7 +225,7 @@ def _config_faults(config: Mapping[str, Any]) -> list[_Fault]:
         others.append(
             f"the adapter was made with init_lora_weights {init!r:.80}, which changed its model's own weights"
         )
-    for key in sorted(config.keys() - _INERT - _REFUSED.keys() - {"bias"}):
+    for key in sorted(config.keys() - _HARMLESS_SETTINGS - _UNSUPPORTED_SETTINGS.keys() - {"bias"}):
         if config[key]:
             others.append(f"unknown setting {key!r:.80} = {config[key]!r:.80} in adapter_config.json")
     faults += [_Fault(what, MERGE_WITH_PEFT) for what in others]
@@ -279,13 +279,13 @@ def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _S
         elif foreign := next((part for part in _FOREIGN_KEYS if part in name), None):
             found.left_out[name.removeprefix(_PREFIX).partition(foreign)[0]] = _FOREIGN_KEYS[foreign]
         elif match is None and name.startswith(_PREFIX) and name.endswith((".weight", ".bias")):
-            _take_whole(found, _SAVED_MODULE.sub(".", name.removeprefix(_PREFIX)), entry, model)
+            _add_whole(found, _SAVED_MODULE.sub(".", name.removeprefix(_PREFIX)), entry, model)
         elif match is None:
             unknown.append(name)
         elif not name.startswith(_PREFIX) or (match["name"] or match["magnitude_name"] or "default") != "default":
             misnamed.append(name)
         elif f"{match['module']}.weight" in model.tensors:
-            _take_factor(found, match, entry)
+            _add_factor(found, match, entry)
         elif match["module"] == "lm_head":
             found.left_out["lm_head"] = LORA_ON_TIED_HEAD
         else:
@@ -295,7 +295,7 @@ def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _S
         found.left_out[name.rpartition(".")[0]] = "a whole tensor beside LoRA factors"
     for module in found.left_out.keys() & found.factors.keys():
         del found.factors[module]  # DoRA's lengths of an embedding, factors with biases
-    found.faults += [*_empty_fault(empty), *_name_faults(misnamed, model, other_base), *_unknown_faults(unknown)]
+    found.faults += [*_empty_faults(empty), *_name_faults(misnamed, model, other_base), *_unknown_faults(unknown)]
     return found
 
 
@@ -310,14 +310,14 @@ def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fau
     if _CLASSIFIERS.issubset(name for name in named if isinstance(name, str)) and not _CLASSIFIERS.issubset(missing):
         missing = [name for name in missing if name not in _CLASSIFIERS]
     if missing:
-        what = f"modules_to_save in adapter_config.json names {some([repr(n) for n in missing])}"
+        what = f"modules_to_save in adapter_config.json names {short_list([repr(n) for n in missing])}"
         yield _Fault(f"{what}, and the adapter's file holds no tensors of it", _SAVE_AGAIN)
     if config.get("trainable_token_indices") and _TRAINED_ROWS not in found.left_out.values():
         what = "adapter_config.json has trainable_token_indices, and the adapter's file holds no trained rows"
         yield _Fault(what, _SAVE_AGAIN)
 
 
-def _take_factor(found: _Sorted, match: re.Match[str], entry: TensorEntry) -> None:
+def _add_factor(found: _Sorted, match: re.Match[str], entry: TensorEntry) -> None:
     of_module = found.factors.setdefault(match["module"], {})
     part = match["factor"] or _MAGNITUDE
     if part in of_module:
@@ -326,7 +326,7 @@ def _take_factor(found: _Sorted, match: re.Match[str], entry: TensorEntry) -> No
     of_module[part] = entry
 
 
-def _take_whole(found: _Sorted, name: str, entry: TensorEntry, model: CheckpointIndex) -> None:
+def _add_whole(found: _Sorted, name: str, entry: TensorEntry, model: CheckpointIndex) -> None:
     """A whole tensor of the model's own: in the place of the model's, if it fits there."""
     own, module = model.tensors.get(name), name.rpartition(".")[0]
     if name == EMBEDDING and HEAD not in model.tensors:
@@ -339,9 +339,9 @@ def _take_whole(found: _Sorted, name: str, entry: TensorEntry, model: Checkpoint
         found.replaced[name] = entry
 
 
-def _empty_fault(names: Sequence[str]) -> Iterator[_Fault]:
+def _empty_faults(names: Sequence[str]) -> Iterator[_Fault]:
     if names:
-        what = f"{len(names)} tensor(s) have no elements, as DeepSpeed's ZeRO-3 leaves them: {some(names)}"
+        what = f"{len(names)} tensor(s) have no elements, as DeepSpeed's ZeRO-3 leaves them: {short_list(names)}"
         yield _Fault(what, _GATHER)
 
 
@@ -366,7 +366,7 @@ def _name_faults(names: Sequence[str], model: CheckpointIndex, other_base: str) 
             part = f"lora_{match['factor']}.weight" if match["factor"] else "lora_magnitude_vector"
             renamed[name] = f"{_PREFIX}{module}.{part}"
     if foreign:
-        some_names = some([repr(name) for name in dict.fromkeys(foreign)])
+        some_names = short_list([repr(name) for name in dict.fromkeys(foreign)])
         what = f"the adapter changes {some_names}, which the model does not have: another base model?"
         yield _Fault(what, f"{other_base}. {_UNCHANGED}")
     if renamed:
@@ -407,11 +407,11 @@ def _endings(module: str) -> Iterator[str]:
     Of eight at most: wrappers put a few before those, and a name may have hundreds.
     """
     parts = module.split(".")
-    for start in range(max(0, len(parts) - _MOST_COMPONENTS), max(1, len(parts) - 2)):
+    for start in range(max(0, len(parts) - _MAX_COMPONENTS), max(1, len(parts) - 2)):
         yield ".".join(parts[start:])
 
 
-def _pair(
+def _make_pair(
     module: str,
     found: Mapping[str, TensorEntry],
     config: Mapping[str, Any],
@@ -438,10 +438,10 @@ def _pair(
         delta = [b.shape[0], a.shape[1]]
         raise _Misfit(f"{module!r}: the adapter's delta is {delta}, the model's weight {list(target.shape)}")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraPair(a=a, b=b, scaling=scaling, magnitude=_magnitude(module, found, config, rows=b.shape[0]))
+    return LoraPair(a=a, b=b, scaling=scaling, magnitude=_find_magnitude(module, found, config, rows=b.shape[0]))
 
 
-def _magnitude(
+def _find_magnitude(
     module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], rows: int
 ) -> TensorEntry | None:
     """DoRA's lengths of the rows, if the adapter is one. Raises _Misfit for one without the other."""

@@ -16,17 +16,17 @@ __all__ = ["LONGEST_NAME", "Patterns", "pattern_problem", "slow_patterns", "too_
 
 # Those that peft writes are names of modules. Four repetitions (`.*`) are within the limits.
 LONGEST_NAME = 80
-_PATTERN_CHARACTERS, _MOST_WAYS = 1000, LONGEST_NAME**4
+_PATTERN_CHARACTERS, _MAX_WAYS = 1000, LONGEST_NAME**4
 # Of one setting. A model of 126 layers has 882 modules with a pattern each, 35 kB. Compiling takes up to 4 us for each
 # character.
-_MOST_PATTERNS, _MOST_CHARACTERS = 10_000, 400_000
+_MAX_PATTERNS, _MAX_TOTAL_CHARACTERS = 10_000, 400_000
 # These make compiling slow, and module names need none of them: characters beyond ASCII (one class can hold hundreds of
 # ranges), the escapes that stand for them, and flags (each character is looked for in both cases).
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPES_BY_NUMBER = frozenset("xuUN0")
 _FLAG = re.compile(r"\(\?[^:=!<>P(]")
 # Of all patterns on all modules. A way takes about 2 ns, and a match as long as _WAYS_OF_A_MATCH: some 10 seconds.
-_MOST_WAYS_IN_ALL, _WAYS_OF_A_MATCH = 5 * 10**9, 1000
+_MAX_TOTAL_WAYS, _WAYS_PER_MATCH = 5 * 10**9, 1000
 
 
 class Patterns:
@@ -45,17 +45,17 @@ class Patterns:
 
 def too_many_patterns(patterns: Collection[str]) -> str | None:
     """The problem of a setting with too many patterns. Call it before each pattern is checked."""
-    if len(patterns) > _MOST_PATTERNS:
-        return f"has {len(patterns)} patterns (at most {_MOST_PATTERNS})"
-    if (characters := sum(map(len, patterns))) > _MOST_CHARACTERS:
-        return f"has patterns of {characters:,} characters in all (at most {_MOST_CHARACTERS:,})"
+    if len(patterns) > _MAX_PATTERNS:
+        return f"has {len(patterns)} patterns (at most {_MAX_PATTERNS})"
+    if (characters := sum(map(len, patterns))) > _MAX_TOTAL_CHARACTERS:
+        return f"has patterns of {characters:,} characters in all (at most {_MAX_TOTAL_CHARACTERS:,})"
     return None
 
 
 def pattern_problem(pattern: str) -> str | None:
     """What is wrong with a pattern, as the end of a sentence."""
     # Compiling takes time and memory of its own, so it comes last.
-    if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern, LONGEST_NAME) > _MOST_WAYS:
+    if len(pattern) > _PATTERN_CHARACTERS or _ways_to_try(pattern, LONGEST_NAME) > _MAX_WAYS:
         return f"has {pattern!r:.80}, which may take too long to match"
     if not pattern.isascii() or _ESCAPES_BY_NUMBER.intersection(_ESCAPE.findall(pattern)):
         return f"has {pattern!r:.80}, which has characters that names of modules don't have"
@@ -68,7 +68,7 @@ def pattern_problem(pattern: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=_MOST_PATTERNS)
+@lru_cache(maxsize=_MAX_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """Adapters of one merge mostly have the same patterns; the cache of `re` holds 512."""
     return re.compile(rf"(.*\.)?({pattern})$")
@@ -78,8 +78,8 @@ def slow_patterns(settings: Collection[Mapping[str, Any]], modules: Collection[s
     """What is wrong with patterns that take too long all together."""
     longest = min(max(map(len, modules), default=0), LONGEST_NAME)
     patterns = [pattern for patterns in settings for pattern in patterns]
-    ways = sum(_WAYS_OF_A_MATCH + _ways_to_try(pattern, longest) for pattern in patterns)
-    if ways * len(modules) <= _MOST_WAYS_IN_ALL:
+    ways = sum(_WAYS_PER_MATCH + _ways_to_try(pattern, longest) for pattern in patterns)
+    if ways * len(modules) <= _MAX_TOTAL_WAYS:
         return None
     return f"{len(patterns)} patterns for {len(modules)} modules may take too long to match"
 
@@ -99,4 +99,4 @@ def _ways_to_try(pattern: str, characters: int) -> float:
     plain = re.sub(r"([*+?])[?+]", r"\1", plain.replace("(?", "("))
     repetitions, optional = len(re.findall(r"[*+{]", plain)), plain.count("?")
     alternatives: int = math.prod(group.count("|") + 1 for group in re.split("[()]", plain))
-    return float(min(alternatives * characters**repetitions * 2**optional, _MOST_WAYS + 1))
+    return float(min(alternatives * characters**repetitions * 2**optional, _MAX_WAYS + 1))

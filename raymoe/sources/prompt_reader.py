@@ -20,9 +20,9 @@ from difflib import get_close_matches
 from typing import Any, BinaryIO, NoReturn, cast
 
 from raymoe.config.prompt_sources import PromptFile, file_format, is_compressed
-from raymoe.config.source_positions import excerpt, kind_of
+from raymoe.config.source_positions import short_text, yaml_kind
 from raymoe.errors import Problem, ProblemReport, install_remedy
-from raymoe.object_store.object_file import ObjectStream
+from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url, local_path
 from raymoe.untrusted_files import read_json
@@ -37,8 +37,8 @@ _SHOWN_FIELDS = 12
 # Of Parquet, where one text can stand for any number of rows, and a page of zeros takes up nothing: how many times its
 # size a file may give in texts (as gzip does at most), unless that is little, and how many times their bytes in the
 # file the pages of a row group may take, unless they are small.
-_MOST_TIMES, _LEAST_OF_MOST_BYTES, _BYTES_OF_A_ROW = 1000, 2**30, 64
-_MOST_TIMES_COMPRESSED, _LARGEST_CHUNK = 100, 64 * 2**20
+_MAX_RATIO, _MIN_BYTE_LIMIT, _BYTES_PER_ROW = 1000, 2**30, 64
+_MAX_COMPRESSED_RATIO, _LARGEST_CHUNK = 100, 64 * 2**20
 _LARGE_CHARACTERS, _DICTIONARY_PAGE = 2**16, 2
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
@@ -47,7 +47,7 @@ class Faults:
     """What is wrong with one file; `owner` is the key of the config that names it."""
 
     def __init__(self, file: str, owner: str) -> None:
-        self._file, self._owner = excerpt(file, 400), owner
+        self._file, self._owner = short_text(file, 400), owner
         self.problems: list[Problem] = []
 
     def add(self, what: str, remedy: str, at: str = "") -> None:
@@ -72,7 +72,7 @@ def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> 
         if file_format(file.file) == "parquet":
             yield from filter(str.strip, _column(raw, file.field, faults))
             return
-        lines = _lines(_unpacked(raw) if is_compressed(file.file) else raw, faults)
+        lines = _lines(_decompress(raw) if is_compressed(file.file) else raw, faults)
         if file_format(file.file) == "jsonl":
             lines = _fields(lines, file.field, faults)
         for _, text in lines:
@@ -83,7 +83,7 @@ def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> 
 def _open(file: str, storage: StorageOptions, faults: Faults) -> BinaryIO:
     path = local_path(file) if is_url(file) else os.path.abspath(os.path.expanduser(file))
     if path is None:
-        return cast(BinaryIO, io.BufferedReader(ObjectStream(file, storage), _READ_BYTES))
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(file, storage), _READ_BYTES))
     if os.path.isdir(path):
         faults.end("this is a folder, not a file", "name the file in it")
     if not os.path.exists(path):
@@ -94,7 +94,7 @@ def _open(file: str, storage: StorageOptions, faults: Faults) -> BinaryIO:
         faults.end(f"the file can't be read: {error.strerror}", "check its permissions")
 
 
-def _unpacked(raw: BinaryIO) -> BinaryIO:
+def _decompress(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
@@ -144,33 +144,33 @@ def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
         faults.add("not a JSON value that can be read", "write one JSON object a line", at)
         return None
     if not isinstance(found, dict):
-        faults.add(f"expected a JSON object, got {kind_of(found)}", f'write {{"{excerpt(field)}": "..."}}', at)
+        faults.add(f"expected a JSON object, got {yaml_kind(found)}", f'write {{"{short_text(field)}": "..."}}', at)
         return None
     if field not in found:
-        faults.add(*_no_field("key", field, list(found)), at)
+        faults.add(*_missing_field("key", field, list(found)), at)
         return None
     return _text(found[field], field, faults, at)
 
 
-def _no_field(kind: str, field: str, names: list[str]) -> tuple[str, str]:
-    shown = ", ".join(excerpt(name) for name in names[:_SHOWN_FIELDS]) or "none"
+def _missing_field(kind: str, field: str, names: list[str]) -> tuple[str, str]:
+    names_shown = ", ".join(short_text(name) for name in names[:_SHOWN_FIELDS]) or "none"
     more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
     near = get_close_matches(field, names, n=1)
-    remedy = f"did you mean field: {excerpt(near[0])}?" if near else f"set field to the {kind} that holds the prompt"
-    return f"there is no {kind} '{excerpt(field)}'; {kind}s here: {shown}{more}", remedy
+    remedy = f"did you mean field: {short_text(near[0])}?" if near else f"set field to the {kind} that holds the prompt"
+    return f"there is no {kind} '{short_text(field)}'; {kind}s here: {names_shown}{more}", remedy
 
 
 def _text(value: Any, field: str, faults: Faults, at: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        what = f"'{excerpt(field)}' is {kind_of(value)}, not text"
+        what = f"'{short_text(field)}' is {yaml_kind(value)}, not text"
         faults.add(what, "set field to what holds the prompt as text", at)
         return None
     try:
         value.encode()
     except UnicodeEncodeError:
-        what = f"'{excerpt(field)}' is not valid Unicode text"
+        what = f"'{short_text(field)}' is not valid Unicode text"
         faults.add(what, "remove the lone surrogate (\\uD800-\\uDFFF)", at)
         return None
     return value
@@ -189,41 +189,43 @@ def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
         opened = parquet.ParquetFile(raw, **options)
         names = opened.schema_arrow.names
         if field not in names:
-            faults.end(*_no_field("column", field, names))
+            faults.end(*_missing_field("column", field, names))
         kind = opened.schema_arrow.field(names.index(field)).type
         kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
         if str(kind) not in (*_TEXT_TYPES, "null"):
-            faults.end(f"the column '{excerpt(field)}' holds {excerpt(str(kind))}, not text", "name a column of text")
+            faults.end(
+                f"the column '{short_text(field)}' holds {short_text(str(kind))}, not text", "name a column of text"
+            )
         if str(kind) == "null":
             return
         _check_chunks(opened.metadata, field, faults)
-        most = max(_LEAST_OF_MOST_BYTES, _MOST_TIMES * raw.seek(0, io.SEEK_END))
+        most = max(_MIN_BYTE_LIMIT, _MAX_RATIO * raw.seek(0, io.SEEK_END))
         row = nbytes = 0
-        large = _Large()
+        large = _TextCache()
         for group in range(opened.metadata.num_row_groups):
             rows = _batch_rows(raw, opened.metadata, group, field, faults)
             for batch in opened.iter_batches(rows, row_groups=[group], columns=[field], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     text = _cell(value, faults, f" row {row}")
-                    nbytes += _BYTES_OF_A_ROW + len(text or "")
+                    nbytes += _BYTES_PER_ROW + len(text or "")
                     if nbytes > most:
-                        what = f"its texts have more than {_MOST_TIMES} times the bytes of the file, and over 1 GiB"
+                        what = f"its texts have more than {_MAX_RATIO} times the bytes of the file, and over 1 GiB"
                         faults.end(what, "write each prompt once", f" row {row}")
                     if text is not None:
-                        yield large.once(text)
+                        yield large.intern(text)
     except (ArrowException, OSError, ValueError) as error:
-        faults.end(f"the Parquet file can't be read: {excerpt(str(error), 200)}", "make the file again")
+        faults.end(f"the Parquet file can't be read: {short_text(str(error), 200)}", "make the file again")
 
 
-class _Large:
+class _TextCache:
     """Large texts that are the same are held once: all rows may have one of a Parquet file's dictionary."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
         self._characters = 0
 
-    def once(self, text: str) -> str:
+    def intern(self, text: str) -> str:
         if len(text) < _LARGE_CHARACTERS:
             return text
         if text not in self._texts:
@@ -239,8 +241,8 @@ def _check_chunks(metadata: Any, field: str, faults: Faults) -> None:
     for group in range(metadata.num_row_groups):
         chunk = _chunk(metadata, group, field)
         expanded, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
-        if expanded > max(_LARGEST_CHUNK, _MOST_TIMES_COMPRESSED * stored):
-            what = f"row group {group} has {expanded:,} bytes of '{excerpt(field)}' in {stored:,} compressed ones"
+        if expanded > max(_LARGEST_CHUNK, _MAX_COMPRESSED_RATIO * stored):
+            what = f"row group {group} has {expanded:,} bytes of '{short_text(field)}' in {stored:,} compressed ones"
             faults.end(what, "write the prompts as .jsonl or .jsonl.gz")
 
 
@@ -268,7 +270,7 @@ def _batch_rows(raw: BinaryIO, metadata: Any, group: int, field: str, faults: Fa
     if kind != _DICTIONARY_PAGE:
         return _BATCH_ROWS
     if nbytes > _MAX_LINE_BYTES + _READ_BYTES:
-        what = f"row group {group} has a dictionary of {nbytes:,} bytes for '{excerpt(field)}'"
+        what = f"row group {group} has a dictionary of {nbytes:,} bytes for '{short_text(field)}'"
         faults.end(what, f"write it with texts of at most {_MAX_LINE_BYTES >> 20} MiB, or without a dictionary")
     return max(1, min(_BATCH_ROWS, _LARGEST_CHUNK // max(int(nbytes), 1)))
 

@@ -18,7 +18,7 @@ from typing import Any
 from raymoe.config.cross_checks import check_config
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import MergeConfig
-from raymoe.config.source_positions import path_text
+from raymoe.config.source_positions import format_loc
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
@@ -26,10 +26,10 @@ from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_reader import Faults, prompt_values
-from raymoe.sources.resolve import Elsewhere, fetch_file
+from raymoe.sources.resolve import RemoteFolderResolver, fetch_file
 from raymoe.untrusted_files import read_json
 
-__all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "draw", "prompt_file_place", "read_prompts"]
+__all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "prompt_file_location", "read_prompts", "sample_prompts"]
 
 NO_CHAT_TEMPLATE = Problem(
     where="base_model",
@@ -48,7 +48,7 @@ def read_prompts(config: MergeConfig, *, local_only: bool = False) -> MergeConfi
     files = {loc: file for loc, file in config.prompt_files.items() if not (local_only and _is_remote(file))}
     for loc, file in files.items():
         if file not in drawn:
-            drawn[file], found = _read(file, config.storage, path_text(loc))
+            drawn[file], found = _read(file, config.storage, format_loc(loc))
             problems += found
     if problems:
         raise ProblemReport(problems)
@@ -65,7 +65,7 @@ def _is_remote(file: PromptFile) -> bool:
 def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[str, ...], list[Problem]]:
     faults = Faults(file.file, owner)
     try:
-        drawn = draw(prompt_values(file, storage, faults), file.limit, file.seed)
+        drawn = sample_prompts(prompt_values(file, storage, faults), file.limit, file.seed)
         if not drawn and not faults.problems:
             faults.end("there are no prompts in it, or only blank ones", "write one prompt a line")
     except StorageError as error:
@@ -75,7 +75,7 @@ def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[
     return drawn, faults.problems
 
 
-def draw(texts: Iterable[str], limit: int | None, seed: int) -> tuple[str, ...]:
+def sample_prompts(texts: Iterable[str], limit: int | None, seed: int) -> tuple[str, ...]:
     """`limit` of the texts, or all if there are fewer, in their order. Holds no more than that many."""
     if limit is None:
         return tuple(texts)
@@ -91,13 +91,16 @@ def draw(texts: Iterable[str], limit: int | None, seed: int) -> tuple[str, ...]:
     return tuple(text for _, _, text in sorted(kept, key=lambda entry: entry[1]))
 
 
-def prompt_file_place(file: PromptFile) -> str:
+def prompt_file_location(file: PromptFile) -> str:
     """Where a file of prompts lies, whatever the working directory."""
     return file.file if is_url(file.file) else os.path.abspath(os.path.expanduser(file.file))
 
 
 def chat_template_problems(
-    config: MergeConfig, base: ModelFacts, hub: HubOptions | None = None, elsewhere: Elsewhere | None = None
+    config: MergeConfig,
+    base: ModelFacts,
+    hub: HubOptions | None = None,
+    remote_folders: RemoteFolderResolver | None = None,
 ) -> list[Problem]:
     """That the config asks for a chat template and the base has none, or one that is no Jinja template.
 
@@ -109,7 +112,11 @@ def chat_template_problems(
     files = {side.name: side.file for side in base.side_files}
 
     def read(name: str) -> bytes:
-        return elsewhere.read(files[name]) if elsewhere else fetch_file(files[name], hub, config.storage).read_bytes()
+        return (
+            remote_folders.read(files[name])
+            if remote_folders
+            else fetch_file(files[name], hub, config.storage).read_bytes()
+        )
 
     template: Any = None
     try:

@@ -16,9 +16,9 @@ from raymoe.errors import Problem
 from raymoe.sources.dtypes import DTYPE_BITS
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 
-__all__ = ["QUANTISATION_KEYS", "leftover_warning", "quantisation_problems"]
+__all__ = ["QUANTIZATION_KEYS", "leftover_warning", "quantization_problems"]
 
-QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Keys of config.json that describe a quantised checkpoint."""
 
 _REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
@@ -44,10 +44,10 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
 }
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 # Methods that store plain weights and quantise them each time the model runs: the weights alone compute another model.
-_AT_RUN_TIME = ("bitnet", "fp_quant")
+_RUNTIME_METHODS = ("bitnet", "fp_quant")
 
 
-def quantisation_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
+def quantization_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
     """At most one problem: the method that the config or the tensors name."""
     declared = _declared_method(config)
     if declared and not _is_leftover(declared[0], index):
@@ -55,7 +55,7 @@ def quantisation_problems(label: str, config: Mapping[str, Any], index: Checkpoi
         what = f"the checkpoint is quantised with {method} (config.json: {key})"
         return [Problem(where=label, what=what, remedy=_REMEDY)]
     for entry in index.tensors.values() if index else ():
-        if betrayed := _betrayed_method(entry):
+        if betrayed := _method_of_tensor(entry):
             what = f"the checkpoint is quantised ({betrayed}): tensor {entry.name!r} of dtype {entry.dtype}"
             return [Problem(where=label, what=what, remedy=_REMEDY)]
     return []
@@ -75,15 +75,15 @@ def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointInd
 
 
 def _is_leftover(method: str, index: CheckpointIndex | None) -> bool:
-    if index is None or method.split(",")[0] in _AT_RUN_TIME:
+    if index is None or method.split(",")[0] in _RUNTIME_METHODS:
         return False
-    return all(entry.dtype in _FLOATS and not _betrayed_method(entry) for entry in index.tensors.values())
+    return all(entry.dtype in _FLOATS and not _method_of_tensor(entry) for entry in index.tensors.values())
 
 
 def _declared_method(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """(method, config key), from the config or its text part."""
     for part, prefix in ((config, ""), (config.get("text_config"), "text_config.")):
-        for key in QUANTISATION_KEYS:
+        for key in QUANTIZATION_KEYS:
             value = part.get(key) if isinstance(part, Mapping) else None
             if value:
                 return _method_name(value), prefix + key
@@ -101,7 +101,7 @@ def _method_name(quantization: Any) -> str:
     return f"{name}, {bits} bits" if bits else name
 
 
-def _betrayed_method(entry: TensorEntry) -> str | None:
+def _method_of_tensor(entry: TensorEntry) -> str | None:
     suffix = entry.name.rsplit(".", 1)[-1]
     if suffix in _TENSOR_SUFFIXES:
         return _TENSOR_SUFFIXES[suffix]

@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
-from raymoe.errors import CheckpointError, Problem, few
+from raymoe.errors import CheckpointError, Problem, first_few
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.bucket_folder import fetch_object, open_object_folder
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile
-from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable
+from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable_checkpoint
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
 from raymoe.sources.output_head import EMBEDDING, HEAD, has_own_head
-from raymoe.sources.quantization_check import leftover_warning, quantisation_problems
+from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
 from raymoe.untrusted_files import check_size
 
 __all__ = [
-    "Elsewhere",
     "HubOptions",
-    "Opened",
+    "OpenedFolder",
     "PathKey",
+    "RemoteFolderResolver",
     "StorageOptions",
     "fetch_file",
     "fetch_side_files",
@@ -57,7 +57,7 @@ PathKey = tuple[PathRef, bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
+class OpenedFolder:
     """One path of a config, read: a model, or an adapter (whose check needs its model's index as well)."""
 
     folder: Folder
@@ -69,13 +69,13 @@ class Opened:
     own_head: bool = False
 
 
-class Elsewhere(Protocol):
+class RemoteFolderResolver(Protocol):
     """Other machines, which may have the folders that this one lacks."""
 
-    def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, Opened | CheckpointError]:
+    def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, OpenedFolder | CheckpointError]:
         """Local folders as another machine read them, or why they can't be used; {} where nobody can be asked."""
 
-    def together(self, files: Iterable[SourceFile]) -> AbstractContextManager[None]:
+    def connection(self, files: Iterable[SourceFile]) -> AbstractContextManager[None]:
         """A context in which several of these files are about to be read."""
 
     def read(self, file: SourceFile) -> bytes:
@@ -93,25 +93,25 @@ def resolve_models(
     refs: Iterable[ModelRef],
     options: HubOptions | None = None,
     storage: StorageOptions | None = None,
-    elsewhere: Elsewhere | None = None,
+    remote_folders: RemoteFolderResolver | None = None,
     whole: Collection[ModelRef] | None = None,
 ) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
 
-    Local folders that are not here are looked for `elsewhere`. `whole` are the models of which more than the FFN is
-    used (None: all of them): `ModelFacts.own_head` is found for these only, since that may read two tensors.
+    Local folders that are not here are looked for `remote_folders`. `whole` are the models of which more than the FFN
+    is used (None: all of them): `ModelFacts.own_head` is found for these only, since that may read two tensors.
     """
     refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
     named = (key for ref in refs for key in ((ref.model, False), (ref.adapter, True)))
     keys: list[PathKey] = list(dict.fromkeys((path, is_adapter) for path, is_adapter in named if path is not None))
-    absent = [key for key in keys if elsewhere and (place := _local_place(key[0])) and not os.path.exists(place)]
-    far = elsewhere.open(absent) if elsewhere and absent else {}
+    absent = [key for key in keys if remote_folders and (place := _local_path(key[0])) and not os.path.exists(place)]
+    remote = remote_folders.open(absent) if remote_folders and absent else {}
     with_heads = {ref.model for ref in (refs if whole is None else whole)}
-    parts: dict[PathKey, Future[Opened]] = {}
+    parts: dict[PathKey, Future[OpenedFolder]] = {}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
         for key in keys:
-            if key in far:
-                parts[key] = _known(far[key])
+            if key in remote:
+                parts[key] = _completed_future(remote[key])
             else:
                 parts[key] = pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
     problems: list[Problem] = []
@@ -135,18 +135,18 @@ def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
     for path in (ref.model, *((ref.adapter,) if ref.adapter else ())):
         if is_url(path.path):
             found.append(local_path(path.path) or path.path)
-        elif is_local_folder(path.path) or _local_place(path) is not None:
+        elif is_local_folder(path.path) or _local_path(path) is not None:
             found.append(os.path.abspath(os.path.expanduser(path.path)))
         else:
             found += cache_folders(path.path, options)
     return tuple(found)
 
 
-def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[PathKey, Opened | CheckpointError]:
+def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[PathKey, OpenedFolder | CheckpointError]:
     """Those of some local paths that are folders of this machine, read; or what is wrong with them."""
-    found: dict[PathKey, Opened | CheckpointError] = {}
+    found: dict[PathKey, OpenedFolder | CheckpointError] = {}
     for path, is_adapter in paths:
-        place = _local_place(path)
+        place = _local_path(path)
         if place is None or not os.path.isdir(place):
             continue
         try:
@@ -156,7 +156,7 @@ def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[Path
     return found
 
 
-def _local_place(path: PathRef) -> str | None:
+def _local_path(path: PathRef) -> str | None:
     """The absolute path that a name must mean, whether it exists or not; None for URLs and what may be a Hub id."""
     if is_url(path.path):
         return local_path(path.path)
@@ -167,8 +167,8 @@ def _local_place(path: PathRef) -> str | None:
     return os.path.abspath(os.path.expanduser(path.path))
 
 
-def _known(result: Opened | CheckpointError) -> Future[Opened]:
-    future: Future[Opened] = Future()
+def _completed_future(result: OpenedFolder | CheckpointError) -> Future[OpenedFolder]:
+    future: Future[OpenedFolder] = Future()
     if isinstance(result, CheckpointError):
         future.set_exception(result)
     else:
@@ -186,38 +186,38 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
 
 def _open(
     path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions, *, with_head: bool = True
-) -> Opened:
+) -> OpenedFolder:
     folder = _find_folder(path, is_adapter, options, storage)
     problems: list[Problem] = []
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if is_adapter and config_name not in folder.names and "config.json" in folder.names:
-        raise unusable(
+        raise unusable_checkpoint(
             folder.label,
             "this is a model, not a LoRA adapter (no adapter_config.json)",
             "name an adapter after '+'",
         )
     if not is_adapter and config_name not in folder.names and "adapter_config.json" in folder.names:
         what = "this is a LoRA adapter, not a whole model"
-        raise unusable(folder.label, what, "name it together with its base model: 'base+adapter'")
+        raise unusable_checkpoint(folder.label, what, "name it together with its base model: 'base+adapter'")
     config = _collect(problems, lambda: read_json_object(folder, config_name))
     index_weights = index_adapter_weights if is_adapter else index_model_weights
     index = _collect(problems, lambda: index_weights(folder))
     if not is_adapter:
-        problems += quantisation_problems(folder.label, config or {}, index)
+        problems += quantization_problems(folder.label, config or {}, index)
     side, python = side_files(folder), side_files(folder, ("*.py",))
-    problems += few(_too_large(folder, side))
-    python = tuple(each for each in python if not _too_large(folder, [each]))
+    problems += first_few(_size_problems(folder, side))
+    python = tuple(each for each in python if not _size_problems(folder, [each]))
     if isinstance(folder, LocalFolder):
-        problems += few(_outside(folder, side))
-        python = tuple(each for each in python if not _outside(folder, [each]))
+        problems += first_few(_outside_problems(folder, side))
+        python = tuple(each for each in python if not _outside_problems(folder, [each]))
     if problems or config is None or index is None:
         raise CheckpointError(problems)
     warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
     if not is_adapter:
         warnings.append(leftover_warning(folder.label, config, index))
-    return Opened(
+    return OpenedFolder(
         folder=folder,
-        config=_as_loaded(config),
+        config=_effective_config(config),
         index=index,
         side_files=side,
         python_files=python,
@@ -226,7 +226,7 @@ def _open(
     )
 
 
-def _outside(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
+def _outside_problems(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
     """Files that travel with a model, and may be published with it, but are links to files of somewhere else."""
     return [
         Problem(
@@ -239,7 +239,7 @@ def _outside(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
     ]
 
 
-def _too_large(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
+def _size_problems(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
     """Files that travel with a model are read whole, here and by the libraries that load them."""
     problems: list[Problem] = []
     for each in files:
@@ -251,7 +251,7 @@ def _too_large(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
     return problems
 
 
-def _as_loaded(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What transformers takes a config.json for: a Mistral that has `layer_types` is a Ministral (AutoConfig, 5.x)."""
     if config.get("model_type") == "mistral" and "layer_types" in config:
         return {**config, "model_type": "ministral"}
@@ -264,20 +264,24 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
         if (local := local_path(path.path)) is None:
             return open_object_folder(path.path, role, storage)
         if not os.path.isdir(local):
-            raise unusable(path.path, f"there is no folder {local} here", f"correct the URL of the {role}")
+            raise unusable_checkpoint(path.path, f"there is no folder {local} here", f"correct the URL of the {role}")
         return LocalFolder(local)
     if is_local_folder(path.path):
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
-            raise unusable(path.path, what, "leave the revision out, or move the folder away to mean the Hub's model")
-        _check_no_cache_folder(path.path)
+            raise unusable_checkpoint(
+                path.path, what, "leave the revision out, or move the folder away to mean the Hub's model"
+            )
+        _reject_cache_folder(path.path)
         return LocalFolder(path.path)
     expanded = os.path.expanduser(path.path)
     if os.path.isfile(expanded):
-        raise unusable(path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it")
+        raise unusable_checkpoint(
+            path.path, f"this is a file; a {role} is named by its folder", "name the folder that holds it"
+        )
     if not is_hub_id(path.path):
         what = f"no folder {path.path!r} here ({os.path.abspath(expanded)}), and not a Hub id such as org/name"
-        raise unusable(path.path, what, f"correct the name of the {role}")
+        raise unusable_checkpoint(path.path, what, f"correct the name of the {role}")
     try:
         return open_hub_folder(path, options)
     except CheckpointError as error:
@@ -287,7 +291,7 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
         raise CheckpointError([replace(first, what=what), *rest]) from None
 
 
-def _check_no_cache_folder(path: str) -> None:
+def _reject_cache_folder(path: str) -> None:
     """Raises CheckpointError for the folder in which the Hub's cache keeps all revisions of a model."""
     place = Path(os.path.abspath(os.path.expanduser(path)))
     whole = place.parent if place.name == "snapshots" else place
@@ -297,15 +301,15 @@ def _check_no_cache_folder(path: str) -> None:
     commits = sorted(folder.name for folder in (whole / "snapshots").iterdir() if folder.is_dir())
     what = "this folder of the Hub's cache holds revisions of a model, and is not the model itself"
     where = f", or a revision's folder: {whole}/snapshots/{commits[0] if len(commits) == 1 else '<commit>'}"
-    raise unusable(path, what, f"name the model by its Hub id, {'/'.join(names)}{where if commits else ''}")
+    raise unusable_checkpoint(path, what, f"name the model by its Hub id, {'/'.join(names)}{where if commits else ''}")
 
 
-def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
+def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> ModelFacts:
     facts, warnings, index, own_head = None, model.warnings, model.index, model.own_head
     if adapter is not None:
         folder = adapter.folder
         facts = adapter_facts(folder.label, folder.revision, adapter.config, adapter.index, model.index)
-        warnings += adapter.warnings + _other_base(facts, ref.model)
+        warnings += adapter.warnings + _other_base_warning(facts, ref.model)
         index = replace(index, tensors={**index.tensors, **facts.replaced})
         own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
     return ModelFacts(
@@ -322,7 +326,7 @@ def _facts(ref: ModelRef, model: Opened, adapter: Opened | None) -> ModelFacts:
     )
 
 
-def _other_base(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:
+def _other_base_warning(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:
     """A warning where an adapter says that it was made for a model of another name. Models move: only the last part of
     the name is compared."""
     made_for = adapter.config.get("base_model_name_or_path")

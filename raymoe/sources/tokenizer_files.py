@@ -22,7 +22,7 @@ from raymoe.untrusted_files import read_json
 
 __all__ = [
     "TokenizerFacts",
-    "bare_tokenizer",
+    "plain_tokenizer",
     "tokenizer_code",
     "tokenizer_facts",
     "tokenizer_guard",
@@ -34,7 +34,7 @@ __all__ = [
 ReadFile = Callable[[SourceFile], bytes]
 
 _CONFIG, _TOKENIZER, _SPECIAL = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
-_WITHOUT_BOS = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+_CLASSES_WITHOUT_BOS = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 _MAX_CODE_BYTES = 1 << 20
 _CHECK_TOKENIZER = "check the tokenizer files of base_model"
@@ -127,8 +127,8 @@ def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ProblemReport([Problem(where=where, what=f"{what}: {said}", remedy=remedy)]) from error
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ProblemReport([Problem(where=where, what=f"{what}: {text}", remedy=remedy)]) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class TokenizerFacts:
     content: bytes
     where: str = "base_model"
 
-    def may_pass(self, rows: int) -> bool:
+    def may_exceed(self, rows: int) -> bool:
         """Whether a text can have tokens past so many rows of an embedding, as far as the files show it."""
         return self.tokens is None or self.has_code or max(self.tokens, default=0) >= rows
 
@@ -156,7 +156,7 @@ class TokenizerFacts:
         """
         if self.has_code or not self.content:
             return None
-        tokenizer = bare_tokenizer(self.content, self.where)
+        tokenizer = plain_tokenizer(self.content, self.where)
         if self.tokens is None:
             return None
 
@@ -167,7 +167,7 @@ class TokenizerFacts:
         return encode
 
 
-def bare_tokenizer(content: bytes, where: str) -> Any:
+def plain_tokenizer(content: bytes, where: str) -> Any:
     """The tokenizer of a tokenizer.json, which neither truncates nor pads, whatever the file says: transformers does
     neither unless it is asked to. Raises ProblemReport if the tokenizers library can't read the file at `where`."""
     with tokenizer_guard(where, "the tokenizer can't be read", _CHECK_TOKENIZER):
@@ -202,7 +202,7 @@ def _bos(settings: Mapping[str, Any], special: Mapping[str, Any]) -> str | None:
         text = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(text, str):
             return text
-    return "" if "bos_token" in settings or settings.get("tokenizer_class") in _WITHOUT_BOS else None
+    return "" if "bos_token" in settings or settings.get("tokenizer_class") in _CLASSES_WITHOUT_BOS else None
 
 
 def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

@@ -38,7 +38,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_CHARACTERS
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.folder_protocol import unusable
+from raymoe.sources.folder_protocol import unusable_checkpoint
 
 __all__ = ["parse_pickled"]
 
@@ -69,15 +69,15 @@ _KEYED: Mapping[str, int] = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0}
 # What a value on the unpickler's stack is: at 0 anything else, above 0 how deep its tuples are nested.
 _KEY = -1
 # Operations that leave what they fill on the stack. (With nothing to fill in, that may be a tuple.)
-_FILLING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
+_FILL_OPERATIONS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
 _REFUSED_OPERATIONS = frozenset(
     {
         *("POP", "POP_MARK", "DUP", "EMPTY_SET", "FROZENSET", "ADDITEMS"),
         *("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"),
     }
 )
-_shortened = reprlib.Repr()
-_shortened.maxlevel = _shortened.maxtuple = 3
+_repr = reprlib.Repr()
+_repr.maxlevel = _repr.maxtuple = 3
 _MAX_PROBLEMS = 5
 _TO_SAFETENSORS = (
     "convert it where you trust it: load the model with transformers and save it with save_pretrained, "
@@ -191,9 +191,9 @@ class _StateDictUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         # ('storage', type, key of the record, device, number of elements)
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-            raise _RefusedError(f"the storage {_shown(pid)}")
+            raise _RefusedError(f"the storage {_short_repr(pid)}")
         if not isinstance(pid[2], str) or not isinstance(pid[4], int):
-            raise _RefusedError(f"the storage {_shown(pid)}")
+            raise _RefusedError(f"the storage {_short_repr(pid)}")
         return _Storage(pid[1].dtype, pid[2], pid[4])
 
 
@@ -208,7 +208,9 @@ def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[Tensor
         with open(path, "rb") as handle:
             return _parse(handle, file, where)
     except OSError as error:
-        raise unusable(where, f"can't be read: {error.strerror or error}", "check its permissions") from error
+        raise unusable_checkpoint(
+            where, f"can't be read: {error.strerror or error}", "check its permissions"
+        ) from error
 
 
 def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry, ...]:
@@ -236,48 +238,52 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
     """The records of storages by key, and the pickle."""
     start = handle.read(4)
     try:
-        bounded = _Bounded(handle, where)
+        bounded = _BoundedFile(handle, where)
         archive = zipfile.ZipFile(cast(BinaryIO, bounded))
         bounded.most = _MAX_PICKLE_BYTES
         infos = {info.filename: info for info in archive.infolist()}
         if len(infos) < len(archive.infolist()):
-            raise unusable(where, "the zip archive holds a record twice", _DOWNLOAD_AGAIN)
+            raise unusable_checkpoint(where, "the zip archive holds a record twice", _DOWNLOAD_AGAIN)
         pickle_name = next((name for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if pickle_name is None:
-            raise unusable(where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS)
+            raise unusable_checkpoint(
+                where, "a zip archive, but not one that torch.save wrote (no data.pkl)", _TO_SAFETENSORS
+            )
         prefix = pickle_name.removesuffix("data.pkl")
         if prefix + "constants.pkl" in infos:
-            raise unusable(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
+            raise unusable_checkpoint(where, "a TorchScript program, not a state dict", _TO_SAFETENSORS)
         if infos[pickle_name].file_size > _MAX_PICKLE_BYTES:
-            raise unusable(
+            raise unusable_checkpoint(
                 where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
             )
         order = infos.get(prefix + "byteorder")
         # zipfile expands a compressed record whole, whatever size is declared for it: a few bytes can take gigabytes.
         if any(_is_compressed(info) for info in (infos[pickle_name], order) if info is not None):
             what = "data.pkl or byteorder is compressed or encrypted, which torch.save never does"
-            raise unusable(where, what, _TO_SAFETENSORS)
+            raise unusable_checkpoint(where, what, _TO_SAFETENSORS)
         if order is not None and (order.file_size > _MAX_BYTEORDER_BYTES or archive.read(order) != b"little"):
-            raise unusable(where, "the tensors are big-endian", _TO_SAFETENSORS)
+            raise unusable_checkpoint(where, "the tensors are big-endian", _TO_SAFETENSORS)
         records = {name[len(prefix) + 5 :]: i for name, i in infos.items() if name.startswith(prefix + "data/")}
         return records, archive.read(pickle_name)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # of a damaged directory: BadZipFile, struct.error, ValueError, ...
         if start == b"PK\x03\x04":
-            raise unusable(where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN) from error
+            raise unusable_checkpoint(
+                where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN
+            ) from error
         if start.startswith(b"vers"):
-            raise unusable(
+            raise unusable_checkpoint(
                 where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
             ) from error
-        raise unusable(
+        raise unusable_checkpoint(
             where,
             "not in the zip format of torch.save (a legacy file of PyTorch before 1.6?)",
             _TO_SAFETENSORS,
         ) from error
 
 
-class _Bounded:
+class _BoundedFile:
     """A file for zipfile, which reads the list of records at once, however long the archive's end says that it is."""
 
     def __init__(self, handle: BinaryIO, where: str):
@@ -291,7 +297,7 @@ class _Bounded:
         size = min(size, left) if size >= 0 else left
         if size > self.most:
             what = "the zip archive names too many records: not a state dict"
-            raise unusable(self._where, what, _TO_SAFETENSORS)
+            raise unusable_checkpoint(self._where, what, _TO_SAFETENSORS)
         return self._handle.read(size)
 
 
@@ -306,12 +312,14 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
         value = _StateDictUnpickler(io.BytesIO(pickled)).load()
     except _RefusedError as error:
         what = f"the pickle asks for {error}, which a plain state dict does not need; nothing of it was run"
-        raise unusable(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}") from error
+        raise unusable_checkpoint(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}") from error
     except Exception as error:
         # A damaged pickle can fail in any operation of the unpickler: each is the file's fault, not ours.
-        raise unusable(where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN) from error
+        raise unusable_checkpoint(
+            where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN
+        ) from error
     if not isinstance(value, dict):
-        raise unusable(
+        raise unusable_checkpoint(
             where,
             f"holds a {type(value).__name__} where a state dict (name -> tensor) is expected",
             _TO_SAFETENSORS,
@@ -351,7 +359,7 @@ def _check_operations(pickled: bytes) -> None:
             taken = _take(stack, marks, opcode)
             if name in _KEYED and any(key != _KEY for key in taken[_KEYED[name] :: 2]):
                 raise _RefusedError("a dictionary whose keys are neither text nor small numbers")
-            depth = 1 + max([0, *taken]) if name in _TUPLES else taken[0] if name in _FILLING else 0
+            depth = 1 + max([0, *taken]) if name in _TUPLES else taken[0] if name in _FILL_OPERATIONS else 0
             if depth > _MAX_TUPLE_DEPTH:
                 raise _RefusedError(f"tuples nested more than {_MAX_TUPLE_DEPTH} deep")
             stack += [_KEY if _may_be_key(name, argument) else depth] * len(opcode.stack_after)
@@ -381,9 +389,9 @@ def _take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) ->
     return taken
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     """A value of a pickle for a message: the beginning of it, however large it is."""
-    return _shortened.repr(value)[:80]
+    return _repr.repr(value)[:80]
 
 
 def _entry(
@@ -391,9 +399,9 @@ def _entry(
 ) -> TensorEntry:
     """One tensor. Raises ValueError with what is wrong with it."""
     if isinstance(name, str) and len(name) > MAX_NAME_CHARACTERS:
-        raise ValueError(f"the name {_shown(name)} has {len(name)} characters (at most {MAX_NAME_CHARACTERS})")
+        raise ValueError(f"the name {_short_repr(name)} has {len(name)} characters (at most {MAX_NAME_CHARACTERS})")
     if not isinstance(name, str) or not name or not name.isprintable():
-        raise ValueError(f"the name {_shown(name)} is not the name of a tensor")
+        raise ValueError(f"the name {_short_repr(name)} is not the name of a tensor")
     if not isinstance(value, _Tensor):
         raise ValueError(f"{name!r} is a {type(value).__name__.lstrip('_')}, not a tensor: not a plain state dict")
     if value.changed_by:

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from raymoe.errors import CheckpointError, Problem, few
-from raymoe.formatting import some
+from raymoe.errors import CheckpointError, Problem, first_few
+from raymoe.formatting import short_list
 from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
-from raymoe.sources.folder_protocol import Folder, is_inside, read_json_object, unusable
+from raymoe.sources.folder_protocol import Folder, is_inside, read_json_object, unusable_checkpoint
 from raymoe.sources.lora import EMPTY_ADAPTER
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.torch_pickle import parse_pickled
@@ -28,7 +28,7 @@ __all__ = ["index_adapter_weights", "index_model_weights"]
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|npz|ckpt)")
-_CONVERT = "save the model with transformers' save_pretrained, which writes model.safetensors"
+_CONVERT_REMEDY = "save the model with transformers' save_pretrained, which writes model.safetensors"
 _HEADERS_AT_ONCE = 8  # a header of a remote file is one or two round trips
 _NAMED = 5  # how many of many names a message lists
 
@@ -38,7 +38,7 @@ def index_model_weights(folder: Folder) -> CheckpointIndex:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if (file := folder.find(single)) is not None:
-            return _combine(folder, {single: file}, weight_map={})
+            return _index_files(folder, {single: file}, weight_map={})
         if folder.find(index) is not None:
             return _index_shards(folder, index)
     raise _no_weights(folder)
@@ -48,8 +48,8 @@ def index_adapter_weights(folder: Folder) -> CheckpointIndex:
     """All tensors of a PEFT adapter."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (file := folder.find(name)) is not None:
-            return _combine(folder, {name: file}, weight_map={}, if_empty=EMPTY_ADAPTER)
-    raise unusable(
+            return _index_files(folder, {name: file}, weight_map={}, if_empty=EMPTY_ADAPTER)
+    raise unusable_checkpoint(
         folder.label,
         "adapter_model.safetensors is missing",
         folder.missing_remedy("adapter_model.safetensors"),
@@ -60,9 +60,13 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     where = f"{folder.label}/{index}"
     weight_map = read_json_object(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise unusable(where, "'weight_map' is missing, empty or not an object", folder.missing_remedy(index))
+        raise unusable_checkpoint(
+            where, "'weight_map' is missing, empty or not an object", folder.missing_remedy(index)
+        )
     if not all(isinstance(name, str) for name in weight_map.values()):
-        raise unusable(where, "'weight_map' has values that are not file names", folder.missing_remedy(index))
+        raise unusable_checkpoint(
+            where, "'weight_map' has values that are not file names", folder.missing_remedy(index)
+        )
     suffix = index.removesuffix(".index.json").rsplit(".", 1)[-1]
     shards: dict[str, SourceFile] = {}
     problems: list[Problem] = []
@@ -88,11 +92,11 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
         problems.append(Problem(where=where, what=f"and {more} more files of the index that can't be used"))
     if problems:
         raise CheckpointError(problems)
-    return _combine(folder, shards, weight_map)
+    return _index_files(folder, shards, weight_map)
 
 
-def _combine(
-    folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str], if_empty: str = _CONVERT
+def _index_files(
+    folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str], if_empty: str = _CONVERT_REMEDY
 ) -> CheckpointIndex:
     """Index all files, and check them against the weight map (empty where a single file holds everything)."""
     by_file = _entries_by_file(folder, files)
@@ -100,8 +104,8 @@ def _combine(
     for file_name, entries in by_file.items():
         for entry in entries:
             holders.setdefault(entry.name, {})[file_name] = entry
-    problems = few(_weight_map_problems(folder, holders, weight_map), _NAMED)
-    problems += few(_double_problems(folder, holders, weight_map), _NAMED)
+    problems = first_few(_weight_map_problems(folder, holders, weight_map), _NAMED)
+    problems += first_few(_duplicate_problems(folder, holders, weight_map), _NAMED)
     # In two shards: the last one counts. In none of the index: it is part of the model all the same.
     tensors = {name: list(held.values())[-1] for name, held in holders.items()}
     if not tensors:
@@ -122,7 +126,7 @@ def _entries_by_file(folder: Folder, files: Mapping[str, SourceFile]) -> dict[st
             except CheckpointError as error:
                 problems.extend(error.problems)
     if problems:
-        raise CheckpointError(few(problems, 2 * _NAMED))  # of each file there may be several
+        raise CheckpointError(first_few(problems, 2 * _NAMED))  # of each file there may be several
     return result
 
 
@@ -144,29 +148,29 @@ def _weight_map_problems(
             wrong.setdefault((file_name, next(iter(held), "")), []).append(name)
     for (file_name, actual), names in wrong.items():
         found = f"found in {actual}" if actual else "found nowhere"
-        what = f"the index file places {_some(names)} here: not so, {found}"
+        what = f"the index file places {_short_list(names)} here: not so, {found}"
         remedy = "index and shards are not of one checkpoint: download or save all of them again"
         yield Problem(where=f"{folder.label}/{file_name}", what=what, remedy=remedy)
 
 
-def _double_problems(
+def _duplicate_problems(
     folder: Folder, holders: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str]
 ) -> Iterator[Problem]:
     """Tensors in several shards, unless the index names the last of them.
 
     transformers loads the shards in the order of their names, whatever the index says of a tensor: the last one stays.
     """
-    double: dict[tuple[str, ...], list[str]] = {}
+    duplicates: dict[tuple[str, ...], list[str]] = {}
     for name, held in holders.items():
         if len(held) > 1 and weight_map.get(name) != list(held)[-1]:
-            double.setdefault(tuple(held), []).append(name)
-    for files, names in double.items():
-        where = some(files, _NAMED, " and in ")
-        what = f"{_some(names)} in {where}: transformers takes the last, which the index does not name"
-        yield Problem(where=folder.label, what=what, remedy=_CONVERT)
+            duplicates.setdefault(tuple(held), []).append(name)
+    for files, names in duplicates.items():
+        where = short_list(files, _NAMED, " and in ")
+        what = f"{_short_list(names)} in {where}: transformers takes the last, which the index does not name"
+        yield Problem(where=folder.label, what=what, remedy=_CONVERT_REMEDY)
 
 
-def _some(names: Sequence[str]) -> str:
+def _short_list(names: Sequence[str]) -> str:
     listed = ", ".join(repr(name) for name in names[:_NAMED])
     return f"{listed} and {len(names) - _NAMED} more tensors" if len(names) > _NAMED else listed
 
@@ -176,12 +180,12 @@ def _no_weights(folder: Folder) -> CheckpointError:
     if shards:
         index = shards[0].split("-")[0] + "." + shards[0].rsplit(".", 1)[-1] + ".index.json"
         what = f"found {len(shards)} shards ({shards[0]}, ...) but no {index}"
-        return unusable(folder.label, what, f"add {index}, which belongs to the checkpoint")
+        return unusable_checkpoint(folder.label, what, f"add {index}, which belongs to the checkpoint")
     if "adapter_config.json" in folder.names:
         what = "this is a LoRA adapter, not a whole model"
-        return unusable(folder.label, what, "name it together with its base model: 'base+adapter'")
+        return unusable_checkpoint(folder.label, what, "name it together with its base model: 'base+adapter'")
     others = [name for name in folder.names if _OTHER_WEIGHTS.fullmatch(name)]
     what = "no weights found (model.safetensors, model.safetensors.index.json, pytorch_model.bin)"
     if others:
-        return unusable(folder.label, f"{what}, only {', '.join(others[:_NAMED])}", _CONVERT)
-    return unusable(folder.label, what, folder.missing_remedy("model.safetensors"))
+        return unusable_checkpoint(folder.label, f"{what}, only {', '.join(others[:_NAMED])}", _CONVERT_REMEDY)
+    return unusable_checkpoint(folder.label, what, folder.missing_remedy("model.safetensors"))

@@ -10,7 +10,7 @@ import stat
 import uuid
 from pathlib import Path
 
-__all__ = ["is_special", "linked_place", "try_to_open", "write_whole"]
+__all__ = ["check_writable_file", "is_special", "resolve_links", "write_atomic"]
 
 
 def is_special(path: Path) -> bool:
@@ -18,12 +18,12 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def linked_place(path: Path) -> Path:
+def resolve_links(path: Path) -> Path:
     """Where the file is, through links: those stay."""
     return Path(os.path.realpath(path))
 
 
-def try_to_open(path: Path) -> OSError | None:
+def check_writable_file(path: Path) -> OSError | None:
     """What the filesystem says to opening the file for writing, and to a new one beside it: permission bits alone know
     nothing of read-only and special mounts."""
     if is_special(path):
@@ -31,7 +31,7 @@ def try_to_open(path: Path) -> OSError | None:
     try:
         if path.exists():
             path.open("a").close()
-        part = _part(linked_place(path))
+        part = _part(resolve_links(path))
         part.open("x").close()
         part.unlink()
     except OSError as error:
@@ -39,12 +39,12 @@ def try_to_open(path: Path) -> OSError | None:
     return None
 
 
-def write_whole(path: Path, text: str, *, follow: bool = True) -> None:
+def write_atomic(path: Path, text: str, *, follow: bool = True) -> None:
     """Write the file. Without `follow` a link of its name is replaced, and what it leads to stays. Raises OSError."""
     if follow and is_special(path):
         path.write_text(text, encoding="utf-8")
         return
-    place = linked_place(path) if follow else path
+    place = resolve_links(path) if follow else path
     part = _part(place)
     try:
         with part.open("x", encoding="utf-8") as stream:

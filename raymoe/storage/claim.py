@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed
-from raymoe.sources.local_folder import has_other_content
+from raymoe.sources.local_folder import fingerprints_differ
 
-__all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "not_of_this_merge", "replaced", "taken_over"]
+__all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "foreign_file_error", "replaced_file_error", "taken_over_error"]
 
 # Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
 JOURNAL_FORMAT = 3
@@ -49,33 +49,33 @@ class Claim:
         sources."""
         return note.get("digest") == self.digest and note.get("origin") == self.origin
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Local source files that are others now than when the claim was written."""
-        known = ((name, self.sources[name], stamp) for name, stamp in stamps.items() if name in self.sources)
-        return sorted(name for name, before, now in known if has_other_content(str(before), now))
+        known = ((name, self.sources[name], stamp) for name, stamp in fingerprints.items() if name in self.sources)
+        return sorted(name for name, before, now in known if fingerprints_differ(str(before), now))
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Claim | None:
+    def parse(cls, content: Mapping[str, Any]) -> Claim | None:
         """The claim in the content of a `plan.json`; None where it is damaged, or of another version of raymoe."""
-        words = [content.get(key) for key in ("digest", "run", "origin")]
+        texts = [content.get(key) for key in ("digest", "run", "origin")]
         sources = content.get("sources")
         if content.get("format") != JOURNAL_FORMAT or not isinstance(sources, Mapping):
             return None
-        if not all(isinstance(word, str) and word for word in words):
+        if not all(isinstance(word, str) and word for word in texts):
             return None
-        return cls(digest=str(words[0]), run=str(words[1]), origin=str(words[2]), sources=sources)
+        return cls(digest=str(texts[0]), run=str(texts[1]), origin=str(texts[2]), sources=sources)
 
 
 class TakenOver(MergeFailed):
     """The output is no longer this run's."""
 
 
-def taken_over(location: str) -> TakenOver:
+def taken_over_error(location: str) -> TakenOver:
     """What is raised where a run finds that the output is no longer its own."""
     return TakenOver(f"{location}: another run of this merge has taken over this output")
 
 
-def not_of_this_merge(place: str) -> MergeFailed:
+def foreign_file_error(place: str) -> MergeFailed:
     """What is raised for a file that readers take for a part of the model, and that this merge does not have."""
     return MergeFailed(
         f"{place}: this file belongs to another model, and has appeared here since the merge began. The merge is not "
@@ -83,7 +83,7 @@ def not_of_this_merge(place: str) -> MergeFailed:
     )
 
 
-def replaced(place: str) -> MergeFailed:
+def replaced_file_error(place: str) -> MergeFailed:
     """What is raised where a file is no longer the one that this run has written."""
     return MergeFailed(
         f"{place}: this file was replaced or removed after it had been written, by another run or another program. The "

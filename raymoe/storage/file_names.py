@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymoe.errors import Problem
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.sources.folder_protocol import SIDE_FILES, is_inside, matches
 from raymoe.untrusted_files import read_json
 
@@ -128,7 +128,7 @@ class FinishedMerge:
                 wrong.append(f"{file.name} has {size:,} bytes, and had {file.size:,} when it was merged")
         if not wrong:
             return []
-        what = f"the finished merge here is damaged: {some(wrong, most=3)}"
+        what = f"the finished merge here is damaged: {short_list(wrong, most=3)}"
         return [Problem(where=location, what=what, remedy="put the files back, or use --overwrite to merge again")]
 
 

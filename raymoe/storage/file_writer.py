@@ -20,17 +20,17 @@ import xxhash
 
 from raymoe.storage.linux_io import allocate, clone_range, start_writeback, wait_for_writeback
 
-__all__ = ["NewFile", "SharedRange"]
+__all__ = ["FileWriter", "SharedRange"]
 
 _WRITEBACK_BYTES = 64 << 20
 _BLOCK_BYTES = 4096  # of extents that are shared; where a filesystem has larger ones it refuses, and bytes are copied
-_LEAST_SHARED_BYTES = 1 << 20
+_MIN_SHARED_BYTES = 1 << 20
 
 # Bytes [start, end) of an open source file, and the place in the new file that has the same content.
 SharedRange = tuple[int, int, int, int]
 
 
-class NewFile:
+class FileWriter:
     """A file of `size` bytes (None: as it comes) at `path`; `append` all of it, then `finish`. A context manager."""
 
     def __init__(self, path: Path, size: int | None = None) -> None:
@@ -45,7 +45,7 @@ class NewFile:
             os.close(self._descriptor)
             raise
 
-    def __enter__(self) -> NewFile:
+    def __enter__(self) -> FileWriter:
         return self
 
     def __exit__(
@@ -59,7 +59,7 @@ class NewFile:
         Their bytes are appended like all others, but not written a second time.
         """
         for source, start, end, offset in ranges:
-            if (start - offset) % _BLOCK_BYTES or end - start < _LEAST_SHARED_BYTES:
+            if (start - offset) % _BLOCK_BYTES or end - start < _MIN_SHARED_BYTES:
                 continue
             head = -start % _BLOCK_BYTES
             size = (end - start - head) // _BLOCK_BYTES * _BLOCK_BYTES
@@ -79,16 +79,16 @@ class NewFile:
             start_writeback(self._descriptor, self._written_back, end - self._written_back)
             self._written_back = end
 
-    def finish(self, moved: Callable[[], None] | None = None) -> str:
+    def finish(self, heartbeat: Callable[[], None] | None = None) -> str:
         """Wait until the file is on the disk; its checksum. Raises OSError if it could not be written.
 
-        On Linux `moved` is called after each window of the file that is on the disk.
+        On Linux `heartbeat` is called after each window of the file that is on the disk.
         """
-        if moved is not None:
+        if heartbeat is not None:
             for start in range(0, self.size, _WRITEBACK_BYTES):
                 if not wait_for_writeback(self._descriptor, start, min(_WRITEBACK_BYTES, self.size - start)):
                     break
-                moved()
+                heartbeat()
         os.fsync(self._descriptor)
         return f"xxh3-128:{self._hasher.hexdigest()}"
 

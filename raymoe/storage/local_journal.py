@@ -37,13 +37,14 @@ from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.local_folder import is_in_view, lasting_stamp, small_sample
-from raymoe.storage.claim import Claim, taken_over
+from raymoe.sources.local_folder import file_fingerprint, is_in_view, small_sample
+from raymoe.storage.claim import Claim, taken_over_error
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
 
-__all__ = ["Journal", "source_stamps", "sync_folder"]
+__all__ = ["Journal", "source_fingerprints", "sync_folder"]
 
-_LOOKERS_S = 10.0  # how long a lock is tried for that is held by processes which only look, each for a moment
+# how long a lock is tried for that is held by processes which only look, each for a moment
+_LOCK_PROBE_TIMEOUT_S = 10.0
 _CLEARING = "clearing."
 _REMOVE_TRIES = 4
 _OPEN_ON_NFS = ".nfs"  # what a removed file is called there until the last process has closed it
@@ -76,12 +77,12 @@ class Journal:
         """The claim of this run. Raises MergeFailed where another run has taken over the output."""
         claim = self.claim()
         if claim is None or not self.run or claim.run != self.run:
-            raise taken_over(str(self.root))
+            raise taken_over_error(str(self.root))
         return claim
 
     def claim(self) -> Claim | None:
         """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
-        return Claim.of(self._read("plan.json"))
+        return Claim.parse(self._read("plan.json"))
 
     def digest(self) -> str | None:
         """Digest of the plan that this journal belongs to; None where there is no readable journal."""
@@ -92,12 +93,12 @@ class Journal:
     def is_clearing(self) -> bool:
         """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
         claim = self.claim()
-        return claim is not None and self._clearing(claim.origin).exists()
+        return claim is not None and self._clearing_path(claim.origin).exists()
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Source files that were modified after the interrupted merge had read them."""
         claim = self.claim()
-        return claim.changed_sources(stamps) if claim is not None else []
+        return claim.changed_sources(fingerprints) if claim is not None else []
 
     def links(self) -> list[Problem]:
         """The journal's files and folders that are links: what is done to them would be done elsewhere."""
@@ -106,7 +107,7 @@ class Journal:
         return [Problem(where=str(p), what="this is a link", remedy=remedy) for p in places if p.is_symlink()]
 
     @property
-    def taken(self) -> Problem:
+    def taken_problem(self) -> Problem:
         """What is wrong with an output that `is_taken`."""
         what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
         return Problem(where=str(self.root), what=what, remedy=remedy)
@@ -129,7 +130,7 @@ class Journal:
 
     def lock(self) -> None:
         """Take the output for this process. Raises ProblemReport if another merge holds it."""
-        path, deadline = self.folder / "lock", time.monotonic() + _LOOKERS_S
+        path, deadline = self.folder / "lock", time.monotonic() + _LOCK_PROBE_TIMEOUT_S
         while self._lock is None:
             if links := self.links():
                 raise ProblemReport(links)
@@ -159,11 +160,16 @@ class Journal:
                 remedy = "choose a folder on another one, or mount it with locks"
                 raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
         if _is_held(descriptor) or is_late:
-            raise ProblemReport([self.taken])
+            raise ProblemReport([self.taken_problem])
         return False
 
     def begin(
-        self, digest: str, stamps: Mapping[str, str], *, fresh: bool = False, remove: Callable[[], None] | None = None
+        self,
+        digest: str,
+        fingerprints: Mapping[str, str],
+        *,
+        fresh: bool = False,
+        remove: Callable[[], None] | None = None,
     ) -> None:
         """Begin a run, or go on with an interrupted one; the lock is held.
 
@@ -177,9 +183,9 @@ class Journal:
         origin = before.origin if before is not None and goes_on else self.run
         (self.folder / "parts" / self.run).mkdir(parents=True)
         if fresh:
-            self._clearing(self.run).touch()
-        self._write("plan.json", Claim(digest=digest, run=self.run, origin=origin, sources=stamps).plain())
-        self._fence()
+            self._clearing_path(self.run).touch()
+        self._write("plan.json", Claim(digest=digest, run=self.run, origin=origin, sources=fingerprints).plain())
+        self._remove_other_runs()
         if not goes_on:
             _remove(self.folder / "done")
         if fresh and remove is not None:
@@ -187,12 +193,12 @@ class Journal:
         (self.folder / "done").mkdir(exist_ok=True)
         self._forget_clearing()
 
-    def spoil(self) -> None:
+    def invalidate(self) -> None:
         """Note that what this merge has written is of no use: the next run begins again. Raises OSError or
         MergeFailed."""
-        self._clearing(self.check_run().origin).touch()
+        self._clearing_path(self.check_run().origin).touch()
 
-    def _fence(self) -> None:
+    def _remove_other_runs(self) -> None:
         """Take away the folders of all other runs, so that they can't move a file to its place any more."""
         for folder in (self.folder / "parts").iterdir():
             if folder.name != self.run:
@@ -214,11 +220,11 @@ class Journal:
 
     def new_part(self, name: str) -> Path:
         """A path for one attempt at writing a file, never given twice."""
-        return self.folder / "parts" / self.run / f"{_flat(name)}.{uuid.uuid4().hex}"
+        return self.folder / "parts" / self.run / f"{_flat_name(name)}.{uuid.uuid4().hex}"
 
     def finished(self, name: str) -> FileRecord | None:
         """The record of a file that this merge finished; the caller compares it with the file itself."""
-        note, claim = self._read(f"done/{_flat(name)}.json"), self.claim()
+        note, claim = self._read(f"done/{_flat_name(name)}.json"), self.claim()
         if claim is None or not claim.owns(note) or self.run not in ("", claim.run):
             return None
         try:
@@ -228,7 +234,7 @@ class Journal:
 
     def record(self, record: FileRecord) -> None:
         """Note a finished file. Raises MergeFailed where another run has taken over."""
-        self._write(f"done/{_flat(record.name)}.json", {**self.check_run().signature, "file": asdict(record)})
+        self._write(f"done/{_flat_name(record.name)}.json", {**self.check_run().signature, "file": asdict(record)})
 
     def clear(self) -> None:
         """Forget everything but the lock; `plan.json` goes first, since it is what makes a journal. Raises OSError."""
@@ -262,7 +268,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
-    def _clearing(self, run: str) -> Path:
+    def _clearing_path(self, run: str) -> Path:
         return self.folder / f"{_CLEARING}{run}"
 
     def _forget_clearing(self) -> None:
@@ -329,26 +335,26 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _flat(name: str) -> str:
+def _flat_name(name: str) -> str:
     """A file's name without folders: the journal's own folders are flat."""
     return name.replace("/", "__")
 
 
-def source_stamps(files: Iterable[SourceFile]) -> dict[str, str]:
+def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
     """What tells one state of a local source file from another between two runs, by location: its time, as it was when
     the header was read, and a sample.
 
     Files of another machine are left out, unless they are here too. A Hub revision never changes.
     """
-    stamps = {}
+    fingerprints = {}
     for file in files:
         if "://" in file.location:
             continue
         planned = file.stamp if is_in_view(file) else None
         with contextlib.suppress(OSError):
             mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
-            stamps[file.location] = lasting_stamp([(socket.gethostname(), mtime_ns)], small_sample(file))
-    return stamps
+            fingerprints[file.location] = file_fingerprint([(socket.gethostname(), mtime_ns)], small_sample(file))
+    return fingerprints
 
 
 def sync_folder(folder: Path) -> None:

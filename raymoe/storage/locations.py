@@ -4,7 +4,7 @@ A local place is its device and inode, so links, '..', bind mounts and another c
 nothing exists yet, it is the nearest existing folder and the names below it. A place in an object store is its store,
 bucket and key, whichever of its schemes or addresses a URL uses.
 
-    folders of sources, files that the user named --Inputs--> `overwritten` --> why an output can't be here
+    folders of sources, files that the user named --Inputs--> `overwrite_problem` --> why an output can't be here
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raymoe.config import MergeConfig
-from raymoe.config.source_positions import path_text
+from raymoe.config.source_positions import format_loc
 from raymoe.errors import Problem
 from raymoe.object_store.urls import is_url, local_path
-from raymoe.sources.prompt_sampling import prompt_file_place
+from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.file_names import JOURNAL, is_written_by_a_merge
 
 __all__ = [
     "Inputs",
+    "input_paths",
     "is_in",
     "is_in_job_package",
     "is_same_place",
-    "named_inputs",
-    "overwritten",
+    "overwrite_problem",
     "place_key",
-    "replaced",
+    "replaced_input",
     "source_folders",
 ]
 
 Key = tuple[Hashable, ...]
 """Equal for names of one place; the key of a folder begins the key of what is not there yet in it."""
 
-_MOST_LINKS = 40  # as many as Linux follows
+_MAX_LINKS = 40  # as many as Linux follows
 _TEMPLATES = "chat_templates"  # the one subfolder, besides the journal, that a merge writes to
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html
 _AWS_HOST = re.compile(r"(?:(?P<bucket>.+)\.)?s3(?:[.-](?:dualstack\.)?[a-z0-9-]+)?\.amazonaws\.com(?:\.cn)?")
@@ -88,7 +88,7 @@ def is_in(inner: str, outer: str) -> bool:
 
 def _names_of(file: str) -> Iterator[str]:
     """The name of a file and, if it is a link, all names that it leads through: the file is lost with any of them."""
-    for _ in range(_MOST_LINKS):
+    for _ in range(_MAX_LINKS):
         yield file
         if is_url(file) or not os.path.islink(file):
             return
@@ -102,7 +102,7 @@ def is_in_job_package(path: str) -> bool:
     return "/runtime_resources/working_dir_files/" in f"{os.path.realpath(path)}/"
 
 
-def overwritten(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Problem | None:
+def overwrite_problem(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Problem | None:
     """The problem of an output, a folder or URL prefix, whose merge would remove or replace something that it reads.
 
     `recorded` are names of files that the record of an earlier merge in the output has: they are removed too.
@@ -115,7 +115,7 @@ def overwritten(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Pr
     for owner, folder in inputs.folders:
         if keys(folder)[0] in written or journal in keys(folder):
             what = f"the output is the folder of {owner}, which would be overwritten"
-            return _clash(output, what, folder)
+            return _conflict_problem(output, what, folder)
     for owner, file in inputs.files:
         for path in _names_of(local_path(file) or file):
             above, name = keys(_folder(path)), _last_name(path)
@@ -123,11 +123,11 @@ def overwritten(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Pr
                 above[0] in own and is_written_by_a_merge(f"{own[above[0]]}{name}")
             )
             if is_replaced or journal in above:
-                return _clash(output, f"the merge would remove or replace {owner} there", file)
+                return _conflict_problem(output, f"the merge would remove or replace {owner} there", file)
     return None
 
 
-def replaced(path: str, inputs: Inputs) -> str | None:
+def replaced_input(path: str, inputs: Inputs) -> str | None:
     """What writing a file at an absolute path would replace, in words: one of the input files under whatever name, or
     a file that is there in one of the folders. Links are followed."""
     if os.path.lexists(path):
@@ -147,17 +147,17 @@ def source_folders(owner: str, folders: Iterable[str], files: Iterable[str]) -> 
     return ((owner, folder) for folder in found)
 
 
-def named_inputs(config: MergeConfig, source: object, more: Inputs | None = None) -> Inputs:
+def input_paths(config: MergeConfig, source: object, extra: Inputs | None = None) -> Inputs:
     """The files that a merge reads besides its models: the config, where `source` is its path, and files of prompts."""
-    files = dict.fromkeys(more.files if more else ())
+    files = dict.fromkeys(extra.files if extra else ())
     if isinstance(source, (str, Path)):
         files["the config", os.path.abspath(source)] = None
-    for loc, prompts in config.prompt_files.items():
-        files[f"the file of {path_text(loc)}", prompt_file_place(prompts)] = None
-    return Inputs(folders=more.folders if more else (), files=tuple(files))
+    for key, prompts in config.prompt_files.items():
+        files[f"the file of {format_loc(key)}", prompt_file_location(prompts)] = None
+    return Inputs(folders=extra.folders if extra else (), files=tuple(files))
 
 
-def _clash(output: str, what: str, input_: str) -> Problem:
+def _conflict_problem(output: str, what: str, input_: str) -> Problem:
     names = "" if input_ == output or _folder(input_) == output else f" ({input_})"
     return Problem(where=output, what=f"{what}{names}", remedy="choose another output")
 

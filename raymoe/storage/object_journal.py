@@ -35,8 +35,8 @@ from typing import Any
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import ObjectExists, ObjectMissing
 from raymoe.object_store.protocol import ObjectEntry, ObjectStore, UploadedPart
-from raymoe.object_store.urls import join
-from raymoe.storage.claim import Claim, not_of_this_merge, replaced, taken_over
+from raymoe.object_store.urls import join_url
+from raymoe.storage.claim import Claim, foreign_file_error, replaced_file_error, taken_over_error
 from raymoe.storage.file_names import (
     INDEX_NAME,
     JOURNAL,
@@ -52,12 +52,12 @@ from raymoe.storage.file_names import (
 )
 
 __all__ = [
-    "NotedUpload",
     "ObjectJournal",
+    "RecordedUpload",
     "WrittenFiles",
     "finished_claim",
     "finished_merge",
-    "occupied",
+    "occupied_problems",
     "other_model_files",
     "read_json",
     "recorded_files",
@@ -71,7 +71,7 @@ _SWEEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NotedUpload:
+class RecordedUpload:
     """An upload of a file that a run has noted: `upload_id` None where only its intention is known, and then `known`
     are the uploads that were open before. `is_own`: of this very merge. `note` is where it is noted."""
 
@@ -87,21 +87,21 @@ class ObjectJournal:
 
     def __init__(self, store: ObjectStore, root: str, run: str = "") -> None:
         self._store, self._root, self.run = store, root, run
-        self._folder = join(root, JOURNAL)
+        self._folder = join_url(root, JOURNAL)
         self._claim: Claim | None = None
         self._earlier: tuple[str, ...] = ()  # notes of earlier runs, when this one began
 
     @property
     def exists(self) -> bool:
         try:
-            self._store.read_all(join(self._folder, "plan.json"))
+            self._store.read_all(join_url(self._folder, "plan.json"))
         except ObjectMissing:
             return False
         return True
 
     def claim(self) -> Claim | None:
         """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
-        return Claim.of(self._read("plan.json"))
+        return Claim.parse(self._read("plan.json"))
 
     def digest(self) -> str | None:
         claim = self.claim()
@@ -116,51 +116,53 @@ class ObjectJournal:
         """The claim of this run. Raises MergeFailed where another run has taken over the output."""
         claim = self.claim()
         if claim is None or not self.run or claim.run != self.run:
-            raise taken_over(self._root)
+            raise taken_over_error(self._root)
         return claim
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
         claim = self.claim()
-        return claim.changed_sources(stamps) if claim is not None else []
+        return claim.changed_sources(fingerprints) if claim is not None else []
 
     @property
     def is_clearing(self) -> bool:
         """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
         claim = self.claim()
-        return claim is not None and any(self._store.stat(each) is not None for each in self._clearing(claim.origin))
+        return claim is not None and any(
+            self._store.stat(each) is not None for each in self._clearing_markers(claim.origin)
+        )
 
-    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> bool:
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> bool:
         """Fence off all older runs, and go on with their merge unless `fresh`.
 
-        Returns whether what is here has to be removed; `cleared` is called when it is. Raises ProblemReport where
+        Returns whether what is here has to be removed; `mark_cleared` is called when it is. Raises ProblemReport where
         another run has used the output since it was looked at, unless `fresh`, with which it may be replaced.
         """
         before, self.run = self.claim(), uuid.uuid4().hex
-        seen = () if fresh else self._seen(before)
+        seen = () if fresh else self._snapshot(before)
         has_to_clear = fresh or self.is_clearing
         if not fresh and ((seen and not has_to_clear) or (before is not None and before.digest != digest)):
-            raise self._used(digest)
+            raise self._in_use_report(digest)
         goes_on = before is not None and before.digest == digest and not has_to_clear
         origin = before.origin if before is not None and goes_on else self.run
-        before_claim, after_claim = self._clearing(self.run)
+        before_claim, after_claim = self._clearing_markers(self.run)
         if has_to_clear:
             self._store.put(before_claim, b"{}")
-        self._claim = Claim(digest=digest, run=self.run, origin=origin, sources=stamps)
+        self._claim = Claim(digest=digest, run=self.run, origin=origin, sources=fingerprints)
         try:
             self._write("plan.json", self._claim.plain(), only_if_absent=before is None and not fresh)
         except ObjectExists:
-            raise self._used(digest) from None
-        if not fresh and self._seen(before) != seen:
-            self._give_back(self._claim)
-            raise self._used(digest)
+            raise self._in_use_report(digest) from None
+        if not fresh and self._snapshot(before) != seen:
+            self._withdraw(self._claim)
+            raise self._in_use_report(digest)
         if has_to_clear:  # an older run that was just ending may have removed the first one with its own journal
             self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
         self.check_run()  # so that none of these notes is a newer run's: it writes them after its claim
         return has_to_clear
 
-    def _seen(self, before: Claim | None) -> tuple[object, ...]:
+    def _snapshot(self, before: Claim | None) -> tuple[object, ...]:
         """What must be the same before and after this run has put its claim, which may take long: the put is repeated,
         or the process is stopped. Another run may have done its whole merge meanwhile, and have removed its claim.
 
@@ -169,29 +171,29 @@ class ObjectJournal:
         """
         if before is None:
             return tuple(visible_files(self._store, self._root))
-        info = self._store.stat(join(self._root, RECORD_NAME))
+        info = self._store.stat(join_url(self._root, RECORD_NAME))
         return (info.size, info.etag) if info is not None else ()
 
-    def _give_back(self, claim: Claim) -> None:
+    def _withdraw(self, claim: Claim) -> None:
         """Remove the claim of this run and its markers, before it has written anything else. Raises MergeFailed where
         the claim is another run's now."""
         self.check_claim(claim)
         self._delete(["plan.json"])
-        delete_all(self._store, self._clearing(claim.run))
+        delete_all(self._store, self._clearing_markers(claim.run))
 
-    def _used(self, digest: str) -> ProblemReport:
+    def _in_use_report(self, digest: str) -> ProblemReport:
         """What is raised where another run has used the output since this one has looked at it."""
         what = "another run has begun here, or has ended, since this one has looked"
         remedy = "run the same command again: it goes on, or says what is in the way"
         unknown = Problem(where=self._root, what=what, remedy=remedy)
-        return ProblemReport(occupied(self._store, self, self._root, digest) or [unknown])
+        return ProblemReport(occupied_problems(self._store, self, self._root, digest) or [unknown])
 
-    def spoil(self) -> None:
+    def invalidate(self) -> None:
         """Note that what this merge has written is of no use: the next run begins again. Raises MergeFailed."""
-        _, marker = self._clearing(self.check_run().origin)
+        _, marker = self._clearing_markers(self.check_run().origin)
         self._store.put(marker, b"{}")
 
-    def cleared(self) -> None:
+    def mark_cleared(self) -> None:
         """What an earlier merge left is removed; so are its notes, which are of no use any more."""
         self._delete(self._earlier)
         self._earlier = ()
@@ -201,7 +203,7 @@ class ObjectJournal:
 
     def finished(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run of this merge finished; the caller compares it with the file."""
-        for note in self._notes("done", f"{_flat(name)}.json"):
+        for note in self._notes("done", f"{_flat_name(name)}.json"):
             content = self._read(note)
             try:
                 if self._claim is not None and self._claim.owns(content):
@@ -212,13 +214,13 @@ class ObjectJournal:
 
     def record(self, record: FileRecord) -> None:
         """Note a finished file. Raises MergeFailed where another run has taken over."""
-        self._note("done", f"{_flat(record.name)}.json", {"file": asdict(record)})
+        self._note("done", f"{_flat_name(record.name)}.json", {"file": asdict(record)})
 
     # --- files being written
 
     def new_part(self, name: str) -> str:
         """A URL for one attempt at writing a file, never given twice."""
-        return join(self._folder, f"parts/{self.run}/{_flat(name)}.{uuid.uuid4().hex}")
+        return join_url(self._folder, f"parts/{self.run}/{_flat_name(name)}.{uuid.uuid4().hex}")
 
     def remove_earlier_parts(self) -> None:
         """Take the files away that older runs were writing, so that they can't move them to their places any more."""
@@ -226,52 +228,52 @@ class ObjectJournal:
 
     def remove_own_parts(self) -> None:
         folder = f"parts/{self.run}"
-        self._delete(f"{folder}/{entry.name}" for entry in self._store.list(join(self._folder, folder)))
+        self._delete(f"{folder}/{entry.name}" for entry in self._store.list(join_url(self._folder, folder)))
 
     # --- uploads in parts
 
-    def intend_upload(self, name: str, known: Sequence[str]) -> None:
+    def announce_upload(self, name: str, known: Sequence[str]) -> None:
         """An upload of `name` is about to begin; `known` are the open ones of that name that are not of this run."""
-        self._note("uploads", f"{_flat(name)}.json", {"id": None, "known": list(known)})
+        self._note("uploads", f"{_flat_name(name)}.json", {"id": None, "known": list(known)})
 
-    def begun_upload(self, name: str, upload_id: str) -> None:
+    def record_upload(self, name: str, upload_id: str) -> None:
         """Raises MergeFailed where another run has taken over, after the note is written: the upload is of no use."""
         claim = self._claim or self.check_run()
         content = {**claim.signature, "id": upload_id, "known": []}
-        self._write(f"uploads/{self.run}/{_flat(name)}.json", content)
+        self._write(f"uploads/{self.run}/{_flat_name(name)}.json", content)
         self.check_run()
 
     def forget_upload(self, name: str) -> None:
         """Remove this run's own note."""
-        self._delete([f"uploads/{self.run}/{_flat(name)}.json"])
+        self._delete([f"uploads/{self.run}/{_flat_name(name)}.json"])
 
-    def forget(self, upload: NotedUpload) -> None:
+    def forget(self, upload: RecordedUpload) -> None:
         self._delete([upload.note])
         self._earlier = tuple(name for name in self._earlier if name != upload.note)
 
-    def earlier_uploads(self, name: str) -> list[NotedUpload]:
+    def earlier_uploads(self, name: str) -> list[RecordedUpload]:
         """The uploads of `name` that earlier runs have noted."""
-        return list(self._noted(self._notes("uploads", f"{_flat(name)}.json")))
+        return list(self._parse_notes(self._notes("uploads", f"{_flat_name(name)}.json")))
 
-    def all_earlier_uploads(self) -> list[NotedUpload]:
-        return list(self._noted(name for name in self._earlier if name.startswith("uploads/")))
+    def all_earlier_uploads(self) -> list[RecordedUpload]:
+        return list(self._parse_notes(name for name in self._earlier if name.startswith("uploads/")))
 
-    def all_uploads(self) -> list[NotedUpload]:
+    def all_uploads(self) -> list[RecordedUpload]:
         """All uploads that are noted now, by whichever run."""
-        entries = self._store.list(join(self._folder, "uploads"))
-        return list(self._noted(f"uploads/{entry.name}" for entry in entries))
+        entries = self._store.list(join_url(self._folder, "uploads"))
+        return list(self._parse_notes(f"uploads/{entry.name}" for entry in entries))
 
-    def note_sent(self, name: str, upload_id: str, parts: Sequence[UploadedPart]) -> None:
+    def record_sent(self, name: str, upload_id: str, parts: Sequence[UploadedPart]) -> None:
         """Note parts that the store has, so that a run that goes on knows them again."""
         content = {"upload": upload_id, "parts": [[part.number, part.etag, part.size] for part in parts]}
-        self._note("sent", f"{_flat(name)}.{parts[0].number}.json", content)
+        self._note("sent", f"{_flat_name(name)}.{parts[0].number}.json", content)
 
-    def sent(self, name: str, upload_id: str) -> set[UploadedPart]:
+    def sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
         """The parts of an upload that earlier runs of this merge have noted as sent."""
         found: set[UploadedPart] = set()
         for note in self._earlier:
             kind, _, rest = note.partition("/")
-            if kind != "sent" or rest.rpartition("/")[2].rsplit(".", 2)[0] != _flat(name):
+            if kind != "sent" or rest.rpartition("/")[2].rsplit(".", 2)[0] != _flat_name(name):
                 continue
             content = self._read(note)
             if self._claim is None or not self._claim.owns(content) or content.get("upload") != upload_id:
@@ -304,23 +306,23 @@ class ObjectJournal:
     def check_claim(self, claim: Claim) -> None:
         """Raises MergeFailed where another run has taken over the output since that claim was read."""
         if self.claim() != claim:
-            raise taken_over(self._root)
+            raise taken_over_error(self._root)
 
-    def _clearing(self, run: str) -> tuple[str, str]:
+    def _clearing_markers(self, run: str) -> tuple[str, str]:
         """Two markers: one is put before `plan.json`, one after it."""
-        return join(self._folder, f"{_CLEARING}{run}"), join(self._folder, f"{_CLEARING}{run}.again")
+        return join_url(self._folder, f"{_CLEARING}{run}"), join_url(self._folder, f"{_CLEARING}{run}.again")
 
     def _notes(self, kind: str, name: str) -> Iterator[str]:
         """Notes of earlier runs of one kind and name; an older raymoe had no folders of runs."""
         return (note for note in self._earlier if note.startswith(f"{kind}/") and note.rpartition("/")[2] == name)
 
-    def _noted(self, notes: Iterable[str]) -> Iterator[NotedUpload]:
+    def _parse_notes(self, notes: Iterable[str]) -> Iterator[RecordedUpload]:
         for note in notes:
             content = self._read(note)
             if "id" not in content:  # gone meanwhile, or damaged
                 continue
             upload_id, known = content["id"], content.get("known")
-            yield NotedUpload(
+            yield RecordedUpload(
                 name=note.rpartition("/")[2].removesuffix(".json"),
                 upload_id=upload_id if isinstance(upload_id, str) and upload_id else None,
                 known=tuple(map(str, known)) if isinstance(known, list) else (),
@@ -339,13 +341,13 @@ class ObjectJournal:
             raise
 
     def _delete(self, names: Iterable[str]) -> None:
-        delete_all(self._store, [join(self._folder, name) for name in names])
+        delete_all(self._store, [join_url(self._folder, name) for name in names])
 
     def _read(self, name: str) -> dict[str, Any]:
-        return read_json(self._store, join(self._folder, name))
+        return read_json(self._store, join_url(self._folder, name))
 
     def _write(self, name: str, content: Mapping[str, Any], *, only_if_absent: bool = False) -> None:
-        self._store.put(join(self._folder, name), json.dumps(content).encode(), only_if_absent=only_if_absent)
+        self._store.put(join_url(self._folder, name), json.dumps(content).encode(), only_if_absent=only_if_absent)
 
 
 class WrittenFiles:
@@ -365,21 +367,21 @@ class WrittenFiles:
     def check(self) -> None:
         """Raise MergeFailed if one is not there any more as it was written, or a file of another model is there."""
         if others := other_model_files(self._store, self._location, self._seen):
-            raise not_of_this_merge(join(self._location, others[0]))
+            raise foreign_file_error(join_url(self._location, others[0]))
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="check") as pool:
             wrong = [name for name, is_same in zip(self._seen, pool.map(self._is_same, self._seen)) if not is_same]
         if wrong:
-            raise replaced(join(self._location, wrong[0]))
+            raise replaced_file_error(join_url(self._location, wrong[0]))
 
     def _is_same(self, name: str) -> bool:
-        info, (size, etag) = self._store.stat(join(self._location, name)), self._seen[name]
+        info, (size, etag) = self._store.stat(join_url(self._location, name)), self._seen[name]
         return info is not None and info.size == size and (etag is None or info.etag == etag)
 
 
 def finished_merge(store: ObjectStore, journal: ObjectJournal, location: str) -> FinishedMerge | None:
     """The finished merge that is here, by its record; None where there is none, or a merge has begun to replace it."""
     is_journal_there = journal.exists
-    found = FinishedMerge.of(read_json(store, join(location, RECORD_NAME)))
+    found = FinishedMerge.of(read_json(store, join_url(location, RECORD_NAME)))
     if found is not None and is_journal_there and (journal.digest() != found.digest or journal.is_clearing):
         return None
     return found
@@ -392,7 +394,7 @@ def finished_claim(store: ObjectStore, journal: ObjectJournal, location: str) ->
     return claim if claim is not None and finished is not None and finished.digest == claim.digest else None
 
 
-def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: str | None) -> list[Problem]:
+def occupied_problems(store: ObjectStore, journal: ObjectJournal, location: str, digest: str | None) -> list[Problem]:
     """Why an output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this very
     plan gave is complete, unless something has become of its files."""
     finished = finished_merge(store, journal, location)
@@ -403,7 +405,7 @@ def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: 
     if journal.exists:
         there = journal.digest()
         if digest is not None and there == digest:
-            return _ended_over_it(store, journal, location)
+            return _foreign_record_problems(store, journal, location)
         if digest is None:
             return []
         what = "an unfinished merge of another plan (other config, sources, seed or shard size) is here"
@@ -417,9 +419,9 @@ def occupied(store: ObjectStore, journal: ObjectJournal, location: str, digest: 
     return [Problem(where=location, what=what, remedy="use --overwrite to replace it, or choose another output")]
 
 
-def _ended_over_it(store: ObjectStore, journal: ObjectJournal, location: str) -> list[Problem]:
+def _foreign_record_problems(store: ObjectStore, journal: ObjectJournal, location: str) -> list[Problem]:
     """The problem of a record of another plan beside an unfinished merge, which no run leaves that ends in order."""
-    if store.stat(join(location, RECORD_NAME)) is None or journal.is_clearing:
+    if store.stat(join_url(location, RECORD_NAME)) is None or journal.is_clearing:
         return []
     what = "a merge of another plan has ended here over the unfinished one of this plan; files of both may be here"
     return [Problem(where=location, what=what, remedy="use --overwrite to discard both, or choose another output")]
@@ -435,7 +437,7 @@ def _is_result(store: ObjectStore, location: str, entry: ObjectEntry) -> bool:
     if entry.size > MAX_RESULT_BYTES or "/" in entry.name or is_part_of_a_model(entry.name):
         return False
     try:
-        return is_result(store.read_all(join(location, entry.name)))
+        return is_result(store.read_all(join_url(location, entry.name)))
     except ObjectMissing:
         return False
 
@@ -457,7 +459,7 @@ def remove_checkpoint(store: ObjectStore, location: str, check: Callable[[], obj
         names = _checkpoint_objects(store, location)
         for name in names:
             check()
-            store.delete(join(location, name))
+            store.delete(join_url(location, name))
         if not names:
             return
 
@@ -473,7 +475,7 @@ def _checkpoint_objects(store: ObjectStore, location: str) -> list[str]:
 
 def recorded_files(store: ObjectStore, location: str) -> list[str]:
     """Names of the files that an earlier merge wrote, as far as its record can be read."""
-    files = read_json(store, join(location, RECORD_NAME)).get("files")
+    files = read_json(store, join_url(location, RECORD_NAME)).get("files")
     names = files if isinstance(files, (dict, list)) else ()
     return [name for name in names if is_recorded_file(name)]
 
@@ -491,5 +493,5 @@ def read_json(store: ObjectStore, url: str) -> dict[str, Any]:
         return {}
 
 
-def _flat(name: str) -> str:
+def _flat_name(name: str) -> str:
     return name.replace("/", "__")

@@ -21,11 +21,11 @@ from raymoe.sources.facts import SourceFile
 
 __all__ = ["OpenFiles"]
 
-_MOST_OPEN = 32  # of one reader; an actor has up to ten readers, and Ray may be started with a limit of 1024 files
+_MAX_OPEN = 32  # of one reader; an actor has up to ten readers, and Ray may be started with a limit of 1024 files
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenFile:
     file: SourceFile
     descriptor: int
     users: int = 0
@@ -34,10 +34,10 @@ class _Open:
 class OpenFiles:
     """Descriptors by location, opened by `opener`. Thread-safe; `use` is valid again after `close`."""
 
-    def __init__(self, opener: Callable[[SourceFile], int], most: int = _MOST_OPEN) -> None:
-        self._opener, self._most = opener, most
+    def __init__(self, opener: Callable[[SourceFile], int], max_open: int = _MAX_OPEN) -> None:
+        self._opener, self._max_open = opener, max_open
         self._lock = threading.Lock()
-        self._open: dict[str, _Open] = {}  # the one that was used longest ago first
+        self._open: dict[str, _OpenFile] = {}  # the one that was used longest ago first
         self._first_seen: dict[str, tuple[int, int]] = {}
 
     @contextmanager
@@ -46,8 +46,8 @@ class OpenFiles:
         with self._lock:
             known = self._open.pop(file.location, None)
             if known is None:
-                self._close_idle(self._most - 1)
-            opened = known or _Open(file, self._opener(file))
+                self._close_idle(self._max_open - 1)
+            opened = known or _OpenFile(file, self._opener(file))
             self._open[file.location] = opened
             if known is None:
                 self._check(opened)
@@ -85,7 +85,7 @@ class OpenFiles:
                 finally:
                     os.close(opened.descriptor)
 
-    def _check(self, opened: _Open) -> None:
+    def _check(self, opened: _OpenFile) -> None:
         status = os.fstat(opened.descriptor)
         now = status.st_mtime_ns, status.st_size
         if self._first_seen.setdefault(opened.file.location, now) != now:

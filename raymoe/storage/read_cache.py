@@ -24,10 +24,10 @@ from raymoe.object_store.urls import is_url
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.linux_io import free_range
 
-__all__ = ["GATES", "SHARDS", "Fetch", "Spool"]
+__all__ = ["GATES", "SHARDS", "Fetch", "ReadCache"]
 
-_MOST_BYTES = 64 << 30
-_MOST_IN_MEMORY = 256 << 20  # where temporary files lie in memory
+_MAX_BYTES = 64 << 30
+_MAX_IN_MEMORY_BYTES = 256 << 20  # where temporary files lie in memory
 
 GATES = "gates"
 SHARDS = "shards"
@@ -54,14 +54,14 @@ class _Segment:
         self.end = at
         return rest
 
-    def others(self, reader: str) -> set[str]:
+    def other_readers(self, reader: str) -> set[str]:
         """Who wants it besides one who reads it now."""
         served = reader if reader in self.wanted or reader == GATES else SHARDS
         return self.wanted - {served}
 
 
 @dataclass
-class _Object:
+class _CachedObject:
     """The segments of one object, in order, and the file that keeps them."""
 
     segments: list[_Segment] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Object:
     def add(self, start: int, end: int, readers: Iterable[str]) -> None:
         """Have a range wanted by `readers`."""
         at = start
-        for known in [*self.cut_out(start, end), _Segment(end, end)]:
+        for known in [*self.segments_within(start, end), _Segment(end, end)]:
             if at < known.start:
                 self.segments.insert(bisect_left(self.segments, at, key=_start), _Segment(at, known.start))
             at = max(at, known.end)
@@ -82,7 +82,7 @@ class _Object:
         last = bisect_left(self.segments, end, key=_start)
         return [segment for segment in self.segments[first:last] if segment.end > start]
 
-    def cut_out(self, start: int, end: int) -> list[_Segment]:
+    def segments_within(self, start: int, end: int) -> list[_Segment]:
         """The segments within [start, end); those that reach beyond are split, unless they are in use."""
         for at in (start, end):
             for segment in self.overlapping(at, at + 1):
@@ -95,7 +95,7 @@ def _start(segment: _Segment) -> int:
     return segment.start
 
 
-class Spool:
+class ReadCache:
     """What one process keeps of objects between its two readings. Thread-safe.
 
     At most `most_bytes` are kept in `folder` (default: the system's for temporary files, at most half of its free
@@ -104,24 +104,24 @@ class Spool:
 
     def __init__(self, folder: Path | None = None, most_bytes: int | None = None) -> None:
         self._folder = folder or Path(tempfile.gettempdir())
-        self._most_bytes = _room(self._folder) if most_bytes is None else most_bytes
+        self._most_bytes = _available_bytes(self._folder) if most_bytes is None else most_bytes
         self._changed = threading.Condition()
-        self._objects: dict[SourceFile, _Object] = {}
-        self._kept_bytes = 0
+        self._objects: dict[SourceFile, _CachedObject] = {}
+        self._cached_bytes = 0
 
     def expect(self, entries: Iterable[TensorEntry], *readers: str) -> None:
         """These will be read by all of `readers`. Local files are left to the page cache."""
         with self._changed:
             for entry in entries:
                 if is_url(entry.file.location) and entry.nbytes:
-                    self._objects.setdefault(entry.file, _Object()).add(entry.start, entry.end, readers)
+                    self._objects.setdefault(entry.file, _CachedObject()).add(entry.start, entry.end, readers)
 
     def forget(self, entries: Iterable[TensorEntry], *readers: str) -> None:
         """These will be read by `readers` no more: they are not kept for them."""
         with self._changed:
             for entry in entries:
                 if (kept := self._objects.get(entry.file)) is not None:
-                    segments = kept.cut_out(entry.start, entry.end)
+                    segments = kept.segments_within(entry.start, entry.end)
                     for segment in segments:
                         segment.wanted -= set(readers)
                     self._drop(kept, [s for s in segments if not s.wanted and not s.in_use])
@@ -138,19 +138,19 @@ class Spool:
             self._read(kept, there, start, buffer)
             for low, high in _gaps(start, start + len(buffer), there):
                 fetch(low, buffer[low - start : high - start])
-            new = [segment for segment in segments if not segment.is_stored and segment.others(reader)]
+            new = [segment for segment in segments if not segment.is_stored and segment.other_readers(reader)]
             stored = self._store(kept, new, start, buffer)
         except BaseException:
-            self._give_back(segments)
+            self._release(segments)
             raise
         with self._changed:
             for segment in segments:
                 segment.is_stored |= segment in stored
-                segment.wanted = segment.others(reader)
+                segment.wanted = segment.other_readers(reader)
             self._drop(kept, [segment for segment in segments if not segment.wanted])
-        self._give_back(segments)
+        self._release(segments)
 
-    def _claim(self, file: SourceFile, start: int, end: int) -> tuple[_Object, list[_Segment]] | None:
+    def _claim(self, file: SourceFile, start: int, end: int) -> tuple[_CachedObject, list[_Segment]] | None:
         """The segments of a range, for this call alone to fetch or to take; None if nobody wants any of it."""
         with self._changed:
             kept = self._objects.get(file)
@@ -158,18 +158,18 @@ class Spool:
                 return None
             while any(segment.in_use for segment in kept.overlapping(start, end)):
                 self._changed.wait()
-            segments = kept.cut_out(start, end)
+            segments = kept.segments_within(start, end)
             for segment in segments:
                 segment.in_use = True
             return (kept, segments) if segments else None
 
-    def _give_back(self, segments: Iterable[_Segment]) -> None:
+    def _release(self, segments: Iterable[_Segment]) -> None:
         with self._changed:
             for segment in segments:
                 segment.in_use = False
             self._changed.notify_all()
 
-    def _read(self, kept: _Object, segments: Sequence[_Segment], start: int, buffer: memoryview) -> None:
+    def _read(self, kept: _CachedObject, segments: Sequence[_Segment], start: int, buffer: memoryview) -> None:
         for segment in segments:
             assert kept.file is not None
             part, done = buffer[segment.start - start : segment.end - start], 0
@@ -178,15 +178,17 @@ class Spool:
                 assert count, "the spool lost what it had kept"
                 done += count
 
-    def _store(self, kept: _Object, segments: Sequence[_Segment], start: int, buffer: memoryview) -> list[_Segment]:
+    def _store(
+        self, kept: _CachedObject, segments: Sequence[_Segment], start: int, buffer: memoryview
+    ) -> list[_Segment]:
         """Those of the segments that there was room for."""
         stored = []
         for segment in segments:
             size = segment.end - segment.start
             with self._changed:
-                if self._kept_bytes + size > self._most_bytes:
+                if self._cached_bytes + size > self._most_bytes:
                     continue
-                self._kept_bytes += size
+                self._cached_bytes += size
             try:
                 with self._changed:
                     if kept.file is None:
@@ -195,15 +197,15 @@ class Spool:
                 stored.append(segment)
             except OSError:  # the disk is full, or the folder is gone: it is read again
                 with self._changed:
-                    self._kept_bytes -= size
+                    self._cached_bytes -= size
         return stored
 
-    def _drop(self, kept: _Object, segments: Iterable[_Segment]) -> None:
+    def _drop(self, kept: _CachedObject, segments: Iterable[_Segment]) -> None:
         """Forget segments that nobody wants any more. Call it with the lock held."""
         for segment in segments:
             kept.segments.remove(segment)
             if segment.is_stored and kept.file is not None:
-                self._kept_bytes -= segment.end - segment.start
+                self._cached_bytes -= segment.end - segment.start
                 free_range(kept.file.fileno(), segment.start, segment.end - segment.start)
             segment.in_use = False
         self._changed.notify_all()
@@ -225,10 +227,10 @@ def _write(descriptor: int, start: int, content: memoryview) -> None:
         done += os.pwrite(descriptor, content[done:], start + done)
 
 
-def _room(folder: Path) -> int:
+def _available_bytes(folder: Path) -> int:
     """Bytes that may be kept in a folder."""
     free = shutil.disk_usage(folder).free // 2
-    return min(free, _MOST_IN_MEMORY if _is_in_memory(folder) else _MOST_BYTES)
+    return min(free, _MAX_IN_MEMORY_BYTES if _is_in_memory(folder) else _MAX_BYTES)
 
 
 def _is_in_memory(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from raymoe.planning.plan import Columns, Constant, Copy, Part, Router, Shard, T
 from raymoe.sources.facts import TensorEntry
 from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
-from raymoe.storage.value_checks import looked_at, number_bytes
+from raymoe.storage.value_checks import number_bytes, scan_non_finite
 
 __all__ = [
     "CHUNK_BYTES",
@@ -43,20 +43,20 @@ def shard_range(
     """Bytes [start, end) of a shard file, in order."""
     if start < len(shard.header):
         yield memoryview(shard.header)[start : min(end, len(shard.header))]
-    yield from _range(shard.parts, start, end, reader, router)
+    yield from _range_chunks(shard.parts, start, end, reader, router)
 
 
 def part_chunks(
     parts: tuple[Part, ...], reader: SourceReader, router: RouterBytes | None = None
 ) -> Iterator[memoryview]:
     """The bytes of consecutive parts. `router` gives the bytes of computed rows, where there are any."""
-    return _range(parts, parts[0].start, parts[-1].end, reader, router)
+    return _range_chunks(parts, parts[0].start, parts[-1].end, reader, router)
 
 
-def _range(
+def _range_chunks(
     parts: tuple[Part, ...], start: int, end: int, reader: SourceReader, router: RouterBytes | None
 ) -> Iterator[memoryview]:
-    for span in spans(parts) if not reader.found.strict else _each_alone(parts):
+    for span in spans(parts) if not reader.findings.strict else _single_spans(parts):
         low, high = max(span.start, start), min(span.end, end)
         if low < high:
             yield from _span_bytes(span, low - span.start, high - span.start, reader, router)
@@ -71,11 +71,11 @@ def _span_bytes(
         return
     part = span.what
     if isinstance(part.what, Copy):
-        yield from _copied(part, part.what.source, start, end, reader)
+        yield from _copy_chunks(part, part.what.source, start, end, reader)
     elif isinstance(part.what, Transform):
         yield from transformed_bytes(reader, part, part.what, start, end)
     elif isinstance(part.what, Columns):
-        yield from _side_by_side(part, part.what, start, end, reader)
+        yield from _column_chunks(part, part.what, start, end, reader)
     elif isinstance(part.what, Router):
         assert router is not None, "router rows asked for where none were computed"
         yield memoryview(router(part, part.what))[start:end]
@@ -83,26 +83,26 @@ def _span_bytes(
         yield from _constant(part.dtype, part.what.value, start, end)
 
 
-def _each_alone(parts: Iterable[Part]) -> Iterator[Span]:
+def _single_spans(parts: Iterable[Part]) -> Iterator[Span]:
     """The parts in order, none joined with its neighbour."""
     return (Span(start=part.start, end=part.end, what=part) for part in parts)
 
 
-def _copied(part: Part, source: TensorEntry, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+def _copy_chunks(part: Part, source: TensorEntry, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
     """Bytes [start, end) of a tensor that is copied, each of its numbers looked at."""
     at = source.start + start
     before = bytearray(start % number_bytes(part.dtype) if number_bytes(part.dtype) else 0)
     if before:
         reader.read_into(source.file, at - len(before), memoryview(before))
-    yield from looked_at(
+    yield from scan_non_finite(
         reader.chunks(source.file, at, source.start + end),
         part.dtype,
-        lambda: reader.found.note(part.tensor.name, f"NaN or infinity in {source.name} of {source.file.location}"),
+        lambda: reader.findings.note(part.tensor.name, f"NaN or infinity in {source.name} of {source.file.location}"),
         before=bytes(before),
     )
 
 
-def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
+def _column_chunks(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
     """Bytes [start, end) of matrices that share their rows, block of rows by block.
 
     The blocks are those that a transformed matrix is computed in, so that none is computed twice.
@@ -116,7 +116,7 @@ def _side_by_side(part: Part, what: Columns, start: int, end: int, reader: Sourc
         at = 0
         for matrix in what.matrices:
             width = matrix.nbytes // matrix.shape[0]
-            (span,) = _each_alone((matrix,)) if reader.found.strict else spans((matrix,))
+            (span,) = _single_spans((matrix,)) if reader.findings.strict else spans((matrix,))
             filled, done = np.empty((rows.stop - rows.start) * width, np.uint8), 0
             for chunk in _span_bytes(span, rows.start * width, rows.stop * width, reader, None):
                 filled[done : done + len(chunk)] = chunk

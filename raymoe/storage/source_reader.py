@@ -29,12 +29,12 @@ from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import is_url
 from raymoe.sources.bucket_folder import as_checkpoint_errors
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.hub import half_downloaded, parse_location
+from raymoe.sources.hub import parse_location, partial_downloads
 from raymoe.sources.local_folder import open_file, unreadable
 from raymoe.sources.resolve import HubOptions, fetch_file
 from raymoe.storage.open_files import OpenFiles
-from raymoe.storage.read_cache import SHARDS, Spool
-from raymoe.storage.value_checks import FoundValues
+from raymoe.storage.read_cache import SHARDS, ReadCache
+from raymoe.storage.value_checks import WeightFindings
 
 __all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
 
@@ -49,10 +49,10 @@ _JOIN_BYTES = 128 << 10
 _JOINED_BYTES = 64 << 20
 # What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
 _KEPT_BYTES = 64 << 20
-_DOWNLOAD_MOVES_S = 5.0
-_MOST_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
+_DOWNLOAD_POLL_S = 5.0
+_MAX_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
 
-Moved = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 class SourceReader:
@@ -63,18 +63,18 @@ class SourceReader:
         hub: HubOptions,
         storage: StorageOptions | None = None,
         *,
-        spool: Spool | None = None,
+        read_cache: ReadCache | None = None,
         name: str = SHARDS,
-        found: FoundValues | None = None,
-        moved: Moved | None = None,
+        findings: WeightFindings | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        """With a `spool`, where it is called `name`, what others read of objects too is fetched once. `found` collects
-        what is seen in weights that are read through it. `moved` is called from any thread whenever something has been
-        read."""
-        self.found = found or FoundValues()
+        """With a `read_cache`, where it is called `name`, what others read of objects too is fetched once. `findings`
+        collects what is seen in weights that are read through it. `heartbeat` is called from any thread whenever
+        something has been read."""
+        self.findings = findings or WeightFindings()
         self._hub, self._storage = hub, storage or StorageOptions()
-        self._spool, self._name = spool, name
-        self.moved: Moved = moved or _ignored
+        self._read_cache, self._name = read_cache, name
+        self.heartbeat: Heartbeat = heartbeat or _no_heartbeat
         self._lock = threading.Lock()
         self._files = OpenFiles(self._open)
         self._pool: ThreadPoolExecutor | None = None
@@ -95,10 +95,10 @@ class SourceReader:
         """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
         if (location := parse_location(file.location)) is None:
             return fetch_file(file, self._hub, self._storage)
-        with _while_it_grows(partial(half_downloaded, location.repo, self._hub), self.moved):
+        with _heartbeat_while_growing(partial(partial_downloads, location.repo, self._hub), self.heartbeat):
             return fetch_file(file, self._hub, self._storage)
 
-    def opened(self, file: SourceFile) -> AbstractContextManager[int]:
+    def open_descriptor(self, file: SourceFile) -> AbstractContextManager[int]:
         """A descriptor of a file on this node, valid in the context. Raises CheckpointError."""
         return self._files.use(file)
 
@@ -110,10 +110,10 @@ class SourceReader:
         """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
         if is_url(file.location):
             with as_checkpoint_errors():
-                if self._spool is None:
+                if self._read_cache is None:
                     self._fetch(file, start, buffer)
                 else:
-                    self._spool.read_into(self._name, file, start, buffer, partial(self._fetch, file))
+                    self._read_cache.read_into(self._name, file, start, buffer, partial(self._fetch, file))
         else:
             self._read_local(file, start, buffer)
 
@@ -130,11 +130,11 @@ class SourceReader:
             self._read_local(file, low, chunk)
             yield chunk
 
-    def scattered(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    def read_ranges(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """The bytes of many short ranges, in the order given."""
         if not is_url(file.location):
             return [self._read(file, start, end) for start, end in ranges]
-        found = self._joined(file, ranges)
+        found = self._read_joined(file, ranges)
         return [found[span] for span in ranges]
 
     def load(self, entries: Sequence[TensorEntry]) -> None:
@@ -142,7 +142,7 @@ class SourceReader:
         remote = [entry for entry in entries if is_url(entry.file.location) and entry.nbytes]
         for file in dict.fromkeys(entry.file for entry in remote):
             members = [entry for entry in remote if entry.file == file]
-            found = self._joined(file, [(entry.start, entry.end) for entry in members])
+            found = self._read_joined(file, [(entry.start, entry.end) for entry in members])
             with self._lock:
                 self._read_tensors |= {entry: found[entry.start, entry.end] for entry in members}
 
@@ -154,7 +154,7 @@ class SourceReader:
         content = self._read_tensors.get(entry)
         if content is None:
             if is_url(entry.file.location):
-                content = self._joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
+                content = self._read_joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
             else:
                 content = self._read(entry.file, entry.start, entry.end)
             self._keep(entry, content)
@@ -191,7 +191,7 @@ class SourceReader:
 
     def _fetch(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         open_store(file.location, self._storage).read_into(file.location, start, buffer, file.etag)
-        self.moved()
+        self.heartbeat()
 
     def _read(self, file: SourceFile, start: int, end: int) -> memoryview:
         buffer = memoryview(bytearray(end - start))
@@ -203,7 +203,7 @@ class SourceReader:
             done = 0
             while done < len(buffer):
                 try:
-                    count = os.preadv(descriptor, [buffer[done : done + _MOST_READ_BYTES]], start + done)
+                    count = os.preadv(descriptor, [buffer[done : done + _MAX_READ_BYTES]], start + done)
                 except OSError as error:
                     raise unreadable(file, error) from error
                 if count == 0:
@@ -211,7 +211,7 @@ class SourceReader:
                     remedy = "the file changed while it was read; run the merge again"
                     raise CheckpointError([Problem(where=file.location, what=what, remedy=remedy)])
                 done += count
-                self.moved()
+                self.heartbeat()
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """Chunks of an object, a few of them under way before they are asked for."""
@@ -221,7 +221,7 @@ class SourceReader:
                 under_way.append(self._requests().submit(self._read, file, *waiting.popleft()))
             yield under_way.popleft().result()
 
-    def _joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
+    def _read_joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
         """Ranges of an object: those that lie close together are one buffer, read by several requests at once."""
         groups: list[list[tuple[int, int]]] = []
         for span in sorted(set(ranges)):
@@ -248,32 +248,34 @@ class SourceReader:
             return self._pool
 
 
-def _ignored() -> None:
+def _no_heartbeat() -> None:
     """The default of `moved`."""
 
 
 @contextmanager
-def _while_it_grows(sizes: Callable[[], Mapping[str, tuple[int, int]]], moved: Moved) -> Iterator[None]:
-    """Call `moved` at the start, and then every few seconds if one of the `sizes` has grown or a file is new.
+def _heartbeat_while_growing(
+    sizes: Callable[[], Mapping[str, tuple[int, int]]], heartbeat: Heartbeat
+) -> Iterator[None]:
+    """Call `heartbeat` at the start, and then every few seconds if one of the `sizes` has grown or a file is new.
 
     The library that downloads reports nothing. It may also wait for the cache's lock, which a process that stands still
     can hold: so the time alone says nothing.
     """
-    ended, seen = threading.Event(), sizes()
+    stop, seen = threading.Event(), sizes()
 
     def tick() -> None:
         nonlocal seen
-        while not ended.wait(_DOWNLOAD_MOVES_S):
+        while not stop.wait(_DOWNLOAD_POLL_S):
             now = sizes()
             if any(size > seen.get(name, (-1, -1)) for name, size in now.items()):
-                moved()
+                heartbeat()
             seen = now
 
-    moved()
+    heartbeat()
     thread = threading.Thread(target=tick, daemon=True, name="download-moves")
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        stop.set()
         thread.join()

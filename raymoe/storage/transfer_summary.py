@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.multipart import CopyRange, copied_by_store, spans, upload_parts
+from raymoe.planning.multipart import CopyRange, server_side_bytes, spans, upload_parts
 from raymoe.planning.plan import MergePlan
 from raymoe.storage.outputs.protocol import Output
 
-__all__ = ["WAYS", "bytes_by_way"]
+__all__ = ["TRANSFER_METHODS", "bytes_by_method"]
 
-WAYS = {
+TRANSFER_METHODS = {
     "store_copy": "copied inside the object store",
     "streamed": "read from an object store or the Hub by a worker",
     "local": "read from a local file by a worker",
@@ -17,18 +17,18 @@ WAYS = {
 }
 
 
-def bytes_by_way(plan: MergePlan, output: Output) -> dict[str, int]:
-    """Bytes of the output's shards by way, the ways of `WAYS`; together they are the output's bytes."""
-    ways = dict.fromkeys(WAYS, 0)
+def bytes_by_method(plan: MergePlan, output: Output) -> dict[str, int]:
+    """Bytes of the output's shards by way, the ways of `TRANSFER_METHODS`; together they are the output's bytes."""
+    ways = dict.fromkeys(TRANSFER_METHODS, 0)
     for shard in plan.shards:
-        copied = copied_by_store(upload_parts(shard, output.same_store)) if is_s3(output.location) else 0
+        copied = server_side_bytes(upload_parts(shard, output.same_store)) if is_s3(output.location) else 0
         ways["store_copy"] += copied
         ways["computed"] += len(shard.header)
         for span in spans(shard.parts):
-            way = "computed"
+            method = "computed"
             if isinstance(span.what, CopyRange):
-                way = "streamed" if "://" in span.what.file.location else "local"
-            ways[way] += span.end - span.start
+                method = "streamed" if "://" in span.what.file.location else "local"
+            ways[method] += span.end - span.start
         # What the store copies was counted by its source just now.
         ways["streamed"] -= copied
-    return {way: count for way, count in ways.items() if count}
+    return {method: count for method, count in ways.items() if count}

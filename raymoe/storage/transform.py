@@ -33,8 +33,8 @@ __all__ = [
     "NUMPY_DTYPES",
     "THREADS",
     "dora_factors",
-    "in_heads",
     "load_array",
+    "permute_heads",
     "read_rows",
     "row_blocks",
     "transformed_bytes",
@@ -130,7 +130,7 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
     if what.scale is not None:
         block *= np.float32(what.scale)
     if what.heads is not None:
-        block = in_heads(block, what.heads.head_dim, what.heads.order)
+        block = permute_heads(block, what.heads.head_dim, what.heads.to_half_split)
     cast = np.ascontiguousarray(block.astype(target))
     content = cast.reshape(-1).view(np.uint8).data
     if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
@@ -139,11 +139,11 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
             "at 65504. Use dtype: bfloat16 or float32"
         )
     if has_non_finite(content, part.dtype):
-        reader.found.note(part.tensor.name, f"NaN or infinity {_origin(reader, what, rows)}")
+        reader.findings.note(part.tensor.name, f"NaN or infinity {_non_finite_origin(reader, what, rows)}")
     return content
 
 
-def _origin(reader: SourceReader, what: Transform, rows: slice) -> str:
+def _non_finite_origin(reader: SourceReader, what: Transform, rows: slice) -> str:
     """Where what is not finite comes from, in words: the weights, the factors, or only what was computed of them."""
     source = what.source
     if not np.isfinite(read_rows(reader, source, rows)).all():
@@ -162,7 +162,7 @@ def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Flo
     if not load_array(reader, lora.magnitude)[rows][~has_length].any():
         return
     what = f"rows of length 0, to which the lora_magnitude_vector of {lora.magnitude.file.location} can't give a length"
-    reader.found.note(part.tensor.name, what)
+    reader.findings.note(part.tensor.name, what)
 
 
 def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
@@ -174,7 +174,7 @@ def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
     return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
 
 
-def in_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:
+def permute_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:
     """Rows of whole heads, those of each head in another order; an array of numpy or a tensor of torch."""
     reordered: _Rows = rows.reshape(-1, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
     return reordered

@@ -14,9 +14,9 @@ import numpy as np
 
 from raymoe.errors import MergeFailed
 
-__all__ = ["FoundValues", "has_non_finite", "looked_at", "number_bytes"]
+__all__ = ["WeightFindings", "has_non_finite", "number_bytes", "scan_non_finite"]
 
-_MOST_NOTES = 100  # of one process
+_MAX_NOTES = 100  # of one process
 
 # The bits of a number's exponent, by dtype: in IEEE's formats all of them are set for infinity and NaN alone. E4M3 has
 # no infinity, and NaN where all bits but the sign are set.
@@ -39,7 +39,7 @@ def has_non_finite(content: memoryview, dtype: str) -> bool:
     return bool(((bits & kind(mask)) == kind(mask)).any())
 
 
-class FoundValues:
+class WeightFindings:
     """Collects what is found, one line a tensor. With `strict` the first is an error instead. Thread-safe."""
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -55,7 +55,7 @@ class FoundValues:
                 f"{tensor}: {what}, which --strict refuses. Correct that model, or merge without --strict, which warns"
             )
         with self._lock:
-            if tensor not in self._notes and len(self._notes) == _MOST_NOTES:
+            if tensor not in self._notes and len(self._notes) == _MAX_NOTES:
                 self._left_out.add(tensor)
             else:
                 self._notes.setdefault(tensor, what)
@@ -67,13 +67,13 @@ class FoundValues:
             return tuple(f"{tensor}: {what}" for tensor, what in self._notes.items())
 
     @property
-    def left_out(self) -> int:
+    def omitted(self) -> int:
         """The number of tensors with findings that `lines` does not name."""
         with self._lock:
             return len(self._left_out)
 
 
-def looked_at(
+def scan_non_finite(
     chunks: Iterator[memoryview], dtype: str, found: Callable[[], None], *, before: bytes = b""
 ) -> Iterator[memoryview]:
     """The same chunks; `found` is called for those with NaN or infinity, before they are handed on.

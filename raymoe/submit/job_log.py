@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["exit_code", "follow"]
 
-_AWAY_S = 60.0
+_RECONNECT_TIMEOUT_S = 60.0
 _PAUSE_S = 1.0
 
 
@@ -28,7 +28,7 @@ def follow(client: JobSubmissionClient, job: str) -> Any:
 
     Raises MergeFailed if the job server does not answer for a minute.
     """
-    log = _Log()
+    log = _LogPrinter()
     passing: tuple[type[Exception], ...] = (RuntimeError, OSError, *_connection_errors())
     last_answer = time.monotonic()
     while True:
@@ -39,10 +39,11 @@ def follow(client: JobSubmissionClient, job: str) -> Any:
             if details.status.is_terminal():
                 return details
         except passing as error:
-            if time.monotonic() - last_answer > _AWAY_S:
+            if time.monotonic() - last_answer > _RECONNECT_TIMEOUT_S:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise MergeFailed(
-                    f"the cluster's head has not answered for {_AWAY_S:.0f} s ({why}). If it lives, the job goes on: "
+                    f"the cluster's head has not answered for {_RECONNECT_TIMEOUT_S:.0f} s ({why}). If it lives, the "
+                    "job goes on: "
                     f"ray job logs --follow {job}"
                 ) from error
         time.sleep(_PAUSE_S)
@@ -63,7 +64,7 @@ def _connection_errors() -> tuple[type[Exception], ...]:
     return (aiohttp.ClientError, requests.exceptions.RequestException)
 
 
-class _Log:
+class _LogPrinter:
     """What of the log has been printed: a new connection begins with its first line again."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ __all__ = ["job_server"]
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _REACH_TIMEOUT_S = 10
 # They tell of each package and connection.
-_TALKATIVE = (
+_NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -41,10 +41,10 @@ def job_server(address: str | None, token: str | None) -> JobSubmissionClient:
     """
     url = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or _DEFAULT_ADDRESS)
     headers = _headers(token or _named_token())
-    status = _knock(url, headers)
+    status = _probe_job_server(url, headers)
     if status == 401 and (found := _token_in_home()):  # sent to those alone who ask for one
         headers = _headers(found)
-        status = _knock(url, headers)
+        status = _probe_job_server(url, headers)
     if status == 401:
         raise _problem(url, "the cluster wants a token, and there is none here", _TOKEN_REMEDY)
     if status == 403:
@@ -53,7 +53,7 @@ def job_server(address: str | None, token: str | None) -> JobSubmissionClient:
         raise _problem(url, f"no job server of Ray answers there (HTTP status {status})", _ADDRESS_REMEDY)
     from ray.job_submission import JobSubmissionClient
 
-    for name in _TALKATIVE:
+    for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray lets it overrule the argument
     try:
@@ -105,7 +105,7 @@ def _token_in_home() -> str | None:
         return None
 
 
-def _knock(url: str, headers: dict[str, str]) -> int:
+def _probe_job_server(url: str, headers: dict[str, str]) -> int:
     """The HTTP status of a first request."""
     import requests
 
@@ -125,7 +125,7 @@ def _knock(url: str, headers: dict[str, str]) -> int:
 def _reason(error: BaseException) -> str:
     """The innermost words of requests' nested errors."""
     text = str(error)
-    for words in ("Connection refused", "Name or service not known", "No route to host", "Network is unreachable"):
-        if words in text:
-            return words
+    for messages in ("Connection refused", "Name or service not known", "No route to host", "Network is unreachable"):
+        if messages in text:
+            return messages
     return "no such host" if "resolve" in text else type(error).__name__

@@ -54,9 +54,9 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
 
     Raises ProblemReport with everything in it that would mean nothing on another machine.
     """
-    problems = [*_place_problems("OUT", output), *_model_problems(config)]
+    problems = [*_location_problems("OUT", output), *_model_problems(config)]
     if result is not None:
-        problems += _place_problems("--result", result)
+        problems += _location_problems("--result", result)
     try:
         packed = _with_whole_paths(read_prompts(config, local_only=True))
     except ProblemReport as report:
@@ -86,7 +86,7 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
     )
 
 
-def _place_problems(where: str, place: str) -> Iterator[Problem]:
+def _location_problems(where: str, place: str) -> Iterator[Problem]:
     try:
         writable_location(place, where)
     except ProblemReport as report:
@@ -125,17 +125,19 @@ def _with_whole_paths(config: MergeConfig) -> MergeConfig:
     """Folders of this machine by their whole paths: 'org/name' would be a model of the Hub elsewhere."""
 
     def experts(which: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(each.model_copy(update={"source_model": _whole(each.source_model)}) for each in which)
+        return tuple(
+            each.model_copy(update={"source_model": _with_whole_paths_of(each.source_model)}) for each in which
+        )
 
     changed = {
-        "base_model": _whole(config.base_model),
+        "base_model": _with_whole_paths_of(config.base_model),
         "experts": experts(config.experts),
         "shared_experts": experts(config.shared_experts),
     }
     return config.model_copy(update=changed)
 
 
-def _whole(ref: ModelRef) -> ModelRef:
+def _with_whole_paths_of(ref: ModelRef) -> ModelRef:
     adapter = _whole_path(ref.adapter) if ref.adapter else None
     return ModelRef(model=_whole_path(ref.model), adapter=adapter)
 

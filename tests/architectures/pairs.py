@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from raymoe.architectures import FAMILIES, HOSTS, DenseFamily
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseFamily
 from tests.architectures.deepseek_reference import load_deepseek
 from tests.pico import MODES, load_dense, merge_config
 
@@ -56,11 +56,11 @@ class Pair:
 
     def skip_where_unknown(self) -> None:
         """End the test where the transformers that is installed is older than the pair."""
-        host, here = HOSTS[self.host], transformers.__version__
+        host, here = MOE_ARCHITECTURES[self.host], transformers.__version__
         types = {self.family, host.model_type} - {"deepseek"}  # which comes with code of its own
         if missing := sorted(types - set(transformers.CONFIG_MAPPING)):
             pytest.skip(f"transformers {here} has no {' and no '.join(missing)}")
-        since = host.loaded_since(self.options.get("layer_types"))
+        since = host.min_transformers_for(self.options.get("layer_types"))
         if since and Version(here) < Version(since):
             pytest.skip(f"transformers {here} puts a window of some layers on all of them")
 

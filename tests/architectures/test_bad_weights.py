@@ -45,7 +45,7 @@ def test_an_expert_needs_no_more_than_is_read_of_it(zoo: Callable[..., Path], tm
     ffn_only = copy_model(base, tmp_path / "ffn", tensors=dict.fromkeys(attention))
     for mode, prompt_model in (("hidden", "base"), ("hidden", "grafted"), ("cheap_embed", "expert")):
         config = merge_config(base, [ffn_only, zoo("llama", seed=1)], mode=mode, prompt_model=prompt_model)
-        assert raymoe.plan(config).host == "mixtral"
+        assert raymoe.plan(config).architecture == "mixtral"
     config = merge_config(base, [ffn_only, zoo("llama", seed=1)], prompt_model="expert")
     assert re.search(r"experts\[0\].*tensor\(s\) missing: model.embed_tokens.weight", plan_problems(config))
 

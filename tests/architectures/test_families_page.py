@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 import transformers
 
-from raymoe.architectures import FAMILIES, HOSTS
-from raymoe.architectures.support_matrix import held_pairs, table
-from raymoe.architectures.unsupported_families import UNHELD
-from raymoe.report.support_table import print_archs
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
+from raymoe.architectures.support_matrix import support_matrix, supported_pairs
+from raymoe.architectures.unsupported_families import UNSUPPORTED
+from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
 from tests.pico import REPOSITORY
 
@@ -36,31 +36,31 @@ def script() -> ModuleType:
 def test_the_page_names_exactly_the_pairs_of_the_code(script: ModuleType) -> None:
     page = PAGE.read_text()
     remedy = "run scripts/family_table.py"
-    assert script.pairs_of_page(page) == [(pair.family, pair.host) for pair in held_pairs()], remedy
-    assert script.refused_of_page(page) == [name for family in UNHELD for name in family.model_types], remedy
+    assert script.pairs_of_page(page) == [(pair.family, pair.host) for pair in supported_pairs()], remedy
+    assert script.refused_of_page(page) == [name for family in UNSUPPORTED for name in family.model_types], remedy
 
 
 def test_every_pair_of_the_code_is_tested() -> None:
-    assert {(pair.family, pair.host) for pair in PAIRS} == {(pair.family, pair.host) for pair in held_pairs()}
+    assert {(pair.family, pair.host) for pair in PAIRS} == {(pair.family, pair.host) for pair in supported_pairs()}
     with_shared = {(pair.family, pair.host) for pair in PAIRS if pair.shared}
-    assert {host for _, host in with_shared} == {host.name for host in HOSTS.values() if host.shared}
+    assert {host for _, host in with_shared} == {host.name for host in MOE_ARCHITECTURES.values() if host.shared}
 
 
 def test_a_family_is_held_or_refused_and_not_both() -> None:
-    refused = [name for family in UNHELD for name in family.model_types]
+    refused = [name for family in UNSUPPORTED for name in family.model_types]
     assert len(refused) == len(set(refused))
     assert not set(refused) & FAMILIES.keys()
     # Granite's hybrids are refused by how many experts they have: test_refusals.py.
-    merges = {host.model_type for host in HOSTS.values()} - {"granitemoehybrid"}
+    merges = {host.model_type for host in MOE_ARCHITECTURES.values()} - {"granitemoehybrid"}
     assert merges <= set(refused), "a merge is no source of experts"
-    assert {host.dense for host in HOSTS.values()} <= FAMILIES.keys()
-    assert all(set(host.accepts) <= FAMILIES.keys() for host in HOSTS.values())
+    assert {host.dense_family for host in MOE_ARCHITECTURES.values()} <= FAMILIES.keys()
+    assert all(set(host.accepts) <= FAMILIES.keys() for host in MOE_ARCHITECTURES.values())
 
 
 def test_every_named_type_is_one_that_transformers_knows() -> None:
     known = set(transformers.CONFIG_MAPPING)
     assert FAMILIES.keys() <= known
-    assert {name for family in UNHELD for name in family.model_types} - known == {"deepseek"}
+    assert {name for family in UNSUPPORTED for name in family.model_types} - known == {"deepseek"}
 
 
 def test_the_table_is_of_measured_rows(script: ModuleType, tmp_path: Path) -> None:
@@ -81,16 +81,16 @@ def test_the_table_is_of_measured_rows(script: ModuleType, tmp_path: Path) -> No
 
 
 def test_archs_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    print_archs(as_json=False)
+    print_support_matrix(as_json=False)
     text = capsys.readouterr().out
-    for pair in held_pairs():
+    for pair in supported_pairs():
         assert pair.family_title in text and pair.host in text
-    for family in UNHELD:
+    for family in UNSUPPORTED:
         assert family.title in text and family.reason in text
-    assert all(host.note in text for host in HOSTS.values())
-    assert text.count(HOSTS["glm4_moe"].note) == 1
-    print_archs(as_json=True)
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(table()))
+    assert all(host.note in text for host in MOE_ARCHITECTURES.values())
+    assert text.count(MOE_ARCHITECTURES["glm4_moe"].note) == 1
+    print_support_matrix(as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(support_matrix()))
 
 
 @pytest.mark.processes

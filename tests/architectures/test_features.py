@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import raymoe
-from raymoe.architectures import FAMILIES, HOSTS, DenseSpec, read_spec
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseSpec, read_spec
 from tests.architectures.pairs import (
     ALL_LAYERS,
     DYNAMIC,
@@ -297,8 +297,8 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     old = {"_name_or_path": "x/y", "auto_map": {"AutoConfig": "x--y.Z"}, "pretraining_tp": 1, "torch_dtype": "float32"}
     dense = copy_model(zoo(pair.family), tmp_path / "dense", config=old, drop_config=["dtype"])
     plan = raymoe.plan(pair.config(dense, [dense] * 2, dense, mode="random"), allow_all_same=True)
-    assert plan.config["model_type"] == HOSTS[pair.host].model_type
-    assert plan.config["architectures"] == [HOSTS[pair.host].architecture]
+    assert plan.config["model_type"] == MOE_ARCHITECTURES[pair.host].model_type
+    assert plan.config["architectures"] == [MOE_ARCHITECTURES[pair.host].class_name]
     for key in ("_name_or_path", "pretraining_tp", "dtype", "transformers_version"):
         assert key not in plan.config
     assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")

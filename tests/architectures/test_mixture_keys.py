@@ -14,7 +14,7 @@ import transformers
 
 import raymoe
 import raymoe.planning
-from raymoe.architectures import FAMILIES, HOSTS, MoeHost
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, MoeArchitecture
 from raymoe.architectures.moe_architecture import MIXTURE_KEYS, PER_TOKEN_KEY
 from raymoe.planning.build import _DROPPED_KEYS
 from tests.pico import copy_model, load_dense, logits_of, merge_config, merge_without_ray, token_ids
@@ -41,18 +41,20 @@ def taken_by(kind: Any) -> set[str]:
 def pairs() -> list[Any]:
     return [
         pytest.param(host, family, id=f"{family}-{host.name}")
-        for host in HOSTS.values()
+        for host in MOE_ARCHITECTURES.values()
         for family in host.accepts
-        if not host.code
+        if not host.code_repository
     ]
 
 
-def plan_of(base: Path, host: MoeHost) -> raymoe.planning.MergePlan:
+def plan_of(base: Path, host: MoeArchitecture) -> raymoe.planning.MergePlan:
     return raymoe.plan(merge_config(base, [base] * 2, mode="random", architecture=host.name), allow_all_same=True)
 
 
 @pytest.mark.parametrize(("host", "family"), pairs())
-def test_the_table_has_every_key_that_transformers_reads(host: MoeHost, family: str, zoo: Callable[..., Path]) -> None:
+def test_the_table_has_every_key_that_transformers_reads(
+    host: MoeArchitecture, family: str, zoo: Callable[..., Path]
+) -> None:
     """A key of the host's class that the family's has not is written, or dropped, or of no account."""
     for model_type in (host.model_type, family):
         if model_type not in transformers.CONFIG_MAPPING:
@@ -67,8 +69,10 @@ def test_the_table_has_every_key_that_transformers_reads(host: MoeHost, family: 
         assert other in dropped or key not in output or other in known_keys(family)[0], (other, key)
 
 
-@pytest.mark.parametrize("host", [host for host in HOSTS.values() if not host.code], ids=lambda host: host.name)
-def test_aliases_are_those_of_transformers(host: MoeHost) -> None:
+@pytest.mark.parametrize(
+    "host", [host for host in MOE_ARCHITECTURES.values() if not host.code_repository], ids=lambda host: host.name
+)
+def test_aliases_are_those_of_transformers(host: MoeArchitecture) -> None:
     if host.model_type not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {host.model_type}")
     _, names = known_keys(host.model_type)
@@ -83,8 +87,10 @@ def test_no_dense_family_has_such_keys_but_those_of_its_table(family: str) -> No
     assert known_keys(family)[0] & MIXTURE_KEYS == set(FAMILIES[family].mixture_keys)
 
 
-@pytest.mark.parametrize(("host", "family"), [*pairs(), pytest.param(HOSTS["deepseek"], "llama", id="llama-deepseek")])
-def test_none_reaches_the_output(host: MoeHost, family: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "family"), [*pairs(), pytest.param(MOE_ARCHITECTURES["deepseek"], "llama", id="llama-deepseek")]
+)
+def test_none_reaches_the_output(host: MoeArchitecture, family: str, zoo: Callable[..., Path], tmp_path: Path) -> None:
     if family not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     keys = sorted(MIXTURE_KEYS - set(FAMILIES[family].mixture_keys))

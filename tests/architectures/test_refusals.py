@@ -11,7 +11,7 @@ import pytest
 
 import raymoe
 from raymoe.architectures import FAMILIES
-from raymoe.architectures.unsupported_families import why_not
+from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from tests.architectures.pairs import DYNAMIC, LLAMA3, MAMBA, MIXED_LAYERS, WINDOW, YARN
@@ -206,7 +206,7 @@ def test_architecture_may_be_the_start_of_a_name(
 ) -> None:
     dense = zoo(family)
     config = merge_config(dense, [dense] * 2, mode="random", architecture=name)
-    assert raymoe.plan(config, allow_all_same=True).host == host
+    assert raymoe.plan(config, allow_all_same=True).architecture == host
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_first_host_that_holds_everything_is_chosen(
 ) -> None:
     dense = zoo("llama", **options)
     config = merge_config(dense, [dense] * 2, shared=dense if shared else None, shared_prompts=prompts)
-    assert raymoe.plan(config, allow_all_same=True).host == host
+    assert raymoe.plan(config, allow_all_same=True).architecture == host
 
 
 # --- models that don't fit together
@@ -258,7 +258,7 @@ def test_all_misfits_are_reported_together(zoo: Callable[..., Path]) -> None:
 
 def test_another_type_is_taken_with_allow_crimes(zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("llama"), [zoo("mistral", seed=s) for s in (1, 2)], mode="random")
-    assert raymoe.plan(config, MergeOptions(allow_crimes=True)).host == "mixtral"
+    assert raymoe.plan(config, MergeOptions(allow_crimes=True)).architecture == "mixtral"
 
 
 def test_differences_that_do_not_matter_are_warned_of(zoo: Callable[..., Path]) -> None:
@@ -291,7 +291,7 @@ def test_other_model_types_are_refused(
         other = copy_model(dense, tmp_path / "other", config={"model_type": model_type})
     base, expert = (other, dense) if place == "base_model" else (dense, other)
     report = plan_problems(merge_config(base, [expert, dense], mode="random"))
-    reason = why_not(model_type) if isinstance(model_type, str) else ""
+    reason = unsupported_reason(model_type) if isinstance(model_type, str) else ""
     assert bool(reason) is (model_type in ("gemma2", "gpt_neox", "mixtral"))
     if reason:
         assert re.search(rf"{re.escape(place)}.*model_type is {model_type!r}: {re.escape(reason)}", report)

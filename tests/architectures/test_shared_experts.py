@@ -13,7 +13,7 @@ import torch
 import raymoe
 from raymoe.planning import MergeOptions
 from raymoe.report.inspect import inspect_checkpoint
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
@@ -149,7 +149,7 @@ def test_any_range_of_a_shard_can_be_asked_for_by_itself(
     plan = merge_without_ray(config, tmp_path / "merged", MergeOptions(max_shard_bytes=200_000))
     numbers = random.Random(0)
     with SourceReader(HubOptions()) as reader:
-        rows = router_bytes(plan.gates, gate_rows_here(plan.gates, reader, device="cpu")[0])
+        rows = router_bytes(plan.gates, compute_routers_locally(plan.gates, reader, device="cpu")[0])
         for shard in plan.shards:
             whole = (tmp_path / "merged" / shard.file_name).read_bytes()
             for _ in range(20):

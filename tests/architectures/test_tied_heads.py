@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 
 import raymoe
-from raymoe.architectures import HOSTS
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.planning import MergePlan
 from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, load_merged
@@ -129,4 +129,6 @@ def test_a_tied_mixture_with_a_second_copy_of_the_embedding_becomes_gguf(
 
 
 def test_every_family_is_here() -> None:
-    assert {pair.family for pair in FIRST_PAIRS} == {family for host in HOSTS.values() for family in host.accepts}
+    assert {pair.family for pair in FIRST_PAIRS} == {
+        family for host in MOE_ARCHITECTURES.values() for family in host.accepts
+    }

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from raymoe.runtime.actor_status import GATES_OF
+from raymoe.runtime.actor_status import GATES_PREFIX
 from tests.processes import below, titled
 from tests.soak.compare import RECORD, noted_shards
 from tests.soak.places import Place
@@ -101,7 +101,7 @@ class Watch:
 
     def _moment(self, up: Mapping[int, tuple[str, ...]], done: int | None) -> str:
         jobs = [job for busy_with in up.values() for job in busy_with]
-        is_reading = any(job.startswith(GATES_OF) for job in jobs)
+        is_reading = any(job.startswith(GATES_PREFIX) for job in jobs)
         if is_reading or _ROUTERS in jobs:
             self._gate_moment = "prompts" if is_reading else "routers"
             return self._gate_moment

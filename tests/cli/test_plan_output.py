@@ -13,7 +13,7 @@ import pytest
 
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.storage.object_journal import ObjectJournal, occupied
+from raymoe.storage.object_journal import ObjectJournal, occupied_problems
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.output_checks import write_problems
 from tests.object_store.servers import Server, environment, running_server
@@ -100,7 +100,7 @@ def test_sources_that_changed_since_the_merge_was_interrupted(
     plan = raymoe.plan(path)
     target = open_output(str(out), StorageOptions())
     target.lock()
-    target.begin(digest, SourceFiles(plan, None).stamps(), fresh=False)
+    target.begin(digest, SourceFiles(plan, None).fingerprints(), fresh=False)
     target.release()
     goes_on = cli("plan", path, out)
     assert goes_on.code == 0 and "`raymoe merge` goes on from there" in goes_on.out
@@ -127,6 +127,6 @@ def test_a_probe_of_another_process_is_no_output() -> None:
     url = "memory://probes/out"
     store = open_store(url, StorageOptions())
     store.put(f"{url}/.raymoe/probe-0123", b"")
-    assert occupied(store, ObjectJournal(store, url), url, "digest") == []
+    assert occupied_problems(store, ObjectJournal(store, url), url, "digest") == []
     assert write_problems(open_output(url, StorageOptions()), StorageOptions()) == []
     assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]

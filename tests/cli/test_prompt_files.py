@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from raymoe.sources.prompt_sampling import draw
+from raymoe.sources.prompt_sampling import sample_prompts
 from tests.cli.commands import hashes, raymoe, write_config
 from tests.object_store.servers import environment, running_server
 from tests.pico import merge_here
@@ -55,8 +55,8 @@ def place(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_fact
 def listed(place: Path) -> dict[str, Any]:
     """The same config with the texts written out."""
     config: dict[str, Any] = yaml.safe_load((place / "files.yaml").read_text())
-    config["experts"][0]["positive_prompts"] = list(draw(TEXTS[0], 9, 0))
-    config["experts"][1] |= {"positive_prompts": list(draw(TEXTS[1], 5, 3)), "negative_prompts": TEXTS[2]}
+    config["experts"][0]["positive_prompts"] = list(sample_prompts(TEXTS[0], 9, 0))
+    config["experts"][1] |= {"positive_prompts": list(sample_prompts(TEXTS[1], 5, 3)), "negative_prompts": TEXTS[2]}
     return config
 
 
@@ -82,7 +82,7 @@ def test_record_and_card(place: Path) -> None:
         "limit": 9,
         "seed": 0,
     }
-    texts = json.dumps(draw(TEXTS[1], 5, 3), separators=(",", ":"))
+    texts = json.dumps(sample_prompts(TEXTS[1], 5, 3), separators=(",", ":"))
     assert record["prompt_files"][1] == {
         "owner": "expert 1",
         "key": "positive_prompts",

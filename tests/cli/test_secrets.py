@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.safe_text import MOST_CHARACTERS, json_text, remember_secrets, scrub
+from raymoe.safe_text import MAX_CHARACTERS, json_text, remember_secrets, scrub
 from tests.cli.commands import files_below, raymoe, write_config
 
 Cli = Callable[..., Any]
@@ -58,7 +58,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(constants, "ENDPOINT", VARIABLES["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("raymoe.safe_text._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered_secrets", set())
     monkeypatch.chdir(tmp_path)
     huggingface_hub.close_session()
     yield tmp_path
@@ -246,7 +246,7 @@ def test_forms(text: str, scrubbed: str) -> None:
     ],
 )
 def test_what_is_no_secret(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.safe_text._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered_secrets", set())
     remember_secrets(["plan", text])
     assert scrub(text) == text
 
@@ -259,10 +259,10 @@ def test_long_text_of_others(part: str) -> None:
 
 
 def test_messages_are_no_longer_than_people_read() -> None:
-    problem = Problem(where="w" * 5_000, what="begin" + "x" * 1_000_000 + "end", remedy="r" * MOST_CHARACTERS)
-    assert len(problem.where) <= MOST_CHARACTERS and len(problem.what) <= MOST_CHARACTERS
+    problem = Problem(where="w" * 5_000, what="begin" + "x" * 1_000_000 + "end", remedy="r" * MAX_CHARACTERS)
+    assert len(problem.where) <= MAX_CHARACTERS and len(problem.what) <= MAX_CHARACTERS
     assert problem.what.startswith("begin") and " ... " in problem.what and problem.what.endswith("end")
-    assert problem.remedy == "r" * MOST_CHARACTERS
+    assert problem.remedy == "r" * MAX_CHARACTERS
     assert str(ProblemReport([problem])) == str(problem)
     many = [Problem(where=f"file {number}", what=f"what {number}") for number in range(1000)]
     assert " ... " not in str(ProblemReport(many))
@@ -291,7 +291,7 @@ def test_credentials_of_test_servers_are_words(monkeypatch: pytest.MonkeyPatch) 
     assert scrub(text) == text
     assert scrub("key 'test', key=test.") == "key '<AWS_SECRET_ACCESS_KEY>', key=<AWS_SECRET_ACCESS_KEY>."
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "    ")
-    monkeypatch.setattr("raymoe.safe_text._remembered", {""})
+    monkeypatch.setattr("raymoe.safe_text._remembered_secrets", {""})
     assert scrub("abc  d") == "abc  d"
 
 
@@ -315,7 +315,7 @@ def test_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.safe_text._remembered", set())
+    monkeypatch.setattr("raymoe.safe_text._remembered_secrets", set())
     remember_secrets(["submit", "s3://bucket/a@b", "--address", f"http://u:{UNQUOTED}@h:1", "--token", "tokenXYZ"])
     assert scrub(f"a {UNQUOTED} b tokenXYZ bucket/a") == "a <removed> b <removed> bucket/a"
 

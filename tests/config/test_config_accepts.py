@@ -18,7 +18,7 @@ from raymoe.config import (
     check_config,
     config_warnings,
     load_config,
-    load_config_with_lines,
+    load_config_with_positions,
     parse_config,
 )
 from raymoe.config.model_refs import ModelRef, PathRef
@@ -199,12 +199,12 @@ experts:
 def test_lines_of_a_loaded_config(tmp_path: Path) -> None:
     path = tmp_path / "merge.yaml"
     path.write_text(FOUR_MISTRALS)
-    config, lines = load_config_with_lines(path)
+    config, lines = load_config_with_positions(path)
     assert config == load_config(str(path))
-    assert lines.where(("experts", 1, "positive_prompts", 2)) == f"{path}:14: experts[1].positive_prompts[2]"
-    assert lines.where(("experts", 1, "source_model")) == f"{path}:10: experts[1].source_model"
-    assert lines.where(("architecture",)) == f"{path}:1: architecture"
-    assert lines.where(()) == f"{path}:1"
+    assert lines.describe(("experts", 1, "positive_prompts", 2)) == f"{path}:14: experts[1].positive_prompts[2]"
+    assert lines.describe(("experts", 1, "source_model")) == f"{path}:10: experts[1].source_model"
+    assert lines.describe(("architecture",)) == f"{path}:1: architecture"
+    assert lines.describe(()) == f"{path}:1"
 
 
 @pytest.mark.parametrize("text", [FOUR_MISTRALS, QWEN_SHARED, UPCYCLING], ids=["mistral", "qwen", "upcycling"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymoe.checkpoints.weight_table import EvaluatedModel, dense_model, mixture_model
+from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.sources.resolve import HubOptions, resolve_model
@@ -23,15 +23,15 @@ def texts_of(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     return [generator.integers(3, 400, length).tolist() for length in lengths]
 
 
-def open_dense(place: Path | str) -> EvaluatedModel:
+def open_dense(place: Path | str) -> CheckpointModel:
     return dense_model(resolve_model(parse_model_ref(str(place))), "model")
 
 
-def open_mixture(folder: Path) -> EvaluatedModel:
+def open_mixture(folder: Path) -> CheckpointModel:
     return mixture_model(resolve_model(parse_model_ref(str(folder))))
 
 
-def streamed(model: EvaluatedModel, texts: Sequence[Sequence[int]], *variants: Variant) -> dict[str, list[Any]]:
+def streamed(model: CheckpointModel, texts: Sequence[Sequence[int]], *variants: Variant) -> dict[str, list[Any]]:
     with SourceReader(HubOptions()) as reader:
         return log_likelihoods(model, texts, variants or [Variant(name="own")], reader, "cpu")
 

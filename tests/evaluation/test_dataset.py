@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from raymoe.errors import ProblemReport
-from raymoe.evaluation.dataset import Labels, read_texts, tokenised
+from raymoe.evaluation.dataset import Labels, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import expert_names
 from raymoe.evaluation.options import EvaluationOptions, option_problems, parse_against
 from raymoe.routers.tokenize import load_tokenizer
@@ -155,9 +155,9 @@ def test_tokens_are_the_tokenizers_own_and_are_cut(tmp_path: Path) -> None:
     file = write(tmp_path, {"label": "go", "text": "a licence"}, {"label": "go", "text": "the work " * 50})
     texts = read_texts(file, Labels(NAMES), EvaluationOptions())
     save_tokenizer(tmp_path / "plain")
-    plain = tokenised(texts, file, load_tokenizer(tmp_path / "plain", trust_remote_code=False), VOCAB, 512)
+    plain = tokenize_texts(texts, file, load_tokenizer(tmp_path / "plain", trust_remote_code=False), VOCAB, 512)
     assert plain.truncated == plain.skipped == 0
-    with_bos = tokenised(texts, file, adds_bos(tmp_path / "bos"), VOCAB, 20)
+    with_bos = tokenize_texts(texts, file, adds_bos(tmp_path / "bos"), VOCAB, 20)
     assert with_bos.truncated == 1 and with_bos.skipped == 1
     assert len(with_bos.ids[1]) == 20 and {ids[0] for ids in with_bos.ids} == {0}
     assert with_bos.ids[0][1:] == plain.ids[0] and 0 not in plain.ids[1]
@@ -179,7 +179,7 @@ def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
     normalizer = {"type": "Replace", "pattern": {"String": ""}, "content": "xxxx"}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
     with pytest.raises(ProblemReport, match="the model's tokenizer can't read the texts: "):
-        tokenised(texts, "texts", load_tokenizer(tmp_path / "plain", trust_remote_code=False), VOCAB, 512)
+        tokenize_texts(texts, "texts", load_tokenizer(tmp_path / "plain", trust_remote_code=False), VOCAB, 512)
 
 
 def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "plain")
     tokenizer = load_tokenizer(tmp_path / "plain", trust_remote_code=False)
     with pytest.raises(ProblemReport) as report:
-        tokenised(texts, file, tokenizer, 20, 512)
+        tokenize_texts(texts, file, tokenizer, 20, 512)
     assert "line 2: the text has no second token to predict" in str(report.value)
     assert re.search(r"line 1: token id \d+ is beyond the merge's vocabulary of 20", str(report.value))
 
@@ -214,7 +214,7 @@ def test_options_that_can_not_be() -> None:
         assert where in found
     assert not list(option_problems(EvaluationOptions(against=parse_against("none"))))
     assert parse_against(" Oracle,base") == ("oracle", "base") and parse_against(None) is None
-    assert EvaluationOptions(against=("oracle", "base")).wanted == ("base", "oracle")
+    assert EvaluationOptions(against=("oracle", "base")).comparisons == ("base", "oracle")
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/texts.jsonl", "s3:/bucket/texts.jsonl", "htps://host/texts.jsonl"])

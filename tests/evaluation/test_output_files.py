@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from raymoe.errors import ProblemReport
-from raymoe.evaluation.output_files import check_writable, read_by_evaluation, write_evaluation
+from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
 
 
 def test_asking_leaves_no_file_and_no_change(tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path)
-    inputs = read_by_evaluation(str(tmp_path / "link/out"), tmp_path / "texts.jsonl", f"arc_easy,{tmp_path}/own.yaml")
+    inputs = evaluation_input_paths(
+        str(tmp_path / "link/out"), tmp_path / "texts.jsonl", f"arc_easy,{tmp_path}/own.yaml"
+    )
     for number, name in enumerate([*files, "out/raymoe.json"]):
         (tmp_path / f"link{number}").symlink_to(name)
         for place in (tmp_path / name, tmp_path / "link" / name, tmp_path / f"link{number}"):
@@ -115,7 +117,7 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     (out / "eval.json").write_text("an older one")
     check_writable({"--json": out / "eval.json"}, inputs)
     (out / "raymoe.json").write_text("[[")
-    assert read_by_evaluation(str(out), None, "arc_easy").folders == ()
+    assert evaluation_input_paths(str(out), None, "arc_easy").folders == ()
 
 
 @pytest.mark.parametrize("place", ["s3:/bucket/eval.json", "s3:eval.json", "http:/host/eval.json"])

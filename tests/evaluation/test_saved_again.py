@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raymoe.architectures import HOSTS
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
 from tests.architectures.pairs import PAIRS, Pair, load_merged
 from tests.evaluation.streamed import open_mixture, streamed, texts_of
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engines
 
 # One a host, and one that turns a part of each head; DeepSeek-MoE v1 has a configuration of its own, which is not in
 # transformers.
-HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in HOSTS if host != "deepseek"]
+HOST_PAIRS = [next(p for p in PAIRS if p.host == host) for host in MOE_ARCHITECTURES if host != "deepseek"]
 HOST_PAIRS.append(next(p for p in PAIRS if p.family == "glm"))
 
 

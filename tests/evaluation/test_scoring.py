@@ -114,7 +114,7 @@ def assert_is_what_transformers_computes(merged: Merged, per_token: int) -> None
         assert experts.shape == weights.shape == (LENGTHS[text], per_token)
         choices[layer, text] = experts
 
-    found = streamed(open_mixture(merged.folder), texts, Variant(name="own", see=see))["own"]
+    found = streamed(open_mixture(merged.folder), texts, Variant(name="own", on_routing=see))["own"]
     assert_close(found, resident(model, texts), tolerance=MAX_DIFFERENCE)
     assert len(choices) == LAYERS * len(texts)
     for number, text in enumerate(texts):

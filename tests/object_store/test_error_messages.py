@@ -18,7 +18,7 @@ from raymoe.object_store.errors import BucketMissing, StorageError
 from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
-from raymoe.object_store.urls import join, normalise, s3_location
+from raymoe.object_store.urls import join_url, normalize_url, s3_location
 from raymoe.safe_text import scrub
 from raymoe.sources.resolve import resolve_models
 from tests.object_store.canned import Answer, canned
@@ -173,7 +173,7 @@ def test_wrong_keys_at_a_real_server(server: Server, bucket: str, monkeypatch: p
             store = S3Store(StorageOptions(deadline_s=20))
             for call in (store.stat, store.read_all, store.list):
                 with pytest.raises(StorageError, match=words) as caught:
-                    call(join(bucket, "key"))
+                    call(join_url(bucket, "key"))
                 assert value not in str(caught.value)
             assert store.counters.retries == 0
 
@@ -184,7 +184,7 @@ def test_a_wrong_secret_is_told_once_for_all_models(
     if server.kind == "moto":
         pytest.skip("takes any key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    models = [join(bucket, f"m{number}") for number in range(6)]
+    models = [join_url(bucket, f"m{number}") for number in range(6)]
     with pytest.raises(CheckpointError) as caught:
         resolve_models([parse_model_ref(model) for model in models])
     assert len(caught.value.problems) == 6
@@ -195,7 +195,7 @@ def test_a_bucket_policy_that_denies(server: Server, bucket: str) -> None:
     """A real refusal, where a server has policies for its owner: moto."""
     if server.kind != "moto":
         pytest.skip("the gateway's owner may do everything")
-    store, url = S3Store(StorageOptions(deadline_s=20)), join(bucket, "key")
+    store, url = S3Store(StorageOptions(deadline_s=20)), join_url(bucket, "key")
     store.put(url, b"x")
     name = s3_location(bucket).bucket
     statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
@@ -227,8 +227,8 @@ BAD_URLS = [
 
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_credentials_in_urls_are_refused_and_not_repeated(url: str) -> None:
-    for parse in (normalise, parse_model_ref, lambda u: parse_model_ref({"model": {"path": u}})):
-        if parse is normalise and "+s3://" in url:
+    for parse in (normalize_url, parse_model_ref, lambda u: parse_model_ref({"model": {"path": u}})):
+        if parse is normalize_url and "+s3://" in url:
             continue
         with pytest.raises(ValueError, match=r"credentials|query") as caught:
             parse(url)  # type: ignore[operator]
@@ -269,7 +269,8 @@ def test_scrubbing(secrets: None) -> None:
     text = f"at https://u:p@h/x?X-Amz-Credential=abc%2F1&X-Amz-Signature=0f&a=b with {SECRET} for s3://bucket/a"
     scrubbed = scrub(text)
     assert scrubbed == (
-        "at https://h/x?X-Amz-Credential=<removed>&X-Amz-Signature=<removed>&a=b with <AWS_SECRET_ACCESS_KEY> for s3://bucket/a"
+        "at https://h/x?X-Amz-Credential=<removed>&X-Amz-Signature=<removed>&a=b with <AWS_SECRET_ACCESS_KEY> for "
+        "s3://bucket/a"
     )
 
 

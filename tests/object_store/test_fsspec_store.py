@@ -20,7 +20,7 @@ from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectStore
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 
 DATA = os.urandom(100_003)
 
@@ -36,11 +36,11 @@ def store(folder: str) -> ObjectStore:
 
 
 def test_writing_looking_listing_reading_deleting(store: ObjectStore, folder: str) -> None:
-    url = join(folder, "sub/a b+ä.bin")
+    url = join_url(folder, "sub/a b+ä.bin")
     assert store.stat(url) is None
     assert store.list(folder) == []
     assert store.put(url, DATA).size == len(DATA)
-    store.put(join(folder, "top"), b"x")
+    store.put(join_url(folder, "top"), b"x")
     info = store.stat(url)
     assert info is not None
     assert info.size == len(DATA)
@@ -56,7 +56,7 @@ def test_writing_looking_listing_reading_deleting(store: ObjectStore, folder: st
 
 
 def test_what_is_not_as_planned(store: ObjectStore, folder: str) -> None:
-    url = join(folder, "object")
+    url = join_url(folder, "object")
     with pytest.raises(ObjectMissing):
         store.read(url, 0, 1)
     etag = store.put(url, DATA).etag
@@ -69,7 +69,7 @@ def test_what_is_not_as_planned(store: ObjectStore, folder: str) -> None:
 
 
 def test_only_if_absent(store: ObjectStore, folder: str) -> None:
-    url = join(folder, "index")
+    url = join_url(folder, "index")
     store.put(url, b"first", only_if_absent=True)
     with pytest.raises(ObjectExists):
         store.put(url, b"second", only_if_absent=True)
@@ -79,7 +79,7 @@ def test_only_if_absent(store: ObjectStore, folder: str) -> None:
 @pytest.mark.parametrize("there", [None, b"older and of another size"])
 def test_move(store: ObjectStore, folder: str, there: bytes | None) -> None:
     assert isinstance(store, FsspecStore)
-    url, to = join(folder, "parts/a.1"), join(folder, "sub/a")
+    url, to = join_url(folder, "parts/a.1"), join_url(folder, "sub/a")
     store.put(url, DATA)
     if there is not None:
         store.put(to, there)
@@ -118,7 +118,7 @@ def test_move_on_file_systems_that_can_do_less(kind: type[MemoryFileSystem]) -> 
     folder = f"{kind.protocol}://{uuid.uuid4().hex}"
     store = open_store(folder, StorageOptions(deadline_s=10))
     assert isinstance(store, FsspecStore)
-    url, to = join(folder, "part"), join(folder, "whole")
+    url, to = join_url(folder, "part"), join_url(folder, "whole")
     for content in (DATA, DATA[::-1]):
         store.put(url, content)
         store.move(url, to, len(DATA))
@@ -127,7 +127,7 @@ def test_move_on_file_systems_that_can_do_less(kind: type[MemoryFileSystem]) -> 
 
 def test_many_threads(store: ObjectStore, folder: str) -> None:
     def roundtrip(number: int) -> bool:
-        url, content = join(folder, f"n{number}"), os.urandom(1000 + number)
+        url, content = join_url(folder, f"n{number}"), os.urandom(1000 + number)
         store.put(url, content)
         return store.read(url, 0, len(content)) == content
 
@@ -163,7 +163,7 @@ def test_a_host_that_is_not_reached_is_no_missing_file(
     url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given up soon, also where another host of this kind has answered."""
-    monkeypatch.setattr("raymoe.object_store.retry._FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("raymoe.object_store.retry._INITIAL_BACKOFF_S", 0.001)
     store = FsspecStore(url.partition(":")[0], StorageOptions())
     if store.scheme == "http":
         (tmp_path / "config.json").write_bytes(b"{}")

@@ -14,9 +14,9 @@ import pytest
 
 from raymoe.object_store.errors import ObjectChanged, StorageError
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.retry import Failure, Kind, Pacer, Retries, kind_of
+from raymoe.object_store.retry import Failure, FailureKind, Pacer, Retries, classify_error
 from raymoe.object_store.s3_store import MIN_PART_BYTES, S3Store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 from tests.object_store.canned import Answer, canned
 from tests.object_store.fault_proxy import KINDS, FaultProxy, FaultRates
 from tests.object_store.servers import Server, environment
@@ -57,7 +57,7 @@ def test_every_kind_of_fault_is_overcome(server: Server, bucket: str, kind: str)
 
 def work(store: S3Store, bucket: str) -> None:
     """All calls, each with its outcome checked."""
-    source, small, big = (join(bucket, name) for name in ("in/source", "out/index", "out/shard"))
+    source, small, big = (join_url(bucket, name) for name in ("in/source", "out/index", "out/shard"))
     data = os.urandom(MIN_PART_BYTES + 1000)
     etag = store.put(source, data).etag
     assert store.put(small, DATA, only_if_absent=True).size == len(DATA)
@@ -74,15 +74,15 @@ def work(store: S3Store, bucket: str) -> None:
     for start in range(0, len(expected), 2_000_000):
         end = min(start + 2_000_000, len(expected))
         assert store.read(big, start, end, info.etag) == expected[start:end]
-    assert [entry.name for entry in store.list(join(bucket, "out"))] == ["index", "shard"]
-    dropped = store.create_upload(join(bucket, "dropped"))
-    store.abort_upload(join(bucket, "dropped"), dropped)
+    assert [entry.name for entry in store.list(join_url(bucket, "out"))] == ["index", "shard"]
+    dropped = store.create_upload(join_url(bucket, "dropped"))
+    store.abort_upload(join_url(bucket, "dropped"), dropped)
     store.delete(source)
     assert store.stat(source) is None
 
 
 def test_a_dead_server_is_given_up_at_the_deadline(server: Server, bucket: str) -> None:
-    url = join(bucket, "object")
+    url = join_url(bucket, "object")
     with FaultProxy(server.endpoint) as proxy:
         S3Store(StorageOptions(endpoint=proxy.url, deadline_s=30)).put(url, DATA)
         store = S3Store(StorageOptions(endpoint=proxy.url, deadline_s=3))
@@ -286,7 +286,7 @@ def test_retries_wait_longer_and_longer_and_stop_at_the_deadline(monkeypatch: py
 
     outcome = Retries(4, 3.0).run(fail)
     assert isinstance(outcome, Failure)
-    assert outcome.kind is Kind.PASSES
+    assert outcome.kind is FailureKind.TRANSIENT
     assert outcome.tries == len(times)
     assert outcome.elapsed_s < 3
     waits = [after - before for before, after in itertools.pairwise(times)]
@@ -313,7 +313,7 @@ def test_kinds_of_errors() -> None:
     passing = [ConnectionResetError(), BrokenPipeError(), TimeoutError(), asyncio.TimeoutError()]
     passing += [aiohttp.ClientPayloadError(), aiohttp.ServerDisconnectedError(), asyncio.IncompleteReadError(b"", 1)]
     passing += [exceptions.ReadTimeoutError(endpoint_url=""), exceptions.EndpointConnectionError(endpoint_url="")]
-    assert [kind_of(error) for error in passing] == [Kind.PASSES] * len(passing)
+    assert [classify_error(error) for error in passing] == [FailureKind.TRANSIENT] * len(passing)
     lasting = [PermissionError(), FileNotFoundError(), ValueError(), exceptions.NoCredentialsError()]
     lasting += [exceptions.SSLError(endpoint_url="", error="")]
-    assert [kind_of(error) for error in lasting] == [Kind.LASTS] * len(lasting)
+    assert [classify_error(error) for error in lasting] == [FailureKind.PERMANENT] * len(lasting)

@@ -6,7 +6,16 @@ import re
 
 import pytest
 
-from raymoe.object_store.urls import check_spelling, is_s3, is_url, join, local_path, normalise, relative, s3_location
+from raymoe.object_store.urls import (
+    check_spelling,
+    is_s3,
+    is_url,
+    join_url,
+    local_path,
+    normalize_url,
+    relative_name,
+    s3_location,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +34,8 @@ from raymoe.object_store.urls import check_spelling, is_s3, is_url, join, local_
 )
 def test_normal_forms(text: str, normal: str) -> None:
     assert is_url(text)
-    assert normalise(text) == normal
-    assert normalise(normal) == normal
+    assert normalize_url(text) == normal
+    assert normalize_url(normal) == normal
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,7 @@ def test_normal_forms(text: str, normal: str) -> None:
 )
 def test_refusals(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        normalise(text)
+        normalize_url(text)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +72,8 @@ def test_what_is_no_url(text: str) -> None:
 def test_parts() -> None:
     assert s3_location("s3://bucket/a/b") == ("bucket", "a/b")
     assert s3_location("s3://bucket") == ("bucket", "")
-    assert join("s3://bucket", "a", "b/c") == "s3://bucket/a/b/c"
-    assert relative("s3://bucket/a/b/c", "s3://bucket/a") == "b/c"
+    assert join_url("s3://bucket", "a", "b/c") == "s3://bucket/a/b/c"
+    assert relative_name("s3://bucket/a/b/c", "s3://bucket/a") == "b/c"
     assert is_s3("s3a://bucket") and is_s3("s3://bucket") and not is_s3("gs://bucket")
     assert local_path("file:///abs/path") == "/abs/path"
     assert local_path("s3://bucket/a") is None

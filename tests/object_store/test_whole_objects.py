@@ -12,7 +12,7 @@ from raymoe.object_store.errors import BucketMissing, ObjectChanged, ObjectExist
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.s3_store import S3Store
-from raymoe.object_store.urls import join, s3_location
+from raymoe.object_store.urls import join_url, s3_location
 from tests.object_store.servers import Server
 
 CONTENT = os.urandom(3_000_017)
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.every_server  # what all else that uses a store relies 
 def test_an_object_of_any_name_is_written_looked_at_listed_read_and_deleted(
     store: S3Store, bucket: str, name: str
 ) -> None:
-    url = join(bucket, "folder", name)
+    url = join_url(bucket, "folder", name)
     assert store.stat(url) is None
     written = store.put(url, CONTENT)
     info = store.stat(url)
     assert info is not None
     assert (info.size, info.etag) == (len(CONTENT), written.etag)
-    (entry,) = store.list(join(bucket, "folder"))
+    (entry,) = store.list(join_url(bucket, "folder"))
     assert (entry.name, entry.size, entry.etag) == (name, len(CONTENT), info.etag)
     assert store.read_all(url) == store.read_all(url, info.etag) == CONTENT
     store.delete(url)
@@ -40,7 +40,7 @@ def test_an_object_of_any_name_is_written_looked_at_listed_read_and_deleted(
 
 
 def test_ranges_are_exact_or_an_error(store: S3Store, bucket: str) -> None:
-    url, size = join(bucket, "object"), len(CONTENT)
+    url, size = join_url(bucket, "object"), len(CONTENT)
     etag = store.put(url, CONTENT).etag
     for start, end in [(0, 1), (0, size), (7, 7), (1000, 700_001), (size - 1, size)]:
         assert store.read(url, start, end, etag) == store.read(url, start, end) == CONTENT[start:end]
@@ -53,7 +53,7 @@ def test_ranges_are_exact_or_an_error(store: S3Store, bucket: str) -> None:
 
 
 def test_a_replaced_object_is_noticed(store: S3Store, bucket: str) -> None:
-    url = join(bucket, "object")
+    url = join_url(bucket, "object")
     etag = store.put(url, CONTENT).etag
     store.put(url, CONTENT[::-1])
     for read in (lambda: store.read(url, 0, 10, etag), lambda: store.read_all(url, etag)):
@@ -65,7 +65,7 @@ def test_a_replaced_object_is_noticed(store: S3Store, bucket: str) -> None:
 def test_what_is_missing(store: S3Store, bucket: str) -> None:
     for read in (lambda u: store.read(u, 0, 1), store.read_all):
         with pytest.raises(ObjectMissing, match="there is no such object"):
-            read(join(bucket, "nothing"))
+            read(join_url(bucket, "nothing"))
     nowhere = "s3://no-such-bucket-here/key"
     calls = [store.stat, store.list, store.read_all, store.create_upload, store.list_uploads]
     for call in [*calls, lambda u: store.put(u, b"x"), lambda u: store.put(u, b"x", only_if_absent=True)]:
@@ -77,13 +77,13 @@ def test_what_is_missing(store: S3Store, bucket: str) -> None:
 def test_listing_stays_in_its_folder(store: S3Store, bucket: str) -> None:
     names = ["model/a", "model/sub/b", "model/sub/deep/c", "model2/d", "model.txt"]
     for name in names:
-        store.put(join(bucket, name), name.encode())
+        store.put(join_url(bucket, name), name.encode())
     server_client = open_store(bucket)
-    assert [e.name for e in server_client.list(join(bucket, "model"))] == ["a", "sub/b", "sub/deep/c"]
-    assert [e.name for e in server_client.list(join(bucket, "model"), recursive=False)] == ["a"]
+    assert [e.name for e in server_client.list(join_url(bucket, "model"))] == ["a", "sub/b", "sub/deep/c"]
+    assert [e.name for e in server_client.list(join_url(bucket, "model"), recursive=False)] == ["a"]
     assert sorted(e.name for e in server_client.list(bucket)) == sorted(names)
     assert [e.name for e in server_client.list(bucket, recursive=False)] == ["model.txt"]
-    assert server_client.list(join(bucket, "mod")) == []
+    assert server_client.list(join_url(bucket, "mod")) == []
 
 
 def test_folder_markers_are_not_files(store: S3Store, bucket: str, server: Server) -> None:
@@ -91,7 +91,7 @@ def test_folder_markers_are_not_files(store: S3Store, bucket: str, server: Serve
     client.put_object(Bucket=name, Key="model/", Body=b"")
     client.put_object(Bucket=name, Key="model/sub/", Body=b"")
     client.put_object(Bucket=name, Key="model/a", Body=b"a")
-    assert [entry.name for entry in store.list(join(bucket, "model"))] == ["a"]
+    assert [entry.name for entry in store.list(join_url(bucket, "model"))] == ["a"]
     assert [entry.name for entry in store.list(bucket)] == ["model/a"]
 
 
@@ -99,12 +99,12 @@ def test_folder_markers_are_not_files(store: S3Store, bucket: str, server: Serve
 def test_listings_of_more_than_a_page(store: S3Store, bucket: str) -> None:
     names = [f"{number:04}" for number in range(1003)]  # a page has 1000
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: store.put(join(bucket, "many", name), b"x"), names))
-    assert [entry.name for entry in store.list(join(bucket, "many"))] == names
+        list(pool.map(lambda name: store.put(join_url(bucket, "many", name), b"x"), names))
+    assert [entry.name for entry in store.list(join_url(bucket, "many"))] == names
 
 
 def test_only_if_absent(store: S3Store, bucket: str) -> None:
-    url = join(bucket, "index")
+    url = join_url(bucket, "index")
     info = store.put(url, b"first", only_if_absent=True)
     assert info.size == 5
     with pytest.raises(ObjectExists, match="there is an object of this name already"):
@@ -115,7 +115,7 @@ def test_only_if_absent(store: S3Store, bucket: str) -> None:
 
 
 def test_one_of_many_that_put_at_once_wins(store: S3Store, bucket: str, server: Server) -> None:
-    url = join(bucket, "index")
+    url = join_url(bucket, "index")
 
     def put(number: int) -> int | None:
         try:
@@ -133,7 +133,7 @@ def test_one_of_many_that_put_at_once_wins(store: S3Store, bucket: str, server: 
 
 def test_many_threads_share_a_store(store: S3Store, bucket: str) -> None:
     def roundtrip(number: int) -> bool:
-        url, content = join(bucket, str(number)), os.urandom(100_000 + number)
+        url, content = join_url(bucket, str(number)), os.urandom(100_000 + number)
         etag = store.put(url, content).etag
         return store.read(url, 0, len(content), etag) == content == store.read_all(url)
 
@@ -151,7 +151,7 @@ def _read_in_child(store: S3Store, url: str, answer: multiprocessing.SimpleQueue
 
 @pytest.mark.soak_on("juicefs")
 def test_a_forked_child_builds_its_own_client(store: S3Store, bucket: str) -> None:
-    url = join(bucket, "object")
+    url = join_url(bucket, "object")
     store.put(url, b"content")  # the parent's client is in use
     fork = multiprocessing.get_context("fork")
     answer = fork.SimpleQueue()

@@ -77,7 +77,7 @@ def test_options_that_matter(config: Config) -> None:
         "shard size": MergeOptions(max_shard_bytes=200_000),
         "seed": MergeOptions(max_shard_bytes=100_000, seed=1),
         "tokenizer": MergeOptions(max_shard_bytes=100_000, copy_tokenizer=False),
-        "quantised gates": MergeOptions(max_shard_bytes=100_000, quantise_gates="8bit"),
+        "quantised gates": MergeOptions(max_shard_bytes=100_000, quantize_gates="8bit"),
     }
     digests = {name: digest(config, option) for name, option in options.items()}
     assert len(set(digests.values())) == len(options), digests

@@ -14,12 +14,12 @@ import pytest
 import raymoe
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergePlan
-from raymoe.planning.multipart import MIN_PART_BYTES, UploadPart, copied_by_store, upload_parts
+from raymoe.planning.multipart import MIN_PART_BYTES, UploadPart, server_side_bytes, upload_parts
 from raymoe.planning.plan import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.open_output import open_output
-from raymoe.storage.transfer_summary import bytes_by_way
+from raymoe.storage.transfer_summary import bytes_by_method
 
 MIB = 1 << 20
 HEADER = bytes(4096)
@@ -117,10 +117,10 @@ def test_any_shard(seed: int) -> None:
     gaps = sum(1 for left, right in itertools.pairwise(parts) if left.copy is None and right.copy is not None) + 1
     must_be_sent = len(header) + sum(nbytes for nbytes, long in runs(shard) if not long)
     glued = sum(nbytes for nbytes, long in runs(shard) if long and nbytes < 2 * MIN_PART_BYTES)
-    assert shard.nbytes - copied_by_store(parts) <= must_be_sent + glued + gaps * MIN_PART_BYTES
+    assert shard.nbytes - server_side_bytes(parts) <= must_be_sent + glued + gaps * MIN_PART_BYTES
     nothing_there = upload_parts(shard, lambda file: False)
     check(shard, nothing_there)
-    assert copied_by_store(nothing_there) == 0
+    assert server_side_bytes(nothing_there) == 0
 
 
 def runs(shard: Shard) -> list[tuple[int, bool]]:
@@ -199,11 +199,11 @@ def test_all_copied_all_sent_and_tiny() -> None:
     giant = shard_of(copied(4 << 30, 0))
     parts = upload_parts(giant, is_remote)
     check(giant, parts)
-    assert giant.nbytes - copied_by_store(parts) == MIN_PART_BYTES
+    assert giant.nbytes - server_side_bytes(parts) == MIN_PART_BYTES
     assert max(part.nbytes for part in parts) <= 1 << 30
     sent = upload_parts(giant, lambda file: False)
     check(giant, sent)
-    assert copied_by_store(sent) == 0 and max(part.nbytes for part in sent) <= 16 * MIB
+    assert server_side_bytes(sent) == 0 and max(part.nbytes for part in sent) <= 16 * MIB
     tiny = shard_of(copied(10, 0))
     assert shapes(upload_parts(tiny, is_remote)) == [("send", len(HEADER) + 10)]
     empty = shard_of(copied(0, 0), computed(0))
@@ -239,7 +239,7 @@ def test_giant_shards(kind: str, same_store: bool) -> None:
     check_limits(shard, parts)
     if same_store and kind in ("one range", "runs of a byte over 1 GiB, and 100 MiB computed"):
         could = sum(part.nbytes for part in shard.parts if isinstance(part.what, Copy))
-        assert could - copied_by_store(parts) <= 2 * MIN_PART_BYTES, "what a store can copy is not sent"
+        assert could - server_side_bytes(parts) <= 2 * MIN_PART_BYTES, "what a store can copy is not sent"
 
 
 def check_limits(shard: Shard, parts: tuple[UploadPart, ...]) -> None:
@@ -365,10 +365,10 @@ def test_through_the_workers(config: Mapping[str, object], most: float, tmp_path
     for shard in plan.shards:
         parts = upload_parts(shard, lambda file: True)
         total += shard.nbytes
-        sent += shard.nbytes - copied_by_store(parts)
+        sent += shard.nbytes - server_side_bytes(parts)
         check_limits(shard, parts)
         router = sum(part.nbytes for part in shard.parts if isinstance(part.what, Router))
-        assert shard.nbytes - copied_by_store(parts) >= len(shard.header) + router
+        assert shard.nbytes - server_side_bytes(parts) >= len(shard.header) + router
     assert total == plan.totals.output_bytes
     assert 0 < sent / total <= most
     print(f"{sent / total:.4f} of {total:,} bytes")
@@ -377,6 +377,6 @@ def test_through_the_workers(config: Mapping[str, object], most: float, tmp_path
 def test_ways_say_the_same(tmp_path: Path) -> None:
     """What `raymoe plan` shows: sources on this disk are sent, all of them."""
     plan = hollow_plan(tmp_path, SMOLLM2)
-    ways = bytes_by_way(plan, open_output("s3://bucket/out", StorageOptions()))
+    ways = bytes_by_method(plan, open_output("s3://bucket/out", StorageOptions()))
     assert set(ways) == {"local", "computed"}
     assert sum(ways.values()) == plan.totals.output_bytes

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from raymoe.planning.invariants import check_plan
-from raymoe.planning.multipart import copied_by_store, upload_parts
+from raymoe.planning.multipart import server_side_bytes, upload_parts
 from raymoe.planning.plan import Copy, Shard
 from raymoe.planning.shard_packing import OutputTensor, Piece, pack_shards
 from tests.planning.test_shard_packing import copied, damaged_part
@@ -73,7 +73,7 @@ def test_a_store_copies_the_pieces_of_one_tensor_from_their_own_places() -> None
     (shard,) = pack_shards([tensor], ["experts"], 1 << 30)
     parts = upload_parts(shard, lambda file: True)
     assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])] and parts[-1].end == shard.nbytes
-    assert copied_by_store(parts) > 0.8 * shard.nbytes
+    assert server_side_bytes(parts) > 0.8 * shard.nbytes
     for part in parts:
         if part.copy is not None:
             piece = next(p for p in shard.parts if p.start <= part.start and part.end <= p.end)

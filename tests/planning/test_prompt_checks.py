@@ -17,7 +17,7 @@ from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from raymoe.routers.prompt_lengths import prompt_lengths
 from raymoe.routers.tokenize import load_tokenizer, prompt_problems, tokenize
-from raymoe.sources.tokenizer_files import bare_tokenizer
+from raymoe.sources.tokenizer_files import plain_tokenizer
 from tests.pico import merge_config, plan_problems
 
 Zoo = Callable[..., Path]
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_fails_on_a_prompt(base: Path, parts: dict[str, Any]) -
 def test_a_tokenizer_whose_file_panics(base: Path) -> None:
     save_broken(base, normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
     with pytest.raises(ProblemReport, match="x: the tokenizer can't be read: "):
-        bare_tokenizer((base / "tokenizer.json").read_bytes(), "x")
+        plain_tokenizer((base / "tokenizer.json").read_bytes(), "x")
     assert "the tokenizer can't be read: " in plan_problems(config_of(base))
     raymoe.plan(config_of(base, "a " * 300, mode="random"), allow_all_same=True)
     with pytest.raises(ProblemReport, match="base_model: the base model's tokenizer can't be loaded: "):

@@ -6,12 +6,12 @@ import errno
 
 import pytest
 
-from raymoe.publish.errors import PushFailed, stops
+from raymoe.publish.errors import PushFailed, translate_upload_errors
 from tests.sources.test_hub_errors import FULL, UNREACHABLE
 
 
 def told(error: Exception) -> str:
-    with pytest.raises(PushFailed) as caught, stops("push to org/name", lambda: "nothing was sent"):
+    with pytest.raises(PushFailed) as caught, translate_upload_errors("push to org/name", lambda: "nothing was sent"):
         raise error
     return str(caught.value)
 

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 import raymoe
 from raymoe.config import ExpertConfig, make_config
 from raymoe.object_store.options import StorageOptions
-from raymoe.report.model_card import _expert_row, _making, _said, model_card
-from raymoe.report.source_metadata import Licence, source_cards
-from raymoe.routers.heldout_report import LayerCheck, RouterSummary
+from raymoe.report.model_card import _config_section, _expert_row, _license_text, model_card
+from raymoe.report.source_metadata import License, source_cards
+from raymoe.routers.heldout_report import LayerScores, RouterSummary
 from raymoe.sources.hub import HubOptions
 from tests.pico import REPOSITORY, copy_model, merge_config, save_lora
 from tests.sources.hub_server import HubServer
@@ -151,7 +151,7 @@ def test_a_hub_that_is_gone_after_the_plan(hub: HubServer, models: Callable[...,
     plan = raymoe.plan(config, hub=options, allow_all_same=True)
     hub.repos.clear()
     sources = source_cards(plan, options, StorageOptions())
-    assert [(source.label, source.hub_id, source.licence) for source in sources] == [("org/base", "org/base", None)]
+    assert [(source.label, source.hub_id, source.license) for source in sources] == [("org/base", "org/base", None)]
     checked = raymoe.api.make_config(config, allow_all_same=True)
     data = ModelCard(model_card(plan, checked, None, sources)).data
     assert data.base_model == ["org/base"] and data.license is None
@@ -177,7 +177,7 @@ def test_the_config_in_the_card_is_the_one_that_was_merged(models: Callable[...,
     config["experts"][1]["positive_prompts"] = {"file": "prompts.jsonl", "limit": None}
     config["storage"] = {"endpoint": "http://minio.internal:9000", "profile": "admin"}
     checked = make_config(config)
-    text = "\n".join(_making(checked))
+    text = "\n".join(_config_section(checked))
     assert "minio.internal" not in text and "storage" not in text
     said = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert make_config(said) == checked.model_copy(update={"storage": StorageOptions()})
@@ -187,7 +187,10 @@ def test_the_config_in_the_card_is_the_one_that_was_merged(models: Callable[...,
 
 def test_routing_figures(models: Callable[..., Path]) -> None:
     config = local(models("base"), models("law"), models("code"))
-    layers = {0: LayerCheck(right=(0.5, 0.7), load=(0.4, 0.6)), 1: LayerCheck(right=(0.9, 0.9), load=(0.5, 0.5))}
+    layers = {
+        0: LayerScores(accuracy_by_expert=(0.5, 0.7), load=(0.4, 0.6)),
+        1: LayerScores(accuracy_by_expert=(0.9, 0.9), load=(0.5, 0.5)),
+    }
     text = card_of(config, HubOptions(), RouterSummary(experts=2, layers=layers)).text
     assert [line.split(" | ")[-2:] for line in text.splitlines() if re.match(r"\| [01] ", line)] == [
         ["70%", "45% |"],
@@ -223,11 +226,11 @@ def test_how_to_load_it(zoo: Callable[..., Path]) -> None:
 
 
 def test_what_the_card_says_of_llama_cpp_is_what_raymoe_converts() -> None:
-    from raymoe.architectures import HOSTS
+    from raymoe.architectures import MOE_ARCHITECTURES
     from raymoe.export.gguf.llama_cpp_archs import MIXTURES
     from raymoe.report.model_card import _IN_LLAMA_CPP
 
-    assert {host.architecture for host in HOSTS.values() if host.model_type in MIXTURES} == _IN_LLAMA_CPP
+    assert {host.class_name for host in MOE_ARCHITECTURES.values() if host.model_type in MIXTURES} == _IN_LLAMA_CPP
 
 
 _HOSTILE = "x\n\n# Heading\n\n<script>alert(1)</script> [click](https://evil.example) |\n\n```\nfence \u202e\x1b[31m"
@@ -265,9 +268,9 @@ def test_an_empty_prompt_opens_no_code_span() -> None:
 
 
 def test_licences_that_are_addresses() -> None:
-    assert _said(Licence(name="www.evil.com")) == "`www.evil.com`"
-    assert _said(Licence(name="other", title="www.evil.com")) == "`www.evil.com` (other)"
-    assert _said(Licence(name="apache-2.0")) == "apache-2.0"
+    assert _license_text(License(name="www.evil.com")) == "`www.evil.com`"
+    assert _license_text(License(name="other", title="www.evil.com")) == "`www.evil.com` (other)"
+    assert _license_text(License(name="apache-2.0")) == "apache-2.0"
 
 
 def test_licences_that_are_only_names(models: Callable[..., Path]) -> None:

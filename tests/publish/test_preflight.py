@@ -14,7 +14,7 @@ import pytest
 import raymoe
 from raymoe.object_store.options import StorageOptions
 from raymoe.publish.errors import PushFailed
-from raymoe.publish.manifest import open_published
+from raymoe.publish.manifest import open_manifest
 from raymoe.publish.repository import PushTarget, Repository, source_problem
 from raymoe.publish.upload import Comparison, upload
 from tests.cli.commands import write_config
@@ -179,7 +179,7 @@ def test_files_that_another_merge_replaces_during_the_push(tmp_path: Path) -> No
         (copied / name).write_bytes(bytes(100))
         files[name] = {"size": 100, "checksum": "x"}
     (copied / "raymoe.json").write_text(json.dumps({"plan_digest": "plan", "files": files}))
-    published = open_published(copied, "org/name", StorageOptions())
+    published = open_manifest(copied, "org/name", StorageOptions())
     shards = [file for file in published.files if file.is_shard]
     committed: list[str] = []
 
@@ -196,10 +196,10 @@ def test_files_that_another_merge_replaces_during_the_push(tmp_path: Path) -> No
     repository = Repository(target=target, api=cast(Any, Api()), url="", is_new=False, base="main")
     for there in ((), tuple(shards[:1])):
         missing = tuple(file for file in published.files if file not in there)
-        comparison = Comparison(head="", there=there, missing=missing, removed=(), others=())
+        comparison = Comparison(head="", unchanged=there, missing=missing, removed=(), others=())
         with pytest.raises(PushFailed, match=f"{shards[0].name} was written again since the push began"):
             upload(published, repository, comparison, lambda said: None)
-        published = open_published(copied, "org/name", StorageOptions())
+        published = open_manifest(copied, "org/name", StorageOptions())
     assert committed == []
 
 

@@ -93,7 +93,7 @@ def test_an_edited_card_is_published_as_it_is(hub: WritableHub, merged: Path, tm
     with open(tmp_path / "out/README.md", "a") as card:
         card.write("\nBy hand.\n")
     pushed = raymoe.push(tmp_path / "out", "org/name", message="A better card")
-    assert (pushed.sent, len(pushed.there)) == (("README.md", "raymoe.json"), 12)
+    assert (pushed.sent, len(pushed.unchanged)) == (("README.md", "raymoe.json"), 12)
     assert hub.files("org/name")["README.md"].endswith(b"\nBy hand.\n")
     assert hub.history("org/name")[-1] == "A better card"
     text = (tmp_path / "out/README.md").read_text()
@@ -161,7 +161,7 @@ def test_from_an_object_store(hub: WritableHub, merged: Path, server: Server, bu
     assert all(there[name] == (merged / name).read_bytes() for name in SHARDS)
     assert list((tmp_path / "tmp").iterdir()) == []
     again = raymoe.push(f"{bucket}/out", "org/name")
-    assert (again.sent, len(again.there)) == ((), 14)
+    assert (again.sent, len(again.unchanged)) == ((), 14)
 
 
 def refusal(cli: Cli, *arguments: object) -> str:

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from raymoe.console import console, put, say
+from raymoe.console import console, print_line, say
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.report.plan_report import print_verification
 from raymoe.results import Verification
-from raymoe.safe_text import for_people, has_unprintable, json_text, printable
-from raymoe.submit.job_log import _Log
+from raymoe.safe_text import has_unprintable, json_text, printable, safe_message
+from raymoe.submit.job_log import _LogPrinter
 from tests.cli.conftest import cli
 from tests.pico import copy_model, merge_config
 
@@ -33,8 +33,8 @@ def test_what_is_escaped() -> None:
 
 
 def test_lines_that_are_no_messages_of_their_own() -> None:
-    assert for_people("name\ndone: all is well") == r"name\ndone: all is well"
-    assert for_people("2 problems:\n  one\n      -> remedy\n") == "2 problems:\n  one\n      -> remedy\n"
+    assert safe_message("name\ndone: all is well") == r"name\ndone: all is well"
+    assert safe_message("2 problems:\n  one\n      -> remedy\n") == "2 problems:\n  one\n      -> remedy\n"
     problem = Problem(where="a\nb", what=f"{HOSTILE}\nerror: no", remedy="x\ny")
     for error in (ProblemReport([problem, problem]), MergeFailed(f"{HOSTILE}\nerror: no")):
         assert not has_unprintable(str(error))
@@ -63,7 +63,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     say(HOSTILE)
-    put(f"{HOSTILE}\nverified")
+    print_line(f"{HOSTILE}\nverified")
     print_verification(Verification(tensors=1, differences=(f"{HOSTILE}: missing",), notes=(HOSTILE,)), quiet=False)
     said = capsys.readouterr()
     assert not has_unprintable(said.out + said.err)
@@ -78,7 +78,7 @@ def test_logs_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
             yield f"a\n{HOSTILE}\n"
             yield "b\n"
 
-    log = _Log()
+    log = _LogPrinter()
     for _ in range(2):
         asyncio.run(log.tail(cast(Any, Client()), "job"))
     assert capsys.readouterr().out == f"a\n{SHOWN}\nb\n"

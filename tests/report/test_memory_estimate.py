@@ -16,8 +16,8 @@ from raymoe.report import memory_estimate
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers import fit_memory, prompt_passes
 from raymoe.routers import prompt_lengths as prompt_lengths_module
-from raymoe.routers.fit_memory import fitting_bytes, most_layers_at_once
-from raymoe.routers.prompt_lengths import different_tokens, prompt_lengths
+from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.resolve import HubOptions
 from tests.pico import HIDDEN, merge_config, save_lora
@@ -93,7 +93,7 @@ def test_states_of_all_prompts_of_a_pass(
 ) -> None:
     few, many = planned(mode, 100), planned(mode, 400)
     tokens = sum(sum(map(sum, of_member)) for of_member in prompt_lengths(many.gates).values())
-    monkeypatch.setattr(memory_estimate, "_WORTH_COUNTING_BYTES", 0)
+    monkeypatch.setattr(memory_estimate, "_MIN_COUNTED_BYTES", 0)
     small, large = actor_memory(few)["cpu"], actor_memory(many)["cpu"]
     assert large - small >= 0.75 * tokens * HIDDEN * 4
     monkeypatch.setattr(prompt_passes, "STATE_BYTES", prompt_passes._state_bytes(many.gates.experts[0], HIDDEN) // 4)
@@ -112,11 +112,11 @@ def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Call
 @pytest.mark.parametrize(("hidden", "layers"), [(576, 4), (2048, 4), (4096, 2), (8192, 1), (16384, 1)])
 def test_layers_that_are_fitted_at_once(planned: Callable[..., MergePlan], hidden: int, layers: int) -> None:
     gates = replace(planned("ridge", 2).gates, hidden=hidden, layers=8)
-    assert most_layers_at_once(gates) == layers
+    assert max_layers_at_once(gates) == layers
     assert layers == 1 or layers * fitting_bytes(gates) <= 2 << 30
     assert fitting_bytes(replace(gates, mode="hidden")) == 0
-    assert most_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
-    assert most_layers_at_once(replace(gates, layers=1)) == 1
+    assert max_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
+    assert max_layers_at_once(replace(gates, layers=1)) == 1
 
 
 def test_fitting_takes_what_was_measured(planned: Callable[..., MergePlan]) -> None:
@@ -144,11 +144,11 @@ def test_embeddings_are_counted_by_tokens_that_differ(
 ) -> None:
     few = planned("cheap_embed", 400)
     estimated = actor_memory(few)["cpu"]
-    monkeypatch.setattr(memory_estimate, "_WORTH_COUNTING_BYTES", 0)
-    counted = different_tokens(few.gates)
+    monkeypatch.setattr(memory_estimate, "_MIN_COUNTED_BYTES", 0)
+    counted = count_distinct_tokens(few.gates)
     assert counted is not None and 1 < counted < few.gates.vocab
     assert estimated - actor_memory(few)["cpu"] == (few.gates.vocab - counted) * few.gates.hidden * 6
-    assert different_tokens(replace(few.gates, tokenizer_files=())) is None
+    assert count_distinct_tokens(replace(few.gates, tokenizer_files=())) is None
 
 
 def test_modes_that_read_no_layers(planned: Callable[..., MergePlan]) -> None:
@@ -196,7 +196,7 @@ def test_the_build_of_torch_counts(planned: Callable[..., MergePlan], monkeypatc
 
 def test_layers_that_pad_sequences(zoo: Callable[..., Path]) -> None:
     """Short prompts count as a chunk each: in batches, and for what a layer holds of them."""
-    from raymoe.routers.tokenize import batches, chunk_of
+    from raymoe.routers.tokenize import batches, chunk_size
 
     mamba = {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 64, "mamba_d_head": 2, "mamba_expand": 2}
     sizes = {"granitemoehybrid": (mamba, 256, 64 * 256), "qwen3_5_text": ({}, 64, 4 * 64)}
@@ -206,7 +206,7 @@ def test_layers_that_pad_sequences(zoo: Callable[..., Path]) -> None:
         for word, entry in zip("ab", content["experts"], strict=True):
             entry["positive_prompts"] = [f"{word}{number}" for number in range(40)]
         plan = raymoe.plan(content)
-        assert chunk_of(plan.gates.experts[0].config) == chunk
+        assert chunk_size(plan.gates.experts[0].config) == chunk
         (one,), _ = memory_estimate._passes(plan, None)
         assert one.batch_tokens < one.scanned <= 2048
         assert memory_estimate._work_bytes(plan, one, 4) > one.scanned * 4 * least
@@ -215,7 +215,7 @@ def test_layers_that_pad_sequences(zoo: Callable[..., Path]) -> None:
     plain = raymoe.plan(
         merge_config(zoo("granitemoehybrid"), [zoo("granitemoehybrid", seed=1)] * 2), allow_all_same=True
     )
-    assert chunk_of(plain.gates.experts[0].config) == 1  # attention in all layers
+    assert chunk_size(plain.gates.experts[0].config) == 1  # attention in all layers
 
 
 def test_weights_that_are_computed_and_uploads_count(zoo: Callable[..., Path], tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_weights_that_are_computed_and_uploads_count(zoo: Callable[..., Path], t
 def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Path) -> None:
     """Each of them adds its factors, in float64, of two layers."""
     from raymoe.planning.plan import GatePrompts, WeightRef
-    from raymoe.routers.prompt_passes import Reading, readings
+    from raymoe.routers.prompt_passes import Reading, plan_readings
     from raymoe.sources.facts import LoraPair, TensorEntry
 
     def entry(name: str, *shape: int) -> TensorEntry:
@@ -255,7 +255,7 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
         return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
 
     def bytes_of(*members: GatePrompts) -> int:
-        (taken,) = readings(members, 1, 64)
+        (taken,) = plan_readings(members, 1, 64)
         assert all(isinstance(part, Reading) for part in taken)
         largest = memory_estimate._Pass(tokens=1, batch_tokens=1, longest=1, members=taken)
         return memory_estimate._adapter_bytes(largest, 4)
@@ -292,8 +292,8 @@ def test_layers_are_computed_with_as_the_embedding_is_stored(planned: Callable[.
 def test_states_of_shared_experts_count(planned: Callable[..., MergePlan]) -> None:
     plan = planned("hidden", 2)
     shared = replace(plan, gates=replace(plan.gates, shared=plan.gates.experts[:1]))
-    more = memory_estimate._left_bytes(shared, 10**9) - memory_estimate._left_bytes(plan, 10**9)
-    assert more * 2 == memory_estimate._left_bytes(plan, 10**9)
+    more = memory_estimate._activation_bytes(shared, 10**9) - memory_estimate._activation_bytes(plan, 10**9)
+    assert more * 2 == memory_estimate._activation_bytes(plan, 10**9)
 
 
 def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
@@ -302,7 +302,7 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
 
     from raymoe.config.gate_modes import EMBEDDING
     from raymoe.routers.cheap_embed import embedding_rows, mean_embedding
-    from raymoe.routers.router_math import normalised
+    from raymoe.routers.router_math import normalize
     from raymoe.storage.source_reader import SourceReader
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
@@ -312,4 +312,4 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     with SourceReader(HubOptions()) as reader:
         rows = embedding_rows(reader, ref, list(range(400)))
         total = np.sum([rows[token] for prompt in prompts for token in prompt], axis=0, dtype=np.float64)
-        np.testing.assert_array_equal(mean_embedding(reader, ref, prompts), normalised(total))
+        np.testing.assert_array_equal(mean_embedding(reader, ref, prompts), normalize(total))

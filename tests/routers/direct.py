@@ -13,7 +13,7 @@ import transformers
 
 import raymoe
 from raymoe.planning import MergePlan
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
 
@@ -27,7 +27,7 @@ def computed_rows(config: Mapping[str, Any]) -> list[Array]:
 
 def rows_of_plan(plan: MergePlan) -> list[Array]:
     with SourceReader(HubOptions()) as reader:
-        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
+        rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
     return [rows[prompts.owner] for prompts in plan.gates.experts]
 
 

@@ -15,7 +15,7 @@ import torch
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.routers import activations as capture_module
-from raymoe.routers.activations import MemberLayer, capture
+from raymoe.routers.activations import LayerActivations, capture
 from raymoe.routers.tokenize import batches, prompt_ids
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
@@ -36,7 +36,7 @@ Zoo = Callable[..., Path]
 Prompts = dict[str, list[str]]
 
 
-def captured(config: dict[str, Any], *, members: int = 2) -> list[MemberLayer]:
+def captured(config: dict[str, Any], *, members: int = 2) -> list[LayerActivations]:
     """What the first expert's prompts leave at each layer."""
     plan = raymoe.plan(config, allow_all_same=True)
     with SourceReader(HubOptions()) as reader:
@@ -126,7 +126,7 @@ def words(count: int, length: int) -> list[str]:
     return [f"{n} " + "ab cd " * length for n in range(count)]
 
 
-@pytest.mark.parametrize(("mode", "constant"), [("ridge", "MOST_TOKENS"), ("hidden", "_CHECK_TOKENS")])
+@pytest.mark.parametrize(("mode", "constant"), [("ridge", "MAX_TOKENS_PER_EXPERT"), ("hidden", "_CHECK_TOKENS")])
 @pytest.mark.parametrize("members", [2, 5])
 def test_past_the_limit_tokens_are_kept_at_even_distances(
     mode: str, constant: str, members: int, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +157,7 @@ def test_few_prompts_are_not_lost_among_many_of_the_other_sign(
     base = zoo("llama")
     config = config_of(base, base, {"positive_prompts": words(positive, 1), "negative_prompts": words(negative, 1)})
     everything = captured(config)[0].negative
-    monkeypatch.setattr(capture_module, "MOST_TOKENS", 200)
+    monkeypatch.setattr(capture_module, "MAX_TOKENS_PER_EXPERT", 200)
     some = captured(config)[0].negative
     assert len(some) == min(100, len(everything))
     for sign, count in zip((False, True), kept, strict=True):

@@ -12,10 +12,10 @@ import torch
 
 import raymoe
 from raymoe.planning import MergePlan
-from raymoe.routers.activations import MemberLayer, capture, capture_layers
+from raymoe.routers.activations import LayerActivations, capture, capture_layers
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer
-from raymoe.routers.lora_weights import adapted_weight
-from raymoe.routers.prompt_passes import readings
+from raymoe.routers.lora_weights import apply_lora
+from raymoe.routers.prompt_passes import plan_readings
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, load_dense, merge_config, save_lora
@@ -40,7 +40,7 @@ def planned(sources: tuple[Path, list[str]], mode: str, prompt_model: str) -> Me
     return raymoe.plan(merge_config(base, [*experts, base], mode=mode, prompt_model=prompt_model))
 
 
-def layers_of(plan: MergePlan, number: int, reader: SourceReader) -> list[MemberLayer]:
+def layers_of(plan: MergePlan, number: int, reader: SourceReader) -> list[LayerActivations]:
     return capture(plan.gates, plan.gates.experts[number], reader, members=4, device="cpu")
 
 
@@ -50,7 +50,7 @@ def test_read_together_they_leave_what_each_leaves_alone(
     mode: str, prompt_model: str, sources: tuple[Path, list[str]]
 ) -> None:
     plan = planned(sources, mode, prompt_model)
-    (together,) = readings(plan.gates.experts, 1, plan.gates.hidden)
+    (together,) = plan_readings(plan.gates.experts, 1, plan.gates.hidden)
     with SourceReader(HubOptions()) as reader:
         found = list(zip(*capture_layers(plan.gates, together, reader, members=4, device="cpu"), strict=True))
         alone = [layers_of(plan, number, reader) for number in range(4)]
@@ -76,7 +76,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
     monkeypatch.setattr(LayerLoader, "_load", watched)
     with SourceReader(HubOptions()) as reader:
-        for members in readings(plan.gates.experts, 1, plan.gates.hidden):
+        for members in plan_readings(plan.gates.experts, 1, plan.gates.hidden):
             list(capture_layers(plan.gates, members, reader, members=4, device="cpu"))
     assert len(loaded) == LAYERS
     assert {number for number, _, _ in loaded[0].factors} == {0, 1, 2}
@@ -86,7 +86,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
 def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> None:
     plan = planned(sources, "ridge", "grafted")
-    assert [[m.owner for m in part] for part in readings(plan.gates.experts, 2, plan.gates.hidden)] == [
+    assert [[m.owner for m in part] for part in plan_readings(plan.gates.experts, 2, plan.gates.hidden)] == [
         ["expert 0", "expert 1"],
         ["expert 2", "expert 3"],
     ]
@@ -137,9 +137,9 @@ def test_blocks_of_rows_make_no_difference(rows: int, monkeypatch: pytest.Monkey
     }
     monkeypatch.setattr("raymoe.routers.lora_weights._BLOCK_ELEMENTS", 12 * rows)
     delta = 0.5 * (factors["b"] @ factors["a"])
-    adapted = adapted_weight(weight, {"a": factors["a"], "b": factors["b"]}, 0.5)
+    adapted = apply_lora(weight, {"a": factors["a"], "b": factors["b"]}, 0.5)
     assert torch.equal(adapted, (weight.float() + delta.float()).bfloat16())
-    with_magnitudes = adapted_weight(weight, factors, 0.5)
+    with_magnitudes = apply_lora(weight, factors, 0.5)
     torch.testing.assert_close(
         torch.linalg.vector_norm(with_magnitudes.double(), dim=1), factors["magnitude"], rtol=1e-2, atol=0
     )
@@ -150,7 +150,7 @@ def test_rows_without_length_under_dora_stay_zero() -> None:
     factors = {"a": torch.ones(2, 6), "b": torch.ones(4, 2), "magnitude": torch.full((4,), 3.0)}
     weight = torch.full((4, 6), -2.0)
     weight[0] = 1.0
-    adapted = adapted_weight(weight, {name: factor.double() for name, factor in factors.items()}, 1.0)
+    adapted = apply_lora(weight, {name: factor.double() for name, factor in factors.items()}, 1.0)
     expected = torch.zeros(4, 6)
     expected[0] = 3.0 / 6**0.5
     torch.testing.assert_close(adapted, expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raymoe.routers import ridge
-from raymoe.routers.ridge import Examples, fit_gate, fit_rows
+from raymoe.routers.ridge import Examples, fit_rows, fit_shared_gate
 
 Array = npt.NDArray[Any]
 LAMBDAS = [10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0)]
@@ -116,16 +116,16 @@ def test_everything_is_what_plain_numpy_gives(hidden: int, noise: float, negativ
 
     fitted = fit_rows(given)
 
-    assert fitted.check is not None
-    assert (fitted.check.ridge, fitted.check.scale) == pytest.approx((best, scale))
-    np.testing.assert_allclose(fitted.check.right, right, atol=1e-12)
+    assert fitted.scores is not None
+    assert (fitted.scores.ridge, fitted.scores.scale) == pytest.approx((best, scale))
+    np.testing.assert_allclose(fitted.scores.accuracy_by_expert, right, atol=1e-12)
     assert fitted.rows.dtype == np.float32
     np.testing.assert_allclose(fitted.rows, scale * reference.rows(best), rtol=1e-5, atol=1e-6)
 
 
 def test_different_data_choose_differently() -> None:
     """Else the test above would say little."""
-    checks = [fit_rows(clusters(20, noise=noise)).check for noise in (0.3, 2.0, 6.0)]
+    checks = [fit_rows(clusters(20, noise=noise)).scores for noise in (0.3, 2.0, 6.0)]
     assert len({check.ridge for check in checks if check}) > 1
     assert len({check.scale for check in checks if check}) == 3
 
@@ -136,7 +136,7 @@ def test_chunks_and_blocks_change_nothing(name: str, value: int, monkeypatch: py
     whole = fit_rows(given)
     monkeypatch.setattr(ridge, name, value)
     parts = fit_rows(given)
-    assert parts.check == whole.check
+    assert parts.scores == whole.scores
     np.testing.assert_allclose(parts.rows, whole.rows, rtol=1e-6)
 
 
@@ -154,8 +154,8 @@ def test_no_prompt_is_on_both_sides_of_a_fold() -> None:
     """Prompts of noise, each one token many times: who knows a prompt tells it, and nobody can tell a new one."""
     numbers = np.random.default_rng(1)
     states = [np.repeat(numbers.standard_normal((10, 64)), 5, axis=0) for _ in range(2)]
-    by_prompt = fit_rows([examples(s, [n // 5 for n in range(50)]) for s in states]).check
-    by_token = fit_rows([examples(s, range(50)) for s in states]).check
+    by_prompt = fit_rows([examples(s, [n // 5 for n in range(50)]) for s in states]).scores
+    by_token = fit_rows([examples(s, range(50)) for s in states]).scores
     assert by_prompt is not None and by_token is not None
     assert by_token.ridge is not None and by_token.scale is not None
     assert by_prompt.ridge is not None and by_prompt.scale is not None
@@ -188,7 +188,7 @@ def test_one_prompt_an_expert_leaves_nothing_to_hold_out(hidden: int) -> None:
     given = clusters(hidden, prompts=1, tokens=5)
     assert given[2].prompts.unique().numel() == 3 > given[0].prompts.unique().numel() == 1
     fitted = fit_rows(given)
-    assert fitted.check is None
+    assert fitted.scores is None
     np.testing.assert_allclose(fitted.rows, 8 * Reference(given).rows(0.1), rtol=1e-5, atol=1e-6)
 
 
@@ -196,12 +196,12 @@ def test_prompts_that_share_a_fold_leave_nothing_to_hold_out() -> None:
     first, *others = clusters(8)
     same = Examples(states=first.states, prompts=first.prompts * 5, negative=first.negative)
     assert same.prompts.unique().numel() > 5
-    assert fit_rows([same, *others]).check is None
+    assert fit_rows([same, *others]).scores is None
 
 
 def test_one_expert_gets_everything() -> None:
     fitted = fit_rows(clusters(8, experts=1))
-    assert fitted.check is None
+    assert fitted.scores is None
     assert fitted.rows.dtype == np.float32
     np.testing.assert_array_equal(fitted.rows, np.zeros((1, 8)))
 
@@ -211,7 +211,7 @@ def test_states_of_zero_give_rows_of_zero(hidden: int) -> None:
     given = [examples(np.zeros((6, hidden)), [0, 0, 1, 1, 2, 2]) for _ in range(2)]
     fitted = fit_rows(given)
     np.testing.assert_array_equal(fitted.rows, np.zeros((2, hidden)))
-    assert fitted.check is not None and fitted.check.accuracy == 0.5
+    assert fitted.scores is not None and fitted.scores.accuracy == 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -222,7 +222,7 @@ def test_narrow_states_are_computed_with_in_float64(hidden: int, dtype: torch.dt
     ]
     wide = [Examples(states=e.states.double(), prompts=e.prompts, negative=e.negative) for e in given]
     narrow, expected = fit_rows(given), fit_rows(wide)
-    assert narrow.check == expected.check
+    assert narrow.scores == expected.scores
     np.testing.assert_array_equal(narrow.rows, expected.rows)
 
 
@@ -236,25 +236,25 @@ def test_lambda_is_chosen_with_fewer_tokens_where_there_are_very_many(monkeypatc
     reference.scale = np.einsum("n,nh,nh->", reference.weights, reference.x, reference.x) / 30
     best, scale, _ = reference.choice()
     fitted = fit_rows(given)
-    assert fitted.check is not None
-    assert (fitted.check.ridge, fitted.check.scale) == pytest.approx((best, scale))
+    assert fitted.scores is not None
+    assert (fitted.scores.ridge, fitted.scores.scale) == pytest.approx((best, scale))
     np.testing.assert_allclose(fitted.rows, scale * Reference(given).rows(best), rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_that_lost_an_experts_prompts_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = np.random.default_rng(3)
     long = [examples(numbers.standard_normal((20, 30)), [0] * 19 + [1]) for _ in range(2)]
-    assert fit_rows(long).check is not None
+    assert fit_rows(long).scores is not None
     monkeypatch.setattr(ridge, "CHOICE_SIZE", 20)  # tokens 0, 2, ..., 38: neither token of a prompt 1
     fitted = fit_rows(long)
-    assert fitted.check is None
+    assert fitted.scores is None
     np.testing.assert_allclose(fitted.rows, 8 * Reference(long).rows(0.1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("noise", [0.3, 2.0])
 def test_a_shared_experts_gate_is_open_on_its_own_prompts(noise: float) -> None:
     own, *others = clusters(24, noise=noise, negatives=3)
-    gate = fit_gate([own], others)
+    gate = fit_shared_gate([own], others)
     assert gate.shape == (24,) and gate.dtype == np.float32
     score = own.states.numpy() @ gate
     closed = np.concatenate([score[own.negative.numpy()], *(e.states.numpy() @ gate for e in others)])
@@ -273,7 +273,7 @@ def test_a_shared_experts_gate_is_open_on_its_own_prompts(noise: float) -> None:
 
 def test_the_gate_of_several_shared_experts_is_open_on_the_prompts_of_all() -> None:
     expert, *shared = clusters(24)
-    gate = fit_gate(shared, [expert])
+    gate = fit_shared_gate(shared, [expert])
     assert gate.shape == (24,)
     for own in shared:
         assert np.median(own.states.numpy() @ gate) > 0.3
@@ -287,4 +287,4 @@ def test_negative_prompts_of_experts_close_no_shared_gate() -> None:
         prompts=expert.prompts[~expert.negative],
         negative=expert.negative[~expert.negative],
     )
-    np.testing.assert_array_equal(fit_gate([own], [expert]), fit_gate([own], [plain]))
+    np.testing.assert_array_equal(fit_shared_gate([own], [expert]), fit_shared_gate([own], [plain]))

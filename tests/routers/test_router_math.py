@@ -12,7 +12,7 @@ import pytest
 
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
-from raymoe.routers.router_math import conditioning_warning, gate_rows, normalised, random_rows, zero_row_warnings
+from raymoe.routers.router_math import conditioning_warning, expert_rows, normalize, random_rows, zero_row_warnings
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
 from tests.routers.direct import computed_rows
@@ -52,7 +52,7 @@ def test_drawn_rows_depend_on_seed_owner_and_layer_alone(mode: str) -> None:
         np.roll(rows, 1, axis=0),
     ]
     for other in others:
-        assert np.abs((normalised(rows) * normalised(other)).sum(axis=1)).max() < 0.6
+        assert np.abs((normalize(rows) * normalize(other)).sum(axis=1)).max() < 0.6
 
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
@@ -83,19 +83,19 @@ def test_written_rows_are_cast_to_the_output_dtype(zoo: Callable[..., Path], tmp
 
 def test_negative_prompts_are_subtracted_before_rows_get_unit_length() -> None:
     positive, negative = np.array([[3.0, 4.0], [1.0, 0.0]], "f4"), np.array([[3.0, 0.0], [0.0, 1.0]], "f4")
-    np.testing.assert_allclose(gate_rows(positive, None), [[0.6, 0.8], [1.0, 0.0]], atol=1e-7)
-    np.testing.assert_allclose(gate_rows(positive, negative), [[0.0, 1.0], [0.5**0.5, -(0.5**0.5)]], atol=1e-7)
-    np.testing.assert_array_equal(gate_rows(positive, positive), np.zeros((2, 2)))
+    np.testing.assert_allclose(expert_rows(positive, None), [[0.6, 0.8], [1.0, 0.0]], atol=1e-7)
+    np.testing.assert_allclose(expert_rows(positive, negative), [[0.0, 1.0], [0.5**0.5, -(0.5**0.5)]], atol=1e-7)
+    np.testing.assert_array_equal(expert_rows(positive, positive), np.zeros((2, 2)))
 
 
 def test_nearly_parallel_rows_are_warned_of_with_numbers() -> None:
-    first = normalised(np.eye(4, 64))
-    second = normalised(np.roll(np.eye(4, 64), 8, axis=1))
+    first = normalize(np.eye(4, 64))
+    second = normalize(np.roll(np.eye(4, 64), 8, axis=1))
     assert conditioning_warning([first, second], NAMES) is None
     assert conditioning_warning([first], NAMES) is None
     almost = second.copy()
     for layer in (0, 1, 3):
-        almost[layer] = normalised(first[layer] + (0.01 if layer == 1 else 0.1) * second[layer])
+        almost[layer] = normalize(first[layer] + (0.01 if layer == 1 else 0.1) * second[layer])
     warning = conditioning_warning([first, -first, almost], NAMES) or ""
     assert re.search(r"nearly parallel .* in 3 of 4 layers: layers 0-1, 3\. ", warning)
     assert "Worst is layer 1: cosine 1.000 between expert 0 (a) and expert 2 (c). " in warning
@@ -114,7 +114,7 @@ def test_rows_that_add_up_to_zero_are_no_fault() -> None:
     states = np.random.default_rng(0).standard_normal((3, 2, 64))
     for count in (2, 3):
         others = [(states[:count].sum(axis=0) - states[n]) / (count - 1) for n in range(count)]
-        rows = [normalised(states[n] - others[n]) for n in range(count)]
+        rows = [normalize(states[n] - others[n]) for n in range(count)]
         assert np.linalg.matrix_rank(np.stack([row[0] for row in rows]), tol=1e-4) == count - 1
         assert conditioning_warning(rows, NAMES) is None
 
@@ -128,7 +128,7 @@ def test_more_experts_than_dimensions_are_no_fault() -> None:
 
 
 def test_rows_that_are_equal_or_zero_are_warned_of() -> None:
-    rows = normalised(np.random.default_rng(0).standard_normal((2, 64)))
+    rows = normalize(np.random.default_rng(0).standard_normal((2, 64)))
     assert "layers 0-1" in (conditioning_warning([rows, rows], NAMES) or "")
     zero = rows.copy()
     zero[1] = 0

@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 
 from raymoe.planning.plan import Shard
 from raymoe.routers.fit_layer import LayerRows
-from raymoe.runtime.actor_status import ROUTERS, Status, Whereabouts, reading_name
+from raymoe.runtime.actor_status import ROUTERS_JOB, ActorInfo, Status, reading_label
 from raymoe.runtime.shard_transfer import SenderLost
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.protocol import ShardJob
@@ -34,7 +34,8 @@ _MOST_TICKS = 100_000
 
 @dataclass(eq=False, repr=False)
 class _Ref:
-    """`at`: when it is ready, if ever; `value`: what it gives, or raises. `name` as in `Status.moves`, of a job."""
+    """`at`: when it is ready, if ever; `value`: what it gives, or raises. `name` as in `Status.heartbeats`, of a
+    job."""
 
     at: float
     value: Any
@@ -50,7 +51,7 @@ class FakeActor:
 
     cluster: FakeCluster
     number: int
-    place: Whereabouts
+    place: ActorInfo
     up_at: float = 0.0
     is_gone: bool = False
     is_still: bool = False  # its jobs do not move on
@@ -98,7 +99,7 @@ class FakeCluster:
         node: str = "node 1",
     ) -> FakeActor:
         number = len(self.actors)
-        place = Whereabouts(
+        place = ActorInfo(
             pid=100 + number,
             node=node,
             node_id=node,
@@ -169,7 +170,7 @@ class FakeCluster:
     # What actors are asked
 
     def call(self, actor: FakeActor, method: str, returns: int, arguments: tuple[Any, ...]) -> Any:
-        if method == "where":
+        if method == "describe":
             return self._answer(actor, actor.place, is_first=True)
         if method == "status":
             return self._answer(actor, self._status(actor))
@@ -212,7 +213,7 @@ class FakeCluster:
         counts |= dict.fromkeys(
             ("readings_counted", "store_retries", "store_requests", "peak_rss_bytes", "peak_gpu_bytes"), 0
         )
-        return Status(moves=moves, busy_with=tuple(moves), **counts)  # type: ignore[arg-type]
+        return Status(heartbeats=moves, busy_with=tuple(moves), **counts)  # type: ignore[arg-type]
 
     # Transport
 
@@ -261,10 +262,10 @@ class FakeCluster:
 def _job(method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     """The job's name, and what it gives."""
     if method == "capture":
-        return reading_name(arguments[1]), None
-    if method == "layer_rows":
+        return reading_label(arguments[1]), None
+    if method == "fit_layer":
         rows = np.zeros((arguments[1], 4), np.float32)
-        return ROUTERS, LayerRows(experts=rows, shared=None, check=None)
+        return ROUTERS_JOB, LayerRows(experts=rows, shared=None, scores=None)
     job: ShardJob = arguments[-1]
     return job.name, job.shard.file_name
 

@@ -15,8 +15,8 @@ import raymoe
 from raymoe.config import make_config
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.planning import MergePlan
-from raymoe.runtime.coordinator import _spoiling, output_of, output_problems, run_merge
-from raymoe.runtime.placement import Needs, Node, Placement, files_on
+from raymoe.runtime.coordinator import _invalidate_on_source_change, open_target, output_problems, run_merge
+from raymoe.runtime.placement import FileRequirements, Node, Placement, view_files
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from tests.pico import merge_config
@@ -47,7 +47,7 @@ def save_again(file: Path, source: Path | None = None) -> None:
 
 
 def whats(plan: MergePlan, output: Path) -> list[str]:
-    return [problem.what for problem in output_problems(plan, output_of(output, SETTINGS), SETTINGS)]
+    return [problem.what for problem in output_problems(plan, open_target(output, SETTINGS), SETTINGS)]
 
 
 def test_written_before_the_merge_begins(models: list[Path], tmp_path: Path) -> None:
@@ -98,11 +98,11 @@ def test_written_while_it_is_merged(models: list[Path]) -> None:
 def test_written_on_another_node(models: list[Path]) -> None:
     """A node's own copy has its own time. It is compared with what that node said before."""
     plan = plan_of(models)
-    needs = Needs(plan)
+    needs = FileRequirements(plan)
     file = models[2] / "model.safetensors"
 
     def ask(*, copied: bool) -> Placement:
-        views = files_on(needs.files)
+        views = view_files(needs.files)
         other = {loc: replace(v, mtime_ns=v.mtime_ns + 1 if copied else v.mtime_ns) for loc, v in views.items()}
         nodes = [
             Node(node_id=name, name=name, cpus=1, gpus=0, free={}, files=files)
@@ -120,25 +120,25 @@ def test_written_on_another_node(models: list[Path]) -> None:
 def test_a_failure_is_put_down_to_it(models: list[Path]) -> None:
     """The file is named, whatever an actor ends with when a file is written under it. Other failures are left alone."""
     sources = SourceFiles(plan_of(models), None)
-    with pytest.raises(MergeFailed, match="its actor died"), sources.explaining():
+    with pytest.raises(MergeFailed, match="its actor died"), sources.explain_failures():
         raise MergeFailed("its actor died")
     os.truncate(models[1] / "model.safetensors", 100)
     with (
         pytest.raises(MergeFailed, match=r"changed while they were merged: .*m1/model.safetensors"),
-        sources.explaining(),
+        sources.explain_failures(),
     ):
         raise MergeFailed("its actor died")
 
 
 def test_what_a_spoilt_merge_has_written_is_not_gone_on_with(tmp_path: Path) -> None:
-    target = output_of(tmp_path / "out", SETTINGS)
+    target = open_target(tmp_path / "out", SETTINGS)
     target.lock()
     target.begin("plan", {}, fresh=False)
-    with pytest.raises(SourcesChanged), _spoiling(target):
+    with pytest.raises(SourcesChanged), _invalidate_on_source_change(target):
         raise SourcesChanged("source files changed")
     target.write_small("config.json", b"{}")
     target.release()
-    again = output_of(tmp_path / "out", SETTINGS)
+    again = open_target(tmp_path / "out", SETTINGS)
     again.lock()
     again.begin("plan", {}, fresh=False)
     assert again.finished("config.json", 2) is None  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ def test_actors_and_nodes(
 _ROWS = """
 import hashlib, sys, threading
 import raymoe
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.compute import COMPUTE_THREADS, limit_threads
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
@@ -67,7 +67,7 @@ def compute():  # in a thread, as an actor does
     assert torch.get_num_threads() == COMPUTE_THREADS
     plan = raymoe.plan(sys.argv[1])
     with SourceReader(HubOptions()) as reader:
-        rows, _ = gate_rows_here(plan.gates, reader, device="cpu")
+        rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
     print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows))).hexdigest())
 
 thread = threading.Thread(target=compute)

@@ -50,7 +50,7 @@ def busy(with_what: str) -> list[psutil.Process]:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         try:
             handle = ray.get_actor(**actor)
-            status, where = ray.get([handle.status.remote(), handle.where.remote()], timeout=5)
+            status, where = ray.get([handle.status.remote(), handle.describe.remote()], timeout=5)
             if any(job.startswith(with_what) for job in status.busy_with):
                 found.append(psutil.Process(where["pid"]))
         except (ValueError, ray.exceptions.RayError, psutil.NoSuchProcess):

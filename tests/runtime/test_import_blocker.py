@@ -16,9 +16,9 @@ from tests.pico import merge_config
 _TOKENIZE = """
 import json, sys
 from pathlib import Path
-from raymoe.runtime.import_blocker import leave_torch_out
+from raymoe.runtime.import_blocker import block_torch_import
 if sys.argv[2] == "without":
-    leave_torch_out()
+    block_torch_import()
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 tokenizer = load_tokenizer(Path(sys.argv[1]), trust_remote_code=False)
 ids = tokenize(tokenizer, ["word one", "  two\\n", "ünï 3"], vocab=1 << 30, owner="expert 0")
@@ -48,10 +48,10 @@ def test_same_tokens(zoo: Callable[..., Path]) -> None:
 def test_torch_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from raymoe.runtime.import_blocker import leave_torch_out
+    from raymoe.runtime.import_blocker import block_torch_import
 
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "")
-    leave_torch_out()
+    block_torch_import()
     assert sys.modules["torch"] is torch
 
 

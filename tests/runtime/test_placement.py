@@ -15,13 +15,13 @@ import pytest
 
 import raymoe
 from raymoe.planning import MergePlan
-from raymoe.runtime.actor_plan import slots_for
-from raymoe.runtime.placement import FileView, Needs, Node, Placement, Seat, files_on
+from raymoe.runtime.actor_plan import plan_actors
+from raymoe.runtime.placement import ActorPlacement, FileRequirements, FileView, Node, Placement, view_files
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.shard_transfer import PIECE_BYTES, pieces_of
+from raymoe.runtime.shard_transfer import PIECE_BYTES, split_pieces
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.local_folder import has_other_content
-from raymoe.storage.local_journal import Journal, source_stamps
+from raymoe.sources.local_folder import fingerprints_differ
+from raymoe.storage.local_journal import Journal, source_fingerprints
 from tests.pico import merge_config
 
 PlanOf = Callable[..., MergePlan]
@@ -41,8 +41,8 @@ def plan_of(zoo: Callable[..., Path]) -> PlanOf:
 def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float, float]) -> Placement:
     """Nodes by name, each with the folders of some owners ('base 0 1' for the base and two experts); the first is the
     coordinator's. `resources`: CPUs and GPUs of a node, where these are not 4 and 0."""
-    needs = Needs(plan)
-    every = files_on(needs.files)
+    needs = FileRequirements(plan)
+    every = view_files(needs.files)
     folders = {s.owner.removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
     nodes = []
     for name, owners in has.items():
@@ -53,42 +53,42 @@ def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float,
     return Placement(needs, nodes, nodes[0].node_id)
 
 
-def count(seats: tuple[Seat, ...]) -> Counter[tuple[str | None, float]]:
+def count(seats: tuple[ActorPlacement, ...]) -> Counter[tuple[str | None, float]]:
     return Counter((seat.node_id, seat.gpus) for seat in seats)
 
 
 def test_everything_everywhere_binds_nobody(plan_of: PlanOf) -> None:
     all_three = "base 0 1 2"
     found = placement(plan_of("hidden"), {"a": all_three, "b": all_three})
-    assert found.is_free and not found.problems(0)
-    assert not found.stamps()
+    assert found.is_unconstrained and not found.problems(0)
+    assert not found.fingerprints()
 
 
 def test_each_folder_gets_an_actor_on_its_node(plan_of: PlanOf) -> None:
     found = placement(plan_of("hidden"), {"a": "base", "b": "0", "c": "1 2"})
-    assert not found.is_free and not found.problems(0)
-    seats = found.seats(1, 0.0)
+    assert not found.is_unconstrained and not found.problems(0)
+    seats = found.place_actors(1, 0.0)
     assert count(seats) == {("a", 0.0): 1, ("b", 0.0): 1, ("c", 0.0): 1}
-    assert all(seat.only_there for seat in seats)
+    assert all(seat.hard_affinity for seat in seats)
     assert sorted(seat.label.partition(" (")[0] for seat in seats) == ["base", "expert 0", "expert 1"]
-    assert found.seats(100, 0.0) == tuple(found.seats(12, 0.0))  # no more than there are CPUs
+    assert found.place_actors(100, 0.0) == tuple(found.place_actors(12, 0.0))  # no more than there are CPUs
 
 
 def test_further_actors_go_where_there_is_most_to_do(plan_of: PlanOf) -> None:
     found = placement(plan_of("random", experts=4), {"a": "base", "b": "0 1 2", "c": "3"})
-    assert count(found.seats(5, 0.0)) == {("a", 0.0): 1, ("b", 0.0): 3, ("c", 0.0): 1}
+    assert count(found.place_actors(5, 0.0)) == {("a", 0.0): 1, ("b", 0.0): 3, ("c", 0.0): 1}
 
 
 def test_copies_on_several_nodes_leave_a_choice(plan_of: PlanOf) -> None:
     found = placement(plan_of("random"), {"a": "base 0 1 2", "b": "0 1 2"})
-    seats = found.seats(4, 0.0)
-    assert {seat.node_id: seat.only_there for seat in seats} == {"a": True, "b": False}
+    seats = found.place_actors(4, 0.0)
+    assert {seat.node_id: seat.hard_affinity for seat in seats} == {"a": True, "b": False}
 
 
 def test_gpus_read_prompts_and_a_node_without_any_moves_its_own_bytes(plan_of: PlanOf) -> None:
     found = placement(plan_of("hidden"), {"a": "base", "b": "0 1 2"}, a=(8.0, 2.0))
     assert not found.problems(1.0)
-    assert count(found.seats(4, 1.0)) == {("a", 1.0): 2, ("b", 0.0): 1}
+    assert count(found.place_actors(4, 1.0)) == {("a", 1.0): 2, ("b", 0.0): 1}
 
 
 def test_gpus_that_were_asked_for_have_to_be_where_prompts_are_read(plan_of: PlanOf) -> None:
@@ -98,12 +98,12 @@ def test_gpus_that_were_asked_for_have_to_be_where_prompts_are_read(plan_of: Pla
     assert problem.what.startswith("reading the prompts of expert 2 (")
     assert "b (4 of 4 CPUs free) only, where no actor with 1 CPU and 1 GPU fits" in problem.what
     assert not found.problems(0.0)  # where they were not, it is read on the CPU
-    assert count(found.seats(1, 1.0)) == {("a", 1.0): 1, ("b", 0.0): 1}
+    assert count(found.place_actors(1, 1.0)) == {("a", 1.0): 1, ("b", 0.0): 1}
 
 
 def test_shares_of_a_gpu(plan_of: PlanOf) -> None:
     found = placement(plan_of("hidden"), {"a": "base", "b": "0 1 2"}, a=(8.0, 1.0), b=(8.0, 1.0))
-    assert count(found.seats(8, 0.5)) == {("a", 0.5): 2, ("b", 0.5): 2}
+    assert count(found.place_actors(8, 0.5)) == {("a", 0.5): 2, ("b", 0.5): 2}
 
 
 def test_no_node_has_both(plan_of: PlanOf) -> None:
@@ -123,10 +123,10 @@ def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
     files = dict(both.nodes[1].files or {})
     for change in ({"sample": 1}, {"size": 1}):
         changed = replace(both.nodes[1], files={**files, location: replace(files[location], **change)})
-        found = Placement(both.needs, [both.nodes[0], changed], "a")
-        assert [node.name for node in found.able([location])] == ["a"]
+        found = Placement(both.requirements, [both.nodes[0], changed], "a")
+        assert [node.name for node in found.eligible_nodes([location])] == ["a"]
     alone = replace(both.nodes[0], files={})
-    (problem, *_) = Placement(both.needs, [alone, changed], "a").problems(0)
+    (problem, *_) = Placement(both.requirements, [alone, changed], "a").problems(0)
     assert "another version on b" in problem.what
 
 
@@ -134,24 +134,24 @@ def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
     zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
-    stamps = found.stamps()
+    stamps = found.fingerprints()
     assert stamps.keys() == {zero, one}
-    here = source_stamps(file for s in plan.sources for file in s.files)
-    assert not any(has_other_content(stamp, here[name]) for name, stamp in stamps.items())
+    here = source_fingerprints(file for s in plan.sources for file in s.files)
+    assert not any(fingerprints_differ(stamp, here[name]) for name, stamp in stamps.items())
 
 
 def test_a_copy_that_is_lost_or_comes_back_changes_no_source(plan_of: PlanOf, tmp_path: Path) -> None:
     """Copies have times of their own. One that both runs have seen, and that is as it was, is enough."""
     plan = plan_of("random", experts=2)
-    needs = Needs(plan)
-    views = files_on(needs.files)
+    needs = FileRequirements(plan)
+    views = view_files(needs.files)
     later = {name: replace(view, mtime_ns=view.mtime_ns + 1) for name, view in views.items()}
     other = {name: replace(view, sample=view.sample ^ 1) for name, view in views.items()}
 
     def stamps(**files: Mapping[str, FileView]) -> dict[str, str]:
         seen: dict[str, Mapping[str, FileView]] = {"driver": {}, **files}
         nodes = [Node(node_id=n, name=n, cpus=2, gpus=0, free={}, files=there) for n, there in seen.items()]
-        return Placement(needs, nodes, "driver").stamps()
+        return Placement(needs, nodes, "driver").fingerprints()
 
     both, first, second = stamps(a=views, b=later), stamps(a=views), stamps(b=later)
     for number, (before, now) in enumerate(permutations((both, first, second), 2)):
@@ -168,7 +168,7 @@ def test_a_copy_that_is_lost_or_comes_back_changes_no_source(plan_of: PlanOf, tm
 def test_too_few_actors_allowed(plan_of: PlanOf) -> None:
     found = placement(plan_of("random"), {"a": "base", "b": "0 1 2"})
     with pytest.raises(raymoe.errors.ProblemReport, match=r"--actors: 1 are too few: 2 are needed"):
-        slots_for(RuntimeSettings(actors=1), jobs=9, compute=False, quantise=None, placement=found)
+        plan_actors(RuntimeSettings(actors=1), jobs=9, compute=False, quantize=None, placement=found)
 
 
 def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
@@ -176,12 +176,12 @@ def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
     with pytest.raises(
         raymoe.errors.ProblemReport, match=r"2 GPUs an expert were asked for, but no node has more than 1"
     ):
-        slots_for(RuntimeSettings(gpus_per_expert=2.0), jobs=9, compute=True, quantise=None, placement=found)
-    slots = slots_for(RuntimeSettings(), jobs=9, compute=True, quantise=None, placement=found)
-    assert [seat.gpus for seat in slots.seats] == [1.0, 1.0, 0.0]
+        plan_actors(RuntimeSettings(gpus_per_expert=2.0), jobs=9, compute=True, quantize=None, placement=found)
+    slots = plan_actors(RuntimeSettings(), jobs=9, compute=True, quantize=None, placement=found)
+    assert [seat.gpus for seat in slots.placements] == [1.0, 1.0, 0.0]
     none = placement(plan_of("random"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(0.0, 0.0), b=(0.5, 0.0))
     with pytest.raises(raymoe.errors.ProblemReport, match=r"no node has room for an actor .*: a \(.*; b \("):
-        slots_for(RuntimeSettings(), jobs=9, compute=False, quantise=None, placement=none)
+        plan_actors(RuntimeSettings(), jobs=9, compute=False, quantize=None, placement=none)
 
 
 def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
@@ -189,11 +189,11 @@ def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
     none = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 0.0))
     for compute in (True, False):
         with pytest.raises(raymoe.errors.ProblemReport, match=r"^--device cuda: no node has a GPU: a \("):
-            slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=compute, quantise=None, placement=none)
+            plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=compute, quantize=None, placement=none)
     one = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 1.0))
-    slots = slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=True, quantise=None, placement=one)
+    slots = plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=True, quantize=None, placement=one)
     assert slots.gpus == 1.0
-    assert slots_for(RuntimeSettings(device="cuda"), jobs=9, compute=False, quantise=None, placement=one).gpus == 0.0
+    assert plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=False, quantize=None, placement=one).gpus == 0.0
 
 
 @pytest.mark.parametrize(
@@ -211,20 +211,20 @@ def test_actors_that_only_copy_where_others_have_gpus(
     cpus: float, options: dict[str, Any], copiers: int, plan_of: PlanOf
 ) -> None:
     found = placement(plan_of("hidden"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(cpus, 1.0), b=(cpus, 1.0))
-    asked = {"jobs": 9, "compute": True, "quantise": None, "placement": found, **options}
-    slots = slots_for(RuntimeSettings(), **asked)
+    asked = {"jobs": 9, "compute": True, "quantize": None, "placement": found, **options}
+    slots = plan_actors(RuntimeSettings(), **asked)
     computing = 2 if asked["compute"] else min(9, int(2 * cpus))
-    gpus = [seat.gpus for seat in slots.seats]
+    gpus = [seat.gpus for seat in slots.placements]
     assert len(gpus) == computing + copiers
     assert gpus.count(1.0) == (2 if asked["compute"] else 0) == slots.readers or not asked["compute"]
-    assert len(slots_for(RuntimeSettings(actors=2), **asked).seats) == 2
+    assert len(plan_actors(RuntimeSettings(actors=2), **asked).placements) == 2
 
 
 def test_layers_at_once_are_bounded_by_cores_and_memory(plan_of: PlanOf) -> None:
     found = placement(plan_of("ridge"), {"a": "base 0 1 2"}, a=(8.0, 0.0))
-    asked: dict[str, Any] = {"jobs": 2, "compute": True, "quantise": None, "placement": found}
+    asked: dict[str, Any] = {"jobs": 2, "compute": True, "quantize": None, "placement": found}
     layers = [
-        slots_for(RuntimeSettings(actors=actors), **asked, most_layers_at_once=most).layers_at_once
+        plan_actors(RuntimeSettings(actors=actors), **asked, max_layers_at_once=most).layers_at_once
         for actors, most in [(1, 4), (1, 2), (1, 1), (2, 9), (2, 3)]
     ]
     assert layers == [4, 2, 1, 4, 3]
@@ -235,13 +235,13 @@ def test_samples_see_changes_all_over_a_file(tmp_path: Path) -> None:
     content = bytearray(np.random.default_rng(0).bytes(200_000))
     path.write_bytes(content)
     size = len(content)
-    first = files_on([SourceFile(location=str(path), size=size)])[str(path)]
+    first = view_files([SourceFile(location=str(path), size=size)])[str(path)]
     assert first == FileView(size=size, mtime_ns=path.stat().st_mtime_ns, sample=first.sample)
     for at in (0, size - 1):
         content[at] ^= 1
         path.write_bytes(content)
-        assert files_on([SourceFile(location=str(path), size=size)])[str(path)].sample != first.sample
-    assert files_on([SourceFile(location=str(p), size=1) for p in (tmp_path / "none", tmp_path)]).keys() == {
+        assert view_files([SourceFile(location=str(path), size=size)])[str(path)].sample != first.sample
+    assert view_files([SourceFile(location=str(p), size=1) for p in (tmp_path / "none", tmp_path)]).keys() == {
         str(tmp_path)
     }
 
@@ -251,6 +251,6 @@ def test_pieces_hold_the_stream(sizes: list[int]) -> None:
     content = np.random.default_rng(1).integers(0, 256, sum(sizes), np.uint8)
     cuts = np.cumsum([0, *sizes])
     chunks = [memoryview(content[start:end]) for start, end in pairwise(cuts)]
-    pieces = [piece.copy() for piece in pieces_of(chunks, len(content))]
+    pieces = [piece.copy() for piece in split_pieces(chunks, len(content))]
     assert all(len(piece) == PIECE_BYTES for piece in pieces[:-1])
     assert np.array_equal(np.concatenate([content[:0], *pieces]), content)

@@ -13,7 +13,7 @@ import raymoe
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.scheduler import Outcome
-from raymoe.storage.value_checks import FoundValues
+from raymoe.storage.value_checks import WeightFindings
 from tests.pico import merge_config
 
 NOTHING = Status(
@@ -25,7 +25,7 @@ NOTHING = Status(
     readings_counted=0,
     store_retries=0,
     store_requests=0,
-    moves={},
+    heartbeats={},
     peak_rss_bytes=0,
     peak_gpu_bytes=0,
     busy_with=(),
@@ -40,7 +40,7 @@ def progress(zoo: Callable[..., Path]) -> Progress:
 
 def said(progress: Progress, now: float, *statuses: Status) -> str:
     progress._latest = dict(enumerate(statuses))
-    return progress._reading_words(Outcome(readings=3), now)
+    return progress._reading_progress(Outcome(readings=3), now)
 
 
 def test_before_prompts_are_counted(progress: Progress) -> None:
@@ -74,16 +74,16 @@ def test_an_actor_that_died_counts_from_zero(progress: Progress) -> None:
 
 def test_many_findings_in_weights_stay_bounded(progress: Progress) -> None:
     """The warnings name tensors, however often an actor has told how many more there are."""
-    found, statuses = FoundValues(), []
+    found, statuses = WeightFindings(), []
     for number in range(150):
         for _ in range(2):  # a tensor counts once
             found.note(f"model.layers.{number:03}.weight", "NaN or infinity")
-        statuses.append(replace(NOTHING, warnings=found.lines, warnings_left_out=found.left_out))
+        statuses.append(replace(NOTHING, warnings=found.lines, warnings_left_out=found.omitted))
     restarted = replace(NOTHING, warnings=statuses[3].warnings)
     for status in (*statuses, restarted):
         progress._latest = {0: status}
         progress._account([], Outcome())
-    *named, more = progress._found_in_weights()
+    *named, more = progress._weight_warnings()
     assert named == [f"model.layers.{number:03}.weight: NaN or infinity" for number in range(20)]
     assert more == "and about 130 more tensors like these"
     assert len(progress._warnings) == 100
@@ -92,4 +92,4 @@ def test_many_findings_in_weights_stay_bounded(progress: Progress) -> None:
 def test_few_findings_are_counted_exactly(progress: Progress) -> None:
     progress._latest = {0: replace(NOTHING, warnings=tuple(f"{number:02}: NaN" for number in range(22)))}
     progress._account([], Outcome())
-    assert progress._found_in_weights()[20:] == ["and 2 more tensors like these"]
+    assert progress._weight_warnings()[20:] == ["and 2 more tensors like these"]

@@ -9,9 +9,9 @@ import ray.exceptions
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
-from raymoe.runtime.ray_errors import FATES, Fate, cause_of, fate_of, first_line
+from raymoe.runtime.ray_errors import CALL_FAILURES, CallFailure, cause_of, classify_failure, first_line
 from raymoe.runtime.router_jobs import GateJob
-from raymoe.runtime.scheduler import _Actor, _Jobs, _loss
+from raymoe.runtime.scheduler import _Actor, _Jobs, _lost_part
 from raymoe.runtime.shard_transfer import SenderLost
 
 KINDS = [
@@ -44,48 +44,48 @@ def wrapped(cause: Exception) -> Exception:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
 def test_every_exception_is_in_the_table(kind: type[Exception]) -> None:
     """A version of Ray that brings a new class fails here, and the class gets its place."""
-    assert kind.__name__ in FATES
-    assert fate_of(made(kind)) is FATES[kind.__name__]
+    assert kind.__name__ in CALL_FAILURES
+    assert classify_failure(made(kind)) is CALL_FAILURES[kind.__name__]
 
 
 def test_a_class_that_is_not_in_the_table_counts_as_its_base() -> None:
     new = type("SomeNewDeath", (ray.exceptions.ActorDiedError,), {"__init__": lambda self: None})
-    assert fate_of(new()) is Fate.GONE
-    assert fate_of(OSError()) is Fate.FINAL
+    assert classify_failure(new()) is CallFailure.DEAD
+    assert classify_failure(OSError()) is CallFailure.FINAL
 
 
 def test_a_gpu_without_memory_is_told_as_such() -> None:
     """torch has an OutOfMemoryError too. It is an error of the job, and not the death of the actor."""
     error = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("CUDA out of memory. Tried 2 GiB")
-    assert fate_of(error) is Fate.FINAL
+    assert classify_failure(error) is CallFailure.FINAL
     for job, label in ((READING, "gates of "), (LAYER, "router of layer 3")):
         with pytest.raises(MergeFailed, match=rf"^{label}.*: OutOfMemoryError: CUDA out of memory. Tried 2 GiB$"):
-            _loss(wrapped(error), job, sent=False)
+            _lost_part(wrapped(error), job, via_writer=False)
     foreign = type("RayActorError", (Exception,), {"__module__": "rayleigh.errors"})
-    assert fate_of(foreign()) is Fate.FINAL
+    assert classify_failure(foreign()) is CallFailure.FINAL
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ray.exceptions.RayTaskError])
 def test_what_a_job_lost(kind: type[Exception]) -> None:
-    error, fate = made(kind), FATES[kind.__name__]
-    if fate in (Fate.FULL, Fate.FINAL):
+    error, fate = made(kind), CALL_FAILURES[kind.__name__]
+    if fate in (CallFailure.FULL, CallFailure.FINAL):
         for raised in (error, wrapped(error)):
             with pytest.raises(MergeFailed, match=rf"^router of layer 3: .*{kind.__name__}"):
-                _loss(raised, LAYER, sent=False)
+                _lost_part(raised, LAYER, via_writer=False)
         return
-    assert _loss(error, LAYER, sent=False) == ("states" if fate is Fate.LOST else "actor")
-    assert _loss(error, READING, sent=False) == "actor"
-    assert _loss(wrapped(error), LAYER, sent=False) == "states"
-    assert _loss(wrapped(error), READING, sent=True) == "sender"
+    assert _lost_part(error, LAYER, via_writer=False) == ("states" if fate is CallFailure.LOST else "actor")
+    assert _lost_part(error, READING, via_writer=False) == "actor"
+    assert _lost_part(wrapped(error), LAYER, via_writer=False) == "states"
+    assert _lost_part(wrapped(error), READING, via_writer=True) == "sender"
 
 
 def test_what_an_actor_raises_itself() -> None:
-    assert _loss(wrapped(SenderLost("node died")), READING, sent=True) == "sender"
+    assert _lost_part(wrapped(SenderLost("node died")), READING, via_writer=True) == "sender"
     problem = ProblemReport([Problem(where="base", what="is broken")])
     with pytest.raises(ProblemReport, match="is broken"):
-        _loss(wrapped(problem), READING, sent=False)
+        _lost_part(wrapped(problem), READING, via_writer=False)
     with pytest.raises(MergeFailed, match="router of layer 3: ValueError: no such thing"):
-        _loss(wrapped(ValueError("no such thing")), LAYER, sent=False)
+        _lost_part(wrapped(ValueError("no such thing")), LAYER, via_writer=False)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
@@ -96,16 +96,16 @@ def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
     run._actors, run._writer = [first, second], None
     for _ in range(4):
         if first in run._actors:
-            run._not_up(first, made(kind))
-    comes_again = FATES[kind.__name__] in (Fate.AWAY, Fate.LOST)
+            run._on_startup_failure(first, made(kind))
+    comes_again = CALL_FAILURES[kind.__name__] in (CallFailure.UNAVAILABLE, CallFailure.LOST)
     assert run._actors == ([first, second] if comes_again else [second])
     if comes_again and kind is not ray.exceptions.ActorUnavailableError:
-        run._not_up(first, made(kind))  # not for ever
+        run._on_startup_failure(first, made(kind))  # not for ever
         assert run._actors == [second]
     if kind is not ray.exceptions.ActorUnavailableError:
-        second.refusals = 4
+        second.startup_failures = 4
         with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
-            run._not_up(second, made(kind))
+            run._on_startup_failure(second, made(kind))
 
 
 def test_the_last_actor_can_not_reach_the_output() -> None:
@@ -114,13 +114,13 @@ def test_the_last_actor_can_not_reach_the_output() -> None:
     run._actors, run._writer = [last], None
     problem = Problem(where="s3://bucket/out", what="no credentials found", remedy="set AWS_ACCESS_KEY_ID")
     with pytest.raises(MergeFailed) as told:
-        run._not_up(last, wrapped(StorageError([problem])))
+        run._on_startup_failure(last, wrapped(StorageError([problem])))
     said = str(told.value)
     assert "no credentials found" in said and "set AWS_ACCESS_KEY_ID" in said
     assert "died" not in said and "emory" not in said
     run._actors = [last]
     with pytest.raises(MergeFailed, match=r"the last one can't work: OSError: no such device$"):
-        run._not_up(last, wrapped(OSError("no such device")))
+        run._on_startup_failure(last, wrapped(OSError("no such device")))
 
 
 def test_words() -> None:

@@ -13,7 +13,7 @@ import pytest
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.runtime.run_report import RunReport, recorded
+from raymoe.runtime.run_report import RunReport, record_run
 
 Cli = Callable[..., Any]
 
@@ -24,7 +24,7 @@ def test_an_earlier_result_is_replaced(tmp_path: Path) -> None:
     link.symlink_to("run.json")
     file.touch(mode=0o640)
     for place in (file, link, file):
-        with recorded(str(place)):
+        with record_run(str(place)):
             pass
         assert json.loads(file.read_text())["exit_reason"] == "done"
     assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o640
@@ -38,13 +38,16 @@ def test_anything_else_stays(tmp_path: Path, content: str) -> None:
     (tmp_path / "link").symlink_to("mine")
     os.link(file, tmp_path / "hard")
     for name in ("mine", "link", "hard"):
-        with pytest.raises(ProblemReport, match="no result of a run is there already"), recorded(str(tmp_path / name)):
+        with (
+            pytest.raises(ProblemReport, match="no result of a run is there already"),
+            record_run(str(tmp_path / name)),
+        ):
             raise AssertionError("the run began")
     assert file.read_text(encoding="latin-1") == content
 
 
 def test_what_comes_while_the_run_goes_on_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with recorded(str(tmp_path / "run.json")):
+    with record_run(str(tmp_path / "run.json")):
         (tmp_path / "run.json").write_text("mine")
     assert (tmp_path / "run.json").read_text() == "mine"
     assert "no result of a run is there already" in capsys.readouterr().err
@@ -56,15 +59,15 @@ def test_files_of_the_merge(tmp_path: Path) -> None:
     for name in ("out/config.json", "link/raymoe.json", "out/model.safetensors", "link/.raymoe/run.json"):
         with (
             pytest.raises(ProblemReport, match="the merge writes a file of its own there"),
-            recorded(str(tmp_path / name), tmp_path / "link/../out"),
+            record_run(str(tmp_path / name), tmp_path / "link/../out"),
         ):
             raise AssertionError("the run began")
     with (
         pytest.raises(ProblemReport, match="the merge writes a file of its own there"),
-        recorded("s3://bucket/out/raymoe.json", "s3a://bucket/out"),
+        record_run("s3://bucket/out/raymoe.json", "s3a://bucket/out"),
     ):
         raise AssertionError("the run began")
-    with recorded(str(tmp_path / "out/result.json"), tmp_path / "out"):
+    with record_run(str(tmp_path / "out/result.json"), tmp_path / "out"):
         pass
 
 
@@ -76,7 +79,7 @@ def test_the_outputs_own_result_follows_no_link(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").write_text(content)
         own.unlink(missing_ok=True)
         own.symlink_to("../elsewhere")
-        with recorded(None) as report:
+        with record_run(None) as report:
             report.output = str(out)
         assert (tmp_path / "elsewhere").read_text() == content
         assert own.is_symlink() == (content == "mine")
@@ -102,7 +105,7 @@ def test_the_users_own_file_in_the_output_is_kept(
     else:
         own.write_text(content)
     before = written_as(own)
-    with recorded(None) as report:
+    with record_run(None) as report:
         report.output, report.plan_digest, report.was_complete = str(tmp_path), "plan", was_complete
     assert written_as(own) == before
     assert not own.is_file() or own.read_text() == content
@@ -114,12 +117,12 @@ def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixtur
     url = "memory://own-result/out"
     store = open_store(url, StorageOptions())
     store.put(f"{url}/result.json", b"mine")
-    with recorded(None) as report:
+    with record_run(None) as report:
         report.output = url
     assert store.read_all(f"{url}/result.json") == b"mine"
     assert "is no result of raymoe and is kept" in capsys.readouterr().err
     store.delete(f"{url}/result.json")
-    with recorded(None) as report:
+    with record_run(None) as report:
         report.output = url
     assert json.loads(store.read_all(f"{url}/result.json"))["exit_reason"] == "done"
 
@@ -127,15 +130,15 @@ def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixtur
 def test_objects() -> None:
     url = "memory://results/run.json"
     store = open_store(url, StorageOptions())
-    with recorded(url) as report:
-        report.check_place()
-    with recorded(url) as report:
-        report.check_place()
+    with record_run(url) as report:
+        report.check_result_location()
+    with record_run(url) as report:
+        report.check_result_location()
     assert json.loads(store.read_all(url))["exit_reason"] == "done"
     store.put(url, b"mine")
-    with pytest.raises(ProblemReport, match="no result of a run is there already"), recorded(url) as report:
-        report.check_place()
-    with pytest.raises(MergeFailed), recorded(url):
+    with pytest.raises(ProblemReport, match="no result of a run is there already"), record_run(url) as report:
+        report.check_result_location()
+    with pytest.raises(MergeFailed), record_run(url):
         raise MergeFailed("before the place was looked at")
     assert store.read_all(url) == b"mine"
 
@@ -145,11 +148,11 @@ def test_objects() -> None:
 )
 def test_places_that_no_result_can_be_at(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ProblemReport, match="--result"), recorded(place):
+    with pytest.raises(ProblemReport, match="--result"), record_run(place):
         raise AssertionError("the run began")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_knows_no_output_writes_nothing() -> None:
-    with recorded(None) as report:
+    with record_run(None) as report:
         assert isinstance(report, RunReport)

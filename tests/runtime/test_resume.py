@@ -136,7 +136,7 @@ def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
     """An unfinished merge, made by the storage layer itself: the first two shards of the plan."""
     import raymoe
     from raymoe.sources.resolve import HubOptions
-    from raymoe.storage.local_journal import source_stamps
+    from raymoe.storage.local_journal import source_fingerprints
     from raymoe.storage.outputs.local import LocalOutput
     from raymoe.storage.shard_stream import shard_chunks
     from raymoe.storage.source_reader import SourceReader
@@ -144,7 +144,7 @@ def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
     plan = raymoe.plan(config, OPTIONS, allow_all_same=True)
     output = LocalOutput(out)
     output.journal.lock()
-    output.journal.begin(plan.digest, source_stamps(file for source in plan.sources for file in source.files))
+    output.journal.begin(plan.digest, source_fingerprints(file for source in plan.sources for file in source.files))
     with SourceReader(HubOptions()) as reader:
         for shard in plan.shards[:2]:
             output.write(shard.file_name, shard_chunks(shard, reader))

@@ -11,7 +11,7 @@ import pytest
 
 import raymoe
 from raymoe.routers.fit_layer import LayerRows
-from raymoe.routers.heldout_report import LayerCheck
+from raymoe.routers.heldout_report import LayerScores
 from raymoe.runtime.router_jobs import GateJob, GateWork
 from tests.pico import HIDDEN, LAYERS, merge_config
 
@@ -29,17 +29,17 @@ def read_all(work: GateWork) -> list[GateJob]:
     import ray
 
     jobs = []
-    while job := work.next_member():
+    while job := work.next_reading():
         assert work.next_layer() is None
         job.states = [ray.put(np.zeros(200_000, np.uint8)) for _ in range(LAYERS * len(job.owners))]
         jobs.append(job)
-        work.came_back(job, None)
+        work.complete(job, None)
     return jobs
 
 
 def rows(value: float) -> LayerRows:
-    check = LayerCheck(right=(value, 1.0, 1.0), load=(1 / 3, 1 / 3, 1 / 3))
-    return LayerRows(experts=np.full((3, HIDDEN), value), shared=None, check=check)
+    check = LayerScores(accuracy_by_expert=(value, 1.0, 1.0), load=(1 / 3, 1 / 3, 1 / 3))
+    return LayerRows(experts=np.full((3, HIDDEN), value), shared=None, scores=check)
 
 
 def layers_of(work: GateWork) -> list[GateJob]:
@@ -57,15 +57,15 @@ def in_store() -> set[str]:
 
 
 def test_layers_come_when_all_prompts_have_been_read(work: GateWork) -> None:
-    first, second, third = (work.next_member() for _ in range(3))
+    first, second, third = (work.next_reading() for _ in range(3))
     assert first is not None and second is not None and third is not None
     assert [job.owners for job in (first, second, third)] == [(owner,) for owner in OWNERS]
     assert first.label == "gates of expert 0"
     for done, job in enumerate((second, first)):
-        work.came_back(job, None)
+        work.complete(job, None)
         assert work.members_done == done + 1
         assert not work.is_waiting and work.next_layer() is None
-    work.came_back(third, None)
+    work.complete(third, None)
     assert work.is_waiting
     jobs = layers_of(work)
     assert [job.what for job in jobs] == [0, 1, 2]
@@ -75,13 +75,13 @@ def test_layers_come_when_all_prompts_have_been_read(work: GateWork) -> None:
 def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2, 3)], mode="ridge")
     work = GateWork(raymoe.plan(config).gates, 2)
-    first, second = work.next_member(), work.next_member()
-    assert first is not None and second is not None and work.next_member() is None
-    work.send_back(first)  # its actor died
-    again = work.next_member()
-    assert again is first and work.next_member() is None
-    work.came_back(second, None)
-    third = work.next_member()
+    first, second = work.next_reading(), work.next_reading()
+    assert first is not None and second is not None and work.next_reading() is None
+    work.requeue(first)  # its actor died
+    again = work.next_reading()
+    assert again is first and work.next_reading() is None
+    work.complete(second, None)
+    third = work.next_reading()
     assert third is not None and third.owners == ("expert 2",)
 
 
@@ -89,13 +89,13 @@ def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> Non
     read_all(work)
     for job in reversed(layers_of(work)):
         assert isinstance(job.what, int)
-        work.came_back(job, rows(float(job.what)))
+        work.complete(job, rows(float(job.what)))
     assert not work.is_waiting
     found, summary = work.result()
     assert list(found) == OWNERS
     for owner in OWNERS:
         np.testing.assert_array_equal(found[owner], np.repeat([[0.0], [1.0], [2.0]], HIDDEN, axis=1))
-    assert summary is not None and [check.right[0] for check in summary.layers.values()] == [0, 1, 2]
+    assert summary is not None and [check.accuracy_by_expert[0] for check in summary.layers.values()] == [0, 1, 2]
 
 
 def test_states_leave_the_store_with_their_layer(work: GateWork) -> None:
@@ -105,42 +105,42 @@ def test_states_leave_the_store_with_their_layer(work: GateWork) -> None:
     assert len(held) == 3 * LAYERS and held <= in_store()
     for job in layers_of(work):
         assert isinstance(job.what, int)
-        work.came_back(job, rows(0.5))
+        work.complete(job, rows(0.5))
         held -= {names[job.what] for names in ids}
         assert in_store() & {name for names in ids for name in names} == held
 
 
 def test_a_job_whose_actor_died_is_next(work: GateWork) -> None:
-    job = work.next_member()
+    job = work.next_reading()
     assert job is not None
-    work.send_back(job)
-    assert work.next_member() is job
-    work.send_back(job)
+    work.requeue(job)
+    assert work.next_reading() is job
+    work.requeue(job)
     read_all(work)
     layers = layers_of(work)
-    work.send_back(layers[2])
-    work.send_back(layers[1])
+    work.requeue(layers[2])
+    work.requeue(layers[1])
     assert layers_of(work) == [layers[1], layers[2]]
 
 
 def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateWork) -> None:
     read_all(work)
     first, second, third = layers_of(work)
-    work.came_back(first, rows(0.0))
-    work.capture_again(second)
-    work.capture_again(third)  # its job has failed for the same reason
+    work.complete(first, rows(0.0))
+    work.recapture(second)
+    work.recapture(third)  # its job has failed for the same reason
     assert work.members_done == 0 and work.next_layer() is None
-    work.send_back(third)  # its actor was on that node; it will be asked for anew
+    work.requeue(third)  # its actor was on that node; it will be asked for anew
     again = read_all(work)
     assert [job.owners for job in again] == [(owner,) for owner in OWNERS]
     left = layers_of(work)
     assert [job.what for job in left] == [1, 2] and left[0] is not second
     # A job from before the loss that comes to an end after all: its layer is done.
-    work.capture_again(second)  # nor does one that fails: its states are there again
-    work.send_back(left[0])
-    work.came_back(second, rows(0.1))
+    work.recapture(second)  # nor does one that fails: its states are there again
+    work.requeue(left[0])
+    work.complete(second, rows(0.1))
     assert layers_of(work) == []
-    work.came_back(left[1], rows(0.2))
+    work.complete(left[1], rows(0.2))
     assert work.result()[0]["expert 0"][:, 0] == pytest.approx([0.0, 0.1, 0.2])
 
 
@@ -149,14 +149,14 @@ def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> No
         members = read_all(work)
         layers = layers_of(work)
         assert {job.failures for job in (*members, *layers)} == {losses}
-        work.capture_again(layers[0])
+        work.recapture(layers[0])
 
 
 def test_embeddings_need_no_layers(local_ray: None, zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="cheap_embed")
     work = GateWork(raymoe.plan(config).gates, 1)
-    while job := work.next_member():
-        work.came_back(job, [np.arange(HIDDEN, dtype=np.float32)] * len(job.owners))
+    while job := work.next_reading():
+        work.complete(job, [np.arange(HIDDEN, dtype=np.float32)] * len(job.owners))
     assert work.members_done == 2 and not work.is_waiting and work.next_layer() is None
     found, summary = work.result()
     assert summary is None

@@ -15,7 +15,7 @@ import raymoe
 from raymoe.errors import MergeFailed
 from raymoe.planning import MergeOptions
 from raymoe.planning.plan import MergePlan
-from raymoe.runtime.placement import Needs
+from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
 from tests.pico import LAYERS, merge_config
 from tests.runtime.fake_cluster import JOB_S, FakeActor, FakeCluster, Written
@@ -71,7 +71,7 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     outcome = run(work, "hidden")
     assert sorted(work.done) == shards and set(written(cluster).values()) == {1}
     assert len(shards) > 20
-    assert len(cluster.begun("capture")) == 3 and len(cluster.begun("layer_rows")) == LAYERS
+    assert len(cluster.begun("capture")) == 3 and len(cluster.begun("fit_layer")) == LAYERS
     assert outcome.gates_done and set(outcome.rows) == {"expert 0", "expert 1", "expert 2"}
     # No actor idles while there is work: lanes are filled again as soon as they are free.
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
@@ -102,15 +102,15 @@ def test_no_more_read_prompts_than_there_may_be(cluster: FakeCluster, run: Run) 
 def test_layers_come_after_all_prompts(cluster: FakeCluster, run: Run) -> None:
     cluster.actor()
     run(Written(), "hidden")
-    assert min(cluster.begun("layer_rows"))[0] >= max(cluster.begun("capture"))[0] + JOB_S
+    assert min(cluster.begun("fit_layer"))[0] >= max(cluster.begun("capture"))[0] + JOB_S
 
 
 def test_gpus_read_prompts_and_leave_the_bytes_to_others(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
     gpu, cpu = cluster.actor(device="cuda:0"), cluster.actor()
     work = Written()
     run(work, "hidden", gpus=[True, False])
-    assert {actor for _, actor, _ in (*cluster.begun("capture"), *cluster.begun("layer_rows"))} == {gpu}
-    ready = max(when for when, _, _ in cluster.begun("layer_rows")) + JOB_S
+    assert {actor for _, actor, _ in (*cluster.begun("capture"), *cluster.begun("fit_layer"))} == {gpu}
+    ready = max(when for when, _, _ in cluster.begun("fit_layer")) + JOB_S
     assert all(actor is cpu or when >= ready for when, actor, _ in cluster.begun("write"))
     assert sorted(work.done) == shards
 
@@ -186,7 +186,7 @@ def test_actors_that_never_come_back_are_left_out(cluster: FakeCluster, run: Run
     first, second = cluster.actor(), cluster.actor()
     cluster.at(1.5, lambda: cluster.kill(first, back_after=None))
     work = Written()
-    assert run(work).away == []
+    assert run(work).unavailable == []
     assert sorted(work.done) == shards
     assert {actor for when, actor, _ in cluster.begun("write") if when > 1.5} == {second}
 
@@ -228,7 +228,7 @@ def test_an_error_of_the_job_itself_ends_the_merge_at_once(cluster: FakeCluster,
 
 
 @pytest.mark.parametrize("error", [ObjectStoreFullError, OutOfDiskError])
-@pytest.mark.parametrize("method", ["capture", "layer_rows"])
+@pytest.mark.parametrize("method", ["capture", "fit_layer"])
 def test_no_room_for_states_is_not_tried_again(
     cluster: FakeCluster, run: Run, method: str, error: type[RayError]
 ) -> None:
@@ -251,8 +251,8 @@ def test_lost_states_are_read_again_for_the_layers_that_are_left(
     cluster: FakeCluster, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     actors = [cluster.actor(), cluster.actor()]
-    cluster.takes["layer_rows"] = 4.0
-    cluster.when(lambda: len(cluster.begun("layer_rows")) > 1, lambda: cluster.lose_node(actors[0], back_after=2.0))
+    cluster.takes["fit_layer"] = 4.0
+    cluster.when(lambda: len(cluster.begun("fit_layer")) > 1, lambda: cluster.lose_node(actors[0], back_after=2.0))
     outcome = run(Written(), "hidden")
     assert outcome.gates_done and outcome.layers_done == LAYERS
     captures = Counter(job for _, _, job in cluster.begun("capture"))
@@ -265,12 +265,12 @@ def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster
     actors = [cluster.actor(), cluster.actor()]
 
     def lose() -> None:
-        count = len(cluster.begun("layer_rows"))
+        count = len(cluster.begun("fit_layer"))
         cluster.lose_node(actors[0], back_after=1.0)
         cluster.lose_node(actors[1], back_after=1.0)
-        cluster.when(lambda: len(cluster.begun("layer_rows")) > count, lose)
+        cluster.when(lambda: len(cluster.begun("fit_layer")) > count, lose)
 
-    cluster.when(lambda: bool(cluster.begun("layer_rows")), lose)
+    cluster.when(lambda: bool(cluster.begun("fit_layer")), lose)
     with pytest.raises(MergeFailed, match=r"^(router of layer|gates of|model-).*, 3 times"):
         run(Written(), "hidden")
 
@@ -279,42 +279,44 @@ def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster
 
 
 @pytest.fixture
-def of_one_expert(plans: dict[str, MergePlan]) -> tuple[Needs, str]:
+def of_one_expert(plans: dict[str, MergePlan]) -> tuple[FileRequirements, str]:
     """What the jobs need, and the file of one expert's shards."""
-    needs, plan = Needs(plans["random"]), plans["random"]
+    needs, plan = FileRequirements(plans["random"]), plans["random"]
     (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == "expert 1")]
     return needs, file
 
 
 def test_work_goes_to_actors_that_have_the_files(
-    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[FileRequirements, str], shards: list[str]
 ) -> None:
     needs, theirs = of_one_expert
     has, lacks = cluster.actor(), cluster.actor(missing=[theirs])
     work = Written()
-    run(work, needs=needs)
+    run(work, requirements=needs)
     takes = {job for _, actor, job in cluster.begun("write") if actor is lacks}
     assert sorted(work.done) == shards and takes and all(theirs not in needs.shards[job] for job in takes)
     assert {actor for _, actor, _ in cluster.begun("write")} == {has, lacks}
 
 
-def test_files_that_no_node_has_any_more(cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str]) -> None:
+def test_files_that_no_node_has_any_more(
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[FileRequirements, str]
+) -> None:
     needs, theirs = of_one_expert
     has, _ = cluster.actor(), cluster.actor(missing=[theirs], node="node 2")
     cluster.at(0.5, lambda: cluster.kill(has, back_after=None))
     with pytest.raises(MergeFailed, match=rf"{theirs} is on none of the nodes with an actor \(node 2\).*same command"):
-        run(Written(), needs=needs)
+        run(Written(), requirements=needs)
     assert cluster.seconds < 60
 
 
 def test_hope_for_a_node_that_may_come_back(
-    cluster: FakeCluster, run: Run, of_one_expert: tuple[Needs, str], shards: list[str]
+    cluster: FakeCluster, run: Run, of_one_expert: tuple[FileRequirements, str], shards: list[str]
 ) -> None:
     needs, theirs = of_one_expert
     has, _ = cluster.actor(), cluster.actor(missing=[theirs])
     cluster.at(0.5, lambda: cluster.kill(has, back_after=60.0))
     work = Written()
-    run(work, needs=needs)
+    run(work, requirements=needs)
     assert sorted(work.done) == shards
 
 

@@ -11,26 +11,30 @@ from types import SimpleNamespace
 import pytest
 
 from raymoe.formatting import human_time
-from raymoe.runtime.job_activity import AtWork
-from raymoe.runtime.stall import Stall, Verdict
+from raymoe.runtime.job_activity import ActiveJobs
+from raymoe.runtime.stall import StallClock, Verdict
 from tests.cli.commands import finished_shards, hashes, wait_until
 from tests.processes import send
 from tests.runtime.conftest import Merge, expert_actors
 
 
 def test_moves_are_counted_by_job() -> None:
-    work = AtWork()
-    with work.on("model-00001", "model-00001 from part 4") as one, work.on("routers"), work.on("routers") as other:
+    work = ActiveJobs()
+    with (
+        work.track("model-00001", "model-00001 from part 4") as one,
+        work.track("routers"),
+        work.track("routers") as other,
+    ):
         assert work.labels == ("model-00001", "routers", "routers")
-        one.moved()
-        one.moved()
-        other.moved()
-        assert work.moves == {"model-00001 from part 4": 2, "routers": 1}
-    assert work.labels == () and work.moves == {}
+        one.heartbeat()
+        one.heartbeat()
+        other.heartbeat()
+        assert work.heartbeats == {"model-00001 from part 4": 2, "routers": 1}
+    assert work.labels == () and work.heartbeats == {}
 
 
 def test_said_once_after_half_of_the_time_and_given_away_after_all_of_it() -> None:
-    stall = Stall(100)
+    stall = StallClock(100)
     moves = stall.begin()
 
     def after(seconds: float, seen: object) -> Verdict:
@@ -38,16 +42,16 @@ def test_said_once_after_half_of_the_time_and_given_away_after_all_of_it() -> No
         return stall.judge(moves, seen)
 
     assert after(49, None) is Verdict.FINE
-    assert after(2, None) is Verdict.SAY
+    assert after(2, None) is Verdict.WARN
     assert after(2, None) is Verdict.FINE
     assert after(1, 7) is Verdict.FINE  # it has moved: all begins anew
-    assert after(51, 7) is Verdict.SAY
+    assert after(51, 7) is Verdict.WARN
     assert after(48, 7) is Verdict.FINE
-    assert after(1, 7) is Verdict.GIVE_AWAY
+    assert after(1, 7) is Verdict.REASSIGN
 
 
 def test_no_time_passes_while_the_coordinator_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    stall = Stall(100)
+    stall = StallClock(100)
     moves, began = stall.begin(), stall.now
     monkeypatch.setattr("time.monotonic", lambda began=stall._looked_at: began + 3600)
     stall.look()
@@ -92,19 +96,19 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
     """Each batch of prompts, each layer that is loaded, each system that is solved."""
     import raymoe
     from raymoe.routers.activations import capture_layers
-    from raymoe.routers.fit_layer import layer_rows
+    from raymoe.routers.fit_layer import fit_layer
     from raymoe.sources.resolve import HubOptions
     from raymoe.storage.source_reader import SourceReader
     from tests.pico import merge_config
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base")
     gates = raymoe.plan(config).gates
-    work = AtWork()
+    work = ActiveJobs()
     seen = []
-    with work.on("gates") as job, SourceReader(HubOptions(), moved=job.moved) as reader:
+    with work.track("gates") as job, SourceReader(HubOptions(), heartbeat=job.heartbeat) as reader:
         layers = capture_layers(gates, gates.experts, reader, members=2, device="cpu")
         for left in layers:
-            seen.append((job.moves, left))
+            seen.append((job.heartbeats, left))
         assert sorted({moves for moves, _ in seen}) == [moves for moves, _ in seen][: len({m for m, _ in seen})]
         assert seen[0][0] > 0
     if mode == "ridge":
@@ -113,7 +117,7 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
         def moved() -> None:
             solved.count += 1
 
-        layer_rows(mode, seen[0][1], [], "cpu", moved)
+        fit_layer(mode, seen[0][1], [], "cpu", moved)
         assert solved.count > 5
 
 
@@ -125,7 +129,7 @@ def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 20))
     file, moved = SourceFile(location=str(path), size=1 << 20), threading.Semaphore(0)
-    with SourceReader(HubOptions(), moved=moved.release) as reader:
+    with SourceReader(HubOptions(), heartbeat=moved.release) as reader:
         for number, _ in enumerate(reader.chunks(file, 0, 1 << 20)):
             assert moved.acquire(blocking=False), number
 
@@ -148,14 +152,19 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
     output.journal.lock()
     output.journal.begin("plan", {})
     moves: list[object] = []
-    monkeypatch.setattr(Job, "moved", lambda job: moves.append(job))
+    monkeypatch.setattr(Job, "heartbeat", lambda job: moves.append(job))
     try:
         with SourceReader(HubOptions()) as reader:
             assert output.do(job, reader, lambda *moved: None) is not None
             assert output.do(job, reader, lambda *moved: moves.append(moved)) is None
         assert moves == [(0, 0)] * 5
         writer = ShardWriter.__new__(ShardWriter)
-        writer._output, writer._at_work, writer._lock, writer._bytes_kept = output, AtWork(), threading.Lock(), 0
+        writer._output, writer._active_jobs, writer._lock, writer._bytes_kept = (
+            output,
+            ActiveJobs(),
+            threading.Lock(),
+            0,
+        )
         assert writer.receive(None, job) is None
         assert writer._bytes_kept == job.shard.nbytes and len(moves) == 10
     finally:

@@ -20,7 +20,7 @@ from raymoe.config.model_refs import parse_model_ref
 from raymoe.errors import CheckpointError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join, s3_location
+from raymoe.object_store.urls import join_url, s3_location
 from raymoe.sources.bucket_folder import read_range
 from raymoe.sources.facts import ModelFacts, SourceFile
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model, resolve_models
@@ -36,7 +36,7 @@ def upload(folder: Path, url: str) -> str:
     store = open_store(url)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            store.put(join(url, path.relative_to(folder).as_posix()), path.read_bytes())
+            store.put(join_url(url, path.relative_to(folder).as_posix()), path.read_bytes())
     return url
 
 
@@ -89,7 +89,7 @@ def lora(tmp_path: Path) -> Path:
 
 
 def test_sharded_models_give_the_facts_of_a_local_folder(bucket: str, sharded: Path) -> None:
-    url = upload(sharded, join(bucket, "models/sharded"))
+    url = upload(sharded, join_url(bucket, "models/sharded"))
     remote, local = resolve_model(parse_model_ref(url + "/")), resolve_model(parse_model_ref(str(sharded)))
     assert relative_facts(remote, url) == relative_facts(local, str(sharded))
     assert remote.label == url
@@ -102,7 +102,7 @@ def test_sharded_models_give_the_facts_of_a_local_folder(bucket: str, sharded: P
 
 
 def test_the_bytes_are_those_of_the_file(bucket: str, sharded: Path) -> None:
-    facts = resolve_model(parse_model_ref(upload(sharded, join(bucket, "m"))))
+    facts = resolve_model(parse_model_ref(upload(sharded, join_url(bucket, "m"))))
     for entry in facts.index.tensors.values():
         expected = (sharded / entry.file.name).read_bytes()[entry.start : entry.end]
         assert read_range(entry.file, entry.start, entry.end) == expected
@@ -117,7 +117,7 @@ def test_the_bytes_are_those_of_the_file(bucket: str, sharded: Path) -> None:
 @pytest.mark.parametrize("places", ["remote+remote", "local+remote", "remote+local"])
 def test_adapters_and_mixtures(bucket: str, sharded: Path, lora: Path, places: str) -> None:
     model, adapter = (
-        upload(folder, join(bucket, folder.name)) if place == "remote" else str(folder)
+        upload(folder, join_url(bucket, folder.name)) if place == "remote" else str(folder)
         for folder, place in zip((sharded, lora), places.split("+"))
     )
     facts = resolve_model(parse_model_ref(f"{model}+{adapter}"))
@@ -131,7 +131,7 @@ def test_shards_in_subfolders(bucket: str, tmp_path: Path, tensors: Any) -> None
     folder = tmp_path / "m"
     (folder / "weights").mkdir(parents=True)
     write_sharded(folder, {"weights/model-00001-of-00001.safetensors": tensors})
-    facts = resolve_model(parse_model_ref(upload(folder, join(bucket, "m"))))
+    facts = resolve_model(parse_model_ref(upload(folder, join_url(bucket, "m"))))
     assert set(facts.index.tensors) == set(tensors)
 
 
@@ -144,7 +144,7 @@ def test_planning_reads_headers_only(server: Server, bucket: str, tmp_path: Path
         folder, {f"model-0000{i}-of-00002.safetensors": {n: big[n] for n in names[i - 1 :: 2]} for i in (1, 2)}
     )
     (folder / "tokenizer.json").write_bytes(os.urandom(2_000_000))
-    url = upload(folder, join(bucket, "large"))
+    url = upload(folder, join_url(bucket, "large"))
     assert sum(path.stat().st_size for path in folder.iterdir()) > 55_000_000
     with FaultProxy(server.endpoint) as proxy:
         storage = StorageOptions(endpoint=proxy.url)
@@ -158,7 +158,7 @@ def test_planning_reads_headers_only(server: Server, bucket: str, tmp_path: Path
 
 
 def test_a_source_that_changes_after_planning(bucket: str, make_model: Make, sharded: Path) -> None:
-    url = upload(make_model(), join(bucket, "m"))
+    url = upload(make_model(), join_url(bucket, "m"))
     facts = resolve_model(parse_model_ref(url))
     (file,) = facts.index.files
     store = open_store(url)
@@ -174,21 +174,21 @@ def test_a_source_that_changes_after_planning(bucket: str, make_model: Make, sha
 
 def test_refusals_name_the_place(bucket: str, make_model: Make, lora: Path) -> None:
     name, folder = s3_location(bucket).bucket, make_model()
-    url = upload(folder, join(bucket, "good"))
+    url = upload(folder, join_url(bucket, "good"))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5])
-    cut = upload(folder, join(bucket, "cut"))
+    cut = upload(folder, join_url(bucket, "cut"))
     (folder / "model.safetensors").unlink()
-    empty = upload(folder, join(bucket, "empty"))
-    adapter = upload(lora, join(bucket, "lora"))
+    empty = upload(folder, join_url(bucket, "empty"))
+    adapter = upload(lora, join_url(bucket, "lora"))
     cases = {
         "s3://no-such-bucket-here/m": "there is no bucket no-such-bucket-here",
-        join(bucket, "nothing"): f"s3://{name}/nothing: there are no files under this URL",
-        join(bucket, "goo"): "there are no files under this URL",
-        join(url, "model.safetensors"): "this is a file; a model is named by its folder",
+        join_url(bucket, "nothing"): f"s3://{name}/nothing: there are no files under this URL",
+        join_url(bucket, "goo"): "there are no files under this URL",
+        join_url(url, "model.safetensors"): "this is a file; a model is named by its folder",
         cut: rf"s3://{name}/cut/model\.safetensors: .*truncated",
         empty: rf"s3://{name}/empty: no weights found(.|\n)*upload the model again",
         adapter: "this is a LoRA adapter, not a whole model",
-        f"{url}+{join(bucket, 'no-lora')}": "no-lora: there are no files under this URL",
+        f"{url}+{join_url(bucket, 'no-lora')}": "no-lora: there are no files under this URL",
     }
     for ref, message in cases.items():
         with pytest.raises(CheckpointError, match=message):
@@ -201,7 +201,7 @@ def test_refusals_name_the_place(bucket: str, make_model: Make, lora: Path) -> N
 def test_refused_access_is_told(server: Server, bucket: str, make_model: Make) -> None:
     if server.kind != "moto":
         pytest.skip("the gateway's owner may do everything")
-    url, name = upload(make_model(), join(bucket, "m")), s3_location(bucket).bucket
+    url, name = upload(make_model(), join_url(bucket, "m")), s3_location(bucket).bucket
     statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     server.client().put_bucket_policy(Bucket=name, Policy=policy)
@@ -214,7 +214,7 @@ def test_bin_weights_are_copied_with_a_warning(bucket: str, tmp_path: Path, tens
     folder = tmp_path / "bin"
     write_json(folder / "config.json", {"model_type": "llama"})
     torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, folder / "pytorch_model.bin")
-    url = upload(folder, join(bucket, "bin"))
+    url = upload(folder, join_url(bucket, "bin"))
     facts, local = (resolve_model(parse_model_ref(place)) for place in (url, str(folder)))
     assert relative_facts(dataclasses.replace(facts, warnings=()), url) == relative_facts(local, str(folder))
     assert "has .bin weights only" in facts.warnings[0]
@@ -269,5 +269,5 @@ def test_local_models_need_no_s3(sharded: Path) -> None:
 def test_facts_travel(bucket: str, make_model: Make) -> None:
     import pickle
 
-    facts = resolve_model(parse_model_ref(upload(make_model(), join(bucket, "m"))))
+    facts = resolve_model(parse_model_ref(upload(make_model(), join_url(bucket, "m"))))
     assert pickle.loads(pickle.dumps(facts)) == facts

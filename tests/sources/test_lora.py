@@ -313,7 +313,7 @@ def test_a_pattern_for_each_module() -> None:
 
 
 def test_patterns_that_take_too_long_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymoe.sources.lora_patterns._MOST_WAYS_IN_ALL", 10**5)
+    monkeypatch.setattr("raymoe.sources.lora_patterns._MAX_TOTAL_WAYS", 10**5)
     config = CONFIG | {"alpha_pattern": {f".*.*{number}": 4 for number in range(100)}}
     said = refusal(model, config, factors(), MERGE)
     assert "rank_pattern and alpha_pattern in adapter_config.json: 100 patterns for 1 modules may take" in said

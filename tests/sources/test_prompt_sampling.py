@@ -24,9 +24,9 @@ from pyarrow import parquet
 from raymoe.config import MergeConfig, PromptFile
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.errors import ObjectChanged
-from raymoe.object_store.object_file import ObjectStream
+from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.registry import open_store
-from raymoe.sources.prompt_sampling import draw, prompt_file_place, read_prompts
+from raymoe.sources.prompt_sampling import prompt_file_location, read_prompts, sample_prompts
 
 TEXTS = [f"prompt {number} é\U0001f600" for number in range(1000)]
 
@@ -97,27 +97,27 @@ def test_every_format_gives_the_same_prompts(name: str, here: Path) -> None:
     (here / name).write_bytes(FILES[name]())
     assert drawn(name, limit=None) == tuple(TEXTS)
     some = drawn(name)
-    assert some == draw(TEXTS, 256, 0)
+    assert some == sample_prompts(TEXTS, 256, 0)
     assert len(some) == 256
 
 
 def test_which_prompts_are_drawn_is_fixed() -> None:
     """These numbers are part of the format: a config gives the same router with every version and on every machine."""
     numbers = [str(number) for number in range(1000)]
-    assert draw(numbers, 8, 0) == ("62", "405", "765", "856", "875", "897", "904", "913")
-    assert draw(numbers, 8, 1) == ("30", "85", "377", "696", "835", "840", "949", "983")
-    assert draw(iter(numbers), 1000, 5) == draw(numbers, None, 0) == tuple(numbers)
-    assert draw(numbers[:5], 8, 0) == tuple(numbers[:5])
-    assert set(draw(numbers, 8, 0)) < set(draw(numbers, 100, 0))
+    assert sample_prompts(numbers, 8, 0) == ("62", "405", "765", "856", "875", "897", "904", "913")
+    assert sample_prompts(numbers, 8, 1) == ("30", "85", "377", "696", "835", "840", "949", "983")
+    assert sample_prompts(iter(numbers), 1000, 5) == sample_prompts(numbers, None, 0) == tuple(numbers)
+    assert sample_prompts(numbers[:5], 8, 0) == tuple(numbers[:5])
+    assert set(sample_prompts(numbers, 8, 0)) < set(sample_prompts(numbers, 100, 0))
     # Equal texts are drawn as often as they are met.
-    assert draw(["same"] * 10, 4, 0) == ("same",) * 4
+    assert sample_prompts(["same"] * 10, 4, 0) == ("same",) * 4
 
 
 def test_draws_are_spread_evenly() -> None:
     """1000 draws of 10 of 100: each number some 100 times; the standard deviation is about 9.5."""
     counts = [0] * 100
     for seed in range(1000):
-        for text in draw([str(number) for number in range(100)], 10, seed):
+        for text in sample_prompts([str(number) for number in range(100)], 10, seed):
             counts[int(text)] += 1
     assert 55 < min(counts) <= max(counts) < 145
     assert sum(counts) == 10_000
@@ -130,7 +130,7 @@ def test_the_config_but_for_its_files_is_kept(here: Path) -> None:
     config = config.model_copy(
         update={"shared_experts": (config.experts[1].model_copy(update={"negative_prompts": PromptFile(**file)}),)}
     )
-    texts = draw(TEXTS, 2, 0)
+    texts = sample_prompts(TEXTS, 2, 0)
     concrete = read_prompts(config)
     assert [e.positive_prompts for e in concrete.experts] == [texts, ("mine",)]
     assert concrete.shared_experts[0].negative_prompts == texts
@@ -161,7 +161,7 @@ def test_places(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"file://{here}/deep/a.txt",
     ):
         assert drawn(file) == ("one",)
-        place = prompt_file_place(PromptFile(file=file))
+        place = prompt_file_location(PromptFile(file=file))
         assert place.removeprefix("file://") == f"{here}/deep/a.txt"
 
 
@@ -201,7 +201,7 @@ def repeated(path: Path, nbytes: int, rows: int, **options: Any) -> str:
 def test_a_repeated_text_is_held_a_few_times(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of 639 bytes took 2.2 GB."""
     name = repeated(here / "a.parquet", 4 * 2**20, 300)
-    monkeypatch.setattr("raymoe.sources.prompt_reader._LEAST_OF_MOST_BYTES", 2**26)
+    monkeypatch.setattr("raymoe.sources.prompt_reader._MIN_BYTE_LIMIT", 2**26)
     usual = pyarrow.default_memory_pool()
     pyarrow.set_memory_pool(arrow := pyarrow.proxy_memory_pool(usual))
     try:
@@ -236,7 +236,7 @@ def test_texts_and_pages_that_are_too_large(options: dict[str, Any], said: str, 
 def test_rows_without_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pyarrow.table({"text": pyarrow.array([None] * 100_000, pyarrow.string())}), here / "a.parquet")
     assert (here / "a.parquet").stat().st_size < 1500
-    monkeypatch.setattr("raymoe.sources.prompt_reader._LEAST_OF_MOST_BYTES", 2**20)
+    monkeypatch.setattr("raymoe.sources.prompt_reader._MIN_BYTE_LIMIT", 2**20)
     (problem,) = problems({"file": "a.parquet"})
     assert "its texts have more than 1000 times the bytes of the file" in problem.what
 
@@ -351,7 +351,7 @@ def test_without_pyarrow(here: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz", "nulls.parquet"])
 def test_from_a_bucket(name: str, bucket: str) -> None:
     open_store(bucket).put(f"{bucket}/prompts/{name}", FILES[name]())
-    assert drawn(f"{bucket}/prompts/{name}") == draw(TEXTS, 256, 0)
+    assert drawn(f"{bucket}/prompts/{name}") == sample_prompts(TEXTS, 256, 0)
 
 
 def test_of_a_column_in_a_bucket_only_that_is_read(bucket: str) -> None:
@@ -384,7 +384,7 @@ def test_problems_in_a_bucket(bucket: str) -> None:
 def test_an_object_that_changes_while_it_is_read(bucket: str) -> None:
     store, url = open_store(bucket), f"{bucket}/a.txt"
     store.put(url, b"first\nmore\n")
-    stream = ObjectStream(url)
+    stream = ObjectFile(url)
     assert (stream.read(6), stream.seek(-5, io.SEEK_END), stream.tell()) == (b"first\n", 6, 6)
     assert (stream.read(), stream.read(1), stream.seek(1), stream.seek(1, io.SEEK_CUR)) == (b"more\n", b"", 1, 2)
     store.put(url, b"other\nwords\n")
@@ -412,7 +412,7 @@ def served(folder: Path) -> Iterator[str]:
 def test_from_a_web_server(here: Path) -> None:
     (here / "a.jsonl").write_bytes(as_jsonl(TEXTS))
     with served(here) as url:
-        assert drawn(f"{url}/a.jsonl") == draw(TEXTS, 256, 0)
+        assert drawn(f"{url}/a.jsonl") == sample_prompts(TEXTS, 256, 0)
         (problem,) = problems({"file": f"{url}/none.txt"}, ["x"])
         assert (problem.where, problem.what) == (
             f"{url}/none.txt: experts[0].positive_prompts",

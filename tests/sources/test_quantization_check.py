@@ -11,7 +11,7 @@ import pytest
 import raymoe
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
-from raymoe.sources.quantization_check import leftover_warning, quantisation_problems
+from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from tests.pico import copy_model, merge_config, merge_without_ray
 
 FILE = SourceFile(location="/m/model.safetensors", size=100)
@@ -45,7 +45,7 @@ def index(name: str, dtype: str) -> CheckpointIndex:
     ],
 )
 def test_config(config: dict[str, Any], message: str) -> None:
-    (problem,) = quantisation_problems("/m", config, None)
+    (problem,) = quantization_problems("/m", config, None)
     assert all(part in str(problem) for part in message.split(" ."))
     assert "use the unquantised checkpoint" in problem.remedy
 
@@ -68,7 +68,7 @@ def test_config(config: dict[str, Any], message: str) -> None:
     ],
 )
 def test_tensors(name: str, dtype: str, method: str) -> None:
-    (problem,) = quantisation_problems("/m", {}, index(name, dtype))
+    (problem,) = quantization_problems("/m", {}, index(name, dtype))
     assert f"the checkpoint is quantised ({method}): tensor '{name}' of dtype {dtype}" in problem.what
 
 
@@ -82,7 +82,7 @@ def test_tensors(name: str, dtype: str, method: str) -> None:
     ],
 )
 def test_plain_checkpoints_pass(name: str, dtype: str) -> None:
-    assert quantisation_problems("/m", {"quantization_config": None, "text_config": None}, index(name, dtype)) == []
+    assert quantization_problems("/m", {"quantization_config": None, "text_config": None}, index(name, dtype)) == []
 
 
 # --- a leftover: the config names a method, and the weights are plain
@@ -102,7 +102,7 @@ DECLARED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bi
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_a_leftover_is_warned_of(config: dict[str, Any], dtype: str) -> None:
     plain = index("model.layers.0.mlp.up_proj.weight", dtype)
-    assert quantisation_problems("/m", config, plain) == []
+    assert quantization_problems("/m", config, plain) == []
     warning = leftover_warning("/m", config, plain) or ""
     assert warning.startswith("/m: config.json says that the checkpoint is quantised with ")
     assert f"({next(iter(config))}), but its tensors are plain {dtype}: " in warning
@@ -120,7 +120,7 @@ def test_a_leftover_is_warned_of(config: dict[str, Any], dtype: str) -> None:
     ],
 )
 def test_what_tensors_show_is_no_leftover(name: str, dtype: str) -> None:
-    (problem,) = quantisation_problems("/m", DECLARED, index(name, dtype))
+    (problem,) = quantization_problems("/m", DECLARED, index(name, dtype))
     assert "bitsandbytes (config.json: quantization_config)" in problem.what
     assert leftover_warning("/m", DECLARED, index(name, dtype)) is None
 
@@ -129,7 +129,7 @@ def test_what_tensors_show_is_no_leftover(name: str, dtype: str) -> None:
 def test_weights_that_are_quantised_as_the_model_runs_are_no_leftover(method: str) -> None:
     config = {"quantization_config": {"quant_method": method}}
     plain = index("model.layers.0.mlp.up_proj.weight", "BF16")
-    assert len(quantisation_problems("/m", config, plain)) == 1
+    assert len(quantization_problems("/m", config, plain)) == 1
     assert leftover_warning("/m", config, plain) is None
 
 

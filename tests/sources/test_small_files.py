@@ -18,8 +18,8 @@ from raymoe.errors import ProblemReport
 from raymoe.export.gguf.vocabulary import read_vocabulary
 from raymoe.planning import MergeOptions
 from raymoe.report.inspect import inspect_checkpoint
-from raymoe.report.source_metadata import read_front_matter
-from raymoe.runtime.start_errors import refuse_job_server
+from raymoe.report.source_metadata import parse_front_matter
+from raymoe.runtime.start_errors import reject_job_server
 from raymoe.sources.dtypes import tensor_nbytes
 from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import read_json_object
@@ -101,7 +101,7 @@ def test_a_card_whose_merges_double_with_each_line() -> None:
     """PyYAML expands them: 2 ** 60 here."""
     lines = "".join(f"l{n}: &l{n} {{<<: [*l{n - 1}, *l{n - 1}]}}\n" for n in range(1, 61))
     began = time.process_time()
-    assert read_front_matter(f"---\nlicense: mit\nl0: &l0 {{x: 1}}\n{lines}---\nhello\n") == {}
+    assert parse_front_matter(f"---\nlicense: mit\nl0: &l0 {{x: 1}}\n{lines}---\nhello\n") == {}
     assert time.process_time() - began < 5
 
 
@@ -126,7 +126,7 @@ def test_a_deep_tokenizer_config(zoo: Callable[..., Path], tmp_path: Path) -> No
     (base / "chat_template.jinja").unlink()
     (base / "tokenizer_config.json").write_text(DEEP)
     config: dict[str, Any] = merge_config(base, [zoo("llama", seed=1), base], mode="cheap_embed", chat_template=True)
-    assert raymoe.plan(config).host == "mixtral"
+    assert raymoe.plan(config).architecture == "mixtral"
 
 
 def test_a_deep_header(tmp_path: Path, zoo: Callable[..., Path]) -> None:
@@ -174,7 +174,7 @@ def test_layers_that_no_model_has(layers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_shard_bytes": "x"}, {"seed": True}, {"quantise_gates": {"a": 1}}, {"strict": "no"}]
+    "options", [{"max_shard_bytes": "x"}, {"seed": True}, {"quantize_gates": {"a": 1}}, {"strict": "no"}]
 )
 def test_options_of_a_record(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(options))} is "):
@@ -182,7 +182,7 @@ def test_options_of_a_record(options: dict[str, Any]) -> None:
 
 
 def test_addresses_that_are_none() -> None:
-    for ask in (_url, refuse_job_server):
+    for ask in (_url, reject_job_server):
         with pytest.raises(ProblemReport, match="address of a"):
             ask("http://[::1")
 

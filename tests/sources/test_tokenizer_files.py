@@ -79,14 +79,14 @@ def test_tokens(make_model: Make) -> None:
     found = tokenizer_facts(facts_of(folder).side_files, read)
     assert found.tokens is not None
     assert (found.tokens[0], found.bos, found.has_code) == ("<s>", "<s>", False)
-    assert found.may_pass(max(found.tokens)) and not found.may_pass(max(found.tokens) + 1)
+    assert found.may_exceed(max(found.tokens)) and not found.may_exceed(max(found.tokens) + 1)
     encode = found.encoder()
     assert encode is not None
     assert encode("<s>a")[0] == 0 and len(encode("<s>a")) == 2
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["added_tokens_decoder"] = {"1000": {"content": "<late>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert tokenizer_facts(facts_of(folder).side_files, read).may_pass(1000)
+    assert tokenizer_facts(facts_of(folder).side_files, read).may_exceed(1000)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"model": 3}', '{"model": {"vocab": {"a": "b"}}}'])
@@ -96,7 +96,7 @@ def test_a_damaged_tokenizer_shows_nothing(make_model: Make, content: str) -> No
     (folder / "tokenizer.json").write_text(content)
     (folder / "tokenizer_config.json").write_text(content)
     found = tokenizer_facts(facts_of(folder).side_files, read)
-    assert found.tokens is None and found.may_pass(10**9)
+    assert found.tokens is None and found.may_exceed(10**9)
     with pytest.raises(ProblemReport, match=r"tokenizer\.json: the tokenizer can't be read: "):
         found.encoder()
 

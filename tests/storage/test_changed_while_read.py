@@ -73,7 +73,7 @@ def test_a_merge_of_changed_sources_begins_again(place: Place, tmp_path: Path) -
     output = started(place)
     with SourceReader(HubOptions()) as reader:
         output.complete(shard, [output.do(job, reader, lambda sent, copied: None) for job in output.jobs(shard)])
-    output.spoil()
+    output.invalidate()
     output.release()
     output = started(place)
     assert shard.file_name not in place.files()

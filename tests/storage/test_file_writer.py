@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from raymoe.storage import file_writer, linux_io
-from raymoe.storage.file_writer import NewFile
+from raymoe.storage.file_writer import FileWriter
 from raymoe.storage.linux_io import allocate, clone_range, start_writeback, wait_for_writeback
 
 CONTENT = np.random.default_rng(5).bytes(6 << 20)
@@ -49,7 +49,7 @@ def source(tmp_path: Path) -> Iterator[int]:
 
 def write(path: Path, size: int | None, source: int | None = None, offset: int = 0) -> str:
     """CONTENT in pieces; with `source`, from `offset` on shared with it where possible."""
-    with NewFile(path, size) as file:
+    with FileWriter(path, size) as file:
         if source is not None:
             file.share([(source, offset, len(CONTENT), offset)])
         for start in range(0, len(CONTENT), 100_000):
@@ -91,11 +91,11 @@ def test_waiting_for_the_disk_is_seen_to_move(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr(file_writer, "_WRITEBACK_BYTES", 1 << 20)
-    with NewFile(folder / "file") as file:
+    with FileWriter(folder / "file") as file:
         file.append(CONTENT[:-1])
         file.finish(lambda: events.append("moved"))
     assert events == ["moved"] * (6 if sys.platform == "linux" else 0) + ["fsync"]
-    with NewFile(folder / "empty") as file:
+    with FileWriter(folder / "empty") as file:
         file.finish(lambda: events.append("moved"))
     assert events[-2:] == ["fsync", "fsync"]
 
@@ -106,7 +106,7 @@ def test_what_the_disk_refuses_while_it_is_waited_for(
 ) -> None:
     """Linux tells a failed write once: what the wait is told, the fsync after it would not be."""
     _refuse_to_wait(monkeypatch, code)
-    with NewFile(tmp_path / "file") as file:
+    with FileWriter(tmp_path / "file") as file:
         file.append(CONTENT)
         with pytest.raises(OSError, match=os.strerror(code)):
             file.finish(lambda: None)
@@ -115,7 +115,7 @@ def test_what_the_disk_refuses_while_it_is_waited_for(
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL])
 def test_waiting_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     _refuse_to_wait(monkeypatch, code)
-    with NewFile(tmp_path / "file") as file:
+    with FileWriter(tmp_path / "file") as file:
         file.append(CONTENT)
         assert file.finish(lambda: None) == CHECKSUM
 
@@ -133,7 +133,7 @@ def _refuse_to_wait(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 
 
 def test_room_is_set_aside(folder: Path) -> None:
-    with NewFile(folder / "file", 1 << 20):
+    with FileWriter(folder / "file", 1 << 20):
         status = os.stat(folder / "file")
         assert status.st_size == 1 << 20
         assert status.st_blocks * 512 >= 1 << 20
@@ -142,10 +142,10 @@ def test_room_is_set_aside(folder: Path) -> None:
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from raymoe.storage.file_writer import NewFile
+from raymoe.storage.file_writer import FileWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    NewFile(Path(sys.argv[1]), 200_000)
+    FileWriter(Path(sys.argv[1]), 200_000)
 except OSError as error:
     print(error.errno)
 """
@@ -221,7 +221,7 @@ def test_ranges_that_are_not_worth_it(
 ) -> None:
     """Blocks that do not lie on blocks, and short ranges: the filesystem is not asked."""
     monkeypatch.setattr(file_writer, "clone_range", None)
-    with NewFile(tmp_path / "file") as file:
+    with FileWriter(tmp_path / "file") as file:
         file.share([(source, start, end, offset)])
 
 
@@ -235,7 +235,7 @@ def test_extents_are_shared() -> None:
     os.sync()
     free = os.statvfs(SHARING_FOLDER).f_bfree
     descriptor = os.open(source, os.O_RDONLY)
-    with NewFile(target, len(content)) as file:
+    with FileWriter(target, len(content)) as file:
         file.share([(descriptor, 0, len(content), 0)])
         for start in range(0, len(content), 1 << 20):
             file.append(content[start : start + (1 << 20)])

@@ -15,8 +15,8 @@ import pytest
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.local_folder import has_other_content, stat_file
-from raymoe.storage.local_journal import Journal, source_stamps
+from raymoe.sources.local_folder import fingerprints_differ, stat_file
+from raymoe.storage.local_journal import Journal, source_fingerprints
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import Output
@@ -64,10 +64,10 @@ def test_source_stamps(tmp_path: Path) -> None:
     file.touch()
     os.utime(file, ns=(5, 123_456_789))
     locations = [str(file), "hf://org/name@0123/model.safetensors", str(tmp_path / "none")]
-    stamps = source_stamps(SourceFile(location=location, size=0) for location in locations)
+    stamps = source_fingerprints(SourceFile(location=location, size=0) for location in locations)
     assert stamps.keys() == {str(file)}
     older = f"123456789:{stamps[str(file)].rpartition(':')[2]}"  # of an older raymoe, which named no node
-    assert "[123456789]" in stamps[str(file)] and not has_other_content(older, stamps[str(file)])
+    assert "[123456789]" in stamps[str(file)] and not fingerprints_differ(older, stamps[str(file)])
 
 
 @pytest.mark.parametrize("kind", [LocalOutput, StreamOutput])
@@ -83,7 +83,7 @@ def test_a_source_that_is_replaced_by_one_of_the_same_time(
     def stamps() -> dict[str, str]:
         found = stat_file(str(tmp_path / "link"))
         assert found is not None
-        return source_stamps([found])
+        return source_fingerprints([found])
 
     if kind is LocalOutput:
         output: Output = LocalOutput(tmp_path / "out")
@@ -282,7 +282,7 @@ def test_lock_is_not_tried_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     begun(tmp_path).journal.release()
     looker = os.open(tmp_path / ".raymoe/lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(looker, fcntl.LOCK_SH)
-    monkeypatch.setattr("raymoe.storage.local_journal._LOOKERS_S", 0.0)
+    monkeypatch.setattr("raymoe.storage.local_journal._LOCK_PROBE_TIMEOUT_S", 0.0)
     with pytest.raises(ProblemReport, match="another merge is writing to this folder"):
         Journal(tmp_path).lock()
     os.close(looker)
@@ -433,12 +433,12 @@ def test_a_source_that_is_replaced_while_the_machine_gets_another_name(
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(1 << 20))
     file = SourceFile(location=str(path), size=1 << 20)
-    (before,) = source_stamps([file]).values()
+    (before,) = source_fingerprints([file]).values()
     if older:
         before = f"{path.stat().st_mtime_ns}:{before.rpartition(':')[2]}"
     monkeypatch.setattr("socket.gethostname", lambda: "another-pod")
-    (now,) = source_stamps([file]).values()
-    assert not has_other_content(before, now)
+    (now,) = source_fingerprints([file]).values()
+    assert not fingerprints_differ(before, now)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    (now,) = source_stamps([file]).values()
-    assert has_other_content(before, now)
+    (now,) = source_fingerprints([file]).values()
+    assert fingerprints_differ(before, now)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raymoe.storage.locations import Inputs, is_in, is_same_place, overwritten, source_folders
+from raymoe.storage.locations import Inputs, is_in, is_same_place, overwrite_problem, source_folders
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_names_of_a_folder(here: Path, name: str) -> None:
     base = str(here / "data/base")
     assert is_same_place(os.path.join(here, name), base) and is_same_place(f"file://{here}/link/base", base)
     assert is_in(os.path.join(here, name, "out"), base) and not is_in(base, os.path.join(here, name, "out"))
-    problem = overwritten(os.path.join(here, name), Inputs(folders=(("base", base),)))
+    problem = overwrite_problem(os.path.join(here, name), Inputs(folders=(("base", base),)))
     assert problem is not None and problem.what.startswith("the output is the folder of base, which would be")
 
 
@@ -66,8 +66,8 @@ def test_every_name_that_leads_to_a_file_is_its_place(here: Path) -> None:
     (here / "model/weights").symlink_to("../link/base/step")
     folders = tuple(source_folders("base", (), [str(here / "model/weights")]))
     for output in ("model", "current", "store"):
-        assert overwritten(str(here / output), Inputs(folders=folders)) is not None
-    assert overwritten(str(here / "elsewhere"), Inputs(folders=folders)) is None
+        assert overwrite_problem(str(here / output), Inputs(folders=folders)) is not None
+    assert overwrite_problem(str(here / "elsewhere"), Inputs(folders=folders)) is None
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_every_name_that_leads_to_a_file_is_its_place(here: Path) -> None:
 def test_what_a_merge_removes_in_its_output(tmp_path: Path, source: str, refused: bool) -> None:
     (tmp_path / source).mkdir(parents=True, exist_ok=True)
     inputs = Inputs(folders=(("expert 0", str(tmp_path / source)),))
-    assert (overwritten(str(tmp_path / "out"), inputs) is not None) == refused
+    assert (overwrite_problem(str(tmp_path / "out"), inputs) is not None) == refused
     of_url = Inputs(folders=(("expert 0", f"s3://bucket/in/{source}"),))
-    assert (overwritten("s3://bucket/in/out", of_url) is not None) == (refused and source != ".")
+    assert (overwrite_problem("s3://bucket/in/out", of_url) is not None) == (refused and source != ".")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_files_that_are_read_and_lie_in_the_output(tmp_path: Path, name: str, re
     (tmp_path / "out" / name).write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "out" / name)
     for place in (tmp_path / "out" / name, tmp_path / "link", f"file://{tmp_path}/out/{name}"):
-        problem = overwritten(str(tmp_path / "out"), Inputs(files=(("the config", str(place)),)))
+        problem = overwrite_problem(str(tmp_path / "out"), Inputs(files=(("the config", str(place)),)))
         assert (problem is not None) == refused
         assert problem is None or "would remove or replace the config there" in problem.what
 
@@ -115,10 +115,10 @@ def test_files_that_the_record_in_the_output_names(tmp_path: Path) -> None:
     out, base = tmp_path / "out", tmp_path / "out/base"
     base.mkdir(parents=True)
     recorded = ["base/model.safetensors", "c.yaml"]
-    assert overwritten(str(out), Inputs(folders=(("base", str(base)),)), recorded) is not None
+    assert overwrite_problem(str(out), Inputs(folders=(("base", str(base)),)), recorded) is not None
     config = Inputs(files=(("the config", str(out / "c.yaml")),))
-    assert overwritten(str(out), config, recorded) is not None
-    assert overwritten(str(out), config, ["d.yaml"]) is None
+    assert overwrite_problem(str(out), config, recorded) is not None
+    assert overwrite_problem(str(out), config, ["d.yaml"]) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_files_that_the_record_in_the_output_names(tmp_path: Path) -> None:
 def test_urls(monkeypatch: pytest.MonkeyPatch, one: str, other: str, same: bool) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.test:9000")
     assert is_same_place(one, other) == same
-    assert (overwritten(one, Inputs(folders=(("base", other),))) is not None) == same
+    assert (overwrite_problem(one, Inputs(folders=(("base", other),))) is not None) == same
 
 
 def test_prefixes(here: Path) -> None:

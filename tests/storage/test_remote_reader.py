@@ -15,9 +15,9 @@ import raymoe
 from raymoe.errors import CheckpointError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 from raymoe.planning.plan import Transform
-from raymoe.routers.in_process import gate_rows_here
+from raymoe.routers.in_process import compute_routers_locally
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.shard_stream import shard_chunks
@@ -58,7 +58,7 @@ def put(url: str, data: bytes) -> SourceFile:
 
 def upload(folder: Path, url: str) -> str:
     for path in folder.iterdir():
-        put(join(url, path.name), path.read_bytes())
+        put(join_url(url, path.name), path.read_bytes())
     return url
 
 
@@ -81,7 +81,7 @@ def test_ranges(reader: SourceReader, pair: tuple[SourceFile, SourceFile]) -> No
     numbers = np.random.default_rng(1)
     ranges = [(int(at), int(at) + int(numbers.integers(1, 5000))) for at in numbers.integers(0, SIZE - 5000, 60)]
     ranges += [ranges[3], (0, 100), (20, 40), (100, 101), (SIZE - 3, SIZE), (9, 9)]
-    local, remote = ([bytes(found) for found in reader.scattered(file, ranges)] for file in pair)
+    local, remote = ([bytes(found) for found in reader.read_ranges(file, ranges)] for file in pair)
     assert remote == local
     for start, end in ranges[:5]:
         buffers = [bytearray(end - start), bytearray(end - start)]
@@ -96,7 +96,7 @@ def test_near_ranges_are_one_request(reader: SourceReader, pair: tuple[SourceFil
     before = store.counters
     near = [(at, at + 1000) for at in range(0, 1_000_000, 50_000)]
     far = [(at, at + 1000) for at in range(8 << 20, 16 << 20, 2 << 20)]
-    reader.scattered(pair[1], [*far, *near])
+    reader.read_ranges(pair[1], [*far, *near])
     after = store.counters
     assert after.requests - before.requests == 1 + len(far)
     assert after.bytes_read - before.bytes_read == near[-1][1] + 1000 * len(far)
@@ -166,7 +166,7 @@ def test_a_shorter_object(reader: SourceReader, bucket: str, knows_etag: bool) -
         lambda: list(reader.chunks(file, 0, 100_000)),
         lambda: reader.read_into(file, 59_990, memoryview(bytearray(20))),
         lambda: reader.read_into(file, 70_000, memoryview(bytearray(20))),
-        lambda: reader.scattered(file, [(0, 10), (90_000, 90_010)]),
+        lambda: reader.read_ranges(file, [(0, 10), (90_000, 90_010)]),
         lambda: reader.view(entry(file, 10, 90_000)),
     ]
     for read in reads:
@@ -239,7 +239,7 @@ def test_gates(reader: SourceReader, models: tuple[list[Path], list[str]], mode:
         plans = [raymoe.plan(config_of(places, mode) | {"prompt_model": prompt_model}) for places in models]
         for member in plans[1].gates.experts:
             assert {ref.entry.file.location[:5] for ref in member.weights.values()} == {"s3://"}
-        local, remote = (gate_rows_here(p.gates, reader, device="cpu")[0] for p in plans)
+        local, remote = (compute_routers_locally(p.gates, reader, device="cpu")[0] for p in plans)
         assert local.keys() == remote.keys()
         for owner, rows in local.items():
             assert rows.dtype == remote[owner].dtype and rows.any()

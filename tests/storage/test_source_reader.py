@@ -187,7 +187,7 @@ def test_few_files_are_open_at_once(many: list[SourceFile]) -> None:
         opened.append(os.path.basename(file.location))
         return os.open(file.location, os.O_RDONLY)
 
-    files = OpenFiles(opener, most=3)
+    files = OpenFiles(opener, max_open=3)
     with files.use(many[0]) as first:
         for file in [*many[1:], *many[1:3]]:
             with files.use(file) as descriptor:
@@ -201,7 +201,7 @@ def test_few_files_are_open_at_once(many: list[SourceFile]) -> None:
 
 def test_threads_that_share_few_descriptors(many: list[SourceFile]) -> None:
     """A descriptor is never closed, and its number given to another file, while a thread reads from it."""
-    files, wrong = OpenFiles(lambda file: os.open(file.location, os.O_RDONLY), most=2), []
+    files, wrong = OpenFiles(lambda file: os.open(file.location, os.O_RDONLY), max_open=2), []
 
     def read(seed: int) -> None:
         for number in np.random.default_rng(seed).integers(0, 20, 400):
@@ -249,9 +249,9 @@ except CheckpointError as error:
 
 def test_a_large_tensor_is_seen_to_move(entry: TensorEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read by several calls, each of which counts."""
-    monkeypatch.setattr(reader_module, "_MOST_READ_BYTES", entry.nbytes // 4)
+    monkeypatch.setattr(reader_module, "_MAX_READ_BYTES", entry.nbytes // 4)
     moves: list[int] = []
-    with SourceReader(HubOptions(), moved=lambda: moves.append(1)) as reader:
+    with SourceReader(HubOptions(), heartbeat=lambda: moves.append(1)) as reader:
         view = reader.view(entry)
     assert np.array_equal(np.frombuffer(view, np.float32), np.arange(1 << 16, dtype=np.float32))
     assert len(moves) == 4
@@ -259,7 +259,7 @@ def test_a_large_tensor_is_seen_to_move(entry: TensorEntry, monkeypatch: pytest.
 
 def test_a_download_moves_while_its_file_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick at the start; after that none while nothing grows: a hung download, or a lock that is never released."""
-    monkeypatch.setattr(reader_module, "_DOWNLOAD_MOVES_S", 0.005)
+    monkeypatch.setattr(reader_module, "_DOWNLOAD_POLL_S", 0.005)
     blobs = tmp_path / "models--org--name" / "blobs"
     blobs.mkdir(parents=True)
     part = blobs / "0a1b.incomplete"
@@ -281,5 +281,5 @@ def test_a_download_moves_while_its_file_grows(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(reader_module, "fetch_file", fetch)
     file = SourceFile(location=f"hf://org/name@{'0' * 40}/model.safetensors", size=30_022)
-    with SourceReader(HubOptions(cache_dir=str(tmp_path)), moved=moved.release) as reader:
+    with SourceReader(HubOptions(cache_dir=str(tmp_path)), heartbeat=moved.release) as reader:
         assert reader.path(file) == blobs / "0a1b"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raymoe.errors import MergeFailed
-from raymoe.planning.plan import HeadRows, Transform
+from raymoe.planning.plan import HeadPermutation, Transform
 from raymoe.sources.facts import LoraPair
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.shard_stream import part_chunks
@@ -120,7 +120,7 @@ def test_order_of_steps(reader: SourceReader, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head_dim", [64, 1500])
 def test_rows_change_places_within_heads(reader: SourceReader, tmp_path: Path, head_dim: int, dtype: str) -> None:
     """Whatever the blocks, and from whatever byte on: a head is never cut."""
-    heads = HeadRows(head_dim=head_dim, turned=24)
+    heads = HeadPermutation(head_dim=head_dim, rotary_dim=24)
     weight = np.random.default_rng(5).standard_normal((4 * head_dim, 300), np.float32)
     entries = save(tmp_path, {"w": weight, "bias": weight[:, 0].copy()})
     order = [*range(0, 24, 2), *range(1, 24, 2), *range(24, head_dim)]
@@ -136,9 +136,9 @@ def test_rows_change_places_within_heads(reader: SourceReader, tmp_path: Path, h
 
 
 def test_rows_go_back(reader: SourceReader) -> None:
-    heads = HeadRows(head_dim=10, turned=6)
-    assert heads.order == [0, 2, 4, 1, 3, 5, 6, 7, 8, 9]
-    assert [heads.order[row] for row in heads.order_back] == list(range(10))
+    heads = HeadPermutation(head_dim=10, rotary_dim=6)
+    assert heads.to_half_split == [0, 2, 4, 1, 3, 5, 6, 7, 8, 9]
+    assert [heads.to_half_split[row] for row in heads.to_interleaved] == list(range(10))
 
 
 def test_rows_change_places_after_the_adapter(reader: SourceReader, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_rows_change_places_after_the_adapter(reader: SourceReader, tmp_path: Pa
     entries = save(tmp_path, {**arrays, "a": numbers.standard_normal((2, 5), np.float32)})
     pair = LoraPair(a=entries["a"], b=entries["b"], scaling=0.5)
     plain, _ = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair), "F32")
-    heads = HeadRows(head_dim=4, turned=4)
+    heads = HeadPermutation(head_dim=4, rotary_dim=4)
     found, _ = transformed(reader, entries["w"], Transform(source=entries["w"], lora=pair, heads=heads), "F32")
     assert np.array_equal(found, plain[[0, 2, 1, 3, 4, 6, 5, 7]])
 

@@ -19,7 +19,7 @@ from raymoe.sources.facts import LoraPair
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.shard_stream import shard_range
 from raymoe.storage.source_reader import SourceReader
-from raymoe.storage.value_checks import FoundValues, has_non_finite, looked_at
+from raymoe.storage.value_checks import WeightFindings, has_non_finite, scan_non_finite
 from tests.pico import copy_model, merge_config
 from tests.storage.plans import one_shard, save, tensor
 
@@ -35,7 +35,7 @@ def reader() -> Iterator[SourceReader]:
 
 @pytest.fixture
 def strict() -> Iterator[SourceReader]:
-    with SourceReader(HubOptions(), found=FoundValues(strict=True)) as opened:
+    with SourceReader(HubOptions(), findings=WeightFindings(strict=True)) as opened:
         yield opened
 
 
@@ -67,7 +67,7 @@ def test_pieces_that_end_within_a_number(cut: int, place: int) -> None:
     for start in range(len(content)):
         found: list[int] = []
         pieces = [memoryview(content)[at : min(at + cut, 24)] for at in range(start, 24, cut)]
-        passed = looked_at(
+        passed = scan_non_finite(
             iter(pieces), "F32", lambda found=found: found.append(1), before=content[start // 4 * 4 : start]
         )
         assert b"".join(map(bytes, passed)) == content[start:]
@@ -96,7 +96,7 @@ def test_factors(reader: SourceReader, strict: SourceReader, tmp_path: Path, fac
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's own words would go to an actor's log
         read(reader, part)
-    (line,) = reader.found.lines
+    (line,) = reader.findings.lines
     assert line == f"out: NaN or infinity in the LoRA factor {factor} of {tmp_path}/adapter/model.safetensors"
     with pytest.raises(MergeFailed, match=rf"^out: NaN or infinity in the LoRA factor {factor} .*--strict refuses"):
         read(strict, part)
@@ -106,7 +106,7 @@ def test_weights_that_are_computed_with(reader: SourceReader, tmp_path: Path) ->
     weights = {"nan": np.array([[1, np.nan]]), "large": np.array([[1, 3.4e38]]), "sound": np.array([[1.0, 2.0]])}
     entries = save(tmp_path, {name: value.astype(np.float32) for name, value in weights.items()})
     read(reader, *(tensor(e, Transform(source=e, scale=2.0), name=f"out.{name}") for name, e in entries.items()))
-    assert sorted(reader.found.lines) == [
+    assert sorted(reader.findings.lines) == [
         f"out.large: NaN or infinity where it is made of large of {tmp_path}/model.safetensors: its numbers are too "
         "large for the dtype",
         f"out.nan: NaN or infinity in nan of {tmp_path}/model.safetensors",
@@ -125,7 +125,7 @@ def test_rows_without_length_under_dora(reader: SourceReader, strict: SourceRead
         content = read(reader, part)[-weight.nbytes :]
     found = np.frombuffer(content, np.float32).reshape(4, 6)
     np.testing.assert_allclose(found, np.repeat([[6**-0.5], [0], [0], [6**-0.5]], 6, axis=1), rtol=1e-6)
-    (line,) = reader.found.lines
+    (line,) = reader.findings.lines
     assert line.startswith("out: rows of length 0, to which the lora_magnitude_vector of ")
     with pytest.raises(MergeFailed, match="rows of length 0"):
         read(strict, part)
@@ -141,7 +141,7 @@ def test_copies_are_looked_at_where_a_merge_is_strict(
     entries = save(tmp_path, values)
     parts = [tensor(entry) for entry in entries.values()]
     content = read(reader, *parts)
-    assert reader.found.lines == ()
+    assert reader.findings.lines == ()
     with pytest.raises(MergeFailed, match=rf"^b: NaN or infinity in b of {tmp_path}/model.safetensors, which --strict"):
         read(strict, *parts)
     shard = one_shard(parts)
@@ -163,11 +163,11 @@ def test_copies_side_by_side(strict: SourceReader, tmp_path: Path) -> None:
 
 
 def test_many_findings_are_bounded() -> None:
-    found = FoundValues()
+    found = WeightFindings()
     for number in range(150):
         found.note(f"t{number % 120}", "NaN")
     assert found.lines == tuple(f"t{number}: NaN" for number in range(100))
-    assert found.left_out == 20
+    assert found.omitted == 20
 
 
 @pytest.fixture

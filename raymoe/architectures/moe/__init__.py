@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raymoe.architectures.moe.granite import GRANITE_HOSTS
+from raymoe.architectures.moe.granite import GRANITE_ARCHITECTURES
 from raymoe.architectures.moe.llama_like import LLAMA_LIKE_HOSTS
-from raymoe.architectures.moe.same_family import SIBLINGS
-from raymoe.architectures.moe.sigmoid_routed import SIGMOID_HOSTS
-from raymoe.architectures.moe_architecture import MoeHost
+from raymoe.architectures.moe.same_family import SAME_FAMILY_ARCHITECTURES
+from raymoe.architectures.moe.sigmoid_routed import SIGMOID_ROUTED_ARCHITECTURES
+from raymoe.architectures.moe_architecture import MoeArchitecture
 
-__all__ = ["HOSTS", "host_of"]
+__all__ = ["MOE_ARCHITECTURES", "find_moe_architecture"]
 
 # In order of preference where a config does not force one: the most widely read layout first.
-HOSTS: Mapping[str, MoeHost] = {
-    host.name: host for host in (*LLAMA_LIKE_HOSTS, *GRANITE_HOSTS, *SIBLINGS, *SIGMOID_HOSTS)
+MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
+    host.name: host
+    for host in (*LLAMA_LIKE_HOSTS, *GRANITE_ARCHITECTURES, *SAME_FAMILY_ARCHITECTURES, *SIGMOID_ROUTED_ARCHITECTURES)
 }
 
 
-def host_of(config: Mapping[str, Any]) -> MoeHost | None:
+def find_moe_architecture(config: Mapping[str, Any]) -> MoeArchitecture | None:
     """The host that a mixture's config.json names; None for what is no mixture that raymoe writes."""
-    return next((host for host in HOSTS.values() if host.model_type == config.get("model_type")), None)
+    return next(
+        (
+            architecture
+            for architecture in MOE_ARCHITECTURES.values()
+            if architecture.model_type == config.get("model_type")
+        ),
+        None,
+    )

@@ -16,7 +16,7 @@ from raymoe.architectures.moe_architecture import (
     O_BIAS,
     QKV_BIAS,
     ConstantRow,
-    MoeHost,
+    MoeArchitecture,
     MoeShape,
     common_reasons,
     head_dim_reason,
@@ -25,7 +25,7 @@ from raymoe.architectures.moe_architecture import (
 )
 from raymoe.architectures.tensor_tables import ATTENTION, GRANITE4_ROWS, LINEAR
 
-__all__ = ["GRANITE_HOSTS"]
+__all__ = ["GRANITE_ARCHITECTURES"]
 
 # The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
 _MOE = LAYER + "block_sparse_moe."
@@ -50,7 +50,7 @@ def _moe_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _moe_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _moe_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return _attention_reasons(spec) + no_shared_reasons(moe)
 
 
@@ -67,7 +67,7 @@ def _shared_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {**_moe_config(spec, moe), "shared_intermediate_size": spec.intermediate * moe.shared}
 
 
-def _shared_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _shared_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return _attention_reasons(spec) + ungated_shared_reasons(moe)
 
 
@@ -81,7 +81,7 @@ def _hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _hybrid_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _hybrid_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + head_dim_reason(spec) + ungated_shared_reasons(moe)
 
 
@@ -127,7 +127,7 @@ def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return keys
 
 
-def _swa_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _swa_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec, mixed_windows=True) + ungated_shared_reasons(moe)
 
 
@@ -137,44 +137,44 @@ def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK),)
 
 
-GRANITE_HOSTS = (
-    MoeHost(
+GRANITE_ARCHITECTURES = (
+    MoeArchitecture(
         name="granitemoe",
         title="Granite MoE",
         model_type="granitemoe",
-        architecture="GraniteMoeForCausalLM",
+        class_name="GraniteMoeForCausalLM",
         accepts=("granite", "granitemoehybrid"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
         expert=_EXPERTS,
         router=_MOE + "router.layer.weight",
         config=_moe_config,
-        refusals=_moe_refusals,
-        dense="granite",
+        unsupported_reasons=_moe_unsupported,
+        dense_family="granite",
         experts_key="num_local_experts",
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="granitemoeshared",
         title="Granite MoE with a shared expert",
         model_type="granitemoeshared",
-        architecture="GraniteMoeSharedForCausalLM",
+        class_name="GraniteMoeSharedForCausalLM",
         accepts=("granite", "granitemoehybrid"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
         expert=_EXPERTS,
         router=_MOE + "router.layer.weight",
         shared=_SHARED,
         config=_shared_config,
-        refusals=_shared_refusals,
-        dense="granite",
+        unsupported_reasons=_shared_unsupported,
+        dense_family="granite",
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="granitemoehybrid",
         title="Granite MoE with Mamba",
         model_type="granitemoehybrid",
-        architecture="GraniteMoeHybridForCausalLM",
+        class_name="GraniteMoeHybridForCausalLM",
         accepts=("granitemoehybrid",),
         backbone={row.role: row.name for row in GRANITE4_ROWS if not row.is_ffn},
         expert=_EXPERTS,
@@ -182,18 +182,18 @@ GRANITE_HOSTS = (
         shared=_SHARED,
         constants=_hybrid_constants,
         config=_hybrid_config,
-        refusals=_hybrid_refusals,
-        dense="granitemoehybrid",
+        unsupported_reasons=_hybrid_unsupported,
+        dense_family="granitemoehybrid",
         dense_keys={"num_local_experts": 0},
         experts_key="num_local_experts",
-        since="4.57",
+        min_transformers="4.57",
         note="without a shared expert there is one of zeros",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="granitemoe_swa",
         title="Granite MoE with windows",
         model_type="granitemoe_swa",
-        architecture="GraniteMoeSWAForCausalLM",
+        class_name="GraniteMoeSWAForCausalLM",
         accepts=("granite_swa", "smollm3"),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, "attn.sinks": _SINKS},
         expert=_SWA_EXPERTS,
@@ -201,11 +201,11 @@ GRANITE_HOSTS = (
         shared=_SHARED,
         constants=_swa_constants,
         config=_swa_config,
-        refusals=_swa_refusals,
-        dense="granite_swa",
+        unsupported_reasons=_swa_unsupported,
+        dense_family="granite_swa",
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
-        since="5.23",
+        min_transformers="5.23",
         note="transformers runs its attention, as that of Granite with windows, without SDPA; SmolLM3's own is faster",
     ),
 )

@@ -19,7 +19,7 @@ from raymoe.architectures.moe_architecture import (
     QK_NORM,
     QKV_BIAS,
     ConstantRow,
-    MoeHost,
+    MoeArchitecture,
     MoeShape,
     bias_reasons,
     common_reasons,
@@ -35,7 +35,7 @@ _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
 
 
-def _mixtral_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _mixtral_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec) + bias_reasons(spec, qkv=False, o=False)
     if moe.shared:
         reasons.append("shared_experts: it has none")
@@ -72,13 +72,13 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return keys
 
 
-def _qwen2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _qwen2_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec, mixed_windows=True) + bias_reasons(spec, qkv=True, o=False)
     return reasons + head_dim_reason(spec) + _gated_shared_reasons(moe)
 
 
 def _gated_shared_reasons(moe: MoeShape) -> list[str]:
-    if moe.shared and moe.needs_prompts and not moe.shared_prompted:
+    if moe.shared and moe.needs_prompts and not moe.shared_has_prompts:
         return ["a shared expert without positive_prompts: its shared expert has a gate"]
     return []
 
@@ -106,7 +106,7 @@ def _qwen3_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {**_qwen_keys(spec, moe), "head_dim": spec.head_dim, "attention_bias": spec.qkv_bias}
 
 
-def _qwen3_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _qwen3_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + (["shared_experts: it has none"] if moe.shared else [])
 
 
@@ -122,7 +122,7 @@ def _qwen3_5_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _qwen3_5_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _qwen3_5_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return _gated_shared_reasons(moe)
 
 
@@ -153,7 +153,7 @@ def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _deepseek_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _deepseek_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec)
     if spec.sliding_window:
         reasons.append(f"sliding_window {spec.sliding_window}: its attention has none")
@@ -168,45 +168,45 @@ def _deepseek_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 LLAMA_LIKE_HOSTS = (
-    MoeHost(
+    MoeArchitecture(
         name="mixtral",
         title="Mixtral",
         model_type="mixtral",
-        architecture="MixtralForCausalLM",
+        class_name="MixtralForCausalLM",
         accepts=(*_LLAMAS, "ministral"),
         backbone=BACKBONE,
         expert={r: f"{LAYER}block_sparse_moe.experts.{{expert}}.{w}.weight" for r, w in _MIXTRAL_NAMES.items()},
         router=LAYER + "block_sparse_moe.gate.weight",
         config=_mixtral_config,
-        refusals=_mixtral_refusals,
-        dense="llama",
+        unsupported_reasons=_mixtral_unsupported,
+        dense_family="llama",
         experts_key="num_local_experts",
         aliases={"num_local_experts": "num_experts"},
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="deepseek",
         title="DeepSeek MoE",
         model_type="deepseek",
-        architecture="DeepseekForCausalLM",
+        class_name="DeepseekForCausalLM",
         accepts=_LLAMAS,
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS},
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         shared={role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES},
         config=_deepseek_config,
-        refusals=_deepseek_refusals,
-        dense="llama",
+        unsupported_reasons=_deepseek_unsupported,
+        dense_family="llama",
         experts_key="n_routed_experts",
         shared_key="n_shared_experts",
-        renormalise_key="norm_topk_prob",
-        code=_DEEPSEEK_CODE,
+        renormalize_key="norm_topk_prob",
+        code_repository=_DEEPSEEK_CODE,
     ),
-    MoeHost(
+    MoeArchitecture(
         name="qwen2_moe",
         title="Qwen MoE",
         model_type="qwen2_moe",
-        architecture="Qwen2MoeForCausalLM",
+        class_name="Qwen2MoeForCausalLM",
         accepts=(*_LLAMAS, "ministral", "cwm", "qwen2"),
         backbone={**BACKBONE, **QKV_BIAS},
         expert=EXPERTS,
@@ -215,33 +215,33 @@ LLAMA_LIKE_HOSTS = (
         shared_router=LAYER + "mlp.shared_expert_gate.weight",
         constants=_qwen2_constants,
         config=_qwen2_config,
-        refusals=_qwen2_refusals,
-        dense="qwen2",
-        renormalise_key="norm_topk_prob",
-        since="4.57",
-        mixed_windows_since="5.23",
+        unsupported_reasons=_qwen2_unsupported,
+        dense_family="qwen2",
+        renormalize_key="norm_topk_prob",
+        min_transformers="4.57",
+        min_transformers_mixed_windows="5.23",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="qwen3_moe",
         title="Qwen3 MoE",
         model_type="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
+        class_name="Qwen3MoeForCausalLM",
         accepts=("qwen3",),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **QK_NORM},
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         config=_qwen3_config,
-        refusals=_qwen3_refusals,
-        dense="qwen3",
-        renormalise_key="norm_topk_prob",
+        unsupported_reasons=_qwen3_unsupported,
+        dense_family="qwen3",
+        renormalize_key="norm_topk_prob",
         aliases={"num_experts": "num_local_experts"},
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="qwen3_5_moe",
         title="Qwen3.5 MoE (text)",
         model_type="qwen3_5_moe_text",
-        architecture="Qwen3_5MoeForCausalLM",
+        class_name="Qwen3_5MoeForCausalLM",
         accepts=("qwen3_5_text",),
         backbone={row.role: row.name for row in QWEN3_5_ROWS if not row.is_ffn},
         expert=EXPERTS,
@@ -250,8 +250,8 @@ LLAMA_LIKE_HOSTS = (
         shared_router=LAYER + "mlp.shared_expert_gate.weight",
         constants=_empty_shared,
         config=_qwen3_5_config,
-        refusals=_qwen3_5_refusals,
-        dense="qwen3_5_text",
-        since="5.23",
+        unsupported_reasons=_qwen3_5_unsupported,
+        dense_family="qwen3_5_text",
+        min_transformers="5.23",
     ),
 )

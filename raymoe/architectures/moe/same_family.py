@@ -19,7 +19,7 @@ from raymoe.architectures.moe_architecture import (
     QK_NORM,
     QKV_BIAS,
     ConstantRow,
-    MoeHost,
+    MoeArchitecture,
     MoeShape,
     bias_reasons,
     common_reasons,
@@ -30,7 +30,7 @@ from raymoe.architectures.moe_architecture import (
 )
 from raymoe.architectures.tensor_tables import LFM2_ROWS
 
-__all__ = ["SIBLINGS"]
+__all__ = ["SAME_FAMILY_ARCHITECTURES"]
 
 
 def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _flex_olmo_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _flex_olmo_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + head_dim_reason(spec) + no_shared_reasons(moe)
 
 
@@ -67,7 +67,7 @@ def _ernie_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _ernie_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _ernie_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return common_reasons(spec) + bias_reasons(spec, qkv=False, o=False) + ungated_shared_reasons(moe)
 
 
@@ -99,7 +99,7 @@ def _hunyuan_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _hunyuan_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _hunyuan_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = common_reasons(spec) + ungated_shared_reasons(moe)
     if moe.shared > 1:
         reasons.append(f"{moe.shared} shared experts: it has one, as wide as an expert")
@@ -131,7 +131,7 @@ def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _cohere2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _cohere2_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return ungated_shared_reasons(moe)
 
 
@@ -157,18 +157,18 @@ def _lfm2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     }
 
 
-def _lfm2_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _lfm2_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return head_dim_reason(spec) + no_shared_reasons(moe)
 
 
 _LFM2_EXPERT = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
 
-SIBLINGS = (
-    MoeHost(
+SAME_FAMILY_ARCHITECTURES = (
+    MoeArchitecture(
         name="flex_olmo",
         title="FlexOlmo",
         model_type="flex_olmo",
-        architecture="FlexOlmoForCausalLM",
+        class_name="FlexOlmoForCausalLM",
         accepts=("olmo2",),
         backbone={
             **{role: name for role, name in BACKBONE.items() if role != "norm.input"},
@@ -180,17 +180,17 @@ SIBLINGS = (
         expert=EXPERTS,
         router=LAYER + "mlp.gate.weight",
         config=_flex_olmo_config,
-        refusals=_flex_olmo_refusals,
-        dense="olmo2",
-        renormalise_key="norm_topk_prob",
+        unsupported_reasons=_flex_olmo_unsupported,
+        dense_family="olmo2",
+        renormalize_key="norm_topk_prob",
         aliases={"num_experts": "num_local_experts"},
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="ernie4_5_moe",
         title="ERNIE 4.5 MoE",
         model_type="ernie4_5_moe",
-        architecture="Ernie4_5_MoeForCausalLM",
+        class_name="Ernie4_5_MoeForCausalLM",
         accepts=("ernie4_5", "helium"),
         backbone=BACKBONE,
         expert=EXPERTS,
@@ -198,18 +198,18 @@ SIBLINGS = (
         shared=_ERNIE_SHARED,
         constants=_ernie_constants,
         config=_ernie_config,
-        refusals=_ernie_refusals,
-        dense="ernie4_5",
+        unsupported_reasons=_ernie_unsupported,
+        dense_family="ernie4_5",
         experts_key="moe_num_experts",
         shared_key="moe_num_shared_experts",
         aliases={"moe_num_experts": "num_experts", PER_TOKEN_KEY: "moe_k"},
-        since="4.57",
+        min_transformers="4.57",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="hunyuan_v1_moe",
         title="Hunyuan MoE",
         model_type="hunyuan_v1_moe",
-        architecture="HunYuanMoEV1ForCausalLM",
+        class_name="HunYuanMoEV1ForCausalLM",
         accepts=("hunyuan_v1_dense",),
         backbone={**BACKBONE, **QKV_BIAS, **O_BIAS, **_HUNYUAN_NORMS},
         expert=EXPERTS,
@@ -217,17 +217,17 @@ SIBLINGS = (
         shared=_HUNYUAN_SHARED,
         constants=_hunyuan_constants,
         config=_hunyuan_config,
-        refusals=_hunyuan_refusals,
-        dense="hunyuan_v1_dense",
+        unsupported_reasons=_hunyuan_unsupported,
+        dense_family="hunyuan_v1_dense",
         aliases={"num_experts": "num_local_experts", PER_TOKEN_KEY: "moe_topk"},
-        since="4.57",
+        min_transformers="4.57",
         note="without a shared expert there is one of zeros, as wide as the experts",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="cohere2_moe",
         title="Cohere 2 MoE",
         model_type="cohere2_moe",
-        architecture="Cohere2MoeForCausalLM",
+        class_name="Cohere2MoeForCausalLM",
         accepts=("cohere2", "cohere"),
         backbone={
             **{role: name for role, name in BACKBONE.items() if role != "norm.post"},
@@ -238,27 +238,27 @@ SIBLINGS = (
         router=LAYER + "mlp.gate.weight",
         shared=_ERNIE_SHARED,
         config=_cohere2_config,
-        refusals=_cohere2_refusals,
-        dense="cohere2",
+        unsupported_reasons=_cohere2_unsupported,
+        dense_family="cohere2",
         shared_key="num_shared_experts",
-        since="5.23",
+        min_transformers="5.23",
     ),
-    MoeHost(
+    MoeArchitecture(
         name="lfm2_moe",
         title="LFM2 MoE",
         model_type="lfm2_moe",
-        architecture="Lfm2MoeForCausalLM",
+        class_name="Lfm2MoeForCausalLM",
         accepts=("lfm2",),
         backbone={row.role: row.name for row in LFM2_ROWS if not row.is_ffn},
         expert={r: f"{LAYER}feed_forward.experts.{{expert}}.{w}.weight" for r, w in _LFM2_EXPERT.items()},
         router=LAYER + "feed_forward.gate.weight",
         config=_lfm2_config,
-        refusals=_lfm2_refusals,
-        dense="lfm2",
+        unsupported_reasons=_lfm2_unsupported,
+        dense_family="lfm2",
         dense_keys={"block_auto_adjust_ff_dim": False},
-        renormalise_key="norm_topk_prob",
-        scores="sigmoid",
-        since="5.23",
+        renormalize_key="norm_topk_prob",
+        score_function="sigmoid",
+        min_transformers="5.23",
         note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor takes that back",
     ),
 )

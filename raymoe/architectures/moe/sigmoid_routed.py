@@ -18,14 +18,14 @@ from raymoe.architectures.moe_architecture import (
     QK_NORM,
     QKV_BIAS,
     ConstantRow,
-    MoeHost,
+    MoeArchitecture,
     MoeShape,
     ungated_shared_reasons,
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import MLA_ROWS
 
-__all__ = ["SIGMOID_HOSTS"]
+__all__ = ["SIGMOID_ROUTED_ARCHITECTURES"]
 
 _SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
 
@@ -63,7 +63,7 @@ def _reasons(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
-def _glm4_refusals(spec: DenseSpec, moe: MoeShape) -> list[str]:
+def _glm4_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     reasons = _reasons(spec, moe)
     if spec.o_bias:
         reasons.append("bias of attention's output projection: its attention has none")
@@ -81,12 +81,12 @@ def _constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
 
 _NOTE = "without a shared expert there is one of zeros, as wide as the experts"
 
-SIGMOID_HOSTS = (
-    MoeHost(
+SIGMOID_ROUTED_ARCHITECTURES = (
+    MoeArchitecture(
         name="glm4_moe",
         title="GLM-4.5 MoE",
         model_type="glm4_moe",
-        architecture="Glm4MoeForCausalLM",
+        class_name="Glm4MoeForCausalLM",
         accepts=("seed_oss", "phi3", "llama", "mistral", "internlm3", "iquestcoder", "qwen2", "qwen3", "glm"),
         backbone={**BACKBONE, **QKV_BIAS, **QK_NORM},
         expert=EXPERTS,
@@ -94,21 +94,21 @@ SIGMOID_HOSTS = (
         shared=_SHARED,
         constants=_constants,
         config=_glm4_config,
-        refusals=_glm4_refusals,
-        dense="seed_oss",
-        dense_in_part="glm",
+        unsupported_reasons=_glm4_unsupported,
+        dense_family="seed_oss",
+        partial_rotary_family="glm",
         experts_key="n_routed_experts",
-        renormalise_key="norm_topk_prob",
+        renormalize_key="norm_topk_prob",
         aliases={"n_routed_experts": "num_local_experts"},
-        scores="sigmoid",
-        since="4.57",
+        score_function="sigmoid",
+        min_transformers="4.57",
         note=_NOTE,
     ),
-    MoeHost(
+    MoeArchitecture(
         name="deepseek_v3",
         title="DeepSeek-V3",
         model_type="deepseek_v3",
-        architecture="DeepseekV3ForCausalLM",
+        class_name="DeepseekV3ForCausalLM",
         accepts=("youtu",),
         backbone={row.role: row.name for row in MLA_ROWS if not row.is_ffn},
         expert=EXPERTS,
@@ -116,13 +116,13 @@ SIGMOID_HOSTS = (
         shared=_SHARED,
         constants=_constants,
         config=_routing,
-        refusals=_reasons,
-        dense="youtu",
+        unsupported_reasons=_reasons,
+        dense_family="youtu",
         experts_key="n_routed_experts",
-        renormalise_key="norm_topk_prob",
+        renormalize_key="norm_topk_prob",
         aliases={"n_routed_experts": "num_local_experts"},
-        scores="sigmoid",
-        since="4.57",
+        score_function="sigmoid",
+        min_transformers="4.57",
         note=_NOTE,
     ),
 )

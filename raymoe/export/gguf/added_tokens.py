@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymoe.errors import Problem, ProblemReport, few
-from raymoe.formatting import some
+from raymoe.errors import Problem, ProblemReport, first_few
+from raymoe.formatting import short_list
 from raymoe.untrusted_files import check_size, read_json
 
 __all__ = [
-    "FILES",
+    "TOKENIZER_FILES_REMEDY",
     "AddedToken",
-    "added_beside_model",
-    "added_of_json",
+    "conflicting_texts_problem",
     "name_problems",
+    "read_added_token_files",
+    "read_added_tokens",
     "read_object",
     "strip_warnings",
-    "two_texts",
 ]
 
-FILES = "add the tokenizer files of the base model to the checkpoint's folder"
+TOKENIZER_FILES_REMEDY = "add the tokenizer files of the base model to the checkpoint's folder"
 _BY_TEXT = "added_tokens.json"
 _BY_ID = "added_tokens_decoder"
 _NAMED = 5  # of many problems
@@ -35,8 +35,8 @@ _NAMED = 5  # of many problems
 # behind three of them; without any of the four there it does not load the file.
 # Source: "set attributes by model/tokenizer/architecture name" in its src/llama-vocab.cpp.
 _PHI3 = ("phi-3", "phi3")
-_PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-_PHI3_NEEDS = frozenset({*_PHI3_KEEPS, "</s>"})
+_PHI3_KEPT_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_PHI3_NEEDS = frozenset({*_PHI3_KEPT_SPACES, "</s>"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,62 +50,62 @@ class AddedToken:
     rstrip: bool = False
 
 
-def added_of_json(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
+def read_added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
     """Those of a tokenizer.json."""
     return [_token(added["id"], added) for added in tokenizer.get("added_tokens") or ()]
 
 
-def added_beside_model(files: Mapping[str, Path], config: Mapping[str, Any]) -> list[AddedToken]:
+def read_added_token_files(files: Mapping[str, Path], config: Mapping[str, Any]) -> list[AddedToken]:
     """Those of a folder without tokenizer.json: `added_tokens.json`, and `added_tokens_decoder` of the tokenizer's
     config, which says more of them. Raises ProblemReport for what is none, and for two texts under one id.
     """
     found: dict[int, AddedToken] = {}
     problems: list[Problem] = []
     special = set(_special_texts(config))
-    for where, token in _stated(files, config, special):
+    for where, token in _read_entries(files, config, special):
         if len(problems) > _NAMED:
             break
         if token is None:
             what = f"{_BY_TEXT if where.endswith(_BY_TEXT) else _BY_ID} has an entry that is no token with an id"
-            problems.append(Problem(where=where, what=what, remedy=FILES))
+            problems.append(Problem(where=where, what=what, remedy=TOKENIZER_FILES_REMEDY))
             continue
         known = found.get(token.number)
         if known is not None and known.text != token.text:
-            problems.append(two_texts(where, token.number, known.text, token.text))
+            problems.append(conflicting_texts_problem(where, token.number, known.text, token.text))
         found[token.number] = token
     if problems:
-        raise ProblemReport(few(problems, _NAMED))
+        raise ProblemReport(first_few(problems, _NAMED))
     return list(found.values())
 
 
-def two_texts(where: str, number: int, first: str, second: str) -> Problem:
+def conflicting_texts_problem(where: str, number: int, first: str, second: str) -> Problem:
     remedy = "leave the right one: the files are of two tokenizers, or one of them was edited"
     return Problem(where=where, what=f"token {number} is both {first!r} and {second!r}", remedy=remedy)
 
 
-def _stated(
+def _read_entries(
     files: Mapping[str, Path], config: Mapping[str, Any], special: Collection[str]
 ) -> Iterator[tuple[str, AddedToken | None]]:
     """(file, token) of all entries, None for what is no token."""
     if path := files.get(_BY_TEXT):
         for text, number in read_object(path).items():
-            yield str(path), _checked(number, {"content": text}, special)
+            yield str(path), _parse_entry(number, {"content": text}, special)
     by_id = config.get(_BY_ID) or {}
-    for number, said in by_id.items() if isinstance(by_id, Mapping) else [(None, by_id)]:
+    for number, entry in by_id.items() if isinstance(by_id, Mapping) else [(None, by_id)]:
         whole = int(number) if isinstance(number, str) and number.isdecimal() else None
-        yield str(files["tokenizer_config.json"]), _checked(whole, said, special)
+        yield str(files["tokenizer_config.json"]), _parse_entry(whole, entry, special)
 
 
-def _checked(number: Any, said: Any, special: Collection[str]) -> AddedToken | None:
-    is_token = isinstance(said, Mapping) and isinstance(said.get("content"), str)
+def _parse_entry(number: Any, entry: Any, special: Collection[str]) -> AddedToken | None:
+    is_token = isinstance(entry, Mapping) and isinstance(entry.get("content"), str)
     if not is_token or not isinstance(number, int) or isinstance(number, bool) or number < 0:
         return None
-    return _token(number, {**said, "special": said.get("special") or said["content"] in special})
+    return _token(number, {**entry, "special": entry.get("special") or entry["content"] in special})
 
 
-def _token(number: int, said: Mapping[str, Any]) -> AddedToken:
-    flags = {name: bool(said.get(name)) for name in ("special", "lstrip", "rstrip")}
-    return AddedToken(number=number, text=said["content"], **flags)
+def _token(number: int, entry: Mapping[str, Any]) -> AddedToken:
+    flags = {name: bool(entry.get(name)) for name in ("special", "lstrip", "rstrip")}
+    return AddedToken(number=number, text=entry["content"], **flags)
 
 
 def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
@@ -113,8 +113,8 @@ def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in config.items():
         if not key.endswith(("_token", "_special_tokens")):
             continue
-        for said in value if isinstance(value, list) else [value]:
-            text = said.get("content") if isinstance(said, Mapping) else said
+        for entry in value if isinstance(value, list) else [value]:
+            text = entry.get("content") if isinstance(entry, Mapping) else entry
             if isinstance(text, str):
                 yield text
 
@@ -125,9 +125,11 @@ def read_object(path: Path) -> dict[str, Any]:
         check_size(path.stat().st_size)
         content = read_json(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
+        raise ProblemReport(
+            [Problem(where=str(path), what=f"can't be read: {error}", remedy=TOKENIZER_FILES_REMEDY)]
+        ) from None
     if not isinstance(content, dict):
-        raise ProblemReport([Problem(where=str(path), what=f"this is no {path.name}", remedy=FILES)])
+        raise ProblemReport([Problem(where=str(path), what=f"this is no {path.name}", remedy=TOKENIZER_FILES_REMEDY)])
     return content
 
 
@@ -149,18 +151,19 @@ def strip_warnings(
     """Tokens around which transformers and llama.cpp differ. `special` are the texts of all that are found first."""
     left = [token.text for token in added if token.lstrip]
     right = {token.text for token in added if token.rstrip}
-    phi3 = (set(special) | {"</s>"}) - _PHI3_KEEPS
+    phi3 = (set(special) | {"</s>"}) - _PHI3_KEPT_SPACES
     warnings = []
     if left:
-        warnings.append(f"space before {some(left)} goes with the token in transformers, and stays in llama.cpp")
+        warnings.append(f"space before {short_list(left)} goes with the token in transformers, and stays in llama.cpp")
     if stays := right - (phi3 if _is_phi3(name) else set()):
-        text = f"space behind {some(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
+        text = f"space behind {short_list(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
         if right == phi3 and set(texts) >= _PHI3_NEEDS:
             text += "; a --name with phi-3 in it makes llama.cpp do the same"
         warnings.append(text)
     if _is_phi3(name) and (goes := phi3 - right):
         warnings.append(
-            f"the name {name!r} makes llama.cpp take away the space behind {some(sorted(goes))}, which transformers "
+            f"the name {name!r} makes llama.cpp take away the space behind {short_list(sorted(goes))}, which "
+            "transformers "
             "leaves: a --name without phi-3 in it does not"
         )
     return warnings

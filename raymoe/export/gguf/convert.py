@@ -14,18 +14,18 @@ import numpy as np
 from raymoe.architectures.moe_architecture import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.encode import TensorEncoder
-from raymoe.export.gguf.input_model import ConvertedModel, open_model
+from raymoe.export.gguf.input_model import InputModel, open_model
 from raymoe.export.gguf.llama_cpp_archs import Target, choose_target
 from raymoe.export.gguf.metadata import add_metadata
 from raymoe.export.gguf.mixture_checks import is_zero
 from raymoe.export.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
 from raymoe.export.gguf.pretokenizer import KNOWN
-from raymoe.export.gguf.staging_file import PartFile, new_file, output_without_room
+from raymoe.export.gguf.staging_file import StagingFile, disk_space_problems, open_staging_file
 from raymoe.export.gguf.tensor_layout import GgufTensor, file_tensors
 from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from raymoe.formatting import human_bytes
-from raymoe.report.progress_line import LiveLine
-from raymoe.storage.locations import replaced
+from raymoe.report.progress_line import ProgressLine
+from raymoe.storage.locations import replaced_input
 
 __all__ = ["GgufFile", "write_gguf"]
 
@@ -51,7 +51,7 @@ class GgufFile:
 class _Conversion:
     """All that is known before the first byte is written."""
 
-    model: ConvertedModel
+    model: InputModel
     target: Target
     vocabulary: Vocabulary
     tensors: tuple[GgufTensor, ...]
@@ -72,11 +72,11 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     path = Path(output).expanduser().absolute()
     problems = list(option_problems(options))
     with ExitStack() as stack:
-        file = _collect(problems, lambda: stack.enter_context(new_file(output, overwrite=options.overwrite)))
+        file = _collect(problems, lambda: stack.enter_context(open_staging_file(output, overwrite=options.overwrite)))
         model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
         if model is None or not has_gguf():
             raise ProblemReport(problems)
-        conversion = _conversion(model, path, options, problems)
+        conversion = _plan_conversion(model, path, options, problems)
         assert file is not None
         progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
         model.prepare(progress.stage)
@@ -95,7 +95,7 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
             *model.warnings,
             *conversion.target.warnings,
             *conversion.vocabulary.warnings,
-            *_pre_warnings(options),
+            *_pretokenizer_warnings(options),
             *_type_warnings(conversion),
         ),
     )
@@ -109,10 +109,10 @@ def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
+def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
     """Raises ProblemReport with `problems` and all others."""
     spec, name = model.spec, options.name or path.stem
-    if owner := replaced(str(path), model.inputs):
+    if owner := replaced_input(str(path), model.inputs):
         what = f"this is {owner}, which is read"
         problems.append(Problem(where=str(path), what=what, remedy="name another file"))
     target = _collect(
@@ -136,12 +136,12 @@ def _conversion(model: ConvertedModel, path: Path, options: GgufOptions, problem
         type=kind,
         name=name,
     )
-    if problems := output_without_room(path, conversion.data_bytes):
+    if problems := disk_space_problems(path, conversion.data_bytes):
         raise ProblemReport(problems)
     return conversion
 
 
-def _shared_is_empty(model: ConvertedModel) -> bool:
+def _shared_is_empty(model: InputModel) -> bool:
     """Whether the shared expert is the one of zeros that some hosts have without one; its last matrices are read."""
     ending = f".{model.spec.family.ffn}.shared.down"
     downs = [entry for name, entry in model.weights.items() if name.endswith(ending)]
@@ -150,7 +150,7 @@ def _shared_is_empty(model: ConvertedModel) -> bool:
     return all(is_zero(entry, model.chunks) for entry in downs)
 
 
-def _pre_warnings(options: GgufOptions) -> list[str]:
+def _pretokenizer_warnings(options: GgufOptions) -> list[str]:
     if options.pre is None or options.pre in KNOWN:
         return []
     return [
@@ -160,13 +160,16 @@ def _pre_warnings(options: GgufOptions) -> list[str]:
 
 
 def _type_warnings(conversion: _Conversion) -> list[str]:
-    odd = [t for t in conversion.tensors if conversion.type.is_quantised and t.type.name == "f16"]
-    if not odd:
+    mismatched = [t for t in conversion.tensors if conversion.type.is_quantized and t.type.name == "f16"]
+    if not mismatched:
         return []
-    return [f"{len(odd)} tensors are f16: their rows are no multiple of {conversion.type.block} ({odd[0].name}, ...)"]
+    return [
+        f"{len(mismatched)} tensors are f16: their rows are no multiple of {conversion.type.block} "
+        f"({mismatched[0].name}, ...)"
+    ]
 
 
-def _write(conversion: _Conversion, file: PartFile, progress: GgufProgress) -> None:
+def _write(conversion: _Conversion, file: StagingFile, progress: GgufProgress) -> None:
     _write_header(conversion, file.part)
     file.continue_after_header(conversion.data_bytes)
     file.append(bytes(-file.size % _ALIGNMENT))
@@ -207,7 +210,7 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
         writer.close()
 
 
-class GgufProgress(LiveLine):
+class GgufProgress(ProgressLine):
     """Counts the bytes of tensors that have been written."""
 
     def __init__(self, total: int, quiet: bool) -> None:
@@ -215,7 +218,7 @@ class GgufProgress(LiveLine):
 
     def stage(self, name: str) -> None:
         """What comes next."""
-        self._next(name)
+        self._begin_stage(name)
 
     def written(self, count: int) -> None:
         self.add(count)

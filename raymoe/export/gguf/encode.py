@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.export.gguf.mixture_checks import Chunks
+from raymoe.export.gguf.mixture_checks import ReadChunks
 from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
-from raymoe.export.gguf.tensor_ops import AS_IT_IS
+from raymoe.export.gguf.tensor_ops import IDENTITY
 from raymoe.sources.facts import TensorEntry
 from raymoe.storage.transform import NUMPY_DTYPES
 
@@ -35,7 +35,7 @@ Float32 = npt.NDArray[np.float32]
 class TensorEncoder:
     """Gives the bytes of tensors, one after the other. A context manager: it has threads."""
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(self, chunks: ReadChunks) -> None:
         self._chunks = chunks
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="encode")
 
@@ -50,16 +50,16 @@ class TensorEncoder:
         if not tensor.sources:
             yield memoryview(np.array(tensor.values, dtype=np.float32).tobytes())
         for entry in tensor.sources:
-            if entry.dtype.lower() == tensor.type.name and tensor.change == AS_IT_IS:
+            if entry.dtype.lower() == tensor.type.name and tensor.op == IDENTITY:
                 yield from self._chunks(entry)
             else:
-                yield from self._converted(tensor, entry)
+                yield from self._convert(tensor, entry)
 
-    def _converted(self, tensor: GgufTensor, entry: TensorEntry) -> Iterator[memoryview]:
+    def _convert(self, tensor: GgufTensor, entry: TensorEntry) -> Iterator[memoryview]:
         under_way = deque[Future[memoryview]]()
         try:
-            for block in _row_blocks(entry, tensor.change.unit, self._chunks):
-                under_way.append(self._pool.submit(_encoded, tensor, entry, block))
+            for block in _row_blocks(entry, tensor.op.unit, self._chunks):
+                under_way.append(self._pool.submit(_encode, tensor, entry, block))
                 if len(under_way) > _THREADS:
                     yield under_way.popleft().result()
             while under_way:
@@ -69,7 +69,7 @@ class TensorEncoder:
                 left.cancel()
 
 
-def _row_blocks(entry: TensorEntry, unit: int, chunks: Chunks) -> Iterator[bytearray]:
+def _row_blocks(entry: TensorEntry, unit: int, chunks: ReadChunks) -> Iterator[bytearray]:
     """The tensor's bytes cut into blocks of whole units of rows, a buffer of its own each."""
     width = math.prod(entry.shape[1:])
     rows = max(1, _BLOCK_ELEMENTS // width // unit) * unit
@@ -88,10 +88,10 @@ def _row_blocks(entry: TensorEntry, unit: int, chunks: Chunks) -> Iterator[bytea
     assert not left, f"{entry.name}: {left} bytes too few"
 
 
-def _encoded(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryview:
+def _encode(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryview:
     source: npt.NDArray[np.generic] = np.frombuffer(block, dtype=NUMPY_DTYPES[entry.dtype])
     rows = source.astype(np.float32, copy=False).reshape(-1, math.prod(entry.shape[1:]))
-    encoded = _as_type(tensor.change(rows), tensor.type)
+    encoded = _cast(tensor.op(rows), tensor.type)
     if encoded is None:
         if np.isfinite(rows).all():
             what, remedy = f"holds values beyond 65504, which {tensor.type.name} can't", "write --type bf16"
@@ -104,7 +104,7 @@ def _encoded(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memory
     return np.ascontiguousarray(encoded).reshape(-1).view(np.uint8).data
 
 
-def _as_type(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:
+def _cast(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:
     """None where a value has no place in the type."""
     if kind.name == "f32":
         return rows
@@ -118,5 +118,5 @@ def _as_type(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:
         return None
     import gguf
 
-    quantised: npt.NDArray[np.generic] = gguf.quantize(rows, gguf.GGMLQuantizationType(kind.number))
-    return quantised
+    quantized: npt.NDArray[np.generic] = gguf.quantize(rows, gguf.GGMLQuantizationType(kind.number))
+    return quantized

@@ -17,37 +17,37 @@ import yaml
 
 from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
-from raymoe.checkpoints.weight_table import EvaluatedModel, RoutingRule, dense_model, mixture_model
-from raymoe.compute import device_of
+from raymoe.checkpoints.weight_table import CheckpointModel, RoutingRule, dense_model, mixture_model
+from raymoe.compute import choose_device
 from raymoe.config import config_warnings, load_config, storage_note
 from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport
-from raymoe.export.gguf.llama_cpp_archs import AS_WRITTEN, DENSE, MIXTURES
-from raymoe.export.gguf.mixture_checks import Chunks, check_mixture
+from raymoe.export.gguf.llama_cpp_archs import DENSE, MIXTURES, UNCHANGED_REMEDY
+from raymoe.export.gguf.mixture_checks import ReadChunks, check_mixture
 from raymoe.export.gguf.options import GgufOptions
 from raymoe.object_store.urls import is_url
 from raymoe.planning import MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.report.model_card import card_metadata
-from raymoe.report.source_metadata import front_matter_of, source_cards
+from raymoe.report.source_metadata import read_front_matter, source_cards
 from raymoe.sources.facts import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.storage.file_names import RECORD_NAME
-from raymoe.storage.locations import Inputs, named_inputs
+from raymoe.storage.locations import Inputs, input_paths
 from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["ConvertedModel", "open_model"]
+__all__ = ["InputModel", "open_model"]
 
 # Mixtures that raymoe writes, but not as GGUF.
 _NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertedModel:
+class InputModel:
     """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `checkpoints/weight_table.py`).
 
     `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
@@ -63,29 +63,29 @@ class ConvertedModel:
     weights: Mapping[str, TensorEntry]
     files: Mapping[str, Path]
     warnings: tuple[str, ...]
-    chunks: Chunks
+    chunks: ReadChunks
     prepare: Callable[[Callable[[str], None]], None]
     check_unchanged: Callable[[], None]
     inputs: Inputs = field(default_factory=Inputs)
 
 
 @contextmanager
-def open_model(source: str | Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+def open_model(source: str | Path, options: GgufOptions) -> Iterator[InputModel]:
     """A checkpoint in a folder or at a URL, or a config (.yaml) of a merge. Raises ProblemReport with what is wrong."""
     path = Path(source).expanduser()
     # What is no folder is a config, unless it is a file of a checkpoint.
     is_config = path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and not _is_of_a_checkpoint(path))
     if not is_url(str(source)) and is_config and not path.is_dir():
-        with _planned(path, options) as model:
+        with _open_planned(path, options) as model:
             yield model
         return
     if not is_url(str(source)) and path.is_file():
         remedy = "name the folder of a checkpoint, or the config of a merge"
         raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
-    if options.of_config:
+    if options.config_options:
         what, remedy = "means nothing for a checkpoint", "leave it out, or name the config of a merge"
-        raise ProblemReport([Problem(where=", ".join(options.of_config), what=what, remedy=remedy)])
-    card = front_matter_of(open_checkpoint(source, options.storage))
+        raise ProblemReport([Problem(where=", ".join(options.config_options), what=what, remedy=remedy)])
+    card = read_front_matter(open_checkpoint(source, options.storage))
     facts = resolve_model(ModelRef(model=PathRef(path=output_location(source))), options.hub, options.storage)
     with SourceReader(options.hub, options.storage) as reader:
         yield _model(
@@ -108,7 +108,7 @@ def _is_of_a_checkpoint(path: Path) -> bool:
 
 
 @contextmanager
-def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
+def _open_planned(config: Path, options: GgufOptions) -> Iterator[InputModel]:
     checked = load_config(config, allow_all_same=options.allow_all_same)
     if not options.quiet and (note := storage_note(checked.storage)):
         say(f"note: {note}")
@@ -116,7 +116,7 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
     options = replace(options, storage=checked.storage)
     with SourceReader(options.hub, options.storage) as reader:
         parts = _PlannedParts(plan, reader, options)
-        facts = _facts_of(plan, config, config_warnings(checked))
+        facts = _planned_facts(plan, config, config_warnings(checked))
         card = yaml.safe_load(card_metadata(plan, source_cards(plan, options.hub, options.storage)))
         models = _files(file for source in plan.sources for file in source.files)
         yield _model(
@@ -125,7 +125,7 @@ def _planned(config: Path, options: GgufOptions) -> Iterator[ConvertedModel]:
             card=card,
             chunks=parts.chunks,
             prepare=parts.prepare,
-            inputs=named_inputs(checked, config, models),
+            inputs=input_paths(checked, config, models),
             check_unchanged=reader.check_unchanged,
         )
 
@@ -138,26 +138,26 @@ class _PlannedParts:
         self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
         self._router: RouterBytes | None = None
 
-    def prepare(self, tell: Callable[[str], None]) -> None:
+    def prepare(self, on_stage: Callable[[str], None]) -> None:
         """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
         from raymoe.compute import limit_threads
-        from raymoe.routers.in_process import gate_rows_here
+        from raymoe.routers.in_process import compute_routers_locally
         from raymoe.routers.router_matrices import router_bytes
 
         stage = [""]
 
         def begun(what: str) -> None:
             stage[:] = [what]
-            tell(what)
+            on_stage(what)
 
         limit_threads()
-        rows, _ = gate_rows_here(
+        rows, _ = compute_routers_locally(
             self._plan.gates,
             self._reader,
-            device=device_of(self._options.device),
+            device=choose_device(self._options.device),
             trust_remote_code=self._options.trust_remote_code,
-            layer_done=lambda tokens: tell(stage[-1]),
-            begun=begun,
+            layer_done=lambda tokens: on_stage(stage[-1]),
+            on_begin=begun,
         )
         self._reader.release()
         self._router = router_bytes(self._plan.gates, rows)
@@ -167,7 +167,7 @@ class _PlannedParts:
         return shard_range(shard, entry.start, entry.end, self._reader, self._router)
 
 
-def _facts_of(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
+def _planned_facts(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
     """The checkpoint that the merge would leave: same names, dtypes and shapes, files that are not there."""
     tensors = {}
     for shard in plan.shards:
@@ -198,15 +198,15 @@ def _model(
     options: GgufOptions,
     *,
     card: Mapping[str, Any],
-    chunks: Chunks,
+    chunks: ReadChunks,
     prepare: Callable[[Callable[[str], None]], None],
     inputs: Inputs,
     check_unchanged: Callable[[], None],
-) -> ConvertedModel:
-    found = _evaluated(facts)
+) -> InputModel:
+    found = _weight_table(facts)
     if found.rule is not None:
         check_mixture(facts, found, chunks)
-    return ConvertedModel(
+    return InputModel(
         label=facts.label,
         spec=found.spec,
         rule=found.rule,
@@ -222,7 +222,7 @@ def _model(
     )
 
 
-def _evaluated(facts: ModelFacts) -> EvaluatedModel:
+def _weight_table(facts: ModelFacts) -> CheckpointModel:
     """The model as a table of weights by role. Raises ProblemReport for what raymoe can't convert."""
     model_type = facts.config.get("model_type")
     if model_type in DENSE:
@@ -238,4 +238,4 @@ def _evaluated(facts: ModelFacts) -> EvaluatedModel:
         return mixture_model(facts)
     except ProblemReport as report:
         # The remedies there speak of evaluating.
-        raise ProblemReport([replace(p, remedy=AS_WRITTEN) for p in report.problems]) from None
+        raise ProblemReport([replace(p, remedy=UNCHANGED_REMEDY) for p in report.problems]) from None

@@ -41,7 +41,16 @@ from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["AS_WRITTEN", "DENSE", "MIXTURES", "Architecture", "Target", "choose_target", "has_alpha", "rope_base"]
+__all__ = [
+    "DENSE",
+    "MIXTURES",
+    "UNCHANGED_REMEDY",
+    "LlamaCppArchitecture",
+    "Target",
+    "choose_target",
+    "has_alpha",
+    "rope_base",
+]
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
@@ -61,51 +70,64 @@ _ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
+class LlamaCppArchitecture:
     """What an architecture of llama.cpp has.
 
-    `interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i + d/2);
-    rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary frequency.
-    `scores`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on the
-    layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
-    rotary embedding may be scaled. `in_part`: it may turn a part of each head. `needs_shared`: every layer has a
-    shared expert, if one of zeros. The rest are biases that it adds.
+    `rope_is_interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i
+    + d/2); rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary
+    frequency.
+    `score_function`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on
+    the layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
+    rotary embedding may be scaled. `has_partial_rotary`: it may turn a part of each head. `needs_shared`: every layer
+    has a shared expert, if one of zeros. The rest are biases that it adds.
     """
 
     name: str
-    scores: str = "softmax"
-    interleaved: bool = False
+    score_function: str = "softmax"
+    rope_is_interleaved: bool = False
     factors: bool = False
     windows: bool = False
     tied: bool = True
     scales: bool = True
-    in_part: bool = False
+    has_partial_rotary: bool = False
     needs_shared: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
 
 
-_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+_ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
     {
         architecture.name: architecture
         for architecture in (
-            Architecture(name="llama", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
-            Architecture(name="bailingmoe", interleaved=True, factors=True, tied=False),
-            Architecture(name="qwen2moe", tied=False, qkv_bias=True),
-            Architecture(name="qwen3moe"),
-            Architecture(name="granitemoe", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
-            Architecture(name="hunyuan-moe", factors=True, needs_shared=True, qkv_bias=True),
-            Architecture(name="glm4moe", scores="sigmoid", in_part=True, needs_shared=True, qkv_bias=True),
-            Architecture(name="cohere2moe", interleaved=True, factors=True, windows=True),
-            Architecture(name="lfm2moe", scores="sigmoid"),
-            Architecture(name="deepseek2", scores="sigmoid", interleaved=True, scales=False, needs_shared=True),
-            Architecture(name="granitehybrid", interleaved=True, factors=True, qkv_bias=True, o_bias=True),
-            Architecture(name="granite_swa", interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True),
-            Architecture(name="qwen35moe", in_part=True, needs_shared=True),
-            Architecture(name="qwen2", qkv_bias=True),
-            Architecture(name="qwen3"),
-            Architecture(name="granite", interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True),
+            LlamaCppArchitecture(
+                name="llama", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True
+            ),
+            LlamaCppArchitecture(name="bailingmoe", rope_is_interleaved=True, factors=True, tied=False),
+            LlamaCppArchitecture(name="qwen2moe", tied=False, qkv_bias=True),
+            LlamaCppArchitecture(name="qwen3moe"),
+            LlamaCppArchitecture(name="granitemoe", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True),
+            LlamaCppArchitecture(name="hunyuan-moe", factors=True, needs_shared=True, qkv_bias=True),
+            LlamaCppArchitecture(
+                name="glm4moe", score_function="sigmoid", has_partial_rotary=True, needs_shared=True, qkv_bias=True
+            ),
+            LlamaCppArchitecture(name="cohere2moe", rope_is_interleaved=True, factors=True, windows=True),
+            LlamaCppArchitecture(name="lfm2moe", score_function="sigmoid"),
+            LlamaCppArchitecture(
+                name="deepseek2", score_function="sigmoid", rope_is_interleaved=True, scales=False, needs_shared=True
+            ),
+            LlamaCppArchitecture(
+                name="granitehybrid", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True
+            ),
+            LlamaCppArchitecture(
+                name="granite_swa", rope_is_interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True
+            ),
+            LlamaCppArchitecture(name="qwen35moe", has_partial_rotary=True, needs_shared=True),
+            LlamaCppArchitecture(name="qwen2", qkv_bias=True),
+            LlamaCppArchitecture(name="qwen3"),
+            LlamaCppArchitecture(
+                name="granite", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True
+            ),
         )
     }
 )
@@ -157,20 +179,20 @@ _OWN = {
 class Target:
     """The architecture that a model is written for, and up to how many tokens it computes what the model computes.
 
-    `reorders`: rows of q and k change places. `shared`: a shared expert is written.
+    `permutes_heads`: rows of q and k change places. `shared`: a shared expert is written.
     """
 
-    architecture: Architecture
+    architecture: LlamaCppArchitecture
     context: int
     rule: RoutingRule | None
-    reorders: bool
+    permutes_heads: bool
     shared: bool
     warnings: tuple[str, ...] = ()
 
 
 def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
     """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    shared = rule is not None and rule.shared
+    shared = rule is not None and rule.has_shared_expert
     found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared and not shared_is_empty)
     if isinstance(found, _Reason):
         raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
@@ -178,8 +200,8 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
     reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture), *_number_reasons(spec)]
     if rule is not None and rule.experts > MAX_EXPERTS:
         reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
-    if rule is not None and rule.scores != architecture.scores:
-        reasons.append(f"router scores by {rule.scores}: it has {architecture.scores}")
+    if rule is not None and rule.score_function != architecture.score_function:
+        reasons.append(f"router scores by {rule.score_function}: it has {architecture.score_function}")
     if reasons:
         what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
         raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
@@ -188,24 +210,24 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
         architecture=architecture,
         context=context,
         rule=rule,
-        reorders=architecture.interleaved and not _turns_neighbours(spec),
+        permutes_heads=architecture.rope_is_interleaved and not _rope_is_interleaved(spec),
         shared=shared and (architecture.needs_shared or not shared_is_empty),
         warnings=tuple(warnings),
     )
 
 
-def _turns_neighbours(spec: DenseSpec) -> bool:
+def _rope_is_interleaved(spec: DenseSpec) -> bool:
     """Whether the rotary embedding does in transformers too (`rotate_half` in the modelling files)."""
     if spec.model_type == "youtu":
         return bool(spec.extra["rope_interleave"])
-    return spec.family.turns_neighbours
+    return spec.family.rope_is_interleaved
 
 
 # What the floats of a GGUF file's metadata hold, and keys of configs that are written as such.
 _LARGEST_REAL = 3.4028234663852886e38
 _REALS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale")
 
-AS_WRITTEN = "convert a merge as raymoe wrote it"
+UNCHANGED_REMEDY = "convert a merge as raymoe wrote it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +240,7 @@ class _Reason:
 
 def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reason:
     """The name of the architecture. Weights over all experts sum to one in any case."""
-    sums_to_one = rule.renormalises or rule.per_token == rule.experts
+    sums_to_one = rule.renormalizes or rule.per_token == rule.experts
     if shared and spec.model_type == "cohere2":
         what = "it adds up its shared expert and the others; llama.cpp's cohere2moe takes the mean of both"
         return _Reason(what=what, remedy="merge without shared_experts")
@@ -226,10 +248,10 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reas
     if spec.model_type in _OWN:
         if sums_to_one:
             return _OWN[spec.model_type]
-        return _Reason(what=f"{unequal}, as a merge's do", remedy=AS_WRITTEN)
-    if spec.model_type == "qwen3" and rule.scores == "sigmoid":
+        return _Reason(what=f"{unequal}, as a merge's do", remedy=UNCHANGED_REMEDY)
+    if spec.model_type == "qwen3" and rule.score_function == "sigmoid":
         return "glm4moe"
-    if shared and rule.gates_shared:
+    if shared and rule.has_shared_gate:
         if sums_to_one and rule.per_token != rule.experts:
             what = (
                 f"it has a shared expert with a gate, and the weights of each token's {rule.per_token} experts sum to "
@@ -245,7 +267,7 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reas
     return "qwen3moe" if spec.qk_norm else "llama"
 
 
-def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
+def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterator[str]:
     if spec.hidden_act != "silu":
         yield f"activation {spec.hidden_act!r}: it has silu"
     for flag, where in (("qkv_bias", "q, k and v"), ("o_bias", "attention's output"), ("mlp_bias", "the FFN")):
@@ -253,14 +275,14 @@ def _feature_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[st
             yield f"a bias on {where}: it has none"
     if spec.extra.get("conv_bias"):
         yield "a bias on convolutions: it has none"
-    if spec.partial_rotary != 1.0 and not architecture.in_part:
+    if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
         yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
-    yield from _own_reasons(spec)
+    yield from _family_reasons(spec)
     if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):
         yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
 
 
-def _own_reasons(spec: DenseSpec) -> Iterator[str]:
+def _family_reasons(spec: DenseSpec) -> Iterator[str]:
     """What llama.cpp takes for granted in the architecture of one family."""
     extra = spec.extra
     if len(set(spec.kinds)) == 1:
@@ -301,15 +323,15 @@ def _is_unlimited(limit: Sequence[Any]) -> bool:
     return float(lowest) == 0 and (isinstance(highest, Mapping) or float(highest) == math.inf)
 
 
-def _rope_reasons(spec: DenseSpec, architecture: Architecture) -> Iterator[str]:
+def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterator[str]:
     if spec.rope_scaling is None:
         return
     kind = spec.rope_scaling["rope_type"]
     known = _ROPE_KEYS.get(kind)
-    able = [name for name in _ROPE_KEYS if name == "dynamic" or (architecture.scales and name != "llama3")]
-    able += ["llama3"] if architecture.factors else []
-    if known is None or kind not in able:
-        yield f"RoPE scaling {kind!r}: it knows {', '.join(able)}"
+    supported = [name for name in _ROPE_KEYS if name == "dynamic" or (architecture.scales and name != "llama3")]
+    supported += ["llama3"] if architecture.factors else []
+    if known is None or kind not in supported:
+        yield f"RoPE scaling {kind!r}: it knows {', '.join(supported)}"
         return
     if not spec.rope_scaling.get("factor"):
         yield f"RoPE scaling {kind!r} without a factor"
@@ -368,7 +390,7 @@ def has_alpha(spec: DenseSpec) -> bool:
     )
 
 
-def _context(spec: DenseSpec, architecture: Architecture) -> tuple[int, list[str]]:
+def _context(spec: DenseSpec, architecture: LlamaCppArchitecture) -> tuple[int, list[str]]:
     """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
     context, warnings = spec.max_positions, []
     if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic" and not has_alpha(spec):

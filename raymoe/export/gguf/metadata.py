@@ -16,7 +16,7 @@ from raymoe.export.gguf.llama_cpp_archs import Target, rope_base
 from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
 from raymoe.export.gguf.vocabulary import Vocabulary
-from raymoe.report.source_metadata import is_model_of_hub, stated_licence, texts_of
+from raymoe.report.source_metadata import as_strings, is_model_of_hub, stated_license
 
 __all__ = ["add_metadata"]
 
@@ -28,7 +28,7 @@ _STATE_SIZES = {
         *("linear_num_value_heads", "linear_num_key_heads"),
     ),
 }
-_QUANTISATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
 def add_metadata(
@@ -50,8 +50,8 @@ def add_metadata(
     _add_origin(writer, card)
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(kind.file_type)
-    if kind.is_quantised:
-        writer.add_quantization_version(_QUANTISATION_VERSION)
+    if kind.is_quantized:
+        writer.add_quantization_version(_QUANTIZATION_VERSION)
     _add_sizes(writer, spec, target)
     if target.rule is None:
         writer.add_feed_forward_length(spec.intermediate)
@@ -62,28 +62,28 @@ def add_metadata(
         _add_multipliers(writer, spec)
     elif target.architecture.name == "cohere2moe":
         writer.add_logit_scale(spec.extra["logit_scale"])
-    _add_own(writer, spec, target.architecture.name)
+    _add_architecture_keys(writer, spec, target.architecture.name)
     _add_vocabulary(writer, vocabulary)
 
 
 def _add_origin(writer: Any, card: Mapping[str, Any]) -> None:
     """What a model card says of licence, languages, tags, and the models of the Hub that it was made from."""
-    if licence := stated_licence(card):
-        writer.add_license(licence.name)
-        if licence.title:
-            writer.add_license_name(licence.title)
-        if licence.link:
-            writer.add_license_link(licence.link)
-    if bases := [base for base in texts_of(card.get("base_model")) if is_model_of_hub(base)]:
+    if license := stated_license(card):
+        writer.add_license(license.name)
+        if license.title:
+            writer.add_license_name(license.title)
+        if license.link:
+            writer.add_license_link(license.link)
+    if bases := [base for base in as_strings(card.get("base_model")) if is_model_of_hub(base)]:
         writer.add_base_model_count(len(bases))
         for number, base in enumerate(bases):
-            organisation, _, base_name = base.rpartition("/")
+            organization, _, base_name = base.rpartition("/")
             writer.add_base_model_name(number, base_name)
-            writer.add_base_model_organization(number, organisation)
+            writer.add_base_model_organization(number, organization)
             writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
-    if tags := texts_of(card.get("tags")):
+    if tags := as_strings(card.get("tags")):
         writer.add_tags(list(tags))
-    if languages := texts_of(card.get("language")):
+    if languages := as_strings(card.get("language")):
         writer.add_languages(list(languages))
 
 
@@ -117,17 +117,17 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
 
 def _add_latent(writer: Any, spec: DenseSpec) -> None:
     """Of attention whose keys and values are made of latent numbers: all heads have the same, and so one of each."""
-    latent, turned = spec.extra["kv_lora_rank"], spec.extra["qk_rope_head_dim"]
+    latent, rotary = spec.extra["kv_lora_rank"], spec.extra["qk_rope_head_dim"]
     writer.add_head_count_kv(1)
-    writer.add_key_length(latent + turned)
+    writer.add_key_length(latent + rotary)
     writer.add_value_length(latent)
-    writer.add_key_length_mla(spec.extra["qk_nope_head_dim"] + turned)
+    writer.add_key_length_mla(spec.extra["qk_nope_head_dim"] + rotary)
     writer.add_value_length_mla(spec.extra["v_head_dim"])
     writer.add_kv_lora_rank(latent)
     writer.add_q_lora_rank(spec.extra["q_lora_rank"] or 0)
 
 
-def _add_own(writer: Any, spec: DenseSpec, architecture: str) -> None:
+def _add_architecture_keys(writer: Any, spec: DenseSpec, architecture: str) -> None:
     """Keys that only one architecture has."""
     if architecture in _STATE_SIZES:
         kernel, inner, state, heads, groups = map(spec.size_of, _STATE_SIZES[architecture])
@@ -165,9 +165,9 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
         writer.add_expert_feed_forward_length(width)
     if architecture in ("bailingmoe", "cohere2moe", "deepseek2", "glm4moe", "lfm2moe"):
         writer.add_leading_dense_block_count(0)
-        writer.add_expert_gating_func(ExpertGatingFuncType[rule.scores.upper()])
+        writer.add_expert_gating_func(ExpertGatingFuncType[rule.score_function.upper()])
         writer.add_expert_weights_scale(1.0)
-        writer.add_expert_weights_norm(rule.renormalises or rule.per_token == rule.experts)
+        writer.add_expert_weights_norm(rule.renormalizes or rule.per_token == rule.experts)
     if target.shared:
         shared = tensors["blk.0.ffn_down_shexp.weight"].shape[1]
         if architecture in ("bailingmoe", "deepseek2", "glm4moe"):

@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from raymoe.architectures import MoeShape, host_of
+from raymoe.architectures import MoeShape, find_moe_architecture
 from raymoe.architectures.rope import is_number
-from raymoe.checkpoints.weight_table import EvaluatedModel
+from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.errors import Problem, ProblemReport
-from raymoe.export.gguf.llama_cpp_archs import AS_WRITTEN
+from raymoe.export.gguf.llama_cpp_archs import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.sources.output_head import HEAD
 
-__all__ = ["Chunks", "check_mixture", "is_zero"]
+__all__ = ["ReadChunks", "check_mixture", "is_zero"]
 
-Chunks = Callable[[TensorEntry], Iterator[memoryview]]
+ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
 # ERNIE's, GLM's and DeepSeek's addition to router scores, on which only the choice of experts depends: a merge's is 0.
-_ADDED = "e_score_correction_bias"
+_SCORE_BIAS = "e_score_correction_bias"
 # Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
 # back what transformers adds to a sum and llama.cpp does not.
-_PLAIN = {"routed_scaling_factor": 1.0, "n_group": 1}
-_NEARLY = 3e-6
+_NEUTRAL_VALUES = {"routed_scaling_factor": 1.0, "n_group": 1}
+_TOLERANCE = 3e-6
 # Keys of a host that are no switch: what the dense model or `_shapes` is made of, in any of its forms, and what has
 # nothing to do with the probability of a token.
-_READ_ELSEWHERE = frozenset(
+_CHECKED_KEYS = frozenset(
     {
         *("attention_bias", "head_dim", "layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling"),
         *("max_window_layers", "sliding_window", "use_qk_norm", "use_sliding_window"),
@@ -40,15 +40,15 @@ _READ_ELSEWHERE = frozenset(
         *("auto_map", "num_nextn_predict_layers", "output_router_logits"),
     }
 )
-_SHOWN = 4
+_MAX_SHOWN = 4
 
 
-def is_zero(entry: TensorEntry, chunks: Chunks) -> bool:
+def is_zero(entry: TensorEntry, chunks: ReadChunks) -> bool:
     """Whether every number of a tensor is zero; it is read as far as that takes."""
     return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
 
 
-def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> None:
+def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks) -> None:
     """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
 
     Additions to router scores of zeros are no loss; other tensors, sizes and settings than raymoe writes are. A setting
@@ -59,39 +59,41 @@ def check_mixture(facts: ModelFacts, model: EvaluatedModel, chunks: Chunks) -> N
     for name, entry in sorted(facts.index.tensors.items()):
         if name in used or name.endswith(model.spec.family.ignored) or (name == HEAD and model.spec.tied):
             continue
-        if not name.endswith(_ADDED) or not is_zero(entry, chunks):
+        if not name.endswith(_SCORE_BIAS) or not is_zero(entry, chunks):
             left.append(name)
     found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
     for name, expected in _shapes(model):
         if (shape := model.weights[name].entry.shape) != expected:
             found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
-    for key, written in _switches(facts, model).items():
+    for key, written in _expected_settings(facts, model).items():
         value = facts.config.get(key)
-        if value is not None and not _same(value, written):
+        if value is not None and not _matches(value, written):
             found.append(f"{key} is {json.dumps(value):.80}, and only {json.dumps(written):.80} is converted")
     if found:
-        raise ProblemReport([Problem(where=facts.label, what=what, remedy=AS_WRITTEN) for what in found[:_SHOWN]])
+        raise ProblemReport(
+            [Problem(where=facts.label, what=what, remedy=UNCHANGED_REMEDY) for what in found[:_MAX_SHOWN]]
+        )
 
 
-def _switches(facts: ModelFacts, model: EvaluatedModel) -> dict[str, Any]:
+def _expected_settings(facts: ModelFacts, model: CheckpointModel) -> dict[str, Any]:
     """The keys by which a host of transformers computes one thing or another, with the values that raymoe writes."""
-    rule, host = model.rule, host_of(facts.config)
-    assert rule is not None and host is not None
-    shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.shared))
+    rule, architecture = model.rule, find_moe_architecture(facts.config)
+    assert rule is not None and architecture is not None
+    shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.has_shared_expert))
     # What the rule itself is read from, `choose_target` looks at.
-    read = _READ_ELSEWHERE | {host.experts_key, host.shared_key, host.renormalise_key}
-    switches = {key: value for key, value in host.config(model.spec, shape).items() if key not in read}
-    if not rule.shared:
+    read = _CHECKED_KEYS | {architecture.experts_key, architecture.shared_key, architecture.renormalize_key}
+    switches = {key: value for key, value in architecture.config(model.spec, shape).items() if key not in read}
+    if not rule.has_shared_expert:
         switches.pop("shared_expert_combination_strategy", None)
-    return {**switches, **_PLAIN}
+    return {**switches, **_NEUTRAL_VALUES}
 
 
-def _same(value: Any, written: Any) -> bool:
+def _matches(value: Any, written: Any) -> bool:
     numbers = is_number(value) and is_number(written)
-    return isclose(value, written, rel_tol=_NEARLY) if numbers else bool(value == written)
+    return isclose(value, written, rel_tol=_TOLERANCE) if numbers else bool(value == written)
 
 
-def _shapes(model: EvaluatedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(model: CheckpointModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape that it must have) of each tensor; how wide experts are, the first of them says."""
     spec, rule = model.spec, model.rule
     assert rule is not None

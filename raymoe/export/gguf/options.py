@@ -30,7 +30,7 @@ class TensorType:
     file_type: int
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         return self.block > 1
 
     def nbytes(self, elements: int) -> int:
@@ -58,7 +58,7 @@ class GgufOptions:
     """`type`: a name of `TYPES`, or None for that of the checkpoint. `pre`: llama.cpp's name of the pre-tokenizer,
     where the tokenizer's own files do not tell. `name`: what the model is called, by default as the file. `merge`:
     options of the merge where a config is converted. `device`: where its gates are computed, `cpu`, `cuda` or None,
-    which is a GPU where there is one. `of_config`: options that were given and mean something for a config only.
+    which is a GPU where there is one. `config_options`: options that were given and mean something for a config only.
     """
 
     type: str | None = None
@@ -66,7 +66,7 @@ class GgufOptions:
     name: str | None = None
     overwrite: bool = False
     merge: MergeOptions = field(default_factory=MergeOptions)
-    of_config: tuple[str, ...] = ()
+    config_options: tuple[str, ...] = ()
     allow_all_same: bool = False
     device: str | None = None
     trust_remote_code: bool = False

@@ -23,14 +23,14 @@ from raymoe.object_store.urls import check_spelling, is_url
 from raymoe.storage.linux_io import allocate, start_writeback
 from raymoe.storage.locations import is_in_job_package
 
-__all__ = ["PartFile", "new_file", "output_without_room"]
+__all__ = ["StagingFile", "disk_space_problems", "open_staging_file"]
 
 _WRITEBACK_BYTES = 64 << 20
 _PART = ".raymoe-part"  # browsers and download tools use '.part'
 _MAGIC = b"GGUF"
 
 
-def _place_problems(output: str | Path, path: Path) -> list[Problem]:
+def _path_problems(output: str | Path, path: Path) -> list[Problem]:
     """What can be said against the place itself."""
     if is_url(str(output)):
         remedy = "write it to a local file, and copy that"
@@ -52,7 +52,7 @@ def _place_problems(output: str | Path, path: Path) -> list[Problem]:
     return []
 
 
-def output_without_room(path: Path, size: int) -> list[Problem]:
+def disk_space_problems(path: Path, size: int) -> list[Problem]:
     """Less free than `size` bytes. What a file holds that is replaced counts as used: both are there for a moment."""
     free = shutil.disk_usage(path.parent).free
     if free >= size:
@@ -61,7 +61,7 @@ def output_without_room(path: Path, size: int) -> list[Problem]:
     return [Problem(where=str(path), what=what, remedy="make room, or choose a smaller --type or another folder")]
 
 
-class PartFile:
+class StagingFile:
     """The file under its name of the meantime, open and locked. `commit` brings it to its place."""
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
@@ -69,17 +69,17 @@ class PartFile:
         self._overwrite, self._is_committed = overwrite, False
         self._descriptor = _open_part(path, self.part)
         try:
-            if not self._locked():
-                raise ProblemReport([_written_now(path)])
+            if not self._try_lock():
+                raise ProblemReport([_locked_problem(path)])
             if not _is_part(self._descriptor):
-                raise ProblemReport([_in_the_way(self.part)])
+                raise ProblemReport([_foreign_part_problem(self.part)])
             os.ftruncate(self._descriptor, 0)
         except BaseException:
             os.close(self._descriptor)
             raise
         self.size = self._written_back = 0
 
-    def _locked(self) -> bool:
+    def _try_lock(self) -> bool:
         """Whether the lock is ours, on the file that has the name: another run may have moved it to its place since."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ class PartFile:
         if self._overwrite:
             os.replace(self.part, self.path)
         else:
-            self._move_to_free_place()
+            self._move_without_replacing()
         self._is_committed = True
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -124,12 +124,12 @@ class PartFile:
         finally:
             os.close(folder)
 
-    def _move_to_free_place(self) -> None:
+    def _move_without_replacing(self) -> None:
         """A second name is only given where there is no file of that name, which moving does not ask for."""
         try:
             os.link(self.part, self.path)
         except FileExistsError:
-            raise ProblemReport([_there_already(self.path)]) from None
+            raise ProblemReport([_exists_problem(self.path)]) from None
         except OSError:  # a filesystem where a file has one name
             self.refuse_replacing()
             os.replace(self.part, self.path)
@@ -138,7 +138,7 @@ class PartFile:
 
     def refuse_replacing(self) -> None:
         if not self._overwrite and os.path.lexists(self.path):
-            raise ProblemReport([_there_already(self.path)])
+            raise ProblemReport([_exists_problem(self.path)])
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -146,7 +146,7 @@ class PartFile:
         try:
             yield
         except OSError as error:
-            raise ProblemReport([_not_written(self.path, error)]) from error
+            raise ProblemReport([_write_problem(self.path, error)]) from error
 
     def close(self) -> None:
         if not self._is_committed and self._has_name():
@@ -155,15 +155,15 @@ class PartFile:
 
 
 @contextmanager
-def new_file(output: str | Path, *, overwrite: bool = False) -> Iterator[PartFile]:
+def open_staging_file(output: str | Path, *, overwrite: bool = False) -> Iterator[StagingFile]:
     """A file that is gone again unless it was committed. Raises ProblemReport where it can't be, or one is there."""
     path = Path(output).expanduser().absolute()
-    if problems := _place_problems(output, path):
+    if problems := _path_problems(output, path):
         raise ProblemReport(problems)
     try:
-        file = PartFile(path, overwrite=overwrite)
+        file = StagingFile(path, overwrite=overwrite)
     except OSError as error:
-        raise ProblemReport([_not_written(path, error)]) from None
+        raise ProblemReport([_write_problem(path, error)]) from None
     try:
         file.refuse_replacing()
         yield file
@@ -184,10 +184,10 @@ def _open_part(path: Path, part: Path) -> int:
     try:
         return os.open(part, flags)
     except FileNotFoundError:  # it was moved to its place just now
-        raise ProblemReport([_written_now(path)]) from None
+        raise ProblemReport([_locked_problem(path)]) from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise ProblemReport([_in_the_way(part)]) from None
+            raise ProblemReport([_foreign_part_problem(part)]) from None
         raise
 
 
@@ -199,20 +199,20 @@ def _is_part(descriptor: int) -> bool:
     return found.st_size == 0 or os.pread(descriptor, len(_MAGIC), 0) in (_MAGIC, bytes(len(_MAGIC)))
 
 
-def _written_now(path: Path) -> Problem:
+def _locked_problem(path: Path) -> Problem:
     remedy = "wait for it, or choose another name"
     return Problem(where=str(path), what="another run is writing this file", remedy=remedy)
 
 
-def _in_the_way(part: Path) -> Problem:
+def _foreign_part_problem(part: Path) -> Problem:
     what = "the file is written under this name first, and something else has it"
     return Problem(where=str(part), what=what, remedy="move it away, or choose another name for the GGUF file")
 
 
-def _there_already(path: Path) -> Problem:
+def _exists_problem(path: Path) -> Problem:
     return Problem(where=str(path), what="this file is there already", remedy="--overwrite replaces it")
 
 
-def _not_written(path: Path, error: OSError) -> Problem:
+def _write_problem(path: Path, error: OSError) -> Problem:
     what = f"it can't be written: {error.strerror or error}"
     return Problem(where=str(path), what=what, remedy="name a file in a folder that you may write to, with space left")

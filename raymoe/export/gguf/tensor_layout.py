@@ -18,8 +18,8 @@ from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.export.gguf.llama_cpp_archs import Target
 from raymoe.export.gguf.options import TYPES, TensorType
-from raymoe.export.gguf.tensor_map import Form, forms_of
-from raymoe.export.gguf.tensor_ops import AS_IT_IS, Change
+from raymoe.export.gguf.tensor_map import TensorMapping, map_tensor
+from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp
 from raymoe.sources.facts import TensorEntry
 
 __all__ = ["GgufTensor", "file_tensors", "rope_factors"]
@@ -33,13 +33,13 @@ _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", ".shortconv.c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """`sources` one behind the other, each with `change`, are the tensor, or `values` are where there are none."""
+    """`sources` one behind the other, each with `op`, are the tensor, or `values` are where there are none."""
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
     sources: tuple[TensorEntry, ...] = ()
-    change: Change = AS_IT_IS
+    op: TensorOp = IDENTITY
     values: tuple[float, ...] = ()
 
     @property
@@ -51,43 +51,43 @@ def file_tensors(
     spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry], wanted: TensorType
 ) -> tuple[GgufTensor, ...]:
     """All tensors of the file: those of no layer, then layer by layer."""
-    forms = list(_dense_forms(spec, target, weights))
+    mappings = list(_dense_mappings(spec, target, weights))
     if target.rule is not None:
         for layer in range(spec.layers):
             mlp = f"model.layers.{layer}.{spec.family.ffn}."
-            forms += _mixture_forms(f"blk.{layer}.ffn_", mlp, target.rule, target, weights)
+            mappings += _moe_mappings(f"blk.{layer}.ffn_", mlp, target.rule, target, weights)
     tensors = [
         GgufTensor(
-            name=form.name,
-            shape=form.shape,
-            type=_type_of(form.name, form.shape, wanted),
-            sources=form.sources,
-            change=form.change,
+            name=mapping.name,
+            shape=mapping.shape,
+            type=_type_of(mapping.name, mapping.shape, wanted),
+            sources=mapping.sources,
+            op=mapping.op,
         )
-        for form in forms
+        for mapping in mappings
     ]
     tensors += _constants(spec, target)
     return tuple(sorted(tensors, key=_layer_of))
 
 
-def _dense_forms(spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry]) -> Iterator[Form]:
+def _dense_mappings(spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry]) -> Iterator[TensorMapping]:
     """All but a mixture's FFN."""
     for row, layer, name in spec.tensors():
         if row.is_ffn and target.rule is not None:
             continue
-        yield from forms_of(spec, target, row, layer, weights[name])
+        yield from map_tensor(spec, target, row, layer, weights[name])
         if row.role == "embed" and spec.tied and not target.architecture.tied:
-            yield Form("output.weight", (weights[name],), weights[name].shape)
+            yield TensorMapping("output.weight", (weights[name],), weights[name].shape)
 
 
-def _mixture_forms(
+def _moe_mappings(
     block: str, mlp: str, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
-) -> Iterator[Form]:
+) -> Iterator[TensorMapping]:
     """What a layer has in the place of its FFN."""
 
-    def of(name: str, *sources: str) -> Form:
+    def of(name: str, *sources: str) -> TensorMapping:
         entries = tuple(weights[mlp + source] for source in sources)
-        return Form(block + name, entries, entries[0].shape)
+        return TensorMapping(block + name, entries, entries[0].shape)
 
     yield of("gate_inp.weight", "router")
     for matrix in _MATRICES:
@@ -95,7 +95,7 @@ def _mixture_forms(
         yield stacked._replace(shape=(rule.experts, *stacked.shape))
     if not target.shared:
         return
-    if rule.gates_shared:
+    if rule.has_shared_gate:
         gate = of("gate_inp_shexp.weight", "shared_router")
         yield gate._replace(shape=gate.shape[-1:])  # one row, which llama.cpp has as a vector
     if target.architecture.name == "granite_swa":
@@ -110,14 +110,14 @@ def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
     """Tensors whose values follow from the config."""
     factors = rope_factors(spec) if target.architecture.factors else None
     if factors is not None:
-        yield _of_values("rope_freqs.weight", factors.tolist())
-    if target.architecture.scores == "sigmoid" and target.rule is not None:
+        yield _constant_tensor("rope_freqs.weight", factors.tolist())
+    if target.architecture.score_function == "sigmoid" and target.rule is not None:
         # An addition to the scores by which experts are chosen; a merge's is zero (`checks.check_mixture`).
         for layer in range(spec.layers):
-            yield _of_values(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
+            yield _constant_tensor(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
 
 
-def _of_values(name: str, values: Sequence[float]) -> GgufTensor:
+def _constant_tensor(name: str, values: Sequence[float]) -> GgufTensor:
     return GgufTensor(name=name, shape=(len(values),), type=TYPES["f32"], values=tuple(values))
 
 
@@ -133,7 +133,7 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorTyp
     """
     if max(shape) == math.prod(shape) or name.endswith(_ALWAYS_F32):
         return TYPES["f32"]
-    if wanted.is_quantised and shape[-1] % wanted.block:
+    if wanted.is_quantized and shape[-1] % wanted.block:
         return TYPES["f16"]
     if wanted.name == "q4_0" and name in ("token_embd.weight", "output.weight"):
         return TYPES["q8_0"]

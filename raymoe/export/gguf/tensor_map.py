@@ -15,20 +15,20 @@ from typing import NamedTuple
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.dense_family import TensorRow
 from raymoe.export.gguf.llama_cpp_archs import Target
-from raymoe.export.gguf.tensor_ops import AS_IT_IS, Change, minus_exp, neighbours, plus_one
-from raymoe.planning.tensor_sources import rows_of
+from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp, interleave_order, minus_exp, plus_one
+from raymoe.planning.tensor_sources import slice_rows
 from raymoe.sources.facts import TensorEntry
 
-__all__ = ["Form", "forms_of"]
+__all__ = ["TensorMapping", "map_tensor"]
 
 
-class Form(NamedTuple):
-    """`sources` one behind the other, each with `change`, are the tensor `name`."""
+class TensorMapping(NamedTuple):
+    """`sources` one behind the other, each with `op`, are the tensor `name`."""
 
     name: str
     sources: tuple[TensorEntry, ...]
     shape: tuple[int, ...]
-    change: Change = AS_IT_IS
+    op: TensorOp = IDENTITY
 
 
 # Roles of a dense model (architectures/tensor_tables.py), and what llama.cpp calls them, in each layer or once.
@@ -83,10 +83,12 @@ _OWN_NAMES = {
     "lfm2moe": {"norm.final": "token_embd_norm.weight"},
 }
 _ROTATED = ("attn.q", "attn.q.bias", "attn.k", "attn.k.bias")
-_ADDED_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_norm")
+_PLUS_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_norm")
 
 
-def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None, source: TensorEntry) -> Iterator[Form]:
+def map_tensor(
+    spec: DenseSpec, target: Target, row: TensorRow, layer: int | None, source: TensorEntry
+) -> Iterator[TensorMapping]:
     """What the file has of one tensor of the model."""
     if row.role == "mla.kv_b":
         yield from _latent(spec, f"blk.{layer}.", source)
@@ -98,7 +100,7 @@ def forms_of(spec: DenseSpec, target: Target, row: TensorRow, layer: int | None,
         yield _mamba(name, row.role, source)
     else:
         shape = (source.shape[0], source.shape[-1]) if row.role == "conv.kernel" else source.shape
-        yield Form(name, (source,), shape, _change(spec, target, row.role))
+        yield TensorMapping(name, (source,), shape, _tensor_op(spec, target, row.role))
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
@@ -106,31 +108,31 @@ def _name(target: Target, role: str, layer: int | None) -> str:
     return name if layer is None else f"blk.{layer}.{name}"
 
 
-def _change(spec: DenseSpec, target: Target, role: str) -> Change:
-    if target.architecture.name == "qwen35moe" and role in _ADDED_ONE:
-        return Change(function=plus_one)
-    if not target.reorders:
-        return AS_IT_IS
+def _tensor_op(spec: DenseSpec, target: Target, role: str) -> TensorOp:
+    if target.architecture.name == "qwen35moe" and role in _PLUS_ONE:
+        return TensorOp(function=plus_one)
+    if not target.permutes_heads:
+        return IDENTITY
     if role in _ROTATED:
-        return Change(unit=spec.head_dim, rows=neighbours(spec.head_dim))
+        return TensorOp(unit=spec.head_dim, rows=interleave_order(spec.head_dim))
     if role in ("mla.q", "mla.q_b", "mla.kv_a"):
-        turned = spec.extra["qk_rope_head_dim"]
+        rotary = spec.extra["qk_rope_head_dim"]
         before = spec.extra["kv_lora_rank" if role == "mla.kv_a" else "qk_nope_head_dim"]
-        return Change(unit=before + turned, rows=neighbours(turned, before))
-    return AS_IT_IS
+        return TensorOp(unit=before + rotary, rows=interleave_order(rotary, before))
+    return IDENTITY
 
 
-def _latent(spec: DenseSpec, block: str, source: TensorEntry) -> Iterator[Form]:
+def _latent(spec: DenseSpec, block: str, source: TensorEntry) -> Iterator[TensorMapping]:
     """Keys and values out of latent numbers, (heads * (keys + values), latent): keys by columns, values by rows."""
     keys, values, latent = (spec.extra[key] for key in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
     unit = keys + values
-    of_keys = Change(unit=unit, rows=tuple(range(keys)), transposed=True)
-    of_values = Change(unit=unit, rows=tuple(range(keys, unit)))
-    yield Form(f"{block}attn_k_b.weight", (source,), (spec.heads, latent, keys), of_keys)
-    yield Form(f"{block}attn_v_b.weight", (source,), (spec.heads, values, latent), of_values)
+    of_keys = TensorOp(unit=unit, rows=tuple(range(keys)), transposed=True)
+    of_values = TensorOp(unit=unit, rows=tuple(range(keys, unit)))
+    yield TensorMapping(f"{block}attn_k_b.weight", (source,), (spec.heads, latent, keys), of_keys)
+    yield TensorMapping(f"{block}attn_v_b.weight", (source,), (spec.heads, values, latent), of_values)
 
 
-def _mamba(name: str, role: str, source: TensorEntry) -> Form:
+def _mamba(name: str, role: str, source: TensorEntry) -> TensorMapping:
     shape = source.shape
     if role == "mamba.conv1d.weight":
         shape = (shape[0], shape[-1])
@@ -138,10 +140,10 @@ def _mamba(name: str, role: str, source: TensorEntry) -> Form:
         shape = (shape[0], 1)
     elif role == "mamba.norm.weight":
         shape = (1, shape[0])  # one group
-    return Form(name, (source,), shape, Change(function=minus_exp) if role == "mamba.A_log" else AS_IT_IS)
+    return TensorMapping(name, (source,), shape, TensorOp(function=minus_exp) if role == "mamba.A_log" else IDENTITY)
 
 
-def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> Form:
+def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> TensorMapping:
     """Of Qwen3.5's linear attention. Several heads of values may belong to one of keys.
 
     In the model they follow each other; llama.cpp has the first one of all heads of keys, then the second of all.
@@ -152,16 +154,18 @@ def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> Form:
     by_width = [head * width + i for head in order for i in range(width)]
     before = 2 * keys * spec.extra["linear_key_head_dim"]  # rows of queries and keys
     if role == "linear.in_proj_qkv.weight":
-        heads = tuple(rows_of(source, before + head * width, before + (head + 1) * width) for head in order)
-        return Form(name, (rows_of(source, 0, before), *heads), source.shape)
+        heads = tuple(slice_rows(source, before + head * width, before + (head + 1) * width) for head in order)
+        return TensorMapping(name, (slice_rows(source, 0, before), *heads), source.shape)
     if role == "linear.in_proj_z.weight":
-        return Form(name, tuple(rows_of(source, head * width, (head + 1) * width) for head in order), source.shape)
+        return TensorMapping(
+            name, tuple(slice_rows(source, head * width, (head + 1) * width) for head in order), source.shape
+        )
     if role == "linear.conv1d.weight":
         rows = (*range(before), *(before + i for i in by_width))
-        return Form(name, (source,), (source.shape[0], source.shape[-1]), Change(unit=len(rows), rows=rows))
+        return TensorMapping(name, (source,), (source.shape[0], source.shape[-1]), TensorOp(unit=len(rows), rows=rows))
     if role == "linear.out_proj.weight":
-        return Form(name, (source,), source.shape, Change(columns=tuple(by_width)))
+        return TensorMapping(name, (source,), source.shape, TensorOp(columns=tuple(by_width)))
     if role == "linear.norm.weight":
-        return Form(name, (source,), source.shape)
+        return TensorMapping(name, (source,), source.shape)
     function = minus_exp if role == "linear.A_log" else None
-    return Form(name, (source,), source.shape, Change(unit=values, rows=tuple(order), function=function))
+    return TensorMapping(name, (source,), source.shape, TensorOp(unit=values, rows=tuple(order), function=function))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["AS_IT_IS", "Change", "minus_exp", "neighbours", "plus_one"]
+__all__ = ["IDENTITY", "TensorOp", "interleave_order", "minus_exp", "plus_one"]
 
 Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class TensorOp:
     """Done to every `unit` rows of a matrix, in this order.
 
     `rows` of them are taken (all, where it is empty), columns are put in the order of `columns`, rows and columns
@@ -40,10 +40,10 @@ class Change:
         return self.function(changed) if self.function else changed
 
 
-AS_IT_IS = Change()
+IDENTITY = TensorOp()
 
 
-def neighbours(dimensions: int, before: int = 0) -> tuple[int, ...]:
+def interleave_order(dimensions: int, before: int = 0) -> tuple[int, ...]:
     """The rows of a head of q or k in the order of a rotary embedding that turns neighbours.
 
     Rows i and i + dimensions / 2 become rows 2i and 2i + 1: the pairs that are turned together, and by which angle,

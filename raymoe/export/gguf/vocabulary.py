@@ -16,18 +16,18 @@ from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.added_tokens import (
-    FILES,
+    TOKENIZER_FILES_REMEDY,
     AddedToken,
-    added_beside_model,
-    added_of_json,
+    conflicting_texts_problem,
     name_problems,
+    read_added_token_files,
+    read_added_tokens,
     read_object,
     strip_warnings,
-    two_texts,
 )
 from raymoe.export.gguf.pretokenizer import KNOWN, pre_tokenizer_name
 from raymoe.export.gguf.space_prefix import SpacePrefix, space_prefix
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.sources.tokenizer_files import tokenizer_guard
 
 __all__ = ["Vocabulary", "read_vocabulary"]
@@ -35,7 +35,7 @@ __all__ = ["Vocabulary", "read_vocabulary"]
 # gguf.TokenType, which are SentencePiece's own numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NEVER_MERGED = -1e6  # the score of a token that no merge makes
-_SHOWN = 4
+_MAX_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class _Tokens:
     text: dict[int, str]
     type: dict[int, int]
     score: dict[int, float]
-    space: SpacePrefix = field(default_factory=lambda: SpacePrefix(added=True))
+    space: SpacePrefix = field(default_factory=lambda: SpacePrefix(is_added=True))
     added: list[AddedToken] = field(default_factory=list)
 
     def add(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class _Tokens:
             raise ValueError(f"the token {text!r:.80} has the id {number!r:.80}")
         self.text[number], self.type[number], self.score[number] = text, kind, score
 
-    def leave_out_added(self, size: int) -> list[AddedToken]:
+    def drop_added(self, size: int) -> list[AddedToken]:
         """Remove added tokens without a row in an embedding of `size` rows, and return them.
 
         No merge makes an added token, so that the rest of the vocabulary does not need it.
@@ -82,7 +82,7 @@ class _Tokens:
             del self.text[number], self.type[number], self.score[number]
         return beyond
 
-    def found_first(self) -> list[str]:
+    def special_texts(self) -> list[str]:
         """Those that llama.cpp looks for in a text before it cuts it."""
         return [self.text[number] for number, kind in self.type.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
 
@@ -95,9 +95,9 @@ def read_vocabulary(
     `pre` is llama.cpp's name of the pre-tokenizer, where the caller knows it, `name` what the file calls the model.
     Raises ProblemReport for a tokenizer that llama.cpp has none for, or that is not known to be one of its own.
     """
-    said = _read_config(files)
-    tokens, model, pre = _tokens(files, config, said, pre, label)
-    left_out = tokens.leave_out_added(size)
+    tokenizer_config = _read_config(files)
+    tokens, model, pre = _tokens(files, config, tokenizer_config, pre, label)
+    dropped = tokens.drop_added(size)
     if max(tokens.text, default=0) >= size:
         what = f"the tokenizer has tokens up to id {max(tokens.text)}, but the embedding only {size} rows"
         raise ProblemReport([Problem(where=label, what=what, remedy="use the tokenizer that belongs to the model")])
@@ -114,20 +114,20 @@ def read_vocabulary(
         tokens=tuple(tokens.text[number] for number in order),
         types=tuple(tokens.type[number] for number in order),
         scores=tuple(tokens.score[number] for number in order) if model == "llama" else None,
-        add_space_prefix=tokens.space.added if model == "llama" else None,
-        special=_special(files, config, said, tokens, size, with_merges=model == "gpt2"),
+        add_space_prefix=tokens.space.is_added if model == "llama" else None,
+        special=_special(files, config, tokenizer_config, tokens, size, with_merges=model == "gpt2"),
         warnings=(
-            *_left_out_warnings(left_out, size),
+            *_dropped_warnings(dropped, size),
             *(tokens.space.warnings if model == "llama" else ()),
-            *strip_warnings(tokens.added, tokens.found_first(), texts, name),
+            *strip_warnings(tokens.added, tokens.special_texts(), texts, name),
         ),
     )
 
 
-def _left_out_warnings(tokens: Sequence[AddedToken], size: int) -> list[str]:
+def _dropped_warnings(tokens: Sequence[AddedToken], size: int) -> list[str]:
     if not tokens:
         return []
-    names = some([f"{token.text} (id {token.number})" for token in tokens])
+    names = short_list([f"{token.text} (id {token.number})" for token in tokens])
     return [
         f"the embedding has {size} rows, and the tokenizer has added tokens without one: {names}. They are left out of "
         "the file, and llama.cpp reads their text as any other text"
@@ -135,48 +135,60 @@ def _left_out_warnings(tokens: Sequence[AddedToken], size: int) -> list[str]:
 
 
 def _tokens(
-    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], pre: str | None, label: str
+    files: Mapping[str, Path],
+    config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
+    pre: str | None,
+    label: str,
 ) -> tuple[_Tokens, str, str]:
     """(tokens, llama.cpp's name of the kind, of the pre-tokenizer). A byte-level tokenizer.json comes first."""
     path = files.get("tokenizer.json")
     tokenizer = _read_json(path) if path is not None else {}
     try:
         if tokenizer and _is_byte_level(tokenizer):
-            tokens = _with_added(_byte_level_tokens(tokenizer), added_of_json(tokenizer))
+            tokens = _with_added(_byte_level_tokens(tokenizer), read_added_tokens(tokenizer))
             return tokens, "gpt2", pre or _known_pre(tokenizer, str(path))
         if "tokenizer.model" in files:
-            return _of_model(files, config, said, tokenizer), "llama", "default"
+            return _read_sentencepiece(files, config, tokenizer_config, tokenizer), "llama", "default"
         if tokenizer:
             tokens = _sentencepiece_like_tokens(tokenizer, str(path))
-            tokens.space = space_prefix(said, tokenizer, True, config.get("model_type"))
-            return _with_added(tokens, added_of_json(tokenizer)), "llama", "default"
+            tokens.space = space_prefix(tokenizer_config, tokenizer, True, config.get("model_type"))
+            return _with_added(tokens, read_added_tokens(tokenizer)), "llama", "default"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
-        raise ProblemReport([Problem(where=str(path), what=what, remedy=FILES)]) from error
+        raise ProblemReport([Problem(where=str(path), what=what, remedy=TOKENIZER_FILES_REMEDY)]) from error
     what = "there is neither a tokenizer.json nor a tokenizer.model, and a GGUF file holds its tokenizer"
-    raise ProblemReport([Problem(where=label, what=what, remedy=FILES)])
+    raise ProblemReport([Problem(where=label, what=what, remedy=TOKENIZER_FILES_REMEDY)])
 
 
-def _of_model(
-    files: Mapping[str, Path], config: Mapping[str, Any], said: Mapping[str, Any], tokenizer: Mapping[str, Any]
+def _read_sentencepiece(
+    files: Mapping[str, Path],
+    config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
 ) -> _Tokens:
     """Of a tokenizer.model; `tokenizer` is the tokenizer.json beside it, if there is one."""
     path = files["tokenizer.model"]
     tokens, adds_space = _sentencepiece_tokens(path)
-    tokens.space = space_prefix(said, tokenizer, adds_space, config.get("model_type"))
+    tokens.space = space_prefix(tokenizer_config, tokenizer, adds_space, config.get("model_type"))
     if tokenizer:
-        return _with_added(tokens, added_of_json(tokenizer))
-    added = added_beside_model(files, said)
-    odd = [token for token in added if tokens.text.get(token.number, token.text) != token.text]
-    if odd:
-        raise ProblemReport([two_texts(str(path), t.number, tokens.text[t.number], t.text) for t in odd[:_SHOWN]])
+        return _with_added(tokens, read_added_tokens(tokenizer))
+    added = read_added_token_files(files, tokenizer_config)
+    untyped = [token for token in added if tokens.text.get(token.number, token.text) != token.text]
+    if untyped:
+        raise ProblemReport(
+            [
+                conflicting_texts_problem(str(path), t.number, tokens.text[t.number], t.text)
+                for t in untyped[:_MAX_SHOWN]
+            ]
+        )
     return _with_added(tokens, added)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     content = read_object(path)
     if not isinstance(content.get("model"), dict):
-        raise ProblemReport([Problem(where=str(path), what="this is no tokenizer.json", remedy=FILES)])
+        raise ProblemReport([Problem(where=str(path), what="this is no tokenizer.json", remedy=TOKENIZER_FILES_REMEDY)])
     return content
 
 
@@ -221,9 +233,11 @@ def _sentencepiece_tokens(path: Path) -> tuple[_Tokens, bool]:
     try:
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
-        raise ProblemReport([Problem(where=str(path), what=f"can't be read: {error}", remedy=FILES)]) from None
+        raise ProblemReport(
+            [Problem(where=str(path), what=f"can't be read: {error}", remedy=TOKENIZER_FILES_REMEDY)]
+        ) from None
     if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
-        raise ProblemReport([_no_bpe(str(path))])
+        raise ProblemReport([_no_bpe_problem(str(path))])
     tokens = _Tokens(text={}, type={}, score={})
     for number, piece in enumerate(proto.pieces):
         tokens.add(number, piece.piece, piece.type, piece.score)
@@ -234,7 +248,7 @@ def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tok
     """Of a tokenizer.json that was made of a tokenizer.model; scores put the merges into the order that they have."""
     model = tokenizer["model"]
     if model.get("type") not in ("BPE", None) or not model.get("byte_fallback"):
-        raise ProblemReport([_no_bpe(where)])
+        raise ProblemReport([_no_bpe_problem(where)])
     score: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -247,7 +261,7 @@ def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tok
     return tokens
 
 
-def _no_bpe(where: str) -> Problem:
+def _no_bpe_problem(where: str) -> Problem:
     what = "this tokenizer is neither byte-level BPE nor SentencePiece's BPE with bytes to fall back on"
     return Problem(
         where=where, what=what, remedy="llama.cpp runs these two kinds for this architecture: use another base"
@@ -257,13 +271,13 @@ def _no_bpe(where: str) -> Problem:
 def _special(
     files: Mapping[str, Path],
     config: Mapping[str, Any],
-    said: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
     tokens: _Tokens,
     size: int,
     *,
     with_merges: bool,
 ) -> Any:
-    """`config` is the model's, `said` the tokenizer's."""
+    """`config` is the model's, `tokenizer_config` the tokenizer's."""
     import gguf
 
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
@@ -277,15 +291,15 @@ def _special(
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             what = f"the gguf package can't read this tokenizer: {type(error).__name__} {error}"
             where = files.get("tokenizer.json") or next(iter(files.values()))
-            raise ProblemReport([Problem(where=str(where), what=what, remedy=FILES)]) from error
+            raise ProblemReport([Problem(where=str(where), what=what, remedy=TOKENIZER_FILES_REMEDY)]) from error
     numbers = {text: number for number, text in tokens.text.items()}
     for kind in special.special_token_types:
         # The package looks for these names among the added tokens of a tokenizer.json, but not in a tokenizer.model.
-        token = said.get(f"{kind}_token")
+        token = tokenizer_config.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str) and text in numbers:
             special.special_token_ids[kind] = numbers[text]
-    special.add_special_token = _added_around(files, said, special.special_token_ids)
+    special.add_special_token = _added_around(files, tokenizer_config, special.special_token_ids)
     return special
 
 
@@ -308,12 +322,12 @@ def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Map
     around: dict[str, bool] = {}
     seen: list[int] | None = None
     for kind, place in (("bos", 0), ("eos", -1)):
-        said = config.get(f"add_{kind}_token")
-        if not isinstance(said, bool):
+        value = config.get(f"add_{kind}_token")
+        if not isinstance(value, bool):
             if seen is None:
                 seen = _encoded(files)
-            said = seen[place] == ids.get(kind) if seen is not None else kind == "bos"
-        around[kind] = said and kind in ids
+            value = seen[place] == ids.get(kind) if seen is not None else kind == "bos"
+        around[kind] = value and kind in ids
     return around
 
 
@@ -322,11 +336,11 @@ def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
     `added_tokens_decoder`, as in transformers.
     """
     path, map_path = files.get("tokenizer_config.json"), files.get("special_tokens_map.json")
-    said = read_object(path) if path else {}
-    if "added_tokens_decoder" in said or not map_path:
-        return said
+    content = read_object(path) if path else {}
+    if "added_tokens_decoder" in content or not map_path:
+        return content
     return {
-        **said,
+        **content,
         **{key: value for key, value in read_object(map_path).items() if key.endswith(("_token", "_tokens"))},
     }
 
@@ -337,7 +351,7 @@ def _encoded(files: Mapping[str, Path]) -> list[int] | None:
         return None
     from tokenizers import Tokenizer
 
-    with tokenizer_guard(str(files["tokenizer.json"]), "can't be read", FILES):
+    with tokenizer_guard(str(files["tokenizer.json"]), "can't be read", TOKENIZER_FILES_REMEDY):
         tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
         tokenizer.no_truncation()  # one whose stride is too long for its length makes the library panic
         ids: list[int] = tokenizer.encode("a").ids

@@ -22,7 +22,7 @@ from raymoe.object_store.errors import StorageError
 from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import INDEX_NAME, FileRecord
@@ -44,12 +44,12 @@ class StreamOutput(StoreOutput[FsspecStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, cast(FsspecStore, open_store(location, storage)), storage, run)
 
-    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
-        has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
+        has_to_clear = self._journal.begin(digest, fingerprints, fresh=fresh)
         self._journal.remove_earlier_parts()
         if has_to_clear:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
-            self._journal.cleared()
+            self._journal.mark_cleared()
 
     def same_store(self, file: SourceFile) -> bool:
         return False
@@ -95,7 +95,7 @@ class StreamOutput(StoreOutput[FsspecStore]):
         part, written = results[0]
         self._journal.check_run()
         try:
-            info = self._store.move(part, join(self.location, written.name), written.size)
+            info = self._store.move(part, join_url(self.location, written.name), written.size)
         except StorageError:
             self._journal.check_run()  # a newer run removes what is to be moved
             raise
@@ -124,7 +124,7 @@ class StreamOutput(StoreOutput[FsspecStore]):
 
     def _finished(self, shard: Shard) -> FileRecord | None:
         """The record of a shard that an earlier run finished, if what is there still has that size and content."""
-        record, url = self._journal.finished(shard.file_name), join(self.location, shard.file_name)
+        record, url = self._journal.finished(shard.file_name), join_url(self.location, shard.file_name)
         info = self._store.stat(url)
         if record is None or info is None or not record.size == shard.nbytes == info.size:
             return None

@@ -22,7 +22,7 @@ from raymoe.object_store.urls import is_url
 from raymoe.planning.multipart import CopyRange, spans
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
-from raymoe.storage.claim import not_of_this_merge, replaced, taken_over
+from raymoe.storage.claim import foreign_file_error, replaced_file_error, taken_over_error
 from raymoe.storage.file_names import (
     CHECKPOINT_FILES,
     INDEX_NAME,
@@ -37,7 +37,7 @@ from raymoe.storage.file_names import (
     is_result,
     json_object,
 )
-from raymoe.storage.file_writer import NewFile, SharedRange
+from raymoe.storage.file_writer import FileWriter, SharedRange
 from raymoe.storage.local_journal import Journal, sync_folder
 from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, shard_chunks
@@ -62,21 +62,21 @@ class LocalOutput:
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         if self.journal.is_taken:
-            return [self.journal.taken]
+            return [self.journal.taken_problem]
         return check_output(self.root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
 
     def digest(self) -> str | None:
         return self.journal.digest()
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
-        return self.journal.changed_sources(stamps)
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
+        return self.journal.changed_sources(fingerprints)
 
     def lock(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.journal.lock()
         except OSError as error:
-            raise _unusable(self.root, error) from error
+            raise _unusable_output(self.root, error) from error
 
     def finished_merge(self) -> FinishedMerge | None:
         return finished_merge(self.root)
@@ -94,14 +94,14 @@ class LocalOutput:
         finally:
             self.release()
 
-    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
         try:
-            self.journal.begin(digest, stamps, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
+            self.journal.begin(digest, fingerprints, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
         except OSError as error:
-            raise _unusable(self.root, error) from error
+            raise _unusable_output(self.root, error) from error
 
-    def spoil(self) -> None:
-        self.journal.spoil()
+    def invalidate(self) -> None:
+        self.journal.invalidate()
 
     def same_store(self, file: SourceFile) -> bool:
         return False
@@ -173,10 +173,10 @@ class LocalOutput:
         Nothing of an older run can take its place (local_journal.py), so that its size is enough."""
         if others := self._other_files(self._written):
             self.journal.check_run()  # they may be a newer run's
-            raise not_of_this_merge(str(self.root / others[0]))
+            raise foreign_file_error(str(self.root / others[0]))
         for name, record in self._written.items():
             if _size(self.root / name) != record.size:
-                raise replaced(str(self.root / name))
+                raise replaced_file_error(str(self.root / name))
 
     def release(self) -> None:
         self.journal.release()
@@ -211,7 +211,7 @@ class LocalOutput:
         part, place = self.journal.new_part(name), self.root / name
         try:
             self._make_folder(place.parent)
-            with NewFile(part, expected) as file:
+            with FileWriter(part, expected) as file:
                 file.share(shared)
                 for chunk in chunks:
                     file.append(chunk)
@@ -229,7 +229,7 @@ class LocalOutput:
         except OSError as error:
             claim = self.journal.claim()
             if claim is not None and claim.run != self.run:  # and so has taken away what this run writes through
-                raise taken_over(self.location) from error
+                raise taken_over_error(self.location) from error
             raise _write_error(place, error) from error
         finally:
             with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ class LocalOutput:
             raise MergeFailed(f"{folder}: this is a link. Remove it and run the same command again.")
 
 
-def _unusable(root: Path, error: OSError) -> ProblemReport:
+def _unusable_output(root: Path, error: OSError) -> ProblemReport:
     what = f"can't be written to: {error.strerror or error}"
     return ProblemReport([Problem(where=str(root), what=what, remedy="choose another output")])
 
@@ -254,7 +254,7 @@ def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
     """The shard's copies from files of this machine, which may be on the output's own filesystem."""
     for span in spans(shard.parts):
         if isinstance(span.what, CopyRange) and not is_url(span.what.file.location):
-            with reader.opened(span.what.file) as descriptor:
+            with reader.open_descriptor(span.what.file) as descriptor:
                 yield descriptor, span.what.start, span.what.end, span.start
 
 
@@ -323,7 +323,7 @@ def _output_problems(root: Path, overwrite: bool, digest: str | None, output_byt
     if not os.access(parent, os.W_OK | os.X_OK):
         remedy = "choose another output, or change the folder's permissions"
         problems.append(Problem(where=str(root), what=f"no permission to write in {parent}", remedy=remedy))
-    elif (free := shutil.disk_usage(parent).free) < (missing := output_bytes - _already_there(root)):
+    elif (free := shutil.disk_usage(parent).free) < (missing := output_bytes - _reusable_bytes(root)):
         what = f"not enough disk: {missing:,} bytes are to be written, {free:,} are free"
         problems.append(Problem(where=str(root), what=what, remedy="make room, or choose another output"))
     return problems
@@ -355,7 +355,7 @@ def _is_result(path: Path) -> bool:
         return False
 
 
-def _already_there(root: Path) -> int:
+def _reusable_bytes(root: Path) -> int:
     """Bytes that need no new room: files that will be kept or replaced."""
     if not root.is_dir():
         return 0

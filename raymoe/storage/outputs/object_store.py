@@ -13,15 +13,15 @@ from raymoe.errors import MergeFailed, Problem
 from raymoe.object_store.errors import ObjectExists, ObjectMissing, StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo, ObjectStore
-from raymoe.object_store.urls import join
-from raymoe.storage.claim import Claim, TakenOver, not_of_this_merge, replaced
+from raymoe.object_store.urls import join_url
+from raymoe.storage.claim import Claim, TakenOver, foreign_file_error, replaced_file_error
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge, json_object
 from raymoe.storage.object_journal import (
     ObjectJournal,
     WrittenFiles,
     finished_claim,
     finished_merge,
-    occupied,
+    occupied_problems,
     other_model_files,
     read_json,
     recorded_files,
@@ -49,7 +49,7 @@ class StoreOutput(Generic[_Store]):
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         try:
-            problems = occupied(self._store, self._journal, self.location, digest)
+            problems = occupied_problems(self._store, self._journal, self.location, digest)
         except StorageError as error:
             return list(error.problems)
         return [] if overwrite else problems
@@ -79,25 +79,25 @@ class StoreOutput(Generic[_Store]):
         there = self._index()
         return others if there is None or json_object(there) == index else [INDEX_NAME, *others]
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
-        return self._journal.changed_sources(stamps)
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
+        return self._journal.changed_sources(fingerprints)
 
     def lock(self) -> None:
         """Nothing to take: see `ObjectJournal`."""
 
-    def spoil(self) -> None:
-        self._journal.spoil()
+    def invalidate(self) -> None:
+        self._journal.invalidate()
 
     def is_reachable(self) -> bool:
         return self._journal.is_of_this_run
 
     def end(self, record: bytes) -> None:
         self._check_files()
-        url = join(self.location, RECORD_NAME)
+        url = join_url(self.location, RECORD_NAME)
         try:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
-            raise self._recorded_meanwhile(url, record) from error
+            raise self._foreign_record_error(url, record) from error
         try:
             self._clear(self._journal.check_run())
         except TakenOver:
@@ -117,7 +117,7 @@ class StoreOutput(Generic[_Store]):
     def _index(self) -> bytes | None:
         """The index that is here; None where there is none."""
         try:
-            return self._store.read_all(join(self.location, INDEX_NAME))
+            return self._store.read_all(join_url(self.location, INDEX_NAME))
         except ObjectMissing:
             return None
 
@@ -128,14 +128,14 @@ class StoreOutput(Generic[_Store]):
         """
         there = self._index()
         if there is not None and json_object(there) != json_object(content):
-            raise not_of_this_merge(join(self.location, INDEX_NAME))
+            raise foreign_file_error(join_url(self.location, INDEX_NAME))
         return there is not None
 
-    def _recorded_meanwhile(self, url: str, own: bytes) -> MergeFailed:
+    def _foreign_record_error(self, url: str, own: bytes) -> MergeFailed:
         """What is raised for a record that has appeared here while this run was at work."""
         there = read_json(self._store, url).get("plan_digest")
         if there == json_object(own).get("plan_digest"):
-            return replaced(url)
+            return replaced_file_error(url)
         return MergeFailed(
             f"{url}: a merge of another plan has ended here while this one was at work. Its files and those of this "
             "merge may be mixed now: run the command of the merge that is wanted again, with --overwrite."
@@ -148,7 +148,7 @@ class StoreOutput(Generic[_Store]):
     def _put_small(self, name: str, content: bytes) -> ObjectInfo:
         """Put a small file at its place, over one of an earlier run only while the output is this run's."""
         self._journal.check_run()
-        url = join(self.location, name)
+        url = join_url(self.location, name)
         try:
             return self._store.put(url, content, only_if_absent=True)
         except ObjectExists:  # an earlier run wrote it, or a newer one just now

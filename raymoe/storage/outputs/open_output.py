@@ -6,14 +6,14 @@ from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import check_spelling, is_s3, is_url, local_path, normalise
+from raymoe.object_store.urls import check_spelling, is_s3, is_url, local_path, normalize_url
 from raymoe.storage.locations import is_in_job_package
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 
-__all__ = ["open_output", "output_location", "unwritable", "writable_location"]
+__all__ = ["open_output", "output_location", "unwritable_problem", "writable_location"]
 
 _EXAMPLE = "name a folder, or a URL such as s3://bucket/prefix"
 
@@ -23,7 +23,7 @@ def output_location(text: str | Path) -> str:
     check_spelling(str(text))
     if not is_url(str(text)):
         return str(Path(text).expanduser().absolute())
-    url = normalise(str(text))
+    url = normalize_url(str(text))
     return local_path(url) or url
 
 
@@ -36,12 +36,12 @@ def writable_location(text: str | Path, where: str, *, example: str = _EXAMPLE) 
         location = output_location(text)
     except ValueError as error:
         raise ProblemReport([Problem(where=where, what=str(error), remedy=example)]) from None
-    if problem := unwritable(str(text), location, where, example):
+    if problem := unwritable_problem(str(text), location, where, example):
         raise ProblemReport([problem])
     return location
 
 
-def unwritable(text: str, location: str, where: str, example: str) -> Problem | None:
+def unwritable_problem(text: str, location: str, where: str, example: str) -> Problem | None:
     """What is wrong with a kind of place for anything that is to stay."""
     if location.startswith(("http://", "https://")):
         remedy = f"{example}; the address of an S3 server is set as storage.endpoint or AWS_ENDPOINT_URL"

@@ -7,22 +7,24 @@ import uuid
 from collections.abc import Iterable
 
 from raymoe.errors import Problem
-from raymoe.formatting import some
+from raymoe.formatting import short_list
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import is_url, join
+from raymoe.object_store.urls import is_url, join_url
 from raymoe.planning.plan import MergePlan, Source
 from raymoe.safe_text import json_text
 from raymoe.sources.local_folder import recorded_sample
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, JOURNAL, PROBE, RECORD_NAME, FinishedMerge, json_object
-from raymoe.storage.locations import Inputs, overwritten, source_folders
+from raymoe.storage.locations import Inputs, overwrite_problem, source_folders
 from raymoe.storage.outputs.protocol import Output
 
-__all__ = ["clash", "complete_merge", "refusals", "rewritten_sources", "write_problems"]
+__all__ = ["find_complete_merge", "input_conflict", "plan_output_problems", "rewritten_sources", "write_problems"]
 
 
-def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None) -> list[Problem]:
+def plan_output_problems(
+    plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None
+) -> list[Problem]:
     """What keeps this plan from being written there, as far as the output and the sources' places show it.
 
     `inputs` are what a merge reads besides the plan's models. An output that would take the place of something that is
@@ -32,22 +34,25 @@ def refusals(plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs
     folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
     files = [side.file.location for side in (*plan.side_files, *plan.gates.tokenizer_files)]
     folders += source_folders("base", (), files)
-    if problem := clash(output, Inputs(folders=tuple(folders), files=inputs.files)):
+    if problem := input_conflict(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
-    if not problems and not overwrite and (finished := complete_merge(plan, output)) is not None:
-        problems = [*_missing_card(plan, output, finished), *_newer_sources(plan, output.location, finished)]
+    if not problems and not overwrite and (finished := find_complete_merge(plan, output)) is not None:
+        problems = [
+            *_missing_card_problem(plan, output, finished),
+            *_newer_source_problems(plan, output.location, finished),
+        ]
     elif not problems and not overwrite and output.digest() == plan.digest:
-        problems = _other_files(plan, output)
+        problems = _other_file_problems(plan, output)
     return problems
 
 
-def _other_files(plan: MergePlan, output: Output) -> list[Problem]:
+def _other_file_problems(plan: MergePlan, output: Output) -> list[Problem]:
     own = {INDEX_NAME, *(shard.file_name for shard in plan.shards), *(side.name for side in plan.side_files)}
     names = output.other_model_files(own, json_object(json_text(plan.index)))
     if not names:
         return []
-    what = f"files of another model are beside the unfinished merge here: {some(names, most=3)}"
+    what = f"files of another model are beside the unfinished merge here: {short_list(names, most=3)}"
     remedy = "use --overwrite to remove them and begin again, or remove them yourself to go on"
     return [Problem(where=output.location, what=what, remedy=remedy)]
 
@@ -58,7 +63,7 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
     if not is_url(output.location):
         return []
     store, name = open_store(output.location, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
-    url = join(output.location, name)
+    url = join_url(output.location, name)
     problems: list[Problem] = []
     try:
         store.put(url, b"raymoe: may be deleted")
@@ -76,16 +81,16 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
     ]
 
 
-def clash(output: Output, inputs: Inputs) -> Problem | None:
+def input_conflict(output: Output, inputs: Inputs) -> Problem | None:
     """The problem of an output whose merge would remove or replace something that it reads."""
-    return overwritten(output.location, inputs, output.recorded_files())
+    return overwrite_problem(output.location, inputs, output.recorded_files())
 
 
 def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
     return source_folders(source.owner, source.folders, (file.location for file in source.files))
 
 
-def complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
+def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
     """The finished merge of this very plan, where the output holds it: then nothing is left to do.
 
     The one rule for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. The plan is told
@@ -108,14 +113,14 @@ def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -
     return sorted(name for name in names if os.path.exists(name) and os.stat(name).st_mtime_ns > when)
 
 
-def _missing_card(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
+def _missing_card_problem(plan: MergePlan, output: Output, finished: FinishedMerge) -> list[Problem]:
     if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
         return []
     what, remedy = "the finished merge here has no model card", "use --no-write-model-card, or --overwrite"
     return [Problem(where=output.location, what=what, remedy=remedy)]
 
 
-def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
+def _newer_source_problems(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
     """Local models that are others now than those that the finished merge was made of.
 
     Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
@@ -136,6 +141,6 @@ def _newer_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> l
         other |= {name for name in names if os.stat(name).st_mtime_ns > when}
     if not other:
         return []
-    what = f"the merge here was made of other sources than are there now: {some(sorted(other), most=3)}"
+    what = f"the merge here was made of other sources than are there now: {short_list(sorted(other), most=3)}"
     remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
     return [Problem(where=location, what=what, remedy=remedy)]

@@ -31,22 +31,22 @@ Progress = Callable[[int, int], None]
 class ShardJob:
     """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied.
 
-    `shared`: tensors of objects that other shards are made of too; `later`: those of them that whoever does this job
-    will probably read again.
+    `shared_with_shards`: tensors of objects that other shards are made of too; `keep_cached`: those of them that
+    whoever does this job will probably read again.
     """
 
     shard: Shard
     upload_id: str | None = None
     parts: tuple[UploadPart, ...] = ()
-    shared: tuple[TensorEntry, ...] = ()
-    later: tuple[TensorEntry, ...] = ()
+    shared_with_shards: tuple[TensorEntry, ...] = ()
+    keep_cached: tuple[TensorEntry, ...] = ()
 
     @property
     def name(self) -> str:
         """Another for each job."""
         return f"{self.shard.file_name} from part {self.parts[0].number}" if self.parts else self.shard.file_name
 
-    def does(self, part: Part) -> bool:
+    def includes(self, part: Part) -> bool:
         """Whether that part of the shard is done by this job."""
         return not self.parts or any(each.start < part.end and part.start < each.end for each in self.parts)
 
@@ -66,7 +66,7 @@ class Output(Protocol):
     def digest(self) -> str | None:
         """The plan of the unfinished merge that is here; None where there is none."""
 
-    def changed_sources(self, stamps: Mapping[str, str]) -> list[str]:
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Local source files that were modified since the unfinished merge began."""
 
     def finished_merge(self) -> FinishedMerge | None:
@@ -88,12 +88,12 @@ class Output(Protocol):
     def lock(self) -> None:
         """Take the output for this process, where it can be locked. Raises ProblemReport if another merge has it."""
 
-    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
         """Begin a run: older runs are fenced off first; then, with `fresh`, what an earlier merge left is removed.
 
         Raises ProblemReport where, without `fresh`, another run has used the output since it was looked at."""
 
-    def spoil(self) -> None:
+    def invalidate(self) -> None:
         """Have the next run begin again, whatever this one has finished: sources changed while it read them."""
 
     def same_store(self, file: SourceFile) -> bool:

@@ -19,20 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
-from raymoe.object_store.errors import ObjectExists, StorageError, UploadGone, object_replaced
+from raymoe.object_store.errors import ObjectExists, StorageError, UploadNotFound, object_replaced_error
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import MultipartStore, UploadedPart
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.s3_responses import is_md5
-from raymoe.object_store.urls import is_s3, join
+from raymoe.object_store.urls import is_s3, join_url
 from raymoe.planning.multipart import UploadPart, upload_parts
 from raymoe.planning.plan import Columns, Shard, Transform
 from raymoe.sources.facts import SourceFile
-from raymoe.storage.claim import Claim, not_of_this_merge
+from raymoe.storage.claim import Claim, foreign_file_error
 from raymoe.storage.file_names import INDEX_NAME, FileRecord
 from raymoe.storage.object_journal import (
-    NotedUpload,
     ObjectJournal,
+    RecordedUpload,
     remove_checkpoint,
 )
 from raymoe.storage.outputs.object_store import StoreOutput
@@ -58,12 +58,12 @@ class S3Output(StoreOutput[MultipartStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, cast(MultipartStore, open_store(location, storage)), storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
-        self._parts_there: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
+        self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
-    def begin(self, digest: str, stamps: Mapping[str, str], *, fresh: bool) -> None:
-        has_to_clear = self._journal.begin(digest, stamps, fresh=fresh)
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
+        has_to_clear = self._journal.begin(digest, fingerprints, fresh=fresh)
         claim = self._journal.check_run()
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
@@ -71,7 +71,7 @@ class S3Output(StoreOutput[MultipartStore]):
         self._abort(earlier, self._journal.check_run)
         if has_to_clear:
             remove_checkpoint(self._store, self.location, self._journal.check_run)
-            self._journal.cleared()
+            self._journal.mark_cleared()
 
     def same_store(self, file: SourceFile) -> bool:
         return is_s3(file.location)
@@ -89,15 +89,15 @@ class S3Output(StoreOutput[MultipartStore]):
             self._uploads[name], there = self._open_upload(name, goes_on=goes_on)
             known = {part.number: part for part in there}
             done = [known[p.number] for p in parts if p.number in known and known[p.number].size == p.nbytes]
-            self._parts_there[name] = done
-        numbers = {part.number for part in self._parts_there[name]}
+            self._known_parts[name] = done
+        numbers = {part.number for part in self._known_parts[name]}
         missing = [part for part in parts if part.number not in numbers]
         return [ShardJob(shard=shard, upload_id=self._uploads[name], parts=group) for group in _groups(missing)]
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """The parts that the store has now. `router` gives computed rows."""
         assert job.upload_id is not None
-        upload_id, url = job.upload_id, join(self.location, job.shard.file_name)
+        upload_id, url = job.upload_id, join_url(self.location, job.shard.file_name)
 
         def send(part: UploadPart) -> UploadedPart:
             if part.copy is not None:
@@ -107,7 +107,7 @@ class S3Output(StoreOutput[MultipartStore]):
                 )
                 progress(0, part.nbytes)
                 return there
-            with self._memory.taken(_bytes_to_send(job.shard, part)):
+            with self._memory.reserve(_bytes_to_send(job.shard, part)):
                 chunks = shard_range(job.shard, part.start, part.end, reader, router)
                 there = self._store.upload_part(url, upload_id, part.number, read_stream(chunks, part.nbytes))
             progress(part.nbytes, 0)
@@ -116,16 +116,16 @@ class S3Output(StoreOutput[MultipartStore]):
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
             sent = list(pool.map(send, job.parts))
         reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
-        self._journal.note_sent(job.shard.file_name, upload_id, sent)
+        self._journal.record_sent(job.shard.file_name, upload_id, sent)
         return sent
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         name = shard.file_name
         if name in self._kept:
             return self._kept[name]
-        parts = [*self._parts_there[name], *(part for result in results for part in result)]
+        parts = [*self._known_parts[name], *(part for result in results for part in result)]
         parts.sort(key=lambda part: part.number)
-        url, upload_id = join(self.location, name), self._uploads[name]
+        url, upload_id = join_url(self.location, name), self._uploads[name]
         self._journal.check_run()
         info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata)
         assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
@@ -133,31 +133,31 @@ class S3Output(StoreOutput[MultipartStore]):
         record = FileRecord(name=name, size=info.size, checksum=self._checksum(url, info.etag))
         self._journal.record(record)  # looks at the run again
         self._journal.forget_upload(name)
-        del self._uploads[name], self._parts_there[name]
+        del self._uploads[name], self._known_parts[name]
         return record
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
-        return self._wrote(name, len(content), self._put_small(name, content).etag)
+        return self._record_written(name, len(content), self._put_small(name, content).etag)
 
-    def _wrote(self, name: str, size: int, etag: str | None) -> FileRecord:
-        url = join(self.location, name)
+    def _record_written(self, name: str, size: int, etag: str | None) -> FileRecord:
+        url = join_url(self.location, name)
         info = self._store.stat(url)
         if info is None or info.size != size:
-            raise object_replaced(url)
+            raise object_replaced_error(url)
         # An MD5 was compared with what was sent. Another one now is of other bytes; a store may also tell none.
         if etag is not None and info.etag is not None and is_md5(etag) and is_md5(info.etag) and etag != info.etag:
-            raise object_replaced(url)
+            raise object_replaced_error(url)
         self._written.add(name, size, info.etag)
         return FileRecord(name=name, size=size, checksum=self._checksum(url, etag))
 
     def write_index(self, content: bytes) -> FileRecord:
         self._check_files()
-        url = join(self.location, INDEX_NAME)
+        url = join_url(self.location, INDEX_NAME)
         try:
             info = self._store.put(url, content, only_if_absent=not self._check_index(content))
         except ObjectExists as error:
-            raise not_of_this_merge(url) from error
-        return self._wrote(INDEX_NAME, len(content), info.etag)
+            raise foreign_file_error(url) from error
+        return self._record_written(INDEX_NAME, len(content), info.etag)
 
     def _clear(self, claim: Claim) -> None:
         uploads = self._journal.all_uploads()
@@ -180,7 +180,7 @@ class S3Output(StoreOutput[MultipartStore]):
         with contextlib.suppress(StorageError):
             if journal.is_of_this_run:
                 for name, upload_id in self._uploads.items():
-                    store.abort_upload(join(self.location, name), upload_id)
+                    store.abort_upload(join_url(self.location, name), upload_id)
                     journal.forget_upload(name)
         self._uploads.clear()
 
@@ -188,7 +188,7 @@ class S3Output(StoreOutput[MultipartStore]):
         record = self._journal.finished(name)
         if record is None or record.size != size:
             return None
-        url = join(self.location, name)
+        url = join_url(self.location, name)
         info = self._store.stat(url)
         if info is None or info.size != size or self._checksum(url, info.etag) != record.checksum:
             return None
@@ -211,23 +211,23 @@ class S3Output(StoreOutput[MultipartStore]):
     def _open_upload(self, name: str, *, goes_on: bool) -> tuple[str, Sequence[UploadedPart]]:
         """An upload of `name`: where `goes_on`, the one that an earlier run of this merge left, with the parts that it
         noted; else a new one."""
-        url = join(self.location, name)
+        url = join_url(self.location, name)
         earlier, taken = self._journal.earlier_uploads(name), None
         if goes_on:
             taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
         same = [upload for upload in earlier if taken is not None and upload.upload_id == taken.upload_id]
         self._abort((upload for upload in earlier if upload not in same), self._journal.check_run)
         if taken is not None and taken.upload_id is not None:
-            self._journal.begun_upload(name, taken.upload_id)
+            self._journal.record_upload(name, taken.upload_id)
             for upload in same:  # two, where a run was killed between its own note and the removal of the older one
                 self._journal.forget(upload)
-            there, sent = self._store.list_parts(url, taken.upload_id), self._journal.sent(name, taken.upload_id)
+            there, sent = self._store.list_parts(url, taken.upload_id), self._journal.sent_parts(name, taken.upload_id)
             return taken.upload_id, [part for part in there if part in sent]
         known = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
-        self._journal.intend_upload(name, known=known)
+        self._journal.announce_upload(name, known=known)
         upload_id = self._create_upload(url, known=known)
         try:
-            self._journal.begun_upload(name, upload_id)
+            self._journal.record_upload(name, upload_id)
         except BaseException:
             # A newer run may have read the journal before the note was there: it does not know this upload.
             self._store.abort_upload(url, upload_id)
@@ -235,16 +235,16 @@ class S3Output(StoreOutput[MultipartStore]):
             raise
         return upload_id, ()
 
-    def _is_open(self, upload: NotedUpload) -> bool:
+    def _is_open(self, upload: RecordedUpload) -> bool:
         if upload.upload_id is None:
             return False
         try:
-            self._store.list_parts(join(self.location, upload.name), upload.upload_id)
-        except UploadGone:
+            self._store.list_parts(join_url(self.location, upload.name), upload.upload_id)
+        except UploadNotFound:
             return False
         return True
 
-    def _abort(self, uploads: Iterable[NotedUpload], check: Callable[[], object]) -> None:
+    def _abort(self, uploads: Iterable[RecordedUpload], check: Callable[[], object]) -> None:
         """Abort what was noted of uploads, and remove the notes.
 
         Where a run died between its intention and the id, what was opened since then is taken for its own: a store does
@@ -252,7 +252,7 @@ class S3Output(StoreOutput[MultipartStore]):
         output.
         """
         for upload in uploads:
-            url = join(self.location, upload.name)
+            url = join_url(self.location, upload.name)
             ids = [upload.upload_id]
             if upload.upload_id is None:
                 ids = [*self._opened_since(url, upload.known)]
@@ -285,7 +285,7 @@ class _Budget:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def taken(self, count: int) -> Iterator[None]:
+    def reserve(self, count: int) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + count <= self._limit)
             self._used += count

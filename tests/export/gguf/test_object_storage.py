@@ -10,7 +10,7 @@ import pytest
 from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join
+from raymoe.object_store.urls import join_url
 from tests.object_store.fixtures import bucket, server, store
 
 __all__ = ["bucket", "server", "store"]
@@ -20,7 +20,7 @@ def test_same_bytes(bucket: str, merged: Callable[..., Path], tmp_path: Path) ->
     folder, url = merged("llama", "mixtral"), f"{bucket}/merged"
     objects = open_store(url)
     for path in folder.iterdir():
-        objects.put(join(url, path.name), path.read_bytes())
+        objects.put(join_url(url, path.name), path.read_bytes())
     asked = GgufOptions(type="q8_0", name="same")
     of_bucket = write_gguf(url, tmp_path / "bucket.gguf", asked)
     of_folder = write_gguf(folder, tmp_path / "folder.gguf", asked)

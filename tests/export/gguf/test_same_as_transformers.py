@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from raymoe.architectures import HOSTS
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
 from tests.architectures.pairs import MAMBA, MIXED_LAYERS, load_merged
@@ -298,4 +298,4 @@ def test_a_host_for_which_there_is_no_architecture(merged: Callable[..., Path], 
 
 
 def test_no_host_is_left_out() -> None:
-    assert {case.host for case in MERGES} == HOSTS.keys() - {"flex_olmo"}
+    assert {case.host for case in MERGES} == MOE_ARCHITECTURES.keys() - {"flex_olmo"}

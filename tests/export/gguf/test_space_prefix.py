@@ -108,9 +108,9 @@ def test_as_in_transformers(
 def test_a_tokenizer_model_alone(said: bool | None, of_model: bool) -> None:
     """By its own flag, where the config has none."""
     config = {} if said is None else {"add_prefix_space": said}
-    assert space_prefix(config, {}, of_model, "mixtral").added is (of_model if said is None else said)
+    assert space_prefix(config, {}, of_model, "mixtral").is_added is (of_model if said is None else said)
 
 
 def test_a_tokenizer_json_goes_before_the_tokenizer_model() -> None:
-    assert not space_prefix(LLAMA, json.loads(as_json("never")), True, "llama").added
-    assert space_prefix(LLAMA, json.loads(as_json("first")), False, "llama").added
+    assert not space_prefix(LLAMA, json.loads(as_json("never")), True, "llama").is_added
+    assert space_prefix(LLAMA, json.loads(as_json("first")), False, "llama").is_added

@@ -16,7 +16,7 @@ import pytest
 from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.export.gguf.input_model import _PlannedParts
-from raymoe.export.gguf.staging_file import new_file, output_without_room
+from raymoe.export.gguf.staging_file import disk_space_problems, open_staging_file
 from tests.cli.commands import write_config
 from tests.pico import copy_model, merge_config
 
@@ -33,8 +33,8 @@ def test_killed_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     code = (
         "import os, pathlib, signal, sys\n"
-        "from raymoe.export.gguf.staging_file import new_file\n"
-        "with new_file(pathlib.Path(sys.argv[1])) as file:\n"
+        "from raymoe.export.gguf.staging_file import open_staging_file\n"
+        "with open_staging_file(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.append(bytes(100))\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -47,7 +47,7 @@ def test_killed_while_writing(zoo: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_stopped_while_writing(tmp_path: Path) -> None:
     def write() -> None:
-        with new_file(tmp_path / "model.gguf") as file:
+        with open_staging_file(tmp_path / "model.gguf") as file:
             file.append(bytes(100))
             raise KeyboardInterrupt
 
@@ -57,7 +57,7 @@ def test_stopped_while_writing(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_one_file(zoo: Callable[..., Path], tmp_path: Path) -> None:
-    with new_file(tmp_path / "model.gguf") as file:
+    with open_staging_file(tmp_path / "model.gguf") as file:
         file.append(b"first")
         with pytest.raises(ProblemReport, match="another run is writing this file"):
             write_gguf(zoo("llama"), tmp_path / "model.gguf")
@@ -93,10 +93,10 @@ def test_a_part_of_another_program_stays(tmp_path: Path) -> None:
     """Browsers call half a download so; also where the run is refused."""
     download, file = tmp_path / "model.gguf.part", tmp_path / "model.gguf"
     download.write_bytes(b"GGUF half")
-    with new_file(file) as new:
+    with open_staging_file(file) as new:
         new.append(b"GGUF")
         new.commit()
-    with pytest.raises(ProblemReport, match="this file is there already"), new_file(file):
+    with pytest.raises(ProblemReport, match="this file is there already"), open_staging_file(file):
         pass
     assert download.read_bytes() == b"GGUF half" and file.read_bytes() == b"GGUF"
 
@@ -120,7 +120,7 @@ def test_what_is_no_part_is_in_the_way(tmp_path: Path, kind: str) -> None:
     for overwrite in (False, True):
         with (
             pytest.raises(ProblemReport, match="something else has it"),
-            new_file(part.with_suffix(""), overwrite=overwrite),
+            open_staging_file(part.with_suffix(""), overwrite=overwrite),
         ):
             pass
     assert os.path.samestat(os.lstat(part), before) and os.lstat(part).st_size == before.st_size
@@ -131,7 +131,7 @@ def test_killed_when_the_file_had_its_name(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF whole")
     os.link(file, tmp_path / "model.gguf.raymoe-part")
-    with new_file(file, overwrite=True) as new:
+    with open_staging_file(file, overwrite=True) as new:
         assert file.read_bytes() == b"GGUF whole"
         new.append(b"GGUF new")
         new.commit()
@@ -157,7 +157,7 @@ def test_a_file_that_came_meanwhile_stays(links: bool, tmp_path: Path, monkeypat
 
 def _written(path: Path, *, came: bytes | None, overwrite: bool = False) -> None:
     """`came` is what another program writes there before the file is whole."""
-    with new_file(path, overwrite=overwrite) as file:
+    with open_staging_file(path, overwrite=overwrite) as file:
         file.append(b"ours")
         if came is not None:
             path.write_bytes(came)
@@ -169,7 +169,7 @@ def _no_links(*_: object) -> None:
 
 
 def test_no_room(tmp_path: Path) -> None:
-    (problem,) = output_without_room(tmp_path / "model.gguf", 10**18)
+    (problem,) = disk_space_problems(tmp_path / "model.gguf", 10**18)
     assert "not enough disk: 1,000,000,000,000,000,000 bytes are to be written" in problem.what
 
 
@@ -191,7 +191,7 @@ def test_a_limit_that_is_met_while_writing(zoo: Callable[..., Path], tmp_path: P
 @pytest.mark.parametrize("name", ["s3:/bucket/m.gguf", "s3:m.gguf", "gs//bucket/m.gguf"])
 def test_places_that_look_like_urls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ProblemReport, match="looks like a URL"), new_file(name):
+    with pytest.raises(ProblemReport, match="looks like a URL"), open_staging_file(name):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,7 @@ from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.export.gguf.encode import TensorEncoder
 from raymoe.export.gguf.options import TYPES, TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor, rope_factors
-from raymoe.export.gguf.tensor_ops import Change, neighbours
+from raymoe.export.gguf.tensor_ops import TensorOp, interleave_order
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
@@ -34,9 +34,9 @@ def test_types_are_those_of_the_gguf_package(kind: TensorType) -> None:
 
 def test_pairs_that_are_turned_together_become_neighbours() -> None:
     rows = np.arange(2 * 6, dtype=np.float32)[:, None] + np.zeros((1, 3), np.float32)
-    turned = Change(unit=6, rows=neighbours(6))
+    turned = TensorOp(unit=6, rows=interleave_order(6))
     assert turned(rows)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    some = Change(unit=6, rows=neighbours(4, before=2))
+    some = TensorOp(unit=6, rows=interleave_order(4, before=2))
     assert some(rows)[:, 0].tolist() == [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]
 
 
@@ -103,8 +103,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
         file.truncate(size)
     source = SourceFile(location=str(tmp_path / "weights"), size=size)
     entry = TensorEntry(name="w", dtype="BF16", shape=shape, file=source, start=0, end=size)
-    change = Change(unit=64, rows=neighbours(64))
-    tensor = GgufTensor(name="w", shape=shape, type=TYPES["f16"], sources=(entry,), change=change)
+    change = TensorOp(unit=64, rows=interleave_order(64))
+    tensor = GgufTensor(name="w", shape=shape, type=TYPES["f16"], sources=(entry,), op=change)
     tracemalloc.start()
     with (
         SourceReader(HubOptions()) as reader,

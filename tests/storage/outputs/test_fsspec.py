@@ -17,7 +17,7 @@ from raymoe.errors import CheckpointError, MergeFailed, Problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_gate_rows, router_bytes
+from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.outputs.fsspec import StreamOutput
@@ -97,7 +97,7 @@ def started(plan: MergePlan, out: str) -> StreamOutput:
 
 
 def write_shard(plan: MergePlan, target: Output, shard: Shard, progress: Callable[[int, int], None]) -> FileRecord:
-    router = router_bytes(plan.gates, random_gate_rows(plan.gates))
+    router = router_bytes(plan.gates, random_router_rows(plan.gates))
     with SourceReader(HubOptions()) as reader:
         return target.complete(shard, [target.do(job, reader, progress, router) for job in target.jobs(shard)])
 

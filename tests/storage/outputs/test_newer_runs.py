@@ -16,7 +16,7 @@ import fsspec
 import pytest
 
 from raymoe.errors import MergeFailed, Problem
-from raymoe.object_store.errors import UploadGone
+from raymoe.object_store.errors import UploadNotFound
 from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
@@ -26,7 +26,7 @@ from raymoe.storage.outputs import s3 as s3_output
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.open_output import open_output
-from raymoe.storage.outputs.output_checks import clash
+from raymoe.storage.outputs.output_checks import input_conflict
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 
@@ -52,7 +52,7 @@ class Uploads(FsspecStore):
 
     def list_parts(self, url: str, upload_id: str) -> list[Any]:
         if not self.uploads[upload_id]:
-            raise UploadGone([Problem(where=url, what="no such upload")])
+            raise UploadNotFound([Problem(where=url, what="no such upload")])
         return []
 
 
@@ -196,7 +196,7 @@ def test_an_upload_of_a_newer_run_is_not_taken_for_an_older_ones(place: str, mon
     monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
     dead, older, newer = (S3Output(place, OPTIONS) for _ in range(3))
     dead.begin("plan", {}, fresh=False)
-    dead._journal.intend_upload("m.safetensors", known=[])
+    dead._journal.announce_upload("m.safetensors", known=[])
     real = store.list_uploads
 
     def begins(url: str) -> Any:
@@ -220,9 +220,9 @@ def test_files_of_a_foreign_record_are_sources(place: str, tmp_path: Path, is_fo
     record = {"files": {"experts/x/model.safetensors": {"size": 1}, "base.yaml": {"size": 1}}}
     filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps(record).encode())
     output: Output = open_output(out, OPTIONS)
-    assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/x"),))) is not None
-    assert clash(output, Inputs(files=(("the config", f"{out}/base.yaml"),))) is not None
-    assert clash(output, Inputs(folders=(("expert 0", f"{out}/experts/y"),))) is None
+    assert input_conflict(output, Inputs(folders=(("expert 0", f"{out}/experts/x"),))) is not None
+    assert input_conflict(output, Inputs(files=(("the config", f"{out}/base.yaml"),))) is not None
+    assert input_conflict(output, Inputs(folders=(("expert 0", f"{out}/experts/y"),))) is None
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

@@ -11,7 +11,7 @@ import pytest
 
 from raymoe.sources.local_folder import recorded_sample, stat_file
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FinishedMerge
-from raymoe.storage.outputs.output_checks import _newer_sources, rewritten_sources
+from raymoe.storage.outputs.output_checks import _newer_source_problems, rewritten_sources
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def models(tmp_path: Path) -> Path:
 
 def said(models: Path, finished: FinishedMerge, location: str) -> list[str]:
     plan: Any = SimpleNamespace(side_files=(), sources=(SimpleNamespace(files=(file_of(models),)),))
-    return [problem.what for problem in _newer_sources(plan, location, finished)]
+    return [problem.what for problem in _newer_source_problems(plan, location, finished)]
 
 
 def file_of(models: Path) -> Any:

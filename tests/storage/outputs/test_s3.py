@@ -27,7 +27,7 @@ from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.multipart import upload_parts
 from raymoe.planning.plan import Copy, Shard
-from raymoe.routers.router_matrices import random_gate_rows, router_bytes
+from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.resolve import HubOptions
@@ -96,7 +96,7 @@ def ignore(sent: int, copied: int) -> None:
 
 
 def do_all(plan: MergePlan, target: Output, jobs: Sequence[ShardJob]) -> list[Any]:
-    router = router_bytes(plan.gates, random_gate_rows(plan.gates))
+    router = router_bytes(plan.gates, random_router_rows(plan.gates))
     with SourceReader(HubOptions(), OPTIONS) as reader:
         return [target.do(job, reader, ignore, router) for job in jobs]
 
@@ -420,7 +420,7 @@ def test_death_before_the_upload_id_was_noted(plan: MergePlan, place: Place, out
 def begun_and_lost(plan: MergePlan, place: Place, out: str, shard: Shard, known: Sequence[str]) -> str:
     """What a run leaves that dies while its upload begins: the intention, and an open upload."""
     dead = started(plan, out)
-    ObjectJournal(dead._store, out, dead.run).intend_upload(shard.file_name, known=known)
+    ObjectJournal(dead._store, out, dead.run).announce_upload(shard.file_name, known=known)
     return place.open_upload(shard.file_name)
 
 

@@ -24,7 +24,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_gate_rows, router_bytes
+from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.coordinator import _begin, output_problems
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles
@@ -33,7 +33,7 @@ from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.open_output import open_output
-from raymoe.storage.outputs.output_checks import complete_merge
+from raymoe.storage.outputs.output_checks import find_complete_merge
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 from raymoe.storage.source_reader import SourceReader
@@ -127,7 +127,7 @@ def killed_driver(output: Output) -> None:
 
 
 def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader | None = None) -> list[Any]:
-    router = router_bytes(plan.gates, random_gate_rows(plan.gates))
+    router = router_bytes(plan.gates, random_router_rows(plan.gates))
     with reader or SourceReader(HubOptions()) as reading:
         return [output.do(job, reading, lambda sent, copied: None, router) for job in output.jobs(shard)]
 
@@ -709,7 +709,7 @@ def test_killed_while_the_journal_is_removed(place: Place, plans: tuple[MergePla
         if RECORD_NAME in here.files():
             again = open_output(here.location, OPTIONS)
             assert again.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
-            assert complete_merge(plan, again) is not None and complete_merge(plans[1], again) is None
+            assert find_complete_merge(plan, again) is not None and find_complete_merge(plans[1], again) is None
             assert again.problems(digest=plans[1].digest, output_bytes=0, overwrite=False) != []
             again.clean_up()
             check_is_alone(here, plan, tmp_path)
