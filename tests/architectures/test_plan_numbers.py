@@ -116,7 +116,7 @@ def test_importing_and_planning_need_neither_torch_nor_ray(zoo: Callable[..., Pa
     program = (
         "import sys, raymoe\n"
         f"plan = raymoe.plan({str(config)!r})\n"
-        "assert plan.host == 'mixtral' and plan.gates.experts[0].positive\n"
+        "assert plan.architecture == 'mixtral' and plan.gates.experts[0].positive\n"
         "heavy = {'torch', 'ray', 'transformers', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
         "print(sorted(heavy))\n"
     )

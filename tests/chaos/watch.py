@@ -48,12 +48,12 @@ class Actor:
             except ray.exceptions.RayError:  # it has died, or is being restarted
                 self.pid = self.busy_with = None
                 continue
-            if question == "where":
+            if question == "describe":
                 self.pid = answer["pid"]
             else:
                 self.busy_with = answer.busy_with
         if not self._asked:
-            question = "where" if self.pid is None else "status"
+            question = "describe" if self.pid is None else "status"
             self._asked[getattr(self.handle, question).remote()] = question
 
 
