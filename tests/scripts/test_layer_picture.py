@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import runpy
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.pico import REPOSITORY
-
+REPOSITORY = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
