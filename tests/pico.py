@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import raymoe
+from raymoe import gate_modes
 from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan
@@ -33,7 +34,7 @@ from raymoe.storage.source_reader import SourceReader
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those whose tables are Llama's
-MODES = ("hidden", "hidden_avg", "ridge", "cheap_embed", "random", "uniform_random")
+MODES = tuple(gate_modes.MODES)
 PROMPTS = (
     ("def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)"),
     ("The licensor grants you a copyright licence.", "You may reproduce the Work"),

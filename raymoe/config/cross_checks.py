@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from raymoe.config.gate_modes import MODES
 from raymoe.config.prompt_sources import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePositions, format_loc, short_repr
 from raymoe.errors import Problem
+from raymoe.gate_modes import MODES
 
 __all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_invalid"]
 
@@ -97,7 +97,7 @@ def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
     prompts = expert.positive_prompts
     if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
         return False
-    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].is_fitted else not prompts
+    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].needs_text else not prompts
 
 
 def _prompt_findings(checked: _ReadConfig) -> _Findings:

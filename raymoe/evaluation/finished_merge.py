@@ -13,10 +13,11 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
-from raymoe.config import MODES, MergeConfig
+from raymoe.config import MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
+from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.planning import MergeOptions
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
@@ -43,8 +44,8 @@ class EvaluatedMerge:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether its gate mode is `hidden`, which merges are compared with."""
-        return self.config.gate_mode in ("hidden", "hidden_last") and self.prompt_model == "base"
+        """Whether its gate mode is the one that merges are compared with."""
+        return self.config.gate_mode == DEFAULT_MODE and self.prompt_model == "base"
 
     @property
     def prompt_model(self) -> str | None:
@@ -106,8 +107,8 @@ def _without_options(remedy: str, wanted: Sequence[str], without: set[str]) -> s
 
 
 def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
-    """How this merge's gates would be made in mode `hidden`. Raises ProblemReport where they can't be."""
-    config = merge.config.model_copy(update={"gate_mode": "hidden"})
+    """How this merge's gates would be made in mode `hidden`, the default. Raises ProblemReport where they can't be."""
+    config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE})
     merge_options = replace(merge.options, quantize_gates=None)
     try:
         return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates

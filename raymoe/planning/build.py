@@ -11,10 +11,10 @@ from typing import Any
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
 from raymoe.architectures.moe_architecture import MIXTURE_KEYS, moe_config
 from raymoe.config import ExpertConfig, MergeConfig
-from raymoe.config.gate_modes import MODES
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, is_tied_by_config, load_spec
 from raymoe.planning.config_numbers import find_non_finite
 from raymoe.planning.digest import plan_digest

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raymoe.config.gate_modes import EMBEDDING, MODES
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.base import EMBEDDING
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 
@@ -43,7 +44,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
         if not with_bos(text, bos):
             what = "it has no tokens: the tokenizer has no BOS token, as which a blank prompt is read"
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
-    if bos and MODES[gates.mode].is_fitted and all(with_bos(text, bos) == bos for text in member.positive):
+    if bos and MODES[gates.mode].needs_text and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
         yield Problem(where=member.owner, what=what, remedy="give it some text")
 

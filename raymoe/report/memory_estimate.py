@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from raymoe.config import MODES
-from raymoe.config.gate_modes import EMBEDDING
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.base import EMBEDDING
+from raymoe.gate_modes.layer_values import FOLDS
 from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
-from raymoe.routers.activations import FOLDS, token_limit
-from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
@@ -36,7 +36,6 @@ _COMPUTING_ACTOR_BYTES = 520_000_000
 # The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
 # cuBLAS holds there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
-_GPU_SOLVER_BYTES = 350_000_000  # of the libraries that factorise on a GPU, in the machine's memory; measured likewise
 _BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
@@ -92,14 +91,14 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
 
 def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
-    gates, hidden = plan.gates, plan.gates.hidden
-    run = gates.layers if MODES[gates.mode].is_fitted else gates.layers - 1  # the last layer's input is all it takes
+    gates, hidden, mode = plan.gates, plan.gates.hidden, MODES[plan.gates.mode]
+    run = mode.layers_run(gates.layers)
     layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
     # Computed with as the embedding is stored, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].is_fitted else 0
+    fitting = mode.fitting_bytes(hidden, tokens)
     common = _TOKEN_BYTES * one.tokens + _activation_bytes(plan, tokens)
     reading = {
         width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
@@ -108,7 +107,7 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     return {
         "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * max_layers_at_once(gates)),
         "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
-        "beside_gpu": common + min(2, run) * layer + solver,
+        "beside_gpu": common + min(2, run) * layer + mode.gpu_library_bytes,
     }
 
 
@@ -199,10 +198,10 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
-    gates = plan.gates
+    gates, mode = plan.gates, MODES[plan.gates.mode]
     members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
-    kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
-    sums = 0 if MODES[gates.mode].is_fitted else (FOLDS + 1) * 8 * members
+    kept = min(tokens, members * mode.token_limit(len(gates.experts)))
+    sums = (FOLDS + 1) * 8 * members if mode.sums_layer_inputs else 0
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
-from raymoe.config import MODES
 from raymoe.console import console as rich_console
 from raymoe.console import print_json, print_line, say
 from raymoe.formatting import human_bytes, human_count
+from raymoe.gate_modes import MODES
 from raymoe.object_store.urls import is_s3
 from raymoe.planning.plan import FUSED, SHARED, MergePlan, Shard
 from raymoe.report.memory_estimate import actor_memory

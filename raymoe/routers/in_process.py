@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from raymoe.config.gate_modes import MODES
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import LayerActivations, join_parts
 from raymoe.planning.plan import GatePlan
-from raymoe.routers.activations import LayerActivations, LayerDone, capture_layers
-from raymoe.routers.cheap_embed import embedding_router_row
-from raymoe.routers.fit_layer import fit_layer, join_parts
+from raymoe.routers.activations import LayerDone, capture_layers
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import plan_readings
 from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner, random_router_rows
+from raymoe.routers.token_embeddings import embedding_router_row
 from raymoe.storage.source_reader import SourceReader
 
 __all__ = ["compute_routers_locally"]
@@ -59,5 +59,5 @@ def compute_routers_locally(
             if pass_prompts is passes[-1]:
                 everyone = [join_parts(activations[layer].pop(member.owner)) for member in members]
                 count = len(gates.experts)
-                found[layer] = fit_layer(gates.mode, everyone[:count], everyone[count:], device)
+                found[layer] = mode.fit_layer(everyone[:count], everyone[count:], device)
     return collect_rows(found, [member.owner for member in gates.experts])

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.gate_modes import MODES
 from raymoe.errors import MergeFailed
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.directions import shared_gate_row
+from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.plan import GatePlan, Part, Router
-from raymoe.routers.fit_layer import LayerRows
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.routers.router_math import not_finite_message, random_rows, shared_gate_row
+from raymoe.routers.router_math import not_finite_message
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
@@ -48,11 +49,12 @@ def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tup
 
 def random_router_rows(gates: GatePlan) -> RouterRows:
     """Rows of the experts that have no prompts to read, in the modes that draw them."""
-    if MODES[gates.mode].needs_prompts:
+    mode = MODES[gates.mode]
+    if mode.needs_prompts:
         return {}
 
     def drawn(owner: str) -> npt.NDArray[np.float32]:
-        return random_rows(gates.mode, gates.seed, owner, gates.layers, gates.hidden)
+        return mode.draw_rows(gates.seed, owner, gates.layers, gates.hidden)
 
     rows = {member.owner: drawn(member.owner) for member in gates.experts}
     return {**rows, SHARED_GATE: drawn(gates.shared[0].owner)} if gates.shared else rows

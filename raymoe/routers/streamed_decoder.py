@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from raymoe.architectures import FAMILIES
-from raymoe.config.gate_modes import EMBEDDING
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes.base import EMBEDDING
 from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
-from raymoe.routers.cheap_embed import embedding_rows
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
 from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.quantize import quantize_layer
+from raymoe.routers.token_embeddings import embedding_rows
 from raymoe.routers.tokenize import Batch
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 from raymoe.storage.source_reader import SourceReader

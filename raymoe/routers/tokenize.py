@@ -15,8 +15,9 @@ import xxhash
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
-from raymoe.config.gate_modes import EMBEDDING, MODES
 from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.base import EMBEDDING
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.planning.prompt_checks import missing_row_problem

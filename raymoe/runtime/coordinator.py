@@ -16,11 +16,12 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import merge_record
 from raymoe.compute import peak_rss_bytes
-from raymoe.config import MODES, MergeConfig
+from raymoe.config import MergeConfig
 from raymoe.config.model_refs import short_name
 from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.formatting import short_list
+from raymoe.gate_modes import MODES, better_mode
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.urls import is_s3, is_url
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
@@ -304,14 +305,13 @@ def _gate_warnings(
     gates: GatePlan, rows: RouterRows, summary: RouterSummary | None, names: Sequence[str]
 ) -> Iterator[str]:
     mode = MODES[gates.mode]
-    # The lengths and sums of fitted rows mean something: only rows that are directions are judged by their cosines.
-    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.is_fitted else []
+    judged = [rows[member.owner] for member in gates.experts] if mode.has_directions else []
     if judged:
         if warning := conditioning_warning(judged, names):
             yield warning
         yield from zero_row_warnings(judged, names)
     if summary is not None:
-        yield from router_warnings(summary, names, fitted=mode.is_fitted)
+        yield from router_warnings(summary, names, better=better_mode(mode))
 
 
 def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from raymoe.compute import limit_threads, peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import LayerActivations, LayerRows, join_parts
 from raymoe.object_store.registry import process_counters
 from raymoe.planning.plan import GatePlan, GatePrompts
-from raymoe.routers.activations import LayerActivations
-from raymoe.routers.fit_layer import LayerRows
 from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
 from raymoe.runtime.actor_status import GATES_PREFIX, ROUTERS_JOB, ActorInfo, Status, node_name, reading_label
 from raymoe.runtime.job_activity import ActiveJobs, Job
@@ -71,7 +71,7 @@ class ExpertWorker:
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
         """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
-        from raymoe.routers.cheap_embed import embedding_router_row
+        from raymoe.routers.token_embeddings import embedding_router_row
 
         with (
             self._active_jobs.track(_gates_label(members), reading_label(members)) as work,
@@ -148,13 +148,11 @@ class ExpertWorker:
 
         `parts` says how many of `activations` each member has, one after the other.
         """
-        from raymoe.routers.fit_layer import fit_layer, join_parts
-
         limit_threads(1)
         ends = [sum(parts[: number + 1]) for number in range(len(parts))]
         members = [join_parts(activations[end - count : end]) for end, count in zip(ends, parts, strict=True)]
         with self._active_jobs.track(ROUTERS_JOB) as work:
-            return fit_layer(mode, members[:experts], members[experts:], self._device(), work.heartbeat)
+            return MODES[mode].fit_layer(members[:experts], members[experts:], self._device(), work.heartbeat)
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""

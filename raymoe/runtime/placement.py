@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.config import MODES
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raymoe.compute import peak_rss_bytes
-from raymoe.config import MODES
 from raymoe.console import console, say
 from raymoe.formatting import human_bytes, human_time
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
 from raymoe.results import MergeResult
 from raymoe.runtime.actor_status import Status

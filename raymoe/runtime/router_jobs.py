@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config import MODES
 from raymoe.console import say
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import Reading, plan_readings

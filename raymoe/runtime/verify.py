@@ -16,8 +16,9 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import prompt_records, recorded_config, with_own_storage
 from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
-from raymoe.config import MODES, MergeConfig
+from raymoe.config import MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge

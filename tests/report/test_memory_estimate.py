@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
 from raymoe.report import memory_estimate
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers import fit_memory, prompt_passes
 from raymoe.routers import prompt_lengths as prompt_lengths_module
-from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.resolve import HubOptions
@@ -113,18 +114,17 @@ def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Call
 def test_layers_that_are_fitted_at_once(planned: Callable[..., MergePlan], hidden: int, layers: int) -> None:
     gates = replace(planned("ridge", 2).gates, hidden=hidden, layers=8)
     assert max_layers_at_once(gates) == layers
-    assert layers == 1 or layers * fitting_bytes(gates) <= 2 << 30
-    assert fitting_bytes(replace(gates, mode="hidden")) == 0
+    assert layers == 1 or layers * MODES["ridge"].fitting_bytes(hidden) <= 2 << 30
+    assert MODES["hidden"].fitting_bytes(hidden) == 0
     assert max_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
     assert max_layers_at_once(replace(gates, layers=1)) == 1
 
 
-def test_fitting_takes_what_was_measured(planned: Callable[..., MergePlan]) -> None:
+def test_fitting_takes_what_was_measured() -> None:
     """Peaks of `fit_rows` in a process of its own, in MB, with what it was given."""
-    gates = planned("ridge", 2).gates
     measured = {(1024, 4016): 122, (1024, 16384): 268, (2048, 4016): 274, (2048, 16384): 462, (4096, 16384): 1028}
     for (hidden, tokens), megabytes in measured.items():
-        planned_bytes = fitting_bytes(replace(gates, hidden=hidden), tokens)
+        planned_bytes = MODES["ridge"].fitting_bytes(hidden, tokens)
         assert planned_bytes == pytest.approx(megabytes * 1e6, rel=0.2), (hidden, tokens)
 
 
@@ -136,7 +136,7 @@ def test_all_layers_that_are_fitted_at_once_count(
     tokens = sum(sum(map(sum, of_member)) for of_member in prompt_lengths(plan.gates, exact=False).values())
     four = actor_memory(plan)["cpu"]
     monkeypatch.setattr(fit_memory, "_BUDGET_BYTES", 0)
-    assert four - actor_memory(plan)["cpu"] == 3 * fitting_bytes(plan.gates, tokens)
+    assert four - actor_memory(plan)["cpu"] == 3 * MODES["ridge"].fitting_bytes(2048, tokens)
 
 
 def test_embeddings_are_counted_by_tokens_that_differ(
@@ -300,9 +300,9 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     """Row by row, and to the bit what numpy makes of them all at once."""
     import numpy as np
 
-    from raymoe.config.gate_modes import EMBEDDING
-    from raymoe.routers.cheap_embed import embedding_rows, mean_embedding
-    from raymoe.routers.router_math import normalize
+    from raymoe.gate_modes.base import EMBEDDING
+    from raymoe.gate_modes.directions import normalize
+    from raymoe.routers.token_embeddings import embedding_rows
     from raymoe.storage.source_reader import SourceReader
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
@@ -312,4 +312,5 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     with SourceReader(HubOptions()) as reader:
         rows = embedding_rows(reader, ref, list(range(400)))
         total = np.sum([rows[token] for prompt in prompts for token in prompt], axis=0, dtype=np.float64)
-        np.testing.assert_array_equal(mean_embedding(reader, ref, prompts), normalize(total))
+        row = MODES["cheap_embed"].embedding_row(prompts, [], lambda ids: embedding_rows(reader, ref, ids))
+    np.testing.assert_array_equal(row, normalize(normalize(total)))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.gate_modes.layer_values import LayerActivations
 from raymoe.planning import MergePlan
-from raymoe.routers.activations import LayerActivations, capture, capture_layers
+from raymoe.routers.activations import capture, capture_layers
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer
 from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.prompt_passes import plan_readings

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import raymoe
+from raymoe.gate_modes.layer_values import join_parts
 from raymoe.planning.plan import GatePlan
 from raymoe.routers import prompt_passes as module
 from raymoe.routers.activations import capture_layers
-from raymoe.routers.fit_layer import join_parts
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.sources.resolve import HubOptions

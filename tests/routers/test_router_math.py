@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from raymoe.errors import ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.directions import expert_rows, normalize
 from raymoe.planning import MergeOptions
-from raymoe.routers.router_math import conditioning_warning, expert_rows, normalize, random_rows, zero_row_warnings
+from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
 from tests.routers.direct import computed_rows
@@ -25,7 +27,7 @@ ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
 def test_random_rows_are_directions() -> None:
-    rows = random_rows("random", 0, "expert 0", 200, 256)
+    rows = MODES["random"].draw_rows(0, "expert 0", 200, 256)
     assert (rows.dtype, rows.shape) == (np.float32, (200, 256))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
     # Of 51200 numbers: five standard errors.
@@ -35,7 +37,7 @@ def test_random_rows_are_directions() -> None:
 
 
 def test_uniform_random_rows_have_linears_initial_bound() -> None:
-    rows = random_rows("uniform_random", 0, "expert 0", 200, 256) * 16
+    rows = MODES["uniform_random"].draw_rows(0, "expert 0", 200, 256) * 16
     assert np.abs(rows).max() <= 1.0
     counts, _ = np.histogram(rows, bins=8, range=(-1, 1))
     assert np.abs(counts / rows.size - 1 / 8).max() < 0.008
@@ -43,12 +45,12 @@ def test_uniform_random_rows_have_linears_initial_bound() -> None:
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
 def test_drawn_rows_depend_on_seed_owner_and_layer_alone(mode: str) -> None:
-    rows = random_rows(mode, 5, "expert 1", 4, 64)
-    np.testing.assert_array_equal(rows, random_rows(mode, 5, "expert 1", 4, 64))
-    np.testing.assert_array_equal(rows[:2], random_rows(mode, 5, "expert 1", 2, 64))
+    rows = MODES[mode].draw_rows(5, "expert 1", 4, 64)
+    np.testing.assert_array_equal(rows, MODES[mode].draw_rows(5, "expert 1", 4, 64))
+    np.testing.assert_array_equal(rows[:2], MODES[mode].draw_rows(5, "expert 1", 2, 64))
     others = [
-        random_rows(mode, 6, "expert 1", 4, 64),
-        random_rows(mode, 5, "expert 2", 4, 64),
+        MODES[mode].draw_rows(6, "expert 1", 4, 64),
+        MODES[mode].draw_rows(5, "expert 2", 4, 64),
         np.roll(rows, 1, axis=0),
     ]
     for other in others:
@@ -62,7 +64,7 @@ def test_a_merge_holds_the_rows_of_its_seed(mode: str, zoo: Callable[..., Path],
     for seed in (0, 1):
         merge_without_ray(config, tmp_path / str(seed), MergeOptions(seed=seed))
         written = tensors_of(tmp_path / str(seed))
-        drawn = [random_rows(mode, seed, f"expert {number}", 3, 64) for number in range(3)]
+        drawn = [MODES[mode].draw_rows(seed, f"expert {number}", 3, 64) for number in range(3)]
         for layer in range(3):
             np.testing.assert_array_equal(written[ROUTER.format(layer)].numpy(), np.stack(drawn)[:, layer])
 

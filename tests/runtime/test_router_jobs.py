@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import raymoe
-from raymoe.routers.fit_layer import LayerRows
-from raymoe.routers.heldout_report import LayerScores
+from raymoe.gate_modes.layer_values import LayerRows, LayerScores
 from raymoe.runtime.router_jobs import GateJob, GateWork
 from tests.pico import HIDDEN, LAYERS, merge_config
 

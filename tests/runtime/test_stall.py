@@ -95,8 +95,8 @@ def test_a_stopped_actor(many_shards: Merge, ray_env: dict[str, str], tmp_path: 
 def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: str) -> None:
     """Each batch of prompts, each layer that is loaded, each system that is solved."""
     import raymoe
+    from raymoe.gate_modes import MODES
     from raymoe.routers.activations import capture_layers
-    from raymoe.routers.fit_layer import fit_layer
     from raymoe.sources.resolve import HubOptions
     from raymoe.storage.source_reader import SourceReader
     from tests.pico import merge_config
@@ -117,7 +117,7 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
         def moved() -> None:
             solved.count += 1
 
-        fit_layer(mode, seen[0][1], [], "cpu", moved)
+        MODES[mode].fit_layer(seen[0][1], [], "cpu", moved)
         assert solved.count > 5
 
 
