@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,34 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.coordinator import _begin, output_problems
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles
 from raymoe.sources.resolve import HubOptions
-from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
+from raymoe.storage.outputs.object_store import StoreOutput
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.output_checks import find_complete_merge
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 from raymoe.storage.source_reader import SourceReader
-from tests.object_store.servers import environment, running_server
+from tests.storage.outputs.places import (
+    OPTIONS,
+    Place,
+    check_is_alone,
+    do_shard,
+    expected,
+    finish,
+    killed_driver,
+    made_place,
+    record_of,
+    started,
+    write_rest,
+    write_shards,
+)
 
-OPTIONS = StorageOptions(deadline_s=30)
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
 
 
@@ -67,26 +78,6 @@ def small(zoo: Callable[..., Path]) -> MergePlan:
     return raymoe.plan(config, MergeOptions(max_shard_bytes=200_000, model_card=False))
 
 
-class Place:
-    """A place as another program sees it."""
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-    def files(self) -> dict[str, bytes]:
-        filesystem, path = fsspec.url_to_fs(self.location, use_listings_cache=False)
-        filesystem.invalidate_cache()
-        found = filesystem.find(path) if filesystem.exists(path) else []
-        return {name.removeprefix(path).strip("/"): filesystem.cat_file(name) for name in found}
-
-    def open_uploads(self) -> list[str]:
-        if not self.location.startswith("s3://"):
-            return []
-        bucket = self.location.removeprefix("s3://").split("/")[0]
-        found = running_server("moto").client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
-        return [upload["Key"] for upload in found]
-
-
 @pytest.fixture(params=["folder", "memory", pytest.param("moto", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
@@ -95,84 +86,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 @pytest.fixture(params=["memory", pytest.param("moto", marks=pytest.mark.s3)])
 def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
-
-
-def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    if kind == "folder":
-        yield Place(str(tmp_path / "out"))
-    elif kind == "memory":
-        yield Place(f"memory://{name}/out")
-        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
-    else:
-        server = running_server("moto")
-        with environment(server.environment):
-            server.client().create_bucket(Bucket=name)
-            yield Place(f"s3://{name}/out")
-
-
-def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
-    """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
-    output = open_output(place.location, OPTIONS)
-    output.lock()
-    output.begin(plan.digest, {}, fresh=fresh)
-    return output
-
-
-def killed_driver(output: Output) -> None:
-    """The kernel takes the lock away; actors may live on."""
-    if isinstance(output, LocalOutput) and output.journal._lock is not None:
-        os.close(output.journal._lock)
-        output.journal._lock = None
-
-
-def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader | None = None) -> list[Any]:
-    router = router_bytes(plan.gates, random_router_rows(plan.gates))
-    with reader or SourceReader(HubOptions()) as reading:
-        return [output.do(job, reading, lambda sent, copied: None, router) for job in output.jobs(shard)]
-
-
-def finish(output: Output, plan: MergePlan) -> None:
-    write_rest(output, plan, write_shards(output, plan))
-
-
-def write_shards(output: Output, plan: MergePlan) -> list[FileRecord]:
-    return [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
-
-
-def write_rest(output: Output, plan: MergePlan, shards: list[FileRecord]) -> None:
-    records = [*shards]
-    records.append(output.write_small("config.json", json.dumps(plan.config).encode()))
-    records.append(output.write_index(json.dumps(plan.index).encode()))
-    output.end(record_of(plan, records))
-    output.release()
-
-
-def record_of(plan: MergePlan, records: list[FileRecord]) -> bytes:
-    files = {each.name: {"size": each.size, "checksum": each.checksum} for each in records}
-    return json.dumps({"plan_digest": plan.digest, "files": files}).encode()
-
-
-_expected: dict[str, dict[str, bytes]] = {}
-
-
-def expected(plan: MergePlan, tmp_path: Path) -> dict[str, bytes]:
-    """The files of an undisturbed merge."""
-    if plan.digest not in _expected:
-        alone = Place(str(tmp_path / f"alone-{plan.digest[:8]}"))
-        finish(started(alone, plan), plan)
-        _expected[plan.digest] = alone.files()
-    return _expected[plan.digest]
-
-
-def check_is_alone(place: Place, plan: MergePlan, tmp_path: Path) -> None:
-    """The output is this plan's merge, and nothing is left beside it."""
-    there, right = place.files(), expected(plan, tmp_path)
-    assert there.keys() == right.keys()
-    wrong = {name for name in right if there[name] != right[name] and name != RECORD_NAME}
-    assert not wrong
-    assert json.loads(there[RECORD_NAME])["plan_digest"] == plan.digest
-    assert place.open_uploads() == []
 
 
 def shard_of(plan: MergePlan, owner: str) -> Shard:
@@ -308,8 +221,8 @@ class Interrupted:
 
     def __init__(self, output: Output, at: int, then: Callable[[], None]) -> None:
         assert isinstance(output, (S3Output, StreamOutput))
-        self._store, self.calls, self._at, self._then = output._store, 0, at, then
-        output._store = output._journal._store = output._written._store = self  # type: ignore[assignment]
+        self._store, self.calls, self._at, self._then = output.files.store, 0, at, then
+        output.files.store = self  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
@@ -496,15 +409,10 @@ def command(place: Place, plan: MergePlan, *, overwrite: bool = False) -> None:
         output.release()
 
 
-def put(place: Place, name: str, content: bytes) -> None:
-    filesystem, path = fsspec.url_to_fs(place.location)
-    filesystem.pipe_file(f"{path}/{name}", content)
-
-
 def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     output, (plan, other) = started(store_place, plans[0]), plans
     shards = write_shards(output, plan)
-    put(store_place, RECORD_NAME, record_of(other, []))
+    store_place.put(RECORD_NAME, record_of(other, []))
     with pytest.raises(MergeFailed, match=r"a merge of another plan has ended here.*--overwrite"):
         write_rest(output, plan, shards)
     output.release()
@@ -517,9 +425,10 @@ def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tupl
 def test_index_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     output, (plan, _) = started(store_place, plans[0]), plans
     shards = write_shards(output, plan)
-    put(store_place, INDEX_NAME, b'{"weight_map": {}}')
+    store_place.put(INDEX_NAME, b'{"weight_map": {}}')
     with pytest.raises(MergeFailed, match=r"index.json: this file belongs to another model.*--overwrite"):
         write_rest(output, plan, shards)
+    assert store_place.files()[INDEX_NAME] == b'{"weight_map": {}}' and RECORD_NAME not in store_place.files()
     output.release()
     with pytest.raises(ProblemReport, match=r"(?s)files of another model are beside .*index.json.*--overwrite"):
         command(store_place, plan)
@@ -538,10 +447,8 @@ def test_a_file_of_another_model_ends_the_merge(
     records = [*write_shards(output, plan), output.write_small("config.json", json.dumps(plan.config).encode())]
     if is_late:
         records.append(output.write_index(json.dumps(plan.index).encode()))
-    if isinstance(output, LocalOutput):
-        (Path(place.location) / name).parent.mkdir(exist_ok=True)
-    put(place, name, b"old")
-    put(place, "notes.txt", b"mine")
+    place.put(name, b"old")
+    place.put("notes.txt", b"mine")
     with pytest.raises(MergeFailed, match=rf"{name}: this file belongs to another model.*--overwrite"):
         output.end(record_of(plan, records)) if is_late else output.write_index(json.dumps(plan.index).encode())
     assert RECORD_NAME not in place.files()
@@ -557,6 +464,7 @@ def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[Merg
     """The later run's claim comes between the record of the older one and its last look. Both find the merge done."""
     plan = plans[0]
     older, later = started(store_place, plan), open_output(store_place.location, OPTIONS)
+    assert isinstance(older, StoreOutput) and isinstance(later, StoreOutput)
     shards, settings = write_shards(older, plan), RuntimeSettings(verbosity=-1, storage=OPTIONS)
     store, claims = later._store, list[Any]()
 
@@ -582,7 +490,7 @@ def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[Merg
                 write_rest(older, plan, shards)
             return claims[0]
 
-    later._store = later._journal._store = Late()
+    later.files.store = Late()  # type: ignore[assignment]
     finished = _begin(plan, later, settings, SourceFiles(plan, None))
     assert claims and finished is not None and finished.digest == plan.digest
     later.clean_up()
