@@ -137,10 +137,12 @@ class ShardQueue:
     @property
     def names(self) -> set[str]:
         """The shards that wait, or have jobs that do."""
-        return {shard.file_name for shard in (*self.waiting, *(job.opened.shard for job in self.ready))}
+        return {shard.file_name for shard in self.unfinished}
 
-    def first_waiting(self) -> Shard | None:
-        return next(iter([*(job.opened.shard for job in self.ready), *self.waiting]), None)
+    @property
+    def unfinished(self) -> list[Shard]:
+        """The shards of jobs that wait, and those that have not been begun."""
+        return [*(job.opened.shard for job in self.ready), *self.waiting]
 
     def _begin(self, shard: Shard) -> None:
         jobs = self.work.jobs(shard)

@@ -9,10 +9,12 @@ import ray.exceptions
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
+from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
 from raymoe.runtime.ray_errors import CALL_FAILURES, CallFailure, cause_of, classify_failure, first_line
 from raymoe.runtime.router_jobs import GateJob
-from raymoe.runtime.scheduler import _Actor, _Jobs, _lost_part
+from raymoe.runtime.scheduler import _lost_part
 from raymoe.runtime.shard_transfer import SenderLost
+from tests.runtime.fake_cluster import FakeCluster
 
 KINDS = [
     kind
@@ -91,36 +93,34 @@ def test_what_an_actor_raises_itself() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
 def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
     """It is asked again where it may come, else the others work on; the last one ends the merge with one message."""
-    run = _Jobs.__new__(_Jobs)
-    first, second = _Actor("one"), _Actor("another")
-    run._actors, run._writer = [first, second], None
+    first, second = PoolActor("one"), PoolActor("another")
+    pool = ActorPool([first, second], FakeCluster())
     for _ in range(4):
-        if first in run._actors:
-            run._on_startup_failure(first, made(kind))
+        if first in pool.actors:
+            pool.on_startup_failure(first, made(kind))
     comes_again = CALL_FAILURES[kind.__name__] in (CallFailure.UNAVAILABLE, CallFailure.LOST)
-    assert run._actors == ([first, second] if comes_again else [second])
+    assert pool.actors == ([first, second] if comes_again else [second])
     if comes_again and kind is not ray.exceptions.ActorUnavailableError:
-        run._on_startup_failure(first, made(kind))  # not for ever
-        assert run._actors == [second]
+        pool.on_startup_failure(first, made(kind))  # not for ever
+        assert pool.actors == [second] and first.state is ActorState.DEAD
     if kind is not ray.exceptions.ActorUnavailableError:
         second.startup_failures = 4
         with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
-            run._on_startup_failure(second, made(kind))
+            pool.on_startup_failure(second, made(kind))
 
 
 def test_the_last_actor_can_not_reach_the_output() -> None:
     """No node has the credentials that the driver has: no process died, and the remedy is the store's."""
-    run, last = _Jobs.__new__(_Jobs), _Actor("one")
-    run._actors, run._writer = [last], None
     problem = Problem(where="s3://bucket/out", what="no credentials found", remedy="set AWS_ACCESS_KEY_ID")
+    last = PoolActor("one")
     with pytest.raises(MergeFailed) as told:
-        run._on_startup_failure(last, wrapped(StorageError([problem])))
+        ActorPool([last], FakeCluster()).on_startup_failure(last, wrapped(StorageError([problem])))
     said = str(told.value)
     assert "no credentials found" in said and "set AWS_ACCESS_KEY_ID" in said
     assert "died" not in said and "emory" not in said
-    run._actors = [last]
+    last = PoolActor("one")
     with pytest.raises(MergeFailed, match=r"the last one can't work: OSError: no such device$"):
-        run._on_startup_failure(last, wrapped(OSError("no such device")))
+        ActorPool([last], FakeCluster()).on_startup_failure(last, wrapped(OSError("no such device")))
 
 
 def test_words() -> None:
