@@ -25,7 +25,7 @@ from itertools import zip_longest
 from typing import Any
 
 from raymoe.console import say
-from raymoe.errors import MergeFailed, RaymoeError
+from raymoe.errors import MergeFailed
 from raymoe.formatting import human_time
 from raymoe.planning.plan import MergePlan
 from raymoe.routers.heldout_report import RouterSummary
@@ -33,12 +33,12 @@ from raymoe.routers.router_matrices import RouterRows
 from raymoe.runtime.actor_pool import ActorEvent, ActorPool, Lane, PoolActor
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.eligibility import Eligibility
+from raymoe.runtime.jobs import Job, Lost, lost_part
 from raymoe.runtime.placement import FileRequirements, owner_names
-from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, first_line
-from raymoe.runtime.router_jobs import GateJob, GateWork
+from raymoe.runtime.ray_errors import cause_of, first_line
+from raymoe.runtime.router_jobs import GateWork
 from raymoe.runtime.settings import STALL_TIMEOUT_S
-from raymoe.runtime.shard_jobs import ShardQueue, ShardTask, ShardWork, SharedReads, tensors_read_for_shards
-from raymoe.runtime.shard_transfer import SenderLost
+from raymoe.runtime.shard_jobs import ShardQueue, ShardWork, SharedReads, tensors_read_for_shards
 from raymoe.runtime.stall import LastHeartbeat, StallClock, Verdict
 from raymoe.runtime.stuck import STARTUP_GRACE_S, StuckCheck
 from raymoe.runtime.transport import RayTransport, Transport
@@ -81,7 +81,7 @@ class _Run:
 
     actor: PoolActor
     lane: Lane
-    job: GateJob | ShardTask
+    job: Job
     last_heartbeat: LastHeartbeat
     via_writer: bool = False
 
@@ -90,8 +90,7 @@ class _Run:
         """What its actor says of it; another value after each move."""
         if self.actor.status is None:
             return None
-        name = self.job.detail.name if isinstance(self.job, ShardTask) else self.job.name
-        return self.actor.status.heartbeats.get(name), self.actor.status.store_requests
+        return self.actor.status.heartbeats.get(self.job.heartbeat_name), self.actor.status.store_requests
 
 
 def run_jobs(
@@ -202,13 +201,13 @@ class _Jobs:
         job = self.gates.next_reading(lambda job: self._eligibility.can_read_prompts(actor, job.owners))
         if job is not None:
             actor.reads_for = job.owners
-            self._begin(self.gates.start(actor.handle, job), actor, actor.prompts, job)
+            self._begin(job.start(actor.handle), actor, actor.prompts, job)
 
     def _fill_layers(self, actor: PoolActor) -> None:
         if not self._eligibility.can_fit_layers(actor):
             return
         while actor.layers.has_room and (job := self.gates.next_layer()) is not None:
-            self._begin(self.gates.start(actor.handle, job), actor, actor.layers, job)
+            self._begin(job.start(actor.handle), actor, actor.layers, job)
 
     def _fill_shards(self, actor: PoolActor) -> None:
         while actor.shards.has_room:
@@ -223,9 +222,7 @@ class _Jobs:
                 ref = self._sending.start(self._pool.writer.handle, actor.handle, detail)
                 self._begin(ref, actor, actor.shards, job, via_writer=True)
 
-    def _begin(
-        self, ref: Any, actor: PoolActor, lane: Lane, job: GateJob | ShardTask, *, via_writer: bool = False
-    ) -> None:
+    def _begin(self, ref: Any, actor: PoolActor, lane: Lane, job: Job, *, via_writer: bool = False) -> None:
         """An actor has been asked to do a job; `ref` is ready when it is done."""
         lane.running.add(job)
         self._running[ref] = _Run(actor, lane, job, self._stall.begin(), via_writer)
@@ -269,27 +266,15 @@ class _Jobs:
 
     def _collect(self, ref: Any, run: _Run) -> None:
         """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
-        job = run.job
-        loss, result = self._result(ref, job, via_writer=run.via_writer)
-        if loss in ("actor", "sender"):
-            self._requeue(job)
-            lost = self._pool.writer if loss == "actor" and run.via_writer else run.actor
-            assert lost is not None
-            self._pool.change(lost, ActorEvent.LOST)
-        elif loss == "states":
-            assert isinstance(job, GateJob)
-            self.gates.recapture(job)
-        elif isinstance(job, ShardTask):
-            self.shards.complete(job.opened, result)
-        else:
-            self.gates.complete(job, result)
-
-    def _requeue(self, job: GateJob | ShardTask) -> None:
-        """A job is to be done again, before those that wait."""
-        if isinstance(job, ShardTask):
-            self.shards.ready.insert(0, job)
-        else:
-            self.gates.requeue(job)
+        lost, result = self._result(ref, run)
+        if lost is None:
+            run.job.complete(result)
+            return
+        run.job.recover(lost)
+        if lost is not Lost.STATES:
+            actor = self._pool.writer if lost is Lost.ACTOR and run.via_writer else run.actor
+            assert actor is not None
+            self._pool.change(actor, ActorEvent.LOST)
 
     def _check_stalls(self) -> None:
         """Say which jobs stand still, and give them to another actor. Raises MergeFailed for one that does so again."""
@@ -327,53 +312,22 @@ class _Jobs:
         self._transport.end(actor.handle, for_good=False)
         for ref, run in list(self._running.items()):
             if actor is run.actor or (run.via_writer and actor is self._pool.writer):
-                self._requeue(self._pop(ref).job)  # a result that still comes is of no use
+                self._pop(ref).job.requeue()  # a result that still comes is of no use
         self._pool.change(actor, ActorEvent.LOST)
 
-    def _result(self, ref: Any, job: GateJob | ShardTask, *, via_writer: bool) -> tuple[str, Any]:
-        """What came back; or what was lost, as `_lost_part` says, if it has not been lost too often."""
+    def _result(self, ref: Any, run: _Run) -> tuple[Lost | None, Any]:
+        """What came back; or what was lost, if it has not been lost too often."""
         from ray.exceptions import RayError
 
         try:
-            return "", self._transport.fetch(ref)
+            return None, self._transport.fetch(ref)
         except RayError as error:
-            lost = _lost_part(error, job, via_writer=via_writer)
+            job, lost = run.job, lost_part(error, run.job, via_writer=run.via_writer)
             job.failures += 1
             if job.failures < _MAX_ATTEMPTS:
                 return lost, None
-            what = "what it works with was lost with its node" if lost == "states" else "its actor died"
+            what = "what it works with was lost with its node" if lost is Lost.STATES else "its actor died"
             raise MergeFailed(
                 f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. Memory may have run out; "
                 "run the same command again to go on from the shards that are finished."
             ) from error
-
-
-def _lost_part(error: Exception, job: GateJob | ShardTask, *, via_writer: bool) -> str:
-    """What an error of Ray's says was lost: the 'actor' that was asked, the 'sender' of what it writes, or the prompts'
-    'states'. Raises what can't be mended by doing the job again."""
-    from ray.exceptions import RayTaskError
-
-    cause = cause_of(error) if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RaymoeError):
-        raise cause from None
-    if isinstance(cause, SenderLost):
-        return "sender"
-    fate = classify_failure(cause)
-    if fate is CallFailure.FULL:
-        raise _no_room(job.label, cause) from error
-    if fate is CallFailure.FINAL:
-        text = str(cause) if cause is not error else first_line(error)
-        raise MergeFailed(f"{job.label}: {type(cause).__name__}: {text}") from error
-    takes_states = isinstance(job, GateJob) and isinstance(job.what, int)  # nothing else works with what others left
-    if takes_states and (fate is CallFailure.LOST or cause is not error):
-        return "states"
-    return "sender" if via_writer and cause is not error else "actor"
-
-
-def _no_room(label: str, error: BaseException) -> MergeFailed:
-    """Ray spills what its object store can't hold to the node's disk; so neither has room."""
-    return MergeFailed(
-        f"{label}: no room for the states of prompts: Ray's object store is full, and so is the disk that it moves "
-        f"objects to ({type(error).__name__}). Start Ray with more of either (ray start --object-store-memory, "
-        "--object-spilling-directory), and run the same command again to go on from the shards that are finished."
-    )
