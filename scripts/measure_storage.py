@@ -45,9 +45,10 @@ from raymoe.runtime.settings import RuntimeSettings
 config, output = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 settings = RuntimeSettings(verbosity=-1)
-slots = ActorPlan(seats=(ActorPlacement(),), gpus=0.0, readers=1, layers_at_once=1, shards_at_once=1, runs_model=False)
+one = {"gpus": 0.0, "readers": 1, "layers_at_once": 1, "shards_at_once": 1, "runs_model": False}
+slots = ActorPlan(placements=(ActorPlacement(),), **one)
 with expert_actors(slots, output, settings) as (actor,):
-    ray.get(actor.where.remote())
+    ray.get(actor.describe.remote())
     idle = ray.get(actor.status.remote()).peak_rss_bytes
 options = MergeOptions(max_shard_bytes=5_000_000_000)
 result = raymoe.merge(config, output, options, settings=settings, allow_all_same=True)
