@@ -226,7 +226,7 @@ class Progress:
 
         lines = [Text(self._line(outcome), style="bold")]
         for number, status in sorted(self._latest.items()):
-            at = ", ".join(status.busy_with) or "waiting"
+            at = ", ".join(working.label for working in status.busy_with) or "waiting"
             planned = f", {status.gate_tokens:,} of {status.gate_tokens_planned:,} tokens x layers read"
             tokens = planned if status.gate_tokens_planned else ""
             lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
