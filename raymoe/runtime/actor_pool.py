@@ -17,15 +17,13 @@ from typing import Any
 from raymoe.errors import MergeFailed
 from raymoe.runtime.actor_status import ActorInfo, Status
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text, first_line
+from raymoe.runtime.timeouts import PING_INTERVAL_S, STATUS_INTERVAL_S, STATUS_TIMEOUT_S
 from raymoe.runtime.transport import Transport
 from raymoe.sources.facts import SourceFile
 
 __all__ = ["ActorEvent", "ActorPool", "ActorState", "Lane", "PoolActor", "next_state"]
 
 _MAX_STARTUP_FAILURES = 5  # deaths in a row of an actor that never comes up: more than Ray restarts it
-_PING_INTERVAL_S = 1.0
-_STATUS_INTERVAL_S = 0.5
-_STATUS_TIMEOUT_S = 10.0  # a question for the status that waits so long is not answered
 
 
 class ActorState(Enum):
@@ -158,7 +156,7 @@ class ActorPool:
         """
         now = self._transport.now()
         for actor in self.everyone:
-            if not actor.is_up and actor.pending_ping is None and now - actor.last_ping >= _PING_INTERVAL_S:
+            if not actor.is_up and actor.pending_ping is None and now - actor.last_ping >= PING_INTERVAL_S:
                 actor.pending_ping, actor.last_ping = actor.handle.describe.remote(self._files), now
 
     def take_ping_reply(self, actor: PoolActor) -> bool:
@@ -207,9 +205,9 @@ class ActorPool:
                 continue  # it is being restarted; its work is what is waited for, not its words
         now = self._transport.now()
         for actor in self.everyone:
-            if actor.is_up and actor.pending_status is None and now - actor.last_status_request >= _STATUS_INTERVAL_S:
+            if actor.is_up and actor.pending_status is None and now - actor.last_status_request >= STATUS_INTERVAL_S:
                 actor.pending_status, actor.last_status_request = actor.handle.status.remote(), now
 
     def is_responsive(self, actor: PoolActor) -> bool:
         """Whether an actor says something when it is asked."""
-        return actor.pending_status is None or self._transport.now() - actor.last_status_request < _STATUS_TIMEOUT_S
+        return actor.pending_status is None or self._transport.now() - actor.last_status_request < STATUS_TIMEOUT_S

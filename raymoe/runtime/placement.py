@@ -20,6 +20,7 @@ from raymoe.config import MODES
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
 
@@ -36,8 +37,6 @@ __all__ = [
     "run_on_nodes",
     "view_files",
 ]
-
-_ANSWER_TIMEOUT_S = 45  # a node's first task starts a Python process there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,7 +381,7 @@ def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str)
         ): node.node_id
         for node in nodes
     }
-    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_TIMEOUT_S)
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_TIMEOUT_S)
     for call in late:
         ray.cancel(call, force=True)
     answers = {}

@@ -37,17 +37,16 @@ from raymoe.runtime.jobs import Job, Lost, lost_part
 from raymoe.runtime.placement import FileRequirements, owner_names
 from raymoe.runtime.ray_errors import cause_of, first_line
 from raymoe.runtime.router_jobs import GateWork
-from raymoe.runtime.settings import STALL_TIMEOUT_S
 from raymoe.runtime.shard_jobs import ShardQueue, ShardWork, SharedReads, tensors_read_for_shards
 from raymoe.runtime.stall import LastHeartbeat, StallClock, Verdict
-from raymoe.runtime.stuck import STARTUP_GRACE_S, StuckCheck
+from raymoe.runtime.stuck import StuckCheck
+from raymoe.runtime.timeouts import STALL_TIMEOUT_S, STARTUP_GRACE_S, TICK_S
 from raymoe.runtime.transport import RayTransport, Transport
 
 __all__ = ["Outcome", "run_jobs"]
 
 _MAX_ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _MAX_STALLS = 2  # of one job: the second time it is not the actor
-_TICK_S = 0.25
 
 
 @dataclass
@@ -253,8 +252,8 @@ class _Jobs:
     def _wait(self, refs: list[Any]) -> list[Any]:
         """All references that are ready, as soon as one is, within a tick."""
         if not refs:  # all actors are away, and have just said so
-            self._transport.sleep(_TICK_S)
-        return self._transport.ready(refs, 0) if self._transport.ready(refs, _TICK_S, most=1) else []
+            self._transport.sleep(TICK_S)
+        return self._transport.ready(refs, 0) if self._transport.ready(refs, TICK_S, most=1) else []
 
     def _update_outcome(self) -> None:
         outcome, writer = self.outcome, self._pool.writer

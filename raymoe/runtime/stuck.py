@@ -11,11 +11,9 @@ from raymoe.errors import MergeFailed
 from raymoe.formatting import human_time
 from raymoe.runtime.actor_pool import ActorPool
 from raymoe.runtime.stall import StallClock
+from raymoe.runtime.timeouts import STARTUP_GRACE_S, STUCK_TIMEOUT_S
 
-__all__ = ["STARTUP_GRACE_S", "StuckCheck"]
-
-_STUCK_TIMEOUT_S = 50.0  # how long work that no actor can do waits for actors that are away
-STARTUP_GRACE_S = 10.0  # how long work waits for actors that are not up yet and would be better for it
+__all__ = ["StuckCheck"]
 
 
 class StuckCheck:
@@ -44,7 +42,7 @@ class StuckCheck:
             self._last_busy = self._now()
             return
         some_away = len(up) < len(self._pool.actors)
-        if self._now() - self._last_busy >= (_STUCK_TIMEOUT_S if some_away else STARTUP_GRACE_S):
+        if self._now() - self._last_busy >= (STUCK_TIMEOUT_S if some_away else STARTUP_GRACE_S):
             raise self._stuck(*first_waiting())
 
     def _stuck(self, files: frozenset[str], label: str) -> MergeFailed:
