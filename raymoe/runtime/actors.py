@@ -16,6 +16,7 @@ from raymoe.runtime.actor_process import without_secrets
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.import_blocker import block_sklearn_import, block_torch_import
 from raymoe.runtime.placement import ActorPlacement, cluster_nodes
+from raymoe.runtime.ray_compat import node_affinity, streaming_method
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import PIECES_AHEAD
@@ -58,14 +59,10 @@ def expert_actors(actor_plan: ActorPlan, output: str, settings: RuntimeSettings,
 
 
 def _strategy(actor_placement: ActorPlacement) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     if actor_placement.node_id is None:
         return "SPREAD"
-    return NodeAffinitySchedulingStrategy(
-        actor_placement.node_id,
-        soft=not actor_placement.hard_affinity,
-        _spill_on_unavailable=actor_placement.allow_spill,
+    return node_affinity(
+        actor_placement.node_id, hard=actor_placement.hard_affinity, allow_spill=actor_placement.allow_spill
     )
 
 
@@ -127,8 +124,7 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
         name: ray.method(concurrency_group=group)(without_secrets(getattr(worker, name)))
         for name, group in groups.items()
     }
-    streams = ray.method(num_returns="streaming", _generator_backpressure_num_objects=PIECES_AHEAD)
-    methods["send_shard"] = streams(methods["send_shard"])
+    methods["send_shard"] = streaming_method(PIECES_AHEAD)(methods["send_shard"])
 
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:

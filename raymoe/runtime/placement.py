@@ -20,6 +20,7 @@ from raymoe.config import MODES
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.runtime.ray_compat import free_resources_by_node
 from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
@@ -320,7 +321,7 @@ def cluster_nodes() -> list[Node]:
     """The nodes that are alive, by name, not asked yet."""
     import ray
 
-    free = _free_resources()
+    free = free_resources_by_node()
     nodes = [
         Node(
             node_id=node["NodeID"],
@@ -340,17 +341,6 @@ def current_node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _free_resources() -> Mapping[str, Mapping[str, float]]:
-    """By node what Ray has free. It has no public name for this; without it, messages say less."""
-    try:
-        from ray._private.state import available_resources_per_node
-
-        found: Mapping[str, Mapping[str, float]] = available_resources_per_node()
-    except Exception:  # of another version of Ray, or in Ray's client
-        return {}
-    return found
 
 
 def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
