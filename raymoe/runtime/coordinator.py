@@ -34,14 +34,13 @@ from raymoe.routers.heldout_report import RouterSummary, router_warnings, summar
 from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
 from raymoe.routers.tokenize import prompt_problems
-from raymoe.runtime.actor_plan import locate_sources, plan_actors
-from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.remote_folders import RayFolderResolver
+from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.run_report import RunReport
-from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_jobs import Sending, tensors_read_for_shards
 from raymoe.runtime.shard_transfer import start_writer
@@ -90,22 +89,9 @@ def run_merge(
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
-        jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
-        needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
         placement = locate_sources(plan)
         work = WriteShards(target, owner_names(plan))
-        actor_plan = plan_actors(
-            settings,
-            jobs=jobs,
-            compute=needs_forward_pass,
-            quantize=plan.gates.quantize,
-            placement=placement,
-            experts=len(plan.gates.experts),
-            reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
-            prefer_driver_node=not is_url(target.location),
-            shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
-            max_layers_at_once=max_layers_at_once(plan.gates),
-        )
+        actor_plan = plan_actors(settings, _workload(plan, target, work), placement)
         sources = SourceFiles(plan, placement)
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
@@ -115,23 +101,10 @@ def run_merge(
                 _invalidate_on_source_change(target),
                 Progress(plan, settings.verbosity, report=report) as progress,
             ):
-                with (
-                    sources.explain_failures(),
-                    expert_actors(actor_plan, target.location, settings, target.run) as actors,
-                ):
-                    outcome = run_jobs(
-                        plan,
-                        actors,
-                        work,
-                        progress.watch(actors),
-                        gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
-                        readers=actor_plan.readers,
-                        layers_at_once=actor_plan.layers_at_once,
-                        shards_at_once=actor_plan.shards_at_once,
-                        requirements=placement.requirements if placement is not None else None,
-                        stall_timeout_s=settings.stall_timeout_s,
+                with sources.explain_failures():
+                    outcome = run_on_actors(
+                        plan, work, actor_plan, progress, settings, output=target.location, run=target.run
                     )
-                    progress.final_update(actors, outcome)
                 sources.check_unchanged()
                 rows = outcome.rows | random_router_rows(plan.gates)
                 names = _expert_names(plan)
@@ -142,6 +115,20 @@ def run_merge(
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
+
+
+def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
+    needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
+    return Workload(
+        jobs=max(1, sum(1 for shard in plan.shards if shard.owner != "router")),
+        runs_model=needs_forward_pass,
+        quantize=plan.gates.quantize,
+        experts=len(plan.gates.experts),
+        reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
+        prefer_driver_node=not is_url(target.location),
+        shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
+        max_layers_at_once=max_layers_at_once(plan.gates),
+    )
 
 
 def _finished_before(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
@@ -208,7 +195,7 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 
 
 class WriteShards:
-    """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
+    """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
     def __init__(self, target: Output, names: Mapping[str, str]) -> None:
         """`names` are what Ray's dashboard calls the owners of shards."""

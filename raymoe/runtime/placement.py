@@ -20,6 +20,8 @@ from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.runtime.ray_compat import free_resources_by_node
+from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
 
@@ -36,8 +38,6 @@ __all__ = [
     "run_on_nodes",
     "view_files",
 ]
-
-_ANSWER_TIMEOUT_S = 45  # a node's first task starts a Python process there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +321,7 @@ def cluster_nodes() -> list[Node]:
     """The nodes that are alive, by name, not asked yet."""
     import ray
 
-    free = _free_resources()
+    free = free_resources_by_node()
     nodes = [
         Node(
             node_id=node["NodeID"],
@@ -341,17 +341,6 @@ def current_node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _free_resources() -> Mapping[str, Mapping[str, float]]:
-    """By node what Ray has free. It has no public name for this; without it, messages say less."""
-    try:
-        from ray._private.state import available_resources_per_node
-
-        found: Mapping[str, Mapping[str, float]] = available_resources_per_node()
-    except Exception:  # of another version of Ray, or in Ray's client
-        return {}
-    return found
 
 
 def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
@@ -382,7 +371,7 @@ def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str)
         ): node.node_id
         for node in nodes
     }
-    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_TIMEOUT_S)
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_TIMEOUT_S)
     for call in late:
         ray.cancel(call, force=True)
     answers = {}

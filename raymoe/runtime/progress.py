@@ -22,12 +22,11 @@ from raymoe.runtime.actor_status import Status
 from raymoe.runtime.ray_metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.scheduler import Outcome
+from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S, PROGRESS_LINE_INTERVAL_S
 from raymoe.storage.file_names import FileRecord
 
 __all__ = ["Progress"]
 
-_LINE_EVERY_S = 5.0
-_FINAL_STATUS_TIMEOUT_S = 10.0
 _MAX_WARNINGS = 20
 
 
@@ -108,7 +107,7 @@ class Progress:
 
         pending = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
         for ref in (
-            ray.wait(list(pending), num_returns=len(pending), timeout=_FINAL_STATUS_TIMEOUT_S)[0] if pending else ()
+            ray.wait(list(pending), num_returns=len(pending), timeout=FINAL_STATUS_TIMEOUT_S)[0] if pending else ()
         ):
             try:
                 self._latest[pending[ref]] = ray.get(ref)
@@ -169,7 +168,7 @@ class Progress:
             self._live.update(self._table(outcome))
             return
         now = time.monotonic()
-        if now - self._last_line >= _LINE_EVERY_S:
+        if now - self._last_line >= PROGRESS_LINE_INTERVAL_S:
             self._last_line = now
             say(self._line(outcome))
 
@@ -226,7 +225,7 @@ class Progress:
 
         lines = [Text(self._line(outcome), style="bold")]
         for number, status in sorted(self._latest.items()):
-            at = ", ".join(status.busy_with) or "waiting"
+            at = ", ".join(working.label for working in status.busy_with) or "waiting"
             planned = f", {status.gate_tokens:,} of {status.gate_tokens_planned:,} tokens x layers read"
             tokens = planned if status.gate_tokens_planned else ""
             lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))

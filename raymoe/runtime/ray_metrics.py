@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raymoe.planning.plan import MergePlan, Shard
-from raymoe.runtime.actor_status import GATES_PREFIX, Status
+from raymoe.runtime.actor_status import Status, Working, WorkKind
 
 if TYPE_CHECKING:
     from raymoe.runtime.scheduler import Outcome
@@ -82,7 +82,7 @@ class MergeMetrics:
         self._count("raymoe_gate_tokens", sum(status.gate_tokens for status in actors))
         self._count("raymoe_shards_done", len(outcome.shard_results))
         self._metrics["raymoe_actors_away"].set(len(outcome.unavailable))
-        phases = {phase for status in actors for what in status.busy_with for phase in self._phases_of(what)}
+        phases = {phase for status in actors for working in status.busy_with for phase in self._phases_of(working)}
         for now, which in ((0, self._phases - phases), (1, phases - self._phases)):
             for expert, phase in which:
                 self._metrics["raymoe_expert_phase"].set(now, tags={"expert": ray_text(expert), "phase": phase})
@@ -96,8 +96,9 @@ class MergeMetrics:
         if step > 0:
             self._metrics[name].inc(step, tags=tags)
 
-    def _phases_of(self, what: str) -> list[tuple[str, str]]:
-        if what.startswith(GATES_PREFIX):
-            return [(owner, "gates") for owner in what.removeprefix(GATES_PREFIX).split(", ")]
-        owner = self._shard_owners.get(what)
-        return [(owner, "shards")] if owner else []
+    def _phases_of(self, working: Working) -> list[tuple[str, str]]:
+        if working.kind is WorkKind.PROMPTS:
+            return [(owner, "gates") for owner in working.subject]
+        if working.kind is WorkKind.SHARD:
+            return [(self._shard_owners[name], "shards") for name in working.subject]
+        return []

@@ -25,12 +25,11 @@ from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
-from raymoe.runtime.actor_plan import locate_sources, plan_actors
-from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.remote_folders import RayFolderResolver
-from raymoe.runtime.scheduler import run_jobs
+from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder, is_inside
@@ -140,7 +139,7 @@ def _file_differences(
 
 
 class _CompareShards:
-    """The shard work of a verification, for `run_jobs`."""
+    """The shard work of a verification, for `run_on_actors`."""
 
     def __init__(self, written: Mapping[str, TensorEntry]) -> None:
         self._written = written
@@ -167,33 +166,18 @@ def _tensor_differences(
     plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
     with ray_connection(settings), Progress(plan, settings.verbosity, "compared") as progress:
-        compute = MODES[plan.gates.mode].needs_forward_pass
         beside = {
             shard.file_name: [written[p.tensor.name].file for p in shard.parts if p.tensor.name in written]
             for shard in plan.shards
         }
-        placement = locate_sources(plan, beside)
-        actor_plan = plan_actors(
-            settings,
+        workload = Workload(
             jobs=len(plan.shards),
-            compute=compute,
+            runs_model=MODES[plan.gates.mode].needs_forward_pass,
             quantize=plan.gates.quantize,
-            placement=placement,
             max_layers_at_once=max_layers_at_once(plan.gates),
         )
-        with expert_actors(actor_plan, location, settings) as actors:
-            outcome = run_jobs(
-                plan,
-                actors,
-                _CompareShards(written),
-                progress.watch(actors),
-                gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
-                readers=actor_plan.readers,
-                layers_at_once=actor_plan.layers_at_once,
-                shards_at_once=actor_plan.shards_at_once,
-                requirements=placement.requirements if placement is not None else None,
-                stall_timeout_s=settings.stall_timeout_s,
-            )
+        actor_plan = plan_actors(settings, workload, locate_sources(plan, beside))
+        outcome = run_on_actors(plan, _CompareShards(written), actor_plan, progress, settings, output=location)
         rows = outcome.rows | random_router_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:

@@ -213,7 +213,7 @@ class FakeCluster:
         counts |= dict.fromkeys(
             ("readings_counted", "store_retries", "store_requests", "peak_rss_bytes", "peak_gpu_bytes"), 0
         )
-        return Status(heartbeats=moves, busy_with=tuple(moves), **counts)  # type: ignore[arg-type]
+        return Status(heartbeats=moves, busy_with=(), **counts)  # type: ignore[arg-type]
 
     # Transport
 

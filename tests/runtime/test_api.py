@@ -101,7 +101,7 @@ def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "run_jobs", stop)
+        patch.setattr(merge_module, "run_on_actors", stop)
         with pytest.raises(KeyboardInterrupt):
             raymoe.merge(many_shards.config, tmp_path / "out", OPTIONS, settings=QUIET)
     raymoe.merge(many_shards.config, tmp_path / "out", OPTIONS, settings=QUIET)

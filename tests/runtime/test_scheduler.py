@@ -135,6 +135,25 @@ def test_an_actor_that_comes_late_takes_part(cluster: FakeCluster, run: Run) -> 
     assert 5 <= min(began) < 6
 
 
+def test_all_that_is_ready_is_taken_in_a_step(cluster: FakeCluster, plans: dict[str, MergePlan]) -> None:
+    """No job is begun in place of the first of those that end together before the others have been taken."""
+    actors = [cluster.actor() for _ in range(4)]
+    results: list[int] = []
+    run_jobs(
+        plans["random"],
+        actors,
+        Written(),
+        lambda outcome: results.append(len(outcome.shard_results)),
+        readers=4,
+        layers_at_once=1,
+        shards_at_once=2,
+        stall_timeout_s=120.0,
+        transport=cluster,
+    )
+    steps = [late - early for early, late in pairwise(results) if late > early]
+    assert set(steps[:-1]) == {8}
+
+
 # Deaths
 
 
@@ -256,8 +275,8 @@ def test_lost_states_are_read_again_for_the_layers_that_are_left(
     outcome = run(Written(), "hidden")
     assert outcome.gates_done and outcome.layers_done == LAYERS
     captures = Counter(job for _, _, job in cluster.begun("capture"))
-    # The actor is asked once more before its death is known, since it was the store that missed its states first.
-    assert sorted(captures.values()) == [2, 2, 3]
+    # All that is ready is taken in one step: the actor's death is known before prompts are given out again.
+    assert sorted(captures.values()) == [2, 2, 2]
     assert capsys.readouterr().err.count("lost with its node: they are read again") == 1
 
 
@@ -351,6 +370,25 @@ def test_an_actor_that_sees_the_output_writes_what_it_can(cluster: FakeCluster, 
     near, far = cluster.actor(), cluster.actor(sees_output=False)
     run(sending, actors=[near, far])
     assert {actor for _, actor, _ in cluster.begun("write")} == {near} and not cluster.begun("receive")
+
+
+def test_no_writer_is_started_while_an_actor_that_sees_the_output_may_come(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    far, near = cluster.actor(sees_output=False), cluster.actor(up_after=3.0)
+    run(sending, actors=[far, near])
+    assert sorted(sending.done) == shards and not writers
+    assert not cluster.begun("receive") and min(when for when, _, _ in cluster.begun("write")) >= 3
+
+
+def test_a_writer_is_started_when_no_actor_that_sees_the_output_is_left(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    near, far = cluster.actor(), cluster.actor(sees_output=False)
+    cluster.at(4.5, lambda: cluster.kill(near, back_after=None))
+    run(sending, actors=[near, far])
+    assert sorted(sending.done) == shards and len(writers) == 1
+    assert min(when for when, _, _ in cluster.begun("receive")) >= 4.5
 
 
 def test_a_sender_that_dies(cluster: FakeCluster, run: Run, sending: Written, shards: list[str]) -> None:

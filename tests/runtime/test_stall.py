@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from raymoe.formatting import human_time
+from raymoe.runtime.actor_status import Working, WorkKind
 from raymoe.runtime.job_activity import ActiveJobs
 from raymoe.runtime.stall import StallClock, Verdict
 from tests.cli.commands import finished_shards, hashes, wait_until
@@ -20,17 +21,18 @@ from tests.runtime.conftest import Merge, expert_actors
 
 def test_moves_are_counted_by_job() -> None:
     work = ActiveJobs()
+    shard, routers = Working(WorkKind.SHARD, ("model-00001",)), Working(WorkKind.ROUTERS)
     with (
-        work.track("model-00001", "model-00001 from part 4") as one,
-        work.track("routers"),
-        work.track("routers") as other,
+        work.track(shard, "model-00001 from part 4") as one,
+        work.track(routers),
+        work.track(routers) as other,
     ):
-        assert work.labels == ("model-00001", "routers", "routers")
+        assert work.busy_with == (shard, routers, routers)
         one.heartbeat()
         one.heartbeat()
         other.heartbeat()
         assert work.heartbeats == {"model-00001 from part 4": 2, "routers": 1}
-    assert work.labels == () and work.heartbeats == {}
+    assert work.busy_with == () and work.heartbeats == {}
 
 
 def test_said_once_after_half_of_the_time_and_given_away_after_all_of_it() -> None:
@@ -103,9 +105,9 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base")
     gates = raymoe.plan(config).gates
-    work = ActiveJobs()
+    work, reading = ActiveJobs(), Working(WorkKind.PROMPTS, ("expert 0",))
     seen = []
-    with work.track("gates") as job, SourceReader(HubOptions(), heartbeat=job.heartbeat) as reader:
+    with work.track(reading) as job, SourceReader(HubOptions(), heartbeat=job.heartbeat) as reader:
         layers = capture_layers(gates, gates.experts, reader, members=2, device="cpu")
         for left in layers:
             seen.append((job.heartbeats, left))
