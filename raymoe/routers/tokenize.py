@@ -16,7 +16,7 @@ import xxhash
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
 from raymoe.config.gate_modes import EMBEDDING, MODES
-from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.planning.prompt_checks import missing_row_problem
@@ -216,18 +216,12 @@ def prompt_problems(
     open_texts = [(member, texts) for member in members for texts in _unchecked_texts(member, facts) if texts]
     if not open_texts:
         return []
-    problems: list[Problem] = []
-    try:
-        tokenizer = tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
-    except ProblemReport as report:
-        return list(report.problems)
-    for member, texts in open_texts:
+    collector = ProblemCollector()
+    tokenizer = collector.run(tokenizer_from_paths, paths, trust_remote_code=trust_remote_code)
+    for member, texts in open_texts if tokenizer is not None else ():
         vocab = member.weights[EMBEDDING].entry.shape[0]
-        try:
-            tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
-        except ProblemReport as report:
-            problems += report.problems
-    return list(dict.fromkeys(problems))
+        collector.run(tokenize, tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
+    return list(dict.fromkeys(collector.problems))
 
 
 def _unchecked_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
