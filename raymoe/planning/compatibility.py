@@ -11,12 +11,11 @@ from dataclasses import replace
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.output_head import HEAD
 
-__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "is_tied_by_config", "load_spec"]
-
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+__all__ = ["check_expert", "check_tensors", "is_tied_by_config", "load_spec"]
 
 
 def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:

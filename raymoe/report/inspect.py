@@ -19,6 +19,7 @@ from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes, human_count
 from raymoe.object_store.options import StorageOptions
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.resolve import HubOptions
 from raymoe.sources.weight_index import index_model_weights
@@ -27,8 +28,6 @@ from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
 
 __all__ = ["inspect_checkpoint", "print_summary"]
-
-_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, stora
     entries: list[TensorEntry] = [
         entry
         for entry in index.tensors.values()
-        if pattern.match(entry.name) and entry.dtype in _FLOATS and len(entry.shape) == 2 and all(entry.shape)
+        if pattern.match(entry.name) and entry.dtype in FLOAT_DTYPES and len(entry.shape) == 2 and all(entry.shape)
     ]
     # In a .bin file any number of tensors may be the same bytes; of safetensors each has its own.
     if sum(entry.nbytes for entry in entries) > sum(file.size for file in index.files):
