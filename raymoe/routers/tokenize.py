@@ -6,12 +6,9 @@ needs no mask, changes no position, and is simply not read afterwards.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import xxhash
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
@@ -27,6 +24,7 @@ from raymoe.sources.tokenizer_files import (
     TokenizerFacts,
     tokenizer_code,
     tokenizer_facts,
+    tokenizer_folder,
     tokenizer_guard,
     with_bos,
     with_one_bos,
@@ -82,16 +80,7 @@ def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_rem
 
 def tokenizer_from_paths(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
     """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
-        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
-        code = xxhash.xxh3_64()
-        for name in sorted(name for name in paths if name.endswith(".py")):
-            code.update(paths[name].read_bytes())
-        folder = Path(root) / f"tokenizer_{code.hexdigest()}"
-        for name, path in paths.items():
-            link = folder / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+    with tokenizer_folder(paths) as folder:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
