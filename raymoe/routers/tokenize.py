@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TOKEN_BUDGET",
     "Batch",
+    "batch_numbers",
     "batches",
     "chunk_size",
     "load_tokenizer",
@@ -242,12 +243,18 @@ def batches(
 
     Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
     """
-    group: list[Sequence[int]] = []
-    for prompt in sorted(prompts, key=len):
-        if group and round_up(len(prompt), chunk) * (len(group) + 1) > budget:
+    for group in batch_numbers([len(prompt) for prompt in prompts], budget, chunk):
+        yield [prompts[number] for number in group]
+
+
+def batch_numbers(lengths: Sequence[int], budget: int, chunk: int) -> Iterator[list[int]]:
+    """Like `batches`, from the lengths of the prompts: the prompts' numbers."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and round_up(lengths[number], chunk) * (len(group) + 1) > budget:
             yield group
             group = []
-        group.append(prompt)
+        group.append(number)
     if group:
         yield group
 
