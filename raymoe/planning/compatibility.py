@@ -13,7 +13,7 @@ from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
-from raymoe.sources.output_head import HEAD
+from raymoe.tensor_names import HEAD
 
 __all__ = ["check_expert", "check_tensors", "is_tied_by_config", "load_spec"]
 
@@ -134,5 +134,5 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
 
 
 def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
-    ignored = spec.family.ignored + (("lm_head.weight",) if spec.tied else ())
+    ignored = spec.family.ignored + ((HEAD,) if spec.tied else ())
     return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]

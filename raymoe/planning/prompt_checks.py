@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raymoe.config.gate_modes import EMBEDDING, MODES
+from raymoe.config.gate_modes import MODES
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
+from raymoe.tensor_names import EMBEDDING
 
 __all__ = ["missing_row_problem", "prompt_checks"]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.gate_modes import EMBEDDING
 from raymoe.planning.plan import GatePlan, GatePrompts, WeightRef
 from raymoe.routers.router_math import expert_rows, normalize
 from raymoe.routers.tokenize import prompt_ids
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
+from raymoe.tensor_names import EMBEDDING
 
 __all__ = ["embedding_router_row", "embedding_rows", "mean_embedding"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
-from raymoe.config.gate_modes import EMBEDDING, MODES
+from raymoe.config.gate_modes import MODES
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning.plan import GatePlan, GatePrompts
@@ -30,6 +30,7 @@ from raymoe.sources.tokenizer_files import (
     with_one_bos,
 )
 from raymoe.storage.source_reader import SourceReader
+from raymoe.tensor_names import EMBEDDING
 from raymoe.untrusted_files import read_json
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from raymoe.formatting import short_list
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, LoraPair, TensorEntry
 from raymoe.sources.lora_patterns import LONGEST_NAME, Patterns, pattern_problem, slow_patterns, too_many_patterns
-from raymoe.sources.output_head import EMBEDDING, HEAD
+from raymoe.tensor_names import EMBEDDING, HEAD
 
 __all__ = ["EMPTY_ADAPTER", "LORA_ON_TIED_HEAD", "MERGE_WITH_PEFT", "adapter_facts"]
 

@@ -29,9 +29,10 @@ from raymoe.sources.folder_protocol import Folder, read_json_object, side_files,
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
-from raymoe.sources.output_head import EMBEDDING, HEAD, has_own_head
+from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
+from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
 
 __all__ = [

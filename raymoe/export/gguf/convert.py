@@ -24,6 +24,7 @@ from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from raymoe.formatting import human_bytes
 from raymoe.report.progress_line import ProgressLine
 from raymoe.storage.locations import replaced_input
+from raymoe.tensor_names import EMBEDDING
 
 __all__ = ["GgufFile", "write_gguf"]
 
@@ -113,7 +114,7 @@ def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, collec
     if collector.problems or target is None or vocabulary is None:
         raise collector.report()
     # No type of ggml's matrices is as wide as F64.
-    own = model.weights["model.embed_tokens.weight"].dtype.lower()
+    own = model.weights[EMBEDDING].dtype.lower()
     kind = TYPES[(options.type or own.replace("f64", "f32")).lower()]
     conversion = _Conversion(
         model=model,
