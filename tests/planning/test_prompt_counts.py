@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raymoe
-from raymoe.planning.prompt_counts import MEASURED
+from raymoe.planning.prompt_checks import MEASURED
 from tests.pico import MODES, REPOSITORY, merge_config
 
 
