@@ -15,12 +15,12 @@ from typing import Any
 from raymoe.architectures.dense_family import FFN_ROLES
 from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.families import FAMILIES
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
 __all__ = [
     "BACKBONE",
     "EMPTY_SHARED_WIDTH",
     "EXPERTS",
-    "LAYER",
     "MIXTURE_KEYS",
     "O_BIAS",
     "PER_TOKEN_KEY",
@@ -170,13 +170,12 @@ class MoeArchitecture:
         return any("{expert}" not in name for name in self.expert.values())
 
 
-LAYER = "model.layers.{layer}."
 BACKBONE = {
-    "embed": "model.embed_tokens.weight",
+    "embed": EMBEDDING,
     "norm.input": LAYER + "input_layernorm.weight",
     "norm.post": LAYER + "post_attention_layernorm.weight",
     "norm.final": "model.norm.weight",
-    "lm_head": "lm_head.weight",
+    "lm_head": HEAD,
     **{f"attn.{p}": f"{LAYER}self_attn.{p}_proj.weight" for p in "qkvo"},
 }
 QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}

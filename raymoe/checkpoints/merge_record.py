@@ -1,5 +1,7 @@
 """`raymoe.json`: the record of a finished merge. Enough to check every byte of it, and to make it again.
 
+    merge_record (at the end of a merge) --> raymoe.json --read_record--> MergeRecord
+
 No times and no host names: the same merge gives the same record.
 """
 
@@ -8,28 +10,47 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import xxhash
 
 from raymoe._version import __version__
+from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.plan import MergePlan
+from raymoe.planning.plan import MergeOptions, MergePlan
 from raymoe.routers.heldout_report import RouterSummary
+from raymoe.safe_text import json_text
+from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.local_folder import has_changed, recorded_sample
 from raymoe.sources.prompt_sampling import prompt_file_location
-from raymoe.storage.file_names import RECORD_NAME, FileRecord
+from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
-__all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
+__all__ = [
+    "RECORD_FORMAT",
+    "MergeRecord",
+    "RecordedSource",
+    "merge_record",
+    "prompt_records",
+    "read_record",
+    "recorded_config",
+    "with_own_storage",
+]
 
 RECORD_FORMAT = 1
 # Variables by which a user says where S3 is, and as whom requests are made.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
+# Keys of the config's `storage` that are not published: an address, perhaps of an inner network, and a name in ~/.aws.
+_USER_KEYS = ("endpoint", "profile")
+_MISSING = "there is no raymoe.json, the record of a finished merge"
+_T = TypeVar("_T")
 
 
 def merge_record(
@@ -75,6 +96,116 @@ def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]
         place = prompt_file_location(file)
         records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedSource:
+    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`."""
+
+    owner: str
+    model: str
+    adapter: str | None
+
+    @property
+    def is_expert(self) -> bool:
+        return self.owner.startswith("expert ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """A record that was read: `where` it is, its `content` as in the file, and what raymoe uses of it.
+
+    The lists have been checked. Config and options are parsed when they are needed: other records can be published and
+    displayed too.
+    """
+
+    where: str
+    content: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    sources: tuple[RecordedSource, ...]
+    prompt_files: tuple[Mapping[str, Any], ...]
+
+    @property
+    def plan_digest(self) -> str:
+        return str(self.content.get("plan_digest"))
+
+    @cached_property
+    def config(self) -> MergeConfig:
+        """The config, its models and files of prompts named as they were found. Raises ProblemReport."""
+        return self._parsed(lambda: MergeConfig.from_plain(recorded_config(self.content)))
+
+    @cached_property
+    def options(self) -> MergeOptions:
+        """Raises ProblemReport."""
+        return self._parsed(lambda: MergeOptions.from_record(self.content["options"]))
+
+    def _parsed(self, parse: Callable[[], _T]) -> _T:
+        try:
+            return parse()
+        except KeyError as error:
+            raise unreadable_record(self.where, f"it has no {error.args[0]}") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable_record(self.where, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def to_publish(self, repo: str, card: str | None) -> bytes:
+        """The file's bytes as they are published to `repo`, with size and checksum of the card that is published.
+
+        What the config tells of this user's way to object stores is left out. A reader replaces it by his own.
+        """
+        files = dict(self.content["files"])
+        if card is not None:
+            content = card.encode()
+            files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
+        published = {**self.content, "published_as": repo, "files": files}
+        config = self.content.get("config")
+        if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
+            storage = {key: value for key, value in config["storage"].items() if key not in _USER_KEYS}
+            published["config"] = {**config, "storage": storage}
+        return f"{json_text(published)}\n".encode()
+
+
+def read_record(folder: Folder) -> MergeRecord:
+    """Read the record of a finished merge. Raises ProblemReport if there is none, or it is not what raymoe writes."""
+    content = read_object(folder, RECORD_NAME, _MISSING, "name the output of `raymoe merge`, and let it finish")
+    where = f"{folder.label}/{RECORD_NAME}"
+    files, sources, prompts = content.get("files", {}), content.get("sources", []), content.get("prompt_files", [])
+    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
+        raise unreadable_record(where, "it names no files with their sizes and checksums")
+    if not isinstance(sources, list) or not all(map(_is_source, sources)):
+        raise unreadable_record(where, "its sources are no list of objects with an owner and a model")
+    if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
+        raise unreadable_record(where, "its prompt_files are no list of objects with their files and counts")
+    return MergeRecord(
+        where=where,
+        content=content,
+        files={
+            name: FileRecord(name=name, size=each["size"], checksum=each["checksum"]) for name, each in files.items()
+        },
+        sources=tuple(RecordedSource(owner=s["owner"], model=s["model"], adapter=s.get("adapter")) for s in sources),
+        prompt_files=tuple(prompts),
+    )
+
+
+def unreadable_record(where: str, why: str) -> ProblemReport:
+    """The error for a record at `where` that raymoe did not write so."""
+    remedy = "put back the record that the merge wrote, or merge again with --overwrite"
+    return ProblemReport([Problem(where=where, what=f"this record can't be read: {why}", remedy=remedy)])
+
+
+def _is_file(file: object) -> bool:
+    return isinstance(file, Mapping) and type(file.get("size")) is int and isinstance(file.get("checksum"), str)
+
+
+def _is_source(source: object) -> bool:
+    if not isinstance(source, Mapping) or not isinstance(source.get("adapter"), str | None):
+        return False
+    return all(isinstance(source.get(key), str) for key in ("owner", "model"))
+
+
+def _is_prompt_file(file: object) -> bool:
+    if not isinstance(file, Mapping) or not isinstance(file.get("count"), int):
+        return False
+    return all(isinstance(file.get(key), str) for key in ("owner", "key", "file", "sha256"))
 
 
 def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,12 @@ is no longer there is a problem only for what needs it, and the message says how
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
-from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.checkpoints.merge_record import RecordedSource, read_record, with_own_storage
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
 from raymoe.config import MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
@@ -23,7 +22,6 @@ from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import resolve_model
-from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.outputs.open_output import output_location
 
 __all__ = ["EvaluatedMerge", "expert_names", "open_merge", "plan_hidden_gates", "resolve_sources"]
@@ -57,23 +55,17 @@ class EvaluatedMerge:
 def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
     """Raises ProblemReport where there is no finished merge with its record."""
     folder = open_checkpoint(place, options.storage)
-    missing = "there is no raymoe.json, the record of a finished merge"
-    record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
-    try:
-        config = MergeConfig.from_plain(recorded_config(record))
-        merge_options, names = MergeOptions.from_record(record["options"]), expert_names(record["sources"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"this record can't be read: {str(error).splitlines()[0]}"
-        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
-    config = with_own_storage(config, options.storage, folder.label, trusts_record=options.trust_record)
+    record = read_record(folder)
+    merge_options = record.options
+    config = with_own_storage(record.config, options.storage, folder.label, trusts_record=options.trust_record)
     ref = ModelRef(model=PathRef(path=output_location(place)))
     facts = resolve_model(ref, options.hub, config.storage)
-    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=names)
+    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=expert_names(record.sources))
 
 
-def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
     """What people call the experts of a record."""
-    return tuple(short_name(s["model"], s["adapter"]) for s in sources if s["owner"].startswith("expert "))
+    return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
 
 
 def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:

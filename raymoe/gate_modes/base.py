@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
+
+from raymoe.tensor_names import EMBEDDING, layer_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,10 +16,7 @@ if TYPE_CHECKING:
 
     Float32 = npt.NDArray[np.float32]
 
-__all__ = ["EMBEDDING", "DrawnMode", "GateMode", "SummedMode"]
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-EMBEDDING = "model.embed_tokens.weight"
+__all__ = ["DrawnMode", "GateMode", "SummedMode"]
 
 
 class GateMode:
@@ -72,10 +70,10 @@ class GateMode:
         """
         if name == EMBEDDING:
             return self.needs_prompts
-        match = _LAYER.match(name)
-        if not self.needs_forward_pass or match is None:
+        layer = layer_of(name)
+        if not self.needs_forward_pass or layer is None:
             return False
-        is_last = int(match[1]) >= layers - 1
+        is_last = layer >= layers - 1
         return not is_last or (not self.sums_layer_inputs and f".{ffn}." not in name)
 
     def layers_run(self, layers: int) -> int:

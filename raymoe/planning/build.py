@@ -15,12 +15,18 @@ from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gate_modes import MODES
-from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, is_tied_by_config, load_spec
-from raymoe.planning.config_numbers import find_non_finite
+from raymoe.planning.compatibility import (
+    check_expert,
+    check_tensors,
+    expert_warnings,
+    find_non_finite,
+    is_tied_by_config,
+    load_spec,
+)
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
 from raymoe.planning.plan import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
-from raymoe.planning.prompt_counts import prompt_warnings
+from raymoe.planning.prompt_checks import prompt_warnings
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.planning.tensor_sources import (
     Member,

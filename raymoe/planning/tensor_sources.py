@@ -28,7 +28,7 @@ from raymoe.planning.shard_packing import OutputTensor, Piece
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, TensorEntry
 from raymoe.sources.lora import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
-from raymoe.sources.output_head import HEAD
+from raymoe.tensor_names import HEAD
 
 __all__ = [
     "Member",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 from raymoe.architectures import MoeShape
 from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
+from raymoe.tensor_names import layer_of
 
 __all__ = ["compute_totals"]
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
@@ -47,13 +45,13 @@ def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
 
 
 def _layer_bytes(reader: GatePrompts) -> int:
-    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if _LAYER.search(name))
+    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if layer_of(name) is not None)
 
 
 def _largest_layer(reader: GatePrompts) -> int:
     """Bytes of the largest layer that a gate pass holds; the embedding is read row by row and does not count."""
-    layers: dict[str, int] = {}
+    layers: dict[int, int] = {}
     for name, ref in reader.weights.items():
-        if match := _LAYER.search(name):
-            layers[match[1]] = layers.get(match[1], 0) + ref.entry.nbytes
+        if (layer := layer_of(name)) is not None:
+            layers[layer] = layers.get(layer, 0) + ref.entry.nbytes
     return max(layers.values(), default=0)

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from raymoe.gate_modes import MODES
-from raymoe.gate_modes.base import EMBEDDING
 from raymoe.gate_modes.layer_values import FOLDS
 from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
 from raymoe.routers.fit_memory import max_layers_at_once
@@ -25,6 +24,7 @@ from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.transform import THREADS
+from raymoe.tensor_names import EMBEDDING, layer_of
 
 __all__ = ["actor_memory"]
 
@@ -40,7 +40,6 @@ _BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise 
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _MIN_COUNTED_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +130,10 @@ def _layer_elements(gates: GatePlan) -> int:
     """Numbers in the largest layer that prompts pass."""
     found = 0
     for member in (*gates.experts, *gates.shared):
-        layers: dict[str, int] = {}
+        layers: dict[int, int] = {}
         for name, weight in member.weights.items():
-            if match := _LAYER.match(name):
-                layers[match[1]] = layers.get(match[1], 0) + math.prod(weight.entry.shape)
+            if (layer := layer_of(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + math.prod(weight.entry.shape)
         found = max([found, *layers.values()])
     return found
 
@@ -208,12 +207,12 @@ def _activation_bytes(plan: MergePlan, tokens: int) -> int:
 def _adapter_bytes(one: _Pass, width: int) -> int:
     """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
     that one adapter changes, made anew."""
-    factors: dict[str, int] = {}
+    factors: dict[int | None, int] = {}
     changed = 0
     for adapter in _adapters(one.members):
-        made: dict[str, int] = {}
+        made: dict[int | None, int] = {}
         for name, weight in adapter.items():
-            layer = match[1] if (match := _LAYER.match(name)) else ""
+            layer = layer_of(name)
             assert weight.lora is not None
             elements = sum(math.prod(entry.shape) for entry in weight.lora.entries.values())
             factors[layer] = factors.get(layer, 0) + 8 * elements

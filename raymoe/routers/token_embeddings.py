@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.gate_modes import MODES
-from raymoe.gate_modes.base import EMBEDDING
 from raymoe.planning.plan import GatePlan, GatePrompts, WeightRef
 from raymoe.routers.tokenize import prompt_ids
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
+from raymoe.tensor_names import EMBEDDING
 
 __all__ = ["embedding_router_row", "embedding_rows"]
 

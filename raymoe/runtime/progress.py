@@ -6,23 +6,21 @@ With -v each step is said too when it is reached; `scripts/bench.py` takes a mer
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from raymoe.compute import peak_rss_bytes
-from raymoe.console import console, say
 from raymoe.formatting import human_bytes, human_time
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
+from raymoe.report.progress_line import LiveDisplay
 from raymoe.results import MergeResult
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.ray_metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.scheduler import Outcome
-from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S, PROGRESS_LINE_INTERVAL_S
+from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S
 from raymoe.storage.file_names import FileRecord
 
 __all__ = ["Progress"]
@@ -39,9 +37,9 @@ class Progress:
         self._report = report or RunReport()
         self._metrics: MergeMetrics | None = None
         self._up: set[Any] = set()
-        self._plan, self._quiet, self._verb = plan, verbosity < 0, done_to_bytes
+        self._plan, self._verb = plan, done_to_bytes
+        self._display = LiveDisplay(quiet=verbosity < 0)
         self._steps_wanted, self._steps = verbosity > 0, set[str]()
-        self._started = self._last_line = time.monotonic()
         shards = [shard for shard in plan.shards if shard.owner != "router"]
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
         self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
@@ -51,16 +49,9 @@ class Progress:
         self._reading_since: tuple[float, int] | None = None  # a moment, and the tokens x layers read until then
         self._kept = 0
         self._actors = 0
-        self._live: Any = None
-        # A dumb terminal or a log gets lines; a person gets one line that moves.
-        self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Progress:
-        if self._on_terminal and not self._quiet:
-            from rich.live import Live
-
-            self._live = Live(console=console(stderr=True), refresh_per_second=4, transient=True)
-            self._live.start()
+        self._display.__enter__()
         self._report.end("start of Ray")
         self._report.begin("start of actors")
         self._report_step("Ray is up")
@@ -68,10 +59,9 @@ class Progress:
             self._metrics = MergeMetrics(self._plan, self._report.output)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._report.actors, self._report.bytes_kept = self._statuses(), self._kept
-        if self._live is not None:
-            self._live.stop()
+        self._display.__exit__(*raised)
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
         """A function that shows what the actors are at; cheap enough to call often."""
@@ -84,7 +74,7 @@ class Progress:
             self._latest = outcome.statuses
             self._account(actors, outcome)
             self._report_steps(outcome)
-            self._show(outcome)
+            self._display.show(lambda: self._line(outcome), self._actor_lines)
 
         return tick
 
@@ -133,7 +123,7 @@ class Progress:
             peak_driver_bytes=peak_rss_bytes(),
             peak_actor_bytes=tuple(status.peak_rss_bytes for status in last),
             peak_gpu_bytes=tuple(status.peak_gpu_bytes for status in last),
-            seconds=time.monotonic() - self._started,
+            seconds=self._display.seconds,
             run_seconds=self._report.seconds,
         )
 
@@ -158,22 +148,10 @@ class Progress:
         if not self._steps_wanted or reached in self._steps:
             return
         self._steps.add(reached)
-        line = f"{time.monotonic() - self._started:5.1f} s | {reached}"
-        self._live.console.print(line) if self._live is not None else say(line)
-
-    def _show(self, outcome: Outcome) -> None:
-        if self._quiet:
-            return
-        if self._live is not None:
-            self._live.update(self._table(outcome))
-            return
-        now = time.monotonic()
-        if now - self._last_line >= PROGRESS_LINE_INTERVAL_S:
-            self._last_line = now
-            say(self._line(outcome))
+        self._display.say(f"{self._display.seconds:5.1f} s | {reached}")
 
     def _line(self, outcome: Outcome) -> str:
-        elapsed = time.monotonic() - self._started
+        elapsed = self._display.seconds
         moved = sum(status.bytes_written + status.bytes_copied_by_store for status in self._latest.values())
         kept = sum(status.bytes_kept for status in self._latest.values()) + outcome.bytes_kept
         done = (moved + kept) / max(1, self._total)
@@ -219,17 +197,14 @@ class Progress:
             text += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
         return f"{text})"
 
-    def _table(self, outcome: Outcome) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        lines = [Text(self._line(outcome), style="bold")]
+    def _actor_lines(self) -> list[str]:
+        lines = []
         for number, status in sorted(self._latest.items()):
             at = ", ".join(working.label for working in status.busy_with) or "waiting"
             planned = f", {status.gate_tokens:,} of {status.gate_tokens_planned:,} tokens x layers read"
             tokens = planned if status.gate_tokens_planned else ""
-            lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
-        return Group(*lines)
+            lines.append(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})")
+        return lines
 
 
 def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:

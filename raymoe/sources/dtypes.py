@@ -16,6 +16,7 @@ __all__ = [
     "DTYPE_BITS",
     "DTYPE_BYTES",
     "DTYPE_OF_NAME",
+    "FLOAT_DTYPES",
     "MAX_DIMENSIONS",
     "MAX_NAME_CHARACTERS",
     "NAME_OF_DTYPE",
@@ -65,6 +66,9 @@ DTYPE_OF_NAME: Mapping[str, str] = MappingProxyType(
     {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 )
 NAME_OF_DTYPE: Mapping[str, str] = MappingProxyType({code: name for name, code in DTYPE_OF_NAME.items()})
+
+# Of weights that raymoe reads: all others are refused, or are no weights.
+FLOAT_DTYPES = tuple(NAME_OF_DTYPE)
 
 _ALIASES = {"half": "F16", "float": "F32", "double": "F64"}
 

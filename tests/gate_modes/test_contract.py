@@ -15,7 +15,6 @@ import torch
 import raymoe
 from raymoe.config import MergeConfig, PromptModel
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES, GateMode, better_mode
-from raymoe.gate_modes.base import EMBEDDING
 from raymoe.planning.plan import GatePlan
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers.heldout_report import RouterSummary
@@ -23,6 +22,7 @@ from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import SHARED_GATE, RouterRows
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
+from raymoe.tensor_names import EMBEDDING
 from tests.pico import HIDDEN, LAYERS, REPOSITORY, merge_config, tensors_of
 
 Zoo = Callable[..., Path]

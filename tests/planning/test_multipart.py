@@ -13,8 +13,9 @@ import pytest
 
 import raymoe
 from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.s3_limits import MIN_PART_BYTES
 from raymoe.planning import MergePlan
-from raymoe.planning.multipart import MIN_PART_BYTES, UploadPart, server_side_bytes, upload_parts
+from raymoe.planning.multipart import UploadPart, server_side_bytes, upload_parts
 from raymoe.planning.plan import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import SourceFile, TensorEntry

@@ -300,10 +300,10 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     """Row by row, and to the bit what numpy makes of them all at once."""
     import numpy as np
 
-    from raymoe.gate_modes.base import EMBEDDING
     from raymoe.gate_modes.directions import normalize
     from raymoe.routers.token_embeddings import embedding_rows
     from raymoe.storage.source_reader import SourceReader
+    from raymoe.tensor_names import EMBEDDING
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
     ref = gates.gates.experts[0].weights[EMBEDDING]

@@ -12,7 +12,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EMPTY_SHARED_WIDTH,
-    LAYER,
     O_BIAS,
     QKV_BIAS,
     ConstantRow,
@@ -24,6 +23,7 @@ from raymoe.architectures.moe_architecture import (
     ungated_shared_reasons,
 )
 from raymoe.architectures.tensor_tables import ATTENTION, GRANITE4_ROWS, LINEAR
+from raymoe.tensor_names import LAYER
 
 __all__ = ["GRANITE_ARCHITECTURES"]
 

@@ -14,7 +14,6 @@ from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EMPTY_SHARED_WIDTH,
     EXPERTS,
-    LAYER,
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
@@ -28,6 +27,7 @@ from raymoe.architectures.moe_architecture import (
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import QWEN3_5_ROWS
+from raymoe.tensor_names import LAYER
 
 __all__ = ["LLAMA_LIKE_HOSTS"]
 

@@ -13,7 +13,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EXPERTS,
-    LAYER,
     O_BIAS,
     PER_TOKEN_KEY,
     QK_NORM,
@@ -29,6 +28,7 @@ from raymoe.architectures.moe_architecture import (
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import LFM2_ROWS
+from raymoe.tensor_names import LAYER
 
 __all__ = ["SAME_FAMILY_ARCHITECTURES"]
 
