@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from raymoe.checkpoints.merge_record import RecordedSource
 from raymoe.errors import ProblemReport
 from raymoe.evaluation.dataset import Labels, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import expert_names
@@ -196,12 +197,12 @@ def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
 def test_experts_are_called_by_their_adapter_or_model() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     sources = [
-        {"owner": "base", "model": "/models/base", "adapter": None},
-        {"owner": "expert 0", "model": "/models/base+/adapters/go", "adapter": "/adapters/go"},
-        {"owner": "expert 1", "model": f"org/name@{commit}", "adapter": None},
-        {"owner": "expert 2", "model": "s3://bucket/models/law/", "adapter": None},
-        {"owner": "expert 3", "model": f"org/name+org/lora@{commit}", "adapter": f"org/lora@{commit}"},
-        {"owner": "shared 0", "model": "/models/shared", "adapter": None},
+        RecordedSource(owner="base", model="/models/base", adapter=None),
+        RecordedSource(owner="expert 0", model="/models/base+/adapters/go", adapter="/adapters/go"),
+        RecordedSource(owner="expert 1", model=f"org/name@{commit}", adapter=None),
+        RecordedSource(owner="expert 2", model="s3://bucket/models/law/", adapter=None),
+        RecordedSource(owner="expert 3", model=f"org/name+org/lora@{commit}", adapter=f"org/lora@{commit}"),
+        RecordedSource(owner="shared 0", model="/models/shared", adapter=None),
     ]
     assert expert_names(sources) == ("go", "name", "law", "lora")
 
