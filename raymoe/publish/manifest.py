@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
@@ -27,6 +25,7 @@ from raymoe.safe_text import json_text
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.hub import is_hub_id
+from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME
 
 __all__ = ["Manifest", "ManifestFile", "open_manifest"]
@@ -175,7 +174,7 @@ def _record_to_publish(record: Mapping[str, Any], card: str | None, repo: str) -
     files = dict(record["files"])
     if card is not None:
         content = card.encode()
-        files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
+        files[CARD_NAME] = {"size": len(content), "checksum": xxh3_checksum([content])}
     published = {**record, "published_as": repo, "files": files}
     config = record.get("config")
     if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
