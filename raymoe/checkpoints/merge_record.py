@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-import xxhash
-
 from raymoe._version import __version__
 from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
@@ -30,6 +28,7 @@ from raymoe.safe_text import json_text
 from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.local_folder import has_changed, recorded_sample
 from raymoe.sources.prompt_sampling import prompt_file_location
+from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
 __all__ = [
@@ -155,7 +154,7 @@ class MergeRecord:
         files = dict(self.content["files"])
         if card is not None:
             content = card.encode()
-            files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
+            files[CARD_NAME] = {"size": len(content), "checksum": xxh3_checksum([content])}
         published = {**self.content, "published_as": repo, "files": files}
         config = self.content.get("config")
         if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):

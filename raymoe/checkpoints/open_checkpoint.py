@@ -16,6 +16,7 @@ from raymoe.sources.bucket_folder import open_object_folder
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.local_folder import LocalFolder
+from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import JOURNAL
 from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.source_reader import SourceReader
@@ -73,7 +74,4 @@ def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str 
 
 
 def _digest(file: SourceFile, reader: SourceReader, hasher: Any) -> str:
-    for chunk in reader.chunks(file, 0, file.size):
-        hasher.update(chunk)
-    digits: str = hasher.hexdigest()
-    return digits
+    return hex_digest(hasher, reader.chunks(file, 0, file.size))

@@ -37,10 +37,11 @@ from typing import Any
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.local_folder import file_fingerprint, is_in_view, small_sample
+from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
 
-__all__ = ["Journal", "source_fingerprints", "sync_folder"]
+__all__ = ["Journal", "source_fingerprints"]
 
 # how long a lock is tried for that is held by processes which only look, each for a moment
 _LOCK_PROBE_TIMEOUT_S = 10.0
@@ -307,12 +308,3 @@ def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
             mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
             fingerprints[file.location] = file_fingerprint([(socket.gethostname(), mtime_ns)], small_sample(file))
     return fingerprints
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,11 +18,12 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.urls import is_url
 from raymoe.planning.multipart import CopyRange, spans
 from raymoe.planning.plan import Shard
+from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.claim import taken_over_error
 from raymoe.storage.file_names import CHECKPOINT_FILES, INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.file_writer import FileWriter, SharedRange
-from raymoe.storage.local_journal import Journal, sync_folder
+from raymoe.storage.local_journal import Journal
 from raymoe.storage.output_files import FolderFiles, file_size
 from raymoe.storage.outputs.base import BaseOutput, goes_on
 from raymoe.storage.outputs.protocol import Progress, ShardJob
