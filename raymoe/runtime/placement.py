@@ -278,43 +278,57 @@ class Placement:
     def place_actors(self, count: int, gpus: float) -> tuple[ActorPlacement, ...]:
         """Places for `count` actors, and for more where fewer could not do all the work: first one for every piece of
         work, then where there is most of it. To be asked where there are no problems."""
-        reserved: Counter[tuple[str, float]] = Counter()
-        labels: dict[tuple[str, float], list[str]] = {}
-
-        def free(node: Node, share: float) -> int:
-            held = reserved[node.node_id, gpus] + (reserved[node.node_id, 0.0] if gpus else 0)
-            return min(node.capacity(0.0) - held, node.capacity(share) - reserved[node.node_id, share])
-
-        demand: Counter[str] = Counter()
+        packer, demand = _Packer(gpus), Counter[str]()
         for task in sorted(self.requirements.tasks, key=lambda task: len(self.eligible_nodes(task.files))):
             eligible = self.eligible_nodes(task.files)
             for node in eligible:
                 demand[node.node_id] += max(1, task.nbytes // len(eligible))
             # A node without GPUs can still move bytes, and reads prompts that no other can.
             shares = {gpus} if task.computes and any(node.capacity(gpus) for node in eligible) else {gpus, 0.0}
-            if any(reserved[node.node_id, share] for node in eligible for share in shares):
+            if any(packer.reserved(node, share) for node in eligible for share in shares):
                 continue
-            options = [(node, share) for node in eligible for share in shares if free(node, share) > 0]
+            options = [(node, share) for node in eligible for share in shares if packer.free(node, share) > 0]
             if options:
-                node, share = max(options, key=lambda o: (o[1], free(*o), o[0].node_id == self.driver_node_id))
-                reserved[node.node_id, share] += 1
-                labels.setdefault((node.node_id, share), []).append(task.label)
-        while reserved.total() < count and (more := [n for n in self.nodes if demand[n.node_id] and free(n, gpus) > 0]):
-            best = max(more, key=lambda node: demand[node.node_id] / (1 + reserved[node.node_id, gpus]))
-            reserved[best.node_id, gpus] += 1
-        only_nodes = {
-            eligible[0].node_id
-            for task in self.requirements.tasks
-            if len(eligible := self.eligible_nodes(task.files)) == 1
-        }
-        placements = []
-        for (node_id, share), number in reserved.items():
-            task_labels = [*labels.get((node_id, share), ()), *[""] * number]
-            placements += [
-                ActorPlacement(node_id=node_id, hard_affinity=node_id in only_nodes, gpus=share, label=x)
-                for x in task_labels[:number]
-            ]
-        return tuple(placements)
+                node, share = max(options, key=lambda o: (o[1], packer.free(*o), o[0].node_id == self.driver_node_id))
+                packer.reserve(node, share, task.label)
+        while packer.total < count:
+            more = [node for node in self.nodes if demand[node.node_id] and packer.free(node, gpus) > 0]
+            if not more:
+                break
+            packer.reserve(max(more, key=lambda node: demand[node.node_id] / (1 + packer.reserved(node, gpus))), gpus)
+        eligible_nodes = [self.eligible_nodes(task.files) for task in self.requirements.tasks]
+        only_nodes = {nodes[0].node_id for nodes in eligible_nodes if len(nodes) == 1}
+        return tuple(
+            ActorPlacement(node_id=node_id, hard_affinity=node_id in only_nodes, gpus=share, label=label)
+            for (node_id, share), labels in packer.labels.items()
+            for label in labels
+        )
+
+
+class _Packer:
+    """Reserves room on nodes for actors, which get `gpus` GPUs or none.
+
+    `labels`: by node id and share of GPUs, what each actor is for.
+    """
+
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
+        self.labels: dict[tuple[str, float], list[str]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.labels.values()))
+
+    def reserved(self, node: Node, share: float) -> int:
+        return len(self.labels.get((node.node_id, share), ()))
+
+    def free(self, node: Node, share: float) -> int:
+        """How many more actors with this share of GPUs the node has room for."""
+        held = self.reserved(node, self._gpus) + (self.reserved(node, 0.0) if self._gpus else 0)
+        return min(node.capacity(0.0) - held, node.capacity(share) - self.reserved(node, share))
+
+    def reserve(self, node: Node, share: float, label: str = "") -> None:
+        self.labels.setdefault((node.node_id, share), []).append(label)
 
 
 def cluster_nodes() -> list[Node]:
