@@ -337,6 +337,22 @@ def test_overwriting_removes_a_checkpoint_and_nothing_else(plan: MergePlan, plac
     output.release()
 
 
+def test_overwriting_keeps_a_config_that_the_record_does_not_name(
+    plan: MergePlan, place: Place, tmp_path: Path
+) -> None:
+    """It may be the user's own; the merge runs to its end beside such files."""
+    finish(plan, started(place, plan))
+    place.put(RECORD_NAME, json.dumps({"files": {}}).encode())
+    for name in ("config.json", "notes.txt"):
+        place.put(name, b"theirs")
+    output = opened(place)
+    output.lock()
+    output.begin(plan.digest, {}, fresh=True)
+    assert place.visible() == ["config.json", "notes.txt"]
+    finish(plan, output)
+    assert place.files()["notes.txt"] == b"theirs" and RECORD_NAME in place.visible()
+
+
 def test_release_leaves_nothing_open(plan: MergePlan, place: Place, tmp_path: Path) -> None:
     output = started(place, plan)
     break_off(output, large_shard(plan), 30_000)

@@ -55,6 +55,12 @@ def test_the_check_of_a_finished_file_reports_moves(output: LocalOutput) -> None
     assert moves == [(0, 0)] * 3
 
 
+def test_write_over_an_older_file(output: LocalOutput) -> None:
+    (output.root / "a.bin").write_bytes(b"old and longer")
+    output.write("a.bin", [b"new"])
+    assert (output.root / "a.bin").read_bytes() == b"new"
+
+
 def test_write_in_a_subfolder(output: LocalOutput) -> None:
     output.write("chat_templates/tool.jinja", [b"text"])
     assert (output.root / "chat_templates/tool.jinja").read_bytes() == b"text"
