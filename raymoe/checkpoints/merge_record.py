@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,14 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.plan import MergePlan
+from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner, OwnerKind
+from raymoe.planning.plan import GatePrompts, MergePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.sources.local_folder import has_changed, recorded_sample
 from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.file_names import RECORD_NAME, FileRecord
 
-__all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
+__all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "recorded_experts", "with_own_storage"]
 
 RECORD_FORMAT = 1
 # Variables by which a user says where S3 is, and as whom requests are made.
@@ -56,7 +57,8 @@ def merge_record(
         # Records of merges that are not strict stay what they were.
         "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
         "sources": [
-            {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
+            {"owner": str(s.owner), "model": s.label, "revision": s.revision, "adapter": s.adapter}
+            for s in plan.sources
         ],
         # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
         **({"local_files": dict(sorted(samples.items()))} if samples else {}),
@@ -66,14 +68,16 @@ def merge_record(
 
 def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]:
     """Each file of prompts in `config`, and what was drawn from it: number of texts, SHA-256 of their JSON list."""
-    drawn = {prompts.owner: prompts for prompts in (*plan.gates.experts, *plan.gates.shared)}
+    drawn: dict[tuple[object, ...], GatePrompts] = {
+        (CONFIG_KEYS[prompts.owner.kind], prompts.owner.index): prompts for prompts in plan.gates.members
+    }
     records = []
     for (experts, number, key), file in config.prompt_files.items():
-        prompts = drawn[f"{'expert' if experts == 'experts' else 'shared'} {number}"]
+        prompts = drawn[experts, number]
         texts = prompts.positive if key == "positive_prompts" else prompts.negative
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
         place = prompt_file_location(file)
-        records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
+        records.append({"owner": str(prompts.owner), "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
 
 
@@ -81,16 +85,23 @@ def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}
-    config["base_model"] = models["base"]
-    for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
-        experts = enumerate(config.get(key) or ())
-        config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
-        for file in record.get("prompt_files", ()):
-            kind, number = file["owner"].split()
-            if kind == owner:
-                expert = config[key][int(number)]
-                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
+    config["base_model"] = models[str(BASE)]
+    members: dict[str, dict[str, Any]] = {}
+    for kind, key in CONFIG_KEYS.items():
+        config[key] = [dict(expert) for expert in config.get(key) or ()]
+        members |= {str(Owner(kind, number)): expert for number, expert in enumerate(config[key])}
+    for owner, expert in members.items():
+        expert["source_model"] = models[owner]
+    for file in record.get("prompt_files", ()):
+        expert = members[file["owner"]]
+        expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
+
+
+def recorded_experts(sources: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of a record's `sources` that are experts, in their order."""
+    owners = ((source, Owner.parse(str(source.get("owner")))) for source in sources)
+    return [source for source, owner in owners if owner is not None and owner.kind is OwnerKind.EXPERT]
 
 
 def with_own_storage(

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
+from raymoe.checkpoints.merge_record import recorded_config, recorded_experts, with_own_storage
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.config import MODES, MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
@@ -72,16 +73,18 @@ def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
 
 def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """What people call the experts of a record."""
-    return tuple(short_name(s["model"], s["adapter"]) for s in sources if s["owner"].startswith("expert "))
+    return tuple(short_name(s["model"], s["adapter"]) for s in recorded_experts(sources))
 
 
-def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
-    """Base and experts by owner name, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
-    owners = {"base": merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
+def resolve_sources(
+    merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions
+) -> dict[Owner, ModelFacts]:
+    """Base and experts, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
+    owners = {BASE: merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
     if {"experts", "hidden"} & set(wanted):
-        owners |= {f"expert {number}": expert.source_model for number, expert in enumerate(merge.config.experts)}
-    problems: dict[Problem, list[str]] = {}
-    found: dict[str, ModelFacts] = {}
+        owners |= {Owner.expert(number): expert.source_model for number, expert in enumerate(merge.config.experts)}
+    problems: dict[Problem, list[Owner]] = {}
+    found: dict[Owner, ModelFacts] = {}
     for owner, ref in owners.items():
         try:
             found[owner] = resolve_model(ref, options.hub, merge.config.storage)
@@ -93,10 +96,10 @@ def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: Evalu
     return found
 
 
-def _skipped_problem(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
+def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence[str]) -> Problem:
     """The problem of a source, and how to do without that source."""
-    excluded = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
-    what = f"{', '.join(owners)} of this merge: {problem.what}"
+    excluded = {"hidden", *("base" if owner == BASE else "experts" for owner in owners)}
+    what = f"{', '.join(map(str, owners))} of this merge: {problem.what}"
     return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
 
 

@@ -21,7 +21,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
     warnings: list[str] = []
     try:
         encode = tokenizer.encoder()
-        for member in (*gates.experts, *gates.shared):
+        for member in gates.members:
             problems += _without_tokens(gates, member, tokenizer.bos)
             rows, limit = _rows(member), _limit(gates, member)
             if encode and member.positive and (tokenizer.may_exceed(rows) or any(_length_bounds(member, limit))):
@@ -45,7 +45,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
     if bos and MODES[gates.mode].is_fitted and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
-        yield Problem(where=member.owner, what=what, remedy="give it some text")
+        yield Problem(where=str(member.owner), what=what, remedy="give it some text")
 
 
 def _encoded(

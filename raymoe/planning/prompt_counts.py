@@ -27,7 +27,7 @@ def prompt_warnings(gates: GatePlan) -> Iterator[str]:
         return
     keywords, texts = MEASURED[gates.mode]
     better = "" if mode.is_fitted else f"; gate_mode: ridge sends {MEASURED['ridge'][0]}% and {MEASURED['ridge'][1]}%"
-    single = [owner for owner, count in counts.items() if count == 1]
+    single = [str(owner) for owner, count in counts.items() if count == 1]
     unjudged = (
         f"With one prompt ({short_list(single)}) no prompt can be held out: {gates.mode} takes a constant strictness "
         "and "

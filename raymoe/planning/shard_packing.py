@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from raymoe.planning.multipart import MIN_PART_BYTES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES
 
@@ -45,7 +46,7 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    owner: str
+    owner: Owner
     what: PartSource | tuple[Piece, ...]
 
     @property
@@ -58,7 +59,7 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shard_bytes: int) -> tuple[Shard, ...]:
+def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[Owner], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
     groups: list[list[OutputTensor]] = []
     by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from raymoe.checkpoints.merge_record import recorded_experts
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
@@ -185,8 +186,7 @@ def _record_to_publish(record: Mapping[str, Any], card: str | None, repo: str) -
 
 
 def _title(record: Mapping[str, Any]) -> str:
-    sources = record.get("sources") or []
-    experts = sum(1 for source in sources if str(source.get("owner", "")).startswith("expert "))
+    experts = len(recorded_experts(record.get("sources") or []))
     return f"{record.get('architecture', 'MoE')} merge of {experts} experts"
 
 

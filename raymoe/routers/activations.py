@@ -139,7 +139,7 @@ class _Capture:
         is_fitted = MODES[gates.mode].is_fitted
         if is_fitted and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
-            raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
+            raise ProblemReport([Problem(where=str(prompts.owner), what=what, remedy="give it some text")])
         self._tokens = tokens.subset(part)
         self._sums = None if is_fitted else _Sums(gates, everything, signs, part)
         self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.formatting import number_ranges
+from raymoe.planning.owner import Owner
 
 __all__ = [
     "conditioning_warning",
@@ -46,7 +47,7 @@ def shared_gate_row(rows: Sequence[Float32]) -> Float32:
     return rows[0] if len(rows) == 1 else normalize(np.sum(rows, axis=0, dtype=np.float64))
 
 
-def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> Float32:
+def random_rows(mode: str, seed: int, owner: Owner, layers: int, hidden: int) -> Float32:
     """Rows that need no prompts, (layers, hidden), drawn from (seed, owner, layer).
 
     `random`: a random direction at unit length, about N(0, 1/hidden) for each element. Rows of N(0, 1), as some tools
@@ -65,7 +66,7 @@ def random_rows(mode: str, seed: int, owner: str, layers: int, hidden: int) -> F
     return np.stack(rows)
 
 
-def not_finite_message(owner: str, layer: int) -> str:
+def not_finite_message(owner: Owner, layer: int) -> str:
     """What is said of an expert whose prompts leave states that no row can be made of."""
     return (
         f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "

@@ -23,6 +23,7 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.formatting import short_list
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.urls import is_s3, is_url
+from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import merge_line
@@ -89,7 +90,7 @@ def run_merge(
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
-        jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
+        jobs = max(1, len(plan.worker_shards))
         needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
         placement = locate_sources(plan)
         work = WriteShards(target, owner_names(plan))
@@ -209,7 +210,7 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 class WriteShards:
     """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output, names: Mapping[str, str]) -> None:
+    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
         """`names` are what Ray's dashboard calls the owners of shards."""
         self._target, self._names = target, names
 
@@ -296,7 +297,7 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
 
 
 def _expert_names(plan: MergePlan) -> list[str]:
-    experts = [source for source in plan.sources if source.owner.startswith("expert ")]
+    experts = [source for source in plan.sources if source.owner.kind is OwnerKind.EXPERT]
     return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
 
 
@@ -318,10 +319,9 @@ def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: R
     """The router's shards, which the driver writes: the gates are here, and they are small."""
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
-        for shard in plan.shards:
-            if shard.owner == "router":
-                results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
-                yield target.complete(shard, results)
+        for shard in plan.router_shards:
+            results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
+            yield target.complete(shard, results)
 
 
 def _write_small_files(

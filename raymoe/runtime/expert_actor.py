@@ -271,7 +271,7 @@ def _scan_copies(job: ShardJob, reader: SourceReader) -> None:
 
 
 def _gates_label(members: Sequence[GatePrompts]) -> str:
-    return f"{GATES_PREFIX}{', '.join(dict.fromkeys(member.owner for member in members))}"
+    return f"{GATES_PREFIX}{', '.join(dict.fromkeys(str(member.owner) for member in members))}"
 
 
 def _node_id() -> str:

@@ -27,6 +27,7 @@ from typing import Any
 from raymoe.console import say
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.formatting import human_time
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan, Shard
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.router_matrices import RouterRows
@@ -82,7 +83,7 @@ class _Actor:
     handle: Any
     number: int = 0
     has_gpu: bool = False  # whether it was given one
-    gates_for: tuple[str, ...] = ()  # the members whose prompts it reads now or read last
+    gates_for: tuple[Owner, ...] = ()  # the members whose prompts it reads now or read last
     gates_busy: bool = False
     layers_busy: int = 0
     shards_busy: int = 0
@@ -180,7 +181,7 @@ class _Jobs:
     ) -> None:
         self._transport = transport
         self.outcome, self.gates = Outcome(readings=gates.readings), gates
-        self.shards = ShardQueue([shard for shard in plan.shards if shard.owner != "router"], work)
+        self.shards = ShardQueue(list(plan.worker_shards), work)
         self.layers_at_once = self.shards_at_once = 1
         self._actors, self._count = actors, len(actors)
         self._writer: _Actor | None = None
@@ -341,7 +342,7 @@ class _Jobs:
         if (shard := self.shards.first_waiting()) is not None:
             return self._requirements.shards[shard.file_name], f"{shard.file_name} ({shard.owner})"
         owners = self.gates.waiting_owners
-        return self._requirements.for_members(owners), f"gates of {', '.join(owners)}"
+        return self._requirements.for_members(owners), f"gates of {', '.join(map(str, owners))}"
 
     def _collect(self, ref: Any, run: _Run) -> None:
         """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""

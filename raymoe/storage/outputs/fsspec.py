@@ -23,6 +23,7 @@ from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import join_url
+from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import INDEX_NAME, FileRecord
@@ -56,7 +57,7 @@ class StreamOutput(StoreOutput[FsspecStore]):
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         # A router's shard is written by every run: other hardware gives rows that differ by rounding.
-        if shard.owner != "router" and (record := self._finished(shard)) is not None:
+        if shard.owner != ROUTER and (record := self._finished(shard)) is not None:
             self._kept[shard.file_name] = record
             return ()
         return (ShardJob(shard=shard),)

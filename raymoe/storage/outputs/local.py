@@ -20,6 +20,7 @@ import xxhash
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.urls import is_url
 from raymoe.planning.multipart import CopyRange, spans
+from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.claim import foreign_file_error, replaced_file_error, taken_over_error
@@ -120,7 +121,7 @@ class LocalOutput:
         A router's is written by every run: other hardware gives rows that differ by rounding.
         """
         shard = job.shard
-        if shard.owner != "router" and self.finished(shard.file_name, shard.nbytes, progress) is not None:
+        if shard.owner != ROUTER and self.finished(shard.file_name, shard.nbytes, progress) is not None:
             return None
         return self.write(
             shard.file_name,

@@ -26,6 +26,7 @@ from raymoe.object_store.registry import open_store
 from raymoe.object_store.s3_responses import is_md5
 from raymoe.object_store.urls import is_s3, join_url
 from raymoe.planning.multipart import UploadPart, upload_parts
+from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Columns, Shard, Transform
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.claim import Claim, foreign_file_error
@@ -79,7 +80,7 @@ class S3Output(StoreOutput[MultipartStore]):
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         name = shard.file_name
         # A router's shard is written by every run: other hardware gives rows that differ by rounding.
-        goes_on = shard.owner != "router"
+        goes_on = shard.owner != ROUTER
         if goes_on and (record := self._finished(name, shard.nbytes)) is not None:
             self._abort(self._journal.earlier_uploads(name), self._journal.check_run)
             self._kept[name] = record

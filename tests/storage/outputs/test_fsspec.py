@@ -16,6 +16,7 @@ import raymoe
 from raymoe.errors import CheckpointError, MergeFailed, Problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.sources.resolve import HubOptions
@@ -156,7 +157,7 @@ class Failing(SourceReader):
 @pytest.mark.parametrize("readable", [0, 30_000, 60_000])
 def test_a_stream_that_breaks_off_leaves_nothing(plan: MergePlan, out: str, readable: int) -> None:
     target = started(plan, out)
-    shard = next(shard for shard in plan.shards if shard.owner == "expert 0" and shard.nbytes > 70_000)
+    shard = next(shard for shard in plan.shards if shard.owner == Owner.expert(0) and shard.nbytes > 70_000)
     (job,) = target.jobs(shard)
     with Failing(HubOptions()) as reader:
         reader.left = readable
