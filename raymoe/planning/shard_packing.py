@@ -62,8 +62,9 @@ class OutputTensor:
 def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[Owner], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
     groups: list[list[OutputTensor]] = []
-    by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
-    assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
+    by_owner: dict[Owner, list[OutputTensor]] = {owner: [] for owner in owners}
+    for tensor in tensors:
+        by_owner[tensor.owner].append(tensor)
     for members in by_owner.values():
         groups.extend(_split_by_size(_small_runs_first(_source_order(members)), max_shard_bytes))
     count = len(groups)
