@@ -323,7 +323,7 @@ def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | 
     with SourceReader(HubOptions()) as reader:
         rows, summary = compute_routers_locally(plan.gates, reader, device="cpu")
         records = []
-        for shard in (shard for shard in plan.shards if shard.owner != "router"):
+        for shard in plan.worker_shards:
             results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
             records.append(target.complete(shard, results))
     records += run._write_router(plan, rows, target, settings)

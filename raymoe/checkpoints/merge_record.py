@@ -22,7 +22,8 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.plan import MergeOptions, MergePlan
+from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner, OwnerKind
+from raymoe.planning.plan import GatePrompts, MergeOptions, MergePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import json_text
 from raymoe.sources.folder_protocol import Folder, is_inside
@@ -76,7 +77,8 @@ def merge_record(
         # Records of merges that are not strict stay what they were.
         "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
         "sources": [
-            {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
+            {"owner": str(s.owner), "model": s.label, "revision": s.revision, "adapter": s.adapter}
+            for s in plan.sources
         ],
         # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
         **({"local_files": dict(sorted(samples.items()))} if samples else {}),
@@ -86,28 +88,31 @@ def merge_record(
 
 def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]:
     """Each file of prompts in `config`, and what was drawn from it: number of texts, SHA-256 of their JSON list."""
-    drawn = {prompts.owner: prompts for prompts in (*plan.gates.experts, *plan.gates.shared)}
+    drawn: dict[tuple[object, ...], GatePrompts] = {
+        (CONFIG_KEYS[prompts.owner.kind], prompts.owner.index): prompts for prompts in plan.gates.members
+    }
     records = []
     for (experts, number, key), file in config.prompt_files.items():
-        prompts = drawn[f"{'expert' if experts == 'experts' else 'shared'} {number}"]
+        prompts = drawn[experts, number]
         texts = prompts.positive if key == "positive_prompts" else prompts.negative
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
         place = prompt_file_location(file)
-        records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
+        records.append({"owner": str(prompts.owner), "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedSource:
-    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`."""
+    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`. `owner` is None where the record has another
+    word than this version knows."""
 
-    owner: str
+    owner: Owner | None
     model: str
     adapter: str | None
 
     @property
     def is_expert(self) -> bool:
-        return self.owner.startswith("expert ")
+        return self.owner is not None and self.owner.kind is OwnerKind.EXPERT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +185,9 @@ def read_record(folder: Folder) -> MergeRecord:
         files={
             name: FileRecord(name=name, size=each["size"], checksum=each["checksum"]) for name, each in files.items()
         },
-        sources=tuple(RecordedSource(owner=s["owner"], model=s["model"], adapter=s.get("adapter")) for s in sources),
+        sources=tuple(
+            RecordedSource(owner=Owner.parse(s["owner"]), model=s["model"], adapter=s.get("adapter")) for s in sources
+        ),
         prompt_files=tuple(prompts),
     )
 
@@ -211,15 +218,16 @@ def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}
-    config["base_model"] = models["base"]
-    for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
-        experts = enumerate(config.get(key) or ())
-        config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
-        for file in record.get("prompt_files", ()):
-            kind, number = file["owner"].split()
-            if kind == owner:
-                expert = config[key][int(number)]
-                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
+    config["base_model"] = models[str(BASE)]
+    members: dict[str, dict[str, Any]] = {}
+    for kind, key in CONFIG_KEYS.items():
+        config[key] = [dict(expert) for expert in config.get(key) or ()]
+        members |= {str(Owner(kind, number)): expert for number, expert in enumerate(config[key])}
+    for owner, expert in members.items():
+        expert["source_model"] = models[owner]
+    for file in record.get("prompt_files", ()):
+        expert = members[file["owner"]]
+        expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
 
 

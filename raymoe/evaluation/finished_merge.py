@@ -18,6 +18,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
@@ -68,13 +69,15 @@ def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
     return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
 
 
-def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
-    """Base and experts by owner name, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
-    owners = {"base": merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
+def resolve_sources(
+    merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions
+) -> dict[Owner, ModelFacts]:
+    """Base and experts, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
+    owners = {BASE: merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
     if {"experts", "hidden"} & set(wanted):
-        owners |= {f"expert {number}": expert.source_model for number, expert in enumerate(merge.config.experts)}
-    problems: dict[Problem, list[str]] = {}
-    found: dict[str, ModelFacts] = {}
+        owners |= {Owner.expert(number): expert.source_model for number, expert in enumerate(merge.config.experts)}
+    problems: dict[Problem, list[Owner]] = {}
+    found: dict[Owner, ModelFacts] = {}
     for owner, ref in owners.items():
         try:
             found[owner] = resolve_model(ref, options.hub, merge.config.storage)
@@ -86,10 +89,10 @@ def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: Evalu
     return found
 
 
-def _skipped_problem(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
+def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence[str]) -> Problem:
     """The problem of a source, and how to do without that source."""
-    excluded = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
-    what = f"{', '.join(owners)} of this merge: {problem.what}"
+    excluded = {"hidden", *("base" if owner == BASE else "experts" for owner in owners)}
+    what = f"{', '.join(map(str, owners))} of this merge: {problem.what}"
     return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
 
 

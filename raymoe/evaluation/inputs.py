@@ -12,6 +12,7 @@ from raymoe.errors import Problem, ProblemCollector, ProblemReport
 from raymoe.evaluation.dataset import LabeledText, Labels, TokenizedTexts, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import EvaluatedMerge, open_merge, plan_hidden_gates, resolve_sources
 from raymoe.evaluation.options import EvaluationOptions, option_problems
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
@@ -99,16 +100,16 @@ def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _open_dense(
-    sources: Mapping[str, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
+    sources: Mapping[Owner, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
 ) -> dict[str, CheckpointModel]:
     """Whole dense models by the name of their loss: `base`, `expert go`."""
-    owners = {"base": "base"} if "base" in wanted else {}
+    owners = {"base": BASE} if "base" in wanted else {}
     if "experts" in wanted:
-        owners |= {f"expert {name}": f"expert {number}" for number, name in enumerate(names)}
+        owners |= {f"expert {name}": Owner.expert(number) for number, name in enumerate(names)}
     found = {}
     for name, owner in owners.items():
         if owner in sources:
-            model = collector.run(dense_model, sources[owner], owner)
+            model = collector.run(dense_model, sources[owner], str(owner))
             if model is not None:
                 found[name] = model
     return found

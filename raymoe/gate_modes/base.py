@@ -102,7 +102,7 @@ class GateMode:
 
     def draw_rows(self, seed: int, owner: str, layers: int, hidden: int) -> Float32:
         """Rows (layers, hidden) of one expert. They depend on seed, owner and layer alone. Called if the mode needs no
-        prompts."""
+        prompts. `owner` is the expert's name in records, such as `expert 0`."""
         raise NotImplementedError(self.name)
 
     def embedding_row(

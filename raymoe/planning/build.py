@@ -25,7 +25,8 @@ from raymoe.planning.compatibility import (
 )
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
-from raymoe.planning.plan import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
+from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
+from raymoe.planning.plan import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.planning.prompt_checks import prompt_warnings
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.planning.tensor_sources import (
@@ -118,31 +119,19 @@ def _prompt_model(config: MergeConfig) -> str:
 
 
 def _expert_key(member: Member) -> str:
-    return f"{'shared_experts' if member.is_shared else 'experts'}[{member.number}]"
+    return f"{CONFIG_KEYS[member.owner.kind]}[{member.owner.index}]"
 
 
 def _plan_members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
     members = []
-    for key, owner, experts in (
-        ("experts", "expert", config.experts),
-        ("shared_experts", "shared", config.shared_experts),
-    ):
-        for number, expert in enumerate(experts):
+    for kind, key in CONFIG_KEYS.items():
+        for number, expert in enumerate(getattr(config, key)):
             model = facts[expert.source_model]
             spec, found = load_spec(model, f"{key}[{number}].source_model")
             # What is wrong with a type of models is said once.
             problems += [problem for problem in found if problem.what not in {known.what for known in problems}]
             if spec is not None:
-                members.append(
-                    Member(
-                        owner=f"{owner} {number}",
-                        number=number,
-                        is_shared=owner == "shared",
-                        config=expert,
-                        facts=model,
-                        spec=spec,
-                    )
-                )
+                members.append(Member(owner=Owner(kind, number), config=expert, facts=model, spec=spec))
     return members
 
 
@@ -169,7 +158,7 @@ def _assemble(
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype))
     tensors += expert_tensors(members, architecture, dtype, options.seed)
     tensors += computed_tensors(base, moe, architecture, dtype)
-    owners = list(dict.fromkeys(["base", FUSED, *(m.owner for m in members), SHARED, "router"]))
+    owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
     gates = _gate_plan(config, options, base_facts, base, members, bool(architecture.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
@@ -230,7 +219,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source("base", base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
+        sources=(_source(BASE, base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
         totals=compute_totals(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -322,7 +311,7 @@ def _gate_plan(
     )
 
 
-def _source(owner: str, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
+def _source(owner: Owner, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(

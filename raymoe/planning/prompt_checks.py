@@ -32,7 +32,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
     warnings: list[str] = []
     try:
         encode = tokenizer.encoder()
-        for member in (*gates.experts, *gates.shared):
+        for member in gates.members:
             problems += _without_tokens(gates, member, tokenizer.bos)
             rows, limit = _rows(member), _limit(gates, member)
             if encode and member.positive and (tokenizer.may_exceed(rows) or any(_length_bounds(member, limit))):
@@ -56,7 +56,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
     if bos and MODES[gates.mode].needs_text and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
-        yield Problem(where=member.owner, what=what, remedy="give it some text")
+        yield Problem(where=str(member.owner), what=what, remedy="give it some text")
 
 
 def _encoded(
@@ -118,7 +118,7 @@ def prompt_warnings(gates: GatePlan) -> Iterator[str]:
     better = ""
     if (other := better_mode(mode)) is not None and other.measured_accuracy is not None:
         better = "; gate_mode: {} sends {}% and {}%".format(other.name, *other.measured_accuracy)
-    single = [owner for owner, count in counts.items() if count == 1]
+    single = [str(owner) for owner, count in counts.items() if count == 1]
     unjudged = ""
     if mode.single_prompt_note and single:
         unjudged = (

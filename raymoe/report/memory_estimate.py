@@ -129,7 +129,7 @@ def _is_slow(what: PartSource) -> bool:
 def _layer_elements(gates: GatePlan) -> int:
     """Numbers in the largest layer that prompts pass."""
     found = 0
-    for member in (*gates.experts, *gates.shared):
+    for member in gates.members:
         layers: dict[int, int] = {}
         for name, weight in member.weights.items():
             if (layer := layer_of(name)) is not None:
@@ -151,7 +151,7 @@ def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
 def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
     """The passes of one actor, and the tokens of all prompts together."""
     gates = plan.gates
-    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
+    members = gates.prompted
     lengths = prompt_lengths(gates, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     if total * gates.hidden * 4 > _MIN_COUNTED_BYTES:
@@ -198,7 +198,7 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
     gates, mode = plan.gates, MODES[plan.gates.mode]
-    members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
+    members = len(gates.prompted)
     kept = min(tokens, members * mode.token_limit(len(gates.experts)))
     sums = (FOLDS + 1) * 8 * members if mode.sums_layer_inputs else 0
     return gates.layers * gates.hidden * (2 * kept + sums)

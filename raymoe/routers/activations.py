@@ -109,7 +109,7 @@ class _Capture:
         tokens = _Tokens(everything, signs, bos, mode.token_limit(members))
         if mode.needs_text and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
-            raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
+            raise ProblemReport([Problem(where=str(prompts.owner), what=what, remedy="give it some text")])
         self._tokens = tokens.subset(part)
         self._sums = _Sums(gates, everything, signs, part) if mode.sums_layer_inputs else None
         self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import LayerActivations, join_parts
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.activations import LayerDone, capture_layers
 from raymoe.routers.heldout_report import RouterSummary
@@ -30,14 +31,14 @@ def compute_routers_locally(
 
     A layer's router is made when the last prompts have passed it, and what they left there is dropped.
     """
-    mode, members = MODES[gates.mode], [p for p in (*gates.experts, *gates.shared) if p.positive]
+    mode, members = MODES[gates.mode], gates.prompted
     if not mode.needs_prompts:
         return random_router_rows(gates), None
     if not mode.needs_forward_pass:
         rows = {m.owner: embedding_router_row(gates, m, reader, trust_remote_code=trust_remote_code) for m in members}
         return embedding_rows_by_owner(gates, rows), None
     passes = plan_readings(members, 1, gates.hidden)
-    activations: list[dict[str, list[LayerActivations]]] = [
+    activations: list[dict[Owner, list[LayerActivations]]] = [
         {member.owner: [] for member in members} for _ in range(gates.layers)
     ]
     found = {}

@@ -33,7 +33,7 @@ class Reading(GatePrompts):
 
     @property
     def name(self) -> str:
-        return self.owner if self.parts == 1 else f"{self.owner} (part {self.part + 1} of {self.parts})"
+        return f"{self.owner} (part {self.part + 1} of {self.parts})" if self.parts > 1 else str(self.owner)
 
 
 def part_of(prompts: GatePrompts) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from raymoe.formatting import number_ranges
 from raymoe.gate_modes.directions import normalize
+from raymoe.planning.owner import Owner
 
 __all__ = ["conditioning_warning", "not_finite_message", "zero_row_warnings"]
 
@@ -18,7 +19,7 @@ Float32 = npt.NDArray[np.float32]
 MAX_COSINE = 0.92
 
 
-def not_finite_message(owner: str, layer: int) -> str:
+def not_finite_message(owner: Owner, layer: int) -> str:
     """What is said of an expert whose prompts leave states that no row can be made of."""
     return (
         f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "

@@ -15,6 +15,7 @@ from raymoe.architectures.dense_family import Scan
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport
 from raymoe.gate_modes import MODES
 from raymoe.object_store.options import StorageOptions
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.planning.prompt_checks import missing_row_problem
 from raymoe.sources.facts import SideFile
@@ -114,7 +115,7 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: str, chat_template: bool = False
+    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: Owner, chat_template: bool = False
 ) -> list[list[int]]:
     """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
 
@@ -203,8 +204,7 @@ def prompt_problems(
         facts = tokenizer_facts(gates.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
     except CheckpointError:
         return []
-    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
-    open_texts = [(member, texts) for member in members for texts in _unchecked_texts(member, facts) if texts]
+    open_texts = [(member, texts) for member in gates.prompted for texts in _unchecked_texts(member, facts) if texts]
     if not open_texts:
         return []
     collector = ProblemCollector()

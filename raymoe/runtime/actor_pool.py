@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import Any
 
 from raymoe.errors import MergeFailed
+from raymoe.planning.owner import Owner
 from raymoe.runtime.actor_status import ActorInfo, Status
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text, first_line
 from raymoe.runtime.timeouts import PING_INTERVAL_S, STATUS_INTERVAL_S, STATUS_TIMEOUT_S
@@ -80,7 +81,7 @@ class PoolActor:
     layers: Lane = field(default_factory=Lane)
     shards: Lane = field(default_factory=Lane)
     state: ActorState = ActorState.STARTING
-    reads_for: tuple[str, ...] = ()
+    reads_for: tuple[Owner, ...] = ()
     info: ActorInfo | None = None
     status: Status | None = None
     startup_failures: int = 0  # how often in a row it died, or could not be asked, before it answered

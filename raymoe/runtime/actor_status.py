@@ -86,7 +86,7 @@ class ActorInfo(TypedDict):
 
 def reading_label(members: Sequence[GatePrompts]) -> str:
     """The name of the job that reads these prompts."""
-    names = (member.name if isinstance(member, Reading) else member.owner for member in members)
+    names = (member.name if isinstance(member, Reading) else str(member.owner) for member in members)
     return Working(WorkKind.PROMPTS, tuple(names)).label
 
 

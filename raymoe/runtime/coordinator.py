@@ -24,6 +24,7 @@ from raymoe.formatting import short_list
 from raymoe.gate_modes import MODES, better_mode
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.urls import is_s3, is_url
+from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import merge_line
@@ -120,7 +121,7 @@ def run_merge(
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
     needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
     return Workload(
-        jobs=max(1, sum(1 for shard in plan.shards if shard.owner != "router")),
+        jobs=max(1, len(plan.worker_shards)),
         runs_model=needs_forward_pass,
         quantize=plan.gates.quantize,
         experts=len(plan.gates.experts),
@@ -197,7 +198,7 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 class WriteShards:
     """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output, names: Mapping[str, str]) -> None:
+    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
         """`names` are what Ray's dashboard calls the owners of shards."""
         self._target, self._names = target, names
 
@@ -284,7 +285,7 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
 
 
 def _expert_names(plan: MergePlan) -> list[str]:
-    experts = [source for source in plan.sources if source.owner.startswith("expert ")]
+    experts = [source for source in plan.sources if source.owner.kind is OwnerKind.EXPERT]
     return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
 
 
@@ -305,10 +306,9 @@ def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: R
     """The router's shards, which the driver writes: the gates are here, and they are small."""
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
-        for shard in plan.shards:
-            if shard.owner == "router":
-                results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
-                yield target.complete(shard, results)
+        for shard in plan.router_shards:
+            results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
+            yield target.complete(shard, results)
 
 
 def _write_small_files(

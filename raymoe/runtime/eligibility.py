@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
 from raymoe.runtime.placement import FileRequirements
@@ -51,7 +52,7 @@ class Eligibility:
             self._conditions = conditions
             self._ways, self._others = {}, {}
 
-    def can_read_prompts(self, actor: PoolActor, owners: Iterable[str]) -> bool:
+    def can_read_prompts(self, actor: PoolActor, owners: Iterable[Owner]) -> bool:
         """Whether an actor is to read prompts: it can, and none with a GPU could."""
         files = self._requirements.for_members(owners) if self._requirements is not None else frozenset()
         return actor.can_read(files) and (actor.on_gpu or not self._can_another(files, gpu=True))

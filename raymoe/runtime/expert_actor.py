@@ -233,7 +233,7 @@ class ExpertWorker:
         )
 
     def _reading(self, members: Sequence[GatePrompts]) -> AbstractContextManager[Job]:
-        owners = tuple(dict.fromkeys(member.owner for member in members))
+        owners = tuple(dict.fromkeys(str(member.owner) for member in members))
         return self._active_jobs.track(Working(WorkKind.PROMPTS, owners), reading_label(members))
 
     @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
 from raymoe.runtime.ray_compat import free_resources_by_node
 from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
@@ -114,26 +115,22 @@ class FileRequirements:
     def __init__(self, plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
         found: dict[str, SourceFile] = {}
         self.shards: dict[str, frozenset[str]] = {}
-        self.members: dict[str, frozenset[str]] = {}
+        self.members: dict[Owner, frozenset[str]] = {}
         self.tasks: list[_Task] = []
         names = owner_names(plan)
-        for shard in plan.shards:
-            if shard.owner != "router":
-                read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
-                self.shards[shard.file_name] = _local(read, found)
-                self._add(
-                    "the shards of", names.get(shard.owner, shard.owner), self.shards[shard.file_name], shard.nbytes
-                )
+        for shard in plan.worker_shards:
+            read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
+            self.shards[shard.file_name] = _local(read, found)
+            label = names.get(shard.owner, str(shard.owner))
+            self._add("the shards of", label, self.shards[shard.file_name], shard.nbytes)
         tokenizer = [side.file for side in plan.gates.tokenizer_files]
-        for member in (*plan.gates.experts, *plan.gates.shared):
-            if member.positive:
-                self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
-                computes = MODES[plan.gates.mode].needs_forward_pass
-                files = self.members[member.owner]
-                self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
+        computes = MODES[plan.gates.mode].needs_forward_pass
+        for member in plan.gates.prompted:
+            files = self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
+            self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
         self.files = tuple(found.values())
 
-    def for_members(self, owners: Iterable[str]) -> frozenset[str]:
+    def for_members(self, owners: Iterable[Owner]) -> frozenset[str]:
         return frozenset().union(*(self.members[owner] for owner in owners))
 
     def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
@@ -146,7 +143,7 @@ class FileRequirements:
         self.tasks.append(_Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes))
 
 
-def owner_names(plan: MergePlan) -> dict[str, str]:
+def owner_names(plan: MergePlan) -> dict[Owner, str]:
     """Owners of shards and prompts as people call them: `expert 0 (name)`."""
     return {source.owner: f"{source.owner} ({short_name(source.label, source.adapter)})" for source in plan.sources}
 

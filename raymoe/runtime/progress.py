@@ -40,9 +40,9 @@ class Progress:
         self._plan, self._verb = plan, done_to_bytes
         self._display = LiveDisplay(quiet=verbosity < 0)
         self._steps_wanted, self._steps = verbosity > 0, set[str]()
-        shards = [shard for shard in plan.shards if shard.owner != "router"]
+        shards = plan.worker_shards
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
-        self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
+        self._gates = plan.gates.prompted
         self._latest: dict[int, Status] = {}
         self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
         self._warnings_left_out: dict[int, int] = {}  # per actor: the most tensors that it has not named

@@ -47,11 +47,11 @@ class MergeMetrics:
     def __init__(self, plan: MergePlan, output: str) -> None:
         self._metrics: dict[str, Any] = {}
         self._last_totals: dict[tuple[str, str], int] = {}
-        self._shard_owners = {shard.file_name: shard.owner for shard in plan.shards}
+        self._shard_owners = {shard.file_name: str(shard.owner) for shard in plan.shards}
         self._phases: set[tuple[str, str]] = set()
         self._is_on = True
         with self._suppress_errors():
-            self._begin([shard for shard in plan.shards if shard.owner != "router"], ray_text(output))
+            self._begin(plan.worker_shards, ray_text(output))
 
     def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
         """Record what has come to be since the last call."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from raymoe.console import say
 from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import Reading, plan_readings
@@ -46,7 +47,7 @@ class ReadPromptsJob(Job):
     tensors: Any = None
 
     @property
-    def owners(self) -> tuple[str, ...]:
+    def owners(self) -> tuple[Owner, ...]:
         """The members whose prompts these are."""
         return tuple(dict.fromkeys(prompts.owner for prompts in self.readings))
 
@@ -112,7 +113,7 @@ class GateWork:
         self,
         gates: GatePlan,
         readers: int,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[Owner, str] | None = None,
         shard_tensors: Set[TensorEntry] = frozenset(),
         transport: Transport | None = None,
     ) -> None:
@@ -120,11 +121,11 @@ class GateWork:
         `shard_tensors`: tensors of objects that actors read for shards."""
         self._shard_tensors, self._transport = shard_tensors, transport or RayTransport()
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
-        self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
+        self.members = gates.prompted
         self._passes = plan_readings(self.members, readers, gates.hidden)
         self._waiting_prompts = [ReadPromptsJob(self, taken) for taken in self._passes]
         self._waiting_layers: list[FitLayerJob] = []
-        self._parts: dict[str, list[tuple[str, int]]] = {member.owner: [] for member in self.members}
+        self._parts: dict[Owner, list[tuple[Owner, int]]] = {member.owner: [] for member in self.members}
         for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
             self._parts[key[0]].append(key)
         self._idle_readers = readers
@@ -133,10 +134,10 @@ class GateWork:
         self._shared_plan = self._transport.put(shared) if self.members else None
         # of states; jobs that come after one begin with as many failures, so that it has an end
         self._capture_losses = 0
-        self._captured: dict[tuple[str, int], list[Any]] = {}  # by owner and part
+        self._captured: dict[tuple[Owner, int], list[Any]] = {}  # by owner and part
         self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor knows of
         self._layers: dict[int, Any] = {}
-        self._rows: dict[str, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
+        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
 
     @property
     def is_waiting(self) -> bool:
@@ -168,7 +169,7 @@ class GateWork:
         return self._mode.needs_forward_pass and len(self._captured) == self.readings
 
     @property
-    def waiting_owners(self) -> tuple[str, ...]:
+    def waiting_owners(self) -> tuple[Owner, ...]:
         """The members whose prompts are to be read next."""
         return next((job.owners for job in self._waiting_prompts), ())
 
@@ -194,7 +195,7 @@ class GateWork:
         return None
 
     def start_reading(self, actor: Any, job: ReadPromptsJob) -> Any:
-        name = f"gates of {', '.join(self._names.get(owner, owner) for owner in job.owners)}"
+        name = f"gates of {', '.join(self._names.get(owner, str(owner)) for owner in job.owners)}"
         if not self._mode.needs_forward_pass:
             return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.readings)
         capture = actor.capture.options(name=name, num_returns=1 + self._gates.layers * len(job.readings))
@@ -276,5 +277,5 @@ class GateWork:
         return collect_rows(self._layers, [member.owner for member in self._gates.experts])
 
 
-def _key(part: Reading) -> tuple[str, int]:
+def _key(part: Reading) -> tuple[Owner, int]:
     return part.owner, part.part

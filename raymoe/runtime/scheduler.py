@@ -148,7 +148,7 @@ class _Jobs:
     ) -> None:
         self._transport, self._pool, self._stall = transport, pool, stall
         self.outcome, self.gates = Outcome(readings=gates.readings, statuses=pool.statuses), gates
-        self.shards = ShardQueue([shard for shard in plan.shards if shard.owner != "router"], work)
+        self.shards = ShardQueue(list(plan.worker_shards), work)
         self._sending, self._shared_reads = work.sending, SharedReads(plan, work.reads)
         self._requirements = requirements
         self._running: dict[Any, _Run] = {}
@@ -239,7 +239,7 @@ class _Jobs:
         if (shard := next(iter(self.shards.unfinished), None)) is not None:
             return self._requirements.shards[shard.file_name], f"{shard.file_name} ({shard.owner})"
         owners = self.gates.waiting_owners
-        return self._requirements.for_members(owners), f"gates of {', '.join(owners)}"
+        return self._requirements.for_members(owners), f"gates of {', '.join(map(str, owners))}"
 
     def _take_results(self) -> None:
         pings = self._pool.pending_pings

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raymoe.object_store.urls import is_url
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Copy, MergePlan, Part, Shard
 from raymoe.runtime.jobs import Job
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -99,7 +100,7 @@ class WriteShardJob(Job):
     detail: ShardJob
 
     @property
-    def owner(self) -> str:
+    def owner(self) -> Owner:
         return self.opened.shard.owner
 
     @property
@@ -126,7 +127,7 @@ class ShardQueue:
         self.bytes_kept = 0
         self.ready: list[WriteShardJob] = []
 
-    def next_for(self, owners: Collection[str], can_write: Callable[[Shard], bool]) -> WriteShardJob | None:
+    def next_for(self, owners: Collection[Owner], can_write: Callable[[Shard], bool]) -> WriteShardJob | None:
         """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any;
         begun shards first."""
         while True:
@@ -169,6 +170,6 @@ class ShardQueue:
             self.results.append(self.work.complete(opened.shard, opened.results))
 
 
-def _preference(owners: Collection[str], owner: str) -> tuple[bool, bool]:
+def _preference(owners: Collection[Owner], owner: Owner) -> tuple[bool, bool]:
     """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
-    return (owner not in owners, owner != "base")
+    return (owner not in owners, owner != BASE)

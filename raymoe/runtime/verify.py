@@ -181,6 +181,6 @@ def _tensor_differences(
         rows = outcome.rows | random_router_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:
-            parts = [part for shard in plan.shards if shard.owner == "router" for part in shard.parts]
+            parts = [part for shard in plan.router_shards for part in shard.parts]
             different += different_tensors(parts, written, reader, router_bytes(plan.gates, rows))
     return [f"{name}: differs" if name in written else f"{name}: missing" for name in sorted(different)]

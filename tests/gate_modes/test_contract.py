@@ -15,11 +15,12 @@ import torch
 import raymoe
 from raymoe.config import MergeConfig, PromptModel
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES, GateMode, better_mode
+from raymoe.planning.owner import ALL_SHARED, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.in_process import compute_routers_locally
-from raymoe.routers.router_matrices import SHARED_GATE, RouterRows
+from raymoe.routers.router_matrices import RouterRows
 from raymoe.sources.resolve import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from raymoe.tensor_names import EMBEDDING
@@ -40,7 +41,7 @@ def gates_of(zoo: Zoo, mode: GateMode, experts: int = 3) -> GatePlan:
     if mode.needs_prompts:
         config["experts"][0]["negative_prompts"] = ["It rained", "Add two eggs"]
     gates = raymoe.plan(config).gates
-    return replace(gates, shared=(replace(gates.experts[-1], owner="shared 0"),))
+    return replace(gates, shared=(replace(gates.experts[-1], owner=Owner.shared(0)),))
 
 
 def routers_of(gates: GatePlan) -> tuple[RouterRows, RouterSummary | None]:
@@ -97,7 +98,7 @@ def test_it_loads_what_it_runs(mode: GateMode, zoo: Zoo) -> None:
 def test_it_makes_rows_for_all_experts_and_layers(mode: GateMode, zoo: Zoo) -> None:
     gates = gates_of(zoo, mode)
     rows, summary = routers_of(gates)
-    assert list(rows) == ["expert 0", "expert 1", "expert 2", SHARED_GATE]
+    assert list(rows) == [*map(Owner.expert, range(3)), ALL_SHARED]
     for owner, layers in rows.items():
         assert (layers.shape, layers.dtype) == ((LAYERS, HIDDEN), np.float32), owner
         assert np.isfinite(layers).all() and layers.any(axis=1).all()
@@ -114,17 +115,18 @@ def test_rows_come_from_prompts_or_from_the_seed(mode: GateMode, zoo: Zoo) -> No
     gates = gates_of(zoo, mode)
     rows, _ = routers_of(gates)
     other, _ = routers_of(replace(gates, seed=gates.seed + 1))
-    assert np.array_equal(rows["expert 0"], other["expert 0"]) is mode.needs_prompts
+    first = Owner.expert(0)
+    assert np.array_equal(rows[first], other[first]) is mode.needs_prompts
     if mode.needs_prompts:
         changed = replace(gates.experts[0], positive=("Another text", "of two prompts"))
         other, _ = routers_of(replace(gates, experts=(changed, *gates.experts[1:])))
-        assert not np.array_equal(rows["expert 0"], other["expert 0"])
+        assert not np.array_equal(rows[first], other[first])
 
 
 @EACH
 def test_one_expert_has_a_router_too(mode: GateMode, zoo: Zoo) -> None:
     rows, summary = routers_of(replace(gates_of(zoo, mode, experts=1), shared=()))
-    assert list(rows) == ["expert 0"] and np.isfinite(rows["expert 0"]).all()
+    assert list(rows) == [Owner.expert(0)] and np.isfinite(rows[Owner.expert(0)]).all()
     assert summary is None  # nothing to tell apart
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import raymoe
 from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.report import memory_estimate
 from raymoe.report.memory_estimate import actor_memory
@@ -50,7 +51,7 @@ def test_lengths_are_those_of_the_tokenizer(planned: Callable[..., MergePlan]) -
         expected = [len(tokenizer(text)["input_ids"]) for text in member.positive]
         assert lengths[member.owner] == (expected, [])
     estimated = prompt_lengths(gates, exact=False)
-    assert estimated["expert 0"][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
+    assert estimated[Owner.expert(0)][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
 
 
 def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., MergePlan], tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., Mer
     gates = replace(plan.gates, experts=experts)
     expected = prompt_lengths(gates)
     assert prompt_lengths(replace(gates, tokenizer_files=(stored,))) == expected
-    lengths, _ = expected["expert 0"]
+    lengths, _ = expected[Owner.expert(0)]
     assert len(lengths) == 300 and lengths[0] < 64 < lengths[1] and lengths == lengths[:2] * 150
 
 
@@ -105,7 +106,7 @@ def test_states_of_all_prompts_of_a_pass(
 
 def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Callable[..., MergePlan]) -> None:
     short, long = planned("hidden", 2, words=5), planned("hidden", 2, words=5000)
-    tokens = max(prompt_lengths(long.gates, exact=False)["expert 0"][0])
+    tokens = max(prompt_lengths(long.gates, exact=False)[Owner.expert(0)][0])
     assert tokens > 2048
     assert actor_memory(long)["cpu"] - actor_memory(short)["cpu"] > tokens * HIDDEN * 4 * 6
 
@@ -252,7 +253,7 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
         weights["model.layers.0.mlp.gate_proj.weight"] = WeightRef(
             entry=entry("gate", 128, 64), lora=pair if wide > 1 else None
         )
-        return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
+        return GatePrompts(owner=Owner.expert(number), positive=("x",), negative=(), config={}, weights=weights)
 
     def bytes_of(*members: GatePrompts) -> int:
         (taken,) = plan_readings(members, 1, 64)

@@ -13,6 +13,7 @@ import torch
 import raymoe
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config.model_refs import parse_model_ref
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts
 from raymoe.planning.tensor_sources import weight_refs
 from raymoe.routers.streamed_decoder import StreamedDecoder
@@ -47,7 +48,7 @@ def readable(folder: Path, *, last_ffn: bool) -> GatePrompts:
     if not last_ffn:
         refs = {name: ref for name, ref in refs.items() if not name.startswith(f"model.layers.{LAYERS - 1}.mlp.")}
         assert len(refs) < len(weight_refs(facts, spec))
-    return GatePrompts(owner="expert 0", positive=(), negative=(), config=facts.config, weights=refs)
+    return GatePrompts(owner=Owner.expert(0), positive=(), negative=(), config=facts.config, weights=refs)
 
 
 def streamed(model: GatePrompts, groups: Sequence[Sequence[Sequence[int]]]) -> dict[tuple[int, ...], torch.Tensor]:

@@ -91,7 +91,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
 def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> None:
     plan = planned(sources, "ridge", "grafted")
-    assert [[m.owner for m in part] for part in plan_readings(plan.gates.experts, 2, plan.gates.hidden)] == [
+    assert [[str(m.owner) for m in part] for part in plan_readings(plan.gates.experts, 2, plan.gates.hidden)] == [
         ["expert 0", "expert 1"],
         ["expert 2", "expert 3"],
     ]

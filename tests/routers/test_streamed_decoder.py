@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches
@@ -139,7 +140,7 @@ def test_progress_counts_every_token_of_every_layer(zoo: Callable[..., Path]) ->
     with SourceReader(HubOptions()) as reader:
         capture(plan.gates, prompts, reader, members=2, device="cpu", layer_done=counts.append)
     tokenizer = load_tokenizer(base, trust_remote_code=False)
-    ids = tokenize(tokenizer, prompts.positive, vocab=416, owner="expert 0")
+    ids = tokenize(tokenizer, prompts.positive, vocab=416, owner=Owner.expert(0))
     assert sum(counts) == (LAYERS - 1) * sum(map(len, ids))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorEvent, ActorPool, ActorState, Lane, PoolActor, next_state
 from raymoe.runtime.eligibility import Eligibility, WriteWay
 from tests.runtime.fake_cluster import FakeActor, FakeCluster
 
-SHARD = Shard(file_name="model-1", owner="base", header=b"", parts=())
+SHARD = Shard(file_name="model-1", owner=BASE, header=b"", parts=())
 STARTING, UP, RESTARTING, DEAD = ActorState
 
 
@@ -54,7 +55,7 @@ def test_an_actor_that_dies_and_comes_back() -> None:
     handle = cluster.actor()
     pool = pool_of(cluster, handle)
     (actor,) = pool.up
-    actor.reads_for = ("expert 0",)
+    actor.reads_for = (Owner.expert(0),)
     pool.poll_statuses()
     pool.poll_statuses()
     assert actor.status is not None

@@ -68,7 +68,7 @@ def compute():  # in a thread, as an actor does
     plan = raymoe.plan(sys.argv[1])
     with SourceReader(HubOptions()) as reader:
         rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
-    print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows))).hexdigest())
+    print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows, key=str))).hexdigest())
 
 thread = threading.Thread(target=compute)
 thread.start()

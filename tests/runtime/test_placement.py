@@ -15,6 +15,7 @@ import pytest
 
 import raymoe
 from raymoe.planning import MergePlan
+from raymoe.planning.owner import BASE, Owner
 from raymoe.runtime.actor_plan import Workload, plan_actors
 from raymoe.runtime.placement import ActorPlacement, FileRequirements, FileView, Node, Placement, view_files
 from raymoe.runtime.settings import RuntimeSettings
@@ -43,7 +44,7 @@ def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float,
     coordinator's. `resources`: CPUs and GPUs of a node, where these are not 4 and 0."""
     needs = FileRequirements(plan)
     every = view_files(needs.files)
-    folders = {s.owner.removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
+    folders = {str(s.owner).removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
     nodes = []
     for name, owners in has.items():
         mine = {folders[owner] for owner in owners.split()}
@@ -119,7 +120,7 @@ def test_no_node_has_both(plan_of: PlanOf) -> None:
 def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     both = placement(plan, {"a": "base 0 1", "b": "base 0 1"})
-    location = next(s.files[0].location for s in plan.sources if s.owner == "expert 1")
+    location = next(s.files[0].location for s in plan.sources if s.owner == Owner.expert(1))
     files = dict(both.nodes[1].files or {})
     for change in ({"sample": 1}, {"size": 1}):
         changed = replace(both.nodes[1], files={**files, location: replace(files[location], **change)})
@@ -133,7 +134,7 @@ def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
 def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
-    zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
+    zero, one = (s.files[0].location for s in plan.sources if s.owner != BASE)
     stamps = found.fingerprints()
     assert stamps.keys() == {zero, one}
     here = source_fingerprints(file for s in plan.sources for file in s.files)

@@ -11,11 +11,12 @@ import pytest
 
 import raymoe
 from raymoe.gate_modes.layer_values import LayerRows, LayerScores
+from raymoe.planning.owner import Owner
 from raymoe.runtime.jobs import Lost
 from raymoe.runtime.router_jobs import FitLayerJob, GateWork, ReadPromptsJob
 from tests.pico import HIDDEN, LAYERS, merge_config
 
-OWNERS = ["expert 0", "expert 1", "expert 2"]
+OWNERS = [Owner.expert(number) for number in range(3)]
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callabl
     assert again is first and work.next_reading() is None
     second.complete(None)
     third = work.next_reading()
-    assert third is not None and third.owners == ("expert 2",)
+    assert third is not None and third.owners == (OWNERS[2],)
 
 
 def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> None:
@@ -139,7 +140,7 @@ def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateW
     second.complete(rows(0.1))
     assert layers_of(work) == []
     left[1].complete(rows(0.2))
-    assert work.result()[0]["expert 0"][:, 0] == pytest.approx([0.0, 0.1, 0.2])
+    assert work.result()[0][OWNERS[0]][:, 0] == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> None:
@@ -158,31 +159,31 @@ def test_embeddings_need_no_layers(local_ray: None, zoo: Callable[..., Path]) ->
     assert work.members_done == 2 and not work.is_waiting and work.next_layer() is None
     found, summary = work.result()
     assert summary is None
-    np.testing.assert_array_equal(found["expert 1"], np.tile(np.arange(HIDDEN, dtype=np.float32), (LAYERS, 1)))
+    np.testing.assert_array_equal(found[OWNERS[1]], np.tile(np.arange(HIDDEN, dtype=np.float32), (LAYERS, 1)))
 
 
 def test_random_rows_are_no_work(local_ray: None, zoo: Callable[..., Path]) -> None:
     config: dict[str, Any] = merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="random")
     work = GateWork(raymoe.plan(config).gates, 2)
-    assert not work.is_waiting and work.members == []
+    assert not work.is_waiting and not work.members
     assert work.result() == ({}, None)
 
 
 @pytest.mark.parametrize(
     ("prompt_model", "actors", "expected"),
     [
-        ("base", 1, [("expert 0", "expert 1", "expert 2")]),
-        ("base", 2, [("expert 0",), ("expert 1", "expert 2")]),
-        ("base", 7, [("expert 0",), ("expert 1",), ("expert 2",)]),
-        ("grafted", 1, [("expert 0",), ("expert 1",), ("expert 2",)]),
+        ("base", 1, [(0, 1, 2)]),
+        ("base", 2, [(0,), (1, 2)]),
+        ("base", 7, [(0,), (1,), (2,)]),
+        ("grafted", 1, [(0,), (1,), (2,)]),
     ],
 )
 def test_who_reads_the_same_model_is_read_together(
-    prompt_model: str, actors: int, expected: list[tuple[str, ...]], local_ray: None, zoo: Callable[..., Path]
+    prompt_model: str, actors: int, expected: list[tuple[int, ...]], local_ray: None, zoo: Callable[..., Path]
 ) -> None:
     experts = [zoo("llama", seed=seed) for seed in (1, 2, 3)]
     config = merge_config(zoo("llama"), experts, mode="ridge", prompt_model=prompt_model)
     work = GateWork(raymoe.plan(config).gates, actors)
-    assert [job.owners for job in read_all(work)] == expected
+    assert [tuple(owner.index for owner in job.owners) for job in read_all(work)] == expected
     assert work.members_done == 3
     assert len(layers_of(work)) == LAYERS

@@ -14,6 +14,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 import raymoe
 from raymoe.errors import MergeFailed
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
@@ -52,7 +53,7 @@ def run(cluster: FakeCluster, plans: dict[str, MergePlan]) -> Run:
 
 @pytest.fixture
 def shards(plans: dict[str, MergePlan]) -> list[str]:
-    return sorted(shard.file_name for shard in plans["random"].shards if shard.owner != "router")
+    return sorted(shard.file_name for shard in plans["random"].worker_shards)
 
 
 def written(cluster: FakeCluster) -> Counter[str]:
@@ -72,7 +73,7 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     assert sorted(work.done) == shards and set(written(cluster).values()) == {1}
     assert len(shards) > 20
     assert len(cluster.begun("capture")) == 3 and len(cluster.begun("fit_layer")) == LAYERS
-    assert outcome.gates_done and set(outcome.rows) == {"expert 0", "expert 1", "expert 2"}
+    assert outcome.gates_done and set(outcome.rows) == {Owner.expert(number) for number in range(3)}
     # No actor idles while there is work: lanes are filled again as soon as they are free.
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
 
@@ -82,7 +83,7 @@ def test_an_actor_writes_the_expert_that_it_reads_first(
 ) -> None:
     actors = [cluster.actor() for _ in range(3)]
     run(Written(), "hidden")
-    owner = {shard.file_name: shard.owner for shard in plans["hidden"].shards}
+    owner = {shard.file_name: str(shard.owner) for shard in plans["hidden"].shards}
     read = {actor.number: job for _, actor, job in cluster.begun("capture")}
     for actor in actors:
         mine = [owner[job] for _, each, job in cluster.begun("write") if each is actor]
@@ -301,7 +302,7 @@ def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster
 def of_one_expert(plans: dict[str, MergePlan]) -> tuple[FileRequirements, str]:
     """What the jobs need, and the file of one expert's shards."""
     needs, plan = FileRequirements(plans["random"]), plans["random"]
-    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == "expert 1")]
+    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == Owner.expert(1))]
     return needs, file
 
 

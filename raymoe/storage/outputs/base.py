@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem
+from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.base_journal import BaseJournal
@@ -24,7 +25,7 @@ __all__ = ["BaseOutput", "goes_on"]
 def goes_on(shard: Shard) -> bool:
     """Whether a shard of an earlier run may be kept. A router's is written by every run: other hardware gives rows that
     differ by rounding."""
-    return shard.owner != "router"
+    return shard.owner != ROUTER
 
 
 class BaseOutput(ABC):

@@ -17,6 +17,7 @@ import xxhash
 import raymoe
 from raymoe.errors import CheckpointError, MergeFailed, Problem
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.sources.resolve import HubOptions
@@ -90,7 +91,7 @@ def finish(plan: MergePlan, output: Output) -> tuple[list[FileRecord], int]:
 
 
 def large_shard(plan: MergePlan) -> Shard:
-    return next(shard for shard in plan.shards if shard.owner == "expert 0" and shard.nbytes > 70_000)
+    return next(shard for shard in plan.shards if shard.owner == Owner.expert(0) and shard.nbytes > 70_000)
 
 
 def checksum(place: Place, record: FileRecord) -> str:

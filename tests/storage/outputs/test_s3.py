@@ -26,6 +26,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.multipart import upload_parts
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Copy, Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.expert_actor import ExpertWorker
@@ -252,7 +253,7 @@ def checkpoint(shapes: Mapping[str, Sequence[int]], seed: int) -> bytes:
 
 def expert_shards(plan: MergePlan) -> tuple[Shard, Shard]:
     """That of copies and that of computed tensors."""
-    copied, computed = (next(s for s in plan.shards if s.owner == f"expert {n}") for n in (0, 1))
+    copied, computed = (next(s for s in plan.shards if s.owner == Owner.expert(n)) for n in (0, 1))
     parts = upload_parts(copied, lambda file: True)
     assert [part.copy is None for part in parts] == [True, False, False]
     assert [part.copy is None for part in upload_parts(computed, lambda file: True)] == [True, True]
@@ -583,8 +584,8 @@ def test_a_second_run_takes_over(plan: MergePlan, place: Place, out: str, tmp_pa
     assert place.all_uploads(plan) == set()
 
 
-@pytest.mark.parametrize("owner", ["expert 0", "expert 1"])
-def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: str, out: str, owner: str) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: str, out: str, number: int) -> None:
     """By one of the same size: neither copied nor streamed bytes of it get into the output."""
     client, copies = server.client(), Place(server, f"{bucket}/sources")
     for url in sources:
@@ -593,10 +594,10 @@ def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: s
             source = {"Bucket": model.bucket, "Key": model.key(name)}
             client.copy_object(Bucket=copies.bucket, Key=copies.key(f"{url[-2:]}/{name}"), CopySource=source)
     plan = plan_of(f"{bucket}/sources/m1", f"{bucket}/sources/m2")
-    shard = next(shard for shard in plan.shards if shard.owner == owner)
+    shard = next(shard for shard in plan.shards if shard.owner == Owner.expert(number))
     target = started(plan, out)
     jobs = part_jobs(target.jobs(shard))
-    name = "m1/model.safetensors" if owner == "expert 0" else "m2/model.safetensors"
+    name = f"m{number + 1}/model.safetensors"
     content = copies.read(name)
     copies.put(name, content[:-1] + bytes([content[-1] ^ 1]))
     for job in jobs:
@@ -628,7 +629,7 @@ def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
     target = started(plan, out)
     try:
         worker = ExpertWorker(out, RuntimeSettings(storage=OPTIONS, strict=True), target.run)
-        of_expert = [shard for shard in plan.shards if shard.owner == "expert 0"]
+        of_expert = [shard for shard in plan.shards if shard.owner == Owner.expert(0)]
         jobs = [job for shard in of_expert for job in target.jobs(shard)]
         assert any(part.copy for job in jobs for part in job.parts)
         said = r"experts\.0\.w3\.weight: NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight of s3://"
@@ -636,7 +637,7 @@ def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
         with ThreadPoolExecutor(1) as writer:
             with pytest.raises(MergeFailed, match=said):
                 list(writer.map(worker.write_shard, jobs))
-            of_other = next(shard for shard in plan.shards if shard.owner == "expert 1")
+            of_other = next(shard for shard in plan.shards if shard.owner == Owner.expert(1))
             list(writer.map(worker.write_shard, target.jobs(of_other)))
     finally:
         target.release()

@@ -22,6 +22,7 @@ from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
 from raymoe.runtime.coordinator import _begin, output_problems
 from raymoe.runtime.settings import RuntimeSettings
@@ -88,7 +89,7 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plac
     yield from made_place(request.param, tmp_path)
 
 
-def shard_of(plan: MergePlan, owner: str) -> Shard:
+def shard_of(plan: MergePlan, owner: Owner) -> Shard:
     return next(shard for shard in plan.shards if shard.owner == owner)
 
 
@@ -126,7 +127,7 @@ def test_late_actor(
     """It neither replaces nor removes what the newer run has written, however it ends, and leaves nothing."""
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
-    shard, reader, ended = shard_of(old, "expert 0"), Waiting(fails=fails), list[BaseException]()
+    shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
     # moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
     actor = open_output(place.location, StorageOptions(deadline_s=5), first.run)
     jobs = first.jobs(shard)
@@ -157,7 +158,7 @@ def test_shard_of_another_plan_is_not_taken_for_finished(
     """The older run's shard is whole, and of the right name and size. Neither run takes it for the newer one's."""
     old, new = plans
     first = started(place, old)
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
     first.complete(one, do_shard(first, old, one))
     done = do_shard(first, old, two)
     killed_driver(first)
@@ -175,7 +176,7 @@ def test_same_plan_from_other_sources(place: Place, plans: tuple[MergePlan, Merg
     """--overwrite after sources have changed: the digest is the same, and what was finished is of no use."""
     plan = plans[0]
     first = started(place, plan)
-    shard = shard_of(plan, "expert 0")
+    shard = shard_of(plan, Owner.expert(0))
     first.complete(shard, do_shard(first, plan, shard))
     first.release()
     second = started(place, plan, fresh=True)
@@ -191,7 +192,7 @@ def test_note_that_comes_late_is_not_accepted(
     """A shard of another merge and its note, brought back by what was still under way when the old run died."""
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
-    shard = shard_of(old, "expert 0")
+    shard = shard_of(old, Owner.expert(0))
     first.complete(shard, do_shard(first, old, shard))
     late = {name: content for name, content in place.files().items() if "/done/" in name or name == shard.file_name}
     assert len(late) == 2
@@ -279,7 +280,7 @@ def test_taken_over_while_the_old_run_stands_still(
     """The old driver stands still before any of its calls, and goes on when a newer run has done its merge or a part of
     it."""
     old, new = plans if other_plan else (plans[0], plans[0])
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
 
     def once(place: Place, at: int) -> int:
         first = started(place, old)
@@ -312,7 +313,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
 ) -> None:
     """Its last calls come in before any of the newer run's. That one ends well, or with an error, and never wrong."""
     old, new = plans if other_plan else (plans[0], plans[0])
-    one = shard_of(old, "expert 0")
+    one = shard_of(old, Owner.expert(0))
     failed = []
 
     def once(place: Place, at: int) -> int:
@@ -503,7 +504,7 @@ def test_replaced_shard_is_seen_before_done_is_said(
     store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
 ) -> None:
     """By a request of an older run that was under way for long: of the same name and size, with other bytes."""
-    plan, shard = plans[0], shard_of(plans[0], "expert 0")
+    plan, shard = plans[0], shard_of(plans[0], Owner.expert(0))
     other = expected(plans[1], tmp_path)[shard.file_name]
 
     def replace() -> None:
@@ -540,7 +541,7 @@ def test_folder_is_taken_over_at_any_call_of_a_writer(
 ) -> None:
     """The driver was killed, its actor lives on, and stands still before one call while the newer run is at work."""
     old, new = plans
-    shard, at, more = shard_of(old, "expert 0"), 0, True
+    shard, at, more = shard_of(old, Owner.expert(0)), 0, True
     while more:
         place = Place(str(tmp_path / f"out-{at}"))
         first = started(place, old)
@@ -579,7 +580,7 @@ def test_new_run_fences_before_it_removes(
     place = Place(str(tmp_path / "out"))
     first = started(place, old)
     actor = LocalOutput(Path(place.location), first.run)
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
     actor.complete(one, do_shard(actor, old, one))
     killed_driver(first)
     real, tried = os.unlink, []
