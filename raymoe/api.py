@@ -13,7 +13,8 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner
 from raymoe.planning.plan_merge import plan_merge
-from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, folders_of
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import RemoteFolderResolver, folders_of
 from raymoe.storage.locations import Inputs, input_paths
 
 if TYPE_CHECKING:

@@ -20,17 +20,6 @@ from typing import ParamSpec, TypeVar
 from raymoe.formatting import number_ranges, short_list
 from raymoe.safe_text import safe_message, shorten
 
-__all__ = [
-    "CheckpointError",
-    "MergeFailed",
-    "Problem",
-    "ProblemCollector",
-    "ProblemReport",
-    "RaymoeError",
-    "first_few",
-    "install_remedy",
-]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

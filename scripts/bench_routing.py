@@ -36,7 +36,8 @@ from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.planning.plan import MergePlan, Router
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes, router_rows
-from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import resolve_model
 from raymoe.storage.file_names import INDEX_NAME
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import SourceReader

@@ -27,7 +27,7 @@ from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import INDEX_NAME
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import SourceReader

@@ -17,27 +17,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.families import FAMILIES
 from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
-__all__ = [
-    "BACKBONE",
-    "EMPTY_SHARED_WIDTH",
-    "EXPERTS",
-    "MIXTURE_KEYS",
-    "O_BIAS",
-    "PER_TOKEN_KEY",
-    "QKV_BIAS",
-    "QK_NORM",
-    "ConstantRow",
-    "MoeArchitecture",
-    "MoeShape",
-    "bias_reasons",
-    "common_reasons",
-    "head_dim_reason",
-    "moe_config",
-    "no_shared_reasons",
-    "ungated_shared_reasons",
-    "zero_ffn",
-]
-
 PER_TOKEN_KEY = "num_experts_per_tok"
 """How many experts run for a token, in a config.json that raymoe writes."""
 

@@ -10,23 +10,6 @@ from dataclasses import replace
 from raymoe.architectures.dense_family import TensorRow
 from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
-__all__ = [
-    "ATTENTION",
-    "COHERE2_ROWS",
-    "CONV",
-    "GLM_ROWS",
-    "GRANITE4_ROWS",
-    "GRANITE_SWA_ROWS",
-    "HUNYUAN_ROWS",
-    "LFM2_ROWS",
-    "LINEAR",
-    "LLAMA_ROWS",
-    "MLA_ROWS",
-    "OLMO2_ROWS",
-    "PHI3_ROWS",
-    "QWEN3_5_ROWS",
-]
-
 _PROJECTIONS = {
     "q": ("q_out", "hidden", "qkv_bias"),
     "k": ("kv_out", "hidden", "qkv_bias"),

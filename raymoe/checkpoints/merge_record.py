@@ -32,17 +32,6 @@ from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
-__all__ = [
-    "RECORD_FORMAT",
-    "MergeRecord",
-    "RecordedSource",
-    "merge_record",
-    "prompt_records",
-    "read_record",
-    "recorded_config",
-    "with_own_storage",
-]
-
 RECORD_FORMAT = 1
 # Variables by which a user says where S3 is, and as whom requests are made.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")

@@ -22,8 +22,6 @@ from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.source_reader import SourceReader
 from raymoe.untrusted_files import check_size, read_json
 
-__all__ = ["checksum_like", "open_checkpoint", "read_object"]
-
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 

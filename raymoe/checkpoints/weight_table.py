@@ -25,8 +25,6 @@ from raymoe.planning.tensor_sources import adapter_problems, head_permutation, s
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts, TensorEntry
 
-__all__ = ["CheckpointModel", "RoutingRule", "dense_model", "mixture_model"]
-
 # Keys of a host's config.json that mean the same in the dense model whose attention and norms it has.
 _DENSE_KEYS = (
     "vocab_size",

@@ -18,8 +18,6 @@ from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePos
 from raymoe.errors import Problem
 from raymoe.gate_modes import MODES
 
-__all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_invalid"]
-
 ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
 

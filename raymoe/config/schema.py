@@ -25,8 +25,6 @@ from raymoe.config.storage_block import plain_storage, storage_options
 from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
 from raymoe.object_store.options import StorageOptions
 
-__all__ = ["NUMBER_KEYS", "Dtype", "ExpertConfig", "MergeConfig", "PromptModel"]
-
 Dtype = Literal["float32", "float16", "bfloat16"]
 PromptModel = Literal["base", "expert", "grafted"]
 

@@ -25,8 +25,6 @@ from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import resolve_model
 from raymoe.storage.outputs.open_output import output_location
 
-__all__ = ["EvaluatedMerge", "expert_names", "open_merge", "plan_hidden_gates", "resolve_sources"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedMerge:

@@ -18,8 +18,6 @@ from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
 from raymoe.sources.tokenizer_files import with_tokenizer_code
 
-__all__ = ["EvaluationInputs", "open_evaluation"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationInputs:

@@ -22,8 +22,6 @@ from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batch_numbers, chunk_size
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["RoutingCallback", "Variant", "log_likelihoods"]
-
 Float32 = npt.NDArray[np.float32]
 RoutingCallback = Callable[[int, int, npt.NDArray[np.int64], Float32], None]
 """`on_routing(layer, text, experts_TK, weights_TK)`: what a layer's router chose for each token of a text."""

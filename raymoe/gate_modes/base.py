@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     Float32 = npt.NDArray[np.float32]
 
-__all__ = ["DrawnMode", "GateMode", "SummedMode"]
-
 
 class GateMode:
     """How router rows are made. Subclasses say what they need and override the methods of their kind:

@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from raymoe.gate_modes.layer_values import FOLDS, LayerActivations, LayerRows, LayerScores, score_heldout
 
-__all__ = ["expert_rows", "mean_directions", "normalize", "shared_gate_row"]
-
 Float32 = npt.NDArray[np.float32]
 
 

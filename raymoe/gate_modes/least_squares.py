@@ -24,8 +24,6 @@ import torch
 from raymoe.gate_modes.layer_values import FOLDS, LayerActivations, LayerRows, LayerScores, score_heldout
 from raymoe.gate_modes.least_squares_memory import CHOICE_SIZE, CHUNK
 
-__all__ = ["Examples", "FittedRows", "fit_activations", "fit_rows", "fit_shared_gate"]
-
 _RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS = 0.1, 8.0
 _SCALES = tuple(2.0 ** (step / 2) for step in range(13))  # 1 to 64

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from raymoe.gate_modes.layer_values import FOLDS
 
-__all__ = ["CHOICE_SIZE", "CHUNK", "least_squares_bytes"]
-
 # Tokens that are summed at once, and the largest system that is solved for each fold and each regularization.
 CHUNK, CHOICE_SIZE = 4096, 1024
 _F64 = 8

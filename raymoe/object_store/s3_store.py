@@ -42,8 +42,6 @@ from raymoe.object_store.s3_responses import (
 )
 from raymoe.object_store.urls import join_url, s3_location
 
-__all__ = ["S3Store"]
-
 _PUT_TOKEN = "raymoe-put"  # metadata that tells a conditional put's own object from another's
 
 

@@ -45,8 +45,6 @@ from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import has_vocabulary
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 
-__all__ = ["build_plan"]
-
 # Keys of the base's config.json that describe the dense model and would be wrong, or dead, in the MoE's.
 _DROPPED_KEYS = frozenset(
     [

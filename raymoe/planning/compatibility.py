@@ -18,14 +18,6 @@ from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
 from raymoe.tensor_names import HEAD
 
-__all__ = [
-    "check_expert",
-    "check_tensors",
-    "find_non_finite",
-    "is_tied_by_config",
-    "load_spec",
-]
-
 _NAMED = 3  # of one config
 # Infinity is what these say where there is no limit: transformers writes `time_step_limit: [0.0, Infinity]`.
 _MAY_BE_INFINITE = ("_limit", "_limits")

@@ -16,8 +16,6 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, Shard
 from raymoe.sources.facts import SideFile
 
-__all__ = ["plan_digest"]
-
 # Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
 OUTPUT_FORMAT = 2
 

@@ -21,16 +21,6 @@ from raymoe.object_store.s3_limits import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BY
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
-__all__ = [
-    "CopyRange",
-    "Span",
-    "UploadPart",
-    "server_side_bytes",
-    "spans",
-    "upload_layout",
-    "upload_parts",
-]
-
 COPY_PART_BYTES = 1 << 30  # usual copies: they run side by side and are repeated sooner than the largest possible
 STREAM_PART_BYTES = 16 << 20
 # Raise this when the code below cuts a shard into other parts than before. A run goes on with an upload that another

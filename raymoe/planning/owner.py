@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["ALL_EXPERTS", "ALL_SHARED", "BASE", "CONFIG_KEYS", "ROUTER", "Owner", "OwnerKind"]
-
 
 class OwnerKind(Enum):
     """The values are the words of records and messages."""

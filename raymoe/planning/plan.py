@@ -20,25 +20,6 @@ from typing import Any
 from raymoe.planning.owner import ROUTER, Owner
 from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
 
-__all__ = [
-    "Columns",
-    "Constant",
-    "Copy",
-    "GatePlan",
-    "GatePrompts",
-    "HeadPermutation",
-    "MergeOptions",
-    "MergePlan",
-    "Part",
-    "Router",
-    "Shard",
-    "Source",
-    "Totals",
-    "Transform",
-    "WeightRef",
-    "WholeTensor",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:

@@ -17,11 +17,10 @@ from raymoe.errors import ProblemCollector, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.facts import ModelFacts, SourceFile
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
-from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, fetch_file, resolve_models, with_contents
+from raymoe.sources.resolve import RemoteFolderResolver, fetch_file, resolve_models, with_contents
 from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
-
-__all__ = ["plan_merge"]
 
 
 def plan_merge(

@@ -14,12 +14,6 @@ from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 from raymoe.tensor_names import EMBEDDING
 
-__all__ = [
-    "missing_row_problem",
-    "prompt_checks",
-    "prompt_warnings",
-]
-
 # Measured are 5 and 16 prompts. Fewer than this are nearer to the first.
 _FEW = 8
 _NAMED = 5

@@ -22,8 +22,6 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES
 
-__all__ = ["OutputTensor", "Piece", "pack_shards"]
-
 # Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
 _ALIGN = 64
 # Some filesystems let two files share what they have in common, if it lies on whole blocks in both.

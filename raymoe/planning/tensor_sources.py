@@ -29,19 +29,6 @@ from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, TensorEntry
 from raymoe.sources.lora import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
 from raymoe.tensor_names import HEAD
 
-__all__ = [
-    "Member",
-    "adapter_problems",
-    "adapter_warnings",
-    "base_tensors",
-    "computed_tensors",
-    "expert_tensors",
-    "head_permutation",
-    "slice_rows",
-    "unused_modules",
-    "weight_refs",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:

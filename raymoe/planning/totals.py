@@ -10,8 +10,6 @@ from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
 from raymoe.tensor_names import layer_of
 
-__all__ = ["compute_totals"]
-
 
 def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
     parameters, expert_parameters = 0, 0

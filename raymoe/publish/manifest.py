@@ -25,8 +25,6 @@ from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.hub import is_hub_id
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME, FileRecord
 
-__all__ = ["Manifest", "ManifestFile", "open_manifest"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestFile:

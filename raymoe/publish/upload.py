@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["Comparison", "PushResult", "compare", "upload"]
-
 _CHUNK_BYTES = 16 << 20
 
 

@@ -24,11 +24,6 @@ from raymoe.report.eval_numbers import (
     weakest_layers,
 )
 
-__all__ = [
-    "print_evaluation",
-    "print_tasks",
-]
-
 _WIDTH = 100
 _Column = TypeVar("_Column", str, int)
 

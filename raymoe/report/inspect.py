@@ -21,13 +21,11 @@ from raymoe.formatting import human_bytes, human_count
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.weight_index import index_model_weights
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
-
-__all__ = ["inspect_checkpoint", "print_summary"]
 
 
 def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None) -> dict[str, Any]:

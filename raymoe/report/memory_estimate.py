@@ -22,11 +22,9 @@ from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.transform import THREADS
 from raymoe.tensor_names import EMBEDDING, layer_of
-
-__all__ = ["actor_memory"]
 
 # Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
 # what it needs of transformers, and has tokenized its prompts.

@@ -22,8 +22,6 @@ from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable
 
-__all__ = ["PATH_PLACEHOLDER", "card_metadata", "model_card"]
-
 PATH_PLACEHOLDER = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
 

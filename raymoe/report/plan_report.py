@@ -19,16 +19,7 @@ from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
 
 if TYPE_CHECKING:
-    from raymoe.sources.resolve import HubOptions
-
-__all__ = [
-    "PlannedOutput",
-    "merge_line",
-    "plan_summary",
-    "print_plan",
-    "print_result",
-    "print_verification",
-]
+    from raymoe.sources.hub import HubOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

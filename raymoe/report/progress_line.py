@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 from raymoe.console import console, say
 
-__all__ = ["LiveDisplay", "ProgressLine"]
-
 _LINE_EVERY_S = 5.0
 _Display = TypeVar("_Display", bound="LiveDisplay")
 

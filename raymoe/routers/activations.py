@@ -29,8 +29,6 @@ from raymoe.storage.source_reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["capture", "capture_layers"]
-
 _NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
 
 Float64 = npt.NDArray[np.float64]

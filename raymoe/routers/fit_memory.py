@@ -8,8 +8,6 @@ from __future__ import annotations
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePlan
 
-__all__ = ["max_layers_at_once"]
-
 _MAX_LAYERS_AT_ONCE = 4
 _BUDGET_BYTES = 2 << 30  # of all layers that one actor fits at once; one layer is fitted even if it needs more
 

@@ -14,8 +14,6 @@ from raymoe.formatting import number_ranges
 from raymoe.gate_modes import GateMode
 from raymoe.gate_modes.layer_values import LayerScores
 
-__all__ = ["RouterSummary", "router_warnings", "summary_lines"]
-
 _WEAKEST = 3
 # An expert is starved in a layer where it comes first for less than this share of its fair share.
 _STARVED = 0.25

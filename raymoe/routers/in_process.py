@@ -15,8 +15,6 @@ from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_r
 from raymoe.routers.token_embeddings import embedding_router_row
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["compute_routers_locally"]
-
 
 def compute_routers_locally(
     gates: GatePlan,

@@ -10,10 +10,9 @@ from raymoe.errors import ProblemReport
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.prompt_passes import text_tokens
-from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import fetch_file
 from raymoe.sources.tokenizer_files import plain_tokenizer, tokenizer_guard
-
-__all__ = ["count_distinct_tokens", "prompt_lengths"]
 
 _FILE = "tokenizer.json"
 _TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt

@@ -14,8 +14,6 @@ from itertools import pairwise
 
 from raymoe.planning.plan import GatePrompts
 
-__all__ = ["STATE_BYTES", "Reading", "part_of", "plan_readings", "text_tokens"]
-
 STATE_BYTES = 2 << 30
 """Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
 about half as many tokens as that; a tokenizer of single bytes has twice as many."""

@@ -11,8 +11,6 @@ from raymoe.formatting import number_ranges
 from raymoe.gate_modes.directions import normalize
 from raymoe.planning.owner import Owner
 
-__all__ = ["conditioning_warning", "not_finite_message", "zero_row_warnings"]
-
 Float32 = npt.NDArray[np.float32]
 
 # Two rows of a larger cosine are nearly parallel: both experts get nearly the same score for every token.

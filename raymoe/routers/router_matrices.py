@@ -19,15 +19,6 @@ from raymoe.routers.router_math import not_finite_message
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = [
-    "RouterRows",
-    "collect_rows",
-    "embedding_rows_by_owner",
-    "random_router_rows",
-    "router_bytes",
-    "router_rows",
-]
-
 RouterRows = dict[Owner, npt.NDArray[np.float32]]
 """Rows (layers, hidden) of each expert, and under `ALL_SHARED` those of the shared experts' gate."""
 

@@ -35,8 +35,6 @@ from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import permute_heads, read_rows, with_lora
 from raymoe.tensor_names import EMBEDDING, HEAD
 
-__all__ = ["StreamableModel", "StreamedDecoder"]
-
 _ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
 _NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
 StatesCallback = Callable[[int, int, torch.Tensor], None]

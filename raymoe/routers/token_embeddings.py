@@ -14,8 +14,6 @@ from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
 from raymoe.tensor_names import EMBEDDING
 
-__all__ = ["embedding_router_row", "embedding_rows"]
-
 Float32 = npt.NDArray[np.float32]
 
 

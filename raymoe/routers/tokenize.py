@@ -19,8 +19,9 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.planning.prompt_checks import missing_row_problem
 from raymoe.sources.facts import SideFile
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import NO_CHAT_TEMPLATE
-from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.resolve import fetch_file
 from raymoe.sources.tokenizer_files import (
     TokenizerFacts,
     tokenizer_code,
@@ -36,22 +37,6 @@ from raymoe.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "TOKEN_BUDGET",
-    "Batch",
-    "batch_numbers",
-    "batches",
-    "chunk_size",
-    "load_tokenizer",
-    "open_tokenizer",
-    "prompt_ids",
-    "prompt_problems",
-    "read_scan",
-    "round_up",
-    "tokenize",
-    "tokenizer_from_paths",
-]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048

@@ -21,8 +21,6 @@ from raymoe.runtime.placement import (
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile
 
-__all__ = ["ACTOR_CPUS", "ActorPlan", "Workload", "locate_sources", "plan_actors"]
-
 ACTOR_CPUS = 1.0
 _SHARDS_AT_ONCE, _MAX_SHARDS_AT_ONCE = 2, 8
 _MAX_COPIERS, _CPUS_PER_COPIER = 4, 4

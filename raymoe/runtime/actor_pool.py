@@ -22,8 +22,6 @@ from raymoe.runtime.timeouts import PING_INTERVAL_S, STATUS_INTERVAL_S, STATUS_T
 from raymoe.runtime.transport import Transport
 from raymoe.sources.facts import SourceFile
 
-__all__ = ["ActorEvent", "ActorPool", "ActorState", "Lane", "PoolActor", "next_state"]
-
 _MAX_STARTUP_FAILURES = 5  # deaths in a row of an actor that never comes up: more than Ray restarts it
 
 

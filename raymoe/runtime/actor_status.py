@@ -12,8 +12,6 @@ from typing import TypedDict
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.prompt_passes import Reading
 
-__all__ = ["ROUTERS_JOB", "ActorInfo", "Status", "WorkKind", "Working", "node_name", "reading_label"]
-
 ROUTERS_JOB = "routers"  # how `Status.heartbeats` names the making of routers
 
 

@@ -22,8 +22,6 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import PIECES_AHEAD
 from raymoe.runtime.timeouts import GROW_REPORT_INTERVAL_S, GROW_TIMEOUT_S, START_GRACE_S, START_TIMEOUT_S
 
-__all__ = ["expert_actors"]
-
 _RESTARTS = 2
 
 

@@ -11,8 +11,6 @@ import re
 
 from raymoe.runtime.ray_compat import node_type_names
 
-__all__ = ["has_autoscaler"]
-
 _ANONYMOUS = re.compile(r"node_[0-9a-f]+|local_node|")
 
 

@@ -16,8 +16,6 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.start_errors import check_port_open, reject_job_server, start_problem
 from raymoe.signals import end_on_signal
 
-__all__ = ["ray_connection"]
-
 
 @contextmanager
 def ray_connection(settings: RuntimeSettings) -> Iterator[None]:

@@ -61,8 +61,6 @@ from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transfer_summary import bytes_by_method
 
-__all__ = ["open_target", "output_problems", "run_merge"]
-
 
 def run_merge(
     plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings, report: RunReport | None = None

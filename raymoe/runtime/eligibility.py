@@ -14,8 +14,6 @@ from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
 from raymoe.runtime.placement import FileRequirements
 
-__all__ = ["Eligibility", "WriteWay"]
-
 
 class WriteWay(Enum):
     """How an actor does a shard."""

@@ -39,8 +39,6 @@ from raymoe.storage.shard_stream import different_tensors, shard_chunks, shard_r
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.value_checks import WeightFindings
 
-__all__ = ["ExpertWorker"]
-
 
 class ExpertWorker:
     """Works for one expert at a time: gate rows on its device, shards to the output."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from raymoe.runtime.actor_status import Working
 
-__all__ = ["ActiveJobs", "Job"]
-
 
 @dataclass(eq=False)
 class Job:

@@ -11,8 +11,6 @@ from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, first_line
 from raymoe.runtime.shard_transfer import SenderLost
 
-__all__ = ["Job", "Lost", "lost_part"]
-
 
 class Lost(Enum):
     """What a job lost, so that it has to be done again."""

@@ -26,20 +26,6 @@ from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
 
-__all__ = [
-    "ActorPlacement",
-    "FileRequirements",
-    "FileView",
-    "Node",
-    "Placement",
-    "cluster_nodes",
-    "current_node_id",
-    "owner_names",
-    "query_nodes",
-    "run_on_nodes",
-    "view_files",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileView:

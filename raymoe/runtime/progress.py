@@ -23,8 +23,6 @@ from raymoe.runtime.scheduler import Outcome
 from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S
 from raymoe.storage.file_names import FileRecord
 
-__all__ = ["Progress"]
-
 _MAX_WARNINGS = 20
 
 

@@ -11,15 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = [
-    "AUTHENTICATION_LOGGER",
-    "free_resources_by_node",
-    "node_affinity",
-    "node_type_names",
-    "silence_authentication_logger",
-    "streaming_method",
-]
-
 AUTHENTICATION_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 

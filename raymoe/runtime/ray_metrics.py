@@ -20,8 +20,6 @@ from raymoe.runtime.actor_status import Status, Working, WorkKind
 if TYPE_CHECKING:
     from raymoe.runtime.scheduler import Outcome
 
-__all__ = ["METRICS", "MergeMetrics", "ray_text"]
-
 _log = logging.getLogger(__name__)
 
 # Name -> (kind, its tags beside `output`, what it says).

@@ -30,8 +30,6 @@ from raymoe.runtime.jobs import Job, Lost
 from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.sources.facts import TensorEntry
 
-__all__ = ["FitLayerJob", "GateWork", "ReadPromptsJob"]
-
 
 @dataclass(eq=False)
 class ReadPromptsJob(Job):

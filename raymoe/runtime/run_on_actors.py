@@ -10,8 +10,6 @@ from raymoe.runtime.scheduler import Outcome, run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_jobs import ShardWork
 
-__all__ = ["run_on_actors"]
-
 
 def run_on_actors(
     plan: MergePlan,

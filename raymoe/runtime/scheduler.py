@@ -43,8 +43,6 @@ from raymoe.runtime.stuck import StuckCheck
 from raymoe.runtime.timeouts import STALL_TIMEOUT_S, STARTUP_GRACE_S, TICK_S
 from raymoe.runtime.transport import RayTransport, Transport
 
-__all__ = ["Outcome", "run_jobs"]
-
 _MAX_ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
 _MAX_STALLS = 2  # of one job: the second time it is not the actor
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 
 from raymoe.object_store.options import StorageOptions
 from raymoe.runtime.timeouts import STALL_TIMEOUT_S
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.locations import Inputs
-
-__all__ = ["RuntimeSettings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,6 @@ from raymoe.runtime.jobs import Job
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.protocol import ShardJob
 
-__all__ = ["Sending", "ShardQueue", "ShardWork", "SharedReads", "WriteShardJob", "tensors_read_for_shards"]
-
 
 class Sending(Protocol):
     """Jobs that two actors do: one sends what the other, on the output's node, writes."""

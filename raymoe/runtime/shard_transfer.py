@@ -34,8 +34,6 @@ from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
 
-__all__ = ["PIECES_AHEAD", "PIECE_BYTES", "SenderLost", "ShardWriter", "receive_chunks", "split_pieces", "start_writer"]
-
 PIECE_BYTES = CHUNK_BYTES
 PIECES_AHEAD = 4  # of a shard: made, and not yet taken by the receiver
 _PREFETCHED = 2  # taken by the receiver, and on their way to its node while one before them is written

@@ -17,8 +17,6 @@ from enum import Enum
 
 from raymoe.runtime.timeouts import MAX_BETWEEN_LOOKS_S
 
-__all__ = ["LastHeartbeat", "StallClock", "Verdict"]
-
 
 class Verdict(Enum):
     """What is to be done about a job."""

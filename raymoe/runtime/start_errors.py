@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 from raymoe.errors import Problem, ProblemReport
 from raymoe.runtime.timeouts import REACH_TIMEOUT_S
 
-__all__ = ["check_port_open", "reject_job_server", "start_problem"]
-
 _CLUSTER_REMEDY = (
     "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"
 )

@@ -13,8 +13,6 @@ from raymoe.runtime.actor_pool import ActorPool
 from raymoe.runtime.stall import StallClock
 from raymoe.runtime.timeouts import STARTUP_GRACE_S, STUCK_TIMEOUT_S
 
-__all__ = ["StuckCheck"]
-
 
 class StuckCheck:
     """When an actor was last up, and when one last had a job."""

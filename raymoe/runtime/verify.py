@@ -39,8 +39,6 @@ from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.shard_stream import different_tensors
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["verify_merge"]
-
 
 def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verification:
     """Compare a finished merge with its sources. Raises ProblemReport if there is no merge, or its sources are gone."""

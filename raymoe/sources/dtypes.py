@@ -12,19 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-__all__ = [
-    "DTYPE_BITS",
-    "DTYPE_BYTES",
-    "DTYPE_OF_NAME",
-    "FLOAT_DTYPES",
-    "MAX_DIMENSIONS",
-    "MAX_NAME_CHARACTERS",
-    "NAME_OF_DTYPE",
-    "dtype_code",
-    "is_dtype",
-    "tensor_nbytes",
-]
-
 # Weights have up to five dimensions, and names of up to 150 characters. A stranger's file may have any number,
 # and what is done with either takes longer than its length tells: a product of sizes, a search among names, a message.
 MAX_DIMENSIONS = 16

@@ -32,8 +32,6 @@ from raymoe.sources.facts import AdapterFacts, CheckpointIndex, LoraPair, Tensor
 from raymoe.sources.lora_patterns import LONGEST_NAME, Patterns, pattern_problem, slow_patterns, too_many_patterns
 from raymoe.tensor_names import EMBEDDING, HEAD
 
-__all__ = ["EMPTY_ADAPTER", "LORA_ON_TIED_HEAD", "MERGE_WITH_PEFT", "adapter_facts"]
-
 MERGE_WITH_PEFT = "merge the adapter into its model with peft (merge_and_unload, save_pretrained) and use the result"
 """A remedy that works for adapters that peft applies and raymoe does not."""
 LORA_ON_TIED_HEAD = "LoRA on the output head, which the model ties to its embedding"

@@ -16,9 +16,6 @@ from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.folder_protocol import Folder
 from raymoe.tensor_names import EMBEDDING, HEAD
 
-__all__ = ["EMBEDDING", "HEAD", "has_own_head"]
-
-
 _SAMPLES = 8
 _SAMPLE_BYTES = 64 * 1024
 _BLOCK_BYTES = 4 * 1024 * 1024

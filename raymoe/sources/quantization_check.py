@@ -16,8 +16,6 @@ from raymoe.errors import Problem
 from raymoe.sources.dtypes import DTYPE_BITS, FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 
-__all__ = ["QUANTIZATION_KEYS", "leftover_warning", "quantization_problems"]
-
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Keys of config.json that describe a quantised checkpoint."""
 

@@ -35,21 +35,6 @@ from raymoe.sources.weight_index import index_adapter_weights, index_model_weigh
 from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
 
-__all__ = [
-    "HubOptions",
-    "OpenedFolder",
-    "PathKey",
-    "RemoteFolderResolver",
-    "StorageOptions",
-    "fetch_file",
-    "fetch_side_files",
-    "folders_of",
-    "open_folders",
-    "resolve_model",
-    "resolve_models",
-    "with_contents",
-]
-
 _MODELS_AT_ONCE = 8
 
 PathKey = tuple[PathRef, bool]

@@ -24,18 +24,6 @@ from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.sources.facts import ModelFacts, SideFile, SourceFile
 from raymoe.untrusted_files import read_json
 
-__all__ = [
-    "TokenizerFacts",
-    "plain_tokenizer",
-    "tokenizer_code",
-    "tokenizer_facts",
-    "tokenizer_folder",
-    "tokenizer_guard",
-    "with_bos",
-    "with_one_bos",
-    "with_tokenizer_code",
-]
-
 ReadFile = Callable[[SourceFile], bytes]
 
 _CONFIG, _TOKENIZER, _SPECIAL = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"

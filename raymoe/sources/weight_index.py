@@ -24,8 +24,6 @@ from raymoe.sources.lora import EMPTY_ADAPTER
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.torch_pickle import parse_pickled
 
-__all__ = ["index_adapter_weights", "index_model_weights"]
-
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|npz|ckpt)")
 _CONVERT_REMEDY = "save the model with transformers' save_pretrained, which writes model.safetensors"

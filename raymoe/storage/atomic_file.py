@@ -10,8 +10,6 @@ import stat
 import uuid
 from pathlib import Path
 
-__all__ = ["check_writable_file", "is_special", "resolve_links", "sync_folder", "write_atomic"]
-
 
 def is_special(path: Path) -> bool:
     """A pipe or a device: bytes are sent there, and nothing can take its place."""

@@ -14,8 +14,6 @@ from typing import Any
 from raymoe.storage.claim import Claim, taken_over_error
 from raymoe.storage.file_names import FileRecord
 
-__all__ = ["CLEARING", "BaseJournal", "flat_name"]
-
 CLEARING = "clearing."  # with the name of a run: a marker that what is here has to be removed
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["hex_digest", "xxh3_checksum"]
-
 
 def hex_digest(hasher: Any, chunks: Iterable[bytes | memoryview]) -> str:
     """The hex digest of a hasher (of hashlib or xxhash) that is fed all chunks."""

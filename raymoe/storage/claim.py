@@ -15,8 +15,6 @@ from raymoe.errors import MergeFailed
 from raymoe.sources.local_folder import fingerprints_differ
 from raymoe.storage.file_names import FileRecord
 
-__all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "foreign_file_error", "replaced_file_error", "taken_over_error"]
-
 # Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
 JOURNAL_FORMAT = 3
 

@@ -41,8 +41,6 @@ from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
 
-__all__ = ["Journal", "source_fingerprints"]
-
 # how long a lock is tried for that is held by processes which only look, each for a moment
 _LOCK_PROBE_TIMEOUT_S = 10.0
 _REMOVE_TRIES = 4

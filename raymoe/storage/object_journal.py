@@ -41,8 +41,6 @@ from raymoe.storage.claim import Claim, taken_over_error
 from raymoe.storage.file_names import JOURNAL, RECORD_NAME, FileRecord, json_object
 from raymoe.storage.output_files import StoreFiles
 
-__all__ = ["ObjectJournal", "RecordedUpload"]
-
 _AT_ONCE = 8
 
 

@@ -29,8 +29,6 @@ from raymoe.storage.file_names import (
 )
 from raymoe.untrusted_files import MAX_JSON_BYTES
 
-__all__ = ["FolderFiles", "OutputFiles", "StoreFiles", "file_size"]
-
 _SWEEPS = 3
 _TEMPLATES = "chat_templates"  # the one folder in which a reader looks for a part of a model
 

@@ -18,8 +18,6 @@ from raymoe.submit.timeouts import LOG_PAUSE_S, LOG_RECONNECT_TIMEOUT_S
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["exit_code", "follow"]
-
 
 def follow(client: JobSubmissionClient, job: str) -> Any:
     """Print the log of a job to standard output until it has ended; Ray's `JobDetails` of it then.

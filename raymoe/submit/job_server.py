@@ -18,8 +18,6 @@ from raymoe.submit.timeouts import REACH_TIMEOUT_S
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["job_server"]
-
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # They tell of each package and connection.
 _NOISY_LOGGERS = (

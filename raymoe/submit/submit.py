@@ -17,8 +17,6 @@ from raymoe.submit.timeouts import JOB_AGENT_PAUSES_S
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["StoppedFollowing", "follow_job", "send_job"]
-
 # The job server's answer where it knows no node's agent that would start the job; it has waited for one itself.
 _NO_AGENT = "No available agent"
 

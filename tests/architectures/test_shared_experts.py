@@ -18,7 +18,7 @@ from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import shard_range
 from raymoe.storage.source_reader import SourceReader
 from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks

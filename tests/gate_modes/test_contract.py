@@ -21,7 +21,7 @@ from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import RouterRows
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from raymoe.tensor_names import EMBEDDING
 from tests.pico import HIDDEN, LAYERS, REPOSITORY, merge_config, tensors_of

@@ -21,7 +21,7 @@ from raymoe.routers import prompt_lengths as prompt_lengths_module
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from tests.pico import HIDDEN, merge_config, save_lora
 
 

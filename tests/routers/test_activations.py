@@ -18,7 +18,7 @@ from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import LayerActivations
 from raymoe.routers.activations import capture
 from raymoe.routers.tokenize import batches, prompt_ids
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.architectures.pairs import load_grafted
 from tests.pico import (

@@ -19,7 +19,8 @@ from raymoe.planning.tensor_sources import weight_refs
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import Batch, batches
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import resolve_model
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, load_dense, merge_config
 from tests.routers.test_streamed_decoder import LENGTHS, prompts_of

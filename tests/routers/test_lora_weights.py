@@ -19,7 +19,7 @@ from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.prompt_passes import plan_readings
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import LoraPair
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, load_array, with_lora
 from tests.pico import LAYERS, load_dense, merge_config, save_lora

@@ -18,7 +18,7 @@ from raymoe.routers.activations import capture_layers
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.router_matrices import RouterRows
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, merge_config
 

@@ -15,7 +15,7 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, copy_model, load_dense, merge_config, tensors_of
 from tests.routers.direct import rows_of_plan

@@ -99,7 +99,7 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
     import raymoe
     from raymoe.gate_modes import MODES
     from raymoe.routers.activations import capture_layers
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.source_reader import SourceReader
     from tests.pico import merge_config
 
@@ -125,7 +125,7 @@ def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: st
 
 def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
     from raymoe.sources.facts import SourceFile
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.source_reader import SourceReader
 
     path = tmp_path / "weights"
@@ -142,7 +142,7 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
 
     from raymoe.runtime.job_activity import Job
     from raymoe.runtime.shard_transfer import ShardWriter
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.outputs.local import LocalOutput
     from raymoe.storage.outputs.protocol import ShardJob
     from raymoe.storage.source_reader import SourceReader

@@ -11,7 +11,7 @@ import pytest
 
 from raymoe.errors import CheckpointError
 from raymoe.object_store.options import StorageOptions
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.source_reader import SourceReader

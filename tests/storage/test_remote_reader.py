@@ -20,7 +20,7 @@ from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Transform
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from tests.cli.commands import wait_until

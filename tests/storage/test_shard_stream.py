@@ -15,11 +15,11 @@ from raymoe.errors import CheckpointError
 from raymoe.planning.owner import BASE, ROUTER
 from raymoe.planning.plan import Constant, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.local_folder import LocalFolder
-from raymoe.sources.resolve import HubOptions
 from raymoe.sources.weight_index import index_model_weights
-from raymoe.storage.shard_stream import CHUNK_BYTES, RouterBytes, different_tensors, part_chunks, shard_chunks
-from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES, SourceReader
+from raymoe.storage.shard_stream import RouterBytes, different_tensors, part_chunks, shard_chunks
+from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import BLOCK_ELEMENTS
 from tests.storage.plans import one_shard, save, tensor
 

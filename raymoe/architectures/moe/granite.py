@@ -25,8 +25,6 @@ from raymoe.architectures.moe_architecture import (
 from raymoe.architectures.tensor_tables import ATTENTION, GRANITE4_ROWS, LINEAR
 from raymoe.tensor_names import LAYER
 
-__all__ = ["GRANITE_ARCHITECTURES"]
-
 # The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
 _MOE = LAYER + "block_sparse_moe."
 _EXPERTS = {

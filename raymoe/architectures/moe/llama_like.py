@@ -29,8 +29,6 @@ from raymoe.architectures.moe_architecture import (
 from raymoe.architectures.tensor_tables import QWEN3_5_ROWS
 from raymoe.tensor_names import LAYER
 
-__all__ = ["LLAMA_LIKE_HOSTS"]
-
 _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}
 

@@ -30,8 +30,6 @@ from raymoe.architectures.moe_architecture import (
 from raymoe.architectures.tensor_tables import LFM2_ROWS
 from raymoe.tensor_names import LAYER
 
-__all__ = ["SAME_FAMILY_ARCHITECTURES"]
-
 
 def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     return {

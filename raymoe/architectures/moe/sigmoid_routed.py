@@ -25,8 +25,6 @@ from raymoe.architectures.moe_architecture import (
 from raymoe.architectures.tensor_tables import MLA_ROWS
 from raymoe.tensor_names import LAYER
 
-__all__ = ["SIGMOID_ROUTED_ARCHITECTURES"]
-
 _SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
 
 

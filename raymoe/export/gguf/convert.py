@@ -26,8 +26,6 @@ from raymoe.report.progress_line import ProgressLine
 from raymoe.storage.locations import replaced_input
 from raymoe.tensor_names import EMBEDDING
 
-__all__ = ["GgufFile", "write_gguf"]
-
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT: every tensor begins at a multiple
 _NO_DTYPE = np.dtype(np.float32)  # asked for by the writer, which goes by `raw_dtype`
 

@@ -17,8 +17,6 @@ from raymoe.export.gguf.llama_cpp_archs import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.tensor_names import HEAD
 
-__all__ = ["ReadChunks", "check_mixture", "is_zero"]
-
 ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 

@@ -24,8 +24,6 @@ from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.linux_io import allocate, start_writeback
 from raymoe.storage.locations import is_in_job_package
 
-__all__ = ["StagingFile", "disk_space_problems", "open_staging_file"]
-
 _WRITEBACK_BYTES = 64 << 20
 _PART = ".raymoe-part"  # browsers and download tools use '.part'
 _MAGIC = b"GGUF"

@@ -29,8 +29,6 @@ from raymoe.export.gguf.space_prefix import SpacePrefix, space_prefix
 from raymoe.formatting import short_list
 from raymoe.sources.tokenizer_files import tokenizer_folder, tokenizer_guard
 
-__all__ = ["Vocabulary", "read_vocabulary"]
-
 # gguf.TokenType, which are SentencePiece's own numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NEVER_MERGED = -1e6  # the score of a token that no merge makes

@@ -19,8 +19,6 @@ from raymoe.storage.claim import foreign_file_error, replaced_file_error
 from raymoe.storage.file_names import FileRecord, FinishedMerge
 from raymoe.storage.output_files import OutputFiles
 
-__all__ = ["BaseOutput", "goes_on"]
-
 
 def goes_on(shard: Shard) -> bool:
     """Whether a shard of an earlier run may be kept. A router's is written by every run: other hardware gives rows that

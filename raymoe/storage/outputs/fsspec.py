@@ -29,8 +29,6 @@ from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["StreamOutput"]
-
 _READ_BYTES = 16 << 20
 
 

@@ -30,8 +30,6 @@ from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, shard_chunks
 from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES, SourceReader
 
-__all__ = ["LocalOutput", "file_checksum"]
-
 
 class LocalOutput(BaseOutput):
     """Implements `Output` on a folder, for the run of that name (the coordinator's is named by the journal)."""

@@ -25,8 +25,6 @@ from raymoe.storage.object_journal import ObjectJournal
 from raymoe.storage.output_files import StoreFiles
 from raymoe.storage.outputs.base import BaseOutput, goes_on
 
-__all__ = ["StoreOutput"]
-
 _Store = TypeVar("_Store", bound=ObjectStore)
 _RELEASE_S = 60
 _CHECKED_AT_ONCE = 8

@@ -20,8 +20,6 @@ from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, JOURNAL, PROBE, REC
 from raymoe.storage.locations import Inputs, overwrite_problem, source_folders
 from raymoe.storage.outputs.protocol import Output
 
-__all__ = ["find_complete_merge", "input_conflict", "plan_output_problems", "rewritten_sources", "write_problems"]
-
 
 def plan_output_problems(
     plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None

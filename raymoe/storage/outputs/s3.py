@@ -37,8 +37,6 @@ from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, read_stream, shard_range
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["S3Output"]
-
 _PARTS_AT_ONCE = 4
 _SENDING_BYTES = 96 << 20
 _COMPUTING_BYTES = 32 << 20

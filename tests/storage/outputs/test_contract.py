@@ -20,7 +20,7 @@ from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.open_output import open_output

@@ -31,7 +31,7 @@ from raymoe.planning.plan import Copy, Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.object_journal import ObjectJournal
 from raymoe.storage.outputs.local import LocalOutput
@@ -324,7 +324,7 @@ import pickle, sys
 from raymoe.object_store.options import StorageOptions
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.expert_actor import ExpertWorker
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.source_reader import SourceReader
 out, run, path = sys.argv[1:]
