@@ -11,8 +11,10 @@ from raymoe.config import MergeConfig, check_config, load_config, make_config
 from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner
 from raymoe.planning.plan_merge import plan_merge
-from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, folders_of
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import RemoteFolderResolver, folders_of
 from raymoe.storage.locations import Inputs, input_paths
 
 if TYPE_CHECKING:
@@ -187,10 +189,10 @@ def _plan_for_output(
 
 def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs:
     """With the models' folders, as far as the config alone tells where they are."""
-    models = {"base": config.base_model}
-    for owner, experts in (("expert", config.experts), ("shared", config.shared_experts)):
-        models |= {f"{owner} {number}": expert.source_model for number, expert in enumerate(experts)}
-    folders = [(owner, folder) for owner, ref in models.items() for folder in folders_of(ref, hub)]
+    models = {BASE: config.base_model}
+    for kind, key in CONFIG_KEYS.items():
+        models |= {Owner(kind, number): expert.source_model for number, expert in enumerate(getattr(config, key))}
+    folders = [(str(owner), folder) for owner, ref in models.items() for folder in folders_of(ref, hub)]
     return replace(inputs, folders=(*inputs.folders, *folders))
 
 

@@ -10,15 +10,6 @@ from typing import Any
 
 from raymoe.errors import Problem
 
-__all__ = [
-    "COMPUTE_THREADS",
-    "actor_device_problems",
-    "choose_device",
-    "device_problems",
-    "limit_threads",
-    "peak_rss_bytes",
-]
-
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from raymoe.safe_text import json_text, printable, safe_message, scrub
 
-__all__ = ["console", "print_json", "print_line", "say"]
-
 
 def say(text: str) -> None:
     """A line for people, on standard error. Where it can't be written, nothing ends for it."""

@@ -12,14 +12,16 @@ control character, or a line that looks like a message of its own (`raymoe.safe_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import ParamSpec, TypeVar
 
 from raymoe.formatting import number_ranges, short_list
 from raymoe.safe_text import safe_message, shorten
 
-__all__ = ["CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError", "first_few", "install_remedy"]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # Of a line in a file, or of an item in a list.
 _NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
@@ -112,6 +114,36 @@ def _join_locations(wheres: Sequence[str]) -> str:
     columns = zip(*([int(number) for number in _NUMBER.findall(where)] for where in wheres))
     numbers = (number_ranges(sorted(set(column))) for column in columns)
     return _NUMBER.sub(lambda match: next(numbers), wheres[0])
+
+
+class ProblemCollector:
+    """Runs steps and keeps their problems, so that all of them are in one report.
+
+    `kind` is the exception that is kept, and made in the end; others pass.
+
+    Example:
+        collector = ProblemCollector()
+        texts = collector.run(read_texts, data)
+        model = collector.run(open_model, location)
+        if collector.problems or texts is None or model is None:
+            raise collector.report()
+    """
+
+    def __init__(self, problems: Iterable[Problem] = (), *, kind: type[ProblemReport] = ProblemReport):
+        self.problems = list(problems)
+        self._kind = kind
+
+    def run(self, step: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        """Return what the step returns, or None if it raises a report: then its problems are kept."""
+        try:
+            return step(*args, **kwargs)
+        except self._kind as report:
+            self.problems += report.problems
+            return None
+
+    def report(self) -> ProblemReport:
+        """The exception with all problems, each once."""
+        return self._kind(list(dict.fromkeys(self.problems)))
 
 
 class CheckpointError(ProblemReport):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["human_bytes", "human_count", "human_time", "number_ranges", "parse_size", "short_list"]
-
 
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'. Decimal units, as disks and object stores count."""

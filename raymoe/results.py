@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from raymoe.storage.file_names import FileRecord
 
-__all__ = ["MergeResult", "Verification"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:

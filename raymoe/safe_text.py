@@ -22,19 +22,6 @@ from functools import lru_cache
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
-__all__ = [
-    "MAX_CHARACTERS",
-    "ScrubbedStream",
-    "has_unprintable",
-    "json_text",
-    "printable",
-    "remember_secrets",
-    "safe_message",
-    "scrub",
-    "scrub_streams",
-    "shorten",
-]
-
 # Variables by name, and by the end of their names, with values of that many characters at least. A shorter id of an
 # access key is that of a test server: no secret, and often a word.
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")

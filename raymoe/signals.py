@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["end_on_signal", "run_before_end", "sigterm_as_ctrl_c", "stoppable"]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STATUS = 1
 _FINAL_CALLS_TIMEOUT_S = 5.0

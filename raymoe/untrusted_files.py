@@ -14,8 +14,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["MAX_JSON_BYTES", "MAX_VALUES", "MAX_YAML_BYTES", "check_size", "read_json", "read_yaml"]
-
 # The largest that are known: an index of a million tensors has 120 MB, a header of as many 100 MB and 8 million values,
 # a tokenizer.json of 262,144 tokens 35 MB and 2 million values.
 MAX_JSON_BYTES = 200 * 1024 * 1024

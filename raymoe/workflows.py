@@ -26,8 +26,6 @@ from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.storage.outputs.output_checks import find_complete_merge
 
-__all__ = ["merge_and_push"]
-
 
 def merge_and_push(
     plan: MergePlan,

@@ -36,7 +36,8 @@ from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.planning.plan import MergePlan, Router
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes, router_rows
-from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import resolve_model
 from raymoe.storage.file_names import INDEX_NAME
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import SourceReader
@@ -181,12 +182,14 @@ def measured(
 
 def bench_solve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds for a layer's router of a 7B shape on each device, and for reading the experts' weights."""
-    from raymoe.routers.activations import token_limit
-    from raymoe.routers.ridge import Examples, fit_rows
+    from raymoe.gate_modes import MODES as GATE_MODES
+    from raymoe.gate_modes.least_squares import Examples, fit_rows
 
     shape = SHAPE_7B
     generator = torch.Generator().manual_seed(0)
-    each = min(shape["tokens"] // shape["experts"], token_limit("ridge", shape["experts"]))  # as capturing leaves them
+    each = min(
+        shape["tokens"] // shape["experts"], GATE_MODES["ridge"].token_limit(shape["experts"])
+    )  # as capturing leaves them
     # Token states as those of a model: a common mean, a decaying spectrum, a little that tells the experts apart.
     spectrum = torch.arange(1, shape["hidden"] + 1).float() ** -0.5
     examples = [

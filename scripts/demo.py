@@ -20,15 +20,18 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from raymoe.checkpoints.merge_record import read_record
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.object_store.options import StorageOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 ROUTER_NAMES = ("block_sparse_moe.gate", "mlp.gate")
 
 
 def expert_names(folder: Path) -> list[str]:
     """Short names of the experts, from the record of the merge."""
-    record = json.loads((folder / "raymoe.json").read_text())
-    models = [source["model"] for source in record["sources"] if source["owner"].startswith("expert")]
-    return [Path(model).name for model in models]
+    record = read_record(open_checkpoint(folder, StorageOptions()))
+    return [Path(source.model).name for source in record.sources if source.is_expert]
 
 
 def held_out(path: Path, per_label: int) -> list[tuple[str, str]]:

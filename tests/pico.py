@@ -21,19 +21,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import raymoe
+from raymoe import gate_modes
 from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import INDEX_NAME
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import SourceReader
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 416
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those whose tables are Llama's
-MODES = ("hidden", "hidden_avg", "ridge", "cheap_embed", "random", "uniform_random")
+MODES = tuple(gate_modes.MODES)
 PROMPTS = (
     ("def area(radius): return 3.14159 * radius ** 2", "for i in range(10): print(i)"),
     ("The licensor grants you a copyright licence.", "You may reproduce the Work"),
@@ -322,7 +323,7 @@ def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | 
     with SourceReader(HubOptions()) as reader:
         rows, summary = compute_routers_locally(plan.gates, reader, device="cpu")
         records = []
-        for shard in (shard for shard in plan.shards if shard.owner != "router"):
+        for shard in plan.worker_shards:
             results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
             records.append(target.complete(shard, results))
     records += run._write_router(plan, rows, target, settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raymoe.errors import Problem, ProblemReport, first_few
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport, first_few
 
 
 def report(*wheres: str, what: str = "unknown key", remedy: str = "remove it") -> ProblemReport:
@@ -60,3 +60,21 @@ def test_a_few_of_many() -> None:
     found = first_few(problems(100_000), 2)
     assert [problem.what for problem in found] == ["problem 0", "problem 1", "and more problems of this kind"]
     assert len(made) == 3
+
+
+def test_steps_that_fail_are_in_one_report_each_problem_once() -> None:
+    def fails(where: str, *, kind: type[ProblemReport] = ProblemReport) -> str:
+        raise kind([Problem(where=where, what="wrong")])
+
+    collector = ProblemCollector([Problem(where="first", what="wrong")])
+    assert collector.run(sorted, "ba") == ["a", "b"]
+    assert [collector.run(fails, where) for where in ("second", "second", "third")] == [None] * 3
+    report = collector.report()
+    assert type(report) is ProblemReport
+    assert [problem.where for problem in report.problems] == ["first", "second", "third"]
+
+    checkpoints = ProblemCollector(kind=CheckpointError)
+    assert checkpoints.run(fails, "model", kind=CheckpointError) is None
+    assert type(checkpoints.report()) is CheckpointError
+    with pytest.raises(ProblemReport, match="other"):
+        checkpoints.run(fails, "other")

@@ -12,33 +12,6 @@ from raymoe.architectures.dense_family import Scan
 from raymoe.architectures.rope import is_number, rope_kind, rope_parameters
 from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR
 
-__all__ = [
-    "cohere2_windows",
-    "cohere_limits",
-    "cohere_windows",
-    "cwm_rope",
-    "cwm_windows",
-    "granite4_kinds",
-    "granite4_limits",
-    "granite4_scan",
-    "granite4_values",
-    "granite_swa_limits",
-    "granite_swa_values",
-    "lfm2_kinds",
-    "lfm2_width",
-    "ministral_windows",
-    "phi3_values",
-    "qwen3_5_kinds",
-    "qwen3_5_rope",
-    "qwen3_5_scan",
-    "qwen_windows",
-    "smollm3_limits",
-    "smollm3_values",
-    "smollm3_windows",
-    "windows_everywhere",
-    "youtu_limits",
-]
-
 
 def windows_everywhere(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
     window = config["sliding_window"]

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FFN_ROLES", "DenseFamily", "Scan", "TensorRow", "Windows"]
-
 FFN_ROLES = ("ffn.gate", "ffn.up", "ffn.down")
 
 Windows = Callable[[Mapping[str, Any], int], tuple[int | None, tuple[bool, ...]]]

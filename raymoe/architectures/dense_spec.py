@@ -26,8 +26,6 @@ from raymoe.architectures.tensor_tables import LINEAR
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
 
-__all__ = ["NULL_MEANS_NONE", "DenseSpec", "read_spec"]
-
 # Keys whose null says that there is no such thing.
 NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

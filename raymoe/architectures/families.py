@@ -51,8 +51,6 @@ from raymoe.architectures.tensor_tables import (
     QWEN3_5_ROWS,
 )
 
-__all__ = ["FAMILIES"]
-
 _COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "initializer_range": 0.02,

@@ -15,28 +15,7 @@ from typing import Any
 from raymoe.architectures.dense_family import FFN_ROLES
 from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.families import FAMILIES
-
-__all__ = [
-    "BACKBONE",
-    "EMPTY_SHARED_WIDTH",
-    "EXPERTS",
-    "LAYER",
-    "MIXTURE_KEYS",
-    "O_BIAS",
-    "PER_TOKEN_KEY",
-    "QKV_BIAS",
-    "QK_NORM",
-    "ConstantRow",
-    "MoeArchitecture",
-    "MoeShape",
-    "bias_reasons",
-    "common_reasons",
-    "head_dim_reason",
-    "moe_config",
-    "no_shared_reasons",
-    "ungated_shared_reasons",
-    "zero_ffn",
-]
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
 PER_TOKEN_KEY = "num_experts_per_tok"
 """How many experts run for a token, in a config.json that raymoe writes."""
@@ -170,13 +149,12 @@ class MoeArchitecture:
         return any("{expert}" not in name for name in self.expert.values())
 
 
-LAYER = "model.layers.{layer}."
 BACKBONE = {
-    "embed": "model.embed_tokens.weight",
+    "embed": EMBEDDING,
     "norm.input": LAYER + "input_layernorm.weight",
     "norm.post": LAYER + "post_attention_layernorm.weight",
     "norm.final": "model.norm.weight",
-    "lm_head": "lm_head.weight",
+    "lm_head": HEAD,
     **{f"attn.{p}": f"{LAYER}self_attn.{p}_proj.weight" for p in "qkvo"},
 }
 QKV_BIAS = {f"attn.{p}.bias": f"{LAYER}self_attn.{p}_proj.bias" for p in "qkv"}

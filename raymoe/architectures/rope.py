@@ -11,18 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-__all__ = [
-    "POSITIVE",
-    "is_number",
-    "is_positive",
-    "read_rope",
-    "rope_kind",
-    "rope_kind_problems",
-    "rope_parameters",
-    "rope_value_problems",
-    "rotary_share",
-]
-
 POSITIVE = "a number over 0 (up to 1.8e+308)"
 """What `is_positive` wants, for people."""
 

@@ -10,8 +10,6 @@ from raymoe.architectures.moe import MOE_ARCHITECTURES
 from raymoe.architectures.moe_architecture import MoeArchitecture, MoeShape
 from raymoe.errors import Problem
 
-__all__ = ["Selection", "select_moe_architecture"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:

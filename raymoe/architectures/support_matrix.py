@@ -11,8 +11,6 @@ from raymoe.architectures.moe import MOE_ARCHITECTURES
 from raymoe.architectures.moe_architecture import MoeArchitecture
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 
-__all__ = ["SupportedPair", "support_matrix", "supported_pairs"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportedPair:

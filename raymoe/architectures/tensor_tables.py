@@ -8,25 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from raymoe.architectures.dense_family import TensorRow
+from raymoe.tensor_names import EMBEDDING, HEAD, LAYER
 
-__all__ = [
-    "ATTENTION",
-    "COHERE2_ROWS",
-    "CONV",
-    "GLM_ROWS",
-    "GRANITE4_ROWS",
-    "GRANITE_SWA_ROWS",
-    "HUNYUAN_ROWS",
-    "LFM2_ROWS",
-    "LINEAR",
-    "LLAMA_ROWS",
-    "MLA_ROWS",
-    "OLMO2_ROWS",
-    "PHI3_ROWS",
-    "QWEN3_5_ROWS",
-]
-
-_LAYER = "model.layers.{layer}."
 _PROJECTIONS = {
     "q": ("q_out", "hidden", "qkv_bias"),
     "k": ("kv_out", "hidden", "qkv_bias"),
@@ -37,7 +20,7 @@ _PROJECTIONS = {
 
 def _attention(proj: str, name: str = "", kind: str = "") -> tuple[TensorRow, ...]:
     out, inner, bias = _PROJECTIONS[proj]
-    prefix = f"{_LAYER}self_attn.{name or proj + '_proj'}."
+    prefix = f"{LAYER}self_attn.{name or proj + '_proj'}."
     return (
         TensorRow(role=f"attn.{proj}", name=prefix + "weight", shape=(out, inner), kind=kind),
         TensorRow(role=f"attn.{proj}.bias", name=prefix + "bias", shape=(out,), when=bias, kind=kind),
@@ -45,7 +28,7 @@ def _attention(proj: str, name: str = "", kind: str = "") -> tuple[TensorRow, ..
 
 
 def _ffn(proj: str, out: str, inner: str) -> tuple[TensorRow, ...]:
-    prefix = f"{_LAYER}mlp.{proj}_proj."
+    prefix = f"{LAYER}mlp.{proj}_proj."
     return (
         TensorRow(role=f"ffn.{proj}", name=prefix + "weight", shape=(out, inner)),
         TensorRow(role=f"ffn.{proj}.bias", name=prefix + "bias", shape=(out,), when="mlp_bias"),
@@ -53,16 +36,16 @@ def _ffn(proj: str, out: str, inner: str) -> tuple[TensorRow, ...]:
 
 
 def _norm(role: str, name: str, size: str = "hidden", kind: str = "") -> TensorRow:
-    return TensorRow(role=f"norm.{role}", name=f"{_LAYER}{name}.weight", shape=(size,), kind=kind)
+    return TensorRow(role=f"norm.{role}", name=f"{LAYER}{name}.weight", shape=(size,), kind=kind)
 
 
 def _head_norm(proj: str, name: str, size: str, when: str = "", kind: str = "") -> TensorRow:
-    weight = f"{_LAYER}self_attn.{name}.weight"
+    weight = f"{LAYER}self_attn.{name}.weight"
     return TensorRow(role=f"attn.{proj}_norm", name=weight, shape=(size,), when=when, kind=kind)
 
 
-_EMBED = TensorRow(role="embed", name="model.embed_tokens.weight", shape=("vocab", "hidden"))
-_HEAD = TensorRow(role="lm_head", name="lm_head.weight", shape=("vocab", "hidden"), when="untied")
+_EMBED = TensorRow(role="embed", name=EMBEDDING, shape=("vocab", "hidden"))
+_HEAD = TensorRow(role="lm_head", name=HEAD, shape=("vocab", "hidden"), when="untied")
 _FINAL_NORM = TensorRow(role="norm.final", name="model.norm.weight", shape=("hidden",))
 _FFN = (
     *_ffn("down", "hidden", "intermediate"),
@@ -99,7 +82,7 @@ OLMO2_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
-_SINKS = TensorRow(role="attn.sinks", name=f"{_LAYER}self_attn.sinks", shape=("heads",))
+_SINKS = TensorRow(role="attn.sinks", name=f"{LAYER}self_attn.sinks", shape=("heads",))
 GRANITE_SWA_ROWS = tuple(
     row for llama in LLAMA_ROWS for row in ((_SINKS, llama) if llama.role == "attn.v" else (llama,))
 )
@@ -120,10 +103,10 @@ HUNYUAN_ROWS = (
 # Attention and FFN side by side, behind one norm.
 COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
 _FUSED_FFN = (
-    TensorRow(role="ffn.down", name=f"{_LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
+    TensorRow(role="ffn.down", name=f"{LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
     TensorRow(
         role="ffn.gate_up",
-        name=f"{_LAYER}mlp.gate_up_proj.weight",
+        name=f"{LAYER}mlp.gate_up_proj.weight",
         shape=("2*intermediate", "hidden"),
         fused=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
     ),
@@ -148,7 +131,7 @@ PHI3_ROWS = (
     *_attention("o")[:1],
     TensorRow(
         role="attn.qkv",
-        name=f"{_LAYER}self_attn.qkv_proj.weight",
+        name=f"{LAYER}self_attn.qkv_proj.weight",
         shape=("q_out+2*kv_out", "hidden"),
         fused=(("attn.q", "q_out"), ("attn.k", "kv_out"), ("attn.v", "kv_out")),
     ),
@@ -179,7 +162,7 @@ def _granite4_rows() -> tuple[TensorRow, ...]:
         _EMBED,
         _norm("input", "input_layernorm"),
         *(
-            TensorRow(role=f"mamba.{n}", name=f"{_LAYER}mamba.{n}", shape=s, when=when.get(n, ""), kind=LINEAR)
+            TensorRow(role=f"mamba.{n}", name=f"{LAYER}mamba.{n}", shape=s, when=when.get(n, ""), kind=LINEAR)
             for n, s in shapes.items()
         ),
         _norm("post", "post_attention_layernorm"),
@@ -189,18 +172,18 @@ def _granite4_rows() -> tuple[TensorRow, ...]:
         *_attention("v", kind=ATTENTION),
         TensorRow(
             role="ffn.gate_up",
-            name=f"{_LAYER}shared_mlp.input_linear.weight",
+            name=f"{LAYER}shared_mlp.input_linear.weight",
             shape=("2*intermediate", "hidden"),
             fused=(("ffn.gate", "intermediate"), ("ffn.up", "intermediate")),
         ),
-        TensorRow(role="ffn.down", name=f"{_LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
+        TensorRow(role="ffn.down", name=f"{LAYER}shared_mlp.output_linear.weight", shape=("hidden", "intermediate")),
         _FINAL_NORM,
         _HEAD,
     )
 
 
 def _lfm2_rows() -> tuple[TensorRow, ...]:
-    conv, ffn = f"{_LAYER}conv.", f"{_LAYER}feed_forward."
+    conv, ffn = f"{LAYER}conv.", f"{LAYER}feed_forward."
 
     def convolution(role: str, name: str, shape: tuple[str, ...]) -> tuple[TensorRow, ...]:
         weight = TensorRow(role=f"conv.{role}", name=f"{conv}{name}.weight", shape=shape, kind=CONV)
@@ -232,7 +215,7 @@ def _lfm2_rows() -> tuple[TensorRow, ...]:
 
 def _mla_rows() -> tuple[TensorRow, ...]:
     """Attention whose q, k and v are made of a few latent numbers (DeepSeek's)."""
-    attention = f"{_LAYER}self_attn."
+    attention = f"{LAYER}self_attn."
 
     def projection(role: str, name: str, shape: tuple[str, str], when: str = "", bias: str = "") -> list[TensorRow]:
         rows = [TensorRow(role=f"mla.{role}", name=f"{attention}{name}.weight", shape=shape, when=when)]
@@ -260,7 +243,7 @@ def _mla_rows() -> tuple[TensorRow, ...]:
 
 
 def _qwen3_5_rows() -> tuple[TensorRow, ...]:
-    linear = f"{_LAYER}linear_attn."
+    linear = f"{LAYER}linear_attn."
     keys, values = "linear_num_key_heads*linear_key_head_dim", "linear_num_value_heads*linear_value_head_dim"
     shapes = {
         "A_log": ("linear_num_value_heads",),
@@ -285,7 +268,7 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
         *_attention("o", kind=ATTENTION),
         _head_norm("q", "q_norm", "head_dim", kind=ATTENTION),
         # Queries, and as many numbers again that attention's output is gated by.
-        TensorRow(role="attn.q", name=f"{_LAYER}self_attn.q_proj.weight", shape=("2*q_out", "hidden"), kind=ATTENTION),
+        TensorRow(role="attn.q", name=f"{LAYER}self_attn.q_proj.weight", shape=("2*q_out", "hidden"), kind=ATTENTION),
         replace(q_bias, shape=("2*q_out",)),
         *_attention("v", kind=ATTENTION),
         _FINAL_NORM,

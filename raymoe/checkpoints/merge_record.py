@@ -1,5 +1,7 @@
 """`raymoe.json`: the record of a finished merge. Enough to check every byte of it, and to make it again.
 
+    merge_record (at the end of a merge) --> raymoe.json --read_record--> MergeRecord
+
 No times and no host names: the same merge gives the same record.
 """
 
@@ -8,28 +10,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 from raymoe._version import __version__
+from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.plan import MergePlan
+from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner, OwnerKind
+from raymoe.planning.plan import GatePrompts, MergeOptions, MergePlan
 from raymoe.routers.heldout_report import RouterSummary
+from raymoe.safe_text import json_text
+from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.local_folder import has_changed, recorded_sample
 from raymoe.sources.prompt_sampling import prompt_file_location
-from raymoe.storage.file_names import RECORD_NAME, FileRecord
-
-__all__ = ["RECORD_FORMAT", "merge_record", "prompt_records", "recorded_config", "with_own_storage"]
+from raymoe.storage.checksums import xxh3_checksum
+from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
 RECORD_FORMAT = 1
 # Variables by which a user says where S3 is, and as whom requests are made.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
+# Keys of the config's `storage` that are not published: an address, perhaps of an inner network, and a name in ~/.aws.
+_USER_KEYS = ("endpoint", "profile")
+_MISSING = "there is no raymoe.json, the record of a finished merge"
+_T = TypeVar("_T")
 
 
 def merge_record(
@@ -56,7 +66,8 @@ def merge_record(
         # Records of merges that are not strict stay what they were.
         "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
         "sources": [
-            {"owner": s.owner, "model": s.label, "revision": s.revision, "adapter": s.adapter} for s in plan.sources
+            {"owner": str(s.owner), "model": s.label, "revision": s.revision, "adapter": s.adapter}
+            for s in plan.sources
         ],
         # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
         **({"local_files": dict(sorted(samples.items()))} if samples else {}),
@@ -66,30 +77,146 @@ def merge_record(
 
 def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]:
     """Each file of prompts in `config`, and what was drawn from it: number of texts, SHA-256 of their JSON list."""
-    drawn = {prompts.owner: prompts for prompts in (*plan.gates.experts, *plan.gates.shared)}
+    drawn: dict[tuple[object, ...], GatePrompts] = {
+        (CONFIG_KEYS[prompts.owner.kind], prompts.owner.index): prompts for prompts in plan.gates.members
+    }
     records = []
     for (experts, number, key), file in config.prompt_files.items():
-        prompts = drawn[f"{'expert' if experts == 'experts' else 'shared'} {number}"]
+        prompts = drawn[experts, number]
         texts = prompts.positive if key == "positive_prompts" else prompts.negative
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
         place = prompt_file_location(file)
-        records.append({"owner": prompts.owner, "key": key, "file": place, "count": len(texts), "sha256": digest})
+        records.append({"owner": str(prompts.owner), "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedSource:
+    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`. `owner` is None where the record has another
+    word than this version knows."""
+
+    owner: Owner | None
+    model: str
+    adapter: str | None
+
+    @property
+    def is_expert(self) -> bool:
+        return self.owner is not None and self.owner.kind is OwnerKind.EXPERT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """A record that was read: `where` it is, its `content` as in the file, and what raymoe uses of it.
+
+    The lists have been checked. Config and options are parsed when they are needed: other records can be published and
+    displayed too.
+    """
+
+    where: str
+    content: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    sources: tuple[RecordedSource, ...]
+    prompt_files: tuple[Mapping[str, Any], ...]
+
+    @property
+    def plan_digest(self) -> str:
+        return str(self.content.get("plan_digest"))
+
+    @cached_property
+    def config(self) -> MergeConfig:
+        """The config, its models and files of prompts named as they were found. Raises ProblemReport."""
+        return self._parsed(lambda: MergeConfig.from_plain(recorded_config(self.content)))
+
+    @cached_property
+    def options(self) -> MergeOptions:
+        """Raises ProblemReport."""
+        return self._parsed(lambda: MergeOptions.from_record(self.content["options"]))
+
+    def _parsed(self, parse: Callable[[], _T]) -> _T:
+        try:
+            return parse()
+        except KeyError as error:
+            raise unreadable_record(self.where, f"it has no {error.args[0]}") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable_record(self.where, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def to_publish(self, repo: str, card: str | None) -> bytes:
+        """The file's bytes as they are published to `repo`, with size and checksum of the card that is published.
+
+        What the config tells of this user's way to object stores is left out. A reader replaces it by his own.
+        """
+        files = dict(self.content["files"])
+        if card is not None:
+            content = card.encode()
+            files[CARD_NAME] = {"size": len(content), "checksum": xxh3_checksum([content])}
+        published = {**self.content, "published_as": repo, "files": files}
+        config = self.content.get("config")
+        if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
+            storage = {key: value for key, value in config["storage"].items() if key not in _USER_KEYS}
+            published["config"] = {**config, "storage": storage}
+        return f"{json_text(published)}\n".encode()
+
+
+def read_record(folder: Folder) -> MergeRecord:
+    """Read the record of a finished merge. Raises ProblemReport if there is none, or it is not what raymoe writes."""
+    content = read_object(folder, RECORD_NAME, _MISSING, "name the output of `raymoe merge`, and let it finish")
+    where = f"{folder.label}/{RECORD_NAME}"
+    files, sources, prompts = content.get("files", {}), content.get("sources", []), content.get("prompt_files", [])
+    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
+        raise unreadable_record(where, "it names no files with their sizes and checksums")
+    if not isinstance(sources, list) or not all(map(_is_source, sources)):
+        raise unreadable_record(where, "its sources are no list of objects with an owner and a model")
+    if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
+        raise unreadable_record(where, "its prompt_files are no list of objects with their files and counts")
+    return MergeRecord(
+        where=where,
+        content=content,
+        files={
+            name: FileRecord(name=name, size=each["size"], checksum=each["checksum"]) for name, each in files.items()
+        },
+        sources=tuple(
+            RecordedSource(owner=Owner.parse(s["owner"]), model=s["model"], adapter=s.get("adapter")) for s in sources
+        ),
+        prompt_files=tuple(prompts),
+    )
+
+
+def unreadable_record(where: str, why: str) -> ProblemReport:
+    """The error for a record at `where` that raymoe did not write so."""
+    remedy = "put back the record that the merge wrote, or merge again with --overwrite"
+    return ProblemReport([Problem(where=where, what=f"this record can't be read: {why}", remedy=remedy)])
+
+
+def _is_file(file: object) -> bool:
+    return isinstance(file, Mapping) and type(file.get("size")) is int and isinstance(file.get("checksum"), str)
+
+
+def _is_source(source: object) -> bool:
+    if not isinstance(source, Mapping) or not isinstance(source.get("adapter"), str | None):
+        return False
+    return all(isinstance(source.get(key), str) for key in ("owner", "model"))
+
+
+def _is_prompt_file(file: object) -> bool:
+    if not isinstance(file, Mapping) or not isinstance(file.get("count"), int):
+        return False
+    return all(isinstance(file.get(key), str) for key in ("owner", "key", "file", "sha256"))
 
 
 def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}
-    config["base_model"] = models["base"]
-    for key, owner in (("experts", "expert"), ("shared_experts", "shared")):
-        experts = enumerate(config.get(key) or ())
-        config[key] = [{**expert, "source_model": models[f"{owner} {number}"]} for number, expert in experts]
-        for file in record.get("prompt_files", ()):
-            kind, number = file["owner"].split()
-            if kind == owner:
-                expert = config[key][int(number)]
-                expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
+    config["base_model"] = models[str(BASE)]
+    members: dict[str, dict[str, Any]] = {}
+    for kind, key in CONFIG_KEYS.items():
+        config[key] = [dict(expert) for expert in config.get(key) or ()]
+        members |= {str(Owner(kind, number)): expert for number, expert in enumerate(config[key])}
+    for owner, expert in members.items():
+        expert["source_model"] = models[owner]
+    for file in record.get("prompt_files", ()):
+        expert = members[file["owner"]]
+        expert[file["key"]] = {**expert[file["key"]], "file": file["file"]}
     return config
 
 

@@ -16,12 +16,11 @@ from raymoe.sources.bucket_folder import open_object_folder
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.local_folder import LocalFolder
+from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import JOURNAL
 from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.source_reader import SourceReader
 from raymoe.untrusted_files import check_size, read_json
-
-__all__ = ["checksum_like", "open_checkpoint", "read_object"]
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
@@ -73,7 +72,4 @@ def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str 
 
 
 def _digest(file: SourceFile, reader: SourceReader, hasher: Any) -> str:
-    for chunk in reader.chunks(file, 0, file.size):
-        hasher.update(chunk)
-    digits: str = hasher.hexdigest()
-    return digits
+    return hex_digest(hasher, reader.chunks(file, 0, file.size))

@@ -19,12 +19,11 @@ from raymoe.architectures.dense_spec import NULL_MEANS_NONE
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
 from raymoe.architectures.rope import rope_value_problems, rotary_share
 from raymoe.errors import Problem, ProblemReport, first_few
-from raymoe.planning.compatibility import FLOAT_DTYPES, check_tensors, load_spec
+from raymoe.planning.compatibility import check_tensors, load_spec
 from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.planning.tensor_sources import adapter_problems, head_permutation, slice_rows, weight_refs
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts, TensorEntry
-
-__all__ = ["CheckpointModel", "RoutingRule", "dense_model", "mixture_model"]
 
 # Keys of a host's config.json that mean the same in the dense model whose attention and norms it has.
 _DENSE_KEYS = (
@@ -130,7 +129,7 @@ def mixture_model(facts: ModelFacts) -> CheckpointModel:
     ):
         raise ProblemReport([Problem(where=facts.label, what=fault, remedy=_REMEDY)])
     entries = dict(_entries(architecture, spec, rule, tensors))
-    if bad_settings := sorted({entry.dtype for entry in entries.values()} - set(FLOAT_DTYPES)):
+    if bad_settings := sorted({entry.dtype for entry in entries.values()}.difference(FLOAT_DTYPES)):
         raise ProblemReport(
             [Problem(where=facts.label, what=f"weights of type {', '.join(bad_settings)}", remedy=_REMEDY)]
         )

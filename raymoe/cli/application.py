@@ -17,8 +17,6 @@ from raymoe.console import say
 from raymoe.errors import RaymoeError
 from raymoe.safe_text import ScrubbedStream, remember_secrets
 
-__all__ = ["app", "main", "run_command", "stoppable"]
-
 app = typer.Typer(
     name="raymoe",
     help="Make Mixture-of-Experts checkpoints out of dense language models, on Ray.",

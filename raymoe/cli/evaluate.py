@@ -61,9 +61,8 @@ def evaluate(
     from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
     from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
-    from raymoe.report.eval_table import print_evaluation
-    from raymoe.report.tasks_table import print_tasks
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.report.eval_table import print_evaluation, print_tasks
+    from raymoe.sources.hub import HubOptions
 
     texts = check_data_or_tasks(
         data,

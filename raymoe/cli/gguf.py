@@ -51,7 +51,7 @@ def gguf(
     from raymoe.console import say
     from raymoe.export.gguf import GgufOptions, write_gguf
     from raymoe.formatting import human_bytes, human_count
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
 
     set_log_level(verbose)
     of_config = {

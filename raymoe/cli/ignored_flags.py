@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["ignored_flag_notes", "noop"]
-
 # name -> why
 _IGNORED_FLAGS: dict[str, str] = {
     "lazy_unpickle": "pickled checkpoints are always read by byte range",

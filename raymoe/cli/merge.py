@@ -112,7 +112,7 @@ def merge(
     from raymoe.report.plan_report import print_result
     from raymoe.runtime.run_report import record_run
     from raymoe.runtime.settings import RuntimeSettings
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.locations import Inputs
 
     set_log_level(verbose)

@@ -58,7 +58,7 @@ def plan(
     from raymoe.planning.plan_merge import plan_merge
     from raymoe.report.plan_report import print_plan
     from raymoe.runtime.settings import RuntimeSettings
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.locations import input_paths
 
     options = merge_options(

@@ -13,8 +13,6 @@ from typing import Any
 
 from raymoe.errors import RaymoeError
 
-__all__ = ["OutputLost", "make_streams_safe"]
-
 
 class OutputLost(RaymoeError):
     """What was printed can't be written to standard output: its reader has gone, or its disk is full."""

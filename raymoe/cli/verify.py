@@ -40,7 +40,7 @@ def verify(
     from raymoe.report.plan_report import print_verification
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.runtime.verify import verify_merge
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
 
     set_log_level(verbose)
     settings = RuntimeSettings(

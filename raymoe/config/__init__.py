@@ -5,7 +5,6 @@ in Python. Importing this needs neither torch, transformers nor Ray.
 """
 
 from raymoe.config.cross_checks import ALL_SAME_FLAG, check_config, config_warnings
-from raymoe.config.gate_modes import MODES, GateMode
 from raymoe.config.load import load_config, load_config_with_positions, make_config, parse_config
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import Dtype, ExpertConfig, MergeConfig, PromptModel
@@ -14,10 +13,8 @@ from raymoe.config.storage_block import storage_note
 
 __all__ = [
     "ALL_SAME_FLAG",
-    "MODES",
     "Dtype",
     "ExpertConfig",
-    "GateMode",
     "Loc",
     "MergeConfig",
     "PromptFile",

@@ -15,8 +15,6 @@ from pydantic_core import PydanticCustomError
 
 from raymoe.config.source_positions import short_repr, yaml_kind
 
-__all__ = ["parse_choice", "parse_finite", "parse_flag", "parse_integer", "parse_text", "value_error"]
-
 
 def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
     """An error of one value. `quote`: with quotes around it, YAML would have read the text that was meant."""

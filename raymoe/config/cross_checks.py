@@ -12,13 +12,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from raymoe.config.gate_modes import MODES
 from raymoe.config.prompt_sources import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePositions, format_loc, short_repr
 from raymoe.errors import Problem
-
-__all__ = ["ALL_SAME_FLAG", "check_config", "config_warnings", "find_invalid"]
+from raymoe.gate_modes import MODES
 
 ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
@@ -97,7 +95,7 @@ def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
     prompts = expert.positive_prompts
     if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
         return False
-    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].is_fitted else not prompts
+    return not any(prompt.strip() for prompt in prompts) if MODES[config.gate_mode].needs_text else not prompts
 
 
 def _prompt_findings(checked: _ReadConfig) -> _Findings:

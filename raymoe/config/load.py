@@ -23,8 +23,6 @@ from raymoe.config.yaml_loader import NotYaml, parse_tree
 from raymoe.config.yaml_repair import find_fix
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["load_config", "load_config_with_positions", "make_config", "parse_config"]
-
 _MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
 

@@ -20,8 +20,6 @@ from typing import Any
 
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
-__all__ = ["ModelRef", "PathRef", "is_local_folder", "parse_model_ref", "short_name"]
-
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _FORMS = "write 'model', 'model@revision', 'model+adapter' or 'model@revision+adapter@revision'"
 

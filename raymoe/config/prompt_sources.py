@@ -17,8 +17,6 @@ from raymoe.config.coerce import parse_integer, parse_text, value_error
 from raymoe.config.source_positions import short_repr, short_text, yaml_kind
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
-__all__ = ["PromptFile", "Prompts", "expand_prompts", "file_format", "is_compressed"]
-
 _SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KNOWN = ".txt, .jsonl, .ndjson (these also with .gz) or .parquet"
 _ONE_A_LINE = "make it a list: one prompt a line, each after '- '"

@@ -18,14 +18,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from raymoe.config.coerce import parse_choice, parse_finite, parse_flag, parse_integer, parse_text, value_error
-from raymoe.config.gate_modes import MODES
 from raymoe.config.model_refs import ModelRef, parse_model_ref
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
 from raymoe.config.storage_block import plain_storage, storage_options
+from raymoe.gate_modes import ALIASES, DEFAULT_MODE, MODES
 from raymoe.object_store.options import StorageOptions
-
-__all__ = ["NUMBER_KEYS", "Dtype", "ExpertConfig", "MergeConfig", "PromptModel"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PromptModel = Literal["base", "expert", "grafted"]
@@ -35,7 +33,6 @@ NUMBER_KEYS = frozenset({"noise_scale", "residual_scale"})
 
 _EXPERTS = ("experts", "shared_experts")
 _PROMPTS = ("positive_prompts", "negative_prompts")
-_GATE_MODE_ALIASES = {"hidden_last": "hidden"}
 # Names that are only suggested: mergekit does not know them, so no config relies on them.
 _DTYPE_NICKNAMES = {
     "bf16": "bfloat16",
@@ -48,10 +45,9 @@ _DTYPE_NICKNAMES = {
 
 def _parse_gate_mode(value: Any) -> str:
     if value is None:
-        return "hidden"
-    names = (*MODES, *_GATE_MODE_ALIASES)
-    name = parse_choice(value, names, {})
-    return _GATE_MODE_ALIASES.get(name, name)
+        return DEFAULT_MODE
+    name = parse_choice(value, (*MODES, *ALIASES), {})
+    return ALIASES.get(name, name)
 
 
 def _parse_dtype(value: Any) -> str | None:
@@ -183,7 +179,7 @@ class MergeConfig(BaseModel):
     base_model: Model
     experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_experts)]
     shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_shared_experts)] = ()
-    gate_mode: Annotated[str, PlainValidator(_parse_gate_mode)] = "hidden"
+    gate_mode: Annotated[str, PlainValidator(_parse_gate_mode)] = DEFAULT_MODE
     dtype: Annotated[Dtype | None, BeforeValidator(_parse_dtype)] = None
     experts_per_token: Annotated[int, PlainValidator(_parse_count)] = Field(default=2)
     architecture: Annotated[str | None, PlainValidator(_parse_architecture)] = None

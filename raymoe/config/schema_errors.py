@@ -21,8 +21,6 @@ from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import Finding, Loc, SourcePositions, short_text, yaml_kind
 
-__all__ = ["partial_config", "schema_problems"]
-
 _TOP_KEYS = tuple(MergeConfig.model_fields)
 _EXPERT_KEYS = tuple(ExpertConfig.model_fields)
 _PROMPT_FILE_KEYS = tuple(PromptFile.model_fields)

@@ -16,18 +16,6 @@ from dataclasses import dataclass, field
 
 from raymoe.errors import Problem
 
-__all__ = [
-    "NO_POSITIONS",
-    "Finding",
-    "Loc",
-    "Mark",
-    "SourcePositions",
-    "format_loc",
-    "short_repr",
-    "short_text",
-    "yaml_kind",
-]
-
 Loc = tuple[str | int, ...]
 
 _SHORT_TEXT_CHARS = 60

@@ -11,8 +11,6 @@ from raymoe.config.source_positions import short_repr, yaml_kind
 from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 
-__all__ = ["plain_storage", "storage_note", "storage_options"]
-
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "endpoint": (str,),
     "region": (str,),

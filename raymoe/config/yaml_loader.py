@@ -22,8 +22,6 @@ from raymoe.config.schema import NUMBER_KEYS
 from raymoe.config.source_positions import Finding, Loc, Mark, SourcePositions, short_text
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["NotYaml", "parse_tree"]
-
 _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
 # YAML 1.1 has numbers to the base 60 (1:30:00): PyYAML takes time with the square of their length.

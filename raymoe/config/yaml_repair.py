@@ -19,8 +19,6 @@ from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import short_text
 
-__all__ = ["Fix", "find_fix"]
-
 _LINES_BEFORE = 3
 _MAX_LINES = 40
 _MAX_SHIFT = 8

@@ -17,8 +17,6 @@ from raymoe.object_store.urls import check_spelling
 from raymoe.sources.tokenizer_files import tokenizer_guard
 from raymoe.untrusted_files import read_json
 
-__all__ = ["LabeledText", "Labels", "TokenizedTexts", "read_texts", "tokenize_texts"]
-
 _MAX_SHOWN_PROBLEMS = 20
 _TEXTS_AT_ONCE = 256
 

@@ -6,26 +6,24 @@ is no longer there is a problem only for what needs it, and the message says how
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from raymoe.checkpoints.merge_record import recorded_config, with_own_storage
-from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
-from raymoe.config import MODES, MergeConfig
+from raymoe.checkpoints.merge_record import RecordedSource, read_record, with_own_storage
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.config import MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
+from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import resolve_model
-from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.outputs.open_output import output_location
-
-__all__ = ["EvaluatedMerge", "expert_names", "open_merge", "plan_hidden_gates", "resolve_sources"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +41,8 @@ class EvaluatedMerge:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether its gate mode is `hidden`, which merges are compared with."""
-        return self.config.gate_mode in ("hidden", "hidden_last") and self.prompt_model == "base"
+        """Whether its gate mode is the one that merges are compared with."""
+        return self.config.gate_mode == DEFAULT_MODE and self.prompt_model == "base"
 
     @property
     def prompt_model(self) -> str | None:
@@ -56,32 +54,28 @@ class EvaluatedMerge:
 def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
     """Raises ProblemReport where there is no finished merge with its record."""
     folder = open_checkpoint(place, options.storage)
-    missing = "there is no raymoe.json, the record of a finished merge"
-    record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
-    try:
-        config = MergeConfig.from_plain(recorded_config(record))
-        merge_options, names = MergeOptions.from_record(record["options"]), expert_names(record["sources"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"this record can't be read: {str(error).splitlines()[0]}"
-        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what)]) from error
-    config = with_own_storage(config, options.storage, folder.label, trusts_record=options.trust_record)
+    record = read_record(folder)
+    merge_options = record.options
+    config = with_own_storage(record.config, options.storage, folder.label, trusts_record=options.trust_record)
     ref = ModelRef(model=PathRef(path=output_location(place)))
     facts = resolve_model(ref, options.hub, config.storage)
-    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=names)
+    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=expert_names(record.sources))
 
 
-def expert_names(sources: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
     """What people call the experts of a record."""
-    return tuple(short_name(s["model"], s["adapter"]) for s in sources if s["owner"].startswith("expert "))
+    return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
 
 
-def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> dict[str, ModelFacts]:
-    """Base and experts by owner name, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
-    owners = {"base": merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
+def resolve_sources(
+    merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions
+) -> dict[Owner, ModelFacts]:
+    """Base and experts, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
+    owners = {BASE: merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
     if {"experts", "hidden"} & set(wanted):
-        owners |= {f"expert {number}": expert.source_model for number, expert in enumerate(merge.config.experts)}
-    problems: dict[Problem, list[str]] = {}
-    found: dict[str, ModelFacts] = {}
+        owners |= {Owner.expert(number): expert.source_model for number, expert in enumerate(merge.config.experts)}
+    problems: dict[Problem, list[Owner]] = {}
+    found: dict[Owner, ModelFacts] = {}
     for owner, ref in owners.items():
         try:
             found[owner] = resolve_model(ref, options.hub, merge.config.storage)
@@ -93,10 +87,10 @@ def resolve_sources(merge: EvaluatedMerge, wanted: Sequence[str], options: Evalu
     return found
 
 
-def _skipped_problem(problem: Problem, owners: Sequence[str], wanted: Sequence[str]) -> Problem:
+def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence[str]) -> Problem:
     """The problem of a source, and how to do without that source."""
-    excluded = {"hidden", *("base" if owner == "base" else "experts" for owner in owners)}
-    what = f"{', '.join(owners)} of this merge: {problem.what}"
+    excluded = {"hidden", *("base" if owner == BASE else "experts" for owner in owners)}
+    what = f"{', '.join(map(str, owners))} of this merge: {problem.what}"
     return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
 
 
@@ -106,8 +100,8 @@ def _without_options(remedy: str, wanted: Sequence[str], without: set[str]) -> s
 
 
 def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
-    """How this merge's gates would be made in mode `hidden`. Raises ProblemReport where they can't be."""
-    config = merge.config.model_copy(update={"gate_mode": "hidden"})
+    """How this merge's gates would be made in mode `hidden`, the default. Raises ProblemReport where they can't be."""
+    config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE})
     merge_options = replace(merge.options, quantize_gates=None)
     try:
         return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemCollector, ProblemReport
 from raymoe.evaluation.dataset import LabeledText, Labels, TokenizedTexts, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import EvaluatedMerge, open_merge, plan_hidden_gates, resolve_sources
 from raymoe.evaluation.options import EvaluationOptions, option_problems
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
 from raymoe.sources.tokenizer_files import with_tokenizer_code
-
-__all__ = ["EvaluationInputs", "open_evaluation"]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,24 +49,24 @@ class EvaluationInputs:
 def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOptions) -> EvaluationInputs:
     """Raises ProblemReport with all that is wrong with the merge, the texts, the sources and the options."""
     merge = open_merge(place, options)
-    problems, warnings = list(option_problems(options)), []
+    collector, warnings = ProblemCollector(option_problems(options)), []
     wanted = list(options.comparisons)
     if "hidden" in wanted and options.against is None and not merge.has_prompts:
         wanted.remove("hidden")
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
     elif "hidden" in wanted and options.against is None and merge.is_hidden:
         wanted.remove("hidden")  # it is that already
-    mixture = _collect(problems, lambda: _open_mixture(merge))
-    texts = _collect(problems, lambda: read_texts(data, Labels(merge.names, options.labels), options))
-    sources = _collect(problems, lambda: resolve_sources(merge, wanted, options))
+    mixture = collector.run(_open_mixture, merge)
+    texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
+    sources = collector.run(resolve_sources, merge, wanted, options)
     names = _unique_names(merge.names)
-    dense = _open_dense(sources or {}, names, wanted, problems)
+    dense = _open_dense(sources or {}, names, wanted, collector)
     gates = None
     if sources is not None and "hidden" in wanted:
-        gates = _collect(problems, lambda: plan_hidden_gates(merge, wanted, options))
-    tokenizer = _collect(problems, lambda: _open_tokenizer(merge, options))
-    if problems or mixture is None or texts is None:
-        raise ProblemReport(list(dict.fromkeys(problems)))
+        gates = collector.run(plan_hidden_gates, merge, wanted, options)
+    tokenizer = collector.run(_open_tokenizer, merge, options)
+    if collector.problems or mixture is None or texts is None:
+        raise collector.report()
     tokens = tokenize_texts(texts, data, tokenizer, mixture.spec.vocab, options.max_tokens)
     dense, more = _with_all_tokens(dense, tokens)
     return EvaluationInputs(
@@ -84,14 +81,6 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
         oracle="oracle" in wanted,
         warnings=(*merge.facts.warnings, *warnings, *_text_warnings(texts, tokens, names, options), *more),
     )
-
-
-def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
-    try:
-        return step()
-    except ProblemReport as report:
-        problems += report.problems
-        return None
 
 
 def _open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
@@ -109,16 +98,16 @@ def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _open_dense(
-    sources: Mapping[str, ModelFacts], names: Sequence[str], wanted: Sequence[str], problems: list[Problem]
+    sources: Mapping[Owner, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
 ) -> dict[str, CheckpointModel]:
     """Whole dense models by the name of their loss: `base`, `expert go`."""
-    owners = {"base": "base"} if "base" in wanted else {}
+    owners = {"base": BASE} if "base" in wanted else {}
     if "experts" in wanted:
-        owners |= {f"expert {name}": f"expert {number}" for number, name in enumerate(names)}
+        owners |= {f"expert {name}": Owner.expert(number) for number, name in enumerate(names)}
     found = {}
     for name, owner in owners.items():
         if owner in sources:
-            model = _collect(problems, lambda owner=owner: dense_model(sources[owner], owner))  # type: ignore[misc]
+            model = collector.run(dense_model, sources[owner], str(owner))
             if model is not None:
                 found[name] = model
     return found

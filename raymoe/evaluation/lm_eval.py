@@ -23,8 +23,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url
 from raymoe.storage.outputs.open_output import output_location
 
-__all__ = ["HarnessFailed", "HarnessOptions", "check_data_or_tasks", "run_harness"]
-
 FORMAT = 1
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MEAN", "SMALLEST_GAP", "RoutingCounts", "gap_closed", "losses", "round_values"]
-
 MEAN = "mean"
 SMALLEST_GAP = 0.005
 """Nats a token; half of it is the rounding of the losses that are printed."""

@@ -13,8 +13,6 @@ import torch
 
 from raymoe.checkpoints.weight_table import RoutingRule
 
-__all__ = ["Choice", "MoeBlock", "Route"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:

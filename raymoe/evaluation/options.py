@@ -9,9 +9,7 @@ from difflib import get_close_matches
 from raymoe.compute import device_problems
 from raymoe.errors import Problem
 from raymoe.object_store.options import StorageOptions
-from raymoe.sources.resolve import HubOptions
-
-__all__ = ["AGAINST", "EvaluationOptions", "label_pair_problem", "option_problems", "parse_against"]
+from raymoe.sources.hub import HubOptions
 
 AGAINST = ("base", "experts", "oracle", "hidden")
 

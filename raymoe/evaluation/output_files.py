@@ -21,8 +21,6 @@ from raymoe.storage.file_names import RECORD_NAME, is_written_by_a_merge
 from raymoe.storage.locations import Inputs, replaced_input
 from raymoe.storage.outputs.open_output import output_location, unwritable_problem
 
-__all__ = ["check_writable", "evaluation_input_paths", "write_evaluation"]
-
 
 def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
     """`files` by the option that names them. Raises ProblemReport for those that can't be written, for one that two

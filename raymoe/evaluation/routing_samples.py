@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RoutingSamples", "token_pieces"]
-
 TEXTS_PER_LABEL = 2
 MAX_TOKENS = 120
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"

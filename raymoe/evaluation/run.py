@@ -30,8 +30,6 @@ from raymoe.storage.transform import NUMPY_DTYPES
 if TYPE_CHECKING:
     from raymoe.evaluation.scoring import Variant
 
-__all__ = ["evaluate_merge"]
-
 FORMAT = 1
 Float32 = npt.NDArray[np.float32]
 Values = dict[str, list[Float32]]

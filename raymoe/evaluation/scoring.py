@@ -19,10 +19,8 @@ import torch
 from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.evaluation.moe_block import MoeBlock, Route
 from raymoe.routers.streamed_decoder import StreamedDecoder
-from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, chunk_size, round_up
+from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batch_numbers, chunk_size
 from raymoe.storage.source_reader import SourceReader
-
-__all__ = ["RoutingCallback", "Variant", "log_likelihoods"]
 
 Float32 = npt.NDArray[np.float32]
 RoutingCallback = Callable[[int, int, npt.NDArray[np.int64], Float32], None]
@@ -88,7 +86,8 @@ class _Pass:
             model, reader, device, ffn=ffn, head_permutation=model.head_permutation, exact=True
         )
         budget = 1 if self._decoder.rope_depends_on_length else TOKEN_BUDGET
-        self._groups = list(_batches(texts, numbers, budget, chunk_size(model.config)))
+        groups = batch_numbers([len(texts[number]) for number in numbers], budget, chunk_size(model.config))
+        self._groups = [[numbers[place] for place in group] for group in groups]
         self._batches = [Batch([texts[number] for number in group]) for group in self._groups]
         embedded = [self._decoder.embed(batch) for batch in self._batches]
         self._states = {variant.name: list(embedded) for variant in variants}
@@ -190,20 +189,5 @@ def _passes(texts: Sequence[Sequence[int]], bytes_per_token: int) -> Iterator[li
             group, held = [], 0
         group.append(number)
         held += size
-    if group:
-        yield group
-
-
-def _batches(
-    texts: Sequence[Sequence[int]], numbers: Sequence[int], budget: int, chunk: int = 1
-) -> Iterator[list[int]]:
-    """Numbers of texts, given shortest first, in groups whose padded size stays within `budget` tokens, a text counted
-    as a multiple of `chunk`."""
-    group: list[int] = []
-    for number in numbers:
-        if group and round_up(len(texts[number]), chunk) * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(number)
     if group:
         yield group

@@ -8,6 +8,7 @@
     s3_store.py         S3 and what speaks its language, with conditional reads, multipart uploads, server-side copies
     fsspec_store.py     whatever fsspec reaches (gs://, memory://, https://, ...) at plain speed
     retry.py            which failures pass, how long to wait, how many requests at once
+    s3_limits.py        what S3 allows of an upload in parts
     s3_responses.py     what an S3 server's answers are checked for
     errors.py           what is raised
     error_messages.py   errors of client libraries in words: permission, remedy

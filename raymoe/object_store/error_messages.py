@@ -28,8 +28,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.retry import Failure, FailureKind, Mismatch, ShortRead, error_code, error_status
 from raymoe.object_store.urls import is_s3, s3_location
 
-__all__ = ["storage_error"]
-
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
 _PERMISSIONS = {
     "get_object": "s3:GetObject",

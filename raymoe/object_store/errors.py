@@ -10,21 +10,6 @@ from dataclasses import dataclass
 
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = [
-    "BucketMissing",
-    "ObjectChanged",
-    "ObjectExists",
-    "ObjectMissing",
-    "StorageError",
-    "StoreRequest",
-    "UploadNotFound",
-    "object_changed_error",
-    "object_exists_error",
-    "object_replaced_error",
-    "storage_problem",
-    "wrong_size_error",
-]
-
 
 class StorageError(ProblemReport):
     """An object store can't do what it was asked for, and waiting did not help."""

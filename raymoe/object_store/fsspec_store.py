@@ -20,8 +20,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, StoreCounters
 from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, ShortRead, classify_error
 
-__all__ = ["FsspecStore"]
-
 _T = TypeVar("_T")
 
 # Where folders exist apart from what is in them.

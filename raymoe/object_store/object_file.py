@@ -13,8 +13,6 @@ from raymoe.object_store.registry import open_store
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ObjectFile"]
-
 
 class ObjectFile(io.RawIOBase):
     """The object at a normalised URL, as it is when this is made: a change afterwards is an error.

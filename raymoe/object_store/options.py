@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.urls import check_no_secrets
 
-__all__ = ["StorageOptions"]
-
 _CHECKSUMS = (None, "sha256")
 _MAX_REQUESTS = 10_000
 _MAX_SECONDS = 10**9  # larger ones are no times that a system's timers take

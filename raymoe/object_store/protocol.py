@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["MultipartStore", "ObjectEntry", "ObjectInfo", "ObjectStore", "OpenUpload", "StoreCounters", "UploadedPart"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:

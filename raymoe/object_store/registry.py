@@ -10,8 +10,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectStore, StoreCounters
 from raymoe.object_store.urls import is_s3
 
-__all__ = ["open_store", "process_counters"]
-
 _stores: dict[tuple[int, str, StorageOptions, int], ObjectStore] = {}
 _stores_lock = threading.Lock()
 

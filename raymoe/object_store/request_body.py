@@ -5,8 +5,6 @@ from __future__ import annotations
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 
-__all__ = ["SentBody"]
-
 _PIECE_BYTES = 1 << 18
 
 

@@ -21,18 +21,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-__all__ = [
-    "Failure",
-    "FailureKind",
-    "Mismatch",
-    "Pacer",
-    "Retries",
-    "ShortRead",
-    "classify_error",
-    "error_code",
-    "error_status",
-]
-
 T = TypeVar("T")
 
 _INITIAL_BACKOFF_S = 0.1

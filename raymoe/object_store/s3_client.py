@@ -22,8 +22,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import StoreCounters
 from raymoe.object_store.retry import Failure, Retries
 
-__all__ = ["ResponseHandler", "S3Client"]
-
 _CONNECT_TIMEOUT_S = 10
 
 _T = TypeVar("_T")

@@ -14,19 +14,6 @@ from typing import Any
 from raymoe.object_store.protocol import ObjectInfo, UploadedPart
 from raymoe.object_store.retry import Mismatch, ShortRead
 
-__all__ = [
-    "S3Response",
-    "check_etag",
-    "check_response",
-    "is_md5",
-    "matches_parts",
-    "multipart_etag",
-    "quote_etag",
-    "read_body",
-    "unquote_etag",
-    "upload_check",
-]
-
 S3Response = Mapping[str, Any]
 
 _CHUNK_BYTES = 1 << 18

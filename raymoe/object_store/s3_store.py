@@ -42,11 +42,6 @@ from raymoe.object_store.s3_responses import (
 )
 from raymoe.object_store.urls import join_url, s3_location
 
-__all__ = ["MAX_PARTS", "MAX_PART_BYTES", "MIN_PART_BYTES", "S3Store"]
-
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
-MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 5 * 2**20, 5 * 2**30, 10_000
-
 _PUT_TOKEN = "raymoe-put"  # metadata that tells a conditional put's own object from another's
 
 

@@ -18,19 +18,6 @@ import re
 from difflib import get_close_matches
 from typing import NamedTuple
 
-__all__ = [
-    "S3Location",
-    "check_no_secrets",
-    "check_spelling",
-    "is_s3",
-    "is_url",
-    "join_url",
-    "local_path",
-    "normalize_url",
-    "relative_name",
-    "s3_location",
-]
-
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9.\-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*")
 _AUTHORITY = re.compile(r"://([^/]*)")

@@ -11,16 +11,23 @@ from typing import Any
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
 from raymoe.architectures.moe_architecture import MIXTURE_KEYS, moe_config
 from raymoe.config import ExpertConfig, MergeConfig
-from raymoe.config.gate_modes import MODES
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
-from raymoe.planning.compatibility import check_expert, check_tensors, expert_warnings, is_tied_by_config, load_spec
-from raymoe.planning.config_numbers import find_non_finite
+from raymoe.gate_modes import MODES
+from raymoe.planning.compatibility import (
+    check_expert,
+    check_tensors,
+    expert_warnings,
+    find_non_finite,
+    is_tied_by_config,
+    load_spec,
+)
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
-from raymoe.planning.plan import FUSED, SHARED, GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
-from raymoe.planning.prompt_counts import prompt_warnings
+from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
+from raymoe.planning.plan import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
+from raymoe.planning.prompt_checks import prompt_warnings
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.planning.tensor_sources import (
     Member,
@@ -37,8 +44,6 @@ from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_d
 from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import has_vocabulary
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
-
-__all__ = ["build_plan"]
 
 # Keys of the base's config.json that describe the dense model and would be wrong, or dead, in the MoE's.
 _DROPPED_KEYS = frozenset(
@@ -112,31 +117,19 @@ def _prompt_model(config: MergeConfig) -> str:
 
 
 def _expert_key(member: Member) -> str:
-    return f"{'shared_experts' if member.is_shared else 'experts'}[{member.number}]"
+    return f"{CONFIG_KEYS[member.owner.kind]}[{member.owner.index}]"
 
 
 def _plan_members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
     members = []
-    for key, owner, experts in (
-        ("experts", "expert", config.experts),
-        ("shared_experts", "shared", config.shared_experts),
-    ):
-        for number, expert in enumerate(experts):
+    for kind, key in CONFIG_KEYS.items():
+        for number, expert in enumerate(getattr(config, key)):
             model = facts[expert.source_model]
             spec, found = load_spec(model, f"{key}[{number}].source_model")
             # What is wrong with a type of models is said once.
             problems += [problem for problem in found if problem.what not in {known.what for known in problems}]
             if spec is not None:
-                members.append(
-                    Member(
-                        owner=f"{owner} {number}",
-                        number=number,
-                        is_shared=owner == "shared",
-                        config=expert,
-                        facts=model,
-                        spec=spec,
-                    )
-                )
+                members.append(Member(owner=Owner(kind, number), config=expert, facts=model, spec=spec))
     return members
 
 
@@ -163,7 +156,7 @@ def _assemble(
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype))
     tensors += expert_tensors(members, architecture, dtype, options.seed)
     tensors += computed_tensors(base, moe, architecture, dtype)
-    owners = list(dict.fromkeys(["base", FUSED, *(m.owner for m in members), SHARED, "router"]))
+    owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
     gates = _gate_plan(config, options, base_facts, base, members, bool(architecture.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
@@ -224,7 +217,7 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source("base", base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
+        sources=(_source(BASE, base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
         totals=compute_totals(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -316,7 +309,7 @@ def _gate_plan(
     )
 
 
-def _source(owner: str, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
+def _source(owner: Owner, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(

@@ -6,17 +6,21 @@ vocabulary, heads and RoPE may differ, and are warned about where the merged mod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
-from raymoe.sources.output_head import HEAD
+from raymoe.tensor_names import HEAD
 
-__all__ = ["FLOAT_DTYPES", "check_expert", "check_tensors", "is_tied_by_config", "load_spec"]
-
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_NAMED = 3  # of one config
+# Infinity is what these say where there is no limit: transformers writes `time_step_limit: [0.0, Infinity]`.
+_MAY_BE_INFINITE = ("_limit", "_limits")
 
 
 def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
@@ -135,5 +139,30 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
 
 
 def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
-    ignored = spec.family.ignored + (("lm_head.weight",) if spec.tied else ())
+    ignored = spec.family.ignored + ((HEAD,) if spec.tied else ())
     return [n for n in facts.index.tensors if n not in known and not n.endswith(ignored)]  # type: ignore[operator]
+
+
+def find_non_finite(models: Mapping[str, ModelFacts]) -> Iterator[tuple[str, str]]:
+    """(where, what) for each number of `models`, by their place in the merge's config, that is none to compute with."""
+    for place, facts in models.items():
+        found = list(_non_finite(facts.config, ""))
+        for key, value in found[:_NAMED]:
+            yield f"{place} ({facts.label})", f"{key} in its config.json is {'NaN' if math.isnan(value) else value}"
+        if len(found) > _NAMED:
+            yield (
+                f"{place} ({facts.label})",
+                f"{len(found) - _NAMED} more numbers in its config.json are not finite",
+            )
+
+
+def _non_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value) or not key.partition("[")[0].endswith(_MAY_BE_INFINITE):
+            yield key, value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _non_finite(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _non_finite(each, f"{key}[{number}]")

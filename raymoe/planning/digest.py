@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.planning.multipart import upload_layout
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, Shard
 from raymoe.sources.facts import SideFile
-
-__all__ = ["plan_digest"]
 
 # Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
 OUTPUT_FORMAT = 2
@@ -56,6 +55,8 @@ def _plain(value: object) -> object:
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, Owner):
+        return str(value)
     assert dataclasses.is_dataclass(value), f"no canonical form for {type(value)}"
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
     for key in ("whole", "magnitude", "heads", "content"):  # plans of before there were such things keep their digests

@@ -9,8 +9,6 @@ from raymoe.planning.plan import Columns, Copy, Shard
 from raymoe.planning.shard_packing import OutputTensor
 from raymoe.sources.dtypes import tensor_nbytes
 
-__all__ = ["check_plan"]
-
 
 def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None:
     """Every output tensor exactly once; bytes = dtype x shape; parts back to back; copies of equal length and dtype."""

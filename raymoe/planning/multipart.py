@@ -17,25 +17,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from raymoe.object_store.s3_limits import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
-__all__ = [
-    "MIN_PART_BYTES",
-    "CopyRange",
-    "Span",
-    "UploadPart",
-    "server_side_bytes",
-    "spans",
-    "upload_layout",
-    "upload_parts",
-]
-
-MIN_PART_BYTES = 5 << 20
-MAX_PART_BYTES = 5 << 30
 COPY_PART_BYTES = 1 << 30  # usual copies: they run side by side and are repeated sooner than the largest possible
 STREAM_PART_BYTES = 16 << 20
-MAX_PARTS = 10_000
 # Raise this when the code below cuts a shard into other parts than before. A run goes on with an upload that another
 # version of raymoe may have begun, and must not mix two layouts in one object.
 _LAYOUT_FORMAT = 1

@@ -17,31 +17,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raymoe.planning.owner import ROUTER, Owner
 from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
-
-__all__ = [
-    "FUSED",
-    "SHARED",
-    "Columns",
-    "Constant",
-    "Copy",
-    "GatePlan",
-    "GatePrompts",
-    "HeadPermutation",
-    "MergeOptions",
-    "MergePlan",
-    "Part",
-    "Router",
-    "Shard",
-    "Source",
-    "Totals",
-    "Transform",
-    "WeightRef",
-    "WholeTensor",
-]
-
-# Owners of shards whose tensors hold several experts.
-FUSED, SHARED = "experts", "shared experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,11 +170,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One output file. `owner` is the source that all its bytes come from: `base`, `expert 0`, `shared 0`, `router`;
-    `FUSED` or `SHARED`, where they come from several experts or shared experts."""
+    """One output file. All its bytes come from the models that `owner` stands for."""
 
     file_name: str
-    owner: str
+    owner: Owner
     header: bytes
     parts: tuple[Part, ...]
 
@@ -223,7 +199,7 @@ class GatePrompts:
     `chat_template` each prompt is read as a user's turn in the base's template.
     """
 
-    owner: str
+    owner: Owner
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     config: Mapping[str, Any]
@@ -246,13 +222,23 @@ class GatePlan:
     seed: int
     quantize: str | None
 
+    @property
+    def members(self) -> tuple[GatePrompts, ...]:
+        """Experts, then shared experts."""
+        return (*self.experts, *self.shared)
+
+    @property
+    def prompted(self) -> tuple[GatePrompts, ...]:
+        """The members with prompts to read; none in modes that read no prompts."""
+        return tuple(member for member in self.members if member.positive)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders,
     `unused` the modules that its adapter changes and whose changes are not in the merge."""
 
-    owner: str
+    owner: Owner
     label: str
     revision: str | None
     adapter: str | None
@@ -268,7 +254,7 @@ class Totals:
     parameters: int
     active_parameters: int
     output_bytes: int
-    bytes_by_owner: Mapping[str, int]
+    bytes_by_owner: Mapping[Owner, int]
     bytes_by_kind: Mapping[str, int]
     gate_bytes: int
     peak_gate_bytes: int
@@ -289,6 +275,16 @@ class MergePlan:
     options: MergeOptions
     warnings: tuple[str, ...]
     digest: str
+
+    @property
+    def worker_shards(self) -> tuple[Shard, ...]:
+        """The shards that actors write: all but those of the router."""
+        return tuple(shard for shard in self.shards if shard.owner != ROUTER)
+
+    @property
+    def router_shards(self) -> tuple[Shard, ...]:
+        """The shards that the driver writes, since it has the router's values."""
+        return tuple(shard for shard in self.shards if shard.owner == ROUTER)
 
     @property
     def index(self) -> dict[str, Any]:

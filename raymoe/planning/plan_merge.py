@@ -11,20 +11,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from typing import TypeVar
 
 from raymoe.config import MergeConfig, check_config
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import ProblemCollector, ProblemReport
 from raymoe.planning import MergeOptions, MergePlan, build_plan
 from raymoe.planning.prompt_checks import prompt_checks
 from raymoe.sources.facts import ModelFacts, SourceFile
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
-from raymoe.sources.resolve import HubOptions, RemoteFolderResolver, fetch_file, resolve_models, with_contents
+from raymoe.sources.resolve import RemoteFolderResolver, fetch_file, resolve_models, with_contents
 from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
-
-__all__ = ["plan_merge"]
-
-_T = TypeVar("_T")
 
 
 def plan_merge(
@@ -43,21 +39,21 @@ def plan_merge(
     if wrong := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(wrong)
     models = [config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))]
-    problems: list[Problem] = []
-    concrete = _collect(problems, lambda: read_prompts(config))
-    facts = _collect(problems, lambda: resolve_models(models, hub, config.storage, remote_folders, [config.base_model]))
+    collector = ProblemCollector()
+    concrete = collector.run(read_prompts, config)
+    facts = collector.run(resolve_models, models, hub, config.storage, remote_folders, [config.base_model])
     if facts is None:
-        raise ProblemReport(problems)
+        raise collector.report()
     base = facts[config.base_model]
     with remote_folders.connection(side.file for side in base.side_files) if remote_folders else nullcontext():
         read = cache(
             remote_folders.read if remote_folders else lambda file: fetch_file(file, hub, config.storage).read_bytes()
         )
-        problems += chat_template_problems(config, base, hub, remote_folders)
-        base = _collect(problems, lambda: _with_side_files(base, read)) or base
-        tokenizer = _collect(problems, lambda: tokenizer_facts(base.side_files, read)) if config.needs_prompts else None
-    if problems or concrete is None:
-        raise ProblemReport(problems)
+        collector.problems += chat_template_problems(config, base, hub, remote_folders)
+        base = collector.run(_with_side_files, base, read) or base
+        tokenizer = collector.run(tokenizer_facts, base.side_files, read) if config.needs_prompts else None
+    if collector.problems or concrete is None:
+        raise collector.report()
     planned = build_plan(concrete, {**facts, config.base_model: base}, options or MergeOptions())
     problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
     if problems:
@@ -68,11 +64,3 @@ def plan_merge(
 def _with_side_files(base: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
     """The base with the code of its tokenizer, and with checksums of its small files."""
     return with_contents(with_tokenizer_code(base, read), read)
-
-
-def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
-    try:
-        return step()
-    except ProblemReport as report:
-        problems += report.problems
-        return None

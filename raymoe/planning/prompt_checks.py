@@ -1,16 +1,21 @@
-"""What a plan's prompts are in tokens, as far as the tokenizer's files show it: before anything is written."""
+"""What is wrong with a plan's prompts, found before anything is written.
+
+Their tokens, as far as the tokenizer's files show them; and their number, by the measured tables of docs/routing.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raymoe.config.gate_modes import EMBEDDING, MODES
 from raymoe.errors import Problem, ProblemReport
+from raymoe.formatting import short_list
+from raymoe.gate_modes import MODES, better_mode
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
+from raymoe.tensor_names import EMBEDDING
 
-__all__ = ["missing_row_problem", "prompt_checks"]
-
+# Measured are 5 and 16 prompts. Fewer than this are nearer to the first.
+_FEW = 8
 _NAMED = 5
 
 
@@ -21,7 +26,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
     warnings: list[str] = []
     try:
         encode = tokenizer.encoder()
-        for member in (*gates.experts, *gates.shared):
+        for member in gates.members:
             problems += _without_tokens(gates, member, tokenizer.bos)
             rows, limit = _rows(member), _limit(gates, member)
             if encode and member.positive and (tokenizer.may_exceed(rows) or any(_length_bounds(member, limit))):
@@ -43,9 +48,9 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
         if not with_bos(text, bos):
             what = "it has no tokens: the tokenizer has no BOS token, as which a blank prompt is read"
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
-    if bos and MODES[gates.mode].is_fitted and all(with_bos(text, bos) == bos for text in member.positive):
+    if bos and MODES[gates.mode].needs_text and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"
-        yield Problem(where=member.owner, what=what, remedy="give it some text")
+        yield Problem(where=str(member.owner), what=what, remedy="give it some text")
 
 
 def _encoded(
@@ -94,3 +99,29 @@ def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:
 def _length_bounds(member: GatePrompts, limit: int) -> Iterator[bool]:
     """A token takes a byte or more, but for BOS."""
     return (limit > 0 and len(text.encode(errors="replace")) >= limit for _, text in _texts(member))
+
+
+def prompt_warnings(gates: GatePlan) -> Iterator[str]:
+    """A warning if some experts have few prompts and the gate mode needs more. Empty for other gate modes."""
+    mode = MODES[gates.mode]
+    counts = {member.owner: len(member.positive) for member in gates.experts}
+    few = [f"{owner} has {count}" for owner, count in counts.items() if count < _FEW]
+    if mode.measured_accuracy is None or len(counts) < 2 or not few:
+        return
+    keywords, texts = mode.measured_accuracy
+    better = ""
+    if (other := better_mode(mode)) is not None and other.measured_accuracy is not None:
+        better = "; gate_mode: {} sends {}% and {}%".format(other.name, *other.measured_accuracy)
+    single = [str(owner) for owner, count in counts.items() if count == 1]
+    unjudged = ""
+    if mode.single_prompt_note and single:
+        unjudged = (
+            f"With one prompt ({short_list(single)}) no prompt can be held out: {mode.name} {mode.single_prompt_note}. "
+        )
+    yield (
+        f"few prompts ({short_list(few)}): in the measurement of docs/routing.md {gates.mode} sends {keywords}% of "
+        "held-out "
+        f"tokens first to the matching expert with five keywords per expert, and {texts}% with 16 texts per expert"
+        f"{better}. {unjudged}Give each expert 16 prompts or more, a few "
+        "sentences each"
+    )

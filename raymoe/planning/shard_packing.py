@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raymoe.planning.multipart import MIN_PART_BYTES
+from raymoe.object_store.s3_limits import MIN_PART_BYTES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES
-
-__all__ = ["OutputTensor", "Piece", "pack_shards"]
 
 # Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
 _ALIGN = 64
@@ -45,7 +44,7 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    owner: str
+    owner: Owner
     what: PartSource | tuple[Piece, ...]
 
     @property
@@ -58,11 +57,12 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[str], max_shard_bytes: int) -> tuple[Shard, ...]:
+def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[Owner], max_shard_bytes: int) -> tuple[Shard, ...]:
     """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
     groups: list[list[OutputTensor]] = []
-    by_owner = {owner: [t for t in tensors if t.owner == owner] for owner in owners}
-    assert sum(map(len, by_owner.values())) == len(tensors), "a tensor of an unknown owner"
+    by_owner: dict[Owner, list[OutputTensor]] = {owner: [] for owner in owners}
+    for tensor in tensors:
+        by_owner[tensor.owner].append(tensor)
     for members in by_owner.values():
         groups.extend(_split_by_size(_small_runs_first(_source_order(members)), max_shard_bytes))
     count = len(groups)

@@ -11,9 +11,8 @@ from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig
 from raymoe.errors import Problem, first_few
 from raymoe.formatting import short_list
+from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, ROUTER, Owner, OwnerKind
 from raymoe.planning.plan import (
-    FUSED,
-    SHARED,
     Columns,
     Constant,
     Copy,
@@ -28,32 +27,21 @@ from raymoe.planning.shard_packing import OutputTensor, Piece
 from raymoe.sources.dtypes import DTYPE_BYTES
 from raymoe.sources.facts import AdapterFacts, LoraPair, ModelFacts, TensorEntry
 from raymoe.sources.lora import LORA_ON_TIED_HEAD, MERGE_WITH_PEFT
-from raymoe.sources.output_head import HEAD
-
-__all__ = [
-    "Member",
-    "adapter_problems",
-    "adapter_warnings",
-    "base_tensors",
-    "computed_tensors",
-    "expert_tensors",
-    "head_permutation",
-    "slice_rows",
-    "unused_modules",
-    "weight_refs",
-]
+from raymoe.tensor_names import HEAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An expert or shared expert in its place: owner `expert 2` or `shared 0`."""
+    """An expert or shared expert in its place."""
 
-    owner: str
-    number: int
-    is_shared: bool
+    owner: Owner
     config: ExpertConfig
     facts: ModelFacts
     spec: DenseSpec
+
+    @property
+    def is_shared(self) -> bool:
+        return self.owner.kind is OwnerKind.SHARED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +62,7 @@ def base_tensors(
     for matrix in _matrices(facts, spec, dtype, ffn=False):
         output = architecture.backbone[matrix.role].format(layer=matrix.layer)
         what = _permute_heads(matrix.what, heads) if heads and matrix.role in _ROTARY_ROLES else matrix.what
-        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner="base", what=what)
+        yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=what)
 
 
 def head_permutation(spec: DenseSpec, architecture: MoeArchitecture) -> HeadPermutation | None:
@@ -116,7 +104,7 @@ def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: 
     """The FFN of one expert, or of one shared expert. Roles that share a name lie in one tensor, row by row."""
     for matrices in _ffn_layers(member, dtype, seed):
         for template, roles in _roles_by_name(names).items():
-            output = template.format(layer=matrices[roles[0]].layer, expert=member.number)
+            output = template.format(layer=matrices[roles[0]].layer, expert=member.owner.index)
             (width,) = {matrices[role].shape[1:] for role in roles}
             shape = (sum(matrices[role].shape[0] for role in roles), *width)
             what = matrices[roles[0]].what if len(roles) == 1 else _pieces(output, matrices, roles)
@@ -136,11 +124,11 @@ def _fuse_experts(
                 name=output,
                 dtype=dtype,
                 shape=(len(members), rows, width),
-                owner=FUSED,
+                owner=ALL_EXPERTS,
                 what=tuple(
                     piece
                     for member, matrices in zip(members, of_layer, strict=True)
-                    for piece in _pieces(f"{output}[{member.number}]", matrices, roles)
+                    for piece in _pieces(f"{output}[{member.owner.index}]", matrices, roles)
                 ),
             )
 
@@ -152,7 +140,7 @@ def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: st
         for template, roles in _roles_by_name(names).items():
             output = template.format(layer=of_layer[0][roles[0]].layer)
             blocks = [
-                Piece(name=f"{output}[{member.number}].{role[4:]}", shape=found[role].shape, what=found[role].what)
+                Piece(name=f"{output}[{member.owner.index}].{role[4:]}", shape=found[role].shape, what=found[role].what)
                 for role in roles
                 for member, found in zip(members, of_layer, strict=True)
             ]
@@ -163,7 +151,7 @@ def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: st
                 what = Columns(matrices=tuple(_single_part(block, dtype) for block in blocks))
             else:
                 shape, what = (rows * len(blocks), columns), tuple(blocks)
-            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=SHARED, what=what)
+            yield OutputTensor(name=output, dtype=dtype, shape=shape, owner=ALL_SHARED, what=what)
 
 
 def _single_part(piece: Piece, dtype: str) -> Part:
@@ -266,7 +254,7 @@ def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None =
 
 
 def _computed_tensor(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:
-    return OutputTensor(name=name, dtype=dtype, shape=shape, owner="router", what=what)
+    return OutputTensor(name=name, dtype=dtype, shape=shape, owner=ROUTER, what=what)
 
 
 def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 from raymoe.architectures import MoeShape
+from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
-
-__all__ = ["compute_totals"]
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+from raymoe.tensor_names import layer_of
 
 
 def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> Totals:
     parameters, expert_parameters = 0, 0
-    by_owner: dict[str, int] = {}
+    by_owner: dict[Owner, int] = {}
     by_kind: dict[str, int] = {}
     for shard in shards:
         by_owner[shard.owner] = by_owner.get(shard.owner, 0) + shard.nbytes
         for part in shard.parts:
             count = math.prod(part.shape)
             parameters += count
-            expert_parameters += count if shard.owner.startswith("expert") else 0
+            expert_parameters += count if shard.owner.kind in (OwnerKind.EXPERT, OwnerKind.ALL_EXPERTS) else 0
             kind = type(part.what).__name__.lower()
             by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
     idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts
     # Of the embedding, only the rows of the prompts' tokens are read.
-    readers = [*gates.experts, *gates.shared]
     return Totals(
         parameters=parameters,
         active_parameters=parameters - idle,
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(_layer_bytes(reader) for reader in _distinct_readers(readers)),
-        peak_gate_bytes=max((_largest_layer(reader) for reader in readers), default=0),
+        gate_bytes=sum(_layer_bytes(reader) for reader in _distinct_readers(gates.members)),
+        peak_gate_bytes=max((_largest_layer(reader) for reader in gates.members), default=0),
     )
 
 
@@ -47,13 +43,13 @@ def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
 
 
 def _layer_bytes(reader: GatePrompts) -> int:
-    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if _LAYER.search(name))
+    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if layer_of(name) is not None)
 
 
 def _largest_layer(reader: GatePrompts) -> int:
     """Bytes of the largest layer that a gate pass holds; the embedding is read row by row and does not count."""
-    layers: dict[str, int] = {}
+    layers: dict[int, int] = {}
     for name, ref in reader.weights.items():
-        if match := _LAYER.search(name):
-            layers[match[1]] = layers.get(match[1], 0) + ref.entry.nbytes
+        if (layer := layer_of(name)) is not None:
+            layers[layer] = layers.get(layer, 0) + ref.entry.nbytes
     return max(layers.values(), default=0)

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from raymoe.errors import CheckpointError, Problem, ProblemReport, RaymoeError
 from raymoe.sources.hub_errors import error_reason, first_line, is_network_error, is_xet_error
 
-__all__ = ["TOKEN_REMEDY", "PushFailed", "translate_preflight_errors", "translate_upload_errors"]
-
 TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access is made on {endpoint}/settings/tokens"
 
 

@@ -11,28 +11,19 @@ folder must not choose which of the receiver's files are published.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
+from raymoe.checkpoints.merge_record import MergeRecord, read_record
+from raymoe.checkpoints.open_checkpoint import open_checkpoint
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url
 from raymoe.report.model_card import PATH_PLACEHOLDER
-from raymoe.safe_text import json_text
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.folder_protocol import Folder, is_inside
+from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.hub import is_hub_id
-from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME
-
-__all__ = ["Manifest", "ManifestFile", "open_manifest"]
-
-# Keys of the config's `storage`: an address, perhaps of an inner network, and a name in somebody's ~/.aws.
-_USER_KEYS = ("endpoint", "profile")
+from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME, FileRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +63,14 @@ class Manifest:
 def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Manifest:
     """The merge at a folder or URL as `repo` would have it. Raises ProblemReport with all that is not in order."""
     folder = open_checkpoint(place, storage)
-    record = _record(folder)
+    record = read_record(folder)
     problems: list[Problem] = []
-    files = [_manifest_file(folder, name, recorded, problems) for name, recorded in record["files"].items()]
+    files = [_manifest_file(folder, recorded, problems) for recorded in record.files.values()]
     if (of_record := folder.find(RECORD_NAME)) is not None and _is_outside(folder, of_record):
         problems.append(_broken_problem(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
-    if INDEX_NAME not in record["files"]:
+    if INDEX_NAME not in record.files:
         problems.append(_broken_problem(folder, f"no {INDEX_NAME} is among its files"))
-    if not problems and not is_url(folder.label) and _record(folder) != record:
+    if not problems and not is_url(folder.label) and read_record(folder) != record:
         what, remedy = "another merge was written here just now", "push again when no merge writes here"
         problems.append(Problem(where=folder.label, what=what, remedy=remedy))
     if problems:
@@ -89,7 +80,7 @@ def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Mani
     if card is not None:
         content = card.encode()
         found.append(ManifestFile(name=CARD_NAME, size=len(content), content=content))
-    plain = _record_to_publish(record, card, repo)
+    plain = record.to_publish(repo, card)
     found.append(ManifestFile(name=RECORD_NAME, size=len(plain), content=plain))
     return Manifest(
         folder=folder,
@@ -97,37 +88,14 @@ def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Mani
         title=_title(record),
         card=card,
         local_sources=_local_sources(record),
-        plan_digest=str(record.get("plan_digest")),
+        plan_digest=record.plan_digest,
         hub_sources=tuple(name for name in _sources(record) if "@" in name and not name.startswith("/")),
     )
 
 
-def _record(folder: Folder) -> dict[str, Any]:
-    missing = "no finished merge is here: it has no raymoe.json"
-    record = read_object(folder, RECORD_NAME, missing, "name the output of `raymoe merge`, and let it finish")
-    files = record.get("files")
-    if not isinstance(files, Mapping) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise ProblemReport(
-            [_broken_problem(folder, f"{RECORD_NAME} can't be read: it names no files with their sizes")]
-        )
-    for key in ("sources", "prompt_files"):
-        entries = record.get(key) or []
-        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-            raise ProblemReport(
-                [_broken_problem(folder, f"{RECORD_NAME} can't be read: its {key} are no list of objects")]
-            )
-    return record
-
-
-def _is_entry(name: Any, entry: Any) -> bool:
-    is_file = isinstance(name, str) and is_inside(name)
-    return is_file and isinstance(entry, Mapping) and isinstance(entry.get("size"), int)
-
-
-def _manifest_file(
-    folder: Folder, name: str, recorded: Mapping[str, Any], problems: list[Problem]
-) -> ManifestFile | None:
-    file, size = folder.find(name), recorded["size"]
+def _manifest_file(folder: Folder, recorded: FileRecord, problems: list[Problem]) -> ManifestFile | None:
+    name, size = recorded.name, recorded.size
+    file = folder.find(name)
     if file is None:
         problems.append(_broken_problem(folder, f"{name} is missing"))
         return None
@@ -138,7 +106,7 @@ def _manifest_file(
     if name != CARD_NAME and file.size != size:
         problems.append(_broken_problem(folder, f"{name} has {file.size:,} bytes, and had {size:,} when it was merged"))
         return None
-    kind, _, digits = str(recorded.get("checksum", "")).partition(":")
+    kind, _, digits = recorded.checksum.partition(":")
     return ManifestFile(name=name, size=file.size, file=file, sha256=digits if kind == "sha256" else None)
 
 
@@ -154,10 +122,10 @@ def _broken_problem(folder: Folder, what: str) -> Problem:
     return Problem(where=folder.label, what=what, remedy=remedy)
 
 
-def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
+def _card(folder: Folder, record: MergeRecord, repo: str) -> str | None:
     """The card with the repository's name in place of the folder, or of where it was published before; None for a
     merge without one."""
-    file = folder.find(CARD_NAME) if CARD_NAME in record["files"] else None
+    file = folder.find(CARD_NAME) if CARD_NAME in record.files else None
     if file is None:
         return None
     try:
@@ -165,37 +133,21 @@ def _card(folder: Folder, record: Mapping[str, Any], repo: str) -> str | None:
     except UnicodeDecodeError as error:
         what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
-    before = record.get("published_as")
+    before = record.content.get("published_as")
     return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) and is_hub_id(before) else card
 
 
-def _record_to_publish(record: Mapping[str, Any], card: str | None, repo: str) -> bytes:
-    """The record, with the repository, and size and checksum of the card as it is published; without what the config
-    tells of this user's way to object stores, which a reader replaces by his own."""
-    files = dict(record["files"])
-    if card is not None:
-        content = card.encode()
-        files[CARD_NAME] = {"size": len(content), "checksum": f"xxh3-128:{xxhash.xxh3_128(content).hexdigest()}"}
-    published = {**record, "published_as": repo, "files": files}
-    config = record.get("config")
-    if isinstance(config, Mapping) and isinstance(config.get("storage"), Mapping):
-        storage = {key: value for key, value in config["storage"].items() if key not in _USER_KEYS}
-        published["config"] = {**config, "storage": storage}
-    return f"{json_text(published)}\n".encode()
+def _title(record: MergeRecord) -> str:
+    experts = sum(source.is_expert for source in record.sources)
+    return f"{record.content.get('architecture', 'MoE')} merge of {experts} experts"
 
 
-def _title(record: Mapping[str, Any]) -> str:
-    sources = record.get("sources") or []
-    experts = sum(1 for source in sources if str(source.get("owner", "")).startswith("expert "))
-    return f"{record.get('architecture', 'MoE')} merge of {experts} experts"
-
-
-def _local_sources(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _local_sources(record: MergeRecord) -> tuple[str, ...]:
     """Models and files of prompts that the record names by a path of this machine."""
-    names = [*_sources(record), *(str(file.get("file", "")) for file in record.get("prompt_files") or [])]
+    names = [*_sources(record), *(file["file"] for file in record.prompt_files)]
     return tuple(dict.fromkeys(name for name in names if name.startswith("/")))
 
 
-def _sources(record: Mapping[str, Any]) -> list[str]:
+def _sources(record: MergeRecord) -> list[str]:
     """Models and adapters of a record."""
-    return [name for source in record.get("sources") or [] for name in str(source.get("model", "")).split("+")]
+    return [name for source in record.sources for name in source.model.split("+")]

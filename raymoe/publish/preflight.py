@@ -19,8 +19,6 @@ from raymoe.storage.file_names import CARD_NAME
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["check_card", "check_ignored"]
-
 _FILES_AT_ONCE = 256  # as many as the library asks about at once
 _SHOWN_CHARACTERS = 200
 

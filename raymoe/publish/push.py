@@ -16,8 +16,6 @@ from raymoe.publish.repository import PushTarget, Repository, open_repository, s
 from raymoe.publish.upload import Comparison, PushResult, compare, upload
 from raymoe.sources.hub import HubOptions
 
-__all__ = ["push_dry_run", "push_merge", "push_published"]
-
 
 def push_merge(
     place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions, *, quiet: bool = False

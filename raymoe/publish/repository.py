@@ -23,8 +23,6 @@ from raymoe.sources.hub import HubOptions, is_hub_id
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["PushTarget", "Repository", "open_repository", "push_target", "source_problem", "target_problems"]
-
 _MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What git refuses (git-check-ref-format).

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,12 @@ from raymoe.publish.manifest import Manifest, ManifestFile
 from raymoe.publish.preflight import check_ignored
 from raymoe.publish.repository import Repository
 from raymoe.sources.local_folder import has_changed
+from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import RECORD_NAME, is_part_of_a_model
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
-
-__all__ = ["Comparison", "PushResult", "compare", "upload"]
 
 _CHUNK_BYTES = 16 << 20
 
@@ -101,14 +100,16 @@ def _is_same(file: ManifestFile, entry: RepoFile, manifest: Manifest) -> bool:
 
 def _digest(file: ManifestFile, manifest: Manifest, hasher: Any) -> str:
     """Hex digest of a file's bytes; of an object as they are read, without a copy."""
+    return hex_digest(hasher, _chunks(file, manifest))
+
+
+def _chunks(file: ManifestFile, manifest: Manifest) -> Iterator[bytes]:
     if file.content is not None:
-        hasher.update(file.content)
-    else:
-        assert file.file is not None
-        for start in range(0, file.size, _CHUNK_BYTES):
-            hasher.update(manifest.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES)))
-    digest: str = hasher.hexdigest()
-    return digest
+        yield file.content
+        return
+    assert file.file is not None
+    for start in range(0, file.size, _CHUNK_BYTES):
+        yield manifest.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES))
 
 
 def upload(

@@ -10,20 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = [
-    "MEAN",
-    "best_loss",
-    "loss_rows",
-    "mean_load",
-    "own_expert",
-    "own_expert_loss",
-    "perplexity",
-    "read_labels",
-    "read_loss",
-    "router_origin",
-    "weakest_layers",
-]
-
 MEAN = "mean"
 _ROW_ORDER = ("base", "hidden", "merged", "oracle")
 

@@ -32,8 +32,6 @@ from raymoe.report.eval_numbers import (
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["evaluation_page"]
-
 _NAMES = {"base": "base model", "hidden": "hidden router", "merged": "merged", "oracle": "oracle", "own": "own expert"}
 # What HTML can't hold: control characters and halves of surrogate pairs, which json reads without complaint.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -1,4 +1,4 @@
-"""An evaluation on a terminal: losses, how often the right expert was chosen, and how the work is shared.
+"""An evaluation on a terminal: losses, how often the right expert was chosen, how the work is shared; scores on tasks.
 
 Tables are cut into blocks of columns that fit into 100 characters, so that 16 labels read as well as 2. Piped output
 has the same blocks; a mark that is a colour on a terminal is a `*` everywhere.
@@ -23,8 +23,6 @@ from raymoe.report.eval_numbers import (
     router_origin,
     weakest_layers,
 )
-
-__all__ = ["print_evaluation"]
 
 _WIDTH = 100
 _Column = TypeVar("_Column", str, int)
@@ -145,3 +143,23 @@ def _blocks(width: Mapping[_Column, int], room: int) -> Iterator[list[_Column]]:
         block.append(column)
         used += size + 2
     yield block
+
+
+def print_tasks(result: Mapping[str, Any]) -> None:
+    """Print what `raymoe eval --tasks --json` writes on standard output, a row a metric."""
+    from rich.table import Table
+
+    console = rich_console()
+    console.print(result["model"], style="bold")
+    table = Table("task", "version", "shots", "examples", "metric", "value", "standard error", box=None, pad_edge=False)
+    for column in (*table.columns[1:4], *table.columns[5:]):
+        column.justify = "right"
+    for name, task in result["tasks"].items():
+        facts = ["-" if task[key] is None else str(task[key]) for key in ("version", "fewshot", "samples")]
+        for metric, value in task["metrics"].items():
+            table.add_row(name, *facts, metric, _format_score(value["value"]), _format_score(value["stderr"]))
+    console.print(table)
+
+
+def _format_score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -13,21 +13,19 @@ import numpy.typing as npt
 
 from raymoe.architectures import MoeArchitecture, find_moe_architecture
 from raymoe.architectures.moe_architecture import PER_TOKEN_KEY
+from raymoe.checkpoints.merge_record import MergeRecord, read_record, unreadable_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.console import print_json, print_line
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes, human_count
 from raymoe.object_store.options import StorageOptions
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.weight_index import index_model_weights
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
-
-__all__ = ["inspect_checkpoint", "print_summary"]
-
-_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     if architecture is not None:
         summary |= _moe_summary(architecture, config, index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
-        summary["merge"] = _record_summary(read_object(folder, RECORD_NAME, "", ""), f"{folder.label}/{RECORD_NAME}")
+        summary["merge"] = _record_summary(read_record(folder))
     return summary
 
 
@@ -66,23 +64,14 @@ def _first_text(values: object) -> str:
     return first if isinstance(first, str) else "?"
 
 
-def _record_summary(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _record_summary(record: MergeRecord) -> dict[str, Any]:
     """What a merge's record says of how it was made. Raises ProblemReport for what is no record of raymoe."""
-    keys = ("raymoe_version", "sources", "config", "plan_digest")
-    if missing := [key for key in keys if key not in record]:
-        what = f"{', '.join(missing)} is missing" if len(missing) == 1 else f"{', '.join(missing)} are missing"
-    elif not isinstance(record["config"], dict) or not isinstance(record["config"].get("gate_mode"), str):
-        what = "its config has no gate_mode"
-    elif not isinstance(record["sources"], list) or not all(map(_is_source, record["sources"])):
-        what = "its sources are no list of objects with an owner and a model"
-    else:
-        return {key: record[key] for key in keys}
-    remedy = "remove it if it is no record of a merge; one that raymoe wrote comes back with the same merge command"
-    raise ProblemReport([Problem(where=where, what=f"can't be read: {what}", remedy=remedy)])
-
-
-def _is_source(source: object) -> bool:
-    return isinstance(source, dict) and all(isinstance(source.get(key), str) for key in ("owner", "model"))
+    keys, config = ("raymoe_version", "sources", "config", "plan_digest"), record.content.get("config")
+    if missing := [key for key in keys if key not in record.content]:
+        raise unreadable_record(record.where, f"it has no {', '.join(missing)}")
+    if not isinstance(config, Mapping) or not isinstance(config.get("gate_mode"), str):
+        raise unreadable_record(record.where, "its config has no gate_mode")
+    return {key: record.content[key] for key in keys}
 
 
 def _bytes_by(index: CheckpointIndex, key: Any) -> dict[str, int]:
@@ -139,7 +128,7 @@ def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, stora
     entries: list[TensorEntry] = [
         entry
         for entry in index.tensors.values()
-        if pattern.match(entry.name) and entry.dtype in _FLOATS and len(entry.shape) == 2 and all(entry.shape)
+        if pattern.match(entry.name) and entry.dtype in FLOAT_DTYPES and len(entry.shape) == 2 and all(entry.shape)
     ]
     # In a .bin file any number of tensors may be the same bytes; of safetensors each has its own.
     if sum(entry.nbytes for entry in entries) > sum(file.size for file in index.files):

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from raymoe.config import MODES
-from raymoe.config.gate_modes import EMBEDDING
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import FOLDS
 from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
-from raymoe.routers.activations import FOLDS, token_limit
-from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.tokenize import batches, chunk_size, read_scan, round_up
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.transform import THREADS
-
-__all__ = ["actor_memory"]
+from raymoe.tensor_names import EMBEDDING, layer_of
 
 # Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
 # what it needs of transformers, and has tokenized its prompts.
@@ -36,12 +34,10 @@ _COMPUTING_ACTOR_BYTES = 520_000_000
 # The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
 # cuBLAS holds there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
-_GPU_SOLVER_BYTES = 350_000_000  # of the libraries that factorise on a GPU, in the machine's memory; measured likewise
 _BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _MIN_COUNTED_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +88,14 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
 
 def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
-    gates, hidden = plan.gates, plan.gates.hidden
-    run = gates.layers if MODES[gates.mode].is_fitted else gates.layers - 1  # the last layer's input is all it takes
+    gates, hidden, mode = plan.gates, plan.gates.hidden, MODES[plan.gates.mode]
+    run = mode.layers_run(gates.layers)
     layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
     # Computed with as the embedding is stored, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
-    fitting, solver = fitting_bytes(gates, tokens), _GPU_SOLVER_BYTES if MODES[gates.mode].is_fitted else 0
+    fitting = mode.fitting_bytes(hidden, tokens)
     common = _TOKEN_BYTES * one.tokens + _activation_bytes(plan, tokens)
     reading = {
         width: one.tokens * hidden * width + _work_bytes(plan, one, width) + _adapter_bytes(one, width)
@@ -108,7 +104,7 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     return {
         "cpu": common + max(min(2, run) * elements * here + reading[here], fitting * max_layers_at_once(gates)),
         "gpu": max(min(3, run) * max(layer, elements * stored) + reading[stored], fitting),
-        "beside_gpu": common + min(2, run) * layer + solver,
+        "beside_gpu": common + min(2, run) * layer + mode.gpu_library_bytes,
     }
 
 
@@ -131,11 +127,11 @@ def _is_slow(what: PartSource) -> bool:
 def _layer_elements(gates: GatePlan) -> int:
     """Numbers in the largest layer that prompts pass."""
     found = 0
-    for member in (*gates.experts, *gates.shared):
-        layers: dict[str, int] = {}
+    for member in gates.members:
+        layers: dict[int, int] = {}
         for name, weight in member.weights.items():
-            if match := _LAYER.match(name):
-                layers[match[1]] = layers.get(match[1], 0) + math.prod(weight.entry.shape)
+            if (layer := layer_of(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + math.prod(weight.entry.shape)
         found = max([found, *layers.values()])
     return found
 
@@ -153,7 +149,7 @@ def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
 def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
     """The passes of one actor, and the tokens of all prompts together."""
     gates = plan.gates
-    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
+    members = gates.prompted
     lengths = prompt_lengths(gates, exact=False)
     total = sum(sum(map(sum, of_member)) for of_member in lengths.values())
     if total * gates.hidden * 4 > _MIN_COUNTED_BYTES:
@@ -199,22 +195,22 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:
     """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
-    gates = plan.gates
-    members = sum(1 for member in (*gates.experts, *gates.shared) if member.positive)
-    kept = min(tokens, members * token_limit(gates.mode, len(gates.experts)))
-    sums = 0 if MODES[gates.mode].is_fitted else (FOLDS + 1) * 8 * members
+    gates, mode = plan.gates, MODES[plan.gates.mode]
+    members = len(gates.prompted)
+    kept = min(tokens, members * mode.token_limit(len(gates.experts)))
+    sums = (FOLDS + 1) * 8 * members if mode.sums_layer_inputs else 0
     return gates.layers * gates.hidden * (2 * kept + sums)
 
 
 def _adapter_bytes(one: _Pass, width: int) -> int:
     """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
     that one adapter changes, made anew."""
-    factors: dict[str, int] = {}
+    factors: dict[int | None, int] = {}
     changed = 0
     for adapter in _adapters(one.members):
-        made: dict[str, int] = {}
+        made: dict[int | None, int] = {}
         for name, weight in adapter.items():
-            layer = match[1] if (match := _LAYER.match(name)) else ""
+            layer = layer_of(name)
             assert weight.lora is not None
             elements = sum(math.prod(entry.shape) for entry in weight.lora.entries.values())
             factors[layer] = factors.get(layer, 0) + 8 * elements

@@ -16,12 +16,11 @@ from raymoe._version import __version__
 from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.formatting import human_count
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable
-
-__all__ = ["PATH_PLACEHOLDER", "card_metadata", "model_card"]
 
 PATH_PLACEHOLDER = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
@@ -111,9 +110,9 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
     measured = [" tokens that find it |", " share of tokens |"] if summary else []
     yield "| expert | model | prompts | for example |" + "".join(measured)
     yield "|---|---|---:|---|" + "---:|" * len(measured)
-    prompts = {member.owner: member.positive for member in (*plan.gates.experts, *plan.gates.shared)}
+    prompts = {member.owner: member.positive for member in plan.gates.members}
     for number, expert in enumerate(config.experts):
-        row = _expert_row(str(number), expert, prompts.get(f"expert {number}", ()))
+        row = _expert_row(str(number), expert, prompts.get(Owner.expert(number), ()))
         if summary:
             layers = summary.layers.values()
             right = sum(layer.accuracy_by_expert[number] for layer in layers) / len(layers)
@@ -121,7 +120,8 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
             row += f" {right:.0%} | {load:.0%} |"
         yield row
     for number, expert in enumerate(config.shared_experts):
-        row = _expert_row(f"shared {number}", expert, prompts.get(f"shared {number}", ()))
+        owner = Owner.shared(number)
+        row = _expert_row(str(owner), expert, prompts.get(owner, ()))
         yield row + " - |" * len(measured)
     yield ""
     if unused := {source.owner: source.unused for source in plan.sources if source.unused}:

@@ -7,27 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
-from raymoe.config import MODES
 from raymoe.console import console as rich_console
 from raymoe.console import print_json, print_line, say
 from raymoe.formatting import human_bytes, human_count
+from raymoe.gate_modes import MODES
 from raymoe.object_store.urls import is_s3
-from raymoe.planning.plan import FUSED, SHARED, MergePlan, Shard
+from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, ROUTER, OwnerKind
+from raymoe.planning.plan import MergePlan, Shard
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
 
 if TYPE_CHECKING:
-    from raymoe.sources.resolve import HubOptions
-
-__all__ = [
-    "PlannedOutput",
-    "merge_line",
-    "plan_summary",
-    "print_plan",
-    "print_result",
-    "print_verification",
-]
+    from raymoe.sources.hub import HubOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,20 +63,21 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
         "parameters": totals.parameters,
         "active_parameters": totals.active_parameters,
         "output_bytes": totals.output_bytes,
-        "bytes_by_source": dict(totals.bytes_by_owner),
+        "bytes_by_source": {str(owner): count for owner, count in totals.bytes_by_owner.items()},
         "bytes_by_kind": dict(totals.bytes_by_kind),
         "gates": {
             "mode": plan.gates.mode,
             "prompt_model": plan.gates.prompt_model if MODES[plan.gates.mode].needs_forward_pass else None,
             "weight_bytes_read": totals.gate_bytes,
-            "prompts": {p.owner: len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared)},
+            "prompts": {str(p.owner): len(p.positive) + len(p.negative) for p in plan.gates.members},
         },
         "actor_memory_bytes": actor_memory(plan, hub, sent=_bytes_sent(output)),
         "shards": [
-            {"file": s.file_name, "owner": s.owner, "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
+            {"file": s.file_name, "owner": str(s.owner), "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
         ],
         "sources": [
-            {"owner": s.owner, "model": s.label, "revision": s.revision, "files": len(s.files)} for s in plan.sources
+            {"owner": str(s.owner), "model": s.label, "revision": s.revision, "files": len(s.files)}
+            for s in plan.sources
         ],
         "warnings": list(plan.warnings),
         "config": dict(plan.config),
@@ -153,12 +146,12 @@ def _source_table(plan: MergePlan) -> Any:
     table.columns[2].justify = "right"
     for source in plan.sources:
         own = plan.totals.bytes_by_owner.get(source.owner)
-        together = SHARED if source.owner.startswith("shared") else FUSED
-        table.add_row(source.owner, source.label, human_bytes(own) if own else f"in {together}")
-    for together in (FUSED, SHARED):
+        together = ALL_SHARED if source.owner.kind is OwnerKind.SHARED else ALL_EXPERTS
+        table.add_row(str(source.owner), source.label, human_bytes(own) if own else f"in {together}")
+    for together in (ALL_EXPERTS, ALL_SHARED):
         if (own := plan.totals.bytes_by_owner.get(together)) is not None:
-            table.add_row(together, "all of them, tensor by tensor", human_bytes(own))
-    table.add_row("router", f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner["router"]))
+            table.add_row(str(together), "all of them, tensor by tensor", human_bytes(own))
+    table.add_row(str(ROUTER), f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner[ROUTER]))
     return table
 
 
@@ -173,7 +166,7 @@ def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
     for column in table.columns[2:]:
         column.justify = "right"
     for shard in plan.shards[:limit]:
-        table.add_row(shard.file_name, shard.owner, str(_tensors(shard)), human_bytes(shard.nbytes))
+        table.add_row(shard.file_name, str(shard.owner), str(_tensors(shard)), human_bytes(shard.nbytes))
     if len(plan.shards) > limit:
         table.add_row(f"and {len(plan.shards) - limit} more", "", "", "")
     return table
@@ -183,7 +176,7 @@ def _gate_line(plan: MergePlan) -> str:
     mode = MODES[plan.gates.mode]
     if not mode.needs_prompts:
         return f"Gates: {mode.name}, drawn from seed {plan.gates.seed}."
-    count = sum(len(p.positive) + len(p.negative) for p in (*plan.gates.experts, *plan.gates.shared))
+    count = sum(len(p.positive) + len(p.negative) for p in plan.gates.members)
     if not mode.needs_forward_pass:
         return f"Gates: {mode.name} from {count} prompts; no model is run."
     reads = human_bytes(plan.totals.gate_bytes)

@@ -5,29 +5,27 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from raymoe.console import console, say
 
-__all__ = ["ProgressLine"]
-
 _LINE_EVERY_S = 5.0
-_Line = TypeVar("_Line", bound="ProgressLine")
+_Display = TypeVar("_Display", bound="LiveDisplay")
 
 
-class ProgressLine:
-    """A stage, and how much of it is done; `describe` says that as text. A context manager."""
+class LiveDisplay:
+    """Shows what is going on, from the time that it was made. A context manager."""
 
-    def __init__(self, describe: Callable[[int, int], str], *, total: int = 0, quiet: bool = False) -> None:
-        self._describe, self._quiet = describe, quiet
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self._started = self._last_line = time.monotonic()
-        self._stage, self._done, self._total = "", 0, total
         self._live: Any = None
+        # A dumb terminal or a log gets lines; a person gets one line that moves.
         self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def __enter__(self: _Line) -> _Line:
-        if self._on_terminal and not self._quiet:
+    def __enter__(self: _Display) -> _Display:
+        if self._on_terminal and not self.quiet:
             from rich.live import Live
 
             self._live = Live(console=console(stderr=True), refresh_per_second=4, transient=True)
@@ -38,26 +36,45 @@ class ProgressLine:
         if self._live is not None:
             self._live.stop()
 
+    @property
+    def seconds(self) -> float:
+        """How long it has been going on."""
+        return time.monotonic() - self._started
+
+    def show(self, line: Callable[[], str], more: Callable[[], Sequence[str]] = tuple) -> None:
+        """Show `line()`, on a terminal with the lines of `more()` below it."""
+        if self.quiet:
+            return
+        if self._live is not None:
+            from rich.console import Group
+            from rich.text import Text
+
+            self._live.update(Group(Text(line(), style="bold"), *map(Text, more())))
+        elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            say(line())
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the one that moves."""
+        self._live.console.print(line) if self._live is not None else say(line)
+
+
+class ProgressLine(LiveDisplay):
+    """A stage, and how much of it is done; `describe` says that as text. A context manager."""
+
+    def __init__(self, describe: Callable[[int, int], str], *, total: int = 0, quiet: bool = False) -> None:
+        super().__init__(quiet=quiet)
+        self._describe = describe
+        self._stage, self._done, self._total = "", 0, total
+
     def add(self, count: int) -> None:
         """So much more is done."""
         self._done += count
-        self._show()
+        self.show(self._line)
 
     def _begin_stage(self, stage: str) -> None:
         self._stage = stage
-        self._show()
-
-    def _show(self) -> None:
-        if self._quiet:
-            return
-        if self._live is not None:
-            from rich.text import Text
-
-            self._live.update(Text(self._line(), style="bold"))
-        elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
-            say(self._line())
+        self.show(self._line)
 
     def _line(self) -> str:
-        elapsed = time.monotonic() - self._started
-        return f"{elapsed:5.0f} s | {self._stage} | {self._describe(self._done, self._total)}"
+        return f"{self.seconds:5.0f} s | {self._stage} | {self._describe(self._done, self._total)}"

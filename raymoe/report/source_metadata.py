@@ -26,18 +26,6 @@ from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.file_names import CARD_NAME
 from raymoe.untrusted_files import MAX_YAML_BYTES, read_yaml
 
-__all__ = [
-    "License",
-    "SourceCard",
-    "as_strings",
-    "common_value",
-    "is_model_of_hub",
-    "parse_front_matter",
-    "read_front_matter",
-    "source_cards",
-    "stated_license",
-]
-
 _AT_ONCE = 8
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Sentences that a licence's text has and no other's, by the Hub's name of the licence. All of a row have to be there.

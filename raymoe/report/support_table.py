@@ -8,8 +8,6 @@ from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.console import print_json
 
-__all__ = ["print_support_matrix"]
-
 _SHARED = {
     "no": "",
     "gated": "optional, with a gate",

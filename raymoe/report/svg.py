@@ -17,8 +17,6 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 from rich.cells import cell_len, set_cell_size
 
-__all__ = ["Bar", "Mark", "Series", "bars", "expert_kind", "heatmap", "ladder", "lines", "matrix", "stack"]
-
 _COLORS = 16  # of the style sheet
 _LETTER = 7.2  # width of a character at the drawings' 12 px, of a wide font
 

@@ -1,24 +1,25 @@
 """What an expert's prompts leave behind at each layer, for that layer's router to be made of.
 
-`hidden`      per fold of prompts, the sum of the layer's input at each prompt's last token
-`hidden_avg`  the same of its mean over the prompt's tokens; padding does not count
-`ridge`       the state of every token, as the layer's router will see it (see ridge.py)
+The gate mode decides what that is (see raymoe/gate_modes). There are two kinds:
 
-Modes that only sum keep a few tokens' states as well: the finished routers are judged by them (see heldout_report.py).
+sums     per fold of prompts, the sum of a vector that the mode takes of each prompt from the layer's input
+states   of the prompts' tokens, as the layer's router will see them
+
+Modes that sum keep a few tokens' states as well: the finished routers are judged by them (see heldout_report.py).
 BOS says nothing of a prompt's kind, and is left out of the states. They are kept in bfloat16, as they are on most GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.gate_modes import MODES
 from raymoe.errors import MergeFailed, Problem, ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import FOLDS, LayerActivations
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.routers.prompt_passes import part_of
 from raymoe.routers.router_math import not_finite_message
@@ -28,41 +29,10 @@ from raymoe.storage.source_reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "MAX_TOKENS_PER_EXPERT", "LayerActivations", "capture", "capture_layers", "token_limit"]
-
-FOLDS = 5
-"""Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
-
-# of all experts together, that a layer's router is fitted to: past that, more hardly help
-MAX_TOKENS_PER_EXPERT = 16_384
-_CHECK_TOKENS = 1_024  # of all experts together, that other modes' routers are judged by
 _NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
 
 Float64 = npt.NDArray[np.float64]
 LayerDone = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerActivations:
-    """One member's prompts at one layer.
-
-    `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
-    prompt that each token is of, `negative` (tokens,) whether that is a negative one. No tokens: nothing was kept here.
-    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum. Of a member
-    that is read in parts, each part has one of these: its own states, sums and counts, its share of the mean.
-    """
-
-    states: npt.NDArray[np.int16]
-    prompts: npt.NDArray[np.int64]
-    negative: npt.NDArray[np.bool_]
-    sums: Float64 | None = None
-    counts: npt.NDArray[np.int64] | None = None
-    negative_mean: Float64 | None = None
-
-
-def token_limit(mode: str, members: int) -> int:
-    """How many tokens' states are kept of each expert's prompts; of more, every so manyth."""
-    return max(1, (MAX_TOKENS_PER_EXPERT if MODES[mode].is_fitted else _CHECK_TOKENS) // members)
 
 
 def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[LayerActivations]:
@@ -107,16 +77,14 @@ def capture_layers(
             layer_done(int(member.batches[batch].lengths.sum()))
 
     together = [batch for member in captured for batch in member.batches]
+    mode = MODES[gates.mode]
     if on_counted is not None:
-        is_fitted = MODES[gates.mode].is_fitted
-        on_counted(
-            sum(int(batch.lengths.sum()) for batch in together) * (gates.layers if is_fitted else gates.layers - 1)
-        )
+        on_counted(sum(int(batch.lengths.sum()) for batch in together) * mode.layers_run(gates.layers))
     models = [number for number, member in enumerate(captured) for _ in member.batches]
-    if MODES[gates.mode].is_fitted:
-        layers = decoder.router_inputs(together, gates.layers, look, models=models)
-    else:
+    if mode.sums_layer_inputs:
         layers = decoder.layer_inputs(together, gates.layers, add, look, models=models)
+    else:
+        layers = decoder.router_inputs(together, gates.layers, look, models=models)
     for layer in layers:
         yield [member.pop_layer(layer) for member in captured]
 
@@ -135,13 +103,13 @@ class _Capture:
         part = _batch_slice([batch.ids.numel() for batch in everything], *part_of(prompts))
         self.batches = everything[part]
         self._owner, self._hidden = prompts.owner, gates.hidden
-        tokens = _Tokens(everything, signs, bos, token_limit(gates.mode, members))
-        is_fitted = MODES[gates.mode].is_fitted
-        if is_fitted and not tokens.has_positive:
+        mode = MODES[gates.mode]
+        tokens = _Tokens(everything, signs, bos, mode.token_limit(members))
+        if mode.needs_text and not tokens.has_positive:
             what = f"the positive prompts of {prompts.owner} have no tokens but BOS"
-            raise ProblemReport([Problem(where=prompts.owner, what=what, remedy="give it some text")])
+            raise ProblemReport([Problem(where=str(prompts.owner), what=what, remedy="give it some text")])
         self._tokens = tokens.subset(part)
-        self._sums = None if is_fitted else _Sums(gates, everything, signs, part)
+        self._sums = _Sums(gates, everything, signs, part) if mode.sums_layer_inputs else None
         self._states: list[list[npt.NDArray[np.int16]]] = [[] for _ in range(gates.layers)]
 
     def add_inputs(self, layer: int, batch: int, hidden_BTH: torch.Tensor) -> None:
@@ -247,11 +215,11 @@ def _evenly_spaced(total: int, count: int) -> torch.Tensor:
 
 
 class _Sums:
-    """Sums of what `hidden` and `hidden_avg` take from each prompt, by layer and fold; only of layers under way."""
+    """Sums of what the mode takes from each prompt, by layer and fold; only of layers under way."""
 
     def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool], part: slice) -> None:
         """Of all the `groups` of prompts those of `part` are summed here, which are numbered anew."""
-        self._last, self._hidden = gates.mode == "hidden", gates.hidden
+        self._mode, self._hidden = MODES[gates.mode], gates.hidden
         self._groups, self._signs = groups[part], signs[part]
         self._layers: dict[int, tuple[Float64, Float64]] = {}
         first: list[int] = []  # number of a batch's first prompt
@@ -270,14 +238,7 @@ class _Sums:
         return (self._first[number] + np.arange(len(self._groups[number].lengths))) % FOLDS
 
     def add(self, layer: int, number: int, hidden_BTH: torch.Tensor) -> None:
-        import torch
-
-        lengths = self._groups[number].lengths.to(hidden_BTH.device)
-        if self._last:
-            taken = hidden_BTH[torch.arange(len(lengths), device=hidden_BTH.device), lengths - 1].float()
-        else:
-            real = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None] < lengths[:, None]
-            taken = (hidden_BTH.float() * real[..., None]).sum(dim=1) / lengths[:, None]
+        taken = self._mode.prompt_vectors(hidden_BTH, self._groups[number].lengths.to(hidden_BTH.device))
         vectors = taken.cpu().numpy().astype(np.float64)
         positive, negative = self._layer_sums(layer)
         if self._signs[number]:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-__all__ = ["ATTENTION_WITH_SINKS", "register_sink_attention"]
-
 ATTENTION_WITH_SINKS = "raymoe_sinks"
 # Dimensions of a head in fast kernels.
 _MULTIPLE = 8

@@ -10,46 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from raymoe.formatting import number_ranges
-
-__all__ = ["LayerScores", "RouterSummary", "router_warnings", "score_heldout", "summary_lines"]
+from raymoe.gate_modes import GateMode
+from raymoe.gate_modes.layer_values import LayerScores
 
 _WEAKEST = 3
 # An expert is starved in a layer where it comes first for less than this share of its fair share.
 _STARVED = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerScores:
-    """One layer on held-out prompts: by expert the share of its tokens that it gets, and its share of all tokens."""
-
-    accuracy_by_expert: tuple[float, ...]
-    load: tuple[float, ...]
-    ridge: float | None = None
-    scale: float | None = None
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.accuracy_by_expert) / len(self.accuracy_by_expert)
-
-
-def score_heldout(
-    labels: npt.NDArray[np.int64],
-    first: npt.NDArray[np.int64],
-    experts: int,
-    *,
-    ridge: float | None = None,
-    scale: float | None = None,
-) -> LayerScores:
-    """The check of a layer from its held-out tokens: their prompts' experts and their first choices, both (tokens,)."""
-    shares = np.zeros((experts, experts))  # of the tokens of expert i, those that get expert j first
-    np.add.at(shares, (labels, first), 1)
-    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
-    right, load = tuple(shares.diagonal().tolist()), tuple(shares.mean(axis=0).tolist())
-    return LayerScores(accuracy_by_expert=right, load=load, ridge=ridge, scale=scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +70,10 @@ def summary_lines(summary: RouterSummary, names: Sequence[str]) -> list[str]:
     ]
 
 
-def router_warnings(summary: RouterSummary, names: Sequence[str], *, fitted: bool) -> list[str]:
-    """What is wrong with the routers, with numbers and the remedy. `fitted`: they are of the mode that fits best."""
+def router_warnings(summary: RouterSummary, names: Sequence[str], *, better: GateMode | None) -> list[str]:
+    """What is wrong with the routers, with numbers and the remedy. `better`: a mode that routes better, if any."""
     warnings = []
-    other_mode = "" if fitted else ", or use gate_mode: ridge"
+    other_mode = f", or use gate_mode: {better.name}" if better else ""
     chance = 1 / summary.experts
     if summary.experts > 1 and summary.accuracy < chance + 0.25 * (1 - chance):
         warnings.append(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from raymoe.config.gate_modes import MODES
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import LayerActivations, join_parts
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
-from raymoe.routers.activations import LayerActivations, LayerDone, capture_layers
-from raymoe.routers.cheap_embed import embedding_router_row
-from raymoe.routers.fit_layer import fit_layer, join_parts
+from raymoe.routers.activations import LayerDone, capture_layers
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import plan_readings
 from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner, random_router_rows
+from raymoe.routers.token_embeddings import embedding_router_row
 from raymoe.storage.source_reader import SourceReader
-
-__all__ = ["compute_routers_locally"]
 
 
 def compute_routers_locally(
@@ -30,14 +29,14 @@ def compute_routers_locally(
 
     A layer's router is made when the last prompts have passed it, and what they left there is dropped.
     """
-    mode, members = MODES[gates.mode], [p for p in (*gates.experts, *gates.shared) if p.positive]
+    mode, members = MODES[gates.mode], gates.prompted
     if not mode.needs_prompts:
         return random_router_rows(gates), None
     if not mode.needs_forward_pass:
         rows = {m.owner: embedding_router_row(gates, m, reader, trust_remote_code=trust_remote_code) for m in members}
         return embedding_rows_by_owner(gates, rows), None
     passes = plan_readings(members, 1, gates.hidden)
-    activations: list[dict[str, list[LayerActivations]]] = [
+    activations: list[dict[Owner, list[LayerActivations]]] = [
         {member.owner: [] for member in members} for _ in range(gates.layers)
     ]
     found = {}
@@ -59,5 +58,5 @@ def compute_routers_locally(
             if pass_prompts is passes[-1]:
                 everyone = [join_parts(activations[layer].pop(member.owner)) for member in members]
                 count = len(gates.experts)
-                found[layer] = fit_layer(gates.mode, everyone[:count], everyone[count:], device)
+                found[layer] = mode.fit_layer(everyone[:count], everyone[count:], device)
     return collect_rows(found, [member.owner for member in gates.experts])

@@ -25,8 +25,6 @@ from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
 
-__all__ = ["LayerLoader", "LayerParts", "LoadedLayer", "compute_dtype", "load_weight"]
-
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
 _BLOCK_BYTES = 8 << 20

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["apply_lora"]
-
 _BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64
 
 

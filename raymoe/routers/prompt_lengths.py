@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import ProblemReport
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.prompt_passes import text_tokens
-from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import fetch_file
 from raymoe.sources.tokenizer_files import plain_tokenizer, tokenizer_guard
-
-__all__ = ["count_distinct_tokens", "prompt_lengths"]
 
 _FILE = "tokenizer.json"
 _TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
@@ -21,7 +21,7 @@ _TEXTS_AT_ONCE = 256  # whose tokens are held at once
 
 def prompt_lengths(
     gates: GatePlan, *, exact: bool = True, hub: HubOptions | None = None
-) -> dict[str, tuple[list[int], list[int]]]:
+) -> dict[Owner, tuple[list[int], list[int]]]:
     """Tokens of each member's positive and negative prompts, by owner.
 
     Counted by the tokenizer where its tokenizer.json is on this machine and `exact` is asked for; else estimated from
@@ -29,7 +29,7 @@ def prompt_lengths(
     """
     tokenizer = _tokenizer(gates, hub or HubOptions()) if exact else None
     lengths = {}
-    for member in (*gates.experts, *gates.shared):
+    for member in gates.members:
         more = _TEMPLATE_TOKENS if member.chat_template else 0
         positive, negative = (
             [length + more for length in _lengths(tokenizer, texts)] for texts in (member.positive, member.negative)
@@ -42,7 +42,7 @@ def count_distinct_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> 
     """How many different tokens the prompts of one member have at most, counted by the tokenizer; None where its
     tokenizer.json is not on this machine. `hub` as above."""
     tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
-    for member in (*gates.experts, *gates.shared):
+    for member in gates.members:
         ids: set[int] = set()
         for some in _groups((*member.positive, *member.negative)):
             if (found := _ids(tokenizer, some)) is None:

@@ -14,8 +14,6 @@ from itertools import pairwise
 
 from raymoe.planning.plan import GatePrompts
 
-__all__ = ["STATE_BYTES", "Reading", "part_of", "plan_readings", "text_tokens"]
-
 STATE_BYTES = 2 << 30
 """Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
 about half as many tokens as that; a tokenizer of single bytes has twice as many."""
@@ -33,7 +31,7 @@ class Reading(GatePrompts):
 
     @property
     def name(self) -> str:
-        return self.owner if self.parts == 1 else f"{self.owner} (part {self.part + 1} of {self.parts})"
+        return f"{self.owner} (part {self.part + 1} of {self.parts})" if self.parts > 1 else str(self.owner)
 
 
 def part_of(prompts: GatePrompts) -> tuple[int, int]:

@@ -10,8 +10,6 @@ import torch
 
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = ["check_quantize", "quantize_layer"]
-
 
 def check_quantize(kind: str, device: str) -> None:
     """Raises ProblemReport with what is missing for `kind` ('8bit' or '4bit') on this device."""

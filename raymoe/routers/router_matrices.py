@@ -8,38 +8,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.gate_modes import MODES
 from raymoe.errors import MergeFailed
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.directions import shared_gate_row
+from raymoe.gate_modes.layer_values import LayerRows
+from raymoe.planning.owner import ALL_SHARED, Owner
 from raymoe.planning.plan import GatePlan, Part, Router
-from raymoe.routers.fit_layer import LayerRows
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.routers.router_math import not_finite_message, random_rows, shared_gate_row
+from raymoe.routers.router_math import not_finite_message
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = [
-    "SHARED_GATE",
-    "RouterRows",
-    "collect_rows",
-    "embedding_rows_by_owner",
-    "random_router_rows",
-    "router_bytes",
-    "router_rows",
-]
-
-RouterRows = dict[str, npt.NDArray[np.float32]]
-"""Rows (layers, hidden) of each expert by its owner name, and under `SHARED_GATE` those of the shared experts' gate."""
-
-SHARED_GATE = "gate of the shared experts"
+RouterRows = dict[Owner, npt.NDArray[np.float32]]
+"""Rows (layers, hidden) of each expert, and under `ALL_SHARED` those of the shared experts' gate."""
 
 
-def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tuple[RouterRows, RouterSummary | None]:
+def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[Owner]) -> tuple[RouterRows, RouterSummary | None]:
     """Rows by owner out of those of all layers, and the summary of the layers that could be judged."""
     order = [layers[number] for number in sorted(layers)]
     rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
     gates = [layer.shared for layer in order if layer.shared is not None]
     if gates:
-        rows[SHARED_GATE] = np.stack(gates)
+        rows[ALL_SHARED] = np.stack(gates)
     _check_finite(rows)
     checks = {number: layers[number].scores for number in sorted(layers)}
     known = {number: check for number, check in checks.items() if check is not None}
@@ -48,26 +38,27 @@ def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[str]) -> tup
 
 def random_router_rows(gates: GatePlan) -> RouterRows:
     """Rows of the experts that have no prompts to read, in the modes that draw them."""
-    if MODES[gates.mode].needs_prompts:
+    mode = MODES[gates.mode]
+    if mode.needs_prompts:
         return {}
 
-    def drawn(owner: str) -> npt.NDArray[np.float32]:
-        return random_rows(gates.mode, gates.seed, owner, gates.layers, gates.hidden)
+    def drawn(owner: Owner) -> npt.NDArray[np.float32]:
+        return mode.draw_rows(gates.seed, str(owner), gates.layers, gates.hidden)
 
     rows = {member.owner: drawn(member.owner) for member in gates.experts}
-    return {**rows, SHARED_GATE: drawn(gates.shared[0].owner)} if gates.shared else rows
+    return {**rows, ALL_SHARED: drawn(gates.shared[0].owner)} if gates.shared else rows
 
 
-def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[str, npt.NDArray[np.float32]]) -> RouterRows:
+def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[Owner, npt.NDArray[np.float32]]) -> RouterRows:
     """Rows (hidden,) by owner, of the mode that reads no layers, for each layer."""
     by_owner = {member.owner: rows[member.owner] for member in gates.experts}
     if gates.shared:
-        by_owner[SHARED_GATE] = shared_gate_row([rows[member.owner] for member in gates.shared])
+        by_owner[ALL_SHARED] = shared_gate_row([rows[member.owner] for member in gates.shared])
     _check_finite({owner: row[None] for owner, row in by_owner.items()})
     return {owner: np.repeat(row[None], gates.layers, axis=0) for owner, row in by_owner.items()}
 
 
-def _check_finite(rows: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def _check_finite(rows: Mapping[Owner, npt.NDArray[np.float32]]) -> None:
     """Raises MergeFailed where a row would be of no use."""
     for owner, layers in rows.items():
         bad = np.flatnonzero(~np.isfinite(layers).all(axis=-1))
@@ -77,7 +68,7 @@ def _check_finite(rows: Mapping[str, npt.NDArray[np.float32]]) -> None:
 
 def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[np.float32]:
     """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden)."""
-    owners = [SHARED_GATE] if what.shared else [member.owner for member in gates.experts]
+    owners = [ALL_SHARED] if what.shared else [member.owner for member in gates.experts]
     return np.stack([rows[owner][what.layer] for owner in owners])
 
 

@@ -22,22 +22,19 @@ import numpy as np
 import torch
 
 from raymoe.architectures import FAMILIES
-from raymoe.config.gate_modes import EMBEDDING
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
-from raymoe.routers.cheap_embed import embedding_rows
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
 from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.quantize import quantize_layer
+from raymoe.routers.token_embeddings import embedding_rows
 from raymoe.routers.tokenize import Batch
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import permute_heads, read_rows, with_lora
+from raymoe.tensor_names import EMBEDDING, HEAD
 
-__all__ = ["StreamableModel", "StreamedDecoder"]
-
-_HEAD = "lm_head.weight"
 _ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
 _NON_FINITE = ("Infinity", "-Infinity", "NaN")  # as transformers 5 names them
 StatesCallback = Callable[[int, int, torch.Tensor], None]
@@ -255,7 +252,7 @@ class StreamedDecoder:
 
         Where a family scales its logits, the rows are scaled.
         """
-        ref = self._weights.get(_HEAD, self._weights[EMBEDDING])
+        ref = self._weights.get(HEAD, self._weights[EMBEDDING])
         factor = getattr(self._config, "logit_scale", 1.0) / getattr(self._config, "logits_scaling", 1.0)
         vocab = ref.entry.shape[0]
         for start in range(0, vocab, rows):

@@ -6,51 +6,37 @@ needs no mask, changes no position, and is simply not read afterwards.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.architectures.dense_family import Scan
-from raymoe.config.gate_modes import EMBEDDING, MODES
-from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.object_store.options import StorageOptions
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.planning.prompt_checks import missing_row_problem
 from raymoe.sources.facts import SideFile
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import NO_CHAT_TEMPLATE
-from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.resolve import fetch_file
 from raymoe.sources.tokenizer_files import (
     TokenizerFacts,
     tokenizer_code,
     tokenizer_facts,
+    tokenizer_folder,
     tokenizer_guard,
     with_bos,
     with_one_bos,
 )
 from raymoe.storage.source_reader import SourceReader
+from raymoe.tensor_names import EMBEDDING
 from raymoe.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "TOKEN_BUDGET",
-    "Batch",
-    "batches",
-    "chunk_size",
-    "load_tokenizer",
-    "open_tokenizer",
-    "prompt_ids",
-    "prompt_problems",
-    "read_scan",
-    "round_up",
-    "tokenize",
-    "tokenizer_from_paths",
-]
 
 # Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
 TOKEN_BUDGET = 2048
@@ -82,16 +68,7 @@ def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_rem
 
 def tokenizer_from_paths(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
     """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
-        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
-        code = xxhash.xxh3_64()
-        for name in sorted(name for name in paths if name.endswith(".py")):
-            code.update(paths[name].read_bytes())
-        folder = Path(root) / f"tokenizer_{code.hexdigest()}"
-        for name, path in paths.items():
-            link = folder / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+    with tokenizer_folder(paths) as folder:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
@@ -123,7 +100,7 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: str, chat_template: bool = False
+    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: Owner, chat_template: bool = False
 ) -> list[list[int]]:
     """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
 
@@ -212,22 +189,15 @@ def prompt_problems(
         facts = tokenizer_facts(gates.tokenizer_files, lambda file: fetch_file(file, hub, storage).read_bytes())
     except CheckpointError:
         return []
-    members = [member for member in (*gates.experts, *gates.shared) if member.positive]
-    open_texts = [(member, texts) for member in members for texts in _unchecked_texts(member, facts) if texts]
+    open_texts = [(member, texts) for member in gates.prompted for texts in _unchecked_texts(member, facts) if texts]
     if not open_texts:
         return []
-    problems: list[Problem] = []
-    try:
-        tokenizer = tokenizer_from_paths(paths, trust_remote_code=trust_remote_code)
-    except ProblemReport as report:
-        return list(report.problems)
-    for member, texts in open_texts:
+    collector = ProblemCollector()
+    tokenizer = collector.run(tokenizer_from_paths, paths, trust_remote_code=trust_remote_code)
+    for member, texts in open_texts if tokenizer is not None else ():
         vocab = member.weights[EMBEDDING].entry.shape[0]
-        try:
-            tokenize(tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
-        except ProblemReport as report:
-            problems += report.problems
-    return list(dict.fromkeys(problems))
+        collector.run(tokenize, tokenizer, texts, vocab=vocab, owner=member.owner, chat_template=member.chat_template)
+    return list(dict.fromkeys(collector.problems))
 
 
 def _unchecked_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
@@ -259,12 +229,18 @@ def batches(
 
     Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
     """
-    group: list[Sequence[int]] = []
-    for prompt in sorted(prompts, key=len):
-        if group and round_up(len(prompt), chunk) * (len(group) + 1) > budget:
+    for group in batch_numbers([len(prompt) for prompt in prompts], budget, chunk):
+        yield [prompts[number] for number in group]
+
+
+def batch_numbers(lengths: Sequence[int], budget: int, chunk: int) -> Iterator[list[int]]:
+    """Like `batches`, from the lengths of the prompts: the prompts' numbers."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and round_up(lengths[number], chunk) * (len(group) + 1) > budget:
             yield group
             group = []
-        group.append(prompt)
+        group.append(number)
     if group:
         yield group
 

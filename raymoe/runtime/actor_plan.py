@@ -21,18 +21,38 @@ from raymoe.runtime.placement import (
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile
 
-__all__ = ["ACTOR_CPUS", "ActorPlan", "locate_sources", "plan_actors"]
-
 ACTOR_CPUS = 1.0
 _SHARDS_AT_ONCE, _MAX_SHARDS_AT_ONCE = 2, 8
 _MAX_COPIERS, _CPUS_PER_COPIER = 4, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What actors are to do.
+
+    `jobs`: pieces of work. `runs_model`: the gates run a model, so that a GPU is of use; `quantize`: in which precision
+    it is loaded. `experts`: how many actors a cluster with an autoscaler is to have room for. `reads_folders`: some
+    sources are local folders. `prefer_driver_node`: one actor is to be on the driver's node, if there is room.
+    `shares_reads`: gates and shards read the same objects, each actor its own once. `max_layers_at_once`: more layers'
+    routers at once take an actor too much memory (`routers.fit_memory`).
+    """
+
+    jobs: int
+    runs_model: bool = False
+    quantize: str | None = None
+    experts: int = 1
+    reads_folders: bool = True
+    prefer_driver_node: bool = False
+    shares_reads: bool = False
+    max_layers_at_once: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPlan:
     """The actors that run at once, by where they are started; what each is given, how many of them read prompts at
     once, how many layers' routers and shards each works on side by side, and whether it runs a model. `can_grow`: an
-    autoscaler is there to make room for those that do not fit."""
+    autoscaler is there to make room for those that do not fit. `requirements`: the local files that work reads, where
+    not all nodes have all of them."""
 
     placements: tuple[ActorPlacement, ...]
     gpus: float
@@ -41,80 +61,107 @@ class ActorPlan:
     shards_at_once: int
     runs_model: bool
     can_grow: bool = False
+    requirements: FileRequirements | None = None
 
 
-def plan_actors(
-    settings: RuntimeSettings,
-    *,
-    jobs: int,
-    compute: bool,
-    quantize: str | None,
-    placement: Placement | None = None,
-    experts: int = 1,
-    reads_folders: bool = True,
-    prefer_driver_node: bool = False,
-    shares_reads: bool = False,
-    max_layers_at_once: int = 1,
-) -> ActorPlan:
-    """Actors for `jobs` pieces of work. `compute`: the gates run a model, so that a GPU is of use. `experts`: how many
-    actors a cluster with an autoscaler is to have room for; `reads_folders`: some sources are local folders.
-    `prefer_driver_node`: one actor is to be on the driver's node, if there is room. `shares_reads`: gates and shards
-    read the same objects, each actor its own once. `max_layers_at_once`: more layers' routers at once take an actor too
-    much memory (`routers.fit_memory`).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Capacity:
+    """What a cluster has: how many actors with `gpus` GPUs each it has room for, or will have if it grows."""
+
+    nodes: Sequence[Node]
+    cpus: int
+    gpus: float
+    actors: int
+    can_grow: bool
+
+    @property
+    def readers(self) -> int:
+        """On CPUs a model computes with several threads; two models that share cores take longer than one after the
+        other."""
+        return self.actors if self.gpus else max(1, self.cpus // COMPUTE_THREADS)
+
+
+def plan_actors(settings: RuntimeSettings, workload: Workload, placement: Placement | None = None) -> ActorPlan:
+    """Actors for a workload: what the cluster has room for, then where they are, then what each works on at once.
 
     Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
     """
+    capacity = _capacity(settings, workload, placement)
+    placements = _placements(settings, workload, placement, capacity)
+    actors, copiers = len(placements), _copiers(settings, workload, placement, capacity, len(placements))
+    # A layer's rows take one core for some seconds, or a GPU for a moment.
+    layers_at_once = 1 if capacity.gpus else max(1, min(workload.max_layers_at_once, capacity.cpus // actors))
+    # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
+    shards_at_once = max(_SHARDS_AT_ONCE, min(_MAX_SHARDS_AT_ONCE, capacity.cpus // (actors + copiers)))
+    return ActorPlan(
+        placements=(*placements, *(ActorPlacement(),) * copiers),
+        gpus=capacity.gpus,
+        readers=min(actors, capacity.readers),
+        layers_at_once=layers_at_once,
+        shards_at_once=shards_at_once,
+        runs_model=workload.runs_model,
+        can_grow=capacity.can_grow,
+        requirements=placement.requirements if placement is not None else None,
+    )
+
+
+def _capacity(settings: RuntimeSettings, workload: Workload, placement: Placement | None) -> _Capacity:
+    """Raises as `plan_actors`."""
     nodes = placement.nodes if placement is not None else cluster_nodes()
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    wanted = settings.gpus_per_expert
-    if wanted is None:
-        wants = compute and (settings.device == "cuda" or (settings.device is None and gpus >= 1))
-        wanted = 1.0 if wants else 0.0
-    fit = sum(node.capacity(wanted) for node in nodes)
+    gpus = settings.gpus_per_expert
+    if gpus is None:
+        has_gpus = sum(node.gpus for node in nodes) >= 1
+        wants = workload.runs_model and (settings.device == "cuda" or (settings.device is None and has_gpus))
+        gpus = 1.0 if wants else 0.0
+    fit = sum(node.capacity(gpus) for node in nodes)
     # New nodes have no folders but shared ones: for models in folders they are waited for only if nothing else helps.
-    can_grow = (not fit or (experts > fit and not reads_folders)) and has_autoscaler()
-    if problems := _resource_problems(nodes, settings, wanted, quantize, can_grow=can_grow):
+    can_grow = (not fit or (workload.experts > fit and not workload.reads_folders)) and has_autoscaler()
+    if problems := _resource_problems(nodes, settings, gpus, workload.quantize, can_grow=can_grow):
         raise ProblemReport(problems)
     if placement is not None and fit and (problems := placement.problems(settings.gpus_per_expert or 0.0)):
         raise ProblemReport(problems)
-    if can_grow:
-        fit = max(fit, experts)
-    # On CPUs a model computes with several threads; two models that share cores take longer than one after the other.
-    readers = fit if wanted else max(1, int(cpus) // COMPUTE_THREADS)
-    actors = max(1, min(jobs, fit, settings.actors or (readers if shares_reads else jobs)))
-    placements = (
-        placement.place_actors(actors, wanted) if placement is not None and not placement.is_unconstrained else ()
-    )
-    if len(placements) > (settings.actors or len(placements)):
-        what = (
-            f"{settings.actors} are too few: {len(placements)} are needed, since no node has the folders of all models"
-        )
-        raise ProblemReport([Problem(where="--actors", what=what, remedy=f"allow {len(placements)}, or leave it out")])
-    if not placements:
-        placements = (ActorPlacement(gpus=wanted),) * actors
-        if prefer_driver_node and len(nodes) > 1:
-            placements = (ActorPlacement(node_id=current_node_id(), allow_spill=True, gpus=wanted), *placements[1:])
-    # Threads that copy and one that computes in Python wait for each other in one process. Where there are cores for
-    # it, others move the bytes while those with a GPU read prompts; not where both read the same objects.
-    byte_actors = (
-        wanted and not shares_reads and not settings.actors and (placement is None or placement.is_unconstrained)
-    )
-    spare_cpus = int(cpus) - len(placements) if byte_actors else 0
-    copiers = max(0, min(_MAX_COPIERS, jobs, spare_cpus // _CPUS_PER_COPIER))
-    actors = len(placements)
-    # A layer's rows take one core for some seconds, or a GPU for a moment.
-    layers_at_once = 1 if wanted else max(1, min(max_layers_at_once, int(cpus) // actors))
-    # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
-    shards_at_once = max(_SHARDS_AT_ONCE, min(_MAX_SHARDS_AT_ONCE, int(cpus) // (actors + copiers)))
-    return ActorPlan(
-        placements=(*placements, *(ActorPlacement(),) * copiers),
-        gpus=wanted,
-        readers=min(actors, readers),
-        layers_at_once=layers_at_once,
-        shards_at_once=shards_at_once,
-        runs_model=compute,
+    return _Capacity(
+        nodes=nodes,
+        cpus=int(sum(node.cpus for node in nodes)),
+        gpus=gpus,
+        actors=max(fit, workload.experts) if can_grow else fit,
         can_grow=can_grow,
     )
+
+
+def _placements(
+    settings: RuntimeSettings, workload: Workload, placement: Placement | None, capacity: _Capacity
+) -> tuple[ActorPlacement, ...]:
+    """Where actors are started, but for those that only move bytes. Raises ProblemReport if too few are allowed."""
+    most = settings.actors or (capacity.readers if workload.shares_reads else workload.jobs)
+    actors = max(1, min(workload.jobs, capacity.actors, most))
+    if placement is not None and not placement.is_unconstrained:
+        placements = placement.place_actors(actors, capacity.gpus)
+        if settings.actors and len(placements) > settings.actors:
+            needed = len(placements)
+            what = f"{settings.actors} are too few: {needed} are needed, since no node has the folders of all models"
+            raise ProblemReport([Problem(where="--actors", what=what, remedy=f"allow {needed}, or leave it out")])
+        if placements:
+            return placements
+    placements = (ActorPlacement(gpus=capacity.gpus),) * actors
+    if not workload.prefer_driver_node or len(capacity.nodes) < 2:
+        return placements
+    near = ActorPlacement(node_id=current_node_id(), allow_spill=True, gpus=capacity.gpus)
+    return (near, *placements[1:])
+
+
+def _copiers(
+    settings: RuntimeSettings, workload: Workload, placement: Placement | None, capacity: _Capacity, actors: int
+) -> int:
+    """How many actors without a GPU move the bytes while those with one read prompts.
+
+    Threads that copy and one that computes in Python wait for each other in one process. So others are started where
+    there are cores for it; not where both read the same objects.
+    """
+    is_free = placement is None or placement.is_unconstrained
+    if not capacity.gpus or workload.shares_reads or settings.actors or not is_free:
+        return 0
+    return max(0, min(_MAX_COPIERS, workload.jobs, (capacity.cpus - actors) // _CPUS_PER_COPIER))
 
 
 def _resource_problems(

@@ -18,8 +18,6 @@ from typing import Any, cast
 from raymoe.errors import RaymoeError
 from raymoe.safe_text import scrub, scrub_streams
 
-__all__ = ["prioritize_gate_threads", "set_up_process", "without_secrets"]
-
 _WRITER_NICENESS = 5
 _SWITCH_INTERVAL_S = 0.0002
 # From malloc.h, and what they are set to.

@@ -6,15 +6,42 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypedDict
 
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.prompt_passes import Reading
 
-__all__ = ["GATES_PREFIX", "ROUTERS_JOB", "ActorInfo", "Status", "node_name", "reading_label"]
+ROUTERS_JOB = "routers"  # how `Status.heartbeats` names the making of routers
 
-# How `Status.busy_with` names the reading of prompts, and the making of routers.
-GATES_PREFIX, ROUTERS_JOB = "gates of ", "routers"
+
+class WorkKind(Enum):
+    """What an actor does with the subject of its work."""
+
+    PROMPTS = "reads the prompts of members"
+    ROUTERS = "makes the routers of a layer"
+    SHARD = "writes, sends or compares a shard"
+    RECEIVE = "writes a shard that another actor sends"
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """What an actor works on. `subject`: the members whose prompts it reads, or a shard's file name."""
+
+    kind: WorkKind
+    subject: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What people see of it."""
+        subject = ", ".join(self.subject)
+        labels = {
+            WorkKind.PROMPTS: f"gates of {subject}",
+            WorkKind.ROUTERS: ROUTERS_JOB,
+            WorkKind.SHARD: subject,
+            WorkKind.RECEIVE: f"receive {subject}",
+        }
+        return labels[self.kind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +65,7 @@ class Status:
     heartbeats: Mapping[str, int]
     peak_rss_bytes: int
     peak_gpu_bytes: int
-    busy_with: tuple[str, ...]
+    busy_with: tuple[Working, ...]
     warnings: tuple[str, ...] = ()
     warnings_left_out: int = 0
 
@@ -57,8 +84,8 @@ class ActorInfo(TypedDict):
 
 def reading_label(members: Sequence[GatePrompts]) -> str:
     """The name of the job that reads these prompts."""
-    names = (member.name if isinstance(member, Reading) else member.owner for member in members)
-    return f"{GATES_PREFIX}{', '.join(names)}"
+    names = (member.name if isinstance(member, Reading) else str(member.owner) for member in members)
+    return Working(WorkKind.PROMPTS, tuple(names)).label
 
 
 def node_name() -> str:

@@ -16,16 +16,12 @@ from raymoe.runtime.actor_process import without_secrets
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.import_blocker import block_sklearn_import, block_torch_import
 from raymoe.runtime.placement import ActorPlacement, cluster_nodes
+from raymoe.runtime.ray_compat import node_affinity, streaming_method
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import PIECES_AHEAD
+from raymoe.runtime.timeouts import GROW_REPORT_INTERVAL_S, GROW_TIMEOUT_S, START_GRACE_S, START_TIMEOUT_S
 
-__all__ = ["expert_actors"]
-
-_START_GRACE_S = 5
-_START_TIMEOUT_S = 60
-_GROW_TIMEOUT_S = 1800  # machines with GPUs may be hours away, but then a job is better submitted again
-_REPORT_INTERVAL_S = 30
 _RESTARTS = 2
 
 
@@ -61,14 +57,10 @@ def expert_actors(actor_plan: ActorPlan, output: str, settings: RuntimeSettings,
 
 
 def _strategy(actor_placement: ActorPlacement) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     if actor_placement.node_id is None:
         return "SPREAD"
-    return NodeAffinitySchedulingStrategy(
-        actor_placement.node_id,
-        soft=not actor_placement.hard_affinity,
-        _spill_on_unavailable=actor_placement.allow_spill,
+    return node_affinity(
+        actor_placement.node_id, hard=actor_placement.hard_affinity, allow_spill=actor_placement.allow_spill
     )
 
 
@@ -86,13 +78,13 @@ def _wait_for_first_actor(actors: list[Any], actor_plan: ActorPlan, *, quiet: bo
     )
     if actor_plan.can_grow and not quiet and not any(node.capacity(actor_plan.gpus) for node in cluster_nodes()):
         say(waiting)
-    answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_GRACE_S)
-    limit = _GROW_TIMEOUT_S if actor_plan.can_grow else _START_TIMEOUT_S
-    end = time.monotonic() + limit - _START_GRACE_S
+    answered, _ = ray.wait(calls, num_returns=len(calls), timeout=START_GRACE_S)
+    limit = GROW_TIMEOUT_S if actor_plan.can_grow else START_TIMEOUT_S
+    end = time.monotonic() + limit - START_GRACE_S
     while not answered and (left := end - time.monotonic()) > 0:
         if actor_plan.can_grow and not quiet:
             say(waiting)
-        answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, _REPORT_INTERVAL_S))
+        answered, _ = ray.wait(calls, num_returns=1, timeout=min(left, GROW_REPORT_INTERVAL_S))
     if not answered:
         raise MergeFailed(
             f"no actor with {ACTOR_CPUS:g} CPU and {actor_plan.gpus:g} GPU could be started within {limit} s; "
@@ -130,8 +122,7 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
         name: ray.method(concurrency_group=group)(without_secrets(getattr(worker, name)))
         for name, group in groups.items()
     }
-    streams = ray.method(num_returns="streaming", _generator_backpressure_num_objects=PIECES_AHEAD)
-    methods["send_shard"] = streams(methods["send_shard"])
+    methods["send_shard"] = streaming_method(PIECES_AHEAD)(methods["send_shard"])
 
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:

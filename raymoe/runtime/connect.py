@@ -10,12 +10,11 @@ from typing import Any
 
 from raymoe.console import say
 from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
+from raymoe.runtime.ray_compat import silence_authentication_logger
 from raymoe.runtime.ray_errors import cause_of, first_line
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.start_errors import check_port_open, reject_job_server, start_problem
 from raymoe.signals import end_on_signal
-
-__all__ = ["ray_connection"]
 
 
 @contextmanager
@@ -31,8 +30,7 @@ def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
         yield
         return
     level = logging.INFO if settings.verbosity > 1 else logging.WARNING
-    # Ray says at every start that its token authentication is on; that is its default, and no news to a user.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    silence_authentication_logger()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {
         "address": settings.address,

@@ -16,13 +16,15 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import merge_record
 from raymoe.compute import peak_rss_bytes
-from raymoe.config import MODES, MergeConfig
+from raymoe.config import MergeConfig
 from raymoe.config.model_refs import short_name
 from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.formatting import short_list
+from raymoe.gate_modes import MODES, better_mode
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.urls import is_s3, is_url
+from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import merge_line
@@ -33,14 +35,13 @@ from raymoe.routers.heldout_report import RouterSummary, router_warnings, summar
 from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
 from raymoe.routers.tokenize import prompt_problems
-from raymoe.runtime.actor_plan import locate_sources, plan_actors
-from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.remote_folders import RayFolderResolver
+from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.run_report import RunReport
-from raymoe.runtime.scheduler import run_jobs
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_jobs import Sending, tensors_read_for_shards
 from raymoe.runtime.shard_transfer import start_writer
@@ -59,8 +60,6 @@ from raymoe.storage.outputs.output_checks import (
 from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transfer_summary import bytes_by_method
-
-__all__ = ["open_target", "output_problems", "run_merge"]
 
 
 def run_merge(
@@ -89,22 +88,9 @@ def run_merge(
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
-        jobs = max(1, sum(1 for shard in plan.shards if shard.owner != "router"))
-        needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
         placement = locate_sources(plan)
         work = WriteShards(target, owner_names(plan))
-        actor_plan = plan_actors(
-            settings,
-            jobs=jobs,
-            compute=needs_forward_pass,
-            quantize=plan.gates.quantize,
-            placement=placement,
-            experts=len(plan.gates.experts),
-            reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
-            prefer_driver_node=not is_url(target.location),
-            shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
-            max_layers_at_once=max_layers_at_once(plan.gates),
-        )
+        actor_plan = plan_actors(settings, _workload(plan, target, work), placement)
         sources = SourceFiles(plan, placement)
         try:
             if (finished := _begin(plan, target, settings, sources)) is not None:
@@ -114,23 +100,10 @@ def run_merge(
                 _invalidate_on_source_change(target),
                 Progress(plan, settings.verbosity, report=report) as progress,
             ):
-                with (
-                    sources.explain_failures(),
-                    expert_actors(actor_plan, target.location, settings, target.run) as actors,
-                ):
-                    outcome = run_jobs(
-                        plan,
-                        actors,
-                        work,
-                        progress.watch(actors),
-                        gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
-                        readers=actor_plan.readers,
-                        layers_at_once=actor_plan.layers_at_once,
-                        shards_at_once=actor_plan.shards_at_once,
-                        requirements=placement.requirements if placement is not None else None,
-                        stall_timeout_s=settings.stall_timeout_s,
+                with sources.explain_failures():
+                    outcome = run_on_actors(
+                        plan, work, actor_plan, progress, settings, output=target.location, run=target.run
                     )
-                    progress.final_update(actors, outcome)
                 sources.check_unchanged()
                 rows = outcome.rows | random_router_rows(plan.gates)
                 names = _expert_names(plan)
@@ -141,6 +114,20 @@ def run_merge(
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
+
+
+def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
+    needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
+    return Workload(
+        jobs=max(1, len(plan.worker_shards)),
+        runs_model=needs_forward_pass,
+        quantize=plan.gates.quantize,
+        experts=len(plan.gates.experts),
+        reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
+        prefer_driver_node=not is_url(target.location),
+        shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
+        max_layers_at_once=max_layers_at_once(plan.gates),
+    )
 
 
 def _finished_before(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
@@ -207,9 +194,9 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 
 
 class WriteShards:
-    """The shard work of a merge, for `run_jobs`: jobs of the output, done by actors, completed here."""
+    """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output, names: Mapping[str, str]) -> None:
+    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
         """`names` are what Ray's dashboard calls the owners of shards."""
         self._target, self._names = target, names
 
@@ -296,7 +283,7 @@ def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: 
 
 
 def _expert_names(plan: MergePlan) -> list[str]:
-    experts = [source for source in plan.sources if source.owner.startswith("expert ")]
+    experts = [source for source in plan.sources if source.owner.kind is OwnerKind.EXPERT]
     return [f"{source.owner} ({short_name(source.label, source.adapter)})" for source in experts]
 
 
@@ -304,24 +291,22 @@ def _gate_warnings(
     gates: GatePlan, rows: RouterRows, summary: RouterSummary | None, names: Sequence[str]
 ) -> Iterator[str]:
     mode = MODES[gates.mode]
-    # The lengths and sums of fitted rows mean something: only rows that are directions are judged by their cosines.
-    judged = [rows[member.owner] for member in gates.experts] if mode.needs_prompts and not mode.is_fitted else []
+    judged = [rows[member.owner] for member in gates.experts] if mode.has_directions else []
     if judged:
         if warning := conditioning_warning(judged, names):
             yield warning
         yield from zero_row_warnings(judged, names)
     if summary is not None:
-        yield from router_warnings(summary, names, fitted=mode.is_fitted)
+        yield from router_warnings(summary, names, better=better_mode(mode))
 
 
 def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
     """The router's shards, which the driver writes: the gates are here, and they are small."""
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
-        for shard in plan.shards:
-            if shard.owner == "router":
-                results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
-                yield target.complete(shard, results)
+        for shard in plan.router_shards:
+            results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
+            yield target.complete(shard, results)
 
 
 def _write_small_files(

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from raymoe.compute import limit_threads, peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import LayerActivations, LayerRows, join_parts
 from raymoe.object_store.registry import process_counters
 from raymoe.planning.plan import GatePlan, GatePrompts
-from raymoe.routers.activations import LayerActivations
-from raymoe.routers.fit_layer import LayerRows
 from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
-from raymoe.runtime.actor_status import GATES_PREFIX, ROUTERS_JOB, ActorInfo, Status, node_name, reading_label
+from raymoe.runtime.actor_status import ActorInfo, Status, Working, WorkKind, node_name, reading_label
 from raymoe.runtime.job_activity import ActiveJobs, Job
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import split_pieces
@@ -38,8 +38,6 @@ from raymoe.storage.read_cache import GATES, SHARDS, ReadCache
 from raymoe.storage.shard_stream import different_tensors, shard_chunks, shard_range
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.value_checks import WeightFindings
-
-__all__ = ["ExpertWorker"]
 
 
 class ExpertWorker:
@@ -71,12 +69,9 @@ class ExpertWorker:
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
         """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
-        from raymoe.routers.cheap_embed import embedding_router_row
+        from raymoe.routers.token_embeddings import embedding_router_row
 
-        with (
-            self._active_jobs.track(_gates_label(members), reading_label(members)) as work,
-            self._reader(work) as reader,
-        ):
+        with self._reading(members) as work, self._reader(work) as reader:
             remote_code = self._settings.trust_remote_code
             return tuple(embedding_router_row(gates, each, reader, trust_remote_code=remote_code) for each in members)
 
@@ -127,8 +122,7 @@ class ExpertWorker:
 
             check_quantize(gates.quantize, device)
         limit_threads()
-        label, name = _gates_label(members), reading_label(members)
-        with self._active_jobs.track(label, name) as work, self._reader(work, GATES) as reader:
+        with self._reading(members) as work, self._reader(work, GATES) as reader:
             layers = capture_layers(
                 gates,
                 members,
@@ -148,13 +142,11 @@ class ExpertWorker:
 
         `parts` says how many of `activations` each member has, one after the other.
         """
-        from raymoe.routers.fit_layer import fit_layer, join_parts
-
         limit_threads(1)
         ends = [sum(parts[: number + 1]) for number in range(len(parts))]
         members = [join_parts(activations[end - count : end]) for end, count in zip(ends, parts, strict=True)]
-        with self._active_jobs.track(ROUTERS_JOB) as work:
-            return fit_layer(mode, members[:experts], members[experts:], self._device(), work.heartbeat)
+        with self._active_jobs.track(Working(WorkKind.ROUTERS)) as work:
+            return MODES[mode].fit_layer(members[:experts], members[experts:], self._device(), work.heartbeat)
 
     def write_shard(self, job: ShardJob) -> Any:
         """Write a shard, or its part of one; the result is for the output's `complete`."""
@@ -202,7 +194,7 @@ class ExpertWorker:
                 heartbeats=self._active_jobs.heartbeats,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=gpu,
-                busy_with=self._active_jobs.labels,
+                busy_with=self._active_jobs.busy_with,
                 warnings=self._found.lines,
                 warnings_left_out=self._found.omitted,
             )
@@ -238,6 +230,10 @@ class ExpertWorker:
             heartbeat=work.heartbeat,
         )
 
+    def _reading(self, members: Sequence[GatePrompts]) -> AbstractContextManager[Job]:
+        owners = tuple(dict.fromkeys(str(member.owner) for member in members))
+        return self._active_jobs.track(Working(WorkKind.PROMPTS, owners), reading_label(members))
+
     @contextmanager
     def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
         """A reader for a shard, and what is to be told of bytes that have been moved; what other shards are made of too
@@ -254,7 +250,7 @@ class ExpertWorker:
 
         try:
             with (
-                self._active_jobs.track(job.shard.file_name, job.name) as work,
+                self._active_jobs.track(Working(WorkKind.SHARD, (job.shard.file_name,)), job.name) as work,
                 self._reader(work, job.name if job.shared_with_shards else SHARDS) as reader,
             ):
                 yield reader, progress
@@ -268,10 +264,6 @@ def _scan_copies(job: ShardJob, reader: SourceReader) -> None:
         if part.copy is not None:
             for _ in shard_range(job.shard, part.start, part.end, reader):
                 pass
-
-
-def _gates_label(members: Sequence[GatePrompts]) -> str:
-    return f"{GATES_PREFIX}{', '.join(dict.fromkeys(member.owner for member in members))}"
 
 
 def _node_id() -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["block_sklearn_import", "block_torch_import"]
-
 
 def block_torch_import() -> None:
     """Have libraries find no torch in this process, unless it is there already: for actors that run no model.

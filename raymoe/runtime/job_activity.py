@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["ActiveJobs", "Job"]
+from raymoe.runtime.actor_status import Working
 
 
 @dataclass(eq=False)
 class Job:
-    """A job under way: what people call it, the name that the coordinator knows it by, and how often it moved on."""
+    """A job under way: what it is, the name that the coordinator knows it by, and how often it moved on."""
 
-    label: str
+    working: Working
     name: str
     heartbeats: int = 0
 
@@ -36,9 +36,9 @@ class ActiveJobs:
         self._jobs: list[Job] = []
 
     @contextmanager
-    def track(self, label: str, name: str = "") -> Iterator[Job]:
+    def track(self, working: Working, name: str = "") -> Iterator[Job]:
         """A job, for the time that it is worked on; its name is its label if none is given."""
-        job = Job(label, name or label)
+        job = Job(working, name or working.label)
         with self._lock:
             self._jobs.append(job)
         try:
@@ -48,9 +48,9 @@ class ActiveJobs:
                 self._jobs.remove(job)
 
     @property
-    def labels(self) -> tuple[str, ...]:
+    def busy_with(self) -> tuple[Working, ...]:
         with self._lock:
-            return tuple(job.label for job in self._jobs)
+            return tuple(job.working for job in self._jobs)
 
     @property
     def heartbeats(self) -> dict[str, int]:

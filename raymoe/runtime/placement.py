@@ -16,28 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.config import MODES
 from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
+from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.runtime.ray_compat import free_resources_by_node
+from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
-
-__all__ = [
-    "ActorPlacement",
-    "FileRequirements",
-    "FileView",
-    "Node",
-    "Placement",
-    "cluster_nodes",
-    "current_node_id",
-    "owner_names",
-    "query_nodes",
-    "run_on_nodes",
-    "view_files",
-]
-
-_ANSWER_TIMEOUT_S = 45  # a node's first task starts a Python process there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,26 +101,22 @@ class FileRequirements:
     def __init__(self, plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
         found: dict[str, SourceFile] = {}
         self.shards: dict[str, frozenset[str]] = {}
-        self.members: dict[str, frozenset[str]] = {}
+        self.members: dict[Owner, frozenset[str]] = {}
         self.tasks: list[_Task] = []
         names = owner_names(plan)
-        for shard in plan.shards:
-            if shard.owner != "router":
-                read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
-                self.shards[shard.file_name] = _local(read, found)
-                self._add(
-                    "the shards of", names.get(shard.owner, shard.owner), self.shards[shard.file_name], shard.nbytes
-                )
+        for shard in plan.worker_shards:
+            read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
+            self.shards[shard.file_name] = _local(read, found)
+            label = names.get(shard.owner, str(shard.owner))
+            self._add("the shards of", label, self.shards[shard.file_name], shard.nbytes)
         tokenizer = [side.file for side in plan.gates.tokenizer_files]
-        for member in (*plan.gates.experts, *plan.gates.shared):
-            if member.positive:
-                self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
-                computes = MODES[plan.gates.mode].needs_forward_pass
-                files = self.members[member.owner]
-                self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
+        computes = MODES[plan.gates.mode].needs_forward_pass
+        for member in plan.gates.prompted:
+            files = self.members[member.owner] = _local([*_prompt_files(member), *tokenizer], found)
+            self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
         self.files = tuple(found.values())
 
-    def for_members(self, owners: Iterable[str]) -> frozenset[str]:
+    def for_members(self, owners: Iterable[Owner]) -> frozenset[str]:
         return frozenset().union(*(self.members[owner] for owner in owners))
 
     def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
@@ -146,7 +129,7 @@ class FileRequirements:
         self.tasks.append(_Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes))
 
 
-def owner_names(plan: MergePlan) -> dict[str, str]:
+def owner_names(plan: MergePlan) -> dict[Owner, str]:
     """Owners of shards and prompts as people call them: `expert 0 (name)`."""
     return {source.owner: f"{source.owner} ({short_name(source.label, source.adapter)})" for source in plan.sources}
 
@@ -278,50 +261,64 @@ class Placement:
     def place_actors(self, count: int, gpus: float) -> tuple[ActorPlacement, ...]:
         """Places for `count` actors, and for more where fewer could not do all the work: first one for every piece of
         work, then where there is most of it. To be asked where there are no problems."""
-        reserved: Counter[tuple[str, float]] = Counter()
-        labels: dict[tuple[str, float], list[str]] = {}
-
-        def free(node: Node, share: float) -> int:
-            held = reserved[node.node_id, gpus] + (reserved[node.node_id, 0.0] if gpus else 0)
-            return min(node.capacity(0.0) - held, node.capacity(share) - reserved[node.node_id, share])
-
-        demand: Counter[str] = Counter()
+        packer, demand = _Packer(gpus), Counter[str]()
         for task in sorted(self.requirements.tasks, key=lambda task: len(self.eligible_nodes(task.files))):
             eligible = self.eligible_nodes(task.files)
             for node in eligible:
                 demand[node.node_id] += max(1, task.nbytes // len(eligible))
             # A node without GPUs can still move bytes, and reads prompts that no other can.
             shares = {gpus} if task.computes and any(node.capacity(gpus) for node in eligible) else {gpus, 0.0}
-            if any(reserved[node.node_id, share] for node in eligible for share in shares):
+            if any(packer.reserved(node, share) for node in eligible for share in shares):
                 continue
-            options = [(node, share) for node in eligible for share in shares if free(node, share) > 0]
+            options = [(node, share) for node in eligible for share in shares if packer.free(node, share) > 0]
             if options:
-                node, share = max(options, key=lambda o: (o[1], free(*o), o[0].node_id == self.driver_node_id))
-                reserved[node.node_id, share] += 1
-                labels.setdefault((node.node_id, share), []).append(task.label)
-        while reserved.total() < count and (more := [n for n in self.nodes if demand[n.node_id] and free(n, gpus) > 0]):
-            best = max(more, key=lambda node: demand[node.node_id] / (1 + reserved[node.node_id, gpus]))
-            reserved[best.node_id, gpus] += 1
-        only_nodes = {
-            eligible[0].node_id
-            for task in self.requirements.tasks
-            if len(eligible := self.eligible_nodes(task.files)) == 1
-        }
-        placements = []
-        for (node_id, share), number in reserved.items():
-            task_labels = [*labels.get((node_id, share), ()), *[""] * number]
-            placements += [
-                ActorPlacement(node_id=node_id, hard_affinity=node_id in only_nodes, gpus=share, label=x)
-                for x in task_labels[:number]
-            ]
-        return tuple(placements)
+                node, share = max(options, key=lambda o: (o[1], packer.free(*o), o[0].node_id == self.driver_node_id))
+                packer.reserve(node, share, task.label)
+        while packer.total < count:
+            more = [node for node in self.nodes if demand[node.node_id] and packer.free(node, gpus) > 0]
+            if not more:
+                break
+            packer.reserve(max(more, key=lambda node: demand[node.node_id] / (1 + packer.reserved(node, gpus))), gpus)
+        eligible_nodes = [self.eligible_nodes(task.files) for task in self.requirements.tasks]
+        only_nodes = {nodes[0].node_id for nodes in eligible_nodes if len(nodes) == 1}
+        return tuple(
+            ActorPlacement(node_id=node_id, hard_affinity=node_id in only_nodes, gpus=share, label=label)
+            for (node_id, share), labels in packer.labels.items()
+            for label in labels
+        )
+
+
+class _Packer:
+    """Reserves room on nodes for actors, which get `gpus` GPUs or none.
+
+    `labels`: by node id and share of GPUs, what each actor is for.
+    """
+
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
+        self.labels: dict[tuple[str, float], list[str]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.labels.values()))
+
+    def reserved(self, node: Node, share: float) -> int:
+        return len(self.labels.get((node.node_id, share), ()))
+
+    def free(self, node: Node, share: float) -> int:
+        """How many more actors with this share of GPUs the node has room for."""
+        held = self.reserved(node, self._gpus) + (self.reserved(node, 0.0) if self._gpus else 0)
+        return min(node.capacity(0.0) - held, node.capacity(share) - self.reserved(node, share))
+
+    def reserve(self, node: Node, share: float, label: str = "") -> None:
+        self.labels.setdefault((node.node_id, share), []).append(label)
 
 
 def cluster_nodes() -> list[Node]:
     """The nodes that are alive, by name, not asked yet."""
     import ray
 
-    free = _free_resources()
+    free = free_resources_by_node()
     nodes = [
         Node(
             node_id=node["NodeID"],
@@ -341,17 +338,6 @@ def current_node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _free_resources() -> Mapping[str, Mapping[str, float]]:
-    """By node what Ray has free. It has no public name for this; without it, messages say less."""
-    try:
-        from ray._private.state import available_resources_per_node
-
-        found: Mapping[str, Mapping[str, float]] = available_resources_per_node()
-    except Exception:  # of another version of Ray, or in Ray's client
-        return {}
-    return found
 
 
 def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
@@ -382,7 +368,7 @@ def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str)
         ): node.node_id
         for node in nodes
     }
-    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_TIMEOUT_S)
+    ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_TIMEOUT_S)
     for call in late:
         ray.cancel(call, force=True)
     answers = {}

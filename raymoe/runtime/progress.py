@@ -6,28 +6,23 @@ With -v each step is said too when it is reached; `scripts/bench.py` takes a mer
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from raymoe.compute import peak_rss_bytes
-from raymoe.config import MODES
-from raymoe.console import console, say
 from raymoe.formatting import human_bytes, human_time
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
+from raymoe.report.progress_line import LiveDisplay
 from raymoe.results import MergeResult
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.ray_metrics import MergeMetrics
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.scheduler import Outcome
+from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S
 from raymoe.storage.file_names import FileRecord
 
-__all__ = ["Progress"]
-
-_LINE_EVERY_S = 5.0
-_FINAL_STATUS_TIMEOUT_S = 10.0
 _MAX_WARNINGS = 20
 
 
@@ -40,28 +35,21 @@ class Progress:
         self._report = report or RunReport()
         self._metrics: MergeMetrics | None = None
         self._up: set[Any] = set()
-        self._plan, self._quiet, self._verb = plan, verbosity < 0, done_to_bytes
+        self._plan, self._verb = plan, done_to_bytes
+        self._display = LiveDisplay(quiet=verbosity < 0)
         self._steps_wanted, self._steps = verbosity > 0, set[str]()
-        self._started = self._last_line = time.monotonic()
-        shards = [shard for shard in plan.shards if shard.owner != "router"]
+        shards = plan.worker_shards
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
-        self._gates = [p for p in (*plan.gates.experts, *plan.gates.shared) if p.positive]
+        self._gates = plan.gates.prompted
         self._latest: dict[int, Status] = {}
         self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
         self._warnings_left_out: dict[int, int] = {}  # per actor: the most tensors that it has not named
         self._reading_since: tuple[float, int] | None = None  # a moment, and the tokens x layers read until then
         self._kept = 0
         self._actors = 0
-        self._live: Any = None
-        # A dumb terminal or a log gets lines; a person gets one line that moves.
-        self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Progress:
-        if self._on_terminal and not self._quiet:
-            from rich.live import Live
-
-            self._live = Live(console=console(stderr=True), refresh_per_second=4, transient=True)
-            self._live.start()
+        self._display.__enter__()
         self._report.end("start of Ray")
         self._report.begin("start of actors")
         self._report_step("Ray is up")
@@ -69,10 +57,9 @@ class Progress:
             self._metrics = MergeMetrics(self._plan, self._report.output)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._report.actors, self._report.bytes_kept = self._statuses(), self._kept
-        if self._live is not None:
-            self._live.stop()
+        self._display.__exit__(*raised)
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
         """A function that shows what the actors are at; cheap enough to call often."""
@@ -85,7 +72,7 @@ class Progress:
             self._latest = outcome.statuses
             self._account(actors, outcome)
             self._report_steps(outcome)
-            self._show(outcome)
+            self._display.show(lambda: self._line(outcome), self._actor_lines)
 
         return tick
 
@@ -108,7 +95,7 @@ class Progress:
 
         pending = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
         for ref in (
-            ray.wait(list(pending), num_returns=len(pending), timeout=_FINAL_STATUS_TIMEOUT_S)[0] if pending else ()
+            ray.wait(list(pending), num_returns=len(pending), timeout=FINAL_STATUS_TIMEOUT_S)[0] if pending else ()
         ):
             try:
                 self._latest[pending[ref]] = ray.get(ref)
@@ -134,7 +121,7 @@ class Progress:
             peak_driver_bytes=peak_rss_bytes(),
             peak_actor_bytes=tuple(status.peak_rss_bytes for status in last),
             peak_gpu_bytes=tuple(status.peak_gpu_bytes for status in last),
-            seconds=time.monotonic() - self._started,
+            seconds=self._display.seconds,
             run_seconds=self._report.seconds,
         )
 
@@ -159,22 +146,10 @@ class Progress:
         if not self._steps_wanted or reached in self._steps:
             return
         self._steps.add(reached)
-        line = f"{time.monotonic() - self._started:5.1f} s | {reached}"
-        self._live.console.print(line) if self._live is not None else say(line)
-
-    def _show(self, outcome: Outcome) -> None:
-        if self._quiet:
-            return
-        if self._live is not None:
-            self._live.update(self._table(outcome))
-            return
-        now = time.monotonic()
-        if now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
-            say(self._line(outcome))
+        self._display.say(f"{self._display.seconds:5.1f} s | {reached}")
 
     def _line(self, outcome: Outcome) -> str:
-        elapsed = time.monotonic() - self._started
+        elapsed = self._display.seconds
         moved = sum(status.bytes_written + status.bytes_copied_by_store for status in self._latest.values())
         kept = sum(status.bytes_kept for status in self._latest.values()) + outcome.bytes_kept
         done = (moved + kept) / max(1, self._total)
@@ -220,17 +195,14 @@ class Progress:
             text += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
         return f"{text})"
 
-    def _table(self, outcome: Outcome) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        lines = [Text(self._line(outcome), style="bold")]
+    def _actor_lines(self) -> list[str]:
+        lines = []
         for number, status in sorted(self._latest.items()):
-            at = ", ".join(status.busy_with) or "waiting"
+            at = ", ".join(working.label for working in status.busy_with) or "waiting"
             planned = f", {status.gate_tokens:,} of {status.gate_tokens_planned:,} tokens x layers read"
             tokens = planned if status.gate_tokens_planned else ""
-            lines.append(Text(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})"))
-        return Group(*lines)
+            lines.append(f"  actor {number}: {at} ({human_bytes(status.bytes_written)} {self._verb}{tokens})")
+        return lines
 
 
 def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:

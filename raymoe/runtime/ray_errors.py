@@ -12,8 +12,6 @@ from enum import Enum
 
 from raymoe.errors import RaymoeError
 
-__all__ = ["CALL_FAILURES", "CallFailure", "cause_of", "classify_failure", "error_text", "first_line"]
-
 
 class CallFailure(Enum):
     """What became of a call that gave no result, and so what is to be done."""

@@ -15,12 +15,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raymoe.planning.plan import MergePlan, Shard
-from raymoe.runtime.actor_status import GATES_PREFIX, Status
+from raymoe.runtime.actor_status import Status, Working, WorkKind
 
 if TYPE_CHECKING:
     from raymoe.runtime.scheduler import Outcome
-
-__all__ = ["METRICS", "MergeMetrics", "ray_text"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +45,11 @@ class MergeMetrics:
     def __init__(self, plan: MergePlan, output: str) -> None:
         self._metrics: dict[str, Any] = {}
         self._last_totals: dict[tuple[str, str], int] = {}
-        self._shard_owners = {shard.file_name: shard.owner for shard in plan.shards}
+        self._shard_owners = {shard.file_name: str(shard.owner) for shard in plan.shards}
         self._phases: set[tuple[str, str]] = set()
         self._is_on = True
         with self._suppress_errors():
-            self._begin([shard for shard in plan.shards if shard.owner != "router"], ray_text(output))
+            self._begin(plan.worker_shards, ray_text(output))
 
     def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
         """Record what has come to be since the last call."""
@@ -82,7 +80,7 @@ class MergeMetrics:
         self._count("raymoe_gate_tokens", sum(status.gate_tokens for status in actors))
         self._count("raymoe_shards_done", len(outcome.shard_results))
         self._metrics["raymoe_actors_away"].set(len(outcome.unavailable))
-        phases = {phase for status in actors for what in status.busy_with for phase in self._phases_of(what)}
+        phases = {phase for status in actors for working in status.busy_with for phase in self._phases_of(working)}
         for now, which in ((0, self._phases - phases), (1, phases - self._phases)):
             for expert, phase in which:
                 self._metrics["raymoe_expert_phase"].set(now, tags={"expert": ray_text(expert), "phase": phase})
@@ -96,8 +94,9 @@ class MergeMetrics:
         if step > 0:
             self._metrics[name].inc(step, tags=tags)
 
-    def _phases_of(self, what: str) -> list[tuple[str, str]]:
-        if what.startswith(GATES_PREFIX):
-            return [(owner, "gates") for owner in what.removeprefix(GATES_PREFIX).split(", ")]
-        owner = self._shard_owners.get(what)
-        return [(owner, "shards")] if owner else []
+    def _phases_of(self, working: Working) -> list[tuple[str, str]]:
+        if working.kind is WorkKind.PROMPTS:
+            return [(owner, "gates") for owner in working.subject]
+        if working.kind is WorkKind.SHARD:
+            return [(self._shard_owners[name], "shards") for name in working.subject]
+        return []

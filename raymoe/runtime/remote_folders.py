@@ -21,8 +21,6 @@ from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.resolve import OpenedFolder, PathKey, fetch_file, open_folders
 
-__all__ = ["RayFolderResolver"]
-
 
 class RayFolderResolver:
     """Implements `RemoteFolderResolver` on the nodes of the cluster that the merge will run on. Connects when it is

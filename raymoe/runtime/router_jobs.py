@@ -18,49 +18,90 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config import MODES
 from raymoe.console import say
+from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.routers.prompt_passes import Reading, plan_readings
 from raymoe.routers.router_matrices import RouterRows, collect_rows, embedding_rows_by_owner
 from raymoe.runtime.actor_status import ROUTERS_JOB, reading_label
+from raymoe.runtime.jobs import Job, Lost
 from raymoe.runtime.transport import RayTransport, Transport
 from raymoe.sources.facts import TensorEntry
 
-__all__ = ["GateJob", "GateWork"]
-
 
 @dataclass(eq=False)
-class GateJob:
-    """Prompts that one model reads, or the number of a layer. `failures`: how often an actor died over it or input was
-    lost; `stalls`: how often it stood still.
+class ReadPromptsJob(Job):
+    """Prompts that one model reads.
 
-    `losses`: how often states had been lost when it began. `states` refer to what the prompts will leave, once they are
-    being read: one layer after the other, by reading.
+    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by reading.
     `tensors` refer to those that its prompts' models share with shards, in Ray's store.
     """
 
-    what: tuple[Reading, ...] | int
-    failures: int = 0
-    stalls: int = 0
-    losses: int = 0
+    work: GateWork
+    readings: tuple[Reading, ...]
     states: list[Any] = field(default_factory=list)
     tensors: Any = None
 
     @property
-    def owners(self) -> tuple[str, ...]:
+    def owners(self) -> tuple[Owner, ...]:
         """The members whose prompts these are."""
-        return () if isinstance(self.what, int) else tuple(dict.fromkeys(prompts.owner for prompts in self.what))
-
-    @property
-    def name(self) -> str:
-        """What an actor calls it in `Status.heartbeats`."""
-        return ROUTERS_JOB if isinstance(self.what, int) else reading_label(self.what)
+        return tuple(dict.fromkeys(prompts.owner for prompts in self.readings))
 
     @property
     def label(self) -> str:
-        return f"router of layer {self.what}" if isinstance(self.what, int) else reading_label(self.what)
+        return reading_label(self.readings)
+
+    @property
+    def heartbeat_name(self) -> str:
+        return self.label
+
+    def start(self, actor: Any) -> Any:
+        """Start it on an actor; a reference that is ready when it is done."""
+        return self.work.start_reading(actor, self)
+
+    def complete(self, result: Any) -> None:
+        """`result` is None for prompts that were captured: their states stay in Ray's store."""
+        self.work.complete_reading(self, result)
+
+    def requeue(self) -> None:
+        self.work.requeue_reading(self)
+
+
+@dataclass(eq=False)
+class FitLayerJob(Job):
+    """The router of a layer, from what all prompts left there. `losses`: how often states had been lost when it
+    began."""
+
+    takes_states = True
+    work: GateWork
+    layer: int
+    losses: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"router of layer {self.layer}"
+
+    @property
+    def heartbeat_name(self) -> str:
+        return ROUTERS_JOB
+
+    def start(self, actor: Any) -> Any:
+        """Start it on an actor; a reference that is ready when it is done."""
+        return self.work.start_layer(actor, self)
+
+    def complete(self, result: Any) -> None:
+        self.work.complete_layer(self, result)
+
+    def requeue(self) -> None:
+        self.work.requeue_layer(self)
+
+    def recover(self, lost: Lost) -> None:
+        if lost is Lost.STATES:
+            self.work.recapture(self)
+        else:
+            self.requeue()
 
 
 class GateWork:
@@ -70,7 +111,7 @@ class GateWork:
         self,
         gates: GatePlan,
         readers: int,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[Owner, str] | None = None,
         shard_tensors: Set[TensorEntry] = frozenset(),
         transport: Transport | None = None,
     ) -> None:
@@ -78,10 +119,11 @@ class GateWork:
         `shard_tensors`: tensors of objects that actors read for shards."""
         self._shard_tensors, self._transport = shard_tensors, transport or RayTransport()
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
-        self.members = [p for p in (*gates.experts, *gates.shared) if p.positive]
+        self.members = gates.prompted
         self._passes = plan_readings(self.members, readers, gates.hidden)
-        self._waiting = [GateJob(taken) for taken in self._passes]
-        self._parts: dict[str, list[tuple[str, int]]] = {member.owner: [] for member in self.members}
+        self._waiting_prompts = [ReadPromptsJob(self, taken) for taken in self._passes]
+        self._waiting_layers: list[FitLayerJob] = []
+        self._parts: dict[Owner, list[tuple[Owner, int]]] = {member.owner: [] for member in self.members}
         for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
             self._parts[key[0]].append(key)
         self._idle_readers = readers
@@ -90,14 +132,14 @@ class GateWork:
         self._shared_plan = self._transport.put(shared) if self.members else None
         # of states; jobs that come after one begin with as many failures, so that it has an end
         self._capture_losses = 0
-        self._captured: dict[tuple[str, int], list[Any]] = {}  # by owner and part
-        self._tensors_known: dict[Any, set[int]] = {}  # the passes whose tensors each actor knows of
+        self._captured: dict[tuple[Owner, int], list[Any]] = {}  # by owner and part
+        self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor knows of
         self._layers: dict[int, Any] = {}
-        self._rows: dict[str, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
+        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting_prompts or self._waiting_layers)
 
     @property
     def readings(self) -> int:
@@ -125,67 +167,59 @@ class GateWork:
         return self._mode.needs_forward_pass and len(self._captured) == self.readings
 
     @property
-    def waiting_owners(self) -> tuple[str, ...]:
+    def waiting_owners(self) -> tuple[Owner, ...]:
         """The members whose prompts are to be read next."""
-        return next((job.owners for job in self._waiting), ())
+        return next((job.owners for job in self._waiting_prompts), ())
 
-    def next_reading(self, can_read: Callable[[GateJob], bool] = bool) -> GateJob | None:
-        """The prompts that are to be read next, of those that may be read by whoever asks."""
+    def next_reading(self, can_read: Callable[[ReadPromptsJob], bool] = bool) -> ReadPromptsJob | None:
+        """The prompts that are to be read next, of those that may be read by the actor that asks."""
         if not self._idle_readers:
             return None
-        jobs = (job for job in self._waiting if not isinstance(job.what, int) and can_read(job))
-        return next((self._pop(job) for job in jobs), None)
+        job = next((job for job in self._waiting_prompts if can_read(job)), None)
+        if job is not None:
+            self._waiting_prompts.remove(job)
+            self._idle_readers -= 1
+        return job
 
-    def next_layer(self) -> GateJob | None:
+    def next_layer(self) -> FitLayerJob | None:
         """The layer whose router is to be made next, if all prompts have been read."""
         if not self._all_captured:
             return None
-        while job := next((self._pop(job) for job in self._waiting), None):
-            if job.what not in self._layers:  # so if it was under way while states were captured again
+        while self._waiting_layers:
+            job = self._waiting_layers.pop(0)
+            if job.layer not in self._layers:  # so if it was under way while states were captured again
+                job.losses = self._capture_losses
                 return job
         return None
 
-    def _pop(self, job: GateJob) -> GateJob:
-        self._waiting.remove(job)
-        job.losses = self._capture_losses
-        self._idle_readers -= not isinstance(job.what, int)
-        return job
-
-    def requeue(self, job: GateJob) -> None:
-        """Its actor died: it goes to the front of the queue."""
-        self._idle_readers += not isinstance(job.what, int)
-        if self._all_captured or not isinstance(job.what, int):  # else its layer will be asked for again anyway
-            self._waiting.insert(0, job)
-
-    def start(self, actor: Any, job: GateJob) -> Any:
-        """Start a job on an actor; a reference that is ready when it is done."""
-        experts = len(self._gates.experts)
-        name = f"gates of {', '.join(self._names.get(owner, owner) for owner in job.owners)}"
-        if isinstance(job.what, int):
-            inputs = [self._captured[key][job.what] for keys in self._parts.values() for key in keys]
-            counts = tuple(map(len, self._parts.values()))
-            return actor.fit_layer.options(name=job.label).remote(self._gates.mode, experts, counts, *inputs)
+    def start_reading(self, actor: Any, job: ReadPromptsJob) -> Any:
+        name = f"gates of {', '.join(self._names.get(owner, str(owner)) for owner in job.owners)}"
         if not self._mode.needs_forward_pass:
-            return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.what)
-        options = {"name": name, "num_returns": 1 + self._gates.layers * len(job.what)}
-        capture = actor.capture.options(**options)
-        *job.states, done = capture.remote(self._shared_plan, job.what, experts, *self._shared_with_shards(actor, job))
+            return actor.embedding_rows.options(name=name).remote(self._shared_plan, job.readings)
+        capture = actor.capture.options(name=name, num_returns=1 + self._gates.layers * len(job.readings))
+        shared, experts = self._shared_with_shards(actor, job), len(self._gates.experts)
+        *job.states, done = capture.remote(self._shared_plan, job.readings, experts, *shared)
         return done
 
-    def _shared_with_shards(self, actor: Any, job: GateJob) -> tuple[Any, ...]:
+    def start_layer(self, actor: Any, job: FitLayerJob) -> Any:
+        inputs = [self._captured[key][job.layer] for keys in self._parts.values() for key in keys]
+        counts = tuple(map(len, self._parts.values()))
+        fit_layer = actor.fit_layer.options(name=job.label)
+        return fit_layer.remote(self._gates.mode, len(self._gates.experts), counts, *inputs)
+
+    def _shared_with_shards(self, actor: Any, job: ReadPromptsJob) -> tuple[Any, ...]:
         """The tensors that reading these prompts takes and shards too; then those of jobs that wait, which the actor
-        has not been told of. Each job's are put into Ray's store once, whoever is told."""
+        has not been told of. Each job's are put into Ray's store once, however many actors are told."""
         if not self._shard_tensors:
             return ()
         known = self._tensors_known.setdefault(actor, set())
-        waiting = [other for other in self._waiting if not isinstance(other.what, int) and id(other) not in known]
-        known |= {id(other) for other in (job, *waiting)}
-        return tuple(self._tensors(each) for each in (job, *waiting))
+        told = (job, *(other for other in self._waiting_prompts if id(other) not in known))
+        known.update(map(id, told))  # a job itself would keep its states in Ray's store
+        return tuple(self._tensors(each) for each in told)
 
-    def _tensors(self, job: GateJob) -> Any:
+    def _tensors(self, job: ReadPromptsJob) -> Any:
         if job.tensors is None:
-            assert not isinstance(job.what, int)
-            read = (ref.entry for each in job.what for ref in each.weights.values())
+            read = (ref.entry for each in job.readings for ref in each.weights.values())
             job.tensors = self._transport.put(
                 tuple(dict.fromkeys(entry for entry in read if entry in self._shard_tensors))
             )
@@ -195,30 +229,42 @@ class GateWork:
         """An actor's process has ended: what it was told is lost."""
         self._tensors_known.pop(actor, None)
 
-    def complete(self, job: GateJob, result: Any) -> None:
-        """A job is done. `result` is None for prompts that were captured: they stay in Ray's store."""
-        self._idle_readers += not isinstance(job.what, int)
-        if isinstance(job.what, int):
-            self._layers[job.what] = result
-            for layers in self._captured.values():  # the store may have the room for others
-                layers[job.what] = None
-        elif self._mode.needs_forward_pass:
-            for number, part in enumerate(job.what):
-                self._captured[_key(part)] = job.states[number :: len(job.what)]
-            if self._all_captured:
-                missing = [n for n in range(self._gates.layers) if n not in self._layers]
-                self._waiting += [GateJob(layer, failures=self._capture_losses) for layer in missing]
-        else:
-            self._rows |= dict(zip((part.owner for part in job.what), result, strict=True))
+    def complete_reading(self, job: ReadPromptsJob, result: Any) -> None:
+        """Prompts have been read. When these were the last ones, layers are next."""
+        self._idle_readers += 1
+        if not self._mode.needs_forward_pass:
+            self._rows |= dict(zip((part.owner for part in job.readings), result, strict=True))
+            return
+        for number, part in enumerate(job.readings):
+            self._captured[_key(part)] = job.states[number :: len(job.readings)]
+        if self._all_captured:
+            missing = [n for n in range(self._gates.layers) if n not in self._layers]
+            self._waiting_layers += [FitLayerJob(self, layer, failures=self._capture_losses) for layer in missing]
 
-    def recapture(self, job: GateJob) -> None:
+    def complete_layer(self, job: FitLayerJob, rows: Any) -> None:
+        self._layers[job.layer] = rows
+        for layers in self._captured.values():  # the store may have the room for others
+            layers[job.layer] = None
+
+    def requeue_reading(self, job: ReadPromptsJob) -> None:
+        self._idle_readers += 1
+        self._waiting_prompts.insert(0, job)
+
+    def requeue_layer(self, job: FitLayerJob) -> None:
+        if self._all_captured:  # else its layer will be asked for again anyway
+            self._waiting_layers.insert(0, job)
+
+    def recapture(self, job: FitLayerJob) -> None:
         """States of prompts that this layer takes were lost with their node: all are captured anew, for the layers that
         are not done."""
         if job.losses == self._capture_losses:  # else another layer has seen to it
             say("what prompts had left at the layers was lost with its node: they are read again")
             self._capture_losses += 1
             self._captured.clear()
-            self._waiting = [GateJob(taken, failures=self._capture_losses) for taken in self._passes]
+            self._waiting_layers.clear()
+            self._waiting_prompts = [
+                ReadPromptsJob(self, taken, failures=self._capture_losses) for taken in self._passes
+            ]
 
     def result(self) -> tuple[RouterRows, RouterSummary | None]:
         """Rows of all members with prompts, and how they did on held-out prompts."""
@@ -229,5 +275,5 @@ class GateWork:
         return collect_rows(self._layers, [member.owner for member in self._gates.experts])
 
 
-def _key(part: Reading) -> tuple[str, int]:
+def _key(part: Reading) -> tuple[Owner, int]:
     return part.owner, part.part

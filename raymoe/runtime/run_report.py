@@ -39,8 +39,6 @@ from raymoe.storage.file_names import (
 from raymoe.storage.locations import is_in, is_same_place
 from raymoe.storage.outputs.open_output import output_location, writable_location
 
-__all__ = ["RunReport", "record_run"]
-
 _FORMAT = 1
 _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 

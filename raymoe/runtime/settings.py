@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raymoe.object_store.options import StorageOptions
-from raymoe.sources.resolve import HubOptions
+from raymoe.runtime.timeouts import STALL_TIMEOUT_S
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.locations import Inputs
-
-__all__ = ["STALL_TIMEOUT_S", "RuntimeSettings"]
-
-STALL_TIMEOUT_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

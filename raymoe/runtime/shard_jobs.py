@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raymoe.object_store.urls import is_url
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Copy, MergePlan, Part, Shard
+from raymoe.runtime.jobs import Job
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.protocol import ShardJob
-
-__all__ = ["Sending", "ShardQueue", "ShardTask", "ShardWork", "SharedReads", "tensors_read_for_shards"]
 
 
 class Sending(Protocol):
@@ -90,21 +90,30 @@ class _OpenShard:
 
 
 @dataclass(eq=False)
-class ShardTask:
-    """A job of a shard: `detail` is what the actor is given. `failures` and `stalls` as of a `GateJob`."""
+class WriteShardJob(Job):
+    """A job of a shard: `detail` is what the actor is given."""
 
+    queue: ShardQueue
     opened: _OpenShard
     detail: ShardJob
-    failures: int = 0
-    stalls: int = 0
 
     @property
-    def owner(self) -> str:
+    def owner(self) -> Owner:
         return self.opened.shard.owner
 
     @property
     def label(self) -> str:
         return f"{self.opened.shard.file_name} ({self.owner})"
+
+    @property
+    def heartbeat_name(self) -> str:
+        return self.detail.name
+
+    def complete(self, result: Any) -> None:
+        self.queue.complete(self.opened, result)
+
+    def requeue(self) -> None:
+        self.queue.ready.insert(0, self)
 
 
 class ShardQueue:
@@ -114,9 +123,9 @@ class ShardQueue:
         self.waiting, self.work = waiting, work
         self.results: list[Any] = []
         self.bytes_kept = 0
-        self.ready: list[ShardTask] = []
+        self.ready: list[WriteShardJob] = []
 
-    def next_for(self, owners: Collection[str], can_write: Callable[[Shard], bool]) -> ShardTask | None:
+    def next_for(self, owners: Collection[Owner], can_write: Callable[[Shard], bool]) -> WriteShardJob | None:
         """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any;
         begun shards first."""
         while True:
@@ -137,15 +146,17 @@ class ShardQueue:
     @property
     def names(self) -> set[str]:
         """The shards that wait, or have jobs that do."""
-        return {shard.file_name for shard in (*self.waiting, *(job.opened.shard for job in self.ready))}
+        return {shard.file_name for shard in self.unfinished}
 
-    def first_waiting(self) -> Shard | None:
-        return next(iter([*(job.opened.shard for job in self.ready), *self.waiting]), None)
+    @property
+    def unfinished(self) -> list[Shard]:
+        """The shards of jobs that wait, and those that have not been begun."""
+        return [*(job.opened.shard for job in self.ready), *self.waiting]
 
     def _begin(self, shard: Shard) -> None:
         jobs = self.work.jobs(shard)
         opened = _OpenShard(shard, len(jobs))
-        self.ready += [ShardTask(opened, detail=job) for job in jobs]
+        self.ready += [WriteShardJob(self, opened, detail=job) for job in jobs]
         if not jobs:
             self.bytes_kept += shard.nbytes
             self.results.append(self.work.complete(shard, ()))
@@ -157,6 +168,6 @@ class ShardQueue:
             self.results.append(self.work.complete(opened.shard, opened.results))
 
 
-def _preference(owners: Collection[str], owner: str) -> tuple[bool, bool]:
+def _preference(owners: Collection[Owner], owner: Owner) -> tuple[bool, bool]:
     """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
-    return (owner not in owners, owner != "base")
+    return (owner not in owners, owner != BASE)

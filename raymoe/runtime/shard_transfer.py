@@ -27,14 +27,12 @@ import numpy.typing as npt
 from raymoe.compute import peak_rss_bytes
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.runtime.actor_process import set_up_process, without_secrets
-from raymoe.runtime.actor_status import ActorInfo, Status, node_name
+from raymoe.runtime.actor_status import ActorInfo, Status, Working, WorkKind, node_name
 from raymoe.runtime.job_activity import ActiveJobs
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
-
-__all__ = ["PIECES_AHEAD", "PIECE_BYTES", "SenderLost", "ShardWriter", "receive_chunks", "split_pieces", "start_writer"]
 
 PIECE_BYTES = CHUNK_BYTES
 PIECES_AHEAD = 4  # of a shard: made, and not yet taken by the receiver
@@ -135,7 +133,7 @@ class ShardWriter:
             remedy = "name a folder of the node that the merge is started on, or a URL"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
         name, size = job.shard.file_name, job.shard.nbytes
-        with self._active_jobs.track(f"receive {name}", job.name) as work:
+        with self._active_jobs.track(Working(WorkKind.RECEIVE, (name,)), job.name) as work:
 
             def progress(written: int, copied: int) -> None:
                 work.heartbeat()
@@ -161,7 +159,7 @@ class ShardWriter:
                 heartbeats=self._active_jobs.heartbeats,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=0,
-                busy_with=self._active_jobs.labels,
+                busy_with=self._active_jobs.busy_with,
             )
 
 

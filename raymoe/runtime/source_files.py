@@ -18,8 +18,6 @@ from raymoe.runtime.placement import Placement
 from raymoe.sources.local_folder import has_changed, is_in_view
 from raymoe.storage.local_journal import source_fingerprints
 
-__all__ = ["SourceFiles", "SourcesChanged"]
-
 
 class SourcesChanged(MergeFailed):
     """Source files were written while the merge was running. What it has written is of no use."""

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["LastHeartbeat", "StallClock", "Verdict"]
-
-_MAX_BETWEEN_LOOKS_S = 2.0
+from raymoe.runtime.timeouts import MAX_BETWEEN_LOOKS_S
 
 
 class Verdict(Enum):
@@ -50,7 +48,7 @@ class StallClock:
     def look(self) -> None:
         """Let the time since the last look pass, as far as it was spent looking."""
         now = self._clock()
-        self.now += min(now - self._looked_at, _MAX_BETWEEN_LOOKS_S)
+        self.now += min(now - self._looked_at, MAX_BETWEEN_LOOKS_S)
         self._looked_at = now
 
     def begin(self) -> LastHeartbeat:

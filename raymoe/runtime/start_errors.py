@@ -9,10 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.runtime.timeouts import REACH_TIMEOUT_S
 
-__all__ = ["check_port_open", "reject_job_server", "start_problem"]
-
-_REACH_TIMEOUT_S = 10
 _CLUSTER_REMEDY = (
     "check --address and RAY_ADDRESS, that the cluster runs, and that its token is known here (ray status)"
 )
@@ -31,7 +29,7 @@ def check_port_open(address: str) -> None:
     """Raises OSError if nothing listens at `host:port`: Ray itself would keep trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():  # not so: 'auto', 'local', for which Ray looks around
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
 
 
 def _job_server_problem(address: str) -> Problem:

@@ -10,8 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-__all__ = ["RayTransport", "Transport"]
-
 
 class Transport(Protocol):
     """What is under way, and the time."""

@@ -16,20 +16,20 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import prompt_records, recorded_config, with_own_storage
 from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
-from raymoe.config import MODES, MergeConfig
+from raymoe.config import MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
-from raymoe.runtime.actor_plan import locate_sources, plan_actors
-from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.remote_folders import RayFolderResolver
-from raymoe.runtime.scheduler import run_jobs
+from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder, is_inside
@@ -38,8 +38,6 @@ from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, is_part_of_a_model
 from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.shard_stream import different_tensors
 from raymoe.storage.source_reader import SourceReader
-
-__all__ = ["verify_merge"]
 
 
 def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verification:
@@ -139,7 +137,7 @@ def _file_differences(
 
 
 class _CompareShards:
-    """The shard work of a verification, for `run_jobs`."""
+    """The shard work of a verification, for `run_on_actors`."""
 
     def __init__(self, written: Mapping[str, TensorEntry]) -> None:
         self._written = written
@@ -166,36 +164,21 @@ def _tensor_differences(
     plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
     with ray_connection(settings), Progress(plan, settings.verbosity, "compared") as progress:
-        compute = MODES[plan.gates.mode].needs_forward_pass
         beside = {
             shard.file_name: [written[p.tensor.name].file for p in shard.parts if p.tensor.name in written]
             for shard in plan.shards
         }
-        placement = locate_sources(plan, beside)
-        actor_plan = plan_actors(
-            settings,
+        workload = Workload(
             jobs=len(plan.shards),
-            compute=compute,
+            runs_model=MODES[plan.gates.mode].needs_forward_pass,
             quantize=plan.gates.quantize,
-            placement=placement,
             max_layers_at_once=max_layers_at_once(plan.gates),
         )
-        with expert_actors(actor_plan, location, settings) as actors:
-            outcome = run_jobs(
-                plan,
-                actors,
-                _CompareShards(written),
-                progress.watch(actors),
-                gpus=[actor_placement.gpus > 0 for actor_placement in actor_plan.placements],
-                readers=actor_plan.readers,
-                layers_at_once=actor_plan.layers_at_once,
-                shards_at_once=actor_plan.shards_at_once,
-                requirements=placement.requirements if placement is not None else None,
-                stall_timeout_s=settings.stall_timeout_s,
-            )
+        actor_plan = plan_actors(settings, workload, locate_sources(plan, beside))
+        outcome = run_on_actors(plan, _CompareShards(written), actor_plan, progress, settings, output=location)
         rows = outcome.rows | random_router_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:
-            parts = [part for shard in plan.shards if shard.owner == "router" for part in shard.parts]
+            parts = [part for shard in plan.router_shards for part in shard.parts]
             different += different_tensors(parts, written, reader, router_bytes(plan.gates, rows))
     return [f"{name}: differs" if name in written else f"{name}: missing" for name in sorted(different)]

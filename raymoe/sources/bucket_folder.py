@@ -28,8 +28,6 @@ from raymoe.object_store.urls import join_url
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import unusable_checkpoint
 
-__all__ = ["BucketFolder", "as_checkpoint_errors", "fetch_object", "open_object_folder", "read_range"]
-
 _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
 _HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")

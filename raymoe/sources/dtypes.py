@@ -12,18 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-__all__ = [
-    "DTYPE_BITS",
-    "DTYPE_BYTES",
-    "DTYPE_OF_NAME",
-    "MAX_DIMENSIONS",
-    "MAX_NAME_CHARACTERS",
-    "NAME_OF_DTYPE",
-    "dtype_code",
-    "is_dtype",
-    "tensor_nbytes",
-]
-
 # Weights have up to five dimensions, and names of up to 150 characters. A stranger's file may have any number,
 # and what is done with either takes longer than its length tells: a product of sizes, a search among names, a message.
 MAX_DIMENSIONS = 16
@@ -65,6 +53,9 @@ DTYPE_OF_NAME: Mapping[str, str] = MappingProxyType(
     {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 )
 NAME_OF_DTYPE: Mapping[str, str] = MappingProxyType({code: name for name, code in DTYPE_OF_NAME.items()})
+
+# Of weights that raymoe reads: all others are refused, or are no weights.
+FLOAT_DTYPES = tuple(NAME_OF_DTYPE)
 
 _ALIASES = {"half": "F16", "float": "F32", "double": "F64"}
 

@@ -15,17 +15,6 @@ from typing import Any
 
 from raymoe.config.model_refs import ModelRef
 
-__all__ = [
-    "AdapterFacts",
-    "CheckpointIndex",
-    "FileStamp",
-    "LoraPair",
-    "ModelFacts",
-    "SideFile",
-    "SourceFile",
-    "TensorEntry",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStamp:

@@ -17,17 +17,6 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.facts import SideFile, SourceFile
 from raymoe.untrusted_files import check_size, read_json
 
-__all__ = [
-    "SIDE_FILES",
-    "Folder",
-    "has_vocabulary",
-    "is_inside",
-    "matches",
-    "read_json_object",
-    "side_files",
-    "unusable_checkpoint",
-]
-
 # Files of which every tokenizer has one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 # What travels with a model besides its weights and config: never weights, and code only where the tokenizer names it

@@ -26,17 +26,6 @@ from raymoe.sources.folder_protocol import unusable_checkpoint
 from raymoe.sources.hub_errors import hub_errors
 from raymoe.sources.local_folder import LocalFolder
 
-__all__ = [
-    "HubFolder",
-    "HubOptions",
-    "cache_folders",
-    "download",
-    "is_hub_id",
-    "open_hub_folder",
-    "parse_location",
-    "partial_downloads",
-]
-
 _LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 _TIMEOUT_S = 30
 _RETRIES = 3

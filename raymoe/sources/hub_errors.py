@@ -13,8 +13,6 @@ from contextlib import contextmanager
 
 from raymoe.errors import CheckpointError, Problem
 
-__all__ = ["error_reason", "first_line", "hub_errors", "is_network_error", "is_xet_error"]
-
 _XET_WORDS = re.compile(r"\bCAS\b|(?i:xet|reconstruction)")
 _HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
 

@@ -25,22 +25,6 @@ from raymoe.errors import CheckpointError
 from raymoe.sources.facts import FileStamp, SourceFile
 from raymoe.sources.folder_protocol import unusable_checkpoint
 
-__all__ = [
-    "LocalFolder",
-    "check_unchanged",
-    "file_fingerprint",
-    "fingerprints_differ",
-    "has_changed",
-    "is_in_view",
-    "leads_outside",
-    "open_file",
-    "recorded_sample",
-    "small_sample",
-    "stat_file",
-    "unreadable",
-    "with_content",
-]
-
 _SAMPLE_BYTES = 4096
 _SMALL_BLOCKS, _RECORDED_BLOCKS = 16, 256
 _CHUNK_BYTES = 256 << 10

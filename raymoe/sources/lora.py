@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.formatting import short_list
+from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, LoraPair, TensorEntry
 from raymoe.sources.lora_patterns import LONGEST_NAME, Patterns, pattern_problem, slow_patterns, too_many_patterns
-from raymoe.sources.output_head import EMBEDDING, HEAD
-
-__all__ = ["EMPTY_ADAPTER", "LORA_ON_TIED_HEAD", "MERGE_WITH_PEFT", "adapter_facts"]
+from raymoe.tensor_names import EMBEDDING, HEAD
 
 MERGE_WITH_PEFT = "merge the adapter into its model with peft (merge_and_unload, save_pretrained) and use the result"
 """A remedy that works for adapters that peft applies and raymoe does not."""
@@ -51,7 +50,6 @@ _FACTOR = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector)(\.weight|\.(?P<magnitude_name>[^.]+)(\.weight)?)?)"
 )
 _MAGNITUDE = "magnitude"
-_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _MAX_COMPONENTS = 8
 _NAMED = 5  # how many of many problems of a kind are listed
 
@@ -331,7 +329,7 @@ def _add_whole(found: _Sorted, name: str, entry: TensorEntry, model: CheckpointI
     own, module = model.tensors.get(name), name.rpartition(".")[0]
     if name == EMBEDDING and HEAD not in model.tensors:
         found.left_out[module] = "a whole embedding, without the output head that the model ties to it"
-    elif own is None or entry.dtype not in _FLOATS:
+    elif own is None or entry.dtype not in FLOAT_DTYPES:
         found.left_out[module] = "a whole tensor that the model does not have in this form"
     elif own.shape != entry.shape:
         found.left_out[module] = f"a whole tensor of another shape, {list(entry.shape)} for {list(own.shape)}"
@@ -426,7 +424,7 @@ def _make_pair(
     a, b = found["A"], found["B"]
     target = model.tensors[f"{module}.weight"]
     for entry in (a, b):
-        if entry.dtype not in _FLOATS or len(entry.shape) != 2:
+        if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
             what = f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; a float matrix is expected"
             raise _Misfit(what, _SAVE_AGAIN)
     rank, alpha = _rank_and_alpha(module, ranks, alphas)
@@ -450,7 +448,7 @@ def _find_magnitude(
         there, not_there = ("a", "no use_dora") if entry is not None else ("no", "use_dora")
         what = f"{module!r} has {there} lora_magnitude_vector, and adapter_config.json has {not_there}"
         raise _Misfit(what, _SAVE_AGAIN if entry is None else "set use_dora: true in adapter_config.json")
-    if entry is not None and (entry.dtype not in _FLOATS or entry.shape != (rows,)):
+    if entry is not None and (entry.dtype not in FLOAT_DTYPES or entry.shape != (rows,)):
         what = f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; {rows} floats are expected"
         raise _Misfit(what, _SAVE_AGAIN)
     return entry

@@ -12,8 +12,6 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["LONGEST_NAME", "Patterns", "pattern_problem", "slow_patterns", "too_many_patterns"]
-
 # Those that peft writes are names of modules. Four repetitions (`.*`) are within the limits.
 LONGEST_NAME = 80
 _PATTERN_CHARACTERS, _MAX_WAYS = 1000, LONGEST_NAME**4

@@ -14,10 +14,7 @@ from typing import Any
 
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.folder_protocol import Folder
-
-__all__ = ["EMBEDDING", "HEAD", "has_own_head"]
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from raymoe.tensor_names import EMBEDDING, HEAD
 
 _SAMPLES = 8
 _SAMPLE_BYTES = 64 * 1024

@@ -27,8 +27,6 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url, local_path
 from raymoe.untrusted_files import read_json
 
-__all__ = ["Faults", "prompt_values"]
-
 _MAX_FAULTS = 5  # of one file; one wrong field makes every line wrong in the same way
 _MAX_LINE_BYTES = 16 * 2**20
 _READ_BYTES = 4 * 2**20

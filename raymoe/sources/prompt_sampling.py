@@ -29,8 +29,6 @@ from raymoe.sources.prompt_reader import Faults, prompt_values
 from raymoe.sources.resolve import RemoteFolderResolver, fetch_file
 from raymoe.untrusted_files import read_json
 
-__all__ = ["NO_CHAT_TEMPLATE", "chat_template_problems", "prompt_file_location", "read_prompts", "sample_prompts"]
-
 NO_CHAT_TEMPLATE = Problem(
     where="base_model",
     what="chat_template is true, but the base model's tokenizer has no chat template",

@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.errors import Problem
-from raymoe.sources.dtypes import DTYPE_BITS
+from raymoe.sources.dtypes import DTYPE_BITS, FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
-
-__all__ = ["QUANTIZATION_KEYS", "leftover_warning", "quantization_problems"]
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Keys of config.json that describe a quantised checkpoint."""
@@ -42,7 +40,6 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
     "bitsandbytes__nf4": "bitsandbytes 4-bit",
     "bitsandbytes__fp4": "bitsandbytes 4-bit",
 }
-_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 # Methods that store plain weights and quantise them each time the model runs: the weights alone compute another model.
 _RUNTIME_METHODS = ("bitnet", "fp_quant")
 
@@ -77,7 +74,7 @@ def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointInd
 def _is_leftover(method: str, index: CheckpointIndex | None) -> bool:
     if index is None or method.split(",")[0] in _RUNTIME_METHODS:
         return False
-    return all(entry.dtype in _FLOATS and not _method_of_tensor(entry) for entry in index.tensors.values())
+    return all(entry.dtype in FLOAT_DTYPES and not _method_of_tensor(entry) for entry in index.tensors.values())
 
 
 def _declared_method(config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -107,6 +104,6 @@ def _method_of_tensor(entry: TensorEntry) -> str | None:
         return _TENSOR_SUFFIXES[suffix]
     if DTYPE_BITS[entry.dtype] <= 8 and entry.dtype.startswith("F"):
         return f"{DTYPE_BITS[entry.dtype]}-bit floats"
-    if suffix == "weight" and entry.dtype not in _FLOATS:
+    if suffix == "weight" and entry.dtype not in FLOAT_DTYPES:
         return "integer weights"
     return None

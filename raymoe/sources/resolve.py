@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
-from raymoe.errors import CheckpointError, Problem, first_few
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.bucket_folder import fetch_object, open_object_folder
@@ -29,28 +29,13 @@ from raymoe.sources.folder_protocol import Folder, read_json_object, side_files,
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
-from raymoe.sources.output_head import EMBEDDING, HEAD, has_own_head
+from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
 from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
+from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
 
-__all__ = [
-    "HubOptions",
-    "OpenedFolder",
-    "PathKey",
-    "RemoteFolderResolver",
-    "StorageOptions",
-    "fetch_file",
-    "fetch_side_files",
-    "folders_of",
-    "open_folders",
-    "resolve_model",
-    "resolve_models",
-    "with_contents",
-]
-
 _MODELS_AT_ONCE = 8
-_T = TypeVar("_T")
 
 PathKey = tuple[PathRef, bool]
 """A path of a config, and whether it names an adapter."""
@@ -114,18 +99,18 @@ def resolve_models(
                 parts[key] = _completed_future(remote[key])
             else:
                 parts[key] = pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
-    problems: list[Problem] = []
-    opened = {key: part for key, future in parts.items() if (part := _collect(problems, future.result))}
+    collector = ProblemCollector(kind=CheckpointError)
+    opened = {key: part for key, future in parts.items() if (part := collector.run(future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
     for ref in refs:
         model = opened.get((ref.model, False))
         adapter = opened.get((ref.adapter, True)) if ref.adapter else None
         if model and (adapter or not ref.adapter):
-            resolved = _collect(problems, lambda r=ref, m=model, a=adapter: _facts(r, m, a))  # type: ignore[misc]
+            resolved = collector.run(_facts, ref, model, adapter)
             if resolved:
                 facts[ref] = replace(resolved, folders=folders_of(ref, options))
-    if problems:
-        raise CheckpointError(list(dict.fromkeys(problems)))
+    if collector.problems:
+        raise collector.report()
     return facts
 
 
@@ -176,19 +161,11 @@ def _completed_future(result: OpenedFolder | CheckpointError) -> Future[OpenedFo
     return future
 
 
-def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
-    try:
-        return step()
-    except CheckpointError as error:
-        problems.extend(error.problems)
-        return None
-
-
 def _open(
     path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions, *, with_head: bool = True
 ) -> OpenedFolder:
     folder = _find_folder(path, is_adapter, options, storage)
-    problems: list[Problem] = []
+    collector = ProblemCollector(kind=CheckpointError)
     config_name = "adapter_config.json" if is_adapter else "config.json"
     if is_adapter and config_name not in folder.names and "config.json" in folder.names:
         raise unusable_checkpoint(
@@ -199,19 +176,19 @@ def _open(
     if not is_adapter and config_name not in folder.names and "adapter_config.json" in folder.names:
         what = "this is a LoRA adapter, not a whole model"
         raise unusable_checkpoint(folder.label, what, "name it together with its base model: 'base+adapter'")
-    config = _collect(problems, lambda: read_json_object(folder, config_name))
+    config = collector.run(read_json_object, folder, config_name)
     index_weights = index_adapter_weights if is_adapter else index_model_weights
-    index = _collect(problems, lambda: index_weights(folder))
+    index = collector.run(index_weights, folder)
     if not is_adapter:
-        problems += quantization_problems(folder.label, config or {}, index)
+        collector.problems += quantization_problems(folder.label, config or {}, index)
     side, python = side_files(folder), side_files(folder, ("*.py",))
-    problems += first_few(_size_problems(folder, side))
+    collector.problems += first_few(_size_problems(folder, side))
     python = tuple(each for each in python if not _size_problems(folder, [each]))
     if isinstance(folder, LocalFolder):
-        problems += first_few(_outside_problems(folder, side))
+        collector.problems += first_few(_outside_problems(folder, side))
         python = tuple(each for each in python if not _outside_problems(folder, [each]))
-    if problems or config is None or index is None:
-        raise CheckpointError(problems)
+    if collector.problems or config is None or index is None:
+        raise collector.report()
     warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
     if not is_adapter:
         warnings.append(leftover_warning(folder.label, config, index))

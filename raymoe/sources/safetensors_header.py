@@ -18,8 +18,6 @@ from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTER
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.untrusted_files import read_json
 
-__all__ = ["MAX_HEADER_BYTES", "PREFIX_BYTES", "ReadRange", "parse_header"]
-
 # read(start, end) -> exactly the bytes [start, end) of the file (fewer only if the file ends before `end`)
 ReadRange = Callable[[int, int], bytes]
 

@@ -12,24 +12,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.sources.facts import ModelFacts, SideFile, SourceFile
 from raymoe.untrusted_files import read_json
-
-__all__ = [
-    "TokenizerFacts",
-    "plain_tokenizer",
-    "tokenizer_code",
-    "tokenizer_facts",
-    "tokenizer_guard",
-    "with_bos",
-    "with_one_bos",
-    "with_tokenizer_code",
-]
 
 ReadFile = Callable[[SourceFile], bytes]
 
@@ -69,6 +62,23 @@ def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
         side_files=tuple(sorted((*facts.side_files, *found.values()), key=lambda side: side.name)),
         warnings=(*facts.warnings, *warnings),
     )
+
+
+@contextlib.contextmanager
+def tokenizer_folder(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A temporary folder with links to a tokenizer's files, by their names in the folder of its model."""
+    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
+        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
+        code = xxhash.xxh3_64()
+        for name in sorted(name for name in files if name.endswith(".py")):
+            code.update(files[name].read_bytes())
+        folder = Path(root) / f"tokenizer_{code.hexdigest()}"
+        folder.mkdir()
+        for name, path in files.items():
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+        yield folder
 
 
 def with_bos(text: str, bos: str) -> str:

@@ -40,8 +40,6 @@ from raymoe.sources.dtypes import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_CHARACTE
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import unusable_checkpoint
 
-__all__ = ["parse_pickled"]
-
 # A state dict takes about 200 bytes and 50 operations for each tensor: enough for 100,000 of them in one file.
 _MAX_PICKLE_BYTES, _MAX_OPERATIONS = 20_000_000, 5_000_000
 _MAX_DIRECTORY_BYTES = 32_000_000

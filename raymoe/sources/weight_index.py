@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from raymoe.errors import CheckpointError, Problem, first_few
+from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
 from raymoe.formatting import short_list
 from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder, is_inside, read_json_object, unusable_checkpoint
 from raymoe.sources.lora import EMPTY_ADAPTER
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.torch_pickle import parse_pickled
-
-__all__ = ["index_adapter_weights", "index_model_weights"]
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|npz|ckpt)")
@@ -117,16 +115,14 @@ def _index_files(
 
 def _entries_by_file(folder: Folder, files: Mapping[str, SourceFile]) -> dict[str, Sequence[TensorEntry]]:
     result: dict[str, Sequence[TensorEntry]] = {}
-    problems: list[Problem] = []
+    collector = ProblemCollector(kind=CheckpointError)
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
         futures = {name: pool.submit(_entries, folder, name, file) for name, file in files.items()}
         for name, future in futures.items():
-            try:
-                result[name] = future.result()
-            except CheckpointError as error:
-                problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(first_few(problems, 2 * _NAMED))  # of each file there may be several
+            if (entries := collector.run(future.result)) is not None:
+                result[name] = entries
+    if collector.problems:
+        raise CheckpointError(first_few(collector.problems, 2 * _NAMED))  # of each file there may be several
     return result
 
 

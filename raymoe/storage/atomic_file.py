@@ -10,8 +10,6 @@ import stat
 import uuid
 from pathlib import Path
 
-__all__ = ["check_writable_file", "is_special", "resolve_links", "write_atomic"]
-
 
 def is_special(path: Path) -> bool:
     """A pipe or a device: bytes are sent there, and nothing can take its place."""
@@ -57,6 +55,15 @@ def write_atomic(path: Path, text: str, *, follow: bool = True) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _part(place: Path) -> Path:

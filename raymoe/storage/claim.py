@@ -13,8 +13,7 @@ from typing import Any
 
 from raymoe.errors import MergeFailed
 from raymoe.sources.local_folder import fingerprints_differ
-
-__all__ = ["JOURNAL_FORMAT", "Claim", "TakenOver", "foreign_file_error", "replaced_file_error", "taken_over_error"]
+from raymoe.storage.file_names import FileRecord
 
 # Raise this when an older raymoe's journal would be misread. A journal of another format is never continued.
 JOURNAL_FORMAT = 3
@@ -48,6 +47,13 @@ class Claim:
         """Whether a note is of this very merge. A new start of the same plan is another merge: it may have had other
         sources."""
         return note.get("digest") == self.digest and note.get("origin") == self.origin
+
+    def accepted_record(self, note: Mapping[str, Any]) -> FileRecord | None:
+        """The record of a finished file in a note; None where the note is damaged, or not of this very merge."""
+        try:
+            return FileRecord(**note["file"]) if self.owns(note) else None
+        except (KeyError, TypeError):
+            return None
 
     def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
         """Local source files that are others now than when the claim was written."""

@@ -11,24 +11,6 @@ from raymoe.formatting import short_list
 from raymoe.sources.folder_protocol import SIDE_FILES, is_inside, matches
 from raymoe.untrusted_files import read_json
 
-__all__ = [
-    "CARD_NAME",
-    "CHECKPOINT_FILES",
-    "INDEX_NAME",
-    "JOURNAL",
-    "MAX_RESULT_BYTES",
-    "PROBE",
-    "RECORD_NAME",
-    "RESULT_NAME",
-    "FileRecord",
-    "FinishedMerge",
-    "is_part_of_a_model",
-    "is_recorded_file",
-    "is_result",
-    "is_written_by_a_merge",
-    "json_object",
-]
-
 JOURNAL = ".raymoe"
 PROBE = "probe-"  # with what follows, an object in the journal's place that is there for a moment
 CARD_NAME = "README.md"

@@ -20,8 +20,6 @@ import xxhash
 
 from raymoe.storage.linux_io import allocate, clone_range, start_writeback, wait_for_writeback
 
-__all__ = ["FileWriter", "SharedRange"]
-
 _WRITEBACK_BYTES = 64 << 20
 _BLOCK_BYTES = 4096  # of extents that are shared; where a filesystem has larger ones it refuses, and bytes are copied
 _MIN_SHARED_BYTES = 1 << 20

@@ -13,8 +13,6 @@ import os
 import struct
 import sys
 
-__all__ = ["allocate", "clone_range", "free_range", "start_writeback", "wait_for_writeback"]
-
 # A file that is too large for the disk, the quota or the limit of the process is one however it is written.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), from linux/fs.h

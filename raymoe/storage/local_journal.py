@@ -31,74 +31,34 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.local_folder import file_fingerprint, is_in_view, small_sample
-from raymoe.storage.claim import Claim, taken_over_error
+from raymoe.storage.atomic_file import sync_folder
+from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
-
-__all__ = ["Journal", "source_fingerprints", "sync_folder"]
 
 # how long a lock is tried for that is held by processes which only look, each for a moment
 _LOCK_PROBE_TIMEOUT_S = 10.0
-_CLEARING = "clearing."
 _REMOVE_TRIES = 4
 _OPEN_ON_NFS = ".nfs"  # what a removed file is called there until the last process has closed it
 
 
-class Journal:
-    """Reads and writes the journal of one output folder. Holds no state but the lock and the name of its run.
-
-    `run` is the run that it writes for; the coordinator's journal gets it from `begin`.
-    """
+class Journal(BaseJournal):
+    """Reads and writes the journal of one output folder. Holds no state but the lock and the name of its run."""
 
     def __init__(self, root: Path, run: str = "") -> None:
+        super().__init__(str(root), run)
         self.root = root
         self.folder = root / JOURNAL
-        self.run = run
         self._lock: int | None = None
 
     @property
     def exists(self) -> bool:
-        """Whether there is an unfinished merge in the folder."""
         return os.path.isfile(self.folder / "plan.json")
-
-    @property
-    def is_of_this_run(self) -> bool:
-        """Whether the output is still (and, seen from here, at all) the one that this run writes to."""
-        claim = self.claim()
-        return claim is not None and bool(self.run) and claim.run == self.run
-
-    def check_run(self) -> Claim:
-        """The claim of this run. Raises MergeFailed where another run has taken over the output."""
-        claim = self.claim()
-        if claim is None or not self.run or claim.run != self.run:
-            raise taken_over_error(str(self.root))
-        return claim
-
-    def claim(self) -> Claim | None:
-        """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
-        return Claim.parse(self._read("plan.json"))
-
-    def digest(self) -> str | None:
-        """Digest of the plan that this journal belongs to; None where there is no readable journal."""
-        claim = self.claim()
-        return claim.digest if claim is not None else None
-
-    @property
-    def is_clearing(self) -> bool:
-        """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
-        claim = self.claim()
-        return claim is not None and self._clearing_path(claim.origin).exists()
-
-    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
-        """Source files that were modified after the interrupted merge had read them."""
-        claim = self.claim()
-        return claim.changed_sources(fingerprints) if claim is not None else []
 
     def links(self) -> list[Problem]:
         """The journal's files and folders that are links: what is done to them would be done elsewhere."""
@@ -179,14 +139,13 @@ class Journal:
         assert self._lock is not None, "a journal is begun under its lock"
         before, self.run = self.claim(), uuid.uuid4().hex
         fresh = fresh or self.is_clearing
-        goes_on = before is not None and before.digest == digest and not fresh
-        origin = before.origin if before is not None and goes_on else self.run
+        claim = self._next_claim(before, digest, fingerprints, fresh=fresh)
         (self.folder / "parts" / self.run).mkdir(parents=True)
         if fresh:
             self._clearing_path(self.run).touch()
-        self._write("plan.json", Claim(digest=digest, run=self.run, origin=origin, sources=fingerprints).plain())
+        self._write("plan.json", claim.plain())
         self._remove_other_runs()
-        if not goes_on:
+        if claim.origin == self.run:  # nothing is gone on with
             _remove(self.folder / "done")
         if fresh and remove is not None:
             remove()
@@ -194,8 +153,7 @@ class Journal:
         self._forget_clearing()
 
     def invalidate(self) -> None:
-        """Note that what this merge has written is of no use: the next run begins again. Raises OSError or
-        MergeFailed."""
+        """Raises OSError too."""
         self._clearing_path(self.check_run().origin).touch()
 
     def _remove_other_runs(self) -> None:
@@ -220,21 +178,13 @@ class Journal:
 
     def new_part(self, name: str) -> Path:
         """A path for one attempt at writing a file, never given twice."""
-        return self.folder / "parts" / self.run / f"{_flat_name(name)}.{uuid.uuid4().hex}"
+        return self.folder / "parts" / self.run / f"{flat_name(name)}.{uuid.uuid4().hex}"
 
     def finished(self, name: str) -> FileRecord | None:
-        """The record of a file that this merge finished; the caller compares it with the file itself."""
-        note, claim = self._read(f"done/{_flat_name(name)}.json"), self.claim()
-        if claim is None or not claim.owns(note) or self.run not in ("", claim.run):
+        note, claim = self._read(f"done/{flat_name(name)}.json"), self.claim()
+        if claim is None or self.run not in ("", claim.run):
             return None
-        try:
-            return FileRecord(**note["file"])
-        except (KeyError, TypeError):
-            return None
-
-    def record(self, record: FileRecord) -> None:
-        """Note a finished file. Raises MergeFailed where another run has taken over."""
-        self._write(f"done/{_flat_name(record.name)}.json", {**self.check_run().signature, "file": asdict(record)})
+        return claim.accepted_record(note)
 
     def clear(self) -> None:
         """Forget everything but the lock; `plan.json` goes first, since it is what makes a journal. Raises OSError."""
@@ -268,11 +218,14 @@ class Journal:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
+    def _is_marked(self, run: str) -> bool:
+        return self._clearing_path(run).exists()
+
     def _clearing_path(self, run: str) -> Path:
-        return self.folder / f"{_CLEARING}{run}"
+        return self.folder / f"{CLEARING}{run}"
 
     def _forget_clearing(self) -> None:
-        for marker in self.folder.glob(f"{_CLEARING}*"):
+        for marker in self.folder.glob(f"{CLEARING}*"):
             marker.unlink(missing_ok=True)
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -280,6 +233,9 @@ class Journal:
             return json_object((self.folder / name).read_bytes())
         except OSError:
             return {}
+
+    def _note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
+        self._write(f"{kind}/{name}", {**self.check_run().signature, **content})
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a small file of the journal in one step; after return it survives a crash of the machine."""
@@ -335,11 +291,6 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _flat_name(name: str) -> str:
-    """A file's name without folders: the journal's own folders are flat."""
-    return name.replace("/", "__")
-
-
 def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
     """What tells one state of a local source file from another between two runs, by location: its time, as it was when
     the header was read, and a sample.
@@ -355,12 +306,3 @@ def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
             mtime_ns = planned.mtime_ns if planned is not None else os.stat(file.location).st_mtime_ns
             fingerprints[file.location] = file_fingerprint([(socket.gethostname(), mtime_ns)], small_sample(file))
     return fingerprints
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,18 +24,6 @@ from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.file_names import JOURNAL, is_written_by_a_merge
 
-__all__ = [
-    "Inputs",
-    "input_paths",
-    "is_in",
-    "is_in_job_package",
-    "is_same_place",
-    "overwrite_problem",
-    "place_key",
-    "replaced_input",
-    "source_folders",
-]
-
 Key = tuple[Hashable, ...]
 """Equal for names of one place; the key of a folder begins the key of what is not there yet in it."""
 

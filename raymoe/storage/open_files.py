@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.facts import SourceFile
 
-__all__ = ["OpenFiles"]
-
 _MAX_OPEN = 32  # of one reader; an actor has up to ten readers, and Ray may be started with a limit of 1024 files
 
 

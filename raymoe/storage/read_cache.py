@@ -24,8 +24,6 @@ from raymoe.object_store.urls import is_url
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.linux_io import free_range
 
-__all__ = ["GATES", "SHARDS", "Fetch", "ReadCache"]
-
 _MAX_BYTES = 64 << 30
 _MAX_IN_MEMORY_BYTES = 256 << 20  # where temporary files lie in memory
 

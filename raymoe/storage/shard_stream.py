@@ -19,16 +19,6 @@ from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
 from raymoe.storage.value_checks import number_bytes, scan_non_finite
 
-__all__ = [
-    "CHUNK_BYTES",
-    "RouterBytes",
-    "different_tensors",
-    "part_chunks",
-    "read_stream",
-    "shard_chunks",
-    "shard_range",
-]
-
 RouterBytes = Callable[[Part, Router], bytes]
 
 

@@ -29,14 +29,12 @@ from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import is_url
 from raymoe.sources.bucket_folder import as_checkpoint_errors
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.hub import parse_location, partial_downloads
+from raymoe.sources.hub import HubOptions, parse_location, partial_downloads
 from raymoe.sources.local_folder import open_file, unreadable
-from raymoe.sources.resolve import HubOptions, fetch_file
+from raymoe.sources.resolve import fetch_file
 from raymoe.storage.open_files import OpenFiles
 from raymoe.storage.read_cache import SHARDS, ReadCache
 from raymoe.storage.value_checks import WeightFindings
-
-__all__ = ["CHUNK_BYTES", "LOCAL_CHUNK_BYTES", "SourceReader"]
 
 CHUNK_BYTES = 8 << 20
 # A chunk of a local file stays in the processor's cache between its reading, its checksum and its writing: four times

@@ -7,8 +7,6 @@ from raymoe.planning.multipart import CopyRange, server_side_bytes, spans, uploa
 from raymoe.planning.plan import MergePlan
 from raymoe.storage.outputs.protocol import Output
 
-__all__ = ["TRANSFER_METHODS", "bytes_by_method"]
-
 TRANSFER_METHODS = {
     "store_copy": "copied inside the object store",
     "streamed": "read from an object store or the Hub by a worker",

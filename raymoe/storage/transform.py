@@ -29,18 +29,6 @@ from raymoe.sources.facts import LoraPair, TensorEntry
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.value_checks import has_non_finite
 
-__all__ = [
-    "NUMPY_DTYPES",
-    "THREADS",
-    "dora_factors",
-    "load_array",
-    "permute_heads",
-    "read_rows",
-    "row_blocks",
-    "transformed_bytes",
-    "with_lora",
-]
-
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,

@@ -14,8 +14,6 @@ import numpy as np
 
 from raymoe.errors import MergeFailed
 
-__all__ = ["WeightFindings", "has_non_finite", "number_bytes", "scan_non_finite"]
-
 _MAX_NOTES = 100  # of one process
 
 # The bits of a number's exponent, by dtype: in IEEE's formats all of them are set for infinity and NaN alone. E4M3 has

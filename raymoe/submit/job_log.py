@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.errors import MergeFailed
 from raymoe.safe_text import printable
+from raymoe.submit.timeouts import LOG_PAUSE_S, LOG_RECONNECT_TIMEOUT_S
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
-
-__all__ = ["exit_code", "follow"]
-
-_RECONNECT_TIMEOUT_S = 60.0
-_PAUSE_S = 1.0
 
 
 def follow(client: JobSubmissionClient, job: str) -> Any:
@@ -39,14 +35,13 @@ def follow(client: JobSubmissionClient, job: str) -> Any:
             if details.status.is_terminal():
                 return details
         except passing as error:
-            if time.monotonic() - last_answer > _RECONNECT_TIMEOUT_S:
+            if time.monotonic() - last_answer > LOG_RECONNECT_TIMEOUT_S:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise MergeFailed(
-                    f"the cluster's head has not answered for {_RECONNECT_TIMEOUT_S:.0f} s ({why}). If it lives, the "
-                    "job goes on: "
-                    f"ray job logs --follow {job}"
+                    f"the cluster's head has not answered for {LOG_RECONNECT_TIMEOUT_S:.0f} s ({why}). If it lives, "
+                    f"the job goes on: ray job logs --follow {job}"
                 ) from error
-        time.sleep(_PAUSE_S)
+        time.sleep(LOG_PAUSE_S)
 
 
 def exit_code(details: Any) -> int:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.submit.timeouts import REACH_TIMEOUT_S
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["job_server"]
-
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_REACH_TIMEOUT_S = 10
 # They tell of each package and connection.
 _NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -110,9 +108,9 @@ def _probe_job_server(url: str, headers: dict[str, str]) -> int:
     import requests
 
     try:
-        answer = requests.get(f"{url}/api/version", headers=headers, timeout=_REACH_TIMEOUT_S)
+        answer = requests.get(f"{url}/api/version", headers=headers, timeout=REACH_TIMEOUT_S)
     except requests.exceptions.Timeout:
-        raise _problem(url, f"no answer within {_REACH_TIMEOUT_S} s", _ADDRESS_REMEDY) from None
+        raise _problem(url, f"no answer within {REACH_TIMEOUT_S} s", _ADDRESS_REMEDY) from None
     except requests.exceptions.SSLError:
         raise _problem(url, "its certificate is not trusted", "set REQUESTS_CA_BUNDLE to your authority's") from None
     except requests.exceptions.RequestException as error:

@@ -27,8 +27,6 @@ from raymoe.object_store.urls import is_url
 from raymoe.sources.prompt_sampling import read_prompts
 from raymoe.storage.outputs.open_output import output_location, writable_location
 
-__all__ = ["CONFIG_NAME", "Job", "make_job"]
-
 CONFIG_NAME = "config.yaml"
 _MAX_CONFIG_BYTES = 16 * 2**20  # what load_config takes
 

@@ -12,15 +12,13 @@ from raymoe.console import say
 from raymoe.errors import MergeFailed
 from raymoe.submit.job_log import exit_code, follow
 from raymoe.submit.job_spec import CONFIG_NAME, Job
+from raymoe.submit.timeouts import JOB_AGENT_PAUSES_S
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-__all__ = ["StoppedFollowing", "follow_job", "send_job"]
-
 # The job server's answer where it knows no node's agent that would start the job; it has waited for one itself.
 _NO_AGENT = "No available agent"
-_PAUSES_S = (2.0, 5.0, 10.0, 20.0)
 
 
 class StoppedFollowing(MergeFailed):
@@ -41,8 +39,9 @@ def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if _NO_AGENT in reason:
                 reason = (
-                    f"no node had a job agent in {len(_PAUSES_S) + 1} tries. The head has just started, is overloaded, "
-                    "or its agent has died (dashboard_agent.log on the head): submit again when `ray status` answers"
+                    f"no node had a job agent in {len(JOB_AGENT_PAUSES_S) + 1} tries. The head has just started, is "
+                    "overloaded, or its agent has died (dashboard_agent.log on the head): submit again when `ray "
+                    "status` answers"
                 )
             raise MergeFailed(f"the cluster did not take the job: {reason}") from error
     return name
@@ -50,7 +49,7 @@ def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
 
 def _submit(client: JobSubmissionClient, name: str, **request: Any) -> None:
     """Submit a job, again after a pause while no node has an agent for it, as in a cluster's first moments."""
-    for pause in (*_PAUSES_S, None):
+    for pause in (*JOB_AGENT_PAUSES_S, None):
         try:
             client.submit_job(submission_id=name, **request)
             return

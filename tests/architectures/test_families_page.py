@@ -15,6 +15,8 @@ import transformers
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
+from raymoe.export.gguf.input_model import _NOT_CONVERTED
+from raymoe.export.gguf.llama_cpp_archs import MIXTURES
 from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
 from tests.pico import REPOSITORY
@@ -55,6 +57,10 @@ def test_a_family_is_held_or_refused_and_not_both() -> None:
     assert merges <= set(refused), "a merge is no source of experts"
     assert {host.dense_family for host in MOE_ARCHITECTURES.values()} <= FAMILIES.keys()
     assert all(set(host.accepts) <= FAMILIES.keys() for host in MOE_ARCHITECTURES.values())
+
+
+def test_every_architecture_is_converted_to_gguf_or_has_a_reason() -> None:
+    assert {host.model_type for host in MOE_ARCHITECTURES.values()} == {*MIXTURES, *_NOT_CONVERTED}
 
 
 def test_every_named_type_is_one_that_transformers_knows() -> None:

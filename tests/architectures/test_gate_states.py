@@ -20,7 +20,7 @@ from tests.routers.test_streamed_decoder import prompts_of
 pytestmark = pytest.mark.engines
 
 LENGTHS = (3, 30, 17, 8)
-# Families whose tables are Llama's are looked at in tests/gates.
+# Families whose tables are Llama's are looked at in tests/routers.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES if name not in ("llama", "mistral", "qwen2", "qwen3")},
     "phi3, window": ("phi3", {"sliding_window": 12}),

@@ -12,12 +12,13 @@ import torch
 
 import raymoe
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import ALL_SHARED
 from raymoe.report.inspect import inspect_checkpoint
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.verify import verify_merge
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import shard_range
 from raymoe.storage.source_reader import SourceReader
 from tests.architectures.pairs import MAX_DIFFERENCE, PAIRS, Pair, force_router, load_grafted, load_merged, moe_blocks
@@ -133,7 +134,7 @@ def test_every_matrix_is_in_its_place(zoo: Callable[..., Path], tmp_path: Path) 
             assert abs((blocks[3] - dense).std() / 0.5 - 1) < 0.05
     summary = inspect_checkpoint(tmp_path / "merged")
     assert summary["active_parameters"] == plan.totals.active_parameters
-    assert {shard.owner for shard in plan.shards} == {"base", "expert 0", "expert 1", "shared experts", "router"}
+    assert {str(shard.owner) for shard in plan.shards} == {"base", "expert 0", "expert 1", "shared experts", "router"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -168,7 +169,7 @@ def test_a_merge_on_ray_is_verified_and_a_changed_byte_found(
     settings = RuntimeSettings(verbosity=-1, actors=1)
     assert verify_merge(merged, settings).ok
     plan = raymoe.plan(config)
-    (shard,) = (s for s in plan.shards if s.owner == "shared experts")
+    (shard,) = (s for s in plan.shards if s.owner == ALL_SHARED)
     part = next(p for p in shard.parts if p.name.endswith("1.mlp.shared_expert.down_proj.weight"))
     with open(merged / shard.file_name, "r+b") as file:
         file.seek(part.start + 7)

@@ -16,14 +16,13 @@ from typing import Any
 
 import psutil
 
-from raymoe.runtime.actor_status import GATES_PREFIX
+from raymoe.runtime.actor_status import Working, WorkKind
 from tests.processes import below, titled
 from tests.soak.compare import RECORD, noted_shards
 from tests.soak.places import Place
 
 __all__ = ["INTERNAL", "Actor", "Seen", "Watch", "actor_processes", "connected"]
 
-_ROUTERS = "routers"
 INTERNAL = "_ray_internal"
 """How the names of Ray's own actors begin."""
 
@@ -34,7 +33,7 @@ class Actor:
 
     handle: Any
     pid: int | None = None
-    busy_with: tuple[str, ...] | None = None
+    busy_with: tuple[Working, ...] | None = None
     _asked: dict[Any, str] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -63,7 +62,7 @@ class Seen:
 
     at: str
     done: int
-    up: Mapping[int, tuple[str, ...]]
+    up: Mapping[int, tuple[Working, ...]]
 
 
 class Watch:
@@ -99,10 +98,10 @@ class Watch:
         for actor in self._actors.values():
             actor.look()
 
-    def _moment(self, up: Mapping[int, tuple[str, ...]], done: int | None) -> str:
-        jobs = [job for busy_with in up.values() for job in busy_with]
-        is_reading = any(job.startswith(GATES_PREFIX) for job in jobs)
-        if is_reading or _ROUTERS in jobs:
+    def _moment(self, up: Mapping[int, tuple[Working, ...]], done: int | None) -> str:
+        kinds = {job.kind for busy_with in up.values() for job in busy_with}
+        is_reading = WorkKind.PROMPTS in kinds
+        if is_reading or WorkKind.ROUTERS in kinds:
             self._gate_moment = "prompts" if is_reading else "routers"
             return self._gate_moment
         if not self._was_up and done == self._done_first:

@@ -135,13 +135,13 @@ def test_what_is_no_record(changes: dict[str, object], said: str, cli: Cli, merg
     for more in ((), ("--json",)):
         done = cli("inspect", tmp_path / "out", *more)
         assert done.code == 2
-        assert f"raymoe.json: can't be read: {said}" in done.err and not done.out
+        assert f"raymoe.json: this record can't be read: {said}" in done.err and not done.out
 
 
 def test_a_record_that_lacks_keys(cli: Cli, merged: Path, tmp_path: Path) -> None:
     shutil.copytree(merged, tmp_path / "out")
     (tmp_path / "out/raymoe.json").write_text('{"sources": [], "plan_digest": ""}')
-    assert "can't be read: raymoe_version, config are missing" in cli("inspect", tmp_path / "out").err
+    assert "can't be read: it has no raymoe_version, config" in cli("inspect", tmp_path / "out").err
 
 
 @pytest.mark.parametrize("host", ["ernie4_5_moe", "hunyuan_v1_moe"])

@@ -13,7 +13,8 @@ import pytest
 
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.storage.object_journal import ObjectJournal, occupied_problems
+from raymoe.storage.object_journal import ObjectJournal
+from raymoe.storage.output_files import StoreFiles
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.output_checks import write_problems
 from tests.object_store.servers import Server, environment, running_server
@@ -127,6 +128,6 @@ def test_a_probe_of_another_process_is_no_output() -> None:
     url = "memory://probes/out"
     store = open_store(url, StorageOptions())
     store.put(f"{url}/.raymoe/probe-0123", b"")
-    assert occupied_problems(store, ObjectJournal(store, url), url, "digest") == []
+    assert StoreFiles(store, url).problems(ObjectJournal(StoreFiles(store, url)), "digest") == []
     assert write_problems(open_output(url, StorageOptions()), StorageOptions()) == []
     assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]

@@ -70,7 +70,7 @@ def job_server_that_is(*, busy: int, takes_silently: bool = False) -> Iterator[A
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(submit, "JOB_AGENT_PAUSES_S", (0.0, 0.0, 0.0))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
 

@@ -12,7 +12,8 @@ import torch
 from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
-from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import resolve_model
 from raymoe.storage.source_reader import SourceReader
 
 LENGTHS = (2, 31, 17, 5, 40, 17)

@@ -11,10 +11,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from raymoe.checkpoints.merge_record import RecordedSource
 from raymoe.errors import ProblemReport
 from raymoe.evaluation.dataset import Labels, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import expert_names
 from raymoe.evaluation.options import EvaluationOptions, option_problems, parse_against
+from raymoe.planning.owner import BASE, Owner
 from raymoe.routers.tokenize import load_tokenizer
 from tests.pico import VOCAB, save_tokenizer
 
@@ -196,12 +198,12 @@ def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
 def test_experts_are_called_by_their_adapter_or_model() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     sources = [
-        {"owner": "base", "model": "/models/base", "adapter": None},
-        {"owner": "expert 0", "model": "/models/base+/adapters/go", "adapter": "/adapters/go"},
-        {"owner": "expert 1", "model": f"org/name@{commit}", "adapter": None},
-        {"owner": "expert 2", "model": "s3://bucket/models/law/", "adapter": None},
-        {"owner": "expert 3", "model": f"org/name+org/lora@{commit}", "adapter": f"org/lora@{commit}"},
-        {"owner": "shared 0", "model": "/models/shared", "adapter": None},
+        RecordedSource(owner=BASE, model="/models/base", adapter=None),
+        RecordedSource(owner=Owner.expert(0), model="/models/base+/adapters/go", adapter="/adapters/go"),
+        RecordedSource(owner=Owner.expert(1), model=f"org/name@{commit}", adapter=None),
+        RecordedSource(owner=Owner.expert(2), model="s3://bucket/models/law/", adapter=None),
+        RecordedSource(owner=Owner.expert(3), model=f"org/name+org/lora@{commit}", adapter=f"org/lora@{commit}"),
+        RecordedSource(owner=Owner.shared(0), model="/models/shared", adapter=None),
     ]
     assert expert_names(sources) == ("go", "name", "law", "lora")
 

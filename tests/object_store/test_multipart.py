@@ -17,7 +17,8 @@ from raymoe.object_store.errors import (
 )
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo
-from raymoe.object_store.s3_store import MIN_PART_BYTES, S3Store
+from raymoe.object_store.s3_limits import MIN_PART_BYTES
+from raymoe.object_store.s3_store import S3Store
 from raymoe.object_store.urls import join_url, s3_location
 from tests.object_store.servers import Server
 

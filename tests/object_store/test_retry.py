@@ -15,7 +15,8 @@ import pytest
 from raymoe.object_store.errors import ObjectChanged, StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.retry import Failure, FailureKind, Pacer, Retries, classify_error
-from raymoe.object_store.s3_store import MIN_PART_BYTES, S3Store
+from raymoe.object_store.s3_limits import MIN_PART_BYTES
+from raymoe.object_store.s3_store import S3Store
 from raymoe.object_store.urls import join_url
 from tests.object_store.canned import Answer, canned
 from tests.object_store.fault_proxy import KINDS, FaultProxy, FaultRates

@@ -13,8 +13,10 @@ import pytest
 
 import raymoe
 from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.s3_limits import MIN_PART_BYTES
 from raymoe.planning import MergePlan
-from raymoe.planning.multipart import MIN_PART_BYTES, UploadPart, server_side_bytes, upload_parts
+from raymoe.planning.multipart import UploadPart, server_side_bytes, upload_parts
+from raymoe.planning.owner import BASE
 from raymoe.planning.plan import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -34,11 +36,11 @@ def is_remote(file: SourceFile) -> bool:
 
 def copied(nbytes: int, start: int, file: SourceFile = FILES[0], name: str = "t") -> OutputTensor:
     entry = TensorEntry(name=name, dtype="U8", shape=(nbytes,), file=file, start=start, end=start + nbytes)
-    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner="base", what=Copy(source=entry))
+    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner=BASE, what=Copy(source=entry))
 
 
 def computed(nbytes: int, name: str = "t") -> OutputTensor:
-    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner="base", what=Constant())
+    return OutputTensor(name=name, dtype="U8", shape=(nbytes,), owner=BASE, what=Constant())
 
 
 def shard_of(*tensors: OutputTensor, header: bytes = HEADER) -> Shard:
@@ -48,7 +50,7 @@ def shard_of(*tensors: OutputTensor, header: bytes = HEADER) -> Shard:
         name = f"t{number}"
         parts.append(Part(name=name, dtype=t.dtype, shape=t.shape, start=at, end=at + t.nbytes, what=t.what))
         at += t.nbytes
-    return Shard(file_name="model.safetensors", owner="base", header=header, parts=tuple(parts))
+    return Shard(file_name="model.safetensors", owner=BASE, header=header, parts=tuple(parts))
 
 
 def check(shard: Shard, parts: tuple[UploadPart, ...]) -> None:
@@ -262,7 +264,7 @@ def test_short_runs_come_first_and_neighbours_stay_together() -> None:
         at += 7
     expected = [f"run{run}.{piece:02}" for run in (0, 2, 1, 3) for piece in range(lengths[run])]
     random.Random(1).shuffle(tensors)
-    (shard,) = pack_shards(tensors, ["base"], 1 << 40)
+    (shard,) = pack_shards(tensors, [BASE], 1 << 40)
     assert [part.name for part in shard.parts] == expected
     parts = upload_parts(shard, is_remote)
     check(shard, parts)
@@ -273,8 +275,8 @@ def test_transformed_tensors_are_no_run() -> None:
     """However large: there is nothing to copy, so they stand with what has to be sent."""
     source = TensorEntry(name="s", dtype="U8", shape=(6 * MIB,), file=FILES[0], start=50 * MIB, end=56 * MIB)
     what = Transform(source=source, scale=2.0)
-    changed = OutputTensor(name="changed", dtype="U8", shape=(6 * MIB,), owner="base", what=what)
-    (shard,) = pack_shards([copied(6 * MIB, 0, name="kept"), changed], ["base"], 1 << 40)
+    changed = OutputTensor(name="changed", dtype="U8", shape=(6 * MIB,), owner=BASE, what=what)
+    (shard,) = pack_shards([copied(6 * MIB, 0, name="kept"), changed], [BASE], 1 << 40)
     assert [part.name for part in shard.parts] == ["changed", "kept"]
     assert shapes(upload_parts(shard, is_remote))[-1] == ("copy", 6 * MIB)
 

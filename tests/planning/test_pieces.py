@@ -9,6 +9,7 @@ import pytest
 
 from raymoe.planning.invariants import check_plan
 from raymoe.planning.multipart import server_side_bytes, upload_parts
+from raymoe.planning.owner import ALL_EXPERTS
 from raymoe.planning.plan import Copy, Shard
 from raymoe.planning.shard_packing import OutputTensor, Piece, pack_shards
 from tests.planning.test_shard_packing import copied, damaged_part
@@ -21,12 +22,12 @@ def stacked(name: str, count: int, start: int = 0) -> OutputTensor:
         row = copied(f"{name}[{number}]", 4, start + 100 * (count - number))
         assert isinstance(row.what, Copy)
         pieces.append(Piece(name=row.name, shape=(4,), what=row.what))
-    return OutputTensor(name=name, dtype="BF16", shape=(count, 4), owner="experts", what=tuple(pieces))
+    return OutputTensor(name=name, dtype="BF16", shape=(count, 4), owner=ALL_EXPERTS, what=tuple(pieces))
 
 
 def test_pieces_stay_together_and_in_order() -> None:
     tensors = [stacked("b", 3, 1000), stacked("a", 3)]
-    (shard,) = pack_shards(tensors, ["experts"], 1000)
+    (shard,) = pack_shards(tensors, [ALL_EXPERTS], 1000)
     assert [part.name for part in shard.parts] == ["a[0]", "a[1]", "a[2]", "b[0]", "b[1]", "b[2]"]
     assert [part.tensor.name for part in shard.parts] == ["a"] * 3 + ["b"] * 3
     assert {part.tensor.shape for part in shard.parts} == {(3, 4)}
@@ -40,14 +41,14 @@ def test_pieces_stay_together_and_in_order() -> None:
 
 def test_a_shard_is_not_begun_within_a_tensor() -> None:
     tensors = [stacked(name, 3, 1000 * n) for n, name in enumerate("abc")]
-    shards = pack_shards(tensors, ["experts"], 30)
+    shards = pack_shards(tensors, [ALL_EXPERTS], 30)
     assert [[part.tensor.name for part in shard.parts] for shard in shards] == [[name] * 3 for name in "abc"]
     check_plan(shards, tensors)
 
 
 def test_what_a_plan_of_pieces_is_checked_for() -> None:
     tensors = [stacked("a", 2), stacked("b", 2, 1000)]
-    shards = pack_shards(tensors, ["experts"], 1000)
+    shards = pack_shards(tensors, [ALL_EXPERTS], 1000)
     (first, *rest) = shards[0].parts
 
     def with_parts(*parts: object) -> tuple[Shard, ...]:
@@ -69,8 +70,8 @@ def test_a_store_copies_the_pieces_of_one_tensor_from_their_own_places() -> None
         row = copied(f"a[{number}]", width, 100 + (rows - number) * (width << 2))
         assert isinstance(row.what, Copy)
         pieces.append(Piece(name=row.name, shape=(width,), what=row.what))
-    tensor = OutputTensor(name="a", dtype="BF16", shape=(rows, width), owner="experts", what=tuple(pieces))
-    (shard,) = pack_shards([tensor], ["experts"], 1 << 30)
+    tensor = OutputTensor(name="a", dtype="BF16", shape=(rows, width), owner=ALL_EXPERTS, what=tuple(pieces))
+    (shard,) = pack_shards([tensor], [ALL_EXPERTS], 1 << 30)
     parts = upload_parts(shard, lambda file: True)
     assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])] and parts[-1].end == shard.nbytes
     assert server_side_bytes(parts) > 0.8 * shard.nbytes

@@ -15,6 +15,7 @@ import pytest
 import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import Owner
 from raymoe.routers.prompt_lengths import prompt_lengths
 from raymoe.routers.tokenize import load_tokenizer, prompt_problems, tokenize
 from raymoe.sources.tokenizer_files import plain_tokenizer
@@ -108,7 +109,7 @@ def test_a_tokenizer_that_fails_on_a_prompt(base: Path, parts: dict[str, Any]) -
     assert prompt_lengths(broken)[member.owner] == prompt_lengths(broken, exact=False)[member.owner]
     tokenizer = load_tokenizer(base, trust_remote_code=False)
     with pytest.raises(ProblemReport, match="expert 0: its tokenizer can't read the prompts: "):
-        tokenize(tokenizer, [prompt], vocab=9999, owner="expert 0")
+        tokenize(tokenizer, [prompt], vocab=9999, owner=Owner.expert(0))
 
 
 def test_a_tokenizer_whose_file_panics(base: Path) -> None:

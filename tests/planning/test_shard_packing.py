@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raymoe.planning.invariants import check_plan
+from raymoe.planning.owner import BASE, ROUTER, Owner
 from raymoe.planning.plan import Constant, Copy, Part, Router, Shard
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -19,7 +20,7 @@ from raymoe.sources.facts import SourceFile, TensorEntry
 FILE = SourceFile(location="/models/a/model.safetensors", size=1 << 40)
 
 
-def copied(name: str, elements: int, start: int = 0, owner: str = "base", file: SourceFile = FILE) -> OutputTensor:
+def copied(name: str, elements: int, start: int = 0, owner: Owner = BASE, file: SourceFile = FILE) -> OutputTensor:
     """A vector of bfloat16 that is copied from byte `start` of a file."""
     entry = TensorEntry(
         name=f"source.{name}", dtype="BF16", shape=(elements,), file=file, start=start, end=start + 2 * elements
@@ -34,24 +35,25 @@ def names(shards: Sequence[Shard]) -> list[list[str]]:
 def test_limit_is_of_the_tensors_bytes() -> None:
     """Ten tensors of 20 bytes, 50 to a shard: two each. A limit that fits exactly is used."""
     tensors = [copied(f"t{n}", 10, 20 * n) for n in range(10)]
-    assert [len(group) for group in names(pack_shards(tensors, ["base"], 50))] == [2] * 5
-    assert [len(group) for group in names(pack_shards(tensors, ["base"], 60))] == [3, 3, 3, 1]
-    assert [len(group) for group in names(pack_shards(tensors, ["base"], 200))] == [10]
+    assert [len(group) for group in names(pack_shards(tensors, [BASE], 50))] == [2] * 5
+    assert [len(group) for group in names(pack_shards(tensors, [BASE], 60))] == [3, 3, 3, 1]
+    assert [len(group) for group in names(pack_shards(tensors, [BASE], 200))] == [10]
 
 
 def test_tensor_larger_than_the_limit() -> None:
     """It gets a shard of its own, and those around it do not join it."""
     tensors = [copied("a", 10, 0), copied("big", 1000, 20), copied("b", 10, 2020), copied("c", 10, 2040)]
-    assert names(pack_shards(tensors, ["base"], 100)) == [["a"], ["big"], ["b", "c"]]
+    assert names(pack_shards(tensors, [BASE], 100)) == [["a"], ["big"], ["b", "c"]]
 
 
 def test_a_shard_has_one_owner() -> None:
-    tensors = [copied(f"{owner} {n}", 5, 10 * n, owner) for n in range(3) for owner in ("expert 1", "base", "expert 0")]
-    owners = ["base", "expert 0", "expert 1"]
+    first, second = Owner.expert(0), Owner.expert(1)
+    tensors = [copied(f"{owner} {n}", 5, 10 * n, owner) for n in range(3) for owner in (second, BASE, first)]
+    owners = [BASE, first, second]
     shards = pack_shards(tensors, owners, 20)
-    assert [shard.owner for shard in shards] == ["base"] * 2 + ["expert 0"] * 2 + ["expert 1"] * 2
+    assert [shard.owner for shard in shards] == [BASE] * 2 + [first] * 2 + [second] * 2
     for shard in shards:
-        assert {part.name.rpartition(" ")[0] for part in shard.parts} == {shard.owner}
+        assert {part.name.rpartition(" ")[0] for part in shard.parts} == {str(shard.owner)}
 
 
 def test_order_is_that_of_the_source() -> None:
@@ -59,17 +61,17 @@ def test_order_is_that_of_the_source() -> None:
     other = SourceFile(location="/models/b/model.safetensors", size=1000)
     of_b = [copied("b2", 1, 200, file=other), copied("b1", 1, 100, file=other)]
     tensors = [of_b[0], copied("a2", 1, 90), of_b[1], copied("a1", 1, 8)]
-    assert names(pack_shards(tensors, ["base"], 1000)) == [["a1", "a2", "b1", "b2"]]
+    assert names(pack_shards(tensors, [BASE], 1000)) == [["a1", "a2", "b1", "b2"]]
     routers = [
-        OutputTensor(name=f"router.{n}", dtype="F32", shape=(2,), owner="router", what=Router(layer=n))
+        OutputTensor(name=f"router.{n}", dtype="F32", shape=(2,), owner=ROUTER, what=Router(layer=n))
         for n in (10, 9, 2)
     ]
-    assert names(pack_shards(routers, ["router"], 1000)) == [["router.10", "router.9", "router.2"]]
+    assert names(pack_shards(routers, [ROUTER], 1000)) == [["router.10", "router.9", "router.2"]]
 
 
 def test_names_count_all_shards() -> None:
     """As transformers names them, which other tools look for."""
-    shards = pack_shards([copied(f"t{n}", 10, 20 * n) for n in range(12)], ["base"], 20)
+    shards = pack_shards([copied(f"t{n}", 10, 20 * n) for n in range(12)], [BASE], 20)
     expected = [f"model-{number:05}-of-00012.safetensors" for number in range(1, 13)]
     assert [shard.file_name for shard in shards] == expected
 
@@ -79,10 +81,10 @@ def test_header_is_a_safetensors_header() -> None:
     from safetensors import deserialize
 
     tensors = [
-        OutputTensor(name="ä.weight", dtype="F32", shape=(2, 3), owner="base", what=Constant()),
-        OutputTensor(name="b", dtype="BF16", shape=(5,), owner="base", what=Constant()),
+        OutputTensor(name="ä.weight", dtype="F32", shape=(2, 3), owner=BASE, what=Constant()),
+        OutputTensor(name="b", dtype="BF16", shape=(5,), owner=BASE, what=Constant()),
     ]
-    (shard,) = pack_shards(tensors, ["base"], 1 << 20)
+    (shard,) = pack_shards(tensors, [BASE], 1 << 20)
     assert len(shard.header) % 64 == 0
     data = shard.header + bytes(range(34))
     found = dict(deserialize(data))
@@ -104,7 +106,7 @@ def test_header_is_a_safetensors_header() -> None:
 def test_any_tensors(seed: int) -> None:
     """Whatever comes in: everything once, no shard too full, no two that would fit in one."""
     numbers = random.Random(seed)
-    owners = [f"expert {n}" for n in range(numbers.randint(1, 4))]
+    owners = [Owner.expert(n) for n in range(numbers.randint(1, 4))]
     tensors, end = [], 0
     for n in range(numbers.randint(1, 60)):
         elements = numbers.randint(1, 40)
@@ -132,7 +134,7 @@ def test_any_tensors(seed: int) -> None:
 @pytest.fixture
 def plan() -> tuple[tuple[Shard, ...], list[OutputTensor]]:
     tensors = [copied(f"t{n}", 4, 8 * n) for n in range(6)]
-    return pack_shards(tensors, ["base"], 24), tensors
+    return pack_shards(tensors, [BASE], 24), tensors
 
 
 def damaged_part(shards: tuple[Shard, ...], **changes: Any) -> tuple[Shard, ...]:
@@ -180,7 +182,7 @@ def test_check_plan(plan: tuple[tuple[Shard, ...], list[OutputTensor]], damage: 
 def test_long_copies_lie_in_their_blocks_as_in_the_source(first: int, expected: int | None) -> None:
     """So that a filesystem can share the blocks. The small tensor before them moves them by 16 bytes."""
     long = [copied("a", 3 << 20, first), copied("b", 5 << 20, first + (4 << 20))]
-    (shard,) = pack_shards([copied("norm", 8, 8), *long], ["base"], 1 << 30)
+    (shard,) = pack_shards([copied("norm", 8, 8), *long], [BASE], 1 << 30)
     parts = {part.name: part for part in shard.parts}
     if expected is None:  # at an odd byte: no reader would be content with that
         assert len(shard.header) % 64 == 0
@@ -191,5 +193,5 @@ def test_long_copies_lie_in_their_blocks_as_in_the_source(first: int, expected: 
 
 
 def test_short_copies_keep_the_usual_alignment() -> None:
-    (shard,) = pack_shards([copied("a", 1000, 8)], ["base"], 1 << 30)
+    (shard,) = pack_shards([copied("a", 1000, 8)], [BASE], 1 << 30)
     assert len(shard.header) % 64 == 0

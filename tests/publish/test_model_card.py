@@ -14,10 +14,11 @@ from huggingface_hub import ModelCard
 
 import raymoe
 from raymoe.config import ExpertConfig, make_config
+from raymoe.gate_modes.layer_values import LayerScores
 from raymoe.object_store.options import StorageOptions
 from raymoe.report.model_card import _config_section, _expert_row, _license_text, model_card
 from raymoe.report.source_metadata import License, source_cards
-from raymoe.routers.heldout_report import LayerScores, RouterSummary
+from raymoe.routers.heldout_report import RouterSummary
 from raymoe.sources.hub import HubOptions
 from tests.pico import REPOSITORY, copy_model, merge_config, save_lora
 from tests.sources.hub_server import HubServer

@@ -91,7 +91,7 @@ def test_a_card_to_be_is_refused_before_the_merge(
         ({"sources": ["a model"]}, "its sources are no list of objects"),
         ({"sources": {"owner": "base"}}, "its sources are no list of objects"),
         ({"prompt_files": ["prompts.txt"]}, "its prompt_files are no list of objects"),
-        ({"files": {"config.json": 5}}, "it names no files with their sizes"),
+        ({"files": {"config.json": 5}}, "it names no files with their sizes and checksums"),
     ],
 )
 def test_records_of_another_shape(
@@ -101,7 +101,7 @@ def test_records_of_another_shape(
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     refused = cli("push", copied, "org/name")
     assert refused.code == 2
-    assert f"raymoe.json can't be read: {said}\n    -> merge again" in refused.err
+    assert f"raymoe.json: this record can't be read: {said}" in refused.err
     assert hub.written == {}
 
 

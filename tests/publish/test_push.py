@@ -173,7 +173,7 @@ def refusal(cli: Cli, *arguments: object) -> str:
 
 def test_refused_outputs(hub: WritableHub, merged: Path, tmp_path: Path, cli: Cli, zoo: Callable[..., Path]) -> None:
     assert "there is no such folder" in refusal(cli, tmp_path / "nothing", "org/name")
-    assert "no finished merge is here: it has no raymoe.json" in refusal(cli, zoo("llama"), "org/name")
+    assert "there is no raymoe.json, the record of a finished merge" in refusal(cli, zoo("llama"), "org/name")
     broken = shutil.copytree(merged, tmp_path / "out")
     (broken / SHARDS[1]).unlink()
     (broken / SHARDS[2]).write_bytes(b"short")
@@ -184,7 +184,7 @@ def test_refused_outputs(hub: WritableHub, merged: Path, tmp_path: Path, cli: Cl
     assert "this merge is not finished" in refusal(cli, broken, "org/name")
     (broken / ".raymoe/plan.json").unlink()
     (broken / "raymoe.json").write_text('{"files": {"../secret": {"size": 1}}}')
-    assert "raymoe.json can't be read" in refusal(cli, broken, "org/name")
+    assert "raymoe.json: this record can't be read" in refusal(cli, broken, "org/name")
     assert hub.written == {}
 
 

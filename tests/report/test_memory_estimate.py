@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.gate_modes import MODES
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.report import memory_estimate
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers import fit_memory, prompt_passes
 from raymoe.routers import prompt_lengths as prompt_lengths_module
-from raymoe.routers.fit_memory import fitting_bytes, max_layers_at_once
+from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from tests.pico import HIDDEN, merge_config, save_lora
 
 
@@ -49,7 +51,7 @@ def test_lengths_are_those_of_the_tokenizer(planned: Callable[..., MergePlan]) -
         expected = [len(tokenizer(text)["input_ids"]) for text in member.positive]
         assert lengths[member.owner] == (expected, [])
     estimated = prompt_lengths(gates, exact=False)
-    assert estimated["expert 0"][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
+    assert estimated[Owner.expert(0)][0] == [len(text) // 2 + 8 for text in gates.experts[0].positive]
 
 
 def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., MergePlan], tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_lengths_ignore_stored_padding_and_truncation(planned: Callable[..., Mer
     gates = replace(plan.gates, experts=experts)
     expected = prompt_lengths(gates)
     assert prompt_lengths(replace(gates, tokenizer_files=(stored,))) == expected
-    lengths, _ = expected["expert 0"]
+    lengths, _ = expected[Owner.expert(0)]
     assert len(lengths) == 300 and lengths[0] < 64 < lengths[1] and lengths == lengths[:2] * 150
 
 
@@ -104,7 +106,7 @@ def test_states_of_all_prompts_of_a_pass(
 
 def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Callable[..., MergePlan]) -> None:
     short, long = planned("hidden", 2, words=5), planned("hidden", 2, words=5000)
-    tokens = max(prompt_lengths(long.gates, exact=False)["expert 0"][0])
+    tokens = max(prompt_lengths(long.gates, exact=False)[Owner.expert(0)][0])
     assert tokens > 2048
     assert actor_memory(long)["cpu"] - actor_memory(short)["cpu"] > tokens * HIDDEN * 4 * 6
 
@@ -113,18 +115,17 @@ def test_the_longest_prompt_is_the_least_that_goes_through_a_layer(planned: Call
 def test_layers_that_are_fitted_at_once(planned: Callable[..., MergePlan], hidden: int, layers: int) -> None:
     gates = replace(planned("ridge", 2).gates, hidden=hidden, layers=8)
     assert max_layers_at_once(gates) == layers
-    assert layers == 1 or layers * fitting_bytes(gates) <= 2 << 30
-    assert fitting_bytes(replace(gates, mode="hidden")) == 0
+    assert layers == 1 or layers * MODES["ridge"].fitting_bytes(hidden) <= 2 << 30
+    assert MODES["hidden"].fitting_bytes(hidden) == 0
     assert max_layers_at_once(replace(gates, mode="hidden")) == 4  # they only sum, which takes no memory to speak of
     assert max_layers_at_once(replace(gates, layers=1)) == 1
 
 
-def test_fitting_takes_what_was_measured(planned: Callable[..., MergePlan]) -> None:
+def test_fitting_takes_what_was_measured() -> None:
     """Peaks of `fit_rows` in a process of its own, in MB, with what it was given."""
-    gates = planned("ridge", 2).gates
     measured = {(1024, 4016): 122, (1024, 16384): 268, (2048, 4016): 274, (2048, 16384): 462, (4096, 16384): 1028}
     for (hidden, tokens), megabytes in measured.items():
-        planned_bytes = fitting_bytes(replace(gates, hidden=hidden), tokens)
+        planned_bytes = MODES["ridge"].fitting_bytes(hidden, tokens)
         assert planned_bytes == pytest.approx(megabytes * 1e6, rel=0.2), (hidden, tokens)
 
 
@@ -136,7 +137,7 @@ def test_all_layers_that_are_fitted_at_once_count(
     tokens = sum(sum(map(sum, of_member)) for of_member in prompt_lengths(plan.gates, exact=False).values())
     four = actor_memory(plan)["cpu"]
     monkeypatch.setattr(fit_memory, "_BUDGET_BYTES", 0)
-    assert four - actor_memory(plan)["cpu"] == 3 * fitting_bytes(plan.gates, tokens)
+    assert four - actor_memory(plan)["cpu"] == 3 * MODES["ridge"].fitting_bytes(2048, tokens)
 
 
 def test_embeddings_are_counted_by_tokens_that_differ(
@@ -252,7 +253,7 @@ def test_adapters_that_are_read_together(zoo: Callable[..., Path], tmp_path: Pat
         weights["model.layers.0.mlp.gate_proj.weight"] = WeightRef(
             entry=entry("gate", 128, 64), lora=pair if wide > 1 else None
         )
-        return GatePrompts(owner=f"expert {number}", positive=("x",), negative=(), config={}, weights=weights)
+        return GatePrompts(owner=Owner.expert(number), positive=("x",), negative=(), config={}, weights=weights)
 
     def bytes_of(*members: GatePrompts) -> int:
         (taken,) = plan_readings(members, 1, 64)
@@ -300,10 +301,10 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     """Row by row, and to the bit what numpy makes of them all at once."""
     import numpy as np
 
-    from raymoe.config.gate_modes import EMBEDDING
-    from raymoe.routers.cheap_embed import embedding_rows, mean_embedding
-    from raymoe.routers.router_math import normalize
+    from raymoe.gate_modes.directions import normalize
+    from raymoe.routers.token_embeddings import embedding_rows
     from raymoe.storage.source_reader import SourceReader
+    from raymoe.tensor_names import EMBEDDING
 
     gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"), allow_all_same=True)
     ref = gates.gates.experts[0].weights[EMBEDDING]
@@ -312,4 +313,5 @@ def test_embeddings_are_summed_as_one_sum(zoo: Callable[..., Path]) -> None:
     with SourceReader(HubOptions()) as reader:
         rows = embedding_rows(reader, ref, list(range(400)))
         total = np.sum([rows[token] for prompt in prompts for token in prompt], axis=0, dtype=np.float64)
-        np.testing.assert_array_equal(mean_embedding(reader, ref, prompts), normalize(total))
+        row = MODES["cheap_embed"].embedding_row(prompts, [], lambda ids: embedding_rows(reader, ref, ids))
+    np.testing.assert_array_equal(row, normalize(normalize(total)))

@@ -14,7 +14,7 @@ import transformers
 import raymoe
 from raymoe.planning import MergePlan
 from raymoe.routers.in_process import compute_routers_locally
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 
 Array = npt.NDArray[Any]

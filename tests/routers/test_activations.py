@@ -14,10 +14,11 @@ import torch
 
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport
-from raymoe.routers import activations as capture_module
-from raymoe.routers.activations import LayerActivations, capture
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.layer_values import LayerActivations
+from raymoe.routers.activations import capture
 from raymoe.routers.tokenize import batches, prompt_ids
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.architectures.pairs import load_grafted
 from tests.pico import (
@@ -126,15 +127,15 @@ def words(count: int, length: int) -> list[str]:
     return [f"{n} " + "ab cd " * length for n in range(count)]
 
 
-@pytest.mark.parametrize(("mode", "constant"), [("ridge", "MAX_TOKENS_PER_EXPERT"), ("hidden", "_CHECK_TOKENS")])
+@pytest.mark.parametrize("mode", ["ridge", "hidden"])
 @pytest.mark.parametrize("members", [2, 5])
 def test_past_the_limit_tokens_are_kept_at_even_distances(
-    mode: str, constant: str, members: int, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+    mode: str, members: int, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = zoo("llama")
     config = {**config_of(base, base, {"positive_prompts": words(20, 10)}), "gate_mode": mode}
     everything = captured(config, members=1)[1]
-    monkeypatch.setattr(capture_module, constant, 200)
+    monkeypatch.setattr(type(MODES[mode]), "max_tokens", 200)
     some = captured(config, members=members)[1]
     limit = 200 // members
     assert len(everything.prompts) > 3 * limit == 3 * len(some.prompts)
@@ -157,7 +158,7 @@ def test_few_prompts_are_not_lost_among_many_of_the_other_sign(
     base = zoo("llama")
     config = config_of(base, base, {"positive_prompts": words(positive, 1), "negative_prompts": words(negative, 1)})
     everything = captured(config)[0].negative
-    monkeypatch.setattr(capture_module, "MAX_TOKENS_PER_EXPERT", 200)
+    monkeypatch.setattr(type(MODES["ridge"]), "max_tokens", 200)
     some = captured(config)[0].negative
     assert len(some) == min(100, len(everything))
     for sign, count in zip((False, True), kept, strict=True):

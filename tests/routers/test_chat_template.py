@@ -12,6 +12,7 @@ import pytest
 
 import raymoe
 from raymoe.errors import ProblemReport
+from raymoe.planning.owner import Owner
 from raymoe.routers import tokenize as prompts_module
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import PROMPTS, VOCAB, copy_model, load_dense, merge_config, save_tokenizer
@@ -31,7 +32,7 @@ def tokenizer_with(folder: Path, template: str | None, **options: Any) -> Any:
 
 
 def texts_of(tokenizer: Any, prompts: list[str]) -> list[str]:
-    ids = tokenize(tokenizer, prompts, vocab=VOCAB, owner="expert 0", chat_template=True)
+    ids = tokenize(tokenizer, prompts, vocab=VOCAB, owner=Owner.expert(0), chat_template=True)
     return [tokenizer.decode(row) for row in ids]
 
 
@@ -43,7 +44,7 @@ def texts_of(tokenizer: Any, prompts: list[str]) -> list[str]:
 def test_one_bos_whether_the_template_writes_it_or_not(template: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, template)
     assert texts_of(tokenizer, ["a b", ""]) == ["<s>[user]a b[answer]", "<s>[user][answer]"]
-    plain = tokenize(tokenizer, ["a b"], vocab=VOCAB, owner="expert 0")
+    plain = tokenize(tokenizer, ["a b"], vocab=VOCAB, owner=Owner.expert(0))
     assert tokenizer.decode(plain[0]) == "<s>a b"
 
 
@@ -99,7 +100,7 @@ def test_batches_change_nothing(chat_template: bool, tmp_path: Path, monkeypatch
     """And a prompt is named by its number among all."""
     tokenizer = tokenizer_with(tmp_path, WITH_BOS)
     prompts = [f"prompt {number}" for number in range(23)]
-    options: dict[str, Any] = {"owner": "expert 0", "chat_template": chat_template}
+    options: dict[str, Any] = {"owner": Owner.expert(0), "chat_template": chat_template}
     whole = tokenize(tokenizer, prompts, vocab=VOCAB, **options)
     monkeypatch.setattr(prompts_module, "_PROMPTS_AT_ONCE", 5)
     assert tokenize(tokenizer, prompts, vocab=VOCAB, **options) == whole

@@ -13,12 +13,14 @@ import torch
 import raymoe
 from raymoe.architectures import DenseSpec, read_spec
 from raymoe.config.model_refs import parse_model_ref
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts
 from raymoe.planning.tensor_sources import weight_refs
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import Batch, batches
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.resolve import HubOptions, resolve_model
+from raymoe.sources.hub import HubOptions
+from raymoe.sources.resolve import resolve_model
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, load_dense, merge_config
 from tests.routers.test_streamed_decoder import LENGTHS, prompts_of
@@ -47,7 +49,7 @@ def readable(folder: Path, *, last_ffn: bool) -> GatePrompts:
     if not last_ffn:
         refs = {name: ref for name, ref in refs.items() if not name.startswith(f"model.layers.{LAYERS - 1}.mlp.")}
         assert len(refs) < len(weight_refs(facts, spec))
-    return GatePrompts(owner="expert 0", positive=(), negative=(), config=facts.config, weights=refs)
+    return GatePrompts(owner=Owner.expert(0), positive=(), negative=(), config=facts.config, weights=refs)
 
 
 def streamed(model: GatePrompts, groups: Sequence[Sequence[Sequence[int]]]) -> dict[tuple[int, ...], torch.Tensor]:

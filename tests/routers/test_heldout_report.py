@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from raymoe.routers.activations import FOLDS, LayerActivations
-from raymoe.routers.fit_layer import fit_layer
-from raymoe.routers.heldout_report import LayerScores, RouterSummary, router_warnings, score_heldout, summary_lines
+from raymoe.gate_modes import MODES, better_mode
+from raymoe.gate_modes.layer_values import FOLDS, LayerActivations, LayerScores, score_heldout
+from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
 
 NAMES = ("expert 0 (code)", "expert 1 (law)", "expert 2 (cooking)", "expert 3 (chat)")
 
@@ -71,27 +71,27 @@ FAIR, STARVED = (0.25, 0.25, 0.25, 0.25), (0.06, 0.3, 0.3, 0.34)
         ([STARVED, FAIR], "1 of 2 layers (0)"),
     ],
 )
-@pytest.mark.parametrize("fitted", [True, False])
-def test_starved_experts(loads: list[Sequence[float]], layers: str | None, fitted: bool) -> None:
-    warnings = router_warnings(summary_of(*loads), NAMES, fitted=fitted)
+@pytest.mark.parametrize(("mode", "has_better"), [("ridge", False), ("hidden", True)])
+def test_starved_experts(loads: list[Sequence[float]], layers: str | None, mode: str, has_better: bool) -> None:
+    warnings = router_warnings(summary_of(*loads), NAMES, better=better_mode(MODES[mode]))
     if layers is None:
         assert warnings == []
         return
     (warning,) = warnings
     assert warning.startswith("expert 0 (code) will be starved: it comes first for less than 6% of prompt tokens in ")
     assert f" in {layers}; its prompts look like another expert's" in warning
-    assert ("or use gate_mode: ridge" in warning) is not fitted
+    assert ("or use gate_mode: ridge" in warning) is has_better
 
 
-@pytest.mark.parametrize("fitted", [True, False])
-def test_routers_near_chance(fitted: bool) -> None:
+@pytest.mark.parametrize(("mode", "has_better"), [("ridge", False), ("hidden", True)])
+def test_routers_near_chance(mode: str, has_better: bool) -> None:
     def warnings(right: float) -> list[str]:
-        return router_warnings(summary_of(FAIR, FAIR, right=[right] * 4), NAMES, fitted=fitted)
+        return router_warnings(summary_of(FAIR, FAIR, right=[right] * 4), NAMES, better=better_mode(MODES[mode]))
 
     assert warnings(0.44) == []  # chance is 25%; from there a quarter of the way to all of them is 43.75%
     (warning,) = warnings(0.43)
     assert "43% of held-out prompt tokens go to their expert first, and 25% would by chance" in warning
-    assert ("or use gate_mode: ridge" in warning) is not fitted
+    assert ("or use gate_mode: ridge" in warning) is has_better
 
 
 def member(
@@ -111,7 +111,7 @@ def test_rows_of_modes_that_sum_are_judged_without_the_fold() -> None:
     """Expert 0's prompts point along x, but for the second, which points along z, which only that prompt knows."""
     first = member([[1, 0, 0], [2, 0, 0], [0, 0.25, 3]], [0, 0, 1], [[1, 0, 0], [0, 0, 1]])
     second = member([[0, 1, 0], [0, 1, 0]], [0, 1], [[0, 1, 0], [0, 1, 0]])
-    rows = fit_layer("hidden", [first, second], [], "cpu")
+    rows = MODES["hidden"].fit_layer([first, second], [], "cpu")
     half = 0.5**0.5
     np.testing.assert_allclose(rows.experts, [[half, 0, half], [0, 1, 0]], atol=1e-7)
     assert rows.shared is None
@@ -133,7 +133,7 @@ def test_negative_prompts_count_in_rows_and_are_not_judged() -> None:
         negative_mean=np.array([0.0, 1.0]),
     )
     other = member([[0, 1], [0, 1]], [0, 1], [[0, 1], [0, 1]])
-    rows = fit_layer("hidden", [with_no, other], [with_no], "cpu")
+    rows = MODES["hidden"].fit_layer([with_no, other], [with_no], "cpu")
     np.testing.assert_allclose(rows.experts, [[0.5**0.5, -(0.5**0.5)], [0, 1]], atol=1e-7)
     np.testing.assert_array_equal(rows.shared, rows.experts[0])
     assert rows.scores is not None and rows.scores.accuracy_by_expert == (1.0, 1.0)
@@ -142,6 +142,6 @@ def test_negative_prompts_count_in_rows_and_are_not_judged() -> None:
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])
 def test_one_prompt_an_expert_is_not_judged(mode: str) -> None:
     members = [member([[1, 0], [1, 1]], [0, 0], [[1, 0]]), member([[0, 1], [0, 2]], [0, 0], [[0, 1]])]
-    rows = fit_layer(mode, members, [], "cpu")
+    rows = MODES[mode].fit_layer(members, [], "cpu")
     assert rows.scores is None
     assert (rows.experts.argmax(axis=1) == [0, 1]).all()

@@ -11,14 +11,19 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.gate_modes.layer_values import LayerActivations
 from raymoe.planning import MergePlan
-from raymoe.routers.activations import LayerActivations, capture, capture_layers
+from raymoe.routers.activations import capture, capture_layers
 from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer
 from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.prompt_passes import plan_readings
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.dtypes import FLOAT_DTYPES
+from raymoe.sources.facts import LoraPair
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transform import NUMPY_DTYPES, load_array, with_lora
 from tests.pico import LAYERS, load_dense, merge_config, save_lora
+from tests.storage.plans import save
 
 FFN, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
 
@@ -86,7 +91,7 @@ def test_a_layer_is_loaded_once_for_all(sources: tuple[Path, list[str]], monkeyp
 
 def test_several_actors_share_the_adapters(sources: tuple[Path, list[str]]) -> None:
     plan = planned(sources, "ridge", "grafted")
-    assert [[m.owner for m in part] for part in plan_readings(plan.gates.experts, 2, plan.gates.hidden)] == [
+    assert [[str(m.owner) for m in part] for part in plan_readings(plan.gates.experts, 2, plan.gates.hidden)] == [
         ["expert 0", "expert 1"],
         ["expert 2", "expert 3"],
     ]
@@ -154,3 +159,25 @@ def test_rows_without_length_under_dora_stay_zero() -> None:
     expected = torch.zeros(4, 6)
     expected[0] = 3.0 / 6**0.5
     torch.testing.assert_close(adapted, expected)
+
+
+@pytest.mark.parametrize("has_magnitude", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_weights_for_prompts_and_for_shards_agree(dtype: str, has_magnitude: bool, tmp_path: Path) -> None:
+    """Torch makes the ones on the device, numpy the others from files."""
+    numbers = np.random.default_rng(5)
+    values = {"w": numbers.standard_normal((40, 24)), "a": numbers.standard_normal((3, 24))}
+    values |= {"b": numbers.standard_normal((40, 3)), "magnitude": numbers.random(40) + 0.5}
+    values["w"][7] = values["b"][7] = 0.0
+    entries = save(tmp_path, {name: array.astype(NUMPY_DTYPES[dtype]) for name, array in values.items()})
+    magnitude = entries["magnitude"] if has_magnitude else None
+    pair = LoraPair(a=entries["a"], b=entries["b"], scaling=0.75, magnitude=magnitude)
+    with SourceReader(HubOptions()) as reader:
+        weight = load_array(reader, entries["w"]).astype(np.float32)
+        for_shards = with_lora(reader, weight, pair, slice(0, 40))
+        factors = {
+            name: torch.from_numpy(load_array(reader, entry).astype(np.float64)) for name, entry in pair.entries.items()
+        }
+        for_prompts = apply_lora(torch.from_numpy(weight), factors, pair.scaling)
+    np.testing.assert_allclose(for_prompts.numpy(), for_shards, rtol=1e-6, atol=1e-6)
+    assert not for_shards[7].any() and np.abs(for_shards - weight).max() > 0.1

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import raymoe
+from raymoe.gate_modes.layer_values import join_parts
 from raymoe.planning.plan import GatePlan
 from raymoe.routers import prompt_passes as module
 from raymoe.routers.activations import capture_layers
-from raymoe.routers.fit_layer import join_parts
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.prompt_passes import Reading, plan_readings
-from raymoe.sources.resolve import HubOptions
+from raymoe.routers.router_matrices import RouterRows
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, merge_config
 
@@ -34,7 +35,7 @@ def planned(zoo: Callable[..., Path], mode: str, prompt_model: str = "base") -> 
     return raymoe.plan(content).gates
 
 
-def rows_of(gates: GatePlan) -> dict[str, Any]:
+def rows_of(gates: GatePlan) -> RouterRows:
     with SourceReader(HubOptions()) as reader:
         return compute_routers_locally(gates, reader, device="cpu")[0]
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from raymoe.errors import ProblemReport
+from raymoe.gate_modes import MODES
+from raymoe.gate_modes.directions import expert_rows, normalize
 from raymoe.planning import MergeOptions
-from raymoe.routers.router_math import conditioning_warning, expert_rows, normalize, random_rows, zero_row_warnings
+from raymoe.planning.owner import Owner
+from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
 from tests.routers.direct import computed_rows
@@ -25,7 +28,7 @@ ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
 def test_random_rows_are_directions() -> None:
-    rows = random_rows("random", 0, "expert 0", 200, 256)
+    rows = MODES["random"].draw_rows(0, "expert 0", 200, 256)
     assert (rows.dtype, rows.shape) == (np.float32, (200, 256))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
     # Of 51200 numbers: five standard errors.
@@ -35,7 +38,7 @@ def test_random_rows_are_directions() -> None:
 
 
 def test_uniform_random_rows_have_linears_initial_bound() -> None:
-    rows = random_rows("uniform_random", 0, "expert 0", 200, 256) * 16
+    rows = MODES["uniform_random"].draw_rows(0, "expert 0", 200, 256) * 16
     assert np.abs(rows).max() <= 1.0
     counts, _ = np.histogram(rows, bins=8, range=(-1, 1))
     assert np.abs(counts / rows.size - 1 / 8).max() < 0.008
@@ -43,12 +46,12 @@ def test_uniform_random_rows_have_linears_initial_bound() -> None:
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
 def test_drawn_rows_depend_on_seed_owner_and_layer_alone(mode: str) -> None:
-    rows = random_rows(mode, 5, "expert 1", 4, 64)
-    np.testing.assert_array_equal(rows, random_rows(mode, 5, "expert 1", 4, 64))
-    np.testing.assert_array_equal(rows[:2], random_rows(mode, 5, "expert 1", 2, 64))
+    rows = MODES[mode].draw_rows(5, "expert 1", 4, 64)
+    np.testing.assert_array_equal(rows, MODES[mode].draw_rows(5, "expert 1", 4, 64))
+    np.testing.assert_array_equal(rows[:2], MODES[mode].draw_rows(5, "expert 1", 2, 64))
     others = [
-        random_rows(mode, 6, "expert 1", 4, 64),
-        random_rows(mode, 5, "expert 2", 4, 64),
+        MODES[mode].draw_rows(6, "expert 1", 4, 64),
+        MODES[mode].draw_rows(5, "expert 2", 4, 64),
         np.roll(rows, 1, axis=0),
     ]
     for other in others:
@@ -62,7 +65,7 @@ def test_a_merge_holds_the_rows_of_its_seed(mode: str, zoo: Callable[..., Path],
     for seed in (0, 1):
         merge_without_ray(config, tmp_path / str(seed), MergeOptions(seed=seed))
         written = tensors_of(tmp_path / str(seed))
-        drawn = [random_rows(mode, seed, f"expert {number}", 3, 64) for number in range(3)]
+        drawn = [MODES[mode].draw_rows(seed, str(Owner.expert(number)), 3, 64) for number in range(3)]
         for layer in range(3):
             np.testing.assert_array_equal(written[ROUTER.format(layer)].numpy(), np.stack(drawn)[:, layer])
 
@@ -165,17 +168,17 @@ def test_a_merge_of_nearly_equal_prompts_warns(
 
 def test_every_prompt_begins_with_one_bos(zoo: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(zoo("llama"), trust_remote_code=False)
-    ids = tokenize(tokenizer, ["a b", "<s>a b", "<s><s>a"], vocab=VOCAB, owner="expert 0")
+    ids = tokenize(tokenizer, ["a b", "<s>a b", "<s><s>a"], vocab=VOCAB, owner=Owner.expert(0))
     assert ids[0] == ids[1]
     assert [row.count(0) for row in ids] == [1, 1, 2]
     assert tokenizer.decode(ids[0]) == "<s>a b"
-    assert tokenize(tokenizer, [], vocab=VOCAB, owner="expert 0") == []
+    assert tokenize(tokenizer, [], vocab=VOCAB, owner=Owner.expert(0)) == []
 
 
 def test_without_bos_nothing_is_put_before_a_prompt(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, bos=False)
     tokenizer = load_tokenizer(tmp_path, trust_remote_code=False)
-    (ids,) = tokenize(tokenizer, ["a b"], vocab=VOCAB, owner="expert 0")
+    (ids,) = tokenize(tokenizer, ["a b"], vocab=VOCAB, owner=Owner.expert(0))
     assert tokenizer.decode(ids) == "a b"
 
 
@@ -183,19 +186,19 @@ def test_an_empty_prompt_is_refused_where_it_has_no_tokens(tmp_path: Path) -> No
     save_tokenizer(tmp_path, bos=False)
     tokenizer = load_tokenizer(tmp_path, trust_remote_code=False)
     with pytest.raises(ProblemReport, match=r"expert 3, prompt 2 \(''\): it has no tokens\n.*give it some text"):
-        tokenize(tokenizer, ["fine", ""], vocab=VOCAB, owner="expert 3")
+        tokenize(tokenizer, ["fine", ""], vocab=VOCAB, owner=Owner.expert(3))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(zoo: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(zoo("llama"), trust_remote_code=False)
     text = "The Licence"
     top = max(tokenizer(text)["input_ids"])
-    assert tokenize(tokenizer, [text], vocab=top + 1, owner="expert 0")
+    assert tokenize(tokenizer, [text], vocab=top + 1, owner=Owner.expert(0))
     pattern = (
         rf"^expert 1, prompt 1 \('The.*; expert 1, prompt 2 .*: its token .*\(id {top}\) has no row in .* {top} rows"
     )
     with pytest.raises(ProblemReport, match=pattern):
-        tokenize(tokenizer, [text, text + "!"], vocab=top, owner="expert 1")
+        tokenize(tokenizer, [text, text + "!"], vocab=top, owner=Owner.expert(1))
 
 
 def test_a_merge_with_a_small_vocabulary_is_refused(ray_merge: Callable[..., Any], tmp_path: Path) -> None:

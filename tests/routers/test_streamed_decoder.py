@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import raymoe
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.streamed_decoder import StreamedDecoder
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.pico import LAYERS, copy_model, load_dense, merge_config, tensors_of
 from tests.routers.direct import rows_of_plan
@@ -139,7 +140,7 @@ def test_progress_counts_every_token_of_every_layer(zoo: Callable[..., Path]) ->
     with SourceReader(HubOptions()) as reader:
         capture(plan.gates, prompts, reader, members=2, device="cpu", layer_done=counts.append)
     tokenizer = load_tokenizer(base, trust_remote_code=False)
-    ids = tokenize(tokenizer, prompts.positive, vocab=416, owner="expert 0")
+    ids = tokenize(tokenizer, prompts.positive, vocab=416, owner=Owner.expert(0))
     assert sum(counts) == (LAYERS - 1) * sum(map(len, ids))
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
+from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.plan import Shard
-from raymoe.routers.fit_layer import LayerRows
 from raymoe.runtime.actor_status import ROUTERS_JOB, ActorInfo, Status, reading_label
 from raymoe.runtime.shard_transfer import SenderLost
 from raymoe.sources.facts import SourceFile
@@ -213,7 +213,7 @@ class FakeCluster:
         counts |= dict.fromkeys(
             ("readings_counted", "store_retries", "store_requests", "peak_rss_bytes", "peak_gpu_bytes"), 0
         )
-        return Status(heartbeats=moves, busy_with=tuple(moves), **counts)  # type: ignore[arg-type]
+        return Status(heartbeats=moves, busy_with=(), **counts)  # type: ignore[arg-type]
 
     # Transport
 

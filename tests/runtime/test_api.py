@@ -14,6 +14,7 @@ import pytest
 import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import BASE
 from raymoe.runtime.settings import RuntimeSettings
 from tests.cli.commands import hashes
 from tests.cli.commands import raymoe as command
@@ -56,7 +57,7 @@ def test_result_and_plan_agree(many_shards: Merge, local_ray: None, tmp_path: Pa
     sizes = {file.name: file.size for file in result.files}
     assert {shard.file_name: shard.nbytes for shard in plan.shards}.items() <= sizes.items()
     assert (result.bytes_written, result.bytes_kept) == (
-        sum(shard.nbytes for shard in plan.shards if shard.owner != "router"),
+        sum(shard.nbytes for shard in plan.worker_shards),
         0,
     )
 
@@ -101,7 +102,7 @@ def test_an_error_gives_the_output_back(many_shards: Merge, local_ray: None, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "run_jobs", stop)
+        patch.setattr(merge_module, "run_on_actors", stop)
         with pytest.raises(KeyboardInterrupt):
             raymoe.merge(many_shards.config, tmp_path / "out", OPTIONS, settings=QUIET)
     raymoe.merge(many_shards.config, tmp_path / "out", OPTIONS, settings=QUIET)
@@ -117,4 +118,4 @@ def test_another_seed_is_another_merge(many_shards: Merge, local_ray: None, tmp_
     changed = {name for name in found if found[name] != many_shards.files[name]}
     plan = raymoe.plan(many_shards.config, options)
     # The experts have noise and the gates are random; the base is neither.
-    assert changed == {shard.file_name for shard in plan.shards if shard.owner != "base"} | {"raymoe.json"}
+    assert changed == {shard.file_name for shard in plan.shards if shard.owner != BASE} | {"raymoe.json"}

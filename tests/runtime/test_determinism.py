@@ -58,7 +58,7 @@ import hashlib, sys, threading
 import raymoe
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.compute import COMPUTE_THREADS, limit_threads
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 import torch
 
@@ -68,7 +68,7 @@ def compute():  # in a thread, as an actor does
     plan = raymoe.plan(sys.argv[1])
     with SourceReader(HubOptions()) as reader:
         rows, _ = compute_routers_locally(plan.gates, reader, device="cpu")
-    print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows))).hexdigest())
+    print(hashlib.sha256(b"".join(rows[owner].tobytes() for owner in sorted(rows, key=str))).hexdigest())
 
 thread = threading.Thread(target=compute)
 thread.start()
@@ -105,7 +105,7 @@ import hashlib, sys
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.safetensors_header import parse_header
 from raymoe.sources.facts import LoraPair, SourceFile
 from raymoe.storage.source_reader import SourceReader

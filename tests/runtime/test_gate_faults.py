@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from raymoe.planning import MergeOptions
+from raymoe.runtime.actor_status import WorkKind
 from tests.cli.commands import finished_shards, hashes, raymoe, wait_until, write_config
 from tests.processes import below, kill
 from tests.runtime.conftest import Merge, expert_actors
@@ -22,7 +23,7 @@ from tests.runtime.conftest import Merge, expert_actors
 _WIDE = {"hidden_size": 512, "head_dim": 16, "intermediate_size": 64, "num_hidden_layers": 16}
 _FLAGS = ("--out-shard-size", "1MB", "--no-write-model-card")
 # What actors say that they are at.
-READING, FITTING = "gates of ", "routers"
+READING, FITTING = WorkKind.PROMPTS, WorkKind.ROUTERS
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def wide(zoo: Callable[..., Path], ray_merge: Callable[..., Any], tmp_path_facto
     return Merge(config=config, files=hashes(folder / "out"), flags=_FLAGS)
 
 
-def busy(with_what: str) -> list[psutil.Process]:
+def busy(with_what: WorkKind) -> list[psutil.Process]:
     """Expert actors that say that they are at such a job."""
     import ray
 
@@ -51,7 +52,7 @@ def busy(with_what: str) -> list[psutil.Process]:
         try:
             handle = ray.get_actor(**actor)
             status, where = ray.get([handle.status.remote(), handle.describe.remote()], timeout=5)
-            if any(job.startswith(with_what) for job in status.busy_with):
+            if any(job.kind is with_what for job in status.busy_with):
                 found.append(psutil.Process(where["pid"]))
         except (ValueError, ray.exceptions.RayError, psutil.NoSuchProcess):
             continue  # it has gone, or is being restarted
@@ -60,9 +61,9 @@ def busy(with_what: str) -> list[psutil.Process]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("at", "actors"), [(READING, "2"), (FITTING, "1")])
-def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at: str, actors: str) -> None:
+def test_a_killed_actor(wide: Merge, ray_env: dict[str, str], tmp_path: Path, at: WorkKind, actors: str) -> None:
     process = wide.start(tmp_path / "out", ray_env, "--actors", actors)
-    kill(wait_until(lambda: busy(at), at, [process])[0])
+    kill(wait_until(lambda: busy(at), at.value, [process])[0])
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "Traceback" not in said

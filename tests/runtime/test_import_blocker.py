@@ -19,9 +19,10 @@ from pathlib import Path
 from raymoe.runtime.import_blocker import block_torch_import
 if sys.argv[2] == "without":
     block_torch_import()
+from raymoe.planning.owner import Owner
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 tokenizer = load_tokenizer(Path(sys.argv[1]), trust_remote_code=False)
-ids = tokenize(tokenizer, ["word one", "  two\\n", "ünï 3"], vocab=1 << 30, owner="expert 0")
+ids = tokenize(tokenizer, ["word one", "  two\\n", "ünï 3"], vocab=1 << 30, owner=Owner.expert(0))
 print(json.dumps([ids, sys.modules.get("torch") is not None]))
 """
 

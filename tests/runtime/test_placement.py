@@ -15,7 +15,8 @@ import pytest
 
 import raymoe
 from raymoe.planning import MergePlan
-from raymoe.runtime.actor_plan import plan_actors
+from raymoe.planning.owner import BASE, Owner
+from raymoe.runtime.actor_plan import Workload, plan_actors
 from raymoe.runtime.placement import ActorPlacement, FileRequirements, FileView, Node, Placement, view_files
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import PIECE_BYTES, split_pieces
@@ -43,7 +44,7 @@ def placement(plan: MergePlan, has: Mapping[str, str], **resources: tuple[float,
     coordinator's. `resources`: CPUs and GPUs of a node, where these are not 4 and 0."""
     needs = FileRequirements(plan)
     every = view_files(needs.files)
-    folders = {s.owner.removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
+    folders = {str(s.owner).removeprefix("expert "): os.path.dirname(s.files[0].location) for s in plan.sources}
     nodes = []
     for name, owners in has.items():
         mine = {folders[owner] for owner in owners.split()}
@@ -119,7 +120,7 @@ def test_no_node_has_both(plan_of: PlanOf) -> None:
 def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     both = placement(plan, {"a": "base 0 1", "b": "base 0 1"})
-    location = next(s.files[0].location for s in plan.sources if s.owner == "expert 1")
+    location = next(s.files[0].location for s in plan.sources if s.owner == Owner.expert(1))
     files = dict(both.nodes[1].files or {})
     for change in ({"sample": 1}, {"size": 1}):
         changed = replace(both.nodes[1], files={**files, location: replace(files[location], **change)})
@@ -133,7 +134,7 @@ def test_an_older_copy_is_not_the_model(plan_of: PlanOf) -> None:
 def test_stamps_are_of_files_that_are_elsewhere(plan_of: PlanOf) -> None:
     plan = plan_of("random", experts=2)
     found = placement(plan, {"a": "base", "b": "0", "c": "0 1"})
-    zero, one = (s.files[0].location for s in plan.sources if s.owner.startswith("expert"))
+    zero, one = (s.files[0].location for s in plan.sources if s.owner != BASE)
     stamps = found.fingerprints()
     assert stamps.keys() == {zero, one}
     here = source_fingerprints(file for s in plan.sources for file in s.files)
@@ -168,7 +169,7 @@ def test_a_copy_that_is_lost_or_comes_back_changes_no_source(plan_of: PlanOf, tm
 def test_too_few_actors_allowed(plan_of: PlanOf) -> None:
     found = placement(plan_of("random"), {"a": "base", "b": "0 1 2"})
     with pytest.raises(raymoe.errors.ProblemReport, match=r"--actors: 1 are too few: 2 are needed"):
-        plan_actors(RuntimeSettings(actors=1), jobs=9, compute=False, quantize=None, placement=found)
+        plan_actors(RuntimeSettings(actors=1), Workload(jobs=9, runs_model=False), found)
 
 
 def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
@@ -176,12 +177,12 @@ def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
     with pytest.raises(
         raymoe.errors.ProblemReport, match=r"2 GPUs an expert were asked for, but no node has more than 1"
     ):
-        plan_actors(RuntimeSettings(gpus_per_expert=2.0), jobs=9, compute=True, quantize=None, placement=found)
-    slots = plan_actors(RuntimeSettings(), jobs=9, compute=True, quantize=None, placement=found)
+        plan_actors(RuntimeSettings(gpus_per_expert=2.0), Workload(jobs=9, runs_model=True), found)
+    slots = plan_actors(RuntimeSettings(), Workload(jobs=9, runs_model=True), found)
     assert [seat.gpus for seat in slots.placements] == [1.0, 1.0, 0.0]
     none = placement(plan_of("random"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(0.0, 0.0), b=(0.5, 0.0))
     with pytest.raises(raymoe.errors.ProblemReport, match=r"no node has room for an actor .*: a \(.*; b \("):
-        plan_actors(RuntimeSettings(), jobs=9, compute=False, quantize=None, placement=none)
+        plan_actors(RuntimeSettings(), Workload(jobs=9, runs_model=False), none)
 
 
 def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
@@ -189,11 +190,11 @@ def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
     none = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 0.0))
     for compute in (True, False):
         with pytest.raises(raymoe.errors.ProblemReport, match=r"^--device cuda: no node has a GPU: a \("):
-            plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=compute, quantize=None, placement=none)
+            plan_actors(RuntimeSettings(device="cuda"), Workload(jobs=9, runs_model=compute), none)
     one = placement(plan_of("hidden"), {"a": "base 0 1 2"}, a=(4.0, 1.0))
-    slots = plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=True, quantize=None, placement=one)
+    slots = plan_actors(RuntimeSettings(device="cuda"), Workload(jobs=9, runs_model=True), one)
     assert slots.gpus == 1.0
-    assert plan_actors(RuntimeSettings(device="cuda"), jobs=9, compute=False, quantize=None, placement=one).gpus == 0.0
+    assert plan_actors(RuntimeSettings(device="cuda"), Workload(jobs=9, runs_model=False), one).gpus == 0.0
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_gpu_that_was_asked_for_by_name(plan_of: PlanOf) -> None:
         (8.0, {}, 3),
         (2.0, {}, 0),  # no cores to spare
         (16.0, {"jobs": 2}, 2),
-        (16.0, {"compute": False}, 0),
+        (16.0, {"runs_model": False}, 0),
         (16.0, {"shares_reads": True}, 0),  # what gates and shards both read of a bucket is read in one process
     ],
 )
@@ -211,20 +212,20 @@ def test_actors_that_only_copy_where_others_have_gpus(
     cpus: float, options: dict[str, Any], copiers: int, plan_of: PlanOf
 ) -> None:
     found = placement(plan_of("hidden"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(cpus, 1.0), b=(cpus, 1.0))
-    asked = {"jobs": 9, "compute": True, "quantize": None, "placement": found, **options}
-    slots = plan_actors(RuntimeSettings(), **asked)
-    computing = 2 if asked["compute"] else min(9, int(2 * cpus))
+    workload = replace(Workload(jobs=9, runs_model=True), **options)
+    slots = plan_actors(RuntimeSettings(), workload, found)
+    computing = 2 if workload.runs_model else min(9, int(2 * cpus))
     gpus = [seat.gpus for seat in slots.placements]
     assert len(gpus) == computing + copiers
-    assert gpus.count(1.0) == (2 if asked["compute"] else 0) == slots.readers or not asked["compute"]
-    assert len(plan_actors(RuntimeSettings(actors=2), **asked).placements) == 2
+    assert gpus.count(1.0) == (2 if workload.runs_model else 0) == slots.readers or not workload.runs_model
+    assert len(plan_actors(RuntimeSettings(actors=2), workload, found).placements) == 2
 
 
 def test_layers_at_once_are_bounded_by_cores_and_memory(plan_of: PlanOf) -> None:
     found = placement(plan_of("ridge"), {"a": "base 0 1 2"}, a=(8.0, 0.0))
-    asked: dict[str, Any] = {"jobs": 2, "compute": True, "quantize": None, "placement": found}
+    workload = Workload(jobs=2, runs_model=True)
     layers = [
-        plan_actors(RuntimeSettings(actors=actors), **asked, max_layers_at_once=most).layers_at_once
+        plan_actors(RuntimeSettings(actors=actors), replace(workload, max_layers_at_once=most), found).layers_at_once
         for actors, most in [(1, 4), (1, 2), (1, 1), (2, 9), (2, 3)]
     ]
     assert layers == [4, 2, 1, 4, 3]

@@ -9,17 +9,20 @@ import ray.exceptions
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
+from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
+from raymoe.runtime.jobs import Lost, lost_part
 from raymoe.runtime.ray_errors import CALL_FAILURES, CallFailure, cause_of, classify_failure, first_line
-from raymoe.runtime.router_jobs import GateJob
-from raymoe.runtime.scheduler import _Actor, _Jobs, _lost_part
+from raymoe.runtime.router_jobs import FitLayerJob, GateWork, ReadPromptsJob
 from raymoe.runtime.shard_transfer import SenderLost
+from tests.runtime.fake_cluster import FakeCluster
 
 KINDS = [
     kind
     for _, kind in sorted(vars(ray.exceptions).items())
     if inspect.isclass(kind) and issubclass(kind, ray.exceptions.RayError)
 ]
-READING, LAYER = GateJob(()), GateJob(3)
+WORK = GateWork.__new__(GateWork)
+READING, LAYER = ReadPromptsJob(WORK, ()), FitLayerJob(WORK, 3)
 
 
 def made(kind: type[Exception]) -> Exception:
@@ -60,7 +63,7 @@ def test_a_gpu_without_memory_is_told_as_such() -> None:
     assert classify_failure(error) is CallFailure.FINAL
     for job, label in ((READING, "gates of "), (LAYER, "router of layer 3")):
         with pytest.raises(MergeFailed, match=rf"^{label}.*: OutOfMemoryError: CUDA out of memory. Tried 2 GiB$"):
-            _lost_part(wrapped(error), job, via_writer=False)
+            lost_part(wrapped(error), job, via_writer=False)
     foreign = type("RayActorError", (Exception,), {"__module__": "rayleigh.errors"})
     assert classify_failure(foreign()) is CallFailure.FINAL
 
@@ -71,56 +74,77 @@ def test_what_a_job_lost(kind: type[Exception]) -> None:
     if fate in (CallFailure.FULL, CallFailure.FINAL):
         for raised in (error, wrapped(error)):
             with pytest.raises(MergeFailed, match=rf"^router of layer 3: .*{kind.__name__}"):
-                _lost_part(raised, LAYER, via_writer=False)
+                lost_part(raised, LAYER, via_writer=False)
         return
-    assert _lost_part(error, LAYER, via_writer=False) == ("states" if fate is CallFailure.LOST else "actor")
-    assert _lost_part(error, READING, via_writer=False) == "actor"
-    assert _lost_part(wrapped(error), LAYER, via_writer=False) == "states"
-    assert _lost_part(wrapped(error), READING, via_writer=True) == "sender"
+    assert lost_part(error, LAYER, via_writer=False) is (Lost.STATES if fate is CallFailure.LOST else Lost.ACTOR)
+    assert lost_part(error, READING, via_writer=False) is Lost.ACTOR
+    assert lost_part(wrapped(error), LAYER, via_writer=False) is Lost.STATES
+    assert lost_part(wrapped(error), READING, via_writer=True) is Lost.SENDER
 
 
 def test_what_an_actor_raises_itself() -> None:
-    assert _lost_part(wrapped(SenderLost("node died")), READING, via_writer=True) == "sender"
+    assert lost_part(wrapped(SenderLost("node died")), READING, via_writer=True) is Lost.SENDER
     problem = ProblemReport([Problem(where="base", what="is broken")])
     with pytest.raises(ProblemReport, match="is broken"):
-        _lost_part(wrapped(problem), READING, via_writer=False)
+        lost_part(wrapped(problem), READING, via_writer=False)
     with pytest.raises(MergeFailed, match="router of layer 3: ValueError: no such thing"):
-        _lost_part(wrapped(ValueError("no such thing")), LAYER, via_writer=False)
+        lost_part(wrapped(ValueError("no such thing")), LAYER, via_writer=False)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
 def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
     """It is asked again where it may come, else the others work on; the last one ends the merge with one message."""
-    run = _Jobs.__new__(_Jobs)
-    first, second = _Actor("one"), _Actor("another")
-    run._actors, run._writer = [first, second], None
+    first, second = PoolActor("one"), PoolActor("another")
+    pool = ActorPool([first, second], FakeCluster())
     for _ in range(4):
-        if first in run._actors:
-            run._on_startup_failure(first, made(kind))
+        if first in pool.actors:
+            pool.on_startup_failure(first, made(kind))
     comes_again = CALL_FAILURES[kind.__name__] in (CallFailure.UNAVAILABLE, CallFailure.LOST)
-    assert run._actors == ([first, second] if comes_again else [second])
+    assert pool.actors == ([first, second] if comes_again else [second])
     if comes_again and kind is not ray.exceptions.ActorUnavailableError:
-        run._on_startup_failure(first, made(kind))  # not for ever
-        assert run._actors == [second]
+        pool.on_startup_failure(first, made(kind))  # not for ever
+        assert pool.actors == [second] and first.state is ActorState.DEAD
     if kind is not ray.exceptions.ActorUnavailableError:
         second.startup_failures = 4
         with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
-            run._on_startup_failure(second, made(kind))
+            pool.on_startup_failure(second, made(kind))
 
 
 def test_the_last_actor_can_not_reach_the_output() -> None:
     """No node has the credentials that the driver has: no process died, and the remedy is the store's."""
-    run, last = _Jobs.__new__(_Jobs), _Actor("one")
-    run._actors, run._writer = [last], None
     problem = Problem(where="s3://bucket/out", what="no credentials found", remedy="set AWS_ACCESS_KEY_ID")
+    last = PoolActor("one")
     with pytest.raises(MergeFailed) as told:
-        run._on_startup_failure(last, wrapped(StorageError([problem])))
+        ActorPool([last], FakeCluster()).on_startup_failure(last, wrapped(StorageError([problem])))
     said = str(told.value)
     assert "no credentials found" in said and "set AWS_ACCESS_KEY_ID" in said
     assert "died" not in said and "emory" not in said
-    run._actors = [last]
+    last = PoolActor("one")
     with pytest.raises(MergeFailed, match=r"the last one can't work: OSError: no such device$"):
-        run._on_startup_failure(last, wrapped(OSError("no such device")))
+        ActorPool([last], FakeCluster()).on_startup_failure(last, wrapped(OSError("no such device")))
+
+
+@pytest.mark.parametrize("lost", Lost)
+def test_a_job_that_lost_something_waits_again(lost: Lost) -> None:
+    """A layer whose states are lost is not put back: their prompts are read again first."""
+    told: list[str] = []
+
+    class Work(GateWork):
+        def __init__(self) -> None:
+            pass
+
+        def requeue_reading(self, job: ReadPromptsJob) -> None:
+            told.append("prompts")
+
+        def requeue_layer(self, job: FitLayerJob) -> None:
+            told.append("layer")
+
+        def recapture(self, job: FitLayerJob) -> None:
+            told.append("states")
+
+    ReadPromptsJob(Work(), ()).recover(lost)
+    FitLayerJob(Work(), 3).recover(lost)
+    assert told == ["prompts", "states" if lost is Lost.STATES else "layer"]
 
 
 def test_words() -> None:

@@ -135,7 +135,7 @@ def test_changed_source(many_shards: Merge, zoo: Callable[..., Path], ray_merge:
 def stop_after_two_shards(config: Any, out: Path, ray_merge: Run) -> None:
     """An unfinished merge, made by the storage layer itself: the first two shards of the plan."""
     import raymoe
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.local_journal import source_fingerprints
     from raymoe.storage.outputs.local import LocalOutput
     from raymoe.storage.shard_stream import shard_chunks

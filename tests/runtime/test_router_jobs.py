@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import raymoe
-from raymoe.routers.fit_layer import LayerRows
-from raymoe.routers.heldout_report import LayerScores
-from raymoe.runtime.router_jobs import GateJob, GateWork
+from raymoe.gate_modes.layer_values import LayerRows, LayerScores
+from raymoe.planning.owner import Owner
+from raymoe.runtime.jobs import Lost
+from raymoe.runtime.router_jobs import FitLayerJob, GateWork, ReadPromptsJob
 from tests.pico import HIDDEN, LAYERS, merge_config
 
-OWNERS = ["expert 0", "expert 1", "expert 2"]
+OWNERS = [Owner.expert(number) for number in range(3)]
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def work(local_ray: None, zoo: Callable[..., Path]) -> GateWork:
     return GateWork(raymoe.plan(config).gates, 3)
 
 
-def read_all(work: GateWork) -> list[GateJob]:
+def read_all(work: GateWork) -> list[ReadPromptsJob]:
     """All prompts are read: a state in Ray's store for each layer."""
     import ray
 
@@ -33,7 +34,7 @@ def read_all(work: GateWork) -> list[GateJob]:
         assert work.next_layer() is None
         job.states = [ray.put(np.zeros(200_000, np.uint8)) for _ in range(LAYERS * len(job.owners))]
         jobs.append(job)
-        work.complete(job, None)
+        job.complete(None)
     return jobs
 
 
@@ -42,7 +43,7 @@ def rows(value: float) -> LayerRows:
     return LayerRows(experts=np.full((3, HIDDEN), value), shared=None, scores=check)
 
 
-def layers_of(work: GateWork) -> list[GateJob]:
+def layers_of(work: GateWork) -> list[FitLayerJob]:
     found = []
     while job := work.next_layer():
         found.append(job)
@@ -62,13 +63,13 @@ def test_layers_come_when_all_prompts_have_been_read(work: GateWork) -> None:
     assert [job.owners for job in (first, second, third)] == [(owner,) for owner in OWNERS]
     assert first.label == "gates of expert 0"
     for done, job in enumerate((second, first)):
-        work.complete(job, None)
+        job.complete(None)
         assert work.members_done == done + 1
         assert not work.is_waiting and work.next_layer() is None
-    work.complete(third, None)
+    third.complete(None)
     assert work.is_waiting
     jobs = layers_of(work)
-    assert [job.what for job in jobs] == [0, 1, 2]
+    assert [job.layer for job in jobs] == [0, 1, 2]
     assert jobs[1].label == "router of layer 1"
 
 
@@ -77,19 +78,18 @@ def test_no_more_readers_at_once_than_there_may_be(local_ray: None, zoo: Callabl
     work = GateWork(raymoe.plan(config).gates, 2)
     first, second = work.next_reading(), work.next_reading()
     assert first is not None and second is not None and work.next_reading() is None
-    work.requeue(first)  # its actor died
+    first.requeue()  # its actor died
     again = work.next_reading()
     assert again is first and work.next_reading() is None
-    work.complete(second, None)
+    second.complete(None)
     third = work.next_reading()
-    assert third is not None and third.owners == ("expert 2",)
+    assert third is not None and third.owners == (OWNERS[2],)
 
 
 def test_rows_of_all_layers_by_owner_whatever_their_order(work: GateWork) -> None:
     read_all(work)
     for job in reversed(layers_of(work)):
-        assert isinstance(job.what, int)
-        work.complete(job, rows(float(job.what)))
+        job.complete(rows(float(job.layer)))
     assert not work.is_waiting
     found, summary = work.result()
     assert list(found) == OWNERS
@@ -104,44 +104,43 @@ def test_states_leave_the_store_with_their_layer(work: GateWork) -> None:
     held = {name for names in ids for name in names}
     assert len(held) == 3 * LAYERS and held <= in_store()
     for job in layers_of(work):
-        assert isinstance(job.what, int)
-        work.complete(job, rows(0.5))
-        held -= {names[job.what] for names in ids}
+        job.complete(rows(0.5))
+        held -= {names[job.layer] for names in ids}
         assert in_store() & {name for names in ids for name in names} == held
 
 
 def test_a_job_whose_actor_died_is_next(work: GateWork) -> None:
     job = work.next_reading()
     assert job is not None
-    work.requeue(job)
+    job.requeue()
     assert work.next_reading() is job
-    work.requeue(job)
+    job.requeue()
     read_all(work)
     layers = layers_of(work)
-    work.requeue(layers[2])
-    work.requeue(layers[1])
+    layers[2].requeue()
+    layers[1].requeue()
     assert layers_of(work) == [layers[1], layers[2]]
 
 
 def test_lost_states_are_captured_again_for_the_layers_that_are_left(work: GateWork) -> None:
     read_all(work)
     first, second, third = layers_of(work)
-    work.complete(first, rows(0.0))
-    work.recapture(second)
-    work.recapture(third)  # its job has failed for the same reason
+    first.complete(rows(0.0))
+    second.recover(Lost.STATES)
+    third.recover(Lost.STATES)  # its job has failed for the same reason
     assert work.members_done == 0 and work.next_layer() is None
-    work.requeue(third)  # its actor was on that node; it will be asked for anew
+    third.requeue()  # its actor was on that node; it will be asked for anew
     again = read_all(work)
     assert [job.owners for job in again] == [(owner,) for owner in OWNERS]
     left = layers_of(work)
-    assert [job.what for job in left] == [1, 2] and left[0] is not second
+    assert [job.layer for job in left] == [1, 2] and left[0] is not second
     # A job from before the loss that comes to an end after all: its layer is done.
-    work.recapture(second)  # nor does one that fails: its states are there again
-    work.requeue(left[0])
-    work.complete(second, rows(0.1))
+    second.recover(Lost.STATES)  # nor does one that fails: its states are there again
+    left[0].requeue()
+    second.complete(rows(0.1))
     assert layers_of(work) == []
-    work.complete(left[1], rows(0.2))
-    assert work.result()[0]["expert 0"][:, 0] == pytest.approx([0.0, 0.1, 0.2])
+    left[1].complete(rows(0.2))
+    assert work.result()[0][OWNERS[0]][:, 0] == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> None:
@@ -149,42 +148,42 @@ def test_losses_count_as_failures_of_what_comes_after_them(work: GateWork) -> No
         members = read_all(work)
         layers = layers_of(work)
         assert {job.failures for job in (*members, *layers)} == {losses}
-        work.recapture(layers[0])
+        layers[0].recover(Lost.STATES)
 
 
 def test_embeddings_need_no_layers(local_ray: None, zoo: Callable[..., Path]) -> None:
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode="cheap_embed")
     work = GateWork(raymoe.plan(config).gates, 1)
     while job := work.next_reading():
-        work.complete(job, [np.arange(HIDDEN, dtype=np.float32)] * len(job.owners))
+        job.complete([np.arange(HIDDEN, dtype=np.float32)] * len(job.owners))
     assert work.members_done == 2 and not work.is_waiting and work.next_layer() is None
     found, summary = work.result()
     assert summary is None
-    np.testing.assert_array_equal(found["expert 1"], np.tile(np.arange(HIDDEN, dtype=np.float32), (LAYERS, 1)))
+    np.testing.assert_array_equal(found[OWNERS[1]], np.tile(np.arange(HIDDEN, dtype=np.float32), (LAYERS, 1)))
 
 
 def test_random_rows_are_no_work(local_ray: None, zoo: Callable[..., Path]) -> None:
     config: dict[str, Any] = merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="random")
     work = GateWork(raymoe.plan(config).gates, 2)
-    assert not work.is_waiting and work.members == []
+    assert not work.is_waiting and not work.members
     assert work.result() == ({}, None)
 
 
 @pytest.mark.parametrize(
     ("prompt_model", "actors", "expected"),
     [
-        ("base", 1, [("expert 0", "expert 1", "expert 2")]),
-        ("base", 2, [("expert 0",), ("expert 1", "expert 2")]),
-        ("base", 7, [("expert 0",), ("expert 1",), ("expert 2",)]),
-        ("grafted", 1, [("expert 0",), ("expert 1",), ("expert 2",)]),
+        ("base", 1, [(0, 1, 2)]),
+        ("base", 2, [(0,), (1, 2)]),
+        ("base", 7, [(0,), (1,), (2,)]),
+        ("grafted", 1, [(0,), (1,), (2,)]),
     ],
 )
 def test_who_reads_the_same_model_is_read_together(
-    prompt_model: str, actors: int, expected: list[tuple[str, ...]], local_ray: None, zoo: Callable[..., Path]
+    prompt_model: str, actors: int, expected: list[tuple[int, ...]], local_ray: None, zoo: Callable[..., Path]
 ) -> None:
     experts = [zoo("llama", seed=seed) for seed in (1, 2, 3)]
     config = merge_config(zoo("llama"), experts, mode="ridge", prompt_model=prompt_model)
     work = GateWork(raymoe.plan(config).gates, actors)
-    assert [job.owners for job in read_all(work)] == expected
+    assert [tuple(owner.index for owner in job.owners) for job in read_all(work)] == expected
     assert work.members_done == 3
     assert len(layers_of(work)) == LAYERS

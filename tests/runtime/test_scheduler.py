@@ -14,6 +14,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 import raymoe
 from raymoe.errors import MergeFailed
 from raymoe.planning import MergeOptions
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
@@ -52,7 +53,7 @@ def run(cluster: FakeCluster, plans: dict[str, MergePlan]) -> Run:
 
 @pytest.fixture
 def shards(plans: dict[str, MergePlan]) -> list[str]:
-    return sorted(shard.file_name for shard in plans["random"].shards if shard.owner != "router")
+    return sorted(shard.file_name for shard in plans["random"].worker_shards)
 
 
 def written(cluster: FakeCluster) -> Counter[str]:
@@ -72,7 +73,7 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     assert sorted(work.done) == shards and set(written(cluster).values()) == {1}
     assert len(shards) > 20
     assert len(cluster.begun("capture")) == 3 and len(cluster.begun("fit_layer")) == LAYERS
-    assert outcome.gates_done and set(outcome.rows) == {"expert 0", "expert 1", "expert 2"}
+    assert outcome.gates_done and set(outcome.rows) == {Owner.expert(number) for number in range(3)}
     # No actor idles while there is work: lanes are filled again as soon as they are free.
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
 
@@ -82,7 +83,7 @@ def test_an_actor_writes_the_expert_that_it_reads_first(
 ) -> None:
     actors = [cluster.actor() for _ in range(3)]
     run(Written(), "hidden")
-    owner = {shard.file_name: shard.owner for shard in plans["hidden"].shards}
+    owner = {shard.file_name: str(shard.owner) for shard in plans["hidden"].shards}
     read = {actor.number: job for _, actor, job in cluster.begun("capture")}
     for actor in actors:
         mine = [owner[job] for _, each, job in cluster.begun("write") if each is actor]
@@ -133,6 +134,25 @@ def test_an_actor_that_comes_late_takes_part(cluster: FakeCluster, run: Run) -> 
     run(Written())
     began = [when for when, actor, _ in cluster.begun("write") if actor is late]
     assert 5 <= min(began) < 6
+
+
+def test_all_that_is_ready_is_taken_in_a_step(cluster: FakeCluster, plans: dict[str, MergePlan]) -> None:
+    """No job is begun in place of the first of those that end together before the others have been taken."""
+    actors = [cluster.actor() for _ in range(4)]
+    results: list[int] = []
+    run_jobs(
+        plans["random"],
+        actors,
+        Written(),
+        lambda outcome: results.append(len(outcome.shard_results)),
+        readers=4,
+        layers_at_once=1,
+        shards_at_once=2,
+        stall_timeout_s=120.0,
+        transport=cluster,
+    )
+    steps = [late - early for early, late in pairwise(results) if late > early]
+    assert set(steps[:-1]) == {8}
 
 
 # Deaths
@@ -256,8 +276,8 @@ def test_lost_states_are_read_again_for_the_layers_that_are_left(
     outcome = run(Written(), "hidden")
     assert outcome.gates_done and outcome.layers_done == LAYERS
     captures = Counter(job for _, _, job in cluster.begun("capture"))
-    # The actor is asked once more before its death is known, since it was the store that missed its states first.
-    assert sorted(captures.values()) == [2, 2, 3]
+    # All that is ready is taken in one step: the actor's death is known before prompts are given out again.
+    assert sorted(captures.values()) == [2, 2, 2]
     assert capsys.readouterr().err.count("lost with its node: they are read again") == 1
 
 
@@ -282,7 +302,7 @@ def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster
 def of_one_expert(plans: dict[str, MergePlan]) -> tuple[FileRequirements, str]:
     """What the jobs need, and the file of one expert's shards."""
     needs, plan = FileRequirements(plans["random"]), plans["random"]
-    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == "expert 1")]
+    (file,) = needs.shards[next(shard.file_name for shard in plan.shards if shard.owner == Owner.expert(1))]
     return needs, file
 
 
@@ -351,6 +371,25 @@ def test_an_actor_that_sees_the_output_writes_what_it_can(cluster: FakeCluster, 
     near, far = cluster.actor(), cluster.actor(sees_output=False)
     run(sending, actors=[near, far])
     assert {actor for _, actor, _ in cluster.begun("write")} == {near} and not cluster.begun("receive")
+
+
+def test_no_writer_is_started_while_an_actor_that_sees_the_output_may_come(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    far, near = cluster.actor(sees_output=False), cluster.actor(up_after=3.0)
+    run(sending, actors=[far, near])
+    assert sorted(sending.done) == shards and not writers
+    assert not cluster.begun("receive") and min(when for when, _, _ in cluster.begun("write")) >= 3
+
+
+def test_a_writer_is_started_when_no_actor_that_sees_the_output_is_left(
+    cluster: FakeCluster, run: Run, sending: Written, writers: list[FakeActor], shards: list[str]
+) -> None:
+    near, far = cluster.actor(), cluster.actor(sees_output=False)
+    cluster.at(4.5, lambda: cluster.kill(near, back_after=None))
+    run(sending, actors=[near, far])
+    assert sorted(sending.done) == shards and len(writers) == 1
+    assert min(when for when, _, _ in cluster.begun("receive")) >= 4.5
 
 
 def test_a_sender_that_dies(cluster: FakeCluster, run: Run, sending: Written, shards: list[str]) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from raymoe.formatting import human_time
+from raymoe.runtime.actor_status import Working, WorkKind
 from raymoe.runtime.job_activity import ActiveJobs
 from raymoe.runtime.stall import StallClock, Verdict
 from tests.cli.commands import finished_shards, hashes, wait_until
@@ -20,17 +21,18 @@ from tests.runtime.conftest import Merge, expert_actors
 
 def test_moves_are_counted_by_job() -> None:
     work = ActiveJobs()
+    shard, routers = Working(WorkKind.SHARD, ("model-00001",)), Working(WorkKind.ROUTERS)
     with (
-        work.track("model-00001", "model-00001 from part 4") as one,
-        work.track("routers"),
-        work.track("routers") as other,
+        work.track(shard, "model-00001 from part 4") as one,
+        work.track(routers),
+        work.track(routers) as other,
     ):
-        assert work.labels == ("model-00001", "routers", "routers")
+        assert work.busy_with == (shard, routers, routers)
         one.heartbeat()
         one.heartbeat()
         other.heartbeat()
         assert work.heartbeats == {"model-00001 from part 4": 2, "routers": 1}
-    assert work.labels == () and work.heartbeats == {}
+    assert work.busy_with == () and work.heartbeats == {}
 
 
 def test_said_once_after_half_of_the_time_and_given_away_after_all_of_it() -> None:
@@ -95,35 +97,35 @@ def test_a_stopped_actor(many_shards: Merge, ray_env: dict[str, str], tmp_path: 
 def test_reading_and_fitting_are_seen_to_move(zoo: Callable[..., Path], mode: str) -> None:
     """Each batch of prompts, each layer that is loaded, each system that is solved."""
     import raymoe
+    from raymoe.gate_modes import MODES
     from raymoe.routers.activations import capture_layers
-    from raymoe.routers.fit_layer import fit_layer
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.source_reader import SourceReader
     from tests.pico import merge_config
 
     config = merge_config(zoo("llama"), [zoo("llama", seed=seed) for seed in (1, 2)], mode=mode, prompt_model="base")
     gates = raymoe.plan(config).gates
-    work = ActiveJobs()
+    work, reading = ActiveJobs(), Working(WorkKind.PROMPTS, ("expert 0",))
     seen = []
-    with work.track("gates") as job, SourceReader(HubOptions(), heartbeat=job.heartbeat) as reader:
+    with work.track(reading) as job, SourceReader(HubOptions(), heartbeat=job.heartbeat) as reader:
         layers = capture_layers(gates, gates.experts, reader, members=2, device="cpu")
         for left in layers:
             seen.append((job.heartbeats, left))
-        assert sorted({moves for moves, _ in seen}) == [moves for moves, _ in seen][: len({m for m, _ in seen})]
-        assert seen[0][0] > 0
+        counts = [count for count, _ in seen]
+        assert counts == sorted(counts) and counts[0] > len(seen)
     if mode == "ridge":
         solved = SimpleNamespace(count=0)
 
         def moved() -> None:
             solved.count += 1
 
-        fit_layer(mode, seen[0][1], [], "cpu", moved)
+        MODES[mode].fit_layer(seen[0][1], [], "cpu", moved)
         assert solved.count > 5
 
 
 def test_bytes_are_seen_to_move(tmp_path: Path) -> None:
     from raymoe.sources.facts import SourceFile
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.source_reader import SourceReader
 
     path = tmp_path / "weights"
@@ -140,7 +142,7 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
 
     from raymoe.runtime.job_activity import Job
     from raymoe.runtime.shard_transfer import ShardWriter
-    from raymoe.sources.resolve import HubOptions
+    from raymoe.sources.hub import HubOptions
     from raymoe.storage.outputs.local import LocalOutput
     from raymoe.storage.outputs.protocol import ShardJob
     from raymoe.storage.source_reader import SourceReader

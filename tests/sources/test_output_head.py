@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.local_folder import LocalFolder
-from raymoe.sources.output_head import EMBEDDING, HEAD, has_own_head
+from raymoe.sources.output_head import has_own_head
 from raymoe.sources.resolve import resolve_models
 from raymoe.sources.weight_index import index_model_weights
+from raymoe.tensor_names import EMBEDDING, HEAD
 from tests.sources.checkpoints import write_json
 
 ROWS, COLUMNS = 8_000, 256  # 8 MB each

@@ -25,7 +25,7 @@ from raymoe.sources.facts import CheckpointIndex, SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import read_json_object
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.sources.lora import adapter_facts
-from raymoe.storage.outputs.local import recorded_files, remove_checkpoint
+from raymoe.storage.output_files import FolderFiles
 from raymoe.submit.job_server import _url
 from raymoe.untrusted_files import MAX_VALUES, read_json, read_yaml
 from tests.pico import copy_model, merge_config
@@ -116,7 +116,7 @@ def test_deep_files_of_a_checkpoint(tmp_path: Path, name: str) -> None:
 def test_a_deep_record_does_not_keep_an_output_from_being_replaced(tmp_path: Path) -> None:
     (tmp_path / "raymoe.json").write_text(DEEP)
     (tmp_path / ".raymoe").mkdir()
-    remove_checkpoint(tmp_path)
+    FolderFiles(tmp_path).remove_checkpoint()
     assert not (tmp_path / "raymoe.json").exists()
 
 
@@ -189,9 +189,9 @@ def test_addresses_that_are_none() -> None:
 
 def test_a_record_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raymoe.json").write_text('{"files": ["a"]}')
-    assert recorded_files(tmp_path) == ["a"]
-    monkeypatch.setattr("raymoe.storage.outputs.local.MAX_JSON_BYTES", 10)
-    assert recorded_files(tmp_path) == []
+    assert FolderFiles(tmp_path).recorded_files() == ["a"]
+    monkeypatch.setattr("raymoe.storage.output_files.MAX_JSON_BYTES", 10)
+    assert FolderFiles(tmp_path).recorded_files() == []
 
 
 STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

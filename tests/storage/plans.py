@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Copy, PartSource, Shard
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import TensorEntry
@@ -26,7 +27,7 @@ def save(folder: Path, tensors: Mapping[str, Array]) -> Mapping[str, TensorEntry
 
 
 def tensor(
-    entry: TensorEntry, what: PartSource | None = None, *, name: str = "", dtype: str = "", owner: str = "base"
+    entry: TensorEntry, what: PartSource | None = None, *, name: str = "", dtype: str = "", owner: Owner = BASE
 ) -> OutputTensor:
     """An output tensor made from a source tensor; a copy of it, unless `what` says otherwise."""
     return OutputTensor(

@@ -11,11 +11,11 @@ import pytest
 
 from raymoe.errors import CheckpointError
 from raymoe.object_store.options import StorageOptions
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.source_reader import SourceReader
-from tests.storage.outputs.test_takeover import Place, made_place
+from tests.storage.outputs.places import Place, made_place
 from tests.storage.plans import one_shard, save, tensor
 
 OPTIONS = StorageOptions(deadline_s=30)

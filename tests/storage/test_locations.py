@@ -152,7 +152,8 @@ def test_prefixes(here: Path) -> None:
 def test_a_model_of_the_hub_is_its_cache(tmp_path: Path, zoo: Callable[..., Path]) -> None:
     """Whatever snapshot is named, and what its links lead to."""
     from raymoe.config.model_refs import ModelRef, PathRef
-    from raymoe.sources.resolve import HubOptions, folders_of
+    from raymoe.sources.hub import HubOptions
+    from raymoe.sources.resolve import folders_of
 
     cache = tmp_path / "models--org--name"
     for folder in ("blobs", "snapshots/0123", "snapshots/4567"):

@@ -16,10 +16,11 @@ from raymoe.errors import CheckpointError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import join_url
+from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Transform
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import shard_chunks
 from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from tests.cli.commands import wait_until
@@ -218,7 +219,7 @@ def test_transforms(reader: SourceReader, models: tuple[list[Path], list[str]]) 
     kinds = set()
     shards = [raymoe.plan(config_of(places, "random")).shards for places in models]
     for local, remote in zip(*shards, strict=True):
-        if local.owner == "router":
+        if local.owner == ROUTER:
             continue
         assert remote.header == local.header
         kinds |= {

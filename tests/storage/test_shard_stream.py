@@ -12,13 +12,14 @@ import pytest
 from safetensors.numpy import load
 
 from raymoe.errors import CheckpointError
+from raymoe.planning.owner import BASE, ROUTER
 from raymoe.planning.plan import Constant, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.local_folder import LocalFolder
-from raymoe.sources.resolve import HubOptions
 from raymoe.sources.weight_index import index_model_weights
-from raymoe.storage.shard_stream import CHUNK_BYTES, RouterBytes, different_tensors, part_chunks, shard_chunks
-from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES, SourceReader
+from raymoe.storage.shard_stream import RouterBytes, different_tensors, part_chunks, shard_chunks
+from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import BLOCK_ELEMENTS
 from tests.storage.plans import one_shard, save, tensor
 
@@ -57,8 +58,8 @@ def test_every_kind_of_part(reader: SourceReader, tmp_path: Path) -> None:
         [
             tensor(entries["a"]),
             tensor(entries["b"], Transform(source=entries["b"]), dtype="F16"),
-            OutputTensor(name="zeros", dtype="F32", shape=(3, 5), owner="base", what=Constant()),
-            OutputTensor(name="router", dtype="F32", shape=(2, 6), owner="base", what=Router(layer=1)),
+            OutputTensor(name="zeros", dtype="F32", shape=(3, 5), owner=BASE, what=Constant()),
+            OutputTensor(name="router", dtype="F32", shape=(2, 6), owner=BASE, what=Router(layer=1)),
             tensor(entries["c"]),
         ]
     )
@@ -114,7 +115,7 @@ def test_chunks_are_bounded(reader: SourceReader, tmp_path: Path) -> None:
         [
             tensor(entries["a"], Transform(source=entries["a"], scale=2.0)),
             tensor(entries["b"]),
-            OutputTensor(name="z", dtype="U8", shape=(2 * CHUNK_BYTES + 5,), owner="base", what=Constant()),
+            OutputTensor(name="z", dtype="U8", shape=(2 * CHUNK_BYTES + 5,), owner=BASE, what=Constant()),
         ]
     )
     sizes = [len(chunk) for chunk in shard_chunks(shard, reader)]
@@ -124,7 +125,7 @@ def test_chunks_are_bounded(reader: SourceReader, tmp_path: Path) -> None:
 
 
 def test_a_router_that_nobody_computed(reader: SourceReader) -> None:
-    shard = one_shard([OutputTensor(name="r", dtype="F32", shape=(2, 2), owner="router", what=Router(layer=0))])
+    shard = one_shard([OutputTensor(name="r", dtype="F32", shape=(2, 2), owner=ROUTER, what=Router(layer=0))])
     with pytest.raises(AssertionError, match="router rows asked for"):
         content(shard, reader)
 
@@ -174,7 +175,7 @@ def test_different_tensors(reader: SourceReader, tmp_path: Path) -> None:
 def test_different_router(reader: SourceReader, tmp_path: Path) -> None:
     rows = NUMBERS.standard_normal((3, 4), np.float32)
     written = save(tmp_path, {"r": rows})
-    router = OutputTensor(name="r", dtype="F32", shape=(3, 4), owner="router", what=Router(layer=0))
+    router = OutputTensor(name="r", dtype="F32", shape=(3, 4), owner=ROUTER, what=Router(layer=0))
     parts = one_shard([router]).parts
     assert different_tensors(parts, written, reader, lambda part, what: rows.tobytes()) == []
     other = (rows + np.float32(1e-6)).tobytes()

@@ -16,8 +16,8 @@ import pytest
 
 from raymoe.errors import CheckpointError
 from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.hub import HubOptions
 from raymoe.sources.local_folder import stat_file
-from raymoe.sources.resolve import HubOptions
 from raymoe.storage import source_reader as reader_module
 from raymoe.storage.open_files import OpenFiles
 from raymoe.storage.source_reader import SourceReader

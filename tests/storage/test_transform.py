@@ -13,7 +13,7 @@ import pytest
 from raymoe.errors import MergeFailed
 from raymoe.planning.plan import HeadPermutation, Transform
 from raymoe.sources.facts import LoraPair
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import part_chunks
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import BLOCK_ELEMENTS, NUMPY_DTYPES, load_array, transformed_bytes

@@ -16,7 +16,7 @@ from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.planning import MergeOptions
 from raymoe.planning.plan import Columns, Transform
 from raymoe.sources.facts import LoraPair
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.shard_stream import shard_range
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.value_checks import WeightFindings, has_non_finite, scan_non_finite

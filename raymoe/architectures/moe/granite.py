@@ -12,7 +12,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EMPTY_SHARED_WIDTH,
-    LAYER,
     O_BIAS,
     QKV_BIAS,
     ConstantRow,
@@ -24,8 +23,7 @@ from raymoe.architectures.moe_architecture import (
     ungated_shared_reasons,
 )
 from raymoe.architectures.tensor_tables import ATTENTION, GRANITE4_ROWS, LINEAR
-
-__all__ = ["GRANITE_ARCHITECTURES"]
+from raymoe.tensor_names import LAYER
 
 # The experts of a layer are two tensors, (experts, 2 * intermediate, hidden) with gate above up, and down.
 _MOE = LAYER + "block_sparse_moe."

@@ -14,7 +14,6 @@ from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EMPTY_SHARED_WIDTH,
     EXPERTS,
-    LAYER,
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
@@ -28,8 +27,7 @@ from raymoe.architectures.moe_architecture import (
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import QWEN3_5_ROWS
-
-__all__ = ["LLAMA_LIKE_HOSTS"]
+from raymoe.tensor_names import LAYER
 
 _LLAMAS = ("llama", "mistral", "internlm3", "phi3", "iquestcoder")
 _MIXTRAL_NAMES = {"ffn.gate": "w1", "ffn.down": "w2", "ffn.up": "w3"}

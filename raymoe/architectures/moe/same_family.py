@@ -13,7 +13,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EXPERTS,
-    LAYER,
     O_BIAS,
     PER_TOKEN_KEY,
     QK_NORM,
@@ -29,8 +28,7 @@ from raymoe.architectures.moe_architecture import (
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import LFM2_ROWS
-
-__all__ = ["SAME_FAMILY_ARCHITECTURES"]
+from raymoe.tensor_names import LAYER
 
 
 def _flex_olmo_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:

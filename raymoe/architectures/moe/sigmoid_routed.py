@@ -14,7 +14,6 @@ from raymoe.architectures.dense_spec import DenseSpec
 from raymoe.architectures.moe_architecture import (
     BACKBONE,
     EXPERTS,
-    LAYER,
     QK_NORM,
     QKV_BIAS,
     ConstantRow,
@@ -24,8 +23,7 @@ from raymoe.architectures.moe_architecture import (
     zero_ffn,
 )
 from raymoe.architectures.tensor_tables import MLA_ROWS
-
-__all__ = ["SIGMOID_ROUTED_ARCHITECTURES"]
+from raymoe.tensor_names import LAYER
 
 _SHARED = {role: f"{LAYER}mlp.shared_experts.{role[4:]}_proj.weight" for role in FFN_ROLES}
 

@@ -16,17 +16,6 @@ from raymoe.errors import Problem, ProblemReport, first_few
 from raymoe.formatting import short_list
 from raymoe.untrusted_files import check_size, read_json
 
-__all__ = [
-    "TOKENIZER_FILES_REMEDY",
-    "AddedToken",
-    "conflicting_texts_problem",
-    "name_problems",
-    "read_added_token_files",
-    "read_added_tokens",
-    "read_object",
-    "strip_warnings",
-]
-
 TOKENIZER_FILES_REMEDY = "add the tokenizer files of the base model to the checkpoint's folder"
 _BY_TEXT = "added_tokens.json"
 _BY_ID = "added_tokens_decoder"

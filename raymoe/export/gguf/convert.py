@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from raymoe.architectures.moe_architecture import EMPTY_SHARED_WIDTH
-from raymoe.errors import Problem, ProblemReport
+from raymoe.errors import Problem, ProblemCollector, ProblemReport
 from raymoe.export.gguf.encode import TensorEncoder
 from raymoe.export.gguf.input_model import InputModel, open_model
 from raymoe.export.gguf.llama_cpp_archs import Target, choose_target
@@ -26,12 +24,10 @@ from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from raymoe.formatting import human_bytes
 from raymoe.report.progress_line import ProgressLine
 from raymoe.storage.locations import replaced_input
-
-__all__ = ["GgufFile", "write_gguf"]
+from raymoe.tensor_names import EMBEDDING
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT: every tensor begins at a multiple
 _NO_DTYPE = np.dtype(np.float32)  # asked for by the writer, which goes by `raw_dtype`
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +66,13 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     """
     options = options or GgufOptions()
     path = Path(output).expanduser().absolute()
-    problems = list(option_problems(options))
+    collector = ProblemCollector(option_problems(options))
     with ExitStack() as stack:
-        file = _collect(problems, lambda: stack.enter_context(open_staging_file(output, overwrite=options.overwrite)))
-        model = _collect(problems, lambda: stack.enter_context(open_model(source, options)))
+        file = collector.run(lambda: stack.enter_context(open_staging_file(output, overwrite=options.overwrite)))
+        model = collector.run(lambda: stack.enter_context(open_model(source, options)))
         if model is None or not has_gguf():
-            raise ProblemReport(problems)
-        conversion = _plan_conversion(model, path, options, problems)
+            raise collector.report()
+        conversion = _plan_conversion(model, path, options, collector)
         assert file is not None
         progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
         model.prepare(progress.stage)
@@ -101,32 +97,22 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     )
 
 
-def _collect(problems: list[Problem], step: Callable[[], _T]) -> _T | None:
-    try:
-        return step()
-    except ProblemReport as report:
-        problems += report.problems
-        return None
-
-
-def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, problems: list[Problem]) -> _Conversion:
-    """Raises ProblemReport with `problems` and all others."""
+def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, collector: ProblemCollector) -> _Conversion:
+    """Raises ProblemReport with the collected problems and all others."""
     spec, name = model.spec, options.name or path.stem
     if owner := replaced_input(str(path), model.inputs):
         what = f"this is {owner}, which is read"
-        problems.append(Problem(where=str(path), what=what, remedy="name another file"))
-    target = _collect(
-        problems,
-        lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label),
+        collector.problems.append(Problem(where=str(path), what=what, remedy="name another file"))
+    target = collector.run(
+        lambda: choose_target(spec, model.rule, shared_is_empty=_shared_is_empty(model), label=model.label)
     )
-    vocabulary = _collect(
-        problems,
-        lambda: read_vocabulary(model.files, model.config, spec.vocab, pre=options.pre, name=name, label=model.label),
+    vocabulary = collector.run(
+        read_vocabulary, model.files, model.config, spec.vocab, pre=options.pre, name=name, label=model.label
     )
-    if problems or target is None or vocabulary is None:
-        raise ProblemReport(problems)
+    if collector.problems or target is None or vocabulary is None:
+        raise collector.report()
     # No type of ggml's matrices is as wide as F64.
-    own = model.weights["model.embed_tokens.weight"].dtype.lower()
+    own = model.weights[EMBEDDING].dtype.lower()
     kind = TYPES[(options.type or own.replace("f64", "f32")).lower()]
     conversion = _Conversion(
         model=model,

@@ -24,8 +24,6 @@ from raymoe.export.gguf.tensor_ops import IDENTITY
 from raymoe.sources.facts import TensorEntry
 from raymoe.storage.transform import NUMPY_DTYPES
 
-__all__ = ["TensorEncoder"]
-
 _BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32
 _THREADS = min(4, os.cpu_count() or 1)
 

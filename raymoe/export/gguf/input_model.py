@@ -40,8 +40,6 @@ from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["InputModel", "open_model"]
-
 # Mixtures that raymoe writes, but not as GGUF.
 _NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
 

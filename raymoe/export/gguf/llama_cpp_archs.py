@@ -41,17 +41,6 @@ from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.weight_table import RoutingRule
 from raymoe.errors import Problem, ProblemReport
 
-__all__ = [
-    "DENSE",
-    "MIXTURES",
-    "UNCHANGED_REMEDY",
-    "LlamaCppArchitecture",
-    "Target",
-    "choose_target",
-    "has_alpha",
-    "rope_base",
-]
-
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
 # Kinds of RoPE scaling that can be written, and the settings of each that are.

@@ -18,8 +18,6 @@ from raymoe.export.gguf.tensor_layout import GgufTensor
 from raymoe.export.gguf.vocabulary import Vocabulary
 from raymoe.report.source_metadata import as_strings, is_model_of_hub, stated_license
 
-__all__ = ["add_metadata"]
-
 # Of layers with a state: kernel of the convolution, channels, numbers in a state, heads, groups (of heads of keys).
 _STATE_SIZES = {
     "granitehybrid": ("mamba_d_conv", "mamba_n_heads*mamba_d_head", "mamba_d_state", "mamba_n_heads", "mamba_n_groups"),

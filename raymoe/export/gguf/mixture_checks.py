@@ -15,9 +15,7 @@ from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.llama_cpp_archs import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
-from raymoe.sources.output_head import HEAD
-
-__all__ = ["ReadChunks", "check_mixture", "is_zero"]
+from raymoe.tensor_names import HEAD
 
 ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""

@@ -11,9 +11,7 @@ from raymoe.compute import device_problems
 from raymoe.errors import Problem, install_remedy
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions
-from raymoe.sources.resolve import HubOptions
-
-__all__ = ["TYPES", "GgufOptions", "TensorType", "has_gguf", "option_problems"]
+from raymoe.sources.hub import HubOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

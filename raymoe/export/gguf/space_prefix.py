@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SpacePrefix", "space_prefix"]
-
 _ALWAYS_DIFFERENCE = "puts none where there is one already"
 _FIRST_DIFFERENCE = "puts it before the text only, and none where the text begins with one"
 # Model types for which transformers 5 reads a tokenizer.json as it is, whatever class the tokenizer's config names; for

@@ -20,10 +20,9 @@ from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.urls import check_spelling, is_url
+from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.linux_io import allocate, start_writeback
 from raymoe.storage.locations import is_in_job_package
-
-__all__ = ["StagingFile", "disk_space_problems", "open_staging_file"]
 
 _WRITEBACK_BYTES = 64 << 20
 _PART = ".raymoe-part"  # browsers and download tools use '.part'
@@ -118,11 +117,7 @@ class StagingFile:
         else:
             self._move_without_replacing()
         self._is_committed = True
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
 
     def _move_without_replacing(self) -> None:
         """A second name is only given where there is no file of that name, which moving does not ask for."""

@@ -22,8 +22,6 @@ from raymoe.export.gguf.tensor_map import TensorMapping, map_tensor
 from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp
 from raymoe.sources.facts import TensorEntry
 
-__all__ = ["GgufTensor", "file_tensors", "rope_factors"]
-
 Float32 = npt.NDArray[np.float32]
 
 _MATRICES = ("gate", "up", "down")

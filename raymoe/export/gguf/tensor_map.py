@@ -19,8 +19,6 @@ from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp, interleave_order, 
 from raymoe.planning.tensor_sources import slice_rows
 from raymoe.sources.facts import TensorEntry
 
-__all__ = ["TensorMapping", "map_tensor"]
-
 
 class TensorMapping(NamedTuple):
     """`sources` one behind the other, each with `op`, are the tensor `name`."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IDENTITY", "TensorOp", "interleave_order", "minus_exp", "plus_one"]
-
 Float32 = npt.NDArray[np.float32]
 
 

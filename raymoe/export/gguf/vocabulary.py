@@ -8,7 +8,6 @@ Special tokens, and the chat template, are read by the gguf package.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +27,7 @@ from raymoe.export.gguf.added_tokens import (
 from raymoe.export.gguf.pretokenizer import KNOWN, pre_tokenizer_name
 from raymoe.export.gguf.space_prefix import SpacePrefix, space_prefix
 from raymoe.formatting import short_list
-from raymoe.sources.tokenizer_files import tokenizer_guard
-
-__all__ = ["Vocabulary", "read_vocabulary"]
+from raymoe.sources.tokenizer_files import tokenizer_folder, tokenizer_guard
 
 # gguf.TokenType, which are SentencePiece's own numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -280,12 +277,8 @@ def _special(
     """`config` is the model's, `tokenizer_config` the tokenizer's."""
     import gguf
 
-    with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as folder:
-        for name, path in files.items():
-            target = Path(folder) / name
-            target.parent.mkdir(exist_ok=True)
-            target.symlink_to(path.absolute())
-        (Path(folder) / "config.json").write_text(json.dumps(_without_absent_ids(config)))
+    with tokenizer_folder(files) as folder:
+        (folder / "config.json").write_text(json.dumps(_without_absent_ids(config)))
         try:
             special = gguf.SpecialVocab(folder, load_merges=with_merges, n_vocab=size)
         except (LookupError, TypeError, AttributeError, ValueError) as error:

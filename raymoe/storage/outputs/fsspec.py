@@ -12,61 +12,41 @@ newer run removes what older runs have in `parts/`, so that a late move finds no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, cast
 
 import xxhash
 
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.fsspec_store import FsspecStore
-from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join_url
+from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning.plan import Shard
-from raymoe.sources.facts import SourceFile
-from raymoe.storage.file_names import INDEX_NAME, FileRecord
-from raymoe.storage.object_journal import ObjectJournal, remove_checkpoint
+from raymoe.storage.checksums import xxh3_checksum
+from raymoe.storage.file_names import FileRecord
+from raymoe.storage.object_journal import ObjectJournal
 from raymoe.storage.outputs.object_store import StoreOutput
 from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["StreamOutput"]
-
 _READ_BYTES = 16 << 20
-_RELEASE_S = 60
 
 
 class StreamOutput(StoreOutput[FsspecStore]):
     """Implements `Output` on any file system of fsspec."""
 
-    def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
-        super().__init__(location, cast(FsspecStore, open_store(location, storage)), storage, run)
-
-    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
-        has_to_clear = self._journal.begin(digest, fingerprints, fresh=fresh)
-        self._journal.remove_earlier_parts()
-        if has_to_clear:
-            remove_checkpoint(self._store, self.location, self._journal.check_run)
-            self._journal.mark_cleared()
-
-    def same_store(self, file: SourceFile) -> bool:
-        return False
+    def _fence_off(self, has_to_clear: bool) -> None:
+        self.journal.remove_earlier_parts()
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        # A router's shard is written by every run: other hardware gives rows that differ by rounding.
-        if shard.owner != "router" and (record := self._finished(shard)) is not None:
-            self._kept[shard.file_name] = record
-            return ()
-        return (ShardJob(shard=shard),)
+        return () if self._keep_finished(shard) else (ShardJob(shard=shard),)
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """The URL of the file that is to be moved to its place, and the shard's record."""
         import fsspec
 
         shard, hasher = job.shard, xxhash.xxh3_128()
-        part = self._journal.new_part(shard.file_name)
+        part = self.journal.new_part(shard.file_name)
         filesystem, path = fsspec.url_to_fs(part)
         filesystem.makedirs(filesystem._parent(path), exist_ok=True)
         stream = filesystem.open(path, "wb", autocommit=False)
@@ -82,56 +62,35 @@ class StreamOutput(StoreOutput[FsspecStore]):
                 stream.discard()
                 raise
             stream.commit()
-            self._journal.check_run()  # a newer run has removed what was here before, and does not know of this file
+            self.journal.check_run()  # a newer run has removed what was here before, and does not know of this file
         except BaseException:
             with contextlib.suppress(StorageError):
                 self._store.delete(part)
             raise
         return part, FileRecord(name=shard.file_name, size=shard.nbytes, checksum=f"xxh3-128:{hasher.hexdigest()}")
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        if shard.file_name in self._kept:
-            return self._kept[shard.file_name]
+    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         part, written = results[0]
-        self._journal.check_run()
+        self.journal.check_run()
         try:
-            info = self._store.move(part, join_url(self.location, written.name), written.size)
+            info = self._store.move(part, self.files.place(written.name), written.size)
         except StorageError:
-            self._journal.check_run()  # a newer run removes what is to be moved
+            self.journal.check_run()  # a newer run removes what is to be moved
             raise
-        self._written.add(written.name, info.size, info.etag)
-        self._journal.record(written)  # looks at the run again
+        self._remember(written.name, info)
+        self.journal.record(written)  # looks at the run again
         return cast(FileRecord, written)
 
-    def write_small(self, name: str, content: bytes) -> FileRecord:
-        info = self._put_small(name, content)
-        self._written.add(name, len(content), info.etag)
-        checksum = xxhash.xxh3_128(content).hexdigest()
-        return FileRecord(name=name, size=len(content), checksum=f"xxh3-128:{checksum}")
+    def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
+        self._written[name] = (len(content), info.etag)
+        return FileRecord(name=name, size=len(content), checksum=xxh3_checksum([content]))
 
-    def write_index(self, content: bytes) -> FileRecord:
-        self._check_files()
-        self._check_index(content)
-        return self.write_small(INDEX_NAME, content)
+    def _checksum(self, name: str, info: ObjectInfo) -> str:
+        url, starts = self.files.place(name), range(0, info.size, _READ_BYTES)
+        return xxh3_checksum(self._store.read(url, start, min(start + _READ_BYTES, info.size)) for start in starts)
 
-    def release(self) -> None:
-        """Remove what this run was writing. A store that does not answer is not waited for long."""
-        if not self.run:
-            return
-        options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
-        with contextlib.suppress(StorageError):
-            ObjectJournal(open_store(self.location, options), self.location, self.run).remove_own_parts()
+    def _has_open_work(self) -> bool:
+        return bool(self.run)
 
-    def _finished(self, shard: Shard) -> FileRecord | None:
-        """The record of a shard that an earlier run finished, if what is there still has that size and content."""
-        record, url = self._journal.finished(shard.file_name), join_url(self.location, shard.file_name)
-        info = self._store.stat(url)
-        if record is None or info is None or not record.size == shard.nbytes == info.size:
-            return None
-        hasher = xxhash.xxh3_128()
-        for start in range(0, info.size, _READ_BYTES):
-            hasher.update(self._store.read(url, start, min(start + _READ_BYTES, info.size)))
-        if record.checksum != f"xxh3-128:{hasher.hexdigest()}":
-            return None
-        self._written.add(shard.file_name, info.size, info.etag)
-        return record
+    def _release(self, store: FsspecStore, journal: ObjectJournal) -> None:
+        journal.remove_own_parts()

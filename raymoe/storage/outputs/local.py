@@ -1,7 +1,6 @@
 """A local folder as output: files appear whole or not at all, and a finished file is never written twice.
 
-`check_output` looks before anything is written; `LocalOutput` writes. An actor makes its own `LocalOutput` from the
-folder's path; only the coordinator begins and ends the journal.
+An actor makes its own `LocalOutput` from the folder's path; only the coordinator begins and ends the journal.
 """
 
 from __future__ import annotations
@@ -15,61 +14,68 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.urls import is_url
 from raymoe.planning.multipart import CopyRange, spans
 from raymoe.planning.plan import Shard
-from raymoe.sources.facts import SourceFile
-from raymoe.storage.claim import foreign_file_error, replaced_file_error, taken_over_error
-from raymoe.storage.file_names import (
-    CHECKPOINT_FILES,
-    INDEX_NAME,
-    JOURNAL,
-    MAX_RESULT_BYTES,
-    RECORD_NAME,
-    RESULT_NAME,
-    FileRecord,
-    FinishedMerge,
-    is_part_of_a_model,
-    is_recorded_file,
-    is_result,
-    json_object,
-)
+from raymoe.storage.atomic_file import sync_folder
+from raymoe.storage.checksums import xxh3_checksum
+from raymoe.storage.claim import taken_over_error
+from raymoe.storage.file_names import CHECKPOINT_FILES, INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.file_writer import FileWriter, SharedRange
-from raymoe.storage.local_journal import Journal, sync_folder
+from raymoe.storage.local_journal import Journal
+from raymoe.storage.output_files import FolderFiles, file_size
+from raymoe.storage.outputs.base import BaseOutput, goes_on
 from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, shard_chunks
 from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES, SourceReader
-from raymoe.untrusted_files import MAX_JSON_BYTES
-
-__all__ = ["LocalOutput", "check_output", "file_checksum", "recorded_files", "remove_checkpoint"]
 
 
-class LocalOutput:
+class LocalOutput(BaseOutput):
     """Implements `Output` on a folder, for the run of that name (the coordinator's is named by the journal)."""
 
-    def __init__(self, root: Path, run: str = "") -> None:
-        self.root = root
-        self.location = str(root)
-        self.journal = Journal(root, run)
-        self._written: dict[str, FileRecord] = {}  # by name: what this run has seen completed
+    journal: Journal
 
-    @property
-    def run(self) -> str:
-        return self.journal.run
+    def __init__(self, root: Path, run: str = "") -> None:
+        super().__init__(FolderFiles(root), Journal(root, run))
+        self.root = root
+        self._written: dict[str, FileRecord] = {}  # by name: what this run has seen completed
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         if self.journal.is_taken:
             return [self.journal.taken_problem]
-        return check_output(self.root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
+        try:
+            if unusable := self._unusable_problems():
+                return unusable
+            problems = super().problems(digest=digest, output_bytes=output_bytes, overwrite=overwrite)
+            finished = None if overwrite else self.finished_merge()
+            if finished is not None and finished.digest == digest:
+                return problems
+            return [*problems, *self._room_problems(output_bytes)]
+        except OSError as error:  # a name that is too long, a folder that may not be listed
+            what = f"can't be used: {error.strerror or error}"
+            return [Problem(where=self.location, what=what, remedy="choose another output")]
 
-    def digest(self) -> str | None:
-        return self.journal.digest()
+    def _unusable_problems(self) -> list[Problem]:
+        parent = _existing(self.root)
+        if parent.is_dir():
+            return self.journal.links()
+        what = f"{parent} is a file, so that no folder can be in it"
+        if parent == self.root:
+            what = "the output is a file"
+        return [Problem(where=self.location, what=what, remedy="name a folder")]
 
-    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
-        return self.journal.changed_sources(fingerprints)
+    def _room_problems(self, output_bytes: int) -> list[Problem]:
+        parent = _existing(self.root)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            what = f"no permission to write in {parent}"
+            remedy = "choose another output, or change the folder's permissions"
+            return [Problem(where=self.location, what=what, remedy=remedy)]
+        free, missing = shutil.disk_usage(parent).free, output_bytes - _reusable_bytes(self.root)
+        if free >= missing:
+            return []
+        what = f"not enough disk: {missing:,} bytes are to be written, {free:,} are free"
+        return [Problem(where=self.location, what=what, remedy="make room, or choose another output")]
 
     def lock(self) -> None:
         try:
@@ -77,12 +83,6 @@ class LocalOutput:
             self.journal.lock()
         except OSError as error:
             raise _unusable_output(self.root, error) from error
-
-    def finished_merge(self) -> FinishedMerge | None:
-        return finished_merge(self.root)
-
-    def recorded_files(self) -> Sequence[str]:
-        return recorded_files(self.root)
 
     def clean_up(self) -> None:
         if not self.journal.folder.exists():
@@ -96,18 +96,9 @@ class LocalOutput:
 
     def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
         try:
-            self.journal.begin(digest, fingerprints, fresh=fresh, remove=lambda: remove_checkpoint(self.root))
+            self.journal.begin(digest, fingerprints, fresh=fresh, remove=self.files.remove_checkpoint)
         except OSError as error:
             raise _unusable_output(self.root, error) from error
-
-    def invalidate(self) -> None:
-        self.journal.invalidate()
-
-    def same_store(self, file: SourceFile) -> bool:
-        return False
-
-    def is_reachable(self) -> bool:
-        return self.journal.is_of_this_run
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return (ShardJob(shard=shard),)
@@ -115,12 +106,9 @@ class LocalOutput:
     def do(
         self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None
     ) -> FileRecord | None:
-        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all.
-
-        A router's is written by every run: other hardware gives rows that differ by rounding.
-        """
+        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all."""
         shard = job.shard
-        if shard.owner != "router" and self.finished(shard.file_name, shard.nbytes, progress) is not None:
+        if goes_on(shard) and self.finished(shard.file_name, shard.nbytes, progress) is not None:
             return None
         return self.write(
             shard.file_name,
@@ -142,12 +130,11 @@ class LocalOutput:
         record = self._written[name] = self.write(name, [content])
         return record
 
-    def write_index(self, content: bytes) -> FileRecord:
-        self._check_files()
+    def _write_index(self, content: bytes) -> FileRecord:
+        """Over any index, whatever it is of: nothing of an older run can take its place."""
         return self.write_small(INDEX_NAME, content)
 
-    def end(self, record: bytes) -> None:
-        self._check_files()
+    def _write_record(self, record: bytes) -> None:
         self.write(RECORD_NAME, [record])
         self.journal.check_run()
         self._end_journal()
@@ -161,22 +148,13 @@ class LocalOutput:
                 f"{error.strerror or error}. Run the same command again when it can be: that removes what is left."
             ) from error
 
-    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
-        return [] if self.journal.is_clearing else self._other_files(own)
+    def _written_names(self) -> Container[str]:
+        return self._written
 
-    def _other_files(self, own: Container[str]) -> list[str]:
-        """The index is replaced, whatever it is of: nothing of an older run can take its place."""
-        return [name for name in _model_files(self.root) if name not in own and name != INDEX_NAME]
-
-    def _check_files(self) -> None:
-        """Raise MergeFailed if a file is not there any more as it was written, or a file of another model is there.
-        Nothing of an older run can take its place (local_journal.py), so that its size is enough."""
-        if others := self._other_files(self._written):
-            self.journal.check_run()  # they may be a newer run's
-            raise foreign_file_error(str(self.root / others[0]))
-        for name, record in self._written.items():
-            if _size(self.root / name) != record.size:
-                raise replaced_file_error(str(self.root / name))
+    def _replaced_files(self) -> Iterable[str]:
+        """By their sizes: nothing of an older run can take their places (local_journal.py)."""
+        size_of = self.files.size_of()
+        return (name for name, record in self._written.items() if size_of(name) != record.size)
 
     def release(self) -> None:
         self.journal.release()
@@ -187,7 +165,7 @@ class LocalOutput:
         `progress` is told of each chunk that is read, as of no bytes: nothing is written.
         """
         record, path = self.journal.finished(name), self.root / name
-        if record is None or record.size != size or _size(path) != size:
+        if record is None or record.size != size or file_size(path) != size:
             return None
         try:
             return record if file_checksum(path, progress) == record.checksum else None
@@ -270,28 +248,16 @@ def _write_error(path: Path, error: OSError) -> MergeFailed:
 
 def file_checksum(path: Path, progress: Progress | None = None) -> str:
     """XXH3-128 of a file's content, as `xxh3-128:hex` (`xxhsum -H2 FILE` prints the same digits)."""
-    hasher = xxhash.xxh3_128()
-    for chunk in _file_chunks(path):
-        hasher.update(chunk)
-        if progress is not None:
-            progress(0, 0)
-    return f"xxh3-128:{hasher.hexdigest()}"
 
+    def chunks() -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(LOCAL_CHUNK_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
+                if progress is not None:
+                    progress(0, 0)
 
-def _file_chunks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(LOCAL_CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield buffer[:count]
-
-
-def check_output(root: Path, *, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
-    """What keeps a merge from writing to `root`. Writes nothing. `digest` None: the plan itself has problems."""
-    try:
-        return _output_problems(root, overwrite, digest, output_bytes)
-    except OSError as error:  # a name that is too long, a folder that may not be listed
-        what = f"can't be used: {error.strerror or error}"
-        return [Problem(where=str(root), what=what, remedy="choose another output")]
+    return xxh3_checksum(chunks())
 
 
 def _existing(path: Path) -> Path:
@@ -299,122 +265,8 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def _size(path: Path) -> int | None:
-    """Size of a file; None where there is none."""
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
-
-
-def _output_problems(root: Path, overwrite: bool, digest: str | None, output_bytes: int) -> list[Problem]:
-    parent = _existing(root)
-    if not parent.is_dir():
-        what = "the output is a file" if parent == root else f"{parent} is a file, so that no folder can be in it"
-        return [Problem(where=str(root), what=what, remedy="name a folder")]
-    if links := Journal(root).links():
-        return links
-    finished = finished_merge(root)
-    if finished is not None and finished.digest == digest and not overwrite:
-        return finished.problems(str(root), lambda name: _size(root / name))
-    problems = []
-    if root.is_dir() and not overwrite and (problem := _occupied(root, digest)):
-        problems.append(problem)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        remedy = "choose another output, or change the folder's permissions"
-        problems.append(Problem(where=str(root), what=f"no permission to write in {parent}", remedy=remedy))
-    elif (free := shutil.disk_usage(parent).free) < (missing := output_bytes - _reusable_bytes(root)):
-        what = f"not enough disk: {missing:,} bytes are to be written, {free:,} are free"
-        problems.append(Problem(where=str(root), what=what, remedy="make room, or choose another output"))
-    return problems
-
-
-def _occupied(root: Path, digest: str | None) -> Problem | None:
-    """Why a folder that exists can't be taken, if it can't: only an unfinished run of this very plan may go on."""
-    journal = Journal(root)
-    if journal.exists:
-        if digest is None or journal.digest() == digest:
-            return None
-        what = "an unfinished merge of another plan (other config, sources, seed or shard size) is in this folder"
-        if journal.claim() is None:
-            what = "an unfinished merge of another version of raymoe is in this folder, or its journal is damaged"
-        return Problem(where=str(root), what=what, remedy="use --overwrite to discard it, or choose another output")
-    if any(path.name != JOURNAL and not _is_result(path) for path in root.iterdir()):
-        what = "the output folder is not empty"
-        if (root / RECORD_NAME).is_file():
-            what = "the output folder holds a finished merge"
-        return Problem(where=str(root), what=what, remedy="use --overwrite to replace it, or choose another output")
-    return None
-
-
-def _is_result(path: Path) -> bool:
-    size = _size(path)
-    try:
-        return size is not None and size <= MAX_RESULT_BYTES and is_result(path.read_bytes())
-    except OSError:
-        return False
-
-
 def _reusable_bytes(root: Path) -> int:
     """Bytes that need no new room: files that will be kept or replaced."""
     if not root.is_dir():
         return 0
     return sum(p.stat().st_size for pattern in CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())
-
-
-def finished_merge(root: Path) -> FinishedMerge | None:
-    """The finished merge in a folder, by its record; None where there is none, or a merge has begun to replace it."""
-    journal = Journal(root)
-    try:
-        found = FinishedMerge.of(_record(root))
-    except OSError:
-        return None
-    if found is not None and journal.exists and (journal.digest() != found.digest or journal.is_clearing):
-        return None
-    return found
-
-
-def remove_checkpoint(root: Path) -> None:
-    """Remove the checkpoint in a folder, record and index first, so that what is left never looks whole.
-
-    A link is removed as the link that it is; nothing that a link leads to is touched.
-    """
-    recorded = [name for name in recorded_files(root) if name != RESULT_NAME]
-    result = [RESULT_NAME] if _is_result(root / RESULT_NAME) else []  # another file of that name is the user's
-    for path in map(root.joinpath, (RECORD_NAME, INDEX_NAME, *result, *recorded)):
-        if not _is_behind_a_link(root, path) and (path.is_symlink() or not path.is_dir()):
-            path.unlink(missing_ok=True)
-    templates = root / "chat_templates"
-    if templates.is_symlink():
-        templates.unlink()
-    for name in _model_files(root):
-        (root / name).unlink(missing_ok=True)
-
-
-def _model_files(root: Path) -> list[str]:
-    """Names of the files in a folder that a reader takes for a part of a model."""
-    there = (*root.glob("*"), *(root / "chat_templates").glob("*"))
-    names = (path.relative_to(root).as_posix() for path in there if path.is_file() or path.is_symlink())
-    return sorted(filter(is_part_of_a_model, names))
-
-
-def _is_behind_a_link(root: Path, path: Path) -> bool:
-    """Whether a link is on the way from the folder to a path in it; also where there is no such way."""
-    between = [parent for parent in path.parents if parent.is_relative_to(root) and parent != root]
-    return any(parent.is_symlink() or not parent.is_dir() for parent in between)
-
-
-def _record(root: Path) -> dict[str, Any]:
-    """The record in a folder; empty where it is none. Raises OSError where it can't be read."""
-    path = root / RECORD_NAME
-    return json_object(path.read_bytes()) if path.stat().st_size <= MAX_JSON_BYTES else {}
-
-
-def recorded_files(root: Path) -> list[str]:
-    """Names of the files that an earlier merge wrote, as far as its record can be read."""
-    try:
-        files = _record(root).get("files")
-    except OSError:
-        return []
-    names = files if isinstance(files, (dict, list)) else ()
-    return [name for name in names if is_recorded_file(name)]

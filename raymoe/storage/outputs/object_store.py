@@ -1,156 +1,214 @@
 """What outputs in object stores have in common, whatever the way in which a shard gets there.
 
-The journal, the look at what this run has written, small files and the record are the same on S3 and on the file
-systems of fsspec. How a shard is written, and the index, is in `s3_output` and `stream_output`.
+The beginning, small files, index and record are the same on S3 and on the file systems of fsspec. How a shard is
+written, and what its checksum is, is in `s3.py` and `fsspec.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+import contextlib
+from abc import abstractmethod
+from collections.abc import Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Generic, TypeVar, cast
 
 from raymoe.errors import MergeFailed, Problem
-from raymoe.object_store.errors import ObjectExists, ObjectMissing, StorageError
+from raymoe.object_store.errors import ObjectExists, StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo, ObjectStore
-from raymoe.object_store.urls import join_url
+from raymoe.object_store.registry import open_store
+from raymoe.planning.plan import Shard
 from raymoe.storage.claim import Claim, TakenOver, foreign_file_error, replaced_file_error
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge, json_object
-from raymoe.storage.object_journal import (
-    ObjectJournal,
-    WrittenFiles,
-    finished_claim,
-    finished_merge,
-    occupied_problems,
-    other_model_files,
-    read_json,
-    recorded_files,
-)
-
-__all__ = ["StoreOutput"]
+from raymoe.storage.object_journal import ObjectJournal
+from raymoe.storage.output_files import StoreFiles
+from raymoe.storage.outputs.base import BaseOutput, goes_on
 
 _Store = TypeVar("_Store", bound=ObjectStore)
+_RELEASE_S = 60
+_CHECKED_AT_ONCE = 8
 
 
-class StoreOutput(Generic[_Store]):
-    """The part of `Output` that does not depend on how the store takes a shard."""
+class StoreOutput(BaseOutput, Generic[_Store]):
+    """The part of `Output` that does not depend on how the store takes a shard.
 
-    def __init__(self, location: str, store: _Store, storage: StorageOptions, run: str) -> None:
-        self.location = location
-        self._store = store
+    Stores have no lock: a request of an older run that was under way for a long time may still replace a file after the
+    newer run has written it. So what this run has made visible is remembered as the store showed it then (`_written`),
+    and compared before the index and the record are written.
+    """
+
+    journal: ObjectJournal
+    files: StoreFiles
+
+    def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
+        files = StoreFiles(open_store(location, storage), location)
+        super().__init__(files, ObjectJournal(files, run))
         self._storage = storage
-        self._journal = ObjectJournal(store, location, run)
-        self._written = WrittenFiles(store, location)
+        self._written: dict[str, tuple[int, str | None]] = {}  # name -> size and ETag
         self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
 
     @property
-    def run(self) -> str:
-        return self._journal.run
+    def _store(self) -> _Store:
+        return cast(_Store, self.files.store)
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         try:
-            problems = occupied_problems(self._store, self._journal, self.location, digest)
+            return super().problems(digest=digest, output_bytes=output_bytes, overwrite=overwrite)
         except StorageError as error:
             return list(error.problems)
-        return [] if overwrite else problems
-
-    def digest(self) -> str | None:
-        return self._journal.digest()
-
-    def finished_merge(self) -> FinishedMerge | None:
-        return finished_merge(self._store, self._journal, self.location)
 
     def recorded_files(self) -> Sequence[str]:
         try:
-            return recorded_files(self._store, self.location)
+            return super().recorded_files()
         except StorageError:  # `problems` says so
             return ()
-
-    def clean_up(self) -> None:
-        if (claim := finished_claim(self._store, self._journal, self.location)) is not None:
-            self._clear(claim)
-        elif self.finished_merge() is not None:
-            self._journal.clear_unclaimed()
-
-    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
-        if self._journal.is_clearing:
-            return []
-        others = other_model_files(self._store, self.location, own)
-        there = self._index()
-        return others if there is None or json_object(there) == index else [INDEX_NAME, *others]
-
-    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
-        return self._journal.changed_sources(fingerprints)
 
     def lock(self) -> None:
         """Nothing to take: see `ObjectJournal`."""
 
-    def invalidate(self) -> None:
-        self._journal.invalidate()
+    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
+        has_to_clear = self.journal.begin(digest, fingerprints, fresh=fresh)
+        self._fence_off(has_to_clear)
+        if has_to_clear:
+            self.files.remove_checkpoint(self.journal.check_run)
+            self.journal.mark_cleared()
 
-    def is_reachable(self) -> bool:
-        return self._journal.is_of_this_run
+    @abstractmethod
+    def _fence_off(self, has_to_clear: bool) -> None:
+        """Take away what older runs could still make visible. With `has_to_clear` none of it is of use."""
 
-    def end(self, record: bytes) -> None:
-        self._check_files()
-        url = join_url(self.location, RECORD_NAME)
+    def clean_up(self) -> None:
+        """The journal of another merge stays: a newer run may be at work."""
+        claim, finished = self.journal.claim(), self.finished_merge()
+        if claim is not None and finished is not None and finished.digest == claim.digest:
+            self._clear(claim)
+        elif self.finished_merge() is not None:
+            self.journal.clear_unclaimed()
+
+    def _clear(self, claim: Claim) -> None:
+        """Remove the journal of that claim."""
+        self.journal.clear(claim)
+
+    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
+        if self.journal.is_clearing:
+            return []
+        others, there = self.files.other_model_files(own), self.files.read(INDEX_NAME)
+        return others if there is None or json_object(there) == index else [INDEX_NAME, *others]
+
+    # --- shards
+
+    def _keep_finished(self, shard: Shard) -> bool:
+        """Whether an earlier run finished a shard, if what is there still has that size and content."""
+        name = shard.file_name
+        record = self.journal.finished(name) if goes_on(shard) else None
+        if record is None or record.size != shard.nbytes:
+            return False
+        info = self._store.stat(self.files.place(name))
+        if info is None or info.size != shard.nbytes or self._checksum(name, info) != record.checksum:
+            return False
+        self._remember(name, info)
+        self._kept[name] = record
+        return True
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        if shard.file_name in self._kept:
+            return self._kept[shard.file_name]
+        return self._complete(shard, results)
+
+    @abstractmethod
+    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+        """Make a shard visible that this run has written, and note it."""
+
+    @abstractmethod
+    def _checksum(self, name: str, info: ObjectInfo) -> str:
+        """The checksum of an object for its record, which may be read for that."""
+
+    def _remember(self, name: str, info: ObjectInfo) -> None:
+        self._written[name] = (info.size, info.etag)
+
+    def _written_names(self) -> Container[str]:
+        return self._written
+
+    def _replaced_files(self) -> Iterable[str]:
+        def is_same(name: str) -> bool:
+            info, (size, etag) = self._store.stat(self.files.place(name)), self._written[name]
+            return info is not None and info.size == size and (etag is None or info.etag == etag)
+
+        with ThreadPoolExecutor(_CHECKED_AT_ONCE, thread_name_prefix="check") as pool:
+            same = list(pool.map(is_same, self._written))
+        return [name for name, is_there in zip(self._written, same) if not is_there]
+
+    # --- small files, index and record
+
+    def write_small(self, name: str, content: bytes) -> FileRecord:
+        return self._record_written(name, content, self._put_small(name, content))
+
+    @abstractmethod
+    def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
+        """The record of a small file that was put; `info` is what the store answered."""
+
+    def _put_small(self, name: str, content: bytes) -> ObjectInfo:
+        """Put a small file at its place, over one of an earlier run only while the output is this run's."""
+        self.journal.check_run()
+        url = self.files.place(name)
+        try:
+            return self._store.put(url, content, only_if_absent=True)
+        except ObjectExists:  # an earlier run wrote it, or a newer one just now
+            self.journal.check_run()
+            return self._store.put(url, content)
+
+    def _write_index(self, content: bytes) -> FileRecord:
+        """An earlier run of this merge may have written the same one.
+
+        Not every store honors a conditional put: the look before it leaves a race of moments to it.
+        """
+        url, there = self.files.place(INDEX_NAME), self.files.read(INDEX_NAME)
+        if there is not None and json_object(there) != json_object(content):
+            raise foreign_file_error(url)
+        try:
+            info = self._store.put(url, content, only_if_absent=there is None)
+        except ObjectExists as error:
+            raise foreign_file_error(url) from error
+        return self._record_written(INDEX_NAME, content, info)
+
+    def _write_record(self, record: bytes) -> None:
+        url = self.files.place(RECORD_NAME)
         try:
             self._store.put(url, record, only_if_absent=True)
         except ObjectExists as error:  # there was none when this run began
             raise self._foreign_record_error(url, record) from error
         try:
-            self._clear(self._journal.check_run())
+            self._clear(self.journal.check_run())
         except TakenOver:
             # Another run of this merge has just begun. It sees the record, and leaves the merge as it is.
             if self.finished_merge() != FinishedMerge.of(json_object(record)):
                 raise
 
-    def _check_files(self) -> None:
-        """Raise MergeFailed if the output is not this run's, or does not hold what it has written and nothing else."""
-        try:
-            self._written.check()
-        except MergeFailed:
-            self._journal.check_run()  # the reason for what is wrong, where a newer run is at work
-            raise
-        self._journal.check_run()
-
-    def _index(self) -> bytes | None:
-        """The index that is here; None where there is none."""
-        try:
-            return self._store.read_all(join_url(self.location, INDEX_NAME))
-        except ObjectMissing:
-            return None
-
-    def _check_index(self, content: bytes) -> bool:
-        """Whether an earlier run of this merge has written the index. Raises MergeFailed for another one.
-
-        Not every store honours a conditional put: this look leaves a race of moments to it.
-        """
-        there = self._index()
-        if there is not None and json_object(there) != json_object(content):
-            raise foreign_file_error(join_url(self.location, INDEX_NAME))
-        return there is not None
-
     def _foreign_record_error(self, url: str, own: bytes) -> MergeFailed:
         """What is raised for a record that has appeared here while this run was at work."""
-        there = read_json(self._store, url).get("plan_digest")
-        if there == json_object(own).get("plan_digest"):
+        if self.files.record().get("plan_digest") == json_object(own).get("plan_digest"):
             return replaced_file_error(url)
         return MergeFailed(
             f"{url}: a merge of another plan has ended here while this one was at work. Its files and those of this "
             "merge may be mixed now: run the command of the merge that is wanted again, with --overwrite."
         )
 
-    def _clear(self, claim: Claim) -> None:
-        """Remove the journal of that claim."""
-        self._journal.clear(claim)
+    # --- the end
 
-    def _put_small(self, name: str, content: bytes) -> ObjectInfo:
-        """Put a small file at its place, over one of an earlier run only while the output is this run's."""
-        self._journal.check_run()
-        url = join_url(self.location, name)
-        try:
-            return self._store.put(url, content, only_if_absent=True)
-        except ObjectExists:  # an earlier run wrote it, or a newer one just now
-            self._journal.check_run()
-            return self._store.put(url, content)
+    def release(self) -> None:
+        """A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows
+        what is left, and the next run finds it there."""
+        if self._has_open_work():
+            options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
+            files = StoreFiles(open_store(self.location, options), self.location)
+            with contextlib.suppress(StorageError):
+                self._release(cast(_Store, files.store), ObjectJournal(files, self.run))
+
+    @abstractmethod
+    def _has_open_work(self) -> bool:
+        """Whether this process may have begun something that is not at its place."""
+
+    @abstractmethod
+    def _release(self, store: _Store, journal: ObjectJournal) -> None:
+        """Remove what this run was writing."""

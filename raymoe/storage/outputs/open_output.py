@@ -13,8 +13,6 @@ from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 
-__all__ = ["open_output", "output_location", "unwritable_problem", "writable_location"]
-
 _EXAMPLE = "name a folder, or a URL such as s3://bucket/prefix"
 
 

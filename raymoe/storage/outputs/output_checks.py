@@ -12,14 +12,13 @@ from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.object_store.urls import is_url, join_url
+from raymoe.planning.owner import BASE
 from raymoe.planning.plan import MergePlan, Source
 from raymoe.safe_text import json_text
 from raymoe.sources.local_folder import recorded_sample
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, JOURNAL, PROBE, RECORD_NAME, FinishedMerge, json_object
 from raymoe.storage.locations import Inputs, overwrite_problem, source_folders
 from raymoe.storage.outputs.protocol import Output
-
-__all__ = ["find_complete_merge", "input_conflict", "plan_output_problems", "rewritten_sources", "write_problems"]
 
 
 def plan_output_problems(
@@ -33,7 +32,7 @@ def plan_output_problems(
     inputs = inputs or Inputs()
     folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
     files = [side.file.location for side in (*plan.side_files, *plan.gates.tokenizer_files)]
-    folders += source_folders("base", (), files)
+    folders += source_folders(str(BASE), (), files)
     if problem := input_conflict(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
@@ -87,7 +86,7 @@ def input_conflict(output: Output, inputs: Inputs) -> Problem | None:
 
 
 def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
-    return source_folders(source.owner, source.folders, (file.location for file in source.files))
+    return source_folders(str(source.owner), source.folders, (file.location for file in source.files))
 
 
 def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:

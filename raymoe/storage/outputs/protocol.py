@@ -21,8 +21,6 @@ from raymoe.storage.file_names import FileRecord, FinishedMerge
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.source_reader import SourceReader
 
-__all__ = ["Output", "Progress", "ShardJob"]
-
 # Called with the number of bytes that a worker has sent or written, and of bytes that a store has copied itself.
 Progress = Callable[[int, int], None]
 

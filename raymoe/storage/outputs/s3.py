@@ -13,34 +13,29 @@ counts with its own bytes (reading and the connection's buffer take about as man
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from raymoe.object_store.errors import ObjectExists, StorageError, UploadNotFound, object_replaced_error
+from raymoe.object_store.errors import UploadNotFound, object_replaced_error
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.protocol import MultipartStore, UploadedPart
-from raymoe.object_store.registry import open_store
+from raymoe.object_store.protocol import MultipartStore, ObjectInfo, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
-from raymoe.object_store.urls import is_s3, join_url
+from raymoe.object_store.urls import is_s3
 from raymoe.planning.multipart import UploadPart, upload_parts
 from raymoe.planning.plan import Columns, Shard, Transform
 from raymoe.sources.facts import SourceFile
-from raymoe.storage.claim import Claim, foreign_file_error
-from raymoe.storage.file_names import INDEX_NAME, FileRecord
-from raymoe.storage.object_journal import (
-    ObjectJournal,
-    RecordedUpload,
-    remove_checkpoint,
-)
+from raymoe.storage.checksums import hex_digest
+from raymoe.storage.claim import Claim
+from raymoe.storage.file_names import FileRecord
+from raymoe.storage.object_journal import ObjectJournal, RecordedUpload
+from raymoe.storage.outputs.base import goes_on
 from raymoe.storage.outputs.object_store import StoreOutput
 from raymoe.storage.outputs.protocol import Progress, ShardJob
 from raymoe.storage.shard_stream import RouterBytes, read_stream, shard_range
 from raymoe.storage.source_reader import SourceReader
-
-__all__ = ["S3Output"]
 
 _PARTS_AT_ONCE = 4
 _SENDING_BYTES = 96 << 20
@@ -49,44 +44,37 @@ _COMPUTING_BYTES = 32 << 20
 _JOB_SENT_BYTES = 256 << 20
 _JOB_COPIED_BYTES = 8 << 30
 _META_PLAN, _META_ORIGIN = "raymoe-plan", "raymoe-origin"
-_RELEASE_S = 60
+_READ_BYTES = 16 << 20
 
 
 class S3Output(StoreOutput[MultipartStore]):
     """Implements `Output` on S3."""
 
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
-        super().__init__(location, cast(MultipartStore, open_store(location, storage)), storage, run)
+        super().__init__(location, storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
-    def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
-        has_to_clear = self._journal.begin(digest, fingerprints, fresh=fresh)
-        claim = self._journal.check_run()
+    def _fence_off(self, has_to_clear: bool) -> None:
+        claim = self.journal.check_run()
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
-        earlier = (each for each in self._journal.all_earlier_uploads() if has_to_clear or not each.is_own)
-        self._abort(earlier, self._journal.check_run)
-        if has_to_clear:
-            remove_checkpoint(self._store, self.location, self._journal.check_run)
-            self._journal.mark_cleared()
+        earlier = (each for each in self.journal.all_earlier_uploads() if has_to_clear or not each.is_own)
+        self._abort(earlier, self.journal.check_run)
 
     def same_store(self, file: SourceFile) -> bool:
         return is_s3(file.location)
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         name = shard.file_name
-        # A router's shard is written by every run: other hardware gives rows that differ by rounding.
-        goes_on = shard.owner != "router"
-        if goes_on and (record := self._finished(name, shard.nbytes)) is not None:
-            self._abort(self._journal.earlier_uploads(name), self._journal.check_run)
-            self._kept[name] = record
+        if self._keep_finished(shard):
+            self._abort(self.journal.earlier_uploads(name), self.journal.check_run)
             return ()
         parts = upload_parts(shard, self.same_store)
         if name not in self._uploads:
-            self._uploads[name], there = self._open_upload(name, goes_on=goes_on)
+            self._uploads[name], there = self._open_upload(name, goes_on=goes_on(shard))
             known = {part.number: part for part in there}
             done = [known[p.number] for p in parts if p.number in known and known[p.number].size == p.nbytes]
             self._known_parts[name] = done
@@ -97,7 +85,7 @@ class S3Output(StoreOutput[MultipartStore]):
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """The parts that the store has now. `router` gives computed rows."""
         assert job.upload_id is not None
-        upload_id, url = job.upload_id, join_url(self.location, job.shard.file_name)
+        upload_id, url = job.upload_id, self.files.place(job.shard.file_name)
 
         def send(part: UploadPart) -> UploadedPart:
             if part.copy is not None:
@@ -116,122 +104,89 @@ class S3Output(StoreOutput[MultipartStore]):
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
             sent = list(pool.map(send, job.parts))
         reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
-        self._journal.record_sent(job.shard.file_name, upload_id, sent)
+        self.journal.record_sent(job.shard.file_name, upload_id, sent)
         return sent
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         name = shard.file_name
-        if name in self._kept:
-            return self._kept[name]
         parts = [*self._known_parts[name], *(part for result in results for part in result)]
         parts.sort(key=lambda part: part.number)
-        url, upload_id = join_url(self.location, name), self._uploads[name]
-        self._journal.check_run()
+        url, upload_id = self.files.place(name), self._uploads[name]
+        self.journal.check_run()
         info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata)
         assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
-        self._written.add(name, info.size, info.etag)
-        record = FileRecord(name=name, size=info.size, checksum=self._checksum(url, info.etag))
-        self._journal.record(record)  # looks at the run again
-        self._journal.forget_upload(name)
+        self._remember(name, info)
+        record = FileRecord(name=name, size=info.size, checksum=self._checksum(name, info))
+        self.journal.record(record)  # looks at the run again
+        self.journal.forget_upload(name)
         del self._uploads[name], self._known_parts[name]
         return record
 
-    def write_small(self, name: str, content: bytes) -> FileRecord:
-        return self._record_written(name, len(content), self._put_small(name, content).etag)
-
-    def _record_written(self, name: str, size: int, etag: str | None) -> FileRecord:
-        url = join_url(self.location, name)
-        info = self._store.stat(url)
-        if info is None or info.size != size:
+    def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
+        url = self.files.place(name)
+        there = self._store.stat(url)
+        if there is None or there.size != len(content):
             raise object_replaced_error(url)
         # An MD5 was compared with what was sent. Another one now is of other bytes; a store may also tell none.
-        if etag is not None and info.etag is not None and is_md5(etag) and is_md5(info.etag) and etag != info.etag:
+        etags = [etag for etag in (info.etag, there.etag) if etag is not None and is_md5(etag)]
+        if len(set(etags)) > 1:
             raise object_replaced_error(url)
-        self._written.add(name, size, info.etag)
-        return FileRecord(name=name, size=size, checksum=self._checksum(url, etag))
-
-    def write_index(self, content: bytes) -> FileRecord:
-        self._check_files()
-        url = join_url(self.location, INDEX_NAME)
-        try:
-            info = self._store.put(url, content, only_if_absent=not self._check_index(content))
-        except ObjectExists as error:
-            raise foreign_file_error(url) from error
-        return self._record_written(INDEX_NAME, len(content), info.etag)
+        self._remember(name, there)
+        return FileRecord(name=name, size=len(content), checksum=self._checksum(name, info))
 
     def _clear(self, claim: Claim) -> None:
-        uploads = self._journal.all_uploads()
-        self._journal.check_claim(claim)  # and so none of them is a newer run's
-        self._abort(uploads, lambda: self._journal.check_claim(claim))
+        uploads = self.journal.all_uploads()
+        self.journal.check_claim(claim)  # and so none of them is a newer run's
+        self._abort(uploads, lambda: self.journal.check_claim(claim))
         super()._clear(claim)
 
-    def release(self) -> None:
+    def _has_open_work(self) -> bool:
+        return bool(self._uploads)
+
+    def _release(self, store: MultipartStore, journal: ObjectJournal) -> None:
         """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has
-        found them in the journal.
+        found them in the journal."""
+        uploads, self._uploads = self._uploads, {}
+        if journal.is_of_this_run:
+            for name, upload_id in uploads.items():
+                store.abort_upload(self.files.place(name), upload_id)
+                journal.forget_upload(name)
 
-        A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows the
-        uploads, and the next run takes them up.
-        """
-        if not self._uploads:
-            return
-        options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
-        store = cast(MultipartStore, open_store(self.location, options))
-        journal = ObjectJournal(store, self.location, self.run)
-        with contextlib.suppress(StorageError):
-            if journal.is_of_this_run:
-                for name, upload_id in self._uploads.items():
-                    store.abort_upload(join_url(self.location, name), upload_id)
-                    journal.forget_upload(name)
-        self._uploads.clear()
-
-    def _finished(self, name: str, size: int) -> FileRecord | None:
-        record = self._journal.finished(name)
-        if record is None or record.size != size:
-            return None
-        url = join_url(self.location, name)
-        info = self._store.stat(url)
-        if info is None or info.size != size or self._checksum(url, info.etag) != record.checksum:
-            return None
-        self._written.add(name, info.size, info.etag)
-        return record
-
-    def _checksum(self, url: str, etag: str | None) -> str:
+    def _checksum(self, name: str, info: ObjectInfo) -> str:
         """The store's own digest of the object, or with `storage.checksum: sha256` one of its bytes, read back."""
         if self._storage.checksum is None:
-            return f"etag:{etag}"
-        import hashlib
-
-        info = self._store.stat(url)
-        assert info is not None
-        hasher, step = hashlib.sha256(), 16 << 20
-        for start in range(0, info.size, step):
-            hasher.update(self._store.read(url, start, min(start + step, info.size), info.etag))
-        return f"sha256:{hasher.hexdigest()}"
+            return f"etag:{info.etag}"
+        url = self.files.place(name)
+        there = self._store.stat(url)
+        assert there is not None
+        starts = range(0, there.size, _READ_BYTES)
+        read = (self._store.read(url, start, min(start + _READ_BYTES, there.size), there.etag) for start in starts)
+        return f"sha256:{hex_digest(hashlib.sha256(), read)}"
 
     def _open_upload(self, name: str, *, goes_on: bool) -> tuple[str, Sequence[UploadedPart]]:
         """An upload of `name`: where `goes_on`, the one that an earlier run of this merge left, with the parts that it
         noted; else a new one."""
-        url = join_url(self.location, name)
-        earlier, taken = self._journal.earlier_uploads(name), None
+        url = self.files.place(name)
+        earlier, taken = self.journal.earlier_uploads(name), None
         if goes_on:
             taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
         same = [upload for upload in earlier if taken is not None and upload.upload_id == taken.upload_id]
-        self._abort((upload for upload in earlier if upload not in same), self._journal.check_run)
+        self._abort((upload for upload in earlier if upload not in same), self.journal.check_run)
         if taken is not None and taken.upload_id is not None:
-            self._journal.record_upload(name, taken.upload_id)
+            self.journal.record_upload(name, taken.upload_id)
             for upload in same:  # two, where a run was killed between its own note and the removal of the older one
-                self._journal.forget(upload)
-            there, sent = self._store.list_parts(url, taken.upload_id), self._journal.sent_parts(name, taken.upload_id)
+                self.journal.forget(upload)
+            there, sent = self._store.list_parts(url, taken.upload_id), self.journal.sent_parts(name, taken.upload_id)
             return taken.upload_id, [part for part in there if part in sent]
         known = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
-        self._journal.announce_upload(name, known=known)
+        self.journal.announce_upload(name, known=known)
         upload_id = self._create_upload(url, known=known)
         try:
-            self._journal.record_upload(name, upload_id)
+            self.journal.record_upload(name, upload_id)
         except BaseException:
             # A newer run may have read the journal before the note was there: it does not know this upload.
             self._store.abort_upload(url, upload_id)
-            self._journal.forget_upload(name)
+            self.journal.forget_upload(name)
             raise
         return upload_id, ()
 
@@ -239,7 +194,7 @@ class S3Output(StoreOutput[MultipartStore]):
         if upload.upload_id is None:
             return False
         try:
-            self._store.list_parts(join_url(self.location, upload.name), upload.upload_id)
+            self._store.list_parts(self.files.place(upload.name), upload.upload_id)
         except UploadNotFound:
             return False
         return True
@@ -252,14 +207,14 @@ class S3Output(StoreOutput[MultipartStore]):
         output.
         """
         for upload in uploads:
-            url = join_url(self.location, upload.name)
+            url = self.files.place(upload.name)
             ids = [upload.upload_id]
             if upload.upload_id is None:
                 ids = [*self._opened_since(url, upload.known)]
                 check()
             for upload_id in filter(None, ids):
                 self._store.abort_upload(url, upload_id)
-            self._journal.forget(upload)
+            self.journal.forget(upload)
 
     def _opened_since(self, url: str, known: Sequence[str]) -> list[str]:
         found = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
@@ -272,7 +227,7 @@ class S3Output(StoreOutput[MultipartStore]):
         upload_id = self._store.create_upload(url, metadata=self._metadata)
         if self._store.counters.retries > retries:
             for other in self._opened_since(url, known=(upload_id, *known)):
-                self._journal.check_run()
+                self.journal.check_run()
                 self._store.abort_upload(url, other)
         return upload_id
 

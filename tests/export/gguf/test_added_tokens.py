@@ -114,7 +114,10 @@ def test_thousands_of_entries_that_are_no_tokens(model: Path) -> None:
     (model / "added_tokens.json").write_text(json.dumps({f"<{number}>": -1 for number in range(5000)}))
     with pytest.raises(ProblemReport) as caught:
         write_gguf(model, model / "model.gguf")
-    assert len(caught.value.problems) == 6
+    assert [problem.what for problem in caught.value.problems] == [
+        "added_tokens.json has an entry that is no token with an id",
+        "and more problems of this kind",
+    ]
 
 
 def test_both_files_may_say_the_same(model: Path) -> None:

@@ -16,7 +16,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions
 from raymoe.report.model_card import model_card
 from raymoe.report.source_metadata import source_cards
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from tests.cli.commands import write_config
 from tests.export.gguf.conftest import TOKENIZER_FILES
 from tests.pico import merge_config, merge_without_ray, save_lora

@@ -18,7 +18,7 @@ from raymoe.export.gguf.options import TYPES, TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor, rope_factors
 from raymoe.export.gguf.tensor_ops import TensorOp, interleave_order
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.resolve import HubOptions
+from raymoe.sources.hub import HubOptions
 from raymoe.storage.source_reader import SourceReader
 from tests.export.gguf.test_same_as_transformers import LLAMA3
 from tests.pico import make_config, tensors_of

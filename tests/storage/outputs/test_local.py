@@ -15,7 +15,10 @@ import pytest
 import xxhash
 
 from raymoe.errors import CheckpointError, MergeFailed, Problem
-from raymoe.storage.outputs.local import LocalOutput, check_output, file_checksum, remove_checkpoint
+from raymoe.object_store.options import StorageOptions
+from raymoe.storage.output_files import FolderFiles
+from raymoe.storage.outputs.local import LocalOutput, file_checksum
+from raymoe.storage.outputs.open_output import open_output, output_location
 from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES
 
 INDEX = "model.safetensors.index.json"
@@ -52,16 +55,16 @@ def test_the_check_of_a_finished_file_reports_moves(output: LocalOutput) -> None
     assert moves == [(0, 0)] * 3
 
 
-def test_write_in_a_subfolder(output: LocalOutput) -> None:
-    output.write("chat_templates/tool.jinja", [b"text"])
-    assert (output.root / "chat_templates/tool.jinja").read_bytes() == b"text"
-    assert output.finished("chat_templates/tool.jinja", 4) is not None
-
-
 def test_write_over_an_older_file(output: LocalOutput) -> None:
     (output.root / "a.bin").write_bytes(b"old and longer")
     output.write("a.bin", [b"new"])
     assert (output.root / "a.bin").read_bytes() == b"new"
+
+
+def test_write_in_a_subfolder(output: LocalOutput) -> None:
+    output.write("chat_templates/tool.jinja", [b"text"])
+    assert (output.root / "chat_templates/tool.jinja").read_bytes() == b"text"
+    assert output.finished("chat_templates/tool.jinja", 4) is not None
 
 
 @pytest.mark.parametrize("error", [CheckpointError([Problem(where="source", what="gone")]), KeyboardInterrupt()])
@@ -155,24 +158,19 @@ def test_folder_that_went_away(output: LocalOutput) -> None:
 
 
 def problems(root: Path, *, overwrite: bool = False, digest: str | None = "plan", output_bytes: int = 1) -> list[str]:
-    return [
-        problem.what for problem in check_output(root, overwrite=overwrite, digest=digest, output_bytes=output_bytes)
-    ]
+    found = LocalOutput(root).problems(overwrite=overwrite, digest=digest, output_bytes=output_bytes)
+    return [problem.what for problem in found]
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
+    output = open_output(output_location(f"file://{tmp_path}/out"), StorageOptions())
+    assert isinstance(output, LocalOutput) and output.root == tmp_path / "out"
 
 
 def test_new_or_empty_folder(tmp_path: Path) -> None:
     assert problems(tmp_path / "a/b/c") == []
     assert problems(tmp_path) == []
     assert list(tmp_path.iterdir()) == [], "looking has written something"
-
-
-def test_unfinished_merge(output: LocalOutput) -> None:
-    output.write("model-00001-of-00002.safetensors", [b"x"])
-    assert problems(output.root) == []
-    (other,) = problems(output.root, digest="another")
-    assert other.startswith("an unfinished merge of another plan")
-    assert problems(output.root, digest="another", overwrite=True) == []
-    assert problems(output.root, digest=None) == [], "the plan's own problems are enough"
 
 
 def test_occupied_folder(tmp_path: Path) -> None:
@@ -223,7 +221,7 @@ def test_remove_checkpoint(output: LocalOutput) -> None:
     outside.write_text("x")
     named = ["recorded.txt", "named/a.txt", "gone.json", "../outside.txt", str(outside)]
     (root / "raymoe.json").write_text(json.dumps({"files": {name: {"size": 1} for name in named}}))
-    remove_checkpoint(root)
+    FolderFiles(root).remove_checkpoint()
     left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert left == {*theirs, ".raymoe/lock", ".raymoe/plan.json"}
     assert outside.exists()
@@ -234,7 +232,7 @@ def test_remove_checkpoint_of_an_unreadable_record(output: LocalOutput, record: 
     (output.root / INDEX).write_text("x")
     if record is not None:
         (output.root / "raymoe.json").write_text(record)
-    remove_checkpoint(output.root)
+    FolderFiles(output.root).remove_checkpoint()
     assert [path for path in visible(output) if path != ".raymoe"] == []
 
 
@@ -250,7 +248,7 @@ def test_links_are_removed_as_links(output: LocalOutput) -> None:
     (root / "named").symlink_to(elsewhere)
     record = {"files": {"named/recorded.txt": {"size": 4}, "chat_templates/mine.jinja": {"size": 4}}}
     (root / "raymoe.json").write_text(json.dumps(record))
-    remove_checkpoint(root)
+    FolderFiles(root).remove_checkpoint()
     assert visible(output) == [".raymoe", "named"]
     assert sorted(os.listdir(elsewhere)) == ["mine.jinja", "recorded.txt", "weights.safetensors"]
 

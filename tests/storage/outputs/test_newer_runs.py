@@ -21,8 +21,8 @@ from raymoe.object_store.fsspec_store import FsspecStore
 from raymoe.object_store.options import StorageOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
 from raymoe.storage.locations import Inputs
-from raymoe.storage.outputs import fsspec as fsspec_output
-from raymoe.storage.outputs import s3 as s3_output
+from raymoe.storage.output_files import OutputFiles
+from raymoe.storage.outputs import object_store
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.open_output import open_output
@@ -68,7 +68,7 @@ def place() -> Iterator[str]:
 @pytest.fixture(params=[StreamOutput, S3Output])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     store = Uploads()
-    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+    monkeypatch.setattr(object_store, "open_store", lambda location, storage: store)
     return request.param
 
 
@@ -104,19 +104,17 @@ def test_a_newer_run_begins_while_the_old_journal_is_removed(place: str, kind: A
     """The claim that was looked at first is compared again before `plan.json` is removed."""
     old, newer, repeat = (kind(place, OPTIONS) for _ in range(3))
     nearly_done(old, "plan")
-    monkeypatch.setattr(type(old._journal), "clear", lambda *_: None)
+    monkeypatch.setattr(type(old.journal), "clear", lambda *_: None)
     old.end(record_of("plan"))
     monkeypatch.undo()
-    if kind is S3Output:
-        repeat._store = repeat._journal._store = newer._store = newer._journal._store = old._store
-    real = repeat._journal._delete
+    real = repeat.journal._delete
 
     def begins(there: Any) -> None:
         real(there)
         if not newer.run:
             newer.begin("other", {}, fresh=True)
 
-    repeat._journal._delete = begins
+    repeat.journal._delete = begins
     with pytest.raises(MergeFailed, match="taken over"):
         repeat.clean_up()
     assert newer.is_reachable()
@@ -126,7 +124,7 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
     """The older run ends between the newer run's marker and its claim; the newer one is killed before it removes."""
     old, newer = StreamOutput(place, OPTIONS), StreamOutput(place, OPTIONS)
     nearly_done(old, "plan")
-    real = newer._journal._write
+    real = newer.journal._write
 
     def ends(name: str, content: Any, **named: Any) -> None:
         old.end(record_of("plan"))
@@ -135,9 +133,9 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
     def die(*_: Any) -> None:
         raise Died
 
-    monkeypatch.setattr(newer._journal, "_write", ends)
+    monkeypatch.setattr(newer.journal, "_write", ends)
     with monkeypatch.context() as patch:
-        patch.setattr(fsspec_output, "remove_checkpoint", die)
+        patch.setattr(OutputFiles, "remove_checkpoint", die)
         with pytest.raises(Died):
             newer.begin("plan", {}, fresh=True)
     again = StreamOutput(place, OPTIONS)
@@ -149,7 +147,7 @@ def test_the_marker_outlives_an_older_run_that_ends(place: str, monkeypatch: pyt
 def test_an_upload_that_two_runs_have_noted_is_taken_up(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run was killed after its own note of an upload that it took up, before it removed the older run's."""
     store = Uploads()
-    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+    monkeypatch.setattr(object_store, "open_store", lambda location, storage: store)
 
     def begun() -> S3Output:
         output = S3Output(place, OPTIONS)
@@ -161,7 +159,7 @@ def test_an_upload_that_two_runs_have_noted_is_taken_up(place: str, monkeypatch:
 
     first = begun()._open_upload("m.safetensors", goes_on=True)
     killed = begun()
-    monkeypatch.setattr(killed._journal, "forget", die)
+    monkeypatch.setattr(killed.journal, "forget", die)
     with pytest.raises(Died):
         killed._open_upload("m.safetensors", goes_on=True)
     third = begun()
@@ -179,7 +177,7 @@ def test_a_run_that_is_taken_over_while_it_begins_removes_no_part(place: str, mo
     def begins(url: str, **named: Any) -> Any:
         if older.is_reachable() and not parts:
             newer.begin("other", {}, fresh=True)
-            parts.append(newer._journal.new_part("m.safetensors"))
+            parts.append(newer.journal.new_part("m.safetensors"))
             store.put(parts[0], b"part")
         return real(url, **named)
 
@@ -193,10 +191,10 @@ def test_a_run_that_is_taken_over_while_it_begins_removes_no_part(place: str, mo
 def test_an_upload_of_a_newer_run_is_not_taken_for_an_older_ones(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run died between its intention and the upload's id. The run after it is taken over while it looks for it."""
     store = Uploads()
-    monkeypatch.setattr(s3_output, "open_store", lambda location, storage: store)
+    monkeypatch.setattr(object_store, "open_store", lambda location, storage: store)
     dead, older, newer = (S3Output(place, OPTIONS) for _ in range(3))
     dead.begin("plan", {}, fresh=False)
-    dead._journal.announce_upload("m.safetensors", known=[])
+    dead.journal.announce_upload("m.safetensors", known=[])
     real = store.list_uploads
 
     def begins(url: str) -> Any:

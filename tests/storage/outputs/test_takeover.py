@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,36 @@ from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
+from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
 from raymoe.runtime.coordinator import _begin, output_problems
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.source_files import SourceFiles
-from raymoe.sources.resolve import HubOptions
-from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.sources.hub import HubOptions
+from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
+from raymoe.storage.outputs.object_store import StoreOutput
 from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.outputs.output_checks import find_complete_merge
 from raymoe.storage.outputs.protocol import Output
 from raymoe.storage.outputs.s3 import S3Output
 from raymoe.storage.source_reader import SourceReader
-from tests.object_store.servers import environment, running_server
+from tests.storage.outputs.places import (
+    OPTIONS,
+    Place,
+    check_is_alone,
+    do_shard,
+    expected,
+    finish,
+    killed_driver,
+    made_place,
+    record_of,
+    started,
+    write_rest,
+    write_shards,
+)
 
-OPTIONS = StorageOptions(deadline_s=30)
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
 
 
@@ -67,26 +79,6 @@ def small(zoo: Callable[..., Path]) -> MergePlan:
     return raymoe.plan(config, MergeOptions(max_shard_bytes=200_000, model_card=False))
 
 
-class Place:
-    """A place as another program sees it."""
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-    def files(self) -> dict[str, bytes]:
-        filesystem, path = fsspec.url_to_fs(self.location, use_listings_cache=False)
-        filesystem.invalidate_cache()
-        found = filesystem.find(path) if filesystem.exists(path) else []
-        return {name.removeprefix(path).strip("/"): filesystem.cat_file(name) for name in found}
-
-    def open_uploads(self) -> list[str]:
-        if not self.location.startswith("s3://"):
-            return []
-        bucket = self.location.removeprefix("s3://").split("/")[0]
-        found = running_server("moto").client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
-        return [upload["Key"] for upload in found]
-
-
 @pytest.fixture(params=["folder", "memory", pytest.param("moto", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from made_place(request.param, tmp_path)
@@ -97,85 +89,7 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plac
     yield from made_place(request.param, tmp_path)
 
 
-def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    if kind == "folder":
-        yield Place(str(tmp_path / "out"))
-    elif kind == "memory":
-        yield Place(f"memory://{name}/out")
-        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
-    else:
-        server = running_server("moto")
-        with environment(server.environment):
-            server.client().create_bucket(Bucket=name)
-            yield Place(f"s3://{name}/out")
-
-
-def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
-    """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
-    output = open_output(place.location, OPTIONS)
-    output.lock()
-    output.begin(plan.digest, {}, fresh=fresh)
-    return output
-
-
-def killed_driver(output: Output) -> None:
-    """The kernel takes the lock away; actors may live on."""
-    if isinstance(output, LocalOutput) and output.journal._lock is not None:
-        os.close(output.journal._lock)
-        output.journal._lock = None
-
-
-def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader | None = None) -> list[Any]:
-    router = router_bytes(plan.gates, random_router_rows(plan.gates))
-    with reader or SourceReader(HubOptions()) as reading:
-        return [output.do(job, reading, lambda sent, copied: None, router) for job in output.jobs(shard)]
-
-
-def finish(output: Output, plan: MergePlan) -> None:
-    write_rest(output, plan, write_shards(output, plan))
-
-
-def write_shards(output: Output, plan: MergePlan) -> list[FileRecord]:
-    return [output.complete(shard, do_shard(output, plan, shard)) for shard in plan.shards]
-
-
-def write_rest(output: Output, plan: MergePlan, shards: list[FileRecord]) -> None:
-    records = [*shards]
-    records.append(output.write_small("config.json", json.dumps(plan.config).encode()))
-    records.append(output.write_index(json.dumps(plan.index).encode()))
-    output.end(record_of(plan, records))
-    output.release()
-
-
-def record_of(plan: MergePlan, records: list[FileRecord]) -> bytes:
-    files = {each.name: {"size": each.size, "checksum": each.checksum} for each in records}
-    return json.dumps({"plan_digest": plan.digest, "files": files}).encode()
-
-
-_expected: dict[str, dict[str, bytes]] = {}
-
-
-def expected(plan: MergePlan, tmp_path: Path) -> dict[str, bytes]:
-    """The files of an undisturbed merge."""
-    if plan.digest not in _expected:
-        alone = Place(str(tmp_path / f"alone-{plan.digest[:8]}"))
-        finish(started(alone, plan), plan)
-        _expected[plan.digest] = alone.files()
-    return _expected[plan.digest]
-
-
-def check_is_alone(place: Place, plan: MergePlan, tmp_path: Path) -> None:
-    """The output is this plan's merge, and nothing is left beside it."""
-    there, right = place.files(), expected(plan, tmp_path)
-    assert there.keys() == right.keys()
-    wrong = {name for name in right if there[name] != right[name] and name != RECORD_NAME}
-    assert not wrong
-    assert json.loads(there[RECORD_NAME])["plan_digest"] == plan.digest
-    assert place.open_uploads() == []
-
-
-def shard_of(plan: MergePlan, owner: str) -> Shard:
+def shard_of(plan: MergePlan, owner: Owner) -> Shard:
     return next(shard for shard in plan.shards if shard.owner == owner)
 
 
@@ -213,7 +127,7 @@ def test_late_actor(
     """It neither replaces nor removes what the newer run has written, however it ends, and leaves nothing."""
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
-    shard, reader, ended = shard_of(old, "expert 0"), Waiting(fails=fails), list[BaseException]()
+    shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
     # moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
     actor = open_output(place.location, StorageOptions(deadline_s=5), first.run)
     jobs = first.jobs(shard)
@@ -244,7 +158,7 @@ def test_shard_of_another_plan_is_not_taken_for_finished(
     """The older run's shard is whole, and of the right name and size. Neither run takes it for the newer one's."""
     old, new = plans
     first = started(place, old)
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
     first.complete(one, do_shard(first, old, one))
     done = do_shard(first, old, two)
     killed_driver(first)
@@ -262,7 +176,7 @@ def test_same_plan_from_other_sources(place: Place, plans: tuple[MergePlan, Merg
     """--overwrite after sources have changed: the digest is the same, and what was finished is of no use."""
     plan = plans[0]
     first = started(place, plan)
-    shard = shard_of(plan, "expert 0")
+    shard = shard_of(plan, Owner.expert(0))
     first.complete(shard, do_shard(first, plan, shard))
     first.release()
     second = started(place, plan, fresh=True)
@@ -278,7 +192,7 @@ def test_note_that_comes_late_is_not_accepted(
     """A shard of another merge and its note, brought back by what was still under way when the old run died."""
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
-    shard = shard_of(old, "expert 0")
+    shard = shard_of(old, Owner.expert(0))
     first.complete(shard, do_shard(first, old, shard))
     late = {name: content for name, content in place.files().items() if "/done/" in name or name == shard.file_name}
     assert len(late) == 2
@@ -308,8 +222,8 @@ class Interrupted:
 
     def __init__(self, output: Output, at: int, then: Callable[[], None]) -> None:
         assert isinstance(output, (S3Output, StreamOutput))
-        self._store, self.calls, self._at, self._then = output._store, 0, at, then
-        output._store = output._journal._store = output._written._store = self  # type: ignore[assignment]
+        self._store, self.calls, self._at, self._then = output.files.store, 0, at, then
+        output.files.store = self  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
@@ -366,7 +280,7 @@ def test_taken_over_while_the_old_run_stands_still(
     """The old driver stands still before any of its calls, and goes on when a newer run has done its merge or a part of
     it."""
     old, new = plans if other_plan else (plans[0], plans[0])
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
 
     def once(place: Place, at: int) -> int:
         first = started(place, old)
@@ -399,7 +313,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
 ) -> None:
     """Its last calls come in before any of the newer run's. That one ends well, or with an error, and never wrong."""
     old, new = plans if other_plan else (plans[0], plans[0])
-    one = shard_of(old, "expert 0")
+    one = shard_of(old, Owner.expert(0))
     failed = []
 
     def once(place: Place, at: int) -> int:
@@ -496,15 +410,10 @@ def command(place: Place, plan: MergePlan, *, overwrite: bool = False) -> None:
         output.release()
 
 
-def put(place: Place, name: str, content: bytes) -> None:
-    filesystem, path = fsspec.url_to_fs(place.location)
-    filesystem.pipe_file(f"{path}/{name}", content)
-
-
 def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     output, (plan, other) = started(store_place, plans[0]), plans
     shards = write_shards(output, plan)
-    put(store_place, RECORD_NAME, record_of(other, []))
+    store_place.put(RECORD_NAME, record_of(other, []))
     with pytest.raises(MergeFailed, match=r"a merge of another plan has ended here.*--overwrite"):
         write_rest(output, plan, shards)
     output.release()
@@ -517,9 +426,10 @@ def test_record_of_another_plan_names_the_remedy(store_place: Place, plans: tupl
 def test_index_of_another_plan_names_the_remedy(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     output, (plan, _) = started(store_place, plans[0]), plans
     shards = write_shards(output, plan)
-    put(store_place, INDEX_NAME, b'{"weight_map": {}}')
+    store_place.put(INDEX_NAME, b'{"weight_map": {}}')
     with pytest.raises(MergeFailed, match=r"index.json: this file belongs to another model.*--overwrite"):
         write_rest(output, plan, shards)
+    assert store_place.files()[INDEX_NAME] == b'{"weight_map": {}}' and RECORD_NAME not in store_place.files()
     output.release()
     with pytest.raises(ProblemReport, match=r"(?s)files of another model are beside .*index.json.*--overwrite"):
         command(store_place, plan)
@@ -538,10 +448,8 @@ def test_a_file_of_another_model_ends_the_merge(
     records = [*write_shards(output, plan), output.write_small("config.json", json.dumps(plan.config).encode())]
     if is_late:
         records.append(output.write_index(json.dumps(plan.index).encode()))
-    if isinstance(output, LocalOutput):
-        (Path(place.location) / name).parent.mkdir(exist_ok=True)
-    put(place, name, b"old")
-    put(place, "notes.txt", b"mine")
+    place.put(name, b"old")
+    place.put("notes.txt", b"mine")
     with pytest.raises(MergeFailed, match=rf"{name}: this file belongs to another model.*--overwrite"):
         output.end(record_of(plan, records)) if is_late else output.write_index(json.dumps(plan.index).encode())
     assert RECORD_NAME not in place.files()
@@ -557,6 +465,7 @@ def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[Merg
     """The later run's claim comes between the record of the older one and its last look. Both find the merge done."""
     plan = plans[0]
     older, later = started(store_place, plan), open_output(store_place.location, OPTIONS)
+    assert isinstance(older, StoreOutput) and isinstance(later, StoreOutput)
     shards, settings = write_shards(older, plan), RuntimeSettings(verbosity=-1, storage=OPTIONS)
     store, claims = later._store, list[Any]()
 
@@ -582,7 +491,7 @@ def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[Merg
                 write_rest(older, plan, shards)
             return claims[0]
 
-    later._store = later._journal._store = Late()
+    later.files.store = Late()  # type: ignore[assignment]
     finished = _begin(plan, later, settings, SourceFiles(plan, None))
     assert claims and finished is not None and finished.digest == plan.digest
     later.clean_up()
@@ -595,7 +504,7 @@ def test_replaced_shard_is_seen_before_done_is_said(
     store_place: Place, plans: tuple[MergePlan, MergePlan], tmp_path: Path
 ) -> None:
     """By a request of an older run that was under way for long: of the same name and size, with other bytes."""
-    plan, shard = plans[0], shard_of(plans[0], "expert 0")
+    plan, shard = plans[0], shard_of(plans[0], Owner.expert(0))
     other = expected(plans[1], tmp_path)[shard.file_name]
 
     def replace() -> None:
@@ -632,7 +541,7 @@ def test_folder_is_taken_over_at_any_call_of_a_writer(
 ) -> None:
     """The driver was killed, its actor lives on, and stands still before one call while the newer run is at work."""
     old, new = plans
-    shard, at, more = shard_of(old, "expert 0"), 0, True
+    shard, at, more = shard_of(old, Owner.expert(0)), 0, True
     while more:
         place = Place(str(tmp_path / f"out-{at}"))
         first = started(place, old)
@@ -671,7 +580,7 @@ def test_new_run_fences_before_it_removes(
     place = Place(str(tmp_path / "out"))
     first = started(place, old)
     actor = LocalOutput(Path(place.location), first.run)
-    one, two = shard_of(old, "expert 0"), shard_of(old, "expert 1")
+    one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
     actor.complete(one, do_shard(actor, old, one))
     killed_driver(first)
     real, tried = os.unlink, []

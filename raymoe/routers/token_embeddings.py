@@ -1,4 +1,4 @@
-"""`cheap_embed`: gates from token embeddings alone. Reads single rows of the embedding; needs no model and no torch."""
+"""Rows of the embedding, read by offset, and routers that are made of them alone. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raymoe.config.gate_modes import EMBEDDING
+from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePlan, GatePrompts, WeightRef
-from raymoe.routers.router_math import expert_rows, normalize
 from raymoe.routers.tokenize import prompt_ids
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
-
-__all__ = ["embedding_router_row", "embedding_rows", "mean_embedding"]
+from raymoe.tensor_names import EMBEDDING
 
 Float32 = npt.NDArray[np.float32]
 
@@ -33,21 +31,10 @@ def embedding_rows(reader: SourceReader, ref: WeightRef, ids: Sequence[int]) -> 
     return rows
 
 
-def mean_embedding(reader: SourceReader, ref: WeightRef, prompts: Sequence[Sequence[int]]) -> Float32:
-    """Direction (unit length) of the sum of all prompt tokens' embeddings; (hidden,)."""
-    tokens = [token for prompt in prompts for token in prompt]
-    rows = embedding_rows(reader, ref, tokens)
-    total = np.zeros(ref.entry.shape[1:])
-    for token in tokens:  # one by one, in their order: a matrix of all of them would grow with the prompts
-        total += rows[token]
-    return normalize(total)
-
-
 def embedding_router_row(
     gates: GatePlan, prompts: GatePrompts, reader: SourceReader, *, trust_remote_code: bool
 ) -> Float32:
     """The router row (hidden,) of one expert, the same for every layer. Raises ProblemReport for bad prompts."""
     positive, negative, _ = prompt_ids(gates, prompts, reader, trust_remote_code=trust_remote_code)
     ref = prompts.weights[EMBEDDING]
-    without = mean_embedding(reader, ref, negative) if negative else None
-    return expert_rows(mean_embedding(reader, ref, positive), without)
+    return MODES[gates.mode].embedding_row(positive, negative, lambda ids: embedding_rows(reader, ref, ids))

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from raymoe.routers import ridge
-from raymoe.routers.ridge import Examples, fit_rows, fit_shared_gate
+from raymoe.gate_modes import least_squares
+from raymoe.gate_modes.least_squares import Examples, fit_rows, fit_shared_gate
 
 Array = npt.NDArray[Any]
 LAMBDAS = [10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0)]
@@ -54,7 +54,7 @@ def clusters(
 
 
 class Reference:
-    """The formulas of ridge.py's docstring, word by word."""
+    """The formulas of least_squares.py's docstring, word by word."""
 
     def __init__(self, given: Sequence[Examples]) -> None:
         count = len(given)
@@ -134,7 +134,7 @@ def test_different_data_choose_differently() -> None:
 def test_chunks_and_blocks_change_nothing(name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = clusters(24)
     whole = fit_rows(given)
-    monkeypatch.setattr(ridge, name, value)
+    monkeypatch.setattr(least_squares, name, value)
     parts = fit_rows(given)
     assert parts.scores == whole.scores
     np.testing.assert_allclose(parts.rows, whole.rows, rtol=1e-6)
@@ -229,7 +229,7 @@ def test_narrow_states_are_computed_with_in_float64(hidden: int, dtype: torch.dt
 def test_lambda_is_chosen_with_fewer_tokens_where_there_are_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third token chooses; all of them are fitted."""
     given = clusters(30, tokens=2, noise=2.0)
-    monkeypatch.setattr(ridge, "CHOICE_SIZE", 20)
+    monkeypatch.setattr(least_squares, "CHOICE_SIZE", 20)
     reference = Reference(given)
     for name in ("x", "prompts", "negative", "labels", "targets", "weights"):
         setattr(reference, name, getattr(reference, name)[::3])
@@ -245,7 +245,7 @@ def test_a_sample_that_lost_an_experts_prompts_chooses_nothing(monkeypatch: pyte
     numbers = np.random.default_rng(3)
     long = [examples(numbers.standard_normal((20, 30)), [0] * 19 + [1]) for _ in range(2)]
     assert fit_rows(long).scores is not None
-    monkeypatch.setattr(ridge, "CHOICE_SIZE", 20)  # tokens 0, 2, ..., 38: neither token of a prompt 1
+    monkeypatch.setattr(least_squares, "CHOICE_SIZE", 20)  # tokens 0, 2, ..., 38: neither token of a prompt 1
     fitted = fit_rows(long)
     assert fitted.scores is None
     np.testing.assert_allclose(fitted.rows, 8 * Reference(long).rows(0.1), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""`ridge`: one regularised least-squares classifier a layer, on the exact inputs of its router.
+"""A regularised least-squares classifier for each layer, on the exact inputs of its router: gate mode `ridge`.
 
 For the tokens of all experts' prompts, with `x` the state (hidden,) that the layer's router sees, `t` one-hot of the
 prompt's expert minus 1 / experts, and token weights `w` that give every expert the same total:
@@ -21,11 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymoe.routers.activations import FOLDS
-from raymoe.routers.fit_memory import CHOICE_SIZE, CHUNK
-from raymoe.routers.heldout_report import LayerScores, score_heldout
-
-__all__ = ["Examples", "FittedRows", "fit_rows", "fit_shared_gate"]
+from raymoe.gate_modes.layer_values import FOLDS, LayerActivations, LayerRows, LayerScores, score_heldout
+from raymoe.gate_modes.least_squares_memory import CHOICE_SIZE, CHUNK
 
 _RIDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 _RIDGE_WITHOUT_FOLDS, _SCALE_WITHOUT_FOLDS = 0.1, 8.0
@@ -54,6 +51,26 @@ class FittedRows:
 
     rows: npt.NDArray[np.float32]
     scores: LayerScores | None
+
+
+def fit_activations(
+    experts: Sequence[LayerActivations],
+    shared: Sequence[LayerActivations],
+    device: str,
+    heartbeat: Heartbeat | None = None,
+) -> LayerRows:
+    """The rows of one layer, computed on `device` out of what the members' prompts left there."""
+
+    def examples(member: LayerActivations) -> Examples:
+        # Copied, since what comes out of Ray's store can't be written to, which torch wants of its tensors.
+        states = torch.from_numpy(member.states.copy()).view(torch.bfloat16).to(device)
+        prompts, negative = torch.from_numpy(member.prompts.copy()), torch.from_numpy(member.negative.copy())
+        return Examples(states=states, prompts=prompts.to(device), negative=negative.to(device))
+
+    given = [examples(member) for member in experts]
+    fitted = fit_rows(given, heartbeat)
+    gate = fit_shared_gate([examples(member) for member in shared], given, heartbeat) if shared else None
+    return LayerRows(experts=fitted.rows, shared=gate, scores=fitted.scores)
 
 
 def fit_rows(examples: Sequence[Examples], heartbeat: Heartbeat | None = None) -> FittedRows:

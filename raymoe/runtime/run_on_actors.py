@@ -1,0 +1,43 @@
+"""A plan's gates and shards, done by actors that are started for it and ended after it."""
+
+from __future__ import annotations
+
+from raymoe.planning.plan import MergePlan
+from raymoe.runtime.actor_plan import ActorPlan
+from raymoe.runtime.actors import expert_actors
+from raymoe.runtime.progress import Progress
+from raymoe.runtime.scheduler import Outcome, run_jobs
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.shard_jobs import ShardWork
+
+
+def run_on_actors(
+    plan: MergePlan,
+    work: ShardWork,
+    actor_plan: ActorPlan,
+    progress: Progress,
+    settings: RuntimeSettings,
+    *,
+    output: str,
+    run: str = "",
+) -> Outcome:
+    """Start the actors, compute all gate rows and do `work` for every shard that needs none. Raises the first error.
+
+    `output` is where the actors write for `run` of the journal, or read what has been written. `progress` shows what
+    they are at.
+    """
+    with expert_actors(actor_plan, output, settings, run) as actors:
+        outcome = run_jobs(
+            plan,
+            actors,
+            work,
+            progress.watch(actors),
+            gpus=[placement.gpus > 0 for placement in actor_plan.placements],
+            readers=actor_plan.readers,
+            layers_at_once=actor_plan.layers_at_once,
+            shards_at_once=actor_plan.shards_at_once,
+            requirements=actor_plan.requirements,
+            stall_timeout_s=settings.stall_timeout_s,
+        )
+        progress.final_update(actors, outcome)
+        return outcome

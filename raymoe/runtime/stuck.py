@@ -1,0 +1,53 @@
+"""Ends a run that no actor can go on with: none is up for too long, or none that is up has the files of what is left.
+
+Actors that are away may come back, so a run waits for them a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from raymoe.errors import MergeFailed
+from raymoe.formatting import human_time
+from raymoe.runtime.actor_pool import ActorPool
+from raymoe.runtime.stall import StallClock
+from raymoe.runtime.timeouts import STARTUP_GRACE_S, STUCK_TIMEOUT_S
+
+
+class StuckCheck:
+    """When an actor was last up, and when one last had a job."""
+
+    def __init__(self, pool: ActorPool, stall: StallClock, now: Callable[[], float]) -> None:
+        self._pool, self._stall, self._now = pool, stall, now
+        self._last_busy, self._last_up = now(), stall.now
+
+    def check(self, *, is_busy: bool, first_waiting: Callable[[], tuple[frozenset[str], str]]) -> None:
+        """Raise MergeFailed if no running or restarting actor can do what is left.
+
+        `is_busy`: jobs are being done. `first_waiting`: the files and the name of work that waits.
+        """
+        up, writer = self._pool.up, self._pool.writer
+        are_up = bool(up) and (writer is None or writer.is_up)
+        if are_up:
+            self._last_up = self._stall.now
+        elif self._stall.now - self._last_up >= self._stall.limit_s:
+            subject = "the actor that writes to the output has not" if up else "none of the actors has"
+            raise MergeFailed(
+                f"{subject} been up for {human_time(self._stall.limit_s)}: Ray has no room for it, or its process "
+                "stands still. Run the same command again to go on from the shards that are finished."
+            )
+        if is_busy or not are_up:
+            self._last_busy = self._now()
+            return
+        some_away = len(up) < len(self._pool.actors)
+        if self._now() - self._last_busy >= (STUCK_TIMEOUT_S if some_away else STARTUP_GRACE_S):
+            raise self._stuck(*first_waiting())
+
+    def _stuck(self, files: frozenset[str], label: str) -> MergeFailed:
+        missing_by_node = {actor.info["node"]: actor.info["missing"] for actor in self._pool.up if actor.info}
+        missing = sorted({file for file in files if all(file in gone for gone in missing_by_node.values())})
+        what = f"{missing[0]} is on none of the nodes" if missing else "no node has all the files that it takes"
+        return MergeFailed(
+            f"{label}: {what} with an actor ({', '.join(sorted(missing_by_node))}). A node that had it may be lost; "
+            "run the same command again when it is back, to go on from the shards that are finished."
+        )

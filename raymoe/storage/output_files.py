@@ -1,0 +1,248 @@
+"""The files of an output: which are there, which of them are a checkpoint, and what keeps a merge from taking it.
+
+The rules are the same for a folder and for an object store. A back end lists, reads and removes files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from raymoe.errors import Problem
+from raymoe.object_store.errors import ObjectMissing
+from raymoe.object_store.protocol import ObjectStore
+from raymoe.object_store.urls import join_url
+from raymoe.storage.base_journal import BaseJournal
+from raymoe.storage.file_names import (
+    INDEX_NAME,
+    JOURNAL,
+    MAX_RESULT_BYTES,
+    RECORD_NAME,
+    RESULT_NAME,
+    FinishedMerge,
+    is_part_of_a_model,
+    is_recorded_file,
+    is_result,
+    json_object,
+)
+from raymoe.untrusted_files import MAX_JSON_BYTES
+
+_SWEEPS = 3
+_TEMPLATES = "chat_templates"  # the one folder in which a reader looks for a part of a model
+
+
+class OutputFiles(ABC):
+    """The files of one output. `noun` and `here` are how messages call the output and the place in it."""
+
+    noun, here = "output", "here"
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @abstractmethod
+    def entries(self) -> Mapping[str, int | None]:
+        """The sizes of the files here, by name, without the journal; None for what is no file."""
+
+    @abstractmethod
+    def size_of(self) -> Callable[[str], int | None]:
+        """What tells the size of a file by its name; None where there is none."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where there is none, or none that can be read."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+
+    @abstractmethod
+    def place(self, name: str) -> str:
+        """The path or URL of a file."""
+
+    @abstractmethod
+    def _is_removable(self, name: str, entries: Mapping[str, int | None]) -> bool:
+        """Whether there is a file (or a link) of that name in this output."""
+
+    def record(self) -> dict[str, Any]:
+        """The record of the merge that is here; empty where there is none."""
+        return json_object(self.read(RECORD_NAME) or b"")
+
+    def recorded_files(self) -> list[str]:
+        """Names of the files that an earlier merge wrote, as far as its record can be read."""
+        files = self.record().get("files")
+        names = files if isinstance(files, (dict, list)) else ()
+        return [name for name in names if is_recorded_file(name)]
+
+    def finished_merge(self, journal: BaseJournal) -> FinishedMerge | None:
+        """The finished merge that is here, by its record; None where there is none, or a merge has begun to replace
+        it."""
+        is_journal_there = journal.exists
+        found = FinishedMerge.of(self.record())
+        if found is not None and is_journal_there and (journal.digest() != found.digest or journal.is_clearing):
+            return None
+        return found
+
+    def visible_files(self) -> list[str]:
+        """Names of all files but the journal's; none where they only tell how earlier runs went."""
+        entries = self.entries()
+        return [] if all(self._is_result(name, size) for name, size in entries.items()) else [*entries]
+
+    def other_model_files(self, own: Container[str]) -> list[str]:
+        """Files that readers take for a part of the model here and that are not among `own`. The index is looked at by
+        itself: an earlier run of the same merge may have written it."""
+        names = (name for name, size in self.entries().items() if size is not None and name != INDEX_NAME)
+        return sorted(name for name in names if is_part_of_a_model(name) and name not in own)
+
+    def problems(self, journal: BaseJournal, digest: str | None) -> list[Problem]:
+        """Why the output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this
+        very plan gave is complete, unless something has become of its files. `digest` None: the plan has problems."""
+        finished = self.finished_merge(journal)
+        if finished is not None and finished.digest == digest:
+            return finished.problems(self.location, self.size_of())
+        if journal.exists:
+            return self._unfinished_problems(journal, digest)
+        names = self.visible_files()
+        if not names:
+            return []
+        what = f"the {self.noun} holds a finished merge" if RECORD_NAME in names else f"the {self.noun} is not empty"
+        return [self._problem(what, "use --overwrite to replace it, or choose another output")]
+
+    def _unfinished_problems(self, journal: BaseJournal, digest: str | None) -> list[Problem]:
+        there = journal.digest()
+        if digest is None:
+            return []
+        if there == digest:
+            return self._foreign_record_problems(journal)
+        what = f"an unfinished merge of another plan (other config, sources, seed or shard size) is {self.here}"
+        if there is None:
+            what = f"an unfinished merge of another version of raymoe is {self.here}, or its journal is damaged"
+        return [self._problem(what, "use --overwrite to discard it, or choose another output")]
+
+    def _foreign_record_problems(self, journal: BaseJournal) -> list[Problem]:
+        """The problem of a record of another plan beside an unfinished merge, where the output has no lock."""
+        return []
+
+    def _problem(self, what: str, remedy: str) -> Problem:
+        return Problem(where=self.location, what=what, remedy=remedy)
+
+    def remove_checkpoint(self, check: Callable[[], object] = lambda: None) -> None:
+        """Remove what --overwrite replaces, record and index first, so that what is left never looks whole. All else is
+        of other programs, and stays.
+
+        `check` is called before each removal, and raises where the output has been taken over. What an older run was
+        just making visible may appear meanwhile, so that it is looked for again.
+        """
+        for _ in range(_SWEEPS):
+            names = self._checkpoint_files()
+            for name in names:
+                check()
+                self.remove(name)
+            if not names:
+                return
+
+    def _checkpoint_files(self) -> list[str]:
+        entries = self.entries()
+        result = [RESULT_NAME] if self._is_result(RESULT_NAME, entries.get(RESULT_NAME)) else []
+        recorded = [name for name in self.recorded_files() if name != RESULT_NAME]  # another such file is the user's
+        names = dict.fromkeys((RECORD_NAME, INDEX_NAME, *result, *recorded, *filter(is_part_of_a_model, entries)))
+        return [name for name in names if self._is_removable(name, entries)]
+
+    def _is_result(self, name: str, size: int | None) -> bool:
+        if size is None or size > MAX_RESULT_BYTES or "/" in name or is_part_of_a_model(name):
+            return False
+        return is_result(self.read(name) or b"")
+
+
+class FolderFiles(OutputFiles):
+    """In a local folder. Nothing that a link leads to is touched."""
+
+    noun, here = "output folder", "in this folder"
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self._root = root
+
+    def entries(self) -> Mapping[str, int | None]:
+        there = [*self._root.iterdir()] if self._root.is_dir() else []
+        there += (self._root / _TEMPLATES).glob("*")
+        names = {path.relative_to(self._root).as_posix(): path for path in there if path.name != JOURNAL}
+        return {name: 0 if _is_odd_link(path) else file_size(path) for name, path in sorted(names.items())}
+
+    def size_of(self) -> Callable[[str], int | None]:
+        return lambda name: file_size(self._root / name)
+
+    def read(self, name: str) -> bytes | None:
+        path = self._root / name
+        try:
+            return path.read_bytes() if path.stat().st_size <= MAX_JSON_BYTES else None
+        except OSError:
+            return None
+
+    def remove(self, name: str) -> None:
+        (self._root / name).unlink(missing_ok=True)
+
+    def place(self, name: str) -> str:
+        return str(self._root / name)
+
+    def _checkpoint_files(self) -> list[str]:
+        templates = [_TEMPLATES] if (self._root / _TEMPLATES).is_symlink() else []
+        return [*super()._checkpoint_files(), *templates]
+
+    def _is_removable(self, name: str, entries: Mapping[str, int | None]) -> bool:
+        path = self._root / name
+        between = [parent for parent in path.parents if parent.is_relative_to(self._root) and parent != self._root]
+        if any(parent.is_symlink() or not parent.is_dir() for parent in between):
+            return False
+        return path.is_symlink() or (path.exists() and not path.is_dir())
+
+
+class StoreFiles(OutputFiles):
+    """Under a prefix of an object store."""
+
+    def __init__(self, store: ObjectStore, location: str) -> None:
+        super().__init__(location)
+        self.store = store
+
+    def entries(self) -> Mapping[str, int | None]:
+        found = self.store.list(self.location)
+        return {entry.name: entry.size for entry in found if not entry.name.startswith(f"{JOURNAL}/")}
+
+    def size_of(self) -> Callable[[str], int | None]:
+        return self.entries().get
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.store.read_all(self.place(name))
+        except ObjectMissing:
+            return None
+
+    def remove(self, name: str) -> None:
+        self.store.delete(self.place(name))
+
+    def place(self, name: str) -> str:
+        return join_url(self.location, name)
+
+    def _is_removable(self, name: str, entries: Mapping[str, int | None]) -> bool:
+        return name in entries
+
+    def _foreign_record_problems(self, journal: BaseJournal) -> list[Problem]:
+        """No run leaves such a record that ends in order."""
+        if self.store.stat(self.place(RECORD_NAME)) is None or journal.is_clearing:
+            return []
+        what = "a merge of another plan has ended here over the unfinished one of this plan; files of both may be here"
+        return [self._problem(what, "use --overwrite to discard both, or choose another output")]
+
+
+def file_size(path: Path) -> int | None:
+    """Size of a file; None where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _is_odd_link(path: Path) -> bool:
+    """Whether it is a link that leads to no file: such a link stands where a file of the model has to be."""
+    return path.is_symlink() and not path.is_file()

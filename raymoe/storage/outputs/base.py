@@ -1,0 +1,103 @@
+"""What all outputs have in common, whatever they are in: a local folder, S3, or another store of fsspec.
+
+The order of writing, the look at what this run has written, and the answers about what is there are here. A back end
+says how bytes get to their place, and how older runs are kept from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+from raymoe.errors import MergeFailed, Problem
+from raymoe.planning.owner import ROUTER
+from raymoe.planning.plan import Shard
+from raymoe.sources.facts import SourceFile
+from raymoe.storage.base_journal import BaseJournal
+from raymoe.storage.claim import foreign_file_error, replaced_file_error
+from raymoe.storage.file_names import FileRecord, FinishedMerge
+from raymoe.storage.output_files import OutputFiles
+
+
+def goes_on(shard: Shard) -> bool:
+    """Whether a shard of an earlier run may be kept. A router's is written by every run: other hardware gives rows that
+    differ by rounding."""
+    return shard.owner != ROUTER
+
+
+class BaseOutput(ABC):
+    """The part of `Output` that does not depend on the back end."""
+
+    def __init__(self, files: OutputFiles, journal: BaseJournal) -> None:
+        self.location = files.location
+        self.files = files
+        self.journal = journal
+
+    @property
+    def run(self) -> str:
+        return self.journal.run
+
+    def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
+        problems = self.files.problems(self.journal, digest)
+        return [] if overwrite else problems
+
+    def digest(self) -> str | None:
+        return self.journal.digest()
+
+    def changed_sources(self, fingerprints: Mapping[str, str]) -> list[str]:
+        return self.journal.changed_sources(fingerprints)
+
+    def finished_merge(self) -> FinishedMerge | None:
+        return self.files.finished_merge(self.journal)
+
+    def recorded_files(self) -> Sequence[str]:
+        return self.files.recorded_files()
+
+    def other_model_files(self, own: Container[str], index: Mapping[str, Any]) -> list[str]:
+        return [] if self.journal.is_clearing else self.files.other_model_files(own)
+
+    def invalidate(self) -> None:
+        self.journal.invalidate()
+
+    def same_store(self, file: SourceFile) -> bool:
+        return False
+
+    def is_reachable(self) -> bool:
+        return self.journal.is_of_this_run
+
+    def write_index(self, content: bytes) -> FileRecord:
+        self._check_files()
+        return self._write_index(content)
+
+    def end(self, record: bytes) -> None:
+        self._check_files()
+        self._write_record(record)
+
+    def _check_files(self) -> None:
+        """Raise MergeFailed if the output is not this run's, or does not hold what it has written and nothing else."""
+        try:
+            if others := self.files.other_model_files(self._written_names()):
+                raise foreign_file_error(self.files.place(others[0]))
+            if (name := next(iter(self._replaced_files()), None)) is not None:
+                raise replaced_file_error(self.files.place(name))
+        except MergeFailed:
+            self.journal.check_run()  # the reason for what is wrong, where a newer run is at work
+            raise
+        self.journal.check_run()
+
+    @abstractmethod
+    def _written_names(self) -> Container[str]:
+        """Names of the files that this run has made visible, or found finished."""
+
+    @abstractmethod
+    def _replaced_files(self) -> Iterable[str]:
+        """Those of them that are not there any more as they were then."""
+
+    @abstractmethod
+    def _write_index(self, content: bytes) -> FileRecord:
+        """Write the index, and never over another one."""
+
+    @abstractmethod
+    def _write_record(self, record: bytes) -> None:
+        """Write the record; then remove the journal."""

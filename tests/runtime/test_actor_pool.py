@@ -1,0 +1,103 @@
+"""The states of actors by themselves: each event in each state, and what an actor that dies takes with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from raymoe.planning.owner import BASE, Owner
+from raymoe.planning.plan import Shard
+from raymoe.runtime.actor_pool import ActorEvent, ActorPool, ActorState, Lane, PoolActor, next_state
+from raymoe.runtime.eligibility import Eligibility, WriteWay
+from tests.runtime.fake_cluster import FakeActor, FakeCluster
+
+SHARD = Shard(file_name="model-1", owner=BASE, header=b"", parts=())
+STARTING, UP, RESTARTING, DEAD = ActorState
+
+
+@pytest.mark.parametrize(
+    ("event", "after"),
+    [
+        (ActorEvent.ANSWERED, {STARTING: UP, UP: UP, RESTARTING: UP, DEAD: DEAD}),
+        (ActorEvent.LOST, {STARTING: STARTING, UP: RESTARTING, RESTARTING: RESTARTING, DEAD: DEAD}),
+        (ActorEvent.GIVEN_UP, {STARTING: DEAD, UP: DEAD, RESTARTING: DEAD, DEAD: DEAD}),
+    ],
+)
+def test_every_event_in_every_state(event: ActorEvent, after: dict[ActorState, ActorState]) -> None:
+    assert {state: next_state(state, event) for state in ActorState} == after
+
+
+def test_a_lane_has_room_for_so_many_jobs() -> None:
+    lane = Lane(2)
+    lane.running.add("one")
+    assert lane.has_room
+    lane.running.add("another")
+    assert not lane.has_room
+    lane.running.discard("one")
+    assert lane.has_room
+
+
+def pool_of(cluster: FakeCluster, *handles: FakeActor) -> ActorPool:
+    """A pool whose actors have been asked once, and what they said was taken."""
+    pool = ActorPool([PoolActor(handle, number) for number, handle in enumerate(handles)], cluster)
+    ask(pool, cluster)
+    return pool
+
+
+def ask(pool: ActorPool, cluster: FakeCluster) -> None:
+    pool.ping_absent()
+    pings = pool.pending_pings
+    for ref in cluster.ready(list(pings), 0.5):
+        pool.take_ping_reply(pings[ref])
+
+
+def test_an_actor_that_dies_and_comes_back() -> None:
+    cluster = FakeCluster()
+    handle = cluster.actor()
+    pool = pool_of(cluster, handle)
+    (actor,) = pool.up
+    actor.reads_for = (Owner.expert(0),)
+    pool.poll_statuses()
+    pool.poll_statuses()
+    assert actor.status is not None
+    before = pool.version
+    pool.change(actor, ActorEvent.LOST)
+    assert (actor.state, actor.reads_for, actor.status) == (RESTARTING, (), None) and pool.version > before
+    assert pool.up == [] and pool.actors == [actor] and actor.info is not None
+    cluster.sleep(1.0)
+    ask(pool, cluster)
+    assert actor.state is UP and pool.statuses.keys() == {0}
+
+
+def test_an_actor_that_never_comes_back_is_not_asked_again() -> None:
+    cluster = FakeCluster()
+    gone, other = cluster.actor(), cluster.actor()
+    cluster.kill(gone, back_after=None)
+    pool = pool_of(cluster, gone, other)
+    assert [actor.handle for actor in pool.actors] == [other]
+    pool.ping_absent()
+    assert pool.pending_pings == {}
+
+
+def eligibility_of(pool: ActorPool) -> Eligibility:
+    return Eligibility(pool, None, can_send=True, is_settling=lambda: False, has_read_prompts=lambda: True)
+
+
+def test_a_question_starts_no_writer() -> None:
+    cluster = FakeCluster()
+    pool = pool_of(cluster, cluster.actor(sees_output=False))
+    eligibility, (actor,), shard = eligibility_of(pool), pool.up, SHARD
+    assert not eligibility.can_write(actor, shard) and eligibility.needs_writer([shard])
+    assert eligibility.write_way(actor, shard) is WriteWay.VIA_WRITER and pool.writer is None
+    actor.shards.running.update(range(actor.shards.capacity))
+    assert not eligibility.needs_writer([shard])  # it has no room for it
+
+
+def test_answers_are_kept_until_a_state_changes() -> None:
+    cluster = FakeCluster()
+    pool = pool_of(cluster, cluster.actor(), cluster.actor(sees_output=False))
+    eligibility, (near, far), shard = eligibility_of(pool), pool.up, SHARD
+    eligibility.refresh()
+    assert eligibility.write_way(far, shard) is WriteWay.NOT_AT_ALL
+    pool.change(near, ActorEvent.LOST)
+    eligibility.refresh()
+    assert eligibility.write_way(far, shard) is WriteWay.VIA_WRITER
