@@ -161,13 +161,11 @@ def read_record(folder: Folder) -> MergeRecord:
     """Read the record of a finished merge. Raises ProblemReport if there is none, or it is not what raymoe writes."""
     content = read_object(folder, RECORD_NAME, _MISSING, "name the output of `raymoe merge`, and let it finish")
     where = f"{folder.label}/{RECORD_NAME}"
-    files, sources, prompts = content.get("files", {}), content.get("sources", []), content.get("prompt_files", [])
-    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
-        raise unreadable_record(where, "it names no files with their sizes and checksums")
+    files, sources = content.get("files", {}), content.get("sources", [])
+    if (fault := find_fault(content)) is not None:
+        raise unreadable_record(where, fault)
     if not isinstance(sources, list) or not all(map(_is_source, sources)):
         raise unreadable_record(where, "its sources are no list of objects with an owner and a model")
-    if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
-        raise unreadable_record(where, "its prompt_files are no list of objects with their files and counts")
     return MergeRecord(
         where=where,
         content=content,
@@ -177,8 +175,18 @@ def read_record(folder: Folder) -> MergeRecord:
         sources=tuple(
             RecordedSource(owner=Owner.parse(s["owner"]), model=s["model"], adapter=s.get("adapter")) for s in sources
         ),
-        prompt_files=tuple(prompts),
+        prompt_files=tuple(content.get("prompt_files", [])),
     )
+
+
+def find_fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record's files and prompt files; None if raymoe may have written them so."""
+    files, prompts = content.get("files", {}), content.get("prompt_files", [])
+    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
+        return "it names no files with their sizes and checksums"
+    if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
+        return "its prompt_files are no list of objects with their files and counts"
+    return None
 
 
 def unreadable_record(where: str, why: str) -> ProblemReport:

@@ -4,7 +4,7 @@
 
 The card calls the model by its name on the Hub, and so differs from the output's; the published record says so, and
 leaves out by which endpoint and profile object stores were reached. The card may have been edited; any other file that
-is missing or has another size than recorded is refused. So is a link that leads out of the folder: somebody who sends a
+is missing or has another size than recorded is refused. So is a link that leads out of the folder: the sender of a
 folder must not choose which of the receiver's files are published.
 """
 

@@ -27,7 +27,7 @@ from raymoe.object_store.registry import process_counters
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
 from raymoe.runtime.actor_status import ActorInfo, Status, Working, WorkKind, node_name, reading_label
-from raymoe.runtime.job_activity import ActiveJobs, Job
+from raymoe.runtime.job_activity import ActiveJobs, TrackedJob
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.shard_transfer import split_pieces
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -220,7 +220,7 @@ class ExpertWorker:
             remedy = "see whether another merge has taken it over, and whether its filesystem is still there"
             raise ProblemReport([Problem(where="output", what=what, remedy=remedy)])
 
-    def _reader(self, work: Job, name: str = SHARDS) -> SourceReader:
+    def _reader(self, work: TrackedJob, name: str = SHARDS) -> SourceReader:
         return SourceReader(
             self._settings.hub,
             self._settings.storage,
@@ -230,7 +230,7 @@ class ExpertWorker:
             heartbeat=work.heartbeat,
         )
 
-    def _reading(self, members: Sequence[GatePrompts]) -> AbstractContextManager[Job]:
+    def _reading(self, members: Sequence[GatePrompts]) -> AbstractContextManager[TrackedJob]:
         owners = tuple(dict.fromkeys(str(member.owner) for member in members))
         return self._active_jobs.track(Working(WorkKind.PROMPTS, owners), reading_label(members))
 

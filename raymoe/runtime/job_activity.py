@@ -16,7 +16,7 @@ from raymoe.runtime.actor_status import Working
 
 
 @dataclass(eq=False)
-class Job:
+class TrackedJob:
     """A job under way: what it is, the name that the coordinator knows it by, and how often it moved on."""
 
     working: Working
@@ -33,12 +33,12 @@ class ActiveJobs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: list[Job] = []
+        self._jobs: list[TrackedJob] = []
 
     @contextmanager
-    def track(self, working: Working, name: str = "") -> Iterator[Job]:
+    def track(self, working: Working, name: str = "") -> Iterator[TrackedJob]:
         """A job, for the time that it is worked on; its name is its label if none is given."""
-        job = Job(working, name or working.label)
+        job = TrackedJob(working, name or working.label)
         with self._lock:
             self._jobs.append(job)
         try:

@@ -1,7 +1,7 @@
 """What makes the routers, as jobs for actors: the members' prompts, and then each layer's rows.
 
     prompts of members  --> an object for each member and layer, in Ray's store
-    a layer             --> its objects of all members, to whoever has room --> rows, to the coordinator
+    a layer             --> its objects of all members, to an actor with room --> rows, to the coordinator
 
 A member with very many prompts is read in parts (routers/prompt_passes.py), each with objects of its own. The states of
 prompts go from actor to actor, never through the coordinator, and layers are worked on side by side. Modes that read no

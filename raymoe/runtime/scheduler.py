@@ -6,12 +6,12 @@ there is work. More experts than actors simply means that lanes are filled again
 
 Work goes to actors that can do it: that see the local source files it takes (`FileRequirements`), and have a GPU, if
 any has. An actor on a node that does not see a local output sends shards to a writer that does (see shard_transfer.py),
-but only shards that no actor could write there itself. What nobody can do any more, since the only node with its files
-is lost, ends the merge within a minute.
+but only shards that no actor could write there itself. What no actor can do, since the only node with its files is
+lost, ends the merge within a minute.
 
-The jobs of an actor that dies go back to the front of the queue, for whoever has room. Ray restarts the actor, which
-may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An actor
-that the cluster has no room for yet is in the same state.
+The jobs of an actor that dies go back to the front of the queue, for the next actor with room. Ray restarts the actor.
+That may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An
+actor that the cluster has no room for yet is in the same state.
 
 A process may also stand still without being dead (see stall.py). A job of which nothing moves is said, then its process
 is ended as if it had died; the second time that the same job stands still ends the merge.

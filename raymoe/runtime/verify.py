@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raymoe.checkpoints.merge_record import prompt_records, recorded_config, with_own_storage
+from raymoe.checkpoints.merge_record import find_fault, prompt_records, recorded_config, with_own_storage
 from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
 from raymoe.config import MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
@@ -32,7 +32,7 @@ from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.folder_protocol import Folder, is_inside
+from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.weight_index import index_model_weights
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, is_part_of_a_model
 from raymoe.storage.outputs.protocol import ShardJob
@@ -46,7 +46,8 @@ def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verificatio
     missing = "there is no raymoe.json, the record of a finished merge"
     record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
     try:
-        _check_shape(record)
+        if (fault := find_fault(record)) is not None:
+            raise TypeError(fault)
         config = MergeConfig.from_plain(recorded_config(record))
         options = MergeOptions.from_record(record["options"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -71,27 +72,6 @@ def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verificatio
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
     differences += _tensor_differences(plan, folder.label, written, settings)
     return Verification(tensors=len(expected), differences=tuple(differences), notes=notes)
-
-
-def _check_shape(record: Mapping[str, Any]) -> None:
-    """Raise TypeError for a record whose lists are not what raymoe writes."""
-    files = record.get("files", {})
-    if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
-        raise TypeError("it names no files with their sizes and checksums")
-    prompts = record.get("prompt_files", [])
-    if not isinstance(prompts, list) or not all(_is_prompt_file(file) for file in prompts):
-        raise TypeError("its prompt_files are no list of files with their counts")
-
-
-def _is_file(file: Any) -> bool:
-    is_object = isinstance(file, Mapping)
-    return is_object and isinstance(file.get("size"), int) and isinstance(file.get("checksum"), str)
-
-
-def _is_prompt_file(file: Any) -> bool:
-    keys = ("owner", "key", "file", "sha256")
-    is_object = isinstance(file, Mapping)
-    return is_object and isinstance(file.get("count"), int) and all(isinstance(file.get(key), str) for key in keys)
 
 
 def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: MergeConfig) -> list[str]:

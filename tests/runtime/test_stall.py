@@ -140,7 +140,7 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
     """An actor, and the writer of another node's shards, read what an earlier run left: each chunk counts."""
     import numpy as np
 
-    from raymoe.runtime.job_activity import Job
+    from raymoe.runtime.job_activity import TrackedJob
     from raymoe.runtime.shard_transfer import ShardWriter
     from raymoe.sources.hub import HubOptions
     from raymoe.storage.outputs.local import LocalOutput
@@ -154,7 +154,7 @@ def test_the_check_of_a_finished_shard_is_seen_to_move(tmp_path: Path, monkeypat
     output.journal.lock()
     output.journal.begin("plan", {})
     moves: list[object] = []
-    monkeypatch.setattr(Job, "heartbeat", lambda job: moves.append(job))
+    monkeypatch.setattr(TrackedJob, "heartbeat", lambda job: moves.append(job))
     try:
         with SourceReader(HubOptions()) as reader:
             assert output.do(job, reader, lambda *moved: None) is not None
