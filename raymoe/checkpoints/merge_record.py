@@ -20,15 +20,14 @@ from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.config import MergeConfig
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import short_list
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_s3
 from raymoe.planning.owner import BASE, CONFIG_KEYS, Owner, OwnerKind
 from raymoe.planning.plan import GatePrompts, MergeOptions, MergePlan
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import json_text
 from raymoe.sources.folder_protocol import Folder, is_inside
 from raymoe.sources.local_folder import has_changed, recorded_sample
-from raymoe.sources.prompt_sampling import prompt_file_location
 from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
@@ -85,7 +84,7 @@ def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]
         prompts = drawn[experts, number]
         texts = prompts.positive if key == "positive_prompts" else prompts.negative
         digest = hashlib.sha256(json.dumps(texts, separators=(",", ":")).encode()).hexdigest()
-        place = prompt_file_location(file)
+        place = file.absolute_name
         records.append({"owner": str(prompts.owner), "key": key, "file": place, "count": len(texts), "sha256": digest})
     return records
 
@@ -240,7 +239,7 @@ def with_own_storage(
     if trusts_record or not (recorded.endpoint or recorded.profile):
         return config
     storage = replace(recorded, endpoint=own.endpoint, profile=own.profile)
-    needed = [place for place in _read_locations(config) if is_s3(place)]
+    needed = [place.text for place in _named_locations(config) if place.kind is LocationKind.S3]
     names_endpoint = not recorded.endpoint or own.endpoint or any(map(os.environ.get, _ENDPOINT_VARIABLES))
     names_identity = not recorded.profile or own.profile or any(map(os.environ.get, _IDENTITY_VARIABLES))
     if needed and not (names_endpoint and names_identity):
@@ -260,8 +259,8 @@ def with_own_storage(
     return config.model_copy(update={"storage": storage})
 
 
-def _read_locations(config: MergeConfig) -> Iterator[str]:
-    """What the config reads: models, adapters and files of prompts."""
+def _named_locations(config: MergeConfig) -> Iterator[Location]:
+    """What the config reads, where it says that: URLs of models and adapters, and files of prompts."""
     for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
-        yield from (path.path for path in (ref.model, ref.adapter) if path is not None)
-    yield from (file.file for file in config.prompt_files.values())
+        yield from (path.location for path in (ref.model, ref.adapter) if path is not None and path.location)
+    yield from (file.location for file in config.prompt_files.values())

@@ -10,15 +10,14 @@ from typing import Any
 import xxhash
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url
 from raymoe.sources.bucket_folder import open_object_folder
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import JOURNAL
-from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.source_reader import SourceReader
 from raymoe.untrusted_files import check_size, read_json
 
@@ -28,16 +27,20 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
     """The folder of a finished checkpoint. Raises ProblemReport if there is none, or the merge is not finished."""
     try:
-        location = output_location(place)
+        location = Location.parse(place)
     except ValueError as error:
         raise ProblemReport([Problem(where=str(place), what=str(error))]) from None
-    if not is_url(location) and not Path(location).is_dir():
+    folder: Folder
+    if location.kind.is_object:
+        folder = open_object_folder(location.text, "checkpoint", storage)
+    elif Path(location.text).is_dir():
+        folder = LocalFolder(location.text)
+    else:
         remedy = "name the folder or URL of a checkpoint"
-        raise ProblemReport([Problem(where=location, what="there is no such folder", remedy=remedy)])
-    folder: Folder = open_object_folder(location, "checkpoint", storage) if is_url(location) else LocalFolder(location)
+        raise ProblemReport([Problem(where=location.text, what="there is no such folder", remedy=remedy)])
     if folder.find(f"{JOURNAL}/plan.json") is not None:
         remedy = "run the merge command again to finish it"
-        raise ProblemReport([Problem(where=location, what="this merge is not finished", remedy=remedy)])
+        raise ProblemReport([Problem(where=location.text, what="this merge is not finished", remedy=remedy)])
     return folder
 
 

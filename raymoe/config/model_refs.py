@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raymoe.object_store.location import Location
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
@@ -33,6 +34,11 @@ class PathRef:
 
     def __str__(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
+
+    @property
+    def location(self) -> Location | None:
+        """Where a URL leads; None for a folder or Hub id, which only a look at this machine tells apart."""
+        return Location.of(self.path) if is_url(self.path) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

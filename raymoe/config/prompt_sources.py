@@ -8,6 +8,7 @@ Only what the config itself can show is checked here; what is in the files is fo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Pl
 
 from raymoe.config.coerce import parse_integer, parse_text, value_error
 from raymoe.config.source_positions import short_repr, short_text, yaml_kind
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
 _SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -39,7 +41,7 @@ def _parse_file(value: Any) -> str:
     file = parse_text(value).strip()
     if not file:
         raise value_error("is blank", f"name a file: {_KNOWN}")
-    if file.startswith("hf://"):
+    if LocationKind.of(file) is LocationKind.HUB:
         raise value_error("files on the Hub can't be named here", "download the file and name it by its path")
     try:
         check_spelling(file)
@@ -93,6 +95,16 @@ class PromptFile(BaseModel):
     field: Annotated[str, PlainValidator(_parse_field)] = "text"
     limit: Annotated[int | None, PlainValidator(_parse_limit)] = 256
     seed: Annotated[int, PlainValidator(_parse_seed)] = 0
+
+    @property
+    def absolute_name(self) -> str:
+        """`file`, whatever the working directory; a URL as it is, also a file:// URL."""
+        return self.file if is_url(self.file) else os.path.abspath(os.path.expanduser(self.file))
+
+    @property
+    def location(self) -> Location:
+        """Where the file is."""
+        return Location.of(self.absolute_name)
 
 
 def _parse_prompt(value: Any) -> str:

@@ -17,13 +17,13 @@ from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.gate_modes import DEFAULT_MODE, MODES
+from raymoe.object_store.location import Location
 from raymoe.planning import MergeOptions
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.resolve import resolve_model
-from raymoe.storage.outputs.open_output import output_location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
     record = read_record(folder)
     merge_options = record.options
     config = with_own_storage(record.config, options.storage, folder.label, trusts_record=options.trust_record)
-    ref = ModelRef(model=PathRef(path=output_location(place)))
+    ref = ModelRef(model=PathRef(path=Location.parse(place).text))
     facts = resolve_model(ref, options.hub, config.storage)
     return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=expert_names(record.sources))
 

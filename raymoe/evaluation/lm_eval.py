@@ -19,9 +19,8 @@ import yaml
 from raymoe.checkpoints.open_checkpoint import open_checkpoint, read_object
 from raymoe.compute import choose_device, device_problems
 from raymoe.errors import Problem, ProblemReport, RaymoeError, install_remedy
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url
-from raymoe.storage.outputs.open_output import output_location
 
 FORMAT = 1
 
@@ -111,11 +110,14 @@ def run_harness(place: str | Path, options: HarnessOptions) -> dict[str, Any]:
 def _model_folder(place: str | Path) -> str:
     folder = open_checkpoint(place, StorageOptions())
     read_object(folder, "config.json", "there is no config.json here", "name the output of `raymoe merge`")
-    location = output_location(place)
-    if is_url(location):
-        what = "the harness loads models from folders of this machine"
-        raise ProblemReport([Problem(where=location, what=what, remedy="copy the merge to a folder, and name that")])
-    return location
+    location = Location.parse(place)
+    if not location.kind.is_local:
+        what, remedy = (
+            "the harness loads models from folders of this machine",
+            "copy the merge to a folder, and name that",
+        )
+        raise ProblemReport([Problem(where=location.text, what=what, remedy=remedy)])
+    return location.text
 
 
 def _check_options(options: HarnessOptions) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from raymoe.checkpoints.open_checkpoint import read_object
 from raymoe.errors import Problem, ProblemReport
-from raymoe.object_store.urls import is_url
+from raymoe.object_store.location import Location
 from raymoe.safe_text import json_text
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.atomic_file import check_writable_file, is_special, resolve_links, write_atomic
 from raymoe.storage.file_names import RECORD_NAME, is_written_by_a_merge
 from raymoe.storage.locations import Inputs, replaced_input
-from raymoe.storage.outputs.open_output import output_location, unwritable_problem
+from raymoe.storage.outputs.open_output import unwritable_problem
 
 
 def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
@@ -50,10 +50,10 @@ def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = Non
 
 def _output_path_problem(option: str, path: Path) -> Problem | None:
     try:
-        location = output_location(path)
+        location = Location.parse(path)
     except ValueError as error:
         return Problem(where=option, what=str(error), remedy="name a local file")
-    return unwritable_problem(str(path), location, option, "name a local file")
+    return unwritable_problem(location, option, "name a local file")
 
 
 def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
@@ -62,18 +62,19 @@ def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None
     files = [("the file of texts", os.path.abspath(data))] if data is not None else []
     files += [("a task file", os.path.abspath(name)) for name in (tasks or "").split(",") if name.strip()]
     try:
-        location = output_location(checkpoint)
+        location = Location.parse(checkpoint)
     except ValueError:
-        location = ""
-    if is_url(location) or not os.path.isdir(location):
+        return Inputs(files=tuple(files))
+    folder = location.text
+    if not location.kind.is_local or not os.path.isdir(folder):
         return Inputs(files=tuple(files))
     record: Mapping[str, Any] = {}
     with suppress(ProblemReport):
-        record = read_object(LocalFolder(location), RECORD_NAME, "", "")
+        record = read_object(LocalFolder(folder), RECORD_NAME, "", "")
     recorded = record.get("files")
     own = dict.fromkeys(recorded if isinstance(recorded, Mapping) else ())
-    own |= dict.fromkeys(name for name in os.listdir(location) if is_written_by_a_merge(name))
-    files += [("a file of the merge", os.path.join(location, name)) for name in own]
+    own |= dict.fromkeys(name for name in os.listdir(folder) if is_written_by_a_merge(name))
+    files += [("a file of the merge", os.path.join(folder, name)) for name in own]
     prompts = record.get("prompt_files")
     names = [each.get("file") for each in (prompts if isinstance(prompts, list) else ()) if isinstance(each, Mapping)]
     files += [

@@ -2,6 +2,7 @@
 
     options.py          StorageOptions: how to reach a store; plain data that travels to actors, never credentials
     urls.py             what a URL is, its normal form, its parts
+    location.py         kinds of places: a local path, S3, another store, the Hub
     protocol.py         the ObjectStore protocol
     registry.py         `open_store`: one store for each scheme and set of options
     object_file.py      an object as a file to read

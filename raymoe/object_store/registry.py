@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectStore, StoreCounters
-from raymoe.object_store.urls import is_s3
+from raymoe.object_store.urls import is_s3, split_url
 
 _stores: dict[tuple[int, str, StorageOptions, int], ObjectStore] = {}
 _stores_lock = threading.Lock()
@@ -21,7 +21,7 @@ def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
     sends nothing.
     """
     options = options or StorageOptions()
-    scheme = "s3" if is_s3(url) else url.partition("://")[0].lower()
+    scheme = "s3" if is_s3(url) else split_url(url)[0]
     # With the process id: a forked child must not use its parent's connections. With the environment (hashed: it has
     # credentials): what `options` leave open is decided there.
     environment = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))

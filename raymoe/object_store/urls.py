@@ -39,25 +39,30 @@ class S3Location(NamedTuple):
     key: str
 
 
+def split_url(text: str) -> tuple[str, str]:
+    """The scheme of a URL, in lower case, and what comes after its '://'; the scheme of a path is empty."""
+    text = text.strip()
+    match = _SCHEME.match(text)
+    return (match["scheme"].lower(), text[match.end() :]) if match else ("", text)
+
+
 def is_url(text: str) -> bool:
     """Whether a path as a user writes it names something in an object store (or any other fsspec file system)."""
-    match = _SCHEME.match(text.strip())
-    return match is not None and match["scheme"].lower() not in _FOREIGN_SCHEMES
+    return split_url(text)[0] not in ("", *_FOREIGN_SCHEMES)
 
 
 def is_s3(url: str) -> bool:
     """Whether a URL (also one not yet normalised) is S3's."""
-    return url.strip().lower().startswith(("s3://", "s3a://"))
+    return split_url(url)[0] in ("s3", "s3a")
 
 
 def normalize_url(text: str) -> str:
     """The normal form of a URL. Raises ValueError with a message for the user."""
     text = text.strip()
     check_no_secrets(text)
-    match = _SCHEME.match(text)
-    if match is None:
+    scheme, rest = split_url(text)
+    if not scheme:
         raise ValueError(f"{text!r} is not a URL such as s3://bucket/prefix")
-    scheme, rest = match["scheme"].lower(), text[match.end() :]
     scheme = "s3" if scheme == "s3a" else scheme
     authority, _, key = rest.partition("/")
     if "::" in text or not text.isprintable() or "\\" in text:
@@ -160,7 +165,5 @@ def relative_name(url: str, folder: str) -> str:
 
 def local_path(url: str) -> str | None:
     """The absolute path that a file:// URL stands for; None for any other."""
-    match = _SCHEME.match(url)
-    if match is None or match["scheme"].lower() not in ("file", "local"):
-        return None
-    return "/" + url[match.end() :].lstrip("/")
+    scheme, rest = split_url(url)
+    return f"/{rest.lstrip('/')}" if scheme in ("file", "local") else None

@@ -18,11 +18,11 @@ from raymoe.checkpoints.merge_record import MergeRecord, read_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url
 from raymoe.report.model_card import PATH_PLACEHOLDER
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.hub import is_hub_id
+from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME, FileRecord
 
 
@@ -70,7 +70,7 @@ def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Mani
         problems.append(_broken_problem(folder, f"{RECORD_NAME} is a link to a file outside of the folder"))
     if INDEX_NAME not in record.files:
         problems.append(_broken_problem(folder, f"no {INDEX_NAME} is among its files"))
-    if not problems and not is_url(folder.label) and read_record(folder) != record:
+    if not problems and isinstance(folder, LocalFolder) and read_record(folder) != record:
         what, remedy = "another merge was written here just now", "push again when no merge writes here"
         problems.append(Problem(where=folder.label, what=what, remedy=remedy))
     if problems:
@@ -111,7 +111,7 @@ def _manifest_file(folder: Folder, recorded: FileRecord, problems: list[Problem]
 
 
 def _is_outside(folder: Folder, file: SourceFile) -> bool:
-    if is_url(folder.label):
+    if not file.kind.is_local:
         return False
     root = os.path.realpath(folder.label)
     return os.path.commonpath([root, os.path.realpath(file.location)]) != root

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.formatting import human_bytes
-from raymoe.object_store.urls import is_url
 from raymoe.publish.errors import PushFailed, translate_preflight_errors, translate_upload_errors
 from raymoe.publish.manifest import Manifest, ManifestFile
 from raymoe.publish.preflight import check_ignored
@@ -184,7 +183,7 @@ class _Sender:
         self._repository.api.preupload_lfs_files(target.repo, [operation], revision=target.branch)
         # The library takes the path out of what it has sent; what it has not goes with the commit.
         is_sent = operation.path_or_fileobj == b""
-        if is_sent and is_url(file.file.location):
+        if is_sent and file.file.kind.is_object:
             path.unlink(missing_ok=True)
         return operation
 
@@ -222,7 +221,7 @@ class _Sender:
     def _check(self, file: ManifestFile) -> None:
         if file.content is not None or file.file is None:
             return
-        if not is_url(file.file.location):
+        if not file.file.kind.is_object:
             if not os.path.exists(file.file.location):
                 raise self._changed_error(file, "is gone")
             if has_changed(file.file):

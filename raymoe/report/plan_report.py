@@ -11,7 +11,7 @@ from raymoe.console import console as rich_console
 from raymoe.console import print_json, print_line, say
 from raymoe.formatting import human_bytes, human_count
 from raymoe.gate_modes import MODES
-from raymoe.object_store.urls import is_s3
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, ROUTER, OwnerKind
 from raymoe.planning.plan import MergePlan, Shard
 from raymoe.report.memory_estimate import actor_memory
@@ -28,7 +28,7 @@ class PlannedOutput:
     there as it is now, and whether a merge of this plan is there: an unfinished one goes on, a finished one is
     complete."""
 
-    location: str
+    location: Location
     bytes_by_method: Mapping[str, int]
     problems: tuple[str, ...] = ()
     is_resumable: bool = False
@@ -51,7 +51,7 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
     if output is not None:
         where["bytes_by_way"] = dict(output.bytes_by_method)
         where["output"] = {
-            "location": output.location,
+            "location": output.location.text,
             "problems": list(output.problems),
             "unfinished_merge_goes_on": output.is_resumable,
             "is_complete": output.is_complete,
@@ -122,7 +122,7 @@ def print_plan(
 
 def _bytes_sent(output: PlannedOutput | None) -> int:
     """Bytes that actors send to S3: all that the store does not copy."""
-    if output is None or not is_s3(output.location):
+    if output is None or output.location.kind is not LocationKind.S3:
         return 0
     return sum(count for way, count in output.bytes_by_method.items() if way != "store_copy")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from raymoe.config.model_refs import PathRef, is_local_folder, short_name
 from raymoe.errors import CheckpointError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url
 from raymoe.planning.plan import MergePlan
 from raymoe.safe_text import printable
 from raymoe.sources.bucket_folder import open_object_folder
@@ -68,8 +68,8 @@ class SourceCard:
 
 def source_cards(plan: MergePlan, hub: HubOptions, storage: StorageOptions) -> tuple[SourceCard, ...]:
     """The cards of all models and adapters of a merge, each once, in the plan's order."""
-    files = [file.location for source in plan.sources for file in source.files]
-    folders = list(dict.fromkeys(location.rpartition("/")[0] for location in files))
+    files = [file for source in plan.sources for file in source.files]
+    folders = list(dict.fromkeys(Location(file.location.rpartition("/")[0], file.kind) for file in files))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         return tuple(pool.map(lambda folder: _source_card(folder, hub, storage), folders))
 
@@ -97,16 +97,18 @@ def read_front_matter(folder: Folder) -> dict[str, Any]:
     return parse_front_matter(_text(folder, CARD_NAME))
 
 
-def _source_card(location: str, hub: HubOptions, storage: StorageOptions) -> SourceCard:
+def _source_card(location: Location, hub: HubOptions, storage: StorageOptions) -> SourceCard:
     """The card of what lies in one folder: a path, `hf://org/name@<commit>` or a URL."""
     on_hub = parse_location(f"{location}/{CARD_NAME}")
-    label = on_hub.repo if on_hub else short_name(location, None)
+    label = on_hub.repo if on_hub else short_name(location.text, None)
     try:
         folder: Folder
         if on_hub:
             folder = open_hub_folder(PathRef(path=on_hub.repo, revision=on_hub.commit), hub)
+        elif location.kind.is_object:
+            folder = open_object_folder(location.text, "model", storage)
         else:
-            folder = open_object_folder(location, "model", storage) if is_url(location) else LocalFolder(location)
+            folder = LocalFolder(location.text)
         metadata = read_front_matter(folder)
         license = stated_license(metadata) if "license" in metadata else _recognize_license(folder)
     except CheckpointError:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymoe.object_store.urls import is_url
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
@@ -72,7 +71,7 @@ def _multiplies_bfloat16() -> bool:
 
 def load_weight(reader: SourceReader, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """A weight on the CPU, in the dtype that it is computed with."""
-    if not is_url(entry.file.location):
+    if not entry.file.kind.is_object:
         weight = torch.empty(entry.shape, dtype=dtype)
         _read_and_cast(reader, entry, weight.reshape(-1))
         return weight
@@ -149,7 +148,7 @@ def _elements(entry: TensorEntry) -> int:
 
 
 def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
-    return {name: entry for name, entry in layer.weights.items() if not is_url(entry.file.location)}
+    return {name: entry for name, entry in layer.weights.items() if not entry.file.kind.is_object}
 
 
 @dataclass
@@ -245,7 +244,7 @@ class _PinnedBufferRing:
     def _fill(self, layout: _Layout, buffer: memoryview) -> None:
         reads = []
         for file, start, end, at in layout.spans:
-            step = end - start if is_url(file.location) else _BLOCK_BYTES
+            step = end - start if file.kind.is_object else _BLOCK_BYTES
             for low in range(start, end, step):
                 part = buffer[at + low - start : at + min(low + step, end) - start]
                 reads.append(self._readers.submit(self._reader.read_into, file, low, part))

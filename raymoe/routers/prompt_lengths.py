@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import ProblemReport
+from raymoe.object_store.location import LocationKind
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.routers.prompt_passes import text_tokens
@@ -77,7 +78,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
 def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
     """None without a file that can be read: merging tells what is wrong with it."""
     for side in gates.tokenizer_files:
-        if side.name == _FILE and not side.file.location.startswith("s3://"):
+        if side.name == _FILE and side.file.kind is not LocationKind.S3:
             try:
                 return plain_tokenizer(fetch_file(side.file, replace(hub, offline=True)).read_bytes(), _FILE)
             except (ProblemReport, OSError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from raymoe.console import say
 from raymoe.errors import MergeFailed
+from raymoe.object_store.location import Location
 from raymoe.runtime.actor_plan import ACTOR_CPUS, ActorPlan
 from raymoe.runtime.actor_process import without_secrets
 from raymoe.runtime.expert_actor import ExpertWorker
@@ -26,7 +27,9 @@ _RESTARTS = 2
 
 
 @contextmanager
-def expert_actors(actor_plan: ActorPlan, output: str, settings: RuntimeSettings, run: str = "") -> Iterator[list[Any]]:
+def expert_actors(
+    actor_plan: ActorPlan, output: Location, settings: RuntimeSettings, run: str = ""
+) -> Iterator[list[Any]]:
     """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
     import ray
 

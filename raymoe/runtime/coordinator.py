@@ -23,7 +23,6 @@ from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
 from raymoe.formatting import short_list
 from raymoe.gate_modes import MODES, better_mode
 from raymoe.object_store.errors import StorageError
-from raymoe.object_store.urls import is_s3, is_url
 from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.report.model_card import model_card
@@ -84,7 +83,7 @@ def run_merge(
     if problems:
         raise ProblemReport(problems)
     if settings.verbosity >= 0:
-        say(merge_line(plan, target.location))
+        say(merge_line(plan, target.location.text))
     settings = replace(settings, strict=plan.options.strict)
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
@@ -111,7 +110,7 @@ def run_merge(
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
                 files = _write_small_files(plan, config, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
-                return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
+                return replace(progress.result(target.location.text, files, warnings), router_lines=tuple(lines))
         finally:
             target.release()
 
@@ -123,8 +122,8 @@ def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
         runs_model=needs_forward_pass,
         quantize=plan.gates.quantize,
         experts=len(plan.gates.experts),
-        reads_folders=any("://" not in file.location for source in plan.sources for file in source.files),
-        prefer_driver_node=not is_url(target.location),
+        reads_folders=any(file.kind.is_local for source in plan.sources for file in source.files),
+        prefer_driver_node=target.location.kind.is_local,
         shares_reads=needs_forward_pass and bool(tensors_read_for_shards(plan, work.reads)),
         max_layers_at_once=max_layers_at_once(plan.gates),
     )
@@ -144,7 +143,7 @@ def _already_complete(
         say(f"{target.location} is already complete: an earlier run has finished this merge")
     warnings = [*plan.warnings, *_rewritten_warnings(plan, target, finished)]
     return MergeResult(
-        output=target.location,
+        output=target.location.text,
         files=finished.files,
         warnings=tuple(warnings),
         bytes_written=0,
@@ -207,14 +206,14 @@ class WriteShards:
         return actor.write_shard.options(name=self._name("write", job)).remote(job)
 
     def reads(self, file: SourceFile) -> bool:
-        return not (is_s3(self._target.location) and self._target.same_store(file))
+        return not self._target.same_store(file)
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         return self._target.complete(shard, results)
 
     @property
     def sending(self) -> Sending | None:
-        return None if is_url(self._target.location) else _SendShards(self._target, self._name)
+        return _SendShards(self._target, self._name) if self._target.location.kind.is_local else None
 
     def _name(self, what: str, job: ShardJob) -> str:
         return f"{what} {job.shard.file_name} of {self._names.get(job.shard.owner, job.shard.owner)}"
@@ -227,7 +226,7 @@ class _SendShards:
         self._target, self._name = target, name
 
     def start_writer(self) -> Any:
-        return start_writer(self._target.location, self._target.run)
+        return start_writer(self._target.location.text, self._target.run)
 
     def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
         return writer.receive.options(name=self._name("receive", job)).remote(actor, job)
@@ -251,7 +250,7 @@ def output_problems(
         if changed:
             what = f"source files changed since the merge in this folder was interrupted: {', '.join(changed[:3])}"
             remedy = "use --overwrite to start again from the new files"
-            problems.append(Problem(where=target.location, what=what, remedy=remedy))
+            problems.append(Problem(where=target.location.text, what=what, remedy=remedy))
     return problems
 
 

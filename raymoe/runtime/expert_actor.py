@@ -23,6 +23,7 @@ from raymoe.compute import limit_threads, peak_rss_bytes
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import LayerActivations, LayerRows, join_parts
+from raymoe.object_store.location import Location
 from raymoe.object_store.registry import process_counters
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.runtime.actor_process import prioritize_gate_threads, set_up_process
@@ -43,7 +44,7 @@ from raymoe.storage.value_checks import WeightFindings
 class ExpertWorker:
     """Works for one expert at a time: gate rows on its device, shards to the output."""
 
-    def __init__(self, output: str, settings: RuntimeSettings, run: str = "") -> None:
+    def __init__(self, output: Location, settings: RuntimeSettings, run: str = "") -> None:
         set_up_process()
         self._settings = settings
         self._output = open_output(output, settings.storage, run)

@@ -135,7 +135,7 @@ def owner_names(plan: MergePlan) -> dict[Owner, str]:
 
 
 def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozenset[str]:
-    local = {file.location: file for file in files if "://" not in file.location}
+    local = {file.location: file for file in files if file.kind.is_local}
     found |= local
     return frozenset(local)
 

@@ -54,7 +54,7 @@ class Progress:
         self._report.begin("start of actors")
         self._report_step("Ray is up")
         if self._report.output is not None:
-            self._metrics = MergeMetrics(self._plan, self._report.output)
+            self._metrics = MergeMetrics(self._plan, self._report.output.text)
         return self
 
     def __exit__(self, *raised: object) -> None:

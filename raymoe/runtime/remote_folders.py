@@ -55,7 +55,7 @@ class RayFolderResolver:
             yield
 
     def _is_remote(self, file: SourceFile) -> bool:
-        return "://" not in file.location and not os.path.exists(file.location) and self._has_cluster
+        return file.kind.is_local and not os.path.exists(file.location) and self._has_cluster
 
     def read(self, file: SourceFile) -> bytes:
         """A small file, from this node if it has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raymoe.object_store.location import Location
 from raymoe.planning.plan import MergePlan
 from raymoe.runtime.actor_plan import ActorPlan
 from raymoe.runtime.actors import expert_actors
@@ -18,7 +19,7 @@ def run_on_actors(
     progress: Progress,
     settings: RuntimeSettings,
     *,
-    output: str,
+    output: Location,
     run: str = "",
 ) -> Outcome:
     """Start the actors, compute all gate rows and do `work` for every shard that needs none. Raises the first error.

@@ -20,10 +20,10 @@ from raymoe.compute import peak_rss_bytes
 from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport, RaymoeError
 from raymoe.object_store.errors import StorageError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import StoreCounters
 from raymoe.object_store.registry import open_store, process_counters
-from raymoe.object_store.urls import is_url
 from raymoe.runtime.actor_status import Status
 from raymoe.safe_text import json_text
 from raymoe.signals import run_before_end
@@ -37,7 +37,7 @@ from raymoe.storage.file_names import (
     json_object,
 )
 from raymoe.storage.locations import is_in, is_same_place
-from raymoe.storage.outputs.open_output import output_location, writable_location
+from raymoe.storage.outputs.open_output import writable_location
 
 _FORMAT = 1
 _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
@@ -46,7 +46,7 @@ _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 class RunReport:
     """Phases by name (seconds from the start; those of gates and shards overlap), what actors have done, how it ended.
 
-    `actors_lost` counts deaths of actors that were up. `result_location` is the path or URL that the report is written
+    `actors_lost` counts deaths of actors that were up. `result_location` is where the report is written
     to, if not to the output; `storage` is how one that is an object is written.
     """
 
@@ -55,8 +55,8 @@ class RunReport:
         self._started = time.monotonic()
         self._phases: dict[str, dict[str, float | None]] = {}
         self.storage = StorageOptions()
-        self.result_location: str | None = None
-        self.output: str | None = None
+        self.result_location: Location | None = None
+        self.output: Location | None = None
         self.plan_digest: str | None = None
         self.planned_bytes_by_method: Mapping[str, int] = {}
         self.actors: Sequence[Status] = ()
@@ -68,7 +68,7 @@ class RunReport:
         """Raises ProblemReport where something else than a result would be replaced in an object store."""
         if (
             self.result_location is not None
-            and is_url(self.result_location)
+            and self.result_location.kind.is_object
             and not _may_replace(self.result_location, self.storage)
         ):
             problem, self.result_location = _foreign_file_problem(self.result_location), None
@@ -97,7 +97,7 @@ class RunReport:
         return {
             "format": _FORMAT,
             "raymoe_version": __version__,
-            "output": self.output,
+            "output": self.output.text if self.output else None,
             "plan_digest": self.plan_digest,
             "exit_reason": reason,
             "was_complete": self.was_complete,
@@ -158,21 +158,21 @@ def record_run(place: str | None, output: str | Path | None = None) -> Iterator[
     if place is not None or report.output is None:
         _write(report, report.result_location, "done", None)
         return
-    own = f"{report.output.rstrip('/')}/{RESULT_NAME}"
+    own = report.output.join(RESULT_NAME)
     if not (report.was_complete and not report.has_begun("push") and _is_there(report, own)):
         _write(report, own, "done", None, is_own=True)
 
 
-def _check(place: str, output: str | Path | None) -> None:
+def _check(place: Location, output: str | Path | None) -> None:
     """Raises ProblemReport for what can be told without asking an object store."""
     where = f"--result {place}"
     with suppress(ValueError):  # a bad output is refused later
-        if output is not None and _is_of_merge(place, output_location(output)):
+        if output is not None and _is_of_merge(place, Location.parse(output)):
             what = "the merge writes a file of its own there"
             raise ProblemReport([Problem(where=where, what=what, remedy="name another file")])
-    if is_url(place):
+    if place.kind.is_object:
         return
-    path = Path(place)
+    path = Path(place.text)
     if path.is_dir() or not path.parent.is_dir():
         what = "this is a folder" if path.is_dir() else "there is no such folder"
         raise ProblemReport([Problem(where=where, what=what, remedy="name a file in a folder")])
@@ -180,60 +180,66 @@ def _check(place: str, output: str | Path | None) -> None:
         raise ProblemReport([_foreign_file_problem(place)])
 
 
-def _is_there(report: RunReport, place: str) -> bool:
+def _is_there(report: RunReport, place: Location) -> bool:
     """Whether the result of the run that finished this merge is at a place."""
-    if not is_url(place) and is_special(Path(place)):  # a pipe could be read for ever
+    if place.kind.is_local and is_special(Path(place.text)):  # a pipe could be read for ever
         return False
     try:
-        content = open_store(place, report.storage).read_all(place) if is_url(place) else Path(place).read_bytes()
+        content = _read(place, report.storage)
     except (OSError, RaymoeError):
         return False
     there = json_object(content)
     return there.get("plan_digest") == report.plan_digest and there.get("exit_reason") == "done"
 
 
-def _is_of_merge(place: str, output: str) -> bool:
-    folder, _, name = place.rpartition("/")
-    is_inside = is_same_place(folder or "/", output) and name != RESULT_NAME
-    return (is_inside and is_written_by_a_merge(name)) or is_in(place, f"{output.rstrip('/')}/{JOURNAL}")
+def _read(place: Location, storage: StorageOptions) -> bytes:
+    if place.kind.is_object:
+        return open_store(place.text, storage).read_all(place.text)
+    return Path(place.text).read_bytes()
 
 
-def _may_replace(place: str, storage: StorageOptions, *, is_own: bool = False) -> bool:
+def _is_of_merge(place: Location, output: Location) -> bool:
+    folder, _, name = place.text.rpartition("/")
+    is_inside = is_same_place(folder or "/", output.text) and name != RESULT_NAME
+    return (is_inside and is_written_by_a_merge(name)) or is_in(place.text, output.join(JOURNAL).text)
+
+
+def _may_replace(place: Location, storage: StorageOptions, *, is_own: bool = False) -> bool:
     """Whether nothing is lost with what is there: it is not there, holds nothing, or is the result of a run.
 
     A place in an object store that can only be written to may be written to, and a pipe or a device too. Not so the
     output's own (`is_own`), which the user has not named and a merge can read: there StorageError is raised.
     """
-    if is_url(place):
+    if place.kind.is_object:
         try:
-            info = open_store(place, storage).stat(place)
+            info = open_store(place.text, storage).stat(place.text)
             size = info.size if info else 0
-            content = open_store(place, storage).read_all(place) if 0 < size <= MAX_RESULT_BYTES else b""
+            content = _read(place, storage) if 0 < size <= MAX_RESULT_BYTES else b""
         except StorageError:
             if is_own:
                 raise
             return True
-    elif is_special(Path(place)):
+    elif is_special(Path(place.text)):
         return not is_own
-    elif not os.path.exists(place):
+    elif not os.path.exists(place.text):
         return True
     else:
-        size = os.stat(place).st_size
-        content = Path(place).read_bytes() if size <= MAX_RESULT_BYTES else b""
+        size = os.stat(place.text).st_size
+        content = _read(place, storage) if size <= MAX_RESULT_BYTES else b""
     return not size or is_result(content)
 
 
-def _foreign_file_problem(place: str) -> Problem:
+def _foreign_file_problem(place: Location) -> Problem:
     what = "something that is no result of a run is there already"
     return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
 
 
-def _kept_message(place: str) -> str:
+def _kept_message(place: Location) -> str:
     return f"{place} is no result of raymoe and is kept; to write the result of this run, name a file with --result"
 
 
 def _write(
-    report: RunReport, place: str | None, reason: str, error: BaseException | None, *, is_own: bool = False
+    report: RunReport, place: Location | None, reason: str, error: BaseException | None, *, is_own: bool = False
 ) -> None:
     """Without raising: how the merge itself ended matters more. `is_own`: the place is the output's own."""
     if place is None:
@@ -242,9 +248,9 @@ def _write(
     try:
         if not _may_replace(place, report.storage, is_own=is_own):
             say(f"warning: {_kept_message(place) if is_own else _foreign_file_problem(place)}")
-        elif is_url(place):
-            open_store(place, report.storage).put(place, content.encode())
+        elif place.kind.is_object:
+            open_store(place.text, report.storage).put(place.text, content.encode())
         else:
-            write_atomic(Path(place), content, follow=not is_own)
+            write_atomic(Path(place.text), content, follow=not is_own)
     except (OSError, RaymoeError) as failure:
         say(f"warning: {place} could not be written: {failure}")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from raymoe.object_store.urls import is_url
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Copy, MergePlan, Part, Shard
 from raymoe.runtime.jobs import Job
@@ -53,7 +52,7 @@ def _fetched_entries(part: Part, reads: Callable[[SourceFile], bool]) -> Iterato
     """What actors fetch for a part. A store copies nothing that is to be changed."""
     for read in part.sources_read:
         copies = isinstance(part.what, Copy)
-        if is_url(read.source.file.location) and (not copies or reads(read.source.file)):
+        if read.source.file.kind.is_object and (not copies or reads(read.source.file)):
             yield read.source
 
 

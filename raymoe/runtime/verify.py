@@ -19,6 +19,7 @@ from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, r
 from raymoe.config import MergeConfig
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.gate_modes import MODES
+from raymoe.object_store.location import Location
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
@@ -70,7 +71,7 @@ def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verificatio
         return Verification(tensors=0, differences=(*differences, *map(str, error.problems)), notes=notes)
     expected = {part.tensor.name for shard in plan.shards for part in shard.parts}
     differences += [f"{name}: a tensor that this merge does not have" for name in sorted(written.keys() - expected)]
-    differences += _tensor_differences(plan, folder.label, written, settings)
+    differences += _tensor_differences(plan, Location.of(folder.label), written, settings)
     return Verification(tensors=len(expected), differences=tuple(differences), notes=notes)
 
 
@@ -141,7 +142,7 @@ class _CompareShards:
 
 
 def _tensor_differences(
-    plan: MergePlan, location: str, written: Mapping[str, TensorEntry], settings: RuntimeSettings
+    plan: MergePlan, location: Location, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
     with ray_connection(settings), Progress(plan, settings.verbosity, "compared") as progress:
         beside = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymoe.config.model_refs import ModelRef
+from raymoe.object_store.location import LocationKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,8 @@ class FileStamp:
 class SourceFile:
     """One file of a checkpoint.
 
-    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `size` is in bytes.
+    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `kind` says which of
+    them, decided once. `size` is in bytes.
     `etag` is what tells one content of an object from another, where its store has such a thing; None elsewhere.
     `content` is the checksum of a small local file (`xxh3-128:hex`), None elsewhere.
     `stamp` is taken before the file is read for the first time. It says nothing about the content, so files with
@@ -46,6 +48,10 @@ class SourceFile:
     etag: str | None = None
     content: str | None = None
     stamp: FileStamp | None = field(default=None, compare=False)
+    kind: LocationKind = field(init=False, repr=False, compare=False)  # follows from `location`: in no digest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", LocationKind.of(self.location))
 
     @property
     def name(self) -> str:

@@ -203,7 +203,7 @@ def _sample_blocks(path: str, size: int, blocks: int) -> int:
 def recorded_sample(file: SourceFile) -> str | None:
     """What a merge's record keeps of a local file, to tell later whether it is another one: no time, since a file that
     is only touched or copied is the same. None for a file that is not here, or can't be read."""
-    if "://" in file.location:
+    if not file.kind.is_local:
         return None
     try:
         size = os.stat(file.location).st_size

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, NoReturn, cast
 from raymoe.config.prompt_sources import PromptFile, file_format, is_compressed
 from raymoe.config.source_positions import short_text, yaml_kind
 from raymoe.errors import Problem, ProblemReport, install_remedy
+from raymoe.object_store.location import Location
 from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url, local_path
 from raymoe.untrusted_files import read_json
 
 _MAX_FAULTS = 5  # of one file; one wrong field makes every line wrong in the same way
@@ -65,7 +65,7 @@ class Faults:
 
 def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> Iterator[str]:
     """All prompts of the file that are not blank, in order. Raises ProblemReport, StorageError."""
-    raw = _open(file.file, storage, faults)
+    raw = _open(file.location, storage, faults)
     with raw:
         if file_format(file.file) == "parquet":
             yield from filter(str.strip, _column(raw, file.field, faults))
@@ -78,10 +78,10 @@ def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> 
                 yield text
 
 
-def _open(file: str, storage: StorageOptions, faults: Faults) -> BinaryIO:
-    path = local_path(file) if is_url(file) else os.path.abspath(os.path.expanduser(file))
-    if path is None:
-        return cast(BinaryIO, io.BufferedReader(ObjectFile(file, storage), _READ_BYTES))
+def _open(location: Location, storage: StorageOptions, faults: Faults) -> BinaryIO:
+    path = location.text
+    if location.kind.is_object:
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(path, storage), _READ_BYTES))
     if os.path.isdir(path):
         faults.end("this is a folder, not a file", "name the file in it")
     if not os.path.exists(path):

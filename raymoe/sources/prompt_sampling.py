@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,6 @@ from raymoe.config.source_positions import format_loc
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.facts import ModelFacts
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_reader import Faults, prompt_values
@@ -43,7 +41,9 @@ def read_prompts(config: MergeConfig, *, local_only: bool = False) -> MergeConfi
     """
     problems: list[Problem] = []
     drawn: dict[PromptFile, tuple[str, ...]] = {}
-    files = {loc: file for loc, file in config.prompt_files.items() if not (local_only and _is_remote(file))}
+    files = dict(config.prompt_files)
+    if local_only:
+        files = {loc: file for loc, file in files.items() if file.location.kind.is_local}
     for loc, file in files.items():
         if file not in drawn:
             drawn[file], found = _read(file, config.storage, format_loc(loc))
@@ -54,10 +54,6 @@ def read_prompts(config: MergeConfig, *, local_only: bool = False) -> MergeConfi
     if drawn and (unsound := check_config(concrete, allow_all_same=True)):
         raise ProblemReport(unsound)
     return concrete
-
-
-def _is_remote(file: PromptFile) -> bool:
-    return is_url(file.file) and local_path(file.file) is None
 
 
 def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[str, ...], list[Problem]]:
@@ -87,11 +83,6 @@ def sample_prompts(texts: Iterable[str], limit: int | None, seed: int) -> tuple[
         else:
             heapq.heappushpop(kept, entry)
     return tuple(text for _, _, text in sorted(kept, key=lambda entry: entry[1]))
-
-
-def prompt_file_location(file: PromptFile) -> str:
-    """Where a file of prompts lies, whatever the working directory."""
-    return file.file if is_url(file.file) else os.path.abspath(os.path.expanduser(file.file))
 
 
 def chat_template_problems(

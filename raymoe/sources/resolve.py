@@ -21,12 +21,12 @@ from typing import Any, Protocol
 
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
+from raymoe.object_store.location import LocationKind
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import is_url, local_path
 from raymoe.sources.bucket_folder import fetch_object, open_object_folder
 from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile
 from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable_checkpoint
-from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder, parse_location
+from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
 from raymoe.sources.output_head import has_own_head
@@ -118,8 +118,8 @@ def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
     """Absolute paths or URLs of the folders that a model and its adapter lie in, whether they exist or not."""
     found: list[str] = []
     for path in (ref.model, *((ref.adapter,) if ref.adapter else ())):
-        if is_url(path.path):
-            found.append(local_path(path.path) or path.path)
+        if (location := path.location) is not None:
+            found.append(location.text)
         elif is_local_folder(path.path) or _local_path(path) is not None:
             found.append(os.path.abspath(os.path.expanduser(path.path)))
         else:
@@ -143,8 +143,8 @@ def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[Path
 
 def _local_path(path: PathRef) -> str | None:
     """The absolute path that a name must mean, whether it exists or not; None for URLs and what may be a Hub id."""
-    if is_url(path.path):
-        return local_path(path.path)
+    if (location := path.location) is not None:
+        return location.text if location.kind.is_local else None
     # No Hub id begins so, and asking takes an import of the Hub's library.
     is_path = path.path.startswith(("/", "./", "../", "~"))
     if path.revision is not None or (not is_path and is_hub_id(path.path)):
@@ -237,12 +237,13 @@ def _effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: StorageOptions) -> Folder:
     role = "adapter" if is_adapter else "model"
-    if is_url(path.path):
-        if (local := local_path(path.path)) is None:
-            return open_object_folder(path.path, role, storage)
-        if not os.path.isdir(local):
-            raise unusable_checkpoint(path.path, f"there is no folder {local} here", f"correct the URL of the {role}")
-        return LocalFolder(local)
+    if (location := path.location) is not None:
+        if location.kind.is_object:
+            return open_object_folder(location.text, role, storage)
+        if not os.path.isdir(location.text):
+            what = f"there is no folder {location} here"
+            raise unusable_checkpoint(path.path, what, f"correct the URL of the {role}")
+        return LocalFolder(location.text)
     if is_local_folder(path.path):
         if path.revision is not None:
             what = f"a local folder has no revisions, but '@{path.revision}' asks for one"
@@ -325,9 +326,9 @@ def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: Sto
     by range (`sources.bucket_folder.read_range`).
     Raises CheckpointError when the file is not there, can't be had, or is not the one that was planned with.
     """
-    if parse_location(file.location) is not None:
+    if file.kind is LocationKind.HUB:
         return download(file, options or HubOptions())
-    if is_url(file.location):
+    if file.kind.is_object:
         return fetch_object(file, storage or StorageOptions())
     os.close(open_file(file))
     return Path(file.location)
@@ -343,7 +344,7 @@ def fetch_side_files(
 def with_contents(facts: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
     """The facts with the checksums of local side files: a plan's digest tells one tokenizer from another by them."""
     side = tuple(
-        replace(side, file=with_content(side.file, read(side.file))) if "://" not in side.file.location else side
+        replace(side, file=with_content(side.file, read(side.file))) if side.file.kind.is_local else side
         for side in facts.side_files
     )
     return replace(facts, side_files=side)

@@ -299,7 +299,7 @@ def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
     """
     fingerprints = {}
     for file in files:
-        if "://" in file.location:
+        if not file.kind.is_local:
             continue
         planned = file.stamp if is_in_view(file) else None
         with contextlib.suppress(OSError):

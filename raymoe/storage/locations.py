@@ -20,8 +20,9 @@ from urllib.parse import unquote, urlsplit
 from raymoe.config import MergeConfig
 from raymoe.config.source_positions import format_loc
 from raymoe.errors import Problem
-from raymoe.object_store.urls import is_url, local_path
-from raymoe.sources.prompt_sampling import prompt_file_location
+from raymoe.object_store.location import Location, LocationKind
+from raymoe.object_store.urls import split_url
+from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import JOURNAL, is_written_by_a_merge
 
 Key = tuple[Hashable, ...]
@@ -51,12 +52,11 @@ def place_key(location: str) -> Key:
 
 def _enclosing_keys(location: str) -> list[Key]:
     """The identities of a place and of all folders above it, from the inside out."""
-    if is_url(location):
-        if (local := local_path(location)) is None:
-            parts = _url_parts(location)
-            return [parts[:end] for end in range(len(parts), 0, -1)]
-        location = local
-    path = os.path.realpath(location)
+    place = Location.of(location)
+    if place.kind.is_object:
+        parts = _url_parts(location)
+        return [parts[:end] for end in range(len(parts), 0, -1)]
+    path = os.path.realpath(place.text)
     keys = [_path_key(path)]
     while (parent := os.path.dirname(path)) != path:
         path = parent
@@ -76,9 +76,11 @@ def is_in(inner: str, outer: str) -> bool:
 
 def _names_of(file: str) -> Iterator[str]:
     """The name of a file and, if it is a link, all names that it leads through: the file is lost with any of them."""
+    place = Location.of(file)
+    file = place.text
     for _ in range(_MAX_LINKS):
         yield file
-        if is_url(file) or not os.path.islink(file):
+        if not place.kind.is_local or not os.path.islink(file):
             return
         target = os.readlink(file)
         file = os.path.join(os.path.dirname(file), target)
@@ -105,7 +107,7 @@ def overwrite_problem(output: str, inputs: Inputs, recorded: Iterable[str] = ())
             what = f"the output is the folder of {owner}, which would be overwritten"
             return _conflict_problem(output, what, folder)
     for owner, file in inputs.files:
-        for path in _names_of(local_path(file) or file):
+        for path in _names_of(file):
             above, name = keys(_folder(path)), _last_name(path)
             is_replaced = (above[0], name) in named or (
                 above[0] in own and is_written_by_a_merge(f"{own[above[0]]}{name}")
@@ -126,12 +128,12 @@ def replaced_input(path: str, inputs: Inputs) -> str | None:
     return next((owner for owner, file in inputs.files if place_key(file) == key), None)
 
 
-def source_folders(owner: str, folders: Iterable[str], files: Iterable[str]) -> Iterator[tuple[str, str]]:
+def source_folders(owner: str, folders: Iterable[str], files: Iterable[SourceFile]) -> Iterator[tuple[str, str]]:
     """Entries of `Inputs.folders` for a model: its own folders, and those of all names that lead to its files."""
     found = dict.fromkeys(folders)
     for file in files:
-        if not file.startswith("hf://"):  # those are in the Hub's cache, which is among `folders`
-            found |= dict.fromkeys(_folder(name) for name in _names_of(file))
+        if file.kind is not LocationKind.HUB:  # those are in the Hub's cache, which is among `folders`
+            found |= dict.fromkeys(_folder(name) for name in _names_of(file.location))
     return ((owner, folder) for folder in found)
 
 
@@ -141,7 +143,7 @@ def input_paths(config: MergeConfig, source: object, extra: Inputs | None = None
     if isinstance(source, (str, Path)):
         files["the config", os.path.abspath(source)] = None
     for key, prompts in config.prompt_files.items():
-        files[f"the file of {format_loc(key)}", prompt_file_location(prompts)] = None
+        files[f"the file of {format_loc(key)}", prompts.absolute_name] = None
     return Inputs(folders=extra.folders if extra else (), files=tuple(files))
 
 
@@ -167,8 +169,7 @@ def _path_key(path: str) -> Key:
 
 def _url_parts(url: str) -> Key:
     """Store, bucket or host, and the segments of the key."""
-    scheme, _, rest = url.partition("://")
-    scheme = scheme.lower()
+    scheme, rest = split_url(url)
     if scheme in ("http", "https"):
         return _web_parts(url)
     if scheme in ("s3", "s3a"):

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from raymoe.object_store.urls import is_url
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.linux_io import free_range
 
@@ -111,7 +110,7 @@ class ReadCache:
         """These will be read by all of `readers`. Local files are left to the page cache."""
         with self._changed:
             for entry in entries:
-                if is_url(entry.file.location) and entry.nbytes:
+                if entry.file.kind.is_object and entry.nbytes:
                     self._objects.setdefault(entry.file, _CachedObject()).add(entry.start, entry.end, readers)
 
     def forget(self, entries: Iterable[TensorEntry], *readers: str) -> None:

@@ -26,7 +26,6 @@ from pathlib import Path
 from raymoe.errors import CheckpointError, Problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import is_url
 from raymoe.sources.bucket_folder import as_checkpoint_errors
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.hub import HubOptions, parse_location, partial_downloads
@@ -106,7 +105,7 @@ class SourceReader:
 
     def read_into(self, file: SourceFile, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `start` on. Raises CheckpointError on a short read."""
-        if is_url(file.location):
+        if file.kind.is_object:
             with as_checkpoint_errors():
                 if self._read_cache is None:
                     self._fetch(file, start, buffer)
@@ -117,7 +116,7 @@ class SourceReader:
 
     def chunks(self, file: SourceFile, start: int, end: int) -> Iterator[memoryview]:
         """Bytes [start, end) in order. A chunk is valid until the next one is asked for."""
-        if is_url(file.location):
+        if file.kind.is_object:
             yield from self._chunks_ahead(
                 file, [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
             )
@@ -130,14 +129,14 @@ class SourceReader:
 
     def read_ranges(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """The bytes of many short ranges, in the order given."""
-        if not is_url(file.location):
+        if not file.kind.is_object:
             return [self._read(file, start, end) for start, end in ranges]
         found = self._read_joined(file, ranges)
         return [found[span] for span in ranges]
 
     def load(self, entries: Sequence[TensorEntry]) -> None:
         """Read tensors of objects that are about to be viewed, neighbours in one go; local ones are left to `view`."""
-        remote = [entry for entry in entries if is_url(entry.file.location) and entry.nbytes]
+        remote = [entry for entry in entries if entry.file.kind.is_object and entry.nbytes]
         for file in dict.fromkeys(entry.file for entry in remote):
             members = [entry for entry in remote if entry.file == file]
             found = self._read_joined(file, [(entry.start, entry.end) for entry in members])
@@ -151,7 +150,7 @@ class SourceReader:
             return memoryview(bytearray())
         content = self._read_tensors.get(entry)
         if content is None:
-            if is_url(entry.file.location):
+            if entry.file.kind.is_object:
                 content = self._read_joined(entry.file, [(entry.start, entry.end)])[entry.start, entry.end]
             else:
                 content = self._read(entry.file, entry.start, entry.end)
@@ -172,8 +171,7 @@ class SourceReader:
                 self._pool = None
 
     def _open(self, file: SourceFile) -> int:
-        is_local = "://" not in file.location
-        return open_file(file, None if is_local else self.path(file))
+        return open_file(file, None if file.kind.is_local else self.path(file))
 
     def _keep(self, entry: TensorEntry, content: memoryview) -> None:
         """Remember a tensor that was read, and forget the oldest: a shard may need more of them than memory holds."""

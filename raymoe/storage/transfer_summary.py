@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raymoe.object_store.urls import is_s3
+from raymoe.object_store.location import LocationKind
 from raymoe.planning.multipart import CopyRange, server_side_bytes, spans, upload_parts
 from raymoe.planning.plan import MergePlan
 from raymoe.storage.outputs.protocol import Output
@@ -18,14 +18,15 @@ TRANSFER_METHODS = {
 def bytes_by_method(plan: MergePlan, output: Output) -> dict[str, int]:
     """Bytes of the output's shards by way, the ways of `TRANSFER_METHODS`; together they are the output's bytes."""
     ways = dict.fromkeys(TRANSFER_METHODS, 0)
+    store_copies = output.location.kind is LocationKind.S3
     for shard in plan.shards:
-        copied = server_side_bytes(upload_parts(shard, output.same_store)) if is_s3(output.location) else 0
+        copied = server_side_bytes(upload_parts(shard, output.same_store)) if store_copies else 0
         ways["store_copy"] += copied
         ways["computed"] += len(shard.header)
         for span in spans(shard.parts):
             method = "computed"
             if isinstance(span.what, CopyRange):
-                method = "streamed" if "://" in span.what.file.location else "local"
+                method = "local" if span.what.file.kind.is_local else "streamed"
             ways[method] += span.end - span.start
         # What the store copies was counted by its source just now.
         ways["streamed"] -= copied

@@ -23,9 +23,9 @@ from raymoe.config import MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import Problem, ProblemReport
 from raymoe.formatting import human_bytes
-from raymoe.object_store.urls import is_url
+from raymoe.object_store.location import Location, is_relative
 from raymoe.sources.prompt_sampling import read_prompts
-from raymoe.storage.outputs.open_output import output_location, writable_location
+from raymoe.storage.outputs.open_output import writable_location
 
 CONFIG_NAME = "config.yaml"
 _MAX_CONFIG_BYTES = 16 * 2**20  # what load_config takes
@@ -68,7 +68,7 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
         problems.append(Problem(where="config", what=what, remedy=remedy))
     if problems:
         raise ProblemReport(problems)
-    location = output_location(output)
+    location = Location.parse(output).text
     canonical = json.dumps(packed.to_plain(), sort_keys=True, separators=(",", ":"))
     return Job(
         config=text,
@@ -80,7 +80,7 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
             "config_digest": hashlib.sha256(canonical.encode()).hexdigest(),
             "output": location,
         },
-        models=tuple(dict.fromkeys(path.path for path in _paths(packed) if _is_folder_name(path.path))),
+        models=tuple(dict.fromkeys(path.path for path in _paths(packed) if os.path.isabs(path.path))),
     )
 
 
@@ -90,7 +90,7 @@ def _location_problems(where: str, place: str) -> Iterator[Problem]:
     except ProblemReport as report:
         yield from report.problems
         return
-    if not is_url(place) and not os.path.isabs(place):
+    if is_relative(place):
         what = f"{place} is relative, and the job's working directory is thrown away at its end"
         remedy = "name a URL such as s3://bucket/prefix, or a whole path in a folder that the cluster's nodes share"
         yield Problem(where=where, what=what, remedy=remedy)
@@ -102,10 +102,6 @@ def _model_problems(config: MergeConfig) -> Iterator[Problem]:
             what = f"there is no folder {path} here, so nothing can tell what it would be on the cluster"
             remedy = "name the folder by its whole path on the cluster's nodes, or as s3://bucket/folder"
             yield Problem(where="config", what=what, remedy=remedy)
-
-
-def _is_folder_name(path: str) -> bool:
-    return os.path.isabs(path) and not is_url(path)
 
 
 def _refs(config: MergeConfig) -> Iterator[ModelRef]:
@@ -141,6 +137,6 @@ def _with_whole_paths_of(ref: ModelRef) -> ModelRef:
 
 
 def _whole_path(path: PathRef) -> PathRef:
-    if is_url(path.path) or not is_local_folder(path.path):
+    if path.location is not None or not is_local_folder(path.path):
         return path
     return PathRef(path=os.path.abspath(os.path.expanduser(path.path)), revision=path.revision)

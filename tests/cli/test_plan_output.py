@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.storage.object_journal import ObjectJournal
@@ -99,7 +100,7 @@ def test_sources_that_changed_since_the_merge_was_interrupted(
     path.write_text(yaml.safe_dump({**content, "base_model": str(base)}))
     digest = json.loads(cli("plan", path, "--json").out)["digest"]
     plan = raymoe.plan(path)
-    target = open_output(str(out), StorageOptions())
+    target = open_output(Location.parse(str(out)), StorageOptions())
     target.lock()
     target.begin(digest, SourceFiles(plan, None).fingerprints(), fresh=False)
     target.release()
@@ -129,5 +130,5 @@ def test_a_probe_of_another_process_is_no_output() -> None:
     store = open_store(url, StorageOptions())
     store.put(f"{url}/.raymoe/probe-0123", b"")
     assert StoreFiles(store, url).problems(ObjectJournal(StoreFiles(store, url)), "digest") == []
-    assert write_problems(open_output(url, StorageOptions()), StorageOptions()) == []
+    assert write_problems(open_output(Location.parse(url), StorageOptions()), StorageOptions()) == []
     assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]

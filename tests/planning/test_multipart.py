@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import raymoe
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_limits import MIN_PART_BYTES
 from raymoe.planning import MergePlan
@@ -379,6 +380,6 @@ def test_through_the_workers(config: Mapping[str, object], most: float, tmp_path
 def test_ways_say_the_same(tmp_path: Path) -> None:
     """What `raymoe plan` shows: sources on this disk are sent, all of them."""
     plan = hollow_plan(tmp_path, SMOLLM2)
-    ways = bytes_by_method(plan, open_output("s3://bucket/out", StorageOptions()))
+    ways = bytes_by_method(plan, open_output(Location.parse("s3://bucket/out"), StorageOptions()))
     assert set(ways) == {"local", "computed"}
     assert sum(ways.values()) == plan.totals.output_bytes

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from raymoe.errors import MergeFailed, ProblemReport
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
 from raymoe.runtime.run_report import RunReport, record_run
@@ -80,7 +81,7 @@ def test_the_outputs_own_result_follows_no_link(tmp_path: Path) -> None:
         own.unlink(missing_ok=True)
         own.symlink_to("../elsewhere")
         with record_run(None) as report:
-            report.output = str(out)
+            report.output = Location.parse(out)
         assert (tmp_path / "elsewhere").read_text() == content
         assert own.is_symlink() == (content == "mine")
 
@@ -106,7 +107,7 @@ def test_the_users_own_file_in_the_output_is_kept(
         own.write_text(content)
     before = written_as(own)
     with record_run(None) as report:
-        report.output, report.plan_digest, report.was_complete = str(tmp_path), "plan", was_complete
+        report.output, report.plan_digest, report.was_complete = Location.parse(tmp_path), "plan", was_complete
     assert written_as(own) == before
     assert not own.is_file() or own.read_text() == content
     (line,) = capsys.readouterr().err.splitlines()
@@ -118,12 +119,12 @@ def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixtur
     store = open_store(url, StorageOptions())
     store.put(f"{url}/result.json", b"mine")
     with record_run(None) as report:
-        report.output = url
+        report.output = Location.parse(url)
     assert store.read_all(f"{url}/result.json") == b"mine"
     assert "is no result of raymoe and is kept" in capsys.readouterr().err
     store.delete(f"{url}/result.json")
     with record_run(None) as report:
-        report.output = url
+        report.output = Location.parse(url)
     assert json.loads(store.read_all(f"{url}/result.json"))["exit_reason"] == "done"
 
 

@@ -26,7 +26,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.errors import ObjectChanged
 from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.registry import open_store
-from raymoe.sources.prompt_sampling import prompt_file_location, read_prompts, sample_prompts
+from raymoe.sources.prompt_sampling import read_prompts, sample_prompts
 
 TEXTS = [f"prompt {number} é\U0001f600" for number in range(1000)]
 
@@ -161,8 +161,9 @@ def test_places(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"file://{here}/deep/a.txt",
     ):
         assert drawn(file) == ("one",)
-        place = prompt_file_location(PromptFile(file=file))
-        assert place.removeprefix("file://") == f"{here}/deep/a.txt"
+        named = PromptFile(file=file)
+        assert named.absolute_name.removeprefix("file://") == named.location.text == f"{here}/deep/a.txt"
+        assert named.location.kind.is_local and named.absolute_name.startswith("file://") == file.startswith("file://")
 
 
 @pytest.mark.parametrize("name", ["big.txt", "big.txt.gz", "big.jsonl", "big.parquet"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from raymoe.errors import CheckpointError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.outputs.open_output import open_output
@@ -27,7 +28,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def started(place: Place, *, fresh: bool = False) -> Output:
-    output = open_output(place.location, OPTIONS)
+    output = open_output(Location.parse(place.location), OPTIONS)
     output.lock()
     output.begin("plan", {}, fresh=fresh)
     return output

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raymoe.sources.facts import SourceFile
 from raymoe.storage.locations import Inputs, is_in, is_same_place, overwrite_problem, source_folders
 
 
@@ -64,7 +65,7 @@ def test_every_name_that_leads_to_a_file_is_its_place(here: Path) -> None:
     (here / "store/blob").write_text("weights")
     (here / "data/base/step").symlink_to("../../store/blob")
     (here / "model/weights").symlink_to("../link/base/step")
-    folders = tuple(source_folders("base", (), [str(here / "model/weights")]))
+    folders = tuple(source_folders("base", (), [SourceFile(location=str(here / "model/weights"), size=7)]))
     for output in ("model", "current", "store"):
         assert overwrite_problem(str(here / output), Inputs(folders=folders)) is not None
     assert overwrite_problem(str(here / "elsewhere"), Inputs(folders=folders)) is None

@@ -18,7 +18,7 @@ from raymoe.export.gguf.metadata import add_metadata
 from raymoe.export.gguf.mixture_checks import is_zero
 from raymoe.export.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems
 from raymoe.export.gguf.pretokenizer import KNOWN
-from raymoe.export.gguf.staging_file import StagingFile, disk_space_problems, open_staging_file
+from raymoe.export.gguf.staging_file import StagingFile, disk_space_problems, open_staging_file, output_path
 from raymoe.export.gguf.tensor_layout import GgufTensor, file_tensors
 from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from raymoe.formatting import human_bytes
@@ -65,12 +65,13 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
     Raises ProblemReport, and leaves no file, with everything that is wrong.
     """
     options = options or GgufOptions()
-    path = Path(output).expanduser().absolute()
     collector = ProblemCollector(option_problems(options))
+    path = collector.run(output_path, output)
     with ExitStack() as stack:
-        file = collector.run(lambda: stack.enter_context(open_staging_file(output, overwrite=options.overwrite)))
+        opened = path and open_staging_file(path, overwrite=options.overwrite)
+        file = collector.run(stack.enter_context, opened) if opened else None
         model = collector.run(lambda: stack.enter_context(open_model(source, options)))
-        if model is None or not has_gguf():
+        if path is None or model is None or not has_gguf():
             raise collector.report()
         conversion = _plan_conversion(model, path, options, collector)
         assert file is not None

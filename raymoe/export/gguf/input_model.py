@@ -26,7 +26,7 @@ from raymoe.errors import Problem, ProblemReport
 from raymoe.export.gguf.llama_cpp_archs import DENSE, MIXTURES, UNCHANGED_REMEDY
 from raymoe.export.gguf.mixture_checks import ReadChunks, check_mixture
 from raymoe.export.gguf.options import GgufOptions
-from raymoe.object_store.urls import is_url
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning import MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
@@ -36,7 +36,6 @@ from raymoe.sources.facts import CheckpointIndex, ModelFacts, SourceFile, Tensor
 from raymoe.sources.resolve import fetch_side_files, resolve_model
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.locations import Inputs, input_paths
-from raymoe.storage.outputs.open_output import output_location
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
 
@@ -73,18 +72,19 @@ def open_model(source: str | Path, options: GgufOptions) -> Iterator[InputModel]
     path = Path(source).expanduser()
     # What is no folder is a config, unless it is a file of a checkpoint.
     is_config = path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and not _is_of_a_checkpoint(path))
-    if not is_url(str(source)) and is_config and not path.is_dir():
+    is_local = LocationKind.of(str(source)).is_local
+    if is_local and is_config and not path.is_dir():
         with _open_planned(path, options) as model:
             yield model
         return
-    if not is_url(str(source)) and path.is_file():
+    if is_local and path.is_file():
         remedy = "name the folder of a checkpoint, or the config of a merge"
         raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
     if options.config_options:
         what, remedy = "means nothing for a checkpoint", "leave it out, or name the config of a merge"
         raise ProblemReport([Problem(where=", ".join(options.config_options), what=what, remedy=remedy)])
     card = read_front_matter(open_checkpoint(source, options.storage))
-    facts = resolve_model(ModelRef(model=PathRef(path=output_location(source))), options.hub, options.storage)
+    facts = resolve_model(ModelRef(model=PathRef(path=Location.parse(source).text)), options.hub, options.storage)
     with SourceReader(options.hub, options.storage) as reader:
         yield _model(
             facts,

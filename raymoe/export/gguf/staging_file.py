@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
-from raymoe.object_store.urls import check_spelling, is_url
+from raymoe.object_store.location import Location
 from raymoe.storage.atomic_file import sync_folder
 from raymoe.storage.linux_io import allocate, start_writeback
 from raymoe.storage.locations import is_in_job_package
@@ -29,15 +29,20 @@ _PART = ".raymoe-part"  # browsers and download tools use '.part'
 _MAGIC = b"GGUF"
 
 
-def _path_problems(output: str | Path, path: Path) -> list[Problem]:
-    """What can be said against the place itself."""
-    if is_url(str(output)):
-        remedy = "write it to a local file, and copy that"
-        return [Problem(where=str(output), what="a GGUF file is written to a local path", remedy=remedy)]
+def output_path(output: str | Path) -> Path:
+    """The absolute path of the file, as a user names it. Raises ProblemReport for what is no local path."""
     try:
-        check_spelling(str(output))
+        location = Location.parse(output)
     except ValueError as error:
-        return [Problem(where=str(output), what=str(error), remedy="name a local file")]
+        raise ProblemReport([Problem(where=str(output), what=str(error), remedy="name a local file")]) from None
+    if not location.kind.is_local:
+        what, remedy = "a GGUF file is written to a local path", "write it to a local file, and copy that"
+        raise ProblemReport([Problem(where=location.text, what=what, remedy=remedy)])
+    return Path(location.text)
+
+
+def _path_problems(path: Path) -> list[Problem]:
+    """What can be said against the place itself."""
     if is_in_job_package(str(path)):
         what = "it is in the working directory of a Ray job, which Ray deletes when the job has ended"
         return [Problem(where=str(path), what=what, remedy="name a file in a folder that stays, by its whole path")]
@@ -150,10 +155,9 @@ class StagingFile:
 
 
 @contextmanager
-def open_staging_file(output: str | Path, *, overwrite: bool = False) -> Iterator[StagingFile]:
+def open_staging_file(path: Path, *, overwrite: bool = False) -> Iterator[StagingFile]:
     """A file that is gone again unless it was committed. Raises ProblemReport where it can't be, or one is there."""
-    path = Path(output).expanduser().absolute()
-    if problems := _path_problems(output, path):
+    if problems := _path_problems(path):
         raise ProblemReport(problems)
     try:
         file = StagingFile(path, overwrite=overwrite)

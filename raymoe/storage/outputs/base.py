@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem
+from raymoe.object_store.location import Location
 from raymoe.planning.owner import ROUTER
 from raymoe.planning.plan import Shard
 from raymoe.sources.facts import SourceFile
@@ -30,7 +31,7 @@ class BaseOutput(ABC):
     """The part of `Output` that does not depend on the back end."""
 
     def __init__(self, files: OutputFiles, journal: BaseJournal) -> None:
-        self.location = files.location
+        self.location = Location.of(files.location)
         self.files = files
         self.journal = journal
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
-from raymoe.object_store.urls import is_url
 from raymoe.planning.multipart import CopyRange, spans
 from raymoe.planning.plan import Shard
 from raymoe.storage.atomic_file import sync_folder
@@ -54,7 +53,7 @@ class LocalOutput(BaseOutput):
             return [*problems, *self._room_problems(output_bytes)]
         except OSError as error:  # a name that is too long, a folder that may not be listed
             what = f"can't be used: {error.strerror or error}"
-            return [Problem(where=self.location, what=what, remedy="choose another output")]
+            return [Problem(where=self.location.text, what=what, remedy="choose another output")]
 
     def _unusable_problems(self) -> list[Problem]:
         parent = _existing(self.root)
@@ -63,19 +62,19 @@ class LocalOutput(BaseOutput):
         what = f"{parent} is a file, so that no folder can be in it"
         if parent == self.root:
             what = "the output is a file"
-        return [Problem(where=self.location, what=what, remedy="name a folder")]
+        return [Problem(where=self.location.text, what=what, remedy="name a folder")]
 
     def _room_problems(self, output_bytes: int) -> list[Problem]:
         parent = _existing(self.root)
         if not os.access(parent, os.W_OK | os.X_OK):
             what = f"no permission to write in {parent}"
             remedy = "choose another output, or change the folder's permissions"
-            return [Problem(where=self.location, what=what, remedy=remedy)]
+            return [Problem(where=self.location.text, what=what, remedy=remedy)]
         free, missing = shutil.disk_usage(parent).free, output_bytes - _reusable_bytes(self.root)
         if free >= missing:
             return []
         what = f"not enough disk: {missing:,} bytes are to be written, {free:,} are free"
-        return [Problem(where=self.location, what=what, remedy="make room, or choose another output")]
+        return [Problem(where=self.location.text, what=what, remedy="make room, or choose another output")]
 
     def lock(self) -> None:
         try:
@@ -207,7 +206,7 @@ class LocalOutput(BaseOutput):
         except OSError as error:
             claim = self.journal.claim()
             if claim is not None and claim.run != self.run:  # and so has taken away what this run writes through
-                raise taken_over_error(self.location) from error
+                raise taken_over_error(self.location.text) from error
             raise _write_error(place, error) from error
         finally:
             with contextlib.suppress(OSError):
@@ -231,7 +230,7 @@ def _unusable_output(root: Path, error: OSError) -> ProblemReport:
 def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
     """The shard's copies from files of this machine, which may be on the output's own filesystem."""
     for span in spans(shard.parts):
-        if isinstance(span.what, CopyRange) and not is_url(span.what.file.location):
+        if isinstance(span.what, CopyRange) and not span.what.file.kind.is_object:
             with reader.open_descriptor(span.what.file) as descriptor:
                 yield descriptor, span.what.start, span.what.end, span.start
 

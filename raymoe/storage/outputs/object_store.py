@@ -201,7 +201,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         what is left, and the next run finds it there."""
         if self._has_open_work():
             options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
-            files = StoreFiles(open_store(self.location, options), self.location)
+            files = StoreFiles(open_store(self.location.text, options), self.location.text)
             with contextlib.suppress(StorageError):
                 self._release(cast(_Store, files.store), ObjectJournal(files, self.run))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.urls import check_spelling, is_s3, is_url, local_path, normalize_url
 from raymoe.storage.locations import is_in_job_package
 from raymoe.storage.outputs.fsspec import StreamOutput
 from raymoe.storage.outputs.local import LocalOutput
@@ -16,48 +16,39 @@ from raymoe.storage.outputs.s3 import S3Output
 _EXAMPLE = "name a folder, or a URL such as s3://bucket/prefix"
 
 
-def output_location(text: str | Path) -> str:
-    """An output as a user names it, as an absolute path or a URL in normal form. Raises ValueError for a bad URL."""
-    check_spelling(str(text))
-    if not is_url(str(text)):
-        return str(Path(text).expanduser().absolute())
-    url = normalize_url(str(text))
-    return local_path(url) or url
-
-
-def writable_location(text: str | Path, where: str, *, example: str = _EXAMPLE) -> str:
-    """The same for a place that is to be written to. Raises ProblemReport for one that can't be, whatever is there.
+def writable_location(text: str | Path, where: str, *, example: str = _EXAMPLE) -> Location:
+    """A place that is to be written to, as a user names it. Raises ProblemReport for one that can't be, whatever is
+    there.
 
     `where` is the argument or option that names it; `example` is what to name instead.
     """
     try:
-        location = output_location(text)
+        location = Location.parse(text)
     except ValueError as error:
         raise ProblemReport([Problem(where=where, what=str(error), remedy=example)]) from None
-    if problem := unwritable_problem(str(text), location, where, example):
+    if problem := unwritable_problem(location, where, example):
         raise ProblemReport([problem])
     return location
 
 
-def unwritable_problem(text: str, location: str, where: str, example: str) -> Problem | None:
+def unwritable_problem(location: Location, where: str, example: str) -> Problem | None:
     """What is wrong with a kind of place for anything that is to stay."""
-    if location.startswith(("http://", "https://")):
+    if location.is_web_address:
         remedy = f"{example}; the address of an S3 server is set as storage.endpoint or AWS_ENDPOINT_URL"
         return Problem(where=where, what=f"nothing can be written to {location}: HTTP is for reading", remedy=remedy)
-    if text.strip().lower().startswith("hf://"):
+    if location.kind is LocationKind.HUB:
         what = "files are not written to the Hub one by one"
         return Problem(where=where, what=what, remedy=f"{example}, and publish it with `raymoe push`")
-    if not is_url(location) and is_in_job_package(location):
+    if location.kind.is_local and is_in_job_package(location.text):
         what = f"{location} is in the working directory of a Ray job, which Ray deletes when the job has ended"
         remedy = "name a URL in a bucket, or the whole path of a place that stays, in a folder that the nodes share"
         return Problem(where=where, what=what, remedy=remedy)
     return None
 
 
-def open_output(location: str, storage: StorageOptions, run: str = "") -> Output:
+def open_output(location: Location, storage: StorageOptions, run: str = "") -> Output:
     """The output at a location; an actor names the `run` that it works for."""
-    if not is_url(location):
-        return LocalOutput(Path(location), run)
-    if is_s3(location):
-        return S3Output(location, storage, run)
-    return StreamOutput(location, storage, run)
+    if location.kind.is_local:
+        return LocalOutput(Path(location.text), run)
+    store_output = S3Output if location.kind is LocationKind.S3 else StreamOutput
+    return store_output(location.text, storage, run)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.object_store.errors import StorageError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import is_url, join_url
 from raymoe.planning.owner import BASE
 from raymoe.planning.plan import MergePlan, Source
 from raymoe.safe_text import json_text
@@ -31,7 +31,7 @@ def plan_output_problems(
     """
     inputs = inputs or Inputs()
     folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
-    files = [side.file.location for side in (*plan.side_files, *plan.gates.tokenizer_files)]
+    files = [side.file for side in (*plan.side_files, *plan.gates.tokenizer_files)]
     folders += source_folders(str(BASE), (), files)
     if problem := input_conflict(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
@@ -53,16 +53,16 @@ def _other_file_problems(plan: MergePlan, output: Output) -> list[Problem]:
         return []
     what = f"files of another model are beside the unfinished merge here: {short_list(names, most=3)}"
     remedy = "use --overwrite to remove them and begin again, or remove them yourself to go on"
-    return [Problem(where=output.location, what=what, remedy=remedy)]
+    return [Problem(where=output.location.text, what=what, remedy=remedy)]
 
 
 def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
     """What keeps this process from writing to an output that is in order otherwise, found by trying: an object of a few
     bytes is put there and deleted. What a folder allows its `problems` tell without."""
-    if not is_url(output.location):
+    if not output.location.kind.is_object:
         return []
-    store, name = open_store(output.location, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
-    url = join_url(output.location, name)
+    store, name = open_store(output.location.text, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
+    url = output.location.join(name).text
     problems: list[Problem] = []
     try:
         store.put(url, b"raymoe: may be deleted")
@@ -75,18 +75,18 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
             problems += [] if problems else error.problems
     # The permissions are needed on all that is to be written, not on this name.
     return [
-        Problem(where=output.location, what=p.what.replace(name, "*"), remedy=p.remedy.replace(name, "*"))
+        Problem(where=output.location.text, what=p.what.replace(name, "*"), remedy=p.remedy.replace(name, "*"))
         for p in problems
     ]
 
 
 def input_conflict(output: Output, inputs: Inputs) -> Problem | None:
     """The problem of an output whose merge would remove or replace something that it reads."""
-    return overwrite_problem(output.location, inputs, output.recorded_files())
+    return overwrite_problem(output.location.text, inputs, output.recorded_files())
 
 
 def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
-    return source_folders(str(source.owner), source.folders, (file.location for file in source.files))
+    return source_folders(str(source.owner), source.folders, source.files)
 
 
 def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
@@ -99,15 +99,15 @@ def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None
     return found if found is not None and found.digest == plan.digest else None
 
 
-def rewritten_sources(plan: MergePlan, location: str, finished: FinishedMerge) -> list[str]:
+def rewritten_sources(plan: MergePlan, location: Location, finished: FinishedMerge) -> list[str]:
     """Local weights that were written after the finished merge, although their recorded samples are unchanged.
 
     They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
     beside an output in an object store, whose times are of another clock.
     """
-    if is_url(location):
+    if not location.kind.is_local:
         return []
-    when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    when = os.stat(location.join(RECORD_NAME).text).st_mtime_ns
     names = {file.location for source in plan.sources for file in source.files} & finished.local_files.keys()
     return sorted(name for name in names if os.path.exists(name) and os.stat(name).st_mtime_ns > when)
 
@@ -116,10 +116,10 @@ def _missing_card_problem(plan: MergePlan, output: Output, finished: FinishedMer
     if not plan.options.model_card or any(file.name == CARD_NAME for file in finished.files):
         return []
     what, remedy = "the finished merge here has no model card", "use --no-write-model-card, or --overwrite"
-    return [Problem(where=output.location, what=what, remedy=remedy)]
+    return [Problem(where=output.location.text, what=what, remedy=remedy)]
 
 
-def _newer_source_problems(plan: MergePlan, location: str, finished: FinishedMerge) -> list[Problem]:
+def _newer_source_problems(plan: MergePlan, location: Location, finished: FinishedMerge) -> list[Problem]:
     """Local models that are others now than those that the finished merge was made of.
 
     Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
@@ -131,15 +131,15 @@ def _newer_source_problems(plan: MergePlan, location: str, finished: FinishedMer
     known = {file.location for file in files if file.location in finished.local_files}
     samples = {file.location: recorded_sample(file) for file in files if file.location in known}
     other = {name for name, now in samples.items() if now is not None and now != finished.local_files[name]}
-    if not is_url(location):
-        when = os.stat(os.path.join(location, RECORD_NAME)).st_mtime_ns
+    if location.kind.is_local:
+        when = os.stat(location.join(RECORD_NAME).text).st_mtime_ns
         judged = [file for file in files if file.location not in known]
         if not known:
             judged += [side.file for side in plan.side_files]
-        names = {file.location for file in judged if not is_url(file.location) and os.path.exists(file.location)}
+        names = {file.location for file in judged if file.kind.is_local and os.path.exists(file.location)}
         other |= {name for name in names if os.stat(name).st_mtime_ns > when}
     if not other:
         return []
     what = f"the merge here was made of other sources than are there now: {short_list(sorted(other), most=3)}"
     remedy = "use --overwrite to merge them again, or keep it as it is (`raymoe push` publishes it)"
-    return [Problem(where=location, what=what, remedy=remedy)]
+    return [Problem(where=location.text, what=what, remedy=remedy)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raymoe.errors import Problem
+from raymoe.object_store.location import Location
 from raymoe.planning.multipart import UploadPart
 from raymoe.planning.plan import Part, Shard
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -50,9 +51,9 @@ class ShardJob:
 
 
 class Output(Protocol):
-    """One output. `location` is its absolute path or URL."""
+    """One output, and where it is."""
 
-    location: str
+    location: Location
 
     @property
     def run(self) -> str:

@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raymoe.object_store.errors import UploadNotFound, object_replaced_error
+from raymoe.object_store.location import LocationKind
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import MultipartStore, ObjectInfo, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
-from raymoe.object_store.urls import is_s3
 from raymoe.planning.multipart import UploadPart, upload_parts
 from raymoe.planning.plan import Columns, Shard, Transform
 from raymoe.sources.facts import SourceFile
@@ -65,7 +65,7 @@ class S3Output(StoreOutput[MultipartStore]):
         self._abort(earlier, self.journal.check_run)
 
     def same_store(self, file: SourceFile) -> bool:
-        return is_s3(file.location)
+        return file.kind is LocationKind.S3
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         name = shard.file_name

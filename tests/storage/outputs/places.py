@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergePlan
 from raymoe.planning.plan import Shard
@@ -99,7 +100,7 @@ def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
 
 def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
     """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
-    output = open_output(place.location, OPTIONS)
+    output = open_output(Location.parse(place.location), OPTIONS)
     output.lock()
     output.begin(plan.digest, {}, fresh=fresh)
     return output

@@ -16,6 +16,7 @@ import xxhash
 
 import raymoe
 from raymoe.errors import CheckpointError, MergeFailed, Problem
+from raymoe.object_store.location import Location
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
@@ -63,7 +64,7 @@ def plan(zoo: Callable[..., Path]) -> MergePlan:
 
 
 def opened(place: Place) -> Output:
-    return open_output(place.location, OPTIONS)
+    return open_output(Location.parse(place.location), OPTIONS)
 
 
 def problems(place: Place, digest: str | None, *, overwrite: bool = False) -> list[str]:

@@ -15,10 +15,11 @@ import pytest
 import xxhash
 
 from raymoe.errors import CheckpointError, MergeFailed, Problem
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.storage.output_files import FolderFiles
 from raymoe.storage.outputs.local import LocalOutput, file_checksum
-from raymoe.storage.outputs.open_output import open_output, output_location
+from raymoe.storage.outputs.open_output import open_output
 from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES
 
 INDEX = "model.safetensors.index.json"
@@ -163,7 +164,7 @@ def problems(root: Path, *, overwrite: bool = False, digest: str | None = "plan"
 
 
 def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
-    output = open_output(output_location(f"file://{tmp_path}/out"), StorageOptions())
+    output = open_output(Location.parse(f"file://{tmp_path}/out"), StorageOptions())
     assert isinstance(output, LocalOutput) and output.root == tmp_path / "out"
 
 

@@ -18,6 +18,7 @@ import pytest
 from raymoe.errors import MergeFailed, Problem
 from raymoe.object_store.errors import UploadNotFound
 from raymoe.object_store.fsspec_store import FsspecStore
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME
 from raymoe.storage.locations import Inputs
@@ -217,7 +218,7 @@ def test_files_of_a_foreign_record_are_sources(place: str, tmp_path: Path, is_fo
     filesystem.makedirs(path, exist_ok=True)
     record = {"files": {"experts/x/model.safetensors": {"size": 1}, "base.yaml": {"size": 1}}}
     filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps(record).encode())
-    output: Output = open_output(out, OPTIONS)
+    output: Output = open_output(Location.parse(out), OPTIONS)
     assert input_conflict(output, Inputs(folders=(("expert 0", f"{out}/experts/x"),))) is not None
     assert input_conflict(output, Inputs(files=(("the config", f"{out}/base.yaml"),))) is not None
     assert input_conflict(output, Inputs(folders=(("expert 0", f"{out}/experts/y"),))) is None
@@ -233,7 +234,7 @@ def test_a_record_that_names_a_folder_and_the_journal(place: str, tmp_path: Path
     filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps(record).encode())
     filesystem.pipe_file(f"{path}/old.txt", b"x")
     filesystem.pipe_file(f"{path}/sub/mine.txt", b"x")
-    output: Output = open_output(out, OPTIONS)
+    output: Output = open_output(Location.parse(out), OPTIONS)
     output.lock()
     output.begin("plan", {}, fresh=True)
     assert output.is_reachable()
@@ -255,7 +256,7 @@ def test_overwrite_removes_a_result_of_raymoe_alone(
         filesystem.pipe_file(f"{path}/result.json", content)
         files = {"result.json": {"size": 1}} if is_recorded else {}
         filesystem.pipe_file(f"{path}/{RECORD_NAME}", json.dumps({"files": files}).encode())
-        output: Output = open_output(out, OPTIONS)
+        output: Output = open_output(Location.parse(out), OPTIONS)
         output.lock()
         output.begin("plan", {}, fresh=True)
         output.release()

@@ -22,6 +22,7 @@ import pytest
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.object_store.errors import StorageError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions, MergePlan
@@ -331,7 +332,7 @@ out, run, path = sys.argv[1:]
 with open(path, "rb") as file:
     job = pickle.load(file)
 with SourceReader(HubOptions()) as reader:
-    result = open_output(out, StorageOptions(), run).do(job, reader, lambda sent, copied: None)
+    result = open_output(Location.parse(out), StorageOptions(), run).do(job, reader, lambda sent, copied: None)
 with open(path, "wb") as file:
     pickle.dump(result, file)
 """
@@ -628,7 +629,7 @@ def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
     assert plan.digest != raymoe.plan(config, MERGE).digest
     target = started(plan, out)
     try:
-        worker = ExpertWorker(out, RuntimeSettings(storage=OPTIONS, strict=True), target.run)
+        worker = ExpertWorker(Location.parse(out), RuntimeSettings(storage=OPTIONS, strict=True), target.run)
         of_expert = [shard for shard in plan.shards if shard.owner == Owner.expert(0)]
         jobs = [job for shard in of_expert for job in target.jobs(shard)]
         assert any(part.copy for job in jobs for part in job.parts)

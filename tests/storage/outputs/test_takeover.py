@@ -19,6 +19,7 @@ import pytest
 
 import raymoe
 from raymoe.errors import MergeFailed, ProblemReport, RaymoeError
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.s3_store import S3Store
 from raymoe.planning import MergeOptions, MergePlan
@@ -129,7 +130,7 @@ def test_late_actor(
     first = started(place, old)
     shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
     # moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
-    actor = open_output(place.location, StorageOptions(deadline_s=5), first.run)
+    actor = open_output(Location.parse(place.location), StorageOptions(deadline_s=5), first.run)
     jobs = first.jobs(shard)
 
     def work() -> None:
@@ -326,7 +327,7 @@ def test_old_run_completes_a_shard_while_the_new_one_is_at_work(
                 first.write_small("config.json", b'{"old": true}')
             first.release()
 
-        second = open_output(place.location, OPTIONS)
+        second = open_output(Location.parse(place.location), OPTIONS)
         calls = Interrupted(second, at, go_on)
         try:
             second.begin(new.digest, {}, fresh=other_plan)
@@ -357,7 +358,10 @@ def test_a_run_that_begins_late(
     at, more = 0, True
     while more:
         place = Place(f"{store_place.location}-{at}")
-        late, other_run = open_output(place.location, OPTIONS), TakeOver(place, new, fresh=False, until=until)
+        late, other_run = (
+            open_output(Location.parse(place.location), OPTIONS),
+            TakeOver(place, new, fresh=False, until=until),
+        )
         assert late.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
 
         def come_in(other_run: TakeOver = other_run) -> None:
@@ -386,7 +390,7 @@ def test_a_run_that_goes_on_late(
     for at in range(steps(store_place, 0) * 4 + 1):  # on a server before the claim alone
         place = Place(f"{store_place.location}-{at}")
         started(place, plans[0])
-        late = open_output(place.location, OPTIONS)
+        late = open_output(Location.parse(place.location), OPTIONS)
         Interrupted(late, at, TakeOver(place, small, fresh=True, until="done"))
         with pytest.raises(ProblemReport, match="the output holds a finished merge"):
             late.begin(plans[0].digest, {}, fresh=False)
@@ -396,7 +400,7 @@ def test_a_run_that_goes_on_late(
 def command(place: Place, plan: MergePlan, *, overwrite: bool = False) -> None:
     """What `raymoe merge` does with an output, but for Ray. Raises what it raises."""
     settings = RuntimeSettings(verbosity=-1, overwrite=overwrite, storage=OPTIONS)
-    output, sources = open_output(place.location, OPTIONS), SourceFiles(plan, None)
+    output, sources = open_output(Location.parse(place.location), OPTIONS), SourceFiles(plan, None)
     if problems := output_problems(plan, output, settings):
         raise ProblemReport(problems)
     try:
@@ -464,7 +468,7 @@ def test_a_file_of_another_model_ends_the_merge(
 def test_two_runs_of_one_merge_end_at_once(store_place: Place, plans: tuple[MergePlan, MergePlan]) -> None:
     """The later run's claim comes between the record of the older one and its last look. Both find the merge done."""
     plan = plans[0]
-    older, later = started(store_place, plan), open_output(store_place.location, OPTIONS)
+    older, later = started(store_place, plan), open_output(Location.parse(store_place.location), OPTIONS)
     assert isinstance(older, StoreOutput) and isinstance(later, StoreOutput)
     shards, settings = write_shards(older, plan), RuntimeSettings(verbosity=-1, storage=OPTIONS)
     store, claims = later._store, list[Any]()
@@ -616,7 +620,7 @@ def test_killed_while_the_journal_is_removed(place: Place, plans: tuple[MergePla
         is_over = end_or_die(output, record_of(plan, records), at)
         killed_driver(output)
         if RECORD_NAME in here.files():
-            again = open_output(here.location, OPTIONS)
+            again = open_output(Location.parse(here.location), OPTIONS)
             assert again.problems(digest=plan.digest, output_bytes=0, overwrite=False) == []
             assert find_complete_merge(plan, again) is not None and find_complete_merge(plans[1], again) is None
             assert again.problems(digest=plans[1].digest, output_bytes=0, overwrite=False) != []
@@ -667,14 +671,16 @@ def test_the_result_of_a_run_that_failed_is_not_in_the_way(
     filesystem, path = fsspec.url_to_fs(place.location)
     filesystem.makedirs(path, exist_ok=True)
     filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "refused", "raymoe_version": "1"}')
-    output = open_output(place.location, OPTIONS)
+    output = open_output(Location.parse(place.location), OPTIONS)
     assert output.problems(digest=plans[0].digest, output_bytes=0, overwrite=False) == []
     output.lock()
     output.begin(plans[0].digest, {}, fresh=False)
     output.release()
     filesystem.rm(f"{path}/.raymoe", recursive=True)
     filesystem.pipe_file(f"{path}/{name}", b'{"exit_reason": "mine"}')
-    (problem,) = open_output(place.location, OPTIONS).problems(digest=plans[0].digest, output_bytes=0, overwrite=False)
+    (problem,) = open_output(Location.parse(place.location), OPTIONS).problems(
+        digest=plans[0].digest, output_bytes=0, overwrite=False
+    )
     assert "not empty" in problem.what
 
 
@@ -685,7 +691,7 @@ def test_finished_merge_that_lacks_a_file(place: Place, plans: tuple[MergePlan, 
     filesystem, path = fsspec.url_to_fs(place.location)
     filesystem.rm_file(f"{path}/{plan.shards[0].file_name}")
     filesystem.pipe_file(f"{path}/{plan.shards[1].file_name}", b"short")
-    output = open_output(place.location, OPTIONS)
+    output = open_output(Location.parse(place.location), OPTIONS)
     (problem,) = output.problems(digest=plan.digest, output_bytes=0, overwrite=False)
     assert f"{plan.shards[0].file_name} is missing" in problem.what
     assert f"{plan.shards[1].file_name} has 5 bytes, and had {plan.shards[1].nbytes:,}" in problem.what
@@ -713,7 +719,7 @@ def test_journal_of_an_older_raymoe(place: Place, plans: tuple[MergePlan, MergeP
     for name, content in OLD_JOURNAL.items():
         filesystem.makedirs(f"{path}/.raymoe/{name}".rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(f"{path}/.raymoe/{name}", json.dumps(content).replace("DIGEST", plan.digest).encode())
-    output = open_output(place.location, OPTIONS)
+    output = open_output(Location.parse(place.location), OPTIONS)
     (problem,) = output.problems(digest=plan.digest, output_bytes=0, overwrite=False)
     assert "an unfinished merge of another version of raymoe" in problem.what
     assert output.digest() is None
@@ -730,7 +736,7 @@ def test_interrupted_while_it_removes_the_old_merge(
 
     def once(place: Place, at: int) -> int:
         finish(started(place, old), old)
-        second = open_output(place.location, OPTIONS)
+        second = open_output(Location.parse(place.location), OPTIONS)
 
         def die() -> None:
             raise Died
@@ -742,7 +748,7 @@ def test_interrupted_while_it_removes_the_old_merge(
             pass
         else:
             return calls.calls
-        again = open_output(place.location, OPTIONS)
+        again = open_output(Location.parse(place.location), OPTIONS)
         has_begun = not again.problems(digest=new.digest, output_bytes=0, overwrite=False)
         again.begin(new.digest, {}, fresh=not has_begun)
         finish(again, new)
