@@ -16,7 +16,7 @@ import pytest
 from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
 from raymoe.export.gguf.input_model import _PlannedParts
-from raymoe.export.gguf.staging_file import disk_space_problems, open_staging_file
+from raymoe.export.gguf.staging_file import disk_space_problems, open_staging_file, output_path
 from tests.cli.commands import write_config
 from tests.pico import copy_model, merge_config
 
@@ -189,11 +189,16 @@ def test_a_limit_that_is_met_while_writing(zoo: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["s3:/bucket/m.gguf", "s3:m.gguf", "gs//bucket/m.gguf"])
-def test_places_that_look_like_urls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ProblemReport, match="looks like a URL"), open_staging_file(name):
-        pass
-    assert not list(tmp_path.iterdir())
+def test_places_that_look_like_urls(name: str) -> None:
+    with pytest.raises(ProblemReport, match="looks like a URL"):
+        output_path(name)
+
+
+def test_only_local_files_are_written(tmp_path: Path) -> None:
+    assert output_path(f"file://{tmp_path}/m.gguf") == output_path(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    for name in ("s3://bucket/m.gguf", "gs://bucket/m.gguf", "hf://org/name/m.gguf"):
+        with pytest.raises(ProblemReport, match="a GGUF file is written to a local path"):
+            output_path(name)
 
 
 def test_what_is_read_is_not_replaced(zoo: Callable[..., Path], tmp_path: Path) -> None:
