@@ -9,7 +9,7 @@ which may take long or never happen. Both are asked whether they are up until th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -63,13 +63,24 @@ class Lane:
         return len(self.running) < self.capacity
 
 
+@dataclass(frozen=True, eq=False)
+class Helper:
+    """An actor that takes no work of its own: jobs of other actors need it (see `ShardMethod`).
+
+    `label` is what messages call it. `start` starts it and gives its handle; it may not be up yet.
+    """
+
+    label: str
+    start: Callable[[], Any]
+
+
 @dataclass(eq=False)
 class PoolActor:
     """An actor's handle, and what is known of it.
 
-    `has_gpu`: it was given one. `reads_for`: the members whose prompts it reads now or read last. `info`: what it said
-    when it came up. `status`: what it said last, since it came up. `pending_ping` and `pending_status` refer to answers
-    that it still owes.
+    `has_gpu`: it was given one. `helper`: what it was started as, if it takes no work of its own. `reads_for`: the
+    members whose prompts it reads now or read last. `info`: what it said when it came up. `status`: what it said last,
+    since it came up. `pending_ping` and `pending_status` refer to answers that it still owes.
     """
 
     handle: Any
@@ -78,6 +89,7 @@ class PoolActor:
     prompts: Lane = field(default_factory=Lane)
     layers: Lane = field(default_factory=Lane)
     shards: Lane = field(default_factory=Lane)
+    helper: Helper | None = None
     state: ActorState = ActorState.STARTING
     reads_for: tuple[Owner, ...] = ()
     info: ActorInfo | None = None
@@ -91,10 +103,6 @@ class PoolActor:
     @property
     def is_up(self) -> bool:
         return self.state is ActorState.UP
-
-    @property
-    def sees_output(self) -> bool:
-        return self.info is not None and self.info["output_visible"]
 
     @property
     def on_gpu(self) -> bool:
@@ -111,18 +119,18 @@ class PoolActor:
 
 
 class ActorPool:
-    """The actors that are given work, and the writer, which writes what actors of other nodes send."""
+    """The actors that are given work, and the helpers that their jobs need."""
 
     def __init__(self, actors: Sequence[PoolActor], transport: Transport, files: Sequence[SourceFile] = ()) -> None:
         """`files` are those that each actor is asked about when it comes up."""
         self._actors, self._transport, self._files = list(actors), transport, files
-        self.writer: PoolActor | None = None
+        self.helpers: dict[Helper, PoolActor] = {}  # those that have been started
         self.statuses: dict[int, Status] = {}  # also of actors that are dead by now
         self.version = 0  # another one after each change of a state
 
     @property
     def actors(self) -> list[PoolActor]:
-        """Those that are up, or may still come; without the writer."""
+        """Those that are up, or may still come; without helpers."""
         return [actor for actor in self._actors if actor.state is not ActorState.DEAD]
 
     @property
@@ -130,16 +138,22 @@ class ActorPool:
         return [actor for actor in self._actors if actor.is_up]
 
     @property
-    def everyone(self) -> list[PoolActor]:
-        return [*self.actors, *([self.writer] if self.writer is not None else [])]
+    def with_helpers(self) -> list[PoolActor]:
+        return [*self.actors, *self.helpers.values()]
 
     @property
     def pending_pings(self) -> dict[Any, PoolActor]:
-        return {actor.pending_ping: actor for actor in self.everyone if actor.pending_ping is not None}
+        return {actor.pending_ping: actor for actor in self.with_helpers if actor.pending_ping is not None}
 
-    def set_writer(self, handle: Any) -> None:
-        """The writer has been started. Its number comes after all others."""
-        self.writer = PoolActor(handle, len(self._actors))
+    def start_helper(self, helper: Helper) -> None:
+        """Start a helper. Its number comes after all others."""
+        number = len(self._actors) + len(self.helpers)
+        self.helpers[helper] = PoolActor(helper.start(), number, helper=helper)
+
+    def end_helpers(self) -> None:
+        """End the helpers for good."""
+        for actor in self.helpers.values():
+            self._transport.end(actor.handle, for_good=True)
 
     def change(self, actor: PoolActor, event: ActorEvent) -> None:
         """The one place where an actor's state changes."""
@@ -154,12 +168,12 @@ class ActorPool:
         is being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again.
         """
         now = self._transport.now()
-        for actor in self.everyone:
+        for actor in self.with_helpers:
             if not actor.is_up and actor.pending_ping is None and now - actor.last_ping >= PING_INTERVAL_S:
                 actor.pending_ping, actor.last_ping = actor.handle.describe.remote(self._files), now
 
     def take_ping_reply(self, actor: PoolActor) -> bool:
-        """Whether the actor is up now. Raises MergeFailed if it never will be and was the last one, or the writer."""
+        """Whether the actor is up now. Raises MergeFailed if it never will be and was the last one, or is a helper."""
         from ray.exceptions import RayError
 
         reply, actor.pending_ping = actor.pending_ping, None
@@ -182,8 +196,8 @@ class ActorPool:
         if may_come and actor.startup_failures < _MAX_STARTUP_FAILURES:
             return
         self.change(actor, ActorEvent.GIVEN_UP)
-        subject = "the actor that writes to the output" if actor is self.writer else "no actor is left: the last one"
-        if actor is self.writer or not self.actors:
+        subject = actor.helper.label if actor.helper is not None else "no actor is left: the last one"
+        if actor.helper is not None or not self.actors:
             if (cause := cause_of(error)) is not error:  # it lives, and can't do what it is there for
                 raise MergeFailed(f"{subject} can't work: {error_text(cause)}") from error
             raise MergeFailed(
@@ -195,7 +209,7 @@ class ActorPool:
         """Take what actors say of themselves, and ask them again. One that stands still does not keep the others."""
         from ray.exceptions import RayError
 
-        pending = {actor.pending_status: actor for actor in self.everyone if actor.pending_status is not None}
+        pending = {actor.pending_status: actor for actor in self.with_helpers if actor.pending_status is not None}
         for ref in self._transport.ready(list(pending), 0):
             actor, pending[ref].pending_status = pending[ref], None
             try:
@@ -203,7 +217,7 @@ class ActorPool:
             except RayError:
                 continue  # it is being restarted; its work is what is waited for, not its words
         now = self._transport.now()
-        for actor in self.everyone:
+        for actor in self.with_helpers:
             if actor.is_up and actor.pending_status is None and now - actor.last_status_request >= STATUS_INTERVAL_S:
                 actor.pending_status, actor.last_status_request = actor.handle.status.remote(), now
 

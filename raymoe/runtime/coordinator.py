@@ -8,7 +8,7 @@ Nothing that a reader takes for a finished checkpoint exists before the index, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
 from raymoe.routers.tokenize import prompt_problems
 from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
+from raymoe.runtime.actor_status import ActorInfo
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.placement import owner_names
 from raymoe.runtime.progress import Progress
@@ -42,8 +43,8 @@ from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings
-from raymoe.runtime.shard_jobs import Sending, tensors_read_for_shards
-from raymoe.runtime.shard_transfer import start_writer
+from raymoe.runtime.shard_jobs import ShardMethod, task_name, tensors_read_for_shards
+from raymoe.runtime.shard_transfer import SendToWriter
 from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.safe_text import json_text
 from raymoe.signals import sigterm_as_ctrl_c
@@ -192,44 +193,39 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
     return open_output(writable_location(output, "output"), settings.storage)
 
 
+class _WriteDirectly(ShardMethod):
+    """An actor writes to the output itself."""
+
+    def __init__(self, names: Mapping[Owner, str], *, must_see_output: bool) -> None:
+        """`must_see_output`: the output is a folder, which some nodes do not have."""
+        self._names, self._must_see_output = names, must_see_output
+
+    def can_use(self, actor: ActorInfo) -> bool:
+        return actor["output_visible"] or not self._must_see_output
+
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        return actor.write_shard.options(name=task_name("write", job, self._names)).remote(job)
+
+
 class WriteShards:
     """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
     def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
         """`names` are what Ray's dashboard calls the owners of shards."""
-        self._target, self._names = target, names
+        self._target = target
+        if not target.location.kind.is_local:  # every node sees it
+            self.methods: tuple[ShardMethod, ...] = (_WriteDirectly(names, must_see_output=False),)
+        else:
+            self.methods = (_WriteDirectly(names, must_see_output=True), SendToWriter(target, names))
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return self._target.jobs(shard)
-
-    def start(self, actor: Any, job: ShardJob) -> Any:
-        return actor.write_shard.options(name=self._name("write", job)).remote(job)
 
     def reads(self, file: SourceFile) -> bool:
         return not self._target.same_store(file)
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
         return self._target.complete(shard, results)
-
-    @property
-    def sending(self) -> Sending | None:
-        return _SendShards(self._target, self._name) if self._target.location.kind.is_local else None
-
-    def _name(self, what: str, job: ShardJob) -> str:
-        return f"{what} {job.shard.file_name} of {self._names.get(job.shard.owner, job.shard.owner)}"
-
-
-class _SendShards:
-    """The shards of a local folder that actors of other nodes do not see."""
-
-    def __init__(self, target: Output, name: Callable[[str, ShardJob], str]) -> None:
-        self._target, self._name = target, name
-
-    def start_writer(self) -> Any:
-        return start_writer(self._target.location.text, self._target.run)
-
-    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
-        return writer.receive.options(name=self._name("receive", job)).remote(actor, job)
 
 
 def output_problems(

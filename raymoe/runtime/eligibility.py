@@ -1,26 +1,20 @@
-"""Which actors may do which work: those that see its files, by what they compute on and whether they see the output.
+"""Which actors may do which work: those that see its files, by what they compute on and by which methods they can use.
 
-Prompts are read on GPUs where there are any. Actors with a GPU leave shards to others while prompts are to be read. A
-shard is sent to the writer only if no actor can write it to the output itself.
+Prompts are read on GPUs where there are any. Actors with a GPU leave shards to others while prompts are to be read. An
+actor does a shard by the first method that it can use, if no other actor can do that shard by an earlier one.
+
+These are questions: none of them starts an actor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
-from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
+from raymoe.runtime.actor_pool import ActorPool, ActorState, Helper, PoolActor
 from raymoe.runtime.placement import FileRequirements
-
-
-class WriteWay(Enum):
-    """How an actor does a shard."""
-
-    DIRECTLY = "it sees the output, or needs none"
-    VIA_WRITER = "it sends the shard to the writer"
-    NOT_AT_ALL = "it lacks files, or others are to do it"
+from raymoe.runtime.shard_jobs import ShardMethod
 
 
 class Eligibility:
@@ -31,16 +25,16 @@ class Eligibility:
         pool: ActorPool,
         requirements: FileRequirements | None,
         *,
-        can_send: bool,
+        methods: Sequence[ShardMethod],
         is_settling: Callable[[], bool],
         has_read_prompts: Callable[[], bool],
     ) -> None:
-        """`can_send`: the writer can be started. `is_settling`: actors that are not up yet may be in a moment.
+        """`methods`: those of `ShardWork`. `is_settling`: actors that are not up yet may be in a moment.
         `has_read_prompts`: nothing is left for GPUs to do but shards."""
-        self._pool, self._requirements, self._can_send = pool, requirements, can_send
+        self._pool, self._requirements, self._methods = pool, requirements, methods
         self._is_settling, self._has_read_prompts = is_settling, has_read_prompts
         self._conditions: tuple[int, bool, bool] | None = None
-        self._ways: dict[tuple[PoolActor, frozenset[str]], WriteWay] = {}
+        self._found: dict[tuple[PoolActor, frozenset[str]], ShardMethod | None] = {}
         self._others: dict[tuple[frozenset[str], bool], bool] = {}
 
     def refresh(self) -> None:
@@ -48,7 +42,7 @@ class Eligibility:
         conditions = (self._pool.version, self._is_settling(), self._has_read_prompts())
         if conditions != self._conditions:
             self._conditions = conditions
-            self._ways, self._others = {}, {}
+            self._found, self._others = {}, {}
 
     def can_read_prompts(self, actor: PoolActor, owners: Iterable[Owner]) -> bool:
         """Whether an actor is to read prompts: it can, and none with a GPU could."""
@@ -58,37 +52,51 @@ class Eligibility:
     def can_fit_layers(self, actor: PoolActor) -> bool:
         return actor.on_gpu or not any(other.on_gpu for other in self._pool.up)
 
-    def can_write(self, actor: PoolActor, shard: Shard) -> bool:
-        """Whether an actor can be given a shard now."""
-        way = self.write_way(actor, shard)
-        if way is WriteWay.VIA_WRITER:
-            return self._pool.writer is not None and self._pool.writer.is_up
-        return way is WriteWay.DIRECTLY
+    def can_do(self, actor: PoolActor, shard: Shard) -> bool:
+        """Whether an actor can be given a shard now: the helper that it needs is up, if it needs one."""
+        method = self.method(actor, shard)
+        if method is None or method.helper is None:
+            return method is not None
+        helper = self._pool.helpers.get(method.helper)
+        return helper is not None and helper.is_up
 
-    def needs_writer(self, shards: Sequence[Shard]) -> bool:
-        """Whether an actor with room for one of the shards would have to send it."""
-        if not self._can_send:
-            return False
-        free = [actor for actor in self._pool.up if actor.shards.has_room and not actor.sees_output]
-        return any(self.write_way(actor, shard) is WriteWay.VIA_WRITER for actor in free for shard in shards)
+    def missing_helpers(self, shards: Sequence[Shard]) -> list[Helper]:
+        """Helpers that have not been started and that an actor with room for one of the shards needs."""
+        return [
+            method.helper
+            for method in self._methods
+            if method.helper is not None and method.helper not in self._pool.helpers and self._wants(method, shards)
+        ]
 
-    def write_way(self, actor: PoolActor, shard: Shard) -> WriteWay:
+    def _wants(self, method: ShardMethod, shards: Sequence[Shard]) -> bool:
+        """Whether an actor with room would do one of the shards by this method."""
+        free = [actor for actor in self._pool.up if actor.shards.has_room and self._first_method(actor) is method]
+        return any(self.method(actor, shard) is method for actor in free for shard in shards)
+
+    def method(self, actor: PoolActor, shard: Shard) -> ShardMethod | None:
+        """How an actor does a shard; None if it lacks files, or others are to do it."""
         files = self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
-        if (actor, files) not in self._ways:
-            self._ways[actor, files] = self._find_way(actor, files)
-        return self._ways[actor, files]
+        if (actor, files) not in self._found:
+            self._found[actor, files] = self._find_method(actor, files)
+        return self._found[actor, files]
 
-    def _find_way(self, actor: PoolActor, files: frozenset[str]) -> WriteWay:
+    def _find_method(self, actor: PoolActor, files: frozenset[str]) -> ShardMethod | None:
         if not actor.can_read(files):
-            return WriteWay.NOT_AT_ALL
+            return None
         if actor.on_gpu and not self._has_read_prompts() and self._can_another(files, gpu=False):
-            return WriteWay.NOT_AT_ALL  # those that read prompts leave the bytes to others (see `plan_actors`)
-        if actor.sees_output or not self._can_send:
-            return WriteWay.DIRECTLY
+            return None  # those that read prompts leave the bytes to others (see `plan_actors`)
+        method = self._first_method(actor)
+        if method is None or method is self._methods[0]:
+            return method
         may_come = self._is_settling() and any(other.state is ActorState.STARTING for other in self._pool.actors)
-        if may_come or any(other.sees_output and other.can_read(files) for other in self._pool.up):
-            return WriteWay.NOT_AT_ALL
-        return WriteWay.VIA_WRITER
+        earlier = self._methods[: self._methods.index(method)]
+        is_better = any(other.can_read(files) and self._first_method(other) in earlier for other in self._pool.up)
+        return None if may_come or is_better else method
+
+    def _first_method(self, actor: PoolActor) -> ShardMethod | None:
+        """The first method that an actor can use, whatever the files."""
+        info = actor.info
+        return next((method for method in self._methods if info is not None and method.can_use(info)), None)
 
     def _can_another(self, files: frozenset[str], *, gpu: bool) -> bool:
         """Whether actors with, or without, a GPU are there that can read these files, or will be in a moment."""

@@ -9,15 +9,18 @@ from typing import Any, ClassVar
 
 from raymoe.errors import MergeFailed, RaymoeError
 from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, first_line
-from raymoe.runtime.shard_transfer import SenderLost
 
 
 class Lost(Enum):
     """What a job lost, so that it has to be done again."""
 
-    ACTOR = "the actor that was asked"
-    SENDER = "the sender of what that actor writes"
+    ACTOR = "the actor that was called"
+    PEER = "the other actor of the job, with which the called one works"
     STATES = "the states of prompts, with their node"
+
+
+class PeerLost(Exception):
+    """Raised by an actor whose job needs another actor: that one died, or its node did; the one that raises is well."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -52,18 +55,15 @@ class Job(ABC):
         self.requeue()
 
 
-def lost_part(error: Exception, job: Job, *, via_writer: bool) -> Lost:
-    """What an error of Ray's says was lost. Raises what can't be mended by doing the job again.
-
-    `via_writer`: the actor that was asked writes what another one sends.
-    """
+def lost_part(error: Exception, job: Job) -> Lost:
+    """What an error of Ray's says was lost. Raises what can't be mended by doing the job again."""
     from ray.exceptions import RayTaskError
 
     cause = cause_of(error) if isinstance(error, RayTaskError) else error
     if isinstance(cause, RaymoeError):
         raise cause from None
-    if isinstance(cause, SenderLost):
-        return Lost.SENDER
+    if isinstance(cause, PeerLost):
+        return Lost.PEER
     fate = classify_failure(cause)
     if fate is CallFailure.FULL:
         raise _no_room(job.label, cause) from error
@@ -72,7 +72,7 @@ def lost_part(error: Exception, job: Job, *, via_writer: bool) -> Lost:
         raise MergeFailed(f"{job.label}: {type(cause).__name__}: {text}") from error
     if job.takes_states and (fate is CallFailure.LOST or cause is not error):
         return Lost.STATES
-    return Lost.SENDER if via_writer and cause is not error else Lost.ACTOR
+    return Lost.ACTOR
 
 
 def _no_room(label: str, error: BaseException) -> MergeFailed:

@@ -206,6 +206,6 @@ class Progress:
 
 
 def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:
-    """The actors that can be asked, by number; the writer, where there is one, comes after the others."""
+    """The actors that can be asked, helpers too, by number."""
     up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.unavailable]
-    return [*up, (len(actors), outcome.writer)] if outcome.writer is not None else up
+    return [*up, *outcome.helpers.items()]

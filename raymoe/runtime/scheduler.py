@@ -5,9 +5,9 @@ prompts writes that expert's shards first, then the base's, then whatever is lef
 there is work. More experts than actors simply means that lanes are filled again: waves without a pause between them.
 
 Work goes to actors that can do it: that see the local source files it takes (`FileRequirements`), and have a GPU, if
-any has. An actor on a node that does not see a local output sends shards to a writer that does (see shard_transfer.py),
-but only shards that no actor could write there itself. What no actor can do, since the only node with its files is
-lost, ends the merge within a minute.
+any has. An actor does a shard by one of the methods of the work (`ShardMethod`). A method may need a helper: an actor
+that takes no work of its own. What no actor can do, since the only node with its files is lost, ends the merge within a
+minute.
 
 The jobs of an actor that dies go back to the front of the queue, for the next actor with room. Ray restarts the actor.
 That may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An
@@ -53,9 +53,8 @@ class Outcome:
 
     `readings`: the parts of members that prompts are read in (routers/prompt_passes.py); `members_done`: members whose
     prompts have been read; `layers_done`: layers whose rows are made. `bytes_kept` are those that an earlier run had
-    written. `unavailable`: actors that are not up (yet, or again). `writer`: the actor that writes what other nodes
-    send, if it is up. `statuses`: the latest that actors have said, by their number; the writer's number comes after
-    all others.
+    written. `unavailable`: actors that are not up (yet, or again). `helpers`: those that are up, by number.
+    `statuses`: the latest that actors and helpers have said, by number.
     """
 
     rows: RouterRows = field(default_factory=dict)
@@ -67,20 +66,31 @@ class Outcome:
     shard_results: list[Any] = field(default_factory=list)
     bytes_kept: int = 0
     unavailable: list[Any] = field(default_factory=list)
-    writer: Any = None
+    helpers: dict[int, Any] = field(default_factory=dict)
     statuses: dict[int, Status] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """A job that is being done by an actor, in one of its lanes; `via_writer`: written by the writer, as that actor
-    sends it. `last_heartbeat`: when it was last seen to move on."""
+    """A job that is being done by an actor, in one of its lanes, and by a helper if it needs one: the helper is called
+    then. `last_heartbeat`: when the job was last seen to move on."""
 
     actor: PoolActor
     lane: Lane
     job: Job
     last_heartbeat: LastHeartbeat
-    via_writer: bool = False
+    helper: PoolActor | None = None
+
+    @property
+    def actors(self) -> tuple[PoolActor, ...]:
+        """All that do it: if one of them dies, the job is done again."""
+        return (self.actor,) if self.helper is None else (self.actor, self.helper)
+
+    def lost_actor(self, lost: Lost) -> PoolActor | None:
+        """The actor that was lost, if it was one."""
+        if lost is Lost.STATES:
+            return None
+        return self.helper if self.helper is not None and lost is Lost.ACTOR else self.actor
 
     @property
     def heartbeat(self) -> object:
@@ -147,7 +157,7 @@ class _Jobs:
         self._transport, self._pool, self._stall = transport, pool, stall
         self.outcome, self.gates = Outcome(readings=gates.readings, statuses=pool.statuses), gates
         self.shards = ShardQueue(list(plan.worker_shards), work)
-        self._sending, self._shared_reads = work.sending, SharedReads(plan, work.reads)
+        self._shared_reads = SharedReads(plan, work.reads)
         self._requirements = requirements
         self._running: dict[Any, _Run] = {}
         self._stuck = StuckCheck(pool, stall, transport.now)
@@ -155,7 +165,7 @@ class _Jobs:
         self._eligibility = Eligibility(
             pool,
             requirements,
-            can_send=work.sending is not None,
+            methods=work.methods,
             is_settling=lambda: transport.now() - began < STARTUP_GRACE_S,
             has_read_prompts=lambda: gates.is_done,
         )
@@ -179,14 +189,12 @@ class _Jobs:
         """Nothing more is wanted."""
         for ref in self._running:
             self._transport.cancel(ref)
-        if self._pool.writer is not None:
-            self._transport.end(self._pool.writer.handle, for_good=True)
+        self._pool.end_helpers()
 
     def _give_out_work(self) -> None:
         self._eligibility.refresh()
-        needs_writer = self._pool.writer is None and self._eligibility.needs_writer(self.shards.unfinished)
-        if self._sending is not None and needs_writer:
-            self._pool.set_writer(self._sending.start_writer())
+        for helper in self._eligibility.missing_helpers(self.shards.unfinished):
+            self._pool.start_helper(helper)
         for actor in self._pool.up:
             self._fill_prompts(actor)
             self._fill_layers(actor)
@@ -208,21 +216,20 @@ class _Jobs:
 
     def _fill_shards(self, actor: PoolActor) -> None:
         while actor.shards.has_room:
-            job = self.shards.next_for(actor.reads_for, lambda shard: self._eligibility.can_write(actor, shard))
+            job = self.shards.next_for(actor.reads_for, lambda shard: self._eligibility.can_do(actor, shard))
             if job is None:
                 return
             detail = self._shared_reads.with_sharing_hints(job.detail, self.shards.names, len(self._pool.up))
-            if actor.sees_output or self._sending is None:
-                self._begin(self.shards.work.start(actor.handle, detail), actor, actor.shards, job)
-            else:
-                assert self._pool.writer is not None
-                ref = self._sending.start(self._pool.writer.handle, actor.handle, detail)
-                self._begin(ref, actor, actor.shards, job, via_writer=True)
+            method = self._eligibility.method(actor, job.detail.shard)
+            assert method is not None, f"{job.label}: given to an actor that may not do it"
+            helper = self._pool.helpers[method.helper] if method.helper is not None else None
+            ref = method.start(actor.handle, detail, helper.handle if helper is not None else None)
+            self._begin(ref, actor, actor.shards, job, helper)
 
-    def _begin(self, ref: Any, actor: PoolActor, lane: Lane, job: Job, *, via_writer: bool = False) -> None:
+    def _begin(self, ref: Any, actor: PoolActor, lane: Lane, job: Job, helper: PoolActor | None = None) -> None:
         """An actor has been asked to do a job; `ref` is ready when it is done."""
         lane.running.add(job)
-        self._running[ref] = _Run(actor, lane, job, self._stall.begin(), via_writer)
+        self._running[ref] = _Run(actor, lane, job, self._stall.begin(), helper)
 
     def _pop(self, ref: Any) -> _Run:
         """A job is not being done any more: its actor has room for another one of this kind."""
@@ -254,8 +261,8 @@ class _Jobs:
         return self._transport.ready(refs, 0) if self._transport.ready(refs, TICK_S, most=1) else []
 
     def _update_outcome(self) -> None:
-        outcome, writer = self.outcome, self._pool.writer
-        outcome.writer = writer.handle if writer is not None and writer.is_up else None
+        outcome = self.outcome
+        outcome.helpers = {helper.number: helper.handle for helper in self._pool.helpers.values() if helper.is_up}
         outcome.unavailable = [actor.handle for actor in self._pool.actors if not actor.is_up]
         outcome.members_done, outcome.layers_done = self.gates.members_done, self.gates.layers_done
         outcome.gates_done = self.gates.is_done
@@ -268,9 +275,7 @@ class _Jobs:
             run.job.complete(result)
             return
         run.job.recover(lost)
-        if lost is not Lost.STATES:
-            actor = self._pool.writer if lost is Lost.ACTOR and run.via_writer else run.actor
-            assert actor is not None
+        if (actor := run.lost_actor(lost)) is not None:
             self._pool.change(actor, ActorEvent.LOST)
 
     def _check_stalls(self) -> None:
@@ -298,17 +303,15 @@ class _Jobs:
                 "slow, give it more time with --stall-timeout."
             )
         say(f"warning: {run.job.label}: {still}; the process is ended and another one does the job")
-        # Of a stream, whichever side does not answer; where both do, neither can be told from the other.
-        writer = self._pool.writer
-        sides = [run.actor, writer] if run.via_writer and writer is not None else [run.actor]
-        for actor in [side for side in sides if not self._pool.is_responsive(side)] or sides:
+        # Of several actors, those that do not answer; where all do, none can be told from the others.
+        for actor in [each for each in run.actors if not self._pool.is_responsive(each)] or run.actors:
             self._end_actor(actor)
 
     def _end_actor(self, actor: PoolActor) -> None:
         """End an actor's process, and take its jobs from it: Ray starts it anew, if it can be ended at all."""
         self._transport.end(actor.handle, for_good=False)
         for ref, run in list(self._running.items()):
-            if actor is run.actor or (run.via_writer and actor is self._pool.writer):
+            if actor in run.actors:
                 self._pop(ref).job.requeue()  # a result that still comes is of no use
         self._pool.change(actor, ActorEvent.LOST)
 
@@ -319,7 +322,7 @@ class _Jobs:
         try:
             return None, self._transport.fetch(ref)
         except RayError as error:
-            job, lost = run.job, lost_part(error, run.job, via_writer=run.via_writer)
+            job, lost = run.job, lost_part(error, run.job)
             job.failures += 1
             if job.failures < _MAX_ATTEMPTS:
                 return lost, None

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Copy, MergePlan, Part, Shard
+from raymoe.runtime.actor_pool import Helper
+from raymoe.runtime.actor_status import ActorInfo
 from raymoe.runtime.jobs import Job
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.protocol import ShardJob
 
 
-class Sending(Protocol):
-    """Jobs that two actors do: one sends what the other, on the output's node, writes."""
+class ShardMethod(ABC):
+    """A way in which actors do the jobs of shards."""
 
-    def start_writer(self) -> Any:
-        """The actor that writes; it may not be up yet."""
+    helper: Helper | None = None  # another actor that each job needs
 
-    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
-        """Start a job; the reference of its result."""
+    def can_use(self, actor: ActorInfo) -> bool:
+        """Whether an actor that has a job's source files can do it in this way."""
+        return True
+
+    @abstractmethod
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        """Start a job on an actor; the reference of its result.
+
+        With a helper (`helper` is its handle), the helper is called. The call raises PeerLost if the actor is lost.
+        """
 
 
 class ShardWork(Protocol):
@@ -29,8 +39,10 @@ class ShardWork(Protocol):
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         """Begin with a shard; nothing, if there is nothing left for actors to do."""
 
-    def start(self, actor: Any, job: ShardJob) -> Any:
-        """Start a job on an actor; the reference of its result."""
+    @property
+    def methods(self) -> Sequence[ShardMethod]:
+        """The ways in which actors do the jobs, the preferred first. An actor does a shard in a later way only if no
+        actor can do that shard in an earlier one."""
 
     def reads(self, file: SourceFile) -> bool:
         """Whether actors read that object for shards: not so where a store copies it."""
@@ -38,9 +50,10 @@ class ShardWork(Protocol):
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
         """All jobs of a shard came back: what is to be kept of it."""
 
-    @property
-    def sending(self) -> Sending | None:
-        """How actors that do not see the output do their jobs; None: they all do them as they are."""
+
+def task_name(verb: str, job: ShardJob, names: Mapping[Owner, str]) -> str:
+    """What Ray's dashboard calls a job; `names` as in `owner_names`."""
+    return f"{verb} {job.shard.file_name} of {names.get(job.shard.owner, job.shard.owner)}"
 
 
 def tensors_read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:

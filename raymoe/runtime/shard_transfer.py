@@ -8,8 +8,9 @@ more than a few pieces a shard, however large it is. Pieces are numpy arrays: Ra
 the receiver reads it there in place. Everything that is computed (casts, LoRA, noise) is computed by the sender.
 Whichever side dies, the half-written part goes, and the shard is done again.
 
-The writer is one actor of a merge, started on the coordinator's node when an expert actor turns out not to see the
-output. It holds no CPU of Ray's: a head that is to do no work still has to write what only it can.
+To the scheduler all this is a `ShardMethod`, `SendToWriter`, whose helper is the writer. The writer is one actor of a
+merge, started on the coordinator's node when an expert actor turns out not to see the output. It holds no CPU of Ray's:
+a head that is to do no work still has to write what only it can.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ import numpy.typing as npt
 
 from raymoe.compute import peak_rss_bytes
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
+from raymoe.planning.owner import Owner
+from raymoe.runtime.actor_pool import Helper
 from raymoe.runtime.actor_process import set_up_process, without_secrets
 from raymoe.runtime.actor_status import ActorInfo, Status, Working, WorkKind, node_name
 from raymoe.runtime.job_activity import ActiveJobs
+from raymoe.runtime.jobs import PeerLost
+from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, first_line
+from raymoe.runtime.shard_jobs import ShardMethod, task_name
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.local import LocalOutput
-from raymoe.storage.outputs.protocol import ShardJob
+from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
 
 PIECE_BYTES = CHUNK_BYTES
@@ -41,8 +47,17 @@ _SHARDS_AT_ONCE = 8
 _RESTARTS = 2
 
 
-class SenderLost(Exception):
-    """The actor that sent a shard died, or its node did; the receiver is well."""
+class SendToWriter(ShardMethod):
+    """An actor sends a shard to the writer of a folder, which it need not see."""
+
+    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
+        """`names` are what Ray's dashboard calls the owners of shards."""
+        self._names = names
+        # The run is named when it begins.
+        self.helper = Helper("the actor that writes to the output", lambda: _start_writer(target.location.text, target.run))
+
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        return helper.receive.options(name=task_name("receive", job, self._names)).remote(actor, job)
 
 
 def split_pieces(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[np.uint8]]:
@@ -65,27 +80,38 @@ def split_pieces(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArra
 def receive_chunks(sender: Any, job: ShardJob) -> Iterator[memoryview]:
     """The bytes of a shard as `sender` sends them, in chunks that stay in the processor's cache while they are written.
 
-    Raises what went wrong at the sender, or SenderLost.
+    Raises what went wrong at the sender, or PeerLost if the sender was lost.
     """
     import ray
+    from ray.exceptions import RayError
+
+    try:
+        stream = sender.send_shard.options(name=f"send {job.shard.file_name}").remote(job)
+        try:
+            for reference in _prefetch(stream):
+                piece = memoryview(ray.get(reference))
+                for start in range(0, len(piece), LOCAL_CHUNK_BYTES):
+                    yield piece[start : start + LOCAL_CHUNK_BYTES]
+        finally:
+            # Ray ends a sender that stands still when it is told so. One whose stream is just dropped would run on.
+            ray.cancel(stream)
+    except RayError as error:
+        raise sender_error(error, job.shard.file_name) from error
+
+
+def sender_error(error: Exception, file_name: str) -> Exception:
+    """What an error of a stream says of its sender: PeerLost, or what went wrong there."""
     from ray.exceptions import RayError, RayTaskError
 
-    stream = sender.send_shard.options(name=f"send {job.shard.file_name}").remote(job)
-    try:
-        for reference in _prefetch(stream):
-            piece = memoryview(ray.get(reference))
-            for start in range(0, len(piece), LOCAL_CHUNK_BYTES):
-                yield piece[start : start + LOCAL_CHUNK_BYTES]
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, (RaymoeError, RayError)):  # the latter where the store is full, say
-            raise cause from None
-        raise MergeFailed(f"{job.shard.file_name}: {type(cause).__name__}: {cause}") from error
-    except RayError as error:
-        raise SenderLost(str(error).splitlines()[0]) from error
-    finally:
-        # Ray ends a sender that stands still when it is told so; one whose stream is just dropped would run to its end.
-        ray.cancel(stream)
+    if not isinstance(error, RayTaskError):
+        return PeerLost(first_line(error))
+    cause = cause_of(error)
+    if isinstance(cause, RaymoeError):
+        return cause
+    if not isinstance(cause, RayError):
+        return MergeFailed(f"{file_name}: {type(cause).__name__}: {cause}")
+    is_final = classify_failure(cause) in (CallFailure.FULL, CallFailure.FINAL)
+    return cause if is_final else PeerLost(first_line(cause))
 
 
 def _prefetch(stream: Any) -> Iterator[Any]:
@@ -103,7 +129,7 @@ def _prefetch(stream: Any) -> Iterator[Any]:
 
 
 class ShardWriter:
-    """Writes what other nodes send, as a plain class; `start_writer` makes it an actor."""
+    """Writes what other nodes send, as a plain class; `_start_writer` makes it an actor."""
 
     def __init__(self, output: str, run: str) -> None:
         set_up_process()
@@ -126,7 +152,7 @@ class ShardWriter:
     def receive(self, sender: Any, job: ShardJob) -> Any:
         """Write the shard that the actor `sender` sends; None if an earlier run left it whole.
 
-        Raises SenderLost, what went wrong at the sender, or what went wrong here.
+        Raises PeerLost, what went wrong at the sender, or what went wrong here.
         """
         if not self._output.is_reachable():
             what = f"the output {self._output.location} is not the folder of this run on {node_name()}"
@@ -163,7 +189,7 @@ class ShardWriter:
             )
 
 
-def start_writer(output: str, run: str) -> Any:
+def _start_writer(output: str, run: str) -> Any:
     """The writer as an actor of this node; it may not be up yet."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

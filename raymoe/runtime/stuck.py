@@ -26,12 +26,12 @@ class StuckCheck:
 
         `is_busy`: jobs are being done. `first_waiting`: the files and the name of work that waits.
         """
-        up, writer = self._pool.up, self._pool.writer
-        are_up = bool(up) and (writer is None or writer.is_up)
+        up, absent = self._pool.up, [helper for helper, actor in self._pool.helpers.items() if not actor.is_up]
+        are_up = bool(up) and not absent
         if are_up:
             self._last_up = self._stall.now
         elif self._stall.now - self._last_up >= self._stall.limit_s:
-            subject = "the actor that writes to the output has not" if up else "none of the actors has"
+            subject = f"{absent[0].label} has not" if up else "none of the actors has"
             raise MergeFailed(
                 f"{subject} been up for {human_time(self._stall.limit_s)}: Ray has no room for it, or its process "
                 "stands still. Run the same command again to go on from the shards that are finished."

@@ -32,6 +32,7 @@ from raymoe.runtime.progress import Progress
 from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.shard_jobs import ShardMethod
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.weight_index import index_model_weights
@@ -117,19 +118,26 @@ def _file_differences(
     return differences, unknown
 
 
-class _CompareShards:
-    """The shard work of a verification, for `run_on_actors`."""
+class _Compare(ShardMethod):
+    """An actor compares what it makes of the sources with what is written; it reads both."""
 
     def __init__(self, written: Mapping[str, TensorEntry]) -> None:
         self._written = written
 
-    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        return (ShardJob(shard=shard),)
-
-    def start(self, actor: Any, job: ShardJob) -> Any:
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
         names = {part.tensor.name for part in job.shard.parts}
         entries = {name: self._written[name] for name in names if name in self._written}
         return actor.compare_shard.options(name=f"compare {job.name}").remote(job, entries)
+
+
+class _CompareShards:
+    """The shard work of a verification, for `run_on_actors`."""
+
+    def __init__(self, written: Mapping[str, TensorEntry]) -> None:
+        self.methods = (_Compare(written),)
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return (ShardJob(shard=shard),)
 
     def reads(self, file: SourceFile) -> bool:
         return True
@@ -137,8 +145,6 @@ class _CompareShards:
     def complete(self, shard: Shard, results: Sequence[list[str]]) -> list[str]:
         """Names of the tensors that differ."""
         return results[0]
-
-    sending = None  # sources and output are read by the same actor
 
 
 def _tensor_differences(

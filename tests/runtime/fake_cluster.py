@@ -20,12 +20,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 
 from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.plan import Shard
+from raymoe.runtime.actor_pool import Helper
 from raymoe.runtime.actor_status import ROUTERS_JOB, ActorInfo, Status, reading_label
-from raymoe.runtime.shard_transfer import SenderLost
+from raymoe.runtime.jobs import PeerLost
+from raymoe.runtime.shard_jobs import ShardMethod
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.protocol import ShardJob
 
-__all__ = ["FakeActor", "FakeCluster", "Written"]
+__all__ = ["Direct", "FakeActor", "FakeCluster", "Sent", "Written"]
 
 JOB_S = 1.0  # what a job takes
 _START = 1000.0
@@ -164,7 +166,7 @@ class FakeCluster:
 
     def _death(self, ref: _Ref, actor: FakeActor) -> Exception:
         if len(ref.by) > 1 and ref.by[0] is not actor:  # the one that sends to another
-            return RayTaskError("receive", "", SenderLost("the sender died"))
+            return RayTaskError("receive", "", PeerLost("the sender died"))
         return ActorDiedError() if actor.is_gone else ActorUnavailableError("it died", b"0" * 16)
 
     # What actors are asked
@@ -270,19 +272,39 @@ def _job(method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     return job.name, job.shard.file_name
 
 
+class Direct(ShardMethod):
+    """An actor writes, if it sees the output or need not see it."""
+
+    def __init__(self, *, must_see_output: bool = False) -> None:
+        self._must_see_output = must_see_output
+
+    def can_use(self, actor: ActorInfo) -> bool:
+        return actor["output_visible"] or not self._must_see_output
+
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        return actor.write.remote(job)
+
+
+class Sent(ShardMethod):
+    """An actor sends to the writer, which `start` starts."""
+
+    def __init__(self, start: Callable[[], FakeActor]) -> None:
+        self.helper = Helper("the actor that writes to the output", start)
+
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        return helper.receive.remote(actor, job)
+
+
 class Written:
     """The shard work: every shard is one job. `done` are those that are complete."""
 
     def __init__(self, writer: Callable[[], FakeActor] | None = None) -> None:
         """`writer`: what starts the actor that writes for others."""
         self.done: list[str] = []
-        self.sending = _Sent(writer) if writer else None
+        self.methods = (Direct(must_see_output=True), Sent(writer)) if writer else (Direct(),)
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return [ShardJob(shard=shard)]
-
-    def start(self, actor: Any, job: ShardJob) -> Any:
-        return actor.write.remote(job)
 
     def reads(self, file: SourceFile) -> bool:
         return False
@@ -291,11 +313,3 @@ class Written:
         assert list(results) == [shard.file_name]
         self.done.append(shard.file_name)
         return shard.file_name
-
-
-class _Sent:
-    def __init__(self, writer: Callable[[], FakeActor]) -> None:
-        self.start_writer = writer
-
-    def start(self, writer: Any, actor: Any, job: ShardJob) -> Any:
-        return writer.receive.remote(actor, job)

@@ -7,8 +7,9 @@ import pytest
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorEvent, ActorPool, ActorState, Lane, PoolActor, next_state
-from raymoe.runtime.eligibility import Eligibility, WriteWay
-from tests.runtime.fake_cluster import FakeActor, FakeCluster
+from raymoe.runtime.eligibility import Eligibility
+from raymoe.runtime.shard_jobs import ShardMethod
+from tests.runtime.fake_cluster import Direct, FakeActor, FakeCluster, Sent
 
 SHARD = Shard(file_name="model-1", owner=BASE, header=b"", parts=())
 STARTING, UP, RESTARTING, DEAD = ActorState
@@ -78,26 +79,59 @@ def test_an_actor_that_never_comes_back_is_not_asked_again() -> None:
     assert pool.pending_pings == {}
 
 
-def eligibility_of(pool: ActorPool) -> Eligibility:
-    return Eligibility(pool, None, can_send=True, is_settling=lambda: False, has_read_prompts=lambda: True)
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
 
 
-def test_a_question_starts_no_writer() -> None:
-    cluster = FakeCluster()
+@pytest.fixture
+def sent(cluster: FakeCluster) -> Sent:
+    return Sent(lambda: cluster.actor(up_after=1.0))
+
+
+def eligibility_of(pool: ActorPool, *methods: ShardMethod) -> Eligibility:
+    return Eligibility(pool, None, methods=methods, is_settling=lambda: False, has_read_prompts=lambda: True)
+
+
+def test_a_question_starts_no_helper(cluster: FakeCluster, sent: Sent) -> None:
     pool = pool_of(cluster, cluster.actor(sees_output=False))
-    eligibility, (actor,), shard = eligibility_of(pool), pool.up, SHARD
-    assert not eligibility.can_write(actor, shard) and eligibility.needs_writer([shard])
-    assert eligibility.write_way(actor, shard) is WriteWay.VIA_WRITER and pool.writer is None
+    eligibility, (actor,) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
+    assert not eligibility.can_do(actor, SHARD) and eligibility.missing_helpers([SHARD]) == [sent.helper]
+    assert eligibility.method(actor, SHARD) is sent and pool.helpers == {} and len(cluster.actors) == 1
     actor.shards.running.update(range(actor.shards.capacity))
-    assert not eligibility.needs_writer([shard])  # it has no room for it
+    assert eligibility.missing_helpers([SHARD]) == []  # it has no room for it
 
 
-def test_answers_are_kept_until_a_state_changes() -> None:
-    cluster = FakeCluster()
+def test_a_helper_is_waited_for(cluster: FakeCluster, sent: Sent) -> None:
+    """It is asked whether it is up as the others are, and takes no work of its own."""
+    pool = pool_of(cluster, cluster.actor(sees_output=False))
+    eligibility, (actor,) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
+    pool.start_helper(sent.helper)
+    helper = pool.helpers[sent.helper]
+    assert (helper.number, pool.actors) == (1, [actor]) and eligibility.missing_helpers([SHARD]) == []
+    ask(pool, cluster)
+    assert not eligibility.can_do(actor, SHARD)
+    cluster.sleep(1.0)
+    ask(pool, cluster)
+    assert eligibility.can_do(actor, SHARD) and pool.up == [actor]
+    pool.end_helpers()
+    assert cluster.ended == [(helper.handle, True)]
+
+
+def test_the_first_method_that_an_actor_can_use(cluster: FakeCluster, sent: Sent) -> None:
+    pool = pool_of(cluster, cluster.actor(sees_output=False))
+    (actor,), direct, near = pool.up, Direct(), Direct(must_see_output=True)
+    assert eligibility_of(pool, direct, sent).method(actor, SHARD) is direct
+    assert eligibility_of(pool, near, sent, direct).method(actor, SHARD) is sent
+    assert eligibility_of(pool, near).method(actor, SHARD) is None
+
+
+def test_answers_are_kept_until_a_state_changes(cluster: FakeCluster, sent: Sent) -> None:
     pool = pool_of(cluster, cluster.actor(), cluster.actor(sees_output=False))
-    eligibility, (near, far), shard = eligibility_of(pool), pool.up, SHARD
+    eligibility, (near, far) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
     eligibility.refresh()
-    assert eligibility.write_way(far, shard) is WriteWay.NOT_AT_ALL
+    assert eligibility.method(far, SHARD) is None
     pool.change(near, ActorEvent.LOST)
+    assert eligibility.method(far, SHARD) is None
     eligibility.refresh()
-    assert eligibility.write_way(far, shard) is WriteWay.VIA_WRITER
+    assert eligibility.method(far, SHARD) is sent

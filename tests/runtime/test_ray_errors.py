@@ -10,10 +10,10 @@ import ray.exceptions
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
 from raymoe.runtime.actor_pool import ActorPool, ActorState, PoolActor
-from raymoe.runtime.jobs import Lost, lost_part
+from raymoe.runtime.jobs import Lost, PeerLost, lost_part
 from raymoe.runtime.ray_errors import CALL_FAILURES, CallFailure, cause_of, classify_failure, first_line
 from raymoe.runtime.router_jobs import FitLayerJob, GateWork, ReadPromptsJob
-from raymoe.runtime.shard_transfer import SenderLost
+from raymoe.runtime.shard_transfer import sender_error
 from tests.runtime.fake_cluster import FakeCluster
 
 KINDS = [
@@ -63,7 +63,7 @@ def test_a_gpu_without_memory_is_told_as_such() -> None:
     assert classify_failure(error) is CallFailure.FINAL
     for job, label in ((READING, "gates of "), (LAYER, "router of layer 3")):
         with pytest.raises(MergeFailed, match=rf"^{label}.*: OutOfMemoryError: CUDA out of memory. Tried 2 GiB$"):
-            lost_part(wrapped(error), job, via_writer=False)
+            lost_part(wrapped(error), job)
     foreign = type("RayActorError", (Exception,), {"__module__": "rayleigh.errors"})
     assert classify_failure(foreign()) is CallFailure.FINAL
 
@@ -74,21 +74,37 @@ def test_what_a_job_lost(kind: type[Exception]) -> None:
     if fate in (CallFailure.FULL, CallFailure.FINAL):
         for raised in (error, wrapped(error)):
             with pytest.raises(MergeFailed, match=rf"^router of layer 3: .*{kind.__name__}"):
-                lost_part(raised, LAYER, via_writer=False)
+                lost_part(raised, LAYER)
         return
-    assert lost_part(error, LAYER, via_writer=False) is (Lost.STATES if fate is CallFailure.LOST else Lost.ACTOR)
-    assert lost_part(error, READING, via_writer=False) is Lost.ACTOR
-    assert lost_part(wrapped(error), LAYER, via_writer=False) is Lost.STATES
-    assert lost_part(wrapped(error), READING, via_writer=True) is Lost.SENDER
+    assert lost_part(error, LAYER) is (Lost.STATES if fate is CallFailure.LOST else Lost.ACTOR)
+    assert lost_part(error, READING) is Lost.ACTOR
+    assert lost_part(wrapped(error), LAYER) is Lost.STATES
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ray.exceptions.RayTaskError])
+def test_what_a_stream_lost(kind: type[Exception]) -> None:
+    """The stream itself breaks if its sender dies. What the sender's method raises is handed on, unless it lost
+    something itself."""
+    error, is_final = made(kind), CALL_FAILURES[kind.__name__] in (CallFailure.FULL, CallFailure.FINAL)
+    assert isinstance(sender_error(error, "model-1"), PeerLost)
+    found = sender_error(wrapped(error), "model-1")
+    assert found is error if is_final else isinstance(found, PeerLost)
+
+
+def test_what_a_sender_raises_itself() -> None:
+    problem = ProblemReport([Problem(where="base", what="is broken")])
+    assert sender_error(wrapped(problem), "model-1") is problem
+    other = sender_error(wrapped(ValueError("no such thing")), "model-1")
+    assert isinstance(other, MergeFailed) and str(other) == "model-1: ValueError: no such thing"
 
 
 def test_what_an_actor_raises_itself() -> None:
-    assert lost_part(wrapped(SenderLost("node died")), READING, via_writer=True) is Lost.SENDER
+    assert lost_part(wrapped(PeerLost("node died")), READING) is Lost.PEER
     problem = ProblemReport([Problem(where="base", what="is broken")])
     with pytest.raises(ProblemReport, match="is broken"):
-        lost_part(wrapped(problem), READING, via_writer=False)
+        lost_part(wrapped(problem), READING)
     with pytest.raises(MergeFailed, match="router of layer 3: ValueError: no such thing"):
-        lost_part(wrapped(ValueError("no such thing")), LAYER, via_writer=False)
+        lost_part(wrapped(ValueError("no such thing")), LAYER)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
