@@ -140,10 +140,19 @@ def merge(
         if not args.quiet and (where := storage_note(merge_config.storage)):
             say(f"note: {where}")
         if target is None:
-            tell(api.merge(merge_config, output, options, settings=settings, allow_all_same=True, report=report))
+            tell(
+                api.merge(merge_config, output, options, settings=settings, allow_all_same=args.all_same, report=report)
+            )
             return
         pushed = api.merge_and_push(
-            merge_config, output, target, options, settings=settings, allow_all_same=True, report=report, on_merged=tell
+            merge_config,
+            output,
+            target,
+            options,
+            settings=settings,
+            allow_all_same=args.all_same,
+            report=report,
+            on_merged=tell,
         )
     if not args.quiet:
         say(pushed.summary)

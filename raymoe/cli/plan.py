@@ -52,7 +52,7 @@ def plan(
     if note := storage_note(merge_config.storage):
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
-    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=True)
+    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=args.all_same)
     inputs = input_paths(merge_config, config)
     settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
     planned = _planned_output(merge_plan, output, settings)
