@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.config import MergeConfig, check_config, load_config, make_config
+from raymoe.config import MergeConfig, load_config, make_config
 from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
@@ -42,8 +42,8 @@ def plan(
     that is wrong with the config, its models or its files of prompts. Folders that are not here are looked for
     `remote_folders`, on the nodes of a cluster.
     """
-    checked = _config(config, allow_all_same)
-    return plan_merge(checked, options, hub=hub, allow_all_same=allow_all_same, remote_folders=remote_folders)
+    loaded = _load(config, allow_all_same)
+    return plan_merge(loaded, options, hub=hub, allow_all_same=allow_all_same, remote_folders=remote_folders)
 
 
 def merge(
@@ -61,14 +61,17 @@ def merge(
     same call goes on from the shards that are finished. Where `output` holds this merge finished, nothing is done, and
     `was_complete` of the result is true. `report` is told how the run goes, and may be read after a failure too.
     """
+    from raymoe.report.merge_description import MergeDescription
     from raymoe.runtime.coordinator import run_merge
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
-    checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage, inputs=input_paths(checked, config, settings.inputs))
-    return run_merge(_plan_for_output(checked, output, options, settings, report), checked, output, settings, report)
+    loaded = _load(config, allow_all_same)
+    settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
+    merge_plan = _plan_for_output(loaded, output, options, settings, report, allow_all_same=allow_all_same)
+    description = MergeDescription(plan=merge_plan, config=loaded, hub=settings.hub)
+    return run_merge(merge_plan, description, output, settings, report)
 
 
 def merge_and_push(
@@ -87,16 +90,18 @@ def merge_and_push(
     `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
     or, where `output` holds this merge finished, in the push alone. Raises what `merge` raises, and PushFailed.
     """
+    from raymoe.report.merge_description import MergeDescription
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.workflows import merge_and_push
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
-    checked = _config(config, allow_all_same)
-    settings = replace(settings, storage=checked.storage, inputs=input_paths(checked, config, settings.inputs))
-    merge_plan = _plan_for_output(checked, output, options, settings, report)
+    loaded = _load(config, allow_all_same)
+    settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
+    merge_plan = _plan_for_output(loaded, output, options, settings, report, allow_all_same=allow_all_same)
+    description = MergeDescription(plan=merge_plan, config=loaded, hub=settings.hub)
     merged = on_merged or (lambda result: None)
-    return merge_and_push(merge_plan, checked, output, target, settings, report, merged)
+    return merge_and_push(merge_plan, description, output, target, settings, report, merged)
 
 
 def push(
@@ -163,6 +168,8 @@ def _plan_for_output(
     options: MergeOptions | None,
     settings: RuntimeSettings,
     report: RunReport,
+    *,
+    allow_all_same: bool,
 ) -> MergePlan:
     """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
     from raymoe.compute import actor_device_problems
@@ -177,7 +184,9 @@ def _plan_for_output(
     try:
         with report.phase("plan"):
             remote_folders = RayFolderResolver(settings)
-            return plan(config, options, hub=settings.hub, allow_all_same=True, remote_folders=remote_folders)
+            return plan_merge(
+                config, options, hub=settings.hub, allow_all_same=allow_all_same, remote_folders=remote_folders
+            )
     except ProblemReport as refusal:
         target = open_target(output, settings)
         is_read = input_conflict(target, _with_models(settings.inputs, config, settings.hub))
@@ -196,11 +205,8 @@ def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs
     return replace(inputs, folders=(*inputs.folders, *folders))
 
 
-def _config(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:
+def _load(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:
+    """The config, of whatever form. A MergeConfig is checked when it is planned."""
     if isinstance(config, (str, Path)):
         return load_config(config, allow_all_same=allow_all_same)
-    if isinstance(config, Mapping):
-        return make_config(config, allow_all_same=allow_all_same)
-    if problems := check_config(config, allow_all_same=allow_all_same):
-        raise ProblemReport(problems)
-    return config
+    return make_config(config, allow_all_same=allow_all_same) if isinstance(config, Mapping) else config

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from raymoe.config import MergeConfig
 from raymoe.console import say
 from raymoe.errors import ProblemReport
 from raymoe.planning.plan import MergePlan
@@ -18,8 +17,7 @@ from raymoe.publish.manifest import open_manifest
 from raymoe.publish.push import push_published
 from raymoe.publish.repository import PushTarget, open_repository, source_problem, target_problems
 from raymoe.publish.upload import PushResult
-from raymoe.report.model_card import card_metadata
-from raymoe.report.source_metadata import source_cards
+from raymoe.report.merge_description import MergeDescription
 from raymoe.results import MergeResult
 from raymoe.runtime.coordinator import open_target, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
@@ -29,7 +27,7 @@ from raymoe.storage.outputs.output_checks import find_complete_merge
 
 def merge_and_push(
     plan: MergePlan,
-    config: MergeConfig,
+    description: MergeDescription,
     output: str | Path,
     target: PushTarget,
     settings: RuntimeSettings,
@@ -56,18 +54,11 @@ def merge_and_push(
         if not quiet:
             say(f"{out.location} holds this merge, finished: going on with the push")
     else:
-        repository = open_repository(target, settings.hub, card=_metadata(plan, settings))
-        on_merged(run_merge(plan, config, output, settings, report))
+        repository = open_repository(target, settings.hub, card=description.card_head())
+        on_merged(run_merge(plan, description, output, settings, report))
         manifest = open_manifest(output, target.repo, settings.storage)
     if manifest.plan_digest != plan.digest:
         what = "another merge has taken the place of this one, and was not pushed"
         raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
     with report.phase("push"):
         return push_published(manifest, repository, quiet=quiet)
-
-
-def _metadata(plan: MergePlan, settings: RuntimeSettings) -> str | None:
-    """The head of the card that a merge would write, all that the Hub judges of it; None where it writes no card."""
-    if not plan.options.model_card:
-        return None
-    return f"---\n{card_metadata(plan, source_cards(plan, settings.hub, settings.storage))}\n---\n"

@@ -311,6 +311,7 @@ def merge_without_ray(config: Mapping[str, Any], folder: Path, options: MergeOpt
 
 def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | None = None) -> None:
     """What `raymoe.merge` leaves, written in this process: by the same output, with the journal, record and card."""
+    from raymoe.report.merge_description import MergeDescription
     from raymoe.runtime import coordinator as run
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.runtime.source_files import SourceFiles
@@ -327,7 +328,8 @@ def merge_here(config: Mapping[str, Any], folder: Path, options: MergeOptions | 
             results = [target.do(job, reader, lambda sent, copied: None) for job in target.jobs(shard)]
             records.append(target.complete(shard, results))
     records += run._write_router(plan, rows, target, settings)
-    run._write_small_files(plan, content, target, settings, records, summary)
+    description = MergeDescription(plan=plan, config=content, hub=settings.hub)
+    run._write_small_files(plan, description, target, settings, records, summary)
     target.release()
 
 

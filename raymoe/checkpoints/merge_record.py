@@ -124,7 +124,7 @@ class MergeRecord:
     @cached_property
     def config(self) -> MergeConfig:
         """The config, its models and files of prompts named as they were found. Raises ProblemReport."""
-        return self._parsed(lambda: MergeConfig.from_plain(recorded_config(self.content)))
+        return self._parsed(lambda: MergeConfig.from_plain(_recorded_config(self.content)))
 
     @cached_property
     def options(self) -> MergeOptions:
@@ -160,11 +160,9 @@ def read_record(folder: Folder) -> MergeRecord:
     """Read the record of a finished merge. Raises ProblemReport if there is none, or it is not what raymoe writes."""
     content = read_object(folder, RECORD_NAME, _MISSING, "name the output of `raymoe merge`, and let it finish")
     where = f"{folder.label}/{RECORD_NAME}"
-    files, sources = content.get("files", {}), content.get("sources", [])
-    if (fault := find_fault(content)) is not None:
+    if (fault := _find_fault(content)) is not None:
         raise unreadable_record(where, fault)
-    if not isinstance(sources, list) or not all(map(_is_source, sources)):
-        raise unreadable_record(where, "its sources are no list of objects with an owner and a model")
+    files, sources = content.get("files", {}), content.get("sources", [])
     return MergeRecord(
         where=where,
         content=content,
@@ -178,13 +176,15 @@ def read_record(folder: Folder) -> MergeRecord:
     )
 
 
-def find_fault(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with a record's files and prompt files; None if raymoe may have written them so."""
-    files, prompts = content.get("files", {}), content.get("prompt_files", [])
+def _find_fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record's lists; None if raymoe may have written them so."""
+    files, sources, prompts = content.get("files", {}), content.get("sources", []), content.get("prompt_files", [])
     if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
         return "it names no files with their sizes and checksums"
     if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
         return "its prompt_files are no list of objects with their files and counts"
+    if not isinstance(sources, list) or not all(map(_is_source, sources)):
+        return "its sources are no list of objects with an owner and a model"
     return None
 
 
@@ -210,7 +210,7 @@ def _is_prompt_file(file: object) -> bool:
     return all(isinstance(file.get(key), str) for key in ("owner", "key", "file", "sha256"))
 
 
-def recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}

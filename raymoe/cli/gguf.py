@@ -13,7 +13,6 @@ from raymoe.cli.shared_options import (
     Quiet,
     TransformersCache,
     TrustRemoteCode,
-    merge_options,
     parse_device,
     set_log_level,
 )
@@ -51,6 +50,7 @@ def gguf(
     from raymoe.console import say
     from raymoe.export.gguf import GgufOptions, write_gguf
     from raymoe.formatting import human_bytes, human_count
+    from raymoe.planning import MergeOptions
     from raymoe.sources.hub import HubOptions
 
     set_log_level(verbose)
@@ -65,7 +65,7 @@ def gguf(
         pre=pre,
         name=name,
         overwrite=overwrite,
-        merge=merge_options("5B", random_seed or 0, allow_crimes, True, False, False, False),
+        merge=MergeOptions(seed=random_seed or 0, allow_crimes=allow_crimes, model_card=False),
         config_options=tuple(option for option, value in of_config.items() if value),
         allow_all_same=all_same,
         device=parse_device(device),

@@ -1,42 +1,83 @@
-"""Flags of mergekit-moe that have nothing left to do here: they are accepted, and say so."""
+"""Flags of mergekit-moe that have nothing left to do here: they are accepted, and say so.
+
+Only those of the table are: a flag that is mistyped is refused.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-# name -> why
-_IGNORED_FLAGS: dict[str, str] = {
-    "lazy_unpickle": "pickled checkpoints are always read by byte range",
-    "low_cpu_memory": "memory does not grow with the model",
-    "read_to_gpu": "weights that are only copied never visit a GPU",
-    "multi_gpu": "every expert gets a GPU of the Ray cluster",
-    "gpu_rich": "every expert gets a GPU of the Ray cluster",
-    "cuda": "GPUs that the Ray cluster has are used",
-    "async_write": "shards are always written in parallel",
-    "write_threads": "shards are always written in parallel",
-    "num_threads": "work is spread over Ray actors (--actors)",
-    "clone_tensors": "tensors are copied as bytes",
-    "safe_serialization": "the output is always safetensors",
-    "lora_merge_cache": "LoRA deltas are applied while writing; no merged copy is kept",
-    "lora_merge_dtype": "LoRA deltas are applied in float32",
-    "unsafe_truncate_embeddings": "the base model's embeddings are used whole",
-}
+from raymoe.cli.option_groups import Command, option, with_parameters
 
 
-def noop(name: str, *declarations: str, kind: Any = bool) -> Any:
-    return Annotated[
-        kind, typer.Option(*declarations, help=f"Accepted, nothing to do: {_IGNORED_FLAGS[name]}.", hidden=True)
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _IgnoredFlag:
+    """`flags` as typer declares them, the type of the value, and why there is nothing to do."""
+
+    flags: tuple[str, ...]
+    why: str
+    kind: Any = bool
+
+    @property
+    def name(self) -> str:
+        """The flag in full: without its short form and without its opposite."""
+        return self.flags[-1].partition("/")[0]
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The option. Its value is None unless the flag is given."""
+        return option(self.name.removeprefix("--").replace("-", "_"), self._annotation(self.kind | None), None)
+
+    def _annotation(self, kind: Any) -> Any:
+        help_text = f"Accepted, nothing to do: {self.why}."
+        return Annotated[kind, typer.Option(*self.flags, help=help_text, hidden=True)]
+
+    @property
+    def note(self) -> str:
+        return f"note: {self.name} is accepted and changes nothing here: {self.why}"
 
 
-def ignored_flag_notes(context: typer.Context) -> list[str]:
-    """One line for each given flag that has nothing to do."""
-    # By name: newer versions of typer bring their own copy of click's enumeration.
-    sources = {name: context.get_parameter_source(name) for name in _IGNORED_FLAGS}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    return [
-        f"note: --{name.replace('_', '-')} is accepted and changes nothing here: {_IGNORED_FLAGS[name]}"
-        for name in given
-    ]
+def _switch(name: str, why: str) -> _IgnoredFlag:
+    """A flag with an opposite."""
+    return _IgnoredFlag(flags=(f"--{name}/--no-{name}",), why=why)
+
+
+_GPUS = "every expert gets a GPU of the Ray cluster"
+_PARALLEL = "shards are always written in parallel"
+_IGNORED_FLAGS = (
+    _switch("lazy-unpickle", "pickled checkpoints are always read by byte range"),
+    _switch("low-cpu-memory", "memory does not grow with the model"),
+    _switch("read-to-gpu", "weights that are only copied never visit a GPU"),
+    _switch("multi-gpu", _GPUS),
+    _IgnoredFlag(flags=("--gpu-rich",), why=_GPUS),
+    _switch("cuda", "GPUs that the Ray cluster has are used"),
+    _switch("async-write", _PARALLEL),
+    _IgnoredFlag(flags=("--write-threads",), why=_PARALLEL, kind=int),
+    _IgnoredFlag(flags=("-j", "--num-threads"), why="work is spread over Ray actors (--actors)", kind=int),
+    _switch("clone-tensors", "tensors are copied as bytes"),
+    _switch("safe-serialization", "the output is always safetensors"),
+    _IgnoredFlag(
+        flags=("--lora-merge-cache",), why="LoRA deltas are applied while writing; no merged copy is kept", kind=str
+    ),
+    _IgnoredFlag(flags=("--lora-merge-dtype",), why="LoRA deltas are applied in float32", kind=str),
+    _switch("unsafe-truncate-embeddings", "the base model's embeddings are used whole"),
+)
+
+
+def accept_ignored_flags(command: Command) -> Command:
+    """Let a command be called with the flags of the table. It gets a line for each given one, as `ignored_notes`."""
+    flags = {flag.parameter.name: flag for flag in _IGNORED_FLAGS}
+
+    @functools.wraps(command)
+    def accepting(**given: Any) -> None:
+        values = {name: given.pop(name) for name in flags}
+        command(**given, ignored_notes=[flags[name].note for name, value in values.items() if value is not None])
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    kept = [parameter for parameter in own if parameter.name != "ignored_notes"]
+    return with_parameters(accepting, [*kept, *(flag.parameter for flag in _IGNORED_FLAGS)])

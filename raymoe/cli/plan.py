@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raymoe.cli.application import app, stoppable
-from raymoe.cli.shared_options import (
-    AllowCrimes,
-    AllSame,
-    ConfigPath,
-    CopyTokenizer,
-    In4Bit,
-    In8Bit,
-    OutShardSize,
-    RandomSeed,
-    Strict,
-    TransformersCache,
-    merge_options,
-)
+from raymoe.cli.option_groups import expand_groups
+from raymoe.cli.shared_options import ConfigPath, PlanArgs, TransformersCache
 
 if TYPE_CHECKING:
     from raymoe.errors import Problem
@@ -31,20 +20,15 @@ if TYPE_CHECKING:
 
 @app.command()
 @stoppable()
+@expand_groups
 def plan(
     config: ConfigPath,
     output: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="Where it would go: shows by which way each byte gets there.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    copy_tokenizer: CopyTokenizer = True,
-    allow_crimes: AllowCrimes = False,
-    out_shard_size: OutShardSize = "5B",
-    random_seed: RandomSeed = 0,
-    all_same: AllSame = False,
-    load_in_8bit: In8Bit = False,
-    load_in_4bit: In4Bit = False,
-    strict: Strict = False,
+    *,
+    args: PlanArgs,
     transformers_cache: TransformersCache = None,
 ) -> None:
     """Show what a merge would do: reads configs and file headers only.
@@ -61,16 +45,14 @@ def plan(
     from raymoe.sources.hub import HubOptions
     from raymoe.storage.locations import input_paths
 
-    options = merge_options(
-        out_shard_size, random_seed, allow_crimes, copy_tokenizer, True, load_in_8bit, load_in_4bit, strict
-    )
-    merge_config = load_config(config, allow_all_same=all_same)
+    options = args.merge_options()
+    merge_config = load_config(config, allow_all_same=args.all_same)
     for warning in config_warnings(merge_config):
         say(f"warning: {warning}")
     if note := storage_note(merge_config.storage):
         say(f"note: {note}")
     hub = HubOptions(cache_dir=transformers_cache)
-    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=True)
+    merge_plan = plan_merge(merge_config, options, hub=hub, allow_all_same=args.all_same)
     inputs = input_paths(merge_config, config)
     settings = RuntimeSettings(hub=hub, storage=merge_config.storage, inputs=inputs)
     planned = _planned_output(merge_plan, output, settings)

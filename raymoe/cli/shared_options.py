@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from raymoe.planning import MergeOptions
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Merge config (mergekit-moe's YAML schema).")]
-OutShardSize = Annotated[str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")]
-RandomSeed = Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")]
 AllSame = Annotated[
     bool,
     typer.Option(
@@ -28,16 +27,6 @@ AllowCrimes = Annotated[
     bool,
     typer.Option("--allow-crimes/--no-allow-crimes", help="Allow experts of another model type of equal shape."),
 ]
-CopyTokenizer = Annotated[
-    bool,
-    typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
-]
-WriteModelCard = Annotated[bool, typer.Option("--write-model-card/--no-write-model-card", help="Write a README.md.")]
-In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")]
-In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it.")
-]
 TransformersCache = Annotated[
     str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")
 ]
@@ -45,9 +34,6 @@ Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say m
 Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster. Default: RAY_ADDRESS, else one is started here.")
-]
-GpusPerExpert = Annotated[
-    float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs an expert actor gets, fractions too.")
 ]
 Actors = Annotated[int | None, typer.Option("--actors", min=1, help="Most expert actors at once.")]
 StallTimeout = Annotated[
@@ -76,36 +62,53 @@ TrustRecord = Annotated[
 ]
 
 
-def merge_options(
-    shard_size: str,
-    seed: int,
-    allow_crimes: bool,
-    copy_tokenizer: bool,
-    model_card: bool,
-    load_in_8bit: bool,
-    load_in_4bit: bool,
-    strict: bool = False,
-) -> MergeOptions:
-    from raymoe.planning import MergeOptions
+@dataclass(frozen=True, kw_only=True)
+class PlanArgs:
+    """Options that decide what a merge is planned to be: those of `raymoe plan`, which `raymoe merge` has too."""
 
-    problems = []
-    try:
-        max_shard_bytes = parse_size(shard_size)
-    except ValueError as error:
-        problems.append(Problem(where="--out-shard-size", what=str(error)))
-    if load_in_8bit and load_in_4bit:
-        problems.append(Problem(where="--load-in-8bit", what="can't go with --load-in-4bit", remedy="choose one"))
-    if problems:
-        raise ProblemReport(problems)
-    return MergeOptions(
-        max_shard_bytes=max_shard_bytes,
-        seed=seed,
-        allow_crimes=allow_crimes,
-        copy_tokenizer=copy_tokenizer,
-        model_card=model_card,
-        quantize_gates="8bit" if load_in_8bit else "4bit" if load_in_4bit else None,
-        strict=strict,
-    )
+    copy_tokenizer: Annotated[
+        bool,
+        typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Copy the base model's tokenizer to the output."),
+    ] = True
+    allow_crimes: AllowCrimes = False
+    out_shard_size: Annotated[
+        str, typer.Option("--out-shard-size", help="Largest shard: bytes, or 5B, 500M, 2GiB.")
+    ] = "5B"
+    random_seed: Annotated[int, typer.Option("--random-seed", help="Seed of random gates and of noise.")] = 0
+    all_same: AllSame = False
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Read prompts with 8-bit weights (bitsandbytes, GPU).")
+    ] = False
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Read prompts with 4-bit weights (bitsandbytes, GPU).")
+    ] = False
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it."),
+    ] = False
+
+    def merge_options(self, *, model_card: bool = True) -> MergeOptions:
+        """The same for a plan. Raises ProblemReport."""
+        from raymoe.planning import MergeOptions
+
+        problems = []
+        try:
+            max_shard_bytes = parse_size(self.out_shard_size)
+        except ValueError as error:
+            problems.append(Problem(where="--out-shard-size", what=str(error)))
+        if self.load_in_8bit and self.load_in_4bit:
+            problems.append(Problem(where="--load-in-8bit", what="can't go with --load-in-4bit", remedy="choose one"))
+        if problems:
+            raise ProblemReport(problems)
+        return MergeOptions(
+            max_shard_bytes=max_shard_bytes,
+            seed=self.random_seed,
+            allow_crimes=self.allow_crimes,
+            copy_tokenizer=self.copy_tokenizer,
+            model_card=model_card,
+            quantize_gates="8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None,
+            strict=self.strict,
+        )
 
 
 def parse_device(device: str | None, *, numbered: bool = False) -> str | None:

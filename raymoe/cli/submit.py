@@ -65,19 +65,26 @@ def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tupl
 
     What it refuses ends this command as it would end that one.
     """
-    assert context.parent is not None
-    command: Any = context.parent.command
-    merging = command.commands["merge"].make_context("merge", list(arguments), parent=context.parent)
-    options: list[str] = []
-    for param in merging.command.params:
-        source = merging.get_parameter_source(param.name)
-        if not param.name or param.param_type_name != "option" or source is None or source.name != "COMMANDLINE":
-            continue
-        value, flag = merging.params[param.name], max(param.opts, key=len)
-        if param.is_flag:
-            options.append(flag if value else param.secondary_opts[0])
-        elif param.count:
-            options += [flag] * value
-        else:
-            options.append(f"{flag}={value}")
-    return merging.params, options
+    group: Any = context.parent and context.parent.command
+    merging = group.get_command(context.parent, "merge").make_context("merge", list(arguments), parent=context.parent)
+    typed = [
+        option
+        for parameter in merging.command.params
+        if parameter.param_type_name == "option" and _is_typed(merging, parameter.name)
+        for option in _as_typed(parameter, merging.params[parameter.name])
+    ]
+    return merging.params, typed
+
+
+def _is_typed(context: Any, name: str) -> bool:
+    # By name: newer versions of typer bring their own copy of click's enumeration.
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _as_typed(parameter: Any, value: Any) -> list[str]:
+    """An option with its value, as a command line has it: `--actors=2`, `--strict`, `--no-cuda`, `--verbose`."""
+    flag = max(parameter.opts, key=len)
+    if parameter.is_flag:
+        return [flag if value else parameter.secondary_opts[0]]
+    return [flag] * value if parameter.count else [f"{flag}={value}"]

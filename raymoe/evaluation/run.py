@@ -22,7 +22,7 @@ from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, r
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.evaluation.routing_samples import RoutingSamples
 from raymoe.planning.plan import GatePlan, Router
-from raymoe.report.progress_line import ProgressLine
+from raymoe.progress_line import ProgressLine
 from raymoe.routers.router_matrices import router_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES

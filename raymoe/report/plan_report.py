@@ -35,15 +35,6 @@ class PlannedOutput:
     is_complete: bool = False
 
 
-def merge_line(plan: MergePlan, output: str) -> str:
-    """The first line of a merge: what is made, and where."""
-    size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
-    return (
-        f"{MOE_ARCHITECTURES[plan.architecture].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards "
-        f"to {output}"
-    )
-
-
 def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None) -> dict[str, Any]:
     """What `raymoe plan --json` prints; `output` where it is known, `hub` as the plan was made with."""
     totals = plan.totals

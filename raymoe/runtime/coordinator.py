@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from raymoe.checkpoints.merge_record import merge_record
 from raymoe.compute import peak_rss_bytes
-from raymoe.config import MergeConfig
 from raymoe.config.model_refs import short_name
 from raymoe.console import say
 from raymoe.errors import MergeFailed, Problem, ProblemReport, RaymoeError
@@ -25,9 +23,6 @@ from raymoe.gate_modes import MODES, better_mode
 from raymoe.object_store.errors import StorageError
 from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, MergePlan, Shard
-from raymoe.report.model_card import model_card
-from raymoe.report.plan_report import merge_line
-from raymoe.report.source_metadata import source_cards
 from raymoe.results import MergeResult
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
@@ -38,7 +33,7 @@ from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.actor_status import ActorInfo
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.placement import owner_names
-from raymoe.runtime.progress import Progress
+from raymoe.runtime.progress import Progress, merge_line
 from raymoe.runtime.remote_folders import RayFolderResolver
 from raymoe.runtime.run_on_actors import run_on_actors
 from raymoe.runtime.run_report import RunReport
@@ -49,7 +44,7 @@ from raymoe.runtime.source_files import SourceFiles, SourcesChanged
 from raymoe.safe_text import json_text
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.facts import SourceFile
-from raymoe.storage.file_names import FileRecord, FinishedMerge
+from raymoe.storage.file_names import CARD_NAME, FileRecord, FinishedMerge
 from raymoe.storage.outputs.open_output import open_output, writable_location
 from raymoe.storage.outputs.output_checks import (
     find_complete_merge,
@@ -62,13 +57,28 @@ from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transfer_summary import bytes_by_method
 
 
+class Description(Protocol):
+    """What a merge says of itself, made by the caller of `run_merge`. `summary` is what held-out prompts tell of the
+    routers."""
+
+    def card(self, summary: RouterSummary | None) -> str | None:
+        """The model card; None if there is to be none."""
+
+    def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> Mapping[str, Any]:
+        """The record of the merge, with all its other files."""
+
+
 def run_merge(
-    plan: MergePlan, config: MergeConfig, output: str | Path, settings: RuntimeSettings, report: RunReport | None = None
+    plan: MergePlan,
+    description: Description,
+    output: str | Path,
+    settings: RuntimeSettings,
+    report: RunReport | None = None,
 ) -> MergeResult:
     """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
 
     Where the output holds this very merge, finished, nothing is done but to remove what is left of its journal.
-    `report` is told how it goes.
+    `description` is asked for the card and the record at the end. `report` is told how it goes.
     """
     report = report or RunReport()
     target = open_target(output, settings)
@@ -109,7 +119,7 @@ def run_merge(
                 names = _expert_names(plan)
                 warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
-                files = _write_small_files(plan, config, target, settings, records, outcome.summary)
+                files = _write_small_files(plan, description, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
                 return replace(progress.result(target.location.text, files, warnings), router_lines=tuple(lines))
         finally:
@@ -306,7 +316,7 @@ def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: R
 
 def _write_small_files(
     plan: MergePlan,
-    config: MergeConfig,
+    description: Description,
     target: Output,
     settings: RuntimeSettings,
     records: Sequence[FileRecord],
@@ -317,12 +327,11 @@ def _write_small_files(
     for side in plan.side_files:
         records.append(target.write_small(side.name, RayFolderResolver(settings).read(side.file)))
     records.append(target.write_small("config.json", _to_json(plan.config)))
-    if plan.options.model_card:
-        card = model_card(plan, config, summary, source_cards(plan, settings.hub, settings.storage))
-        records.append(target.write_small("README.md", card.encode()))
+    if (card := description.card(summary)) is not None:
+        records.append(target.write_small(CARD_NAME, card.encode()))
     records.append(target.write_index(_to_json(plan.index)))
     files = tuple(sorted(records, key=lambda record: record.name))
-    target.end(_to_json(merge_record(plan, config, files, summary)))
+    target.end(_to_json(description.record(files, summary)))
     return files
 
 

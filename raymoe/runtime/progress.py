@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.compute import peak_rss_bytes
 from raymoe.formatting import human_bytes, human_time
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
-from raymoe.report.progress_line import LiveDisplay
+from raymoe.progress_line import LiveDisplay
 from raymoe.results import MergeResult
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.ray_metrics import MergeMetrics
@@ -24,6 +25,15 @@ from raymoe.runtime.timeouts import FINAL_STATUS_TIMEOUT_S
 from raymoe.storage.file_names import FileRecord
 
 _MAX_WARNINGS = 20
+
+
+def merge_line(plan: MergePlan, output: str) -> str:
+    """The first line of a merge: what is made, and where."""
+    size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
+    return (
+        f"{MOE_ARCHITECTURES[plan.architecture].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards "
+        f"to {output}"
+    )
 
 
 class Progress:

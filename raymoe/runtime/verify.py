@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raymoe.checkpoints.merge_record import find_fault, prompt_records, recorded_config, with_own_storage
-from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint, read_object
+from raymoe.checkpoints.merge_record import MergeRecord, prompt_records, read_record, with_own_storage
+from raymoe.checkpoints.open_checkpoint import checksum_like, open_checkpoint
 from raymoe.config import MergeConfig
-from raymoe.errors import CheckpointError, Problem, ProblemReport
+from raymoe.errors import CheckpointError
 from raymoe.gate_modes import MODES
 from raymoe.object_store.location import Location
-from raymoe.planning import MergeOptions, MergePlan
-from raymoe.planning.plan import Shard
+from raymoe.planning.plan import MergePlan, Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
 from raymoe.routers.fit_memory import max_layers_at_once
@@ -36,7 +35,7 @@ from raymoe.runtime.shard_jobs import ShardMethod
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.weight_index import index_model_weights
-from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, is_part_of_a_model
+from raymoe.storage.file_names import CARD_NAME, is_part_of_a_model
 from raymoe.storage.outputs.protocol import ShardJob
 from raymoe.storage.shard_stream import different_tensors
 from raymoe.storage.source_reader import SourceReader
@@ -45,18 +44,9 @@ from raymoe.storage.source_reader import SourceReader
 def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verification:
     """Compare a finished merge with its sources. Raises ProblemReport if there is no merge, or its sources are gone."""
     folder = open_checkpoint(location, settings.storage)
-    missing = "there is no raymoe.json, the record of a finished merge"
-    record = read_object(folder, RECORD_NAME, missing, "name the folder of a merge made by raymoe")
-    try:
-        if (fault := find_fault(record)) is not None:
-            raise TypeError(fault)
-        config = MergeConfig.from_plain(recorded_config(record))
-        options = MergeOptions.from_record(record["options"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"this record can't be read: {type(error).__name__}: {str(error).splitlines()[0]}"
-        remedy = "put back the record that the merge wrote, or merge again with --overwrite"
-        raise ProblemReport([Problem(where=f"{folder.label}/{RECORD_NAME}", what=what, remedy=remedy)]) from error
-    config = with_own_storage(config, settings.storage, folder.label, trusts_record=settings.trust_record)
+    record = read_record(folder)
+    recorded, options = record.config, record.options
+    config = with_own_storage(recorded, settings.storage, folder.label, trusts_record=settings.trust_record)
     settings = replace(settings, storage=config.storage)
     plan = plan_merge(
         config, options, hub=settings.hub, allow_all_same=True, remote_folders=RayFolderResolver(settings)
@@ -76,37 +66,36 @@ def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verificatio
     return Verification(tensors=len(expected), differences=tuple(differences), notes=notes)
 
 
-def _prompt_differences(record: Mapping[str, Any], plan: MergePlan, config: MergeConfig) -> list[str]:
+def _prompt_differences(record: MergeRecord, plan: MergePlan, config: MergeConfig) -> list[str]:
     """Files of prompts from which other prompts are drawn now than at the merge."""
     return [
         f"{now['file']}: {now['key']} of {now['owner']} are not those of the merge "
         f"({then['count']} prompts then, {now['count']} now)"
-        for then, now in zip(record.get("prompt_files", ()), prompt_records(plan, config), strict=False)
+        for then, now in zip(record.prompt_files, prompt_records(plan, config), strict=False)
         if then != now
     ]
 
 
 def _file_differences(
-    folder: Folder, record: Mapping[str, Any], plan: MergePlan, settings: RuntimeSettings
+    folder: Folder, record: MergeRecord, plan: MergePlan, settings: RuntimeSettings
 ) -> tuple[list[str], list[str]]:
     """Files that are not as the record says, and notes of those of which the record can't tell.
 
     The bytes of weights are left to the comparison tensor by tensor, but for a look at the ETags of objects.
     """
     differences, unknown = [], []
-    if record.get("plan_digest") != plan.digest:
+    if record.plan_digest != plan.digest:
         differences.append("the plan: sources, config or raymoe's output format are not what they were at the merge")
-    own = record.get("files", {})
-    others = (name for name in folder.names if is_part_of_a_model(name) and name not in own)
+    others = (name for name in folder.names if is_part_of_a_model(name) and name not in record.files)
     differences += [f"{name}: belongs to a model, and this merge did not write it" for name in others]
     weights = {shard.file_name for shard in plan.shards}
     with SourceReader(settings.hub, settings.storage) as reader:
-        for name, expected in own.items():
-            file, checksum = folder.find(name), expected["checksum"]
+        for name, expected in record.files.items():
+            file, checksum = folder.find(name), expected.checksum
             if file is None:
                 differences.append(f"{name}: missing")
-            elif file.size != expected["size"]:
-                differences.append(f"{name}: {file.size} bytes, expected {expected['size']}")
+            elif file.size != expected.size:
+                differences.append(f"{name}: {file.size} bytes, expected {expected.size}")
             elif name in weights and (file.etag is None or not checksum.startswith("etag:")):
                 continue
             elif (now := checksum_like(checksum, file, reader)) is None:

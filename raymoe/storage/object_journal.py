@@ -130,7 +130,8 @@ class ObjectJournal(BaseJournal):
         what = "another run has begun here, or has ended, since this one has looked"
         remedy = "run the same command again: it goes on, or says what is in the way"
         unknown = Problem(where=self._location, what=what, remedy=remedy)
-        return ProblemReport(self._files.problems(self, digest) or [unknown])
+        finished = self._files.finished_merge(self)
+        return ProblemReport(self._files.problems(self, finished, digest) or [unknown])
 
     def invalidate(self) -> None:
         _, marker = self._clearing_markers(self.check_run().origin)

@@ -95,10 +95,10 @@ class OutputFiles(ABC):
         names = (name for name, size in self.entries().items() if size is not None and name != INDEX_NAME)
         return sorted(name for name in names if is_part_of_a_model(name) and name not in own)
 
-    def problems(self, journal: BaseJournal, digest: str | None) -> list[Problem]:
+    def problems(self, journal: BaseJournal, finished: FinishedMerge | None, digest: str | None) -> list[Problem]:
         """Why the output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this
-        very plan gave is complete, unless something has become of its files. `digest` None: the plan has problems."""
-        finished = self.finished_merge(journal)
+        very plan gave is complete, unless something has become of its files. `finished` is `finished_merge(journal)`.
+        `digest` None: the plan has problems."""
         if finished is not None and finished.digest == digest:
             return finished.problems(self.location, self.size_of())
         if journal.exists:

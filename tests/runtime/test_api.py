@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.config import MergeConfig
 from raymoe.errors import ProblemReport
 from raymoe.planning import MergeOptions
 from raymoe.planning.owner import BASE
@@ -68,10 +69,13 @@ def test_config_as_path_mapping_or_object(many_shards: Merge) -> None:
     assert len(digests) == 1
 
 
-def test_problems_of_a_config_object(zoo: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [dict, MergeConfig.model_validate])
+def test_problems_of_a_config_object(zoo: Callable[..., Path], tmp_path: Path, form: Callable[[Any], Any]) -> None:
     from tests.pico import merge_config
 
-    same = merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed")
+    same = form(merge_config(zoo("llama"), [zoo("llama", seed=1)] * 2, mode="cheap_embed"))
+    with pytest.raises(ProblemReport, match="all 2 experts are the same model"):
+        raymoe.plan(same)
     with pytest.raises(ProblemReport, match="all 2 experts are the same model"):
         raymoe.merge(same, tmp_path / "out", settings=QUIET)
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import raymoe
 from raymoe.config import make_config
 from raymoe.errors import MergeFailed, ProblemReport
 from raymoe.planning import MergePlan
+from raymoe.report.merge_description import MergeDescription
 from raymoe.runtime.coordinator import _invalidate_on_source_change, open_target, output_problems, run_merge
 from raymoe.runtime.placement import FileRequirements, Node, Placement, view_files
 from raymoe.runtime.settings import RuntimeSettings
@@ -58,8 +59,9 @@ def test_written_before_the_merge_begins(models: list[Path], tmp_path: Path) -> 
     expected = f"files were written after the merge was planned with them: {models[1]}/model.safetensors"
     assert whats(plan, tmp_path / "out") == [expected]
     config = make_config(config_of(models), allow_all_same=True)
+    description = MergeDescription(plan=plan, config=config, hub=SETTINGS.hub)
     with pytest.raises(ProblemReport, match="written after the merge was planned"):
-        run_merge(plan, config, tmp_path / "out", SETTINGS)
+        run_merge(plan, description, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()
 
 

@@ -163,6 +163,7 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     import raymoe
     from raymoe.config import MergeConfig
     from raymoe.errors import MergeFailed
+    from raymoe.report.merge_description import MergeDescription
     from raymoe.runtime.coordinator import run_merge
     from raymoe.runtime.settings import RuntimeSettings
     from tests.pico import merge_config
@@ -171,6 +172,8 @@ def test_source_is_gone_in_mid_merge(zoo: Callable[..., Path], ray_merge: Any, t
     config = MergeConfig.model_validate(merge_config(models[0], models[1:], mode="random"))
     plan = raymoe.plan(config)
     shutil.rmtree(models[2])
+    settings = RuntimeSettings(verbosity=-1, actors=1)
+    description = MergeDescription(plan=plan, config=config, hub=settings.hub)
     with pytest.raises(MergeFailed, match=r"/2/model.safetensors: the file is not there on this node"):
-        run_merge(plan, config, tmp_path / "out", RuntimeSettings(verbosity=-1, actors=1))
+        run_merge(plan, description, tmp_path / "out", settings)
     assert not (tmp_path / "out/model.safetensors.index.json").exists()

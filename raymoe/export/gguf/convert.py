@@ -22,7 +22,7 @@ from raymoe.export.gguf.staging_file import StagingFile, disk_space_problems, op
 from raymoe.export.gguf.tensor_layout import GgufTensor, file_tensors
 from raymoe.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from raymoe.formatting import human_bytes
-from raymoe.report.progress_line import ProgressLine
+from raymoe.progress_line import ProgressLine
 from raymoe.storage.locations import replaced_input
 from raymoe.tensor_names import EMBEDDING
 

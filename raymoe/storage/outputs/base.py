@@ -40,8 +40,16 @@ class BaseOutput(ABC):
         return self.journal.run
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
-        problems = self.files.problems(self.journal, digest)
-        return [] if overwrite else problems
+        finished = self.finished_merge()
+        problems = self.files.problems(self.journal, finished, digest)
+        if overwrite:
+            return self._room_problems(output_bytes)
+        is_complete = finished is not None and finished.digest == digest
+        return problems if is_complete else [*problems, *self._room_problems(output_bytes)]
+
+    def _room_problems(self, output_bytes: int) -> list[Problem]:
+        """Why so many bytes can't be written here. An object store has room for all."""
+        return []
 
     def digest(self) -> str | None:
         return self.journal.digest()

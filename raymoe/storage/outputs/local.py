@@ -44,13 +44,9 @@ class LocalOutput(BaseOutput):
         if self.journal.is_taken:
             return [self.journal.taken_problem]
         try:
-            if unusable := self._unusable_problems():
-                return unusable
-            problems = super().problems(digest=digest, output_bytes=output_bytes, overwrite=overwrite)
-            finished = None if overwrite else self.finished_merge()
-            if finished is not None and finished.digest == digest:
-                return problems
-            return [*problems, *self._room_problems(output_bytes)]
+            return self._unusable_problems() or super().problems(
+                digest=digest, output_bytes=output_bytes, overwrite=overwrite
+            )
         except OSError as error:  # a name that is too long, a folder that may not be listed
             what = f"can't be used: {error.strerror or error}"
             return [Problem(where=self.location.text, what=what, remedy="choose another output")]

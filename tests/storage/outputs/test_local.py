@@ -193,6 +193,20 @@ def test_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
+    (tmp_path / "raymoe.json").write_text(json.dumps({"plan_digest": "plan", "files": {INDEX: {"size": 1}}}))
+    reads: list[str] = []
+
+    def read(files: FolderFiles, name: str) -> bytes:
+        reads.append(name)
+        return (tmp_path / name).read_bytes()
+
+    monkeypatch.setattr(FolderFiles, "read", read)
+    assert bool(problems(tmp_path, overwrite=overwrite)) is not overwrite
+    assert reads == ["raymoe.json"]
+
+
 def test_permissions(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     (found,) = problems(tmp_path / "out")

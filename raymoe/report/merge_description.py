@@ -1,0 +1,49 @@
+"""What a merge says of itself: its model card and its record.
+
+    MergePlan, MergeConfig, what held-out prompts tell of the routers --> README.md, raymoe.json
+
+The coordinator writes both and knows neither the config nor what a card is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raymoe.checkpoints.merge_record import merge_record
+from raymoe.config import MergeConfig
+from raymoe.planning.plan import MergePlan
+from raymoe.report.model_card import card_metadata, model_card
+from raymoe.report.source_metadata import SourceCard, source_cards
+from raymoe.routers.heldout_report import RouterSummary
+from raymoe.sources.hub import HubOptions
+from raymoe.storage.file_names import FileRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeDescription:
+    """Implements `raymoe.runtime.coordinator.Description`. `config` is what the user wrote: the plan is made of it."""
+
+    plan: MergePlan
+    config: MergeConfig
+    hub: HubOptions
+
+    def card(self, summary: RouterSummary | None) -> str | None:
+        """README.md; None if the merge writes no card."""
+        if not self.plan.options.model_card:
+            return None
+        return model_card(self.plan, self.config, summary, self._source_cards())
+
+    def card_head(self) -> str | None:
+        """The card's front matter, which is all that the Hub checks of it; None if the merge writes no card."""
+        if not self.plan.options.model_card:
+            return None
+        return f"---\n{card_metadata(self.plan, self._source_cards())}\n---\n"
+
+    def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> dict[str, Any]:
+        """The content of raymoe.json."""
+        return merge_record(self.plan, self.config, files, summary)
+
+    def _source_cards(self) -> Sequence[SourceCard]:
+        return source_cards(self.plan, self.hub, self.config.storage)
