@@ -44,7 +44,8 @@ class Pair:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.host}{'-shared' * self.shared}"
+        name = f"{self.family}-{self.host}"
+        return f"{name}-shared" if self.shared else name
 
     @property
     def dense(self) -> DenseFamily:
