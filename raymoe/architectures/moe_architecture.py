@@ -46,7 +46,8 @@ MIXTURE_KEYS = frozenset(
     }
 )
 """Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge:
-hosts read several of them, some as other names of keys that raymoe writes (the `attribute_map` of transformers)."""
+MoE architectures read several of them, some as other names of keys that raymoe writes (the `attribute_map` of
+transformers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +167,7 @@ class MoeArchitecture:
 
     @property
     def dense_lacks_partial_rotary(self) -> bool:
-        """Whether the RoPE of `dense_family` can't turn a part of each head, as the host's may."""
+        """Whether the RoPE of `dense_family` can't rotate a part of each head, as that of the MoE architecture may."""
         return (
             any(FAMILIES[name].has_partial_rotary for name in self.accepts)
             and not FAMILIES[self.dense_family].has_partial_rotary
@@ -183,7 +184,7 @@ class MoeArchitecture:
         )
 
     def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-        """A key of the host's config and its value there, by the first of its names that has one; (key, None) else."""
+        """A key of a merge's config and its value there, by the first of its names that has one; (key, None) else."""
         names = (key, self.aliases.get(key, key))
         return next(((name, config[name]) for name in names if config.get(name) is not None), (key, None))
 
@@ -206,17 +207,17 @@ O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
 QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
 EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
 
-# Where a host has a shared expert in every layer and the merge none, it gets this width and zeros. 256 is a multiple of
-# every block size that quantised formats use; a width of 0 is not read by llama.cpp.
+# The width of a shared expert of zeros, which a merge without shared experts gets if its architecture has one in every
+# layer. 256 is a multiple of every block size that quantized formats use. llama.cpp does not read a width of 0.
 EMPTY_SHARED_WIDTH = 256
 
 
 def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    """Keys of the output's config.json that follow from the dense model and the host.
+    """Keys of the output's config.json that follow from the dense model and the MoE architecture.
 
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
-    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
-    does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
+    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. An architecture that
+    transformers 4 lacks may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
     """
     carried = FAMILIES[architecture.dense_family].carried
     keys = {
@@ -242,11 +243,11 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
     return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
 
 
-# --- reasons and rows that several hosts share
+# --- reasons and rows that several architectures share
 
 
 def common_reasons(spec: DenseSpec, *, mixed_windows: bool = False) -> list[str]:
-    """`mixed_windows`: the host may have a window on some layers only."""
+    """`mixed_windows`: the architecture may have a window on some layers only."""
     reasons = []
     if spec.mlp_bias:
         reasons.append("mlp_bias: its experts have no bias")
@@ -275,7 +276,7 @@ def no_shared_reasons(moe: MoeShape) -> list[str]:
 
 
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
-    """Of hosts whose shared experts have no gate."""
+    """Of architectures whose shared experts have no gate."""
     return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_has_prompts else []
 
 

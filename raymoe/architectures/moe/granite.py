@@ -1,4 +1,4 @@
-"""Granite's hosts: multipliers on embeddings, residuals, scores and logits, and the experts of a layer in two tensors.
+"""Granite's MoE: multipliers on embeddings, residuals, scores and logits, and the experts of a layer in two tensors.
 
 Sources: transformers' `models/granitemoe`, `models/granitemoeshared`, `models/granitemoehybrid` and
 `models/granitemoe_swa`, each read next to its dense sibling.

@@ -1,4 +1,4 @@
-"""The MoE hosts that take the Llama-like families.
+"""The MoE architectures that take the Llama-like families.
 
 Sources: transformers' `models/mixtral`, `models/qwen2_moe`, `models/qwen3_moe`; for DeepSeek-MoE v1 its paper
 (https://arxiv.org/abs/2401.06066) and the published config of deepseek-ai/deepseek-moe-16b-base.
@@ -165,7 +165,7 @@ def _deepseek_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
-LLAMA_LIKE_HOSTS = (
+LLAMA_LIKE_ARCHITECTURES = (
     MoeArchitecture(
         name="mixtral",
         title="Mixtral",

@@ -1,4 +1,4 @@
-"""Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
+"""Architectures that are the MoE of one family: its attention, norms and multipliers, with routers and experts.
 
 Sources: transformers' `models/flex_olmo`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
 `models/lfm2_moe`, each read next to its dense sibling.

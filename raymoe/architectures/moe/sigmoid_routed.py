@@ -1,4 +1,4 @@
-"""Hosts whose routers score by sigmoid, in the manner of DeepSeek-V3.
+"""Architectures whose routers score by sigmoid, in the manner of DeepSeek-V3.
 
 Scores of the chosen experts are made to sum to one, and the bias that has a say in the choice is zero: copies of one
 model are then that model. Each has a shared expert in every layer.
