@@ -32,6 +32,11 @@ _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 _ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
     {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
 )
+# What the floats of a GGUF file's metadata hold, and keys of configs that are written as such.
+_LARGEST_REAL = 3.4028234663852886e38
+_REALS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale")
+
+UNCHANGED_REMEDY = "convert a merge as raymoe wrote it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +88,8 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
 
 
 def _rope_is_interleaved(spec: DenseSpec) -> bool:
-    """Whether it is in transformers too (`rotate_half` in the modelling files). Some configs have a key for it."""
+    """Whether it is in transformers too (`rotate_half` in its modeling files). Some configs say so."""
     return bool(spec.extra.get("rope_interleave", spec.family.rope_is_interleaved))
-
-
-# What the floats of a GGUF file's metadata hold, and keys of configs that are written as such.
-_LARGEST_REAL = 3.4028234663852886e38
-_REALS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale")
-
-UNCHANGED_REMEDY = "convert a merge as raymoe wrote it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
