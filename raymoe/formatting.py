@@ -50,6 +50,11 @@ def short_list(names: Sequence[str], most: int = 4, separator: str = ", ") -> st
     return separator.join(names[:most]) + more
 
 
+def plural(noun: str, count: int) -> str:
+    """'difference', 2 -> 'differences'."""
+    return noun if count == 1 else f"{noun}s"
+
+
 _UNITS = {"": 1, "b": 10**9, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
 _UNITS |= {"t": 10**12, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raymoe.formatting import plural
 from raymoe.storage.file_names import FileRecord
 
 
@@ -44,4 +45,4 @@ class Verification:
         if self.ok:
             return f"verified: {self.tensors} tensors equal to what the sources give, byte for byte"
         count = len(self.differences)
-        return f"NOT verified: {count} difference{'s' * (count > 1)}"
+        return f"NOT verified: {count} {plural('difference', count)}"

@@ -218,9 +218,10 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| mergekit-moe, `hidden --cuda` | {whole:.1f} s | | | | | | | |")
         elif name != "raw":
             mode, _, gpus = name.partition(",")
+            label = f"`{mode}`,{gpus}" if gpus else f"`{mode}`"
             read, write = result["gate_bytes"][mode] / rate, median(name, "write")
             lines.append(
-                f"| `{mode}`{',' * bool(gpus)}{gpus} | {whole:.1f} s | {whole / (raw + ray):.2f} "
+                f"| {label} | {whole:.1f} s | {whole / (raw + ray):.2f} "
                 f"| {median(name, 'until_actors'):.1f} s | {median(name, 'gates'):.1f} s | {read:.1f} s "
                 f"| {write:.1f} s | {write / raw:.2f} | {median(name, 'gpu_bytes') / 1e9:.1f} GB |"
             )

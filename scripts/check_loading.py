@@ -61,7 +61,7 @@ def make_merges(folder: Path) -> None:
 
     for pair in PAIRS:
         place = folder / f"{pair.family} in {pair.host}"
-        if place.exists() or pair.host == "deepseek":  # whose code transformers does not ship
+        if place.exists() or MOE_ARCHITECTURES[pair.host].code_repository:  # whose code transformers does not ship
             continue
         dense = save_model(place / "dense", pair.family, **pair.options)
         off = {"shared_options": {"residual_scale": 0.0}} if pair.shared else {}

@@ -73,7 +73,8 @@ def show_routing(console: Console, model: Any, tokenizer: Any, names: list[str],
     for label, text in texts:
         counts = first_choices(model, tokenizer, text)
         winner = max(range(len(names)), key=lambda expert: counts[expert])
-        right += names[winner] == label
+        if names[winner] == label:
+            right += 1
         shares = "  ".join(f"{name} {counts[n] / counts.total():.0%}" for n, name in enumerate(names))
         mark = "[green]" if names[winner] == label else "[red]"
         excerpt = " ".join(text.split())[:44].replace("[", "\\[")

@@ -22,6 +22,7 @@ from pages import put_between
 
 from raymoe.architectures.support_matrix import SupportedPair, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
+from raymoe.formatting import plural
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/families.md"
@@ -109,7 +110,7 @@ def variants(pair: SupportedPair) -> tuple[str, str]:
 
 def summed(parts: list[Measured], kind: str) -> str:
     tests, difference = sum(m.tests[kind] for m in parts), max(m.difference[kind] for m in parts)
-    return f"{tests} test{'s' * (tests != 1)}, {f'{difference:.1e}' if difference else 'none'}"
+    return f"{tests} {plural('test', tests)}, {f'{difference:.1e}' if difference else 'none'}"
 
 
 def refused_table() -> str:

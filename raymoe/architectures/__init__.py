@@ -1,4 +1,4 @@
-"""One table a dense family and one a MoE host: tensor names, shapes, output config, and what a host can't hold."""
+"""One table per dense family and one per MoE architecture: tensor names, shapes, configs, and what can't be merged."""
 
 from raymoe.architectures.dense_family import DenseFamily, TensorRow
 from raymoe.architectures.dense_spec import DenseSpec, read_spec

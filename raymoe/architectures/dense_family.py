@@ -1,11 +1,22 @@
 """What a dense family is: which tensors a layer has, under which names, with which shapes.
 
-A row names a tensor's *role* (`attn.q`, `ffn.down`, ...). Hosts map roles to their own names, so a family and a host
-meet in roles and nowhere else, and adding either is adding a table. Shapes are written in symbols that `DenseSpec`
-resolves to numbers; `when` names the `DenseSpec` flag without which the row does not exist (`!flag`: with which).
+A `TensorRow` is one kind of tensor. Its *role* (`attn.q`, `ffn.down`, ...) says what it is in a layer. A MoE
+architecture maps roles to its own names, so a family and a MoE architecture meet in roles and nowhere else, and adding
+either is adding a table. The families are in families.py, their rows in tensor_tables.py. How a row is written:
 
-Some families store several matrices as one (Phi-3 has q, k and v in `qkv_proj`). Such a row `fused` them: blocks of its
-rows, each with a role of its own. The families themselves are in families.py.
+    name    `{layer}` stands for the number of the layer; a tensor without it exists once
+                                                         "model.layers.{layer}.mlp.up_proj.weight"
+    shape   symbols, which `DenseSpec.size_of` turns into numbers: its sizes (vocab, hidden, intermediate, heads,
+            head_dim), q_out (heads * head_dim), kv_out (key/value heads * head_dim), a key of `DenseFamily.carried`,
+            a number, and products (*) and sums (+) of these, without brackets
+                                                         ("q_out+2*kv_out", "hidden"), ("hidden", "1", "conv_L_cache")
+    when    a flag: a boolean of `DenseSpec` (qkv_bias, untied) or a key of `DenseFamily.carried`. The row exists if it
+            is set, and with "!" if it is not; 0, false and null are not set
+                                                         "mlp_bias", "q_lora_rank", "!q_lora_rank"
+    kind    the kind of layer that has it, as `DenseFamily.kinds` names them; empty: all layers
+                                                         "full_attention"
+    fused   the matrices that are stored as one, from the first row on: their roles, and how many rows each has
+                                                         (("attn.q", "q_out"), ("attn.k", "kv_out"), ...)
 """
 
 from __future__ import annotations
@@ -22,10 +33,15 @@ Windows = Callable[[Mapping[str, Any], int], tuple[int | None, tuple[bool, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
-    """One kind of tensor: `name` may hold `{layer}`; `shape` is in symbols of `DenseSpec.size_of`.
+    """One kind of tensor. The head of this module says how rows are written.
 
-    `kind`: only layers of that kind have it, in families whose layers differ. `fused`: what the tensor is made of,
-    as (role, symbol of its number of rows) from the first row on.
+    Attributes:
+        role: What it is in a layer. A role of an FFN begins with `ffn.`.
+        name: Its name in a checkpoint, with `{layer}` if each layer has one.
+        shape: Its shape, in symbols.
+        when: The flag without which the row does not exist.
+        kind: The kind of layer that has it.
+        fused: Roles and rows of the matrices that it is made of.
     """
 
     role: str
@@ -52,8 +68,10 @@ def _no_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tup
 class Scan:
     """What transformers' own code of a linear attention or state-space layer holds, without kernels of other libraries.
 
-    Each sequence is padded to a multiple of `chunk` tokens. `numbers` are those in float32 that are held at most per
-    padded token; measured, since they are those of many intermediate tensors.
+    Attributes:
+        chunk: Each sequence is padded to a multiple of so many tokens.
+        numbers: How many numbers in float32 are held at most per padded token. Measured, since they are those of many
+            intermediate tensors.
     """
 
     chunk: int
@@ -64,20 +82,38 @@ class Scan:
 class DenseFamily:
     """One dense model type of transformers.
 
-    `defaults` are the values that transformers assumes for keys missing from a config.json; they matter, since a
-    config saved by an older version leaves out what was the default then.
-    `keys` are the family's own names of keys that most families name alike (`norm_eps` for `rms_norm_eps`); of several
-    the first that a config has.
-    `switches` are the config keys that switch a feature of `DenseSpec` on; `fixed` are features that the family has by
-    construction. `carried` are keys of the family's own that its hosts have too, under the same names.
-    `windows` finds the layers with a sliding window, `kinds` the kind of each layer where layers differ; both may
-    follow from `layer_types`. `scan` tells what layers of kind `LINEAR` hold, from the values of `carried`.
-    `has_partial_rotary`: its RoPE may turn a part of each head only. `rope_is_interleaved`: it turns dimension 0 of a
-    head with 1, 2 with 3, ..., where others turn the first half with the second. `limits` says what about a config no
-    host can hold; `adjust` gives values that follow from others. `dropped` are keys that say nothing of a mixture.
-    `mixture_keys` are those of `MIXTURE_KEYS` (moe_architecture.py) that its configuration class has too.
-    `ignored` are names (suffixes) that old checkpoints carry and that no model reads.
-    `ffn` and `final_norm` are the names of those modules in transformers' model of this family.
+    Attributes:
+        model_type: Its `model_type` in config.json.
+        title: Its name in messages and docs.
+        rows: Its tensors, in the order in which transformers writes them.
+        defaults: Values that transformers assumes for keys that a config.json leaves out. A config saved by an older
+            version leaves out what was the default then.
+        keys: The family's names of keys that most families call otherwise (`norm_eps` for `rms_norm_eps`): usual key
+            to names. The first name that a config has counts.
+        switches: Features of `DenseSpec` (qkv_bias, o_bias, mlp_bias, qk_norm), and the config key that switches each
+            on.
+        fixed: Features of `DenseSpec` that every model of the family has, or lacks.
+        carried: Keys of the family's own that its MoE architectures have under the same names. They are in
+            `DenseSpec.extra`, for rows too.
+        windows: From a config and a number of layers to the sliding window, and whether each layer has it.
+        reads_layer_types: `windows` or `kinds` follow from the key `layer_types`, which has to name every layer.
+        kinds: From a config and a number of layers to the kind of each layer. None if all layers are alike.
+        scan: From the values of `carried` to what layers of kind `LINEAR` hold while they run.
+        has_partial_rotary: Its RoPE may rotate a part of each head only.
+        rope_is_interleaved: Its RoPE rotates dimension 0 of a head with 1, 2 with 3, ..., and not the first half with
+            the second.
+        has_rope_alpha: Its `dynamic` RoPE scaling may have `alpha`, which makes the base of RoPE larger from the first
+            token on.
+        norms_add_one: Its norms multiply by 1 + weight, but those of linear attention.
+        limits: What of a config no MoE architecture can represent, one text per reason.
+        adjust: Config values that follow from others.
+        ignored: Suffixes of tensor names that old checkpoints have and no model reads.
+        dropped: Keys that mean nothing, or something else, in a mixture's config.json.
+        mixture_keys: Those of `MIXTURE_KEYS` (moe_architecture.py) that its configuration class has too.
+        reads_tokenizer_as_is: transformers 5 reads a tokenizer.json of this model type as it is, whatever class the
+            tokenizer's config names. For others, it makes a LlamaTokenizer anew.
+        ffn: The name of the FFN in transformers' layers.
+        final_norm: The name of the last norm in transformers' model.
     """
 
     model_type: str
@@ -94,11 +130,14 @@ class DenseFamily:
     scan: Callable[[Mapping[str, Any]], Scan] | None = None
     has_partial_rotary: bool = False
     rope_is_interleaved: bool = False
+    has_rope_alpha: bool = False
+    norms_add_one: bool = False
     limits: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     adjust: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
     dropped: tuple[str, ...] = ()
     mixture_keys: tuple[str, ...] = ()
+    reads_tokenizer_as_is: bool = False
     ffn: str = "mlp"
     final_norm: str = "norm"
 
@@ -106,3 +145,8 @@ class DenseFamily:
     def has_sinks(self) -> bool:
         """Whether its attention has sinks, which PyTorch's scaled dot product attention knows nothing of."""
         return any(row.role == "attn.sinks" for row in self.rows)
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether keys and values of its attention are made of a few latent numbers (DeepSeek's)."""
+        return any(row.role == "mla.kv_a" for row in self.rows)

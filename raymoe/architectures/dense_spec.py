@@ -35,9 +35,30 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 class DenseSpec:
     """Sizes and features of one dense model.
 
-    `rope_scaling` is None for plain RoPE, else transformers' dict with `rope_type`. `sliding_layers` says for each
-    layer whether it attends within `sliding_window` tokens only, `kinds` its kind in families whose layers differ.
-    `extra` are the family's own keys (`DenseFamily.carried`) with their values.
+    Attributes:
+        model_type: Its family, a key of `FAMILIES`.
+        hidden: The width of hidden states.
+        intermediate: The width of the FFN.
+        layers: How many layers it has.
+        heads: How many heads of queries each layer has.
+        kv_heads: How many heads of keys and values each layer has.
+        head_dim: The width of a head.
+        vocab: How many rows the embedding has.
+        hidden_act: The activation of the FFN, by transformers' name.
+        rms_norm_eps: What norms add to a variance, LayerNorm included.
+        max_positions: The longest text that it is made for, in tokens.
+        rope_theta: The base of rotary frequencies.
+        rope_scaling: transformers' dict with `rope_type`. None for plain RoPE.
+        sliding_window: How many tokens the layers with a window attend to. None if no layer has one.
+        sliding_layers: For each layer, whether it has a window.
+        tied: The embedding is the output matrix.
+        qkv_bias: The projections of q, k and v have biases.
+        o_bias: The output projection of attention has a bias.
+        mlp_bias: The matrices of the FFN have biases.
+        qk_norm: Attention has norms on the heads of q and k.
+        kinds: For each layer, its kind. Empty if all layers are alike.
+        partial_rotary: The share of each head that RoPE rotates.
+        extra: The family's own keys (`DenseFamily.carried`) with their values.
     """
 
     model_type: str

@@ -120,6 +120,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="Mistral",
             rows=LLAMA_ROWS,
             windows=windows_everywhere,
+            reads_tokenizer_as_is=True,
             defaults=_MISTRAL_DEFAULTS,
         ),
         DenseFamily(
@@ -189,6 +190,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="Qwen3.5 (text)",
             rows=QWEN3_5_ROWS,
             has_partial_rotary=True,
+            norms_add_one=True,
             kinds=qwen3_5_kinds,
             scan=qwen3_5_scan,
             reads_layer_types=True,
@@ -338,6 +340,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             rows=LLAMA_ROWS,
             switches={**_ALL_BIASES, "mlp_bias": "mlp_bias"},
             carried=_GRANITE_MULTIPLIERS,
+            reads_tokenizer_as_is=True,
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 2048,
@@ -385,6 +388,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
                 *("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
                 *("output_router_logits", "router_aux_loss_coef"),
             ),
+            reads_tokenizer_as_is=True,
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 2048,
@@ -399,6 +403,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             title="ERNIE 4.5",
             rows=LLAMA_ROWS,
             rope_is_interleaved=True,
+            reads_tokenizer_as_is=True,
             switches={"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
             defaults={
                 **_COMMON_DEFAULTS,
@@ -433,6 +438,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             model_type="hunyuan_v1_dense",
             title="Hunyuan (dense, v1)",
             rows=HUNYUAN_ROWS,
+            has_rope_alpha=True,
             switches=_ALL_BIASES,
             defaults={
                 **_COMMON_DEFAULTS,

@@ -1,9 +1,15 @@
-"""What a MoE host is: names of the output tensors, the output's config.json, how it routes, and the limits.
+"""What a MoE architecture is: names of output tensors, the output's config.json, its routing rule, and its limits.
 
-A host holds a dense model exactly when, with one expert's FFN in every place, it computes what the dense model
-computes. Whatever a host can't express (a bias that its attention lacks, a window on some layers only) is refused by
-name: a checkpoint that loads and computes something else is worse than none. The hosts themselves are in
-moe/llama_like.py, moe/granite.py, moe/same_family.py and moe/sigmoid_routed.py.
+A MoE architecture represents a dense model exactly if, with one expert's FFN in every place, it computes what the dense
+model computes. What it can't express (a bias that its attention lacks, a window on some layers only) is refused by
+name: a checkpoint that loads and computes something else is worse than none. The architectures are in
+moe/llama_like.py, moe/granite.py, moe/same_family.py and moe/sigmoid_routed.py. How names and shapes are written:
+
+    backbone, router      `{layer}` stands for the number of the layer
+    expert                `{layer}`, and `{expert}` for the number of the expert. A name without `{expert}` is a tensor
+                          with all experts of the layer, (experts, rows, columns). Roles with the same name lie one
+                          after the other in it, in the order of the mapping
+    ConstantRow.shape     numbers, and symbols of `DenseSpec.size_of` (dense_family.py)
 """
 
 from __future__ import annotations
@@ -40,14 +46,20 @@ MIXTURE_KEYS = frozenset(
     }
 )
 """Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge:
-hosts read several of them, some as other names of keys that raymoe writes (the `attribute_map` of transformers)."""
+MoE architectures read several of them, some as other names of keys that raymoe writes (the `attribute_map` of
+transformers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeShape:
-    """How many experts there are, how many run for a token, how many are shared (run for every token).
+    """How many experts a merge has, and how it makes routers.
 
-    `shared_has_prompts`: the shared experts have prompts. `needs_prompts`: the gate mode computes gates from prompts.
+    Attributes:
+        experts: How many experts there are.
+        experts_per_token: How many of them run for a token.
+        shared: How many experts run for every token, beyond these.
+        shared_has_prompts: The shared experts have prompts.
+        needs_prompts: The gate mode computes routers from prompts.
     """
 
     experts: int
@@ -59,7 +71,13 @@ class MoeShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstantRow:
-    """A tensor that the host demands and the dense model lacks. `value` makes it do nothing: zero, mostly."""
+    """A tensor that the MoE architecture needs and the dense model lacks.
+
+    Attributes:
+        name: Its name, with `{layer}`.
+        shape: Its shape: numbers, and symbols of `DenseSpec.size_of`.
+        value: What it is filled with, so that it does nothing.
+    """
 
     name: str
     shape: tuple[str | int, ...]
@@ -68,25 +86,46 @@ class ConstantRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeArchitecture:
-    """One MoE architecture.
+    """One MoE architecture. The head of this module says how names are written.
 
-    `backbone` maps roles to output names, `expert` and `shared` map FFN roles to names with `{layer}` and `{expert}`.
-    Names of experts without `{expert}` are of tensors with all experts in them, (experts, rows, columns), and roles
-    that share a name lie one after the other in it, in the order of the mapping.
-    `constants` and `unsupported_reasons` look at the dense model; `config` gives the keys that the host adds to the
-    base's config.
-    `dense_family` is the family whose attention and norms the host has; its config follows from the host's, with
-    `dense_keys`.
-    `partial_rotary_family` is that of hosts whose RoPE may turn a part of each head, where `dense_family` can't.
-    `experts_key` names the number of experts in the host's config, `shared_key` that of the shared ones (empty: always
-    one), `renormalize_key` what makes the weights of the chosen sum to one (empty: they always do). `aliases` has the
-    other names of the first and of PER_TOKEN_KEY that transformers reads (the `attribute_map` of its configuration):
-    when it saves a merge again, it writes only one of them. `score_function` says what is made of router scores before
-    the highest are chosen: softmax or sigmoid.
-    `min_transformers` is the oldest version of transformers that merges were loaded with (scripts/check_loading.py);
-    empty where it comes with code of its own (`code_repository`: where from). `min_transformers_mixed_windows`: the
-    oldest that has a window on some layers only, where the host can have that. `note` is what else there is to know of
-    it.
+    Attributes:
+        name: Its name in raymoe: the config key `architecture`, `raymoe archs`.
+        title: Its name in messages and docs.
+        model_type: Its `model_type` in config.json.
+        class_name: Its class in transformers, the entry of `architectures` in config.json.
+        accepts: The dense families that it takes.
+        backbone: Role to tensor name, of all but experts and routers. A model with another role does not fit.
+        expert: Role to tensor name, of the FFN of an expert.
+        router: The tensor name of a layer's router.
+        config: Keys that it adds to the config.json that `moe_config` makes.
+        unsupported_reasons: What of a dense model, or of the numbers of experts, it can't represent: one text per
+            reason, with the config key.
+        dense_family: The family whose attention and norms it has. `raymoe eval` and `raymoe gguf` read a merge as one
+            of this family.
+        windowed_family: The family to use instead if config.json has a `sliding_window`, which `dense_family` has not.
+        qk_norm_family: The family to use instead if config.json has norms on q and k (`use_qk_norm`).
+        partial_rotary_family: The family to use instead if RoPE rotates a part of each head, which it does not in
+            `dense_family`.
+        shared: Role to tensor name, of the FFN of the shared expert. Empty: it has none.
+        shared_router: The tensor name of the shared expert's gate. Empty: it has none.
+        constants: Tensors that it needs and the dense model lacks.
+        experts_key: The config key with the number of experts.
+        shared_key: The config key with the number, or the width, of shared experts. Empty: it always has one.
+        renormalize_key: The config key that makes the weights of the chosen experts sum to one. Empty: they always do.
+        renormalizes_one: Its code heeds `renormalize_key` also if one expert runs for a token.
+        aliases: Other names of `experts_key` and `PER_TOKEN_KEY` that transformers reads (the `attribute_map` of its
+            configuration). When it saves a merge again, it writes only one of them.
+        score_function: What it makes of router scores before it chooses the highest: softmax or sigmoid.
+        dense_keys: Keys of the config.json as which a merge is read, beside those that it has itself.
+        min_transformers: The oldest transformers that merges were loaded with (scripts/check_loading.py). Empty: its
+            code is not in transformers.
+        code_repository: The repository on the Hub with its code.
+        min_transformers_mixed_windows: The oldest transformers that computes it with a window on some layers only.
+        reads_tokenizer_as_is: As in `DenseFamily`.
+        runs_in_vllm: vLLM's registry of models has its class (read in 0.33.0).
+        runs_in_llama_cpp: Whether `raymoe gguf` writes a merge with these numbers of experts. What else can keep it
+            from a file, the command says.
+        note: What else there is to know of it, for docs and `raymoe archs`.
     """
 
     name: str
@@ -100,6 +139,8 @@ class MoeArchitecture:
     config: Callable[[DenseSpec, MoeShape], dict[str, Any]]
     unsupported_reasons: Callable[[DenseSpec, MoeShape], list[str]]
     dense_family: str
+    windowed_family: str = ""
+    qk_norm_family: str = ""
     partial_rotary_family: str = ""
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_router: str = ""
@@ -107,12 +148,16 @@ class MoeArchitecture:
     experts_key: str = "num_experts"
     shared_key: str = ""
     renormalize_key: str = ""
+    renormalizes_one: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
     score_function: str = "softmax"
     dense_keys: Mapping[str, Any] = field(default_factory=dict)
     min_transformers: str = ""
     code_repository: str = ""
     min_transformers_mixed_windows: str = ""
+    reads_tokenizer_as_is: bool = False
+    runs_in_vllm: bool = False
+    runs_in_llama_cpp: Callable[[MoeShape], bool] = lambda moe: True
     note: str = ""
 
     @property
@@ -122,7 +167,7 @@ class MoeArchitecture:
 
     @property
     def dense_lacks_partial_rotary(self) -> bool:
-        """Whether the RoPE of `dense_family` can't turn a part of each head, as the host's may."""
+        """Whether the RoPE of `dense_family` can't rotate a part of each head, as that of the MoE architecture may."""
         return (
             any(FAMILIES[name].has_partial_rotary for name in self.accepts)
             and not FAMILIES[self.dense_family].has_partial_rotary
@@ -139,7 +184,7 @@ class MoeArchitecture:
         )
 
     def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-        """A key of the host's config and its value there, by the first of its names that has one; (key, None) else."""
+        """A key of a merge's config and its value there, by the first of its names that has one; (key, None) else."""
         names = (key, self.aliases.get(key, key))
         return next(((name, config[name]) for name in names if config.get(name) is not None), (key, None))
 
@@ -162,17 +207,17 @@ O_BIAS = {"attn.o.bias": f"{LAYER}self_attn.o_proj.bias"}
 QK_NORM = {f"attn.{p}_norm": f"{LAYER}self_attn.{p}_norm.weight" for p in "qk"}
 EXPERTS = {role: f"{LAYER}mlp.experts.{{expert}}.{role[4:]}_proj.weight" for role in FFN_ROLES}
 
-# Where a host has a shared expert in every layer and the merge none, it gets this width and zeros. 256 is a multiple of
-# every block size that quantised formats use; a width of 0 is not read by llama.cpp.
+# The width of a shared expert of zeros, which a merge without shared experts gets if its architecture has one in every
+# layer. 256 is a multiple of every block size that quantized formats use. llama.cpp does not read a width of 0.
 EMPTY_SHARED_WIDTH = 256
 
 
 def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    """Keys of the output's config.json that follow from the dense model and the host.
+    """Keys of the output's config.json that follow from the dense model and the MoE architecture.
 
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
-    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. A host that transformers 4
-    does not have may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
+    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. An architecture that
+    transformers 4 lacks may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
     """
     carried = FAMILIES[architecture.dense_family].carried
     keys = {
@@ -198,11 +243,11 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
     return {**keys, "rope_scaling": None} if keys.get("rope_parameters") else keys
 
 
-# --- reasons and rows that several hosts share
+# --- reasons and rows that several architectures share
 
 
 def common_reasons(spec: DenseSpec, *, mixed_windows: bool = False) -> list[str]:
-    """`mixed_windows`: the host may have a window on some layers only."""
+    """`mixed_windows`: the architecture may have a window on some layers only."""
     reasons = []
     if spec.mlp_bias:
         reasons.append("mlp_bias: its experts have no bias")
@@ -231,7 +276,7 @@ def no_shared_reasons(moe: MoeShape) -> list[str]:
 
 
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
-    """Of hosts whose shared experts have no gate."""
+    """Of architectures whose shared experts have no gate."""
     return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_has_prompts else []
 
 

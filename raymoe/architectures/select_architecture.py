@@ -1,4 +1,4 @@
-"""Which host a merge goes into: the one that the config forces, or the first that can hold the models exactly."""
+"""Which MoE architecture a merge gets: the one that the config forces, or the first that represents it exactly."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Selection:
 
 
 def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | None, where: str) -> Selection:
-    """Choose the host for a base model; the experts' own types are checked against the base's by the planner.
+    """Choose the MoE architecture for a base model. The planner checks the experts' types against the base's.
 
-    `forced` is the config's `architecture` and may be the start of a host's name or title ("qwen", "Mixtral").
+    `forced` is the config's `architecture` and may be the start of a name or title ("qwen", "Mixtral").
     """
     candidates: Sequence[MoeArchitecture] = [
         architecture for architecture in MOE_ARCHITECTURES.values() if base.model_type in architecture.accepts
@@ -51,7 +51,7 @@ def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | Non
 
 def _architectures_named(forced: str) -> list[MoeArchitecture]:
     wanted = forced.strip().lower()
-    exact = [host for host in MOE_ARCHITECTURES.values() if wanted in (host.name, host.title.lower())]
+    exact = [each for each in MOE_ARCHITECTURES.values() if wanted in (each.name, each.title.lower())]
     starts = [h for h in MOE_ARCHITECTURES.values() if h.name.startswith(wanted) or h.title.lower().startswith(wanted)]
     return exact or starts
 

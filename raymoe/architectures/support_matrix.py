@@ -14,11 +14,11 @@ from raymoe.architectures.unsupported_families import UNSUPPORTED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportedPair:
-    """A dense family and a MoE host that holds it exactly.
+    """A dense family and a MoE architecture that represents it exactly.
 
-    `is_default`: the host that is taken where a config names none. `shared_expert`: `no`, `gated`, `plain`, or `always`
-    (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it, of models
-    with the windows that the family has where a config does not say otherwise.
+    `is_default`: the architecture that is taken if a config names none. `shared_expert`: `no`, `gated`, `plain`, or
+    `always` (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it, of
+    models with the windows that the family has where a config does not say otherwise.
     """
 
     family: str
@@ -33,7 +33,7 @@ class SupportedPair:
 
 
 def supported_pairs() -> Iterator[SupportedPair]:
-    """Every pair, by family, in the order in which hosts are chosen."""
+    """Every pair, by family, in the order in which architectures are chosen."""
     for family in FAMILIES.values():
         _, windows = family.windows(family.defaults, 8)
         for number, architecture in enumerate(h for h in MOE_ARCHITECTURES.values() if family.model_type in h.accepts):

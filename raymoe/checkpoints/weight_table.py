@@ -151,17 +151,22 @@ def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> d
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
     # null says that there is no such thing; of other keys, that the default holds.
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
-    dense |= {"model_type": architecture.dense_family, **architecture.dense_keys}
+    dense |= {"model_type": _read_as(architecture, config), **architecture.dense_keys}
     # What a host may call otherwise is how wide its shared expert is.
     dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
-    if dense["model_type"] == "llama" and config.get("sliding_window"):
-        dense["model_type"] = "mistral"
-    if dense["model_type"] == "seed_oss" and config.get("use_qk_norm"):
-        dense["model_type"] = "qwen3"
     scaling = config.get("rope_scaling")
     if scaling and isinstance(scaling, Mapping) and "rope_type" not in scaling:
         dense["rope_scaling"] = {**scaling, "rope_type": scaling.get("type", "default")}
     return dense
+
+
+def _read_as(architecture: MoeArchitecture, config: Mapping[str, Any]) -> str:
+    """The dense family as one of which the mixture is read."""
+    if architecture.windowed_family and config.get("sliding_window"):
+        return architecture.windowed_family
+    if architecture.qk_norm_family and config.get("use_qk_norm"):
+        return architecture.qk_norm_family
+    return architecture.dense_family
 
 
 def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseSpec) -> RoutingRule:
@@ -177,8 +182,7 @@ def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseS
     return RoutingRule(
         experts=experts,
         per_token=per_token,
-        # The code of DeepSeek-MoE leaves the weight of a single expert as it is.
-        renormalizes=renormalizes and not (architecture.name == "deepseek" and per_token == 1),
+        renormalizes=renormalizes and (per_token > 1 or architecture.renormalizes_one),
         has_shared_expert=bool(architecture.shared)
         and (not architecture.shared_key or bool(config.get(architecture.shared_key))),
         has_shared_gate=bool(architecture.shared_router),

@@ -79,7 +79,8 @@ def _expert_findings(checked: _ReadConfig) -> _Findings:
         how = "" if given else " by default"
         what = f"experts_per_token is {short_repr(per_token)}{how}, but there {_count_with_verb(count)}"
         loc: Loc = ("experts_per_token",) if given else ("experts",)
-        yield loc, what, f"write experts_per_token: {count}{' or less' * (count > 1)}, or add experts"
+        at_most = f"{count} or less" if count > 1 else str(count)
+        yield loc, what, f"write experts_per_token: {at_most}, or add experts"
 
 
 def _count_with_verb(count: int) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymoe.object_store.location import Location
+from raymoe.formatting import plural
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
@@ -168,7 +169,8 @@ def _refuse_unknown(value: Mapping[str, Any], known: set[str], what: str) -> Non
     unknown = sorted(str(key) for key in value if key not in known)
     if unknown:
         known_text = ", ".join(sorted(known - {"override_architecture"}))
-        raise ValueError(f"unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)} in {what}; known: {known_text}")
+        keys = f"{plural('key', len(unknown))} {', '.join(unknown)}"
+        raise ValueError(f"unknown {keys} in {what}; known: {known_text}")
 
 
 def _kind_name(value: Any) -> str:

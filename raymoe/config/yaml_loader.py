@@ -113,8 +113,12 @@ def _has_too_many_values(text: str) -> bool:
     values = depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-            values += isinstance(event, yaml.NodeEvent)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.NodeEvent):
+                values += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
             if values > _MAX_VALUES or depth > _MAX_DEPTH:  # each level makes the parser slower
                 break
     except (yaml.YAMLError, ValueError):  # the latter for text that is no UTF-8

@@ -18,6 +18,7 @@ import yaml
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import short_text
+from raymoe.formatting import plural
 
 _LINES_BEFORE = 3
 _MAX_LINES = 40
@@ -243,7 +244,7 @@ def _is_tabbed(line: str) -> bool:
 
 
 def _spaces(count: int) -> str:
-    return f"{count} space{'s' * (count != 1)}"
+    return f"{count} {plural('space', count)}"
 
 
 def _indent(line: str) -> int:

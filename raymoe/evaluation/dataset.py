@@ -119,12 +119,13 @@ def tokenize_texts(
             found = tokenizer([text.text for text in some], return_attention_mask=False, verbose=False)["input_ids"]
         for text, tokens in zip(some, found, strict=True):
             ids.append(tuple(tokens[:max_tokens]))
-            truncated += len(tokens) > max_tokens
+            if len(tokens) > max_tokens:
+                truncated += 1
             for problem in _token_problems(tokens, vocab, f"{file}, line {text.line}"):
                 problems.add(problem)
     problems.raise_any()
     bos = tokenizer.bos_token_id
-    skipped = int(bos is not None and all(tokens[0] == bos for tokens in ids))
+    skipped = 1 if bos is not None and all(tokens[0] == bos for tokens in ids) else 0
     return TokenizedTexts(ids=tuple(ids), truncated=truncated, skipped=skipped)
 
 

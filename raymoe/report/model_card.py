@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from raymoe._version import __version__
-from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture
+from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.formatting import human_count
 from raymoe.planning.owner import Owner
@@ -31,23 +31,6 @@ _EXAMPLES = 2
 # Stands for an empty text.
 _EMPTY_CELL = "-"
 _EXAMPLE_CHARACTERS = 60
-# Architectures in vLLM's registry of models (read in 0.33.0), and those that `raymoe gguf` writes.
-_IN_VLLM = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        *("Mixtral", "Deepseek", "DeepseekV3", "Ernie4_5_Moe", "FlexOlmo", "Glm4Moe", "GraniteMoe"),
-        *("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA", "HunYuanMoEV1", "Lfm2Moe", "Qwen2Moe", "Qwen3Moe"),
-        *("Cohere2Moe", "Qwen3_5Moe"),
-    )
-)
-_IN_LLAMA_CPP = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        *("Mixtral", "Deepseek", "Ernie4_5_Moe", "Glm4Moe", "GraniteMoe", "GraniteMoeShared", "HunYuanMoEV1"),
-        *("Qwen2Moe", "Qwen3Moe", "Lfm2Moe", "Cohere2Moe", "DeepseekV3", "GraniteMoeHybrid", "GraniteMoeSWA"),
-        "Qwen3_5Moe",
-    )
-)
 
 
 def model_card(
@@ -207,14 +190,15 @@ def _loading_section(architecture: MoeArchitecture, config: MergeConfig, output:
             "downloaded and run."
         )
         yield ""
-    if architecture.class_name in _IN_VLLM and since == architecture.min_transformers:
+    if architecture.runs_in_vllm and since == architecture.min_transformers:
         yield f'With vLLM: `vllm serve "{PATH_PLACEHOLDER}"`'
         yield ""
-    # With a shared expert llama.cpp computes something else: of Qwen's MoE it does not make the weights of the chosen
-    # experts sum to one, of Cohere's it takes a mean. What else can keep it from a file, the command says.
-    chosen = architecture.name == "qwen2_moe" and config.experts_per_token < len(config.experts)
-    is_refused = config.shared_experts and (chosen or architecture.name == "cohere2_moe")
-    if architecture.class_name in _IN_LLAMA_CPP and not is_refused:
+    shape = MoeShape(
+        experts=len(config.experts),
+        experts_per_token=config.experts_per_token,
+        shared=len(config.shared_experts or ()),
+    )
+    if architecture.runs_in_llama_cpp(shape):
         yield "For llama.cpp, if it can hold this model, with raymoe, from a folder that it was downloaded to:"
         yield "`raymoe gguf FOLDER model.gguf --type q8_0`"
         yield ""

@@ -22,7 +22,7 @@ from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS, LayerActivations
 from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.routers.prompt_passes import part_of
-from raymoe.routers.router_math import not_finite_message
+from raymoe.routers.row_checks import not_finite_message
 from raymoe.routers.tokenize import TOKEN_BUDGET, Batch, batches, chunk_size, prompt_ids
 from raymoe.storage.source_reader import SourceReader
 

@@ -15,7 +15,7 @@ from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.owner import ALL_SHARED, Owner
 from raymoe.planning.plan import GatePlan, Part, Router
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.routers.router_math import not_finite_message
+from raymoe.routers.row_checks import not_finite_message
 from raymoe.storage.shard_stream import RouterBytes
 from raymoe.storage.transform import NUMPY_DTYPES
 

@@ -26,8 +26,8 @@ from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.results import MergeResult
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
-from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
 from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
+from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import prompt_problems
 from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.actor_status import ActorInfo

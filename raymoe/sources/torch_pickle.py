@@ -350,7 +350,8 @@ def _check_operations(pickled: bytes) -> None:
             memo[number] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo.get(int(str(argument)), 0))
-            shared += stack[-1] > 0
+            if stack[-1] > 0:
+                shared += 1
             if shared > _MAX_SHARED_TUPLES:
                 raise _RefusedError("tuples that hold each other many times")
         else:

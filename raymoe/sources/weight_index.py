@@ -71,7 +71,8 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
     more = 0
     for name in sorted(set(weight_map.values())):
         if len(problems) >= _NAMED:
-            more += not is_inside(name) or not name.endswith(f".{suffix}") or folder.find(name) is None
+            if not is_inside(name) or not name.endswith(f".{suffix}") or folder.find(name) is None:
+                more += 1
         elif not is_inside(name):
             what, remedy = (
                 f"names the file {name!r}, which is not inside the folder",

@@ -44,7 +44,8 @@ class Pair:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.host}{'-shared' * self.shared}"
+        name = f"{self.family}-{self.host}"
+        return f"{name}-shared" if self.shared else name
 
     @property
     def dense(self) -> DenseFamily:
@@ -52,12 +53,12 @@ class Pair:
 
     @property
     def gates_shared(self) -> bool:
-        return self.shared and self.host in ("qwen2_moe", "qwen3_5_moe")
+        return self.shared and bool(MOE_ARCHITECTURES[self.host].shared_router)
 
     def skip_where_unknown(self) -> None:
         """End the test where the transformers that is installed is older than the pair."""
         host, here = MOE_ARCHITECTURES[self.host], transformers.__version__
-        types = {self.family, host.model_type} - {"deepseek"}  # which comes with code of its own
+        types = {self.family} if host.code_repository else {self.family, host.model_type}
         if missing := sorted(types - set(transformers.CONFIG_MAPPING)):
             pytest.skip(f"transformers {here} has no {' and no '.join(missing)}")
         since = host.min_transformers_for(self.options.get("layer_types"))
@@ -75,7 +76,7 @@ class Pair:
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
-        return (2,) if self.host == "deepseek" else (1, 2)
+        return (1, 2) if MOE_ARCHITECTURES[self.host].renormalizes_one else (2,)
 
     def config(self, base: Path, experts: Sequence[Path], shared: Path, **options: Any) -> dict[str, Any]:
         if self.shared:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymoe.architectures import DenseSpec, read_spec
-from raymoe.export.gguf.llama_cpp_archs import choose_target, rope_base
+from raymoe.export.gguf.choose_target import choose_target, rope_base
 
 HUGE = 10**400
 LLAMA = {

@@ -15,8 +15,7 @@ import transformers
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
-from raymoe.export.gguf.input_model import _NOT_CONVERTED
-from raymoe.export.gguf.llama_cpp_archs import MIXTURES
+from raymoe.export.gguf.llama_cpp_archs import MIXTURES, NOT_CONVERTED
 from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
 from tests.pico import REPOSITORY
@@ -60,7 +59,7 @@ def test_a_family_is_held_or_refused_and_not_both() -> None:
 
 
 def test_every_architecture_is_converted_to_gguf_or_has_a_reason() -> None:
-    assert {host.model_type for host in MOE_ARCHITECTURES.values()} == {*MIXTURES, *_NOT_CONVERTED}
+    assert {host.model_type for host in MOE_ARCHITECTURES.values()} == {*MIXTURES, *NOT_CONVERTED}
 
 
 def test_every_named_type_is_one_that_transformers_knows() -> None:

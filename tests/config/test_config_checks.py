@@ -49,7 +49,7 @@ experts:
     assert [p.where for p in found] == [
         "m.yaml:4: experts[0].positive_prompts",
         "m.yaml:6: experts[1].positive_prompts",
-        *["m.yaml:8: experts[2].positive_prompts"] * (mode == "ridge"),
+        *(["m.yaml:8: experts[2].positive_prompts"] if mode == "ridge" else []),
     ]
     shown_mode = mode.replace("_last", "")
     assert re.search(f"the expert has no prompts, but gate_mode {shown_mode} computes the router", found[0].what)

@@ -226,14 +226,6 @@ def test_how_to_load_it(zoo: Callable[..., Path]) -> None:
     assert "raymoe gguf" not in card_of(config, HubOptions()).text
 
 
-def test_what_the_card_says_of_llama_cpp_is_what_raymoe_converts() -> None:
-    from raymoe.architectures import MOE_ARCHITECTURES
-    from raymoe.export.gguf.llama_cpp_archs import MIXTURES
-    from raymoe.report.model_card import _IN_LLAMA_CPP
-
-    assert {host.class_name for host in MOE_ARCHITECTURES.values() if host.model_type in MIXTURES} == _IN_LLAMA_CPP
-
-
 _HOSTILE = "x\n\n# Heading\n\n<script>alert(1)</script> [click](https://evil.example) |\n\n```\nfence \u202e\x1b[31m"
 
 

@@ -88,7 +88,8 @@ def expected_accuracy(model: Path, tasks: Path, count: int) -> float:
                 logs = network(whole).logits[0].float().log_softmax(-1)
             places = range(start.shape[1], whole.shape[1])
             scores.append(math.fsum(logs[n - 1, whole[0, n]].item() for n in places))
-        right += scores.index(max(scores)) == row["gold"]
+        if scores.index(max(scores)) == row["gold"]:
+            right += 1
     return right / count
 
 

@@ -1,4 +1,4 @@
-"""The MoE hosts that experts are put into, by the families that they take.
+"""The MoE architectures that experts are put into, by the families that they take.
 
 Output names are those of the checkpoints on the Hub, mostly one tensor an expert and matrix, which transformers 4 and
 5, vLLM, SGLang and llama.cpp's converter read; not the fused names that transformers 5 uses in memory.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymoe.architectures.moe.granite import GRANITE_ARCHITECTURES
-from raymoe.architectures.moe.llama_like import LLAMA_LIKE_HOSTS
+from raymoe.architectures.moe.llama_like import LLAMA_LIKE_ARCHITECTURES
 from raymoe.architectures.moe.same_family import SAME_FAMILY_ARCHITECTURES
 from raymoe.architectures.moe.sigmoid_routed import SIGMOID_ROUTED_ARCHITECTURES
 from raymoe.architectures.moe_architecture import MoeArchitecture
@@ -19,13 +19,18 @@ __all__ = ["MOE_ARCHITECTURES", "find_moe_architecture"]
 
 # In order of preference where a config does not force one: the most widely read layout first.
 MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
-    host.name: host
-    for host in (*LLAMA_LIKE_HOSTS, *GRANITE_ARCHITECTURES, *SAME_FAMILY_ARCHITECTURES, *SIGMOID_ROUTED_ARCHITECTURES)
+    architecture.name: architecture
+    for architecture in (
+        *LLAMA_LIKE_ARCHITECTURES,
+        *GRANITE_ARCHITECTURES,
+        *SAME_FAMILY_ARCHITECTURES,
+        *SIGMOID_ROUTED_ARCHITECTURES,
+    )
 }
 
 
 def find_moe_architecture(config: Mapping[str, Any]) -> MoeArchitecture | None:
-    """The host that a mixture's config.json names; None for what is no mixture that raymoe writes."""
+    """The architecture that a mixture's config.json names; None for what is no mixture that raymoe writes."""
     return next(
         (
             architecture

@@ -1,4 +1,4 @@
-"""Granite's hosts: multipliers on embeddings, residuals, scores and logits, and the experts of a layer in two tensors.
+"""Granite's MoE: multipliers on embeddings, residuals, scores and logits, and the experts of a layer in two tensors.
 
 Sources: transformers' `models/granitemoe`, `models/granitemoeshared`, `models/granitemoehybrid` and
 `models/granitemoe_swa`, each read next to its dense sibling.
@@ -114,15 +114,16 @@ def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "layer_types": spec.window_types,
         "sliding_window": spec.sliding_window or spec.max_positions,
     }
-    if spec.model_type == "smollm3":
-        keys |= {
-            "attention_multiplier": spec.head_dim**-0.5,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "layer_rope_theta": [spec.rope_theta if rope else 0 for rope in spec.extra["no_rope_layers"]],
-        }
-    return keys
+    # What a family without Granite's keys computes.
+    plain: dict[str, Any] = {
+        "attention_multiplier": spec.head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+    if "no_rope_layers" in spec.extra:
+        plain["layer_rope_theta"] = [spec.rope_theta if rope else 0 for rope in spec.extra["no_rope_layers"]]
+    return {**keys, **{key: value for key, value in plain.items() if key not in spec.extra}}
 
 
 def _swa_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
@@ -130,7 +131,7 @@ def _swa_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _swa_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
-    if spec.model_type == "granite_swa":
+    if spec.family.has_sinks:
         return ()
     return (ConstantRow(name=_SINKS, shape=("heads",), value=_NO_SINK),)
 
@@ -150,6 +151,8 @@ GRANITE_ARCHITECTURES = (
         dense_family="granite",
         experts_key="num_local_experts",
         min_transformers="4.57",
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoeshared",
@@ -167,6 +170,8 @@ GRANITE_ARCHITECTURES = (
         experts_key="num_local_experts",
         shared_key="shared_intermediate_size",
         min_transformers="4.57",
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoehybrid",
@@ -186,6 +191,8 @@ GRANITE_ARCHITECTURES = (
         experts_key="num_local_experts",
         min_transformers="4.57",
         note="without a shared expert there is one of zeros",
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="granitemoe_swa",
@@ -205,5 +212,6 @@ GRANITE_ARCHITECTURES = (
         shared_key="shared_intermediate_size",
         min_transformers="5.23",
         note="transformers runs its attention, as that of Granite with windows, without SDPA; SmolLM3's own is faster",
+        runs_in_vllm=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""The MoE hosts that take the Llama-like families.
+"""The MoE architectures that take the Llama-like families.
 
 Sources: transformers' `models/mixtral`, `models/qwen2_moe`, `models/qwen3_moe`; for DeepSeek-MoE v1 its paper
 (https://arxiv.org/abs/2401.06066) and the published config of deepseek-ai/deepseek-moe-16b-base.
@@ -165,7 +165,7 @@ def _deepseek_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
     return reasons
 
 
-LLAMA_LIKE_HOSTS = (
+LLAMA_LIKE_ARCHITECTURES = (
     MoeArchitecture(
         name="mixtral",
         title="Mixtral",
@@ -178,9 +178,12 @@ LLAMA_LIKE_HOSTS = (
         config=_mixtral_config,
         unsupported_reasons=_mixtral_unsupported,
         dense_family="llama",
+        windowed_family="mistral",
         experts_key="num_local_experts",
         aliases={"num_local_experts": "num_experts"},
         min_transformers="4.57",
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="deepseek",
@@ -195,10 +198,13 @@ LLAMA_LIKE_HOSTS = (
         config=_deepseek_config,
         unsupported_reasons=_deepseek_unsupported,
         dense_family="llama",
+        windowed_family="mistral",
         experts_key="n_routed_experts",
         shared_key="n_shared_experts",
         renormalize_key="norm_topk_prob",
+        renormalizes_one=False,
         code_repository=_DEEPSEEK_CODE,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="qwen2_moe",
@@ -218,6 +224,9 @@ LLAMA_LIKE_HOSTS = (
         renormalize_key="norm_topk_prob",
         min_transformers="4.57",
         min_transformers_mixed_windows="5.23",
+        runs_in_vllm=True,
+        # With a shared expert it does not make the weights of the chosen experts sum to one.
+        runs_in_llama_cpp=lambda moe: not moe.shared or moe.experts_per_token == moe.experts,
     ),
     MoeArchitecture(
         name="qwen3_moe",
@@ -234,6 +243,7 @@ LLAMA_LIKE_HOSTS = (
         renormalize_key="norm_topk_prob",
         aliases={"num_experts": "num_local_experts"},
         min_transformers="4.57",
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="qwen3_5_moe",
@@ -251,5 +261,6 @@ LLAMA_LIKE_HOSTS = (
         unsupported_reasons=_qwen3_5_unsupported,
         dense_family="qwen3_5_text",
         min_transformers="5.23",
+        runs_in_vllm=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""Hosts that are the MoE of one family: its attention, norms and multipliers, with a router and experts for its FFN.
+"""Architectures that are the MoE of one family: its attention, norms and multipliers, with routers and experts.
 
 Sources: transformers' `models/flex_olmo`, `models/ernie4_5_moe`, `models/hunyuan_v1_moe`, `models/cohere2_moe` and
 `models/lfm2_moe`, each read next to its dense sibling.
@@ -183,6 +183,8 @@ SAME_FAMILY_ARCHITECTURES = (
         renormalize_key="norm_topk_prob",
         aliases={"num_experts": "num_local_experts"},
         min_transformers="4.57",
+        runs_in_vllm=True,
+        runs_in_llama_cpp=lambda moe: False,
     ),
     MoeArchitecture(
         name="ernie4_5_moe",
@@ -202,6 +204,8 @@ SAME_FAMILY_ARCHITECTURES = (
         shared_key="moe_num_shared_experts",
         aliases={"moe_num_experts": "num_experts", PER_TOKEN_KEY: "moe_k"},
         min_transformers="4.57",
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="hunyuan_v1_moe",
@@ -220,6 +224,7 @@ SAME_FAMILY_ARCHITECTURES = (
         aliases={"num_experts": "num_local_experts", PER_TOKEN_KEY: "moe_topk"},
         min_transformers="4.57",
         note="without a shared expert there is one of zeros, as wide as the experts",
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="cohere2_moe",
@@ -240,6 +245,8 @@ SAME_FAMILY_ARCHITECTURES = (
         dense_family="cohere2",
         shared_key="num_shared_experts",
         min_transformers="5.23",
+        runs_in_vllm=True,
+        runs_in_llama_cpp=lambda moe: not moe.shared,  # it takes a mean with the shared expert
     ),
     MoeArchitecture(
         name="lfm2_moe",
@@ -258,5 +265,6 @@ SAME_FAMILY_ARCHITECTURES = (
         score_function="sigmoid",
         min_transformers="5.23",
         note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor takes that back",
+        runs_in_vllm=True,
     ),
 )

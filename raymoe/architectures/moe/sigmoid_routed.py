@@ -1,4 +1,4 @@
-"""Hosts whose routers score by sigmoid, in the manner of DeepSeek-V3.
+"""Architectures whose routers score by sigmoid, in the manner of DeepSeek-V3.
 
 Scores of the chosen experts are made to sum to one, and the bias that has a say in the choice is zero: copies of one
 model are then that model. Each has a shared expert in every layer.
@@ -94,6 +94,7 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         config=_glm4_config,
         unsupported_reasons=_glm4_unsupported,
         dense_family="seed_oss",
+        qk_norm_family="qwen3",
         partial_rotary_family="glm",
         experts_key="n_routed_experts",
         renormalize_key="norm_topk_prob",
@@ -101,6 +102,8 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         score_function="sigmoid",
         min_transformers="4.57",
         note=_NOTE,
+        reads_tokenizer_as_is=True,
+        runs_in_vllm=True,
     ),
     MoeArchitecture(
         name="deepseek_v3",
@@ -122,5 +125,6 @@ SIGMOID_ROUTED_ARCHITECTURES = (
         score_function="sigmoid",
         min_transformers="4.57",
         note=_NOTE,
+        runs_in_vllm=True,
     ),
 )

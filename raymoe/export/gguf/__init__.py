@@ -1,7 +1,7 @@
 """A merge as one GGUF file, for llama.cpp and what is built on it. Modules import the package `gguf` where they use it.
 
     checkpoint or config --input_model--> InputModel   its tensors by dense names, where each one's bytes come from
-    InputModel --llama_cpp_archs--> Target             llama.cpp's architecture that computes the same, or why none
+    InputModel --choose_target--> Target               llama.cpp's architecture that computes the same, or why none
     both           --tensor_layout--> GgufTensor, ...      names, shapes and types of the file, before a weight is read
     tokenizer      --vocabulary--> Vocabulary
     all            --convert--> the file                   header first, then tensor by tensor

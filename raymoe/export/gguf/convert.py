@@ -11,9 +11,9 @@ import numpy as np
 
 from raymoe.architectures.moe_architecture import EMPTY_SHARED_WIDTH
 from raymoe.errors import Problem, ProblemCollector, ProblemReport
+from raymoe.export.gguf.choose_target import Target, choose_target
 from raymoe.export.gguf.encode import TensorEncoder
 from raymoe.export.gguf.input_model import InputModel, open_model
-from raymoe.export.gguf.llama_cpp_archs import Target, choose_target
 from raymoe.export.gguf.metadata import add_metadata
 from raymoe.export.gguf.mixture_checks import is_zero
 from raymoe.export.gguf.options import TYPES, GgufOptions, TensorType, has_gguf, option_problems

@@ -23,7 +23,8 @@ from raymoe.config import config_warnings, load_config, storage_note
 from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.console import say
 from raymoe.errors import Problem, ProblemReport
-from raymoe.export.gguf.llama_cpp_archs import DENSE, MIXTURES, UNCHANGED_REMEDY
+from raymoe.export.gguf.choose_target import UNCHANGED_REMEDY
+from raymoe.export.gguf.llama_cpp_archs import DENSE, MIXTURES, NOT_CONVERTED
 from raymoe.export.gguf.mixture_checks import ReadChunks, check_mixture
 from raymoe.export.gguf.options import GgufOptions
 from raymoe.object_store.location import Location, LocationKind
@@ -38,9 +39,6 @@ from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.locations import Inputs, input_paths
 from raymoe.storage.shard_stream import RouterBytes, shard_range
 from raymoe.storage.source_reader import SourceReader
-
-# Mixtures that raymoe writes, but not as GGUF.
-_NOT_CONVERTED = {"flex_olmo": "for which llama.cpp has no architecture"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,9 +224,9 @@ def _weight_table(facts: ModelFacts) -> CheckpointModel:
     if model_type in DENSE:
         return dense_model(facts, "checkpoint")
     if model_type not in MIXTURES:
-        why = _NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
+        why = NOT_CONVERTED.get(str(model_type), "which raymoe can't convert")
         remedy = f"convert a mixture ({', '.join(MIXTURES)}) or a dense model ({', '.join(DENSE)})"
-        if model_type not in _NOT_CONVERTED:
+        if model_type not in NOT_CONVERTED:
             remedy += "; for others there is llama.cpp's own convert_hf_to_gguf.py"
         what = f"model_type is {model_type!r}, {why}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=remedy)])

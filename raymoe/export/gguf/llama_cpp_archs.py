@@ -1,4 +1,4 @@
-"""Which architecture of llama.cpp computes what a model computes.
+"""The architectures of llama.cpp: what each computes, and which models it runs.
 
 llama.cpp's architectures are programs, and each takes some things for granted. What decides between them is how the
 weights of a token's experts are made of the router's scores, and what a shared expert is multiplied by:
@@ -31,107 +31,292 @@ rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.errors import Problem, ProblemReport
-
-MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
-
-# Kinds of RoPE scaling that can be written, and the settings of each that are.
-_ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "linear": frozenset({"factor"}),
-        "dynamic": frozenset({"factor"}),
-        "yarn": frozenset({"factor", "original_max_position_embeddings"}),
-        "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    }
-)
-# Settings that may be there with these values, which are llama.cpp's too.
-_ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
-    {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaCppArchitecture:
-    """What an architecture of llama.cpp has.
+    """What an architecture of llama.cpp computes, and which keys and tensors it reads.
 
-    `rope_is_interleaved`: its rotary embedding turns neighbours of a head (2i, 2i + 1), where transformers turns (i, i
-    + d/2); rows of q and k are written in another order for it. `factors`: it reads a divisor for every rotary
-    frequency.
-    `score_function`: what it makes of the router's before the highest are chosen. `windows`: it has sliding windows, on
-    the layers that the file names. `tied`: the output matrix may be left out, and is the embedding then. `scales`: its
-    rotary embedding may be scaled. `has_partial_rotary`: it may turn a part of each head. `needs_shared`: every layer
-    has a shared expert, if one of zeros. The rest are biases that it adds.
+    Attributes:
+        name: Its name in the file's `general.architecture`.
+        dense: Dense model types of transformers that it runs.
+        families: Dense families whose merges it runs, whatever they are made of. The other merges are assigned by
+            what they compute (`choose_target`).
+        score_function: What it makes of router scores before it chooses the highest: softmax or sigmoid.
+        rope_is_interleaved: Its RoPE rotates dimension 2i of a head with 2i + 1, where transformers rotates i with
+            i + d/2. Rows of q and k are permuted for it.
+        has_rope_factors: It reads a divisor for each rotary frequency.
+        scales_rope: Its RoPE may be scaled.
+        has_partial_rotary: Its RoPE may rotate a part of each head.
+        has_windows: It has sliding windows, on the layers that the file names.
+        may_tie: The output matrix may be left out. It is the embedding then.
+        needs_shared: Every layer has a shared expert, if one of zeros.
+        averages_shared: It takes the mean of the shared expert and the sum of the others.
+        has_head_dim: The width of a head may differ from hidden size / heads.
+        has_layer_norm: Its norms are LayerNorm. Without it, they are RMSNorm.
+        has_qkv_bias: It adds biases to q, k and v.
+        has_o_bias: It adds a bias to the output of attention.
+        has_mlp_bias: It adds biases in the FFN.
+        unsupported_reasons: What of a model it cannot compute, beyond the fields above.
+        multipliers: Keys with a number of the model's own, and the key of config.json that has it.
+        state_sizes: Sizes of layers with a state, as symbols of `DenseSpec.size_of`: kernel of the convolution,
+            channels, numbers in a state, heads, groups (heads of keys).
+        lists_recurrent_layers: A key names the layers without attention. Without it, those have no heads of keys.
+        lists_rope_layers: A key says for each layer whether it has RoPE.
+        switches_rope: A key says whether the layers with attention have RoPE.
+        has_rope_sections: A key says which pairs of a head are rotated by time, height and width.
+        has_expert_width: A key of its own says how wide experts are.
+        reads_gating: Keys say what is made of router scores, and that no layer is without experts.
+        counts_shared: A key says how many experts wide the shared expert is. Without it, a key says how wide it is.
+        fuses_shared: The shared expert's gate and up matrices are one tensor.
+        tensor_names: Names of tensors, by role, that differ from those of most architectures (`tensor_map`).
     """
 
     name: str
+    dense: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
     score_function: str = "softmax"
     rope_is_interleaved: bool = False
-    factors: bool = False
-    windows: bool = False
-    tied: bool = True
-    scales: bool = True
+    has_rope_factors: bool = False
+    scales_rope: bool = True
     has_partial_rotary: bool = False
+    has_windows: bool = False
+    may_tie: bool = True
     needs_shared: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
+    averages_shared: bool = False
+    has_head_dim: bool = True
+    has_layer_norm: bool = False
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_mlp_bias: bool = False
+    unsupported_reasons: Callable[[DenseSpec], Iterator[str]] = lambda spec: iter(())
+    multipliers: Mapping[str, str] = field(default_factory=dict)
+    state_sizes: tuple[str, ...] = ()
+    lists_recurrent_layers: bool = False
+    lists_rope_layers: bool = False
+    switches_rope: bool = False
+    has_rope_sections: bool = False
+    has_expert_width: bool = True
+    reads_gating: bool = False
+    counts_shared: bool = False
+    fuses_shared: bool = False
+    tensor_names: Mapping[str, str] = field(default_factory=dict)
 
 
-_ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
+# --- what single architectures cannot compute
+
+
+def _cohere2moe_reasons(spec: DenseSpec) -> Iterator[str]:
+    if not any(spec.sliding_layers):
+        yield "no layer with a sliding window: it has RoPE on those, and the model on none"
+
+
+def _deepseek2_reasons(spec: DenseSpec) -> Iterator[str]:
+    if spec.extra["q_lora_rank"] and (spec.layers in (26, 27) or (spec.layers, spec.vocab) == (48, 128256)):
+        yield f"{spec.layers} layers: it takes such a model for one without latent queries (q_lora_rank)"
+    if spec.rms_norm_eps != 1e-6:
+        yield f"rms_norm_eps {spec.rms_norm_eps:g}: norms of latent numbers have it there, and 1e-06 in the model"
+
+
+def _granite_swa_reasons(spec: DenseSpec) -> Iterator[str]:
+    thetas = {theta for theta in spec.extra["layer_rope_theta"] if theta}
+    if not thetas:
+        yield "no layer with a rotary embedding (layer_rope_theta): it has some"
+    elif len(thetas) > 1:
+        yield f"rotary embeddings of {len(thetas)} kinds (layer_rope_theta): it has one, or none, in each layer"
+
+
+def _granitehybrid_reasons(spec: DenseSpec) -> Iterator[str]:
+    extra, inner = spec.extra, spec.size_of("mamba_n_heads*mamba_d_head")
+    if inner != 2 * spec.hidden:
+        yield f"{inner} channels of Mamba: it has twice the hidden_size, {2 * spec.hidden}"
+    if extra["mamba_n_groups"] != 1:
+        yield f"mamba_n_groups {extra['mamba_n_groups']}: it takes the norm of each group, the model that of all"
+    if not extra["mamba_conv_bias"]:
+        yield "no bias on Mamba's convolution: it has one"
+    if extra["mamba_proj_bias"]:
+        yield "a bias on Mamba's projections: it has none"
+    if not _is_unlimited(extra["time_step_limit"]):
+        yield f"time_step_limit {extra['time_step_limit']}: it has none"
+
+
+def _is_unlimited(limit: Sequence[Any]) -> bool:
+    """Whether steps in time may be anything from 0. transformers writes an infinity as an object."""
+    lowest, highest = limit
+    return float(lowest) == 0 and (isinstance(highest, Mapping) or float(highest) == math.inf)
+
+
+def _qwen35moe_reasons(spec: DenseSpec) -> Iterator[str]:
+    keys, values = spec.extra["linear_key_head_dim"], spec.extra["linear_value_head_dim"]
+    if keys != values:
+        yield f"linear attention with keys of {keys} and values of {values}: it has both of one size"
+
+
+# --- the table
+
+_GRANITE_MULTIPLIERS = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_POST_NORM = {"norm.post": "post_attention_norm.weight"}
+
+ARCHITECTURES: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
     {
         architecture.name: architecture
         for architecture in (
             LlamaCppArchitecture(
-                name="llama", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True
+                name="llama",
+                dense=("llama", "mistral", "ernie4_5", "helium"),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_qkv_bias=True,
+                has_o_bias=True,
+                has_mlp_bias=True,
+                has_expert_width=False,
             ),
-            LlamaCppArchitecture(name="bailingmoe", rope_is_interleaved=True, factors=True, tied=False),
-            LlamaCppArchitecture(name="qwen2moe", tied=False, qkv_bias=True),
+            LlamaCppArchitecture(
+                name="bailingmoe",
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                may_tie=False,
+                reads_gating=True,
+                counts_shared=True,
+            ),
+            LlamaCppArchitecture(name="qwen2moe", may_tie=False, has_head_dim=False, has_qkv_bias=True),
             LlamaCppArchitecture(name="qwen3moe"),
-            LlamaCppArchitecture(name="granitemoe", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True),
-            LlamaCppArchitecture(name="hunyuan-moe", factors=True, needs_shared=True, qkv_bias=True),
             LlamaCppArchitecture(
-                name="glm4moe", score_function="sigmoid", has_partial_rotary=True, needs_shared=True, qkv_bias=True
-            ),
-            LlamaCppArchitecture(name="cohere2moe", rope_is_interleaved=True, factors=True, windows=True),
-            LlamaCppArchitecture(name="lfm2moe", score_function="sigmoid"),
-            LlamaCppArchitecture(
-                name="deepseek2", score_function="sigmoid", rope_is_interleaved=True, scales=False, needs_shared=True
-            ),
-            LlamaCppArchitecture(
-                name="granitehybrid", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True
+                name="granitemoe",
+                families=("granite",),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_qkv_bias=True,
+                has_o_bias=True,
+                multipliers=_GRANITE_MULTIPLIERS,
             ),
             LlamaCppArchitecture(
-                name="granite_swa", rope_is_interleaved=True, factors=True, windows=True, qkv_bias=True, o_bias=True
+                name="hunyuan-moe",
+                families=("hunyuan_v1_dense",),
+                has_rope_factors=True,
+                needs_shared=True,
+                has_qkv_bias=True,
             ),
-            LlamaCppArchitecture(name="qwen35moe", has_partial_rotary=True, needs_shared=True),
-            LlamaCppArchitecture(name="qwen2", qkv_bias=True),
-            LlamaCppArchitecture(name="qwen3"),
             LlamaCppArchitecture(
-                name="granite", rope_is_interleaved=True, factors=True, qkv_bias=True, o_bias=True, mlp_bias=True
+                name="glm4moe",
+                families=("glm", "seed_oss"),
+                score_function="sigmoid",
+                has_partial_rotary=True,
+                needs_shared=True,
+                has_qkv_bias=True,
+                reads_gating=True,
+                counts_shared=True,
+                tensor_names=_POST_NORM,
+            ),
+            LlamaCppArchitecture(
+                name="cohere2moe",
+                families=("cohere2",),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_windows=True,
+                averages_shared=True,
+                has_layer_norm=True,
+                unsupported_reasons=_cohere2moe_reasons,
+                multipliers={"logit_scale": "logit_scale"},
+                reads_gating=True,
+            ),
+            LlamaCppArchitecture(
+                name="lfm2moe",
+                families=("lfm2",),
+                score_function="sigmoid",
+                reads_gating=True,
+                tensor_names={"norm.final": "token_embd_norm.weight"},
+            ),
+            LlamaCppArchitecture(
+                name="deepseek2",
+                families=("youtu",),
+                score_function="sigmoid",
+                rope_is_interleaved=True,
+                scales_rope=False,
+                needs_shared=True,
+                unsupported_reasons=_deepseek2_reasons,
+                reads_gating=True,
+                counts_shared=True,
+            ),
+            LlamaCppArchitecture(
+                name="granitehybrid",
+                families=("granitemoehybrid",),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_qkv_bias=True,
+                has_o_bias=True,
+                unsupported_reasons=_granitehybrid_reasons,
+                multipliers=_GRANITE_MULTIPLIERS,
+                state_sizes=(
+                    *("mamba_d_conv", "mamba_n_heads*mamba_d_head", "mamba_d_state"),
+                    *("mamba_n_heads", "mamba_n_groups"),
+                ),
+                switches_rope=True,
+            ),
+            LlamaCppArchitecture(
+                name="granite_swa",
+                families=("granite_swa",),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_windows=True,
+                has_qkv_bias=True,
+                has_o_bias=True,
+                unsupported_reasons=_granite_swa_reasons,
+                multipliers=_GRANITE_MULTIPLIERS,
+                lists_rope_layers=True,
+                fuses_shared=True,
+            ),
+            LlamaCppArchitecture(
+                name="qwen35moe",
+                families=("qwen3_5_text",),
+                has_partial_rotary=True,
+                needs_shared=True,
+                unsupported_reasons=_qwen35moe_reasons,
+                state_sizes=(
+                    *("linear_conv_kernel_dim", "linear_num_value_heads*linear_value_head_dim", "linear_key_head_dim"),
+                    *("linear_num_value_heads", "linear_num_key_heads"),
+                ),
+                lists_recurrent_layers=True,
+                has_rope_sections=True,
+                tensor_names=_POST_NORM,
+            ),
+            LlamaCppArchitecture(name="qwen2", dense=("qwen2",), has_head_dim=False, has_qkv_bias=True),
+            LlamaCppArchitecture(name="qwen3", dense=("qwen3",)),
+            LlamaCppArchitecture(
+                name="granite",
+                dense=("granite",),
+                rope_is_interleaved=True,
+                has_rope_factors=True,
+                has_qkv_bias=True,
+                has_o_bias=True,
+                has_mlp_bias=True,
+                multipliers=_GRANITE_MULTIPLIERS,
             ),
         )
     }
 )
-# Model types of transformers that are converted: dense ones with their architecture, and mixtures, see `_mixture`.
-DENSE: Mapping[str, str] = MappingProxyType(
-    {
-        "llama": "llama",
-        "mistral": "llama",
-        "qwen2": "qwen2",
-        "qwen3": "qwen3",
-        "granite": "granite",
-        "ernie4_5": "llama",
-        "helium": "llama",
-    }
+
+DENSE: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
+    {model_type: architecture for architecture in ARCHITECTURES.values() for model_type in architecture.dense}
 )
+"""Dense model types of transformers that are converted."""
+
+BY_FAMILY: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
+    {family: architecture for architecture in ARCHITECTURES.values() for family in architecture.families}
+)
+"""Families whose merges are all run by one architecture."""
+
 MIXTURES = (
     "mixtral",
     "deepseek",
@@ -149,247 +334,7 @@ MIXTURES = (
     "granitemoe_swa",
     "qwen3_5_moe_text",
 )
-# Families whose mixture has an architecture of its own, for whatever it is made of.
-_OWN = {
-    "cohere2": "cohere2moe",
-    "granite": "granitemoe",
-    "granite_swa": "granite_swa",
-    "glm": "glm4moe",
-    "granitemoehybrid": "granitehybrid",
-    "hunyuan_v1_dense": "hunyuan-moe",
-    "lfm2": "lfm2moe",
-    "qwen3_5_text": "qwen35moe",
-    "seed_oss": "glm4moe",
-    "youtu": "deepseek2",
-}
+"""Model types of mixtures that are converted."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """The architecture that a model is written for, and up to how many tokens it computes what the model computes.
-
-    `permutes_heads`: rows of q and k change places. `shared`: a shared expert is written.
-    """
-
-    architecture: LlamaCppArchitecture
-    context: int
-    rule: RoutingRule | None
-    permutes_heads: bool
-    shared: bool
-    warnings: tuple[str, ...] = ()
-
-
-def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty: bool, label: str) -> Target:
-    """Raises ProblemReport with every reason why llama.cpp can't compute this model."""
-    shared = rule is not None and rule.has_shared_expert
-    found = DENSE[spec.model_type] if rule is None else _mixture(spec, rule, shared=shared and not shared_is_empty)
-    if isinstance(found, _Reason):
-        raise ProblemReport([Problem(where=label, what=found.what, remedy=found.remedy)])
-    architecture = _ARCHITECTURES[found]
-    reasons = [*_feature_reasons(spec, architecture), *_rope_reasons(spec, architecture), *_number_reasons(spec)]
-    if rule is not None and rule.experts > MAX_EXPERTS:
-        reasons.append(f"{rule.experts} experts: at most {MAX_EXPERTS}")
-    if rule is not None and rule.score_function != architecture.score_function:
-        reasons.append(f"router scores by {rule.score_function}: it has {architecture.score_function}")
-    if reasons:
-        what = f"llama.cpp's architecture for it, {architecture.name}, can't hold this model: {'; '.join(reasons)}"
-        raise ProblemReport([Problem(where=label, what=what, remedy="run it with transformers, vLLM or SGLang")])
-    context, warnings = _context(spec, architecture)
-    return Target(
-        architecture=architecture,
-        context=context,
-        rule=rule,
-        permutes_heads=architecture.rope_is_interleaved and not _rope_is_interleaved(spec),
-        shared=shared and (architecture.needs_shared or not shared_is_empty),
-        warnings=tuple(warnings),
-    )
-
-
-def _rope_is_interleaved(spec: DenseSpec) -> bool:
-    """Whether the rotary embedding does in transformers too (`rotate_half` in the modelling files)."""
-    if spec.model_type == "youtu":
-        return bool(spec.extra["rope_interleave"])
-    return spec.family.rope_is_interleaved
-
-
-# What the floats of a GGUF file's metadata hold, and keys of configs that are written as such.
-_LARGEST_REAL = 3.4028234663852886e38
-_REALS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale")
-
-UNCHANGED_REMEDY = "convert a merge as raymoe wrote it"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reason:
-    """Why no architecture will do."""
-
-    what: str
-    remedy: str = "run it with transformers, vLLM or SGLang"
-
-
-def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> str | _Reason:
-    """The name of the architecture. Weights over all experts sum to one in any case."""
-    sums_to_one = rule.renormalizes or rule.per_token == rule.experts
-    if shared and spec.model_type == "cohere2":
-        what = "it adds up its shared expert and the others; llama.cpp's cohere2moe takes the mean of both"
-        return _Reason(what=what, remedy="merge without shared_experts")
-    unequal = f"the weights of each token's {rule.per_token} experts do not sum to one"
-    if spec.model_type in _OWN:
-        if sums_to_one:
-            return _OWN[spec.model_type]
-        return _Reason(what=f"{unequal}, as a merge's do", remedy=UNCHANGED_REMEDY)
-    if spec.model_type == "qwen3" and rule.score_function == "sigmoid":
-        return "glm4moe"
-    if shared and rule.has_shared_gate:
-        if sums_to_one and rule.per_token != rule.experts:
-            what = (
-                f"it has a shared expert with a gate, and the weights of each token's {rule.per_token} experts sum to "
-                f"one (norm_topk_prob); llama.cpp has no architecture for both"
-            )
-            remedy = f"merge without shared_experts, or with experts_per_token: {rule.experts}"
-            return _Reason(what=what, remedy=remedy)
-        return "qwen2moe"
-    if shared:
-        return "bailingmoe"
-    if not sums_to_one:
-        return _Reason(what=f"{unequal}, and there is no shared expert; llama.cpp has no architecture for both")
-    return "qwen3moe" if spec.qk_norm else "llama"
-
-
-def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterator[str]:
-    if spec.hidden_act != "silu":
-        yield f"activation {spec.hidden_act!r}: it has silu"
-    for flag, where in (("qkv_bias", "q, k and v"), ("o_bias", "attention's output"), ("mlp_bias", "the FFN")):
-        if getattr(spec, flag) and not getattr(architecture, flag):
-            yield f"a bias on {where}: it has none"
-    if spec.extra.get("conv_bias"):
-        yield "a bias on convolutions: it has none"
-    if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
-        yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
-    yield from _family_reasons(spec)
-    if spec.explicit_head_dim and architecture.name in ("qwen2", "qwen2moe"):
-        yield f"head_dim {spec.head_dim}: it is always hidden_size / num_attention_heads"
-
-
-def _family_reasons(spec: DenseSpec) -> Iterator[str]:
-    """What llama.cpp takes for granted in the architecture of one family."""
-    extra = spec.extra
-    if len(set(spec.kinds)) == 1:
-        yield f"all layers of one kind, {spec.kinds[0]}: it has two"
-    if spec.model_type == "cohere2" and not any(spec.sliding_layers):
-        yield "no layer with a sliding window: it has RoPE on those, and the model on none"
-    if spec.model_type == "youtu":
-        if extra["q_lora_rank"] and (spec.layers in (26, 27) or (spec.layers, spec.vocab) == (48, 128256)):
-            yield f"{spec.layers} layers: it takes such a model for one without latent queries (q_lora_rank)"
-        if spec.rms_norm_eps != 1e-6:
-            yield f"rms_norm_eps {spec.rms_norm_eps:g}: norms of latent numbers have it there, and 1e-06 in the model"
-    if spec.model_type == "granite_swa":
-        thetas = {theta for theta in extra["layer_rope_theta"] if theta}
-        if not thetas:
-            yield "no layer with a rotary embedding (layer_rope_theta): it has some"
-        elif len(thetas) > 1:
-            yield f"rotary embeddings of {len(thetas)} kinds (layer_rope_theta): it has one, or none, in each layer"
-    if spec.model_type == "granitemoehybrid":
-        inner = spec.size_of("mamba_n_heads*mamba_d_head")
-        if inner != 2 * spec.hidden:
-            yield f"{inner} channels of Mamba: it has twice the hidden_size, {2 * spec.hidden}"
-        if extra["mamba_n_groups"] != 1:
-            yield f"mamba_n_groups {extra['mamba_n_groups']}: it takes the norm of each group, the model that of all"
-        if not extra["mamba_conv_bias"]:
-            yield "no bias on Mamba's convolution: it has one"
-        if extra["mamba_proj_bias"]:
-            yield "a bias on Mamba's projections: it has none"
-        if not _is_unlimited(extra["time_step_limit"]):
-            yield f"time_step_limit {extra['time_step_limit']}: it has none"
-    if spec.model_type == "qwen3_5_text" and extra["linear_key_head_dim"] != extra["linear_value_head_dim"]:
-        keys, values = extra["linear_key_head_dim"], extra["linear_value_head_dim"]
-        yield f"linear attention with keys of {keys} and values of {values}: it has both of one size"
-
-
-def _is_unlimited(limit: Sequence[Any]) -> bool:
-    """Whether steps in time may be anything from 0. transformers writes an infinity as an object."""
-    lowest, highest = limit
-    return float(lowest) == 0 and (isinstance(highest, Mapping) or float(highest) == math.inf)
-
-
-def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterator[str]:
-    if spec.rope_scaling is None:
-        return
-    kind = spec.rope_scaling["rope_type"]
-    known = _ROPE_KEYS.get(kind)
-    supported = [name for name in _ROPE_KEYS if name == "dynamic" or (architecture.scales and name != "llama3")]
-    supported += ["llama3"] if architecture.factors else []
-    if known is None or kind not in supported:
-        yield f"RoPE scaling {kind!r}: it knows {', '.join(supported)}"
-        return
-    if not spec.rope_scaling.get("factor"):
-        yield f"RoPE scaling {kind!r} without a factor"
-    both = spec.rope_scaling.get("mscale") and spec.rope_scaling.get("mscale_all_dim")
-    if kind == "yarn" and both:
-        yield "RoPE scaling 'yarn' with both mscale and mscale_all_dim"
-    unset = object()
-    for key, value in spec.rope_scaling.items():
-        # Of images, and of yarn (where one of them alone has no effect).
-        if (key == "alpha" and has_alpha(spec)) or key.startswith(("mrope_", "mscale")):
-            continue
-        if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
-            yield f"RoPE scaling {kind!r} with {key} {value!r}"
-
-
-def _number_reasons(spec: DenseSpec) -> Iterator[str]:
-    """Numbers that the file's 32 bits can't hold, which a config.json may say of no weight."""
-    scaling = spec.rope_scaling or {}
-    reals = {
-        "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta (with alpha)" if has_alpha(spec) else "rope_theta": rope_base(spec),
-        "factor of RoPE": scaling.get("factor"),
-        **{key: spec.extra.get(key) for key in _REALS},
-    }
-    for key, value in reals.items():
-        if value is not None and abs(value) > _LARGEST_REAL and not math.isinf(value):
-            yield f"{key} {value:.6g}: at most {_LARGEST_REAL:.6g}"
-    wholes = {
-        "max_position_embeddings": spec.max_positions,
-        "sliding_window": spec.sliding_window,
-        "original_max_position_embeddings": scaling.get("original_max_position_embeddings"),
-    }
-    for key, value in wholes.items():
-        if value is not None and not (isinstance(value, int) and 0 <= value < 2**32):
-            yield f"{key} {value:.6g}: a whole number below {2**32}"
-
-
-def rope_base(spec: DenseSpec) -> float:
-    """The base of rotary frequencies with Hunyuan's `alpha` in it."""
-    if not has_alpha(spec):
-        return spec.rope_theta
-    # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe
-    alpha = spec.rope_scaling["alpha"] if spec.rope_scaling else 1
-    try:
-        stretched = spec.rope_theta * alpha ** (spec.head_dim / (spec.head_dim - 2))
-    except (OverflowError, ZeroDivisionError):
-        return sys.float_info.max
-    return stretched if isinstance(stretched, float) else sys.float_info.max  # complex, of an alpha below 0
-
-
-def has_alpha(spec: DenseSpec) -> bool:
-    """Whether `dynamic` scaling is Hunyuan's: a larger theta from the first token on."""
-    scaling = spec.rope_scaling or {}
-    return (
-        spec.model_type.startswith("hunyuan") and scaling.get("rope_type") == "dynamic" and bool(scaling.get("alpha"))
-    )
-
-
-def _context(spec: DenseSpec, architecture: LlamaCppArchitecture) -> tuple[int, list[str]]:
-    """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
-    context, warnings = spec.max_positions, []
-    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic" and not has_alpha(spec):
-        warnings.append(
-            f"dynamic RoPE scaling is left out: it begins after {context} tokens, the file's context length"
-        )
-    if spec.sliding_window is not None and spec.sliding_window < context and not architecture.windows:
-        context = spec.sliding_window
-        warnings.append(
-            f"llama.cpp attends to all tokens, the model to the last {context}: the same up to {context} tokens, which "
-            f"the file names as its context length"
-        )
-    return context, warnings
+NOT_CONVERTED: Mapping[str, str] = MappingProxyType({"flex_olmo": "for which llama.cpp has no architecture"})
+"""Model types of mixtures that raymoe writes, but not as GGUF, with the reason."""

@@ -10,22 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymoe.architectures import DenseSpec
-from raymoe.architectures.tensor_tables import ATTENTION, LINEAR
+from raymoe.architectures.tensor_tables import ATTENTION, CONV, LINEAR
 from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.export.gguf.llama_cpp_archs import Target, rope_base
+from raymoe.export.gguf.choose_target import Target, rope_base
+from raymoe.export.gguf.llama_cpp_archs import LlamaCppArchitecture
 from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
 from raymoe.export.gguf.vocabulary import Vocabulary
 from raymoe.report.source_metadata import as_strings, is_model_of_hub, stated_license
 
-# Of layers with a state: kernel of the convolution, channels, numbers in a state, heads, groups (of heads of keys).
-_STATE_SIZES = {
-    "granitehybrid": ("mamba_d_conv", "mamba_n_heads*mamba_d_head", "mamba_d_state", "mamba_n_heads", "mamba_n_groups"),
-    "qwen35moe": (
-        *("linear_conv_kernel_dim", "linear_num_value_heads*linear_value_head_dim", "linear_key_head_dim"),
-        *("linear_num_value_heads", "linear_num_key_heads"),
-    ),
-}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
@@ -56,11 +49,9 @@ def add_metadata(
     else:
         _add_experts(writer, target.rule, target, {tensor.name: tensor for tensor in tensors})
     _add_rope(writer, spec)
-    if target.architecture.name in ("granite", "granitemoe", "granitehybrid", "granite_swa"):
-        _add_multipliers(writer, spec)
-    elif target.architecture.name == "cohere2moe":
-        writer.add_logit_scale(spec.extra["logit_scale"])
-    _add_architecture_keys(writer, spec, target.architecture.name)
+    for key, of_config in target.architecture.multipliers.items():
+        writer.add_float32(f"{target.architecture.name}.{key}", spec.extra[of_config])
+    _add_layer_keys(writer, spec, target.architecture)
     _add_vocabulary(writer, vocabulary)
 
 
@@ -92,21 +83,22 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     writer.add_embedding_length(spec.hidden)
     writer.add_head_count(spec.heads)
     writer.add_vocab_size(spec.vocab)
-    if architecture.name == "deepseek2":
+    if spec.family.has_latent_attention:
         _add_latent(writer, spec)
     else:
         # A layer without heads is one with a short convolution, or with Mamba.
         kv_heads = [spec.kv_heads if kind == ATTENTION else 0 for kind in spec.kinds]
-        writer.add_head_count_kv(kv_heads if kv_heads and architecture.name != "qwen35moe" else spec.kv_heads)
+        by_layer = kv_heads and not architecture.lists_recurrent_layers
+        writer.add_head_count_kv(kv_heads if by_layer else spec.kv_heads)
         writer.add_key_length(spec.head_dim)
         writer.add_value_length(spec.head_dim)
-    if architecture.name == "cohere2moe":
+    if architecture.has_layer_norm:
         writer.add_layer_norm_eps(spec.rms_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
-    if architecture.name == "lfm2moe":
+    if CONV in spec.kinds:
         writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
-    if architecture.windows:
+    if architecture.has_windows:
         # Some layer has to have a window: where none has (Granite's), all get one that ends with the context.
         has_windows = any(spec.sliding_layers)
         writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
@@ -125,26 +117,28 @@ def _add_latent(writer: Any, spec: DenseSpec) -> None:
     writer.add_q_lora_rank(spec.extra["q_lora_rank"] or 0)
 
 
-def _add_architecture_keys(writer: Any, spec: DenseSpec, architecture: str) -> None:
-    """Keys that only one architecture has."""
-    if architecture in _STATE_SIZES:
-        kernel, inner, state, heads, groups = map(spec.size_of, _STATE_SIZES[architecture])
+def _add_layer_keys(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitecture) -> None:
+    """Keys of layers that differ from each other."""
+    if architecture.state_sizes:
+        kernel, inner, state, heads, groups = map(spec.size_of, architecture.state_sizes)
         writer.add_ssm_conv_kernel(kernel)
         writer.add_ssm_inner_size(inner)
         writer.add_ssm_state_size(state)
         writer.add_ssm_time_step_rank(heads)
         writer.add_ssm_group_count(groups)
-    if architecture == "granite_swa":
+    if architecture.lists_rope_layers:
         ropes = [bool(theta) for theta in spec.extra["layer_rope_theta"]]
-        writer.add_array("granite_swa.attention.rope_pattern", ropes)
-    elif architecture == "granitehybrid":
+        writer.add_array(f"{architecture.name}.attention.rope_pattern", ropes)
+    if architecture.switches_rope:
         writer.add_rope_scaling_finetuned(spec.extra["position_embedding_type"] == "rope")
-    elif architecture == "qwen35moe":
-        writer.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in spec.kinds])
+    if architecture.lists_recurrent_layers:
+        recurrent = [kind == LINEAR for kind in spec.kinds]
+        writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
         # Older versions know every n-th layer with attention only.
         every = spec.kinds.index(ATTENTION) + 1
         if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
             writer.add_full_attention_interval(every)
+    if architecture.has_rope_sections:
         # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
         pairs = spec.rotary_dim // 2
         writer.add_rope_dimension_sections([len(range(axis, pairs, 3)) for axis in range(3)] + [0])
@@ -153,33 +147,25 @@ def _add_architecture_keys(writer: Any, spec: DenseSpec, architecture: str) -> N
 def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mapping[str, GgufTensor]) -> None:
     from gguf import ExpertGatingFuncType
 
-    architecture = target.architecture.name
+    architecture = target.architecture
     width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
     # Where an architecture has both lengths, this one is that of layers without experts, of which there are none.
     writer.add_feed_forward_length(width)
     writer.add_expert_count(rule.experts)
     writer.add_expert_used_count(rule.per_token)
-    if architecture != "llama":
+    if architecture.has_expert_width:
         writer.add_expert_feed_forward_length(width)
-    if architecture in ("bailingmoe", "cohere2moe", "deepseek2", "glm4moe", "lfm2moe"):
+    if architecture.reads_gating:
         writer.add_leading_dense_block_count(0)
         writer.add_expert_gating_func(ExpertGatingFuncType[rule.score_function.upper()])
         writer.add_expert_weights_scale(1.0)
         writer.add_expert_weights_norm(rule.renormalizes or rule.per_token == rule.experts)
     if target.shared:
         shared = tensors["blk.0.ffn_down_shexp.weight"].shape[1]
-        if architecture in ("bailingmoe", "deepseek2", "glm4moe"):
+        if architecture.counts_shared:
             writer.add_expert_shared_count(shared // width)
         else:
             writer.add_expert_shared_feed_forward_length(shared)
-
-
-def _add_multipliers(writer: Any, spec: DenseSpec) -> None:
-    """Granite's: of the embedding, of what every block adds, of attention's scores, and what logits are divided by."""
-    writer.add_embedding_scale(spec.extra["embedding_multiplier"])
-    writer.add_residual_scale(spec.extra["residual_multiplier"])
-    writer.add_attention_scale(spec.extra["attention_multiplier"])
-    writer.add_logit_scale(spec.extra["logits_scaling"])
 
 
 def _add_rope(writer: Any, spec: DenseSpec) -> None:

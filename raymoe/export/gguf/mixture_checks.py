@@ -13,7 +13,7 @@ from raymoe.architectures import MoeShape, find_moe_architecture
 from raymoe.architectures.rope import is_number
 from raymoe.checkpoints.weight_table import CheckpointModel
 from raymoe.errors import Problem, ProblemReport
-from raymoe.export.gguf.llama_cpp_archs import UNCHANGED_REMEDY
+from raymoe.export.gguf.choose_target import UNCHANGED_REMEDY
 from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.tensor_names import HEAD
 

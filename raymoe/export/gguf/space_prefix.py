@@ -10,16 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raymoe.architectures import FAMILIES, find_moe_architecture
+
 _ALWAYS_DIFFERENCE = "puts none where there is one already"
 _FIRST_DIFFERENCE = "puts it before the text only, and none where the text begins with one"
-# Model types for which transformers 5 reads a tokenizer.json as it is, whatever class the tokenizer's config names; for
-# others it makes a LlamaTokenizer anew. Source: TOKENIZER_MAPPING_NAMES in its models/auto/tokenization_auto.py, 5.23.
-_READ_AS_IS_TYPES = frozenset(
-    {
-        *("mistral", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid"),
-        *("ernie4_5", "ernie4_5_moe", "glm4_moe"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +39,8 @@ def space_prefix(
     """
     add_prefix_space = config.get("add_prefix_space")
     name = config.get("tokenizer_class")
-    is_made_anew = (
-        isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer" and model_type not in _READ_AS_IS_TYPES
-    )
+    is_llamas = isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer"
+    is_made_anew = is_llamas and not _is_read_as_is(model_type)
     of_files = _read_space_prefix(tokenizer) if tokenizer else SpacePrefix(is_added=of_model)
     if tokenizer and not is_made_anew:
         return of_files
@@ -58,6 +51,13 @@ def space_prefix(
     return SpacePrefix(
         is_added=True, difference=_ALWAYS_DIFFERENCE if config.get("legacy") is True else _FIRST_DIFFERENCE
     )
+
+
+def _is_read_as_is(model_type: object) -> bool:
+    """Whether transformers 5 makes no LlamaTokenizer of a tokenizer.json anew."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    rows = (family, find_moe_architecture({"model_type": model_type}))
+    return any(row is not None and row.reads_tokenizer_as_is for row in rows)
 
 
 def _read_space_prefix(tokenizer: Mapping[str, Any]) -> SpacePrefix:

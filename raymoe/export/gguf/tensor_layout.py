@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from raymoe.architectures import DenseSpec
 from raymoe.checkpoints.weight_table import RoutingRule
-from raymoe.export.gguf.llama_cpp_archs import Target
+from raymoe.export.gguf.choose_target import Target
 from raymoe.export.gguf.options import TYPES, TensorType
 from raymoe.export.gguf.tensor_map import TensorMapping, map_tensor
 from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp
@@ -74,7 +74,7 @@ def _dense_mappings(spec: DenseSpec, target: Target, weights: Mapping[str, Tenso
         if row.is_ffn and target.rule is not None:
             continue
         yield from map_tensor(spec, target, row, layer, weights[name])
-        if row.role == "embed" and spec.tied and not target.architecture.tied:
+        if row.role == "embed" and spec.tied and not target.architecture.may_tie:
             yield TensorMapping("output.weight", (weights[name],), weights[name].shape)
 
 
@@ -96,7 +96,7 @@ def _moe_mappings(
     if rule.has_shared_gate:
         gate = of("gate_inp_shexp.weight", "shared_router")
         yield gate._replace(shape=gate.shape[-1:])  # one row, which llama.cpp has as a vector
-    if target.architecture.name == "granite_swa":
+    if target.architecture.fuses_shared:
         together = of("up_shexp.weight", "shared.gate", "shared.up")
         yield together._replace(shape=(2 * together.shape[0], together.shape[1]))
         yield of("down_shexp.weight", "shared.down")
@@ -106,11 +106,11 @@ def _moe_mappings(
 
 def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
     """Tensors whose values follow from the config."""
-    factors = rope_factors(spec) if target.architecture.factors else None
+    factors = rope_factors(spec) if target.architecture.has_rope_factors else None
     if factors is not None:
         yield _constant_tensor("rope_freqs.weight", factors.tolist())
     if target.architecture.score_function == "sigmoid" and target.rule is not None:
-        # An addition to the scores by which experts are chosen; a merge's is zero (`checks.check_mixture`).
+        # An addition to the scores by which experts are chosen; a merge's is zero (`mixture_checks.check_mixture`).
         for layer in range(spec.layers):
             yield _constant_tensor(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from raymoe.architectures import DenseSpec
 from raymoe.architectures.dense_family import TensorRow
-from raymoe.export.gguf.llama_cpp_archs import Target
+from raymoe.export.gguf.choose_target import Target
 from raymoe.export.gguf.tensor_ops import IDENTITY, TensorOp, interleave_order, minus_exp, plus_one
 from raymoe.planning.tensor_sources import slice_rows
 from raymoe.sources.facts import TensorEntry
@@ -29,7 +29,8 @@ class TensorMapping(NamedTuple):
     op: TensorOp = IDENTITY
 
 
-# Roles of a dense model (architectures/tensor_tables.py), and what llama.cpp calls them, in each layer or once.
+# Roles of a dense model (architectures/tensor_tables.py), and what llama.cpp calls them, in each layer or once. What an
+# architecture calls otherwise is in its row (`LlamaCppArchitecture.tensor_names`).
 _NAMES = {
     "embed": "token_embd.weight",
     "norm.final": "output_norm.weight",
@@ -73,14 +74,8 @@ _NAMES = {
     **{f"ffn.{m}": f"ffn_{m}.weight" for m in ("gate", "up", "down")},
     **{f"ffn.{m}.bias": f"ffn_{m}.bias" for m in ("gate", "up", "down")},
 }
-# What some architectures call otherwise.
-_POST_NORM = {"norm.post": "post_attention_norm.weight"}
-_OWN_NAMES = {
-    "glm4moe": _POST_NORM,
-    "qwen35moe": _POST_NORM,
-    "lfm2moe": {"norm.final": "token_embd_norm.weight"},
-}
 _ROTATED = ("attn.q", "attn.q.bias", "attn.k", "attn.k.bias")
+# Norms that multiply by 1 + weight, in families with `norms_add_one`. llama.cpp multiplies by the weight.
 _PLUS_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_norm")
 
 
@@ -102,12 +97,12 @@ def map_tensor(
 
 
 def _name(target: Target, role: str, layer: int | None) -> str:
-    name = _OWN_NAMES.get(target.architecture.name, {}).get(role) or _NAMES[role]
+    name = target.architecture.tensor_names.get(role) or _NAMES[role]
     return name if layer is None else f"blk.{layer}.{name}"
 
 
 def _tensor_op(spec: DenseSpec, target: Target, role: str) -> TensorOp:
-    if target.architecture.name == "qwen35moe" and role in _PLUS_ONE:
+    if spec.family.norms_add_one and role in _PLUS_ONE:
         return TensorOp(function=plus_one)
     if not target.permutes_heads:
         return IDENTITY

@@ -31,6 +31,8 @@ from raymoe.sources.tokenizer_files import tokenizer_folder, tokenizer_guard
 
 # gguf.TokenType, which are SentencePiece's own numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# llama.cpp's names of the two kinds.
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 _NEVER_MERGED = -1e6  # the score of a token that no merge makes
 _MAX_SHOWN = 4
 
@@ -110,12 +112,12 @@ def read_vocabulary(
         pre=pre,
         tokens=tuple(tokens.text[number] for number in order),
         types=tuple(tokens.type[number] for number in order),
-        scores=tuple(tokens.score[number] for number in order) if model == "llama" else None,
-        add_space_prefix=tokens.space.is_added if model == "llama" else None,
-        special=_special(files, config, tokenizer_config, tokens, size, with_merges=model == "gpt2"),
+        scores=tuple(tokens.score[number] for number in order) if model == _SENTENCEPIECE else None,
+        add_space_prefix=tokens.space.is_added if model == _SENTENCEPIECE else None,
+        special=_special(files, config, tokenizer_config, tokens, size, with_merges=model == _BYTE_LEVEL),
         warnings=(
             *_dropped_warnings(dropped, size),
-            *(tokens.space.warnings if model == "llama" else ()),
+            *(tokens.space.warnings if model == _SENTENCEPIECE else ()),
             *strip_warnings(tokens.added, tokens.special_texts(), texts, name),
         ),
     )
@@ -144,13 +146,13 @@ def _tokens(
     try:
         if tokenizer and _is_byte_level(tokenizer):
             tokens = _with_added(_byte_level_tokens(tokenizer), read_added_tokens(tokenizer))
-            return tokens, "gpt2", pre or _known_pre(tokenizer, str(path))
+            return tokens, _BYTE_LEVEL, pre or _known_pre(tokenizer, str(path))
         if "tokenizer.model" in files:
-            return _read_sentencepiece(files, config, tokenizer_config, tokenizer), "llama", "default"
+            return _read_sentencepiece(files, config, tokenizer_config, tokenizer), _SENTENCEPIECE, "default"
         if tokenizer:
             tokens = _sentencepiece_like_tokens(tokenizer, str(path))
             tokens.space = space_prefix(tokenizer_config, tokenizer, True, config.get("model_type"))
-            return _with_added(tokens, read_added_tokens(tokenizer)), "llama", "default"
+            return _with_added(tokens, read_added_tokens(tokenizer)), _SENTENCEPIECE, "default"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
         raise ProblemReport([Problem(where=str(path), what=what, remedy=TOKENIZER_FILES_REMEDY)]) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.cli import run_command
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -45,7 +46,7 @@ def merged(zoo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
             architecture=host,
             experts_per_token=top,
             shared=sharers[0] if sharers else None,
-            shared_prompts=bool(shared) and host in ("qwen2_moe", "qwen3_5_moe"),
+            shared_prompts=bool(shared) and bool(MOE_ARCHITECTURES[host].shared_router),
             **options,
         )
         if shared:

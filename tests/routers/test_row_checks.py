@@ -15,7 +15,7 @@ from raymoe.gate_modes import MODES
 from raymoe.gate_modes.directions import expert_rows, normalize
 from raymoe.planning import MergeOptions
 from raymoe.planning.owner import Owner
-from raymoe.routers.router_math import conditioning_warning, zero_row_warnings
+from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
 from tests.routers.direct import computed_rows
