@@ -90,7 +90,8 @@ class FsspecStore:
                 if size is not None and size < end:
                     raise Mismatch(f"it has {size} bytes, and at least {end} were expected")
                 raise ShortRead(f"the store sent {len(data)} bytes, and {end - start} were asked for")
-            self._check(filesystem, path, etag)
+            if etag is not None and (now := _etag(filesystem.info(path))) != etag:
+                raise Mismatch(f"its ETag or time is another ({now})")
             return data
 
         data = self._call("get_object", url, get)
@@ -101,11 +102,10 @@ class FsspecStore:
     def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
         buffer[:] = self.read(url, start, start + len(buffer), etag)
 
-    def read_all(self, url: str, etag: str | None = None) -> bytes:
+    def read_all(self, url: str) -> bytes:
         def get() -> bytes:
             filesystem, path = self._open(url)
             data: bytes = filesystem.cat_file(path)
-            self._check(filesystem, path, etag)
             return data
 
         data = self._call("get_object", url, get)
@@ -137,9 +137,7 @@ class FsspecStore:
 
         return self._call("list_objects_v2", url, find)
 
-    def put(
-        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
-    ) -> ObjectInfo:
+    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         if only_if_absent and self.stat(url) is not None:
             raise object_exists_error(url)
 
@@ -208,10 +206,6 @@ class FsspecStore:
         # Cheap: fsspec keeps the instances.
         filesystem, path = url_to_fs(url, use_listings_cache=False)
         return filesystem, str(path)
-
-    def _check(self, filesystem: Any, path: str, etag: str | None) -> None:
-        if etag is not None and (now := _etag(filesystem.info(path))) != etag:
-            raise Mismatch(f"its ETag or time is another ({now})")
 
     def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
         outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)

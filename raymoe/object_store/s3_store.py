@@ -31,7 +31,6 @@ from raymoe.object_store.retry import Failure, FailureKind, error_code, error_st
 from raymoe.object_store.s3_client import S3Client
 from raymoe.object_store.s3_responses import (
     S3Response,
-    check_etag,
     check_response,
     matches_parts,
     multipart_etag,
@@ -103,17 +102,13 @@ class S3Store:
         self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
         self._client.count(read=len(buffer))
 
-    def read_all(self, url: str, etag: str | None = None) -> bytes:
+    def read_all(self, url: str) -> bytes:
         async def whole(response: S3Response) -> bytes:
-            check_etag(response, etag)
             buffer = bytearray(response["ContentLength"])
             await read_body(response, memoryview(buffer))
             return bytes(buffer)
 
-        condition = {"IfMatch": quote_etag(etag)} if etag else {}
-        data: bytes = self._client.call(
-            StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url), **condition
-        )
+        data: bytes = self._client.call(StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url))
         self._client.count(read=len(data))
         return data
 
@@ -135,17 +130,14 @@ class S3Store:
 
     # --- writing whole objects
 
-    def put(
-        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
-    ) -> ObjectInfo:
-        metadata = dict(metadata or {})
-        condition = {}
+    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        metadata, condition = {}, {}
         if only_if_absent:
             if self.stat(url) is not None:
                 raise object_exists_error(url)
-            metadata[_PUT_TOKEN] = uuid.uuid4().hex
+            metadata = {_PUT_TOKEN: uuid.uuid4().hex}
             condition = {"IfNoneMatch": "*"}
-        request = StoreRequest(operation="put_object", url=url, only_if_absent=only_if_absent)
+        request = StoreRequest(operation="put_object", url=url)
         handle, md5 = upload_check(data)
         sent = {"Body": data, "ContentMD5": md5, "Metadata": metadata, **condition}
         outcome = self._client.send(request, handle, **_bucket_and_key(url), **sent)
@@ -215,29 +207,16 @@ class S3Store:
         return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
 
     def complete_upload(
-        self,
-        url: str,
-        upload_id: str,
-        parts: Sequence[UploadedPart],
-        *,
-        metadata: Mapping[str, str] | None = None,
-        only_if_absent: bool = False,
+        self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
         parts = sorted(parts, key=lambda part: part.number)
-        request = StoreRequest(operation="complete_multipart_upload", url=url, only_if_absent=only_if_absent)
-        condition = {}
-        if only_if_absent:
-            condition = {"IfNoneMatch": "*"}
-            if (info := self.stat(url)) is not None:
-                if not matches_parts(info, parts, metadata):
-                    raise object_exists_error(url)
-                return info
+        request = StoreRequest(operation="complete_multipart_upload", url=url)
         listed = [{"PartNumber": part.number, "ETag": quote_etag(part.etag)} for part in parts]
-        sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}, **condition}
+        sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}}
         outcome = self._client.send(request, _identity, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Completed by an earlier try whose answer was lost, or by an earlier life of this run?
-            if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) not in (404, 412):
+            if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) != 404:
                 raise storage_error(outcome, request, self._client.options)
             info = self.stat(url)
             if info is None or not matches_parts(info, parts, metadata):

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from raymoe.object_store.s3_limits import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
+from raymoe.object_store.protocol import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
