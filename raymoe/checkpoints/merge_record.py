@@ -262,6 +262,5 @@ def with_own_storage(
 
 def _read_locations(config: MergeConfig) -> Iterator[str]:
     """What the config reads: models, adapters and files of prompts."""
-    for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
-        yield from (path.path for path in (ref.model, ref.adapter) if path is not None)
+    yield from (path.path for ref in config.models for path in ref.paths)
     yield from (file.file for file in config.prompt_files.values())

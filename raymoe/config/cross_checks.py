@@ -203,7 +203,7 @@ def _blank_prompt_warnings(config: MergeConfig) -> Iterator[str]:
 def _unused_key_warnings(config: MergeConfig) -> Iterator[str]:
     if config.prompt_model and not config.needs_prompts:
         yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
-    if not config.needs_prompts and any(map(config.uses_chat_template, (*config.experts, *config.shared_experts))):
+    if not config.needs_prompts and any(map(config.uses_chat_template, config.all_experts)):
         yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
     for loc, prompts in config.prompt_files.items():
         if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":

@@ -42,6 +42,11 @@ class ModelRef:
     model: PathRef
     adapter: PathRef | None = None
 
+    @property
+    def paths(self) -> tuple[PathRef, ...]:
+        """The model and, if there is one, its adapter."""
+        return (self.model,) if self.adapter is None else (self.model, self.adapter)
+
     def __str__(self) -> str:
         return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)
 

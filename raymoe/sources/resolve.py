@@ -117,7 +117,7 @@ def resolve_models(
 def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
     """Absolute paths or URLs of the folders that a model and its adapter lie in, whether they exist or not."""
     found: list[str] = []
-    for path in (ref.model, *((ref.adapter,) if ref.adapter else ())):
+    for path in ref.paths:
         if is_url(path.path):
             found.append(local_path(path.path) or path.path)
         elif is_local_folder(path.path) or _local_path(path) is not None:
