@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 from raymoe.config.prompt_sources import PromptFile, file_format, is_compressed
 from raymoe.config.source_positions import short_text, yaml_kind
 from raymoe.errors import Problem, ProblemReport, install_remedy
+from raymoe.formatting import short_list
 from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.urls import is_url, local_path
@@ -151,11 +152,10 @@ def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
 
 
 def _missing_field(kind: str, field: str, names: list[str]) -> tuple[str, str]:
-    names_shown = ", ".join(short_text(name) for name in names[:_SHOWN_FIELDS]) or "none"
-    more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
+    there = short_list([short_text(name) for name in names], most=_SHOWN_FIELDS) or "none"
     near = get_close_matches(field, names, n=1)
     remedy = f"did you mean field: {short_text(near[0])}?" if near else f"set field to the {kind} that holds the prompt"
-    return f"there is no {kind} '{short_text(field)}'; {kind}s here: {names_shown}{more}", remedy
+    return f"there is no {kind} '{short_text(field)}'; {kind}s here: {there}", remedy
 
 
 def _text(value: Any, field: str, faults: Faults, at: str) -> str | None:

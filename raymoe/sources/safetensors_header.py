@@ -11,11 +11,11 @@ files and ranged HTTP requests share this code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, tensor_nbytes
 from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.folder_protocol import FileProblems, unusable_checkpoint
 from raymoe.untrusted_files import read_json
 
 # read(start, end) -> exactly the bytes [start, end) of the file (fewer only if the file ends before `end`)
@@ -23,7 +23,6 @@ ReadRange = Callable[[int, int], bytes]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PREFIX_BYTES = 64 * 1024  # read first: holds the header of nearly every shard, so that one request is enough
-_MAX_PROBLEMS = 5  # of one file; a broken header breaks all of its tensors in the same way
 
 _DOWNLOAD_AGAIN = "download or save the file again"
 
@@ -37,7 +36,7 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
     where = where or file.location
     raw, data_start = _header_bytes(read, file, where)
     items = _decode(raw, where)
-    problems = _Problems(where)
+    problems = FileProblems(where, _DOWNLOAD_AGAIN)
     entries: list[TensorEntry] = []
     for name, info in items:
         if name == "__metadata__":
@@ -56,25 +55,35 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
 def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes, int]:
     """The JSON bytes, and where the tensor bytes begin in the file."""
     if file.size < 8:
-        _refuse(where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)")
+        raise unusable_checkpoint(
+            where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)", _DOWNLOAD_AGAIN
+        )
     prefix = read(0, min(PREFIX_BYTES, file.size))
     if len(prefix) < 8:
-        _refuse(where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}")
+        raise unusable_checkpoint(
+            where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}", _DOWNLOAD_AGAIN
+        )
     if prefix.startswith(b"version https://git-lfs"):
-        _refuse(where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`")
+        raise unusable_checkpoint(
+            where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
+        )
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        _refuse(where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file")
-    if 8 + length > file.size:
-        _refuse(
+        raise unusable_checkpoint(
             where,
-            f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)",
+            f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file",
+            _DOWNLOAD_AGAIN,
         )
+    if 8 + length > file.size:
+        what = f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)"
+        raise unusable_checkpoint(where, what, _DOWNLOAD_AGAIN)
     raw = prefix[8 : 8 + length]
     if len(raw) < length:
         raw += read(8 + len(raw), 8 + length)
     if len(raw) != length:
-        _refuse(where, f"the header should have {length} bytes, but reading it gave {len(raw)}")
+        raise unusable_checkpoint(
+            where, f"the header should have {length} bytes, but reading it gave {len(raw)}", _DOWNLOAD_AGAIN
+        )
     return raw, 8 + length
 
 
@@ -84,9 +93,9 @@ def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
         # The format wants '{' first, and spaces after the JSON are padding.
         parsed = read_json(raw, pairs=_pairs) if raw[:1] == b"{" else None
     except ValueError as error:
-        _refuse(where, f"the header is not valid JSON: {error}")
+        raise unusable_checkpoint(where, f"the header is not valid JSON: {error}", _DOWNLOAD_AGAIN) from error
     if not isinstance(parsed, dict):
-        _refuse(where, "the header is not a JSON object")
+        raise unusable_checkpoint(where, "the header is not a JSON object", _DOWNLOAD_AGAIN)
     return list(parsed.items())
 
 
@@ -130,29 +139,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-class _Problems:
-    """The first problems of a file; the rest are counted."""
-
-    def __init__(self, where: str):
-        self._where = where
-        self._kept: list[Problem] = []
-        self.count = 0
-
-    def add(self, what: str) -> None:
-        self.count += 1
-        if self.count <= _MAX_PROBLEMS:
-            self._kept.append(Problem(where=self._where, what=what, remedy=_DOWNLOAD_AGAIN))
-
-    def raise_any(self) -> None:
-        """Raise CheckpointError if there are problems."""
-        if self.count > _MAX_PROBLEMS:
-            what = f"and {self.count - _MAX_PROBLEMS} more problems of this kind in the file"
-            raise CheckpointError([*self._kept, Problem(where=self._where, what=what)])
-        if self._kept:
-            raise CheckpointError(self._kept)
-
-
-def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: _Problems) -> None:
+def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: FileProblems) -> None:
     """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
     position, before = data_start, "the header"
     for entry in entries:
@@ -165,7 +152,3 @@ def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int,
         kind = "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
         what = f"the header describes a file of {position} bytes, but it has {file.size} ({kind})"
         problems.add(what)
-
-
-def _refuse(where: str, what: str, remedy: str = _DOWNLOAD_AGAIN) -> NoReturn:
-    raise CheckpointError([Problem(where=where, what=what, remedy=remedy)])
