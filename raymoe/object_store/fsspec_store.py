@@ -8,7 +8,6 @@ after a look. Credentials are those that each file system finds by itself.
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -47,20 +46,10 @@ class FsspecStore:
     def __init__(self, scheme: str, options: StorageOptions):
         self.scheme, self.options = scheme, options
         self._retries = Retries(options.max_requests, options.deadline_s)
-        self._lock = threading.Lock()
-        self._read_bytes, self._sent_bytes = 0, 0
 
     @property
     def counters(self) -> StoreCounters:
-        retries = self._retries
-        return StoreCounters(
-            requests=retries.requests,
-            retries=retries.retries,
-            throttled=retries.times_throttled,
-            bytes_read=self._read_bytes,
-            bytes_sent=self._sent_bytes,
-            bytes_copied=0,
-        )
+        return self._retries.counters
 
     def stat(self, url: str) -> ObjectInfo | None:
         def look() -> ObjectInfo | None:
@@ -95,8 +84,7 @@ class FsspecStore:
             return data
 
         data = self._call("get_object", url, get)
-        with self._lock:
-            self._read_bytes += len(data)
+        self._retries.count(bytes_read=len(data))
         return data
 
     def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
@@ -109,8 +97,7 @@ class FsspecStore:
             return data
 
         data = self._call("get_object", url, get)
-        with self._lock:
-            self._read_bytes += len(data)
+        self._retries.count(bytes_read=len(data))
         return data
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
@@ -161,8 +148,7 @@ class FsspecStore:
             return ObjectInfo(size=len(data), etag=_etag(info))
 
         info = self._call("put_object", url, pipe)
-        with self._lock:
-            self._sent_bytes += len(data)
+        self._retries.count(bytes_sent=len(data))
         return info
 
     def delete(self, url: str) -> None:

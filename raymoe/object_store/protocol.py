@@ -64,12 +64,12 @@ class OpenUpload:
 class StoreCounters:
     """What this process has done through one store so far, for reports."""
 
-    requests: int
-    retries: int
-    throttled: int
-    bytes_read: int
-    bytes_sent: int
-    bytes_copied: int  # by the server itself
+    requests: int = 0
+    retries: int = 0
+    throttled: int = 0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+    bytes_copied: int = 0  # by the server itself
 
 
 class ObjectStore(Protocol):

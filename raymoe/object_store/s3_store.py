@@ -57,7 +57,7 @@ class S3Store:
 
     @property
     def counters(self) -> StoreCounters:
-        return self._client.counters()
+        return self._client.retries.counters
 
     # --- looking and reading
 
@@ -100,7 +100,7 @@ class S3Store:
         condition = {"IfMatch": quote_etag(etag)} if etag else {}
         request = StoreRequest(operation="get_object", url=url)
         self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
-        self._client.count(read=len(buffer))
+        self._client.retries.count(bytes_read=len(buffer))
 
     def read_all(self, url: str) -> bytes:
         async def whole(response: S3Response) -> bytes:
@@ -109,7 +109,7 @@ class S3Store:
             return bytes(buffer)
 
         data: bytes = self._client.call(StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url))
-        self._client.count(read=len(data))
+        self._client.retries.count(bytes_read=len(data))
         return data
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
@@ -147,7 +147,7 @@ class S3Store:
             if info is None or info.metadata.get(_PUT_TOKEN) != metadata[_PUT_TOKEN]:
                 raise storage_error(outcome, request, self._client.options)
             return info
-        self._client.count(sent=len(data))
+        self._client.retries.count(bytes_sent=len(data))
         return ObjectInfo(size=len(data), etag=unquote_etag(outcome.get("ETag")), metadata=metadata)
 
     def delete(self, url: str) -> None:
@@ -170,7 +170,7 @@ class S3Store:
         response = self._client.call(
             StoreRequest(operation="upload_part", url=url), handle, **_bucket_and_key(url), **sent
         )
-        self._client.count(sent=len(body))
+        self._client.retries.count(bytes_sent=len(body))
         return UploadedPart(number=number, etag=str(unquote_etag(response["ETag"])), size=len(body))
 
     def copy_part(
@@ -203,7 +203,7 @@ class S3Store:
             wrong = "its ETag is another"
         if wrong is not None:
             raise object_changed_error(request, wrong)
-        self._client.count(copied=end - start)
+        self._client.retries.count(bytes_copied=end - start)
         return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
 
     def complete_upload(
