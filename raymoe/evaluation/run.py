@@ -49,7 +49,8 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
         computation = _Computation(inputs, options, reader, progress)
         values = computation.mixture() | computation.dense()
     labels = [text.label for text in inputs.texts]
-    loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(inputs)}
+    names = ("merged", "base", "oracle", "hidden", *(f"expert {name}" for name in inputs.names))
+    loss = {name: losses(values[name], labels) if name in values else None for name in names}
     warnings = [*inputs.warnings, *_number_warnings(loss)]
     config, rule = inputs.merge.facts.config, inputs.mixture.rule
     assert rule is not None  # it is a mixture
@@ -144,10 +145,6 @@ class _Computation:
 
         shared_rows = stacked(shared=True) if gates.shared else None
         return Variant(name="hidden", rows=stacked(shared=False), shared_rows=shared_rows)
-
-
-def _loss_names(inputs: EvaluationInputs) -> list[str]:
-    return ["merged", "base", "oracle", "hidden", *(f"expert {name}" for name in inputs.names)]
 
 
 def _as_json_losses(loss: Mapping[str, float]) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ without a second hash of the body, and the same MD5 serves the comparison of ETa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raymoe.object_store.error_messages import storage_error
@@ -117,16 +117,12 @@ class S3Store:
         prefix = f"{key}/" if key else ""
         query = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
         found: list[ObjectEntry] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_objects_v2", url=url), _identity, **query)
-            for item in page.get("Contents", ()):
-                name = item["Key"].removeprefix(prefix)
-                # Consoles make 'folders': empty objects whose name ends in '/'.
-                if name and not name.endswith("/"):
-                    found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda entry: entry.name)
-            query["ContinuationToken"] = page["NextContinuationToken"]
+        for item in self._items("list_objects_v2", url, "Contents", query, ContinuationToken="NextContinuationToken"):
+            name = item["Key"].removeprefix(prefix)
+            # Consoles make 'folders': empty objects whose name ends in '/'.
+            if name and not name.endswith("/"):
+                found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
+        return sorted(found, key=lambda entry: entry.name)
 
     # --- writing whole objects
 
@@ -239,29 +235,33 @@ class S3Store:
 
     def list_uploads(self, url: str) -> Sequence[OpenUpload]:
         bucket, key = s3_location(url)
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key}
-        found: list[OpenUpload] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_multipart_uploads", url=url), _identity, **query)
-            for item in page.get("Uploads", ()):
-                # The prefix 'run' finds 'run2/...' too.
-                if not key or item["Key"] == key or item["Key"].startswith(f"{key}/"):
-                    found.append(OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"]))
-            if not page.get("IsTruncated"):
-                return found
-            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        query = {"Bucket": bucket, "Prefix": key}
+        return [
+            OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"])
+            for item in self._items("list_multipart_uploads", url, "Uploads", query, **markers)
+            # The prefix 'run' finds 'run2/...' too.
+            if not key or item["Key"] == key or item["Key"].startswith(f"{key}/")
+        ]
 
     def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
-        query: dict[str, Any] = {"UploadId": upload_id, **_bucket_and_key(url)}
-        found: list[UploadedPart] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_parts", url=url), _identity, **query)
-            for item in page.get("Parts", ()):
-                part = UploadedPart(number=item["PartNumber"], etag=str(unquote_etag(item["ETag"])), size=item["Size"])
-                found.append(part)
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda part: part.number)
-            query["PartNumberMarker"] = page["NextPartNumberMarker"]
+        query = {"UploadId": upload_id, **_bucket_and_key(url)}
+        parts = (
+            UploadedPart(number=item["PartNumber"], etag=str(unquote_etag(item["ETag"])), size=item["Size"])
+            for item in self._items("list_parts", url, "Parts", query, PartNumberMarker="NextPartNumberMarker")
+        )
+        return sorted(parts, key=lambda part: part.number)
+
+    def _items(
+        self, operation: str, url: str, kind: str, query: Mapping[str, Any], **markers: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """What a listing has of a kind, page by page. `markers`: what the next request has of the answer before it."""
+        page: Mapping[str, Any] = {}
+        while not page or page.get("IsTruncated"):
+            place = {name: page[of_page] for name, of_page in markers.items() if of_page in page}
+            assert place or not page, f"{operation}: a part of a listing, and no word of where the rest begins"
+            page = self._client.call(StoreRequest(operation=operation, url=url), _identity, **query, **place)
+            yield from page.get(kind, ())
 
 
 async def _identity(response: S3Response) -> S3Response:

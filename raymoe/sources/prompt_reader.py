@@ -71,7 +71,8 @@ def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> 
         if file_format(file.file) == "parquet":
             yield from filter(str.strip, _column(raw, file.field, faults))
             return
-        lines = _lines(_decompress(raw) if is_compressed(file.file) else raw, faults)
+        packed = is_compressed(file.file)
+        lines = _lines(cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb")) if packed else raw, faults)
         if file_format(file.file) == "jsonl":
             lines = _fields(lines, file.field, faults)
         for _, text in lines:
@@ -91,10 +92,6 @@ def _open(file: str, storage: StorageOptions, faults: Faults) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         faults.end(f"the file can't be read: {error.strerror}", "check its permissions")
-
-
-def _decompress(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
 def _lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
