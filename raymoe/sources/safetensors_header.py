@@ -11,7 +11,7 @@ files and ranged HTTP requests share this code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, tensor_nbytes
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -55,35 +55,22 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
 def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes, int]:
     """The JSON bytes, and where the tensor bytes begin in the file."""
     if file.size < 8:
-        raise unusable_checkpoint(
-            where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)", _DOWNLOAD_AGAIN
-        )
+        _refuse(where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)")
     prefix = read(0, min(PREFIX_BYTES, file.size))
     if len(prefix) < 8:
-        raise unusable_checkpoint(
-            where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}", _DOWNLOAD_AGAIN
-        )
+        _refuse(where, f"the file has {file.size} bytes, but reading its start gave only {len(prefix)}")
     if prefix.startswith(b"version https://git-lfs"):
-        raise unusable_checkpoint(
-            where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`"
-        )
+        _refuse(where, "this is a Git LFS pointer, not the file itself", "fetch the files with `git lfs pull`")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise unusable_checkpoint(
-            where,
-            f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file",
-            _DOWNLOAD_AGAIN,
-        )
+        _refuse(where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file")
     if 8 + length > file.size:
-        what = f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)"
-        raise unusable_checkpoint(where, what, _DOWNLOAD_AGAIN)
+        _refuse(where, f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)")
     raw = prefix[8 : 8 + length]
     if len(raw) < length:
         raw += read(8 + len(raw), 8 + length)
     if len(raw) != length:
-        raise unusable_checkpoint(
-            where, f"the header should have {length} bytes, but reading it gave {len(raw)}", _DOWNLOAD_AGAIN
-        )
+        _refuse(where, f"the header should have {length} bytes, but reading it gave {len(raw)}")
     return raw, 8 + length
 
 
@@ -93,9 +80,9 @@ def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
         # The format wants '{' first, and spaces after the JSON are padding.
         parsed = read_json(raw, pairs=_pairs) if raw[:1] == b"{" else None
     except ValueError as error:
-        raise unusable_checkpoint(where, f"the header is not valid JSON: {error}", _DOWNLOAD_AGAIN) from error
+        _refuse(where, f"the header is not valid JSON: {error}")
     if not isinstance(parsed, dict):
-        raise unusable_checkpoint(where, "the header is not a JSON object", _DOWNLOAD_AGAIN)
+        _refuse(where, "the header is not a JSON object")
     return list(parsed.items())
 
 
@@ -152,3 +139,7 @@ def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int,
         kind = "truncated" if position > file.size else f"{file.size - position} bytes are left over at the end"
         what = f"the header describes a file of {position} bytes, but it has {file.size} ({kind})"
         problems.add(what)
+
+
+def _refuse(where: str, what: str, remedy: str = _DOWNLOAD_AGAIN) -> NoReturn:
+    raise unusable_checkpoint(where, what, remedy)

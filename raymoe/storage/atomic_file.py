@@ -1,7 +1,6 @@
 """Small files (a run's result, an evaluation, notes of a journal): written beside their place, moved there whole.
 
-A full disk or a kill leaves the file that was there before. And what else files need that others look at meanwhile:
-locks, and renames that survive a crash.
+A full disk or a kill leaves the file that was there before. Also locks, and renames that survive a crash.
 """
 
 from __future__ import annotations
