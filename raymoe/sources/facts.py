@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymoe.config.model_refs import ModelRef
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStamp:
@@ -139,7 +137,6 @@ class ModelFacts:
     embedding, whatever config.json says of tying them.
     """
 
-    ref: ModelRef
     label: str
     revision: str | None
     config: Mapping[str, Any]

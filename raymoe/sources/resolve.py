@@ -288,7 +288,6 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
         index = replace(index, tensors={**index.tensors, **facts.replaced})
         own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
     return ModelFacts(
-        ref=ref,
         label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
         revision=model.folder.revision,
         config=model.config,

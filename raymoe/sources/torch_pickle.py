@@ -110,7 +110,6 @@ class _StorageType(NamedTuple):
 class _Storage(NamedTuple):
     dtype: str
     key: str
-    elements: int
 
 
 class _Tensor(NamedTuple):
@@ -191,7 +190,7 @@ class _StateDictUnpickler(pickle.Unpickler):
             raise _RefusedError(f"the storage {_short_repr(pid)}")
         if not isinstance(pid[2], str) or not isinstance(pid[4], int):
             raise _RefusedError(f"the storage {_short_repr(pid)}")
-        return _Storage(pid[1].dtype, pid[2], pid[4])
+        return _Storage(pid[1].dtype, pid[2])
 
 
 def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
