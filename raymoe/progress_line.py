@@ -72,8 +72,11 @@ class ProgressLine(LiveDisplay):
         self._done += count
         self.show(self._line)
 
-    def _begin_stage(self, stage: str) -> None:
-        self._stage = stage
+    def stage(self, name: str, total: int | None = None) -> None:
+        """What comes next. With a `total` (0: it is not known), what is done is counted anew."""
+        self._stage = name
+        if total is not None:
+            self._done, self._total = 0, total
         self.show(self._line)
 
     def _line(self) -> str:

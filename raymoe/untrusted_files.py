@@ -11,6 +11,7 @@ A merge's own config is read by config/yaml_loader.py, which allows anchors and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ MAX_YAML_BYTES = 1 << 20
 _MAX_YAML_VALUES = 300_000
 # Ten levels are the most that was seen, in configs of models with several parts.
 _MAX_DEPTH = 64
+_NULL_TAG, _NULL = "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$")
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
 
@@ -70,61 +72,38 @@ def _too_deep() -> ValueError:
 def read_yaml(text: str) -> Any:
     """The value of a YAML text, its scalars as text, and None for what is empty or null. Raises ValueError.
 
-    Without anchors, aliases and merges, with which a few lines stand for any number of values. Tags are ignored.
+    Without anchors, aliases and merges, with which a few lines stand for any number of values. Tags are ignored. Of
+    several documents the first is read, and of a key that comes twice the last value.
     """
     import yaml
 
     check_size(len(text), MAX_YAML_BYTES)
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    base = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    loader: Any = type("Loader", (base,), {})
+    loader.add_implicit_resolver(_NULL_TAG, _NULL, ["", "~", "n", "N"])
+    loader.add_constructor(_NULL_TAG, lambda loader, node: None)
     try:
-        # One by one: the parser keeps no more than where it is.
-        return _document(yaml.parse(text, Loader=loader))
+        _check_events(yaml.parse(text, Loader=base))
+        return next(yaml.load_all(text, Loader=loader), None)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _document(events: Iterator[Any]) -> Any:
-    """The value of the first document. `open_values` holds the lists and mappings that the next value is in."""
+def _check_events(events: Iterator[Any]) -> None:
+    """Raise ValueError for a document that stands for more than it says. Events come one by one: the parser keeps no
+    more than where it is."""
     from yaml import events as kinds
 
-    open_values: list[Any] = [[]]
-    keys: list[Any] = []  # of each open mapping: the key whose value comes next, or None
+    depth = 0
     for count, event in enumerate(events):
+        if isinstance(event, kinds.DocumentEndEvent):
+            return
         if count > _MAX_YAML_VALUES:
             raise ValueError(f"it holds more than {_MAX_YAML_VALUES:,} values")
         if isinstance(event, kinds.AliasEvent):
             raise ValueError("it has an alias (*name), which is not read here")
-        if isinstance(event, (kinds.SequenceEndEvent, kinds.MappingEndEvent)):
-            value, key = open_values.pop(), keys.pop()
-            assert key is None, "a key without a value"
-            _put(open_values[-1], keys, value)
-        elif isinstance(event, (kinds.SequenceStartEvent, kinds.MappingStartEvent)):
-            if len(open_values) > _MAX_DEPTH:
-                raise _too_deep()
-            if keys and isinstance(open_values[-1], dict) and keys[-1] is None:
-                raise ValueError("a key is a list or a mapping")
-            open_values.append([] if isinstance(event, kinds.SequenceStartEvent) else {})
-            keys.append(None)
-        elif isinstance(event, kinds.ScalarEvent):
-            if isinstance(open_values[-1], dict) and keys[-1] is None:
-                if event.value == "<<" and not event.style:
-                    raise ValueError("it merges mappings (<<), which is not read here")
-                keys[-1] = event.value
-            else:
-                _put(open_values[-1], keys, None if _is_null(event) else event.value)
-        elif isinstance(event, kinds.DocumentEndEvent):
-            break
-    return open_values[0][0] if open_values[0] else None
-
-
-def _put(container: Any, keys: list[Any], value: Any) -> None:
-    """Add a value where it belongs; of a key that comes twice the last value stays."""
-    if isinstance(container, dict):
-        container[keys[-1]] = value
-        keys[-1] = None
-    else:
-        container.append(value)
-
-
-def _is_null(event: Any) -> bool:
-    return not event.style and event.value in ("", "~", "null", "Null", "NULL")
+        if isinstance(event, kinds.ScalarEvent) and event.value == "<<" and not event.style:
+            raise ValueError("it merges mappings (<<), which is not read here")
+        depth += isinstance(event, kinds.CollectionStartEvent) - isinstance(event, kinds.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise _too_deep()

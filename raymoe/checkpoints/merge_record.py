@@ -261,6 +261,5 @@ def with_own_storage(
 
 def _named_locations(config: MergeConfig) -> Iterator[Location]:
     """What the config reads, where it says that: URLs of models and adapters, and files of prompts."""
-    for ref in (config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))):
-        yield from (path.location for path in (ref.model, ref.adapter) if path is not None and path.location)
+    yield from (path.location for ref in config.models for path in ref.paths if path.location is not None)
     yield from (file.location for file in config.prompt_files.values())

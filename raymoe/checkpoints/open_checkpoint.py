@@ -14,12 +14,11 @@ from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.bucket_folder import open_object_folder
 from raymoe.sources.facts import SourceFile
-from raymoe.sources.folder_protocol import Folder
+from raymoe.sources.folder_protocol import Folder, read_json_object
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import JOURNAL
 from raymoe.storage.source_reader import SourceReader
-from raymoe.untrusted_files import check_size, read_json
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
@@ -46,17 +45,9 @@ def open_checkpoint(place: str | Path, storage: StorageOptions) -> Folder:
 
 def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[str, Any]:
     """A JSON object of the checkpoint. Raises ProblemReport; `missing` says what it means if the file is not there."""
-    file = folder.find(name)
-    if file is None:
+    if folder.find(name) is None:
         raise ProblemReport([Problem(where=folder.label, what=missing, remedy=remedy)])
-    try:
-        check_size(file.size)
-        content = read_json(folder.read(file))
-    except ValueError as error:
-        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what=f"can't be read: {error}")]) from None
-    if not isinstance(content, dict):
-        raise ProblemReport([Problem(where=f"{folder.label}/{name}", what="can't be read: it holds no JSON object")])
-    return content
+    return read_json_object(folder, name)
 
 
 def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str | None:

@@ -7,7 +7,7 @@ which `schema_errors` turns into what a person reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,6 +19,11 @@ from raymoe.config.source_positions import short_repr, yaml_kind
 def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
     """An error of one value. `quote`: with quotes around it, YAML would have read the text that was meant."""
     return PydanticCustomError("raymoe", "{what}", {"what": what, "remedy": remedy, "quote": quote})
+
+
+def optional(parse: Callable[[Any], Any], default: Any = None) -> Callable[[Any], Any]:
+    """`parse` for a key whose `null` is its default."""
+    return lambda value: default if value is None else parse(value)
 
 
 def parse_text(value: Any) -> str:

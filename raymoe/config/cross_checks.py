@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from raymoe.config.prompt_sources import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
-from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, SourcePositions, format_loc, short_repr
+from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, format_loc, short_repr
 from raymoe.errors import Problem
 from raymoe.gate_modes import MODES
 
@@ -33,14 +33,12 @@ class _ReadConfig:
         return not any(a[: len(b)] == b[: len(a)] for a in self.unread for b in locs)
 
 
-def check_config(
-    config: MergeConfig, positions: SourcePositions | None = None, *, allow_all_same: bool = False
-) -> list[Problem]:
-    """All combinations of values in `config` that cannot give a sensible merge, in the order of the file.
+def check_config(config: MergeConfig, *, allow_all_same: bool = False) -> list[Problem]:
+    """All combinations of values in `config` that cannot give a sensible merge.
 
     `allow_all_same` is the flag for merges that are to be trained: all experts may be the same model.
     """
-    return (positions or NO_POSITIONS).problems(find_invalid(config, allow_all_same=allow_all_same))
+    return NO_POSITIONS.problems(find_invalid(config, allow_all_same=allow_all_same))
 
 
 def find_invalid(config: MergeConfig, *, allow_all_same: bool, unread: Collection[Loc] = ()) -> list[Finding]:
@@ -204,7 +202,7 @@ def _blank_prompt_warnings(config: MergeConfig) -> Iterator[str]:
 def _unused_key_warnings(config: MergeConfig) -> Iterator[str]:
     if config.prompt_model and not config.needs_prompts:
         yield f"prompt_model has no effect: gate_mode {config.gate_mode} reads no prompts"
-    if not config.needs_prompts and any(map(config.uses_chat_template, (*config.experts, *config.shared_experts))):
+    if not config.needs_prompts and any(map(config.uses_chat_template, config.all_experts)):
         yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
     for loc, prompts in config.prompt_files.items():
         if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.object_store.location import Location
 from raymoe.formatting import plural
+from raymoe.object_store.location import Location
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
 
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
@@ -48,6 +48,11 @@ class ModelRef:
 
     model: PathRef
     adapter: PathRef | None = None
+
+    @property
+    def paths(self) -> tuple[PathRef, ...]:
+        """The model and, if there is one, its adapter."""
+        return (self.model,) if self.adapter is None else (self.model, self.adapter)
 
     def __str__(self) -> str:
         return f"{self.model}+{self.adapter}" if self.adapter else str(self.model)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
 
-from raymoe.config.coerce import parse_integer, parse_text, value_error
+from raymoe.config.coerce import optional, parse_integer, parse_text, value_error
 from raymoe.config.source_positions import short_repr, short_text, yaml_kind
 from raymoe.object_store.location import Location, LocationKind
 from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, normalize_url
@@ -67,9 +67,7 @@ def _parse_field(value: Any) -> str:
     return parse_text(value)
 
 
-def _parse_limit(value: Any) -> int | None:
-    if value is None:
-        return None
+def _parse_limit(value: Any) -> int:
     number = parse_integer(value, example=256)
     if not 1 <= number < _MAX_NUMBER:
         raise value_error(f"{short_repr(number)} is not a number from 1 up", "write how many to draw, or null for all")
@@ -77,7 +75,7 @@ def _parse_limit(value: Any) -> int | None:
 
 
 def _parse_seed(value: Any) -> int:
-    number = 0 if value is None else parse_integer(value, example=0)
+    number = parse_integer(value, example=0)
     if not 0 <= number < _MAX_NUMBER:
         raise value_error(f"{short_repr(number)} is not a number from 0 up", "write a seed such as 0")
     return number
@@ -93,8 +91,8 @@ class PromptFile(BaseModel):
 
     file: Annotated[str, PlainValidator(_parse_file)]
     field: Annotated[str, PlainValidator(_parse_field)] = "text"
-    limit: Annotated[int | None, PlainValidator(_parse_limit)] = 256
-    seed: Annotated[int, PlainValidator(_parse_seed)] = 0
+    limit: Annotated[int | None, PlainValidator(optional(_parse_limit))] = 256
+    seed: Annotated[int, PlainValidator(optional(_parse_seed, 0))] = 0
 
     @property
     def absolute_name(self) -> str:

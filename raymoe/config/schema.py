@@ -15,9 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator
 
-from raymoe.config.coerce import parse_choice, parse_finite, parse_flag, parse_integer, parse_text, value_error
+from raymoe.config.coerce import (
+    optional,
+    parse_choice,
+    parse_finite,
+    parse_flag,
+    parse_integer,
+    parse_text,
+    value_error,
+)
 from raymoe.config.model_refs import ModelRef, parse_model_ref
 from raymoe.config.prompt_sources import PromptFile, Prompts
 from raymoe.config.source_positions import Loc, short_repr, short_text, yaml_kind
@@ -44,26 +52,20 @@ _DTYPE_NICKNAMES = {
 
 
 def _parse_gate_mode(value: Any) -> str:
-    if value is None:
-        return DEFAULT_MODE
     name = parse_choice(value, (*MODES, *ALIASES), {})
     return ALIASES.get(name, name)
 
 
-def _parse_dtype(value: Any) -> str | None:
-    if value is None:
-        return None
+def _parse_dtype(value: Any) -> str:
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     return parse_choice(name, get_args(Dtype), _DTYPE_NICKNAMES)
 
 
-def _parse_prompt_model(value: Any) -> str | None:
-    return None if value is None else parse_choice(value, get_args(PromptModel), {})
+def _parse_prompt_model(value: Any) -> str:
+    return parse_choice(value, get_args(PromptModel), {})
 
 
-def _parse_architecture(value: Any) -> str | None:
-    if value is None:
-        return None
+def _parse_architecture(value: Any) -> str:
     name = parse_text(value).strip().lower()
     if not name:
         raise value_error("is blank", "name an output architecture, or leave the key out to have it chosen")
@@ -71,26 +73,14 @@ def _parse_architecture(value: Any) -> str | None:
 
 
 def _parse_count(value: Any) -> int:
-    return 2 if value is None else parse_integer(value, example=2)
+    return parse_integer(value, example=2)
 
 
-def _parse_scale(value: Any) -> float | None:
-    return None if value is None else parse_finite(value)
-
-
-def _parse_noise_scale(value: Any) -> float | None:
-    number = _parse_scale(value)
-    if number is not None and number < 0:
+def _parse_noise_scale(value: Any) -> float:
+    number = parse_finite(value)
+    if number < 0:
         raise value_error(f"{short_repr(value)} is below zero", "write zero or more: it is a standard deviation")
     return number
-
-
-def _parse_flag(value: Any) -> bool:
-    return False if value is None else parse_flag(value)
-
-
-def _parse_optional_flag(value: Any) -> bool | None:
-    return None if value is None else parse_flag(value)
 
 
 def _parse_ref(value: Any) -> ModelRef:
@@ -131,10 +121,6 @@ def _parse_experts(value: Any) -> Any:
     return value
 
 
-def _parse_shared_experts(value: Any) -> Any:
-    return () if value is None else _parse_experts(value)
-
-
 def _parse_storage(value: Any) -> StorageOptions:
     try:
         return storage_options(value)
@@ -158,9 +144,9 @@ class ExpertConfig(BaseModel):
     source_model: Model
     positive_prompts: Prompts = ()
     negative_prompts: Prompts = ()
-    noise_scale: Annotated[float | None, BeforeValidator(_parse_noise_scale)] = None
-    residual_scale: Annotated[float | None, BeforeValidator(_parse_scale)] = None
-    chat_template: Annotated[bool | None, PlainValidator(_parse_optional_flag)] = None
+    noise_scale: Annotated[float | None, BeforeValidator(optional(_parse_noise_scale))] = None
+    residual_scale: Annotated[float | None, BeforeValidator(optional(parse_finite))] = None
+    chat_template: Annotated[bool | None, PlainValidator(optional(parse_flag))] = None
 
 
 Expert = Annotated[ExpertConfig, BeforeValidator(_parse_expert)]
@@ -178,16 +164,26 @@ class MergeConfig(BaseModel):
 
     base_model: Model
     experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_experts)]
-    shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(_parse_shared_experts)] = ()
-    gate_mode: Annotated[str, PlainValidator(_parse_gate_mode)] = DEFAULT_MODE
-    dtype: Annotated[Dtype | None, BeforeValidator(_parse_dtype)] = None
-    experts_per_token: Annotated[int, PlainValidator(_parse_count)] = Field(default=2)
-    architecture: Annotated[str | None, PlainValidator(_parse_architecture)] = None
-    prompt_model: Annotated[PromptModel | None, BeforeValidator(_parse_prompt_model)] = None
-    chat_template: Annotated[bool, PlainValidator(_parse_flag)] = False
+    shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(optional(_parse_experts, ()))] = ()
+    gate_mode: Annotated[str, PlainValidator(optional(_parse_gate_mode, DEFAULT_MODE))] = DEFAULT_MODE
+    dtype: Annotated[Dtype | None, BeforeValidator(optional(_parse_dtype))] = None
+    experts_per_token: Annotated[int, PlainValidator(optional(_parse_count, 2))] = 2
+    architecture: Annotated[str | None, PlainValidator(optional(_parse_architecture))] = None
+    prompt_model: Annotated[PromptModel | None, BeforeValidator(optional(_parse_prompt_model))] = None
+    chat_template: Annotated[bool, PlainValidator(optional(parse_flag, False))] = False
     storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
         StorageOptions()
     )
+
+    @property
+    def all_experts(self) -> tuple[ExpertConfig, ...]:
+        """The experts, then the shared experts."""
+        return (*self.experts, *self.shared_experts)
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The models of the base and of all experts, in that order."""
+        return (self.base_model, *(expert.source_model for expert in self.all_experts))
 
     @property
     def needs_prompts(self) -> bool:

@@ -44,12 +44,13 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
     inputs = open_evaluation(place, data, options)
     with (
         SourceReader(options.hub, inputs.merge.config.storage) as reader,
-        EvaluationProgress(options.quiet) as progress,
+        ProgressLine(_format_progress, quiet=options.quiet) as progress,
     ):
         computation = _Computation(inputs, options, reader, progress)
         values = computation.mixture() | computation.dense()
     labels = [text.label for text in inputs.texts]
-    loss = {name: losses(values[name], labels) if name in values else None for name in _loss_names(inputs)}
+    names = ("merged", "base", "oracle", "hidden", *(f"expert {name}" for name in inputs.names))
+    loss = {name: losses(values[name], labels) if name in values else None for name in names}
     warnings = [*inputs.warnings, *_number_warnings(loss)]
     config, rule = inputs.merge.facts.config, inputs.mixture.rule
     assert rule is not None  # it is a mixture
@@ -76,7 +77,7 @@ class _Computation:
     """The passes of one evaluation. `counts` and `samples` are filled by the merge's own routers."""
 
     def __init__(
-        self, inputs: EvaluationInputs, options: EvaluationOptions, reader: SourceReader, progress: EvaluationProgress
+        self, inputs: EvaluationInputs, options: EvaluationOptions, reader: SourceReader, progress: ProgressLine
     ) -> None:
         self._inputs, self._reader, self._progress = inputs, reader, progress
         self._remote_code = options.trust_remote_code
@@ -115,7 +116,7 @@ class _Computation:
         ids = self._inputs.tokens.ids
         total = sum(map(len, ids)) * model.spec.layers * len(variants)
         self._progress.stage(", ".join(variant.name for variant in variants), total)
-        return log_likelihoods(model, ids, variants, self._reader, self._device, layer_done=self._progress.layer_done)
+        return log_likelihoods(model, ids, variants, self._reader, self._device, layer_done=self._progress.add)
 
     def _on_routing(self, layer: int, text: int, experts_TK: npt.NDArray[np.int64], weights_TK: Float32) -> None:
         skipped = self._inputs.tokens.skipped
@@ -132,8 +133,8 @@ class _Computation:
             self._reader,
             device=self._device,
             trust_remote_code=self._remote_code,
-            layer_done=self._progress.layer_done,
-            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
+            layer_done=self._progress.add,
+            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}", 0),
         )
         mixture = self._inputs.mixture
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
@@ -144,10 +145,6 @@ class _Computation:
 
         shared_rows = stacked(shared=True) if gates.shared else None
         return Variant(name="hidden", rows=stacked(shared=False), shared_rows=shared_rows)
-
-
-def _loss_names(inputs: EvaluationInputs) -> list[str]:
-    return ["merged", "base", "oracle", "hidden", *(f"expert {name}" for name in inputs.names)]
 
 
 def _as_json_losses(loss: Mapping[str, float]) -> dict[str, float | None]:
@@ -182,20 +179,6 @@ def _data_summary(inputs: EvaluationInputs, file: str) -> dict[str, Any]:
     return {"file": file, "texts": len(inputs.texts), "tokens": tokens, "per_label": per_label}
 
 
-class EvaluationProgress(ProgressLine):
-    """Counts tokens that have passed a layer, stage by stage."""
-
-    def __init__(self, quiet: bool) -> None:
-        super().__init__(_format_progress, quiet=quiet)
-
-    def stage(self, name: str, total: int = 0) -> None:
-        """What comes next, and how many tokens times layers it is; 0 if that is not known."""
-        self._done, self._total = 0, total
-        self._begin_stage(name)
-
-    def layer_done(self, tokens: int) -> None:
-        self.add(tokens)
-
-
 def _format_progress(done: int, total: int) -> str:
+    """Of the tokens that have passed a layer, times layers; `total` is 0 where it is not known."""
     return f"{done / total:.0%}" if total else f"{done:,} token-layers"

@@ -78,7 +78,7 @@ def fit_rows(examples: Sequence[Examples], heartbeat: Heartbeat | None = None) -
     chunk of tokens that is summed, and each system that is solved."""
     if len(examples) == 1:  # one expert gets every token whatever its score
         return FittedRows(rows=np.zeros((1, examples[0].states.shape[1]), np.float32), scores=None)
-    problem = _RidgeProblem(examples, heartbeat or _no_heartbeat)
+    problem = _RidgeProblem(examples, heartbeat or (lambda: None))
     sample = problem.sample()
     if sample.has_folds(experts=len(examples)):
         ridge, scale, check = _choose(sample)
@@ -109,10 +109,6 @@ def fit_shared_gate(
     rows = fit_rows([positive, rest], heartbeat).rows
     difference: npt.NDArray[np.float32] = rows[0] - rows[1]
     return difference
-
-
-def _no_heartbeat() -> None:
-    """The default of `moved`."""
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:

@@ -3,13 +3,12 @@
     options.py          StorageOptions: how to reach a store; plain data that travels to actors, never credentials
     urls.py             what a URL is, its normal form, its parts
     location.py         kinds of places: a local path, S3, another store, the Hub
-    protocol.py         the ObjectStore protocol
+    protocol.py         the ObjectStore protocol, and what S3 allows of an upload in parts
     registry.py         `open_store`: one store for each scheme and set of options
     object_file.py      an object as a file to read
     s3_store.py         S3 and what speaks its language, with conditional reads, multipart uploads, server-side copies
     fsspec_store.py     whatever fsspec reaches (gs://, memory://, https://, ...) at plain speed
     retry.py            which failures pass, how long to wait, how many requests at once
-    s3_limits.py        what S3 allows of an upload in parts
     s3_responses.py     what an S3 server's answers are checked for
     errors.py           what is raised
     error_messages.py   errors of client libraries in words: permission, remedy

@@ -44,7 +44,6 @@ class StoreRequest:
     operation: str
     url: str
     source_url: str | None = None
-    only_if_absent: bool = False
 
 
 def storage_problem(

@@ -8,7 +8,6 @@ after a look. Credentials are those that each file system finds by itself.
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -47,20 +46,10 @@ class FsspecStore:
     def __init__(self, scheme: str, options: StorageOptions):
         self.scheme, self.options = scheme, options
         self._retries = Retries(options.max_requests, options.deadline_s)
-        self._lock = threading.Lock()
-        self._read_bytes, self._sent_bytes = 0, 0
 
     @property
     def counters(self) -> StoreCounters:
-        retries = self._retries
-        return StoreCounters(
-            requests=retries.requests,
-            retries=retries.retries,
-            throttled=retries.times_throttled,
-            bytes_read=self._read_bytes,
-            bytes_sent=self._sent_bytes,
-            bytes_copied=0,
-        )
+        return self._retries.counters
 
     def stat(self, url: str) -> ObjectInfo | None:
         def look() -> ObjectInfo | None:
@@ -90,27 +79,25 @@ class FsspecStore:
                 if size is not None and size < end:
                     raise Mismatch(f"it has {size} bytes, and at least {end} were expected")
                 raise ShortRead(f"the store sent {len(data)} bytes, and {end - start} were asked for")
-            self._check(filesystem, path, etag)
+            if etag is not None and (now := _etag(filesystem.info(path))) != etag:
+                raise Mismatch(f"its ETag or time is another ({now})")
             return data
 
         data = self._call("get_object", url, get)
-        with self._lock:
-            self._read_bytes += len(data)
+        self._retries.count(bytes_read=len(data))
         return data
 
     def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
         buffer[:] = self.read(url, start, start + len(buffer), etag)
 
-    def read_all(self, url: str, etag: str | None = None) -> bytes:
+    def read_all(self, url: str) -> bytes:
         def get() -> bytes:
             filesystem, path = self._open(url)
             data: bytes = filesystem.cat_file(path)
-            self._check(filesystem, path, etag)
             return data
 
         data = self._call("get_object", url, get)
-        with self._lock:
-            self._read_bytes += len(data)
+        self._retries.count(bytes_read=len(data))
         return data
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
@@ -137,9 +124,7 @@ class FsspecStore:
 
         return self._call("list_objects_v2", url, find)
 
-    def put(
-        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
-    ) -> ObjectInfo:
+    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         if only_if_absent and self.stat(url) is not None:
             raise object_exists_error(url)
 
@@ -163,8 +148,7 @@ class FsspecStore:
             return ObjectInfo(size=len(data), etag=_etag(info))
 
         info = self._call("put_object", url, pipe)
-        with self._lock:
-            self._sent_bytes += len(data)
+        self._retries.count(bytes_sent=len(data))
         return info
 
     def delete(self, url: str) -> None:
@@ -208,10 +192,6 @@ class FsspecStore:
         # Cheap: fsspec keeps the instances.
         filesystem, path = url_to_fs(url, use_listings_cache=False)
         return filesystem, str(path)
-
-    def _check(self, filesystem: Any, path: str, etag: str | None) -> None:
-        if etag is not None and (now := _etag(filesystem.info(path))) != etag:
-            raise Mismatch(f"its ETag or time is another ({now})")
 
     def _call(self, operation: str, url: str, step: Callable[[], _T]) -> _T:
         outcome = self._retries.run(lambda _left: step(), urlsplit(url).netloc)

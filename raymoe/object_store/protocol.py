@@ -19,6 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+# Limits of a multipart upload on S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+MIN_PART_BYTES = 5 << 20  # of each part but the last
+MAX_PART_BYTES = 5 << 30
+MAX_PARTS = 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
@@ -59,12 +64,12 @@ class OpenUpload:
 class StoreCounters:
     """What this process has done through one store so far, for reports."""
 
-    requests: int
-    retries: int
-    throttled: int
-    bytes_read: int
-    bytes_sent: int
-    bytes_copied: int  # by the server itself
+    requests: int = 0
+    retries: int = 0
+    throttled: int = 0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+    bytes_copied: int = 0  # by the server itself
 
 
 class ObjectStore(Protocol):
@@ -83,7 +88,7 @@ class ObjectStore(Protocol):
     def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
         """The same, into memory of the caller: what is read is held once and not twice."""
 
-    def read_all(self, url: str, etag: str | None = None) -> bytes:
+    def read_all(self, url: str) -> bytes:
         """A whole small object. ObjectMissing if there is none."""
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
@@ -92,9 +97,7 @@ class ObjectStore(Protocol):
         Empty where there is nothing; a missing bucket is an error.
         """
 
-    def put(
-        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
-    ) -> ObjectInfo:
+    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         """Write a small object as a whole.
 
         With `only_if_absent`, ObjectExists if there is one that was not written by this very call.
@@ -135,19 +138,12 @@ class MultipartStore(ObjectStore, Protocol):
         """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`."""
 
     def complete_upload(
-        self,
-        url: str,
-        upload_id: str,
-        parts: Sequence[UploadedPart],
-        *,
-        metadata: Mapping[str, str] | None = None,
-        only_if_absent: bool = False,
+        self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
         """Make the object of its parts, in the order of their numbers, and check its size.
 
         `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
-        and metadata counts as this upload, completed earlier; else UploadNotFound, or ObjectExists where
-        `only_if_absent` and something else is in the way.
+        and metadata counts as this upload, completed earlier; else UploadNotFound.
         """
 
     def abort_upload(self, url: str, upload_id: str) -> None:

@@ -17,9 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
+
+from raymoe.object_store.protocol import StoreCounters
 
 T = TypeVar("T")
 
@@ -151,14 +153,25 @@ class Pacer:
 
 
 class Retries:
-    """Runs attempts until one succeeds. Thread-safe."""
+    """Runs attempts until one succeeds, and counts. Thread-safe."""
 
     def __init__(self, max_requests: int, deadline_s: float):
         self.pacer = Pacer(max_requests)
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._hosts_reached: set[str] = set()  # hosts
-        self.requests, self.retries, self.times_throttled = 0, 0, 0
+        self._counts = StoreCounters()
+
+    @property
+    def counters(self) -> StoreCounters:
+        """What has been done so far."""
+        with self._lock:
+            return self._counts
+
+    def count(self, **more: int) -> None:
+        """Add to the counters of these names."""
+        with self._lock:
+            self._counts = replace(self._counts, **{k: getattr(self._counts, k) + n for k, n in more.items()})
 
     def run(self, attempt: Callable[[float], T], host: str = "") -> T | Failure:
         """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through.
@@ -185,16 +198,13 @@ class Retries:
         started = time.monotonic()
         try:
             with self.pacer.slot(left):
-                with self._lock:
-                    self.requests += 1
-                    self.retries += again
+                self.count(requests=1, retries=int(again))
                 started = time.monotonic()
                 result = attempt(left)
         except Exception as error:
             if classify_error(error) is FailureKind.THROTTLED:
                 self.pacer.throttled(started)
-                with self._lock:
-                    self.times_throttled += 1
+                self.count(throttled=1)
             if error_status(error) is not None:
                 self._hosts_reached.add(host)
             # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,

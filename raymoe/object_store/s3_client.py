@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.protocol import StoreCounters
 from raymoe.object_store.retry import Failure, Retries
 
 _CONNECT_TIMEOUT_S = 10
@@ -29,14 +28,13 @@ ResponseHandler = Callable[[Any], Awaitable[_T]]
 
 
 class S3Client:
-    """Sends requests, with retries and pacing, and counts. Thread-safe."""
+    """Sends requests, with retries and pacing. Thread-safe."""
 
     def __init__(self, options: StorageOptions):
         self.options = options
-        self._retries = Retries(options.max_requests, options.deadline_s)
+        self.retries = Retries(options.max_requests, options.deadline_s)
         self._lock = threading.Lock()
         self._filesystem_cache: tuple[int, Any] | None = None  # (process id, S3FileSystem)
-        self._read, self._sent, self._copied = 0, 0, 0
 
     def call(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T:
         """The result of one request. Raises StorageError."""
@@ -60,25 +58,7 @@ class S3Client:
             finally:
                 future.cancel()  # of no effect on one that is done
 
-        return self._retries.run(attempt)
-
-    def count(self, *, read: int = 0, sent: int = 0, copied: int = 0) -> None:
-        """Add bytes of calls that succeeded."""
-        with self._lock:
-            self._read += read
-            self._sent += sent
-            self._copied += copied
-
-    def counters(self) -> StoreCounters:
-        retries = self._retries
-        return StoreCounters(
-            requests=retries.requests,
-            retries=retries.retries,
-            throttled=retries.times_throttled,
-            bytes_read=self._read,
-            bytes_sent=self._sent,
-            bytes_copied=self._copied,
-        )
+        return self.retries.run(attempt)
 
     def _filesystem(self) -> Any:
         with self._lock:

@@ -38,7 +38,8 @@ async def read_body(response: S3Response, buffer: memoryview) -> None:
 def check_response(response: S3Response, start: int, end: int, etag: str | None) -> None:
     """Raise if the body to come is not the range that was asked for."""
     try:
-        check_etag(response, etag)
+        if etag is not None and unquote_etag(response.get("ETag")) != etag:
+            raise Mismatch("its ETag is another")
         content_range = response.get("ContentRange")
         if content_range is None:  # a server that knows no ranges
             if start != 0 or response["ContentLength"] != end:
@@ -52,12 +53,6 @@ def check_response(response: S3Response, start: int, end: int, etag: str | None)
     except Exception:
         response["Body"].close()
         raise
-
-
-def check_etag(response: S3Response, etag: str | None) -> None:
-    if etag is not None and unquote_etag(response.get("ETag")) != etag:
-        response["Body"].close()
-        raise Mismatch("its ETag is another")
 
 
 def upload_check(data: bytes | bytearray) -> tuple[Callable[[S3Response], Awaitable[S3Response]], str]:

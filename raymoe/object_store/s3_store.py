@@ -14,7 +14,7 @@ without a second hash of the body, and the same MD5 serves the comparison of ETa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raymoe.object_store.error_messages import storage_error
@@ -31,7 +31,6 @@ from raymoe.object_store.retry import Failure, FailureKind, error_code, error_st
 from raymoe.object_store.s3_client import S3Client
 from raymoe.object_store.s3_responses import (
     S3Response,
-    check_etag,
     check_response,
     matches_parts,
     multipart_etag,
@@ -58,7 +57,7 @@ class S3Store:
 
     @property
     def counters(self) -> StoreCounters:
-        return self._client.counters()
+        return self._client.retries.counters
 
     # --- looking and reading
 
@@ -101,20 +100,16 @@ class S3Store:
         condition = {"IfMatch": quote_etag(etag)} if etag else {}
         request = StoreRequest(operation="get_object", url=url)
         self._client.call(request, fill, Range=f"bytes={start}-{end - 1}", **_bucket_and_key(url), **condition)
-        self._client.count(read=len(buffer))
+        self._client.retries.count(bytes_read=len(buffer))
 
-    def read_all(self, url: str, etag: str | None = None) -> bytes:
+    def read_all(self, url: str) -> bytes:
         async def whole(response: S3Response) -> bytes:
-            check_etag(response, etag)
             buffer = bytearray(response["ContentLength"])
             await read_body(response, memoryview(buffer))
             return bytes(buffer)
 
-        condition = {"IfMatch": quote_etag(etag)} if etag else {}
-        data: bytes = self._client.call(
-            StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url), **condition
-        )
-        self._client.count(read=len(data))
+        data: bytes = self._client.call(StoreRequest(operation="get_object", url=url), whole, **_bucket_and_key(url))
+        self._client.retries.count(bytes_read=len(data))
         return data
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
@@ -122,30 +117,23 @@ class S3Store:
         prefix = f"{key}/" if key else ""
         query = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
         found: list[ObjectEntry] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_objects_v2", url=url), _identity, **query)
-            for item in page.get("Contents", ()):
-                name = item["Key"].removeprefix(prefix)
-                # Consoles make 'folders': empty objects whose name ends in '/'.
-                if name and not name.endswith("/"):
-                    found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda entry: entry.name)
-            query["ContinuationToken"] = page["NextContinuationToken"]
+        for item in self._items("list_objects_v2", url, "Contents", query, ContinuationToken="NextContinuationToken"):
+            name = item["Key"].removeprefix(prefix)
+            # Consoles make 'folders': empty objects whose name ends in '/'.
+            if name and not name.endswith("/"):
+                found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
+        return sorted(found, key=lambda entry: entry.name)
 
     # --- writing whole objects
 
-    def put(
-        self, url: str, data: bytes, *, only_if_absent: bool = False, metadata: Mapping[str, str] | None = None
-    ) -> ObjectInfo:
-        metadata = dict(metadata or {})
-        condition = {}
+    def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        metadata, condition = {}, {}
         if only_if_absent:
             if self.stat(url) is not None:
                 raise object_exists_error(url)
-            metadata[_PUT_TOKEN] = uuid.uuid4().hex
+            metadata = {_PUT_TOKEN: uuid.uuid4().hex}
             condition = {"IfNoneMatch": "*"}
-        request = StoreRequest(operation="put_object", url=url, only_if_absent=only_if_absent)
+        request = StoreRequest(operation="put_object", url=url)
         handle, md5 = upload_check(data)
         sent = {"Body": data, "ContentMD5": md5, "Metadata": metadata, **condition}
         outcome = self._client.send(request, handle, **_bucket_and_key(url), **sent)
@@ -155,7 +143,7 @@ class S3Store:
             if info is None or info.metadata.get(_PUT_TOKEN) != metadata[_PUT_TOKEN]:
                 raise storage_error(outcome, request, self._client.options)
             return info
-        self._client.count(sent=len(data))
+        self._client.retries.count(bytes_sent=len(data))
         return ObjectInfo(size=len(data), etag=unquote_etag(outcome.get("ETag")), metadata=metadata)
 
     def delete(self, url: str) -> None:
@@ -178,7 +166,7 @@ class S3Store:
         response = self._client.call(
             StoreRequest(operation="upload_part", url=url), handle, **_bucket_and_key(url), **sent
         )
-        self._client.count(sent=len(body))
+        self._client.retries.count(bytes_sent=len(body))
         return UploadedPart(number=number, etag=str(unquote_etag(response["ETag"])), size=len(body))
 
     def copy_part(
@@ -211,33 +199,20 @@ class S3Store:
             wrong = "its ETag is another"
         if wrong is not None:
             raise object_changed_error(request, wrong)
-        self._client.count(copied=end - start)
+        self._client.retries.count(bytes_copied=end - start)
         return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
 
     def complete_upload(
-        self,
-        url: str,
-        upload_id: str,
-        parts: Sequence[UploadedPart],
-        *,
-        metadata: Mapping[str, str] | None = None,
-        only_if_absent: bool = False,
+        self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
         parts = sorted(parts, key=lambda part: part.number)
-        request = StoreRequest(operation="complete_multipart_upload", url=url, only_if_absent=only_if_absent)
-        condition = {}
-        if only_if_absent:
-            condition = {"IfNoneMatch": "*"}
-            if (info := self.stat(url)) is not None:
-                if not matches_parts(info, parts, metadata):
-                    raise object_exists_error(url)
-                return info
+        request = StoreRequest(operation="complete_multipart_upload", url=url)
         listed = [{"PartNumber": part.number, "ETag": quote_etag(part.etag)} for part in parts]
-        sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}, **condition}
+        sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}}
         outcome = self._client.send(request, _identity, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
             # Completed by an earlier try whose answer was lost, or by an earlier life of this run?
-            if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) not in (404, 412):
+            if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) != 404:
                 raise storage_error(outcome, request, self._client.options)
             info = self.stat(url)
             if info is None or not matches_parts(info, parts, metadata):
@@ -260,29 +235,33 @@ class S3Store:
 
     def list_uploads(self, url: str) -> Sequence[OpenUpload]:
         bucket, key = s3_location(url)
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key}
-        found: list[OpenUpload] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_multipart_uploads", url=url), _identity, **query)
-            for item in page.get("Uploads", ()):
-                # The prefix 'run' finds 'run2/...' too.
-                if not key or item["Key"] == key or item["Key"].startswith(f"{key}/"):
-                    found.append(OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"]))
-            if not page.get("IsTruncated"):
-                return found
-            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        query = {"Bucket": bucket, "Prefix": key}
+        return [
+            OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"])
+            for item in self._items("list_multipart_uploads", url, "Uploads", query, **markers)
+            # The prefix 'run' finds 'run2/...' too.
+            if not key or item["Key"] == key or item["Key"].startswith(f"{key}/")
+        ]
 
     def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
-        query: dict[str, Any] = {"UploadId": upload_id, **_bucket_and_key(url)}
-        found: list[UploadedPart] = []
-        while True:
-            page = self._client.call(StoreRequest(operation="list_parts", url=url), _identity, **query)
-            for item in page.get("Parts", ()):
-                part = UploadedPart(number=item["PartNumber"], etag=str(unquote_etag(item["ETag"])), size=item["Size"])
-                found.append(part)
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda part: part.number)
-            query["PartNumberMarker"] = page["NextPartNumberMarker"]
+        query = {"UploadId": upload_id, **_bucket_and_key(url)}
+        parts = (
+            UploadedPart(number=item["PartNumber"], etag=str(unquote_etag(item["ETag"])), size=item["Size"])
+            for item in self._items("list_parts", url, "Parts", query, PartNumberMarker="NextPartNumberMarker")
+        )
+        return sorted(parts, key=lambda part: part.number)
+
+    def _items(
+        self, operation: str, url: str, kind: str, query: Mapping[str, Any], **markers: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """What a listing has of a kind, page by page. `markers`: what the next request has of the answer before it."""
+        page: Mapping[str, Any] = {}
+        while not page or page.get("IsTruncated"):
+            place = {name: page[of_page] for name, of_page in markers.items() if of_page in page}
+            assert place or not page, f"{operation}: a part of a listing, and no word of where the rest begins"
+            page = self._client.call(StoreRequest(operation=operation, url=url), _identity, **query, **place)
+            yield from page.get(kind, ())
 
 
 async def _identity(response: S3Response) -> S3Response:

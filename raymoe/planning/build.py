@@ -165,14 +165,12 @@ def _assemble(
     if (since := architecture.min_transformers_for(output_config.get("layer_types"))) != architecture.min_transformers:
         warnings.append(
             f"{architecture.title}: windows on some layers only take transformers {since} or later; 4 puts the window "
-            "on all "
-            "layers and says nothing"
+            "on all layers and says nothing"
         )
     if architecture.code_repository:
         warnings.append(
             f"{architecture.title}: transformers loads it with the code of {architecture.code_repository} on the Hub "
-            "(trust_remote_code), which "
-            "is for transformers 4"
+            "(trust_remote_code), which is for transformers 4"
         )
     if options.copy_tokenizer and not has_vocabulary(base_facts.side_files):
         warnings.append(f"base_model ({base_facts.label}): there is no tokenizer in it, and so none in the output")

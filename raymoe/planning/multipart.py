@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from raymoe.object_store.s3_limits import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
+from raymoe.object_store.protocol import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
@@ -46,11 +46,10 @@ class Span:
     what: CopyRange | Part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UploadPart:
-    """Part `number` (from 1) of an upload: bytes [start, end) of the shard, copied from `copy` or sent by a worker."""
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Bytes [start, end) of a shard, copied from `copy` or sent by a worker."""
 
-    number: int
     start: int
     end: int
     copy: CopyRange | None = None
@@ -60,15 +59,11 @@ class UploadPart:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
-    start: int
-    end: int
-    copy: CopyRange | None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadPart(_Region):
+    """Part `number` (from 1) of an upload."""
 
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
+    number: int
 
 
 def spans(parts: Iterable[Part]) -> Iterator[Span]:

@@ -38,10 +38,9 @@ def plan_merge(
     """
     if wrong := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(wrong)
-    models = [config.base_model, *(e.source_model for e in (*config.experts, *config.shared_experts))]
     collector = ProblemCollector()
     concrete = collector.run(read_prompts, config)
-    facts = collector.run(resolve_models, models, hub, config.storage, remote_folders, [config.base_model])
+    facts = collector.run(resolve_models, config.models, hub, config.storage, remote_folders, [config.base_model])
     if facts is None:
         raise collector.report()
     base = facts[config.base_model]

@@ -120,8 +120,7 @@ def prompt_warnings(gates: GatePlan) -> Iterator[str]:
         )
     yield (
         f"few prompts ({short_list(few)}): in the measurement of docs/routing.md {gates.mode} sends {keywords}% of "
-        "held-out "
-        f"tokens first to the matching expert with five keywords per expert, and {texts}% with 16 texts per expert"
-        f"{better}. {unjudged}Give each expert 16 prompts or more, a few "
-        "sentences each"
+        "held-out tokens first to the matching expert with five keywords per expert, and "
+        f"{texts}% with 16 texts per expert{better}. {unjudged}"
+        "Give each expert 16 prompts or more, a few sentences each"
     )

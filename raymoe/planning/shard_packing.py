@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raymoe.object_store.s3_limits import MIN_PART_BYTES
+from raymoe.object_store.protocol import MIN_PART_BYTES
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES

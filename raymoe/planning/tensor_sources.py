@@ -295,8 +295,7 @@ def adapter_warnings(member: Member, where: str) -> list[str]:
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
     return [
         f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
-        f"({short_list(names, 8)}). "
-        "These changes are not in the merge: an expert contributes only its FFN"
+        f"({short_list(names, 8)}). These changes are not in the merge: an expert contributes only its FFN"
     ]
 
 

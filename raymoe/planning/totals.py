@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from raymoe.architectures import MoeShape
 from raymoe.planning.owner import Owner, OwnerKind
 from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
+from raymoe.sources.facts import TensorEntry
 from raymoe.tensor_names import layer_of
 
 
@@ -32,7 +34,7 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
         gate_bytes=sum(_layer_bytes(reader) for reader in _distinct_readers(gates.members)),
-        peak_gate_bytes=max((_largest_layer(reader) for reader in gates.members), default=0),
+        peak_gate_bytes=largest_layer(gates, lambda entry: entry.nbytes),
     )
 
 
@@ -46,10 +48,13 @@ def _layer_bytes(reader: GatePrompts) -> int:
     return sum(ref.entry.nbytes for name, ref in reader.weights.items() if layer_of(name) is not None)
 
 
-def _largest_layer(reader: GatePrompts) -> int:
-    """Bytes of the largest layer that a gate pass holds; the embedding is read row by row and does not count."""
-    layers: dict[int, int] = {}
-    for name, ref in reader.weights.items():
-        if (layer := layer_of(name)) is not None:
-            layers[layer] = layers.get(layer, 0) + ref.entry.nbytes
-    return max(layers.values(), default=0)
+def largest_layer(gates: GatePlan, size: Callable[[TensorEntry], int]) -> int:
+    """The size of the largest layer that prompts pass; the embedding is read row by row and does not count."""
+    found = 0
+    for reader in gates.members:
+        layers: Counter[int] = Counter()
+        for name, ref in reader.weights.items():
+            if (layer := layer_of(name)) is not None:
+                layers[layer] += size(ref.entry)
+        found = max([found, *layers.values()])
+    return found

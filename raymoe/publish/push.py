@@ -21,19 +21,13 @@ def push_merge(
     place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions, *, quiet: bool = False
 ) -> PushResult:
     """Publish the finished merge at a folder or URL. Raises ProblemReport before anything is sent, else PushFailed."""
-    if problems := target_problems(target):
-        raise ProblemReport(problems)
-    manifest = open_manifest(place, target.repo, storage)
-    _refuse_source(target, manifest)
+    manifest = _open_manifest(place, target, storage)
     return push_published(manifest, open_repository(target, hub, card=manifest.card), quiet=quiet)
 
 
 def push_dry_run(place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions) -> Iterator[str]:
     """Lines that say what `push_merge` would do. Nothing is made or sent. Raises ProblemReport."""
-    if problems := target_problems(target):
-        raise ProblemReport(problems)
-    manifest = open_manifest(place, target.repo, storage)
-    _refuse_source(target, manifest)
+    manifest = _open_manifest(place, target, storage)
     repository = open_repository(target, hub, make=False, card=manifest.card)
     if repository.is_new:
         yield f"{repository.url} would be made{', private' if target.private else ''}"
@@ -46,6 +40,15 @@ def push_dry_run(place: str | Path, target: PushTarget, hub: HubOptions, storage
     yield from (f"  would send {file.name}, {human_bytes(file.size)}" for file in comparison.missing)
     yield from (f"  names {path}" for path in manifest.local_sources)
     yield "nothing was sent (--dry-run)"
+
+
+def _open_manifest(place: str | Path, target: PushTarget, storage: StorageOptions) -> Manifest:
+    """What is pushed. Raises ProblemReport for all that is known without the Hub."""
+    if problems := target_problems(target):
+        raise ProblemReport(problems)
+    manifest = open_manifest(place, target.repo, storage)
+    _refuse_source(target, manifest)
+    return manifest
 
 
 def _refuse_source(target: PushTarget, manifest: Manifest, head: str | None = None) -> None:

@@ -152,7 +152,7 @@ def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loss_bars(label: str, losses: Mapping[str, float], largest: float) -> Markup:
     rows = [
-        svg.Bar(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
+        svg.Mark(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
         for kind, loss in losses.items()
     ]
     title = ", ".join(f"{row.name} {row.text}" for row in rows)
@@ -217,7 +217,7 @@ def _accuracy_lines(result: Mapping[str, Any]) -> Markup:
 def _load_bars(result: Mapping[str, Any]) -> Markup:
     rows = []
     for number, (name, share) in enumerate(zip(result["experts"], mean_load(result))):
-        rows.append(svg.Bar(name=name, value=share, text=f"{share:.1%}", kind=svg.expert_kind(number)))
+        rows.append(svg.Mark(name=name, value=share, text=f"{share:.1%}", kind=svg.expert_kind(number)))
     even = 1 / len(rows)
     caption = ", ".join(f"{row.name} {row.text}" for row in rows)
     largest = max(*(row.value for row in rows), even)

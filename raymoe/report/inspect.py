@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     config = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
     index = index_model_weights(folder)
     architecture = find_moe_architecture(config)
+    bytes_by_dtype: Counter[str] = Counter()
+    for entry in index.tensors.values():
+        bytes_by_dtype[entry.dtype] += entry.nbytes
     summary: dict[str, Any] = {
         "folder": str(place),
         "model_type": config.get("model_type"),
@@ -44,7 +48,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
         "vocab_size": _whole_number(config.get("vocab_size")),
         "parameters": sum(math.prod(entry.shape) for entry in index.tensors.values()),
         "bytes": sum(file.size for file in index.files),
-        "dtypes": _bytes_by(index, lambda entry: entry.dtype),
+        "dtypes": dict(bytes_by_dtype),
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
     if architecture is not None:
@@ -72,13 +76,6 @@ def _record_summary(record: MergeRecord) -> dict[str, Any]:
     if not isinstance(config, Mapping) or not isinstance(config.get("gate_mode"), str):
         raise unreadable_record(record.where, "its config has no gate_mode")
     return {key: record.content[key] for key in keys}
-
-
-def _bytes_by(index: CheckpointIndex, key: Any) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for entry in index.tensors.values():
-        counts[key(entry)] = counts.get(key(entry), 0) + entry.nbytes
-    return counts
 
 
 def _pattern(template: str) -> re.Pattern[str]:

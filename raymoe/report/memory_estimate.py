@@ -17,7 +17,8 @@ from pathlib import Path
 
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
-from raymoe.planning.plan import Columns, GatePlan, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.planning.plan import Columns, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.planning.totals import largest_layer
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
 from raymoe.routers.prompt_passes import Reading, plan_readings
@@ -90,7 +91,7 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
     """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
     gates, hidden, mode = plan.gates, plan.gates.hidden, MODES[plan.gates.mode]
     run = mode.layers_run(gates.layers)
-    layer, elements = plan.totals.peak_gate_bytes, _layer_elements(gates)
+    layer, elements = plan.totals.peak_gate_bytes, largest_layer(gates, lambda entry: math.prod(entry.shape))
     # Computed with as the embedding is stored, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
@@ -122,18 +123,6 @@ def _matrices(part: Part) -> tuple[Part, ...]:
 
 def _is_slow(what: PartSource) -> bool:
     return isinstance(what, Transform) and (what.lora is not None or what.noise_scale is not None)
-
-
-def _layer_elements(gates: GatePlan) -> int:
-    """Numbers in the largest layer that prompts pass."""
-    found = 0
-    for member in gates.members:
-        layers: dict[int, int] = {}
-        for name, weight in member.weights.items():
-            if (layer := layer_of(name)) is not None:
-                layers[layer] = layers.get(layer, 0) + math.prod(weight.entry.shape)
-        found = max([found, *layers.values()])
-    return found
 
 
 def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:

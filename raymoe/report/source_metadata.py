@@ -149,11 +149,8 @@ def stated_license(metadata: Mapping[str, Any]) -> License | None:
         return None
     # A link to a file of the source's own repository leads nowhere from another one.
     is_absolute = isinstance(link, str) and _LINK.fullmatch(link)
-    return License(name="other", title=_one_line(title), link=link if is_absolute else None)
-
-
-def _one_line(title: str) -> str:
-    return printable(" ".join(title.split())[:_TITLE_CHARACTERS])
+    shown = printable(" ".join(title.split())[:_TITLE_CHARACTERS])
+    return License(name="other", title=shown, link=link if is_absolute else None)
 
 
 def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:

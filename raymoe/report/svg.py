@@ -22,24 +22,14 @@ _LETTER = 7.2  # width of a character at the drawings' 12 px, of a wide font
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """A horizontal bar: `kind` is its class, `text` stands at its end."""
+class Mark:
+    """A bar, or a point of a ladder, with its name: `kind` is its class, `text` its value as it is written."""
 
     name: str
     value: float
     text: str
     kind: str
     title: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A named point of a ladder."""
-
-    name: str
-    value: float
-    text: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +107,7 @@ def _layer_axis(drawing: Drawing, x0: float, cell: float, layers: int, y: float)
         drawing.text(x0 + (layer + 0.5) * cell, y, str(layer), "faint small", "middle")
 
 
-def bars(rows: Sequence[Bar], largest: float, label: str, *, width: float = 480, rule: float | None = None) -> Markup:
+def bars(rows: Sequence[Mark], largest: float, label: str, *, width: float = 480, rule: float | None = None) -> Markup:
     """Horizontal bars from zero; `largest` is the value of a full one, `rule` a value that a dashed line marks."""
     height, step = len(rows) * 26 + 2, 26
     gutter, names = _gutter([row.name for row in rows], 18)

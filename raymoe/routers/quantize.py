@@ -22,8 +22,8 @@ def check_quantize(kind: str, device: str) -> None:
         what = f"needs {' and '.join(missing)}"
         remedy = (
             "install bitsandbytes on the GPU nodes, or leave the flag out: layers are streamed, so that models larger "
+            "than the GPU's memory need no quantisation"
         )
-        remedy += "than the GPU's memory need no quantisation"
         raise ProblemReport([Problem(where=f"--load-in-{kind}", what=what, remedy=remedy)])
 
 

@@ -31,9 +31,9 @@ from raymoe.sources.tokenizer_files import (
     with_bos,
     with_one_bos,
 )
+from raymoe.storage.file_names import json_object
 from raymoe.storage.source_reader import SourceReader
 from raymoe.tensor_names import EMBEDDING
-from raymoe.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -84,19 +84,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         ):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except ProblemReport as report:
-        if trust_remote_code or tokenizer_code(_read_settings(folder)) == ([], []):
+        settings = folder / "tokenizer_config.json"
+        named = tokenizer_code(json_object(settings.read_bytes()) if settings.is_file() else {})
+        if trust_remote_code or not any(named):
             raise
         what = "the base model's tokenizer has code of its own, which is not run unless you allow it"
         remedy = "give --trust-remote-code if you trust that code, or use gate_mode: random"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from report
-
-
-def _read_settings(folder: Path) -> Mapping[str, Any]:
-    try:
-        content = read_json((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, Mapping) else {}
 
 
 def tokenize(

@@ -54,7 +54,9 @@ class SendToWriter(ShardMethod):
         """`names` are what Ray's dashboard calls the owners of shards."""
         self._names = names
         # The run is named when it begins.
-        self.helper = Helper("the actor that writes to the output", lambda: _start_writer(target.location.text, target.run))
+        self.helper = Helper(
+            "the actor that writes to the output", lambda: _start_writer(target.location.text, target.run)
+        )
 
     def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
         return helper.receive.options(name=task_name("receive", job, self._names)).remote(actor, job)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymoe.config.model_refs import ModelRef
 from raymoe.object_store.location import LocationKind
 
 
@@ -145,7 +144,6 @@ class ModelFacts:
     embedding, whatever config.json says of tying them.
     """
 
-    ref: ModelRef
     label: str
     revision: str | None
     config: Mapping[str, Any]

@@ -33,6 +33,8 @@ SIDE_FILES = (
     "generation_config.json",
 )
 
+_MAX_PROBLEMS = 5  # of one file
+
 
 class Folder(Protocol):
     """Read access to one folder of files."""
@@ -72,6 +74,28 @@ class Folder(Protocol):
 def unusable_checkpoint(where: str, what: str, remedy: str = "") -> CheckpointError:
     """A CheckpointError of one problem, to be raised."""
     return CheckpointError([Problem(where=where, what=what, remedy=remedy)])
+
+
+class FileProblems:
+    """The first problems of one file, with one remedy; the rest are counted: all its tensors may have the same one."""
+
+    def __init__(self, where: str, remedy: str):
+        self._where, self._remedy = where, remedy
+        self._kept: list[Problem] = []
+        self.count = 0
+
+    def add(self, what: str) -> None:
+        self.count += 1
+        if self.count <= _MAX_PROBLEMS:
+            self._kept.append(Problem(where=self._where, what=what, remedy=self._remedy))
+
+    def raise_any(self) -> None:
+        """Raise CheckpointError if there are problems."""
+        if self.count > _MAX_PROBLEMS:
+            what = f"and {self.count - _MAX_PROBLEMS} more problems of this kind in the file"
+            self._kept.append(Problem(where=self._where, what=what))
+        if self._kept:
+            raise CheckpointError(self._kept)
 
 
 def read_json_object(folder: Folder, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 from raymoe.config.prompt_sources import PromptFile, file_format, is_compressed
 from raymoe.config.source_positions import short_text, yaml_kind
 from raymoe.errors import Problem, ProblemReport, install_remedy
+from raymoe.formatting import short_list
 from raymoe.object_store.location import Location
 from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.options import StorageOptions
@@ -70,7 +71,8 @@ def prompt_values(file: PromptFile, storage: StorageOptions, faults: Faults) -> 
         if file_format(file.file) == "parquet":
             yield from filter(str.strip, _column(raw, file.field, faults))
             return
-        lines = _lines(_decompress(raw) if is_compressed(file.file) else raw, faults)
+        packed = is_compressed(file.file)
+        lines = _lines(cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb")) if packed else raw, faults)
         if file_format(file.file) == "jsonl":
             lines = _fields(lines, file.field, faults)
         for _, text in lines:
@@ -90,10 +92,6 @@ def _open(location: Location, storage: StorageOptions, faults: Faults) -> Binary
         return open(path, "rb")
     except OSError as error:
         faults.end(f"the file can't be read: {error.strerror}", "check its permissions")
-
-
-def _decompress(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
 def _lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
@@ -151,11 +149,10 @@ def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
 
 
 def _missing_field(kind: str, field: str, names: list[str]) -> tuple[str, str]:
-    names_shown = ", ".join(short_text(name) for name in names[:_SHOWN_FIELDS]) or "none"
-    more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
+    there = short_list([short_text(name) for name in names], most=_SHOWN_FIELDS) or "none"
     near = get_close_matches(field, names, n=1)
     remedy = f"did you mean field: {short_text(near[0])}?" if near else f"set field to the {kind} that holds the prompt"
-    return f"there is no {kind} '{short_text(field)}'; {kind}s here: {names_shown}{more}", remedy
+    return f"there is no {kind} '{short_text(field)}'; {kind}s here: {there}", remedy
 
 
 def _text(value: Any, field: str, faults: Faults, at: str) -> str | None:

@@ -95,8 +95,7 @@ def chat_template_problems(
 
     The template is parsed and not run: planning runs nothing that comes with a model.
     """
-    experts = (*config.experts, *config.shared_experts)
-    if not config.needs_prompts or not any(map(config.uses_chat_template, experts)):
+    if not config.needs_prompts or not any(map(config.uses_chat_template, config.all_experts)):
         return []
     files = {side.name: side.file for side in base.side_files}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,13 +92,13 @@ def resolve_models(
     absent = [key for key in keys if remote_folders and (place := _local_path(key[0])) and not os.path.exists(place)]
     remote = remote_folders.open(absent) if remote_folders and absent else {}
     with_heads = {ref.model for ref in (refs if whole is None else whole)}
-    parts: dict[PathKey, Future[OpenedFolder]] = {}
     with ThreadPoolExecutor(max_workers=_MODELS_AT_ONCE) as pool:
-        for key in keys:
-            if key in remote:
-                parts[key] = _completed_future(remote[key])
-            else:
-                parts[key] = pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
+        parts = {
+            key: pool.submit(_open, *key, options, storage, with_head=key[0] in with_heads)
+            if key not in remote
+            else pool.submit(_result_of, remote[key])
+            for key in keys
+        }
     collector = ProblemCollector(kind=CheckpointError)
     opened = {key: part for key, future in parts.items() if (part := collector.run(future.result))}
     facts: dict[ModelRef, ModelFacts] = {}
@@ -117,7 +117,7 @@ def resolve_models(
 def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
     """Absolute paths or URLs of the folders that a model and its adapter lie in, whether they exist or not."""
     found: list[str] = []
-    for path in (ref.model, *((ref.adapter,) if ref.adapter else ())):
+    for path in ref.paths:
         if (location := path.location) is not None:
             found.append(location.text)
         elif is_local_folder(path.path) or _local_path(path) is not None:
@@ -152,13 +152,11 @@ def _local_path(path: PathRef) -> str | None:
     return os.path.abspath(os.path.expanduser(path.path))
 
 
-def _completed_future(result: OpenedFolder | CheckpointError) -> Future[OpenedFolder]:
-    future: Future[OpenedFolder] = Future()
-    if isinstance(result, CheckpointError):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
-    return future
+def _result_of(opened: OpenedFolder | CheckpointError) -> OpenedFolder:
+    """What another machine found. Raises what it raised."""
+    if isinstance(opened, CheckpointError):
+        raise opened
+    return opened
 
 
 def _open(
@@ -291,7 +289,6 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
         index = replace(index, tensors={**index.tensors, **facts.replaced})
         own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
     return ModelFacts(
-        ref=ref,
         label=f"{model.folder.label}+{facts.label}" if facts else model.folder.label,
         revision=model.folder.revision,
         config=model.config,

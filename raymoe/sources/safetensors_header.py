@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.dtypes import DTYPE_BITS, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, tensor_nbytes
 from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.sources.folder_protocol import FileProblems, unusable_checkpoint
 from raymoe.untrusted_files import read_json
 
 # read(start, end) -> exactly the bytes [start, end) of the file (fewer only if the file ends before `end`)
@@ -23,7 +23,6 @@ ReadRange = Callable[[int, int], bytes]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PREFIX_BYTES = 64 * 1024  # read first: holds the header of nearly every shard, so that one request is enough
-_MAX_PROBLEMS = 5  # of one file; a broken header breaks all of its tensors in the same way
 
 _DOWNLOAD_AGAIN = "download or save the file again"
 
@@ -37,7 +36,7 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
     where = where or file.location
     raw, data_start = _header_bytes(read, file, where)
     items = _decode(raw, where)
-    problems = _Problems(where)
+    problems = FileProblems(where, _DOWNLOAD_AGAIN)
     entries: list[TensorEntry] = []
     for name, info in items:
         if name == "__metadata__":
@@ -66,10 +65,7 @@ def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes,
     if length > MAX_HEADER_BYTES:
         _refuse(where, f"header length {length} is over the format's {MAX_HEADER_BYTES}: not a safetensors file")
     if 8 + length > file.size:
-        _refuse(
-            where,
-            f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)",
-        )
+        _refuse(where, f"the header should end at byte {8 + length}, but the file has only {file.size} (truncated)")
     raw = prefix[8 : 8 + length]
     if len(raw) < length:
         raw += read(8 + len(raw), 8 + length)
@@ -130,29 +126,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-class _Problems:
-    """The first problems of a file; the rest are counted."""
-
-    def __init__(self, where: str):
-        self._where = where
-        self._kept: list[Problem] = []
-        self.count = 0
-
-    def add(self, what: str) -> None:
-        self.count += 1
-        if self.count <= _MAX_PROBLEMS:
-            self._kept.append(Problem(where=self._where, what=what, remedy=_DOWNLOAD_AGAIN))
-
-    def raise_any(self) -> None:
-        """Raise CheckpointError if there are problems."""
-        if self.count > _MAX_PROBLEMS:
-            what = f"and {self.count - _MAX_PROBLEMS} more problems of this kind in the file"
-            raise CheckpointError([*self._kept, Problem(where=self._where, what=what)])
-        if self._kept:
-            raise CheckpointError(self._kept)
-
-
-def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: _Problems) -> None:
+def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: FileProblems) -> None:
     """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
     position, before = data_start, "the header"
     for entry in entries:
@@ -168,4 +142,4 @@ def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int,
 
 
 def _refuse(where: str, what: str, remedy: str = _DOWNLOAD_AGAIN) -> NoReturn:
-    raise CheckpointError([Problem(where=where, what=what, remedy=remedy)])
+    raise unusable_checkpoint(where, what, remedy)

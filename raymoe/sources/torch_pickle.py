@@ -35,10 +35,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from raymoe.errors import CheckpointError, Problem
+from raymoe.errors import CheckpointError
 from raymoe.sources.dtypes import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_CHARACTERS
 from raymoe.sources.facts import SourceFile, TensorEntry
-from raymoe.sources.folder_protocol import unusable_checkpoint
+from raymoe.sources.folder_protocol import FileProblems, unusable_checkpoint
 
 # A state dict takes about 200 bytes and 50 operations for each tensor: enough for 100,000 of them in one file.
 _MAX_PICKLE_BYTES, _MAX_OPERATIONS = 20_000_000, 5_000_000
@@ -76,7 +76,6 @@ _REFUSED_OPERATIONS = frozenset(
 )
 _repr = reprlib.Repr()
 _repr.maxlevel = _repr.maxtuple = 3
-_MAX_PROBLEMS = 5
 _TO_SAFETENSORS = (
     "convert it where you trust it: load the model with transformers and save it with save_pretrained, "
     "which writes model.safetensors"
@@ -111,7 +110,6 @@ class _StorageType(NamedTuple):
 class _Storage(NamedTuple):
     dtype: str
     key: str
-    elements: int
 
 
 class _Tensor(NamedTuple):
@@ -192,7 +190,7 @@ class _StateDictUnpickler(pickle.Unpickler):
             raise _RefusedError(f"the storage {_short_repr(pid)}")
         if not isinstance(pid[2], str) or not isinstance(pid[4], int):
             raise _RefusedError(f"the storage {_short_repr(pid)}")
-        return _Storage(pid[1].dtype, pid[2], pid[4])
+        return _Storage(pid[1].dtype, pid[2])
 
 
 def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
@@ -215,20 +213,13 @@ def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry,
     records, pickled = _read_archive(handle, where)
     tensors = _unpickle(pickled, where)
     entries: list[TensorEntry] = []
-    problems: list[Problem] = []
-    more = 0
+    problems = FileProblems(where, _TO_SAFETENSORS)
     for name, value in dict.items(tensors):  # a pickle may give an OrderedDict an `items` of its own
         try:
             entries.append(_entry(name, value, records, handle, file))
         except ValueError as error:
-            if len(problems) == _MAX_PROBLEMS:
-                more += 1
-            else:
-                problems.append(Problem(where=where, what=str(error), remedy=_TO_SAFETENSORS))
-    if more:
-        problems.append(Problem(where=where, what=f"and {more} more problems of this kind in the file"))
-    if problems:
-        raise CheckpointError(problems)
+            problems.add(str(error))
+    problems.raise_any()
     return tuple(entries)
 
 

@@ -74,10 +74,7 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
             if not is_inside(name) or not name.endswith(f".{suffix}") or folder.find(name) is None:
                 more += 1
         elif not is_inside(name):
-            what, remedy = (
-                f"names the file {name!r}, which is not inside the folder",
-                "don't use this checkpoint",
-            )
+            what, remedy = f"names the file {name!r}, which is not inside the folder", "don't use this checkpoint"
             problems.append(Problem(where=where, what=what, remedy=remedy))
         elif not name.endswith(f".{suffix}"):
             what, remedy = f"names the file {name!r}, which is no .{suffix} file", "correct the index file"

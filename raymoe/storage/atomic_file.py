@@ -1,10 +1,12 @@
-"""Small files outside of an output (a run's result, an evaluation): written beside their place, moved there whole.
+"""Small files (a run's result, an evaluation, notes of a journal): written beside their place, moved there whole.
 
-A full disk or a kill leaves the file that was there before. Links and permissions of what is replaced stay.
+A full disk or a kill leaves the file that was there before. Also locks, and renames that survive a crash.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
 import uuid
@@ -38,22 +40,29 @@ def check_writable_file(path: Path) -> OSError | None:
 
 
 def write_atomic(path: Path, text: str, *, follow: bool = True) -> None:
-    """Write the file. Without `follow` a link of its name is replaced, and what it leads to stays. Raises OSError."""
+    """Write the file. Links and permissions of what is replaced stay; without `follow` a link of its name is replaced,
+    and what it leads to stays. Raises OSError."""
     if follow and is_special(path):
         path.write_text(text, encoding="utf-8")
         return
     place = resolve_links(path) if follow else path
-    part = _part(place)
+    mode = stat.S_IMODE(place.stat().st_mode) if place.is_file() and not place.is_symlink() else None
+    replace_file(place, _part(place), text.encode(), mode)
+
+
+def replace_file(path: Path, part: Path, content: bytes, mode: int | None = None) -> None:
+    """Write the new file `part`, and give it the name `path` when it is on disk. Raises OSError, and leaves no part."""
     try:
-        with part.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with part.open("xb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        if place.is_file() and not place.is_symlink():
-            part.chmod(stat.S_IMODE(place.stat().st_mode))
-        part.replace(place)
+        if mode is not None:
+            part.chmod(mode)
+        part.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
 
 
@@ -64,6 +73,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file; False where another process holds it. Raises OSError where the filesystem locks no files."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def has_name(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name: another run may have moved or removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _part(place: Path) -> Path:

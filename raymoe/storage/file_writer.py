@@ -71,7 +71,7 @@ class FileWriter:
         while self._shared and self._shared[0][1] <= start:
             self._shared.pop(0)
         if not (self._shared and self._shared[0][0] <= start and end <= self._shared[0][1]):
-            _write_all(self._descriptor, memoryview(chunk), start)
+            write_all(self._descriptor, memoryview(chunk), start)
         self.size = end
         if end - self._written_back >= _WRITEBACK_BYTES:
             start_writeback(self._descriptor, self._written_back, end - self._written_back)
@@ -91,7 +91,8 @@ class FileWriter:
         return f"xxh3-128:{self._hasher.hexdigest()}"
 
 
-def _write_all(descriptor: int, chunk: memoryview, offset: int) -> None:
+def write_all(descriptor: int, chunk: memoryview, offset: int) -> None:
+    """Write all of a chunk at a place of an open file. Raises OSError."""
     while chunk:
         count = os.pwrite(descriptor, chunk, offset)
         chunk, offset = chunk[count:], offset + count

@@ -22,7 +22,6 @@ Nothing here follows a link: a journal, or a folder of it, that is a link is ref
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -37,7 +36,7 @@ from typing import Any
 from raymoe.errors import Problem, ProblemReport
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.local_folder import file_fingerprint, is_in_view, small_sample
-from raymoe.storage.atomic_file import sync_folder
+from raymoe.storage.atomic_file import has_name, replace_file, sync_folder, try_lock
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
 
@@ -104,7 +103,7 @@ class Journal(BaseJournal):
             except BaseException:
                 os.close(descriptor)
                 raise
-            if is_locked and _is_file_at(descriptor, path):
+            if is_locked and has_name(descriptor, path):
                 self._lock = descriptor
             else:
                 os.close(descriptor)  # a process looked at it, or it is the lock of a merge that ended just now
@@ -112,13 +111,12 @@ class Journal(BaseJournal):
     def _try_lock(self, descriptor: int, *, is_late: bool) -> bool:
         """Whether the lock was had. Raises ProblemReport if a merge has it; False where processes only look at it."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            if try_lock(descriptor):
+                return True
         except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:
-                what = f"its filesystem does not lock files ({error.strerror})"
-                remedy = "choose a folder on another one, or mount it with locks"
-                raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
+            what = f"its filesystem does not lock files ({error.strerror})"
+            remedy = "choose a folder on another one, or mount it with locks"
+            raise ProblemReport([Problem(where=str(self.root), what=what, remedy=remedy)]) from None
         if _is_held(descriptor) or is_late:
             raise ProblemReport([self.taken_problem])
         return False
@@ -239,28 +237,15 @@ class Journal(BaseJournal):
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a small file of the journal in one step; after return it survives a crash of the machine."""
-        temporary, path = self.new_part(name), self.folder / name
-        try:
-            with open(temporary, "xb") as file:
-                file.write(json.dumps(content).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        path = self.folder / name
+        replace_file(path, self.new_part(name), json.dumps(content).encode())
         sync_folder(path.parent)
 
 
 def _is_held(descriptor: int) -> bool:
     """Whether a merge holds the lock; those that look at it, as this does, hold it too, but shared. Raises OSError."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            return True
-        raise
+    if not try_lock(descriptor, fcntl.LOCK_SH):
+        return True
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     return False
 
@@ -282,13 +267,6 @@ def _remove(path: Path) -> None:
             return
     if any(not left.name.startswith(_OPEN_ON_NFS) for left in gone.rglob("*") if left.is_file()):
         shutil.rmtree(gone)
-
-
-def _is_file_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:

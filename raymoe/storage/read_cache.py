@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.storage.file_writer import write_all
 from raymoe.storage.linux_io import free_range
 
 _MAX_BYTES = 64 << 30
@@ -190,7 +191,7 @@ class ReadCache:
                 with self._changed:
                     if kept.file is None:
                         kept.file = tempfile.TemporaryFile(dir=self._folder, prefix="raymoe-spool-")  # noqa: SIM115
-                _write(kept.file.fileno(), segment.start, buffer[segment.start - start : segment.end - start])
+                write_all(kept.file.fileno(), buffer[segment.start - start : segment.end - start], segment.start)
                 stored.append(segment)
             except OSError:  # the disk is full, or the folder is gone: it is read again
                 with self._changed:
@@ -216,12 +217,6 @@ def _gaps(start: int, end: int, segments: Iterable[_Segment]) -> list[tuple[int,
             gaps.append((at, segment.start))
         at = segment.end
     return [*gaps, (at, end)] if at < end else gaps
-
-
-def _write(descriptor: int, start: int, content: memoryview) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(descriptor, content[done:], start + done)
 
 
 def _available_bytes(folder: Path) -> int:

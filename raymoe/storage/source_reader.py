@@ -17,11 +17,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from raymoe.errors import CheckpointError, Problem
 from raymoe.object_store.options import StorageOptions
@@ -49,7 +50,23 @@ _KEPT_BYTES = 64 << 20
 _DOWNLOAD_POLL_S = 5.0
 _MAX_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
 
+_T = TypeVar("_T")
 Heartbeat = Callable[[], None]
+
+
+def run_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], _T]], most: int) -> Iterator[_T]:
+    """The results of calls in their order. Up to `most` of them are under way before they are asked for."""
+    under_way = deque[Future[_T]]()
+    try:
+        for call in calls:
+            under_way.append(pool.submit(call))
+            if len(under_way) == most:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for left in under_way:
+            left.cancel()
 
 
 class SourceReader:
@@ -71,7 +88,7 @@ class SourceReader:
         self.findings = findings or WeightFindings()
         self._hub, self._storage = hub, storage or StorageOptions()
         self._read_cache, self._name = read_cache, name
-        self.heartbeat: Heartbeat = heartbeat or _no_heartbeat
+        self.heartbeat: Heartbeat = heartbeat or (lambda: None)
         self._lock = threading.Lock()
         self._files = OpenFiles(self._open)
         self._pool: ThreadPoolExecutor | None = None
@@ -211,11 +228,7 @@ class SourceReader:
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """Chunks of an object, a few of them under way before they are asked for."""
-        waiting, under_way = deque(spans), deque[Future[memoryview]]()
-        while waiting or under_way:
-            while waiting and len(under_way) < _CHUNKS_AHEAD:
-                under_way.append(self._requests().submit(self._read, file, *waiting.popleft()))
-            yield under_way.popleft().result()
+        yield from run_ahead(self._requests(), (partial(self._read, file, *span) for span in spans), _CHUNKS_AHEAD)
 
     def _read_joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
         """Ranges of an object: those that lie close together are one buffer, read by several requests at once."""
@@ -242,10 +255,6 @@ class SourceReader:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read")
             return self._pool
-
-
-def _no_heartbeat() -> None:
-    """The default of `moved`."""
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from raymoe.errors import MergeFailed
 from raymoe.planning.plan import Part, Transform
 from raymoe.sources.facts import LoraPair, TensorEntry
-from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.source_reader import SourceReader, run_ahead
 from raymoe.storage.value_checks import has_non_finite
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
@@ -86,17 +85,9 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
         for block, piece in blocks:
             yield _transformed_block(*block)[piece]
         return
-    under_way = deque[tuple[Future[memoryview], slice]]()
-    try:
-        while blocks or under_way:
-            while blocks and len(under_way) < THREADS:
-                block, piece = blocks.pop(0)
-                under_way.append((_threads().submit(_transformed_block, *block), piece))
-            done, piece = under_way.popleft()
-            yield done.result()[piece]
-    finally:
-        for left, _ in under_way:
-            left.cancel()
+    computed = run_ahead(_threads(), (partial(_transformed_block, *block) for block, _ in blocks), THREADS)
+    for content, (_, piece) in zip(computed, blocks, strict=True):
+        yield content[piece]
 
 
 @cache

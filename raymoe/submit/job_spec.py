@@ -80,7 +80,7 @@ def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result
             "config_digest": hashlib.sha256(canonical.encode()).hexdigest(),
             "output": location,
         },
-        models=tuple(dict.fromkeys(path.path for path in _paths(packed) if os.path.isabs(path.path))),
+        models=tuple(path for path in _paths(packed) if os.path.isabs(path)),
     )
 
 
@@ -97,22 +97,16 @@ def _location_problems(where: str, place: str) -> Iterator[Problem]:
 
 
 def _model_problems(config: MergeConfig) -> Iterator[Problem]:
-    for path in dict.fromkeys(path.path for path in _paths(config)):
+    for path in _paths(config):
         if path.startswith((".", "~")) and not is_local_folder(path):
             what = f"there is no folder {path} here, so nothing can tell what it would be on the cluster"
             remedy = "name the folder by its whole path on the cluster's nodes, or as s3://bucket/folder"
             yield Problem(where="config", what=what, remedy=remedy)
 
 
-def _refs(config: MergeConfig) -> Iterator[ModelRef]:
-    yield config.base_model
-    for expert in (*config.experts, *config.shared_experts):
-        yield expert.source_model
-
-
-def _paths(config: MergeConfig) -> Iterator[PathRef]:
-    for ref in _refs(config):
-        yield from (ref.model, *((ref.adapter,) if ref.adapter else ()))
+def _paths(config: MergeConfig) -> list[str]:
+    """The models and adapters that the config names, each once."""
+    return list(dict.fromkeys(path.path for ref in config.models for path in ref.paths))
 
 
 def _with_whole_paths(config: MergeConfig) -> MergeConfig:

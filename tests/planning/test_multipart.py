@@ -14,7 +14,7 @@ import pytest
 import raymoe
 from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.s3_limits import MIN_PART_BYTES
+from raymoe.object_store.protocol import MIN_PART_BYTES
 from raymoe.planning import MergePlan
 from raymoe.planning.multipart import UploadPart, server_side_bytes, upload_parts
 from raymoe.planning.owner import BASE

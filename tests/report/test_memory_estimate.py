@@ -14,6 +14,7 @@ import raymoe
 from raymoe.gate_modes import MODES
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
+from raymoe.planning.totals import largest_layer
 from raymoe.report import memory_estimate
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.routers import fit_memory, prompt_passes
@@ -281,7 +282,7 @@ def test_layers_are_computed_with_as_the_embedding_is_stored(planned: Callable[.
             for name, ref in plan.gates.experts[0].weights.items()
         }
         gates = replace(plan.gates, experts=tuple(replace(e, weights=weights) for e in plan.gates.experts))
-        layer = memory_estimate._layer_elements(gates) * width
+        layer = largest_layer(gates, lambda entry: entry.nbytes)
         return replace(plan, gates=gates, totals=replace(plan.totals, peak_gate_bytes=layer))
 
     plan = planned("hidden", 2)

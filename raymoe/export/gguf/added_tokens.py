@@ -152,8 +152,7 @@ def strip_warnings(
     if _is_phi3(name) and (goes := phi3 - right):
         warnings.append(
             f"the name {name!r} makes llama.cpp take away the space behind {short_list(sorted(goes))}, which "
-            "transformers "
-            "leaves: a --name without phi-3 in it does not"
+            "transformers leaves: a --name without phi-3 in it does not"
         )
     return warnings
 

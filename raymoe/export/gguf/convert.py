@@ -75,7 +75,8 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
             raise collector.report()
         conversion = _plan_conversion(model, path, options, collector)
         assert file is not None
-        progress = stack.enter_context(GgufProgress(conversion.data_bytes, options.quiet))
+        progress = ProgressLine(_format_progress, total=conversion.data_bytes, quiet=options.quiet)
+        stack.enter_context(progress)
         model.prepare(progress.stage)
         with file.writing():
             _write(conversion, file, progress)
@@ -156,7 +157,7 @@ def _type_warnings(conversion: _Conversion) -> list[str]:
     ]
 
 
-def _write(conversion: _Conversion, file: StagingFile, progress: GgufProgress) -> None:
+def _write(conversion: _Conversion, file: StagingFile, progress: ProgressLine) -> None:
     _write_header(conversion, file.part)
     file.continue_after_header(conversion.data_bytes)
     file.append(bytes(-file.size % _ALIGNMENT))
@@ -166,7 +167,7 @@ def _write(conversion: _Conversion, file: StagingFile, progress: GgufProgress) -
             start = file.size
             for piece in encoder.bytes_of(tensor):
                 file.append(piece)
-                progress.written(len(piece))
+                progress.add(len(piece))
             assert file.size - start == tensor.nbytes, f"{tensor.name}: {file.size - start} bytes"
             file.append(bytes(-file.size % _ALIGNMENT))
 
@@ -197,15 +198,5 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
         writer.close()
 
 
-class GgufProgress(ProgressLine):
-    """Counts the bytes of tensors that have been written."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        super().__init__(lambda done, whole: f"{human_bytes(done)} of {human_bytes(whole)}", total=total, quiet=quiet)
-
-    def stage(self, name: str) -> None:
-        """What comes next."""
-        self._begin_stage(name)
-
-    def written(self, count: int) -> None:
-        self.add(count)
+def _format_progress(done: int, total: int) -> str:
+    return f"{human_bytes(done)} of {human_bytes(total)}"

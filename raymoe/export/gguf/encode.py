@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,7 @@ from raymoe.export.gguf.options import TensorType
 from raymoe.export.gguf.tensor_layout import GgufTensor
 from raymoe.export.gguf.tensor_ops import IDENTITY
 from raymoe.sources.facts import TensorEntry
+from raymoe.storage.source_reader import run_ahead
 from raymoe.storage.transform import NUMPY_DTYPES
 
 _BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32
@@ -54,17 +55,8 @@ class TensorEncoder:
                 yield from self._convert(tensor, entry)
 
     def _convert(self, tensor: GgufTensor, entry: TensorEntry) -> Iterator[memoryview]:
-        under_way = deque[Future[memoryview]]()
-        try:
-            for block in _row_blocks(entry, tensor.op.unit, self._chunks):
-                under_way.append(self._pool.submit(_encode, tensor, entry, block))
-                if len(under_way) > _THREADS:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            for left in under_way:
-                left.cancel()
+        blocks = _row_blocks(entry, tensor.op.unit, self._chunks)
+        return run_ahead(self._pool, (partial(_encode, tensor, entry, block) for block in blocks), _THREADS + 1)
 
 
 def _row_blocks(entry: TensorEntry, unit: int, chunks: ReadChunks) -> Iterator[bytearray]:
@@ -94,10 +86,8 @@ def _encode(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryv
         if np.isfinite(rows).all():
             what, remedy = f"holds values beyond 65504, which {tensor.type.name} can't", "write --type bf16"
         else:
-            what, remedy = (
-                "holds values that are not finite numbers",
-                "a source model's weights are damaged: get them again",
-            )
+            what = "holds values that are not finite numbers"
+            remedy = "a source model's weights are damaged: get them again"
         raise ProblemReport([Problem(where=entry.name, what=what, remedy=remedy)])
     return np.ascontiguousarray(encoded).reshape(-1).view(np.uint8).data
 

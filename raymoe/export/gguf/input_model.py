@@ -179,7 +179,6 @@ def _planned_facts(plan: MergePlan, config: Path, warnings: Sequence[str]) -> Mo
                 end=parts[-1].end,
             )
     return ModelFacts(
-        ref=ModelRef(model=PathRef(path=str(config))),
         label=f"the merge of {config}",
         revision=None,
         config=plan.config,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -20,7 +19,8 @@ from pathlib import Path
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.location import Location
-from raymoe.storage.atomic_file import sync_folder
+from raymoe.storage.atomic_file import has_name, sync_folder, try_lock
+from raymoe.storage.file_writer import write_all
 from raymoe.storage.linux_io import allocate, start_writeback
 from raymoe.storage.locations import is_in_job_package
 
@@ -85,20 +85,10 @@ class StagingFile:
 
     def _try_lock(self) -> bool:
         """Whether the lock is ours, on the file that has the name: another run may have moved it to its place since."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # a filesystem without locks
-        return self._has_name()
-
-    def _has_name(self) -> bool:
-        """Whether the name of the part is still that of the open file."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.lstat(self.part))
-        except FileNotFoundError:
-            return False
+        with contextlib.suppress(OSError):  # of a filesystem without locks
+            if not try_lock(self._descriptor):
+                return False
+        return has_name(self._descriptor, self.part)
 
     def continue_after_header(self, size: int) -> None:
         """Go on behind what has been written under the name `part`; the file will have `size` more bytes."""
@@ -106,10 +96,8 @@ class StagingFile:
         allocate(self._descriptor, self.size + size)
 
     def append(self, chunk: memoryview | bytes) -> None:
-        left = memoryview(chunk)
-        while left:
-            count = os.pwrite(self._descriptor, left, self.size)
-            left, self.size = left[count:], self.size + count
+        write_all(self._descriptor, memoryview(chunk), self.size)
+        self.size += len(chunk)
         if self.size - self._written_back >= _WRITEBACK_BYTES:
             start_writeback(self._descriptor, self._written_back, self.size - self._written_back)
             self._written_back = self.size
@@ -149,7 +137,7 @@ class StagingFile:
             raise ProblemReport([_write_problem(self.path, error)]) from error
 
     def close(self) -> None:
-        if not self._is_committed and self._has_name():
+        if not self._is_committed and has_name(self._descriptor, self.part):
             self.part.unlink(missing_ok=True)
         os.close(self._descriptor)
 
