@@ -70,10 +70,19 @@ class Eligibility:
         if not self._can_send:
             return False
         free = [actor for actor in self._pool.up if actor.shards.has_room and not actor.sees_output]
-        return any(self.write_way(actor, shard) is WriteWay.VIA_WRITER for actor in free for shard in shards)
+        if not free:
+            return False
+        # Many shards read the same files.
+        needed = {self._files(shard) for shard in shards}
+        return any(self._way(actor, files) is WriteWay.VIA_WRITER for actor in free for files in needed)
 
     def write_way(self, actor: PoolActor, shard: Shard) -> WriteWay:
-        files = self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
+        return self._way(actor, self._files(shard))
+
+    def _files(self, shard: Shard) -> frozenset[str]:
+        return self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
+
+    def _way(self, actor: PoolActor, files: frozenset[str]) -> WriteWay:
         if (actor, files) not in self._ways:
             self._ways[actor, files] = self._find_way(actor, files)
         return self._ways[actor, files]
