@@ -6,8 +6,10 @@ config says of RoPE is read in rope.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -31,7 +33,7 @@ NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DenseSpec:
     """Sizes and features of one dense model.
 
@@ -146,7 +148,13 @@ class DenseSpec:
         return size
 
     def shape_of(self, row: TensorRow) -> tuple[int, ...]:
-        return tuple(self.size_of(symbol) for symbol in row.shape)
+        if row.shape not in self._shapes:
+            self._shapes[row.shape] = tuple(self.size_of(symbol) for symbol in row.shape)
+        return self._shapes[row.shape]
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        return {}
 
     def fused_parts(self, row: TensorRow) -> Iterator[tuple[str, int, int]]:
         """(role, first row, row after the last) of what a tensor is made of; most are one thing, with one role."""
@@ -169,8 +177,15 @@ class DenseSpec:
     def _has(self, flag: str) -> bool:
         return bool(self.extra[flag] if flag in self.extra else getattr(self, flag))
 
-    def tensors(self) -> Iterator[tuple[TensorRow, int | None, str]]:
+    def tensors(self) -> Sequence[tuple[TensorRow, int | None, str]]:
         """Every tensor of the model as (row, layer or None, name), in the order in which the model runs."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> tuple[tuple[TensorRow, int | None, str], ...]:
+        return tuple((row, layer, sys.intern(name)) for row, layer, name in self._named_rows())
+
+    def _named_rows(self) -> Iterator[tuple[TensorRow, int | None, str]]:
         rows = list(self.rows())
         first_layer_row = next(i for i, row in enumerate(rows) if row.per_layer)
         for row in rows[:first_layer_row]:

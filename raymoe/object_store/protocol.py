@@ -23,6 +23,7 @@ from typing import Protocol
 MIN_PART_BYTES = 5 << 20  # of each part but the last
 MAX_PART_BYTES = 5 << 30
 MAX_PARTS = 10_000
+MAX_OBJECT_BYTES = 5 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ Every problem that configs and headers can show is collected and raised once, as
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
@@ -36,6 +37,7 @@ from raymoe.planning.tensor_sources import (
     base_tensors,
     computed_tensors,
     expert_tensors,
+    graft_ffn,
     unused_modules,
     weight_refs,
 )
@@ -80,7 +82,7 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
     """
     base_facts = facts[config.base_model]
     base, problems = load_spec(base_facts, "base_model")
-    members = _plan_members(config, facts, problems)
+    members = _plan_members(config, facts, base, problems)
     if base is None:
         raise ProblemReport(problems)
     problems += _tokenizer_problems(config, base_facts)
@@ -120,16 +122,24 @@ def _expert_key(member: Member) -> str:
     return f"{CONFIG_KEYS[member.owner.kind]}[{member.owner.index}]"
 
 
-def _plan_members(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], problems: list[Problem]) -> list[Member]:
+def _plan_members(
+    config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], base: DenseSpec | None, problems: list[Problem]
+) -> list[Member]:
     members = []
+    said = {problem.what for problem in problems}
+    specs = [base] if base is not None else []  # one of each kind: members share the tables of their tensors
     for kind, key in CONFIG_KEYS.items():
         for number, expert in enumerate(getattr(config, key)):
             model = facts[expert.source_model]
             spec, found = load_spec(model, f"{key}[{number}].source_model")
             # What is wrong with a type of models is said once.
-            problems += [problem for problem in found if problem.what not in {known.what for known in problems}]
+            problems += [problem for problem in found if problem.what not in said]
+            said.update(problem.what for problem in found)
             if spec is not None:
-                members.append(Member(owner=Owner(kind, number), config=expert, facts=model, spec=spec))
+                if spec not in specs:
+                    specs.append(spec)
+                shared = specs[specs.index(spec)]
+                members.append(Member(owner=Owner(kind, number), config=expert, facts=model, spec=shared))
     return members
 
 
@@ -270,19 +280,22 @@ def _gate_plan(
 ) -> GatePlan:
     mode, prompt_model = MODES[config.gate_mode], _prompt_model(config)
 
+    @cache
+    def is_needed(name: str) -> bool:
+        return mode.needs_parameter(name, base.layers, base.family.ffn)
+
+    def read_weights(facts: ModelFacts, spec: DenseSpec) -> dict[str, WeightRef]:
+        return {name: ref for name, ref in weight_refs(facts, spec).items() if is_needed(name)}
+
+    base_weights = read_weights(base_facts, base) if mode.needs_prompts else {}
+
     def prompts(member: Member) -> GatePrompts:
         expert: ExpertConfig = member.config
-        model_config: Mapping[str, Any] = base_facts.config
-        weights: dict[str, WeightRef] = {}
-        if mode.needs_prompts:
-            if prompt_model == "expert" and mode.needs_forward_pass:
-                weights, model_config = weight_refs(member.facts, member.spec), member.facts.config
-            else:
-                grafted = member if prompt_model == "grafted" else None
-                weights = weight_refs(base_facts, base, ffn_from=grafted)
-            weights = {
-                name: ref for name, ref in weights.items() if mode.needs_parameter(name, base.layers, base.family.ffn)
-            }
+        model_config, weights = base_facts.config, base_weights
+        if mode.needs_prompts and prompt_model == "expert" and mode.needs_forward_pass:
+            weights, model_config = read_weights(member.facts, member.spec), member.facts.config
+        elif mode.needs_prompts and prompt_model == "grafted":
+            weights = graft_ffn(base_weights, base, member)
         return GatePrompts(
             owner=member.owner,
             positive=expand_prompts(expert.positive_prompts) if mode.needs_prompts else (),

@@ -5,8 +5,8 @@ one store), or sent by a worker. The store's rules: all parts but the last have 
 object at most 10,000 parts. So what lies between two copied ranges and is smaller than 5 MiB takes bytes of the range
 after it along, and the header at a shard's beginning takes the first bytes of the data.
 
-A shard of hundreds of gigabytes could have more such parts than an object may: then longer parts are copied, and short
-ranges are sent.
+A shard of hundreds of gigabytes could have more such parts than an object may. Then longer parts are copied, of up to
+5 GiB. If there are too many even so, the shortest ranges are sent, as few of them as it takes.
 
 Limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 """
@@ -14,10 +14,14 @@ Limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from raymoe.object_store.protocol import MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
+from raymoe.errors import Problem, first_few
+from raymoe.formatting import human_bytes
+from raymoe.object_store.protocol import MAX_OBJECT_BYTES, MAX_PART_BYTES, MAX_PARTS, MIN_PART_BYTES
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
@@ -26,6 +30,7 @@ STREAM_PART_BYTES = 16 << 20
 # Raise this when the code below cuts a shard into other parts than before. A run goes on with an upload that another
 # version of raymoe may have begun, and must not mix two layouts in one object.
 _LAYOUT_FORMAT = 1
+_LAYOUT_FORMAT_OF_MANY_RANGES = 2  # the same for shards that may have more than MAX_PARTS ranges and gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,11 @@ class Span:
     what: CopyRange | Part
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """Bytes [start, end) of a shard, copied from `copy` or sent by a worker."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadPart:
+    """Part `number` (from 1) of an upload: bytes [start, end) of the shard, copied from `copy` or sent by a worker."""
 
+    number: int
     start: int
     end: int
     copy: CopyRange | None = None
@@ -59,11 +65,16 @@ class _Region:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UploadPart(_Region):
-    """Part `number` (from 1) of an upload."""
+class _Region(NamedTuple):
+    """Bytes [start, end) of a shard that are copied from `copy`, or sent."""
 
-    number: int
+    start: int
+    end: int
+    copy: CopyRange | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
 
 
 def spans(parts: Iterable[Part]) -> Iterator[Span]:
@@ -92,20 +103,49 @@ def _join_spans(left: Span, right: Span) -> Span | None:
 
 def upload_parts(shard: Shard, same_store: Callable[[SourceFile], bool]) -> tuple[UploadPart, ...]:
     """The parts of a shard's upload. `same_store` says which sources the output's store can copy from."""
-    # The usual piece is small enough for memory; a giant shard gets larger ones, so as to stay within MAX_PARTS.
-    stream_bytes = max(STREAM_PART_BYTES, math.ceil(shard.nbytes / (MAX_PARTS // 2)))
-    scale = 1
-    while len(pieces := _pieces(shard, same_store, stream_bytes, scale)) > MAX_PARTS:
-        scale *= 2
+    stream_bytes = _stream_bytes(shard)
+    regions, copy_bytes = _fit(tuple(_regions(shard, same_store)), stream_bytes)
+    pieces = (
+        piece for region in regions for piece in _split(region, stream_bytes if region.copy is None else copy_bytes)
+    )
     return tuple(
         UploadPart(number=number, start=piece.start, end=piece.end, copy=piece.copy)
         for number, piece in enumerate(pieces, start=1)
     )
 
 
-def upload_layout() -> tuple[int, ...]:
-    """All that decides, besides the shard, into which parts it is cut."""
-    return _LAYOUT_FORMAT, MIN_PART_BYTES, MAX_PART_BYTES, COPY_PART_BYTES, STREAM_PART_BYTES, MAX_PARTS
+def upload_problems(shards: Iterable[Shard], where: str) -> list[Problem]:
+    """The shards that are too large for any object, as problems of the output `where`."""
+    return first_few(
+        Problem(
+            where=where,
+            what=f"{shard.file_name} would have {human_bytes(shard.nbytes)}, but an object of S3 has at most "
+            f"{human_bytes(MAX_OBJECT_BYTES)} (5 TiB)",
+            remedy="use a smaller --out-shard-size",
+        )
+        for shard in shards
+        if shard.nbytes > MAX_OBJECT_BYTES
+    )
+
+
+def upload_layout(shards: Iterable[Shard]) -> tuple[int, ...]:
+    """All that decides, besides the shards, into which parts they are cut."""
+    layout = _LAYOUT_FORMAT_OF_MANY_RANGES if any(map(_may_exceed_parts, shards)) else _LAYOUT_FORMAT
+    return layout, MIN_PART_BYTES, MAX_PART_BYTES, COPY_PART_BYTES, STREAM_PART_BYTES, MAX_PARTS
+
+
+def _may_exceed_parts(shard: Shard) -> bool:
+    """Whether parts of the usual sizes could be too many, whichever ranges a store copies. Never up to 20 GB."""
+    usual = math.ceil(shard.nbytes / COPY_PART_BYTES) + math.ceil(shard.nbytes / _stream_bytes(shard))
+    if usual + 2 * (shard.nbytes // MIN_PART_BYTES) < MAX_PARTS:
+        return False
+    lengths = (span.end - span.start for span in spans(shard.parts) if isinstance(span.what, CopyRange))
+    return usual + 2 * sum(length >= MIN_PART_BYTES for length in lengths) >= MAX_PARTS
+
+
+def _stream_bytes(shard: Shard) -> int:
+    """The usual piece is small enough for memory; a giant shard gets larger ones, so as to stay within MAX_PARTS."""
+    return max(STREAM_PART_BYTES, math.ceil(shard.nbytes / (MAX_PARTS // 2)))
 
 
 def server_side_bytes(parts: Sequence[UploadPart]) -> int:
@@ -113,21 +153,46 @@ def server_side_bytes(parts: Sequence[UploadPart]) -> int:
     return sum(part.nbytes for part in parts if part.copy is not None)
 
 
-def _pieces(shard: Shard, same_store: Callable[[SourceFile], bool], stream_bytes: int, scale: int) -> list[_Region]:
-    """The parts, where no range of less than `scale` times a least part is copied."""
-    copy_bytes = min(MAX_PART_BYTES, scale * COPY_PART_BYTES)
-    regions = _merge_small_regions(_regions(shard, same_store, scale * MIN_PART_BYTES))
-    return [
-        piece for region in regions for piece in _split(region, stream_bytes if region.copy is None else copy_bytes)
-    ]
+def _fit(regions: Sequence[_Region], stream_bytes: int) -> tuple[list[_Region], int]:
+    """The regions with which an upload has at most MAX_PARTS parts, and the largest part that is copied.
+
+    Copies of the usual size if they fit, else larger ones, else the shortest ranges are sent: of those of one length
+    the first, which have sent ranges beside them.
+    """
+    merged = list(_merge_small_regions(regions))
+    for copy_bytes in range(COPY_PART_BYTES, MAX_PART_BYTES + 1, COPY_PART_BYTES):
+        if _count_parts(merged, stream_bytes, copy_bytes) <= MAX_PARTS:
+            return merged, copy_bytes
+    by_length = sorted(
+        (number for number, region in enumerate(regions) if region.copy is not None),
+        key=lambda number: regions[number].nbytes,
+    )
+
+    def without_shortest(count: int) -> Iterator[_Region]:
+        sent = set(by_length[:count])
+        return _merge_small_regions(
+            _Region(region.start, region.end, None) if number in sent else region
+            for number, region in enumerate(regions)
+        )
+
+    def fits(count: int) -> bool:
+        return _count_parts(without_shortest(count), stream_bytes, MAX_PART_BYTES) <= MAX_PARTS
+
+    # If all is sent, it fits.
+    fewest = bisect_left(range(len(by_length)), True, key=fits)
+    return list(without_shortest(fewest)), MAX_PART_BYTES
 
 
-def _regions(shard: Shard, same_store: Callable[[SourceFile], bool], least_copy: int) -> Iterator[_Region]:
-    """Header and data as alternating regions: to be sent, or to be copied (of at least `least_copy` bytes)."""
+def _count_parts(regions: Iterable[_Region], stream_bytes: int, copy_bytes: int) -> int:
+    return sum(-(-region.nbytes // (stream_bytes if region.copy is None else copy_bytes)) for region in regions)
+
+
+def _regions(shard: Shard, same_store: Callable[[SourceFile], bool]) -> Iterator[_Region]:
+    """Header and data as regions that are to be sent, or to be copied (of at least MIN_PART_BYTES)."""
     sent = _Region(0, len(shard.header), None)
     for span in spans(shard.parts):
         copy = span.what
-        if isinstance(copy, CopyRange) and span.end - span.start >= least_copy and same_store(copy.file):
+        if isinstance(copy, CopyRange) and span.end - span.start >= MIN_PART_BYTES and same_store(copy.file):
             if sent.nbytes:
                 yield sent
             yield _Region(span.start, span.end, copy)
@@ -154,7 +219,7 @@ def _merge_small_regions(regions: Iterable[_Region]) -> Iterator[_Region]:
             continue
         cut = region.start + missing
         yield _Region(pending.start, cut, None)
-        yield _Region(cut, region.end, replace(region.copy, start=region.copy.start + missing))
+        yield _Region(cut, region.end, _slice(region.copy, missing, region.nbytes))
         pending = None
     if pending is not None:
         yield pending
@@ -166,8 +231,10 @@ def _split(region: _Region, limit: int) -> Iterator[_Region]:
     for index in range(count):
         start = region.start + region.nbytes * index // count
         end = region.start + region.nbytes * (index + 1) // count
-        copy = region.copy
-        if copy is not None:
-            shift = copy.start - region.start
-            copy = replace(copy, start=start + shift, end=end + shift)
+        copy = region.copy and _slice(region.copy, start - region.start, end - region.start)
         yield _Region(start, end, copy)
+
+
+def _slice(copy: CopyRange, start: int, end: int) -> CopyRange:
+    """Bytes [start, end) of a range."""
+    return CopyRange(copy.file, copy.start + start, copy.start + end)

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from raymoe.object_store.protocol import MIN_PART_BYTES
@@ -95,8 +95,11 @@ def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
             runs[-1].append(tensor)
         else:
             runs.append([tensor])
-    small = [t for run in runs for t in run if not _is_long(run)]
-    return small + [t for run in runs for t in run if _is_long(run)]
+    short: list[OutputTensor] = []
+    long: list[OutputTensor] = []
+    for run in runs:
+        (long if _is_long(run) else short).extend(run)
+    return short + long
 
 
 def _is_adjacent(left: OutputTensor, right: OutputTensor) -> bool:
@@ -127,27 +130,28 @@ def _split_by_size(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> lis
 
 def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
     (owner,) = [key for key, _ in groupby(tensors, key=lambda t: t.owner)]
-    parts, offset = [], 0  # places in the data
-    for tensor in tensors:
-        whole = WholeTensor(name=tensor.name, shape=tensor.shape) if isinstance(tensor.what, tuple) else None
-        for piece in tensor.pieces:
-            end = offset + math.prod(piece.shape) * DTYPE_BYTES[tensor.dtype]
-            parts.append(
-                Part(
-                    name=piece.name,
-                    dtype=tensor.dtype,
-                    shape=piece.shape,
-                    start=offset,
-                    end=end,
-                    what=piece.what,
-                    whole=whole,
-                )
-            )
-            offset = end
-    header = _header(tensors, _data_place(parts))
-    shift = len(header)
-    parts_by_tensor = tuple(replace(part, start=part.start + shift, end=part.end + shift) for part in parts)
-    return Shard(file_name=file_name, owner=owner, header=header, parts=parts_by_tensor)
+    pieces = [(tensor, piece, _piece_bytes(tensor, piece)) for tensor in tensors for piece in tensor.pieces]
+    header = _header(tensors, _data_place([(piece.what, nbytes) for _, piece, nbytes in pieces]))
+    parts, start = [], len(header)
+    whole: WholeTensor | None = None
+    for tensor, piece, nbytes in pieces:
+        if not isinstance(tensor.what, tuple):
+            whole = None
+        elif whole is None or whole.name != tensor.name:  # one for all of its parts
+            whole = WholeTensor(name=tensor.name, shape=tensor.shape)
+        end = start + nbytes
+        what = piece.what
+        # A copy has its source's shape: the tuple is shared.
+        shape = what.source.shape if isinstance(what, Copy) and what.source.shape == piece.shape else piece.shape
+        parts.append(
+            Part(name=piece.name, dtype=tensor.dtype, shape=shape, start=start, end=end, what=what, whole=whole)
+        )
+        start = end
+    return Shard(file_name=file_name, owner=owner, header=header, parts=tuple(parts))
+
+
+def _piece_bytes(tensor: OutputTensor, piece: Piece) -> int:
+    return math.prod(piece.shape) * DTYPE_BYTES[tensor.dtype]
 
 
 def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> bytes:
@@ -155,27 +159,26 @@ def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> byt
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     place, align = data_place
     padded = text + b" " * ((place - 8 - len(text)) % align)
     return len(padded).to_bytes(8, "little") + padded
 
 
-def _data_place(parts: Sequence[Part]) -> tuple[int, int]:
-    """Where the data has to start, as (rest, modulus).
+def _data_place(pieces: Sequence[tuple[PartSource, int]]) -> tuple[int, int]:
+    """Where the data has to start, as (rest, modulus); `pieces` are what it is made of, each with its bytes.
 
     With long copies: so that most of their bytes lie in their blocks as they do in the source. A source's data starts
     at a multiple of 8 at least, which every reader of that source is content with.
     """
     rests: Counter[int] = Counter()
-    for part in parts:
-        if isinstance(part.what, Copy):
-            rests[(part.what.source.start - part.start) % _BLOCK] += part.nbytes
+    offset = 0
+    for what, nbytes in pieces:
+        if isinstance(what, Copy):
+            rests[(what.source.start - offset) % _BLOCK] += nbytes
+        offset += nbytes
     rest, count = max(rests.items(), key=lambda item: item[1], default=(0, 0))
     return (rest, _BLOCK) if count >= MIN_PART_BYTES and rest % 8 == 0 else (0, _ALIGN)

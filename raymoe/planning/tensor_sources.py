@@ -244,13 +244,19 @@ def computed_tensors(
             yield _computed_tensor(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
 
 
-def weight_refs(facts: ModelFacts, spec: DenseSpec, *, ffn_from: Member | None = None) -> dict[str, WeightRef]:
-    """Parameter name -> what to load, for a model that reads prompts; `ffn_from` grafts an expert's FFN onto it."""
-    refs = {}
-    for row, _, name in spec.tensors():
-        source = ffn_from.facts if ffn_from and row.is_ffn else facts
-        refs[name] = WeightRef(entry=source.index.tensors[name], lora=_lora(source, name))
-    return refs
+def weight_refs(facts: ModelFacts, spec: DenseSpec) -> dict[str, WeightRef]:
+    """Parameter name -> what to load, for a model that reads prompts."""
+    return {name: _weight_ref(facts, name) for _, _, name in spec.tensors()}
+
+
+def graft_ffn(refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member) -> dict[str, WeightRef]:
+    """The parameters of a model that reads prompts, with an expert's FFN in the place of its own."""
+    ffn = {name for row, _, name in spec.tensors() if row.is_ffn}
+    return {name: _weight_ref(member.facts, name) if name in ffn else ref for name, ref in refs.items()}
+
+
+def _weight_ref(facts: ModelFacts, name: str) -> WeightRef:
+    return WeightRef(entry=facts.index.tensors[name], lora=_lora(facts, name))
 
 
 def _computed_tensor(name: str, shape: tuple[int, ...], dtype: str, what: PartSource) -> OutputTensor:

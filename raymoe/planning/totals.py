@@ -26,6 +26,7 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
             kind = type(part.what).__name__.lower()
             by_kind[kind] = by_kind.get(kind, 0) + part.nbytes
     idle = expert_parameters * (moe.experts - moe.experts_per_token) // moe.experts
+    readers = _distinct_readers(gates.members)
     # Of the embedding, only the rows of the prompts' tokens are read.
     return Totals(
         parameters=parameters,
@@ -33,14 +34,15 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
         output_bytes=sum(by_owner.values()),
         bytes_by_owner=by_owner,
         bytes_by_kind=by_kind,
-        gate_bytes=sum(_layer_bytes(reader) for reader in _distinct_readers(gates.members)),
+        gate_bytes=sum(_layer_bytes(reader) for reader in readers),
         peak_gate_bytes=largest_layer(gates, lambda entry: entry.nbytes),
     )
 
 
 def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
     """One reader of each model: those that differ by adapters alone are read together (`routers.prompt_passes`)."""
-    models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in readers}
+    by_object = {id(reader.weights): reader for reader in readers}  # those that the base reads share one mapping
+    models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in by_object.values()}
     return list(models.values())
 
 
@@ -51,7 +53,7 @@ def _layer_bytes(reader: GatePrompts) -> int:
 def largest_layer(gates: GatePlan, size: Callable[[TensorEntry], int]) -> int:
     """The size of the largest layer that prompts pass; the embedding is read row by row and does not count."""
     found = 0
-    for reader in gates.members:
+    for reader in _distinct_readers(gates.members):
         layers: Counter[int] = Counter()
         for name, ref in reader.weights.items():
             if (layer := layer_of(name)) is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from raymoe.planning.plan import GatePrompts
+from raymoe.sources.facts import SourceFile
 
 STATE_BYTES = 2 << 30
 """Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
@@ -46,18 +47,28 @@ def plan_readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> l
     where experts are one model with different adapters.
     """
     groups: list[list[GatePrompts]] = []
+    groups_by_files: dict[tuple[SourceFile, ...], list[list[GatePrompts]]] = {}
     for member in members:
-        group = next((group for group in groups if _same_but_adapters(group[0], member)), None)
+        # Only members of the same files are compared: there may be a thousand of them, each with a model of its own.
+        alike = groups_by_files.setdefault(_weight_files(member), [])
+        group = next((group for group in alike if _same_but_adapters(group[0], member)), None)
         if group is None:
-            groups.append([member])
-        else:
-            group.append(member)
+            group = []
+            alike.append(group)
+            groups.append(group)
+        group.append(member)
     return [reading for group in groups for reading in _split_passes(group, max(1, actors), hidden)]
+
+
+def _weight_files(member: GatePrompts) -> tuple[SourceFile, ...]:
+    return tuple(dict.fromkeys(ref.entry.file for ref in member.weights.values()))
 
 
 def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
     if one.config != other.config or one.weights.keys() != other.weights.keys():
         return False
+    if one.weights is other.weights:  # the base's, which all of its members share
+        return True
     return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
 
 

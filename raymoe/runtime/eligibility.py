@@ -71,11 +71,19 @@ class Eligibility:
     def _wants(self, method: ShardMethod, shards: Sequence[Shard]) -> bool:
         """Whether an actor with room would do one of the shards by this method."""
         free = [actor for actor in self._pool.up if actor.shards.has_room and self._first_method(actor) is method]
-        return any(self.method(actor, shard) is method for actor in free for shard in shards)
+        if not free:
+            return False
+        needed = {self._files(shard) for shard in shards}  # many shards read the same files
+        return any(self._method(actor, files) is method for actor in free for files in needed)
 
     def method(self, actor: PoolActor, shard: Shard) -> ShardMethod | None:
         """How an actor does a shard; None if it lacks files, or others are to do it."""
-        files = self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
+        return self._method(actor, self._files(shard))
+
+    def _files(self, shard: Shard) -> frozenset[str]:
+        return self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
+
+    def _method(self, actor: PoolActor, files: frozenset[str]) -> ShardMethod | None:
         if (actor, files) not in self._found:
             self._found[actor, files] = self._find_method(actor, files)
         return self._found[actor, files]

@@ -102,7 +102,7 @@ class FileRequirements:
         found: dict[str, SourceFile] = {}
         self.shards: dict[str, frozenset[str]] = {}
         self.members: dict[Owner, frozenset[str]] = {}
-        self.tasks: list[_Task] = []
+        self._tasks: dict[tuple[str, frozenset[str], bool], _Task] = {}  # by label, files and whether a model computes
         names = owner_names(plan)
         for shard in plan.worker_shards:
             read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
@@ -116,17 +116,19 @@ class FileRequirements:
             self._add("reading the prompts of", names[member.owner], files, 0, computes=computes)
         self.files = tuple(found.values())
 
+    @property
+    def tasks(self) -> tuple[_Task, ...]:
+        return tuple(self._tasks.values())
+
     def for_members(self, owners: Iterable[Owner]) -> frozenset[str]:
         return frozenset().union(*(self.members[owner] for owner in owners))
 
     def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
         """Shards of one expert that read the same files are one task."""
-        same = next(
-            (at for at, t in enumerate(self.tasks) if (t.label, t.files, t.computes) == (label, files, computes)), None
-        )
-        if same is not None:
-            nbytes += self.tasks.pop(same).nbytes
-        self.tasks.append(_Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes))
+        same = self._tasks.pop((label, files, computes), None)
+        nbytes += same.nbytes if same is not None else 0
+        task = _Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes)
+        self._tasks[label, files, computes] = task
 
 
 def owner_names(plan: MergePlan) -> dict[Owner, str]:

@@ -74,17 +74,19 @@ class SharedReads:
 
     def __init__(self, plan: MergePlan, reads: Callable[[SourceFile], bool]) -> None:
         self._reads = reads
-        self._shards: dict[TensorEntry, set[str]] = {}
+        self._shards: dict[TensorEntry, set[str]] = {}  # the names of the shards of each shared tensor
+        first: dict[TensorEntry, str] = {}
         for shard in plan.shards:
             for part in shard.parts:
                 for entry in _fetched_entries(part, reads):
-                    self._shards.setdefault(entry, set()).add(shard.file_name)
+                    if (other := first.setdefault(entry, shard.file_name)) != shard.file_name:
+                        self._shards.setdefault(entry, {other}).add(shard.file_name)
 
     def with_sharing_hints(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
         """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
         that are `waiting` (by name) as many need it as there are actors."""
         fetched = (e for part in job.shard.parts if job.includes(part) for e in _fetched_entries(part, self._reads))
-        shared = tuple(dict.fromkeys(entry for entry in fetched if len(self._shards[entry]) > 1))
+        shared = tuple(dict.fromkeys(entry for entry in fetched if entry in self._shards))
         if not shared:
             return job
         others = waiting - {job.shard.file_name}
@@ -129,10 +131,14 @@ class WriteShardJob(Job):
 
 
 class ShardQueue:
-    """The queue of shards: `waiting` have not been begun, `ready` are jobs of begun ones that nobody does yet."""
+    """The queue of shards: `waiting` have not been begun, by owner and in the plan's order; `ready` are jobs of begun
+    ones that no actor does yet."""
 
-    def __init__(self, waiting: list[Shard], work: ShardWork) -> None:
-        self.waiting, self.work = waiting, work
+    def __init__(self, waiting: Sequence[Shard], work: ShardWork) -> None:
+        self.waiting: dict[Owner, list[Shard]] = {}
+        for shard in waiting:
+            self.waiting.setdefault(shard.owner, []).append(shard)
+        self.work = work
         self.results: list[Any] = []
         self.bytes_kept = 0
         self.ready: list[WriteShardJob] = []
@@ -142,9 +148,8 @@ class ShardQueue:
         begun shards first."""
         while True:
             ready = (job for job in self.ready if can_write(job.opened.shard))
-            waiting = (shard for shard in self.waiting if can_write(shard))
             job = min(ready, key=lambda job: _preference(owners, job.owner), default=None)
-            shard = min(waiting, key=lambda shard: _preference(owners, shard.owner), default=None)
+            shard = next((shard for shard in self._preferred(owners) if can_write(shard)), None)
             if job is not None and (
                 shard is None or _preference(owners, job.owner) <= _preference(owners, shard.owner)
             ):
@@ -152,8 +157,16 @@ class ShardQueue:
                 return job
             if shard is None:
                 return None
-            self.waiting.remove(shard)
             self._begin(shard)
+
+    def _preferred(self, owners: Collection[Owner]) -> Iterator[Shard]:
+        """The shards that wait, in the order of `_preference`: the first that an actor can write ends the search."""
+        first = dict.fromkeys((*owners, BASE))
+        for owner in first:
+            yield from self.waiting.get(owner, ())
+        for owner, shards in self.waiting.items():
+            if owner not in first:
+                yield from shards
 
     @property
     def names(self) -> set[str]:
@@ -163,9 +176,12 @@ class ShardQueue:
     @property
     def unfinished(self) -> list[Shard]:
         """The shards of jobs that wait, and those that have not been begun."""
-        return [*(job.opened.shard for job in self.ready), *self.waiting]
+        return [*(job.opened.shard for job in self.ready), *(s for shards in self.waiting.values() for s in shards)]
 
     def _begin(self, shard: Shard) -> None:
+        self.waiting[shard.owner].remove(shard)
+        if not self.waiting[shard.owner]:
+            del self.waiting[shard.owner]
         jobs = self.work.jobs(shard)
         opened = _OpenShard(shard, len(jobs))
         self.ready += [WriteShardJob(self, opened, detail=job) for job in jobs]

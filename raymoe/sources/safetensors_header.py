@@ -10,6 +10,7 @@ files and ranged HTTP requests share this code.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -116,8 +117,14 @@ def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEnt
     nbytes = tensor_nbytes(dtype, shape)
     if end - start != nbytes:
         raise ValueError(f"tensor {name!r}: data_offsets span {end - start} bytes, but {dtype} {shape} takes {nbytes}")
+    # The files of a merge have the same names many times over.
     return TensorEntry(
-        name=name, dtype=dtype, shape=tuple(shape), file=file, start=data_start + start, end=data_start + end
+        name=sys.intern(name),
+        dtype=sys.intern(dtype),
+        shape=tuple(shape),
+        file=file,
+        start=data_start + start,
+        end=data_start + end,
     )
 
 

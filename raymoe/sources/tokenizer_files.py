@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
         raise ProblemReport([Problem(where=where, what=f"{what}: {text}", remedy=remedy)]) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenizerFacts:
     """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json at `where`.
 
@@ -157,7 +158,11 @@ class TokenizerFacts:
 
     def may_exceed(self, rows: int) -> bool:
         """Whether a text can have tokens past so many rows of an embedding, as far as the files show it."""
-        return self.tokens is None or self.has_code or max(self.tokens, default=0) >= rows
+        return self.tokens is None or self.has_code or self._largest_id >= rows
+
+    @cached_property
+    def _largest_id(self) -> int:
+        return max(self.tokens or (), default=0)
 
     def encoder(self) -> Callable[[str], list[int]] | None:
         """The token ids of a text, which begins with BOS; None where only transformers can tell.

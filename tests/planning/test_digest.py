@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +15,9 @@ import pytest
 
 import raymoe
 from raymoe.planning import MergeOptions
+from raymoe.planning.digest import OUTPUT_FORMAT
+from raymoe.planning.multipart import upload_layout
+from raymoe.planning.owner import Owner
 
 Config = dict[str, Any]
 SMALL = MergeOptions(max_shard_bytes=100_000)
@@ -113,6 +118,42 @@ def test_sources_that_matter(config: Config, zoo: Callable[..., Path], tmp_path:
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-4}))
     assert digest(here) != after
+
+
+def test_canonical_text_is_plain_json(config: Config, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """The digest is that of the plan as one JSON text with sorted keys, as earlier versions wrote it in one piece."""
+    for variant in (
+        changed(config, gate_mode="ridge", prompt_model="grafted"),
+        with_expert(
+            config, 2, noise_scale=0.25, residual_scale=0.5, positive_prompts=["Übung \u2028 %s", "b" * 9, "c"]
+        ),
+        changed(config, gate_mode="random", dtype="bfloat16"),
+    ):
+        plan = raymoe.plan(variant, SMALL, allow_all_same=True)
+        content = {
+            "format": OUTPUT_FORMAT,
+            "shards": plan.shards,
+            "config": plan.config,
+            "side_files": plan.side_files,
+            "gates": plan.gates,
+            "upload": upload_layout(plan.shards),
+        }
+        text = json.dumps(content, default=plain, sort_keys=True, separators=(",", ":"))
+        assert hashlib.sha256(text.encode()).hexdigest() == plan.digest
+
+
+def plain(value: Any) -> object:
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Owner):
+        return str(value)
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
+    for key in ("whole", "magnitude", "heads", "content"):
+        if fields.get(key, ...) is None:
+            del fields[key]
+    names = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
+    kind = type(value).__name__
+    return {"kind": names.get(kind, kind), **{names.get(key, key): each for key, each in fields.items()}}
 
 
 def test_layout_of_uploads(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

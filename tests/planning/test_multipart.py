@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
@@ -16,12 +17,13 @@ from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import MIN_PART_BYTES
 from raymoe.planning import MergePlan
-from raymoe.planning.multipart import UploadPart, server_side_bytes, upload_parts
+from raymoe.planning.multipart import UploadPart, server_side_bytes, upload_layout, upload_parts, upload_problems
 from raymoe.planning.owner import BASE
 from raymoe.planning.plan import Constant, Copy, Part, Router, Shard, Transform
 from raymoe.planning.shard_packing import OutputTensor, pack_shards
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.open_output import open_output
+from raymoe.storage.outputs.output_checks import plan_output_problems
 from raymoe.storage.transfer_summary import bytes_by_method
 
 MIB = 1 << 20
@@ -250,6 +252,107 @@ def check_limits(shard: Shard, parts: tuple[UploadPart, ...]) -> None:
     assert (parts[0].start, parts[-1].end) == (0, shard.nbytes)
     assert all(left.end == right.start for left, right in itertools.pairwise(parts))
     assert all(MIN_PART_BYTES <= part.nbytes <= MAX_PART_BYTES for part in parts[:-1])
+
+
+# --- more ranges than an object may have parts
+
+
+def separate_ranges(count: int, seed: int) -> Shard:
+    """Ranges of 5 MiB to 60 MiB, none of which touch in their source."""
+    numbers, at, tensors = random.Random(seed), 0, []
+    for _ in range(count):
+        nbytes = numbers.choice([MIN_PART_BYTES, 6 * MIB, numbers.randint(MIN_PART_BYTES, 60 * MIB)])
+        tensors.append(copied(nbytes, at))
+        at += nbytes + 1
+    return shard_of(*tensors)
+
+
+def copied_share(shard: Shard) -> float:
+    parts = upload_parts(shard, is_remote)
+    check_limits(shard, parts)
+    check_sources(shard, parts)
+    return server_side_bytes(parts) / shard.nbytes
+
+
+def check_sources(shard: Shard, parts: tuple[UploadPart, ...]) -> None:
+    """The bytes of each copied part lie in its source where the plan says. As `check`, for many parts."""
+    ranges = source_bytes(shard)
+    ends = [end for _, end, _, _ in ranges]
+    for part in parts:
+        for start, end, file, source_start in ranges[bisect.bisect_right(ends, part.start) :] if part.copy else ():
+            if start >= part.end:
+                break
+            low = max(start, part.start)
+            if low < min(end, part.end):
+                assert part.copy is not None and file == part.copy.file
+                assert part.copy.start + (low - part.start) == source_start + (low - start)
+
+
+def test_as_few_ranges_are_sent_as_it_takes() -> None:
+    """9,999 ranges fit, but for what the header takes; each one more costs about one of the shortest."""
+    shares = [copied_share(separate_ranges(count, seed=1)) for count in (9_999, 10_001, 12_000, 100_000)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.9999 and shares[1] > 0.999 and shares[2] > 0.8 and shares[3] > 0.02
+
+
+def test_the_shortest_ranges_are_sent() -> None:
+    """10,002 ranges, of which the last 5,000 are shorter by a byte: five of these are sent, as two parts."""
+    tensors = [copied(6 * MIB + (number < 5_002), number * 7 * MIB) for number in range(10_002)]
+    parts = upload_parts(shard_of(*tensors, header=bytes(5 * MIB)), is_remote)
+    assert len(parts) == MAX_PARTS
+    lengths = [part.nbytes for part in parts if part.copy is not None]
+    assert (lengths.count(6 * MIB + 1), lengths.count(6 * MIB)) == (5_002, 4_995)
+
+
+def test_longer_parts_are_copied_before_ranges_are_sent() -> None:
+    """4,000 ranges of 1.2 GiB are 8,000 parts of the usual size, and 8,000 between them are sent."""
+    length = 1_200 * MIB
+    tensors: list[OutputTensor] = []
+    for number in range(4_000):
+        tensors += [computed(MIN_PART_BYTES), copied(length, number * (length + 1))]
+    shard = shard_of(*tensors)
+    parts = upload_parts(shard, is_remote)
+    check_limits(shard, parts)
+    assert server_side_bytes(parts) == 4_000 * length
+    assert {part.nbytes for part in parts if part.copy is not None} == {length}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_shard_of_many_ranges(seed: int) -> None:
+    """All rules of the store, for ranges of all kinds."""
+    numbers, at, tensors = random.Random(seed), 0, []
+    sizes = [(1, 5000), (MIN_PART_BYTES - 2, MIN_PART_BYTES + 2), (5 * MIB, 40 * MIB), (400 * MIB, 3 << 30)]
+    weights = [*numbers.choices(range(1, 10), k=3), 1]
+    for _ in range(numbers.randint(10_000, 16_000)):
+        nbytes = numbers.randint(*numbers.choices(sizes, weights)[0])
+        at += numbers.choice([0, 1])
+        tensors.append(computed(nbytes) if nbytes < MIB and numbers.random() < 0.5 else copied(nbytes, at))
+        at += nbytes
+    shard = shard_of(*tensors, header=bytes(numbers.choice([4096, 2 * MIB])))
+    assert 0 < copied_share(shard) < 1
+
+
+def test_layout_of_many_ranges_has_a_number_of_its_own() -> None:
+    """Usual shards keep their layout; a shard that may have too many ranges is cut as no earlier version did."""
+    usual, many = separate_ranges(900, seed=2), separate_ranges(10_001, seed=2)
+    assert upload_layout([usual])[0] == 1
+    assert upload_layout([usual, many])[0] == 2
+
+
+def test_objects_over_the_limit_are_refused() -> None:
+    """5 TiB fit; a byte more does not, and the problem names the flag."""
+    assert upload_problems([shard_of(copied((5 << 40) - len(HEADER), 0))], "s3://bucket/out") == []
+    (problem,) = upload_problems([shard_of(copied((5 << 40) - len(HEADER) + 1, 0))], "s3://bucket/out")
+    assert "5 TiB" in problem.what and "--out-shard-size" in str(problem)
+
+
+def test_a_plan_for_s3_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the store: the plan alone shows it. A folder has no such limit."""
+    plan = hollow_plan(tmp_path, SMOLLM2)
+    monkeypatch.setattr("raymoe.planning.multipart.MAX_OBJECT_BYTES", 1 << 20)
+    problems = plan_output_problems(plan, open_output("s3://bucket/out", StorageOptions()), overwrite=False)
+    assert problems and all("--out-shard-size" in str(problem) for problem in problems[:1])
+    assert plan_output_problems(plan, open_output(str(tmp_path / "out"), StorageOptions()), overwrite=False) == []
 
 
 # --- what packing does for it

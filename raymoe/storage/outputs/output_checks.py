@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.object_store.errors import StorageError
-from raymoe.object_store.location import Location
+from raymoe.object_store.location import Location, LocationKind
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.registry import open_store
+from raymoe.planning.multipart import upload_problems
 from raymoe.planning.owner import BASE
 from raymoe.planning.plan import MergePlan, Source
 from raymoe.safe_text import json_text
@@ -35,6 +36,8 @@ def plan_output_problems(
     folders += source_folders(str(BASE), (), files)
     if problem := input_conflict(output, Inputs(folders=tuple(folders), files=inputs.files)):
         return [problem]
+    if output.location.kind is LocationKind.S3 and (problems := upload_problems(plan.shards, output.location.text)):
+        return problems
     problems = output.problems(digest=plan.digest, output_bytes=plan.totals.output_bytes, overwrite=overwrite)
     if not problems and not overwrite and (finished := find_complete_merge(plan, output)) is not None:
         problems = [
