@@ -185,9 +185,10 @@ class Bench:
         process, watch = self._start(command)
         self._wait(process, watch)
         ended = time.monotonic()
-        return self._entry(json.loads(result.read_text()), self._store.ask("stats"), watch, ended) | {
-            "audit": self._audit(output)
-        }
+        entry = self._entry(json.loads(result.read_text()), self._store.ask("stats"), watch, ended)
+        timeline = self._store.ask("timeline")
+        in_flight = {each["second"]: round(each["copy seconds"], 2) for each in timeline if "copy seconds" in each}
+        return entry | {"copies_in_flight_by_second": in_flight, "audit": self._audit(output)}
 
     def killed_merge(self, share: float, undisturbed: Entry) -> Entry:
         """A merge whose driver is killed when that share of the copies is done, then the same command again."""

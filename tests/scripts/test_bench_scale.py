@@ -1,4 +1,4 @@
-"""A merge against the simulated S3 server: measured, killed, resumed and audited, within a minute."""
+"""The simulated S3 server, and merges that are measured against it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,13 +61,19 @@ def test_the_server_asks_to_slow_down_above_a_rate_and_a_number_of_copies() -> N
         assert 4.0 <= stats["copy_seconds"] < 6.0
 
 
-def test_a_merge_is_measured_killed_resumed_and_audited(tmp_path: Path) -> None:
-    results = tmp_path / "scale.json"
-    words = [sys.executable, "scripts/bench_scale.py", "--shape", "tiny", "--pace", "0.5", "--shard-size", "50M"]
-    words += ["--kill-at", "0.5", "--set", "max_requests=8", "--json", str(results)]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+def measure(results: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The entry of a run of the script, and what it printed."""
+    command = [sys.executable, "scripts/bench_scale.py", "--shape", "tiny", "--shard-size", "50M"]
+    run = subprocess.run(
+        [*command, "--json", str(results), *words], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     (entry,) = json.loads(results.read_text())
+    return entry, run.stdout
+
+
+def test_a_merge_is_measured_and_audited(tmp_path: Path) -> None:
+    entry, said = measure(tmp_path / "scale.json", "--pace", "0.1", "--set", "max_requests=8")
     audit, operations = entry["audit"], entry["by_operation"]
     assert audit["problems"] == [] and audit["tensors"] == entry["output_tensors"] == 60
     assert audit["bytes_copied"] == entry["copied_bytes"] and audit["shards"] == operations["CompleteUpload"]
@@ -75,7 +82,12 @@ def test_a_merge_is_measured_killed_resumed_and_audited(tmp_path: Path) -> None:
     assert 0 < entry["mean_copies_in_flight"] <= entry["most_copies_in_flight"] <= 16
     assert entry["phases"]["shards"] > entry["ideal_shards_s"] > 0
     assert 50e6 < entry["driver_bytes"] < 400e6 and len(entry["actor_bytes"]) >= 1
+    assert "| tiny | 0 GB | 1 | max_requests: 8 (delays x0.1) |" in said
+
+
+@pytest.mark.soak  # tests/runtime/test_resume.py has what a resumed merge keeps
+def test_a_merge_is_killed_and_resumed(tmp_path: Path) -> None:
+    entry, _ = measure(tmp_path / "scale.json", "--pace", "0.5", "--kill-at", "0.5")
     killed = entry["killed"]
     assert killed["audit"]["problems"] == [] and killed["copies_before"] >= entry["copies"] / 2
     assert killed["first_copy_s"] > 0 and killed["requests"] > entry["requests"]
-    assert "| tiny |" in run.stdout
