@@ -129,6 +129,8 @@ def test_a_probe_of_another_process_is_no_output() -> None:
     url = "memory://probes/out"
     store = open_store(url, StorageOptions())
     store.put(f"{url}/.raymoe/probe-0123", b"")
-    assert StoreFiles(store, url).problems(ObjectJournal(StoreFiles(store, url)), "digest") == []
+    files = StoreFiles(store, url)
+    journal = ObjectJournal(files)
+    assert files.problems(journal, files.finished_merge(journal), "digest") == []
     assert write_problems(open_output(Location.parse(url), StorageOptions()), StorageOptions()) == []
     assert [entry.name for entry in store.list(url)] == [".raymoe/probe-0123"]

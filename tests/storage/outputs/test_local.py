@@ -192,7 +192,6 @@ def test_room(tmp_path: Path) -> None:
     assert problems(tmp_path, output_bytes=min(2 * free, 1 << 43), overwrite=True) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
     (tmp_path / "raymoe.json").write_text(json.dumps({"plan_digest": "plan", "files": {INDEX: {"size": 1}}}))
@@ -207,6 +206,7 @@ def test_the_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reads == ["raymoe.json"]
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
 def test_permissions(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     (found,) = problems(tmp_path / "out")
