@@ -103,6 +103,9 @@ class ObjectStore(Protocol):
     def delete(self, url: str) -> None:
         """Delete an object; done if there is none."""
 
+    def delete_all(self, urls: Sequence[str]) -> None:
+        """Delete objects of one bucket in any order, as many with a request as the store takes."""
+
 
 class MultipartStore(ObjectStore, Protocol):
     """S3's multipart uploads.
@@ -132,7 +135,12 @@ class MultipartStore(ObjectStore, Protocol):
         end: int,
         source_etag: str | None = None,
     ) -> UploadedPart:
-        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`."""
+        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`.
+
+        Not every server keeps the condition: call `check_copied` when the last part of a source is copied."""
+
+    def check_copied(self, url: str, source_url: str, end: int, source_etag: str | None = None) -> None:
+        """Look at an object that parts of `url` have been copied from, up to `end`; ObjectChanged as in `read`."""
 
     def complete_upload(
         self,
@@ -143,7 +151,10 @@ class MultipartStore(ObjectStore, Protocol):
         metadata: Mapping[str, str] | None = None,
         only_if_absent: bool = False,
     ) -> ObjectInfo:
-        """Make the object of its parts, in the order of their numbers, and check its size.
+        """Make the object of its parts, in the order of their numbers, and check that it is made of them.
+
+        The ETag of the answer shows it where the server's ETags are those that S3 makes of the parts'; else the object
+        is looked at.
 
         `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
         and metadata counts as this upload, completed earlier; else UploadNotFound, or ObjectExists where
