@@ -50,6 +50,7 @@ from raymoe.safe_text import json_text
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import FileRecord, FinishedMerge
+from raymoe.storage.outputs.base import write_shard
 from raymoe.storage.outputs.open_output import open_output, writable_location
 from raymoe.storage.outputs.output_checks import (
     find_complete_merge,
@@ -89,7 +90,7 @@ def run_merge(
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
         placement = locate_sources(plan)
-        work = WriteShards(target, owner_names(plan))
+        work = WriteShards(target, owner_names(plan), strict=plan.options.strict)
         actor_plan = plan_actors(settings, _workload(plan, target, work), placement)
         sources = SourceFiles(plan, placement)
         try:
@@ -113,7 +114,7 @@ def run_merge(
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
                 return replace(progress.result(target.location, files, warnings), router_lines=tuple(lines))
         finally:
-            target.release()
+            target.release(keep_uploads=settings.keep_uploads)
 
 
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
@@ -196,20 +197,20 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 class WriteShards:
     """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
-        """`names` are what Ray's dashboard calls the owners of shards."""
-        self._target, self._names = target, names
+    def __init__(self, target: Output, names: Mapping[Owner, str], *, strict: bool) -> None:
+        """`names` are what Ray's dashboard calls the owners of shards. `strict`: actors read what a store copies."""
+        self._target, self._names, self._strict = target, names, strict
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return self._target.jobs(shard)
 
     def start(self, actor: Any, job: ShardJob) -> Any:
-        return actor.write_shard.options(name=self._name("write", job)).remote(job)
+        return actor.write_shard.options(name=self._name("write", job)).remote(job.slim(scans_copies=self._strict))
 
     def reads(self, file: SourceFile) -> bool:
         return not (is_s3(self._target.location) and self._target.same_store(file))
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         return self._target.complete(shard, results)
 
     @property
@@ -305,8 +306,7 @@ def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: R
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
         for shard in plan.router_shards:
-            results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
-            yield target.complete(shard, results)
+            yield write_shard(target, shard, lambda job: target.do(job, reader, lambda sent, copied: None, router))
 
 
 def _write_small_files(
