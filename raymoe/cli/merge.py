@@ -20,6 +20,7 @@ from raymoe.cli.shared_options import (
     GpusPerExpert,
     In4Bit,
     In8Bit,
+    KeepUploads,
     OutShardSize,
     Quiet,
     RandomSeed,
@@ -61,6 +62,7 @@ def merge(
     actors: Actors = None,
     device: Device = None,
     stall_timeout: StallTimeout = 20,
+    keep_uploads: KeepUploads = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
     result: Annotated[
@@ -135,6 +137,7 @@ def merge(
         overwrite=overwrite,
         verbosity=-1 if quiet else verbose,
         stall_timeout_s=60 * stall_timeout,
+        keep_uploads=keep_uploads,
         hub=HubOptions(cache_dir=transformers_cache),
         inputs=Inputs(files=(("the config", os.path.abspath(config)),)),
     )

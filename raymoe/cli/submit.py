@@ -80,4 +80,7 @@ def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tupl
             options += [flag] * value
         else:
             options.append(f"{flag}={value}")
+    # What was sent to the cluster is submitted again if it stops.
+    if not {"--keep-uploads", "--no-keep-uploads"}.intersection(options):
+        options.append("--keep-uploads")
     return merging.params, options
