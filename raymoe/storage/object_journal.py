@@ -272,6 +272,13 @@ class ObjectJournal(BaseJournal):
         """Remove the notes of what earlier runs have known: what they did not live to note is aborted."""
         self._forget([name for name in self._earlier if name.startswith("known/")])
 
+    def forget_own_known(self) -> None:
+        """Remove this run's own note of what was open before: it has opened nothing whose id it does not know."""
+        note = f"known/{self.run}.json"
+        with self._lock:
+            self._unconfirmed.discard(note)
+        self._delete([note])
+
     def announce_upload(self, name: str, known: Sequence[str]) -> None:
         """An upload of `name` is about to begin; `known` are the open ones of that name that are not of this run."""
         self._note("uploads", f"{flat_name(name)}.json", {"id": None, "known": list(known)})

@@ -66,6 +66,7 @@ class S3Output(StoreOutput[MultipartStore]):
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and what became of it
         self._reading_back: set[str] = set()  # shards that are complete but for their checksums
+        self._beginning: set[str] = set()  # shards of whose uploads the ids are not noted yet
         self._open_before: Sequence[OpenUpload] = ()  # below the output, when this run began
         self._lists_uploads: bool | None = None  # whether the store lists all uploads below a folder, where it is known
         self._lock = threading.Lock()  # held until that is known
@@ -204,6 +205,8 @@ class S3Output(StoreOutput[MultipartStore]):
             for name, upload_id in uploads.items():
                 store.abort_upload(self.files.place(name), upload_id)
                 journal.forget_upload(name)
+            if not self._beginning:
+                journal.forget_own_known()
 
     def _checksum(self, name: str, info: ObjectInfo) -> str:
         """The store's own digest of the object, or with `storage.checksum: sha256` one of its bytes, read back."""
@@ -273,6 +276,7 @@ class S3Output(StoreOutput[MultipartStore]):
         known = [upload.upload_id for upload in before if upload.url == url]
         if announces:
             self.journal.announce_upload(name, known=known)
+        self._beginning.add(name)
         upload_id = self._create_upload(url, known=known)
         try:
             self.journal.record_upload(name, upload_id)
@@ -280,7 +284,9 @@ class S3Output(StoreOutput[MultipartStore]):
             # A newer run may have read the journal before the note was there: it does not know this upload.
             self._store.abort_upload(url, upload_id)
             self.journal.forget_upload(name)
+            self._beginning.discard(name)
             raise
+        self._beginning.discard(name)
         return upload_id
 
     def _abort(self, uploads: Iterable[RecordedUpload], check: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,15 @@ def test_uploads_are_kept_for_the_next_run(plan: MergePlan, place: Place, out: s
     assert [part.number for job in target.jobs(shard) for part in job.parts] == [3]
     target.release()
     assert place.all_uploads(plan) == set()
+
+
+def test_shards_are_begun_and_completed_at_once(plan: MergePlan, place: Place, out: str, tmp_path: Path) -> None:
+    target = started(plan, out)
+    with ThreadPoolExecutor(len(plan.shards)) as pool:
+        records = list(pool.map(lambda shard: write_shard(plan, target, shard), plan.shards))
+    assert [record.name for record in records] == [shard.file_name for shard in plan.shards]
+    finish(plan, target)
+    check_bytes(plan, place, tmp_path / "out")
 
 
 def test_a_job_carries_what_it_needs(plan: MergePlan, out: str) -> None:
