@@ -17,6 +17,7 @@ from raymoe.cli.shared_options import (
     Address,
     ConfigPath,
     Device,
+    KeepUploads,
     PlanArgs,
     Quiet,
     StallTimeout,
@@ -50,6 +51,7 @@ class MergeArgs(PlanArgs):
     actors: Actors = None
     device: Device = None
     stall_timeout: StallTimeout = 20
+    keep_uploads: KeepUploads = False
     verbose: Verbose = 0
     quiet: Quiet = False
     result: Annotated[
@@ -87,6 +89,7 @@ class MergeArgs(PlanArgs):
             overwrite=self.overwrite,
             verbosity=-1 if self.quiet else self.verbose,
             stall_timeout_s=60 * self.stall_timeout,
+            keep_uploads=self.keep_uploads,
             hub=HubOptions(cache_dir=self.transformers_cache),
             inputs=Inputs(files=(("the config", os.path.abspath(config)),)),
         )

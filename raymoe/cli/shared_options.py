@@ -45,6 +45,13 @@ StallTimeout = Annotated[
         help="Minutes without any progress after which a job is given to another actor.",
     ),
 ]
+KeepUploads = Annotated[
+    bool,
+    typer.Option(
+        "--keep-uploads/--no-keep-uploads",
+        help="If the merge stops, leave what it has sent of unfinished shards in S3 for the run that resumes it.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu or cuda: where gates are computed. Default: on GPUs, if Ray has any."),

@@ -73,6 +73,9 @@ def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tupl
         if parameter.param_type_name == "option" and _is_typed(merging, parameter.name)
         for option in _as_typed(parameter, merging.params[parameter.name])
     ]
+    # What was sent to the cluster is submitted again if it stops.
+    if not {"--keep-uploads", "--no-keep-uploads"}.intersection(typed):
+        typed.append("--keep-uploads")
     return merging.params, typed
 
 

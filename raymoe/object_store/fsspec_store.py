@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest, object_exists_error
 from raymoe.object_store.options import StorageOptions
+from raymoe.object_store.parallel import delete_each
 from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, StoreCounters
 from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, ShortRead, classify_error
 
@@ -160,6 +161,9 @@ class FsspecStore:
                 return
 
         self._call("delete_object", url, remove)
+
+    def delete_all(self, urls: Sequence[str]) -> None:
+        delete_each(self, urls)
 
     def move(self, url: str, to: str, size: int) -> ObjectInfo:
         """Give a file of `size` bytes another name, in place of what has it. In one step where the file system renames;

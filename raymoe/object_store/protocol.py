@@ -24,6 +24,7 @@ MIN_PART_BYTES = 5 << 20  # of each part but the last
 MAX_PART_BYTES = 5 << 30
 MAX_PARTS = 10_000
 MAX_OBJECT_BYTES = 5 << 40
+MAX_DELETED_AT_ONCE = 1000  # with a request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,9 @@ class ObjectStore(Protocol):
     def delete(self, url: str) -> None:
         """Delete an object; done if there is none."""
 
+    def delete_all(self, urls: Sequence[str]) -> None:
+        """Delete objects of one bucket in any order, as many with a request as the store takes."""
+
 
 class MultipartStore(ObjectStore, Protocol):
     """S3's multipart uploads.
@@ -136,12 +140,20 @@ class MultipartStore(ObjectStore, Protocol):
         end: int,
         source_etag: str | None = None,
     ) -> UploadedPart:
-        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`."""
+        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`.
+
+        Not every server keeps the condition: call `check_copied` when the last part of a source is copied."""
+
+    def check_copied(self, url: str, source_url: str, end: int, source_etag: str | None = None) -> None:
+        """Look at an object that parts of `url` have been copied from, up to `end`; ObjectChanged as in `read`."""
 
     def complete_upload(
         self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
-        """Make the object of its parts, in the order of their numbers, and check its size.
+        """Make the object of its parts, in the order of their numbers, and check that it is made of them.
+
+        The ETag of the answer shows it where the server's ETags are those that S3 makes of the parts'; else the object
+        is looked at.
 
         `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
         and metadata counts as this upload, completed earlier; else UploadNotFound.

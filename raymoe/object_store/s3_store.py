@@ -2,10 +2,12 @@
 
 What servers promise and do not keep is checked here after the fact (seen with moto and the juicefs gateway):
 - Uploaded bytes: `Content-MD5` is sent, *and* the ETag that comes back is compared with it where it is an MD5.
-- Copied ranges: the source's ETag is a condition of the request, *and* looked up again after it, with its size.
+- Copied ranges: the source's ETag is a condition of the request, *and* `check_copied` looks it up after the copies,
+  with the source's size.
 - 'Only if absent': a condition of the request, *and* looked up before it. Between the two a server that ignores the
   condition has a gap that nobody can close.
-- Finished uploads: the object is looked at, and has to have the size of its parts, and the ETag of the answer.
+- Finished uploads: the answer has the ETag that S3 makes of the parts' ETags. Where it has another, and for the first
+  upload of a process, the object is looked at too: it has to have the size of its parts, and the ETag of the answer.
 
 Content-MD5 and not the SDK's default CRC32 trailers: every S3-compatible store knows it, it lets TLS connections go
 without a second hash of the body, and the same MD5 serves the comparison of ETags.
@@ -26,7 +28,15 @@ from raymoe.object_store.errors import (
     wrong_size_error,
 )
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, OpenUpload, StoreCounters, UploadedPart
+from raymoe.object_store.parallel import delete_each
+from raymoe.object_store.protocol import (
+    MAX_DELETED_AT_ONCE,
+    ObjectEntry,
+    ObjectInfo,
+    OpenUpload,
+    StoreCounters,
+    UploadedPart,
+)
 from raymoe.object_store.retry import Failure, FailureKind, error_code, error_status
 from raymoe.object_store.s3_client import S3Client
 from raymoe.object_store.s3_responses import (
@@ -50,6 +60,8 @@ class S3Store:
     def __init__(self, options: StorageOptions):
         self._client = S3Client(options)
         self._buckets: set[str] = set()  # seen to exist
+        self._deletes_many = True  # until the server refuses it
+        self._tells_s3_etags = False  # until an object was seen to have the ETag that the end of its upload has told
 
     @property
     def options(self) -> StorageOptions:
@@ -152,6 +164,23 @@ class S3Store:
         if isinstance(outcome, Failure) and error_code(outcome.error) != "NoSuchKey":
             raise storage_error(outcome, request, self._client.options)
 
+    def delete_all(self, urls: Sequence[str]) -> None:
+        """Deletions that a request for many did not do are done one by one, which says what is wrong with them."""
+        for start in range(0, len(urls), MAX_DELETED_AT_ONCE):
+            group = urls[start : start + MAX_DELETED_AT_ONCE]
+            delete_each(self, group if len(group) == 1 or not self._deletes_many else self._not_deleted(group))
+
+    def _not_deleted(self, urls: Sequence[str]) -> Sequence[str]:
+        """Those of some objects of one bucket that one request has not deleted."""
+        by_key = {s3_location(url).key: url for url in urls}
+        request = StoreRequest(operation="delete_objects", url=urls[0])
+        delete = {"Objects": [{"Key": key} for key in by_key], "Quiet": True}
+        outcome = self._client.send(request, _identity, Bucket=s3_location(urls[0]).bucket, Delete=delete)
+        if isinstance(outcome, Failure):
+            self._deletes_many = False  # not every server knows the request, or the checksum that goes with it
+            return urls
+        return [by_key[error["Key"]] for error in outcome.get("Errors", ()) if error.get("Key") in by_key]
+
     # --- multipart uploads
 
     def create_upload(self, url: str, metadata: Mapping[str, str] | None = None) -> str:
@@ -191,16 +220,18 @@ class S3Store:
             **condition,
             **_bucket_and_key(url),
         )
-        source = self.stat(source_url)
-        wrong = None
+        self._client.retries.count(bytes_copied=end - start)
+        return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
+
+    def check_copied(self, url: str, source_url: str, end: int, source_etag: str | None = None) -> None:
+        source, wrong = self.stat(source_url), None
         if source is None or source.size < end:
             wrong = f"it has {source.size if source else 'no'} bytes, and {end} were expected"
         elif source_etag is not None and source.etag != source_etag:
             wrong = "its ETag is another"
         if wrong is not None:
+            request = StoreRequest(operation="upload_part_copy", url=url, source_url=source_url)
             raise object_changed_error(request, wrong)
-        self._client.retries.count(bytes_copied=end - start)
-        return UploadedPart(number=number, etag=str(unquote_etag(response["CopyPartResult"]["ETag"])), size=end - start)
 
     def complete_upload(
         self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
@@ -218,13 +249,17 @@ class S3Store:
             if info is None or not matches_parts(info, parts, metadata):
                 raise storage_error(outcome, request, self._client.options)
             return info
-        info, expected = self.stat(url), sum(part.size for part in parts)
+        expected, etag = sum(part.size for part in parts), multipart_etag(parts)
+        is_s3_etag = etag is not None and unquote_etag(outcome.get("ETag")) == etag
+        if is_s3_etag and self._tells_s3_etags:
+            return ObjectInfo(size=expected, etag=etag, metadata=metadata or {})
+        info = self.stat(url)
         if info is None or info.size != expected:
             raise wrong_size_error(url, info.size if info else None, expected)
-        # Only where this server's ETags are S3's: others may tell one here, and another or none when they are asked.
-        etag = multipart_etag(parts)
-        if etag is not None and unquote_etag(outcome.get("ETag")) == etag and info.etag not in (None, etag):
+        # A server may tell this ETag here, and another kind or none when it is asked.
+        if is_s3_etag and info.etag not in (None, etag):
             raise object_replaced_error(url)
+        self._tells_s3_etags = is_s3_etag and info.etag == etag
         return info
 
     def abort_upload(self, url: str, upload_id: str) -> None:

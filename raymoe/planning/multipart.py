@@ -64,6 +64,10 @@ class UploadPart:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    def overlaps(self, part: Part) -> bool:
+        """Whether it has bytes of that part of the shard."""
+        return self.start < part.end and part.start < self.end
+
 
 class _Region(NamedTuple):
     """Bytes [start, end) of a shard that are copied from `copy`, or sent."""
@@ -96,6 +100,8 @@ def spans(parts: Iterable[Part]) -> Iterator[Span]:
 def _join_spans(left: Span, right: Span) -> Span | None:
     """Both as one span, if they are copies of ranges that touch."""
     a, b = left.what, right.what
+    if left.end != right.start:  # what lies between them is not asked for
+        return None
     if isinstance(a, CopyRange) and isinstance(b, CopyRange) and a.file == b.file and a.end == b.start:
         return Span(start=left.start, end=right.end, what=CopyRange(a.file, a.start, b.end))
     return None

@@ -13,7 +13,7 @@ Sizes are bytes, intervals half-open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -161,6 +161,14 @@ class Part:
         if isinstance(self.what, Columns):
             return tuple(source for matrix in self.what.matrices for source in matrix.sources_read)
         return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
+
+    @property
+    def files_read(self) -> Iterator[SourceFile]:
+        """The files of what is read for it, those of adapters too."""
+        for read in self.sources_read:
+            yield read.source.file
+            if isinstance(read, Transform) and read.lora is not None:
+                yield from (entry.file for entry in read.lora.entries.values())
 
     @property
     def tensor(self) -> WholeTensor:

@@ -45,6 +45,7 @@ from raymoe.safe_text import json_text
 from raymoe.signals import sigterm_as_ctrl_c
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import CARD_NAME, FileRecord, FinishedMerge
+from raymoe.storage.outputs.base import write_shard
 from raymoe.storage.outputs.open_output import open_output, writable_location
 from raymoe.storage.outputs.output_checks import (
     find_complete_merge,
@@ -99,7 +100,7 @@ def run_merge(
     report.begin("start of Ray")
     with ray_connection(settings), sigterm_as_ctrl_c():  # again: Ray has set a handler of its own
         placement = locate_sources(plan)
-        work = WriteShards(target, owner_names(plan))
+        work = WriteShards(target, owner_names(plan), strict=plan.options.strict)
         actor_plan = plan_actors(settings, _workload(plan, target, work), placement)
         sources = SourceFiles(plan, placement)
         try:
@@ -123,7 +124,7 @@ def run_merge(
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
                 return replace(progress.result(target.location.text, files, warnings), router_lines=tuple(lines))
         finally:
-            target.release()
+            target.release(keep_uploads=settings.keep_uploads)
 
 
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
@@ -206,27 +207,32 @@ def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
 class _WriteDirectly(ShardMethod):
     """An actor writes to the output itself."""
 
-    def __init__(self, names: Mapping[Owner, str], *, must_see_output: bool) -> None:
-        """`must_see_output`: the output is a folder, which some nodes do not have."""
-        self._names, self._must_see_output = names, must_see_output
+    def __init__(self, names: Mapping[Owner, str], *, must_see_output: bool, strict: bool) -> None:
+        """`must_see_output`: the output is a folder, which some nodes do not have. `strict`: as for `WriteShards`."""
+        self._names, self._must_see_output, self._strict = names, must_see_output, strict
 
     def can_use(self, actor: ActorInfo) -> bool:
         return actor["output_visible"] or not self._must_see_output
 
     def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
-        return actor.write_shard.options(name=task_name("write", job, self._names)).remote(job)
+        return actor.write_shard.options(name=task_name("write", job, self._names)).remote(
+            job.slim(scans_copies=self._strict)
+        )
 
 
 class WriteShards:
     """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
-    def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
-        """`names` are what Ray's dashboard calls the owners of shards."""
+    def __init__(self, target: Output, names: Mapping[Owner, str], *, strict: bool) -> None:
+        """`names` are what Ray's dashboard calls the owners of shards. `strict`: actors read what a store copies."""
         self._target = target
         if not target.location.kind.is_local:  # every node sees it
-            self.methods: tuple[ShardMethod, ...] = (_WriteDirectly(names, must_see_output=False),)
+            self.methods: tuple[ShardMethod, ...] = (_WriteDirectly(names, must_see_output=False, strict=strict),)
         else:
-            self.methods = (_WriteDirectly(names, must_see_output=True), SendToWriter(target, names))
+            self.methods = (
+                _WriteDirectly(names, must_see_output=True, strict=strict),
+                SendToWriter(target, names),
+            )
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return self._target.jobs(shard)
@@ -234,7 +240,7 @@ class WriteShards:
     def reads(self, file: SourceFile) -> bool:
         return not self._target.same_store(file)
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         return self._target.complete(shard, results)
 
 
@@ -310,8 +316,7 @@ def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: R
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
         for shard in plan.router_shards:
-            results = [target.do(job, reader, lambda sent, copied: None, router) for job in target.jobs(shard)]
-            yield target.complete(shard, results)
+            yield write_shard(target, shard, lambda job: target.do(job, reader, lambda sent, copied: None, router))
 
 
 def _write_small_files(

@@ -20,10 +20,10 @@ from raymoe.config.model_refs import short_name
 from raymoe.errors import Problem
 from raymoe.gate_modes import MODES
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import GatePrompts, MergePlan, Part, Transform
+from raymoe.planning.plan import GatePrompts, MergePlan
 from raymoe.runtime.ray_compat import free_resources_by_node
 from raymoe.runtime.timeouts import ANSWER_TIMEOUT_S
-from raymoe.sources.facts import LoraPair, SourceFile
+from raymoe.sources.facts import SourceFile
 from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_view, small_sample
 
 
@@ -105,7 +105,8 @@ class FileRequirements:
         self._tasks: dict[tuple[str, frozenset[str], bool], _Task] = {}  # by label, files and whether a model computes
         names = owner_names(plan)
         for shard in plan.worker_shards:
-            read = [*_part_files(shard.parts), *(extra_files or {}).get(shard.file_name, ())]
+            read = [file for part in shard.parts for file in part.files_read]
+            read += (extra_files or {}).get(shard.file_name, ())
             self.shards[shard.file_name] = _local(read, found)
             label = names.get(shard.owner, str(shard.owner))
             self._add("the shards of", label, self.shards[shard.file_name], shard.nbytes)
@@ -142,23 +143,11 @@ def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozens
     return frozenset(local)
 
 
-def _part_files(parts: Iterable[Part]) -> Iterator[SourceFile]:
-    for part in parts:
-        for read in part.sources_read:
-            yield read.source.file
-            if isinstance(read, Transform):
-                yield from _lora_files(read.lora)
-
-
 def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:
     for weight in member.weights.values():
         yield weight.entry.file
-        yield from _lora_files(weight.lora)
-
-
-def _lora_files(lora: LoraPair | None) -> Iterator[SourceFile]:
-    if lora is not None:
-        yield from (entry.file for entry in lora.entries.values())
+        if weight.lora is not None:
+            yield from (entry.file for entry in weight.lora.entries.values())
 
 
 class Placement:

@@ -18,7 +18,8 @@ class RuntimeSettings:
     normal, 1 and more verbose. `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's
     record. `strict` is the plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is
     read besides models, whose place no output may take. `stall_timeout_s`: seconds without progress after which a job
-    is given to another actor; after half of them a warning says so."""
+    is given to another actor; after half of them a warning says so. `keep_uploads`: a merge that is stopped or fails
+    leaves what it has sent of unfinished shards in an S3 output, for the run that resumes it."""
 
     address: str | None = None
     gpus_per_expert: float | None = None
@@ -30,6 +31,7 @@ class RuntimeSettings:
     overwrite: bool = False
     verbosity: int = 0
     stall_timeout_s: float = STALL_TIMEOUT_S
+    keep_uploads: bool = False
     hub: HubOptions = field(default_factory=HubOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
     inputs: Inputs = field(default_factory=Inputs)

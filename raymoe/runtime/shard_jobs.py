@@ -48,7 +48,7 @@ class ShardWork(Protocol):
         """Whether actors read that object for shards: not so where a store copies it."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
-        """All jobs of a shard came back: what is to be kept of it."""
+        """All jobs of a shard came back: what is to be kept of it, or one more job, as in `Output.complete`."""
 
 
 def task_name(verb: str, job: ShardJob, names: Mapping[Owner, str]) -> str:
@@ -127,6 +127,8 @@ class WriteShardJob(Job):
         self.queue.complete(self.opened, result)
 
     def requeue(self) -> None:
+        if self.detail.parts:
+            self.detail = replace(self.detail, resumes=True)
         self.queue.ready.insert(0, self)
 
 
@@ -187,13 +189,22 @@ class ShardQueue:
         self.ready += [WriteShardJob(self, opened, detail=job) for job in jobs]
         if not jobs:
             self.bytes_kept += shard.nbytes
-            self.results.append(self.work.complete(shard, ()))
+            self._complete(opened)
 
     def complete(self, opened: _OpenShard, result: Any) -> None:
         opened.results.append(result)
         opened.jobs_left -= 1
         if not opened.jobs_left:
-            self.results.append(self.work.complete(opened.shard, opened.results))
+            self._complete(opened)
+
+    def _complete(self, opened: _OpenShard) -> None:
+        """Take what is to be kept of a shard, or give out the job that is still to be done for it."""
+        done = self.work.complete(opened.shard, opened.results)
+        if isinstance(done, ShardJob):
+            opened.results, opened.jobs_left = [], 1
+            self.ready.insert(0, WriteShardJob(self, opened, detail=done))
+        else:
+            self.results.append(done)
 
 
 def _preference(owners: Collection[Owner], owner: Owner) -> tuple[bool, bool]:

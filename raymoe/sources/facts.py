@@ -56,6 +56,12 @@ class SourceFile:
     def name(self) -> str:
         return self.location.rsplit("/", 1)[-1]
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its ETag or its commit, which is in the plan's digest, says which content is read. Not so for local
+        files."""
+        return self.etag is not None or self.location.startswith("hf://")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideFile:

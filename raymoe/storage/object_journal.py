@@ -1,10 +1,11 @@
 """The journal of a merge whose output is in an object store: the same promises as the local one, with objects.
 
     OUT/.raymoe/plan.json                 whose the output is (claim.py); written first
-    OUT/.raymoe/uploads/RUN/FILE.json     written before a shard's upload begins, again with its id when it has begun
-    OUT/.raymoe/sent/RUN/FILE.N.json      parts of an upload that an actor has sent, from part N on
+    OUT/.raymoe/uploads/RUN/FILE.json     the id of a shard's upload, written as soon as it has begun
+    OUT/.raymoe/known/RUN.json            the uploads below OUT that were open before the run opened its own
+    OUT/.raymoe/sent/RUN/FILE.N.json      parts of an upload that an actor has sent from local files, from part N on
     OUT/.raymoe/parts/RUN/FILE.X          a file being written, where the store has no uploads in parts (fsspec)
-    OUT/.raymoe/done/RUN/FILE.json        size and checksum of a finished file
+    OUT/.raymoe/done/RUN/FILE.json        size, checksum and ETag of a finished file, and the id of its upload
     OUT/.raymoe/clearing.RUN              there while the run removes what an earlier merge left (--overwrite), and
                                           after its sources changed: the next run removes what is there
     OUT/raymoe.json                       the record of the finished merge; then `.raymoe/` is removed, plan.json last
@@ -21,39 +22,62 @@ If the output is another, the run gives its claim back and is refused.
 A run writes notes under its own name only, so that no run overwrites or removes a note of a newer one; and a note is
 accepted only from the merge that `plan.json` is of. An upload is used only if `plan.json` was still the run's own after
 the upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
+
+Between an upload's beginning and the note of its id a run may die. What was opened then is found by `known/RUN.json`:
+it is an open upload that is not among the known ones, of a shard for which the run has noted no id. Some stores list
+only the uploads of one exact key. There the note in `uploads/` is written before the upload begins too, with the known
+uploads of that key in the place of its id.
+
+The last note of a shard comes without a look at `plan.json` after it. The next look confirms it; if that finds another
+merge in the output, or none, the note is removed again (`check_run`). A run that ends looks once more for notes that
+came in while it removed the journal.
+
+Thread-safe once the run has begun.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.object_store.errors import ObjectExists, ObjectMissing
-from raymoe.object_store.protocol import ObjectStore, UploadedPart
+from raymoe.object_store.parallel import CALLS_AT_ONCE
+from raymoe.object_store.protocol import ObjectStore, OpenUpload, UploadedPart
 from raymoe.object_store.urls import join_url
+from raymoe.sources.folder_protocol import matches
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
-from raymoe.storage.claim import Claim, taken_over_error
-from raymoe.storage.file_names import JOURNAL, RECORD_NAME, FileRecord, json_object
+from raymoe.storage.claim import Claim, TakenOver, taken_over_error
+from raymoe.storage.file_names import CHECKPOINT_FILES, JOURNAL, RECORD_NAME, FileRecord, json_object
 from raymoe.storage.output_files import StoreFiles
-
-_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedUpload:
     """An upload of a file that a run has noted: `upload_id` None where only its intention is known, and then `known`
-    are the uploads that were open before. `is_own`: of this very merge. `note` is where it is noted."""
+    are the uploads that were open before. `is_own`: of this very merge. `note` is where it is noted. `name` is flat."""
 
     name: str
     upload_id: str | None
     known: tuple[str, ...]
     is_own: bool
     note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoneNote:
+    """What is noted of a finished file: its record, the ETag that the store told, and the upload that it came from, if
+    there was one. Notes of an older raymoe have the record alone."""
+
+    record: FileRecord
+    etag: str | None = None
+    upload_id: str | None = None
 
 
 class ObjectJournal(BaseJournal):
@@ -65,6 +89,9 @@ class ObjectJournal(BaseJournal):
         self._folder = join_url(files.location, JOURNAL)
         self._claim: Claim | None = None
         self._earlier: tuple[str, ...] = ()  # notes of earlier runs, when this one began
+        self._contents: dict[str, dict[str, Any]] = {}  # of those of them that have been read
+        self._unconfirmed: set[str] = set()  # own notes since which `plan.json` has not been looked at
+        self._lock = threading.Lock()  # of the three
 
     @property
     def _store(self) -> ObjectStore:
@@ -104,7 +131,29 @@ class ObjectJournal(BaseJournal):
             self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
         self.check_run()  # so that none of these notes is a newer run's: it writes them after its claim
+        self._read_earlier(has_to_clear)
         return has_to_clear
+
+    def _read_earlier(self, has_to_clear: bool) -> None:
+        """Read the notes that this run needs: of uploads only those that have not become a shard of this merge."""
+        if not has_to_clear:
+            self._read_all(name for name in self._earlier if name.startswith(("done/", "sent/")))
+        done = set() if has_to_clear else {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
+        self._read_all(n for n in self._earlier if n.startswith(("uploads/", "known/")) and n not in done)
+
+    def _accepted(self) -> Iterator[str]:
+        """Earlier notes of shards that came from an upload noted by the same run, and are of this merge."""
+        for name in self._earlier:
+            note = self._done_note(name) if name.startswith("done/") else None
+            if note is not None and note.upload_id is not None:
+                yield name
+
+    def _read_all(self, names: Iterable[str]) -> None:
+        names = list(names)
+        with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="journal") as pool:
+            contents = dict(zip(names, pool.map(self._read, names), strict=True))
+        with self._lock:
+            self._contents |= contents
 
     def _snapshot(self, before: Claim | None) -> tuple[object, ...]:
         """What must be the same before and after this run has put its claim, which may take long: the put is repeated,
@@ -123,7 +172,7 @@ class ObjectJournal(BaseJournal):
         the claim is another run's now."""
         self.check_claim(claim)
         self._delete(["plan.json"])
-        self._delete_all(self._clearing_markers(claim.run))
+        self._store.delete_all(self._clearing_markers(claim.run))
 
     def _in_use_report(self, digest: str) -> ProblemReport:
         """What is raised where another run has used the output since this one has looked at it."""
@@ -146,10 +195,35 @@ class ObjectJournal(BaseJournal):
         self._delete(there)
 
     def finished(self, name: str) -> FileRecord | None:
-        if self._claim is None:
+        note = self.done(name)
+        return note.record if note is not None else None
+
+    def done(self, name: str) -> DoneNote | None:
+        """What an earlier run of this merge has noted of a file that it finished."""
+        notes = map(self._done_note, self._notes("done", f"{flat_name(name)}.json"))
+        return next((note for note in notes if note is not None), None)
+
+    @property
+    def has_done(self) -> bool:
+        """Whether an earlier run of this merge has finished a file."""
+        return any(name.startswith("done/") for name in self._earlier)
+
+    def _done_note(self, note: str) -> DoneNote | None:
+        content = self._contents.get(note, {})
+        record = self._claim.accepted_record(content) if self._claim is not None else None
+        if record is None:
             return None
-        records = map(self._claim.accepted_record, map(self._read, self._notes("done", f"{flat_name(name)}.json")))
-        return next((record for record in records if record is not None), None)
+        etag, upload_id = content.get("etag"), content.get("upload")
+        return DoneNote(
+            record=record,
+            etag=etag if isinstance(etag, str) else None,
+            upload_id=upload_id if isinstance(upload_id, str) else None,
+        )
+
+    def record(self, record: FileRecord, *, etag: str | None = None, upload_id: str | None = None) -> None:
+        """Note a finished file. The next look at `plan.json` confirms the note."""
+        content = {"file": asdict(record), "etag": etag, "upload": upload_id}
+        self._note_unconfirmed(f"done/{self.run}/{flat_name(record.name)}.json", content)
 
     # --- files being written
 
@@ -167,6 +241,45 @@ class ObjectJournal(BaseJournal):
 
     # --- uploads in parts
 
+    def record_known(self, known: Sequence[str]) -> None:
+        """Note the ids of all uploads that were open below the output before this run opened one. The store is one that
+        lists them all."""
+        self._note_unconfirmed(f"known/{self.run}.json", {"uploads": list(known)})
+
+    def lost_uploads(self, opened: Iterable[OpenUpload]) -> list[OpenUpload]:
+        """Those of some open uploads below the output whose ids an earlier run did not live to note."""
+        notes = [(name, name.split("/")) for name in self._earlier if name.startswith("uploads/")]
+        noted = {(path[1], self._contents[name].get("id")) for name, path in notes if name in self._contents}
+        has_begun = {(path[1], path[2]) for _, path in notes if len(path) == 3}
+        found = []
+        for upload in opened:
+            name = flat_name(upload.url.removeprefix(f"{self._location}/"))
+            if not matches(name, CHECKPOINT_FILES) or any(upload.upload_id == upload_id for _, upload_id in noted):
+                continue
+            for run, known in self._earlier_known():
+                if upload.upload_id not in known and (run, f"{name}.json") not in has_begun:
+                    found.append(upload)
+                    break
+        return found
+
+    def _earlier_known(self) -> Iterator[tuple[str, list[Any]]]:
+        """The uploads that earlier runs have known, by run."""
+        for name in self._earlier:
+            known = self._contents.get(name, {}).get("uploads") if name.startswith("known/") else None
+            if isinstance(known, list):
+                yield name.removeprefix("known/").removesuffix(".json"), known
+
+    def forget_known(self) -> None:
+        """Remove the notes of what earlier runs have known: what they did not live to note is aborted."""
+        self._forget([name for name in self._earlier if name.startswith("known/")])
+
+    def forget_own_known(self) -> None:
+        """Remove this run's own note of what was open before: it has opened nothing whose id it does not know."""
+        note = f"known/{self.run}.json"
+        with self._lock:
+            self._unconfirmed.discard(note)
+        self._delete([note])
+
     def announce_upload(self, name: str, known: Sequence[str]) -> None:
         """An upload of `name` is about to begin; `known` are the open ones of that name that are not of this run."""
         self._note("uploads", f"{flat_name(name)}.json", {"id": None, "known": list(known)})
@@ -182,21 +295,30 @@ class ObjectJournal(BaseJournal):
         """Remove this run's own note."""
         self._delete([f"uploads/{self.run}/{flat_name(name)}.json"])
 
-    def forget(self, upload: RecordedUpload) -> None:
-        self._delete([upload.note])
-        self._earlier = tuple(name for name in self._earlier if name != upload.note)
+    def forget(self, uploads: Iterable[RecordedUpload]) -> None:
+        self._forget([upload.note for upload in uploads])
+
+    def _forget(self, notes: Sequence[str]) -> None:
+        if notes:
+            self._delete(notes)
+            with self._lock:
+                self._earlier = tuple(name for name in self._earlier if name not in notes)
 
     def earlier_uploads(self, name: str) -> list[RecordedUpload]:
-        """The uploads of `name` that earlier runs have noted."""
+        """The uploads of `name` that earlier runs have noted, but for one that has become a shard of this merge."""
         return list(self._parse_notes(self._notes("uploads", f"{flat_name(name)}.json")))
 
     def all_earlier_uploads(self) -> list[RecordedUpload]:
         return list(self._parse_notes(name for name in self._earlier if name.startswith("uploads/")))
 
-    def all_uploads(self) -> list[RecordedUpload]:
-        """All uploads that are noted now, by whichever run."""
+    def other_uploads(self) -> list[RecordedUpload]:
+        """All uploads that are noted now by other runs, but for those that have become shards of this merge."""
         entries = self._store.list(join_url(self._folder, "uploads"))
-        return list(self._parse_notes(f"uploads/{entry.name}" for entry in entries))
+        names = [f"uploads/{entry.name}" for entry in entries]
+        done = {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
+        others = [name for name in names if name not in done and not (self.run and name.split("/")[1] == self.run)]
+        self._read_all(name for name in others if name not in self._contents)
+        return list(self._parse_notes(others))
 
     def record_sent(self, name: str, upload_id: str, parts: Sequence[UploadedPart]) -> None:
         """Note parts that the store has, so that a run that goes on knows them again."""
@@ -205,12 +327,25 @@ class ObjectJournal(BaseJournal):
 
     def sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
         """The parts of an upload that earlier runs of this merge have noted as sent."""
+        return self._parts_in(self._sent_notes(name, self._earlier), upload_id)
+
+    def read_sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
+        """The same, with those that this run has noted until now: for an actor, whose journal has not begun the run."""
+        self._claim = self.check_run()
+        entries = self._store.list(join_url(self._folder, "sent"))
+        notes = self._sent_notes(name, [f"sent/{entry.name}" for entry in entries])
+        self._read_all(notes)
+        return self._parts_in(notes, upload_id)
+
+    @staticmethod
+    def _sent_notes(name: str, notes: Iterable[str]) -> list[str]:
+        """Those of some notes that are of sent parts of a file."""
+        found = (note for note in notes if note.startswith("sent/"))
+        return [note for note in found if note.rpartition("/")[2].rsplit(".", 2)[0] == flat_name(name)]
+
+    def _parts_in(self, notes: Iterable[str], upload_id: str) -> set[UploadedPart]:
         found: set[UploadedPart] = set()
-        for note in self._earlier:
-            kind, _, rest = note.partition("/")
-            if kind != "sent" or rest.rpartition("/")[2].rsplit(".", 2)[0] != flat_name(name):
-                continue
-            content = self._read(note)
+        for content in (self._contents.get(note, {}) for note in notes):
             if self._claim is None or not self._claim.owns(content) or content.get("upload") != upload_id:
                 continue
             try:
@@ -237,6 +372,7 @@ class ObjectJournal(BaseJournal):
         self._delete(there)
         self.check_claim(claim)
         self._delete(["plan.json"])
+        self.clear_unclaimed()
 
     def check_claim(self, claim: Claim) -> None:
         """Raises MergeFailed where another run has taken over the output since that claim was read."""
@@ -256,7 +392,7 @@ class ObjectJournal(BaseJournal):
 
     def _parse_notes(self, notes: Iterable[str]) -> Iterator[RecordedUpload]:
         for note in notes:
-            content = self._read(note)
+            content = self._contents.get(note, {})
             if "id" not in content:  # gone meanwhile, or damaged
                 continue
             upload_id, known = content["id"], content.get("known")
@@ -278,12 +414,47 @@ class ObjectJournal(BaseJournal):
             self._delete([note])
             raise
 
-    def _delete(self, names: Iterable[str]) -> None:
-        self._delete_all([join_url(self._folder, name) for name in names])
+    def _note_unconfirmed(self, note: str, content: Mapping[str, Any]) -> None:
+        """Write a note that the next look at `plan.json` confirms."""
+        with self._lock:
+            self._unconfirmed.add(note)
+        self._write(note, {**(self._claim or self.check_run()).signature, **content})
 
-    def _delete_all(self, urls: Iterable[str]) -> None:
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="delete") as pool:
-            list(pool.map(self._store.delete, urls))
+    def check_run(self) -> Claim:
+        with self._lock:
+            notes = tuple(self._unconfirmed)
+        try:
+            claim = super().check_run()
+        except TakenOver:
+            self.withdraw_notes()
+            raise
+        with self._lock:
+            self._unconfirmed.difference_update(notes)
+        return claim
+
+    @property
+    def has_unconfirmed(self) -> bool:
+        return bool(self._unconfirmed)
+
+    def withdraw_notes(self) -> None:
+        """Remove the notes of this run that no look at `plan.json` has confirmed, if another merge is here by now, or
+        none: it has removed its journal, and would not look for them any more. A newer run of this merge may rely on
+        them, and removes them at its end."""
+        claim = self.claim()
+        if claim is None or self._claim is None or not claim.owns(self._claim.signature):
+            with self._lock:
+                notes = sorted(self._unconfirmed)
+                self._unconfirmed.clear()
+            self._delete(notes)
+
+    def through(self, files: StoreFiles) -> ObjectJournal:
+        """This journal, read and written by other means."""
+        other = copy.copy(self)
+        other._files = files
+        return other
+
+    def _delete(self, names: Iterable[str]) -> None:
+        self._store.delete_all([join_url(self._folder, name) for name in names])
 
     def _read(self, name: str) -> dict[str, Any]:
         return json_object(self._files.read(f"{JOURNAL}/{name}") or b"")

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from typer.main import get_command
 
+from raymoe.cli import app
+from raymoe.cli.submit import _parse_merge_arguments
 from raymoe.config import load_config, parse_config
 from raymoe.errors import ProblemReport
 from raymoe.submit.job_spec import make_job
@@ -62,6 +66,15 @@ def test_too_many_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = write_config(tmp_path / "c.yaml", {"base_model": "org/x", "experts": experts})
     with pytest.raises(ProblemReport, match="too much for a job's package"):
         make_job(load_config(path), "/out", [])
+
+
+@pytest.mark.parametrize("given", [None, "--keep-uploads", "--no-keep-uploads"])
+def test_a_submitted_merge_keeps_its_uploads(given: str | None) -> None:
+    """It is submitted again if it stops. The user may say otherwise."""
+    commands: Any = get_command(app)
+    context = click.Context(commands.commands["submit"], parent=click.Context(commands))
+    _, options = _parse_merge_arguments(context, ["c.yaml", "/out", "--actors=2", *([given] if given else [])])
+    assert sorted(options) == ["--actors=2", given or "--keep-uploads"]
 
 
 def test_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,11 +185,32 @@ def test_an_error_in_an_answer_of_200_is_an_error(keys: None) -> None:
     """S3 keeps connections of long copies alive by answering 200 first."""
     failed = Answer(200, body=Answer(0, code="InternalError").content(bodiless=False))
     done = Answer(200, body=b"<CopyPartResult><ETag>&quot;abc&quot;</ETag></CopyPartResult>")
-    head = Answer(200, headers={"ETag": '"e"'}, length=100)
-    with canned(failed, done, head) as server:
+    with canned(failed, done) as server:
         store = store_at(server.url)
         assert store.copy_part("s3://bucket/key", "id", 1, "s3://bucket/source", 0, 100, "e").etag == "abc"
         assert store.counters.retries == 1
+
+
+@pytest.mark.s3
+def test_a_server_that_does_not_delete_many_at_once(keys: None) -> None:
+    """It is asked once for that, and then for one object at a time."""
+    urls = [f"s3://bucket/{number}" for number in range(3)]
+    with canned(Answer(501, code="NotImplemented"), Answer(204)) as server:
+        store = store_at(server.url)
+        for _ in range(2):
+            store.delete_all(urls)
+        assert [method for method, _ in server.requests] == ["POST", *["DELETE"] * 6]
+
+
+@pytest.mark.s3
+def test_an_object_that_is_not_deleted_with_others_is_deleted_alone(keys: None) -> None:
+    failed = b"<DeleteResult><Error><Key>1</Key><Code>InternalError</Code><Message>m</Message></Error></DeleteResult>"
+    with canned(Answer(200, body=failed), Answer(204)) as server:
+        store_at(server.url).delete_all([f"s3://bucket/{number}" for number in range(3)])
+        assert [(method, path.partition("?")[0]) for method, path in server.requests] == [
+            ("POST", "/bucket"),
+            ("DELETE", "/bucket/1"),
+        ]
 
 
 @pytest.mark.s3

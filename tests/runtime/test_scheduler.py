@@ -13,11 +13,14 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import raymoe
 from raymoe.errors import MergeFailed
+from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions
+from raymoe.planning.multipart import UploadPart
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import MergePlan
+from raymoe.planning.plan import MergePlan, Shard
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
+from raymoe.storage.outputs.protocol import ShardJob
 from tests.pico import LAYERS, merge_config
 from tests.runtime.fake_cluster import JOB_S, FakeActor, FakeCluster, Written
 
@@ -76,6 +79,48 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     assert outcome.gates_done and set(outcome.rows) == {Owner.expert(number) for number in range(3)}
     # No actor idles while there is work: lanes are filled again as soon as they are free.
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
+
+
+class ReadBack(Written):
+    """Each shard is one job of a part, and one more that its completion asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resumed: list[bool] = []
+        self.asked: set[str] = set()
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        return [ShardJob(shard=shard, upload_id="id", parts=(UploadPart(number=1, start=0, end=shard.nbytes),))]
+
+    def start(self, actor: Any, job: ShardJob) -> Any:
+        if job.parts:
+            self.resumed.append(job.resumes)
+        return super().start(actor, job)
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
+        if shard.file_name in self.asked:
+            return super().complete(shard, results)
+        self.asked.add(shard.file_name)
+        return ShardJob(shard=shard, read_back=ObjectInfo(size=shard.nbytes))
+
+
+def test_a_shard_is_finished_when_what_its_completion_asks_for_is_done(
+    cluster: FakeCluster, run: Run, shards: list[str]
+) -> None:
+    cluster.actor()
+    work = ReadBack()
+    outcome = run(work)
+    assert sorted(work.done) == shards == sorted(outcome.shard_results)
+    assert set(written(cluster)) == {f"{name}{rest}" for name in shards for rest in (" from part 1", " read back")}
+    assert not any(work.resumed)
+
+
+def test_parts_of_a_lost_actor_are_looked_for(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    actors = [cluster.actor(), cluster.actor()]
+    cluster.at(0.5, lambda: cluster.kill(actors[0], back_after=1.0))
+    work = ReadBack()
+    run(work)
+    assert sorted(work.done) == shards and work.resumed.count(True) == 1
 
 
 def test_an_actor_writes_the_expert_that_it_reads_first(

@@ -7,7 +7,7 @@ says how bytes get to their place, and how older runs are kept from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from raymoe.errors import MergeFailed, Problem
@@ -19,12 +19,21 @@ from raymoe.storage.base_journal import BaseJournal
 from raymoe.storage.claim import foreign_file_error, replaced_file_error
 from raymoe.storage.file_names import FileRecord, FinishedMerge
 from raymoe.storage.output_files import OutputFiles
+from raymoe.storage.outputs.protocol import Output, ShardJob
 
 
 def goes_on(shard: Shard) -> bool:
     """Whether a shard of an earlier run may be kept. A router's is written by every run: other hardware gives rows that
     differ by rounding."""
     return shard.owner != ROUTER
+
+
+def write_shard(output: Output, shard: Shard, do: Callable[[ShardJob], Any]) -> FileRecord:
+    """Write a shard here: `do` does each of its jobs, and those that `complete` asks for."""
+    done = output.complete(shard, [do(job) for job in output.jobs(shard)])
+    while isinstance(done, ShardJob):
+        done = output.complete(shard, [do(done)])
+    return done
 
 
 class BaseOutput(ABC):

@@ -78,7 +78,7 @@ class StreamOutput(StoreOutput[FsspecStore]):
             self.journal.check_run()  # a newer run removes what is to be moved
             raise
         self._remember(written.name, info)
-        self.journal.record(written)  # looks at the run again
+        self.journal.record(written)
         return cast(FileRecord, written)
 
     def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
@@ -92,5 +92,5 @@ class StreamOutput(StoreOutput[FsspecStore]):
     def _has_open_work(self) -> bool:
         return bool(self.run)
 
-    def _release(self, store: FsspecStore, journal: ObjectJournal) -> None:
+    def _release(self, store: FsspecStore, journal: ObjectJournal, *, keep_uploads: bool) -> None:
         journal.remove_own_parts()

@@ -151,7 +151,7 @@ class LocalOutput(BaseOutput):
         size_of = self.files.size_of()
         return (name for name, record in self._written.items() if size_of(name) != record.size)
 
-    def release(self) -> None:
+    def release(self, *, keep_uploads: bool = False) -> None:
         self.journal.release()
 
     def finished(self, name: str, size: int, progress: Progress | None = None) -> FileRecord | None:

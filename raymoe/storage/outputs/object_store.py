@@ -16,18 +16,19 @@ from typing import Any, Generic, TypeVar, cast
 from raymoe.errors import MergeFailed, Problem
 from raymoe.object_store.errors import ObjectExists, StorageError
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.protocol import ObjectInfo, ObjectStore
+from raymoe.object_store.parallel import CALLS_AT_ONCE
+from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, ObjectStore
 from raymoe.object_store.registry import open_store
 from raymoe.planning.plan import Shard
 from raymoe.storage.claim import Claim, TakenOver, foreign_file_error, replaced_file_error
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord, FinishedMerge, json_object
-from raymoe.storage.object_journal import ObjectJournal
+from raymoe.storage.object_journal import DoneNote, ObjectJournal
 from raymoe.storage.output_files import StoreFiles
 from raymoe.storage.outputs.base import BaseOutput, goes_on
+from raymoe.storage.outputs.protocol import ShardJob
 
 _Store = TypeVar("_Store", bound=ObjectStore)
 _RELEASE_S = 60
-_CHECKED_AT_ONCE = 8
 
 
 class StoreOutput(BaseOutput, Generic[_Store]):
@@ -47,6 +48,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         self._storage = storage
         self._written: dict[str, tuple[int, str | None]] = {}  # name -> size and ETag
         self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
+        self._listed: Mapping[str, ObjectEntry] = {}  # what was here when the run began, where it may have such shards
 
     @property
     def _store(self) -> _Store:
@@ -73,6 +75,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         if has_to_clear:
             self.files.remove_checkpoint(self.journal.check_run)
             self.journal.mark_cleared()
+        elif self.journal.has_done:
+            self._listed = self._list()
 
     @abstractmethod
     def _fence_off(self, has_to_clear: bool) -> None:
@@ -101,23 +105,32 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     def _keep_finished(self, shard: Shard) -> bool:
         """Whether an earlier run finished a shard, if what is there still has that size and content."""
         name = shard.file_name
-        record = self.journal.finished(name) if goes_on(shard) else None
-        if record is None or record.size != shard.nbytes:
+        done = self.journal.done(name) if goes_on(shard) else None
+        if done is None or done.record.size != shard.nbytes:
             return False
-        info = self._store.stat(self.files.place(name))
-        if info is None or info.size != shard.nbytes or self._checksum(name, info) != record.checksum:
-            return False
+        entry = self._listed.get(name)
+        info = ObjectInfo(size=entry.size, etag=entry.etag) if entry is not None else None
+        if info is None or not self._tells_content(done, info):
+            info = self._store.stat(self.files.place(name))
+            if info is None or info.size != shard.nbytes:
+                return False
+            if not self._tells_content(done, info) and self._checksum(name, info) != done.record.checksum:
+                return False
         self._remember(name, info)
-        self._kept[name] = record
+        self._kept[name] = done.record
         return True
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def _tells_content(self, done: DoneNote, info: ObjectInfo) -> bool:
+        """Whether size and ETag of an object show that it is the one that was noted, without a look at its bytes."""
+        return False
+
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         if shard.file_name in self._kept:
             return self._kept[shard.file_name]
         return self._complete(shard, results)
 
     @abstractmethod
-    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         """Make a shard visible that this run has written, and note it."""
 
     @abstractmethod
@@ -130,14 +143,25 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     def _written_names(self) -> Container[str]:
         return self._written
 
+    def _list(self) -> Mapping[str, ObjectEntry]:
+        return {entry.name: entry for entry in self._store.list(self.location.text)}
+
     def _replaced_files(self) -> Iterable[str]:
+        """One listing tells most: only what it shows otherwise, or without its ETag, is looked at by itself."""
+        listed = self._list()
+
+        def is_listed(name: str) -> bool:
+            entry = listed.get(name)
+            return entry is not None and entry.etag is not None and (entry.size, entry.etag) == self._written[name]
+
         def is_same(name: str) -> bool:
             info, (size, etag) = self._store.stat(self.files.place(name)), self._written[name]
             return info is not None and info.size == size and (etag is None or info.etag == etag)
 
-        with ThreadPoolExecutor(_CHECKED_AT_ONCE, thread_name_prefix="check") as pool:
-            same = list(pool.map(is_same, self._written))
-        return [name for name, is_there in zip(self._written, same) if not is_there]
+        others = [name for name in self._written if not is_listed(name)]
+        with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="check") as pool:
+            same = list(pool.map(is_same, others))
+        return [name for name, is_there in zip(others, same, strict=True) if not is_there]
 
     # --- small files, index and record
 
@@ -196,19 +220,22 @@ class StoreOutput(BaseOutput, Generic[_Store]):
 
     # --- the end
 
-    def release(self) -> None:
+    def release(self, *, keep_uploads: bool = False) -> None:
         """A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows
         what is left, and the next run finds it there."""
-        if self._has_open_work():
+        if self._has_open_work() or self.journal.has_unconfirmed:
             options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
             files = StoreFiles(open_store(self.location.text, options), self.location.text)
+            journal = self.journal.through(files)
             with contextlib.suppress(StorageError):
-                self._release(cast(_Store, files.store), ObjectJournal(files, self.run))
+                if self._has_open_work():
+                    self._release(cast(_Store, files.store), journal, keep_uploads=keep_uploads)
+                journal.withdraw_notes()
 
     @abstractmethod
     def _has_open_work(self) -> bool:
         """Whether this process may have begun something that is not at its place."""
 
     @abstractmethod
-    def _release(self, store: _Store, journal: ObjectJournal) -> None:
+    def _release(self, store: _Store, journal: ObjectJournal, *, keep_uploads: bool) -> None:
         """Remove what this run was writing."""

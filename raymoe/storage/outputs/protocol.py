@@ -5,16 +5,20 @@
 
 A shard is written by one job or by several, which different actors may do at the same time; nothing of it is visible
 before it is whole. Every step can be repeated: after any death the same calls end in the same bytes.
+
+`jobs`, `do` and `complete` may be called from several threads at the same time, for different shards. All other calls
+come one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raymoe.errors import Problem
 from raymoe.object_store.location import Location
+from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning.multipart import UploadPart
 from raymoe.planning.plan import Part, Shard
 from raymoe.sources.facts import SourceFile, TensorEntry
@@ -28,8 +32,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardJob:
-    """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied.
+    """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied, or with `read_back` the
+    finished object of a shard, whose bytes are to be read for their checksum.
 
+    `resumes`: another actor may have done a part of this job, and was lost.
     `shared_with_shards`: tensors of objects that other shards are made of too; `keep_cached`: those of them that
     whoever does this job will probably read again.
     """
@@ -37,17 +43,33 @@ class ShardJob:
     shard: Shard
     upload_id: str | None = None
     parts: tuple[UploadPart, ...] = ()
+    read_back: ObjectInfo | None = None
+    resumes: bool = False
     shared_with_shards: tuple[TensorEntry, ...] = ()
     keep_cached: tuple[TensorEntry, ...] = ()
 
     @property
     def name(self) -> str:
         """Another for each job."""
+        if self.read_back is not None:
+            return f"{self.shard.file_name} read back"
         return f"{self.shard.file_name} from part {self.parts[0].number}" if self.parts else self.shard.file_name
 
     def includes(self, part: Part) -> bool:
         """Whether that part of the shard is done by this job."""
-        return not self.parts or any(each.start < part.end and part.start < each.end for each in self.parts)
+        if self.read_back is not None:
+            return False
+        return not self.parts or any(each.overlaps(part) for each in self.parts)
+
+    def slim(self, *, scans_copies: bool) -> ShardJob:
+        """The job with only what an actor needs of its shard: header and parts of what it sends, and with
+        `scans_copies` of what it has copied. A job without parts is a whole shard, and needs all of it."""
+        if not self.parts and self.read_back is None:
+            return self
+        needed = [part for part in self.parts if part.copy is None or scans_copies]
+        parts = tuple(p for p in self.shard.parts if any(each.overlaps(p) for each in needed))
+        has_header = any(part.start < len(self.shard.header) for part in needed)
+        return replace(self, shard=replace(self.shard, header=self.shard.header if has_header else b"", parts=parts))
 
 
 class Output(Protocol):
@@ -107,8 +129,12 @@ class Output(Protocol):
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """Do a job; what it returns is for `complete`. Nothing of it is kept where a source changed meanwhile."""
 
-    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
-        """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over."""
+    def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
+        """All jobs of a shard are done: make it visible. Raises MergeFailed where another run has taken over.
+
+        A job that is returned is to be done by an actor before the shard is finished: the caller gives it out like any
+        other, and calls `complete` again with a list of its result alone. `base.write_shard` does so in one process.
+        """
 
     def write_small(self, name: str, content: bytes) -> FileRecord:
         """Write a small file as a whole."""
@@ -120,5 +146,6 @@ class Output(Protocol):
     def end(self, record: bytes) -> None:
         """Look at all that was written once more and write the record; the merge is complete, and the journal goes."""
 
-    def release(self) -> None:
-        """Leave the output, finished or not, with nothing half-written."""
+    def release(self, *, keep_uploads: bool = False) -> None:
+        """Leave the output, finished or not, with nothing half-written. With `keep_uploads`, what has been sent of
+        unfinished shards stays for the run that resumes the merge, where the output has such a thing."""

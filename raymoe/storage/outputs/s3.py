@@ -1,10 +1,19 @@
 """An S3 prefix as output: shards become objects by multipart uploads, whose parts the store copies itself where it can.
 
 The coordinator opens a shard's upload, actors send its parts or have them copied, the coordinator completes it: that is
-the moment in which the whole object becomes visible. Several actors may feed one upload. An upload that a dead run left
-is taken up again where its id is known, with those of its parts that were noted as sent; it is aborted where it is of
-another merge. Where only the intention is known, all uploads of that key are aborted that were opened after it: a store
-does not tell which program has opened one. All other uploads are of other programs, and are left alone.
+the moment in which the whole object becomes visible. Several actors may feed one upload.
+
+    fresh     create, note the id, look at plan.json --> parts, by actors --> look at plan.json, complete, note
+    resumed   list the parts that are there --> the others, by actors --> look at plan.json, complete, note
+
+An upload that a dead run left is taken up again where its id is known; it is aborted where it is of another merge. A
+run that dies before it has noted an id leaves an upload that only a listing shows. The next run aborts all uploads of
+shards that were opened since that run began, if that run has noted no id for the shard: a store does not tell which
+program has opened an upload. All other uploads are of other programs, and are left alone.
+
+A part of an upload that is taken up is right if it has the planned size, and is made of files whose content the plan's
+digest knows: objects by their ETag, Hub files by their commit. Parts of local files count if they have been noted,
+which an actor does after a look at its sources.
 
 Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part
 counts with its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
@@ -22,7 +31,8 @@ from typing import Any
 from raymoe.object_store.errors import UploadNotFound, object_replaced_error
 from raymoe.object_store.location import LocationKind
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.protocol import MultipartStore, ObjectInfo, UploadedPart
+from raymoe.object_store.parallel import CALLS_AT_ONCE
+from raymoe.object_store.protocol import MultipartStore, ObjectInfo, OpenUpload, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
 from raymoe.planning.multipart import UploadPart, upload_parts
 from raymoe.planning.plan import Columns, Shard, Transform
@@ -30,7 +40,7 @@ from raymoe.sources.facts import SourceFile
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.claim import Claim
 from raymoe.storage.file_names import FileRecord
-from raymoe.storage.object_journal import ObjectJournal, RecordedUpload
+from raymoe.storage.object_journal import DoneNote, ObjectJournal, RecordedUpload
 from raymoe.storage.outputs.base import goes_on
 from raymoe.storage.outputs.object_store import StoreOutput
 from raymoe.storage.outputs.protocol import Progress, ShardJob
@@ -54,13 +64,24 @@ class S3Output(StoreOutput[MultipartStore]):
         super().__init__(location, storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
+        self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and what became of it
+        self._reading_back: set[str] = set()  # shards that are complete but for their checksums
+        self._beginning: set[str] = set()  # shards of whose uploads the ids are not noted yet
+        self._open_before: Sequence[OpenUpload] = ()  # below the output, when this run began
+        self._lists_uploads: bool | None = None  # whether the store lists all uploads below a folder, where it is known
+        self._lock = threading.Lock()  # held until that is known
         self._metadata: dict[str, str] = {}  # of all shards
         self._memory = _Budget(_SENDING_BYTES)
 
     def _fence_off(self, has_to_clear: bool) -> None:
-        claim = self.journal.check_run()
+        self._open_before = self._store.list_uploads(self.location.text)
+        claim = self.journal.check_run()  # so that a newer run has opened none of them
         # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
+        lost = self.journal.lost_uploads(self._open_before)
+        with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="abort") as pool:
+            list(pool.map(lambda upload: self._store.abort_upload(upload.url, upload.upload_id), lost))
+        self.journal.forget_known()
         earlier = (each for each in self.journal.all_earlier_uploads() if has_to_clear or not each.is_own)
         self._abort(earlier, self.journal.check_run)
 
@@ -74,18 +95,20 @@ class S3Output(StoreOutput[MultipartStore]):
             return ()
         parts = upload_parts(shard, self.same_store)
         if name not in self._uploads:
-            self._uploads[name], there = self._open_upload(name, goes_on=goes_on(shard))
-            known = {part.number: part for part in there}
-            done = [known[p.number] for p in parts if p.number in known and known[p.number].size == p.nbytes]
-            self._known_parts[name] = done
+            upload_id, there = self._open_upload(name, goes_on=goes_on(shard))
+            done = _finished_parts(shard, parts, there, lambda: self.journal.sent_parts(name, upload_id))
+            self._known_parts[name], self._uploads[name] = done, upload_id
         numbers = {part.number for part in self._known_parts[name]}
         missing = [part for part in parts if part.number not in numbers]
         return [ShardJob(shard=shard, upload_id=self._uploads[name], parts=group) for group in _groups(missing)]
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
-        """The parts that the store has now. `router` gives computed rows."""
+        """The parts that the store has now, or the checksum of what is read back. `router` gives computed rows."""
+        name = job.shard.file_name
+        if job.read_back is not None:
+            return self._read_back(name, job.read_back, progress)
         assert job.upload_id is not None
-        upload_id, url = job.upload_id, self.files.place(job.shard.file_name)
+        upload_id, url = job.upload_id, self.files.place(name)
 
         def send(part: UploadPart) -> UploadedPart:
             if part.copy is not None:
@@ -101,13 +124,45 @@ class S3Output(StoreOutput[MultipartStore]):
             progress(part.nbytes, 0)
             return there
 
+        there: list[UploadedPart] = []
+        if job.resumes:
+            listed = self._store.list_parts(url, upload_id)
+            there = _finished_parts(job.shard, job.parts, listed, lambda: self.journal.read_sent_parts(name, upload_id))
+        numbers = {part.number for part in there}
+        missing = [part for part in job.parts if part.number not in numbers]
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            sent = list(pool.map(send, job.parts))
+            sent = list(pool.map(send, missing))
+        self._check_copied(url, job.parts)
         reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
-        self.journal.record_sent(job.shard.file_name, upload_id, sent)
-        return sent
+        if unpinned := [done for part, done in zip(missing, sent, strict=True) if not _is_pinned(job.shard, part)]:
+            self.journal.record_sent(name, upload_id, unpinned)
+        return [*there, *sent]
 
-    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord:
+    def _check_copied(self, url: str, parts: Iterable[UploadPart]) -> None:
+        """Look once at each object that parts were copied from, also by an actor that was lost before it could look."""
+        ends: dict[SourceFile, int] = {}
+        for copy in (part.copy for part in parts if part.copy is not None):
+            ends[copy.file] = max(copy.end, ends.get(copy.file, 0))
+        for file, end in ends.items():
+            self._store.check_copied(url, file.location, end, file.etag)
+
+    def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
+        name = shard.file_name
+        if name in self._reading_back:
+            (checksum,) = results
+            self._reading_back.discard(name)
+        elif self._storage.checksum is not None:
+            info = self._complete_upload(shard, results)
+            self._reading_back.add(name)
+            return ShardJob(shard=shard, read_back=info)
+        else:
+            checksum = self._checksum(name, self._complete_upload(shard, results))
+        upload_id, info = self._completed[name]
+        record = FileRecord(name=name, size=info.size, checksum=checksum)
+        self.journal.record(record, etag=info.etag, upload_id=upload_id)
+        return record
+
+    def _complete_upload(self, shard: Shard, results: Sequence[Any]) -> ObjectInfo:
         name = shard.file_name
         parts = [*self._known_parts[name], *(part for result in results for part in result)]
         parts.sort(key=lambda part: part.number)
@@ -116,11 +171,9 @@ class S3Output(StoreOutput[MultipartStore]):
         info = self._store.complete_upload(url, upload_id, parts, metadata=self._metadata)
         assert info.size == shard.nbytes, f"{url}: {info.size} bytes, planned {shard.nbytes}"
         self._remember(name, info)
-        record = FileRecord(name=name, size=info.size, checksum=self._checksum(name, info))
-        self.journal.record(record)  # looks at the run again
-        self.journal.forget_upload(name)
+        self._completed[name] = upload_id, info
         del self._uploads[name], self._known_parts[name]
-        return record
+        return info
 
     def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
         url = self.files.place(name)
@@ -135,7 +188,8 @@ class S3Output(StoreOutput[MultipartStore]):
         return FileRecord(name=name, size=len(content), checksum=self._checksum(name, info))
 
     def _clear(self, claim: Claim) -> None:
-        uploads = self.journal.all_uploads()
+        completed = {upload_id for upload_id, _ in self._completed.values()}
+        uploads = [upload for upload in self.journal.other_uploads() if upload.upload_id not in completed]
         self.journal.check_claim(claim)  # and so none of them is a newer run's
         self._abort(uploads, lambda: self.journal.check_claim(claim))
         super()._clear(claim)
@@ -143,14 +197,16 @@ class S3Output(StoreOutput[MultipartStore]):
     def _has_open_work(self) -> bool:
         return bool(self._uploads)
 
-    def _release(self, store: MultipartStore, journal: ObjectJournal) -> None:
+    def _release(self, store: MultipartStore, journal: ObjectJournal, *, keep_uploads: bool) -> None:
         """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has
-        found them in the journal."""
+        found them in the journal. The journal also tells of those that are kept."""
         uploads, self._uploads = self._uploads, {}
-        if journal.is_of_this_run:
+        if not keep_uploads and journal.is_of_this_run:
             for name, upload_id in uploads.items():
                 store.abort_upload(self.files.place(name), upload_id)
                 journal.forget_upload(name)
+            if not self._beginning:
+                journal.forget_own_known()
 
     def _checksum(self, name: str, info: ObjectInfo) -> str:
         """The store's own digest of the object, or with `storage.checksum: sha256` one of its bytes, read back."""
@@ -159,27 +215,68 @@ class S3Output(StoreOutput[MultipartStore]):
         url = self.files.place(name)
         there = self._store.stat(url)
         assert there is not None
-        starts = range(0, there.size, _READ_BYTES)
-        read = (self._store.read(url, start, min(start + _READ_BYTES, there.size), there.etag) for start in starts)
-        return f"sha256:{hex_digest(hashlib.sha256(), read)}"
+        return self._read_back(name, there, lambda sent, copied: None)
+
+    def _read_back(self, name: str, info: ObjectInfo, progress: Progress) -> str:
+        """The SHA-256 of an object's bytes. `progress` is told of each read, as of no bytes: nothing is written."""
+        url = self.files.place(name)
+
+        def read() -> Iterator[bytes]:
+            for start in range(0, info.size, _READ_BYTES):
+                yield self._store.read(url, start, min(start + _READ_BYTES, info.size), info.etag)
+                progress(0, 0)
+
+        return f"sha256:{hex_digest(hashlib.sha256(), read())}"
+
+    def _tells_content(self, done: DoneNote, info: ObjectInfo) -> bool:
+        """The ETag was noted beside the checksum; if it is the same, so are the bytes."""
+        kind = "etag:" if self._storage.checksum is None else f"{self._storage.checksum}:"
+        if info.etag is None or info.size != done.record.size or not done.record.checksum.startswith(kind):
+            return False
+        return info.etag == done.etag or done.record.checksum == f"etag:{info.etag}"
 
     def _open_upload(self, name: str, *, goes_on: bool) -> tuple[str, Sequence[UploadedPart]]:
         """An upload of `name`: where `goes_on`, the one that an earlier run of this merge left, with the parts that it
-        noted; else a new one."""
+        has; else a new one."""
+        earlier = self.journal.earlier_uploads(name)
+        own = dict.fromkeys(upload.upload_id for upload in earlier if goes_on and upload.is_own)
+        found = ((upload_id, self._listed_parts(name, upload_id)) for upload_id in own if upload_id is not None)
+        taken = next(((upload_id, parts) for upload_id, parts in found if parts is not None), None)
+        # The note of an upload that is taken up stays where it is: any later run finds it there.
+        others = [upload for upload in earlier if taken is None or upload.upload_id != taken[0]]
+        self._abort(others, self.journal.check_run)
+        return taken or (self._new_upload(name), ())
+
+    def _listed_parts(self, name: str, upload_id: str) -> Sequence[UploadedPart] | None:
+        """The parts of an upload; None where it is not open: completed, or aborted."""
+        try:
+            return self._store.list_parts(self.files.place(name), upload_id)
+        except UploadNotFound:
+            return None
+
+    def _new_upload(self, name: str) -> str:
+        """A new upload, which a later run finds by `known/RUN.json` if this one dies before it has noted the id.
+
+        Some servers list only the uploads of one exact key. The first upload shows which kind this server is. It is
+        announced in any case, and so are all others where the server is of that kind.
+        """
+        with self._lock:
+            if self._lists_uploads is None:
+                upload_id = self._begin_upload(name, announces=True)
+                listed = self._store.list_uploads(self.location.text)
+                self._lists_uploads = any(upload.upload_id == upload_id for upload in listed)
+                if self._lists_uploads:
+                    self.journal.record_known([upload.upload_id for upload in self._open_before])
+                return upload_id
+        return self._begin_upload(name, announces=not self._lists_uploads)
+
+    def _begin_upload(self, name: str, *, announces: bool) -> str:
         url = self.files.place(name)
-        earlier, taken = self.journal.earlier_uploads(name), None
-        if goes_on:
-            taken = next((upload for upload in earlier if upload.is_own and self._is_open(upload)), None)
-        same = [upload for upload in earlier if taken is not None and upload.upload_id == taken.upload_id]
-        self._abort((upload for upload in earlier if upload not in same), self.journal.check_run)
-        if taken is not None and taken.upload_id is not None:
-            self.journal.record_upload(name, taken.upload_id)
-            for upload in same:  # two, where a run was killed between its own note and the removal of the older one
-                self.journal.forget(upload)
-            there, sent = self._store.list_parts(url, taken.upload_id), self.journal.sent_parts(name, taken.upload_id)
-            return taken.upload_id, [part for part in there if part in sent]
-        known = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
-        self.journal.announce_upload(name, known=known)
+        before = self._store.list_uploads(url) if announces else self._open_before
+        known = [upload.upload_id for upload in before if upload.url == url]
+        if announces:
+            self.journal.announce_upload(name, known=known)
+        self._beginning.add(name)
         upload_id = self._create_upload(url, known=known)
         try:
             self.journal.record_upload(name, upload_id)
@@ -187,17 +284,10 @@ class S3Output(StoreOutput[MultipartStore]):
             # A newer run may have read the journal before the note was there: it does not know this upload.
             self._store.abort_upload(url, upload_id)
             self.journal.forget_upload(name)
+            self._beginning.discard(name)
             raise
-        return upload_id, ()
-
-    def _is_open(self, upload: RecordedUpload) -> bool:
-        if upload.upload_id is None:
-            return False
-        try:
-            self._store.list_parts(self.files.place(upload.name), upload.upload_id)
-        except UploadNotFound:
-            return False
-        return True
+        self._beginning.discard(name)
+        return upload_id
 
     def _abort(self, uploads: Iterable[RecordedUpload], check: Callable[[], object]) -> None:
         """Abort what was noted of uploads, and remove the notes.
@@ -206,7 +296,8 @@ class S3Output(StoreOutput[MultipartStore]):
         not tell which program has opened an upload. `check` raises where a newer run, with uploads of its own, has the
         output.
         """
-        for upload in uploads:
+
+        def abort(upload: RecordedUpload) -> None:
             url = self.files.place(upload.name)
             ids = [upload.upload_id]
             if upload.upload_id is None:
@@ -214,7 +305,11 @@ class S3Output(StoreOutput[MultipartStore]):
                 check()
             for upload_id in filter(None, ids):
                 self._store.abort_upload(url, upload_id)
-            self.journal.forget(upload)
+
+        if uploads := list(uploads):
+            with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="abort") as pool:
+                list(pool.map(abort, uploads))
+            self.journal.forget(uploads)
 
     def _opened_since(self, url: str, known: Sequence[str]) -> list[str]:
         found = [upload.upload_id for upload in self._store.list_uploads(url) if upload.url == url]
@@ -252,10 +347,35 @@ class _Budget:
                 self._changed.notify_all()
 
 
+def _finished_parts(
+    shard: Shard, parts: Iterable[UploadPart], listed: Iterable[UploadedPart], sent: Callable[[], set[UploadedPart]]
+) -> list[UploadedPart]:
+    """Those of the parts that an upload has as they are planned. `sent` reads which parts have been noted as sent; it
+    is called where a part is made of local files."""
+    by_number, noted = {part.number: part for part in listed}, None
+    found = []
+    for part in parts:
+        there = by_number.get(part.number)
+        if there is None or there.size != part.nbytes:
+            continue
+        if not _is_pinned(shard, part):
+            noted = sent() if noted is None else noted
+            if there not in noted:
+                continue
+        found.append(there)
+    return found
+
+
+def _is_pinned(shard: Shard, part: UploadPart) -> bool:
+    """Whether the plan's digest says which bytes a part of the upload has."""
+    if part.copy is not None:
+        return part.copy.file.is_pinned
+    overlapping = [each for each in shard.parts if part.overlaps(each)]
+    return all(file.is_pinned for each in overlapping for file in each.files_read)
+
+
 def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
-    computed = any(
-        isinstance(p.what, (Columns, Transform)) and p.start < part.end and part.start < p.end for p in shard.parts
-    )
+    computed = any(isinstance(each.what, (Columns, Transform)) and part.overlaps(each) for each in shard.parts)
     return part.nbytes + (_COMPUTING_BYTES if computed else 0)
 
 

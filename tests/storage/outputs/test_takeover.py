@@ -214,7 +214,17 @@ def test_note_that_comes_late_is_not_accepted(
 # --- every order of the calls of two runs to a store
 
 
-CHANGES = ("put", "delete", "move", "create_upload", "upload_part", "copy_part", "complete_upload", "abort_upload")
+CHANGES = (
+    "put",
+    "delete",
+    "move",
+    "create_upload",
+    "upload_part",
+    "copy_part",
+    "complete_upload",
+    "abort_upload",
+    "delete_all",
+)
 
 
 class Interrupted:
@@ -655,7 +665,8 @@ def end_or_die(output: Output, record: bytes, at: int) -> bool:
                 patch.setattr(os, name, dying(getattr(os, name)))
         else:
             assert isinstance(output, (S3Output, StreamOutput))
-            patch.setattr(output._store, "delete", dying(output._store.delete))
+            for name in ("delete", "delete_all"):
+                patch.setattr(output._store, name, dying(getattr(output._store, name)))
         try:
             output.end(record)
         except Died:
