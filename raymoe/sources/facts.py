@@ -60,7 +60,7 @@ class SourceFile:
     def is_pinned(self) -> bool:
         """Whether its ETag or its commit, which is in the plan's digest, says which content is read. Not so for local
         files."""
-        return self.etag is not None or self.location.startswith("hf://")
+        return self.etag is not None or self.kind is LocationKind.HUB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,8 @@ def test_a_mistyped_flag_is_refused(cli: Cli, config: Callable[..., Path], tmp_p
 def test_submit_passes_on_what_was_typed(
     cli: Cli, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Defaults too, if they were typed: another version of raymoe on the cluster may have others."""
+    """Defaults too, if they were typed: another version of raymoe on the cluster may have others. Uploads are kept for
+    the job that is submitted again."""
     sent: list[Job] = []
 
     def send(client: object, job: Job, *, install: bool) -> str:
@@ -77,5 +78,13 @@ def test_submit_passes_on_what_was_typed(
     words = shlex.split(sent[0].entrypoint)
     assert words[:6] == ["python", "-m", "raymoe", "merge", "config.yaml", "/out"]
     values = ["--actors=2", "--num-threads=4", "--message=a b"]
-    switches = ["--no-cuda", "--copy-tokenizer", "--verbose", "--verbose", "--gpu-rich", "--no-write-model-card"]
+    switches = [
+        "--no-cuda",
+        "--copy-tokenizer",
+        "--verbose",
+        "--verbose",
+        "--gpu-rich",
+        "--no-write-model-card",
+        "--keep-uploads",
+    ]
     assert sorted(words[6:]) == sorted([*values, *switches])

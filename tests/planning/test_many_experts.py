@@ -40,7 +40,7 @@ def facts_of(ref: ModelRef, layers: int) -> ModelFacts:
         tensors[name] = TensorEntry(name=name, dtype="BF16", shape=shape, file=file, start=start, end=end)
     side = SideFile(name="tokenizer.json", file=SourceFile(location="/base/tokenizer.json", size=10))
     index = CheckpointIndex(files=(file,), tensors=tensors)
-    return ModelFacts(ref=ref, label=ref.model.path, revision=None, config=config, index=index, side_files=(side,))
+    return ModelFacts(label=ref.model.path, revision=None, config=config, index=index, side_files=(side,))
 
 
 def inputs(experts: int, layers: int, mode: str = "ridge") -> tuple[MergeConfig, dict[ModelRef, ModelFacts]]:

@@ -350,9 +350,14 @@ def test_a_plan_for_s3_is_refused_before_work(tmp_path: Path, monkeypatch: pytes
     """Nothing is asked of the store: the plan alone shows it. A folder has no such limit."""
     plan = hollow_plan(tmp_path, SMOLLM2)
     monkeypatch.setattr("raymoe.planning.multipart.MAX_OBJECT_BYTES", 1 << 20)
-    problems = plan_output_problems(plan, open_output("s3://bucket/out", StorageOptions()), overwrite=False)
+    problems = plan_output_problems(
+        plan, open_output(Location.of("s3://bucket/out"), StorageOptions()), overwrite=False
+    )
     assert problems and all("--out-shard-size" in str(problem) for problem in problems[:1])
-    assert plan_output_problems(plan, open_output(str(tmp_path / "out"), StorageOptions()), overwrite=False) == []
+    assert (
+        plan_output_problems(plan, open_output(Location.parse(tmp_path / "out"), StorageOptions()), overwrite=False)
+        == []
+    )
 
 
 # --- what packing does for it

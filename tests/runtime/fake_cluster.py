@@ -301,7 +301,7 @@ class Written:
     def __init__(self, writer: Callable[[], FakeActor] | None = None) -> None:
         """`writer`: what starts the actor that writes for others."""
         self.done: list[str] = []
-        self.methods = (Direct(must_see_output=True), Sent(writer)) if writer else (Direct(),)
+        self.methods: tuple[ShardMethod, ...] = (Direct(must_see_output=True), Sent(writer)) if writer else (Direct(),)
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return [ShardJob(shard=shard)]

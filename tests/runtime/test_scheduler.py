@@ -22,7 +22,7 @@ from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
 from raymoe.storage.outputs.protocol import ShardJob
 from tests.pico import LAYERS, merge_config
-from tests.runtime.fake_cluster import JOB_S, FakeActor, FakeCluster, Written
+from tests.runtime.fake_cluster import JOB_S, Direct, FakeActor, FakeCluster, Written
 
 Run = Callable[..., Outcome]
 
@@ -81,6 +81,19 @@ def test_all_is_done_once(cluster: FakeCluster, run: Run, shards: list[str], act
     assert cluster.seconds < JOB_S * (len(shards) / actors + 1) + 1
 
 
+class Noted(Direct):
+    """Notes which jobs of parts look for those that are there."""
+
+    def __init__(self, resumed: list[bool]) -> None:
+        super().__init__()
+        self._resumed = resumed
+
+    def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
+        if job.parts:
+            self._resumed.append(job.resumes)
+        return super().start(actor, job, helper)
+
+
 class ReadBack(Written):
     """Each shard is one job of a part, and one more that its completion asks for."""
 
@@ -88,14 +101,10 @@ class ReadBack(Written):
         super().__init__()
         self.resumed: list[bool] = []
         self.asked: set[str] = set()
+        self.methods = (Noted(self.resumed),)
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
         return [ShardJob(shard=shard, upload_id="id", parts=(UploadPart(number=1, start=0, end=shard.nbytes),))]
-
-    def start(self, actor: Any, job: ShardJob) -> Any:
-        if job.parts:
-            self.resumed.append(job.resumes)
-        return super().start(actor, job)
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
         if shard.file_name in self.asked:

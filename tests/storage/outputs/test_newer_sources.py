@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from raymoe.object_store.location import Location
 from raymoe.sources.local_folder import recorded_sample, stat_file
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FinishedMerge
 from raymoe.storage.outputs.output_checks import _newer_source_problems, rewritten_sources
@@ -29,7 +30,7 @@ def models(tmp_path: Path) -> Path:
 
 def said(models: Path, finished: FinishedMerge, location: str) -> list[str]:
     plan: Any = SimpleNamespace(side_files=(), sources=(SimpleNamespace(files=(file_of(models),)),))
-    return [problem.what for problem in _newer_source_problems(plan, location, finished)]
+    return [problem.what for problem in _newer_source_problems(plan, Location.of(location), finished)]
 
 
 def file_of(models: Path) -> Any:
@@ -60,10 +61,10 @@ def test_a_rewritten_file_of_the_same_sample_is_named(models: Path) -> None:
     file = file_of(models)
     finished = finished_of(local_files={file.location: recorded_sample(file)})
     plan: Any = SimpleNamespace(side_files=(), sources=(SimpleNamespace(files=(file,)),))
-    assert rewritten_sources(plan, str(models / "out"), finished) == []
+    assert rewritten_sources(plan, Location.parse(models / "out"), finished) == []
     os.utime(models / "one/model.safetensors", (1 << 33, 1 << 33))
-    assert rewritten_sources(plan, str(models / "out"), finished) == [file.location]
-    assert rewritten_sources(plan, "s3://bucket/out", finished) == []
+    assert rewritten_sources(plan, Location.parse(models / "out"), finished) == [file.location]
+    assert rewritten_sources(plan, Location.of("s3://bucket/out"), finished) == []
 
 
 @pytest.mark.parametrize("samples", [None, [], {"/elsewhere": 1}])
