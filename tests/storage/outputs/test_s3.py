@@ -323,6 +323,7 @@ def test_several_workers_feed_one_shard(plan: MergePlan, place: Place, out: str,
 
 WORKER = """
 import pickle, sys
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.expert_actor import ExpertWorker
