@@ -28,15 +28,18 @@ def run_on_actors(
     they are at.
     """
     with expert_actors(actor_plan, output, settings, run) as actors:
+        workers = [a for a, placement in zip(actors, actor_plan.placements) if not placement.only_copies]
         outcome = run_jobs(
             plan,
-            actors,
+            workers,
             work,
             progress.watch(actors),
             gpus=[placement.gpus > 0 for placement in actor_plan.placements],
             readers=actor_plan.readers,
             layers_at_once=actor_plan.layers_at_once,
             shards_at_once=actor_plan.shards_at_once,
+            copiers=actors[len(workers) :],
+            copies_at_once=actor_plan.copies_at_once,
             requirements=actor_plan.requirements,
             stall_timeout_s=settings.stall_timeout_s,
         )
