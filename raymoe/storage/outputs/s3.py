@@ -35,6 +35,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import CALLS_AT_ONCE
 from raymoe.object_store.protocol import MultipartStore, ObjectInfo, OpenUpload, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
+from raymoe.object_store.urls import join_url
 from raymoe.planning.multipart import UploadPart, upload_parts
 from raymoe.planning.plan import Copy, Shard
 from raymoe.sources.facts import SourceFile
@@ -65,6 +66,7 @@ class S3Output(StoreOutput[MultipartStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
+        self._copied_from: dict[str, SourceFile] = {}  # objects that the store copies ranges of, by their URLs
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and what became of it
         self._reading_back: set[str] = set()  # shards that are complete but for their checksums
@@ -95,11 +97,11 @@ class S3Output(StoreOutput[MultipartStore]):
         return sum(job.copies for job in jobs) if all(job.asks_store for job in jobs) else 0
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        name = shard.file_name
+        name, parts = shard.file_name, upload_parts(shard, self.same_store)
+        self._copied_from |= {part.copy.file.location: part.copy.file for part in parts if part.copy is not None}
         if self._keep_finished(shard):
             self._abort(self.journal.earlier_uploads(name), self.journal.check_run)
             return ()
-        parts = upload_parts(shard, self.same_store)
         if name not in self._uploads:
             upload_id, there = self._open_upload(name, goes_on=goes_on(shard))
             done = _finished_parts(shard, parts, there, lambda: self.journal.sent_parts(name, upload_id))
@@ -138,7 +140,6 @@ class S3Output(StoreOutput[MultipartStore]):
         missing = [part for part in job.parts if part.number not in numbers]
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as senders:
             sent = _results([(senders if p.copy is None else self._copiers).submit(send, p) for p in missing])
-        self._check_copied(url, job.parts)
         reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
         if unpinned := [done for part, done in zip(missing, sent, strict=True) if not _is_pinned(job.shard, part)]:
             self.journal.record_sent(name, upload_id, unpinned)
@@ -149,13 +150,22 @@ class S3Output(StoreOutput[MultipartStore]):
         """Threads that wait for copies, of all jobs of this process; the store's pacer says how many go on at once."""
         return ThreadPoolExecutor(self._storage.copy_slots[1], thread_name_prefix="copy")
 
-    def _check_copied(self, url: str, parts: Iterable[UploadPart]) -> None:
-        """Look once at each object that parts were copied from, also by an actor that was lost before it could look."""
-        ends: dict[SourceFile, int] = {}
-        for copy in (part.copy for part in parts if part.copy is not None):
-            ends[copy.file] = max(copy.end, ends.get(copy.file, 0))
-        for file, end in ends.items():
-            self._store.check_copied(url, file.location, end, file.etag)
+    def _write_index(self, content: bytes) -> FileRecord:
+        self._check_sources()
+        return super()._write_index(content)
+
+    def _check_sources(self) -> None:
+        """Look at each object that parts were copied from, also by an earlier run or an actor that was lost: some
+        servers ignore the ETag that is a copy's condition. A listing shows many of them at once."""
+        folders: dict[str, list[SourceFile]] = {}
+        for file in self._copied_from.values():
+            folders.setdefault(file.location.rpartition("/")[0], []).append(file)
+        for folder, files in folders.items():
+            there = {join_url(folder, entry.name): entry for entry in self._store.list(folder, recursive=False)}
+            for file in files:
+                entry = there.get(file.location)
+                if entry is None or (entry.size, entry.etag) != (file.size, file.etag):
+                    self._store.check_copied(self.location.text, file.location, file.size, file.etag)
 
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         name = shard.file_name
