@@ -13,7 +13,8 @@ from raymoe.formatting import human_bytes, short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.publish.manifest import Manifest, open_manifest
 from raymoe.publish.repository import PushTarget, Repository, open_repository, source_problem, target_problems
-from raymoe.publish.upload import Comparison, PushResult, compare, upload
+from raymoe.publish.upload import Comparison, compare, upload
+from raymoe.results import PushResult
 from raymoe.sources.hub import HubOptions
 
 

@@ -54,7 +54,7 @@ def models(zoo: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 def card_of(config: dict[str, Any], hub: HubOptions, summary: RouterSummary | None = None) -> ModelCard:
     """The card of a config's merge, as the Hub's library reads it."""
     plan = raymoe.plan(config, hub=hub, allow_all_same=True)
-    checked = raymoe.api.make_config(config, allow_all_same=True)
+    checked = make_config(config, allow_all_same=True)
     text = model_card(plan, checked, summary, source_cards(plan, hub, StorageOptions()))
     card = ModelCard(text)
     assert card.content == text  # its metadata survive being read and written
@@ -153,7 +153,7 @@ def test_a_hub_that_is_gone_after_the_plan(hub: HubServer, models: Callable[...,
     hub.repos.clear()
     sources = source_cards(plan, options, StorageOptions())
     assert [(source.label, source.hub_id, source.license) for source in sources] == [("org/base", "org/base", None)]
-    checked = raymoe.api.make_config(config, allow_all_same=True)
+    checked = make_config(config, allow_all_same=True)
     data = ModelCard(model_card(plan, checked, None, sources)).data
     assert data.base_model == ["org/base"] and data.license is None
 
