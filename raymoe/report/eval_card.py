@@ -76,8 +76,9 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "| model | mean |" + "".join(f" {code_span(label)} |" for label in labels)
     yield "|---|---:|" + "---:|" * len(labels)
+    names = {f"expert {name}": f"expert {code_span(name)}" for name in result["experts"]} | _MODELS
     for model in loss_rows(result):
-        name = _MODELS.get(model) or f"expert {code_span(model.removeprefix('expert '))}"
+        name = names.get(model) or code_span(model)
         yield f"| {name} |" + "".join(f" {_cell(read_loss(result, model, label))} |" for label in (MEAN, *labels))
     yield ""
     first, chosen = float(routing["first_accuracy_mean"]), float(routing["chosen_accuracy_mean"])
