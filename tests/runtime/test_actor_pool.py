@@ -104,10 +104,12 @@ def test_memory_that_never_suffices() -> None:
     handle = cluster.actor()
     cluster.run_out_of_memory(handle)
     pool = pool_of(cluster, handle)
+    for _ in range(3):
+        cluster.sleep(1.0)
+        ask(pool, cluster)
+    cluster.sleep(1.0)
     with pytest.raises(MergeFailed, match=r"the last one died \(1 worker.* low on memory\.\)\. Memory ran out on its"):
-        for _ in range(4):
-            cluster.sleep(1.0)
-            ask(pool, cluster)
+        ask(pool, cluster)
 
 
 @pytest.fixture
