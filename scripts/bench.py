@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bench_page import update_page
+from bench_page import PAGE, update_page
 from random_model import SHAPES, write_model
 from run_measures import Run, drop_from_cache, read_into_cache, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/benchmarks.md"
 EXPERTS = 4
 # What raymoe -v says, and what has come to its end then.
 STEPS = {
@@ -53,7 +52,7 @@ def models(work: Path, shape: str, tokenizer: Path) -> list[Path]:
     return paths
 
 
-def write_config(path: Path, experts: Sequence[Path], mode: str, prompts: int, words: int) -> Path:
+def write_config(path: Path, experts: Sequence[Path | str], mode: str, prompts: int, words: int) -> Path:
     """The first model is the base too. Every expert has its own prompts, all of one length."""
     text = " ".join(f"word{n}" if n % 3 else "of the" for n in range(words))
     entries: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/benchmarks.md, from the results of scripts/bench.py."""
+"""The tables and the plot of docs/benchmarks.md, from the results of scripts/bench.py and scripts/bench_s3.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 
 from pages import put_between
 
+PAGE = Path(__file__).resolve().parent.parent / "docs/benchmarks.md"
 MARK = "<!-- scripts/bench.py: {} -->"
+S3_MARK = "<!-- scripts/bench_s3.py: {} -->"
 NAMES = {"raymoe": "raymoe", "mergekit": "mergekit-moe", "raw": "raw copy"}
 COLOURS = {"raymoe": "#2563eb", "mergekit": "#d97706", "raw": "#6b7280"}
 PHASES = ("plan", "start Ray", "start actors", "gates", "write", "finish", "stop Ray")
@@ -81,6 +83,55 @@ def memory_table(results: Sequence[Result]) -> str:
         cells = [megabytes(programs["raymoe"]["peak_pss"]), megabytes(programs["raymoe"]["peak_anonymous"])]
         cells.append(megabytes(programs["mergekit"]["peak_pss"]) if "mergekit" in programs else "-")
         lines.append(f"{case(result)} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update_s3_tables(page: Path, results: Sequence[Result]) -> None:
+    """Put the tables of merges between buckets and of senders between the page's marks."""
+    ordered = sorted(results, key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"]))
+    put_between(page, S3_MARK.format("merges"), s3_table(ordered))
+    put_between(page, S3_MARK.format("senders"), senders_table(ordered))
+
+
+def s3_table(results: Sequence[Result]) -> str:
+    """Load is the highest load average of a minute that the machine had before one of the runs."""
+    lines = [
+        "| models | output | mode | page cache | load | raymoe | start Ray | write | download + mergekit-moe + upload "
+        "| download | merge | upload | raymoe : all three |",
+        "|---" * 13 + "|",
+    ]
+    for result in results:
+        ours, theirs = result["programs"]["raymoe"], result["programs"].get("mergekit")
+        cells = [f"{result['experts']} × {result['shape']}", f"{result['output_bytes'] / 1e9:.2f} GB"]
+        cells += [result["mode"], result["cache"], f"{max(p['load'] for p in result['programs'].values()):.1f}"]
+        cells += [f"{seconds:.1f} s" for seconds in (ours["seconds"], *map(ours["phases"].get, ("start Ray", "write")))]
+        if theirs:
+            steps = [theirs["phases"][step] for step in ("download", "merge", "upload")]
+            cells += [f"{seconds:.1f} s" for seconds in (theirs["seconds"], *steps)]
+            cells.append(f"{ours['seconds'] / theirs['seconds']:.2f}")
+        else:
+            cells += ["-"] * 5
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def senders_table(results: Sequence[Result]) -> str:
+    """One set of lines per shape: all entries of a shape have the same senders."""
+    lines = [
+        "| models | sender | load | sent | CPU-seconds | MiB/s | MiB per CPU-second |",
+        "|---" * 7 + "|",
+    ]
+    for result in {result["shape"]: result for result in results}.values():
+        senders = result["senders"]
+        for label, found in (
+            (f"actors of raymoe, cast to {senders['dtype']}", senders["raymoe"]),
+            ("the same, from when they are up", senders["raymoe"]["after_start"]),
+            ("boto3, as they are", senders["boto3"]),
+        ):
+            cells = [f"{result['experts']} × {result['shape']}", label, f"{found['load']:.1f}"]
+            cells += [f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['cpu_seconds']:.1f}"]
+            cells += [f"{found['mib_per_s']:.0f}", f"{found['mib_per_cpu_s']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

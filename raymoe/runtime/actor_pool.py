@@ -14,10 +14,19 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from raymoe.console import say
 from raymoe.errors import MergeFailed
 from raymoe.planning.owner import Owner
 from raymoe.runtime.actor_status import ActorInfo, Status
-from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, error_text, first_line
+from raymoe.runtime.ray_errors import (
+    CallFailure,
+    cause_of,
+    classify_failure,
+    error_text,
+    first_line,
+    is_out_of_memory,
+    memory_remark,
+)
 from raymoe.runtime.timeouts import PING_INTERVAL_S, STATUS_INTERVAL_S, STATUS_TIMEOUT_S
 from raymoe.runtime.transport import Transport
 from raymoe.sources.facts import SourceFile
@@ -82,7 +91,7 @@ class PoolActor:
     `has_gpu`: it was given one. `only_copies`: it only asks a store for copies. `helper`: what it was started as, if it
     takes no work of its own. `reads_for`: the members whose prompts it reads now or read last. `info`: what it said
     when it came up. `status`: what it said last, since it came up. `pending_ping` and `pending_status` refer to answers
-    that it still owes.
+    that it still owes. `ran_out_of_memory`: it was ended for that, and a warning has said so.
     """
 
     handle: Any
@@ -102,6 +111,7 @@ class PoolActor:
     last_ping: float = 0.0
     pending_status: Any = None
     last_status_request: float = 0.0
+    ran_out_of_memory: bool = False
 
     @property
     def is_up(self) -> bool:
@@ -193,6 +203,7 @@ class ActorPool:
         """An actor gave no answer: it is asked again, or is given up. Raises as `take_ping_reply`."""
         from ray.exceptions import ActorUnavailableError
 
+        self.note_memory(actor, error)
         if not isinstance(error, ActorUnavailableError):  # raised while Ray restarts an actor, which may take any time
             actor.startup_failures += 1
         may_come = classify_failure(error) in (CallFailure.UNAVAILABLE, CallFailure.LOST)
@@ -204,9 +215,26 @@ class ActorPool:
             if (cause := cause_of(error)) is not error:  # it lives, and can't do what it is there for
                 raise MergeFailed(f"{subject} can't work: {error_text(cause)}") from error
             raise MergeFailed(
-                f"{subject} died ({first_line(cause_of(error))}). Memory may have run out; run the same command again "
+                f"{subject} died ({first_line(cause_of(error))}). {memory_remark(error)}; run the same command again "
                 "to go on from the shards that are finished."
             ) from error
+        if actor.ran_out_of_memory:
+            say(f"warning: {actor.description} is given up; the merge goes on with {len(self.actors)} actors")
+
+    def note_memory(self, actor: PoolActor, error: Exception) -> None:
+        """Say that an actor was lost because memory ran out, if Ray says so, and how many actors have room.
+
+        Once per actor: Ray starts it again, and it may die again for the same reason.
+        """
+        if actor.ran_out_of_memory or not is_out_of_memory(error):
+            return
+        actor.ran_out_of_memory = True
+        fit = sum(other is not actor for other in self.up)
+        remedy = f"; if memory is too small for more, use --actors {fit}" if fit else ""
+        say(
+            f"warning: memory ran out on the node of {actor.description}, and Ray ended that process; "
+            f"{fit} of {len(self._actors)} actors are up without it{remedy}"
+        )
 
     def poll_statuses(self) -> None:
         """Take what actors say of themselves, and ask them again. One that stands still does not keep the others."""

@@ -99,6 +99,22 @@ def classify_failure(error: BaseException) -> CallFailure:
     return next((CALL_FAILURES[name] for name in rays if name in CALL_FAILURES), CallFailure.FINAL)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if Ray's memory monitor ended the process: memory ran out on its node.
+
+    Calls raise this when Ray does not start the actor again. While it does, they raise ActorUnavailableError, whatever
+    ended the process. A process that the kernel ends looks like any other death.
+    """
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
+
+
+def memory_remark(error: BaseException) -> str:
+    """What a message says of memory where an actor died; the start of a sentence."""
+    return "Memory ran out on its node" if is_out_of_memory(error) else "Memory may have run out"
+
+
 def cause_of(error: BaseException) -> BaseException:
     """What a method of an actor raised, where Ray wraps it; else the error itself."""
     cause = getattr(error, "cause", None)

@@ -35,7 +35,7 @@ from raymoe.runtime.actor_status import Status
 from raymoe.runtime.eligibility import Eligibility
 from raymoe.runtime.jobs import Job, Lost, lost_part
 from raymoe.runtime.placement import FileRequirements, owner_names
-from raymoe.runtime.ray_errors import cause_of, first_line
+from raymoe.runtime.ray_errors import cause_of, first_line, memory_remark
 from raymoe.runtime.router_jobs import GateWork
 from raymoe.runtime.shard_jobs import ShardQueue, ShardWork, SharedReads, tensors_read_for_shards
 from raymoe.runtime.stall import LastHeartbeat, StallClock, Verdict
@@ -344,10 +344,12 @@ class _Jobs:
         except RayError as error:
             job, lost = run.job, lost_part(error, run.job)
             job.failures += 1
+            if (actor := run.lost_actor(lost)) is not None:
+                self._pool.note_memory(actor, error)
             if job.failures < _MAX_ATTEMPTS:
                 return lost, None
             what = "what it works with was lost with its node" if lost is Lost.STATES else "its actor died"
             raise MergeFailed(
-                f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. Memory may have run out; "
+                f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. {memory_remark(error)}; "
                 "run the same command again to go on from the shards that are finished."
             ) from error

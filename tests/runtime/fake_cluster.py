@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayTaskError
 
 from raymoe.gate_modes.layer_values import LayerRows
 from raymoe.planning.plan import Shard
@@ -56,6 +56,7 @@ class FakeActor:
     place: ActorInfo
     up_at: float = 0.0
     is_gone: bool = False
+    ran_out_of_memory: bool = False  # and is gone for that
     is_still: bool = False  # its jobs do not move on
     is_silent: bool = False  # nor does it answer
     refs: list[_Ref] = field(default_factory=list)
@@ -152,6 +153,11 @@ class FakeCluster:
             ref.at, ref.value = self._time, self._death(ref, actor)
         actor.refs = [ref for ref in actor.refs if not ref.name]  # what it left in the store stays
 
+    def run_out_of_memory(self, actor: FakeActor) -> None:
+        """Ray's memory monitor ends its process, and Ray has started it as often as it does."""
+        actor.ran_out_of_memory = True
+        self.kill(actor, back_after=None)
+
     def lose_node(self, actor: FakeActor, *, back_after: float | None) -> None:
         """The actor's node is lost, with the objects on it."""
         for ref in actor.refs:
@@ -167,7 +173,13 @@ class FakeCluster:
     def _death(self, ref: _Ref, actor: FakeActor) -> Exception:
         if len(ref.by) > 1 and ref.by[0] is not actor:  # the one that sends to another
             return RayTaskError("receive", "", PeerLost("the sender died"))
-        return ActorDiedError() if actor.is_gone else ActorUnavailableError("it died", b"0" * 16)
+        return self._refusal(actor)
+
+    def _refusal(self, actor: FakeActor) -> Exception:
+        """What Ray raises for a call to an actor that is not up."""
+        if actor.ran_out_of_memory:
+            return OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nMore of it")
+        return ActorDiedError() if actor.is_gone else ActorUnavailableError("away", b"0" * 16)
 
     # What actors are asked
 
@@ -199,7 +211,7 @@ class FakeCluster:
         elif self._is_up(actor):
             ref = _Ref(self._time, value, by=(actor,))
         else:
-            return _Ref(self._time, ActorDiedError() if actor.is_gone else ActorUnavailableError("away", b"0" * 16))
+            return _Ref(self._time, self._refusal(actor))
         actor.refs.append(ref)
         return ref
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from raymoe.errors import MergeFailed
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorEvent, ActorPool, ActorState, Lane, PoolActor, next_state
@@ -79,6 +80,38 @@ def test_an_actor_that_never_comes_back_is_not_asked_again() -> None:
     assert [actor.handle for actor in pool.actors] == [other]
     pool.ping_absent()
     assert pool.pending_pings == {}
+
+
+def test_memory_runs_out_while_actors_come_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of three have room: the third is asked again, then given up, and the user is told how many fit."""
+    cluster = FakeCluster()
+    handles = [cluster.actor(), cluster.actor(), cluster.actor()]
+    cluster.run_out_of_memory(handles[2])
+    pool = pool_of(cluster, *handles)
+    starved = pool.actors[2]
+    assert starved.state is STARTING and len(pool.up) == 2
+    for _ in range(4):
+        cluster.sleep(1.0)
+        ask(pool, cluster)
+    assert starved.state is DEAD and [actor.handle for actor in pool.actors] == handles[:2]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: memory ran out on the node of actor 2, and Ray ended that process; 2 of 3 actors are up without it; "
+        "if memory is too small for more, use --actors 2",
+        "warning: actor 2 is given up; the merge goes on with 2 actors",
+    ]
+
+
+def test_memory_that_never_suffices() -> None:
+    cluster = FakeCluster()
+    handle = cluster.actor()
+    cluster.run_out_of_memory(handle)
+    pool = pool_of(cluster, handle)
+    for _ in range(3):
+        cluster.sleep(1.0)
+        ask(pool, cluster)
+    cluster.sleep(1.0)
+    with pytest.raises(MergeFailed, match=r"the last one died \(1 worker.* low on memory\.\)\. Memory ran out on its"):
+        ask(pool, cluster)
 
 
 @pytest.fixture

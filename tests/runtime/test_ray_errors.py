@@ -122,7 +122,9 @@ def test_an_actor_that_does_not_come_up(kind: type[Exception]) -> None:
         assert pool.actors == [second] and first.state is ActorState.DEAD
     if kind is not ray.exceptions.ActorUnavailableError:
         second.startup_failures = 4
-        with pytest.raises(MergeFailed, match=r"no actor is left: the last one died \(what happened\)"):
+        memory = "ran out on its node" if kind is ray.exceptions.OutOfMemoryError else "may have run out"
+        left = rf"no actor is left: the last one died \(what happened\)\. Memory {memory}; run the same command again"
+        with pytest.raises(MergeFailed, match=left):
             pool.on_startup_failure(second, made(kind))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
 import raymoe
 from raymoe.errors import MergeFailed
@@ -316,6 +316,28 @@ def test_actors_that_never_come_back_are_left_out(cluster: FakeCluster, run: Run
     assert run(work).unavailable == []
     assert sorted(work.done) == shards
     assert {actor for when, actor, _ in cluster.begun("write") if when > 1.5} == {second}
+
+
+def test_what_an_actor_did_when_memory_ran_out_is_done_by_another(
+    cluster: FakeCluster, run: Run, shards: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is a death like others, and the user is told that it was memory, once per actor."""
+    actors, work = [cluster.actor(), cluster.actor()], Written()
+    cluster.at(2.5, lambda: cluster.run_out_of_memory(actors[0]))
+    run(work, shards_at_once=2)
+    assert sorted(work.done) == shards
+    assert all(actor is actors[1] for when, actor, _ in cluster.begun("write") if when > 2.5)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert len(warnings) == 1 and warnings[0].endswith("use --actors 1")
+    assert warnings[0].startswith("warning: memory ran out on the node of actor 0, process 100 on node 1, and Ray")
+
+
+def test_a_job_that_runs_out_of_memory_everywhere_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
+    for _ in range(4):
+        cluster.actor()
+    cluster.raising["write"] = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
+    with pytest.raises(MergeFailed, match=r"its actor died \(1 worker.*\), 3 times\. Memory ran out on its node; run"):
+        run(Written())
 
 
 def test_the_last_actor_ends_the_merge(cluster: FakeCluster, run: Run) -> None:
