@@ -123,6 +123,7 @@ class Progress:
         last = self._statuses()
         return MergeResult(
             output=output,
+            model_type=self._plan.config["model_type"],
             files=files,
             warnings=(*warnings, *self._weight_warnings()),
             bytes_written=sum(status.bytes_written for status in last),
