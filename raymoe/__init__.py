@@ -5,6 +5,7 @@
     config = raymoe.load_config("config.yaml")
     print(raymoe.plan(config).totals)
     raymoe.merge(config, "out")
+    raymoe.generate("out", "func main() {")["answers"]
     raymoe.evaluate("out", "held-out.jsonl")["loss"]
     raymoe.push("out", "org/name", private=True)
 
@@ -18,20 +19,22 @@ from typing import TYPE_CHECKING, Any
 from raymoe._version import __version__
 
 if TYPE_CHECKING:
-    from raymoe.api import evaluate, load_config, merge, plan, push
+    from raymoe.api import evaluate, generate, load_config, merge, plan, push
     from raymoe.errors import MergeFailed, ProblemReport
-    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
     from raymoe.planning import MergeOptions
     from raymoe.runtime.settings import RuntimeSettings
 
 __all__ = [
     "EvaluationOptions",
+    "GenerationOptions",
     "MergeFailed",
     "MergeOptions",
     "ProblemReport",
     "RuntimeSettings",
     "__version__",
     "evaluate",
+    "generate",
     "load_config",
     "merge",
     "plan",
@@ -39,9 +42,9 @@ __all__ = [
 ]
 
 _FROM = {
-    **dict.fromkeys(("evaluate", "load_config", "merge", "plan", "push"), "raymoe.api"),
+    **dict.fromkeys(("evaluate", "generate", "load_config", "merge", "plan", "push"), "raymoe.api"),
     **dict.fromkeys(("MergeFailed", "ProblemReport"), "raymoe.errors"),
-    "EvaluationOptions": "raymoe.evaluation.options",
+    **dict.fromkeys(("EvaluationOptions", "GenerationOptions"), "raymoe.evaluation.options"),
     "MergeOptions": "raymoe.planning",
     "RuntimeSettings": "raymoe.runtime.settings",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from raymoe.sources.resolve import RemoteFolderResolver, folders_of
 from raymoe.storage.locations import Inputs, input_paths
 
 if TYPE_CHECKING:
-    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
     from raymoe.publish.repository import PushTarget
     from raymoe.publish.upload import PushResult
     from raymoe.results import MergeResult
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
-__all__ = ["evaluate", "load_config", "merge", "merge_and_push", "plan", "push", "push_dry_run"]
+__all__ = ["evaluate", "generate", "load_config", "merge", "merge_and_push", "plan", "push", "push_dry_run"]
 
 
 def plan(
@@ -160,6 +160,24 @@ def evaluate(
     if isinstance(changes.get("against"), str):
         changes["against"] = parse_against(changes["against"])
     return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
+
+
+def generate(
+    merged: str | Path, prompts: str | Sequence[str], options: GenerationOptions | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Generate from a finished merge, a folder or a URL, in this process, and tell which experts worked.
+
+    `changes` are fields of `GenerationOptions`, such as `max_new_tokens=0` or `chat=True`. The result is what
+    `raymoe try --json` prints: per prompt the answer, and each expert's share of first choices and of router weight.
+    Raises ProblemReport, before weights are read, with everything that is wrong.
+
+        raymoe.generate("out", "func main() {")["answers"][0]["first_choice"]
+    """
+    from raymoe.evaluation.generation import generate_answers
+    from raymoe.evaluation.options import GenerationOptions
+
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return generate_answers(merged, texts, replace(options or GenerationOptions(quiet=True), **changes))
 
 
 def _plan_for_output(
