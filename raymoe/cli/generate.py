@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def generate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Default: each line of standard input is one.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Default: each line of standard input is one.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="A prompt is one turn of a user in the chat template.")] = False,
     max_new_tokens: Annotated[

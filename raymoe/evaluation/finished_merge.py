@@ -80,7 +80,7 @@ def open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
     model = mixture_model(merge.facts)
     if model.rule is not None and model.rule.experts != len(merge.names):
         what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}"
-        remedy = "evaluate a merge as raymoe wrote it"
+        remedy = "name a merge as raymoe wrote it"
         raise ProblemReport([Problem(where=merge.facts.label, what=what, remedy=remedy)])
     return model
 

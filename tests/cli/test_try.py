@@ -136,3 +136,20 @@ def test_options_are_refused_together(merged: Path, cli: Cli) -> None:
     assert answer.code == 2 and answer.err.startswith("error: 4 problems:")
     for part in ("no chat template, which --chat needs", "-1 is below zero", "nan is no temperature", "-1 is no seed"):
         assert part in answer.err
+
+
+@pytest.mark.s3
+def test_a_merge_in_an_object_store(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident and streamed, straight from the bucket."""
+    from tests.object_store.servers import environment, running_server
+
+    server = running_server("moto")
+    server.client().create_bucket(Bucket="asked")
+    for path in (merged / "out").iterdir():
+        server.client().put_object(Bucket="asked", Key=f"out/{path.name}", Body=path.read_bytes())
+    asked: dict[str, Any] = {"max_new_tokens": 4, "device": "cpu"}
+    local = package.generate(merged / "out", PROMPTS, **asked)
+    with environment(server.environment):
+        assert package.generate("s3://asked/out", PROMPTS, **asked)["answers"] == local["answers"]
+        monkeypatch.setattr(generation, "available_bytes", lambda device: 1000)
+        assert package.generate("s3://asked/out", PROMPTS, **asked)["answers"] == local["answers"]

@@ -231,5 +231,5 @@ def _weight_table(facts: ModelFacts) -> CheckpointModel:
     try:
         return mixture_model(facts)
     except ProblemReport as report:
-        # The remedies there speak of evaluating.
+        # The remedies there do not speak of converting.
         raise ProblemReport([replace(p, remedy=UNCHANGED_REMEDY) for p in report.problems]) from None
