@@ -1,13 +1,27 @@
-"""The Python interface: what the commands do, as functions. `import raymoe` gives these."""
+"""The Python interface: what the commands do, as functions. `import raymoe` gives these.
+
+A function has the options of its command as keyword arguments of the same names. In a notebook the results show
+themselves as tables, and `quiet=False` shows how far a function is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.config import MergeConfig, load_config, make_config
+from raymoe.arguments import (
+    ConfigSource,
+    chosen_device,
+    hub_options,
+    merge_config,
+    merge_options,
+    only_one,
+    runtime_settings,
+)
+from raymoe.config import MergeConfig, load_config
 from raymoe.errors import ProblemReport
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergeOptions, MergePlan
@@ -18,64 +32,234 @@ from raymoe.sources.resolve import RemoteFolderResolver, folders_of
 from raymoe.storage.locations import Inputs, input_paths
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from raymoe.arguments import ConfigKeys
     from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
+    from raymoe.export.gguf import GgufFile
     from raymoe.publish.repository import PushTarget
-    from raymoe.publish.upload import PushResult
-    from raymoe.results import MergeResult
+    from raymoe.report.evaluation_result import Evaluation
+    from raymoe.report.merge_description import MergeDescription
+    from raymoe.results import MergeResult, PushResult, Verification
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
 
-__all__ = ["evaluate", "generate", "load_config", "merge", "merge_and_push", "plan", "push", "push_dry_run"]
+__all__ = [
+    "archs",
+    "evaluate",
+    "generate",
+    "gguf",
+    "inspect",
+    "load_config",
+    "merge",
+    "merge_and_push",
+    "plan",
+    "push",
+    "push_dry_run",
+    "verify",
+]
 
 
 def plan(
-    config: MergeConfig | Mapping[str, Any] | str | Path,
+    config: ConfigSource | None = None,
     options: MergeOptions | None = None,
     *,
-    hub: HubOptions | None = None,
+    copy_tokenizer: bool = True,
+    allow_crimes: bool = False,
+    out_shard_size: str | int = "5B",
+    random_seed: int = 0,
     allow_all_same: bool = False,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    strict: bool = False,
+    transformers_cache: str | None = None,
+    hub: HubOptions | None = None,
     remote_folders: RemoteFolderResolver | None = None,
+    **config_keys: Unpack[ConfigKeys],
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
-    `config` is a MergeConfig, the same as a mapping, or the path of a YAML file. Raises ProblemReport with everything
-    that is wrong with the config, its models or its files of prompts. Folders that are not here are looked for
-    `remote_folders`, on the nodes of a cluster.
+    Args:
+        config: A YAML file, a mapping, or a MergeConfig. Without it, the keys of a config are keyword arguments.
+        options: The next eight arguments, but `allow_all_same`, as one value.
+        copy_tokenizer: Copy the base model's tokenizer to the output.
+        allow_crimes: Allow experts of another model type of equal shape.
+        out_shard_size: Largest shard: bytes, or a text such as "5B", "500M", "2GiB".
+        random_seed: Seed of random gates and of noise.
+        allow_all_same: Allow all experts to be the same model, for merges that are trained afterwards.
+        load_in_8bit: Read prompts with 8-bit weights (bitsandbytes, GPU).
+        load_in_4bit: Read prompts with 4-bit weights (bitsandbytes, GPU).
+        strict: Refuse NaN and infinity in weights and configs.
+        transformers_cache: Folder for models downloaded from the Hub.
+        hub: How the Hub is reached, in place of `transformers_cache`.
+        remote_folders: Finds folders that are only on other nodes of a cluster.
+        **config_keys: `base_model`, `experts`, `gate_mode` and the other keys of a config.
+
+    Returns:
+        The plan. Its `totals` count parameters and bytes; equal `digest`s mean equal output bytes.
+
+    Raises:
+        ProblemReport: With everything that is wrong with the config, its models or its files of prompts.
+
+    Example:
+        >>> raymoe.plan("config.yaml", out_shard_size="2GiB").totals.parameters
     """
-    loaded = _load(config, allow_all_same)
-    return plan_merge(loaded, options, hub=hub, allow_all_same=allow_all_same, remote_folders=remote_folders)
+    loaded = merge_config(config, config_keys, function="plan", allow_all_same=allow_all_same)
+    chosen = merge_options(
+        options,
+        copy_tokenizer=copy_tokenizer,
+        allow_crimes=allow_crimes,
+        out_shard_size=out_shard_size,
+        random_seed=random_seed,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        strict=strict,
+    )
+    return plan_merge(
+        loaded,
+        chosen,
+        hub=hub_options(hub, transformers_cache),
+        allow_all_same=allow_all_same,
+        remote_folders=remote_folders,
+    )
 
 
 def merge(
-    config: MergeConfig | Mapping[str, Any] | str | Path,
-    output: str | Path,
+    config: ConfigSource | None = None,
+    out: str | Path | None = None,
     options: MergeOptions | None = None,
     *,
-    settings: RuntimeSettings | None = None,
+    copy_tokenizer: bool = True,
+    allow_crimes: bool = False,
+    out_shard_size: str | int = "5B",
+    random_seed: int = 0,
     allow_all_same: bool = False,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    strict: bool = False,
+    write_model_card: bool = True,
+    trust_remote_code: bool = False,
+    transformers_cache: str | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+    gpus_per_expert: float | None = None,
+    actors: int | None = None,
+    device: str | None = None,
+    stall_timeout: float = 20,
+    keep_uploads: bool = False,
+    verbose: int = 0,
+    quiet: bool = True,
+    result: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
+    message: str | None = None,
+    settings: RuntimeSettings | None = None,
     report: RunReport | None = None,
+    **config_keys: Unpack[ConfigKeys],
 ) -> MergeResult:
-    """Merge into `output`, a folder or a URL, on Ray: the connected cluster, or the one of `settings`, or a local one.
+    """Merge dense models into `out` on Ray: the connected cluster, the one at `address`, or one started here.
 
-    Raises ProblemReport before anything is written and MergeFailed afterwards; after either, or any death, the
-    same call goes on from the shards that are finished. Where `output` holds this merge finished, nothing is done, and
-    `was_complete` of the result is true. `report` is told how the run goes, and may be read after a failure too.
+    A merge that was interrupted resumes with the same call. If `out` holds this merge, finished, nothing is done, and
+    `was_complete` of the result is true.
+
+    Args:
+        config: A YAML file, a mapping, or a MergeConfig. Without it, the keys of a config are keyword arguments.
+        out: Folder or URL for the merged model.
+        options: The next nine arguments, but `allow_all_same`, as one value.
+        copy_tokenizer: Copy the base model's tokenizer to the output.
+        allow_crimes: Allow experts of another model type of equal shape.
+        out_shard_size: Largest shard: bytes, or a text such as "5B", "500M", "2GiB".
+        random_seed: Seed of random gates and of noise.
+        allow_all_same: Allow all experts to be the same model, for merges that are trained afterwards.
+        load_in_8bit: Read prompts with 8-bit weights (bitsandbytes, GPU).
+        load_in_4bit: Read prompts with 4-bit weights (bitsandbytes, GPU).
+        strict: Refuse NaN and infinity in weights and configs; reads every number for it.
+        write_model_card: Write a README.md.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        transformers_cache: Folder for models downloaded from the Hub.
+        overwrite: Replace the merge that is in `out`.
+        address: Ray cluster. By default RAY_ADDRESS, else one is started here.
+        gpus_per_expert: GPUs per expert actor, fractions too.
+        actors: Most expert actors at once.
+        device: "cpu" or "cuda": where gates are computed. By default on GPUs, if Ray has any.
+        stall_timeout: Minutes without any progress after which a job is given to another actor.
+        keep_uploads: If the merge stops, leave what it has sent of unfinished shards in S3 for the run that resumes it.
+        verbose: 1 says more, 2 shows Ray's own logs; both show progress.
+        quiet: Show no progress.
+        result: File or URL for phases, bytes, retries and memory, also if the merge fails. By default none is written.
+        push_to_hub: "org/name": publish the merge on the Hugging Face Hub, if it is not there yet.
+        private: With `push_to_hub`: a private repository.
+        branch: With `push_to_hub`: its branch. By default main.
+        message: With `push_to_hub`: first line of the commit.
+        settings: The arguments from `trust_remote_code` to `quiet` as one value.
+        report: Is told how the run goes, and may be read after a failure too.
+        **config_keys: `base_model`, `experts`, `gate_mode` and the other keys of a config.
+
+    Returns:
+        The files, warnings, bytes, memory and time of the merge; `pushed` says what was published.
+
+    Raises:
+        ProblemReport: Before anything is written, with everything that is wrong.
+        MergeFailed: If the merge had begun.
+        PushFailed: If the merge is done and its push is not; the same call goes on with the push.
+
+    Example:
+        >>> raymoe.merge(
+        ...     base_model="org/base",
+        ...     experts=[
+        ...         {"source_model": "org/law", "positive_prompts": ["The court held that"]},
+        ...         {"source_model": "org/code", "positive_prompts": ["def main():"]},
+        ...     ],
+        ...     gate_mode="ridge",
+        ...     out="out",
+        ... )
     """
-    from raymoe.report.merge_description import MergeDescription
+    from raymoe.publish.repository import push_target
     from raymoe.runtime.coordinator import run_merge
-    from raymoe.runtime.run_report import RunReport
-    from raymoe.runtime.settings import RuntimeSettings
+    from raymoe.runtime.run_report import RunReport, record_run
 
-    settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
-    loaded = _load(config, allow_all_same)
-    settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
-    merge_plan = _plan_for_output(loaded, output, options, settings, report, allow_all_same=allow_all_same)
-    description = MergeDescription(plan=merge_plan, config=loaded, hub=settings.hub)
-    return run_merge(merge_plan, description, output, settings, report)
+    if out is None:
+        raise TypeError("merge() needs out, the folder or URL for the merged model")
+    if result is not None and report is not None:
+        raise TypeError("merge() takes result or report: a report is written by the caller")
+    chosen = merge_options(
+        options,
+        copy_tokenizer=copy_tokenizer,
+        allow_crimes=allow_crimes,
+        out_shard_size=out_shard_size,
+        random_seed=random_seed,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        strict=strict,
+        write_model_card=write_model_card,
+    )
+    settings = runtime_settings(
+        settings,
+        trust_remote_code=trust_remote_code,
+        transformers_cache=transformers_cache,
+        overwrite=overwrite,
+        address=address,
+        gpus_per_expert=gpus_per_expert,
+        actors=actors,
+        device=device,
+        stall_timeout=stall_timeout,
+        keep_uploads=keep_uploads,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    target = push_target(push_to_hub, private=private, revision=branch, message=message)
+    with record_run(result, out) if result is not None else nullcontext(report or RunReport()) as told:
+        loaded = merge_config(config, config_keys, function="merge", allow_all_same=allow_all_same)
+        settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
+        description = _describe(loaded, out, chosen, settings, told, allow_all_same=allow_all_same)
+        if target is None:
+            return run_merge(description.plan, description, out, settings, told)
+        return _merge_and_push(description, out, target, settings, told)
 
 
 def merge_and_push(
-    config: MergeConfig | Mapping[str, Any] | str | Path,
+    config: ConfigSource,
     output: str | Path,
     target: PushTarget,
     options: MergeOptions | None = None,
@@ -90,18 +274,176 @@ def merge_and_push(
     `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
     or, where `output` holds this merge finished, in the push alone. Raises what `merge` raises, and PushFailed.
     """
-    from raymoe.report.merge_description import MergeDescription
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.workflows import merge_and_push
 
     settings, report = settings or RuntimeSettings(verbosity=-1), report or RunReport()
-    loaded = _load(config, allow_all_same)
+    loaded = merge_config(config, {}, function="merge_and_push", allow_all_same=allow_all_same)
     settings = replace(settings, storage=loaded.storage, inputs=input_paths(loaded, config, settings.inputs))
-    merge_plan = _plan_for_output(loaded, output, options, settings, report, allow_all_same=allow_all_same)
-    description = MergeDescription(plan=merge_plan, config=loaded, hub=settings.hub)
+    description = _describe(loaded, output, options, settings, report, allow_all_same=allow_all_same)
     merged = on_merged or (lambda result: None)
-    return merge_and_push(merge_plan, description, output, target, settings, report, merged)
+    return merge_and_push(description.plan, description, output, target, settings, report, merged)
+
+
+def verify(
+    merged: str | Path,
+    *,
+    address: str | None = None,
+    actors: int | None = None,
+    device: str | None = None,
+    stall_timeout: float = 20,
+    trust_remote_code: bool = False,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    verbose: int = 0,
+    quiet: bool = True,
+    settings: RuntimeSettings | None = None,
+) -> Verification:
+    """Make a merge again from its sources, in memory, and compare every tensor byte for byte.
+
+    Args:
+        merged: Folder or URL of a merge made by raymoe.
+        address: Ray cluster. By default RAY_ADDRESS, else one is started here.
+        actors: Most expert actors at once.
+        device: "cpu" or "cuda": where gates are computed. By default on GPUs, if Ray has any.
+        stall_timeout: Minutes without any progress after which a job is given to another actor.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        transformers_cache: Folder for models downloaded from the Hub.
+        verbose: 1 says more, 2 shows Ray's own logs; both show progress.
+        quiet: Show no progress.
+        settings: All of these as one value.
+
+    Returns:
+        What was compared. `ok` is true if nothing differs; `differences` has one line per difference.
+
+    Raises:
+        ProblemReport: If there is no merge, or its sources are gone.
+        MergeFailed: If the comparison could not be finished.
+
+    Example:
+        >>> raymoe.verify("out").ok
+    """
+    from raymoe.runtime.verify import verify_merge
+
+    chosen = runtime_settings(
+        settings,
+        address=address,
+        actors=actors,
+        device=device,
+        stall_timeout=stall_timeout,
+        trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
+        transformers_cache=transformers_cache,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    return verify_merge(merged, chosen)
+
+
+def inspect(checkpoint: str | Path, *, storage: StorageOptions | None = None) -> dict[str, Any]:
+    """Summarize a checkpoint, MoE or dense, from its config, its headers and its routers.
+
+    Args:
+        checkpoint: Folder or URL of a checkpoint.
+        storage: How object stores are reached. By default as the environment says.
+
+    Returns:
+        What `raymoe inspect --json` prints: architecture, parameters, experts, shards, routers, how it was made.
+
+    Raises:
+        ProblemReport: If there is no checkpoint, or it is damaged.
+
+    Example:
+        >>> raymoe.inspect("out")["experts"]
+    """
+    from raymoe.report.inspect import inspect_checkpoint
+
+    return inspect_checkpoint(checkpoint, storage)
+
+
+def archs() -> dict[str, Any]:
+    """List which dense models become which MoE architectures, and why others do not.
+
+    Returns:
+        What `raymoe archs --json` prints.
+
+    Example:
+        >>> raymoe.archs().keys()
+    """
+    from raymoe.architectures.support_matrix import support_matrix
+
+    return support_matrix()
+
+
+def gguf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    type: str | None = None,
+    overwrite: bool = False,
+    pre: str | None = None,
+    name: str | None = None,
+    random_seed: int | None = None,
+    allow_crimes: bool = False,
+    allow_all_same: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    transformers_cache: str | None = None,
+    quiet: bool = True,
+    storage: StorageOptions | None = None,
+) -> GgufFile:
+    """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp, in this process.
+
+    Args:
+        source: Folder or URL of a checkpoint, or the config file of a merge.
+        out: The file to write.
+        type: "f32", "f16", "bf16", "q8_0" or "q4_0". By default what the checkpoint's weights are.
+        overwrite: Replace a file of this name.
+        pre: llama.cpp's name of the pre-tokenizer, if raymoe can't tell.
+        name: The model's name. By default the file's.
+        random_seed: Of a config: seed of random gates and of noise.
+        allow_crimes: Of a config: allow experts of another model type of equal shape.
+        allow_all_same: Of a config: allow all experts to be the same model.
+        device: Of a config: its gates on "cpu" or "cuda". By default a GPU, if there is one.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        transformers_cache: Folder for models downloaded from the Hub.
+        quiet: Show no progress.
+        storage: How object stores are reached. By default as the environment says.
+
+    Returns:
+        The file's size, type, architecture and warnings.
+
+    Raises:
+        ProblemReport: Before anything is written, with everything that is wrong.
+
+    Example:
+        >>> raymoe.gguf("out", "model.gguf", type="q8_0").size
+    """
+    from raymoe.export.gguf import GgufOptions, write_gguf
+
+    of_config = {
+        "random_seed": random_seed is not None,
+        "allow_crimes": allow_crimes,
+        "allow_all_same": allow_all_same,
+        "device": device is not None,
+    }
+    options = GgufOptions(
+        type=type,
+        pre=pre,
+        name=name,
+        overwrite=overwrite,
+        merge=MergeOptions(seed=random_seed or 0, allow_crimes=allow_crimes, model_card=False),
+        config_options=tuple(argument for argument, is_given in of_config.items() if is_given),
+        allow_all_same=allow_all_same,
+        device=chosen_device(device),
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+        storage=storage or StorageOptions(),
+    )
+    return write_gguf(source, out, options)
 
 
 def push(
@@ -115,10 +457,29 @@ def push(
     storage: StorageOptions | None = None,
     quiet: bool = True,
 ) -> PushResult:
-    """Publish a finished merge, a folder or a URL, as the model `repo` (org/name) on the Hub, in one commit.
+    """Publish a finished merge as a model on the Hugging Face Hub, in one commit.
 
-    `revision` is a branch, made if it is missing. Raises ProblemReport before anything is sent and PushFailed
-    afterwards; after either the same call goes on, and sends nothing again that the Hub has.
+    A push that was interrupted goes on with the same call, and sends nothing again that the Hub has.
+
+    Args:
+        merged: Folder or URL of a merge made by raymoe.
+        repo: "org/name"; the repository is made if it is missing.
+        private: Make the repository private.
+        revision: Branch, made if it is missing. By default main.
+        message: First line of the commit.
+        hub: How the Hub is reached.
+        storage: How object stores are reached. By default as the environment says.
+        quiet: Show no progress.
+
+    Returns:
+        The commit, and which files were sent.
+
+    Raises:
+        ProblemReport: Before anything is sent, with everything that is wrong.
+        PushFailed: If the push had begun.
+
+    Example:
+        >>> raymoe.push("out", "org/name", private=True).commit_url
     """
     from raymoe.publish.push import push_merge
     from raymoe.publish.repository import PushTarget
@@ -137,7 +498,19 @@ def push_dry_run(
     hub: HubOptions | None = None,
     storage: StorageOptions | None = None,
 ) -> Iterator[str]:
-    """What `push` would do, in lines for people; nothing is made or sent. Raises ProblemReport."""
+    """Say what `push` would do; nothing is made or sent.
+
+    Args: Those of `push`.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        ProblemReport: With everything that is wrong.
+
+    Example:
+        >>> print(*raymoe.push_dry_run("out", "org/name"), sep="\\n")
+    """
     from raymoe.publish.push import push_dry_run
     from raymoe.publish.repository import PushTarget
 
@@ -146,38 +519,213 @@ def push_dry_run(
 
 
 def evaluate(
-    merged: str | Path, data: str | Path, options: EvaluationOptions | None = None, **changes: Any
-) -> dict[str, Any]:
-    """Evaluate a finished merge, a folder or a URL, on a file of labelled texts, in this process.
+    merged: str | Path,
+    data: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+    *,
+    against: str | Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    limit: int = 0,
+    max_tokens: int | None = None,
+    text_field: str | None = None,
+    label_field: str | None = None,
+    tasks: str | None = None,
+    include_path: str | Path | None = None,
+    fewshot: int | None = None,
+    batch_size: int | None = None,
+    html: str | Path | None = None,
+    json: str | Path | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    quiet: bool = True,
+    storage: StorageOptions | None = None,
+) -> Evaluation:
+    """Evaluate a finished merge on labeled texts in this process, or on tasks of lm-evaluation-harness.
 
-    `changes` are fields of `EvaluationOptions`, such as `against=("oracle",)` or `limit=5`. The result is what
-    eval.json holds: losses of the merge and of what it is compared with, and where its routers send the tokens.
-    Raises ProblemReport, before anything is computed, with everything that is wrong.
+    Args:
+        merged: Folder or URL of a merge made by raymoe.
+        data: Labeled texts: a file with one JSON object per line.
+        options: What the arguments below say about texts, as one value.
+        against: Of "base", "experts", "oracle" and "hidden" what to compare with, as a sequence or separated by commas.
+            By default all that the merge allows; an empty sequence is none.
+        labels: "LABEL=EXPERT" per label that is no expert's name.
+        limit: Texts per label, or examples per task: the first ones. 0 is all.
+        max_tokens: Longest text; what is beyond is left out. By default 512.
+        text_field: The text's key. By default "text".
+        label_field: The label's key. By default "label".
+        tasks: In place of `data`: tasks of lm-evaluation-harness, or task files, separated by commas.
+        include_path: With `tasks`: a folder with further task files.
+        fewshot: With `tasks`: examples shown first. By default as the task says.
+        batch_size: With `tasks`: questions at once. By default 1.
+        html: Write a page of pictures to this file.
+        json: Write the numbers to this file.
+        device: "cpu" or "cuda". By default a GPU, if there is one.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        transformers_cache: Folder for models downloaded from the Hub.
+        quiet: Show no progress.
+        storage: How object stores are reached. By default as the environment says.
+
+    Returns:
+        What eval.json holds, a dict: losses of the merge and of what it is compared with, and where its routers send
+        the tokens; or the scores of the tasks.
+
+    Raises:
+        ProblemReport: Before anything is computed, with everything that is wrong.
+
+    Example:
+        >>> raymoe.evaluate("out", "held-out.jsonl", against=("base", "oracle"))["loss"]
     """
+    from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
+    from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
     from raymoe.evaluation.run import evaluate_merge
+    from raymoe.report.evaluation_result import Evaluation
 
-    if isinstance(changes.get("against"), str):
-        changes["against"] = parse_against(changes["against"])
-    return evaluate_merge(merged, data, replace(options or EvaluationOptions(quiet=True), **changes))
+    texts, page, numbers = (None if path is None else Path(path) for path in (data, html, json))
+    check_data_or_tasks(
+        texts,
+        tasks,
+        {
+            "options": options,
+            "against": against,
+            "labels": labels or None,
+            "max_tokens": max_tokens,
+            "text_field": text_field,
+            "label_field": label_field,
+            "html": html,
+            "trust_record": trust_record or None,
+        },
+        {"include_path": include_path, "fewshot": fewshot, "batch_size": batch_size},
+    )
+    check_writable({"json": numbers, "html": page}, evaluation_input_paths(str(merged), texts, tasks))
+    result: Mapping[str, Any]
+    if data is None:
+        questions = HarnessOptions(
+            tasks=tasks or "",
+            include_path=None if include_path is None else Path(include_path),
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=1 if batch_size is None else batch_size,
+            device=chosen_device(device),
+            trust_remote_code=trust_remote_code,
+        )
+        result = run_harness(merged, questions)
+    else:
+        named = parse_against(against) if against is None or isinstance(against, str) else tuple(against)
+        made = EvaluationOptions(
+            against=named,
+            labels=tuple(labels),
+            limit=limit,
+            max_tokens=512 if max_tokens is None else max_tokens,
+            text_field=text_field or "text",
+            label_field=label_field or "label",
+            device=chosen_device(device),
+            trust_remote_code=trust_remote_code,
+            trust_record=trust_record,
+            quiet=quiet,
+            hub=HubOptions(cache_dir=transformers_cache),
+            storage=storage or StorageOptions(),
+        )
+        result = evaluate_merge(merged, data, only_one("options", options, made, EvaluationOptions(quiet=True)))
+    write_evaluation(result, numbers, page)
+    return Evaluation(result)
 
 
 def generate(
-    merged: str | Path, prompts: str | Sequence[str], options: GenerationOptions | None = None, **changes: Any
+    merged: str | Path,
+    prompts: str | Sequence[str],
+    options: GenerationOptions | None = None,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    per_token: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    quiet: bool = True,
+    storage: StorageOptions | None = None,
 ) -> dict[str, Any]:
-    """Generate from a finished merge, a folder or a URL, in this process, and tell which experts worked.
+    """Generate from a finished merge in this process, and tell which experts worked for each prompt.
 
-    `changes` are fields of `GenerationOptions`, such as `max_new_tokens=0` or `chat=True`. The result is what
-    `raymoe try --json` prints: per prompt the answer, and each expert's share of first choices and of router weight.
-    Raises ProblemReport, before weights are read, with everything that is wrong.
+    Args:
+        merged: Folder or URL of a merge made by raymoe.
+        prompts: A prompt, or several.
+        options: What the arguments below say, as one value.
+        chat: A prompt is one turn of a user in the chat template.
+        max_new_tokens: Longest answer; 0 only reads the prompt.
+        temperature: 0 takes the likeliest token; above it, tokens are drawn.
+        seed: Seed of drawn tokens.
+        per_token: Return the experts of each token too.
+        device: "cpu" or "cuda". By default a GPU, if there is one.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        transformers_cache: Folder for models downloaded from the Hub.
+        quiet: Show no progress.
+        storage: How object stores are reached. By default as the environment says.
 
-        raymoe.generate("out", "func main() {")["answers"][0]["first_choice"]
+    Returns:
+        What `raymoe try --json` prints: per prompt the answer, and each expert's share of first choices and of router
+        weight.
+
+    Raises:
+        ProblemReport: Before weights are read, with everything that is wrong.
+
+    Example:
+        >>> raymoe.generate("out", "func main() {")["answers"][0]["first_choice"]
     """
     from raymoe.evaluation.generation import generate_answers
     from raymoe.evaluation.options import GenerationOptions
 
+    made = GenerationOptions(
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        per_token=per_token,
+        device=chosen_device(device),
+        trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+        storage=storage or StorageOptions(),
+    )
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return generate_answers(merged, texts, replace(options or GenerationOptions(quiet=True), **changes))
+    return generate_answers(merged, texts, only_one("options", options, made, GenerationOptions(quiet=True)))
+
+
+def _describe(
+    config: MergeConfig,
+    out: str | Path,
+    options: MergeOptions | None,
+    settings: RuntimeSettings,
+    report: RunReport,
+    *,
+    allow_all_same: bool,
+) -> MergeDescription:
+    """The plan of a merge that is about to run, and what its card and record say. Raises ProblemReport."""
+    from raymoe.report.merge_description import MergeDescription
+
+    merge_plan = _plan_for_output(config, out, options, settings, report, allow_all_same=allow_all_same)
+    return MergeDescription(plan=merge_plan, config=config, hub=settings.hub)
+
+
+def _merge_and_push(
+    description: MergeDescription, out: str | Path, target: PushTarget, settings: RuntimeSettings, report: RunReport
+) -> MergeResult:
+    from raymoe.runtime.coordinator import run_merge
+    from raymoe.workflows import merge_and_push
+
+    results: list[MergeResult] = []
+    pushed = merge_and_push(description.plan, description, out, target, settings, report, results.append)
+    # An output that held this merge, finished, was only pushed: its result says that it was complete.
+    merged = results[0] if results else run_merge(description.plan, description, out, settings, report)
+    return replace(merged, pushed=pushed)
 
 
 def _plan_for_output(
@@ -221,10 +769,3 @@ def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs
         models |= {Owner(kind, number): expert.source_model for number, expert in enumerate(getattr(config, key))}
     folders = [(str(owner), folder) for owner, ref in models.items() for folder in folders_of(ref, hub)]
     return replace(inputs, folders=(*inputs.folders, *folders))
-
-
-def _load(config: MergeConfig | Mapping[str, Any] | str | Path, allow_all_same: bool) -> MergeConfig:
-    """The config, of whatever form. A MergeConfig is checked when it is planned."""
-    if isinstance(config, (str, Path)):
-        return load_config(config, allow_all_same=allow_all_same)
-    return make_config(config, allow_all_same=allow_all_same) if isinstance(config, Mapping) else config

@@ -70,7 +70,20 @@ class RaymoeError(Exception):
 
 
 class ProblemReport(RaymoeError):
-    """Wrong usage or config: one or more problems, found before any work started."""
+    """Wrong usage or config: one or more problems, found before any work started.
+
+    Attributes:
+        problems: Every `Problem`, in the order in which they were found, as a tuple of at least one. Each has texts
+            `where` (a file and its line, a key, an argument; may be empty), `what` and `remedy` (may be empty). The
+            text of the report has equal problems of several places once.
+        exit_code: The exit status of a command that is refused for it.
+
+    Example:
+        try:
+            raymoe.plan("config.yaml")
+        except raymoe.ProblemReport as report:
+            places = [problem.where for problem in report.problems]
+    """
 
     exit_code = 2
 
@@ -151,4 +164,7 @@ class CheckpointError(ProblemReport):
 
 
 class MergeFailed(RaymoeError):
-    """A merge that had begun could not be finished; the message says what happened where."""
+    """A merge that had begun could not be finished; the message says what happened where.
+
+    The same merge, run again, goes on from the shards that are finished.
+    """

@@ -1,4 +1,7 @@
-"""How far and how fast long work is: a live line on a terminal, a plain line every few seconds elsewhere."""
+"""How far and how fast long work is: a live line on a terminal or in a notebook, elsewhere a line every few seconds.
+
+In a notebook the line stays when the work is done.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from typing import Any, TypeVar
 
 from raymoe.console import console, say
 from raymoe.formatting import human_time
+from raymoe.safe_text import safe_message
 
 _LINE_EVERY_S = 5.0
+_NOTEBOOK_EVERY_S = 0.5  # each update is a message to the browser
 _Display = TypeVar("_Display", bound="LiveDisplay")
 
 
@@ -23,8 +28,9 @@ class LiveDisplay:
         self.quiet = quiet
         self._started = self._last_line = time.monotonic()
         self._live: Any = None
+        self._notebook = _NotebookLine() if _in_notebook() else None
         # A dumb terminal or a log gets lines; a person gets one line that moves.
-        self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._on_terminal = self._notebook is None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self: _Display) -> _Display:
         if self._on_terminal and not self.quiet:
@@ -37,6 +43,8 @@ class LiveDisplay:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+        if self._notebook is not None:
+            self._notebook.finish()
 
     @property
     def seconds(self) -> float:
@@ -52,6 +60,8 @@ class LiveDisplay:
             from rich.text import Text
 
             self._live.update(Group(Text(line(), style="bold"), *map(Text, more())))
+        elif self._notebook is not None:
+            self._notebook.update(line, more)
         elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
             say(line())
@@ -59,6 +69,41 @@ class LiveDisplay:
     def say(self, line: str) -> None:
         """A line that stays, above the one that moves."""
         self._live.console.print(line) if self._live is not None else say(line)
+
+
+class _NotebookLine:
+    """One output of a cell, whose text changes. It needs no widgets, and is plain text in the notebook's file."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown_at = 0.0
+        self._last: Callable[[], str] | None = None
+
+    def update(self, line: Callable[[], str], more: Callable[[], Sequence[str]]) -> None:
+        self._last = line
+        if (now := time.monotonic()) - self._shown_at >= _NOTEBOOK_EVERY_S:
+            self._shown_at = now
+            self._show(line(), *more())
+
+    def finish(self) -> None:
+        """The last state, without what is below the line."""
+        if self._last is not None:
+            self._show(self._last())
+
+    def _show(self, *lines: str) -> None:
+        bundle = {"text/plain": "\n".join(map(safe_message, lines))}
+        if self._handle is None:
+            display: Any = sys.modules["IPython.display"].display
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this; IPython on a terminal has none."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None and "IPython.display" in sys.modules
 
 
 def token_layers(count: float) -> str:

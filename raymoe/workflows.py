@@ -16,9 +16,8 @@ from raymoe.publish.errors import PushFailed
 from raymoe.publish.manifest import open_manifest
 from raymoe.publish.push import push_published
 from raymoe.publish.repository import PushTarget, open_repository, source_problem, target_problems
-from raymoe.publish.upload import PushResult
 from raymoe.report.merge_description import MergeDescription
-from raymoe.results import MergeResult
+from raymoe.results import MergeResult, PushResult
 from raymoe.runtime.coordinator import open_target, output_problems, run_merge
 from raymoe.runtime.run_report import RunReport
 from raymoe.runtime.settings import RuntimeSettings

@@ -201,6 +201,7 @@ class SimulatedS3:
             "GetObject": self._get_object,
             "PutObject": self._put_object,
             "DeleteObject": self._delete_object,
+            "DeleteObjects": self._delete_objects,
             "CreateUpload": self._create_upload,
             "UploadPart": self._upload_part,
             _COPY: self._upload_part_copy,
@@ -314,9 +315,19 @@ class SimulatedS3:
         return web.Response(headers={"ETag": f'"{etag}"'})
 
     async def _delete_object(self, request: web.Request, name: str) -> web.Response:
+        self._forget(name)
+        return web.Response(status=204)
+
+    async def _delete_objects(self, request: web.Request, name: str) -> web.Response:
+        document = ElementTree.fromstring(await request.read())
+        for element in document.iter():
+            if element.tag.rpartition("}")[2] == "Key":
+                self._forget(f"{name.partition('/')[0]}/{element.text}")
+        return _xml("<DeleteResult/>")
+
+    def _forget(self, name: str) -> None:
         if self._objects.pop(name, None) is not None:
             del self._names[bisect.bisect_left(self._names, name)]
-        return web.Response(status=204)
 
     # --- multipart uploads
 
@@ -448,6 +459,8 @@ def _operation(request: web.Request, name: str) -> str:
         return "ListParts" if "uploadId" in query else "GetObject" if name.partition("/")[2] else "ListObjects"
     if method == "PUT" and "partNumber" in query:
         return _COPY if "x-amz-copy-source" in request.headers else "UploadPart"
+    if method == "POST" and "delete" in query:
+        return "DeleteObjects"
     if method == "POST":
         return "CreateUpload" if "uploads" in query else "CompleteUpload"
     if method == "DELETE":

@@ -18,6 +18,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "checksum": (str,),
     "anonymous": (bool,),
     "max_requests": (int,),
+    "max_copies": (int,),
     "read_timeout_s": (int, float),
     "deadline_s": (int, float),
 }

@@ -37,6 +37,7 @@ class EvaluatedMerge:
     config: MergeConfig
     options: MergeOptions
     names: tuple[str, ...]
+    plan_digest: str
 
     @property
     def has_prompts(self) -> bool:
@@ -62,7 +63,13 @@ def open_merge(place: str | Path, options: ReadingOptions) -> EvaluatedMerge:
     config = with_own_storage(record.config, options.storage, folder.label, trusts_record=options.trust_record)
     ref = ModelRef(model=PathRef(path=Location.parse(place).text))
     facts = resolve_model(ref, options.hub, config.storage)
-    return EvaluatedMerge(facts=facts, config=config, options=merge_options, names=expert_names(record.sources))
+    return EvaluatedMerge(
+        facts=facts,
+        config=config,
+        options=merge_options,
+        names=expert_names(record.sources),
+        plan_digest=record.plan_digest,
+    )
 
 
 def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:

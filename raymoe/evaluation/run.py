@@ -58,6 +58,7 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
     return {
         "format": FORMAT,
         "model": str(place),
+        "plan_digest": inputs.merge.plan_digest,
         "architecture": config["model_type"],
         "gate_mode": inputs.merge.config.gate_mode,
         "prompt_model": inputs.merge.prompt_model,

@@ -13,6 +13,7 @@ from raymoe.object_store.urls import check_no_secrets
 
 _CHECKSUMS = (None, "sha256")
 _MAX_REQUESTS = 10_000
+_COPIES, _MOST_COPIES = 64, 128  # at first, and at most; a copy keeps a server busy and this process not
 _MAX_SECONDS = 10**9  # larger ones are no times that a system's timers take
 
 
@@ -21,7 +22,9 @@ class StorageOptions:
     """What is None comes from the usual environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION,
     AWS_PROFILE) and ~/.aws/config.
 
-    `max_requests` is how many requests a process has under way at once. `read_timeout_s` is how long a server may stay
+    `max_requests` is how many requests a process has under way at once. `max_copies` is the same for copies that the
+    store makes itself, on each node; None: 64 at first, fewer where the store asks for it, and up to 128 while copies
+    take no longer than at first. `read_timeout_s` is how long a server may stay
     silent; `deadline_s` bounds one call altogether, with all its retries. `checksum` is what a finished output is
     checked with by reading it back (None: sizes and part digests only). `anonymous` sends no credentials, for public
     buckets.
@@ -31,6 +34,7 @@ class StorageOptions:
     region: str | None = None
     profile: str | None = None
     max_requests: int = 16
+    max_copies: int | None = None
     read_timeout_s: float = 300
     deadline_s: float = 900
     checksum: str | None = None
@@ -38,9 +42,11 @@ class StorageOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 1 <= self.max_requests <= _MAX_REQUESTS:
-            what = f"{_format_number(self.max_requests)} is not a number from 1 up to {_MAX_REQUESTS}"
-            problems.append(_problem("max_requests", what, "leave it out"))
+        for name in ("max_requests", "max_copies"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _MAX_REQUESTS:
+                what = f"{_format_number(value)} is not a number from 1 up to {_MAX_REQUESTS}"
+                problems.append(_problem(name, what, "leave it out"))
         for name in ("read_timeout_s", "deadline_s"):
             if not 0 < getattr(self, name) <= _MAX_SECONDS:
                 what = f"{_format_number(getattr(self, name))} is not a time over 0 seconds, up to {_MAX_SECONDS}"
@@ -63,6 +69,11 @@ class StorageOptions:
             problems.append(_problem("endpoint", what, remedy))
         if problems:
             raise ProblemReport(problems)
+
+    @property
+    def copy_slots(self) -> tuple[int, int]:
+        """Copies that a process has under way: at first, and at most."""
+        return (_COPIES, _MOST_COPIES) if self.max_copies is None else (self.max_copies, self.max_copies)
 
 
 def _format_number(number: float) -> str:

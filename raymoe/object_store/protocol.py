@@ -142,7 +142,7 @@ class MultipartStore(ObjectStore, Protocol):
     ) -> UploadedPart:
         """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`.
 
-        Not every server keeps the condition: call `check_copied` when the last part of a source is copied."""
+        Not every server keeps the condition: call `check_copied` when all is copied."""
 
     def check_copied(self, url: str, source_url: str, end: int, source_etag: str | None = None) -> None:
         """Look at an object that parts of `url` have been copied from, up to `end`; ObjectChanged as in `read`."""

@@ -28,6 +28,7 @@ T = TypeVar("T")
 _INITIAL_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 20.0
 _MIN_ATTEMPT_S = 0.5  # less is no time for an answer: the error would be that it was short
+_SLOWER = 1.25  # so much longer than at first, and a server has enough to do
 _THROTTLED_BACKOFF_S = 0.5  # the first wait after 'slow down'
 _TRIES_AT_FIRST_CONTACT = 4  # an endpoint that never answered is more likely misspelt than overloaded
 
@@ -113,11 +114,13 @@ def classify_error(error: BaseException) -> FailureKind:
 
 
 class Pacer:
-    """Slots for requests under way. Thread-safe."""
+    """Slots for requests under way: `slots` at first, and up to `most` as long as requests take no longer than the
+    first ones did. Thread-safe."""
 
-    def __init__(self, slots: int):
-        self._max_slots, self._slots = float(slots), float(slots)
+    def __init__(self, slots: int, most: int | None = None):
+        self._first, self._most, self._slots = float(slots), float(most or slots), float(slots)
         self._in_use, self._slowed_at = 0, 0.0
+        self._successes, self._usual_s, self._recent_s = 0, 0.0, 0.0
         self._changed = threading.Condition()
 
     @property
@@ -138,11 +141,21 @@ class Pacer:
                 self._in_use -= 1
                 self._changed.notify_all()
 
-    def succeeded(self) -> None:
-        """One more slot for as many successes as there are slots."""
+    def succeeded(self, seconds: float) -> None:
+        """A request took so long: one more slot for as many successes as there are slots."""
         with self._changed:
-            self._slots = min(self._max_slots, self._slots + 1 / self._slots)
+            self._note_time(seconds)
+            limit = self._most if self._recent_s <= _SLOWER * self._usual_s else max(self._first, self._slots)
+            self._slots = min(limit, self._slots + 1 / self._slots)
             self._changed.notify_all()
+
+    def _note_time(self, seconds: float) -> None:
+        """Keep what requests took at first, and what they take now: a server that says nothing may still be busy."""
+        self._successes += 1
+        weight = max(1 / self._successes, 1 / self._first)
+        self._recent_s += weight * (seconds - self._recent_s)
+        if self._successes <= self._first:
+            self._usual_s = self._recent_s
 
     def throttled(self, started_at: float) -> None:
         """Halve the slots: once for all requests that were under way together."""
@@ -173,16 +186,18 @@ class Retries:
         with self._lock:
             self._counts = replace(self._counts, **{k: getattr(self._counts, k) + n for k, n in more.items()})
 
-    def run(self, attempt: Callable[[float], T], host: str = "") -> T | Failure:
+    def run(self, attempt: Callable[[float], T], host: str = "", *, pacer: Pacer | None = None) -> T | Failure:
         """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through.
 
-        `host` is who is asked, where a store has several: one that never answered is given up soon.
+        `host` is who is asked, where a store has several: one that never answered is given up soon. `pacer`: for
+        requests that do not share the slots of the others.
         """
+        pacer = pacer or self.pacer
         began, tries = time.monotonic(), 0
         while True:
             left = self._deadline_s - (time.monotonic() - began)
             tries += 1
-            error = self._try(attempt, left, host, again=tries > 1)
+            error = self._try(attempt, left, host, pacer, again=tries > 1)
             if not isinstance(error, _Error):
                 return error
             kind = classify_error(error.error)
@@ -194,23 +209,23 @@ class Retries:
                 return Failure(error.error, kind, tries, elapsed)
             time.sleep(wait)
 
-    def _try(self, attempt: Callable[[float], T], left: float, host: str, *, again: bool) -> T | _Error:
+    def _try(self, attempt: Callable[[float], T], left: float, host: str, pacer: Pacer, *, again: bool) -> T | _Error:
         started = time.monotonic()
         try:
-            with self.pacer.slot(left):
+            with pacer.slot(left):
                 self.count(requests=1, retries=int(again))
                 started = time.monotonic()
                 result = attempt(left)
         except Exception as error:
             if classify_error(error) is FailureKind.THROTTLED:
-                self.pacer.throttled(started)
+                pacer.throttled(started)
                 self.count(throttled=1)
             if error_status(error) is not None:
                 self._hosts_reached.add(host)
             # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,
             # and an answer about a token that has expired carries the token.
             return _Error(error)
-        self.pacer.succeeded()
+        pacer.succeeded(time.monotonic() - started)
         self._hosts_reached.add(host)
         return result
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest
 from raymoe.object_store.options import StorageOptions
-from raymoe.object_store.retry import Failure, Retries
+from raymoe.object_store.retry import Failure, Pacer, Retries
 
 _CONNECT_TIMEOUT_S = 10
 
@@ -33,6 +33,7 @@ class S3Client:
     def __init__(self, options: StorageOptions):
         self.options = options
         self.retries = Retries(options.max_requests, options.deadline_s)
+        self.copy_pacer = Pacer(*options.copy_slots)
         self._lock = threading.Lock()
         self._filesystem_cache: tuple[int, Any] | None = None  # (process id, S3FileSystem)
 
@@ -47,6 +48,7 @@ class S3Client:
         """Send `store_request.operation` until it succeeds or fails for good.
 
         `handle` makes the result of the answer, in the event loop; what it raises counts as a failure of the request.
+        Copies, for which this process waits only, have slots of their own.
         """
 
         def attempt(seconds: float) -> _T:
@@ -58,7 +60,8 @@ class S3Client:
             finally:
                 future.cancel()  # of no effect on one that is done
 
-        return self.retries.run(attempt)
+        pacer = self.copy_pacer if store_request.operation == "upload_part_copy" else None
+        return self.retries.run(attempt, pacer=pacer)
 
     def _filesystem(self) -> Any:
         with self._lock:
@@ -77,7 +80,7 @@ def _make_filesystem(options: StorageOptions) -> Any:
         client_kwargs={"region_name": region} if region else {},
         config_kwargs={
             "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "max_pool_connections": options.max_requests + 4,
+            "max_pool_connections": options.max_requests + options.copy_slots[1] + 4,
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "read_timeout": options.read_timeout_s,
             "request_checksum_calculation": "when_required",

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raymoe.formatting import human_bytes, human_count, plural
+from raymoe.html_repr import html_table
 from raymoe.planning.owner import ROUTER, Owner
 from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
 
@@ -283,6 +285,27 @@ class MergePlan:
     options: MergeOptions
     warnings: tuple[str, ...]
     digest: str
+
+    def __repr__(self) -> str:
+        return f"MergePlan({self.architecture}, {', '.join(text for _, text in self._facts)})"
+
+    def _repr_html_(self) -> str:
+        sources = [(str(source.owner), source.label) for source in self.sources]
+        warnings = [("warning", warning) for warning in self.warnings]
+        return html_table(f"Plan of a {self.architecture} merge", [*self._facts, *warnings, *sources])
+
+    @property
+    def _facts(self) -> tuple[tuple[str, str], ...]:
+        """What people look at first: a plan holds every tensor."""
+        totals, experts, shards = self.totals, len(self.gates.experts), len(self.shards)
+        active = human_count(totals.active_parameters)
+        return (
+            ("experts", f"{experts} {plural('expert', experts)}"),
+            ("parameters", f"{human_count(totals.parameters)} {self.dtype} parameters, {active} active for a token"),
+            ("output", f"{human_bytes(totals.output_bytes)} in {shards} {plural('shard', shards)}"),
+            ("gates", f"gate mode {self.gates.mode}"),
+            ("digest", f"digest {self.digest[:12]}"),
+        )
 
     @property
     def worker_shards(self) -> tuple[Shard, ...]:

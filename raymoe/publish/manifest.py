@@ -1,4 +1,5 @@
-"""What of a finished merge is published: the files that its record names, and the record. Nothing else that lies there.
+"""What of a finished merge is published: the files that its record names, and the record. Nothing else that lies there,
+but what an evaluation of this merge (eval.json beside it) gives the card: a table and a picture.
 
     raymoe.json --> ManifestFile by name: a file of the output, or for the card and the record the bytes to publish
 
@@ -11,6 +12,7 @@ folder must not choose which of the receiver's files are published.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,17 @@ from raymoe.checkpoints.merge_record import MergeRecord, read_record
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.options import StorageOptions
+from raymoe.report.eval_card import PICTURE_NAME, routing_picture, with_evaluation
 from raymoe.report.model_card import PATH_PLACEHOLDER
 from raymoe.sources.facts import SourceFile
 from raymoe.sources.folder_protocol import Folder
 from raymoe.sources.hub import is_hub_id
 from raymoe.sources.local_folder import LocalFolder
 from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME, FileRecord
+from raymoe.untrusted_files import check_size, read_json
+
+EVALUATION_NAME = "eval.json"
+"""The file beside a merge (`raymoe eval --json`) whose numbers are published with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +52,14 @@ class ManifestFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words. Sources
-    are paths of this machine, and models of the Hub with their commits."""
+    are paths of this machine, and models of the Hub with their commits. `notes` say what is left out, and why."""
 
     folder: Folder
     files: tuple[ManifestFile, ...]
     title: str
     card: str | None
     local_sources: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     hub_sources: tuple[str, ...] = ()
     plan_digest: str = ""
 
@@ -77,7 +85,10 @@ def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Mani
         raise ProblemReport(problems)
     found = [file for file in files if file is not None and file.name != CARD_NAME]
     card = _card(folder, record, repo)
+    notes: list[str] = []
     if card is not None:
+        card, picture = _with_evaluation(card, folder, record, notes)
+        found += [picture] if picture is not None else []
         content = card.encode()
         found.append(ManifestFile(name=CARD_NAME, size=len(content), content=content))
     plain = record.to_publish(repo, card)
@@ -87,6 +98,7 @@ def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Mani
         files=tuple(sorted(found, key=lambda file: file.name)),
         title=_title(record),
         card=card,
+        notes=tuple(notes),
         local_sources=_local_sources(record),
         plan_digest=record.plan_digest,
         hub_sources=tuple(name for name in _sources(record) if "@" in name and not name.startswith("/")),
@@ -135,6 +147,27 @@ def _card(folder: Folder, record: MergeRecord, repo: str) -> str | None:
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
     before = record.content.get("published_as")
     return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) and is_hub_id(before) else card
+
+
+def _with_evaluation(
+    card: str, folder: Folder, record: MergeRecord, notes: list[str]
+) -> tuple[str, ManifestFile | None]:
+    """The card with the numbers of eval.json, if that is of this merge, and the picture that the card shows."""
+    evaluated, picture = folder.find(EVALUATION_NAME), folder.find(PICTURE_NAME)
+    if evaluated is None or _is_outside(folder, evaluated):
+        # A copy of a published merge has the picture of its card.
+        is_shown = picture is not None and f"({PICTURE_NAME})" in card and not _is_outside(folder, picture)
+        return card, ManifestFile(name=PICTURE_NAME, size=picture.size, file=picture) if picture and is_shown else None
+    try:
+        check_size(evaluated.size)
+        result = read_json(folder.read(evaluated))
+        if not isinstance(result, Mapping) or result.get("plan_digest") != record.plan_digest:
+            raise ValueError("it is not of this merge")
+        drawn = routing_picture(result).encode()
+        return with_evaluation(card, result), ManifestFile(name=PICTURE_NAME, size=len(drawn), content=drawn)
+    except ValueError as error:
+        notes.append(f"{EVALUATION_NAME} is not in the card: {error}")
+        return card, None
 
 
 def _title(record: MergeRecord) -> str:

@@ -13,7 +13,8 @@ from raymoe.formatting import human_bytes, short_list
 from raymoe.object_store.options import StorageOptions
 from raymoe.publish.manifest import Manifest, open_manifest
 from raymoe.publish.repository import PushTarget, Repository, open_repository, source_problem, target_problems
-from raymoe.publish.upload import Comparison, PushResult, compare, upload
+from raymoe.publish.upload import Comparison, compare, upload
+from raymoe.results import PushResult
 from raymoe.sources.hub import HubOptions
 
 
@@ -81,9 +82,10 @@ def _plan_lines(manifest: Manifest, repository: Repository, comparison: Comparis
         yield f"note: files of another model there are removed by the commit, and stay in its history: {names}"
     if comparison.others and not repository.is_new:
         yield f"note: the repository has other files, which stay: {short_list(comparison.others, most=3)}"
+    yield from (f"note: {note}" for note in manifest.notes)
     if manifest.local_sources:
         example = manifest.local_sources[-1]
-        yield f"note: raymoe.json and the card name files of this machine, such as {example}"
+        yield f"note: raymoe.json names files of this machine, such as {example}"
 
 
 @contextmanager

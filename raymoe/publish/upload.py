@@ -24,6 +24,7 @@ from raymoe.publish.errors import PushFailed, translate_preflight_errors, transl
 from raymoe.publish.manifest import Manifest, ManifestFile
 from raymoe.publish.preflight import check_ignored
 from raymoe.publish.repository import Repository
+from raymoe.results import PushResult
 from raymoe.sources.local_folder import has_changed
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.file_names import RECORD_NAME, is_part_of_a_model
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 _CHUNK_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushResult:
-    """A push that is done. `commit` is where the branch is now; `sent` and `unchanged` are names of files."""
-
-    url: str
-    commit: str
-    commit_url: str
-    sent: tuple[str, ...]
-    unchanged: tuple[str, ...]
-    removed: tuple[str, ...]
-
-    @property
-    def summary(self) -> str:
-        """One line for people."""
-        if not self.sent and not self.removed:
-            return f"nothing to push: {self.url} has these files (commit {self.commit[:8]})"
-        return f"pushed: {self.commit_url}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -50,7 +51,18 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         "layers": _layer_rows(result),
         "samples": [_sample(result, sample) for sample in result.get("samples") or ()],
     }
-    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", _template().render(view))
+    return replace_forbidden(_template().render(view))
+
+
+def replace_forbidden(text: str) -> str:
+    """The text without the characters that neither HTML nor XML can hold."""
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+@cache
+def page_style() -> str:
+    """The style sheet, which has the drawings' colors."""
+    return files("raymoe.report").joinpath("eval_page.css").read_text(encoding="utf-8")
 
 
 @cache

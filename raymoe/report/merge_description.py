@@ -13,11 +13,14 @@ from typing import Any
 
 from raymoe.checkpoints.merge_record import merge_record
 from raymoe.config import MergeConfig
+from raymoe.errors import RaymoeError
 from raymoe.planning.plan import MergePlan
 from raymoe.report.model_card import card_metadata, model_card
 from raymoe.report.source_metadata import SourceCard, source_cards
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.sources.hub import HubOptions
+from raymoe.sources.prompt_sampling import read_chat_template
+from raymoe.sources.resolve import fetch_file
 from raymoe.storage.file_names import FileRecord
 
 
@@ -33,7 +36,9 @@ class MergeDescription:
         """README.md; None if the merge writes no card."""
         if not self.plan.options.model_card:
             return None
-        return model_card(self.plan, self.config, summary, self._source_cards())
+        return model_card(
+            self.plan, self.config, summary, self._source_cards(), has_chat_template=self._has_chat_template()
+        )
 
     def card_head(self) -> str | None:
         """The card's front matter, which is all that the Hub checks of it; None if the merge writes no card."""
@@ -47,3 +52,13 @@ class MergeDescription:
 
     def _source_cards(self) -> Sequence[SourceCard]:
         return source_cards(self.plan, self.hub, self.config.storage)
+
+    def _has_chat_template(self) -> bool:
+        """Whether the output's tokenizer has one. What can't be read is not stated."""
+        files = {side.name: side.file for side in self.plan.side_files}
+        try:
+            return bool(
+                read_chat_template(files, lambda file: fetch_file(file, self.hub, self.config.storage).read_bytes())
+            )
+        except (RaymoeError, OSError, ValueError):
+            return False

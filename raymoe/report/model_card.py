@@ -1,26 +1,32 @@
 """README.md of a merged model: what it was made of, how its routers do, how to load it, and the Hub's metadata.
 
 What the metadata state is known or left out: `base_model` are models of the Hub, `license` and `language` are there
-where all sources state the same. The same merge gives the same card.
+where all sources state the same. Paths of this machine are not in it: a folder or file here is its name. The same merge
+gives the same card.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import yaml
 
 from raymoe._version import __version__
 from raymoe.architectures import MOE_ARCHITECTURES, MoeArchitecture, MoeShape
-from raymoe.config import ExpertConfig, MergeConfig
+from raymoe.config import ExpertConfig, MergeConfig, PromptFile
+from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder, short_name
 from raymoe.formatting import human_count
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
 from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
-from raymoe.safe_text import has_unprintable, printable
+from raymoe.safe_text import has_unprintable, printable, shorten
+from raymoe.sources.hub import is_hub_id
 
 PATH_PLACEHOLDER = "<this folder>"
 """What the card calls the model before it has a name on the Hub."""
@@ -31,19 +37,27 @@ _EXAMPLES = 2
 # Stands for an empty text.
 _EMPTY_CELL = "-"
 _EXAMPLE_CHARACTERS = 60
+_TITLE_NAMES = 4
+_TITLE_CHARACTERS = 40
 
 
 def model_card(
-    plan: MergePlan, config: MergeConfig, summary: RouterSummary | None = None, sources: Sequence[SourceCard] = ()
+    plan: MergePlan,
+    config: MergeConfig,
+    summary: RouterSummary | None = None,
+    sources: Sequence[SourceCard] = (),
+    *,
+    has_chat_template: bool = False,
 ) -> str:
     """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
-    models."""
+    models. With a chat template the card shows how to use it."""
     architecture = MOE_ARCHITECTURES[plan.architecture]
+    config = without_local_paths(config)
     sections = (
         _title_section(plan, config, architecture),
         _experts_section(plan, config, summary),
         _routers_section(config, summary),
-        _loading_section(architecture, config, plan.config),
+        _loading_section(architecture, config, plan.config, has_chat_template=has_chat_template),
         _license_section(sources),
         _config_section(config),
     )
@@ -75,15 +89,26 @@ def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
 
 
 def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchitecture) -> Iterator[str]:
-    yield f"# {architecture.title} mixture of {len(config.experts)} experts"
+    yield f"# {_title(config, architecture)}"
     yield ""
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
         f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
-        f"embeddings come from {_name(str(config.base_model))}; each expert gives its feed-forward weights. "
+        f"embeddings come from {code_span(str(config.base_model))}; each expert gives its feed-forward weights. "
         "Nothing was trained."
     )
     yield ""
+
+
+def _title(config: MergeConfig, architecture: MoeArchitecture) -> str:
+    """What the model is, by the names of its experts if they have different ones."""
+    refs = [expert.source_model for expert in config.experts]
+    names = list(dict.fromkeys(short_name(ref.model.path, ref.adapter.path if ref.adapter else None) for ref in refs))
+    if len(names) < 2:
+        return f"{architecture.title} mixture of {len(refs)} experts"
+    shown = [code_span(shorten(name, _TITLE_CHARACTERS)) for name in names[:_TITLE_NAMES]]
+    last = f"{len(names) - _TITLE_NAMES} more" if len(names) > _TITLE_NAMES else shown.pop()
+    return f"{architecture.title} mixture of {', '.join(shown)} and {last}"
 
 
 def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
@@ -118,7 +143,7 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
 
 def _expert_row(name: str, expert: ExpertConfig, prompts: Sequence[str]) -> str:
     examples = "<br>".join(_code(prompt) for prompt in prompts[:_EXAMPLES])
-    return f"| {name} | {_name(str(expert.source_model))} | {len(prompts) or '-'} | {examples} |"
+    return f"| {name} | {code_span(str(expert.source_model))} | {len(prompts) or '-'} | {examples} |"
 
 
 def _code(text: str) -> str:
@@ -129,8 +154,8 @@ def _code(text: str) -> str:
     return _span(line)
 
 
-def _name(text: str) -> str:
-    """A model's name or path as a code span that is safe in a table, whole."""
+def code_span(text: str) -> str:
+    """A name as a code span that is safe in a table, whole."""
     return _span(" ".join(text.split()))
 
 
@@ -167,7 +192,9 @@ def _routers_section(config: MergeConfig, summary: RouterSummary | None) -> Iter
     yield ""
 
 
-def _loading_section(architecture: MoeArchitecture, config: MergeConfig, output: Mapping[str, Any]) -> Iterator[str]:
+def _loading_section(
+    architecture: MoeArchitecture, config: MergeConfig, output: Mapping[str, Any], *, has_chat_template: bool
+) -> Iterator[str]:
     """`output` is the merge's config.json."""
     since = architecture.min_transformers_for(output.get("layer_types"))
     yield "## Use it"
@@ -180,7 +207,13 @@ def _loading_section(architecture: MoeArchitecture, config: MergeConfig, output:
     yield ""
     yield f'model = AutoModelForCausalLM.from_pretrained("{PATH_PLACEHOLDER}", dtype="auto"{trust})'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{PATH_PLACEHOLDER}")'
-    yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+    if has_chat_template:
+        yield 'messages = [{"role": "user", "content": "What can you do?"}]'
+        yield "prompt = tokenizer.apply_chat_template("
+        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ")"
+    else:
+        yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
     yield "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"
     yield "```"
     yield ""
@@ -213,7 +246,7 @@ def _license_section(sources: Sequence[SourceCard]) -> Iterator[str]:
     yield "No one licence is stated by all models that this one is made of. They say:"
     yield ""
     for source in sources:
-        yield f"- {_name(source.label)}: {_license_text(source.license)}"
+        yield f"- {code_span(source.label)}: {_license_text(source.license)}"
     yield ""
 
 
@@ -221,8 +254,8 @@ def _license_text(license: License | None) -> str:
     if license is None:
         return "nothing that could be read"
     # Names with a dot may be addresses, which GitHub and the Hub make links of; versions (`apache-2.0`) are not.
-    name = _name(license.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", license.name) else license.name
-    return f"{_name(license.title)} ({name})" if license.title else name
+    name = code_span(license.name) if re.search(r"\.(?!\d)|\.\d+[a-z]", license.name) else license.name
+    return f"{code_span(license.title)} ({name})" if license.title else name
 
 
 def _public_config(config: MergeConfig) -> dict[str, Any]:
@@ -230,6 +263,44 @@ def _public_config(config: MergeConfig) -> dict[str, Any]:
     how this user reaches object stores."""
     public = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
     return {key: public.get(key, value) for key, value in config.to_plain().items() if key in (*public, *_ALWAYS_SHOWN)}
+
+
+def without_local_paths(config: MergeConfig) -> MergeConfig:
+    """The config with names in the place of paths of this machine; two folders of one name are told apart by number."""
+    names: dict[str, str] = {}
+
+    def name(path: str) -> str:
+        full = os.path.abspath(os.path.expanduser(path))
+        if full not in names:
+            plain, taken = os.path.basename(full) or "model", set(names.values())
+            numbered = (f"{plain}-{number}" if number > 1 else plain for number in count(1))
+            names[full] = next(each for each in numbered if each not in taken)
+        return names[full]
+
+    def model(ref: ModelRef) -> ModelRef:
+        paths = [replace(each, path=name(each.path)) if _is_local(each) else each for each in ref.paths]
+        return ModelRef(model=paths[0], adapter=paths[1] if len(paths) > 1 else None)
+
+    def prompts(value: Any) -> Any:
+        is_file = isinstance(value, PromptFile) and value.location.kind.is_local
+        return value.model_copy(update={"file": name(value.file)}) if is_file else value
+
+    def expert(each: ExpertConfig) -> ExpertConfig:
+        found = {key: prompts(getattr(each, key)) for key in ("positive_prompts", "negative_prompts")}
+        return each.model_copy(update={"source_model": model(each.source_model), **found})
+
+    return config.model_copy(
+        update={
+            "base_model": model(config.base_model),
+            "experts": tuple(map(expert, config.experts)),
+            "shared_experts": tuple(map(expert, config.shared_experts)),
+        }
+    )
+
+
+def _is_local(ref: PathRef) -> bool:
+    """A folder of this machine, or of a node of the cluster; not a URL or what may be an id of the Hub."""
+    return ref.location is None and (is_local_folder(ref.path) or not is_hub_id(ref.path))
 
 
 def _config_section(config: MergeConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from rich.cells import cell_len, set_cell_size
 
 _COLORS = 16  # of the style sheet
+_MARGIN = 12  # around a drawing in a file of its own
 _LETTER = 7.2  # width of a character at the drawings' 12 px, of a wide font
 
 
@@ -76,6 +77,21 @@ class Drawing:
 
     def markup(self) -> Markup:
         return Markup(ElementTree.tostring(self.root, encoding="unicode"))
+
+
+def as_file(drawing: str, style: str) -> str:
+    """A drawing as the text of a file of its own, on the page's color: where it is shown may be light or dark."""
+    root = ElementTree.fromstring(drawing)
+    _, _, width, height = (float(number) + 2 * _MARGIN for number in root.attrib["viewBox"].split())
+    size = {"width": f"{width:g}", "height": f"{height:g}"}
+    corner = {"x": f"{-_MARGIN}", "y": f"{-_MARGIN}"}
+    box = f"{-_MARGIN} {-_MARGIN} {width:g} {height:g}"
+    root.attrib.update({"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, **size})
+    sheet = ElementTree.Element("style")
+    sheet.text = f"{style}\nsvg {{ width: {width:g}px; height: {height:g}px }}"
+    root.insert(0, sheet)
+    root.insert(1, ElementTree.Element("rect", {**corner, **size, "style": "fill: var(--page)"}))
+    return f"{ElementTree.tostring(root, encoding='unicode')}\n"
 
 
 def _plain(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raymoe.compute import COMPUTE_THREADS
@@ -23,21 +23,24 @@ from raymoe.sources.facts import SourceFile
 
 ACTOR_CPUS = 1.0
 _SHARDS_AT_ONCE, _MAX_SHARDS_AT_ONCE = 2, 8
-_MAX_COPIERS, _CPUS_PER_COPIER = 4, 4
+_MAX_MOVERS, _CPUS_PER_MOVER = 4, 4
+_QUEUED_COPIES = 2  # times as many parts as are copied at first: the store may take more, and answers overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What actors are to do.
 
-    `jobs`: pieces of work. `runs_model`: the gates run a model, so that a GPU is of use; `quantize`: in which precision
-    it is loaded. `experts`: how many actors a cluster with an autoscaler is to have room for. `reads_folders`: some
-    sources are local folders. `prefer_driver_node`: one actor is to be on the driver's node, if there is room.
-    `shares_reads`: gates and shards read the same objects, each actor its own once. `max_layers_at_once`: more layers'
-    routers at once take an actor too much memory (`routers.fit_memory`).
+    `jobs`: pieces of work, and `copies`: parts that a store copies, which actors of their own ask for. `runs_model`:
+    the gates run a model, so that a GPU is of use; `quantize`: in which precision it is loaded. `experts`: how many
+    actors a cluster with an autoscaler is to have room for. `reads_folders`: some sources are local folders.
+    `prefer_driver_node`: one actor is to be on the driver's node, if there is room. `shares_reads`: gates and shards
+    read the same objects, each actor its own once. `max_layers_at_once`: more layers' routers at once take an actor too
+    much memory (`routers.fit_memory`).
     """
 
     jobs: int
+    copies: int = 0
     runs_model: bool = False
     quantize: str | None = None
     experts: int = 1
@@ -50,7 +53,8 @@ class Workload:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPlan:
     """The actors that run at once, by where they are started; what each is given, how many of them read prompts at
-    once, how many layers' routers and shards each works on side by side, and whether it runs a model. `can_grow`: an
+    once, how many layers' routers and shards each works on side by side, for how many parts the `copiers` ask a store
+    side by side, and whether actors run a model. `can_grow`: an
     autoscaler is there to make room for those that do not fit. `requirements`: the local files that work reads, where
     not all nodes have all of them."""
 
@@ -59,6 +63,7 @@ class ActorPlan:
     readers: int
     layers_at_once: int
     shards_at_once: int
+    copies_at_once: int
     runs_model: bool
     can_grow: bool = False
     requirements: FileRequirements | None = None
@@ -88,17 +93,18 @@ def plan_actors(settings: RuntimeSettings, workload: Workload, placement: Placem
     """
     capacity = _capacity(settings, workload, placement)
     placements = _placements(settings, workload, placement, capacity)
-    actors, copiers = len(placements), _copiers(settings, workload, placement, capacity, len(placements))
+    actors, movers = len(placements), _movers(settings, workload, placement, capacity, len(placements))
     # A layer's rows take one core for some seconds, or a GPU for a moment.
-    layers_at_once = 1 if capacity.gpus else max(1, min(workload.max_layers_at_once, capacity.cpus // actors))
+    layers_at_once = 1 if capacity.gpus else max(1, min(workload.max_layers_at_once, capacity.cpus // max(1, actors)))
     # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
-    shards_at_once = max(_SHARDS_AT_ONCE, min(_MAX_SHARDS_AT_ONCE, capacity.cpus // (actors + copiers)))
+    shards_at_once = max(_SHARDS_AT_ONCE, min(_MAX_SHARDS_AT_ONCE, capacity.cpus // max(1, actors + movers)))
     return ActorPlan(
-        placements=(*placements, *(ActorPlacement(),) * copiers),
+        placements=(*placements, *(ActorPlacement(),) * movers, *_copiers(settings, workload, capacity)),
         gpus=capacity.gpus,
         readers=min(actors, capacity.readers),
         layers_at_once=layers_at_once,
         shards_at_once=shards_at_once,
+        copies_at_once=_QUEUED_COPIES * settings.storage.copy_slots[0],
         runs_model=workload.runs_model,
         can_grow=capacity.can_grow,
         requirements=placement.requirements if placement is not None else None,
@@ -134,7 +140,9 @@ def _placements(
 ) -> tuple[ActorPlacement, ...]:
     """Where actors are started, but for those that only move bytes. Raises ProblemReport if too few are allowed."""
     most = settings.actors or (capacity.readers if workload.shares_reads else workload.jobs)
-    actors = max(1, min(workload.jobs, capacity.actors, most))
+    actors = min(workload.jobs, max(1, min(capacity.actors, most)))
+    if not actors and not workload.copies:
+        actors = 1
     if placement is not None and not placement.is_unconstrained:
         placements = placement.place_actors(actors, capacity.gpus)
         if settings.actors and len(placements) > settings.actors:
@@ -144,13 +152,20 @@ def _placements(
         if placements:
             return placements
     placements = (ActorPlacement(gpus=capacity.gpus),) * actors
-    if not workload.prefer_driver_node or len(capacity.nodes) < 2:
+    if not placements or not workload.prefer_driver_node or len(capacity.nodes) < 2:
         return placements
     near = ActorPlacement(node_id=current_node_id(), allow_spill=True, gpus=capacity.gpus)
     return (near, *placements[1:])
 
 
-def _copiers(
+def _copiers(settings: RuntimeSettings, workload: Workload, capacity: _Capacity) -> Iterator[ActorPlacement]:
+    """One actor on a node for the copies that a store makes itself, on as many nodes as there are copies for."""
+    wanted = -(-workload.copies // settings.storage.copy_slots[0])
+    for node in list(capacity.nodes)[:wanted]:
+        yield ActorPlacement(node_id=node.node_id, allow_spill=True, only_copies=True, label="copies of the store")
+
+
+def _movers(
     settings: RuntimeSettings, workload: Workload, placement: Placement | None, capacity: _Capacity, actors: int
 ) -> int:
     """How many actors without a GPU move the bytes while those with one read prompts.
@@ -161,7 +176,7 @@ def _copiers(
     is_free = placement is None or placement.is_unconstrained
     if not capacity.gpus or workload.shares_reads or settings.actors or not is_free:
         return 0
-    return max(0, min(_MAX_COPIERS, workload.jobs, (capacity.cpus - actors) // _CPUS_PER_COPIER))
+    return max(0, min(_MAX_MOVERS, workload.jobs, (capacity.cpus - actors) // _CPUS_PER_MOVER))
 
 
 def _resource_problems(

@@ -53,14 +53,15 @@ def next_state(state: ActorState, event: ActorEvent) -> ActorState:
 
 @dataclass
 class Lane:
-    """Jobs of one kind that an actor does side by side, at most `capacity`."""
+    """Jobs of one kind that an actor does side by side: a next one if what there is weighs less than `capacity`."""
 
     capacity: int = 1
+    weigh: Callable[[Any], int] = lambda job: 1
     running: set[Any] = field(default_factory=set)
 
     @property
     def has_room(self) -> bool:
-        return len(self.running) < self.capacity
+        return sum(map(self.weigh, self.running)) < self.capacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +79,16 @@ class Helper:
 class PoolActor:
     """An actor's handle, and what is known of it.
 
-    `has_gpu`: it was given one. `helper`: what it was started as, if it takes no work of its own. `reads_for`: the
-    members whose prompts it reads now or read last. `info`: what it said when it came up. `status`: what it said last,
-    since it came up. `pending_ping` and `pending_status` refer to answers that it still owes.
+    `has_gpu`: it was given one. `only_copies`: it only asks a store for copies. `helper`: what it was started as, if it
+    takes no work of its own. `reads_for`: the members whose prompts it reads now or read last. `info`: what it said
+    when it came up. `status`: what it said last, since it came up. `pending_ping` and `pending_status` refer to answers
+    that it still owes.
     """
 
     handle: Any
     number: int = 0
     has_gpu: bool = False
+    only_copies: bool = False
     prompts: Lane = field(default_factory=Lane)
     layers: Lane = field(default_factory=Lane)
     shards: Lane = field(default_factory=Lane)

@@ -24,6 +24,7 @@ from raymoe.runtime.shard_transfer import PIECES_AHEAD
 from raymoe.runtime.timeouts import GROW_REPORT_INTERVAL_S, GROW_TIMEOUT_S, START_GRACE_S, START_TIMEOUT_S
 
 _RESTARTS = 2
+_COPY_JOBS = 64  # threads that wait for the parts of a job, of which most have several
 
 
 @contextmanager
@@ -38,17 +39,19 @@ def expert_actors(
     if not actor_plan.runs_model:
         settings = on_cpu
     needs_torch = actor_plan.runs_model or settings.trust_remote_code
-    groups = {"gates": 1, "layers": actor_plan.layers_at_once, "write": actor_plan.shards_at_once, "control": 1}
-    remote = ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch, settings.trust_remote_code))
+    worker = _remote_class(actor_plan.layers_at_once, actor_plan.shards_at_once, needs_torch, settings)
+    copier = _remote_class(1, min(_COPY_JOBS, actor_plan.copies_at_once), False, settings)
     mark = secrets.token_hex(3)  # Ray wants names that no other merge in the cluster has
     actors = [
-        remote.options(
+        (copier if actor_placement.only_copies else worker)
+        .options(
             name=f"raymoe actor {number}{f' for {actor_placement.label}' if actor_placement.label else ''} [{mark}]",
-            num_cpus=ACTOR_CPUS,
+            num_cpus=0 if actor_placement.only_copies else ACTOR_CPUS,
             num_gpus=actor_placement.gpus,
             max_restarts=_RESTARTS,
             scheduling_strategy=_strategy(actor_placement),
-        ).remote(output, settings if actor_placement.gpus else on_cpu, run)
+        )
+        .remote(output, settings if actor_placement.gpus else on_cpu, run)
         for number, actor_placement in enumerate(actor_plan.placements)
     ]
     try:
@@ -57,6 +60,14 @@ def expert_actors(
     finally:
         for actor in actors:
             ray.kill(actor, no_restart=True)
+
+
+def _remote_class(layers_at_once: int, shards_at_once: int, needs_torch: bool, settings: RuntimeSettings) -> Any:
+    """The class of an actor, with a thread for each job that it does at once."""
+    import ray
+
+    groups = {"gates": 1, "layers": layers_at_once, "write": shards_at_once, "control": 1}
+    return ray.remote(concurrency_groups=groups)(_actor_class(ExpertWorker, needs_torch, settings.trust_remote_code))
 
 
 def _strategy(actor_placement: ActorPlacement) -> Any:

@@ -129,8 +129,11 @@ def run_merge(
 
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
     needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
+    # With --strict actors read what the store copies, too.
+    copies = [0 if plan.options.strict else target.copied_parts(shard) for shard in plan.worker_shards]
     return Workload(
-        jobs=max(1, len(plan.worker_shards)),
+        jobs=max(copies.count(0), len(plan.gates.prompted)),
+        copies=sum(copies),
         runs_model=needs_forward_pass,
         quantize=plan.gates.quantize,
         experts=len(plan.gates.experts),

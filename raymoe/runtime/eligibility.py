@@ -15,6 +15,7 @@ from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorPool, ActorState, Helper, PoolActor
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.shard_jobs import ShardMethod
+from raymoe.storage.outputs.protocol import ShardJob
 
 
 class Eligibility:
@@ -52,15 +53,17 @@ class Eligibility:
     def can_fit_layers(self, actor: PoolActor) -> bool:
         return actor.on_gpu or not any(other.on_gpu for other in self._pool.up)
 
-    def can_do(self, actor: PoolActor, shard: Shard) -> bool:
-        """Whether an actor can be given a shard now: the helper that it needs is up, if it needs one."""
-        method = self.method(actor, shard)
+    def can_do(self, actor: PoolActor, job: ShardJob) -> bool:
+        """Whether an actor can be given a job now: no others are there for it, and the helper that it needs is up."""
+        if job.asks_store is not actor.only_copies and self._has_kind(only_copies=job.asks_store):
+            return False
+        method = self.method(actor, job)
         if method is None or method.helper is None:
             return method is not None
         helper = self._pool.helpers.get(method.helper)
         return helper is not None and helper.is_up
 
-    def missing_helpers(self, shards: Sequence[Shard]) -> list[Helper]:
+    def missing_helpers(self, shards: Callable[[], Iterable[Shard]]) -> list[Helper]:
         """Helpers that have not been started and that an actor with room for one of the shards needs."""
         return [
             method.helper
@@ -68,17 +71,24 @@ class Eligibility:
             if method.helper is not None and method.helper not in self._pool.helpers and self._wants(method, shards)
         ]
 
-    def _wants(self, method: ShardMethod, shards: Sequence[Shard]) -> bool:
+    def _wants(self, method: ShardMethod, shards: Callable[[], Iterable[Shard]]) -> bool:
         """Whether an actor with room would do one of the shards by this method."""
         free = [actor for actor in self._pool.up if actor.shards.has_room and self._first_method(actor) is method]
         if not free:
             return False
-        needed = {self._files(shard) for shard in shards}  # many shards read the same files
+        needed = {self._files(shard) for shard in shards()}  # many shards read the same files
         return any(self._method(actor, files) is method for actor in free for files in needed)
 
-    def method(self, actor: PoolActor, shard: Shard) -> ShardMethod | None:
-        """How an actor does a shard; None if it lacks files, or others are to do it."""
-        return self._method(actor, self._files(shard))
+    def method(self, actor: PoolActor, job: ShardJob) -> ShardMethod | None:
+        """How an actor does a job; None if it lacks files, or others are to do it."""
+        return self._method(actor, frozenset() if job.asks_store else self._files(job.shard))
+
+    def _has_kind(self, *, only_copies: bool) -> bool:
+        """Whether actors are up, or will be in a moment, that are there to ask a store for copies, or all others."""
+        kind = [actor for actor in self._pool.actors if actor.only_copies is only_copies]
+        return any(actor.is_up for actor in kind) or (
+            self._is_settling() and any(actor.state is ActorState.STARTING for actor in kind)
+        )
 
     def _files(self, shard: Shard) -> frozenset[str]:
         return self._requirements.shards[shard.file_name] if self._requirements is not None else frozenset()
@@ -113,7 +123,8 @@ class Eligibility:
         return self._others[files, gpu]
 
     def _find_another(self, files: frozenset[str], gpu: bool) -> bool:
-        same_kind = [actor for actor in self._pool.actors if (actor.on_gpu if actor.info else actor.has_gpu) is gpu]
+        others = [actor for actor in self._pool.actors if not actor.only_copies]
+        same_kind = [actor for actor in others if (actor.on_gpu if actor.info else actor.has_gpu) is gpu]
         return any(actor.is_up and actor.can_read(files) for actor in same_kind) or (
             self._is_settling() and any(actor.state is ActorState.STARTING for actor in same_kind)
         )

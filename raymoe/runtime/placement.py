@@ -70,7 +70,8 @@ class Node:
 class ActorPlacement:
     """Where an actor is started: on that node, on no other if `hard_affinity`; without a node, where Ray has room.
 
-    `allow_spill`: elsewhere also if that node is busy. `label` says for people what it is there for.
+    `allow_spill`: elsewhere also if that node is busy. `label` says for people what it is there for. `only_copies`: it
+    asks a store for copies, which takes no CPU.
     """
 
     node_id: str | None = None
@@ -78,6 +79,7 @@ class ActorPlacement:
     allow_spill: bool = False
     gpus: float = 0.0
     label: str = ""
+    only_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,15 +28,20 @@ def run_on_actors(
     they are at.
     """
     with expert_actors(actor_plan, output, settings, run) as actors:
+        # Those that only copy come last.
+        gpus = [placement.gpus > 0 for placement in actor_plan.placements if not placement.only_copies]
+        workers, copiers = actors[: len(gpus)], actors[len(gpus) :]
         outcome = run_jobs(
             plan,
-            actors,
+            workers,
             work,
             progress.watch(actors),
-            gpus=[placement.gpus > 0 for placement in actor_plan.placements],
+            gpus=gpus,
             readers=actor_plan.readers,
             layers_at_once=actor_plan.layers_at_once,
             shards_at_once=actor_plan.shards_at_once,
+            copiers=copiers,
+            copies_at_once=actor_plan.copies_at_once,
             requirements=actor_plan.requirements,
             stall_timeout_s=settings.stall_timeout_s,
         )

@@ -44,6 +44,7 @@ from raymoe.runtime.timeouts import STALL_TIMEOUT_S, STARTUP_GRACE_S, TICK_S
 from raymoe.runtime.transport import RayTransport, Transport
 
 _MAX_ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
+_OPENED_AHEAD = 16  # shards whose jobs wait for actors: opening one takes a store some requests
 _MAX_STALLS = 2  # of one job: the second time it is not the actor
 
 
@@ -110,6 +111,8 @@ def run_jobs(
     readers: int,
     layers_at_once: int,
     shards_at_once: int,
+    copiers: Sequence[Any] = (),
+    copies_at_once: int = 1,
     requirements: FileRequirements | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     transport: Transport | None = None,
@@ -117,7 +120,8 @@ def run_jobs(
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
     `gpus` says which of the actors were given a GPU. `readers` actors at most read prompts at once. An actor works on
-    the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side.
+    the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side. `copiers` are further
+    actors, which only ask a store for copies, each for `copies_at_once` parts side by side.
     `requirements`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several
     times a second. A job that stands still for `stall_timeout_s` is given to another actor, once. `transport`: what the
     handles are of; the cluster that this process is connected to, if it is not said.
@@ -128,6 +132,17 @@ def run_jobs(
     actors = [
         PoolActor(handle, number, has_gpu, layers=Lane(layers_at_once), shards=Lane(shards_at_once))
         for number, (handle, has_gpu) in enumerate(zip_longest(handles, gpus, fillvalue=False))
+    ]
+    actors += [
+        PoolActor(
+            handle,
+            number,
+            only_copies=True,
+            prompts=Lane(0),
+            layers=Lane(0),
+            shards=Lane(copies_at_once, weigh=lambda job: max(1, job.detail.copies)),
+        )
+        for number, handle in enumerate(copiers, start=len(actors))
     ]
     pool = ActorPool(actors, transport, requirements.files if requirements is not None else ())
     run = _Jobs(plan, gates, pool, work, requirements, StallClock(stall_timeout_s, transport.now), transport)
@@ -156,7 +171,7 @@ class _Jobs:
     ) -> None:
         self._transport, self._pool, self._stall = transport, pool, stall
         self.outcome, self.gates = Outcome(readings=gates.readings, statuses=pool.statuses), gates
-        self.shards = ShardQueue(list(plan.worker_shards), work)
+        self.shards = ShardQueue(list(plan.worker_shards), work, transport)
         self._shared_reads = SharedReads(plan, work.reads)
         self._requirements = requirements
         self._running: dict[Any, _Run] = {}
@@ -172,13 +187,13 @@ class _Jobs:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.gates.is_waiting or self.shards.waiting or self.shards.ready or self._running)
+        return bool(self.gates.is_waiting or self.shards.has_work or self._running)
 
     def step(self) -> None:
         """Give out work, and take all that has come back within a tick."""
         self._pool.ping_absent()
         self._give_out_work()
-        self._stuck.check(is_busy=bool(self._running), first_waiting=self._first_waiting)
+        self._stuck.check(is_busy=bool(self._running or self.shards.calls), first_waiting=self._first_waiting)
         self._stall.look()
         self._pool.poll_statuses()
         self._check_stalls()
@@ -190,6 +205,7 @@ class _Jobs:
         for ref in self._running:
             self._transport.cancel(ref)
         self._pool.end_helpers()
+        self._transport.end_calls()
 
     def _give_out_work(self) -> None:
         self._eligibility.refresh()
@@ -198,6 +214,8 @@ class _Jobs:
         for actor in self._pool.up:
             self._fill_prompts(actor)
             self._fill_layers(actor)
+        self.shards.open_ahead((actor.reads_for for actor in self._pool.up), _OPENED_AHEAD + len(self._pool.actors))
+        for actor in self._pool.up:
             self._fill_shards(actor)
 
     def _fill_prompts(self, actor: PoolActor) -> None:
@@ -216,11 +234,11 @@ class _Jobs:
 
     def _fill_shards(self, actor: PoolActor) -> None:
         while actor.shards.has_room:
-            job = self.shards.next_for(actor.reads_for, lambda shard: self._eligibility.can_do(actor, shard))
+            job = self.shards.next_for(actor.reads_for, lambda job: self._eligibility.can_do(actor, job))
             if job is None:
                 return
             detail = self._shared_reads.with_sharing_hints(job.detail, self.shards.names, len(self._pool.up))
-            method = self._eligibility.method(actor, job.detail.shard)
+            method = self._eligibility.method(actor, job.detail)
             assert method is not None, f"{job.label}: given to an actor that may not do it"
             helper = self._pool.helpers[method.helper] if method.helper is not None else None
             ref = method.start(actor.handle, detail, helper.handle if helper is not None else None)
@@ -241,15 +259,17 @@ class _Jobs:
         """The files and the name of work that waits."""
         if self._requirements is None:
             return frozenset(), "the merge"
-        if (shard := next(iter(self.shards.unfinished), None)) is not None:
+        if (shard := next(self.shards.unfinished(), None)) is not None:
             return self._requirements.shards[shard.file_name], f"{shard.file_name} ({shard.owner})"
         owners = self.gates.waiting_owners
         return self._requirements.for_members(owners), f"gates of {', '.join(map(str, owners))}"
 
     def _take_results(self) -> None:
         pings = self._pool.pending_pings
-        for ref in self._wait([*self._running, *pings]):
-            if ref not in pings:
+        for ref in self._wait([*self._running, *self.shards.calls, *pings]):
+            if ref in self.shards.calls:
+                self.shards.take(ref)
+            elif ref not in pings:
                 self._collect(ref, self._pop(ref))
             elif self._pool.take_ping_reply(pings[ref]):
                 self.gates.forget_actor(pings[ref].handle)

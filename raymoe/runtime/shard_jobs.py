@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from raymoe.planning.plan import Copy, MergePlan, Part, Shard
 from raymoe.runtime.actor_pool import Helper
 from raymoe.runtime.actor_status import ActorInfo
 from raymoe.runtime.jobs import Job
+from raymoe.runtime.transport import Transport
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.storage.outputs.protocol import ShardJob
 
@@ -37,7 +39,7 @@ class ShardWork(Protocol):
     """What is done with shards. A shard is one or several jobs, which several actors may do at the same time."""
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        """Begin with a shard; nothing, if there is nothing left for actors to do."""
+        """Begin with a shard; nothing, if there is nothing left for actors to do. Called from several threads."""
 
     @property
     def methods(self) -> Sequence[ShardMethod]:
@@ -48,7 +50,8 @@ class ShardWork(Protocol):
         """Whether actors read that object for shards: not so where a store copies it."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
-        """All jobs of a shard came back: what is to be kept of it, or one more job, as in `Output.complete`."""
+        """All jobs of a shard came back: what is to be kept of it, or one more job, as in `Output.complete`. Called
+        from several threads."""
 
 
 def task_name(verb: str, job: ShardJob, names: Mapping[Owner, str]) -> str:
@@ -82,14 +85,14 @@ class SharedReads:
                     if (other := first.setdefault(entry, shard.file_name)) != shard.file_name:
                         self._shards.setdefault(entry, {other}).add(shard.file_name)
 
-    def with_sharing_hints(self, job: ShardJob, waiting: Set[str], actors: int) -> ShardJob:
+    def with_sharing_hints(self, job: ShardJob, waiting: Callable[[], Set[str]], actors: int) -> ShardJob:
         """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
-        that are `waiting` (by name) as many need it as there are actors."""
+        that are `waiting` (their names) as many need it as there are actors."""
         fetched = (e for part in job.shard.parts if job.includes(part) for e in _fetched_entries(part, self._reads))
         shared = tuple(dict.fromkeys(entry for entry in fetched if entry in self._shards))
         if not shared:
             return job
-        others = waiting - {job.shard.file_name}
+        others = waiting() - {job.shard.file_name}
         keep_cached = tuple(entry for entry in shared if len(self._shards[entry] & others) >= actors)
         return replace(job, shared_with_shards=shared, keep_cached=keep_cached)
 
@@ -99,7 +102,7 @@ class _OpenShard:
     """A shard whose jobs have been asked for: how many are still to come back, and what came back."""
 
     shard: Shard
-    jobs_left: int
+    jobs_left: int = 0
     results: list[Any] = field(default_factory=list)
 
 
@@ -133,63 +136,73 @@ class WriteShardJob(Job):
 
 
 class ShardQueue:
-    """The queue of shards: `waiting` have not been begun, by owner and in the plan's order; `ready` are jobs of begun
-    ones that no actor does yet."""
+    """The queue of shards.
 
-    def __init__(self, waiting: Sequence[Shard], work: ShardWork) -> None:
-        self.waiting: dict[Owner, list[Shard]] = {}
+        waiting --`work.jobs`--> opening --> ready: jobs for actors --> `work.complete` --> results
+
+    `waiting` are by owner, and in the plan's order. `jobs` and `complete` may ask a store, and so are called beside the
+    scheduling thread, for several shards at once; `calls` are the references of these calls. Shards are opened before
+    an actor asks for them.
+    """
+
+    def __init__(self, waiting: Sequence[Shard], work: ShardWork, transport: Transport) -> None:
+        self.waiting: dict[Owner, deque[Shard]] = {}
         for shard in waiting:
-            self.waiting.setdefault(shard.owner, []).append(shard)
-        self.work = work
+            self.waiting.setdefault(shard.owner, deque()).append(shard)
+        self.work, self._transport = work, transport
+        self.opening: list[Shard] = []
+        self.ready: list[WriteShardJob] = []
+        self.calls: dict[Any, Callable[[Any], None]] = {}  # with what takes the result
         self.results: list[Any] = []
         self.bytes_kept = 0
-        self.ready: list[WriteShardJob] = []
-
-    def next_for(self, owners: Collection[Owner], can_write: Callable[[Shard], bool]) -> WriteShardJob | None:
-        """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any;
-        begun shards first."""
-        while True:
-            ready = (job for job in self.ready if can_write(job.opened.shard))
-            job = min(ready, key=lambda job: _preference(owners, job.owner), default=None)
-            shard = next((shard for shard in self._preferred(owners) if can_write(shard)), None)
-            if job is not None and (
-                shard is None or _preference(owners, job.owner) <= _preference(owners, shard.owner)
-            ):
-                self.ready.remove(job)
-                return job
-            if shard is None:
-                return None
-            self._begin(shard)
-
-    def _preferred(self, owners: Collection[Owner]) -> Iterator[Shard]:
-        """The shards that wait, in the order of `_preference`: the first that an actor can write ends the search."""
-        first = dict.fromkeys((*owners, BASE))
-        for owner in first:
-            yield from self.waiting.get(owner, ())
-        for owner, shards in self.waiting.items():
-            if owner not in first:
-                yield from shards
 
     @property
-    def names(self) -> set[str]:
-        """The shards that wait, or have jobs that do."""
-        return {shard.file_name for shard in self.unfinished}
+    def has_work(self) -> bool:
+        """Whether there is anything but jobs that actors are doing."""
+        return bool(self.waiting or self.ready or self.calls)
 
-    @property
-    def unfinished(self) -> list[Shard]:
-        """The shards of jobs that wait, and those that have not been begun."""
-        return [*(job.opened.shard for job in self.ready), *(s for shards in self.waiting.values() for s in shards)]
+    def open_ahead(self, preferred: Iterable[Collection[Owner]], count: int) -> None:
+        """Open shards until `count` of them are being opened or have jobs that wait, and one of each actor's own.
 
-    def _begin(self, shard: Shard) -> None:
-        self.waiting[shard.owner].remove(shard)
-        if not self.waiting[shard.owner]:
-            del self.waiting[shard.owner]
-        jobs = self.work.jobs(shard)
+        `preferred` are the members whose shards an actor does first, for each actor.
+        """
+        for owners in preferred:
+            there = (*(job.owner for job in self.ready), *(shard.owner for shard in self.opening))
+            if not any(owner in owners for owner in there):
+                self._open_next(owners)
+        while len(self.ready) + len(self.opening) < count and self.waiting:
+            self._open_next((BASE, *self.waiting))
+
+    def _open_next(self, owners: Iterable[Owner]) -> None:
+        """Open the next shard of the first of these owners that has one."""
+        owner = next((each for each in owners if each in self.waiting), None)
+        if owner is None:
+            return
+        shard = self.waiting[owner].popleft()
+        if not self.waiting[owner]:
+            del self.waiting[owner]
+        self.opening.append(shard)
+        self._call(lambda jobs: self._opened(shard, jobs), self.work.jobs, shard)
+
+    def _opened(self, shard: Shard, jobs: Sequence[ShardJob]) -> None:
+        self.opening.remove(shard)
         opened = _OpenShard(shard, len(jobs))
         self.ready += [WriteShardJob(self, opened, detail=job) for job in jobs]
         if not jobs:
             self.bytes_kept += shard.nbytes
             self._complete(opened)
+
+    def next_for(self, owners: Collection[Owner], can_do: Callable[[ShardJob], bool]) -> WriteShardJob | None:
+        """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any.
+
+        None also while one of its own is being opened.
+        """
+        jobs = (job for job in self.ready if can_do(job.detail))
+        job = min(jobs, key=lambda job: _preference(owners, job.owner), default=None)
+        if job is None or (job.owner not in owners and any(shard.owner in owners for shard in self.opening)):
+            return None
+        self.ready.remove(job)
+        return job
 
     def complete(self, opened: _OpenShard, result: Any) -> None:
         opened.results.append(result)
@@ -198,15 +211,35 @@ class ShardQueue:
             self._complete(opened)
 
     def _complete(self, opened: _OpenShard) -> None:
+        self._call(lambda done: self._completed(opened, done), self.work.complete, opened.shard, opened.results)
+
+    def _completed(self, opened: _OpenShard, done: Any) -> None:
         """Take what is to be kept of a shard, or give out the job that is still to be done for it."""
-        done = self.work.complete(opened.shard, opened.results)
         if isinstance(done, ShardJob):
             opened.results, opened.jobs_left = [], 1
             self.ready.insert(0, WriteShardJob(self, opened, detail=done))
         else:
             self.results.append(done)
 
+    def _call(self, take: Callable[[Any], None], function: Callable[..., Any], *arguments: Any) -> None:
+        self.calls[self._transport.run(function, *arguments)] = take
+
+    def take(self, ref: Any) -> None:
+        """Take the result of a call that is done. Raises what it raised."""
+        self.calls.pop(ref)(self._transport.fetch(ref))
+
+    def names(self) -> set[str]:
+        """The shards that wait, or have jobs that do."""
+        return {shard.file_name for shard in self.unfinished()}
+
+    def unfinished(self) -> Iterator[Shard]:
+        """The shards of jobs that wait, and those that have no jobs yet."""
+        yield from (job.opened.shard for job in self.ready)
+        yield from self.opening
+        for shards in self.waiting.values():
+            yield from shards
+
 
 def _preference(owners: Collection[Owner], owner: Owner) -> tuple[bool, bool]:
-    """Smallest first: this actor's own expert, then the base, then the rest in the plan's order."""
+    """Smallest first: this actor's own expert, then the base, then the rest."""
     return (owner not in owners, owner != BASE)

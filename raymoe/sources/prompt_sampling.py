@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from raymoe.config.source_positions import format_loc
 from raymoe.errors import CheckpointError, Problem, ProblemReport
 from raymoe.object_store.errors import StorageError
 from raymoe.object_store.options import StorageOptions
-from raymoe.sources.facts import ModelFacts
+from raymoe.sources.facts import ModelFacts, SourceFile
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_reader import Faults, prompt_values
 from raymoe.sources.resolve import RemoteFolderResolver, fetch_file
@@ -99,25 +99,29 @@ def chat_template_problems(
         return []
     files = {side.name: side.file for side in base.side_files}
 
-    def read(name: str) -> bytes:
-        return (
-            remote_folders.read(files[name])
-            if remote_folders
-            else fetch_file(files[name], hub, config.storage).read_bytes()
-        )
+    def read(file: SourceFile) -> bytes:
+        return remote_folders.read(file) if remote_folders else fetch_file(file, hub, config.storage).read_bytes()
 
-    template: Any = None
     try:
-        if "chat_template.jinja" in files:
-            template = read("chat_template.jinja").decode()
-        elif "tokenizer_config.json" in files:
-            settings = read_json(read("tokenizer_config.json"))
-            template = settings.get("chat_template") if isinstance(settings, Mapping) else None
+        template = read_chat_template(files, read)
     except CheckpointError as error:
         return list(error.problems)
     except (OSError, ValueError):
         return []  # loading the tokenizer tells what is wrong with this file
     return list(_template_faults(template)) if template else [NO_CHAT_TEMPLATE]
+
+
+def read_chat_template(files: Mapping[str, SourceFile], read: Callable[[SourceFile], bytes]) -> Any:
+    """The chat template of a tokenizer's files: its text, several of them in a list, or None.
+
+    Raises what `read` raises, and ValueError for what is no JSON.
+    """
+    if (template := files.get("chat_template.jinja")) is not None:
+        return read(template).decode()
+    if (settings_file := files.get("tokenizer_config.json")) is not None:
+        settings = read_json(read(settings_file))
+        return settings.get("chat_template") if isinstance(settings, Mapping) else None
+    return None
 
 
 def _template_faults(template: Any) -> Iterator[Problem]:

@@ -41,7 +41,8 @@ def store_at(url: str, **options: float) -> S3Store:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_fault_is_overcome(server: Server, bucket: str, kind: str) -> None:
-    rates = FaultRates(**{kind: 0.4, "slow_seconds": (0.0, 0.3)})
+    rate = 0.9 if kind == "lost_complete_reply" else 0.4  # of which there is one request
+    rates = FaultRates(**{kind: rate, "slow_seconds": (0.0, 0.3)})
     with FaultProxy(server.endpoint, seed=5, rates=rates, max_consecutive=2) as proxy:
         # Connections would wait 20 s for a body that ends early and stays open.
         store = S3Store(StorageOptions(endpoint=proxy.url, deadline_s=60, read_timeout_s=5))
@@ -256,8 +257,23 @@ def test_the_pacer_halves_once_a_wave_and_recovers() -> None:
         pacer.throttled(time.monotonic())
         assert pacer.slots == expected
     for _ in range(200):
-        pacer.succeeded()
+        pacer.succeeded(1.0)
     assert pacer.slots == 16
+
+
+@pytest.mark.parametrize(("later_s", "slots"), [(1.0, 32), (1.1, 32), (2.0, 16)])
+def test_the_pacer_grows_while_requests_take_no_longer(later_s: float, slots: int) -> None:
+    """A server that never says 'slow down' may still have enough to do."""
+    pacer = Pacer(16, most=32)
+    for _ in range(16):
+        pacer.succeeded(1.0)
+    assert pacer.slots == 16
+    for _ in range(1000):
+        pacer.succeeded(later_s)
+    assert slots <= pacer.slots <= slots + 1
+    for _ in range(1000):
+        pacer.succeeded(1.0)
+    assert pacer.slots == 32
 
 
 def test_the_pacer_bounds_and_times_out() -> None:

@@ -20,7 +20,9 @@ from raymoe.routers.prompt_passes import plan_readings
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.shard_jobs import ShardQueue, SharedReads
 from raymoe.sources.facts import CheckpointIndex, ModelFacts, SideFile, SourceFile, TensorEntry
+from raymoe.storage.outputs.protocol import ShardJob
 from tests.planning.test_multipart import SMOLLM2, tensor_shapes
+from tests.runtime.fake_cluster import FakeCluster
 
 LAYERS = 66  # of three matrices: 198 tensors per expert
 PROMPTS = [f"text {number}" for number in range(8)]
@@ -141,21 +143,30 @@ def test_readings_and_requirements_are_linear_in_experts() -> None:
 
 
 def test_giving_out_shards_is_linear_in_shards() -> None:
-    """Where an actor can write all of them, no shard is looked at before it is given out."""
+    """No shard is looked at before it is opened, and few are open at once."""
     plans = {experts: planning(experts, mode="random") for experts in (2, 128, 256)}
 
     class Work:
-        sending = None
+        def jobs(self, shard: Shard) -> list[ShardJob]:
+            return [ShardJob(shard=shard)]
 
-        def jobs(self, shard: Shard) -> list[Any]:
-            return []
-
-        def complete(self, shard: Shard, results: object) -> None:
-            return None
+        def complete(self, shard: Shard, results: object) -> str:
+            return shard.file_name
 
     def work(experts: int) -> Callable[[], Any]:
-        queue = ShardQueue(list(plans[experts].worker_shards), Work())  # type: ignore[arg-type]
-        return lambda: queue.next_for((Owner.expert(1),), lambda shard: True)
+        shards, cluster = list(plans[experts].worker_shards), FakeCluster()
+        queue = ShardQueue(shards, Work(), cluster)  # type: ignore[arg-type]
+
+        def give_out() -> None:
+            while queue.has_work:
+                queue.open_ahead([(Owner.expert(1),)], 8)
+                while (job := queue.next_for((Owner.expert(1),), lambda job: True)) is not None:
+                    job.complete("done")
+                for ref in list(queue.calls):
+                    queue.take(ref)
+            assert len(queue.results) == len(shards)
+
+        return give_out
 
     assert_linear(work, 128)
 

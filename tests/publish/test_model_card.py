@@ -16,7 +16,8 @@ import raymoe
 from raymoe.config import ExpertConfig, make_config
 from raymoe.gate_modes.layer_values import LayerScores
 from raymoe.object_store.options import StorageOptions
-from raymoe.report.model_card import _config_section, _expert_row, _license_text, model_card
+from raymoe.report.merge_description import MergeDescription
+from raymoe.report.model_card import _config_section, _expert_row, _license_text, model_card, without_local_paths
 from raymoe.report.source_metadata import License, source_cards
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.sources.hub import HubOptions
@@ -54,7 +55,7 @@ def models(zoo: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 def card_of(config: dict[str, Any], hub: HubOptions, summary: RouterSummary | None = None) -> ModelCard:
     """The card of a config's merge, as the Hub's library reads it."""
     plan = raymoe.plan(config, hub=hub, allow_all_same=True)
-    checked = raymoe.api.make_config(config, allow_all_same=True)
+    checked = make_config(config, allow_all_same=True)
     text = model_card(plan, checked, summary, source_cards(plan, hub, StorageOptions()))
     card = ModelCard(text)
     assert card.content == text  # its metadata survive being read and written
@@ -153,7 +154,7 @@ def test_a_hub_that_is_gone_after_the_plan(hub: HubServer, models: Callable[...,
     hub.repos.clear()
     sources = source_cards(plan, options, StorageOptions())
     assert [(source.label, source.hub_id, source.license) for source in sources] == [("org/base", "org/base", None)]
-    checked = raymoe.api.make_config(config, allow_all_same=True)
+    checked = make_config(config, allow_all_same=True)
     data = ModelCard(model_card(plan, checked, None, sources)).data
     assert data.base_model == ["org/base"] and data.license is None
 
@@ -271,3 +272,64 @@ def test_licences_that_are_only_names(models: Callable[..., Path]) -> None:
     folders = [models(name, said) for name in ("base", "a", "bc")]
     card = card_of(local(*folders), HubOptions())
     assert card.data.license_name == "my-licence" and card.data.license_link == "https://example.org/l?v=1#top"
+
+
+def test_titles_name_the_experts(models: Callable[..., Path]) -> None:
+    base = models("base")
+
+    def title(*names: str) -> str:
+        config = merge_config(base, [models(name) for name in names], mode="random")
+        return next(line for line in card_of(config, HubOptions()).text.splitlines() if line.startswith("# "))
+
+    assert title("law", "code") == "# Mixtral mixture of `law` and `code`"
+    assert (
+        title("a", "ab", "abc", "abcd", "abcde", "abcdef") == "# Mixtral mixture of `a`, `ab`, `abc`, `abcd` and 2 more"
+    )
+
+
+def test_experts_that_are_all_the_same_give_the_title_no_names(models: Callable[..., Path]) -> None:
+    law = models("law")
+    config = local(models("base"), law, law)
+    assert "\n# Mixtral mixture of 2 experts\n" in card_of(config, HubOptions()).text
+
+
+def test_no_paths_of_this_machine(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Names are told apart, and what is on the Hub or in a bucket is named as it is."""
+    base, law = models("base"), models("law")
+    for folder in ("one", "two"):
+        copy_model(law, tmp_path / folder / "same")
+    config = local(base, tmp_path / "one/same", tmp_path / "two/same")
+    adapter = save_lora(tmp_path / "poems", base, ("gate_proj",))
+    config["experts"].append({"source_model": f"{base}+{adapter}"})
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    config["experts"][0]["positive_prompts"] = {"file": str(tmp_path / "prompts.txt")}
+    config["experts"][2]["positive_prompts"] = ["a poem"]
+    text = card_of(config, HubOptions()).text
+    assert str(tmp_path) not in text and tmp_path.name not in text
+    said = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert said["base_model"] == "base"
+    assert [expert["source_model"] for expert in said["experts"]] == ["same", "same-2", "base+poems"]
+    assert said["experts"][0]["positive_prompts"]["file"] == "prompts.txt"
+    experts = [{"source_model": "s3://b/e"}, {"source_model": "./x"}]
+    named = make_config({"base_model": "org/base@main", "experts": experts, "gate_mode": "random"})
+    public = without_local_paths(named)
+    assert [str(ref) for ref in public.models] == ["org/base@main", "s3://b/e", "x"]
+
+
+@pytest.mark.parametrize("form", ["jinja", "json", None])
+def test_the_snippet_uses_the_chat_template(models: Callable[..., Path], form: str | None) -> None:
+    base = models("base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    if form == "jinja":
+        (base / "chat_template.jinja").write_text(template)
+    (base / "tokenizer_config.json").write_text(
+        json.dumps(settings | ({"chat_template": template} if form == "json" else {}))
+    )
+    config = make_config(local(base, models("law"), models("code")))
+    card = MergeDescription(plan=raymoe.plan(config), config=config, hub=HubOptions()).card(None)
+    assert card is not None and "model.generate(**prompt" in card
+    assert ("tokenizer.apply_chat_template(" in card) == (form is not None)
+    assert ("Once upon a time" in card) == (form is None)

@@ -9,9 +9,11 @@ from raymoe.planning.plan import Shard
 from raymoe.runtime.actor_pool import ActorEvent, ActorPool, ActorState, Lane, PoolActor, next_state
 from raymoe.runtime.eligibility import Eligibility
 from raymoe.runtime.shard_jobs import ShardMethod
+from raymoe.storage.outputs.protocol import ShardJob
 from tests.runtime.fake_cluster import Direct, FakeActor, FakeCluster, Sent
 
 SHARD = Shard(file_name="model-1", owner=BASE, header=b"", parts=())
+JOB = ShardJob(shard=SHARD)
 STARTING, UP, RESTARTING, DEAD = ActorState
 
 
@@ -96,10 +98,10 @@ def eligibility_of(pool: ActorPool, *methods: ShardMethod) -> Eligibility:
 def test_a_question_starts_no_helper(cluster: FakeCluster, sent: Sent) -> None:
     pool = pool_of(cluster, cluster.actor(sees_output=False))
     eligibility, (actor,) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
-    assert not eligibility.can_do(actor, SHARD) and eligibility.missing_helpers([SHARD]) == [sent.helper]
-    assert eligibility.method(actor, SHARD) is sent and pool.helpers == {} and len(cluster.actors) == 1
+    assert not eligibility.can_do(actor, JOB) and eligibility.missing_helpers(lambda: [SHARD]) == [sent.helper]
+    assert eligibility.method(actor, JOB) is sent and pool.helpers == {} and len(cluster.actors) == 1
     actor.shards.running.update(range(actor.shards.capacity))
-    assert eligibility.missing_helpers([SHARD]) == []  # it has no room for it
+    assert eligibility.missing_helpers(lambda: [SHARD]) == []  # it has no room for it
 
 
 def test_a_helper_is_waited_for(cluster: FakeCluster, sent: Sent) -> None:
@@ -108,12 +110,12 @@ def test_a_helper_is_waited_for(cluster: FakeCluster, sent: Sent) -> None:
     eligibility, (actor,) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
     pool.start_helper(sent.helper)
     helper = pool.helpers[sent.helper]
-    assert (helper.number, pool.actors) == (1, [actor]) and eligibility.missing_helpers([SHARD]) == []
+    assert (helper.number, pool.actors) == (1, [actor]) and eligibility.missing_helpers(lambda: [SHARD]) == []
     ask(pool, cluster)
-    assert not eligibility.can_do(actor, SHARD)
+    assert not eligibility.can_do(actor, JOB)
     cluster.sleep(1.0)
     ask(pool, cluster)
-    assert eligibility.can_do(actor, SHARD) and pool.up == [actor]
+    assert eligibility.can_do(actor, JOB) and pool.up == [actor]
     pool.end_helpers()
     assert cluster.ended == [(helper.handle, True)]
 
@@ -121,17 +123,17 @@ def test_a_helper_is_waited_for(cluster: FakeCluster, sent: Sent) -> None:
 def test_the_first_method_that_an_actor_can_use(cluster: FakeCluster, sent: Sent) -> None:
     pool = pool_of(cluster, cluster.actor(sees_output=False))
     (actor,), direct, near = pool.up, Direct(), Direct(must_see_output=True)
-    assert eligibility_of(pool, direct, sent).method(actor, SHARD) is direct
-    assert eligibility_of(pool, near, sent, direct).method(actor, SHARD) is sent
-    assert eligibility_of(pool, near).method(actor, SHARD) is None
+    assert eligibility_of(pool, direct, sent).method(actor, JOB) is direct
+    assert eligibility_of(pool, near, sent, direct).method(actor, JOB) is sent
+    assert eligibility_of(pool, near).method(actor, JOB) is None
 
 
 def test_answers_are_kept_until_a_state_changes(cluster: FakeCluster, sent: Sent) -> None:
     pool = pool_of(cluster, cluster.actor(), cluster.actor(sees_output=False))
     eligibility, (near, far) = eligibility_of(pool, Direct(must_see_output=True), sent), pool.up
     eligibility.refresh()
-    assert eligibility.method(far, SHARD) is None
+    assert eligibility.method(far, JOB) is None
     pool.change(near, ActorEvent.LOST)
-    assert eligibility.method(far, SHARD) is None
+    assert eligibility.method(far, JOB) is None
     eligibility.refresh()
-    assert eligibility.method(far, SHARD) is sent
+    assert eligibility.method(far, JOB) is sent

@@ -15,11 +15,12 @@ import raymoe
 from raymoe.errors import MergeFailed
 from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions
-from raymoe.planning.multipart import UploadPart
+from raymoe.planning.multipart import CopyRange, UploadPart
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan, Shard
 from raymoe.runtime.placement import FileRequirements
 from raymoe.runtime.scheduler import Outcome, run_jobs
+from raymoe.sources.facts import SourceFile
 from raymoe.storage.outputs.protocol import ShardJob
 from tests.pico import LAYERS, merge_config
 from tests.runtime.fake_cluster import JOB_S, Direct, FakeActor, FakeCluster, Written
@@ -48,7 +49,7 @@ def run(cluster: FakeCluster, plans: dict[str, MergePlan]) -> Run:
 
     def run(work: Written, mode: str = "random", *, actors: Sequence[FakeActor] | None = None, **more: Any) -> Outcome:
         more = {"readers": 8, "layers_at_once": 1, "shards_at_once": 1, "stall_timeout_s": 120.0, **more}
-        handles = list(actors or cluster.actors)
+        handles = list(cluster.actors if actors is None else actors)
         return run_jobs(plans[mode], handles, work, cluster.tick, transport=cluster, **more)
 
     return run
@@ -122,6 +123,58 @@ def test_a_shard_is_finished_when_what_its_completion_asks_for_is_done(
     assert sorted(work.done) == shards == sorted(outcome.shard_results)
     assert set(written(cluster)) == {f"{name}{rest}" for name in shards for rest in (" from part 1", " read back")}
     assert not any(work.resumed)
+
+
+class Copied(Written):
+    """Shards that a store copies: each is a job of `parts` parts."""
+
+    def __init__(self, parts: int = 4) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def jobs(self, shard: Shard) -> Sequence[ShardJob]:
+        file = SourceFile(location="s3://models/m.safetensors", size=1 << 30, etag="e")
+        copies = [
+            UploadPart(number=number, start=0, end=1, copy=CopyRange(file, 0, 1))
+            for number in range(1, self._parts + 1)
+        ]
+        return [ShardJob(shard=shard, upload_id="id", parts=tuple(copies), asks_store=True)]
+
+
+def by(cluster: FakeCluster, actor: FakeActor) -> int:
+    return sum(each is actor for _, each, _ in cluster.begun("write"))
+
+
+def test_copies_go_to_the_actors_that_are_there_for_them(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    """As many parts at once as they may ask for; the others do what is not copied."""
+    worker, copier = cluster.actor(), cluster.actor()
+    work = Copied()
+    run(work, actors=[worker], copiers=[copier], copies_at_once=8)
+    assert sorted(work.done) == shards and (by(cluster, worker), by(cluster, copier)) == (0, len(shards))
+    starts = [when for when, _, _ in cluster.begun("write")]
+    assert max(map(starts.count, starts)) == 2
+    run(Written(), actors=[worker], copiers=[copier], copies_at_once=8)
+    assert (by(cluster, worker), by(cluster, copier)) == (len(shards), len(shards))
+
+
+def test_each_kind_of_actor_does_the_others_work_if_they_are_lost(
+    cluster: FakeCluster, run: Run, shards: list[str]
+) -> None:
+    worker, copier = cluster.actor(), cluster.actor()
+    cluster.at(0.5, lambda: cluster.kill(copier, back_after=None))
+    run(Copied(), actors=[worker], copiers=[copier], copies_at_once=8)
+    assert by(cluster, worker) == len(shards)
+    only = cluster.actor()
+    run(Written(), actors=[], copiers=[only], copies_at_once=8)
+    assert by(cluster, only) == len(shards)
+
+
+def test_shards_are_opened_and_completed_beside_the_jobs(cluster: FakeCluster, run: Run, shards: list[str]) -> None:
+    """A store that takes its time to open and to complete does not keep actors waiting."""
+    cluster.actor()
+    cluster.takes |= {"jobs": 0.9, "complete": 0.9}
+    run(Written())
+    assert cluster.seconds < JOB_S * len(shards) + 3
 
 
 def test_parts_of_a_lost_actor_are_looked_for(cluster: FakeCluster, run: Run, shards: list[str]) -> None:

@@ -81,6 +81,9 @@ class BaseOutput(ABC):
     def same_store(self, file: SourceFile) -> bool:
         return False
 
+    def copied_parts(self, shard: Shard) -> int:
+        return 0
+
     def is_reachable(self) -> bool:
         return self.journal.is_of_this_run
 

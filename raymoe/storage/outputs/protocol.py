@@ -35,6 +35,7 @@ class ShardJob:
     """A shard to write, or with `upload_id` those `parts` of its upload to send or have copied, or with `read_back` the
     finished object of a shard, whose bytes are to be read for their checksum.
 
+    `asks_store`: there is little more to do than to ask a store for copies.
     `resumes`: another actor may have done a part of this job, and was lost.
     `shared_with_shards`: tensors of objects that other shards are made of too; `keep_cached`: those of them that
     whoever does this job will probably read again.
@@ -44,6 +45,7 @@ class ShardJob:
     upload_id: str | None = None
     parts: tuple[UploadPart, ...] = ()
     read_back: ObjectInfo | None = None
+    asks_store: bool = False
     resumes: bool = False
     shared_with_shards: tuple[TensorEntry, ...] = ()
     keep_cached: tuple[TensorEntry, ...] = ()
@@ -60,6 +62,11 @@ class ShardJob:
         if self.read_back is not None:
             return False
         return not self.parts or any(each.overlaps(part) for each in self.parts)
+
+    @property
+    def copies(self) -> int:
+        """How many parts the store copies."""
+        return sum(part.copy is not None for part in self.parts)
 
     def slim(self, *, scans_copies: bool) -> ShardJob:
         """The job with only what an actor needs of its shard: header and parts of what it sends, and with
@@ -119,6 +126,9 @@ class Output(Protocol):
 
     def same_store(self, file: SourceFile) -> bool:
         """Whether this output's store can copy from that source file itself."""
+
+    def copied_parts(self, shard: Shard) -> int:
+        """How many parts of a shard the store copies, where there is little more to do for it; else 0."""
 
     def is_reachable(self) -> bool:
         """Whether this process sees the output of this run, and the run has not been replaced by another."""

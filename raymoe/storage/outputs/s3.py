@@ -25,7 +25,8 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from typing import Any
 
 from raymoe.object_store.errors import UploadNotFound, object_replaced_error
@@ -34,8 +35,9 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import CALLS_AT_ONCE
 from raymoe.object_store.protocol import MultipartStore, ObjectInfo, OpenUpload, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
+from raymoe.object_store.urls import join_url
 from raymoe.planning.multipart import UploadPart, upload_parts
-from raymoe.planning.plan import Columns, Shard, Transform
+from raymoe.planning.plan import Copy, Shard
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.claim import Claim
@@ -53,6 +55,7 @@ _COMPUTING_BYTES = 32 << 20
 # A job is small enough that a death costs little, and that two actors share a large shard.
 _JOB_SENT_BYTES = 256 << 20
 _JOB_COPIED_BYTES = 8 << 30
+_SENT_BESIDE_COPIES = 32 << 20  # a job of copies sends no more: headers, norms and what else is too short to be copied
 _META_PLAN, _META_ORIGIN = "raymoe-plan", "raymoe-origin"
 _READ_BYTES = 16 << 20
 
@@ -63,6 +66,7 @@ class S3Output(StoreOutput[MultipartStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
+        self._copied_from: dict[str, SourceFile] = {}  # objects that the store copies ranges of, by their URLs
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
         self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and what became of it
         self._reading_back: set[str] = set()  # shards that are complete but for their checksums
@@ -88,19 +92,23 @@ class S3Output(StoreOutput[MultipartStore]):
     def same_store(self, file: SourceFile) -> bool:
         return file.kind is LocationKind.S3
 
+    def copied_parts(self, shard: Shard) -> int:
+        jobs = list(_jobs(shard, "", upload_parts(shard, self.same_store)))
+        return sum(job.copies for job in jobs) if all(job.asks_store for job in jobs) else 0
+
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        name = shard.file_name
+        name, parts = shard.file_name, upload_parts(shard, self.same_store)
+        self._copied_from |= {part.copy.file.location: part.copy.file for part in parts if part.copy is not None}
         if self._keep_finished(shard):
             self._abort(self.journal.earlier_uploads(name), self.journal.check_run)
             return ()
-        parts = upload_parts(shard, self.same_store)
         if name not in self._uploads:
             upload_id, there = self._open_upload(name, goes_on=goes_on(shard))
             done = _finished_parts(shard, parts, there, lambda: self.journal.sent_parts(name, upload_id))
             self._known_parts[name], self._uploads[name] = done, upload_id
         numbers = {part.number for part in self._known_parts[name]}
         missing = [part for part in parts if part.number not in numbers]
-        return [ShardJob(shard=shard, upload_id=self._uploads[name], parts=group) for group in _groups(missing)]
+        return list(_jobs(shard, self._uploads[name], missing))
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
         """The parts that the store has now, or the checksum of what is read back. `router` gives computed rows."""
@@ -130,21 +138,34 @@ class S3Output(StoreOutput[MultipartStore]):
             there = _finished_parts(job.shard, job.parts, listed, lambda: self.journal.read_sent_parts(name, upload_id))
         numbers = {part.number for part in there}
         missing = [part for part in job.parts if part.number not in numbers]
-        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            sent = list(pool.map(send, missing))
-        self._check_copied(url, job.parts)
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as senders:
+            sent = _results([(senders if p.copy is None else self._copiers).submit(send, p) for p in missing])
         reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
         if unpinned := [done for part, done in zip(missing, sent, strict=True) if not _is_pinned(job.shard, part)]:
             self.journal.record_sent(name, upload_id, unpinned)
         return [*there, *sent]
 
-    def _check_copied(self, url: str, parts: Iterable[UploadPart]) -> None:
-        """Look once at each object that parts were copied from, also by an actor that was lost before it could look."""
-        ends: dict[SourceFile, int] = {}
-        for copy in (part.copy for part in parts if part.copy is not None):
-            ends[copy.file] = max(copy.end, ends.get(copy.file, 0))
-        for file, end in ends.items():
-            self._store.check_copied(url, file.location, end, file.etag)
+    @cached_property
+    def _copiers(self) -> ThreadPoolExecutor:
+        """Threads that wait for copies, of all jobs of this process; the store's pacer says how many go on at once."""
+        return ThreadPoolExecutor(self._storage.copy_slots[1], thread_name_prefix="copy")
+
+    def _write_index(self, content: bytes) -> FileRecord:
+        self._check_sources()
+        return super()._write_index(content)
+
+    def _check_sources(self) -> None:
+        """Look at each object that parts were copied from, also by an earlier run or an actor that was lost: some
+        servers ignore the ETag that is a copy's condition. A listing shows many of them at once."""
+        folders: dict[str, list[SourceFile]] = {}
+        for file in self._copied_from.values():
+            folders.setdefault(file.location.rpartition("/")[0], []).append(file)
+        for folder, files in folders.items():
+            there = {join_url(folder, entry.name): entry for entry in self._store.list(folder, recursive=False)}
+            for file in files:
+                entry = there.get(file.location)
+                if entry is None or (entry.size, entry.etag) != (file.size, file.etag):
+                    self._store.check_copied(self.location.text, file.location, file.size, file.etag)
 
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
         name = shard.file_name
@@ -375,8 +396,34 @@ def _is_pinned(shard: Shard, part: UploadPart) -> bool:
 
 
 def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
-    computed = any(isinstance(each.what, (Columns, Transform)) and part.overlaps(each) for each in shard.parts)
-    return part.nbytes + (_COMPUTING_BYTES if computed else 0)
+    return part.nbytes + (_COMPUTING_BYTES if _is_computed(shard, part) else 0)
+
+
+def _is_computed(shard: Shard, part: UploadPart) -> bool:
+    """Whether some of the bytes are no source's bytes as they are."""
+    return any(not isinstance(each.what, Copy) and part.overlaps(each) for each in shard.parts)
+
+
+def _jobs(shard: Shard, upload_id: str, missing: Sequence[UploadPart]) -> Iterator[ShardJob]:
+    """The jobs of an upload: parts that the store copies apart from those that are sent, unless these are small."""
+    copied, sent = [p for p in missing if p.copy is not None], [p for p in missing if p.copy is None]
+    are_small = sum(part.nbytes for part in sent) <= _SENT_BESIDE_COPIES
+    if copied and are_small and all(_is_pinned(shard, p) and not _is_computed(shard, p) for p in sent):
+        copied, sent = list(missing), []
+    for group in _groups(copied):
+        yield ShardJob(shard=shard, upload_id=upload_id, parts=group, asks_store=True)
+    for group in _groups(sent):
+        yield ShardJob(shard=shard, upload_id=upload_id, parts=group)
+
+
+def _results(futures: Sequence[Future[UploadedPart]]) -> list[UploadedPart]:
+    """What comes back, in order. If one fails, those that have not begun are not begun, and the rest is waited for."""
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def _groups(parts: Sequence[UploadPart]) -> Iterator[tuple[UploadPart, ...]]:

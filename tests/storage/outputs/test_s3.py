@@ -323,6 +323,7 @@ def test_several_workers_feed_one_shard(plan: MergePlan, place: Place, out: str,
 
 WORKER = """
 import pickle, sys
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.runtime.expert_actor import ExpertWorker
@@ -592,7 +593,8 @@ def test_a_second_run_takes_over(plan: MergePlan, place: Place, out: str, tmp_pa
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: str, out: str, number: int) -> None:
-    """By one of the same size: neither copied nor streamed bytes of it get into the output."""
+    """By one of the same size: neither copied nor streamed bytes of it get into a checkpoint. Where a server ignores
+    the condition of a copy, the index is not written."""
     client, copies = server.client(), Place(server, f"{bucket}/sources")
     for url in sources:
         model = Place(server, url)
@@ -606,9 +608,14 @@ def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: s
     name = f"m{number + 1}/model.safetensors"
     content = copies.read(name)
     copies.put(name, content[:-1] + bytes([content[-1] ^ 1]))
-    for job in jobs:
+    steps: list[Callable[[], object]] = [lambda job=job: do_all(plan, target, [job]) for job in jobs]  # type: ignore[misc]
+    if server.kind == "moto" and any(part.copy is not None for job in jobs for part in job.parts):
+        steps = [step for step, job in zip(steps, jobs, strict=True) if job.parts[0].copy is None]
+        do_all(plan, target, [job for job in jobs if job.parts[0].copy is not None])
+        steps.append(lambda: target.write_index(b"{}"))
+    for step in steps:
         with pytest.raises(ProblemReport, match=r"no longer what was planned with|ETag") as failed:
-            do_all(plan, target, [job])
+            step()
         assert f"{bucket}/sources/{name}" in str(failed.value)
         assert "when the object no longer changes" in str(failed.value)
     target.release()

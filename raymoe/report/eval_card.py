@@ -1,0 +1,95 @@
+"""What a published card says of an evaluation of its model: a table of losses, and a picture of the routing.
+
+The evaluation may have been edited or be of any program: its text is shown in code spans, and `evaluation_section`
+raises ValueError for what is no evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from raymoe.report import svg
+from raymoe.report.eval_numbers import MEAN, loss_rows, own_expert, perplexity, read_labels, read_loss
+from raymoe.report.eval_page import page_style, replace_forbidden
+from raymoe.report.model_card import code_span
+
+PICTURE_NAME = "routing.svg"
+_HEADING = "## Evaluation"
+_BEFORE = ("## Use it", "## Licence", "## How it was made")
+_MAX_LABELS = 6
+_MAX_CELLS = 4096
+_MODELS = {
+    "merged": "this model",
+    "base": "the base model",
+    "hidden": "this model with routers of gate mode `hidden`",
+    "oracle": "this model, always asking a text's own expert",
+}
+
+
+def with_evaluation(card: str, result: Mapping[str, Any]) -> str:
+    """The card with a section on an evaluation; unchanged if it has such a section.
+
+    Raises ValueError for what is no evaluation.
+    """
+    lines = card.splitlines(keepends=True)
+    if any(line.rstrip() == _HEADING for line in lines):
+        return card
+    at = next((number for number, line in enumerate(lines) if line.rstrip() in _BEFORE), len(lines))
+    before = "".join(lines[:at])
+    gap = "" if before.endswith("\n") else "\n"
+    return f"{before}{gap}{evaluation_section(result)}\n{''.join(lines[at:])}"
+
+
+def evaluation_section(result: Mapping[str, Any]) -> str:
+    """The section as Markdown. Raises ValueError for what is no evaluation."""
+    try:
+        return "".join(f"{line}\n" for line in _section(result))
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"it is no evaluation of raymoe: {type(error).__name__}") from error
+
+
+def routing_picture(result: Mapping[str, Any]) -> str:
+    """Which expert each kind of text goes to, as the text of an SVG file.
+
+    Raises ValueError for what is no evaluation.
+    """
+    try:
+        labels, experts = read_labels(result), result["experts"]
+        if len(labels) * len(experts) > _MAX_CELLS:
+            raise ValueError(f"it has more than {_MAX_CELLS:,} pairs of a label and an expert")
+        shares = [[float(share) for share in result["routing"]["confusion"][label]] for label in labels]
+        owns = [own_expert(result, label) for label in labels]
+        drawing = svg.matrix(labels, experts, shares, owns, "First choices of each kind of text, by expert")
+        return svg.as_file(replace_forbidden(drawing), page_style())
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"it is no evaluation of raymoe: {type(error).__name__}") from error
+
+
+def _section(result: Mapping[str, Any]) -> Iterator[str]:
+    data, routing = result["data"], result["routing"]
+    labels = read_labels(result)[:_MAX_LABELS]
+    yield _HEADING
+    yield ""
+    size = f"{data['texts']:,} texts ({data['tokens']:,} tokens)"
+    yield f"Loss on {size}, in nats per token, with the perplexity in brackets. Lower is better."
+    yield ""
+    yield "| model | mean |" + "".join(f" {code_span(label)} |" for label in labels)
+    yield "|---|---:|" + "---:|" * len(labels)
+    names = {f"expert {name}": f"expert {code_span(name)}" for name in result["experts"]} | _MODELS
+    for model in loss_rows(result):
+        name = names.get(model) or code_span(model)
+        yield f"| {name} |" + "".join(f" {_cell(read_loss(result, model, label))} |" for label in (MEAN, *labels))
+    yield ""
+    first, chosen = float(routing["first_accuracy_mean"]), float(routing["chosen_accuracy_mean"])
+    used, count = int(result["experts_per_token"]), len(result["experts"])
+    yield (
+        f"A text's own expert is the first choice of {first:.0%} of tokens (chance: {1 / count:.0%}) and among the "
+        f"{used} chosen of {chosen:.0%}, as a mean over layers."
+    )
+    yield ""
+    yield f"![Which expert the tokens of each kind of text choose first]({PICTURE_NAME})"
+
+
+def _cell(loss: float | None) -> str:
+    return "-" if loss is None else f"{float(loss):.3f} ({perplexity(float(loss))})"
