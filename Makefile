@@ -70,6 +70,7 @@ $(BASE)/config.json: scripts/fetch_example_base.py | $(READY)
 demo: $(READY) $(BASE)/config.json
 	$(BIN)/raymoe merge configs/example.yaml out/demo --overwrite
 	$(BIN)/python scripts/demo.py out/demo
+	$(BIN)/raymoe try out/demo --chat --max-new-tokens 48 "What does a dictionary tell you about a word?"
 
 lint: $(READY)
 	$(BIN)/ruff check .

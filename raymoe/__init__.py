@@ -5,6 +5,7 @@
     raymoe.plan("config.yaml")
     raymoe.merge("config.yaml", "out", overwrite=True)
     raymoe.verify("out").ok
+    raymoe.generate("out", "func main() {")["answers"]
     raymoe.evaluate("out", "held-out.jsonl")["loss"]
     raymoe.push("out", "org/name", private=True)
 
@@ -23,10 +24,22 @@ from raymoe._version import __version__
 # Three lists of the same names, which tests/test_public_names.py compares: type checkers and editors read the imports
 # and `__all__`, and `_HOMES` imports a name when it is used.
 if TYPE_CHECKING:
-    from raymoe.api import archs, evaluate, gguf, inspect, load_config, merge, plan, push, push_dry_run, verify
+    from raymoe.api import (
+        archs,
+        evaluate,
+        generate,
+        gguf,
+        inspect,
+        load_config,
+        merge,
+        plan,
+        push,
+        push_dry_run,
+        verify,
+    )
     from raymoe.config import MergeConfig
     from raymoe.errors import CheckpointError, MergeFailed, Problem, ProblemReport, RaymoeError
-    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
     from raymoe.planning import MergeOptions, MergePlan
     from raymoe.publish.errors import PushFailed
     from raymoe.report.evaluation_result import Evaluation
@@ -37,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "Evaluation",
     "EvaluationOptions",
+    "GenerationOptions",
     "MergeConfig",
     "MergeFailed",
     "MergeOptions",
@@ -52,6 +66,7 @@ __all__ = [
     "__version__",
     "archs",
     "evaluate",
+    "generate",
     "gguf",
     "inspect",
     "load_config",
@@ -66,6 +81,7 @@ _HOMES = {
     "raymoe.api": (
         "archs",
         "evaluate",
+        "generate",
         "gguf",
         "inspect",
         "load_config",
@@ -77,7 +93,7 @@ _HOMES = {
     ),
     "raymoe.config": ("MergeConfig",),
     "raymoe.errors": ("CheckpointError", "MergeFailed", "Problem", "ProblemReport", "RaymoeError"),
-    "raymoe.evaluation.options": ("EvaluationOptions",),
+    "raymoe.evaluation.options": ("EvaluationOptions", "GenerationOptions"),
     "raymoe.planning": ("MergeOptions", "MergePlan"),
     "raymoe.publish.errors": ("PushFailed",),
     "raymoe.report.evaluation_result": ("Evaluation",),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from raymoe.arguments import ConfigKeys
-    from raymoe.evaluation.options import EvaluationOptions
+    from raymoe.evaluation.options import EvaluationOptions, GenerationOptions
     from raymoe.export.gguf import GgufFile
     from raymoe.publish.repository import PushTarget
     from raymoe.report.evaluation_result import Evaluation
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "archs",
     "evaluate",
+    "generate",
     "gguf",
     "inspect",
     "load_config",
@@ -631,6 +632,71 @@ def evaluate(
         result = evaluate_merge(merged, data, only_one("options", options, made, EvaluationOptions(quiet=True)))
     write_evaluation(result, numbers, page)
     return Evaluation(result)
+
+
+def generate(
+    merged: str | Path,
+    prompts: str | Sequence[str],
+    options: GenerationOptions | None = None,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    per_token: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    trust_record: bool = False,
+    transformers_cache: str | None = None,
+    quiet: bool = True,
+    storage: StorageOptions | None = None,
+) -> dict[str, Any]:
+    """Generate from a finished merge in this process, and tell which experts worked for each prompt.
+
+    Args:
+        merged: Folder or URL of a merge made by raymoe.
+        prompts: A prompt, or several.
+        options: What the arguments below say, as one value.
+        chat: A prompt is one turn of a user in the chat template.
+        max_new_tokens: Longest answer; 0 only reads the prompt.
+        temperature: 0 takes the likeliest token; above it, tokens are drawn.
+        seed: Seed of drawn tokens.
+        per_token: Return the experts of each token too.
+        device: "cpu" or "cuda". By default a GPU, if there is one.
+        trust_remote_code: Allow a tokenizer's own code to run.
+        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        transformers_cache: Folder for models downloaded from the Hub.
+        quiet: Show no progress.
+        storage: How object stores are reached. By default as the environment says.
+
+    Returns:
+        What `raymoe try --json` prints: per prompt the answer, and each expert's share of first choices and of router
+        weight.
+
+    Raises:
+        ProblemReport: Before weights are read, with everything that is wrong.
+
+    Example:
+        >>> raymoe.generate("out", "func main() {")["answers"][0]["first_choice"]
+    """
+    from raymoe.evaluation.generation import generate_answers
+    from raymoe.evaluation.options import GenerationOptions
+
+    made = GenerationOptions(
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        per_token=per_token,
+        device=chosen_device(device),
+        trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+        storage=storage or StorageOptions(),
+    )
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return generate_answers(merged, texts, only_one("options", options, made, GenerationOptions(quiet=True)))
 
 
 def _describe(

@@ -6,12 +6,15 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from raymoe.errors import Problem
 
 # A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
 COMPUTE_THREADS = 2
+_CONTROL_GROUP = "/sys/fs/cgroup"
 
 
 def device_problems(device: str | None) -> Iterator[Problem]:
@@ -48,6 +51,28 @@ def limit_threads(count: int = COMPUTE_THREADS) -> None:
 
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can still be taken: of the GPU, or of this machine as far as its control group allows."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    free = [_number_in("/proc/meminfo", "MemAvailable:") * 1024]
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
+        limit = int(Path(_CONTROL_GROUP, "memory.max").read_text())
+        used = int(Path(_CONTROL_GROUP, "memory.current").read_text())
+        free.append(limit - used + _number_in(f"{_CONTROL_GROUP}/memory.stat", "inactive_file"))
+    return max(0, min(free))
+
+
+def _number_in(file: str, name: str) -> int:
+    """The number after a name in a file of the kernel."""
+    for line in Path(file).read_text().splitlines():
+        if line.split()[0] == name:
+            return int(line.split()[1])
+    raise ValueError(f"{file} has no {name}")
 
 
 def peak_rss_bytes() -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from raymoe.errors import Problem, ProblemReport
 from raymoe.safe_text import json_text, printable, safe_message, scrub
 
 
@@ -19,6 +20,22 @@ def say(text: str) -> None:
     """A line for people, on standard error. Where it can't be written, nothing ends for it."""
     with contextlib.suppress(OSError):
         print(safe_message(text), file=sys.stderr, flush=True)
+
+
+def typed_lines(mark: str = "") -> Iterator[str]:
+    """The lines of standard input that are not blank; `mark` is shown before each. Raises ProblemReport."""
+    while True:
+        with contextlib.suppress(OSError):
+            print(mark, end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except (OSError, ValueError) as error:
+            what = f"it can't be read: {error}"
+            raise ProblemReport([Problem(where="standard input", what=what, remedy="give UTF-8 text")]) from None
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def print_line(text: str) -> None:

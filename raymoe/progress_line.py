@@ -1,10 +1,11 @@
-"""How far a long piece of work is: a live line on a terminal or in a notebook, elsewhere a line every few seconds.
+"""How far and how fast long work is: a live line on a terminal or in a notebook, elsewhere a line every few seconds.
 
 In a notebook the line stays when the work is done.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from raymoe.console import console, say
+from raymoe.formatting import human_time
 from raymoe.safe_text import safe_message
 
 _LINE_EVERY_S = 5.0
@@ -104,25 +106,67 @@ def _in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None and "IPython.display" in sys.modules
 
 
-class ProgressLine(LiveDisplay):
-    """A stage, and how much of it is done; `describe` says that as text. A context manager."""
+def token_layers(count: float) -> str:
+    """Work of reading texts: each token in each layer."""
+    return f"{count:,.0f} tokens x layers"
 
-    def __init__(self, describe: Callable[[int, int], str], *, total: int = 0, quiet: bool = False) -> None:
+
+class Pace:
+    """The rate at which a count grows, and the time that the rest will take.
+
+    Counted from the first call of a method, and anew if the count has fallen.
+    """
+
+    def __init__(self) -> None:
+        self._since: tuple[float, float] | None = None  # a moment, and the count until then
+
+    def start(self, done: float, now: float) -> tuple[float, float]:
+        """Count from here on, if nothing is counted yet. Returns the moment and the count from which it is counted."""
+        if self._since is None or done < self._since[1]:
+            self._since = now, done
+        return self._since
+
+    def text(self, done: float, left: float, now: float, unit: Callable[[float], str] = "{:,.0f}".format) -> str:
+        """`, 300/s, 30 s left`, with `unit` for the rate; empty as long as nothing is known."""
+        since, before = self.start(done, now)
+        if done <= before or now <= since:
+            return ""
+        rate = (done - before) / (now - since)
+        return f", {unit(rate)}/s, {human_time(math.ceil(left / rate))} left"
+
+
+class ProgressLine(LiveDisplay):
+    """A stage, and the share of all stages' work that is done, with a rate and the time left. A context manager.
+
+    Args:
+        amount: A count of work as text, such as `human_bytes`.
+        total: The work of all stages.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, amount: Callable[[float], str], *, total: int, quiet: bool = False) -> None:
         super().__init__(quiet=quiet)
-        self._describe = describe
-        self._stage, self._done, self._total = "", 0, total
+        self._amount, self._total, self._pace = amount, total, Pace()
+        self._stage, self._before, self._work, self._done = "", 0, 0, 0
 
     def add(self, count: int) -> None:
-        """So much more is done."""
-        self._done += count
+        """So much more of the stage is done. What exceeds the stage's work does not count: it was an estimate."""
+        self._done = min(self._done + count, self._work)
         self.show(self._line)
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        """What comes next. With a `total` (0: it is not known), what is done is counted anew."""
+    def stage(self, name: str, work: int | None = None) -> None:
+        """What comes next, and how much of the total it is. Without `work` the same stage has another name now."""
         self._stage = name
-        if total is not None:
-            self._done, self._total = 0, total
+        if work is not None:
+            self._before, self._work, self._done = self._before + self._work, work, 0
+            self._pace.start(self._before, self.seconds)
         self.show(self._line)
 
     def _line(self) -> str:
-        return f"{self.seconds:5.0f} s | {self._stage} | {self._describe(self._done, self._total)}"
+        done = self._before + self._done
+        parts = [f"{self.seconds:5.0f} s", self._stage]
+        if self._total:
+            pace = self._pace.text(done, self._total - done, self.seconds, self._amount)
+            share = f"{done / self._total:.0%} ({self._amount(done)} of {self._amount(self._total)}{pace})"
+            parts.append(share)
+        return " | ".join(parts)

@@ -46,6 +46,7 @@ class MergeResult:
     routers did on held-out prompts."""
 
     output: str
+    model_type: str  # of the merged model's config.json
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
     bytes_written: int

@@ -22,14 +22,14 @@ COMMANDS = typing.cast(click.Group, typer.main.get_command(app)).commands
 # A cluster's job is no call of this process.
 WITHOUT_FUNCTION = {"submit"}
 # How a result is printed. Functions return it.
-DISPLAY_OPTIONS = {"plan": {"json"}, "inspect": {"json"}, "archs": {"json"}, "gguf": {"verbose"}}
+DISPLAY_OPTIONS = {"plan": {"json"}, "inspect": {"json"}, "archs": {"json"}, "gguf": {"verbose"}, "try": {"json"}}
 RENAMED = {
     "i_understand_this_is_not_useful_without_training": "allow_all_same",
     "label": "labels",  # the option is repeated
 }
 # `push --dry-run` is a function of its own, since it returns lines.
 OF_OTHER_FUNCTIONS = {"push": {"dry_run"}}
-FUNCTIONS = {"eval": "evaluate"}
+FUNCTIONS = {"eval": "evaluate", "try": "generate"}
 
 
 def ignored_flags() -> set[str]:
@@ -58,10 +58,10 @@ def test_a_function_takes_the_options_of_its_command(command: str) -> None:
     assert [names for names in missing if not names & OF_OTHER_FUNCTIONS.get(command, set())] == []
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "verify", "gguf", "push"])
+@pytest.mark.parametrize("command", ["merge", "plan", "verify", "gguf", "push", "try"])
 def test_arguments_have_the_defaults_of_the_options(command: str) -> None:
     """But for `quiet`: a function says nothing unless it is asked to."""
-    parameters = inspect.signature(getattr(raymoe, command)).parameters
+    parameters = inspect.signature(getattr(raymoe, FUNCTIONS.get(command, command))).parameters
     for option in options(command):
         for name in argument_names(option) & parameters.keys() - {"quiet"}:
             assert parameters[name].default == option.default, name

@@ -52,7 +52,7 @@ _FUSED = "experts.gate_up_proj"
 # tensors of its own, there are no more than tensors.) The largest mixtures have 60,000.
 _MAX_FUSED = 200_000
 _NAMED = 4  # of many missing tensors
-_REMEDY = "evaluate a merge as raymoe wrote it"
+_REMEDY = "name a merge as raymoe wrote it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

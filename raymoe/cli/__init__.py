@@ -4,7 +4,7 @@ A file a command. Imports are inside the commands, so that `--help` does not wai
 """
 
 # Commands register with the app as they are imported, and are listed by `--help` in this order.
-from raymoe.cli import merge, submit, plan, inspect, verify, evaluate, gguf, push, archs  # noqa: F401  # isort: skip
+from raymoe.cli import merge, submit, plan, inspect, verify, generate, evaluate, gguf, push, archs  # noqa: F401  # isort: skip
 from raymoe.cli.application import app, main, run_command
 
 __all__ = ["app", "main", "run_command"]

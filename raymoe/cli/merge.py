@@ -128,10 +128,12 @@ def merge(
     target = args.push_target()
 
     def tell(merged: MergeResult) -> None:
+        from raymoe.export.gguf.llama_cpp_archs import MIXTURES
+
         for warning in merged.warnings:
             say(f"warning: {warning}")
         if not args.quiet:
-            print_result(merged)
+            print_result(merged, has_gguf=merged.model_type in MIXTURES, is_pushed=target is not None)
 
     if not args.quiet:
         for note in ignored_notes:

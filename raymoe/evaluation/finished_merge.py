@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from raymoe.checkpoints.merge_record import RecordedSource, read_record, with_own_storage
 from raymoe.checkpoints.open_checkpoint import open_checkpoint
+from raymoe.checkpoints.weight_table import CheckpointModel, mixture_model
 from raymoe.config import MergeConfig
 from raymoe.config.model_refs import ModelRef, PathRef, short_name
 from raymoe.errors import Problem, ProblemReport
-from raymoe.evaluation.options import EvaluationOptions
+from raymoe.evaluation.options import EvaluationOptions, ReadingOptions
 from raymoe.gate_modes import DEFAULT_MODE, MODES
 from raymoe.object_store.location import Location
 from raymoe.planning import MergeOptions
@@ -23,7 +25,8 @@ from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.sources.facts import ModelFacts
-from raymoe.sources.resolve import resolve_model
+from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
+from raymoe.sources.tokenizer_files import with_tokenizer_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,7 @@ class EvaluatedMerge:
         return (self.config.prompt_model or mode.default_prompt_model) if mode.needs_forward_pass else None
 
 
-def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
+def open_merge(place: str | Path, options: ReadingOptions) -> EvaluatedMerge:
     """Raises ProblemReport where there is no finished merge with its record."""
     folder = open_checkpoint(place, options.storage)
     record = read_record(folder)
@@ -72,6 +75,34 @@ def open_merge(place: str | Path, options: EvaluationOptions) -> EvaluatedMerge:
 def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
     """What people call the experts of a record."""
     return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
+
+
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of which none is there twice: experts of one name get their numbers."""
+    return tuple(name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names))
+
+
+def open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
+    """The merge as a table of weights. Raises ProblemReport if it is not as raymoe wrote it."""
+    model = mixture_model(merge.facts)
+    if model.rule is not None and model.rule.experts != len(merge.names):
+        what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}"
+        remedy = "name a merge as raymoe wrote it"
+        raise ProblemReport([Problem(where=merge.facts.label, what=what, remedy=remedy)])
+    return model
+
+
+def open_tokenizer(merge: EvaluatedMerge, options: ReadingOptions) -> Any:
+    """The merge's own; the base's where the merge was made without."""
+    from raymoe.routers.tokenize import tokenizer_from_paths
+
+    storage, facts = merge.config.storage, merge.facts
+    if not merge.options.copy_tokenizer:
+        facts = resolve_model(merge.config.base_model, options.hub, storage)
+    facts = with_tokenizer_code(facts, lambda file: fetch_file(file, options.hub, storage).read_bytes())
+    return tokenizer_from_paths(
+        fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code
+    )
 
 
 def resolve_sources(

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymoe.checkpoints.weight_table import CheckpointModel, dense_model, mixture_model
-from raymoe.errors import Problem, ProblemCollector, ProblemReport
+from raymoe.checkpoints.weight_table import CheckpointModel, dense_model
+from raymoe.errors import ProblemCollector
 from raymoe.evaluation.dataset import LabeledText, Labels, TokenizedTexts, read_texts, tokenize_texts
-from raymoe.evaluation.finished_merge import EvaluatedMerge, open_merge, plan_hidden_gates, resolve_sources
+from raymoe.evaluation.finished_merge import (
+    EvaluatedMerge,
+    open_merge,
+    open_mixture,
+    open_tokenizer,
+    plan_hidden_gates,
+    resolve_sources,
+    unique_names,
+)
 from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
 from raymoe.sources.facts import ModelFacts
-from raymoe.sources.resolve import fetch_file, fetch_side_files, resolve_model
-from raymoe.sources.tokenizer_files import with_tokenizer_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +62,15 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
     elif "hidden" in wanted and options.against is None and merge.is_hidden:
         wanted.remove("hidden")  # it is that already
-    mixture = collector.run(_open_mixture, merge)
+    mixture = collector.run(open_mixture, merge)
     texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
     sources = collector.run(resolve_sources, merge, wanted, options)
-    names = _unique_names(merge.names)
+    names = unique_names(merge.names)
     dense = _open_dense(sources or {}, names, wanted, collector)
     gates = None
     if sources is not None and "hidden" in wanted:
         gates = collector.run(plan_hidden_gates, merge, wanted, options)
-    tokenizer = collector.run(_open_tokenizer, merge, options)
+    tokenizer = collector.run(open_tokenizer, merge, options)
     if collector.problems or mixture is None or texts is None:
         raise collector.report()
     tokens = tokenize_texts(texts, data, tokenizer, mixture.spec.vocab, options.max_tokens)
@@ -83,20 +89,6 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     )
 
 
-def _open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
-    model = mixture_model(merge.facts)
-    if model.rule is not None and model.rule.experts != len(merge.names):
-        what = f"it has {model.rule.experts} experts, but its record (raymoe.json) names {len(merge.names)}"
-        remedy = "evaluate a merge as raymoe wrote it"
-        raise ProblemReport([Problem(where=merge.facts.label, what=what, remedy=remedy)])
-    return model
-
-
-def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of which none is there twice: experts of one name get their numbers."""
-    return tuple(name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names))
-
-
 def _open_dense(
     sources: Mapping[Owner, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
 ) -> dict[str, CheckpointModel]:
@@ -111,19 +103,6 @@ def _open_dense(
             if model is not None:
                 found[name] = model
     return found
-
-
-def _open_tokenizer(merge: EvaluatedMerge, options: EvaluationOptions) -> Any:
-    """The merge's own; the base's where the merge was made without."""
-    from raymoe.routers.tokenize import tokenizer_from_paths
-
-    storage, facts = merge.config.storage, merge.facts
-    if not merge.options.copy_tokenizer:
-        facts = resolve_model(merge.config.base_model, options.hub, storage)
-    facts = with_tokenizer_code(facts, lambda file: fetch_file(file, options.hub, storage).read_bytes())
-    return tokenizer_from_paths(
-        fetch_side_files(facts, options.hub, storage), trust_remote_code=options.trust_remote_code
-    )
 
 
 def _with_all_tokens(

@@ -1,7 +1,8 @@
-"""What is asked of an evaluation, and what can't be asked."""
+"""What is asked of an evaluation or of a generation, and what can't be asked."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,11 +16,36 @@ AGAINST = ("base", "experts", "oracle", "hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
+class ReadingOptions:
+    """How a finished merge is read and run. `device`: `cpu`, `cuda` or None, which is a GPU where there is one.
+    `trust_record`: S3 is reached by the endpoint and profile in the merge's record."""
+
+    device: str | None = None
+    trust_remote_code: bool = False
+    trust_record: bool = False
+    quiet: bool = False
+    hub: HubOptions = field(default_factory=HubOptions)
+    storage: StorageOptions = field(default_factory=StorageOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions(ReadingOptions):
+    """`max_new_tokens`: of an answer; 0 only reads the prompts. `chat`: a prompt is one turn of a user in the
+    tokenizer's chat template. `temperature`: 0 always takes the likeliest token; above it tokens are drawn, from
+    `seed`. `per_token`: the result has the experts of each token too."""
+
+    max_new_tokens: int = 64
+    chat: bool = False
+    temperature: float = 0.0
+    seed: int = 0
+    per_token: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions(ReadingOptions):
     """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
     labels that are no expert's name. `limit`: texts of a label, the first of the file (0: all); `max_tokens`: of a
-    text. `device`: `cpu`, `cuda` or None, which is a GPU where there is one. `trust_record`: S3 is reached by the
-    endpoint and profile in the merge's record."""
+    text."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -27,12 +53,6 @@ class EvaluationOptions:
     max_tokens: int = 512
     text_field: str = "text"
     label_field: str = "label"
-    device: str | None = None
-    trust_remote_code: bool = False
-    trust_record: bool = False
-    quiet: bool = False
-    hub: HubOptions = field(default_factory=HubOptions)
-    storage: StorageOptions = field(default_factory=StorageOptions)
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -63,6 +83,18 @@ def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
     if options.text_field == options.label_field:
         what = f"{options.text_field!r} is the text's field too"
         yield Problem(where="--label-field", what=what, remedy="name two fields")
+
+
+def generation_problems(options: GenerationOptions) -> Iterator[Problem]:
+    yield from device_problems(options.device)
+    if options.max_new_tokens < 0:
+        what, remedy = f"{options.max_new_tokens} is below zero", "give a number; 0 only reads the prompts"
+        yield Problem(where="--max-new-tokens", what=what, remedy=remedy)
+    if not 0 <= options.temperature < math.inf:
+        what, remedy = f"{options.temperature} is no temperature", "give 0 or more; 0 takes the likeliest token"
+        yield Problem(where="--temperature", what=what, remedy=remedy)
+    if not 0 <= options.seed < 2**63:
+        yield Problem(where="--seed", what=f"{options.seed} is no seed", remedy="give a number from 0 to 2^63 - 1")
 
 
 def label_pair_problem(pair: str, names: Sequence[str]) -> Problem:

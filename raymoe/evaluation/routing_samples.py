@@ -49,11 +49,11 @@ class RoutingSamples:
         ]
 
 
-def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text. A character of several tokens stands at its last one."""
+def token_pieces(tokenizer: Any, ids: Sequence[int], *, most: int | None = MAX_TOKENS + 1) -> list[str]:
+    """What each token, of the `most` first ones, adds to the text. A character of several tokens stands at its last."""
     found: list[str] = []
     before = ""
-    for end in range(1, min(len(ids), MAX_TOKENS + 1) + 1):
+    for end in range(1, len(ids[:most]) + 1):
         now: str = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         unfinished = now.endswith(_UNFINISHED) and end < len(ids)
         found.append("" if unfinished else now[len(before) :])

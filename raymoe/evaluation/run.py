@@ -22,7 +22,8 @@ from raymoe.evaluation.metrics import MEAN, RoutingCounts, gap_closed, losses, r
 from raymoe.evaluation.options import EvaluationOptions
 from raymoe.evaluation.routing_samples import RoutingSamples
 from raymoe.planning.plan import GatePlan, Router
-from raymoe.progress_line import ProgressLine
+from raymoe.progress_line import ProgressLine, token_layers
+from raymoe.routers.prompt_lengths import reading_work
 from raymoe.routers.router_matrices import router_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES
@@ -44,7 +45,7 @@ def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptio
     inputs = open_evaluation(place, data, options)
     with (
         SourceReader(options.hub, inputs.merge.config.storage) as reader,
-        ProgressLine(_format_progress, quiet=options.quiet) as progress,
+        ProgressLine(token_layers, total=_total_work(inputs, options), quiet=options.quiet) as progress,
     ):
         computation = _Computation(inputs, options, reader, progress)
         values = computation.mixture() | computation.dense()
@@ -81,7 +82,7 @@ class _Computation:
         self, inputs: EvaluationInputs, options: EvaluationOptions, reader: SourceReader, progress: ProgressLine
     ) -> None:
         self._inputs, self._reader, self._progress = inputs, reader, progress
-        self._remote_code = options.trust_remote_code
+        self._remote_code, self._hub = options.trust_remote_code, options.hub
         self._device = choose_device(options.device)
         labels, experts = inputs.labels, len(inputs.names)
         own = [inputs.label_experts[label] for label in labels]
@@ -105,19 +106,18 @@ class _Computation:
         """Log-likelihoods of the base and of each expert. One that is there twice is run once."""
         from raymoe.evaluation.scoring import Variant
 
-        found: Values = {}
-        for name, model in self._inputs.dense.items():
-            duplicate = next((other for other in found if self._inputs.dense[other].label == model.label), None)
-            found |= {name: found[duplicate]} if duplicate else self._pass(model, [Variant(name=name)])
-        return found
+        by_label = {
+            label: self._pass(model, [Variant(name=name)])[name]
+            for label, (name, model) in _distinct_models(self._inputs).items()
+        }
+        return {name: by_label[model.label] for name, model in self._inputs.dense.items()}
 
     def _pass(self, model: CheckpointModel, variants: list[Variant]) -> Values:
-        from raymoe.evaluation.scoring import log_likelihoods
+        from raymoe.evaluation.scoring import log_likelihoods, pass_work
 
         ids = self._inputs.tokens.ids
-        total = sum(map(len, ids)) * model.spec.layers * len(variants)
-        self._progress.stage(", ".join(variant.name for variant in variants), total)
-        return log_likelihoods(model, ids, variants, self._reader, self._device, layer_done=self._progress.add)
+        self._progress.stage(", ".join(each.name for each in variants), pass_work(model, ids, len(variants)))
+        return log_likelihoods(model, ids, variants, self._reader, self._device, work_done=self._progress.add)
 
     def _on_routing(self, layer: int, text: int, experts_TK: npt.NDArray[np.int64], weights_TK: Float32) -> None:
         skipped = self._inputs.tokens.skipped
@@ -129,13 +129,14 @@ class _Computation:
         from raymoe.evaluation.scoring import Variant
         from raymoe.routers.in_process import compute_routers_locally
 
+        self._progress.stage("gates of mode hidden", reading_work(gates, hub=self._hub))
         rows, _ = compute_routers_locally(
             gates,
             self._reader,
             device=self._device,
             trust_remote_code=self._remote_code,
             layer_done=self._progress.add,
-            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}", 0),
+            on_begin=lambda what: self._progress.stage(f"gates of mode hidden, {what}"),
         )
         mixture = self._inputs.mixture
         dtype = NUMPY_DTYPES[mixture.weights[f"model.layers.0.{mixture.spec.family.ffn}.router"].entry.dtype]
@@ -180,6 +181,19 @@ def _data_summary(inputs: EvaluationInputs, file: str) -> dict[str, Any]:
     return {"file": file, "texts": len(inputs.texts), "tokens": tokens, "per_label": per_label}
 
 
-def _format_progress(done: int, total: int) -> str:
-    """Of the tokens that have passed a layer, times layers; `total` is 0 where it is not known."""
-    return f"{done / total:.0%}" if total else f"{done:,} token-layers"
+def _total_work(inputs: EvaluationInputs, options: EvaluationOptions) -> int:
+    """Of all passes, as `token_layers` writes it."""
+    from raymoe.evaluation.scoring import pass_work
+
+    variants = 1 + inputs.oracle + (inputs.gates is not None)
+    total = pass_work(inputs.mixture, inputs.tokens.ids, variants)
+    total += sum(pass_work(model, inputs.tokens.ids, 1) for _, model in _distinct_models(inputs).values())
+    return total + (reading_work(inputs.gates, hub=options.hub) if inputs.gates is not None else 0)
+
+
+def _distinct_models(inputs: EvaluationInputs) -> dict[str, tuple[str, CheckpointModel]]:
+    """The dense models by label, with the first of their names: one that is there twice is run once."""
+    found: dict[str, tuple[str, CheckpointModel]] = {}
+    for name, model in inputs.dense.items():
+        found.setdefault(model.label, (name, model))
+    return found

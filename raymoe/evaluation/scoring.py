@@ -8,6 +8,7 @@ of the vocabulary, and each token's log-sum-exp grows block by block: tokens x v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,21 +52,28 @@ def log_likelihoods(
     reader: SourceReader,
     device: str,
     *,
-    layer_done: Callable[[int], None] = lambda tokens: None,
+    work_done: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, list[Float32]]:
     """For each variant and text the log-likelihood of its tokens but the first, (tokens - 1,), in nats.
 
-    `texts` are token ids, two or more each. `layer_done` is called with a number of tokens that have passed a layer.
+    `texts` are token ids, two or more each. `work_done` is called with a number of tokens that have passed a layer or
+    a block of the head: `pass_work` in all.
     """
     with torch.inference_mode():
         found: dict[str, list[Float32]] = {variant.name: [np.empty(0, np.float32)] * len(texts) for variant in variants}
         for numbers in _passes(texts, 4 * model.spec.hidden * len(variants)):
             one_pass = _Pass(model, texts, numbers, variants, reader, device)
-            one_pass.run(layer_done)
+            one_pass.run(work_done)
             for variant in variants:
                 for number, values in one_pass.results(variant):
                     found[variant.name][number] = values
         return found
+
+
+def pass_work(model: CheckpointModel, texts: Sequence[Sequence[int]], variants: int) -> int:
+    """Tokens x layers of one call of `log_likelihoods`; a block of the head counts as a layer."""
+    layers = model.spec.layers + math.ceil(model.spec.vocab / _VOCAB_BLOCK)
+    return sum(map(len, texts)) * layers * variants
 
 
 class _Pass:
@@ -93,7 +101,7 @@ class _Pass:
         self._states = {variant.name: list(embedded) for variant in variants}
         self._values: dict[str, list[torch.Tensor]] = {}
 
-    def run(self, layer_done: Callable[[int], None]) -> None:
+    def run(self, work_done: Callable[[int], None]) -> None:
         for layer in self._decoder.loaded_layers(self._model.spec.layers):
             for variant in self._variants:
                 states = self._states[variant.name]
@@ -101,8 +109,8 @@ class _Pass:
                     self._set_route(layer, variant, number)
                     states[number] = self._decoder.run_layer(layer, states[number])
                     self._report_routing(layer, variant, number)
-                    layer_done(int(batch.lengths.sum()))
-        self._score()
+                    work_done(int(batch.lengths.sum()))
+        self._score(work_done)
 
     def results(self, variant: Variant) -> Iterator[tuple[int, Float32]]:
         """(number of the text, log-likelihoods of its tokens but the first)."""
@@ -136,7 +144,7 @@ class _Pass:
             length = len(self._texts[text])
             variant.on_routing(layer, text, experts[row, :length], weights[row, :length])
 
-    def _score(self) -> None:
+    def _score(self, work_done: Callable[[int], None]) -> None:
         """From last states to log-likelihoods: each block of the head is read once, for all texts and variants."""
         norm = self._decoder.final_norm()
         scores: dict[str, list[_TokenScores]] = {}
@@ -148,8 +156,9 @@ class _Pass:
                 scores[variant.name].append(_TokenScores(hidden_BTH.flatten(0, 1), batch.ids[:, 1:].flatten()))
         for start, rows_VH in self._decoder.head_blocks(_VOCAB_BLOCK):
             for members in scores.values():
-                for member in members:
+                for member, batch in zip(members, self._batches, strict=True):
                     member.add(start, rows_VH)
+                    work_done(int(batch.lengths.sum()))
         for name, members in scores.items():
             shapes = [(len(batch.lengths), batch.ids.shape[1] - 1) for batch in self._batches]
             self._values[name] = [m.values().reshape(shape) for m, shape in zip(members, shapes, strict=True)]

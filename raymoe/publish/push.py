@@ -62,7 +62,7 @@ def push_published(manifest: Manifest, repository: Repository, *, quiet: bool) -
         if not quiet:
             say(text)
 
-    comparison = compare(manifest, repository)
+    comparison = compare(manifest, repository, quiet=quiet)
     _refuse_source(repository.target, manifest, comparison.head)
     for line in _plan_lines(manifest, repository, comparison):
         tell(line)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raymoe.formatting import human_bytes
+from raymoe.progress_line import Pace, ProgressLine
 from raymoe.publish.errors import PushFailed, translate_preflight_errors, translate_upload_errors
 from raymoe.publish.manifest import Manifest, ManifestFile
 from raymoe.publish.preflight import check_ignored
@@ -45,9 +47,11 @@ class Comparison:
     others: tuple[str, ...]
 
 
-def compare(manifest: Manifest, repository: Repository) -> Comparison:
+def compare(manifest: Manifest, repository: Repository, *, quiet: bool = True) -> Comparison:
     """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
-    reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out."""
+    reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out.
+
+    Unless `quiet`, the progress of reading what is compared is shown."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
@@ -55,8 +59,7 @@ def compare(manifest: Manifest, repository: Repository) -> Comparison:
         head = str(api.model_info(target.repo, revision=repository.base).sha)
         listing = api.list_repo_tree(target.repo, recursive=True, revision=head)
         entries = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
-    known = [file for file in manifest.files if file.name in entries]
-    same = {file.name for file in known if _is_same(file, entries[file.name], manifest)}
+    same = _same_files(manifest, entries, quiet=quiet)
     foreign = sorted(entries.keys() - {file.name for file in manifest.files})
     removed = tuple(name for name in foreign if is_part_of_a_model(name))
     missing = tuple(file for file in manifest.files if file.name not in same)
@@ -70,27 +73,38 @@ def compare(manifest: Manifest, repository: Repository) -> Comparison:
     )
 
 
-def _is_same(file: ManifestFile, entry: RepoFile, manifest: Manifest) -> bool:
-    if entry.size != file.size:
-        return False
-    if entry.lfs is not None:
-        return bool((file.sha256 or _digest(file, manifest, hashlib.sha256())) == entry.lfs.sha256)
-    git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-    return bool(_digest(file, manifest, git) == entry.blob_id)
+def _same_files(manifest: Manifest, entries: Mapping[str, RepoFile], *, quiet: bool) -> set[str]:
+    """The names of files that the branch has as they are. Sizes and recorded checksums decide, or else the bytes."""
+    same, to_read = set(), []
+    for file in manifest.files:
+        entry = entries.get(file.name)
+        if entry is None or entry.size != file.size:
+            continue
+        if entry.lfs is None or file.sha256 is None:
+            to_read.append((file, entry))
+        elif file.sha256 == entry.lfs.sha256:
+            same.add(file.name)
+    total = sum(file.size for file, _ in to_read)
+    with ProgressLine(human_bytes, total=total, quiet=quiet) as progress:
+        progress.stage("comparing with the files on the Hub", total)
+        for file, entry in to_read:
+            git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+            hasher, expected = (git, entry.blob_id) if entry.lfs is None else (hashlib.sha256(), entry.lfs.sha256)
+            if hex_digest(hasher, _chunks(file, manifest, progress.add)) == expected:
+                same.add(file.name)
+    return same
 
 
-def _digest(file: ManifestFile, manifest: Manifest, hasher: Any) -> str:
-    """Hex digest of a file's bytes; of an object as they are read, without a copy."""
-    return hex_digest(hasher, _chunks(file, manifest))
-
-
-def _chunks(file: ManifestFile, manifest: Manifest) -> Iterator[bytes]:
+def _chunks(file: ManifestFile, manifest: Manifest, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """A file's bytes; of an object as they are read, without a copy. `on_read` is called with the bytes of each."""
     if file.content is not None:
         yield file.content
         return
     assert file.file is not None
     for start in range(0, file.size, _CHUNK_BYTES):
-        yield manifest.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES))
+        chunk = manifest.folder.read_range(file.file, start, min(file.size, start + _CHUNK_BYTES))
+        yield chunk
+        on_read(len(chunk))
 
 
 def upload(
@@ -148,12 +162,14 @@ class _Sender:
         from huggingface_hub import CommitOperationAdd
 
         additions = [CommitOperationAdd(file.name, self._bytes(file)) for file in self._others]
-        total = sum(file.size for file in self._shards)
+        total, pace = sum(file.size for file in self._shards), Pace()
+        pace.start(0, time.monotonic())
         for file in self._shards:
             additions.append(self._send_shard(file))
             self._sent.append(file)
             count, done = f"{len(self._sent)} of {len(self._shards)} shards", sum(each.size for each in self._sent)
-            self._say(f"on the Hub: {count}, {human_bytes(done)} of {human_bytes(total)}")
+            left = pace.text(done, total - done, time.monotonic(), human_bytes) if done < total else ""
+            self._say(f"on the Hub: {count}, {human_bytes(done)} of {human_bytes(total)} ({done / total:.0%}{left})")
         return additions
 
     def _send_shard(self, file: ManifestFile) -> CommitOperationAdd:

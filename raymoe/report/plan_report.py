@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
@@ -176,8 +177,24 @@ def _gate_line(plan: MergePlan) -> str:
     return f"Gates: {mode.name} from {count} prompts, read by {reader}; {reads} of weights are read for them."
 
 
-def print_result(result: MergeResult) -> None:
-    """The last lines of a merge."""
+def print_result(result: MergeResult, *, has_gguf: bool, is_pushed: bool) -> None:
+    """The last lines of a merge. `has_gguf`: it can be converted to GGUF. `is_pushed`: it is published next."""
+    _print_work(result)
+    say(f"next: {' | '.join(next_steps(result.output, has_gguf=has_gguf, is_pushed=is_pushed))}")
+
+
+def next_steps(output: str, *, has_gguf: bool, is_pushed: bool) -> list[str]:
+    """Commands for what may be done with a finished merge."""
+    place, file = quote(output), quote(f"{output.rstrip('/').rpartition('/')[2]}.gguf")
+    return [
+        f'raymoe try {place} "..."',
+        f"raymoe eval {place} --data texts.jsonl",
+        *([f"raymoe gguf {place} {file}"] if has_gguf else []),
+        *([] if is_pushed else [f"raymoe push {place} ORG/NAME"]),
+    ]
+
+
+def _print_work(result: MergeResult) -> None:
     size = sum(record.size for record in result.files)
     if result.was_complete:
         say(f"done: {result.output}, {len(result.files) + 1} files, {human_bytes(size)}, all from an earlier run")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import ProblemReport
+from raymoe.gate_modes import MODES
 from raymoe.object_store.location import LocationKind
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan
@@ -37,6 +38,14 @@ def prompt_lengths(
         )
         lengths[member.owner] = (positive, negative)
     return lengths
+
+
+def reading_work(gates: GatePlan, *, hub: HubOptions | None = None) -> int:
+    """Tokens x layers that pass while the prompts of all members are read, as `prompt_lengths` counts them."""
+    if not MODES[gates.mode].needs_forward_pass:
+        return 0
+    lengths = prompt_lengths(gates, hub=hub)
+    return gates.layers * sum(sum(positive) + sum(negative) for positive, negative in lengths.values())
 
 
 def count_distinct_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:

@@ -13,7 +13,7 @@ The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ def _ffn_input_hook(
     callback(layer, number, args[0])
 
 
-def _load_configuration(config: Mapping[str, Any]) -> Any:
+def load_configuration(config: Mapping[str, Any]) -> Any:
     """transformers' configuration. Raises ProblemReport if the transformers that runs here is older than the family, or
     refuses the config."""
     import transformers
@@ -88,6 +88,19 @@ def _decode_value(value: Any) -> Any:
         is_infinite = value.keys() == {"__float__"} and value["__float__"] in _NON_FINITE
         return float(value["__float__"]) if is_infinite else dict(value)
     return value
+
+
+def layer_weights(names: Iterable[str], layer: int) -> dict[str, str]:
+    """The names of a layer's weights, and what they are called in its module."""
+    prefix = f"model.layers.{layer}."
+    return {full: full.removeprefix(prefix) for full in names if full.startswith(prefix)}
+
+
+def restore_heads(tensors: dict[str, torch.Tensor], permutation: HeadPermutation | None) -> None:
+    """Put rows of a layer's q and k, by the names in its module, back into the order of the dense family."""
+    if permutation is not None:
+        for name in _ROTARY_WEIGHTS & tensors.keys():
+            tensors[name] = permute_heads(tensors[name], permutation.head_dim, permutation.to_interleaved)
 
 
 class StreamedDecoder:
@@ -123,7 +136,7 @@ class StreamedDecoder:
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantize, self._ffn = torch.device(device), quantize, ffn
         self._head_permutation = head_permutation
-        self._config = _load_configuration(model.config)
+        self._config = load_configuration(model.config)
         if self._family.has_sinks:
             register_sink_attention()
         self._config._attn_implementation = ATTENTION_WITH_SINKS if self._family.has_sinks else "sdpa"
@@ -292,16 +305,11 @@ class StreamedDecoder:
             if full.startswith(prefix) and name in tensors:
                 factors = {part: loaded.factors[adapters, name, part] for part in lora.entries}
                 tensors[name] = apply_lora(tensors[name], factors, lora.scaling)
-        if self._head_permutation is not None:
-            for name in _ROTARY_WEIGHTS & tensors.keys():
-                tensors[name] = permute_heads(
-                    tensors[name], self._head_permutation.head_dim, self._head_permutation.to_interleaved
-                )
+        restore_heads(tensors, self._head_permutation)
         return tensors
 
     def _layer_parts(self, layer: int, with_ffn: bool) -> LayerParts:
-        prefix = f"model.layers.{layer}."
-        names = {full: full.removeprefix(prefix) for full in self._weights if full.startswith(prefix)}
+        names = layer_weights(self._weights, layer)
         if not with_ffn:
             names = {full: name for full, name in names.items() if not name.startswith(f"{self._family.ffn}.")}
         factors = {

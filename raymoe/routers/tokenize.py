@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: Owner, chat_template: bool = False
+    tokenizer: Any, prompts: Sequence[str], *, vocab: int, owner: Owner | str, chat_template: bool = False
 ) -> list[list[int]]:
     """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
 

@@ -159,6 +159,7 @@ def _already_complete(
     warnings = [*plan.warnings, *_rewritten_warnings(plan, target, finished)]
     return MergeResult(
         output=target.location.text,
+        model_type=plan.config["model_type"],
         files=finished.files,
         warnings=tuple(warnings),
         bytes_written=0,

@@ -5,17 +5,16 @@ With -v each step is said too when it is reached; `scripts/bench.py` takes a mer
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.compute import peak_rss_bytes
-from raymoe.formatting import human_bytes, human_time
+from raymoe.formatting import human_bytes
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import MergePlan
-from raymoe.progress_line import LiveDisplay
+from raymoe.progress_line import LiveDisplay, Pace
 from raymoe.results import MergeResult
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.ray_metrics import MergeMetrics
@@ -40,12 +39,20 @@ class Progress:
     """Shows how far the actors say that they are. A context manager."""
 
     def __init__(
-        self, plan: MergePlan, verbosity: int, done_to_bytes: str = "written", report: RunReport | None = None
+        self,
+        plan: MergePlan,
+        verbosity: int,
+        done_to_bytes: str = "written",
+        report: RunReport | None = None,
+        *,
+        last_work: str = "writing routers, small files and the index",
     ) -> None:
+        """`last_work` is what the driver does when the actors are done."""
         self._report = report or RunReport()
         self._metrics: MergeMetrics | None = None
         self._up: set[Any] = set()
         self._plan, self._verb = plan, done_to_bytes
+        self._last_work = last_work
         self._display = LiveDisplay(quiet=verbosity < 0)
         self._steps_wanted, self._steps = verbosity > 0, set[str]()
         shards = plan.worker_shards
@@ -54,12 +61,13 @@ class Progress:
         self._latest: dict[int, Status] = {}
         self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
         self._warnings_left_out: dict[int, int] = {}  # per actor: the most tensors that it has not named
-        self._reading_since: tuple[float, int] | None = None  # a moment, and the tokens x layers read until then
+        self._shard_pace, self._reading_pace, self._router_pace = Pace(), Pace(), Pace()
         self._kept = 0
         self._actors = 0
 
     def __enter__(self) -> Progress:
         self._display.__enter__()
+        self._display.show(lambda: f"{self._display.seconds:5.0f} s | starting actors")
         self._report.end("start of Ray")
         self._report.begin("start of actors")
         self._report_step("Ray is up")
@@ -113,6 +121,7 @@ class Progress:
                 continue
         self._account(actors, outcome)
         self._report.begin("end")
+        self._display.show(lambda: f"{self._display.seconds:5.0f} s | {self._last_work}")
 
     def _statuses(self) -> list[Status]:
         return [self._latest[number] for number in sorted(self._latest)]
@@ -123,6 +132,7 @@ class Progress:
         last = self._statuses()
         return MergeResult(
             output=output,
+            model_type=self._plan.config["model_type"],
             files=files,
             warnings=(*warnings, *self._weight_warnings()),
             bytes_written=sum(status.bytes_written for status in last),
@@ -162,13 +172,12 @@ class Progress:
         elapsed = self._display.seconds
         moved = sum(status.bytes_written + status.bytes_copied_by_store for status in self._latest.values())
         kept = sum(status.bytes_kept for status in self._latest.values()) + outcome.bytes_kept
-        done = (moved + kept) / max(1, self._total)
-        parts = [
-            f"{elapsed:5.0f} s",
-            f"{self._verb} {human_bytes(moved + kept)} of {human_bytes(self._total)} ({done:.0%})",
-        ]
-        if moved + kept < self._total:
-            parts.append(f"{human_bytes(moved / max(elapsed, 1e-9))}/s")
+        left = max(0, self._total - moved - kept)
+        shards = f"{self._verb} {human_bytes(moved + kept)}"
+        if left:
+            pace = self._shard_pace.text(moved, left, elapsed, human_bytes)
+            shards += f" of {human_bytes(self._total)} ({(moved + kept) / self._total:.0%}{pace})"
+        parts = [f"{elapsed:5.0f} s", shards]
         if MODES[self._plan.gates.mode].needs_prompts:
             parts.append(self._router_progress(outcome))
         if outcome.unavailable:
@@ -180,8 +189,13 @@ class Progress:
         if not MODES[gates.mode].needs_forward_pass:
             return f"gates {outcome.members_done} of {count} experts"
         if outcome.members_done == count:
-            return f"routers of {outcome.layers_done} of {gates.layers} layers"
+            return self._fitting_progress(outcome, time.monotonic())
         return self._reading_progress(outcome, time.monotonic())
+
+    def _fitting_progress(self, outcome: Outcome, now: float) -> str:
+        done, layers = outcome.layers_done, self._plan.gates.layers
+        pace = self._router_pace.text(done, layers - done, now, "{:.2g}".format) if done < layers else ""
+        return f"routers: {done / layers:.0%} computed ({done} of {layers} layers{pace})"
 
     def _reading_progress(self, outcome: Outcome, now: float) -> str:
         """How much of the prompts has been read, how fast, and how long the rest will take.
@@ -197,13 +211,8 @@ class Progress:
         total = max(passed, planned * max(outcome.readings, counted) // counted)
         text = f"prompts: {passed / total:.0%} read ({passed:,} of {'' if counted >= outcome.readings else 'about '}"
         text += f"{total:,} tokens x layers"
-        if self._reading_since is None or passed < self._reading_since[1]:  # none yet, or those of an actor that died
-            self._reading_since = now, passed
-        since, before = self._reading_since
-        if passed > before and now > since:
-            rate = (passed - before) / (now - since)
-            text += f", {rate:,.0f}/s, {human_time(math.ceil((total - passed) / rate))} left"
-        return f"{text})"
+        # What an actor had read is read again if it dies: the count falls.
+        return f"{text}{self._reading_pace.text(passed, total - passed, now)})"
 
     def _actor_lines(self) -> list[str]:
         lines = []

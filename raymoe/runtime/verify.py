@@ -139,7 +139,8 @@ class _CompareShards:
 def _tensor_differences(
     plan: MergePlan, location: Location, written: Mapping[str, TensorEntry], settings: RuntimeSettings
 ) -> list[str]:
-    with ray_connection(settings), Progress(plan, settings.verbosity, "compared") as progress:
+    last = "comparing routers"
+    with ray_connection(settings), Progress(plan, settings.verbosity, "compared", last_work=last) as progress:
         beside = {
             shard.file_name: [written[p.tensor.name].file for p in shard.parts if p.tensor.name in written]
             for shard in plan.shards

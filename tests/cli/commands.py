@@ -46,7 +46,7 @@ def raymoe(
     return done
 
 
-_WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "eval", "submit"})
+_WITHOUT_RAY = frozenset({"plan", "inspect", "archs", "eval", "submit", "try"})
 
 
 def _is_this_cluster(env: Mapping[str, str] | None) -> bool:

@@ -93,7 +93,9 @@ def test_finished_merge_is_complete(
     assert again.code == 0
     said = again.err.splitlines()
     assert said[0] == f"{out} is already complete: an earlier run has finished this merge"
-    assert said[-1].startswith(f"done: {out}, ") and said[-1].endswith("all from an earlier run")
+    assert said[-2].startswith(f"done: {out}, ") and said[-2].endswith("all from an earlier run")
+    steps = [f'raymoe try {out} "..."', f"raymoe eval {out} --data texts.jsonl", f"raymoe gguf {out} out.gguf"]
+    assert said[-1] == f"next: {' | '.join(steps)} | raymoe push {out} ORG/NAME"
     assert hashes(out) == before and (out / "result.json").read_bytes() == result
     # Killed between the end of the merge and its last line.
     (out / "result.json").unlink()
@@ -178,7 +180,7 @@ def test_a_laptop_without_a_cluster(config: Callable[..., Path], tmp_path: Path)
     said = done.stderr.splitlines()
     assert said[0].startswith("Mixtral, 3 experts: ") and said[0].endswith(f"to {tmp_path / 'out'}")
     assert said[1] == "starting Ray on this machine"
-    assert [line.split(":")[0] for line in said[-2:]] == ["done", "peak memory"]
+    assert [line.split(":")[0] for line in said[-3:]] == ["done", "peak memory", "next"]
 
 
 def test_version(cli: Callable[..., Any]) -> None:

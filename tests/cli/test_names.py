@@ -46,6 +46,7 @@ def test_outputs_and_sources_of_any_name(
     assert (out / RECORD_NAME).is_file() and not (out / ".raymoe").exists()
     assert cli("verify", out, "--actors", "1").code == 0
     assert cli("inspect", out).code == 0
+    assert cli("try", out, "ü用户", "--max-new-tokens", "1", "--device", "cpu").code == 0
 
 
 def test_tags() -> None:

@@ -103,6 +103,8 @@ COMMANDS: list[tuple[Any, ...]] = [
     ("verify", "s3://bucket/out"),
     ("inspect", f"https://user:{CANARY}@127.0.0.1:1/x"),
     ("inspect", "s3://bucket/out"),
+    ("try", f"s3://KEY:{CANARY}@bucket/out", "Hi"),
+    ("try", "s3://bucket/out", "Hi"),
     ("eval", f"s3://KEY:{CANARY}@bucket/out", "--data", "texts.jsonl", "--json", "e.json"),
     ("gguf", f"s3://KEY:{CANARY}@bucket/out", "m.gguf"),
     ("gguf", "s3://bucket/out", "m.gguf"),

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 import raymoe
 from raymoe.errors import ProblemReport
+from raymoe.evaluation import run
 from raymoe.planning import MergeOptions
+from raymoe.progress_line import ProgressLine
 from tests.architectures.pairs import PAIRS, load_grafted, load_merged
 from tests.evaluation.streamed import resident
 from tests.evaluation.test_dataset import adds_bos
@@ -149,6 +151,26 @@ def test_routing_is_what_the_resident_routers_choose(world: World, hidden: Path,
     weights = np.array(list(routing["weight"].values()))
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, atol=5e-6)
     np.testing.assert_allclose(np.sum(routing["load"], axis=1), 1.0, atol=5e-6)
+
+
+@pytest.mark.parametrize("against", ["none", "base,experts,oracle,hidden"])
+def test_progress_ends_at_its_total(
+    world: World, hidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: str
+) -> None:
+    """What `eval` counts as its work before it begins is what it does then, the reading of prompts too."""
+    shown: list[ProgressLine] = []
+
+    class Line(ProgressLine):
+        def __exit__(self, *raised: object) -> None:
+            shown.append(self)
+
+    monkeypatch.setattr(run, "ProgressLine", Line)
+    merge = hidden
+    if "hidden" in against:
+        merge_here(world.config(mode="hidden_avg"), merge := tmp_path / "out")
+    raymoe.evaluate(merge, world.data, against=against, device="cpu")
+    (line,) = shown
+    assert line._before + line._done == line._total > 0
 
 
 def router_scores(model: Any, tokens: list[int]) -> list[Any]:

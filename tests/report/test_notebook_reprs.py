@@ -25,6 +25,7 @@ HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e" + "x" * 1000
 def result_of(**changes: Any) -> MergeResult:
     files = (FileRecord(name="a.safetensors", size=1500, checksum="xxh3:0"),)
     values: dict[str, Any] = {
+        "model_type": "mixtral",
         "output": "out",
         "files": files,
         "warnings": (),
@@ -111,8 +112,9 @@ def test_progress_in_a_notebook_is_one_output(
     shell = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "IPython.display", display)  # type: ignore[arg-type]
-    with ProgressLine(lambda done, total: f"{done} of {total}", total=20, quiet=quiet) as line:
+    with ProgressLine(str, total=20, quiet=quiet) as line:
+        line.stage("writing", 20)
         for _ in range(20):
             line.add(1)
-    assert [text.rpartition("| ")[2] for text in outputs] == ([] if quiet else ["20 of 20"])
+    assert [text.rpartition("| ")[2].partition(", ")[0] for text in outputs] == ([] if quiet else ["100% (20 of 20"])
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""What the line of a running merge says of prompts: a share, a total, a rate, the time that is left."""
+"""What lines of running work say: a share, a total, a rate, the time that is left."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import raymoe
+from raymoe.progress_line import ProgressLine
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.scheduler import Outcome
@@ -70,6 +71,48 @@ def test_an_actor_that_died_counts_from_zero(progress: Progress) -> None:
     assert "(1,000 of 12,000 tokens x layers)" in said(progress, 20.0, replace(at, gate_tokens=1_000))
     assert "100/s, 1 min" not in said(progress, 30.0, replace(at, gate_tokens=2_000))
     assert "100/s" in said(progress, 30.0, replace(at, gate_tokens=2_000))
+
+
+def test_share_rate_and_time_left_of_shards(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run has written counts for the share, not for the rate. The end has no share."""
+    progress._total, progress._display._started = 10_000_000, 0.0
+
+    def said(now: float, written: int, kept: int = 0) -> str:
+        monkeypatch.setattr("raymoe.progress_line.time.monotonic", lambda: now)
+        progress._latest = {0: replace(NOTHING, bytes_written=written)}
+        return progress._line(Outcome(readings=3, bytes_kept=kept)).split(" | ")[1]
+
+    assert said(1.0, 0) == "written 0 B of 10 MB (0%)"
+    assert said(11.0, 1_000_000) == "written 1 MB of 10 MB (10%, 100 kB/s, 2 min left)"
+    assert said(21.0, 2_000_000, kept=4_000_000) == "written 6 MB of 10 MB (60%, 100 kB/s, 40 s left)"
+    assert said(31.0, 6_000_000, kept=4_000_000) == "written 10 MB"
+
+
+def test_share_rate_and_time_left_of_routers(progress: Progress) -> None:
+    progress._plan = replace(progress._plan, gates=replace(progress._plan.gates, layers=30))
+    assert progress._fitting_progress(Outcome(layers_done=0), 0.0) == "routers: 0% computed (0 of 30 layers)"
+    said = progress._fitting_progress(Outcome(layers_done=3), 6.0)
+    assert said == "routers: 10% computed (3 of 30 layers, 0.5/s, 54 s left)"
+    assert progress._fitting_progress(Outcome(layers_done=30), 60.0) == "routers: 100% computed (30 of 30 layers)"
+
+
+def test_stages_of_one_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share grows over all stages. A stage that has more work than was estimated does not pass its end."""
+    clock = [0.0]
+    monkeypatch.setattr("raymoe.progress_line.time.monotonic", lambda: clock[0])
+    with ProgressLine("{:.0f} tokens".format, total=1000) as progress:
+        for now, name, work, done in ((0, "read", 200, 300), (10, "hidden", 800, 100), (20, "renamed", None, 60)):
+            clock[0] += now
+            progress.stage(name, work)
+            clock[0] += 10
+            progress.add(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "   10 s | read | 20% (200 tokens of 1000 tokens, 20 tokens/s, 40 s left)",
+        "   20 s | hidden | 20% (200 tokens of 1000 tokens, 10 tokens/s, 80 s left)",
+        "   30 s | hidden | 30% (300 tokens of 1000 tokens, 10 tokens/s, 70 s left)",
+        "   50 s | renamed | 30% (300 tokens of 1000 tokens, 6 tokens/s, 2 min left)",
+        "   60 s | renamed | 36% (360 tokens of 1000 tokens, 6 tokens/s, 2 min left)",
+    ]
 
 
 def test_many_findings_in_weights_stay_bounded(progress: Progress) -> None:

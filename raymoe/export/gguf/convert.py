@@ -75,12 +75,12 @@ def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | No
             raise collector.report()
         conversion = _plan_conversion(model, path, options, collector)
         assert file is not None
-        progress = ProgressLine(_format_progress, total=conversion.data_bytes, quiet=options.quiet)
-        stack.enter_context(progress)
-        model.prepare(progress.stage)
+        model.prepare()
+        progress = stack.enter_context(ProgressLine(human_bytes, total=conversion.data_bytes, quiet=options.quiet))
         with file.writing():
             _write(conversion, file, progress)
             model.check_unchanged()
+            progress.stage("syncing to disk")
             file.commit()
     return GgufFile(
         path=path,
@@ -161,7 +161,7 @@ def _write(conversion: _Conversion, file: StagingFile, progress: ProgressLine) -
     _write_header(conversion, file.part)
     file.continue_after_header(conversion.data_bytes)
     file.append(bytes(-file.size % _ALIGNMENT))
-    progress.stage("writing")
+    progress.stage("writing", conversion.data_bytes)
     with TensorEncoder(conversion.model.chunks) as encoder:
         for tensor in conversion.tensors:
             start = file.size
@@ -196,7 +196,3 @@ def _write_header(conversion: _Conversion, part: Path) -> None:
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-
-
-def _format_progress(done: int, total: int) -> str:
-    return f"{human_bytes(done)} of {human_bytes(total)}"

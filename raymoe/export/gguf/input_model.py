@@ -31,6 +31,7 @@ from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning import MergePlan
 from raymoe.planning.plan import Shard
 from raymoe.planning.plan_merge import plan_merge
+from raymoe.progress_line import ProgressLine, token_layers
 from raymoe.report.model_card import card_metadata
 from raymoe.report.source_metadata import read_front_matter, source_cards
 from raymoe.sources.facts import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
@@ -59,7 +60,7 @@ class InputModel:
     files: Mapping[str, Path]
     warnings: tuple[str, ...]
     chunks: ReadChunks
-    prepare: Callable[[Callable[[str], None]], None]
+    prepare: Callable[[], None]
     check_unchanged: Callable[[], None]
     inputs: Inputs = field(default_factory=Inputs)
 
@@ -89,7 +90,7 @@ def open_model(source: str | Path, options: GgufOptions) -> Iterator[InputModel]
             options,
             card=card,
             chunks=lambda entry: reader.chunks(entry.file, entry.start, entry.end),
-            prepare=lambda tell: None,
+            prepare=lambda: None,
             inputs=_files((*facts.index.files, *(side.file for side in facts.side_files))),
             check_unchanged=reader.check_unchanged,
         )
@@ -134,27 +135,25 @@ class _PlannedParts:
         self._shards: dict[str, Shard] = {shard.file_name: shard for shard in plan.shards}
         self._router: RouterBytes | None = None
 
-    def prepare(self, on_stage: Callable[[str], None]) -> None:
+    def prepare(self) -> None:
         """Compute the routers in this process, with torch set up as in a merge: the same rows, bit for bit."""
         from raymoe.compute import limit_threads
         from raymoe.routers.in_process import compute_routers_locally
+        from raymoe.routers.prompt_lengths import reading_work
         from raymoe.routers.router_matrices import router_bytes
 
-        stage = [""]
-
-        def begun(what: str) -> None:
-            stage[:] = [what]
-            on_stage(what)
-
         limit_threads()
-        rows, _ = compute_routers_locally(
-            self._plan.gates,
-            self._reader,
-            device=choose_device(self._options.device),
-            trust_remote_code=self._options.trust_remote_code,
-            layer_done=lambda tokens: on_stage(stage[-1]),
-            on_begin=begun,
-        )
+        work = reading_work(self._plan.gates, hub=self._options.hub)
+        with ProgressLine(token_layers, total=work, quiet=self._options.quiet) as progress:
+            progress.stage("computing the routers", work)
+            rows, _ = compute_routers_locally(
+                self._plan.gates,
+                self._reader,
+                device=choose_device(self._options.device),
+                trust_remote_code=self._options.trust_remote_code,
+                layer_done=progress.add,
+                on_begin=progress.stage,
+            )
         self._reader.release()
         self._router = router_bytes(self._plan.gates, rows)
 
@@ -194,7 +193,7 @@ def _model(
     *,
     card: Mapping[str, Any],
     chunks: ReadChunks,
-    prepare: Callable[[Callable[[str], None]], None],
+    prepare: Callable[[], None],
     inputs: Inputs,
     check_unchanged: Callable[[], None],
 ) -> InputModel:
@@ -232,5 +231,5 @@ def _weight_table(facts: ModelFacts) -> CheckpointModel:
     try:
         return mixture_model(facts)
     except ProblemReport as report:
-        # The remedies there speak of evaluating.
+        # The remedies there do not speak of converting.
         raise ProblemReport([replace(p, remedy=UNCHANGED_REMEDY) for p in report.problems]) from None

@@ -76,12 +76,12 @@ def test_the_part_is_held_while_gates_are_computed(
     )
     file, prepare, refused = tmp_path / "model.gguf", _PlannedParts.prepare, []
 
-    def second(parts: _PlannedParts, tell: Callable[[str], None]) -> None:
+    def second(parts: _PlannedParts) -> None:
         monkeypatch.setattr(_PlannedParts, "prepare", prepare)
         with pytest.raises(ProblemReport, match="another run is writing this file") as report:
             write_gguf(config, file, GgufOptions(device="cpu"))
         refused.append(report)
-        prepare(parts, tell)
+        prepare(parts)
 
     monkeypatch.setattr(_PlannedParts, "prepare", second)
     assert write_gguf(config, file, GgufOptions(device="cpu")).path == file

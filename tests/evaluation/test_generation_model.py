@@ -1,0 +1,66 @@
+"""What `raymoe try` generates, against transformers with the same checkpoint: every MoE architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raymoe.evaluation.generation_model import GenerationModel
+from raymoe.evaluation.options import GenerationOptions
+from raymoe.evaluation.token_routing import TokenRouting
+from raymoe.sources.hub import HubOptions
+from raymoe.storage.source_reader import SourceReader
+from tests.architectures.pairs import PAIRS, Pair, load_merged
+from tests.evaluation.streamed import open_mixture
+from tests.pico import LAYERS, merge_without_ray, token_ids
+
+pytestmark = pytest.mark.engines
+
+NEW = 12
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_tokens_are_those_of_transformers(pair: Pair, zoo: Callable[..., Path], tmp_path: Path) -> None:
+    """Greedily, resident and streamed. The experts of each token are the same both ways."""
+    pair.skip_where_unknown()
+    models = [zoo(pair.family, seed=seed, **pair.options) for seed in range(4)]
+    merge_without_ray(
+        pair.config(models[0], models[1:3], models[3], mode="random", experts_per_token=2), tmp_path / "out"
+    )
+    ids = token_ids(20)
+    expected = _greedy_tokens(load_merged(tmp_path / "out"), ids)
+    routings = []
+    for resident in (True, False):
+        tokens, routing = _generated(tmp_path / "out", ids[0].tolist(), resident=resident)
+        assert tokens == expected
+        routings.append(routing)
+    (first, weight), streamed = (routing.shares(0) for routing in routings)
+    assert (first, weight) == streamed
+    assert np.isclose(sum(first), 1) and np.isclose(sum(weight), 1)
+    assert len(routings[0].shares_per_token(0)) == 20 + NEW - 1
+
+
+def _greedy_tokens(model: Any, ids: torch.Tensor) -> list[int]:
+    """Without a cache: some of the published modeling code has none that transformers still knows."""
+    for _ in range(NEW):
+        with torch.inference_mode():
+            best = model(ids, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, best], dim=1)
+    found: list[int] = ids[0, -NEW:].tolist()
+    return found
+
+
+def _generated(folder: Path, ids: list[int], *, resident: bool) -> tuple[list[int], TokenRouting]:
+    routing, loaded = TokenRouting(2), []
+    with SourceReader(HubOptions()) as reader:
+        model = GenerationModel(
+            open_mixture(folder), reader, "cpu", resident=resident, on_routing=routing.add, layer_loaded=loaded.append
+        )
+        tokens = model.generate(ids, GenerationOptions(max_new_tokens=NEW), ())
+    assert len(loaded) == (LAYERS if resident else 0)
+    return tokens, routing
