@@ -35,7 +35,7 @@ from raymoe.object_store.parallel import CALLS_AT_ONCE
 from raymoe.object_store.protocol import MultipartStore, ObjectInfo, OpenUpload, UploadedPart
 from raymoe.object_store.s3_responses import is_md5
 from raymoe.planning.multipart import UploadPart, upload_parts
-from raymoe.planning.plan import Columns, Shard, Transform
+from raymoe.planning.plan import Columns, Combine, Shard, Transform
 from raymoe.sources.facts import SourceFile
 from raymoe.storage.checksums import hex_digest
 from raymoe.storage.claim import Claim
@@ -375,7 +375,7 @@ def _is_pinned(shard: Shard, part: UploadPart) -> bool:
 
 
 def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
-    computed = any(isinstance(each.what, (Columns, Transform)) and part.overlaps(each) for each in shard.parts)
+    computed = any(isinstance(each.what, (Columns, Combine, Transform)) and part.overlaps(each) for each in shard.parts)
     return part.nbytes + (_COMPUTING_BYTES if computed else 0)
 
 
