@@ -11,7 +11,7 @@ TRANSFER_METHODS = {
     "store_copy": "copied inside the object store",
     "streamed": "read from an object store or the Hub by a worker",
     "local": "read from a local file by a worker",
-    "computed": "computed by a worker (headers, routers, transforms, combinations)",
+    "computed": "computed by a worker (headers, routers, transforms)",
 }
 
 
