@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
@@ -48,13 +47,13 @@ from raymoe.storage.transform import (
     compute_ahead,
     non_finite_source,
     permute_heads,
-    read_rows,
+    read_stored_rows,
     row_blocks,
     with_lora,
 )
 
-# Several arrays of a block are held at once: together they are no larger than those of a block with noise or LoRA.
-_BLOCK_ELEMENTS = BLOCK_ELEMENTS // 2
+_BLOCK_ELEMENTS = BLOCK_ELEMENTS  # of all tensors of a combination together
+_WINDOW_ELEMENTS = 1 << 16  # about ten such arrays of float32 are in use at once
 _PARALLEL = 0.9995  # from this cosine on, a sine is too small to divide by; mergekit's and others' limit
 _HALF_BITS = 16
 
@@ -102,7 +101,8 @@ def load_combined(reader: SourceReader, combination: Combination) -> npt.NDArray
 def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
     """Rows of a weight as the model that reads prompts has them, in float32: with its LoRA delta, or combined."""
     if ref.combined is None:
-        return _with_delta(reader, ref, _read(reader, ref.entry, rows), rows)
+        block = _read(reader, ref.entry, rows).astype(np.float32, copy=False)
+        return block if ref.lora is None else with_lora(reader, block, ref.lora, rows)
     block = combined_rows(reader, ref.combined, rows, measure(reader, ref.combined))
     return block.astype(NUMPY_DTYPES[ref.combined.dtype]).astype(np.float32)
 
@@ -110,14 +110,18 @@ def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what comes of it is looked at
 def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, statistics: Statistics) -> Float32:
     """Some rows of the result, in float32. Where experts have too few rows, those that have them are combined."""
-    blocks = [
-        _combine(_Tensors(reader, combination, piece), statistics) for piece in _split_by_height(combination, rows)
+    pieces = [
+        _combine(window, statistics)
+        for part in _split_by_height(combination, rows)
+        for window in _Tensors(reader, combination, part).windows()
     ]
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _blocks(combination: Combination) -> Iterator[slice]:
-    return row_blocks(combination.shape, _BLOCK_ELEMENTS, combination.together)
+    """The blocks that a combination is computed in. Those of all its tensors together are bounded."""
+    elements = max(_WINDOW_ELEMENTS, _BLOCK_ELEMENTS // (1 + len(combination.experts)))
+    return row_blocks(combination.shape, elements, combination.together)
 
 
 def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:
@@ -130,45 +134,53 @@ def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:
 
 
 class _Tensors:
-    """The same rows of all tensors of a combination. What several of them are made of is read once."""
+    """The same rows of all tensors of a combination, each read when it is first asked for.
+
+    `windows` are a few of the rows, so that what is computed with them stays in the processor's cache.
+    """
 
     def __init__(self, reader: SourceReader, combination: Combination, rows: Rows) -> None:
         self._reader, self._rows, self.combination = reader, rows, combination
         first = rows.start if isinstance(rows, slice) else int(rows[0])
         self.present = [number for number, ref in enumerate(combination.experts) if first < ref.entry.shape[0]]
-        refs = (combination.base, *combination.experts)
-        self._often = {entry for entry, count in Counter(ref.entry for ref in refs).items() if count > 1}
-        self._kept: dict[TensorEntry, Float32] = {}
+        self._stored: dict[TensorEntry, npt.NDArray[Any]] = {}
+        self._adapted: dict[WeightRef, Float32] = {}
+        self._window = slice(None)
+
+    def windows(self) -> Iterator[_Tensors]:
+        """This object itself, again and again: what it gives are then those rows."""
+        count = self._rows.stop - self._rows.start if isinstance(self._rows, slice) else len(self._rows)
+        for rows in row_blocks((count, *self.combination.shape[1:]), _WINDOW_ELEMENTS):
+            self._window = rows
+            yield self
 
     def base(self) -> Float32:
-        return self._of(self.combination.base)
+        return self._values(self.combination.base)
 
     def expert(self, number: int) -> Float32:
-        return self._of(self.combination.experts[number])
+        return self._values(self.combination.experts[number])
 
-    def _of(self, ref: WeightRef) -> Float32:
+    def _values(self, ref: WeightRef) -> Float32:
         """In memory of its own."""
-        stored = self._kept.get(ref.entry)
-        if stored is None:
-            stored = _read(self._reader, ref.entry, self._rows)
-            if ref.entry in self._often:
-                self._kept[ref.entry] = stored
-        return _with_delta(self._reader, ref, stored.copy() if ref.entry in self._often else stored, self._rows)
+        if ref.entry not in self._stored:
+            self._stored[ref.entry] = _read(self._reader, ref.entry, self._rows)
+        stored = self._stored[ref.entry]
+        if ref.lora is None:
+            values: Float32 = stored[self._window].astype(np.float32)
+            return values
+        if ref not in self._adapted:
+            self._adapted[ref] = with_lora(self._reader, stored.astype(np.float32), ref.lora, self._rows)
+        return self._adapted[ref][self._window].copy()
 
 
-def _read(reader: SourceReader, entry: TensorEntry, rows: Rows) -> Float32:
+def _read(reader: SourceReader, entry: TensorEntry, rows: Rows) -> npt.NDArray[Any]:
+    """As they are stored."""
     if isinstance(rows, slice):
-        return read_rows(reader, entry, rows)
+        return read_stored_rows(reader, entry, rows)
     width = entry.nbytes // entry.shape[0]
-    found = reader.read_ranges(
-        entry.file, [(entry.start + r * width, entry.start + (r + 1) * width) for r in rows.tolist()]
-    )
-    array = np.frombuffer(b"".join(found), dtype=NUMPY_DTYPES[entry.dtype]).astype(np.float32)
+    ranges = [(entry.start + row * width, entry.start + (row + 1) * width) for row in rows.tolist()]
+    array = np.frombuffer(b"".join(reader.read_ranges(entry.file, ranges)), dtype=NUMPY_DTYPES[entry.dtype])
     return array.reshape(-1, *entry.shape[1:])
-
-
-def _with_delta(reader: SourceReader, ref: WeightRef, block: Float32, rows: Rows) -> Float32:
-    return block if ref.lora is None else with_lora(reader, block, ref.lora, rows)
 
 
 def _combine(tensors: _Tensors, statistics: Statistics) -> Float32:
@@ -227,14 +239,12 @@ def _ties(tensors: _Tensors, thresholds: Statistics) -> Float32:
     for number in tensors.present:
         difference = tensors.expert(number)
         difference -= base
-        difference[np.abs(difference) < np.float32(thresholds[number])] = 0
+        difference *= ~(np.abs(difference) < np.float32(thresholds[number]))  # NaN stays
         weight = np.float32(tensors.combination.weights[number])
         difference *= weight
-        for sign, has_sign in enumerate((difference > 0, difference < 0)):
-            np.add(sums[sign], difference, out=sums[sign], where=has_sign)
-            np.add(weights[sign], weight, out=weights[sign], where=has_sign)
-        broken = np.isnan(difference)
-        sums[0][broken] = np.nan
+        for sign, of_sign in enumerate((np.maximum(difference, 0), np.minimum(difference, 0))):
+            sums[sign] += of_sign
+            weights[sign] += (of_sign != 0) * weight
     is_positive = ~(sums[0] + sums[1] < 0)
     changes, weight_sums = np.where(is_positive, *sums), np.where(is_positive, *weights)
     np.divide(changes, weight_sums, out=changes, where=weight_sums != 0)
@@ -258,8 +268,7 @@ def measure(reader: SourceReader, combination: Combination) -> Statistics:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
         if key not in _measured:
-            with np.errstate(over="ignore", invalid="ignore"):
-                _measured[key] = measured(reader, combination)
+            _measured[key] = measured(reader, combination)
         return _measured[key]
 
 
@@ -272,37 +281,58 @@ def _measure_angle(reader: SourceReader, combination: Combination) -> Statistics
     return (dot / length if length > 0 else 1.0,)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _products(reader: SourceReader, combination: Combination, rows: slice) -> tuple[float, float, float]:
+    """Scalar products of two tensors' rows: with each other, and of each with itself."""
     tensors = _Tensors(reader, combination, rows)
     one, other = (tensors.expert(number).astype(np.float64) for number in range(2))
-    return tuple(float(np.sum(left * right)) for left, right in ((one, other), (one, one), (other, other)))  # type: ignore[return-value]
+    return float(np.sum(one * other)), float(np.sum(one * one)), float(np.sum(other * other))
 
 
 def _measure_thresholds(reader: SourceReader, combination: Combination) -> Statistics:
     """For each expert the magnitude from which on its differences count."""
-    return tuple(_threshold(reader, combination, number) for number in range(len(combination.experts)))
+    heights = [min(combination.shape[0], ref.entry.shape[0]) for ref in combination.experts]
+    elements = [height * math.prod(combination.shape[1:]) for height in heights]
+    ranks = [max(1, int(combination.density * count)) for count in elements]
+    if all(rank >= count for rank, count in zip(ranks, elements, strict=True)):
+        return (0.0,) * len(ranks)
+    counts = _count_differences(reader, combination, lambda _, bits: bits >> _HALF_BITS)
+    upper = [_half_of_rank(counted, rank) for counted, rank in zip(counts, ranks, strict=True)]
+    counts = _count_differences(
+        reader, combination, lambda number, bits: bits[bits >> _HALF_BITS == upper[number][0]] & 0xFFFF
+    )
+    thresholds = []
+    for counted, rank, (half, larger) in zip(counts, ranks, upper, strict=True):
+        bits = half << _HALF_BITS | _half_of_rank(counted, rank - larger)[0]
+        thresholds.append(float(np.array(bits, np.uint32).view(np.float32)))
+    return tuple(thresholds)
 
 
-def _threshold(reader: SourceReader, combination: Combination, number: int) -> float:
-    blocks = list(_common_blocks(combination, combination.experts[number]))
-    elements = math.prod(combination.shape[1:]) * sum(rows.stop - rows.start for rows in blocks)
-    rank = max(1, int(combination.density * elements))
-    if rank >= elements:
-        return 0.0
+_Halves = Callable[[int, npt.NDArray[np.uint32]], npt.NDArray[Any]]
 
-    def counted(halves: Callable[[npt.NDArray[np.uint32]], npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-        def count(rows: slice) -> npt.NDArray[np.int64]:
-            bits = _magnitude_bits(reader, combination, number, rows)
-            return np.bincount(halves(bits), minlength=1 << _HALF_BITS)
 
-        counts = np.zeros(1 << _HALF_BITS, np.int64)
-        for found in compute_ahead([partial(count, rows) for rows in blocks]):
-            counts += found
-        return counts
+def _count_differences(reader: SourceReader, combination: Combination, halves: _Halves) -> npt.NDArray[np.int64]:
+    """How often each value is among `halves(number, bits)`, of the bits of all differences of expert `number`.
 
-    upper, larger = _half_of_rank(counted(lambda bits: bits >> _HALF_BITS), rank)
-    lower, _ = _half_of_rank(counted(lambda bits: bits[bits >> _HALF_BITS == upper] & 0xFFFF), rank - larger)
-    return float(np.array(upper << _HALF_BITS | lower, np.uint32).view(np.float32))
+    Shape (experts, values).
+    """
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def count(rows: slice) -> npt.NDArray[np.uint32]:
+        found: list[list[npt.NDArray[np.uint16]]] = [[] for _ in combination.experts]
+        for part in _split_by_height(combination, rows):
+            for window in _Tensors(reader, combination, part).windows():
+                base = window.base()
+                for number in window.present:
+                    difference = np.abs(window.expert(number) - base).reshape(-1)
+                    found[number].append(halves(number, difference.view(np.uint32)).astype(np.uint16))
+        counted = (np.bincount(np.concatenate(each), minlength=1 << _HALF_BITS) if each else 0 for each in found)
+        return np.stack([np.broadcast_to(each, 1 << _HALF_BITS).astype(np.uint32) for each in counted])
+
+    counts = np.zeros((len(combination.experts), 1 << _HALF_BITS), np.int64)
+    for counted in compute_ahead([partial(count, rows) for rows in _blocks(combination)]):
+        counts += counted
+    return counts
 
 
 def _half_of_rank(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int]:

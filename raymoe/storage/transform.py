@@ -165,12 +165,18 @@ def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Flo
 
 
 def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
-    """Rows of a tensor in float32. Read, not mapped: pages of a whole shard would count as memory of this process."""
+    """Rows of a tensor in float32."""
+    return read_stored_rows(reader, entry, rows).astype(np.float32, copy=False)
+
+
+def read_stored_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> npt.NDArray[Any]:
+    """Rows of a tensor as they are stored. Read, not mapped: pages of a whole shard would count as memory of this
+    process."""
     width = entry.nbytes // entry.shape[0]
     buffer = bytearray((rows.stop - rows.start) * width)
     reader.read_into(entry.file, entry.start + rows.start * width, memoryview(buffer))
     array = np.frombuffer(buffer, dtype=NUMPY_DTYPES[entry.dtype])
-    return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
+    return array.reshape(-1, *entry.shape[1:])
 
 
 def permute_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:

@@ -35,8 +35,9 @@ def reader() -> Iterator[SourceReader]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of seven rows: every tensor has several, and none ends where a part does."""
-    monkeypatch.setattr(combine, "_BLOCK_ELEMENTS", 7 * SHAPE[1])
+    """Of about seven rows: every tensor has several, and none ends where a part does. Windows are of three."""
+    monkeypatch.setattr(combine, "_BLOCK_ELEMENTS", 21 * SHAPE[1])
+    monkeypatch.setattr(combine, "_WINDOW_ELEMENTS", 3 * SHAPE[1])
 
 
 def values(seed: int, rows: int = SHAPE[0], scale: float = 1.0) -> Array:
