@@ -170,7 +170,8 @@ class _Tensors:
             return values
         if ref not in self._adapted:
             self._adapted[ref] = with_lora(self._reader, stored.astype(np.float32), ref.lora, self._rows)
-        return self._adapted[ref][self._window].copy()
+        adapted: Float32 = self._adapted[ref][self._window].copy()
+        return adapted
 
 
 def _read(reader: SourceReader, entry: TensorEntry, rows: Rows) -> npt.NDArray[Any]:

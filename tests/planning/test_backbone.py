@@ -17,6 +17,7 @@ from raymoe.config import make_config
 from raymoe.planning.backbone import group_of
 from raymoe.planning.plan import Combine, Copy, MergePlan, Transform
 from raymoe.report.backbone_lines import backbone_lines
+from raymoe.report.inspect import inspect_checkpoint, print_summary
 from raymoe.report.model_card import model_card
 from raymoe.report.plan_report import plan_summary
 from tests.pico import (
@@ -24,6 +25,7 @@ from tests.pico import (
     VOCAB,
     copy_model,
     merge_config,
+    merge_here,
     merge_without_ray,
     plan_problems,
     save_lora,
@@ -106,9 +108,8 @@ def test_one_model_in_all_experts_is_copied(models: list[Path]) -> None:
     base, expert, _ = models
     plan = planned(base, [expert, expert])
     assert set(kinds(plan).values()) == {Copy}
-    assert all(
-        "llama-1" in p.what.source.file.location for s in plan.shards for p in s.parts if isinstance(p.what, Copy)
-    )
+    copies = [part.what for shard in plan.shards for part in shard.parts if isinstance(part.what, Copy)]
+    assert {what.source.file.location for what in copies} == {f"{expert}/model.safetensors"}
     for method in ({"method": "linear", "scale": 0.5}, {"method": "ties", "density": 0.5}):
         assert set(kinds(planned(base, [expert, expert], method)).values()) == {Combine}
 
@@ -239,6 +240,21 @@ def test_the_card_says_what_the_backbone_is(models: list[Path]) -> None:
     card = model_card(raymoe.plan(config), make_config(config))
     assert "Attention, norms and embeddings are the mean (linear) of those of 2 experts; each expert gives" in card
     assert "backbone: linear" in card
+
+
+def test_inspect_says_what_the_backbone_is(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = merge_config(models[0], models[1:], mode="random")
+    for number, backbone in enumerate(("base", "linear", {"method": "ties", "density": 0.2})):
+        merge_here({**config, "backbone": backbone}, tmp_path / str(number))
+        print_summary(inspect_checkpoint(tmp_path / str(number)), as_json=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("made by")]
+    assert [line.partition(", ")[2] for line in said] == [
+        "gate mode random:",
+        "gate mode random, backbone linear:",
+        "gate mode random, backbone ties:",
+    ]
 
 
 # --- what is refused
