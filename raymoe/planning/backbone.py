@@ -88,6 +88,7 @@ def plan_backbone(
     refs = planner.plan_refs() if config.is_merged else {}
     report = BackboneReport(
         method=config.method,
+        experts=len(planner.experts()) if config.is_merged else 0,
         include=config.include if config.is_merged else (),
         combined=sum(ref.combined is not None for ref in refs.values()),
         kept=planner.kept,
@@ -127,14 +128,14 @@ class _BackbonePlanner:
                 self.used.setdefault(each.owner, set()).add(each.name)
         return found
 
-    def _experts(self) -> list[tuple[Member, float]]:
+    def experts(self) -> list[tuple[Member, float]]:
         """The experts that count, with their weights."""
         experts = [member for member in self.members if not member.is_shared]
         weights = self.config.weights or (1.0,) * len(experts)
         return [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight > 0]
 
     def _contributions(self, row: TensorRow, name: str, base: TensorEntry) -> Iterator[_Contribution]:
-        for member, weight in self._experts():
+        for member, weight in self.experts():
             # The head of a model that ties it is its embedding.
             own_name = EMBEDDING if name == HEAD and member.spec.tied else name
             entry = member.facts.index.tensors.get(own_name)
@@ -154,7 +155,7 @@ class _BackbonePlanner:
         refs, method = tuple(each.ref for each in contributions), self.config.method
         if not refs or set(refs) == {base}:
             return base
-        if method == "slerp" and len(refs) < len(self._experts()):
+        if method == "slerp" and len(refs) < len(self.experts()):
             return base
         if method == "slerp" and len(refs) == 1:
             method = "linear"

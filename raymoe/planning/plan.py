@@ -338,6 +338,7 @@ class BackboneReport:
 
     Attributes:
         method: How it is made: `base`, `linear`, `slerp` or `ties`.
+        experts: The number of experts that count.
         include: The groups that are merged.
         combined: The number of tensors that are computed from several models.
         kept: The number of tensors of these groups that are the same in all models, or the base's.
@@ -346,6 +347,7 @@ class BackboneReport:
     """
 
     method: str
+    experts: int = 0
     include: tuple[str, ...] = ()
     combined: int = 0
     kept: int = 0

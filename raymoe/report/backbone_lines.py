@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from raymoe.formatting import human_bytes, plural
-from raymoe.planning.owner import OwnerKind
 from raymoe.planning.plan import BackboneReport, MergePlan
 
-_METHODS = {"linear": "the mean (linear)", "slerp": "the spherical mean (slerp)", "ties": "the merge by TIES"}
+_METHODS = {
+    "linear": "the mean (linear) of {}",
+    "slerp": "the spherical mean (slerp) of {}",
+    "ties": "merged by TIES from {}",
+}
 _DIFFERENT = "known to differ from the base's"
 _UNKNOWN = "stored elsewhere than the base's; not compared, or alike in samples"
 _MOST_UNUSED = 8  # lines
@@ -17,11 +20,11 @@ def backbone_source(plan: MergePlan, base: str) -> str:
     report = plan.backbone
     if report.method == "base":
         return f"Attention, norms and embeddings come from {base}"
-    experts = sum(source.owner.kind is OwnerKind.EXPERT for source in plan.sources)
     included = " and ".join(report.include) if len(report.include) < 3 else "attention, norms and embeddings"
     verb = "are" if included.endswith("s") or " and " in included else "is"
     rest = "" if len(report.include) == 3 else f"; the rest of the backbone comes from {base}"
-    text = f"{included} {verb} {_METHODS[report.method]} of those of {experts} {plural('expert', experts)}{rest}"
+    made = _METHODS[report.method].format(f"{report.experts} {plural('expert', report.experts)}")
+    text = f"{included} {verb} {made}{rest}"
     return text[0].upper() + text[1:]
 
 

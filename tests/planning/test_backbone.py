@@ -118,6 +118,7 @@ def test_experts_of_no_weight_do_not_count(models: list[Path]) -> None:
     plan = planned(models[0], models, {"method": "linear", "weights": [0, 0, 2]})
     assert set(kinds(plan).values()) == {Copy}
     assert [str(unused.owner) for unused in plan.backbone.unused] == ["expert 1"]
+    assert "are the mean (linear) of 1 expert." in backbone_lines(plan)[0]
 
 
 def test_adapters_on_one_base(models: list[Path], tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_what_is_not_used_is_named(models: list[Path], tmp_path: Path) -> None:
 def test_the_card_says_what_the_backbone_is(models: list[Path]) -> None:
     config = {**merge_config(models[0], models[1:], mode="random"), "backbone": "linear"}
     card = model_card(raymoe.plan(config), make_config(config))
-    assert "Attention, norms and embeddings are the mean (linear) of those of 2 experts; each expert gives" in card
+    assert "Attention, norms and embeddings are the mean (linear) of 2 experts; each expert gives" in card
     assert "backbone: linear" in card
 
 

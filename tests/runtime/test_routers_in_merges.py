@@ -186,7 +186,7 @@ def test_a_merged_backbone_is_written_said_and_verified(
     config = {**config_with(zoo, "qw"), "backbone": {"method": "ties", "density": 0.4}}
     result = ray_merge(config, tmp_path / "out", actors=2)
     (line,) = result.backbone_lines
-    assert line.startswith("Backbone: Attention, norms and embeddings are the merge by TIES of those of 2 experts.")
+    assert line.startswith("Backbone: Attention, norms and embeddings are merged by TIES from 2 experts.")
     plan = merge_without_ray(config, tmp_path / "here")
     for shard in plan.worker_shards:
         assert (tmp_path / "out" / shard.file_name).read_bytes() == (tmp_path / "here" / shard.file_name).read_bytes()
