@@ -42,8 +42,8 @@ class PushResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What a finished merge was: files by name, warnings, memory as the processes saw it (bytes), and in words how the
-    routers did on held-out prompts."""
+    """What a finished merge was: files by name, warnings, memory as the processes saw it (bytes), and in words what the
+    backbone is and how the routers did on held-out prompts."""
 
     output: str
     model_type: str  # of the merged model's config.json
@@ -57,6 +57,7 @@ class MergeResult:
     peak_gpu_bytes: tuple[int, ...]
     seconds: float  # since the actors were started
     run_seconds: float  # since the run was
+    backbone_lines: tuple[str, ...] = ()
     router_lines: tuple[str, ...] = ()
     was_complete: bool = False  # an earlier run had finished this merge, and nothing was left to do
     pushed: PushResult | None = None  # what was published, by a merge that was to be

@@ -36,7 +36,8 @@ class TensorRow:
     """One kind of tensor. The head of this module says how rows are written.
 
     Attributes:
-        role: What it is in a layer. A role of an FFN begins with `ffn.`.
+        role: What it is in a layer. A role of an FFN begins with `ffn.`, one of a norm of the residual stream with
+            `norm.`.
         name: Its name in a checkpoint, with `{layer}` if each layer has one.
         shape: Its shape, in symbols.
         when: The flag without which the row does not exist.

@@ -4,6 +4,7 @@
 in Python. Importing this needs neither torch, transformers nor Ray.
 """
 
+from raymoe.config.backbone import BackboneConfig
 from raymoe.config.cross_checks import ALL_SAME_FLAG, check_config, config_warnings
 from raymoe.config.load import load_config, load_config_with_positions, make_config, parse_config
 from raymoe.config.prompt_sources import PromptFile
@@ -13,6 +14,7 @@ from raymoe.config.storage_block import storage_note
 
 __all__ = [
     "ALL_SAME_FLAG",
+    "BackboneConfig",
     "Dtype",
     "ExpertConfig",
     "Loc",

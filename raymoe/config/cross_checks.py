@@ -16,6 +16,7 @@ from raymoe.config.prompt_sources import PromptFile, file_format
 from raymoe.config.schema import ExpertConfig, MergeConfig
 from raymoe.config.source_positions import NO_POSITIONS, Finding, Loc, format_loc, short_repr
 from raymoe.errors import Problem
+from raymoe.formatting import plural
 from raymoe.gate_modes import MODES
 
 ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
@@ -49,6 +50,7 @@ def find_invalid(config: MergeConfig, *, allow_all_same: bool, unread: Collectio
         *_prompt_findings(checked),
         *_shared_prompt_findings(checked),
         *_identical_prompt_findings(checked),
+        *_backbone_findings(checked),
     ]
     if not allow_all_same:
         found += _all_same_findings(checked)
@@ -151,6 +153,29 @@ def _identical_prompt_findings(checked: _ReadConfig) -> _Findings:
 
 def _prompts_of(config: MergeConfig, expert: ExpertConfig) -> tuple[object, ...]:
     return expert.positive_prompts, expert.negative_prompts, config.uses_chat_template(expert)
+
+
+def _backbone_findings(checked: _ReadConfig) -> _Findings:
+    """What `backbone` says goes with its method, and with the number of experts."""
+    backbone, count = checked.config.backbone, len(checked.config.experts)
+    if not checked.has(("backbone",)):
+        return
+    if not backbone.is_merged and backbone.given:
+        remedy = "remove it, or write method: linear, slerp or ties"
+        yield ("backbone",), f"{backbone.given[0]} has no effect with method base: the base's backbone is taken", remedy
+    if backbone.density is not None and backbone.is_merged and backbone.method != "ties":
+        what = f"density is for ties, which drops small differences; method {backbone.method} takes all of them"
+        yield ("backbone", "density"), what, "remove density, or write method: ties"
+    if ("experts",) in checked.unread:
+        return
+    if backbone.weights is not None and len(backbone.weights) != count:
+        what = (
+            f"{len(backbone.weights)} {plural('weight', len(backbone.weights))} for {count} {plural('expert', count)}"
+        )
+        yield ("backbone", "weights"), what, "write one weight for each of experts; shared_experts have none"
+    if backbone.method == "slerp" and count != 2:
+        what = f"slerp is a turn from one model to another: it takes 2 experts, not {count}"
+        yield ("backbone",), what, "write method: linear or ties"
 
 
 def _is_all_same(config: MergeConfig) -> bool:

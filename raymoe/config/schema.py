@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator
 
+from raymoe.config.backbone import BASE_BACKBONE, BackboneConfig, parse_backbone, plain_backbone
 from raymoe.config.coerce import (
     optional,
     parse_choice,
@@ -36,7 +37,7 @@ from raymoe.object_store.options import StorageOptions
 Dtype = Literal["float32", "float16", "bfloat16"]
 PromptModel = Literal["base", "expert", "grafted"]
 
-NUMBER_KEYS = frozenset({"noise_scale", "residual_scale"})
+NUMBER_KEYS = frozenset({"noise_scale", "residual_scale", "scale", "density"})
 """Keys that take a number with a fraction."""
 
 _EXPERTS = ("experts", "shared_experts")
@@ -156,8 +157,9 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is sound by itself; `check_config` says whether they go together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`,
-    `chat_template` and `storage` are raymoe's own keys: which model reads the prompts, `None` being the gate
-    mode's default; whether it reads them as a user's turn of its chat template; and how object stores are reached.
+    `chat_template`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts, `None` being the
+    gate mode's default; whether it reads them as a user's turn of its chat template; what attention, norms and
+    embeddings are made of; and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -171,6 +173,9 @@ class MergeConfig(BaseModel):
     architecture: Annotated[str | None, PlainValidator(optional(_parse_architecture))] = None
     prompt_model: Annotated[PromptModel | None, BeforeValidator(optional(_parse_prompt_model))] = None
     chat_template: Annotated[bool, PlainValidator(optional(parse_flag, False))] = False
+    backbone: Annotated[
+        BackboneConfig, PlainValidator(optional(parse_backbone, BASE_BACKBONE)), PlainSerializer(plain_backbone)
+    ] = BASE_BACKBONE
     storage: Annotated[StorageOptions, PlainValidator(_parse_storage), PlainSerializer(plain_storage)] = (
         StorageOptions()
     )

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from raymoe.config.backbone import METHODS, BackboneConfig
 from raymoe.config.model_refs import ModelRef, PathRef
 from raymoe.config.prompt_sources import PromptFile
 from raymoe.config.schema import ExpertConfig, MergeConfig
@@ -24,6 +25,7 @@ from raymoe.config.source_positions import Finding, Loc, SourcePositions, short_
 _TOP_KEYS = tuple(MergeConfig.model_fields)
 _EXPERT_KEYS = tuple(ExpertConfig.model_fields)
 _PROMPT_FILE_KEYS = tuple(PromptFile.model_fields)
+_BACKBONE_KEYS = tuple(BackboneConfig.model_fields)
 _NO_KEYS: tuple[str, ...] = ()
 _OTHER_COMMANDS = {
     **dict.fromkeys(("models", "merge_method", "slices", "modules", "parameters"), "mergekit-yaml"),
@@ -35,6 +37,7 @@ _REMEDIES = {
     "base_model": "add 'base_model: org/name' or a local folder: it gives attention, norms and embeddings",
     "experts": "add 'experts:' with one '- source_model: ...' for each expert",
     "source_model": "add 'source_model: org/name' or a local folder: it gives the expert's FFN weights",
+    "method": f"add 'method: linear' (one of {', '.join(METHODS)})",
     "file": "name the file as {file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
 }
 _PLACEHOLDER_MODEL = ModelRef(model=PathRef(path="?"))
@@ -81,6 +84,8 @@ def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys that a mapping knows in which `loc` is one, and those of other mappings."""
     if len(loc) == 4:  # of a file of prompts
         return _PROMPT_FILE_KEYS, _NO_KEYS
+    if len(loc) == 2:
+        return _BACKBONE_KEYS, _NO_KEYS
     return (_TOP_KEYS, _EXPERT_KEYS) if len(loc) == 1 else (_EXPERT_KEYS, _TOP_KEYS)
 
 
@@ -146,6 +151,8 @@ def _replace(data: Any, loc: Sequence[str | int], *, unknown: bool) -> None:
         parent[last] = _PLACEHOLDER_MODEL
     elif last == "file":
         parent[last] = _PLACEHOLDER_FILE
+    elif last == "method":
+        parent[last] = "base"
     elif last == "experts":
         parent[last] = []
     elif isinstance(last, int):

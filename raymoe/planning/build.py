@@ -5,8 +5,9 @@ Every problem that configs and headers can show is collected and raised once, as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
@@ -16,6 +17,7 @@ from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
 from raymoe.errors import Problem, ProblemReport
 from raymoe.gate_modes import MODES
+from raymoe.planning.backbone import Backbone, plan_backbone
 from raymoe.planning.compatibility import (
     check_expert,
     check_tensors,
@@ -74,10 +76,16 @@ _FINITE_REMEDY = "correct the number, get the model again, or merge without --st
 _GENERATION_CONFIG = "generation_config.json"
 
 
-def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], options: MergeOptions) -> MergePlan:
+def build_plan(
+    config: MergeConfig,
+    facts: Mapping[ModelRef, ModelFacts],
+    options: MergeOptions,
+    differing: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> MergePlan:
     """Plan a merge.
 
     `facts` holds every model that `config` names, and `config` the prompts of its files (`sources.prompt_sampling`).
+    `differing` is as in `plan_backbone`, for the plan's report alone.
     Raises ProblemReport with all problems found.
     """
     base_facts = facts[config.base_model]
@@ -97,13 +105,19 @@ def build_plan(config: MergeConfig, facts: Mapping[ModelRef, ModelFacts], option
         whole = _prompt_model(config) == "expert" and MODES[config.gate_mode].needs_forward_pass
         problems += check_tensors(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
         problems += adapter_problems(member.facts, member.spec, _expert_key(member), ffn_only=not whole)
+        if config.backbone.is_merged and not member.is_shared and not whole:
+            problems += adapter_problems(
+                member.facts, member.spec, _expert_key(member), ffn_only=False, instead="use backbone: base"
+            )
     if options.strict:
         for where, what in find_non_finite({"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
     problems = list(dict.fromkeys(problems))
     if problems or selection.architecture is None:
         raise ProblemReport(problems)
-    return _assemble(config, options, base_facts, base, members, moe, selection.architecture)
+    dtype = _output_dtype(config, base_facts)
+    backbone = plan_backbone(config.backbone, base_facts, base, members, selection.architecture, dtype, differing)
+    return _assemble(config, options, base_facts, base, members, moe, selection.architecture, backbone, dtype)
 
 
 def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
@@ -161,13 +175,14 @@ def _assemble(
     members: Sequence[Member],
     moe: MoeShape,
     architecture: MoeArchitecture,
+    backbone: Backbone,
+    dtype: str,
 ) -> MergePlan:
-    dtype = _output_dtype(config, base_facts)
-    tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype))
+    tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype, backbone.refs))
     tensors += expert_tensors(members, architecture, dtype, options.seed)
     tensors += computed_tensors(base, moe, architecture, dtype)
     owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
-    gates = _gate_plan(config, options, base_facts, base, members, bool(architecture.shared_router))
+    gates = _gate_plan(config, options, base_facts, base, members, backbone, bool(architecture.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
     output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
     check_plan(shards, tensors)
@@ -211,7 +226,10 @@ def _assemble(
     warnings += [
         w
         for m in members
-        for w in [*expert_warnings(base, m.spec, _expert_key(m)), *adapter_warnings(m, _expert_key(m))]
+        for w in [
+            *expert_warnings(base, m.spec, _expert_key(m)),
+            *adapter_warnings(m, _expert_key(m), backbone.used_of(m.owner)),
+        ]
     ]
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
@@ -225,10 +243,11 @@ def _assemble(
         shards=shards,
         side_files=side_files,
         gates=gates,
-        sources=(_source(BASE, base_facts), *(_source(m.owner, m.facts, m.spec) for m in members)),
+        sources=(_source(BASE, base_facts), *(_member_source(m, backbone) for m in members)),
         totals=compute_totals(shards, moe, gates),
         options=options,
         warnings=tuple(dict.fromkeys(warnings)),
+        backbone=backbone.report,
         digest=plan_digest(shards, output_config, side_files, gates, strict=options.strict),
     )
 
@@ -276,6 +295,7 @@ def _gate_plan(
     base_facts: ModelFacts,
     base: DenseSpec,
     members: Sequence[Member],
+    backbone: Backbone,
     has_shared_gate: bool,
 ) -> GatePlan:
     mode, prompt_model = MODES[config.gate_mode], _prompt_model(config)
@@ -284,16 +304,17 @@ def _gate_plan(
     def is_needed(name: str) -> bool:
         return mode.needs_parameter(name, base.layers, base.family.ffn)
 
-    def read_weights(facts: ModelFacts, spec: DenseSpec) -> dict[str, WeightRef]:
-        return {name: ref for name, ref in weight_refs(facts, spec).items() if is_needed(name)}
+    def needed(weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
+        return {name: ref for name, ref in weights.items() if is_needed(name)}
 
-    base_weights = read_weights(base_facts, base) if mode.needs_prompts else {}
+    # The base as it is in the merge.
+    base_weights = needed(weight_refs(base_facts, base, backbone.refs)) if mode.needs_prompts else {}
 
     def prompts(member: Member) -> GatePrompts:
         expert: ExpertConfig = member.config
         model_config, weights = base_facts.config, base_weights
         if mode.needs_prompts and prompt_model == "expert" and mode.needs_forward_pass:
-            weights, model_config = read_weights(member.facts, member.spec), member.facts.config
+            weights, model_config = needed(weight_refs(member.facts, member.spec)), member.facts.config
         elif mode.needs_prompts and prompt_model == "grafted":
             weights = graft_ffn(base_weights, base, member)
         return GatePrompts(
@@ -320,7 +341,12 @@ def _gate_plan(
     )
 
 
-def _source(owner: Owner, facts: ModelFacts, expert: DenseSpec | None = None) -> Source:
+def _member_source(member: Member, backbone: Backbone) -> Source:
+    unused = unused_modules(member.facts, member.spec, backbone.used_of(member.owner))
+    return _source(member.owner, member.facts, tuple(unused))
+
+
+def _source(owner: Owner, facts: ModelFacts, unused: tuple[str, ...] = ()) -> Source:
     files = facts.index.files + (facts.adapter.index.files if facts.adapter else ())
     adapter = facts.adapter.label if facts.adapter else None
     return Source(
@@ -330,5 +356,5 @@ def _source(owner: Owner, facts: ModelFacts, expert: DenseSpec | None = None) ->
         adapter=adapter,
         files=files,
         folders=facts.folders,
-        unused=tuple(unused_modules(facts, expert)) if expert is not None else (),
+        unused=unused,
     )

@@ -24,7 +24,7 @@ OUTPUT_FORMAT = 2
 # Names of classes and fields as they have always been in digests: unfinished and finished merges are known by them.
 _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
 # Plans of before there were such things keep their digests.
-_LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content"})
+_LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content", "combined"})
 # A plan's text has hundreds of megabytes if it has 200,000 tensors. It is hashed in the pieces of its outer levels:
 # shard by shard, and member by member of the gates.
 _LEVELS_IN_PIECES = 3

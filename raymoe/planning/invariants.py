@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from raymoe.planning.plan import Columns, Copy, Shard
+from raymoe.planning.plan import Columns, Combine, Copy, Shard
 from raymoe.planning.shard_packing import OutputTensor
 from raymoe.sources.dtypes import tensor_nbytes
 
@@ -31,6 +31,10 @@ def check_plan(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> None
                 if isinstance(matrix.what, Copy):
                     source = matrix.what.source
                     assert (source.dtype, source.shape, source.nbytes) == (matrix.dtype, matrix.shape, matrix.nbytes)
+                if isinstance(matrix.what, Combine):
+                    whole = matrix.what.combination
+                    assert (whole.dtype, whole.shape[1:]) == (matrix.dtype, matrix.shape[1:])
+                    assert matrix.what.first_row + matrix.shape[0] <= whole.shape[0], f"{part.name}: rows missing"
             if isinstance(part.what, Columns):
                 assert {(matrix.dtype, matrix.shape[0]) for matrix in matrices} == {(part.dtype, part.shape[0])}
                 assert sum(matrix.nbytes for matrix in matrices) == part.nbytes, f"{part.name}: columns missing"

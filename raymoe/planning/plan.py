@@ -3,7 +3,7 @@
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
         .parts     Part: one output tensor, or one expert's share of it; bytes [start, end) of the shard
-          .what    Copy | Transform | Columns | Router | Constant: where those bytes come from
+          .what    Copy | Transform | Combine | Columns | Router | Constant: where those bytes come from
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .side_files  small files taken over from the base byte for byte
 
@@ -103,6 +103,53 @@ class Transform:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """One tensor of the backbone, made of the same tensor of the base and of several experts.
+
+    Computed in float32 and rounded to `dtype`, in the layout that the base stores (`storage.combine` has the formulas).
+
+    Attributes:
+        method: `linear`, `slerp` or `ties`.
+        base: The base's tensor. The result has its shape.
+        experts: The experts' tensors, in the config's order. One may have more rows or fewer than the base's: then it
+            counts for the rows that both have.
+        weights: One for each of `experts`, above 0.
+        scale: A factor on the difference to the base.
+        density: `ties`: the share of each expert's differences that counts, the largest.
+        dtype: The output's dtype.
+        together: So many rows are computed together, since heads are permuted as a whole.
+    """
+
+    method: str
+    base: WeightRef
+    experts: tuple[WeightRef, ...]
+    weights: tuple[float, ...]
+    scale: float
+    density: float
+    dtype: str
+    together: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.entry.shape
+
+    @property
+    def entries(self) -> Iterator[TensorEntry]:
+        """All that is read for it."""
+        for ref in (self.base, *self.experts):
+            yield from ref.entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combine:
+    """The rows of `combination` from `first_row` on, as many as the part has, in the order of `heads`."""
+
+    combination: Combination
+    first_row: int = 0
+    heads: HeadPermutation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
     """Rows of the router of `layer`: one an expert, or with `shared` the one row of the shared experts' gate."""
 
@@ -127,7 +174,7 @@ class Columns:
     matrices: tuple[Part, ...]
 
 
-PartSource = Copy | Transform | Columns | Router | Constant
+PartSource = Copy | Transform | Combine | Columns | Router | Constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +206,7 @@ class Part:
 
     @property
     def sources_read(self) -> tuple[Copy | Transform, ...]:
-        """What is read for it: nothing for what is computed."""
+        """What is read for it, but for combinations: these read their tensors more than once, each in its own way."""
         if isinstance(self.what, Columns):
             return tuple(source for matrix in self.what.matrices for source in matrix.sources_read)
         return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
@@ -167,6 +214,8 @@ class Part:
     @property
     def files_read(self) -> Iterator[SourceFile]:
         """The files of what is read for it, those of adapters too."""
+        if isinstance(self.what, Combine):
+            yield from (entry.file for entry in self.what.combination.entries)
         for read in self.sources_read:
             yield read.source.file
             if isinstance(read, Transform) and read.lora is not None:
@@ -180,7 +229,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One output file. All its bytes come from the models that `owner` stands for."""
+    """One output file. All its bytes come from the models that `owner` stands for; where the config merges the
+    backbone, the base's shards have the tensors that are made of the base's and the experts'."""
 
     file_name: str
     owner: Owner
@@ -194,10 +244,21 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightRef:
-    """A tensor to load for computing: where it lies, and its LoRA delta."""
+    """A tensor to load for computing: where it lies, and its LoRA delta.
+
+    With `combined`, the tensor is what that gives; `entry` is the base's, whose shape it has.
+    """
 
     entry: TensorEntry
     lora: LoraPair | None = None
+    combined: Combination | None = None
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What is read for it."""
+        if self.combined is not None:
+            return tuple(self.combined.entries)
+        return (self.entry, *(self.lora.entries.values() if self.lora is not None else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +319,45 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnusedBackbone:
+    """What of an expert's backbone is not in the merge.
+
+    Attributes:
+        owner: The expert or shared expert.
+        groups: The groups (attention, norms, embeddings) that are stored elsewhere than the base's.
+        differing: Those of them that are known to differ from the base's: by shape, by dtype, by what an adapter
+            changes, or by samples of local files. The others may differ or not.
+    """
+
+    owner: Owner
+    groups: tuple[str, ...]
+    differing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneReport:
+    """What the backbone of the merge is, for displays: no bytes depend on it.
+
+    Attributes:
+        method: How it is made: `base`, `linear`, `slerp` or `ties`.
+        experts: The number of experts that count.
+        include: The groups that are merged.
+        combined: The number of tensors that are computed from several models.
+        kept: The number of tensors of these groups that are the same in all models, or the base's.
+        notes: What of which expert could not be merged, one line each.
+        unused: What is not in the merge, by expert.
+    """
+
+    method: str
+    experts: int = 0
+    include: tuple[str, ...] = ()
+    combined: int = 0
+    kept: int = 0
+    notes: tuple[str, ...] = ()
+    unused: tuple[UnusedBackbone, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """Sums over the plan. Parameters are counted in the output's own tensors; `active` for one token."""
 
@@ -284,6 +384,7 @@ class MergePlan:
     totals: Totals
     options: MergeOptions
     warnings: tuple[str, ...]
+    backbone: BackboneReport
     digest: str
 
     def __repr__(self) -> str:

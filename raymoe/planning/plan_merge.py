@@ -2,7 +2,8 @@
 
     MergeConfig --read_prompts, resolve_models--> MergeConfig, ModelFacts --build_plan--> MergePlan
 
-The one module of this package that reads anything. What is wrong with any of it is in one report.
+The one module of this package that reads anything; of weights, it reads a few KiB of local files, to say what differs
+between models. What is wrong with any of it is in one report.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from raymoe.sources.facts import ModelFacts, SourceFile
 from raymoe.sources.hub import HubOptions
 from raymoe.sources.prompt_sampling import chat_template_problems, read_prompts
 from raymoe.sources.resolve import RemoteFolderResolver, fetch_file, resolve_models, with_contents
+from raymoe.sources.tensor_samples import sampled_differences
 from raymoe.sources.tokenizer_files import tokenizer_facts, with_tokenizer_code
 
 
@@ -53,7 +55,8 @@ def plan_merge(
         tokenizer = collector.run(tokenizer_facts, base.side_files, read) if config.needs_prompts else None
     if collector.problems or concrete is None:
         raise collector.report()
-    planned = build_plan(concrete, {**facts, config.base_model: base}, options or MergeOptions())
+    differing = {model.label: sampled_differences(base.index, model.index) for model in facts.values()}
+    planned = build_plan(concrete, {**facts, config.base_model: base}, options or MergeOptions(), differing)
     problems, warnings = prompt_checks(planned.gates, tokenizer) if tokenizer is not None else ([], [])
     if problems:
         raise ProblemReport(problems)

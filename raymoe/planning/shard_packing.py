@@ -19,7 +19,7 @@ from itertools import groupby
 
 from raymoe.object_store.protocol import MIN_PART_BYTES
 from raymoe.planning.owner import Owner
-from raymoe.planning.plan import Columns, Copy, Part, PartSource, Shard, Transform, WholeTensor
+from raymoe.planning.plan import Columns, Combine, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES
 
 # Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
@@ -76,6 +76,9 @@ def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
         what = tensor.pieces[0].what
         if isinstance(what, Columns):
             what = what.matrices[0].what
+        if isinstance(what, Combine):
+            entry = what.combination.base.entry
+            return (entry.file.location, entry.start, tensor.name)
         if isinstance(what, (Copy, Transform)):
             return (what.source.file.location, what.source.start, tensor.name)
         return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's

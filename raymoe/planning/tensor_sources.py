@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import MappingProxyType
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape
 from raymoe.config import ExpertConfig
@@ -14,6 +15,7 @@ from raymoe.formatting import short_list
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, ROUTER, Owner, OwnerKind
 from raymoe.planning.plan import (
     Columns,
+    Combine,
     Constant,
     Copy,
     HeadPermutation,
@@ -55,13 +57,17 @@ class _Matrix:
 
 
 def base_tensors(
-    facts: ModelFacts, spec: DenseSpec, architecture: MoeArchitecture, dtype: str
+    facts: ModelFacts,
+    spec: DenseSpec,
+    architecture: MoeArchitecture,
+    dtype: str,
+    merged: Mapping[str, WeightRef],
 ) -> Iterator[OutputTensor]:
-    """Embeddings, norms, attention, head."""
+    """Embeddings, norms, attention, head: the base's, but for those that are `merged`, by the names of the base's."""
     heads = head_permutation(spec, architecture)
-    for matrix in _matrices(facts, spec, dtype, ffn=False):
+    for matrix in _matrices(facts, spec, dtype, ffn=False, instead=merged):
         output = architecture.backbone[matrix.role].format(layer=matrix.layer)
-        what = _permute_heads(matrix.what, heads) if heads and matrix.role in _ROTARY_ROLES else matrix.what
+        what = _permute_heads(matrix.what, heads) if heads and matrix.role in ROTARY_ROLES else matrix.what
         yield OutputTensor(name=output, dtype=dtype, shape=matrix.shape, owner=BASE, what=what)
 
 
@@ -72,11 +78,11 @@ def head_permutation(spec: DenseSpec, architecture: MoeArchitecture) -> HeadPerm
     return HeadPermutation(head_dim=spec.head_dim, rotary_dim=spec.rotary_dim)
 
 
-_ROTARY_ROLES = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
+ROTARY_ROLES = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias")
 
 
-def _permute_heads(what: PartSource, permutation: HeadPermutation) -> Transform:
-    assert isinstance(what, (Copy, Transform))
+def _permute_heads(what: PartSource, permutation: HeadPermutation) -> Transform | Combine:
+    assert isinstance(what, (Copy, Transform, Combine))
     return (
         Transform(source=what.source, heads=permutation) if isinstance(what, Copy) else replace(what, heads=permutation)
     )
@@ -191,12 +197,15 @@ def _matrices(
     noise: float | None = None,
     scale: float | None = None,
     seed: int = 0,
+    instead: Mapping[str, WeightRef] = MappingProxyType({}),
 ) -> Iterator[_Matrix]:
-    """The matrices of a model's FFNs, or all others, in the order of its table."""
+    """The matrices of a model's FFNs, or all others, in the order of its table; some of them made of what `instead`
+    has for their tensors."""
     for row, layer, name in spec.tensors():
         if row.is_ffn is not ffn:
             continue
-        entry, lora = facts.index.tensors[name], _lora(facts, name)
+        ref = instead.get(name) or weight_ref(facts, name)
+        entry, lora = ref.entry, ref.lora
         for role, first, last in spec.fused_parts(row):
             shape = (last - first, *spec.shape_of(row)[1:])
             part = entry if shape == entry.shape else slice_rows(entry, first, last)
@@ -204,7 +213,9 @@ def _matrices(
             # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
             own_scale = scale if role == "ffn.down" else None
             what: PartSource
-            if part.dtype == dtype and lora is None and not noise and own_scale is None:
+            if ref.combined is not None:
+                what = Combine(combination=ref.combined, first_row=first)
+            elif part.dtype == dtype and lora is None and not noise and own_scale is None:
                 what = Copy(source=part)
             else:
                 what = Transform(source=part, lora=part_lora, noise_scale=noise or None, scale=own_scale, seed=seed)
@@ -244,18 +255,21 @@ def computed_tensors(
             yield _computed_tensor(row.name.format(layer=layer), shape, dtype, Constant(value=row.value))
 
 
-def weight_refs(facts: ModelFacts, spec: DenseSpec) -> dict[str, WeightRef]:
-    """Parameter name -> what to load, for a model that reads prompts."""
-    return {name: _weight_ref(facts, name) for _, _, name in spec.tensors()}
+def weight_refs(
+    facts: ModelFacts, spec: DenseSpec, merged: Mapping[str, WeightRef] = MappingProxyType({})
+) -> dict[str, WeightRef]:
+    """Parameter name -> what to load, for a model that reads prompts; `merged` as in `base_tensors`."""
+    return {name: merged.get(name) or weight_ref(facts, name) for _, _, name in spec.tensors()}
 
 
 def graft_ffn(refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member) -> dict[str, WeightRef]:
     """The parameters of a model that reads prompts, with an expert's FFN in the place of its own."""
     ffn = {name for row, _, name in spec.tensors() if row.is_ffn}
-    return {name: _weight_ref(member.facts, name) if name in ffn else ref for name, ref in refs.items()}
+    return {name: weight_ref(member.facts, name) if name in ffn else ref for name, ref in refs.items()}
 
 
-def _weight_ref(facts: ModelFacts, name: str) -> WeightRef:
+def weight_ref(facts: ModelFacts, name: str) -> WeightRef:
+    """A model's tensor, with what its adapter changes of it."""
     return WeightRef(entry=facts.index.tensors[name], lora=_lora(facts, name))
 
 
@@ -263,14 +277,25 @@ def _computed_tensor(name: str, shape: tuple[int, ...], dtype: str, what: PartSo
     return OutputTensor(name=name, dtype=dtype, shape=shape, owner=ROUTER, what=what)
 
 
-def adapter_problems(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
-    """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it."""
+def adapter_problems(
+    facts: ModelFacts,
+    spec: DenseSpec,
+    where: str,
+    *,
+    ffn_only: bool,
+    instead: str = "use prompt_model: base or grafted",
+) -> list[Problem]:
+    """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it.
+    `instead` is with what keys less would be needed."""
     if facts.adapter is None:
         return []
-    return first_few(_adapter_problems(facts.adapter, spec, f"{where} ({facts.label})", ffn_only=ffn_only))
+    label = f"{where} ({facts.label})"
+    return first_few(_adapter_problems(facts.adapter, spec, label, ffn_only=ffn_only, instead=instead))
 
 
-def _adapter_problems(adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn_only: bool) -> Iterator[Problem]:
+def _adapter_problems(
+    adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn_only: bool, instead: str
+) -> Iterator[Problem]:
     left_out = dict(adapter.left_out)
     if spec.tied and HEAD in adapter.pairs:  # the file holds a duplicate of the embedding, which is not used
         left_out["lm_head"] = LORA_ON_TIED_HEAD
@@ -280,36 +305,39 @@ def _adapter_problems(adapter: AdapterFacts, spec: DenseSpec, label: str, *, ffn
             yield Problem(where=label, what=what, remedy=MERGE_WITH_PEFT)
         elif not ffn_only:
             what = f"its adapter has {what} for {module}; this is not supported where more than the FFN is used"
-            remedy = f"use prompt_model: base or grafted, or {MERGE_WITH_PEFT}"
+            remedy = f"{instead}, or {MERGE_WITH_PEFT}"
             yield Problem(where=label, what=what, remedy=remedy)
 
 
-def adapter_warnings(member: Member, where: str) -> list[str]:
-    """What an adapter changes that is not in the merge."""
+def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> list[str]:
+    """What an adapter changes that is not in the merge. `used` are the names of tensors outside the FFN that are."""
     adapter = member.facts.adapter
     if adapter is None:
         return []
     changed = [*adapter.pairs, *adapter.replaced]
-    if not any(_is_of_ffn(name, member.spec) for name in changed):
+    if not any(_is_of_ffn(name, member.spec) or name in used for name in changed):
         return [
             f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
             f"it is the same as {member.config.source_model.model} without it"
         ]
-    unused = unused_modules(member.facts, member.spec)
+    unused = unused_modules(member.facts, member.spec, used)
     if not unused:
         return []
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in unused))
+    given = "an expert contributes only its FFN" if not used else "they are not in what the backbone is made of"
     return [
         f"{where}: its adapter {adapter.label} also changes {len(unused)} modules outside the FFN "
-        f"({short_list(names, 8)}). These changes are not in the merge: an expert contributes only its FFN"
+        f"({short_list(names, 8)}). These changes are not in the merge: {given}"
     ]
 
 
-def unused_modules(facts: ModelFacts, spec: DenseSpec) -> list[str]:
-    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head."""
+def unused_modules(facts: ModelFacts, spec: DenseSpec, used: Collection[str] = ()) -> list[str]:
+    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head, but
+    for the tensors that are `used`."""
     if facts.adapter is None:
         return []
-    changed = (name for name in (*facts.adapter.pairs, *facts.adapter.replaced) if not _is_of_ffn(name, spec))
+    names = (*facts.adapter.pairs, *facts.adapter.replaced)
+    changed = (name for name in names if not _is_of_ffn(name, spec) and name not in used)
     return [*(name.rpartition(".")[0] for name in changed), *facts.adapter.left_out]
 
 

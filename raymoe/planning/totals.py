@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from raymoe.architectures import MoeShape
 from raymoe.planning.owner import Owner, OwnerKind
-from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals
+from raymoe.planning.plan import GatePlan, GatePrompts, Shard, Totals, WeightRef
 from raymoe.sources.facts import TensorEntry
 from raymoe.tensor_names import layer_of
 
@@ -47,7 +47,14 @@ def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
 
 
 def _layer_bytes(reader: GatePrompts) -> int:
-    return sum(ref.entry.nbytes for name, ref in reader.weights.items() if layer_of(name) is not None)
+    return sum(_bytes_read(ref) for name, ref in reader.weights.items() if layer_of(name) is not None)
+
+
+def _bytes_read(ref: WeightRef) -> int:
+    """Of adapters nothing is counted: their factors are small."""
+    if ref.combined is None:
+        return ref.entry.nbytes
+    return sum(model.entry.nbytes for model in (ref.combined.base, *ref.combined.experts))
 
 
 def largest_layer(gates: GatePlan, size: Callable[[TensorEntry], int]) -> int:

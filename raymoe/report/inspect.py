@@ -182,9 +182,16 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
             )
     merge = summary.get("merge")
     if merge:
-        print_line(f"made by raymoe {merge['raymoe_version']}, gate mode {merge['config']['gate_mode']}:")
+        mode, backbone = merge["config"]["gate_mode"], _merged_backbone(merge["config"].get("backbone"))
+        print_line(f"made by raymoe {merge['raymoe_version']}, gate mode {mode}{backbone}:")
         for source in merge["sources"]:
             print_line(f"  {source['owner']:10} {source['model']}")
+
+
+def _merged_backbone(recorded: object) -> str:
+    """What a record's config says of the backbone; nothing where it is the base's."""
+    method = recorded.get("method") if isinstance(recorded, Mapping) else recorded
+    return f", backbone {method}" if isinstance(method, str) and method != "base" else ""
 
 
 def _format_number(number: int | None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.layer_values import FOLDS
-from raymoe.planning.plan import Columns, MergePlan, Part, PartSource, Transform, WeightRef
+from raymoe.planning.plan import Columns, Combine, MergePlan, Part, PartSource, Transform, WeightRef
 from raymoe.planning.totals import largest_layer
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.prompt_lengths import count_distinct_tokens, prompt_lengths
@@ -35,7 +35,7 @@ _COMPUTING_ACTOR_BYTES = 520_000_000
 # The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
 # cuBLAS holds there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
-_BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA
+_BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA, or combined ones
 _UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
 _MIN_COUNTED_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
@@ -122,7 +122,9 @@ def _matrices(part: Part) -> tuple[Part, ...]:
 
 
 def _is_slow(what: PartSource) -> bool:
-    return isinstance(what, Transform) and (what.lora is not None or what.noise_scale is not None)
+    if isinstance(what, Transform):
+        return what.lora is not None or what.noise_scale is not None
+    return isinstance(what, Combine)
 
 
 def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:

@@ -15,6 +15,7 @@ from raymoe.checkpoints.merge_record import merge_record
 from raymoe.config import MergeConfig
 from raymoe.errors import RaymoeError
 from raymoe.planning.plan import MergePlan
+from raymoe.report.backbone_lines import backbone_lines
 from raymoe.report.model_card import card_metadata, model_card
 from raymoe.report.source_metadata import SourceCard, source_cards
 from raymoe.routers.heldout_report import RouterSummary
@@ -45,6 +46,10 @@ class MergeDescription:
         if not self.plan.options.model_card:
             return None
         return f"---\n{card_metadata(self.plan, self._source_cards())}\n---\n"
+
+    def backbone_lines(self) -> Sequence[str]:
+        """What the backbone of the merge is, in words."""
+        return backbone_lines(self.plan)
 
     def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> dict[str, Any]:
         """The content of raymoe.json."""

@@ -23,6 +23,7 @@ from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder, short_n
 from raymoe.formatting import human_count
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import MergePlan
+from raymoe.report.backbone_lines import backbone_source, unused_lines
 from raymoe.report.source_metadata import License, SourceCard, common_value
 from raymoe.routers.heldout_report import RouterSummary
 from raymoe.safe_text import has_unprintable, printable, shorten
@@ -93,8 +94,8 @@ def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchit
     yield ""
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
-        f"for a token ({config.experts_per_token} of {len(config.experts)} experts). Attention, norms and "
-        f"embeddings come from {code_span(str(config.base_model))}; each expert gives its feed-forward weights. "
+        f"for a token ({config.experts_per_token} of {len(config.experts)} experts). "
+        f"{backbone_source(plan, code_span(str(config.base_model)))}; each expert gives its feed-forward weights. "
         "Nothing was trained."
     )
     yield ""
@@ -132,6 +133,10 @@ def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummar
         row = _expert_row(str(owner), expert, prompts.get(owner, ()))
         yield row + " - |" * len(measured)
     yield ""
+    for line in (*plan.backbone.notes, *unused_lines(plan.backbone)):
+        yield f"- {line[0].upper()}{line[1:]}"
+    if plan.backbone.notes or plan.backbone.unused:
+        yield ""
     if unused := {source.owner: source.unused for source in plan.sources if source.unused}:
         counts = ", ".join(f"{owner} ({len(modules)} modules)" for owner, modules in unused.items())
         yield (

@@ -15,6 +15,7 @@ from raymoe.gate_modes import MODES
 from raymoe.object_store.location import Location, LocationKind
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, ROUTER, OwnerKind
 from raymoe.planning.plan import MergePlan, Shard
+from raymoe.report.backbone_lines import backbone_lines
 from raymoe.report.memory_estimate import actor_memory
 from raymoe.results import MergeResult, Verification
 from raymoe.storage.transfer_summary import TRANSFER_METHODS
@@ -63,6 +64,17 @@ def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubO
             "weight_bytes_read": totals.gate_bytes,
             "prompts": {str(p.owner): len(p.positive) + len(p.negative) for p in plan.gates.members},
         },
+        "backbone": {
+            "method": plan.backbone.method,
+            "include": list(plan.backbone.include),
+            "tensors_combined": plan.backbone.combined,
+            "tensors_kept": plan.backbone.kept,
+            "notes": list(plan.backbone.notes),
+            "unused": [
+                {"owner": str(each.owner), "groups": list(each.groups), "differing": list(each.differing)}
+                for each in plan.backbone.unused
+            ],
+        },
         "actor_memory_bytes": actor_memory(plan, hub, sent=_bytes_sent(output)),
         "shards": [
             {"file": s.file_name, "owner": str(s.owner), "bytes": s.nbytes, "tensors": _tensors(s)} for s in plan.shards
@@ -94,6 +106,8 @@ def print_plan(
     console.print(_shard_table(plan))
     for method, count in (output.bytes_by_method if output else {}).items():
         console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {TRANSFER_METHODS[method]}")
+    for line in backbone_lines(plan):
+        console.print(line)
     console.print(_gate_line(plan))
     memory = actor_memory(plan, hub, sent=_bytes_sent(output))
     on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
@@ -123,6 +137,7 @@ def _kinds(plan: MergePlan) -> str:
     names = {
         "copy": "copied",
         "transform": "transformed",
+        "combine": "combined",
         "columns": "put side by side",
         "router": "routers",
         "constant": "constants",
@@ -202,7 +217,7 @@ def _print_work(result: MergeResult) -> None:
     kept = f" ({human_bytes(result.bytes_kept)} were there from an earlier run)" if result.bytes_kept else ""
     what = f"{len(result.files) + 1} files, {human_bytes(size)}{kept}"
     say(f"done: {result.output}, {what} in {result.run_seconds:.1f} s")
-    for line in result.router_lines:
+    for line in (*result.backbone_lines, *result.router_lines):
         say(line)
     actors = ", ".join(human_bytes(peak) for peak in result.peak_actor_bytes)
     say(f"peak memory: driver {human_bytes(result.peak_driver_bytes)}, actors {actors}")

@@ -6,7 +6,8 @@
 On a CPU two buffers of a layer each take turns: mapping new memory for each layer would cost more than reading it. On a
 GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at most
 are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on the
-CPU and join them, and so do the factors of adapters, which are made float64.
+CPU and join them, and so do the factors of adapters, which are made float64, and weights that are combined from those
+of several models (storage/combine.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raymoe.planning.plan import Combination, WeightRef
 from raymoe.sources.facts import SourceFile, TensorEntry
+from raymoe.storage.combine import load_combined
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import load_array
 
@@ -35,13 +38,16 @@ FactorKey = tuple[int, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
-    """Where a layer's weights lie, by what its module calls them, and the factors of adapters on them."""
+    """Where a layer's weights lie, by what its module calls them, and the factors of adapters on them; and the weights
+    that are combined from several models'."""
 
     weights: Mapping[str, TensorEntry]
     factors: Mapping[FactorKey, TensorEntry] = field(default_factory=dict)
+    combined: Mapping[str, Combination] = field(default_factory=dict)
 
     @property
     def entries(self) -> list[TensorEntry]:
+        """What is loaded as a whole. Tensors to combine are read in blocks."""
         return [*self.weights.values(), *self.factors.values()]
 
 
@@ -102,6 +108,23 @@ def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, to
     return {key: torch.from_numpy(load_array(reader, e).astype(np.float64)) for key, e in layer.factors.items()}
 
 
+def load_ref(reader: SourceReader, ref: WeightRef, dtype: torch.dtype) -> torch.Tensor:
+    """A weight on the CPU, in the dtype that it is computed with; a combined one as it is in the merge."""
+    if ref.combined is None:
+        return load_weight(reader, ref.entry, dtype)
+    return _load_combination(reader, ref.combined, dtype)
+
+
+def _load_combination(reader: SourceReader, combination: Combination, dtype: torch.dtype) -> torch.Tensor:
+    content = load_combined(reader, combination)
+    flat = torch.from_numpy(content.reshape(-1).view(np.uint8)).view(_TORCH_DTYPES[combination.dtype])
+    return flat.reshape(combination.shape).to(dtype)
+
+
+def _load_combinations(reader: SourceReader, layer: LayerParts, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: _load_combination(reader, each, dtype) for name, each in layer.combined.items()}
+
+
 class LayerLoader:
     """Gives the tensors of each layer on `device`, in order. Use it for one run over the layers."""
 
@@ -137,6 +160,7 @@ class LayerLoader:
             _read_and_cast(self._reader, entry, place)
             weights[name] = place.view(entry.shape)
             at += _elements(entry)
+        weights |= _load_combinations(self._reader, layer, self._dtype)
         factors = _load_factors(self._reader, layer)
         self._reader.release()  # what was read of objects is in use, or has been widened: its source can go
         return LoadedLayer(weights=weights, factors=factors)
@@ -227,6 +251,7 @@ class _PinnedBufferRing:
         others = {name: entry for name, entry in layer.weights.items() if name not in layout.ranges}
         self._reader.load([*others.values(), *layer.factors.values()])
         cast = {name: load_weight(self._reader, entry, self._dtype) for name, entry in others.items()}
+        cast |= _load_combinations(self._reader, layer, self._dtype)
         made = _load_factors(self._reader, layer)
         with torch.cuda.stream(self._stream):
             whole = torch.empty(layout.size, dtype=torch.uint8, device=self._device)

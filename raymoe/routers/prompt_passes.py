@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from raymoe.planning.plan import GatePrompts
+from raymoe.planning.plan import GatePrompts, WeightRef
 from raymoe.sources.facts import SourceFile
 
 STATE_BYTES = 2 << 30
@@ -69,7 +69,12 @@ def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
         return False
     if one.weights is other.weights:  # the base's, which all of its members share
         return True
-    return all(ref.entry == other.weights[name].entry for name, ref in one.weights.items())
+    return all(_stored(ref) == _stored(other.weights[name]) for name, ref in one.weights.items())
+
+
+def _stored(ref: WeightRef) -> tuple[object, ...]:
+    """What a weight is without its adapter."""
+    return ref.entry, ref.combined
 
 
 def _split_passes(group: Sequence[GatePrompts], actors: int, hidden: int) -> Iterator[tuple[Reading, ...]]:

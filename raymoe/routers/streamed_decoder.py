@@ -25,14 +25,15 @@ from raymoe.architectures import FAMILIES
 from raymoe.errors import Problem, ProblemReport
 from raymoe.planning.plan import HeadPermutation, WeightRef
 from raymoe.routers.attention_sinks import ATTENTION_WITH_SINKS, register_sink_attention
-from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_weight
+from raymoe.routers.layer_loader import LayerLoader, LayerParts, LoadedLayer, compute_dtype, load_ref
 from raymoe.routers.lora_weights import apply_lora
 from raymoe.routers.quantize import quantize_layer
 from raymoe.routers.token_embeddings import embedding_rows
 from raymoe.routers.tokenize import Batch
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
+from raymoe.storage.combine import weight_rows
 from raymoe.storage.source_reader import SourceReader
-from raymoe.storage.transform import permute_heads, read_rows, with_lora
+from raymoe.storage.transform import permute_heads
 from raymoe.tensor_names import EMBEDDING, HEAD
 
 _ROTARY_WEIGHTS = {f"self_attn.{proj}_proj.{part}" for proj in "qk" for part in ("weight", "bias")}
@@ -255,7 +256,7 @@ class StreamedDecoder:
         """The norm after the last layer."""
         name = self._family.final_norm
         module: torch.nn.Module = getattr(self._model, name)
-        weight = load_weight(self._reader, self._weights[f"model.{name}.weight"].entry, self._dtype)
+        weight = load_ref(self._reader, self._weights[f"model.{name}.weight"], self._dtype)
         module.load_state_dict({"weight": weight.to(self._device)}, assign=True)
         self._reader.release()
         return module
@@ -270,10 +271,7 @@ class StreamedDecoder:
         vocab = ref.entry.shape[0]
         for start in range(0, vocab, rows):
             part = slice(start, min(start + rows, vocab))
-            block = read_rows(self._reader, ref.entry, part)
-            if ref.lora is not None:
-                block = with_lora(self._reader, block, ref.lora, part)
-            rows_VH = torch.from_numpy(block).to(self._device, self._dtype)
+            rows_VH = torch.from_numpy(weight_rows(self._reader, ref, part)).to(self._device, self._dtype)
             yield start, rows_VH if factor == 1.0 else rows_VH * factor
 
     def _install(self, adapters: int) -> None:
@@ -319,8 +317,10 @@ class StreamedDecoder:
             if full in names
             for part, entry in lora.entries.items()
         }
-        weights = {name: self._weights[full].entry for full, name in names.items()}
-        return LayerParts(weights=weights, factors=factors)
+        refs = {name: self._weights[full] for full, name in names.items()}
+        combined = {name: ref.combined for name, ref in refs.items() if ref.combined is not None}
+        weights = {name: ref.entry for name, ref in refs.items() if ref.combined is None}
+        return LayerParts(weights=weights, factors=factors, combined=combined)
 
     def embed(self, batch: Batch, model: int = 0) -> torch.Tensor:
         """The input of layer 0, (batch, tokens, hidden)."""

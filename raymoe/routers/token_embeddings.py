@@ -10,6 +10,7 @@ import numpy.typing as npt
 from raymoe.gate_modes import MODES
 from raymoe.planning.plan import GatePlan, GatePrompts, WeightRef
 from raymoe.routers.tokenize import prompt_ids
+from raymoe.storage.combine import weight_rows
 from raymoe.storage.source_reader import SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, with_lora
 from raymoe.tensor_names import EMBEDDING
@@ -21,6 +22,8 @@ def embedding_rows(reader: SourceReader, ref: WeightRef, ids: Sequence[int]) -> 
     """The embedding row (hidden,) of each token id, read by offset."""
     width = ref.entry.nbytes // ref.entry.shape[0]
     tokens = sorted(set(ids))
+    if ref.combined is not None:
+        return dict(zip(tokens, weight_rows(reader, ref, np.array(tokens)), strict=True))
     ranges = [(ref.entry.start + token * width, ref.entry.start + (token + 1) * width) for token in tokens]
     rows = {}
     for token, content in zip(tokens, reader.read_ranges(ref.entry.file, ranges), strict=True):

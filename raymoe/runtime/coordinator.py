@@ -65,6 +65,9 @@ class Description(Protocol):
     def card(self, summary: RouterSummary | None) -> str | None:
         """The model card; None if there is to be none."""
 
+    def backbone_lines(self) -> Sequence[str]:
+        """What the backbone of the merge is, for the end of a run."""
+
     def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> Mapping[str, Any]:
         """The record of the merge, with all its other files."""
 
@@ -122,7 +125,8 @@ def run_merge(
                 records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
                 files = _write_small_files(plan, description, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
-                return replace(progress.result(target.location.text, files, warnings), router_lines=tuple(lines))
+                result = progress.result(target.location.text, files, warnings)
+                return replace(result, backbone_lines=tuple(description.backbone_lines()), router_lines=tuple(lines))
         finally:
             target.release(keep_uploads=settings.keep_uploads)
 

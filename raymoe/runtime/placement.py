@@ -147,9 +147,7 @@ def _local(files: Iterable[SourceFile], found: dict[str, SourceFile]) -> frozens
 
 def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:
     for weight in member.weights.values():
-        yield weight.entry.file
-        if weight.lora is not None:
-            yield from (entry.file for entry in weight.lora.entries.values())
+        yield from (entry.file for entry in weight.entries)
 
 
 class Placement:

@@ -219,7 +219,8 @@ class GateWork:
 
     def _tensors(self, job: ReadPromptsJob) -> Any:
         if job.tensors is None:
-            read = (ref.entry for each in job.readings for ref in each.weights.values())
+            refs = (ref for each in job.readings for ref in each.weights.values())
+            read = (ref.entry for ref in refs if ref.combined is None)
             job.tensors = self._transport.put(
                 tuple(dict.fromkeys(entry for entry in read if entry in self._shard_tensors))
             )

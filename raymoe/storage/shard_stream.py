@@ -1,4 +1,4 @@
-"""A shard as a stream of bytes: header, copied ranges, transformed blocks, computed rows, in file order.
+"""A shard as a stream of bytes: header, copied ranges, transformed and combined blocks, computed rows, in file order.
 
 Any range of a shard can be asked for by itself, so that several workers may each send a piece of one file. Parts whose
 source ranges touch are read as one range. Memory: a few chunks of `CHUNK_BYTES`, or one transformed block.
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raymoe.planning.multipart import CopyRange, Span, spans
-from raymoe.planning.plan import Columns, Constant, Copy, Part, Router, Shard, Transform
+from raymoe.planning.plan import Columns, Combine, Constant, Copy, Part, Router, Shard, Transform
 from raymoe.sources.facts import TensorEntry
+from raymoe.storage.combine import combined_bytes
 from raymoe.storage.source_reader import CHUNK_BYTES, SourceReader
 from raymoe.storage.transform import NUMPY_DTYPES, row_blocks, transformed_bytes
 from raymoe.storage.value_checks import number_bytes, scan_non_finite
@@ -64,6 +65,8 @@ def _span_bytes(
         yield from _copy_chunks(part, part.what.source, start, end, reader)
     elif isinstance(part.what, Transform):
         yield from transformed_bytes(reader, part, part.what, start, end)
+    elif isinstance(part.what, Combine):
+        yield from combined_bytes(reader, part, part.what, start, end)
     elif isinstance(part.what, Columns):
         yield from _column_chunks(part, part.what, start, end, reader)
     elif isinstance(part.what, Router):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -40,7 +40,10 @@ _CAST_ELEMENTS = 1 << 17
 THREADS = min(4, os.cpu_count() or 1)
 
 Float32 = npt.NDArray[np.float32]
+Rows = slice | npt.NDArray[np.int64]
+"""Rows of a tensor: a block, or some of them in ascending order."""
 _Rows = TypeVar("_Rows", bound=Any)
+_Result = TypeVar("_Result")
 
 
 def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.generic]:
@@ -49,7 +52,7 @@ def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.gener
     return flat.reshape(entry.shape)
 
 
-def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: slice) -> Float32:
+def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: Rows) -> Float32:
     """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A; with DoRA, at their magnitudes.
 
     Products and lengths are summed in float64: the order of sums depends on the number of threads and on the processor,
@@ -81,13 +84,15 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
         first, last = rows.start * row_bytes, rows.stop * row_bytes
         if start < last and first < end:
             blocks.append(((reader, part, what, number, rows), slice(max(0, start - first), min(last, end) - first)))
-    if is_cast or len(blocks) == 1:
-        for block, piece in blocks:
-            yield _transformed_block(*block)[piece]
-        return
-    computed = run_ahead(_threads(), (partial(_transformed_block, *block) for block, _ in blocks), THREADS)
+    calls = [partial(_transformed_block, *block) for block, _ in blocks]
+    computed = (call() for call in calls) if is_cast else compute_ahead(calls)
     for content, (_, piece) in zip(computed, blocks, strict=True):
         yield content[piece]
+
+
+def compute_ahead(calls: Sequence[Callable[[], _Result]]) -> Iterator[_Result]:
+    """The results of calls in their order, computed a few ahead by this process's threads; a single one right here."""
+    return run_ahead(_threads(), calls, THREADS) if len(calls) > 1 else (call() for call in calls)
 
 
 @cache
@@ -99,7 +104,6 @@ def _threads() -> ThreadPoolExecutor:
 @np.errstate(over="ignore", invalid="ignore")  # what comes of it is looked at
 def _transformed_block(reader: SourceReader, part: Part, what: Transform, number: int, rows: slice) -> memoryview:
     block = read_rows(reader, what.source, rows)
-    target = np.dtype(NUMPY_DTYPES[part.dtype])
     if what.lora is not None:
         block = with_lora(reader, block, what.lora, rows)
         _note_zero_rows(reader, part, what.lora, block, rows)
@@ -110,6 +114,16 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
         block *= np.float32(what.scale)
     if what.heads is not None:
         block = permute_heads(block, what.heads.head_dim, what.heads.to_half_split)
+    return cast_block(reader, part, block, lambda: _non_finite_origin(reader, what, rows))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def cast_block(reader: SourceReader, part: Part, block: Float32, origin: Callable[[], str]) -> memoryview:
+    """The bytes of a computed block in the part's dtype. Raises MergeFailed for what float16 can't hold.
+
+    NaN and infinity are noted; `origin` says in words where they come from.
+    """
+    target = np.dtype(NUMPY_DTYPES[part.dtype])
     cast = np.ascontiguousarray(block.astype(target))
     content = cast.reshape(-1).view(np.uint8).data
     if target == np.float16 and (large := block[np.isinf(cast)]).size and np.isfinite(large).any():
@@ -118,20 +132,26 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
             "at 65504. Use dtype: bfloat16 or float32"
         )
     if has_non_finite(content, part.dtype):
-        reader.findings.note(part.tensor.name, f"NaN or infinity {_non_finite_origin(reader, what, rows)}")
+        reader.findings.note(part.tensor.name, f"NaN or infinity {origin()}")
     return content
 
 
 def _non_finite_origin(reader: SourceReader, what: Transform, rows: slice) -> str:
     """Where what is not finite comes from, in words: the weights, the factors, or only what was computed of them."""
     source = what.source
+    if (found := non_finite_source(reader, source, what.lora, rows)) is not None:
+        return found
+    return f"where it is made of {source.name} of {source.file.location}: its numbers are too large for the dtype"
+
+
+def non_finite_source(reader: SourceReader, source: TensorEntry, lora: LoraPair | None, rows: slice) -> str | None:
+    """Which of a weight and its factors has NaN or infinity, in words; None if neither."""
     if not np.isfinite(read_rows(reader, source, rows)).all():
         return f"in {source.name} of {source.file.location}"
-    if what.lora is not None:
-        for entry in what.lora.entries.values():
-            if not np.isfinite(load_array(reader, entry).astype(np.float32)).all():
-                return f"in the LoRA factor {entry.name} of {entry.file.location}"
-    return f"where it is made of {source.name} of {source.file.location}: its numbers are too large for the dtype"
+    for entry in lora.entries.values() if lora is not None else ():
+        if not np.isfinite(load_array(reader, entry).astype(np.float32)).all():
+            return f"in the LoRA factor {entry.name} of {entry.file.location}"
+    return None
 
 
 def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Float32, rows: slice) -> None:
@@ -145,12 +165,18 @@ def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Flo
 
 
 def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
-    """Rows of a tensor in float32. Read, not mapped: pages of a whole shard would count as memory of this process."""
+    """Rows of a tensor in float32."""
+    return read_stored_rows(reader, entry, rows).astype(np.float32, copy=False)
+
+
+def read_stored_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> npt.NDArray[Any]:
+    """Rows of a tensor as they are stored. Read, not mapped: pages of a whole shard would count as memory of this
+    process."""
     width = entry.nbytes // entry.shape[0]
     buffer = bytearray((rows.stop - rows.start) * width)
     reader.read_into(entry.file, entry.start + rows.start * width, memoryview(buffer))
     array = np.frombuffer(buffer, dtype=NUMPY_DTYPES[entry.dtype])
-    return array.reshape(-1, *entry.shape[1:]).astype(np.float32, copy=False)
+    return array.reshape(-1, *entry.shape[1:])
 
 
 def permute_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:

@@ -14,9 +14,11 @@ import torch
 import transformers
 
 from raymoe.planning import MergeOptions
+from raymoe.runtime.settings import RuntimeSettings
+from raymoe.runtime.verify import verify_merge
 from tests.architectures.pairs import load_merged, moe_blocks
 from tests.cli.commands import finished_shards, hashes, raymoe, start, wait_until, write_config
-from tests.pico import LAYERS, merge_config, save_lora
+from tests.pico import LAYERS, merge_config, merge_without_ray, save_lora
 from tests.runtime.conftest import kill
 
 Run = Callable[..., Any]
@@ -175,3 +177,19 @@ def test_a_lora_a_gated_shared_expert_and_negative_prompts(
     for block in blocks:
         assert block.gate.weight.shape == (2, 64) and block.shared_expert_gate.weight.shape == (1, 64)
         assert block.gate.weight.norm() > 0.1 and block.shared_expert_gate.weight.norm() > 0.1
+
+
+def test_a_merged_backbone_is_written_said_and_verified(
+    zoo: Callable[..., Path], ray_merge: Run, tmp_path: Path
+) -> None:
+    """By two actors, with routers that see it: the weights are those of a merge in one process."""
+    config = {**config_with(zoo, "qw"), "backbone": {"method": "ties", "density": 0.4}}
+    result = ray_merge(config, tmp_path / "out", actors=2)
+    (line,) = result.backbone_lines
+    assert line.startswith("Backbone: Attention, norms and embeddings are merged by TIES from 2 experts.")
+    plan = merge_without_ray(config, tmp_path / "here")
+    for shard in plan.worker_shards:
+        assert (tmp_path / "out" / shard.file_name).read_bytes() == (tmp_path / "here" / shard.file_name).read_bytes()
+    assert verify_merge(tmp_path / "out", RuntimeSettings(verbosity=-1, actors=1)).ok
+    record = json.loads((tmp_path / "out/raymoe.json").read_text())
+    assert record["config"]["backbone"] == {"method": "ties", "density": 0.4}

@@ -26,7 +26,7 @@ from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectInfo
 from raymoe.planning import MergeOptions, MergePlan
-from raymoe.planning.multipart import upload_parts
+from raymoe.planning.multipart import server_side_bytes, upload_parts
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Copy, Shard
 from raymoe.routers.router_matrices import random_router_rows, router_bytes
@@ -40,6 +40,7 @@ from raymoe.storage.outputs.local import LocalOutput
 from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.outputs.s3 import S3Output
 from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transfer_summary import bytes_by_method
 from tests.object_store.fault_proxy import FaultProxy, FaultRates
 from tests.object_store.fixtures import bucket, server
 from tests.object_store.servers import Server, environment, running_server
@@ -654,3 +655,25 @@ def test_what_the_store_copies_is_looked_at_where_a_merge_is_strict(
             list(writer.map(worker.write_shard, target.jobs(of_other)))
     finally:
         target.release()
+
+
+@pytest.mark.parametrize("backbone", ["linear", {"method": "ties", "density": 0.2, "include": ["attention"]}], ids=str)
+def test_a_merged_backbone_is_computed_and_the_rest_is_copied(
+    sources: list[str], place: Place, out: str, tmp_path: Path, backbone: Any
+) -> None:
+    """`plan` says which bytes are which, and the files are those of a merge into a folder."""
+    one, two = sources
+    experts = [{"source_model": one}, {"source_model": two}]
+    config = {"base_model": one, "gate_mode": "random", "experts": experts}
+    plan = raymoe.plan({**config, "backbone": backbone}, MERGE)
+    target = S3Output(out, OPTIONS)
+    ways = bytes_by_method(plan, target)
+    assert sum(ways.values()) == plan.totals.output_bytes
+    assert ways["computed"] >= plan.totals.bytes_by_kind["combine"] > 0
+    shards = [shard for shard in plan.shards if shard.owner.index is not None]
+    of_experts = sum(server_side_bytes(upload_parts(shard, target.same_store)) for shard in shards)
+    assert 0 < of_experts <= ways["store_copy"]
+    merge(plan, out)
+    assert {name: place.read(name) for name in place.visible() if name.startswith("model")} == {
+        name: content for name, content in local_files(plan, tmp_path / "out").items() if name.startswith("model")
+    }

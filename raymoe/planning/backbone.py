@@ -1,0 +1,254 @@
+"""What the backbone of a merge is made of: the base's attention, norms and embeddings, or those of the experts.
+
+A tensor of the backbone comes from the base, from one model (where all that count are one), or from a `Combination`. It
+is described in the layout and under the name that the base stores it with. So fused tensors, permuted heads and other
+names follow as they do for the base (`tensor_sources.base_tensors`), and prompts are read with the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from raymoe.architectures import DenseSpec, MoeArchitecture
+from raymoe.architectures.dense_family import TensorRow
+from raymoe.config import BackboneConfig
+from raymoe.config.backbone import GROUPS
+from raymoe.formatting import short_list
+from raymoe.planning.owner import CONFIG_KEYS, Owner
+from raymoe.planning.plan import BackboneReport, Combination, UnusedBackbone, WeightRef
+from raymoe.planning.tensor_sources import ROTARY_ROLES, Member, head_permutation, weight_ref
+from raymoe.sources.dtypes import FLOAT_DTYPES
+from raymoe.sources.facts import ModelFacts, TensorEntry
+from raymoe.tensor_names import EMBEDDING, HEAD
+
+_EMBEDDING_ROLES = ("embed", "lm_head")
+_NAMED = 3  # tensors of one note
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """The backbone of a merge.
+
+    Attributes:
+        refs: The tensors that are not just the base's, by their names there.
+        used: The names of the tensors of each expert that have a part in it.
+        report: What displays say of it.
+    """
+
+    refs: Mapping[str, WeightRef]
+    used: Mapping[Owner, Collection[str]]
+    report: BackboneReport
+
+    def used_of(self, owner: Owner) -> Collection[str]:
+        return self.used.get(owner, ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contribution:
+    """An expert's tensor that can stand beside the base's. `name` is what the expert calls it."""
+
+    owner: Owner
+    name: str
+    ref: WeightRef
+    weight: float
+
+
+def group_of(row: TensorRow) -> str:
+    """Attention (or what a layer has in its place, with its own norms), norms, or embeddings and head."""
+    if row.role in _EMBEDDING_ROLES:
+        return "embeddings"
+    return "norms" if row.role.startswith("norm.") else "attention"
+
+
+def plan_backbone(
+    config: BackboneConfig,
+    facts: ModelFacts,
+    spec: DenseSpec,
+    members: Sequence[Member],
+    architecture: MoeArchitecture,
+    dtype: str,
+    differing: Mapping[str, Collection[str]],
+) -> Backbone:
+    """Decide for each tensor of the backbone what it is made of.
+
+    Args:
+        config: The config's `backbone`.
+        facts: The base.
+        spec: The base's sizes.
+        members: Experts and shared experts. Only experts count.
+        architecture: The MoE architecture: it says whether heads are permuted.
+        dtype: The output's dtype.
+        differing: By the label of a model, its tensors that are known to differ from the base's, as samples show.
+
+    Returns:
+        The tensors that are not just the base's, and what is to be told.
+    """
+    planner = _BackbonePlanner(config, facts, spec, members, architecture, dtype)
+    refs = planner.plan_refs() if config.is_merged else {}
+    report = BackboneReport(
+        method=config.method,
+        experts=len(planner.experts()) if config.is_merged else 0,
+        include=config.include if config.is_merged else (),
+        combined=sum(ref.combined is not None for ref in refs.values()),
+        kept=planner.kept,
+        notes=tuple(planner.notes()),
+        unused=tuple(_find_unused(facts, spec, members, planner.used, differing)),
+    )
+    return Backbone(refs=refs, used=planner.used, report=report)
+
+
+@dataclass(slots=True)
+class _BackbonePlanner:
+    """Goes over the base's tensors once, which fills the last fields."""
+
+    config: BackboneConfig
+    facts: ModelFacts
+    spec: DenseSpec
+    members: Sequence[Member]
+    architecture: MoeArchitecture
+    dtype: str
+    used: dict[Owner, set[str]] = field(default_factory=dict)
+    kept: int = 0
+    _remarks: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # place in the config and remark: tensors
+
+    def plan_refs(self) -> dict[str, WeightRef]:
+        found = {}
+        for row, _, name in self.spec.tensors():
+            if row.is_ffn or group_of(row) not in self.config.include:
+                continue
+            base = weight_ref(self.facts, name)
+            contributions = list(self._contributions(row, name, base.entry))
+            ref = self._combine(row, base, contributions)
+            if ref == base:
+                self.kept += 1
+                continue
+            found[name] = ref
+            for each in contributions:
+                self.used.setdefault(each.owner, set()).add(each.name)
+        return found
+
+    def experts(self) -> list[tuple[Member, float]]:
+        """The experts that count, with their weights."""
+        experts = [member for member in self.members if not member.is_shared]
+        weights = self.config.weights or (1.0,) * len(experts)
+        return [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight > 0]
+
+    def _contributions(self, row: TensorRow, name: str, base: TensorEntry) -> Iterator[_Contribution]:
+        for member, weight in self.experts():
+            # The head of a model that ties it is its embedding.
+            own_name = EMBEDDING if name == HEAD and member.spec.tied else name
+            entry = member.facts.index.tensors.get(own_name)
+            if obstacle := _obstacle(row, base, entry, member.spec, self.spec):
+                result = "the base's is used" if self.config.method == "slerp" else "it has no part in these tensors"
+                self._note(member, f"{result}, since {obstacle}", name)
+                continue
+            ref = weight_ref(member.facts, own_name)
+            if ref.entry.shape != base.shape:
+                rows = min(ref.entry.shape[0], base.shape[0])
+                what = f"only rows 0 to {rows - 1} are merged, since it has {ref.entry.shape[0]} and the base"
+                self._note(member, f"{what} {base.shape[0]}; a token has to have one id in both models", name)
+            yield _Contribution(owner=member.owner, name=own_name, ref=ref, weight=weight)
+
+    def _combine(self, row: TensorRow, base: WeightRef, contributions: Sequence[_Contribution]) -> WeightRef:
+        """One tensor of them all; where they are one and the method leaves it as it is, that one."""
+        refs, method = tuple(each.ref for each in contributions), self.config.method
+        if not refs or set(refs) == {base}:
+            return base
+        if method == "slerp" and len(refs) < len(self.experts()):
+            return base
+        if method == "slerp" and len(refs) == 1:
+            method = "linear"
+        is_one = len(set(refs)) == 1 and refs[0].entry.shape == base.entry.shape
+        if is_one and method != "ties" and self.config.scale == 1.0:
+            return refs[0]
+        heads = head_permutation(self.spec, self.architecture)
+        rotates = any(role in ROTARY_ROLES for role, _, _ in self.spec.fused_parts(row))
+        combination = Combination(
+            method=method,
+            base=base,
+            experts=refs,
+            weights=tuple(each.weight for each in contributions),
+            scale=self.config.scale,
+            density=self.config.density or 1.0,
+            dtype=self.dtype,
+            together=heads.head_dim if heads is not None and rotates else 1,
+        )
+        return WeightRef(entry=base.entry, combined=combination)
+
+    def _note(self, member: Member, remark: str, name: str) -> None:
+        self._remarks.setdefault((_place(member), remark), []).append(name)
+
+    def notes(self) -> Iterator[str]:
+        """What could not be merged, one line for each expert and reason."""
+        for (place, remark), names in self._remarks.items():
+            yield f"{place}: {short_list(names, _NAMED)}: {remark}"
+        if self.config.is_merged and any(member.is_shared for member in self.members):
+            yield "shared_experts have no part in the backbone"
+
+
+def _place(member: Member) -> str:
+    return f"{CONFIG_KEYS[member.owner.kind]}[{member.owner.index}]"
+
+
+def _obstacle(
+    row: TensorRow, base: TensorEntry, entry: TensorEntry | None, spec: DenseSpec, base_spec: DenseSpec
+) -> str | None:
+    """Why an expert's tensor can't stand beside the base's; None if it can. Embeddings may have more or fewer rows."""
+    if spec.model_type != base_spec.model_type:
+        return f"it is a {spec.model_type} model"
+    if group_of(row) == "attention" and _head_sizes(spec) != _head_sizes(base_spec):
+        return "its attention has other heads or other kinds of layers than the base's"
+    if entry is None:
+        return "it has no such tensor"
+    if entry.dtype not in FLOAT_DTYPES:
+        return f"it is of type {entry.dtype}"
+    first = 1 if group_of(row) == "embeddings" else 0
+    if entry.shape[first:] != base.shape[first:] or not entry.nbytes:
+        return f"its shape is {list(entry.shape)}, the base's {list(base.shape)}"
+    return None
+
+
+def _head_sizes(spec: DenseSpec) -> tuple[object, ...]:
+    return spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim, spec.kinds
+
+
+def _find_unused(
+    facts: ModelFacts,
+    spec: DenseSpec,
+    members: Sequence[Member],
+    used: Mapping[Owner, Collection[str]],
+    differing: Mapping[str, Collection[str]],
+) -> Iterator[UnusedBackbone]:
+    """What of each expert's backbone is not in the merge, as far as it is not the base's."""
+    base = {name: weight_ref(facts, name) for row, _, name in spec.tensors() if not row.is_ffn}
+    for member in members:
+        found: dict[str, bool] = {}  # by group, whether it is known to differ
+        known, names = differing.get(member.facts.label, ()), used.get(member.owner, ())
+        for row, _, name in member.spec.tensors():
+            if row.is_ffn or name in names or name not in member.facts.index.tensors:
+                continue
+            own, other = weight_ref(member.facts, name), base.get(name)
+            if other is None or not _is_same(own, other):
+                found[group_of(row)] = found.get(group_of(row), False) or name in known or _differs(own, other)
+        if found:
+            yield UnusedBackbone(
+                owner=member.owner,
+                groups=tuple(group for group in GROUPS if group in found),
+                differing=tuple(group for group in GROUPS if found.get(group)),
+            )
+
+
+def _is_same(one: WeightRef, other: WeightRef) -> bool:
+    """Whether both are the same bytes of one file, or of two objects of one content."""
+    a, b = one.entry, other.entry
+    of_one_content = a.file == b.file or (a.file.etag is not None and a.file.etag == b.file.etag)
+    same = of_one_content and (a.file.size, a.dtype, a.start, a.end) == (b.file.size, b.dtype, b.start, b.end)
+    return same and one.lora == other.lora
+
+
+def _differs(one: WeightRef, other: WeightRef | None) -> bool:
+    """Whether two weights differ by what headers and adapters say."""
+    if other is None or one.entry.shape != other.entry.shape or one.entry.dtype != other.entry.dtype:
+        return True
+    return one.lora != other.lora and one.entry == other.entry

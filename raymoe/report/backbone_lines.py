@@ -1,0 +1,63 @@
+"""What the backbone of a merge is made of, and what of the experts is not in it, in words."""
+
+from __future__ import annotations
+
+from raymoe.formatting import human_bytes, plural
+from raymoe.planning.plan import BackboneReport, MergePlan
+
+_METHODS = {
+    "linear": "the mean (linear) of {}",
+    "slerp": "the spherical mean (slerp) of {}",
+    "ties": "merged by TIES from {}",
+}
+_DIFFERENT = "known to differ from the base's"
+_UNKNOWN = "stored elsewhere than the base's; not compared, or alike in samples"
+_MOST_UNUSED = 8  # lines
+
+
+def backbone_source(plan: MergePlan, base: str) -> str:
+    """Where attention, norms and embeddings come from, as a sentence. `base` is what the base is called."""
+    report = plan.backbone
+    if report.method == "base":
+        return f"Attention, norms and embeddings come from {base}"
+    included = " and ".join(report.include) if len(report.include) < 3 else "attention, norms and embeddings"
+    verb = "are" if included.endswith("s") or " and " in included else "is"
+    rest = "" if len(report.include) == 3 else f"; the rest of the backbone comes from {base}"
+    made = _METHODS[report.method].format(f"{report.experts} {plural('expert', report.experts)}")
+    text = f"{included} {verb} {made}{rest}"
+    return text[0].upper() + text[1:]
+
+
+def backbone_lines(plan: MergePlan) -> list[str]:
+    """Lines for a terminal: what the backbone is, what could not be merged, and what of the experts is not in it."""
+    report = plan.backbone
+    return [_made_of(plan), *report.notes, *unused_lines(report)]
+
+
+def _made_of(plan: MergePlan) -> str:
+    report = plan.backbone
+    if report.method == "base":
+        return "Backbone: the base's attention, norms and embeddings."
+    made = human_bytes(plan.totals.bytes_by_kind.get("combine", 0))
+    kept = f", {report.kept} as in the base" if report.kept else ""
+    return f"Backbone: {backbone_source(plan, 'the base')}. {report.combined} tensors ({made}) are computed{kept}."
+
+
+def unused_lines(report: BackboneReport) -> list[str]:
+    """What of the experts' backbones is not in the merge; experts with the same are one line."""
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for unused in report.unused:
+        alike.setdefault((unused.groups, unused.differing), []).append(str(unused.owner))
+    lines = [_unused_line(", ".join(owners), *groups) for groups, owners in alike.items()]
+    more = [f"and {len(lines) - _MOST_UNUSED} more lines like these"] if len(lines) > _MOST_UNUSED else []
+    return [*lines[:_MOST_UNUSED], *more]
+
+
+def _unused_line(owners: str, groups: tuple[str, ...], differing: tuple[str, ...]) -> str:
+    said = f"not used: {', '.join(groups)} of {owners}"
+    if differing == groups:
+        return f"{said} ({_DIFFERENT})"
+    if not differing:
+        return f"{said} ({_UNKNOWN})"
+    others = ", ".join(group for group in groups if group not in differing)
+    return f"{said} ({', '.join(differing)}: {_DIFFERENT}; {others}: {_UNKNOWN})"

@@ -1,0 +1,374 @@
+"""Tensors that are made of several models' tensors: the base's and the experts', x_1 .. x_n with weights w_1 .. w_n.
+
+    linear   m = x_1 + sum_i w_i (x_i - x_1) / sum_i w_i, which is their weighted mean
+    slerp    m = sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with t = w_2 / (w_1 + w_2) and `a` the angle
+             between the two whole tensors; if they are nearly parallel, or one is zero, as `linear`
+    ties     d_i = x_i - base, without those smaller than the threshold of i; per element, the sign with the larger sum
+             of |w_i d_i| is elected, and m = base + the weighted mean of the d_i that have it
+
+The result is base + scale * (m - base). Sources: Shoemake 1985, "Animating rotation with quaternion curves"; Yadav et
+al. 2023, https://arxiv.org/abs/2306.01708.
+
+All is computed in float32, expert by expert in the plan's order, in blocks of rows that depend on the shape alone. So
+the bytes depend on neither who computes a part nor how much of it. What a method has to know of a whole tensor is
+measured before, in the same blocks:
+
+- The angle comes from sums in float64, block by block.
+- The threshold is the magnitude of the k-th largest difference, k being density * elements, at least 1. The bits of a
+  float32 that is not negative are in the order of the numbers. So one pass counts their upper halves, which tells the
+  half that the k-th has, and a second pass counts the lower halves under it. Differences that are as large as the k-th
+  all count, which may be more than k.
+
+Where the base's sign sums are equal, the positive sign is elected. Where an element's result is what the base or the
+first expert has, the bits stay, also of a zero with a sign.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymoe.planning.plan import Combination, Combine, Part, WeightRef
+from raymoe.sources.facts import FileStamp, TensorEntry
+from raymoe.storage.source_reader import SourceReader
+from raymoe.storage.transform import (
+    BLOCK_ELEMENTS,
+    NUMPY_DTYPES,
+    Float32,
+    Rows,
+    cast_block,
+    compute_ahead,
+    non_finite_source,
+    permute_heads,
+    read_stored_rows,
+    row_blocks,
+    with_lora,
+)
+
+_BLOCK_ELEMENTS = BLOCK_ELEMENTS  # of all tensors of a combination together
+_WINDOW_ELEMENTS = 1 << 16  # about ten such arrays of float32 are in use at once
+_PARALLEL = 0.9995  # from this cosine on, a sine is too small to divide by; mergekit's and others' limit
+_HALF_BITS = 16
+
+Statistics = tuple[float, ...]
+"""What a method knows of the whole tensors: a threshold for each expert, or the cosine of two. Empty for `linear`."""
+
+
+def combined_bytes(reader: SourceReader, part: Part, what: Combine, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a combined part, block by block, in order."""
+    combination, row_bytes = what.combination, part.nbytes // part.shape[0]
+    statistics = measure(reader, combination)
+    calls, cuts = [], []
+    for rows in _blocks(combination):
+        own = slice(max(rows.start, what.first_row), min(rows.stop, what.first_row + part.shape[0]))
+        first, last = (row_bytes * (row - what.first_row) for row in (own.start, own.stop))
+        if own.start < own.stop and start < last and first < end:
+            calls.append(partial(_combined_block, reader, part, what, statistics, rows, own))
+            cuts.append(slice(max(0, start - first), min(last, end) - first))
+    for content, cut in zip(compute_ahead(calls), cuts, strict=True):
+        yield content[cut]
+
+
+def _combined_block(
+    reader: SourceReader, part: Part, what: Combine, statistics: Statistics, rows: slice, own: slice
+) -> memoryview:
+    """The part's `own` rows of a block of rows."""
+    block = combined_rows(reader, what.combination, rows, statistics)[own.start - rows.start : own.stop - rows.start]
+    if what.heads is not None:
+        block = permute_heads(block, what.heads.head_dim, what.heads.to_half_split)
+    return cast_block(reader, part, block, lambda: _non_finite_origin(reader, what.combination, rows))
+
+
+def load_combined(reader: SourceReader, combination: Combination) -> npt.NDArray[np.generic]:
+    """The whole tensor, in the dtype and with the values that it has in the output."""
+    loaded = np.empty(combination.shape, NUMPY_DTYPES[combination.dtype])
+    statistics, blocks = measure(reader, combination), list(_blocks(combination))
+    computed = compute_ahead([partial(combined_rows, reader, combination, rows, statistics) for rows in blocks])
+    for rows, block in zip(blocks, computed, strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            loaded[rows] = block.astype(loaded.dtype)
+        reader.heartbeat()
+    return loaded
+
+
+def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
+    """Rows of a weight as the model that reads prompts has them, in float32: with its LoRA delta, or combined."""
+    if ref.combined is None:
+        block = _read(reader, ref.entry, rows).astype(np.float32, copy=False)
+        return block if ref.lora is None else with_lora(reader, block, ref.lora, rows)
+    block = combined_rows(reader, ref.combined, rows, measure(reader, ref.combined))
+    return block.astype(NUMPY_DTYPES[ref.combined.dtype]).astype(np.float32)
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what comes of it is looked at
+def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, statistics: Statistics) -> Float32:
+    """Some rows of the result, in float32. Where experts have too few rows, those that have them are combined."""
+    pieces = [
+        _combine(window, statistics)
+        for part in _split_by_height(combination, rows)
+        for window in _Tensors(reader, combination, part).windows()
+    ]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _blocks(combination: Combination) -> Iterator[slice]:
+    """The blocks that a combination is computed in. Those of all its tensors together are bounded."""
+    elements = max(_WINDOW_ELEMENTS, _BLOCK_ELEMENTS // (1 + len(combination.experts)))
+    return row_blocks(combination.shape, elements, combination.together)
+
+
+def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:
+    """The rows, cut where an expert's tensor ends."""
+    heights = sorted({ref.entry.shape[0] for ref in combination.experts})
+    if isinstance(rows, slice):
+        cuts = [rows.start, *(height for height in heights if rows.start < height < rows.stop), rows.stop]
+        return [slice(start, stop) for start, stop in pairwise(cuts)]
+    return [piece for piece in np.split(rows, np.searchsorted(rows, heights)) if len(piece)]
+
+
+class _Tensors:
+    """The same rows of all tensors of a combination, each read when it is first asked for.
+
+    `windows` are a few of the rows, so that what is computed with them stays in the processor's cache.
+    """
+
+    def __init__(self, reader: SourceReader, combination: Combination, rows: Rows) -> None:
+        self._reader, self._rows, self.combination = reader, rows, combination
+        first = rows.start if isinstance(rows, slice) else int(rows[0])
+        self.present = [number for number, ref in enumerate(combination.experts) if first < ref.entry.shape[0]]
+        self._stored: dict[TensorEntry, npt.NDArray[Any]] = {}
+        self._adapted: dict[WeightRef, Float32] = {}
+        self._window = slice(None)
+
+    def windows(self) -> Iterator[_Tensors]:
+        """This object itself, again and again: what it gives are then those rows."""
+        count = self._rows.stop - self._rows.start if isinstance(self._rows, slice) else len(self._rows)
+        for rows in row_blocks((count, *self.combination.shape[1:]), _WINDOW_ELEMENTS):
+            self._window = rows
+            yield self
+
+    def base(self) -> Float32:
+        return self._values(self.combination.base)
+
+    def expert(self, number: int) -> Float32:
+        return self._values(self.combination.experts[number])
+
+    def _values(self, ref: WeightRef) -> Float32:
+        """In memory of its own."""
+        if ref.entry not in self._stored:
+            self._stored[ref.entry] = _read(self._reader, ref.entry, self._rows)
+        stored = self._stored[ref.entry]
+        if ref.lora is None:
+            values: Float32 = stored[self._window].astype(np.float32)
+            return values
+        if ref not in self._adapted:
+            self._adapted[ref] = with_lora(self._reader, stored.astype(np.float32), ref.lora, self._rows)
+        adapted: Float32 = self._adapted[ref][self._window].copy()
+        return adapted
+
+
+def _read(reader: SourceReader, entry: TensorEntry, rows: Rows) -> npt.NDArray[Any]:
+    """As they are stored."""
+    if isinstance(rows, slice):
+        return read_stored_rows(reader, entry, rows)
+    width = entry.nbytes // entry.shape[0]
+    ranges = [(entry.start + row * width, entry.start + (row + 1) * width) for row in rows.tolist()]
+    array = np.frombuffer(b"".join(reader.read_ranges(entry.file, ranges)), dtype=NUMPY_DTYPES[entry.dtype])
+    return array.reshape(-1, *entry.shape[1:])
+
+
+def _combine(tensors: _Tensors, statistics: Statistics) -> Float32:
+    method = tensors.combination.method
+    if not tensors.present:
+        return tensors.base()
+    if method == "ties":
+        return _ties(tensors, statistics)
+    is_turn = method == "slerp" and len(tensors.present) == 2 and _has_angle(*statistics)
+    merged = _slerp(tensors, *statistics) if is_turn else _linear(tensors)
+    scale = tensors.combination.scale
+    if scale == 1.0:
+        return merged
+    base = tensors.base()
+    return _with_changes(base, np.float32(scale) * (merged - base))
+
+
+def _with_changes(block: Float32, changes: Float32) -> Float32:
+    """`block` plus `changes`, in its memory; its bits where there are none."""
+    return np.add(block, changes, out=block, where=changes != 0)
+
+
+def _linear(tensors: _Tensors) -> Float32:
+    first, *others = tensors.present
+    weights = tensors.combination.weights
+    start = tensors.expert(first)
+    changes = np.zeros_like(start)
+    for number in others:
+        difference = tensors.expert(number)
+        difference -= start
+        difference *= np.float32(weights[number])
+        changes += difference
+    changes /= np.float32(math.fsum(weights[number] for number in tensors.present))
+    return _with_changes(start, changes)
+
+
+def _has_angle(cosine: float) -> bool:
+    return abs(cosine) <= _PARALLEL
+
+
+def _slerp(tensors: _Tensors, cosine: float) -> Float32:
+    one, other = tensors.combination.weights
+    share, angle = other / (one + other), math.acos(cosine)
+    merged = tensors.expert(0)
+    merged *= np.float32(math.sin((1 - share) * angle) / math.sin(angle))
+    end = tensors.expert(1)
+    end *= np.float32(math.sin(share * angle) / math.sin(angle))
+    merged += end
+    return merged
+
+
+def _ties(tensors: _Tensors, thresholds: Statistics) -> Float32:
+    base = tensors.base()
+    # Of positive differences and of negative ones: sums, and the weights that they have.
+    sums, weights = ([np.zeros_like(base), np.zeros_like(base)] for _ in range(2))
+    for number in tensors.present:
+        difference = tensors.expert(number)
+        difference -= base
+        difference *= ~(np.abs(difference) < np.float32(thresholds[number]))  # NaN stays
+        weight = np.float32(tensors.combination.weights[number])
+        difference *= weight
+        for sign, of_sign in enumerate((np.maximum(difference, 0), np.minimum(difference, 0))):
+            sums[sign] += of_sign
+            weights[sign] += (of_sign != 0) * weight
+    is_positive = ~(sums[0] + sums[1] < 0)
+    changes, weight_sums = np.where(is_positive, *sums), np.where(is_positive, *weights)
+    np.divide(changes, weight_sums, out=changes, where=weight_sums != 0)
+    changes *= np.float32(tensors.combination.scale)
+    return _with_changes(base, changes)
+
+
+_Stamps = tuple[FileStamp | None, ...]
+_measured: dict[tuple[Combination, _Stamps], Statistics] = {}
+_locks: dict[tuple[Combination, _Stamps], threading.Lock] = {}
+_guard = threading.Lock()
+
+
+def measure(reader: SourceReader, combination: Combination) -> Statistics:
+    """What the method has to know of the whole tensors. Measured once in this process: a few numbers are kept."""
+    if (measured := _MEASURES.get(combination.method)) is None:
+        return ()
+    # A local file that was written again is another file, though it compares equal.
+    key = combination, tuple(entry.file.stamp for entry in combination.entries)
+    with _guard:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        if key not in _measured:
+            _measured[key] = measured(reader, combination)
+        return _measured[key]
+
+
+def _measure_angle(reader: SourceReader, combination: Combination) -> Statistics:
+    """The cosine of the two experts' tensors, as far as both have rows; 1 where one has no direction."""
+    rows = list(_common_blocks(combination, *combination.experts))
+    sums = [*zip(*compute_ahead([partial(_products, reader, combination, piece) for piece in rows]), strict=True)]
+    dot, one, other = map(math.fsum, sums)
+    length = math.sqrt(one) * math.sqrt(other)
+    return (dot / length if length > 0 else 1.0,)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _products(reader: SourceReader, combination: Combination, rows: slice) -> tuple[float, float, float]:
+    """Scalar products of two tensors' rows: with each other, and of each with itself."""
+    tensors = _Tensors(reader, combination, rows)
+    one, other = (tensors.expert(number).astype(np.float64) for number in range(2))
+    return float(np.sum(one * other)), float(np.sum(one * one)), float(np.sum(other * other))
+
+
+def _measure_thresholds(reader: SourceReader, combination: Combination) -> Statistics:
+    """For each expert the magnitude from which on its differences count."""
+    heights = [min(combination.shape[0], ref.entry.shape[0]) for ref in combination.experts]
+    elements = [height * math.prod(combination.shape[1:]) for height in heights]
+    ranks = [max(1, int(combination.density * count)) for count in elements]
+    if all(rank >= count for rank, count in zip(ranks, elements, strict=True)):
+        return (0.0,) * len(ranks)
+    counts = _count_differences(reader, combination, lambda _, bits: bits >> _HALF_BITS)
+    upper = [_half_of_rank(counted, rank) for counted, rank in zip(counts, ranks, strict=True)]
+    counts = _count_differences(
+        reader, combination, lambda number, bits: bits[bits >> _HALF_BITS == upper[number][0]] & 0xFFFF
+    )
+    thresholds = []
+    for counted, rank, (half, larger) in zip(counts, ranks, upper, strict=True):
+        bits = half << _HALF_BITS | _half_of_rank(counted, rank - larger)[0]
+        thresholds.append(float(np.array(bits, np.uint32).view(np.float32)))
+    return tuple(thresholds)
+
+
+_Halves = Callable[[int, npt.NDArray[np.uint32]], npt.NDArray[Any]]
+
+
+def _count_differences(reader: SourceReader, combination: Combination, halves: _Halves) -> npt.NDArray[np.int64]:
+    """How often each value is among `halves(number, bits)`, of the bits of all differences of expert `number`.
+
+    Shape (experts, values).
+    """
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def count(rows: slice) -> npt.NDArray[np.uint32]:
+        found: list[list[npt.NDArray[np.uint16]]] = [[] for _ in combination.experts]
+        for part in _split_by_height(combination, rows):
+            for window in _Tensors(reader, combination, part).windows():
+                base = window.base()
+                for number in window.present:
+                    difference = np.abs(window.expert(number) - base).reshape(-1)
+                    found[number].append(halves(number, difference.view(np.uint32)).astype(np.uint16))
+        counted = (np.bincount(np.concatenate(each), minlength=1 << _HALF_BITS) if each else 0 for each in found)
+        return np.stack([np.broadcast_to(each, 1 << _HALF_BITS).astype(np.uint32) for each in counted])
+
+    counts = np.zeros((len(combination.experts), 1 << _HALF_BITS), np.int64)
+    for counted in compute_ahead([partial(count, rows) for rows in _blocks(combination)]):
+        counts += counted
+    return counts
+
+
+def _half_of_rank(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """The value of the `rank`-th largest of values that are counted, and how many are larger than it."""
+    from_above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_above, rank))
+    return len(counts) - 1 - place, int(from_above[place] - counts[len(counts) - 1 - place])
+
+
+def _magnitude_bits(reader: SourceReader, combination: Combination, number: int, rows: slice) -> npt.NDArray[np.uint32]:
+    tensors = _Tensors(reader, combination, rows)
+    difference = tensors.expert(number)
+    difference -= tensors.base()
+    return np.abs(difference).reshape(-1).view(np.uint32)
+
+
+def _common_blocks(combination: Combination, *refs: WeightRef) -> Iterator[slice]:
+    """The blocks, as far as all of `refs` have rows."""
+    height = min(combination.shape[0], *(ref.entry.shape[0] for ref in refs))
+    for rows in _blocks(combination):
+        if rows.start < height:
+            yield slice(rows.start, min(rows.stop, height))
+
+
+_MEASURES: Mapping[str, Callable[[SourceReader, Combination], Statistics]] = {
+    "slerp": _measure_angle,
+    "ties": _measure_thresholds,
+}
+
+
+def _non_finite_origin(reader: SourceReader, combination: Combination, rows: slice) -> str:
+    """Which of the models' tensors has NaN or infinity, in words."""
+    for ref in (combination.base, *combination.experts):
+        held = slice(rows.start, min(rows.stop, ref.entry.shape[0]))
+        if held.start < held.stop and (found := non_finite_source(reader, ref.entry, ref.lora, held)) is not None:
+            return found
+    source = combination.base.entry
+    return f"where {source.name} is combined: its numbers are too large for the dtype"
