@@ -40,6 +40,7 @@ class ConfigKeys(TypedDict, total=False):
     architecture: str
     prompt_model: str
     chat_template: bool
+    backbone: str | Mapping[str, Any]
     storage: Mapping[str, Any]
 
 
