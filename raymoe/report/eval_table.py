@@ -17,6 +17,7 @@ from raymoe.report.eval_numbers import (
     loss_rows,
     mean_load,
     own_expert,
+    own_expert_loss,
     perplexity,
     read_labels,
     read_loss,
@@ -64,6 +65,11 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
         console.print("oracle: the merge, always asking a text's own expert")
     if "hidden" in rows:
         console.print("hidden: the merge with routers of gate mode hidden")
+    own, merged = own_expert_loss(result, MEAN), read_loss(result, "merged", MEAN)
+    if own is not None and merged is not None:
+        console.print(
+            f"Each expert alone, on its own label: mean {own:.3f}; the merge: {merged:.3f} ({merged - own:+.3f})"
+        )
     if result.get("gap_closed") is not None:
         share = result["gap_closed"]
         console.print(f"{share:.0%} of the gap from hidden to oracle is closed.")

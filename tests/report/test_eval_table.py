@@ -39,6 +39,17 @@ def test_lowest_of_a_column_is_marked(capsys: pytest.CaptureFixture[str]) -> Non
     assert set(marked) == {"merged", "expert metamath", "oracle"}, "metamath's own, and the mean"
 
 
+def test_experts_alone_are_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    result = synthetic_evaluation(2, 8)
+    loss = result["loss"]
+    loss["expert go"] |= {"go": 1.5, "metamath": 9.0}
+    loss["expert metamath"] |= {"go": 9.0, "metamath": 2.0}
+    loss["merged"]["mean"] = 2.0
+    assert "Each expert alone, on its own label: mean 1.750; the merge: 2.000 (+0.250)" in printed(result, capsys)
+    del loss["expert go"]
+    assert "Each expert alone" not in printed(result, capsys), "one of two says nothing of the mean"
+
+
 def test_weakest_layers_and_load(capsys: pytest.CaptureFixture[str]) -> None:
     result = synthetic_evaluation(2, 4)
     result["routing"]["first_accuracy"] = [0.9, 0.25, 0.5, 0.75]
