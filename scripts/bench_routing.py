@@ -1,15 +1,21 @@
-"""How well each gate mode routes: loss on held-out text for every mode and number of prompts, against the oracle.
+"""How well each gate mode routes, and what each backbone adds: loss on held-out text, by mode and number of prompts.
 
     python scripts/bench_routing.py routers --out routing.json          # the example experts
     python scripts/bench_routing.py routers --second-split --out b.json # other prompts, other held-out texts
     python scripts/bench_routing.py routers --base org/base --expert law=org/law --expert code=org/code \\
         --prompts law=law.jsonl --prompts code=code.jsonl --heldout heldout.jsonl --out mine.json
+    python scripts/bench_routing.py backbones --out backbones.json      # backbones against the experts themselves
+    python scripts/bench_routing.py backbones --backbones base '{method: linear, include: [attention]}' \\
+        --counts 16 64 --tops 1 2 --limit 10 --out mine.json
     python scripts/bench_routing.py solve --out solve.json              # time to fit the routers of a 7B shape
     python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into docs/routing.md
 
 `routers` merges once, and puts each mode's rows into the same weights: `raymoe eval`'s engine, so that one pass over
 the layers serves all of them. A loss is the mean over labels of the mean over their held-out tokens, in nats. `closed`
 is the share of the way from `hidden` with the same prompts to the oracle, which always takes the text's own expert.
+
+`backbones` merges once per backbone. There the way starts at `hidden` on the base's backbone, and ends at the experts
+themselves: each reads the text of its own label as the dense model that it is, with its own attention.
 """
 
 from __future__ import annotations
@@ -27,10 +33,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from pages import put_between
 
 import raymoe
-from raymoe.checkpoints.weight_table import mixture_model
+from raymoe.checkpoints.weight_table import dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
 from raymoe.planning.plan import MergePlan, Router
@@ -46,7 +53,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
 MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "ridge")
 COUNTS = ("keywords", "16", "64", "256")
+# As configs write them.
+BACKBONES = ("base", "linear", "{method: linear, scale: 1.5}", "{method: ties, density: 0.2}")
 PAGE, MARK = ROOT / "docs/routing.md", "<!-- tables: scripts/bench_routing.py -->"
+BACKBONE_MARK = "<!-- backbones: scripts/bench_routing.py -->"
 # Mistral-7B: what four experts with a base of their own have to be read for a merge.
 SHAPE_7B = {"layers": 32, "hidden": 4096, "experts": 4, "tokens": 16_000, "ffn": 3 * 4096 * 14336, "rest": 41_943_040}
 
@@ -87,12 +97,48 @@ def read_texts(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[di
     return counts, held_out
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is merged and read: `texts` are (number of the label, token ids), `counts` is as `read_texts` gives it."""
+
+    base: str
+    experts: Mapping[str, str]
+    counts: Mapping[str, Any]
+    texts: Sequence[tuple[int, list[int]]]
+    device: str
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace) -> Bench:
+        experts = pairs(arguments.expert, "--expert") or {kind: f"{BASE}+examples/adapters/{kind}" for kind in KINDS}
+        counts, held_out = read_texts(arguments, list(experts))
+        tokenizer = raymoe_tokenizer(arguments.base)
+        texts = [
+            (number, tokenizer(text)["input_ids"]) for number, label in enumerate(experts) for text in held_out[label]
+        ]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(base=arguments.base, experts=experts, counts=counts, texts=texts, device=device)
+
+    @property
+    def oracle(self) -> Variant:
+        return Variant(name="oracle", forced=[number for number, _ in self.texts])
+
+    def facts(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """What results say of the texts and the device."""
+        return {
+            "experts": list(self.experts),
+            "split": "second" if arguments.second_split else "first",
+            "held_out_tokens": sum(len(ids) - 1 for _, ids in self.texts),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "CPU",
+        }
+
+
 # --- routers
 
 
-def config_of(arguments: argparse.Namespace, experts: Mapping[str, str], mode: str, prompts: Mapping[str, Any]) -> Any:
-    entries = [{"source_model": model, "positive_prompts": prompts[label]} for label, model in experts.items()]
-    return {"base_model": arguments.base, "gate_mode": mode, "dtype": "bfloat16", "experts": entries}
+def config_of(bench: Bench, mode: str, prompts: Mapping[str, Any], backbone: Any = "base") -> Any:
+    entries = [{"source_model": model, "positive_prompts": prompts[label]} for label, model in bench.experts.items()]
+    config = {"base_model": bench.base, "gate_mode": mode, "dtype": "bfloat16", "experts": entries}
+    return config | {"backbone": backbone}
 
 
 def write_merge(plan: MergePlan, folder: Path) -> None:
@@ -116,34 +162,32 @@ def rows_of(plan: MergePlan, device: str) -> np.ndarray[Any, np.dtype[np.float32
 
 
 def bench_routers(arguments: argparse.Namespace) -> dict[str, Any]:
-    experts = pairs(arguments.expert, "--expert") or {kind: f"{BASE}+examples/adapters/{kind}" for kind in KINDS}
-    labels = list(experts)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    counts, held_out = read_texts(arguments, labels)
-    tokenizer = raymoe_tokenizer(arguments.base)
-    texts = [(number, tokenizer(text)["input_ids"]) for number, label in enumerate(labels) for text in held_out[label]]
-    variants = [Variant(name="oracle", forced=[number for number, _ in texts])]
-    for count, prompts in counts.items():
+    bench = Bench.read(arguments)
+    return bench.facts(arguments) | {"results": losses_of_merge(bench, arguments, "base", (1, 2))}
+
+
+def losses_of_merge(
+    bench: Bench, arguments: argparse.Namespace, backbone: Any, tops: Sequence[int]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By number of experts per token and variant (`oracle`, `16/ridge`, ...): the merge with this backbone."""
+    variants = [bench.oracle]
+    for count, prompts in bench.counts.items():
         for mode in arguments.modes:
             began = time.monotonic()
-            plan = raymoe.plan(config_of(arguments, experts, mode, prompts), allow_all_same=True)
-            variants.append(Variant(name=f"{count}/{mode}", rows=rows_of(plan, device)))
+            plan = raymoe.plan(config_of(bench, mode, prompts, backbone), allow_all_same=True)
+            variants.append(Variant(name=f"{count}/{mode}", rows=rows_of(plan, bench.device)))
             print(f"rows of {mode}, {count}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder, SourceReader(HubOptions()) as reader:
-        write_merge(raymoe.plan(config_of(arguments, experts, "random", prompts), allow_all_same=True), Path(folder))
+        prompts = next(iter(bench.counts.values()))
+        plan = raymoe.plan(config_of(bench, "random", prompts, backbone), allow_all_same=True)
+        write_merge(plan, Path(folder))
         model = mixture_model(resolve_model(parse_model_ref(folder)))
         results = {}
-        for top in (1, 2):
+        for top in tops:
             assert model.rule is not None
             changed = dataclasses.replace(model, rule=dataclasses.replace(model.rule, per_token=top))
-            results[f"top-{top}"] = measured(changed, texts, variants, labels, reader, device)
-    return {
-        "experts": labels,
-        "split": "second" if arguments.second_split else "first",
-        "held_out_tokens": sum(len(ids) - 1 for _, ids in texts),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "results": results,
-    }
+            results[f"top-{top}"] = measured(changed, bench, variants, reader)
+    return results
 
 
 def raymoe_tokenizer(base: str) -> Any:
@@ -153,28 +197,63 @@ def raymoe_tokenizer(base: str) -> Any:
 
 
 def measured(
-    model: Any, texts: Sequence[tuple[int, list[int]]], variants: Sequence[Variant], labels: Sequence[str], *where: Any
+    model: Any, bench: Bench, variants: Sequence[Variant], reader: SourceReader
 ) -> dict[str, dict[str, float]]:
     """Loss and first-choice accuracy of each variant."""
-    right = {variant.name: np.zeros((len(labels), 2)) for variant in variants}
+    right = {variant.name: np.zeros((len(bench.experts), 2)) for variant in variants}
 
     def seeing(variant: Variant) -> Variant:
         def see(layer: int, text: int, experts_TK: Any, weights_TK: Any) -> None:
-            label = texts[text][0]
+            label = bench.texts[text][0]
             right[variant.name][label] += (int((experts_TK[:, 0] == label).sum()), len(experts_TK))
 
         return dataclasses.replace(variant, on_routing=see)
 
-    values = log_likelihoods(model, [ids for _, ids in texts], [seeing(variant) for variant in variants], *where)
+    ids = [ids for _, ids in bench.texts]
+    values = log_likelihoods(model, ids, [seeing(variant) for variant in variants], reader, bench.device)
     results = {}
     for variant in variants:
         by_label: dict[int, list[Any]] = {}
-        for (label, _), likely in zip(texts, values[variant.name], strict=True):
+        for (label, _), likely in zip(bench.texts, values[variant.name], strict=True):
             by_label.setdefault(label, []).append(likely)
-        loss = float(np.mean([-np.concatenate(each).mean() for each in by_label.values()]))
+        loss = float(np.mean([mean_loss(each) for each in by_label.values()]))
         share = right[variant.name]
         results[variant.name] = {"loss": loss, "accuracy": float((share[:, 0] / share[:, 1]).mean())}
     return results
+
+
+def mean_loss(values: Sequence[Any]) -> float:
+    """The mean over the tokens of several texts."""
+    return float(-np.concatenate(values).mean())
+
+
+# --- backbones
+
+
+def bench_backbones(arguments: argparse.Namespace) -> dict[str, Any]:
+    if "base" not in arguments.backbones or "hidden" not in arguments.modes:
+        sys.exit("error: shares start at hidden on the base's backbone: name base and hidden as well")
+    bench = Bench.read(arguments)
+    result = bench.facts(arguments) | {"own_loss": own_loss(bench), "backbones": {}}
+    for backbone in arguments.backbones:
+        began = time.monotonic()
+        losses = losses_of_merge(bench, arguments, yaml.safe_load(backbone), arguments.tops)
+        result["backbones"][backbone] = losses
+        Path(arguments.out).write_text(json.dumps(result, indent=1))  # a run that is stopped leaves what it has
+        print(f"backbone {backbone}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return result
+
+
+def own_loss(bench: Bench) -> float:
+    """Each expert alone, as a dense model, on the texts of its own label."""
+    losses = []
+    for number, (label, model) in enumerate(bench.experts.items()):
+        own = [ids for text_label, ids in bench.texts if text_label == number]
+        dense = dense_model(resolve_model(parse_model_ref(model)), label)
+        with SourceReader(HubOptions()) as reader:
+            values = log_likelihoods(dense, own, [Variant(name=label)], reader, bench.device)
+        losses.append(mean_loss(values[label]))
+    return float(np.mean(losses))
 
 
 # --- time to solve
@@ -261,11 +340,17 @@ def read_rate(folder: Path, count: int) -> float:
 # --- tables
 
 
-def tables(paths: Sequence[str]) -> str:
-    return "\n\n".join(table_of(json.loads(Path(path).read_text())) for path in paths)
+def write_tables(paths: Sequence[str]) -> None:
+    """Put the tables of these results into the page. Tables of other results stay where no result is given for them."""
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    for mark, of_backbones in ((MARK, False), (BACKBONE_MARK, True)):
+        if found := [table_of(result) for result in results if ("backbones" in result) == of_backbones]:
+            put_between(PAGE, mark, "\n" + "\n\n".join(found) + "\n")
 
 
 def table_of(result: Mapping[str, Any]) -> str:
+    if "backbones" in result:
+        return backbone_table(result)
     return solve_table(result) if "layer_seconds" in result else routing_table(result)
 
 
@@ -289,10 +374,8 @@ def routing_table(result: Mapping[str, Any]) -> str:
     counts = list(dict.fromkeys(name.partition("/")[0] for name in tops["top-1"] if "/" in name))
     modes = list(dict.fromkeys(name.partition("/")[2] for name in tops["top-1"] if "/" in name))
     losses = ", ".join(f"{top} {values['oracle']['loss']:.3f}" for top, values in tops.items())
-    split = {"first": "", "second": ", second split"}[result["split"]]
     lines = [
-        f"{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}; loss of the oracle: "
-        f"{losses}.",
+        f"{measured_on(result)}; loss of the oracle: {losses}.",
         "",
         "| prompts an expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -309,32 +392,69 @@ def routing_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def backbone_table(result: Mapping[str, Any]) -> str:
+    own, backbones = result["own_loss"], result["backbones"]
+    tops = list(next(iter(backbones.values())))
+    lines = [
+        f"{measured_on(result)}; loss of the experts themselves: {own:.3f}.",
+        "",
+        "| prompts per expert | routing | backbone |" + "".join(f" {top} loss | gap closed |" for top in tops),
+        "|---|---|---|" + "---:|" * (2 * len(tops)),
+    ]
+    names = [name for name in next(iter(backbones.values()))[tops[0]] if name != "oracle"]
+    modes = list(dict.fromkeys(name.partition("/")[2] for name in names))
+    for count in dict.fromkeys(name.partition("/")[0] for name in names):
+        for route in (*modes, "oracle"):
+            name = route if route == "oracle" else f"{count}/{route}"
+            for backbone, values in backbones.items():
+                starts = [backbones["base"][top][f"{count}/hidden"]["loss"] for top in tops]
+                is_start = (backbone, route) == ("base", "hidden")
+                cells = [count, f"`{route}`" if route != "oracle" else "oracle", f"`{backbone}`"]
+                for top, start in zip(tops, starts, strict=True):
+                    loss = values[top][name]["loss"]
+                    cells += [f"{loss:.3f}", "-" if is_start else f"{(start - loss) / (start - own):.0%}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def measured_on(result: Mapping[str, Any]) -> str:
+    split = {"first": "", "second": ", second split"}[result["split"]]
+    return f"{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     routers = commands.add_parser("routers", help="losses of all modes")
-    routers.add_argument("--base", default=BASE)
-    routers.add_argument("--expert", action="append", default=[], metavar="LABEL=MODEL")
-    routers.add_argument("--prompts", action="append", default=[], metavar="LABEL=FILE", help="JSONL with 'text'")
-    routers.add_argument("--heldout", default="examples/heldout.jsonl", help="JSONL with 'label' and 'text'")
-    routers.add_argument("--keywords", default="examples/keywords.json", help="JSON: label -> words")
-    routers.add_argument("--counts", nargs="+", default=COUNTS)
-    routers.add_argument("--modes", nargs="+", default=MODES)
-    routers.add_argument("--limit", type=int, default=0, help="held-out texts a label (0: all)")
-    routers.add_argument("--second-split", action="store_true", help="hold out the first 40 prompts, use the others")
+    backbones = commands.add_parser("backbones", help="losses of all backbones, against the experts themselves")
+    for command, counts, modes in ((routers, COUNTS, MODES), (backbones, ("16",), ("hidden", "ridge"))):
+        command.add_argument("--base", default=BASE)
+        command.add_argument("--expert", action="append", default=[], metavar="LABEL=MODEL")
+        command.add_argument("--prompts", action="append", default=[], metavar="LABEL=FILE", help="JSONL with 'text'")
+        command.add_argument("--heldout", default="examples/heldout.jsonl", help="JSONL with 'label' and 'text'")
+        command.add_argument("--keywords", default="examples/keywords.json", help="JSON: label -> words")
+        command.add_argument("--counts", nargs="+", default=counts)
+        command.add_argument("--modes", nargs="+", default=modes)
+        command.add_argument("--limit", type=int, default=0, help="held-out texts per label (0: all)")
+        command.add_argument(
+            "--second-split", action="store_true", help="hold out the first 40 prompts, use the others"
+        )
+    backbones.add_argument("--backbones", nargs="+", default=BACKBONES, metavar="YAML", help="as configs write them")
+    backbones.add_argument("--tops", nargs="+", type=int, default=(2,), help="numbers of experts per token")
     solve = commands.add_parser("solve", help="seconds to fit the routers of a 7B shape")
     solve.add_argument("--layers", type=int, default=3, help="how often a layer is timed")
     solve.add_argument("--work", default=".", help="a folder on the disk that weights would be read from")
     solve.add_argument("--read-bytes", type=int, default=4_000_000_000)
-    for command in (routers, solve):
+    for command in (routers, backbones, solve):
         command.add_argument("--out", required=True, help="JSON of the results")
     table = commands.add_parser("table", help="results as markdown, into docs/routing.md")
     table.add_argument("results", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        put_between(PAGE, MARK, tables(arguments.results))
+        write_tables(arguments.results)
         return
-    result = bench_routers(arguments) if arguments.command == "routers" else bench_solve(arguments)
+    bench = {"routers": bench_routers, "backbones": bench_backbones, "solve": bench_solve}[arguments.command]
+    result = bench(arguments)
     Path(arguments.out).write_text(json.dumps(result, indent=1))
     print(table_of(result))
 
