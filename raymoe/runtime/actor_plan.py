@@ -194,7 +194,7 @@ def _resource_problems(
         what, remedy = f"no node has a GPU: {has}", "leave it out to compute on CPUs"
         problems.append(Problem(where="--device cuda", what=what, remedy=remedy))
     elif gpus > most and not can_grow:
-        what = f"{gpus:g} GPUs an expert were asked for, but no node has more than {most:g}: {has}"
+        what = f"{gpus:g} GPUs per expert were requested, but no node has more than {most:g}: {has}"
         problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
     if quantize and not gpus:
         what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
