@@ -93,7 +93,9 @@ def storage_error(failure: Failure, request: StoreRequest, options: StorageOptio
         what = f"{what} (gave up after {failure.tries} tries in {failure.elapsed_s:.0f} s)"
         return storage_problem(request, what, "the store is overloaded or down: run the same command again later")
     if found.code in _BAD_PARTS:
-        return storage_problem(request, what, "the store does not take what S3 takes; see the page on object storage")
+        return storage_problem(
+            request, what, "the store does not support this part of S3; see the page on object storage"
+        )
     if isinstance(error, ImportError):
         return storage_problem(request, what, "install the package that fsspec needs for this kind of URL")
     if _is_full(found):
@@ -156,7 +158,7 @@ def _credentials_error(found: _ClientError, request: StoreRequest, options: Stor
             request, f"there is no profile {profile!r} in ~/.aws", "correct storage.profile or AWS_PROFILE"
         )
     if found.names & _CREDENTIALS_FAIL:
-        what = f"credentials can't be had ({type(found.error).__name__})"
+        what = f"no credentials could be obtained ({type(found.error).__name__})"
         return storage_problem(request, what, "log in again, or check ~/.aws")
     if found.code in _ACCESS_DENIED_CODES or found.status in (401, 403) or isinstance(found.error, PermissionError):
         return _access_denied(request)

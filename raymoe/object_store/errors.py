@@ -56,7 +56,7 @@ def storage_problem(
 def object_changed_error(request: StoreRequest, how: str) -> StorageError:
     """The error for an object (or the source of a copy) that is not the one that the merge was planned with."""
     which = f"the source {request.source_url}" if request.source_url else "the object"
-    what = f"{which} is no longer what was planned with: {how}"
+    what = f"{which} is no longer what the merge was planned with: {how}"
     return storage_problem(request, what, "run the merge again when the object no longer changes", ObjectChanged)
 
 

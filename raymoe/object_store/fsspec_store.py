@@ -79,7 +79,7 @@ class FsspecStore:
                 size = filesystem.info(path).get("size")
                 if size is not None and size < end:
                     raise Mismatch(f"it has {size} bytes, and at least {end} were expected")
-                raise ShortRead(f"the store sent {len(data)} bytes, and {end - start} were asked for")
+                raise ShortRead(f"the store sent {len(data)} bytes, but {end - start} were requested")
             if etag is not None and (now := _etag(filesystem.info(path))) != etag:
                 raise Mismatch(f"its ETag or time is another ({now})")
             return data

@@ -31,7 +31,7 @@ async def read_body(response: S3Response, buffer: memoryview) -> None:
     finally:
         body.close()
     if done < len(buffer):
-        raise ShortRead(f"the store sent {done} bytes, and {len(buffer)} were asked for")
+        raise ShortRead(f"the store sent {done} bytes, but {len(buffer)} were requested")
 
 
 def check_response(response: S3Response, start: int, end: int, etag: str | None) -> None:
@@ -48,7 +48,7 @@ def check_response(response: S3Response, start: int, end: int, etag: str | None)
         if total.isdigit() and int(total) < end:
             raise Mismatch(f"it has {total} bytes, and at least {end} were expected")
         if sent != f"{start}-{end - 1}":
-            raise ShortRead(f"the store sent bytes {sent}, and {start}-{end - 1} were asked for")
+            raise ShortRead(f"the store sent bytes {sent}, but {start}-{end - 1} were requested")
     except Exception:
         response["Body"].close()
         raise

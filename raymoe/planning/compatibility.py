@@ -45,7 +45,7 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
         remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
         problems.append(Problem(where=where, what=what, remedy=remedy))
     elif expert.model_type != base.model_type and _ffn_names(expert) != _ffn_names(base):
-        what = f"a {expert.model_type} model stores its FFN otherwise than a {base.model_type} model"
+        what = f"a {expert.model_type} model stores its FFN differently from a {base.model_type} model"
         problems.append(Problem(where=where, what=what, remedy="use models of one type"))
     for key, name in (
         ("layers", "num_hidden_layers"),

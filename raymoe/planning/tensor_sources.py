@@ -316,8 +316,8 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
     changed = [*adapter.pairs, *adapter.replaced]
     if not any(_is_of_ffn(name, member.spec) or name in used for name in changed):
         return [
-            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
-            f"it is the same as {member.config.source_model.model} without it"
+            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert contributes nothing "
+            f"else: it is the same as {member.config.source_model.model} without it"
         ]
     unused = unused_modules(member.facts, member.spec, used)
     if not unused:

@@ -208,7 +208,7 @@ class ActorPool:
         from ray.exceptions import ActorUnavailableError
 
         self.note_memory(actor, error)
-        # raised while Ray restarts an actor, which may take any length of time
+        # raised while an actor restarts, which may take any length of time
         if not isinstance(error, ActorUnavailableError):
             actor.startup_failures += 1
         may_come = classify_failure(error) in (CallFailure.UNAVAILABLE, CallFailure.LOST)

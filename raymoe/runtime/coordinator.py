@@ -183,7 +183,7 @@ def _rewritten_warnings(plan: MergePlan, target: Output, finished: FinishedMerge
         yield (
             f"sources were written after the merge was finished: {short_list(names, most=3)}. Their sizes and samples "
             "are "
-            "the same, but a small change would not be seen so: `raymoe verify` compares every byte"
+            "the same, but a small change would not show in them: `raymoe verify` compares every byte"
         )
 
 

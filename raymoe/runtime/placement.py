@@ -229,7 +229,7 @@ class Placement:
         found = [f"{folder} is {self._describe_locations(files)}" for folder, files in folders.items()]
         silent_nodes = [node.name for node in self.nodes if node.files is None]
         asked_nodes = ", ".join(node.name for node in self.nodes if node.files is not None)
-        what = f"{task.what}: no node has all that this takes: {'; '.join(found)} (asked: {asked_nodes}"
+        what = f"{task.what}: no node has all the files that this needs: {'; '.join(found)} (asked: {asked_nodes}"
         what += f"; without an answer: {', '.join(silent_nodes)})" if silent_nodes else ")"
         remedy = (
             "put the folders on one node (or on a filesystem that all share), or name the models by Hub ids or URLs"

@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 # Name -> (kind, its tags besides `output`, description).
 METRICS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "raymoe_bytes_copied": ("Counter", ("way",), "Bytes written by workers, or copied by the store itself"),
-    "raymoe_bytes_planned": ("Gauge", (), "Bytes of all shards but the router's"),
+    "raymoe_bytes_planned": ("Gauge", (), "Bytes of all shards except the router's"),
     "raymoe_shards_done": ("Counter", (), "Shards that are complete"),
-    "raymoe_shards_planned": ("Gauge", (), "Shards but the router's"),
+    "raymoe_shards_planned": ("Gauge", (), "Shards except the router's"),
     "raymoe_gate_tokens": ("Counter", (), "Tokens that were passed through a layer for the gates, layers summed"),
     "raymoe_expert_phase": ("Gauge", ("expert", "phase"), "1 while prompts are read (gates) or shards written for it"),
-    "raymoe_actors_away": ("Gauge", (), "Actors that are not up yet, or not again"),
+    "raymoe_actors_away": ("Gauge", (), "Actors that are not up (yet, or again)"),
 }
 
 

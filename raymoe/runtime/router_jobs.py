@@ -259,7 +259,7 @@ class GateWork:
         """Capture all activations again for the layers that are not done: the ones of this layer were lost with their
         node."""
         if job.losses == self._capture_losses:  # otherwise another layer has already requested it
-            say("what prompts had left at the layers was lost with its node: they are read again")
+            say("activations of prompts were lost with their node: the prompts are read again")
             self._capture_losses += 1
             self._captured.clear()
             self._waiting_layers.clear()

@@ -231,12 +231,14 @@ def _may_replace(place: Location, storage: StorageOptions, *, is_own: bool = Fal
 
 
 def _foreign_file_problem(place: Location) -> Problem:
-    what = "something that is no result of a run is there already"
+    what = "a file that is not the result of a run is there already"
     return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
 
 
 def _kept_message(place: Location) -> str:
-    return f"{place} is no result of raymoe and is kept; to write the result of this run, name a file with --result"
+    return (
+        f"{place} is not a result of raymoe, so it is kept; to write the result of this run, name a file with --result"
+    )
 
 
 def _write(

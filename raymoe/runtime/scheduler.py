@@ -307,14 +307,14 @@ class _Jobs:
             if verdict is Verdict.WARN:
                 half = human_time(self._stall.limit_s / 2)
                 say(
-                    f"warning: {run.job.label}: nothing has moved for {half} ({run.actor.description}); "
-                    f"in {half} that process is ended and another one does the job"
+                    f"warning: {run.job.label}: no progress for {half} ({run.actor.description}); "
+                    f"in {half} that process is ended and another actor takes the job"
                 )
             elif verdict is Verdict.REASSIGN:
                 self._reassign(run)
 
     def _reassign(self, run: _Run) -> None:
-        still = f"nothing has moved for {human_time(self._stall.limit_s)} ({run.actor.description})"
+        still = f"no progress for {human_time(self._stall.limit_s)} ({run.actor.description})"
         run.job.stalls += 1
         if run.job.stalls >= _MAX_STALLS:
             raise MergeFailed(
@@ -322,7 +322,7 @@ class _Jobs:
                 "usual cause. Run the same command again to go on from the shards that are finished; where work is so "
                 "slow, give it more time with --stall-timeout."
             )
-        say(f"warning: {run.job.label}: {still}; the process is ended and another one does the job")
+        say(f"warning: {run.job.label}: {still}; the process is ended and another actor takes the job")
         # Of several actors, end those that do not answer; if all answer, the stalled one can't be told apart.
         for actor in [each for each in run.actors if not self._pool.is_responsive(each)] or run.actors:
             self._end_actor(actor)
@@ -348,7 +348,7 @@ class _Jobs:
                 self._pool.note_memory(actor, error)
             if job.failures < _MAX_ATTEMPTS:
                 return lost, None
-            what = "what it works with was lost with its node" if lost is Lost.STATES else "its actor died"
+            what = "its input was lost with its node" if lost is Lost.STATES else "its actor died"
             raise MergeFailed(
                 f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. {memory_remark(error)}; "
                 "run the same command again to go on from the shards that are finished."

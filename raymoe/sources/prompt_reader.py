@@ -121,7 +121,7 @@ def _raw_lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, bytes]]:
             return
         if len(line) > _MAX_LINE_BYTES:
             what = f"the line has more than {_MAX_LINE_BYTES >> 20} MiB"
-            faults.end(what, "write one prompt a line", f":{number}")
+            faults.end(what, "write one prompt per line", f":{number}")
         yield number, line
 
 
@@ -135,10 +135,10 @@ def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
     try:
         found: Any = read_json(line)
     except json.JSONDecodeError as error:
-        faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object a line", at)
+        faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object per line", at)
         return None
     except ValueError:
-        faults.add("not a JSON value that can be read", "write one JSON object a line", at)
+        faults.add("not a JSON value that can be read", "write one JSON object per line", at)
         return None
     if not isinstance(found, dict):
         faults.add(f"expected a JSON object, got {yaml_kind(found)}", f'write {{"{short_text(field)}": "..."}}', at)
@@ -277,7 +277,7 @@ def _cell(value: Any, faults: Faults, at: str) -> str | None:
     value = getattr(value, "value", value)  # if the column has a dictionary
     buffer = value.as_buffer()
     if buffer.size > _MAX_LINE_BYTES:
-        faults.end(f"the text has more than {_MAX_LINE_BYTES >> 20} MiB", "write one prompt a row", at)
+        faults.end(f"the text has more than {_MAX_LINE_BYTES >> 20} MiB", "write one prompt per row", at)
     try:
         text: str | None = value.as_py()
     except UnicodeDecodeError:

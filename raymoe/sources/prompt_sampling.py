@@ -61,7 +61,7 @@ def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[
     try:
         drawn = sample_prompts(prompt_values(file, storage, faults), file.limit, file.seed)
         if not drawn and not faults.problems:
-            faults.end("there are no prompts in it, or only blank ones", "write one prompt a line")
+            faults.end("there are no prompts in it, or only blank ones", "write one prompt per line")
     except StorageError as error:
         return (), [replace(problem, where=f"{problem.where}: {owner}") for problem in error.problems]
     except ProblemReport as report:

@@ -13,10 +13,10 @@ A pickle is a program. The unpickler here resolves a few names, each to an inert
 other name: there is nothing that a malicious file could call. (`torch.load(weights_only=True)` works in a similar way,
 but hides the position of a storage, and would make planning depend on torch.)
 
-Its cost is bounded too. A tuple of n shared tuples has 2 ** n elements when it is hashed or printed, so only a few are
-allowed. Nested tuples are hashed by recursion, so only a few levels are allowed. If a file chooses dictionary keys with
-equal hashes, the time grows with the square of their number. So keys may only be text and small numbers: Python's
-hashes of text differ between processes. Records are read within limits of their own.
+Its cost is bounded too. Tuples can share tuples: n of them can stand for 2 ** n elements when they are hashed or
+printed, so only a few are allowed. Nested tuples are hashed by recursion, so only a few levels are allowed. If a file
+chooses dictionary keys with equal hashes, the time grows with the square of their number. So keys may only be text and
+small numbers: Python's hashes of text differ between processes. Records are read within limits of their own.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class ObjectJournal(BaseJournal):
 
     def _in_use_report(self, digest: str) -> ProblemReport:
         """The error for an output that another run has used since this run checked it."""
-        what = "another run has begun here, or has ended, since this one has looked"
+        what = "another run has begun here, or has ended, since this one checked the output"
         remedy = "run the same command again: it goes on, or says what is in the way"
         unknown = Problem(where=self._location, what=what, remedy=remedy)
         finished = self._files.finished_merge(self)

@@ -44,7 +44,7 @@ def job_server(address: str | None, token: str | None) -> JobSubmissionClient:
         headers = _headers(found)
         status = _probe_job_server(url, headers)
     if status == 401:
-        raise _problem(url, "the cluster wants a token, and there is none here", _TOKEN_REMEDY)
+        raise _problem(url, "the cluster requires a token, and there is none here", _TOKEN_REMEDY)
     if status == 403:
         raise _problem(url, "the cluster refuses the token", _TOKEN_REMEDY)
     if status != 200:

@@ -112,7 +112,7 @@ def test_no_node_has_both(plan_of: PlanOf) -> None:
     found = placement(plan_of("ridge", prompt_model="grafted", experts=2), {"a": "base 0", "b": "1"})
     (problem,) = found.problems(0)
     assert problem.what.startswith("reading the prompts of expert 1 (llama-")
-    assert "no node has all that this takes: " in problem.what
+    assert "no node has all the files that this needs: " in problem.what
     assert " is on a" in problem.what and " is on b" in problem.what and problem.what.endswith("(asked: a, b)")
     assert "prompt_model: base" in problem.remedy
 
