@@ -407,7 +407,7 @@ def test_lost_states_are_read_again_for_the_layers_that_are_left(
     captures = Counter(job for _, _, job in cluster.begun("capture"))
     # All that is ready is taken in one step: the actor's death is known before prompts are given out again.
     assert sorted(captures.values()) == [2, 2, 2]
-    assert capsys.readouterr().err.count("lost with its node: they are read again") == 1
+    assert capsys.readouterr().err.count("lost with their node: the prompts are read again") == 1
 
 
 def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster, run: Run) -> None:
