@@ -116,7 +116,7 @@ class Combination:
             counts for the rows that both have.
         weights: One per expert, above 0.
         scale: A factor on the difference to the base.
-        density: `ties`: the share of each expert's differences that counts, the largest first.
+        density: `ties`: the share of each expert's differences that counts: the largest ones.
         dtype: The output's dtype.
         together: This many rows are computed together, since heads are permuted as a whole.
     """

@@ -15,9 +15,9 @@ of a whole tensor, it is measured first, in the same blocks:
 
 - The angle comes from sums in float64, block by block.
 - The threshold is the magnitude of the k-th largest difference, with k = density * elements, at least 1. The bits of
-non-negative float32 values sort like the values. So one pass counts the upper halves of the bits, which gives the upper
-half of the k-th value, and a second pass counts the lower halves below it. Differences equal to the k-th all count, so
-they may be more than k.
+  non-negative float32 values sort like the values. So one pass counts the upper halves of the bits, which gives the
+  upper half of the k-th value, and a second pass counts the lower halves below it. Differences equal to the k-th all
+  count, so they may be more than k.
 
 If the sign sums of an element are equal, the positive sign is elected. If an element's result equals the base's or the
 first expert's value, its bits are kept, including the sign of a zero.
