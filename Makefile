@@ -77,6 +77,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_language.py
 
 check: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m unit

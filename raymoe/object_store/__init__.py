@@ -1,4 +1,4 @@
-"""Object stores: reading by range, and writing that no fault leaves half done. Knows nothing of models.
+"""Object stores: range reads, and writes that are complete or not visible. Independent of models.
 
     options.py          StorageOptions: how to reach a store; plain data that travels to actors, never credentials
     urls.py             what a URL is, its normal form, its parts
@@ -8,10 +8,10 @@
     object_file.py      an object as a file to read
     s3_store.py         S3 and what speaks its language, with conditional reads, multipart uploads, server-side copies
     fsspec_store.py     whatever fsspec reaches (gs://, memory://, https://, ...) at plain speed
-    retry.py            which failures pass, how long to wait, how many requests at once
-    s3_responses.py     what an S3 server's answers are checked for
-    errors.py           what is raised
-    error_messages.py   errors of client libraries in words: permission, remedy
+    retry.py            which failures are transient, how long to back off, how many requests at once
+    s3_responses.py     checks of an S3 server's replies
+    errors.py           the exceptions
+    error_messages.py   explains errors of client libraries: permission, remedy
 
-s3fs and what it brings (aiobotocore, aiohttp) are imported when a store is first used, never before.
+s3fs and its dependencies (aiobotocore, aiohttp) are imported when a store is first used, never before.
 """

@@ -1,8 +1,8 @@
-"""What client libraries raise, in words for people: which object, what happened, which permission, what to do.
+"""Translates errors of client libraries for users: which object, what happened, which permission, which remedy.
 
-`storage_error` is the one place where this happens. It takes from an error its class, a code, a status, the bucket's
-region and the server's own sentence, never the rest: answers hold key ids, tokens and signatures. What it returns keeps
-no reference to the error either, and is raised outside of any `except` (no `__cause__`, no `__context__`).
+`storage_error` is the only place that does this. It takes from an error its class, a code, a status, the bucket's
+region and the server's own sentence, never the rest: replies hold key ids, tokens and signatures. The exception that it
+returns keeps no reference to the error, and is raised outside of any `except` (no `__cause__`, no `__context__`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _READ_OPERATIONS = frozenset({"get_object", "head_object", "upload_part_copy"})
 
 @dataclass(frozen=True, slots=True)
 class _ClientError:
-    """An error of a client library, as far as it is looked at."""
+    """The parts of a client library's error that are used."""
 
     error: Exception
     code: str
@@ -93,7 +93,9 @@ def storage_error(failure: Failure, request: StoreRequest, options: StorageOptio
         what = f"{what} (gave up after {failure.tries} tries in {failure.elapsed_s:.0f} s)"
         return storage_problem(request, what, "the store is overloaded or down: run the same command again later")
     if found.code in _BAD_PARTS:
-        return storage_problem(request, what, "the store does not take what S3 takes; see the page on object storage")
+        return storage_problem(
+            request, what, "the store does not support this part of S3; see the page on object storage"
+        )
     if isinstance(error, ImportError):
         return storage_problem(request, what, "install the package that fsspec needs for this kind of URL")
     if _is_full(found):
@@ -156,7 +158,7 @@ def _credentials_error(found: _ClientError, request: StoreRequest, options: Stor
             request, f"there is no profile {profile!r} in ~/.aws", "correct storage.profile or AWS_PROFILE"
         )
     if found.names & _CREDENTIALS_FAIL:
-        what = f"credentials can't be had ({type(found.error).__name__})"
+        what = f"no credentials could be obtained ({type(found.error).__name__})"
         return storage_problem(request, what, "log in again, or check ~/.aws")
     if found.code in _ACCESS_DENIED_CODES or found.status in (401, 403) or isinstance(found.error, PermissionError):
         return _access_denied(request)
@@ -175,7 +177,7 @@ def _access_denied(request: StoreRequest) -> StorageError:
         source = s3_location(request.source_url)
         what += f", and s3:GetObject on {source.bucket}/{source.key}"
     elif permission == "s3:GetObject":
-        # Without it S3 answers 403 and not 404 for what is not there.
+        # Without it S3 answers 403 instead of 404 for a missing object.
         remedy += f"; without s3:ListBucket on {bucket} this can also mean that the object does not exist"
     return storage_problem(request, what, remedy)
 
@@ -212,7 +214,7 @@ def _connection_error(found: _ClientError, request: StoreRequest, options: Stora
 
 
 def _error_text(found: _ClientError) -> str:
-    """What the server said, or else what the library did."""
+    """The server's own sentence, or else what the library did."""
     error, status = found.error, found.status
     response = getattr(error, "response", None)
     answer = response.get("Error", {}) if isinstance(response, dict) else {}

@@ -1,7 +1,7 @@
-"""What object stores raise: errors for people, and the words of those that the stores themselves find.
+"""The exceptions of object stores, and the messages of problems that the stores find themselves.
 
-Errors of client libraries become these in error_messages.py. No message may hold a credential: URLs have none by their
-normal form (urls.py), and every `Problem` is scrubbed (`raymoe.safe_text`).
+error_messages.py turns errors of client libraries into these. No message may hold a credential: normalised URLs have
+none (urls.py), and every `Problem` is scrubbed (`raymoe.safe_text`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from raymoe.errors import Problem, ProblemReport
 
 
 class StorageError(ProblemReport):
-    """An object store can't do what it was asked for, and waiting did not help."""
+    """An object store can't do a request, and retries did not help."""
 
     exit_code = 1
 
@@ -22,15 +22,15 @@ class ObjectMissing(StorageError):
 
 
 class ObjectExists(StorageError):
-    """There is an object where none was to be."""
+    """An object exists where a new one was to be written."""
 
 
 class ObjectChanged(StorageError):
-    """An object is not the one that was planned with."""
+    """An object is not the one that the merge was planned with."""
 
 
 class UploadNotFound(StorageError):
-    """A multipart upload was aborted, or completed as something else, or never was."""
+    """A multipart upload was aborted, completed as something else, or never existed."""
 
 
 class BucketMissing(StorageError):
@@ -39,7 +39,7 @@ class BucketMissing(StorageError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreRequest:
-    """What a store was asked for. `operation` is the client's name of the call, as in `get_object`."""
+    """A request to a store. `operation` is the client's name of the call, as in `get_object`."""
 
     operation: str
     url: str
@@ -49,32 +49,32 @@ class StoreRequest:
 def storage_problem(
     request: StoreRequest, what: str, remedy: str, kind: type[StorageError] = StorageError
 ) -> StorageError:
-    """The error of one problem of what was asked."""
+    """The error for one problem of a request."""
     return kind([Problem(where=request.url, what=what, remedy=remedy)])
 
 
 def object_changed_error(request: StoreRequest, how: str) -> StorageError:
-    """The error for an object (the source of a copy, where there is one) that is another than was planned with."""
+    """The error for an object (or the source of a copy) that is not the one that the merge was planned with."""
     which = f"the source {request.source_url}" if request.source_url else "the object"
-    what = f"{which} is no longer what was planned with: {how}"
+    what = f"{which} is no longer what the merge was planned with: {how}"
     return storage_problem(request, what, "run the merge again when the object no longer changes", ObjectChanged)
 
 
 def object_exists_error(url: str) -> StorageError:
-    """The error for something in the way of an object that was to be new."""
+    """The error for an existing object where a new one was to be written."""
     what, remedy = "there is an object of this name already", "choose another output, or allow overwriting"
     return ObjectExists([Problem(where=url, what=what, remedy=remedy)])
 
 
 def object_replaced_error(url: str) -> StorageError:
-    """The error for an object that is another a moment after it was written."""
+    """The error for an object that was replaced right after it was written."""
     what = "the object was replaced as soon as it had been written, by another run or another program"
     remedy = "run the same command again, and nothing else that writes to this output"
     return StorageError([Problem(where=url, what=what, remedy=remedy)])
 
 
 def wrong_size_error(url: str, size: int | None, expected: int) -> StorageError:
-    """The error for an object that is not the sum of its parts."""
+    """The error for an object with another size than the sum of its parts."""
     found = "it is not there" if size is None else f"it has {size} bytes"
     what = f"the object was assembled from {expected} bytes in parts, but {found}"
     remedy = "run the same command again when nothing else writes to this place; else don't use this store"

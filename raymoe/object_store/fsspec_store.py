@@ -1,8 +1,8 @@
 """Any file system that fsspec knows (gs://, az://, memory://, https://, ...) as a plain `ObjectStore`.
 
-What fsspec promises for all of them is less than what S3 does: no condition travels with a request, so whether an
-object changed is asked after reading it, and 'only if absent' is as strong as the file system's own `mode="create"`,
-after a look. Credentials are those that each file system finds by itself.
+fsspec guarantees less for all of them than S3 does. No condition is sent with a request, so whether an object changed
+is checked after it is read. 'Only if absent' is a check, and then the file system's own `mode="create"`, which is as
+strong as that file system makes it. Each file system finds credentials itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, S
 
 _T = TypeVar("_T")
 
-# Where folders exist apart from what is in them.
+# File systems in which folders exist even if they are empty.
 _WITH_FOLDERS = frozenset({"file", "local", "memory", "sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp"})
 _COPY_BYTES = 8 << 20
-# Whose listing is empty where the server was not reached.
+# File systems that list nothing if the server was not reached.
 _HIDES_MISSING = frozenset({"http", "https"})
-# What file systems call a value that changes with the content, the best first.
+# Names of a value that changes with the content, the best first.
 _ETAG_KEYS = (
     "ETag",
     "etag",
@@ -79,7 +79,7 @@ class FsspecStore:
                 size = filesystem.info(path).get("size")
                 if size is not None and size < end:
                     raise Mismatch(f"it has {size} bytes, and at least {end} were expected")
-                raise ShortRead(f"the store sent {len(data)} bytes, and {end - start} were asked for")
+                raise ShortRead(f"the store sent {len(data)} bytes, but {end - start} were requested")
             if etag is not None and (now := _etag(filesystem.info(path))) != etag:
                 raise Mismatch(f"its ETag or time is another ({now})")
             return data
@@ -115,7 +115,7 @@ class FsspecStore:
                 _raise_if_unreachable(error.__cause__)
                 return []
             prefix = path.rstrip("/") + "/"
-            # A file of this very name is 'found' in itself.
+            # A file of this very name is listed as its own content.
             entries = [
                 ObjectEntry(name=name.removeprefix(prefix), size=info.get("size") or 0, etag=_etag(info))
                 for name, info in found.items()
@@ -140,7 +140,7 @@ class FsspecStore:
                     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 _write_object(filesystem, path, data, only_if_absent=only_if_absent)
             except FileExistsError:
-                # Our own, where an earlier try got through and its answer did not.
+                # It is our own if an earlier try succeeded and its reply was lost.
                 if tries == 1 or filesystem.cat_file(path) != data:
                     raise
             info = filesystem.info(path)
@@ -166,8 +166,8 @@ class FsspecStore:
         delete_each(self, urls)
 
     def move(self, url: str, to: str, size: int) -> ObjectInfo:
-        """Give a file of `size` bytes another name, in place of what has it. In one step where the file system renames;
-        else the store copies it, or, if it can do neither, this process."""
+        """Rename a file of `size` bytes, and replace any file at the new name. In one step if the file system can
+        rename; else the store copies it, or, if it can do neither, this process."""
         tries = 0
 
         def rename() -> ObjectInfo:
@@ -180,7 +180,7 @@ class FsspecStore:
                     filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
                 _rename(filesystem, path, target)
             except FileNotFoundError:
-                # An earlier try got through, and its answer did not?
+                # Did an earlier try succeed, and its reply get lost?
                 if tries == 1 or not filesystem.exists(target):
                     raise
             info = filesystem.info(target)
@@ -193,7 +193,7 @@ class FsspecStore:
     def _open(self, url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
-        # Cheap: fsspec keeps the instances.
+        # Cheap: fsspec caches the instances.
         filesystem, path = url_to_fs(url, use_listings_cache=False)
         return filesystem, str(path)
 
@@ -209,7 +209,8 @@ def _write_object(filesystem: Any, path: str, data: bytes, *, only_if_absent: bo
         try:
             filesystem.pipe_file(path, data, mode="create")
             return
-        except (NotImplementedError, ValueError):  # a file system without such a mode: the look before has to do
+        # a file system without such a mode: the check before has to be enough
+        except (NotImplementedError, ValueError):
             pass
     filesystem.pipe_file(path, data, mode="overwrite")
 
@@ -217,10 +218,10 @@ def _write_object(filesystem: Any, path: str, data: bytes, *, only_if_absent: bo
 def _rename(filesystem: Any, path: str, target: str) -> None:
     from fsspec import AbstractFileSystem
 
-    if type(filesystem).mv is not AbstractFileSystem.mv:  # fsspec's own copies, after many looks
+    if type(filesystem).mv is not AbstractFileSystem.mv:  # fsspec's own generic move would copy, after many requests
         try:
             filesystem.mv(path, target)
-        except FileExistsError:  # not all file systems replace what has the name
+        except FileExistsError:  # not all file systems replace an existing file
             filesystem.rm_file(target)
             filesystem.mv(path, target)
         return
@@ -234,13 +235,13 @@ def _rename(filesystem: Any, path: str, target: str) -> None:
 
 
 def _raise_if_unreachable(error: BaseException | None) -> None:
-    """Raise what a file system takes for a missing file, and is a server that was not reached or is out of order."""
+    """Raise if a file system reports a missing file, but its server was not reached or is failing."""
     if isinstance(error, Exception) and classify_error(error) is not FailureKind.PERMANENT:
         raise error
 
 
 def _etag(info: Mapping[str, Any]) -> str | None:
     value = next((info[key] for key in _ETAG_KEYS if info.get(key) is not None), None)
-    # Some tell a time once as a number and once as a datetime.
+    # Some give a time as a number in one call and as a datetime in another.
     value = value.timestamp() if isinstance(value, datetime) else value
     return None if value is None else str(value).strip('"')

@@ -1,4 +1,4 @@
-"""Kinds of places. The text of a place is looked at here, once; all other code compares kinds.
+"""Kinds of locations. A location's text is parsed here, once; all other code compares kinds.
 
 text that a user gives --Location.parse--> Location(text, kind)      outputs, results, checkpoints
 SourceFile.location    --LocationKind.of--> SourceFile.kind          when the file is found
@@ -19,7 +19,7 @@ from raymoe.object_store.urls import check_spelling, is_s3, is_url, local_path, 
 
 
 class LocationKind(Enum):
-    """What a place is in, and so how it is read and written."""
+    """The kind of a location, which decides how it is read and written."""
 
     LOCAL = "local"
     S3 = "s3"
@@ -28,7 +28,7 @@ class LocationKind(Enum):
 
     @classmethod
     def of(cls, text: str) -> LocationKind:
-        """The kind of a path or URL, also of one that is not in normal form. Raises nothing."""
+        """The kind of a path or URL, also of one that is not in normal form. Never raises."""
         if is_s3(text):
             return cls.S3
         if is_url(text):
@@ -48,7 +48,7 @@ class LocationKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place that a user names: an absolute path, or a URL in normal form, which holds no credentials."""
+    """A location that a user names: an absolute path, or a URL in normal form, which holds no credentials."""
 
     text: str
     kind: LocationKind
@@ -58,7 +58,7 @@ class Location:
 
     @classmethod
     def parse(cls, text: str | Path) -> Location:
-        """A place as a user names it. A file:// URL becomes the path that it stands for.
+        """Parse a location as a user writes it. A file:// URL becomes its path.
 
         Args:
             text: a path, relative to the working directory or with '~' for the home folder, or a URL.
@@ -87,14 +87,14 @@ class Location:
 
     @property
     def is_web_address(self) -> bool:
-        """Whether it is read by HTTP, which can't write."""
+        """Whether it is read by HTTP, and so can't be written to."""
         return split_url(self.text)[0] in ("http", "https")
 
     def join(self, name: str) -> Location:
-        """The place of a file in this folder; `name` has '/' for subfolders."""
+        """The location of a file in this folder; `name` has '/' for subfolders."""
         return Location(f"{self.text.rstrip('/')}/{name}", self.kind)
 
 
 def is_relative(text: str) -> bool:
-    """Whether a place as a user names it depends on the working directory or the home folder."""
+    """Whether a location as a user writes it depends on the working directory or the home folder."""
     return not is_url(text) and not Path(text).is_absolute()

@@ -1,4 +1,4 @@
-"""An object as a file to read from start to end or by seeking; each read is one request for that range."""
+"""Reads an object as a file, from start to end or with seeks; each read is one range request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ObjectFile(io.RawIOBase):
-    """The object at a normalised URL, as it is when this is made: a change afterwards is an error.
+    """The object at a normalised URL, as it is when this is created: a later change raises an error.
 
     For small reads wrap it in `io.BufferedReader`. Raises StorageError.
     """

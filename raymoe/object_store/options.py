@@ -1,7 +1,7 @@
-"""How to reach an object store. Plain data: it is pickled to actors and may be shown and recorded anywhere.
+"""Options for reaching an object store. Plain data: it is pickled to actors and may be shown and recorded anywhere.
 
-There is deliberately no field for a key, a secret or a token. Each process finds credentials itself where every tool of
-its cloud looks for them (environment, ~/.aws, an instance's role), so none can leak into a job record or a message.
+There is deliberately no field for a key, a secret or a token. Each process finds credentials where all tools of its
+cloud look for them (environment, ~/.aws, an instance's role), so none can leak into a job record or a message.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from raymoe.object_store.urls import check_no_secrets
 
 _CHECKSUMS = (None, "sha256")
 _MAX_REQUESTS = 10_000
-_COPIES, _MOST_COPIES = 64, 128  # at first, and at most; a copy keeps a server busy and this process not
-_MAX_SECONDS = 10**9  # larger ones are no times that a system's timers take
+_COPIES, _MOST_COPIES = 64, 128  # initial and maximum; a copy keeps the server busy, not this process
+_MAX_SECONDS = 10**9  # the limit of system timers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageOptions:
-    """What is None comes from the usual environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION,
-    AWS_PROFILE) and ~/.aws/config.
+    """Options of an object store. None means: from the usual environment (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL,
+    AWS_REGION, AWS_PROFILE) and ~/.aws/config.
 
-    `max_requests` is how many requests a process has under way at once. `max_copies` is the same for copies that the
-    store makes itself, on each node; None: 64 at first, fewer where the store asks for it, and up to 128 while copies
-    take no longer than at first. `read_timeout_s` is how long a server may stay
-    silent; `deadline_s` bounds one call altogether, with all its retries. `checksum` is what a finished output is
-    checked with by reading it back (None: sizes and part digests only). `anonymous` sends no credentials, for public
-    buckets.
+    `max_requests`: concurrent requests per process. `max_copies`: concurrent server-side copies per node; None: 64 at
+    first, fewer if the store asks for it, and up to 128 while copies take no longer than at first. `read_timeout_s`:
+    how long a server may stay silent. `deadline_s`: limit for one call with all its retries. `checksum`: how a finished
+    output is checked by reading it back (None: sizes and part digests only). `anonymous` sends no credentials, for
+    public buckets.
     """
 
     endpoint: str | None = None
@@ -60,7 +59,7 @@ class StorageOptions:
             what = f"unknown checksum {self.checksum!r}"
             problems.append(_problem("checksum", what, "write sha256, or leave it out"))
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
-            # Not shown: somebody may have put credentials into it.
+            # The value is not shown: it may contain credentials.
             what, remedy = "the endpoint is not an http:// or https:// URL", "write https://host[:port]"
             problems.append(_problem("endpoint", what, remedy))
         elif self.endpoint is not None and ("@" in self.endpoint or "?" in self.endpoint):
@@ -72,12 +71,12 @@ class StorageOptions:
 
     @property
     def copy_slots(self) -> tuple[int, int]:
-        """Copies that a process has under way: at first, and at most."""
+        """Concurrent copies per process: initial and maximum."""
         return (_COPIES, _MOST_COPIES) if self.max_copies is None else (self.max_copies, self.max_copies)
 
 
 def _format_number(number: float) -> str:
-    """A number as text, unless it is an integer that is too long to be written."""
+    """A number as text, or a placeholder for an integer that is too long to print."""
     return f"{number}" if abs(number) < 2**64 or isinstance(number, float) else "this"
 
 

@@ -1,4 +1,4 @@
-"""The same call for many objects, several at a time."""
+"""Calls a method for many objects, several at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ CALLS_AT_ONCE = 8
 
 
 def delete_each(store: ObjectStore, urls: Iterable[str]) -> None:
-    """Delete objects with a request for each."""
+    """Delete objects with one request per object."""
     with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="delete") as pool:
         list(pool.map(store.delete, urls))

@@ -1,15 +1,13 @@
-"""The protocol that object stores are used through, and what it speaks of.
+"""The protocol of object stores, and its data types.
 
     ObjectStore       what every store can do: look, list, read a range, put a small object, delete
     MultipartStore    what S3 adds: objects assembled from parts that several processes upload or have copied
 
-Promises of every method:
-- Thread-safe; meant to be called from many threads at once. The store itself bounds the requests under way.
-- Transient failures are retried until the deadline of `StorageOptions`; what is raised then, or for anything that
-  waiting does not mend, is a `StorageError` (errors.py), with the special cases that callers tell apart as its
-  subclasses.
-- Idempotent: calling again after any failure, also after a reply that was lost, ends in the same state and the
-  same result.
+Guarantees of every method:
+- Thread-safe; may be called from many threads at once. The store limits the number of concurrent requests.
+- Transient failures are retried until the deadline of `StorageOptions`. After it, and for permanent failures, a
+  `StorageError` (errors.py) is raised; its subclasses are the cases that callers handle separately.
+- Idempotent: a repeated call after any failure, even after a lost reply, gives the same state and the same result.
 - URLs are normalised (urls.py), sizes are bytes, intervals half-open, ETags without their quotes.
 """
 
@@ -24,12 +22,12 @@ MIN_PART_BYTES = 5 << 20  # of each part but the last
 MAX_PART_BYTES = 5 << 30
 MAX_PARTS = 10_000
 MAX_OBJECT_BYTES = 5 << 40
-MAX_DELETED_AT_ONCE = 1000  # with a request
+MAX_DELETED_AT_ONCE = 1000  # per request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """An object as it is now. `etag` changes with the content; it is no content hash. `metadata` is the writer's."""
+    """An object's current state. `etag` changes with the content; it is no content hash. `metadata` is the writer's."""
 
     size: int
     etag: str | None = None
@@ -47,7 +45,7 @@ class ObjectEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadedPart:
-    """A part that the store has: what completing an upload needs, and is checked against."""
+    """A part that the store has. It is needed to complete an upload, and is checked then."""
 
     number: int
     etag: str
@@ -71,64 +69,64 @@ class StoreCounters:
     throttled: int = 0
     bytes_read: int = 0
     bytes_sent: int = 0
-    bytes_copied: int = 0  # by the server itself
+    bytes_copied: int = 0  # server-side
 
 
 class ObjectStore(Protocol):
-    """One object store, seen from one process."""
+    """One object store, as one process uses it."""
 
     @property
     def counters(self) -> StoreCounters:
-        """A snapshot."""
+        """A snapshot of the counters."""
 
     def stat(self, url: str) -> ObjectInfo | None:
         """The object, or None if there is none. A missing bucket is an error, not None."""
 
     def read(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
-        """Exactly the bytes [start, end). With `etag`, ObjectChanged if the object is another by now."""
+        """Exactly the bytes [start, end). With `etag`, raises ObjectChanged if the object is another one now."""
 
     def read_into(self, url: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
-        """The same, into memory of the caller: what is read is held once and not twice."""
+        """The same, into the caller's memory, which avoids a second copy of the bytes."""
 
     def read_all(self, url: str) -> bytes:
-        """A whole small object. ObjectMissing if there is none."""
+        """A whole small object. Raises ObjectMissing if there is none."""
 
     def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
-        """All objects in the folder `url`, by name; without `recursive` those in its subfolders are left out.
+        """All objects in the folder `url`, by name; without `recursive`, objects in its subfolders are left out.
 
-        Empty where there is nothing; a missing bucket is an error.
+        Empty if there are none; a missing bucket is an error.
         """
 
     def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         """Write a small object as a whole.
 
-        With `only_if_absent`, ObjectExists if there is one that was not written by this very call.
+        With `only_if_absent`, raises ObjectExists if there is one that this very call did not write.
         """
 
     def delete(self, url: str) -> None:
-        """Delete an object; done if there is none."""
+        """Delete an object; succeeds if there is none."""
 
     def delete_all(self, urls: Sequence[str]) -> None:
-        """Delete objects of one bucket in any order, as many with a request as the store takes."""
+        """Delete objects of one bucket in any order, as many per request as the store allows."""
 
 
 class MultipartStore(ObjectStore, Protocol):
     """S3's multipart uploads.
 
-    An upload is invisible until it is completed, and then visible at once as a whole. Parts are numbered 1 to 10,000,
-    of 5 MiB to 5 GiB except the last. Sending a part of the same number again replaces it. Parts may come from any
-    process that has the upload's id.
+    An upload is invisible until it is completed, and then the whole object is visible at once. Parts are numbered 1 to
+    10,000, of 5 MiB to 5 GiB except the last. Sending a part of the same number again replaces it. Parts may come from
+    any process that has the upload's id.
     """
 
     def create_upload(self, url: str, metadata: Mapping[str, str] | None = None) -> str:
         """Begin an upload and return its id. `metadata` becomes the object's: put an id of the run into it.
 
-        The one call that is not idempotent: where its reply is lost, an upload stays open that nobody knows;
-        `list_uploads` finds it.
+        This is the only call that is not idempotent: if its reply is lost, an open upload remains with an id that no
+        process has; `list_uploads` finds it.
         """
 
     def upload_part(self, url: str, upload_id: str, number: int, data: bytes | bytearray | memoryview) -> UploadedPart:
-        """Send one part. What the store says it got is compared with what was sent."""
+        """Send one part. The store's checksum of it is compared with the sent bytes."""
 
     def copy_part(
         self,
@@ -140,30 +138,31 @@ class MultipartStore(ObjectStore, Protocol):
         end: int,
         source_etag: str | None = None,
     ) -> UploadedPart:
-        """Have the store copy bytes [start, end) of another of its objects as a part; ObjectChanged as in `read`.
+        """Have the store copy bytes [start, end) of another of its objects as a part; raises ObjectChanged as in
+        `read`.
 
-        Not every server keeps the condition: call `check_copied` when all is copied."""
+        Not every server honors the condition: call `check_copied` after the last copy."""
 
     def check_copied(self, url: str, source_url: str, end: int, source_etag: str | None = None) -> None:
-        """Look at an object that parts of `url` have been copied from, up to `end`; ObjectChanged as in `read`."""
+        """Check an object that parts of `url` were copied from, up to `end`; raises ObjectChanged as in `read`."""
 
     def complete_upload(
         self, url: str, upload_id: str, parts: Sequence[UploadedPart], *, metadata: Mapping[str, str] | None = None
     ) -> ObjectInfo:
-        """Make the object of its parts, in the order of their numbers, and check that it is made of them.
+        """Assemble the object from its parts, in the order of their numbers, and check that it is made of them.
 
-        The ETag of the answer shows it where the server's ETags are those that S3 makes of the parts'; else the object
-        is looked at.
+        If the server computes ETags as S3 does, the reply's ETag shows this; otherwise the object is checked.
 
-        `metadata` is what `create_upload` was given. Where the upload is no longer there, an object of the right size
-        and metadata counts as this upload, completed earlier; else UploadNotFound.
+        `metadata` is the argument of `create_upload`. If the upload does not exist any more, an object with the right
+        size and metadata counts as this upload, completed earlier; otherwise UploadNotFound is raised.
         """
 
     def abort_upload(self, url: str, upload_id: str) -> None:
-        """Drop an upload and its parts; done if there is none."""
+        """Drop an upload and its parts; succeeds if there is none."""
 
     def list_uploads(self, url: str) -> Sequence[OpenUpload]:
-        """All open uploads of objects in the folder `url`, and of `url` itself; whoever began them."""
+        """All open uploads of objects in the folder `url`, and of `url` itself, also those that other programs
+        began."""
 
     def list_parts(self, url: str, upload_id: str) -> Sequence[UploadedPart]:
-        """The parts that an open upload has so far, by number. UploadNotFound if it is not open."""
+        """The parts that an open upload has so far, by number. Raises UploadNotFound if it is not open."""

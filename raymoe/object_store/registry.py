@@ -1,4 +1,4 @@
-"""The stores of this process: one for each scheme, options and environment."""
+"""The object stores of this process: one per scheme, options and environment."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _stores_lock = threading.Lock()
 
 
 def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
-    """The store that a normalised URL lies in: a MultipartStore (`S3Store`) for s3://, another for the rest.
+    """The store of a normalised URL: a MultipartStore (`S3Store`) for s3://, another one for other schemes.
 
-    One a process, options and AWS_* environment: connections, pacing and counters are shared. Building it
-    sends nothing.
+    There is one per process, options and AWS_* environment, so connections, pacing and counters are shared. Creating it
+    sends no request.
     """
     options = options or StorageOptions()
     scheme = "s3" if is_s3(url) else split_url(url)[0]
-    # With the process id: a forked child must not use its parent's connections. With the environment (hashed: it has
-    # credentials): what `options` leave open is decided there.
+    # The process id, since a forked child must not use its parent's connections. The environment (hashed: it holds
+    # credentials), since it decides whatever `options` leave open.
     environment = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
     key = (os.getpid(), scheme, options, environment)
     with _stores_lock:
@@ -33,7 +33,7 @@ def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
 
 
 def process_counters() -> StoreCounters:
-    """What this process has done through all its stores."""
+    """Totals of what this process has done through all its stores."""
     with _stores_lock:
         counters = [store.counters for key, store in _stores.items() if key[0] == os.getpid()]
     return StoreCounters(**{f.name: sum(getattr(each, f.name) for each in counters) for f in fields(StoreCounters)})

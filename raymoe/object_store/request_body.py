@@ -1,4 +1,4 @@
-"""The body of a request, for aiohttp to send any number of times and in pieces, so that it is not copied as a whole."""
+"""A request body that aiohttp can send any number of times, in pieces, without copying it as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PIECE_BYTES = 1 << 18
 
 
 class SentBody(Payload):
-    """Bytes that lie in memory."""
+    """Bytes in memory."""
 
     _value: memoryview
 

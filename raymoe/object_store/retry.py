@@ -1,11 +1,11 @@
-"""Which failures pass, how long to wait for it, and how many requests to have under way meanwhile.
+"""Retry policy: which failures are transient, how long to back off, and how many requests to keep in flight.
 
-    Retries.run(attempt) --> the result, or a Failure: the last error, for the caller to put into words
+    Retries.run(attempt) --> the result, or a Failure with the last error, which the caller explains
 
-One `Retries` a store and process. Every attempt takes a slot of the pacer. A failure that passes by itself (5xx, a
-reset, a timeout, a truncated body) is tried again after a random time that grows from try to try, until the call's
-deadline. A server that asks to slow down also halves the number of slots, which then come back one by one as requests
-succeed: additive increase, multiplicative decrease, as TCP does it.
+There is one `Retries` per store and process. Every attempt takes a slot of the pacer. A transient failure (5xx, a
+reset, a timeout, a truncated body) is retried after a random time that grows from try to try, until the call's
+deadline. A server that asks to slow down also halves the number of slots, which come back one by one as requests
+succeed: additive increase, multiplicative decrease, as in TCP.
 
 The client libraries' own retries are switched off, so that there is one policy, one deadline and one count.
 """
@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 _INITIAL_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 20.0
-_MIN_ATTEMPT_S = 0.5  # less is no time for an answer: the error would be that it was short
-_SLOWER = 1.25  # so much longer than at first, and a server has enough to do
+_MIN_ATTEMPT_S = 0.5  # less time is not enough for a reply: the error would be the short timeout itself
+_SLOWER = 1.25  # if requests take this many times as long as at first, the server is at its limit
 _THROTTLED_BACKOFF_S = 0.5  # the first wait after 'slow down'
 _TRIES_AT_FIRST_CONTACT = 4  # an endpoint that never answered is more likely misspelt than overloaded
 
@@ -36,14 +36,14 @@ _THROTTLE_CODES = frozenset(
     {"SlowDown", "SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "Throttling", "ThrottlingException"}
     | {"RequestLimitExceeded", "TooManyRequests", "BandwidthLimitExceeded", "RequestThrottled"}
 )
-# BadDigest and its like: the body was damaged on its way.
+# BadDigest and similar codes: the body was damaged in transfer.
 _TRANSIENT_CODES = frozenset(
     {"InternalError", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"}
     | {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 )
 _TRANSIENT_STATUS = frozenset({408, 500, 502, 504})
 _THROTTLE_STATUS = frozenset({429, 503})
-# Names and not classes: several HTTP libraries, none of which is imported here. A class counts with its bases.
+# Names instead of classes: there are several HTTP libraries, and this module imports none. Base classes count too.
 _TRANSIENT_ERRORS = frozenset(
     {"ClientPayloadError", "ClientConnectionError", "ServerDisconnectedError", "HttpProcessingError"}  # aiohttp
     | {"ConnectionClosedError", "ReadTimeoutError", "ConnectTimeoutError", "ResponseStreamingError"}  # botocore
@@ -58,11 +58,11 @@ _CONNECT_ERRORS = frozenset(
 
 
 class ShortRead(Exception):
-    """Fewer bytes, or others, than were asked for or sent."""
+    """Fewer bytes than requested or sent, or other ones."""
 
 
 class Mismatch(Exception):
-    """An object that is not the one that was asked for: shorter, or of another ETag. Waiting does not help."""
+    """An object that is not the requested one: shorter, or with another ETag. Waiting does not help."""
 
 
 class FailureKind(Enum):
@@ -75,7 +75,7 @@ class FailureKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call that was given up: for a reason that lasts, or at its deadline."""
+    """A call that was given up: after a permanent failure, or at its deadline."""
 
     error: Exception
     kind: FailureKind
@@ -84,15 +84,15 @@ class Failure:
 
 
 def error_code(error: BaseException) -> str:
-    """The code that an S3 server gave ('NoSuchKey'), or ''. Answers without a body give the status as their code."""
+    """The code that an S3 server gave ('NoSuchKey'), or ''. For replies without a body, the code is the status."""
     return str(_error_response(error).get("Code", ""))
 
 
 def error_status(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for, if it is of a kind that has one."""
+    """The HTTP status of an error, if its class has one."""
     response = getattr(error, "response", None)
     meta = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    # What gcsfs, adlfs and aiohttp call it.
+    # The attribute's names in gcsfs, adlfs and aiohttp.
     for value in (meta.get("HTTPStatusCode"), getattr(error, "status", None), getattr(error, "code", None)):
         if str(value).isdigit():
             return int(str(value))
@@ -114,8 +114,8 @@ def classify_error(error: BaseException) -> FailureKind:
 
 
 class Pacer:
-    """Slots for requests under way: `slots` at first, and up to `most` as long as requests take no longer than the
-    first ones did. Thread-safe."""
+    """Slots for concurrent requests: `slots` at first, and up to `most` while requests take no longer than the first
+    ones did. Thread-safe."""
 
     def __init__(self, slots: int, most: int | None = None):
         self._first, self._most, self._slots = float(slots), float(most or slots), float(slots)
@@ -142,7 +142,7 @@ class Pacer:
                 self._changed.notify_all()
 
     def succeeded(self, seconds: float) -> None:
-        """A request took so long: one more slot for as many successes as there are slots."""
+        """Report a request that took so long. After as many successes as there are slots, one slot is added."""
         with self._changed:
             self._note_time(seconds)
             limit = self._most if self._recent_s <= _SLOWER * self._usual_s else max(self._first, self._slots)
@@ -150,7 +150,7 @@ class Pacer:
             self._changed.notify_all()
 
     def _note_time(self, seconds: float) -> None:
-        """Keep what requests took at first, and what they take now: a server that says nothing may still be busy."""
+        """Note the duration of early and of current requests: a server may be overloaded without saying so."""
         self._successes += 1
         weight = max(1 / self._successes, 1 / self._first)
         self._recent_s += weight * (seconds - self._recent_s)
@@ -158,7 +158,7 @@ class Pacer:
             self._usual_s = self._recent_s
 
     def throttled(self, started_at: float) -> None:
-        """Halve the slots: once for all requests that were under way together."""
+        """Halve the slots: once for all requests that were in flight together."""
         with self._changed:
             if started_at > self._slowed_at:
                 self._slots = max(1.0, self._slots / 2)
@@ -177,7 +177,7 @@ class Retries:
 
     @property
     def counters(self) -> StoreCounters:
-        """What has been done so far."""
+        """Totals so far."""
         with self._lock:
             return self._counts
 
@@ -189,7 +189,7 @@ class Retries:
     def run(self, attempt: Callable[[float], T], host: str = "", *, pacer: Pacer | None = None) -> T | Failure:
         """The first result of `attempt(seconds left)`. Other exceptions than Exception pass through.
 
-        `host` is who is asked, where a store has several: one that never answered is given up soon. `pacer`: for
+        `host` is the server's name, if a store has several: one that never answered is given up soon. `pacer`: for
         requests that do not share the slots of the others.
         """
         pacer = pacer or self.pacer
@@ -222,8 +222,8 @@ class Retries:
                 self.count(throttled=1)
             if error_status(error) is not None:
                 self._hosts_reached.add(host)
-            # Not kept as the context of what is raised in the end: errors of client libraries carry whole answers,
-            # and an answer about a token that has expired carries the token.
+            # The error must not become the context of the final exception: errors of client libraries carry whole
+            # replies, and a reply about an expired token carries the token.
             return _Error(error)
         pacer.succeeded(time.monotonic() - started)
         self._hosts_reached.add(host)
@@ -244,7 +244,8 @@ def _is_connect_error(error: BaseException) -> bool:
 def _backoff_s(tries: int, kind: FailureKind, error: BaseException) -> float:
     first = _THROTTLED_BACKOFF_S if kind is FailureKind.THROTTLED else _INITIAL_BACKOFF_S
     longest = min(_MAX_BACKOFF_S, first * 2 ** min(tries - 1, 20))
-    # From a half on: no waiting at all would defeat the purpose, equal waits would bring all back at once.
+    # From half of the wait on: without a minimum the backoff would be useless, with equal waits all would retry at
+    # once.
     return max(_retry_after_s(error), random.uniform(longest / 2, longest))
 
 

@@ -1,10 +1,10 @@
-"""How requests to S3 are sent: one client a process, used from many threads.
+"""Sends requests to S3: one client per process, used from many threads.
 
     thread of the caller --run_coroutine_threadsafe--> fsspec's event loop --aiobotocore client--> endpoint
 
-s3fs builds the client (profiles, endpoints, roles, its end at exit) and owns the loop; requests are sent through the
-client itself, since what s3fs adds to one (own retries, errors without their codes, listings it remembers) is what has
-to be exact here. An `S3Client` may be held across a fork: the child builds a client of its own.
+s3fs builds the client (profiles, endpoints, roles, shutdown at exit) and owns the event loop. Requests are sent through
+the client itself, because s3fs adds behavior that must be controlled here (own retries, errors without codes, cached
+listings). An `S3Client` may be kept across a fork: the child builds its own client.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class S3Client:
         return outcome
 
     def send(self, store_request: StoreRequest, handle: ResponseHandler[_T], **arguments: Any) -> _T | Failure:
-        """Send `store_request.operation` until it succeeds or fails for good.
+        """Send `store_request.operation` until it succeeds or fails permanently.
 
-        `handle` makes the result of the answer, in the event loop; what it raises counts as a failure of the request.
-        Copies, for which this process waits only, have slots of their own.
+        `handle` makes the result from the reply, in the event loop; an exception from it counts as a failure of the
+        request. Server-side copies, during which this process only waits, have their own slots.
         """
 
         def attempt(seconds: float) -> _T:
@@ -58,7 +58,7 @@ class S3Client:
             try:
                 return future.result(seconds)
             finally:
-                future.cancel()  # of no effect on one that is done
+                future.cancel()  # no effect if it is done
 
         pacer = self.copy_pacer if store_request.operation == "upload_part_copy" else None
         return self.retries.run(attempt, pacer=pacer)
@@ -101,9 +101,9 @@ async def _request(filesystem: Any, operation: str, handle: ResponseHandler[_T],
 def _can_be_sent_again(request: Any, **_: Any) -> None:
     """Give aiohttp a body that it can send twice.
 
-    If a kept connection is lost before the answer, aiohttp sends a PUT again by itself. Some versions (3.12.15 and
-    3.14.3 were tried) read the body from where the first sending ended and send nothing: both sides wait for each
-    other until `read_timeout_s` is over.
+    If a kept connection is lost before the reply, aiohttp sends a PUT again by itself. Some versions (tested: 3.12.15
+    and 3.14.3) continue reading the body where the first attempt ended, and send nothing: then both sides wait until
+    `read_timeout_s` is over.
     """
     if isinstance(request.body, io.BytesIO):
         from raymoe.object_store.request_body import SentBody

@@ -1,7 +1,6 @@
-"""What an S3 server's answers have to hold for the call to count as done; and ETags.
+"""Checks an S3 server's replies before a call counts as done; computes ETags.
 
-Answers are the mappings of botocore. What is raised here is judged by retry.py: a ShortRead is tried again, a
-Mismatch lasts.
+Replies are botocore's mappings. retry.py decides about the exceptions: a ShortRead is retried, a Mismatch is permanent.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ async def read_body(response: S3Response, buffer: memoryview) -> None:
     finally:
         body.close()
     if done < len(buffer):
-        raise ShortRead(f"the store sent {done} bytes, and {len(buffer)} were asked for")
+        raise ShortRead(f"the store sent {done} bytes, but {len(buffer)} were requested")
 
 
 def check_response(response: S3Response, start: int, end: int, etag: str | None) -> None:
-    """Raise if the body to come is not the range that was asked for."""
+    """Raise if the body that follows is not the requested range."""
     try:
         if etag is not None and unquote_etag(response.get("ETag")) != etag:
             raise Mismatch("its ETag is another")
         content_range = response.get("ContentRange")
-        if content_range is None:  # a server that knows no ranges
+        if content_range is None:  # a server without range support
             if start != 0 or response["ContentLength"] != end:
                 raise ShortRead("the store ignores the range asked for")
             return
@@ -49,14 +48,14 @@ def check_response(response: S3Response, start: int, end: int, etag: str | None)
         if total.isdigit() and int(total) < end:
             raise Mismatch(f"it has {total} bytes, and at least {end} were expected")
         if sent != f"{start}-{end - 1}":
-            raise ShortRead(f"the store sent bytes {sent}, and {start}-{end - 1} were asked for")
+            raise ShortRead(f"the store sent bytes {sent}, but {start}-{end - 1} were requested")
     except Exception:
         response["Body"].close()
         raise
 
 
 def upload_check(data: bytes | bytearray) -> tuple[Callable[[S3Response], Awaitable[S3Response]], str]:
-    """What checks the answer to an upload of `data`, and the Content-MD5 to send with it."""
+    """The function that checks the reply to an upload of `data`, and the Content-MD5 to send with it."""
     digest = hashlib.md5(data, usedforsecurity=False)
 
     async def check(response: S3Response) -> S3Response:
@@ -70,10 +69,10 @@ def upload_check(data: bytes | bytearray) -> tuple[Callable[[S3Response], Awaita
 
 
 def matches_parts(info: ObjectInfo, parts: Sequence[UploadedPart], metadata: Mapping[str, str] | None) -> bool:
-    """Whether an object is what completing an upload of these parts, begun with this metadata, gives.
+    """Whether an object is the result of an upload of these parts, begun with this metadata.
 
-    Its ETag shows it where ETags are S3's. They are not with keys of KMS, or in stores that make up their own: there
-    the size and the metadata have to do. Stores that keep no metadata exist as well (the gateway of JuiceFS).
+    Where ETags are S3's, the object's ETag shows it. With KMS keys, or in stores with their own ETags, size and
+    metadata have to be enough. Some stores keep no metadata (the JuiceFS gateway).
     """
     if info.size != sum(part.size for part in parts):
         return False
@@ -83,7 +82,7 @@ def matches_parts(info: ObjectInfo, parts: Sequence[UploadedPart], metadata: Map
 
 
 def multipart_etag(parts: Sequence[UploadedPart]) -> str | None:
-    """The ETag that S3 gives to an object of these parts, if they are not encrypted with a key of KMS."""
+    """S3's ETag for an object made of these parts, unless they are encrypted with a KMS key."""
     if not all(is_md5(part.etag) for part in parts):
         return None
     joined = b"".join(bytes.fromhex(part.etag) for part in parts)

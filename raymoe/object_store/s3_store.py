@@ -1,16 +1,16 @@
-"""S3, and whatever speaks its language, as a `MultipartStore`. Requests are sent by s3_client.py.
+"""S3 and compatible servers as a `MultipartStore`. s3_client.py sends the requests.
 
-What servers promise and do not keep is checked here after the fact (seen with moto and the juicefs gateway):
-- Uploaded bytes: `Content-MD5` is sent, *and* the ETag that comes back is compared with it where it is an MD5.
-- Copied ranges: the source's ETag is a condition of the request, *and* `check_copied` looks it up after the copies,
-  with the source's size.
-- 'Only if absent': a condition of the request, *and* looked up before it. Between the two a server that ignores the
-  condition has a gap that nobody can close.
-- Finished uploads: the answer has the ETag that S3 makes of the parts' ETags. Where it has another, and for the first
-  upload of a process, the object is looked at too: it has to have the size of its parts, and the ETag of the answer.
+Some servers do not keep their guarantees (seen with moto and the JuiceFS gateway), so these are checked afterwards:
+- Uploaded bytes: `Content-MD5` is sent, *and* the ETag of the reply is compared with it if it is an MD5.
+- Copied ranges: the source's ETag is a condition of the request, *and* `check_copied` checks it after the copies, with
+  the source's size.
+- 'Only if absent': a condition of the request, *and* a check before it. If the server ignores the condition, a gap
+  between the two remains, which the client can't close.
+- Finished uploads: the reply has the ETag that S3 computes from the parts' ETags. If it has another, and for the first
+  upload of a process, the object is checked too: its size, and the ETag of the reply.
 
-Content-MD5 and not the SDK's default CRC32 trailers: every S3-compatible store knows it, it lets TLS connections go
-without a second hash of the body, and the same MD5 serves the comparison of ETags.
+Content-MD5 is used instead of the SDK's default CRC32 trailers: every S3-compatible store supports it, TLS connections
+then need no second hash of the body, and the same MD5 is compared with ETags.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from raymoe.object_store.s3_responses import (
 )
 from raymoe.object_store.urls import join_url, s3_location
 
-_PUT_TOKEN = "raymoe-put"  # metadata that tells a conditional put's own object from another's
+_PUT_TOKEN = "raymoe-put"  # metadata that identifies the object of a conditional put as this call's own
 
 
 class S3Store:
@@ -59,9 +59,9 @@ class S3Store:
 
     def __init__(self, options: StorageOptions):
         self._client = S3Client(options)
-        self._buckets: set[str] = set()  # seen to exist
+        self._buckets: set[str] = set()  # buckets that are known to exist
         self._deletes_many = True  # until the server refuses it
-        self._tells_s3_etags = False  # until an object was seen to have the ETag that the end of its upload has told
+        self._tells_s3_etags = False  # until an object had the ETag that the reply to its upload's completion gave
 
     @property
     def options(self) -> StorageOptions:
@@ -77,7 +77,7 @@ class S3Store:
         request = StoreRequest(operation="head_object", url=url)
         outcome = self._client.send(request, _identity, **_bucket_and_key(url))
         if isinstance(outcome, Failure):
-            # An answer to HEAD has no body, so neither a reason. A one-byte GET has.
+            # A reply to HEAD has no body, so it gives no reason. A one-byte GET does.
             probe: object = outcome
             if error_status(outcome.error) in (301, 400, 403) or s3_location(url).bucket not in self._buckets:
                 get = StoreRequest(operation="get_object", url=url)
@@ -87,7 +87,7 @@ class S3Store:
                     self._buckets.add(s3_location(url).bucket)
                     return None
                 raise storage_error(probe, request, self._client.options)
-            outcome = self._client.send(request, _identity, **_bucket_and_key(url))  # it came into being meanwhile
+            outcome = self._client.send(request, _identity, **_bucket_and_key(url))  # the object was created meanwhile
             if isinstance(outcome, Failure):
                 raise storage_error(outcome, request, self._client.options)
         self._buckets.add(s3_location(url).bucket)
@@ -131,7 +131,7 @@ class S3Store:
         found: list[ObjectEntry] = []
         for item in self._items("list_objects_v2", url, "Contents", query, ContinuationToken="NextContinuationToken"):
             name = item["Key"].removeprefix(prefix)
-            # Consoles make 'folders': empty objects whose name ends in '/'.
+            # Consoles create 'folders': empty objects with a name that ends in '/'.
             if name and not name.endswith("/"):
                 found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
         return sorted(found, key=lambda entry: entry.name)
@@ -150,7 +150,7 @@ class S3Store:
         sent = {"Body": data, "ContentMD5": md5, "Metadata": metadata, **condition}
         outcome = self._client.send(request, handle, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
-            # Was it an earlier try of this very call that got through, and whose answer was lost?
+            # Did an earlier try of this very call succeed, and its reply get lost?
             info = self.stat(url) if only_if_absent and error_status(outcome.error) == 412 else None
             if info is None or info.metadata.get(_PUT_TOKEN) != metadata[_PUT_TOKEN]:
                 raise storage_error(outcome, request, self._client.options)
@@ -165,19 +165,20 @@ class S3Store:
             raise storage_error(outcome, request, self._client.options)
 
     def delete_all(self, urls: Sequence[str]) -> None:
-        """Deletions that a request for many did not do are done one by one, which says what is wrong with them."""
+        """Delete many objects. Those that a multi-object request left are deleted one by one, which gives each
+        error."""
         for start in range(0, len(urls), MAX_DELETED_AT_ONCE):
             group = urls[start : start + MAX_DELETED_AT_ONCE]
             delete_each(self, group if len(group) == 1 or not self._deletes_many else self._not_deleted(group))
 
     def _not_deleted(self, urls: Sequence[str]) -> Sequence[str]:
-        """Those of some objects of one bucket that one request has not deleted."""
+        """The objects, of one bucket, that one request has not deleted."""
         by_key = {s3_location(url).key: url for url in urls}
         request = StoreRequest(operation="delete_objects", url=urls[0])
         delete = {"Objects": [{"Key": key} for key in by_key], "Quiet": True}
         outcome = self._client.send(request, _identity, Bucket=s3_location(urls[0]).bucket, Delete=delete)
         if isinstance(outcome, Failure):
-            self._deletes_many = False  # not every server knows the request, or the checksum that goes with it
+            self._deletes_many = False  # not every server supports the request, or its checksum
             return urls
         return [by_key[error["Key"]] for error in outcome.get("Errors", ()) if error.get("Key") in by_key]
 
@@ -242,7 +243,7 @@ class S3Store:
         sent = {"UploadId": upload_id, "MultipartUpload": {"Parts": listed}}
         outcome = self._client.send(request, _identity, **_bucket_and_key(url), **sent)
         if isinstance(outcome, Failure):
-            # Completed by an earlier try whose answer was lost, or by an earlier life of this run?
+            # Was it completed by an earlier try with a lost reply, or earlier in this run?
             if outcome.kind is FailureKind.PERMANENT and error_status(outcome.error) != 404:
                 raise storage_error(outcome, request, self._client.options)
             info = self.stat(url)
@@ -256,7 +257,7 @@ class S3Store:
         info = self.stat(url)
         if info is None or info.size != expected:
             raise wrong_size_error(url, info.size if info else None, expected)
-        # A server may tell this ETag here, and another kind or none when it is asked.
+        # A server may give this ETag here, and another kind or none when it is queried.
         if is_s3_etag and info.etag not in (None, etag):
             raise object_replaced_error(url)
         self._tells_s3_etags = is_s3_etag and info.etag == etag
@@ -275,7 +276,7 @@ class S3Store:
         return [
             OpenUpload(url=join_url(f"s3://{bucket}", item["Key"]), upload_id=item["UploadId"])
             for item in self._items("list_multipart_uploads", url, "Uploads", query, **markers)
-            # The prefix 'run' finds 'run2/...' too.
+            # The prefix 'run' matches 'run2/...' too.
             if not key or item["Key"] == key or item["Key"].startswith(f"{key}/")
         ]
 
@@ -290,7 +291,7 @@ class S3Store:
     def _items(
         self, operation: str, url: str, kind: str, query: Mapping[str, Any], **markers: str
     ) -> Iterator[Mapping[str, Any]]:
-        """What a listing has of a kind, page by page. `markers`: what the next request has of the answer before it."""
+        """One kind of item in a listing, page by page. `markers`: fields of a reply that the next request repeats."""
         page: Mapping[str, Any] = {}
         while not page or page.get("IsTruncated"):
             place = {name: page[of_page] for name, of_page in markers.items() if of_page in page}

@@ -1,15 +1,15 @@
 """URLs of objects and of folders of objects, as text in one normal form.
 
     s3://bucket/key/of/object      s3a:// means the same
-    gs://, memory://, https://...  whatever fsspec knows
+    gs://, memory://, https://...  any scheme that fsspec knows
     file:///absolute/path          a local path in other words; see `local_path`
 
-In normal form a URL has no trailing slash and no empty, '.' or '..' segment, so that equal places are equal strings. A
-key is taken literally: '%41' is not 'A', '+' is not a space. URLs hold no credentials and no queries: they end up in
-messages, plans and records. What is refused for that reason is refused without being repeated.
+In normal form a URL has no trailing slash and no empty, '.' or '..' segment, so that equal locations are equal strings.
+A key is taken literally: '%41' is not 'A', '+' is not a space. URLs hold no credentials and no queries, since they
+appear in messages, plans and records. If a URL is rejected for that reason, the message does not repeat it.
 
-A name such as s3:/bucket would be a folder called 's3:'. It is refused wherever a user names a place: it was meant as a
-URL. ./s3:/bucket is that folder.
+A name such as s3:/bucket would be a folder called 's3:'. It is rejected wherever a user names a location, because a URL
+was meant. ./s3:/bucket is that folder.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import NamedTuple
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9.\-]*)://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*")
 _AUTHORITY = re.compile(r"://([^/]*)")
-_ONE_SLASH = re.compile(r"\w:/[^/\s]*:[^/\s]*@")  # 's3:/KEY:SECRET@bucket', with a slash too few
-# Hub models are named by their id; hf:// is how *we* call a file of one (sources/hub.py).
+_ONE_SLASH = re.compile(r"\w:/[^/\s]*:[^/\s]*@")  # 's3:/KEY:SECRET@bucket', with one slash missing
+# Hub models are named by their id; hf:// is raymoe's own scheme for a file of one (sources/hub.py).
 _FOREIGN_SCHEMES = ("hf",)
-# Of those that fsspec knows, and Python's packages for them may not be installed.
+# Schemes of fsspec that may need Python packages that are not installed.
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf")
 _SCHEMES = (*_OBJECT_STORES, "file", "local", "memory")
-# What may stand where '://' should: 's3:/b', 's3:b', 's3//b', 's3;//b', 's3 ://b', and backslashes.
+# Misspellings of '://': 's3:/b', 's3:b', 's3//b', 's3;//b', 's3 ://b', and backslashes.
 _ALMOST_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*?)\s*(?P<sign>:[/\\]*|[;,.]*//)(?P<rest>.*)", re.DOTALL)
 _CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
 
@@ -40,14 +40,14 @@ class S3Location(NamedTuple):
 
 
 def split_url(text: str) -> tuple[str, str]:
-    """The scheme of a URL, in lower case, and what comes after its '://'; the scheme of a path is empty."""
+    """The scheme of a URL, in lower case, and the text after its '://'; the scheme of a path is empty."""
     text = text.strip()
     match = _SCHEME.match(text)
     return (match["scheme"].lower(), text[match.end() :]) if match else ("", text)
 
 
 def is_url(text: str) -> bool:
-    """Whether a path as a user writes it names something in an object store (or any other fsspec file system)."""
+    """Whether a path as a user writes it is a URL of an object store (or any other fsspec file system)."""
     return split_url(text)[0] not in ("", *_FOREIGN_SCHEMES)
 
 
@@ -79,7 +79,7 @@ def normalize_url(text: str) -> str:
 
 
 def check_spelling(text: str) -> None:
-    """Raise ValueError, with what to write, for a place that looks like a URL and is none that can be meant."""
+    """Raise ValueError, with a correction, for a location that looks like a URL but is not a valid one."""
     text = text.strip()
     check_no_secrets(text)
     match = _ALMOST_URL.match(text)
@@ -116,7 +116,7 @@ def _is_scheme(scheme: str) -> bool:
         return True
     from fsspec.registry import available_protocols, registry
 
-    return scheme in available_protocols() or scheme in registry  # the latter of this process
+    return scheme in available_protocols() or scheme in registry  # protocols registered in this process
 
 
 def _show_text(text: str) -> str:
@@ -124,14 +124,14 @@ def _show_text(text: str) -> str:
 
 
 def _hide_secrets(text: str) -> str:
-    """Text of a misspelt URL as it is shown: credentials and queries are not to be repeated."""
+    """The text of a misspelt URL for messages, without credentials and queries."""
     return "..." if "@" in text or "?" in text else text
 
 
 def check_no_secrets(text: str) -> None:
     """Raise ValueError, without repeating the text, if a URL in it has credentials or a query.
 
-    To be called before anything is made of text from outside: a secret key may itself hold '/', '+' and '@'.
+    Call it before any other use of text from outside: a secret key may itself contain '/', '+' and '@'.
     """
     if _ONE_SLASH.search(text):
         raise ValueError(f"a URL has one '/' after its scheme, and credentials in it; {_CREDENTIALS}")
@@ -164,6 +164,6 @@ def relative_name(url: str, folder: str) -> str:
 
 
 def local_path(url: str) -> str | None:
-    """The absolute path that a file:// URL stands for; None for any other."""
+    """The absolute path of a file:// URL; None for any other URL."""
     scheme, rest = split_url(url)
     return f"/{rest.lstrip('/')}" if scheme in ("file", "local") else None

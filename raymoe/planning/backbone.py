@@ -1,8 +1,8 @@
-"""What the backbone of a merge is made of: the base's attention, norms and embeddings, or those of the experts.
+"""Plans the backbone of a merge: the base's attention, norms and embeddings, or a combination with the experts'.
 
-A tensor of the backbone comes from the base, from one model (where all that count are one), or from a `Combination`. It
-is described in the layout and under the name that the base stores it with. So fused tensors, permuted heads and other
-names follow as they do for the base (`tensor_sources.base_tensors`), and prompts are read with the same tensors.
+A tensor of the backbone comes from the base, from one model (if all others that count have the same), or from a
+`Combination`. It is described by the base's layout and name for it. So fused tensors, permuted heads and renamed
+tensors work as they do for the base (`tensor_sources.base_tensors`), and prompts are read with the same tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raymoe.sources.facts import ModelFacts, TensorEntry
 from raymoe.tensor_names import EMBEDDING, HEAD
 
 _EMBEDDING_ROLES = ("embed", "lm_head")
-_NAMED = 3  # tensors of one note
+_NAMED = 3  # tensors per note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class Backbone:
     """The backbone of a merge.
 
     Attributes:
-        refs: The tensors that are not just the base's, by their names there.
-        used: The names of the tensors of each expert that have a part in it.
-        report: What displays say of it.
+        refs: The tensors that differ from the base's, by their names there.
+        used: The names of each expert's tensors that are part of it.
+        report: A description for displays.
     """
 
     refs: Mapping[str, WeightRef]
@@ -46,7 +46,7 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contribution:
-    """An expert's tensor that can stand beside the base's. `name` is what the expert calls it."""
+    """An expert's tensor that can be combined with the base's. `name` is its name in the expert."""
 
     owner: Owner
     name: str
@@ -55,7 +55,8 @@ class _Contribution:
 
 
 def group_of(row: TensorRow) -> str:
-    """Attention (or what a layer has in its place, with its own norms), norms, or embeddings and head."""
+    """The group of a tensor: attention (or the layer's substitute, with its own norms), norms, or embeddings and
+    head."""
     if row.role in _EMBEDDING_ROLES:
         return "embeddings"
     return "norms" if row.role.startswith("norm.") else "attention"
@@ -70,7 +71,7 @@ def plan_backbone(
     dtype: str,
     differing: Mapping[str, Collection[str]],
 ) -> Backbone:
-    """Decide for each tensor of the backbone what it is made of.
+    """Decide how each tensor of the backbone is made.
 
     Args:
         config: The config's `backbone`.
@@ -79,10 +80,10 @@ def plan_backbone(
         members: Experts and shared experts. Only experts count.
         architecture: The MoE architecture: it says whether heads are permuted.
         dtype: The output's dtype.
-        differing: By the label of a model, its tensors that are known to differ from the base's, as samples show.
+        differing: For each model's label, its tensors that are known to differ from the base's, as samples show.
 
     Returns:
-        The tensors that are not just the base's, and what is to be told.
+        The tensors that differ from the base's, and notes for the user.
     """
     planner = _BackbonePlanner(config, facts, spec, members, architecture, dtype)
     refs = planner.plan_refs() if config.is_merged else {}
@@ -100,7 +101,7 @@ def plan_backbone(
 
 @dataclass(slots=True)
 class _BackbonePlanner:
-    """Goes over the base's tensors once, which fills the last fields."""
+    """Visits the base's tensors once, which fills the last fields."""
 
     config: BackboneConfig
     facts: ModelFacts
@@ -110,7 +111,7 @@ class _BackbonePlanner:
     dtype: str
     used: dict[Owner, set[str]] = field(default_factory=dict)
     kept: int = 0
-    _remarks: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # place in the config and remark: tensors
+    _remarks: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (place in the config, remark) -> tensors
 
     def plan_refs(self) -> dict[str, WeightRef]:
         found = {}
@@ -136,7 +137,7 @@ class _BackbonePlanner:
 
     def _contributions(self, row: TensorRow, name: str, base: TensorEntry) -> Iterator[_Contribution]:
         for member, weight in self.experts():
-            # The head of a model that ties it is its embedding.
+            # In a model with tied embeddings, the head is the embedding.
             own_name = EMBEDDING if name == HEAD and member.spec.tied else name
             entry = member.facts.index.tensors.get(own_name)
             if obstacle := _obstacle(row, base, entry, member.spec, self.spec):
@@ -151,7 +152,8 @@ class _BackbonePlanner:
             yield _Contribution(owner=member.owner, name=own_name, ref=ref, weight=weight)
 
     def _combine(self, row: TensorRow, base: WeightRef, contributions: Sequence[_Contribution]) -> WeightRef:
-        """One tensor of them all; where they are one and the method leaves it as it is, that one."""
+        """One tensor from all contributions; if they are all the same and the method does not change it, that
+        tensor."""
         refs, method = tuple(each.ref for each in contributions), self.config.method
         if not refs or set(refs) == {base}:
             return base
@@ -180,7 +182,7 @@ class _BackbonePlanner:
         self._remarks.setdefault((_place(member), remark), []).append(name)
 
     def notes(self) -> Iterator[str]:
-        """What could not be merged, one line for each expert and reason."""
+        """What could not be merged, one line per expert and reason."""
         for (place, remark), names in self._remarks.items():
             yield f"{place}: {short_list(names, _NAMED)}: {remark}"
         if self.config.is_merged and any(member.is_shared for member in self.members):
@@ -194,7 +196,7 @@ def _place(member: Member) -> str:
 def _obstacle(
     row: TensorRow, base: TensorEntry, entry: TensorEntry | None, spec: DenseSpec, base_spec: DenseSpec
 ) -> str | None:
-    """Why an expert's tensor can't stand beside the base's; None if it can. Embeddings may have more or fewer rows."""
+    """Why an expert's tensor can't be combined with the base's; None if it can. Embeddings may differ in rows."""
     if spec.model_type != base_spec.model_type:
         return f"it is a {spec.model_type} model"
     if group_of(row) == "attention" and _head_sizes(spec) != _head_sizes(base_spec):
@@ -220,10 +222,10 @@ def _find_unused(
     used: Mapping[Owner, Collection[str]],
     differing: Mapping[str, Collection[str]],
 ) -> Iterator[UnusedBackbone]:
-    """What of each expert's backbone is not in the merge, as far as it is not the base's."""
+    """The tensors of each expert's backbone that are not in the merge, unless they equal the base's."""
     base = {name: weight_ref(facts, name) for row, _, name in spec.tensors() if not row.is_ffn}
     for member in members:
-        found: dict[str, bool] = {}  # by group, whether it is known to differ
+        found: dict[str, bool] = {}  # by group: whether it is known to differ
         known, names = differing.get(member.facts.label, ()), used.get(member.owner, ())
         for row, _, name in member.spec.tensors():
             if row.is_ffn or name in names or name not in member.facts.index.tensors:
@@ -240,7 +242,7 @@ def _find_unused(
 
 
 def _is_same(one: WeightRef, other: WeightRef) -> bool:
-    """Whether both are the same bytes of one file, or of two objects of one content."""
+    """Whether both are the same bytes of one file, or of two objects with equal content."""
     a, b = one.entry, other.entry
     of_one_content = a.file == b.file or (a.file.etag is not None and a.file.etag == b.file.etag)
     same = of_one_content and (a.file.size, a.dtype, a.start, a.end) == (b.file.size, b.dtype, b.start, b.end)
@@ -248,7 +250,7 @@ def _is_same(one: WeightRef, other: WeightRef) -> bool:
 
 
 def _differs(one: WeightRef, other: WeightRef | None) -> bool:
-    """Whether two weights differ by what headers and adapters say."""
+    """Whether headers and adapters show that two weights differ."""
     if other is None or one.entry.shape != other.entry.shape or one.entry.dtype != other.entry.dtype:
         return True
     return one.lora != other.lora and one.entry == other.entry

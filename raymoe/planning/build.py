@@ -49,7 +49,7 @@ from raymoe.sources.facts import ModelFacts, SideFile
 from raymoe.sources.folder_protocol import has_vocabulary
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 
-# Keys of the base's config.json that describe the dense model and would be wrong, or dead, in the MoE's.
+# Keys of the base's config.json that describe the dense model, and would be wrong or unused in the MoE's.
 _DROPPED_KEYS = frozenset(
     [
         "architectures",
@@ -84,8 +84,8 @@ def build_plan(
 ) -> MergePlan:
     """Plan a merge.
 
-    `facts` holds every model that `config` names, and `config` the prompts of its files (`sources.prompt_sampling`).
-    `differing` is as in `plan_backbone`, for the plan's report alone.
+    `facts` holds every model that `config` names, and `config` holds the prompts of its files
+    (`sources.prompt_sampling`). `differing` is as in `plan_backbone`, for the plan's report only.
     Raises ProblemReport with all problems found.
     """
     base_facts = facts[config.base_model]
@@ -141,12 +141,12 @@ def _plan_members(
 ) -> list[Member]:
     members = []
     said = {problem.what for problem in problems}
-    specs = [base] if base is not None else []  # one of each kind: members share the tables of their tensors
+    specs = [base] if base is not None else []  # one per kind: members share their tensor tables
     for kind, key in CONFIG_KEYS.items():
         for number, expert in enumerate(getattr(config, key)):
             model = facts[expert.source_model]
             spec, found = load_spec(model, f"{key}[{number}].source_model")
-            # What is wrong with a type of models is said once.
+            # A problem of a model type is reported once.
             problems += [problem for problem in found if problem.what not in said]
             said.update(problem.what for problem in found)
             if spec is not None:
@@ -253,9 +253,9 @@ def _assemble(
 
 
 def _output_dtype(config: MergeConfig, base: ModelFacts) -> str:
-    """The config's dtype; else what the base's config.json says; else what most of its bytes are.
+    """The config's dtype; else the dtype in the base's config.json; else the dtype of most of its bytes.
 
-    A word there that names no dtype of weights (`auto`, `int8`) counts as none.
+    An entry there that is not a dtype of weights (`auto`, `int8`) is ignored.
     """
     if config.dtype:
         return DTYPE_OF_NAME[config.dtype]
@@ -280,12 +280,12 @@ def _output_config(
 
 
 def _is_token_of(token: object, rows: int) -> bool:
-    """Whether an embedding of so many rows can be told that this is its padding; below zero, it counts from the end."""
+    """Whether an embedding with so many rows can have this padding index; negative ones count from the end."""
     return isinstance(token, int) and not isinstance(token, bool) and -rows <= token < rows
 
 
 def _moe_keys_in_dense(base_config: Mapping[str, Any], base: DenseSpec) -> list[str]:
-    """Keys of mixtures in the config.json of a dense model whose family has no such keys."""
+    """Keys of mixtures of experts in the config.json of a dense model, unless its family has such keys."""
     return sorted((MIXTURE_KEYS & base_config.keys()) - set(base.family.mixture_keys))
 
 
@@ -307,7 +307,7 @@ def _gate_plan(
     def needed(weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
         return {name: ref for name, ref in weights.items() if is_needed(name)}
 
-    # The base as it is in the merge.
+    # The base as the merge uses it.
     base_weights = needed(weight_refs(base_facts, base, backbone.refs)) if mode.needs_prompts else {}
 
     def prompts(member: Member) -> GatePrompts:

@@ -1,7 +1,7 @@
-"""Do these models fit together? Every check that configs and headers allow, all problems collected.
+"""Checks that models fit together, as far as configs and headers show it; all problems are collected.
 
-An expert gives its FFN and nothing else, so it must agree with the base in what an FFN is (widths, depth, activation);
-vocabulary, heads and RoPE may differ, and are warned about where the merged model would see a difference.
+An expert contributes its FFN only, so it must match the base in the FFN's properties (widths, depth, activation).
+Vocabulary, heads and RoPE may differ; a warning says where the merged model would behave differently.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
 from raymoe.tensor_names import HEAD
 
-_NAMED = 3  # of one config
-# Infinity is what these say where there is no limit: transformers writes `time_step_limit: [0.0, Infinity]`.
+_NAMED = 3  # per config
+# In these keys, infinity means that there is no limit: transformers writes `time_step_limit: [0.0, Infinity]`.
 _MAY_BE_INFINITE = ("_limit", "_limits")
 
 
 def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Problem]]:
-    """The model's spec, or why there is none. A head of its own counts, even if config.json ties it."""
+    """The model's spec, or the problems that prevent it. A separate head counts, even if config.json ties it."""
     result = read_spec(facts.config, facts.label)
     if isinstance(result, DenseSpec):
         return replace(result, tied=result.tied and not facts.own_head), []
@@ -32,20 +32,20 @@ def load_spec(facts: ModelFacts, where: str) -> tuple[DenseSpec | None, list[Pro
 
 
 def is_tied_by_config(facts: ModelFacts) -> bool:
-    """True if config.json says that the embedding is the output head, as its family's default or in words."""
+    """True if config.json ties the embedding to the output head, explicitly or by its family's default."""
     result = read_spec(facts.config, facts.label)
     return isinstance(result, DenseSpec) and result.tied
 
 
 def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes: bool) -> list[Problem]:
-    """Can this expert's FFN stand in for the base's?"""
+    """Problems that prevent this expert's FFN from replacing the base's."""
     problems = []
     if expert.model_type != base.model_type and not allow_crimes:
         what = f"model_type is {expert.model_type!r}, but the base's is {base.model_type!r}"
         remedy = "use models of one type, or --allow-crimes if their FFNs are meant to be alike"
         problems.append(Problem(where=where, what=what, remedy=remedy))
     elif expert.model_type != base.model_type and _ffn_names(expert) != _ffn_names(base):
-        what = f"a {expert.model_type} model stores its FFN otherwise than a {base.model_type} model"
+        what = f"a {expert.model_type} model stores its FFN differently from a {base.model_type} model"
         problems.append(Problem(where=where, what=what, remedy="use models of one type"))
     for key, name in (
         ("layers", "num_hidden_layers"),
@@ -63,12 +63,12 @@ def check_expert(base: DenseSpec, expert: DenseSpec, where: str, *, allow_crimes
 
 
 def _ffn_names(spec: DenseSpec) -> list[str]:
-    """Weights of an FFN, biases left out: whether those are there is told apart."""
+    """Names of an FFN's weights. Biases are left out: they are compared separately."""
     return [row.name for row in spec.rows() if row.is_ffn and not row.role.endswith(".bias")]
 
 
 def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]:
-    """Differences that the merged model does not carry, since the base's attention and embeddings rule."""
+    """Differences that are lost in the merged model, which has the base's attention and embeddings."""
     warnings = []
     if expert.model_type != base.model_type:
         warnings.append(
@@ -100,7 +100,7 @@ def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]
 
 
 def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: bool) -> list[Problem]:
-    """Is every tensor that is needed there, with the shape that the config promises, and nothing that no row names?"""
+    """Problems of missing tensors, shapes that differ from the config, and tensors that no row of the table names."""
     label = f"{where} ({facts.label})"
     expected = {name: (row, spec.shape_of(row)) for row, _, name in spec.tensors()}
     needed = {name: shape for name, (row, shape) in expected.items() if row.is_ffn or not ffn_only}
@@ -144,7 +144,8 @@ def _unmapped(facts: ModelFacts, spec: DenseSpec, known: object) -> list[str]:
 
 
 def find_non_finite(models: Mapping[str, ModelFacts]) -> Iterator[tuple[str, str]]:
-    """(where, what) for each number of `models`, by their place in the merge's config, that is none to compute with."""
+    """(where, what) for each number of `models`' configs that is NaN or infinite, by the model's place in the
+    config."""
     for place, facts in models.items():
         found = list(_non_finite(facts.config, ""))
         for key, value in found[:_NAMED]:

@@ -1,6 +1,6 @@
-"""The plan's digest: equal digests mean equal output bytes, so that an interrupted merge knows its own output again.
+"""The plan's digest: equal digests mean equal output bytes, so an interrupted merge can recognize its own output.
 
-The parts of uploads are in it too: a run goes on with the parts that an earlier one has sent.
+The digest covers the parts of uploads too: a run resumes with the parts that an earlier one has sent.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import GatePlan, Shard
 from raymoe.sources.facts import SideFile, SourceFile
 
-# Raise this when the same plan would give other bytes than before (another solver, another order of tensors).
+# Increase this if the same plan gives other bytes than before (another solver, another order of tensors).
 OUTPUT_FORMAT = 2
 
-# Names of classes and fields as they have always been in digests: unfinished and finished merges are known by them.
+# Names of classes and fields as they have always been in digests, which identify unfinished and finished merges.
 _DIGEST_NAMES = {"HeadPermutation": "HeadRows", "rotary_dim": "turned", "quantize": "quantise"}
-# Plans of before there were such things keep their digests.
+# Plans without these newer fields keep their digests.
 _LEFT_OUT_IF_NONE = frozenset({"whole", "magnitude", "heads", "content", "combined"})
-# A plan's text has hundreds of megabytes if it has 200,000 tensors. It is hashed in the pieces of its outer levels:
-# shard by shard, and member by member of the gates.
+# The text of a plan with 200,000 tensors has hundreds of megabytes. It is hashed in pieces by its outer levels: shard
+# by shard, and member by member of the gates.
 _LEVELS_IN_PIECES = 3
 
 
@@ -40,9 +40,9 @@ def plan_digest(
 ) -> str:
     """SHA-256 (hex) over everything that decides the output's bytes.
 
-    Weights count by location and range, local side files by their content too. What fields leave out of comparisons
-    (the stamps of files) is left out here. A `strict` plan has another digest than the same plan without: it must not
-    go on from shards whose numbers were not looked at.
+    Weights count by location and range, local side files by their content too. Fields that are excluded from
+    comparisons (the stamps of files) are excluded here. A `strict` plan has another digest than the same plan without:
+    it must not resume from shards with unchecked values.
     """
     content = {
         "format": OUTPUT_FORMAT,
@@ -62,14 +62,14 @@ def plan_digest(
 class _CanonicalTexts:
     """The canonical JSON text of values: keys sorted, no spaces, ASCII.
 
-    Thousands of tensors share a file, whose text is kept. A member's prompts are read with the same weights as those
-    of the member before it, or with the same backbone: so the texts of the last mapping are kept.
+    Thousands of tensors share a file, so its text is cached. A member's prompts are read with the same weights as those
+    of the member before it, or with the same backbone, so the texts of the last mapping are cached.
     """
 
     def __init__(self) -> None:
-        self._files: dict[int, str] = {}  # by the object's id: the plan holds the objects meanwhile
+        self._files: dict[int, str] = {}  # by the object's id, which is safe while the plan holds the objects
         self._last_mapping: tuple[object, str] = (None, "")
-        self._last_values: dict[int, str] = {}  # what that mapping held, by the object's id
+        self._last_values: dict[int, str] = {}  # texts of that mapping's values, by the object's id
         self._optional: dict[type, list[str]] = {}  # fields that are left out if they are None
         self._layouts: dict[tuple[type, tuple[str, ...]], tuple[str, list[str]]] = {}  # by class and fields left out
         self._texts: dict[type, Callable[[Any], str]] = {
@@ -83,7 +83,7 @@ class _CanonicalTexts:
         }
 
     def pieces(self, value: object, levels: int) -> Iterator[str]:
-        """The text of a value, where lists and objects of the outer `levels` come element by element."""
+        """The text of a value in pieces: lists and objects of the outer `levels` give one piece per element."""
         if levels and isinstance(value, (list, tuple)):
             yield "["
             for number, each in enumerate(value):
@@ -100,7 +100,7 @@ class _CanonicalTexts:
             yield self.text(value)
 
     def text(self, value: object) -> str:
-        """The text of a value as a whole."""
+        """The whole text of a value."""
         return self._texts.get(type(value), self._other)(value)
 
     def _list(self, value: Sequence[object]) -> str:
@@ -133,7 +133,7 @@ class _CanonicalTexts:
 
 
 def _layout(value: Any) -> tuple[str, list[str]]:
-    """The text of a dataclass with a %s for each value, and the fields that have the values."""
+    """The text of a dataclass with a %s for each value, and the fields of these values."""
     keys = _keys(value)
     members = {**dict.fromkeys(keys, "%s"), "kind": encode_basestring_ascii(_kind(value))}
     template = ",".join(f"{encode_basestring_ascii(key)}:{members[key]}" for key in sorted(members))
@@ -141,7 +141,7 @@ def _layout(value: Any) -> tuple[str, list[str]]:
 
 
 def _items(value: Any) -> list[tuple[str, object]]:
-    """What a mapping or dataclass holds, sorted by its keys in digests."""
+    """The content of a mapping or dataclass, sorted by its keys in digests."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda item: item[0])
     named = {key: getattr(value, field) for key, field in _keys(value).items()}

@@ -1,4 +1,4 @@
-"""The plan's own invariants, checked once, completely, on every plan that is made."""
+"""The plan's invariants. All of them are checked once, on every new plan."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""How a shard becomes an object: the parts of a multipart upload, chosen so that most bytes never pass a worker.
+"""Decides how a shard becomes an object: the parts of a multipart upload, chosen so that few bytes pass a worker.
 
-A part is either copied by the store itself from a source object (the bytes are unchanged and source and output are in
-one store), or sent by a worker. The store's rules: all parts but the last have at least 5 MiB, a part at most 5 GiB, an
-object at most 10,000 parts. So what lies between two copied ranges and is smaller than 5 MiB takes bytes of the range
-after it along, and the header at a shard's beginning takes the first bytes of the data.
+A part is either a server-side copy from a source object (if the bytes are unchanged, and source and output are in one
+store), or sent by a worker. The store's rules: all parts but the last have at least 5 MiB, a part at most 5 GiB, an
+object at most 10,000 parts. So a gap of less than 5 MiB between two copied ranges takes bytes of the range after it
+along, and the header at a shard's start takes the first bytes of the data.
 
-A shard of hundreds of gigabytes could have more such parts than an object may. Then longer parts are copied, of up to
-5 GiB. If there are too many even so, the shortest ranges are sent, as few of them as it takes.
+A shard of hundreds of gigabytes could have more such parts than an object may. Then longer parts are copied, of up to 5
+GiB. If there are still too many, the shortest ranges are sent, as few of them as possible.
 
 Limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 """
@@ -25,10 +25,10 @@ from raymoe.object_store.protocol import MAX_OBJECT_BYTES, MAX_PART_BYTES, MAX_P
 from raymoe.planning.plan import Copy, Part, Shard
 from raymoe.sources.facts import SourceFile
 
-COPY_PART_BYTES = 1 << 30  # usual copies: they run side by side and are repeated sooner than the largest possible
+COPY_PART_BYTES = 1 << 30  # usual copies: they run in parallel, and are cheaper to retry than the largest possible
 STREAM_PART_BYTES = 16 << 20
-# Raise this when the code below cuts a shard into other parts than before. A run goes on with an upload that another
-# version of raymoe may have begun, and must not mix two layouts in one object.
+# Increase this if the code below cuts a shard into other parts than before. A run may resume an upload that another
+# version of raymoe began, and must not mix two layouts in one object.
 _LAYOUT_FORMAT = 1
 _LAYOUT_FORMAT_OF_MANY_RANGES = 2  # the same for shards that may have more than MAX_PARTS ranges and gaps
 
@@ -65,7 +65,7 @@ class UploadPart:
         return self.end - self.start
 
     def overlaps(self, part: Part) -> bool:
-        """Whether it has bytes of that part of the shard."""
+        """Whether it contains bytes of that part of the shard."""
         return self.start < part.end and part.start < self.end
 
 
@@ -82,7 +82,7 @@ class _Region(NamedTuple):
 
 
 def spans(parts: Iterable[Part]) -> Iterator[Span]:
-    """The parts in order; copies whose source ranges touch are one span."""
+    """The parts in order; adjacent copies with adjacent source ranges are one span."""
     pending: Span | None = None
     for part in parts:
         span = Span(start=part.start, end=part.end, what=part)
@@ -98,9 +98,9 @@ def spans(parts: Iterable[Part]) -> Iterator[Span]:
 
 
 def _join_spans(left: Span, right: Span) -> Span | None:
-    """Both as one span, if they are copies of ranges that touch."""
+    """Both as one span, if they are copies of adjacent ranges."""
     a, b = left.what, right.what
-    if left.end != right.start:  # what lies between them is not asked for
+    if left.end != right.start:  # the bytes between them are not requested
         return None
     if isinstance(a, CopyRange) and isinstance(b, CopyRange) and a.file == b.file and a.end == b.start:
         return Span(start=left.start, end=right.end, what=CopyRange(a.file, a.start, b.end))
@@ -121,7 +121,7 @@ def upload_parts(shard: Shard, same_store: Callable[[SourceFile], bool]) -> tupl
 
 
 def upload_problems(shards: Iterable[Shard], where: str) -> list[Problem]:
-    """The shards that are too large for any object, as problems of the output `where`."""
+    """The shards that are too large for an S3 object, as problems of the output `where`."""
     return first_few(
         Problem(
             where=where,
@@ -135,7 +135,7 @@ def upload_problems(shards: Iterable[Shard], where: str) -> list[Problem]:
 
 
 def upload_layout(shards: Iterable[Shard]) -> tuple[int, ...]:
-    """All that decides, besides the shards, into which parts they are cut."""
+    """Everything besides the shards that decides how they are cut into parts."""
     layout = _LAYOUT_FORMAT_OF_MANY_RANGES if any(map(_may_exceed_parts, shards)) else _LAYOUT_FORMAT
     return layout, MIN_PART_BYTES, MAX_PART_BYTES, COPY_PART_BYTES, STREAM_PART_BYTES, MAX_PARTS
 
@@ -150,7 +150,7 @@ def _may_exceed_parts(shard: Shard) -> bool:
 
 
 def _stream_bytes(shard: Shard) -> int:
-    """The usual piece is small enough for memory; a giant shard gets larger ones, so as to stay within MAX_PARTS."""
+    """The size of sent parts: small enough for memory; larger for a giant shard, to stay within MAX_PARTS."""
     return max(STREAM_PART_BYTES, math.ceil(shard.nbytes / (MAX_PARTS // 2)))
 
 
@@ -162,8 +162,8 @@ def server_side_bytes(parts: Sequence[UploadPart]) -> int:
 def _fit(regions: Sequence[_Region], stream_bytes: int) -> tuple[list[_Region], int]:
     """The regions with which an upload has at most MAX_PARTS parts, and the largest part that is copied.
 
-    Copies of the usual size if they fit, else larger ones, else the shortest ranges are sent: of those of one length
-    the first, which have sent ranges beside them.
+    Copies have the usual size if they fit, else a larger one; else the shortest ranges are sent: among equal ones the
+    first, which are next to sent ranges.
     """
     merged = list(_merge_small_regions(regions))
     for copy_bytes in range(COPY_PART_BYTES, MAX_PART_BYTES + 1, COPY_PART_BYTES):
@@ -184,7 +184,7 @@ def _fit(regions: Sequence[_Region], stream_bytes: int) -> tuple[list[_Region], 
     def fits(count: int) -> bool:
         return _count_parts(without_shortest(count), stream_bytes, MAX_PART_BYTES) <= MAX_PARTS
 
-    # If all is sent, it fits.
+    # An upload with sent parts only always fits.
     fewest = bisect_left(range(len(by_length)), True, key=fits)
     return list(without_shortest(fewest)), MAX_PART_BYTES
 
@@ -194,7 +194,7 @@ def _count_parts(regions: Iterable[_Region], stream_bytes: int, copy_bytes: int)
 
 
 def _regions(shard: Shard, same_store: Callable[[SourceFile], bool]) -> Iterator[_Region]:
-    """Header and data as regions that are to be sent, or to be copied (of at least MIN_PART_BYTES)."""
+    """Header and data as regions to send, or to copy (of at least MIN_PART_BYTES)."""
     sent = _Region(0, len(shard.header), None)
     for span in spans(shard.parts):
         copy = span.what
@@ -210,7 +210,7 @@ def _regions(shard: Shard, same_store: Callable[[SourceFile], bool]) -> Iterator
 
 
 def _merge_small_regions(regions: Iterable[_Region]) -> Iterator[_Region]:
-    """Regions that are all large enough, but for the last: a small one takes from the copied range behind it."""
+    """Regions that are all large enough, except the last: a small one takes bytes from the copied range behind it."""
     pending: _Region | None = None  # to be sent
     for region in regions:
         if region.copy is None:
@@ -221,7 +221,7 @@ def _merge_small_regions(regions: Iterable[_Region]) -> Iterator[_Region]:
             continue
         missing = max(0, MIN_PART_BYTES - pending.nbytes)
         if region.nbytes - missing < MIN_PART_BYTES and missing:
-            pending = _Region(pending.start, region.end, None)  # what would be left is too small to be copied
+            pending = _Region(pending.start, region.end, None)  # the rest would be too small to copy
             continue
         cut = region.start + missing
         yield _Region(pending.start, cut, None)

@@ -1,4 +1,4 @@
-"""Owners: which models the bytes of a shard come from. This module alone knows the words that records have for them.
+"""Owners: which models the bytes of a shard come from. Only this module knows their names in records.
 
 base            the base model               experts          several experts
 expert 0, ...   one expert                   shared experts   several shared experts
@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class OwnerKind(Enum):
-    """The values are the words of records and messages."""
+    """The values are the names in records and messages."""
 
     BASE = "base"
     EXPERT = "expert"
@@ -40,13 +40,13 @@ class Owner:
 
     @classmethod
     def parse(cls, text: str) -> Owner | None:
-        """Read an owner of a record.
+        """Read an owner from a record.
 
         Args:
-            text: what `str` gives of an owner, such as `base` or `expert 0`.
+            text: the `str` of an owner, such as `base` or `expert 0`.
 
         Returns:
-            The owner; None if the text names none, which a record of another version may do.
+            The owner; None if the text is not one, which is possible in a record of another version.
 
         Example:
             >>> Owner.parse("expert 2")
@@ -65,7 +65,7 @@ class Owner:
 
 
 CONFIG_KEYS: Mapping[OwnerKind, str] = {OwnerKind.EXPERT: "experts", OwnerKind.SHARED: "shared_experts"}
-"""The config's lists of models, by the kind of owner that their entries are."""
+"""The config's lists of models, by the kind of owner of their entries."""
 
 BASE, ROUTER = Owner(OwnerKind.BASE), Owner(OwnerKind.ROUTER)
 ALL_EXPERTS, ALL_SHARED = Owner(OwnerKind.ALL_EXPERTS), Owner(OwnerKind.ALL_SHARED)

@@ -1,4 +1,5 @@
-"""A merge as data: what is written where, from which bytes. No tensors, no handles, nothing that can fail later.
+"""A merge as data: which bytes are written where, and from which sources. No tensors or handles; nothing can fail
+later.
 
     MergePlan
       .shards      Shard: one output file, its header final, its parts back to back
@@ -7,7 +8,7 @@
       .gates       GatePlan: which prompts are read by which model to make the router rows
       .side_files  small files taken over from the base byte for byte
 
-Everything but the router's values is known here, from configs and file headers, before one weight is read.
+Everything but the router's values is known here, from configs and file headers, before any weight is read.
 Sizes are bytes, intervals half-open.
 """
 
@@ -25,7 +26,7 @@ from raymoe.sources.facts import LoraPair, SideFile, SourceFile, TensorEntry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """What, besides the config, decides the bytes of the output."""
+    """The options, besides the config, that decide the bytes of the output."""
 
     max_shard_bytes: int = 5_000_000_000
     seed: int = 0
@@ -33,11 +34,11 @@ class MergeOptions:
     copy_tokenizer: bool = True
     model_card: bool = True
     quantize_gates: str | None = None  # None, "8bit" or "4bit": how the gate pass loads its weights
-    strict: bool = False  # NaN and infinity are refused; the bytes are the same, but every number of them is looked at
+    strict: bool = False  # NaN and infinity are rejected; the bytes are the same, but every number is checked
 
     @classmethod
     def from_record(cls, recorded: Mapping[str, Any]) -> MergeOptions:
-        """The options of a record, which keeps the spelling of its keys. Raises TypeError for what are none."""
+        """The options in a record, which keeps the spelling of its keys. Raises TypeError for invalid ones."""
         renamed = {"quantise_gates": "quantize_gates"}
         return cls(**{renamed.get(key, key): value for key, value in dict(**recorded).items()})
 
@@ -47,7 +48,7 @@ class MergeOptions:
         return {renamed.get(key, key): value for key, value in asdict(self).items()}
 
     def __post_init__(self) -> None:
-        """Raises TypeError: a record from a stranger may hold anything."""
+        """Raises TypeError for wrong types: a record from an untrusted source may hold anything."""
         for name, kind in (("max_shard_bytes", int), ("seed", int), ("quantize_gates", (str, type(None)))):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -66,10 +67,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadPermutation:
-    """Rows of q or k in another order within each head of `head_dim`: RoPE turns the first `rotary_dim` of them.
+    """Permutes the rows of q or k within each head of `head_dim`: RoPE rotates the first `rotary_dim` of them.
 
-    A family that turns neighbours (0 with 1, 2 with 3, ...) computes in this order what it computes in its own when
-    the first half of those rows is turned with the second: products of q and k do not depend on the order.
+    An interleaved RoPE rotates neighbours (0 with 1, 2 with 3, ...). With permuted rows, a half-split RoPE, which
+    rotates the first half with the second, computes the same: products of q and k do not depend on the order.
     """
 
     head_dim: int
@@ -77,18 +78,18 @@ class HeadPermutation:
 
     @property
     def to_half_split(self) -> list[int]:
-        """Which row of a head of neighbours comes where in a head of halves."""
+        """For each row of a half-split head, its index in the interleaved head."""
         return [*range(0, self.rotary_dim, 2), *range(1, self.rotary_dim, 2), *range(self.rotary_dim, self.head_dim)]
 
     @property
     def to_interleaved(self) -> list[int]:
-        """Which row of a head of halves comes where in a head of neighbours."""
+        """For each row of an interleaved head, its index in the half-split head."""
         return sorted(range(self.head_dim), key=self.to_half_split.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, its rows in the order of `heads`, cast to
+    """The tensor of `source`, plus its LoRA delta, plus noise, times `scale`, with rows permuted by `heads`, cast to
     the part's dtype, in this order.
 
     Computed in float32. `noise_scale` is the standard deviation of Gaussian noise drawn from (seed, output name).
@@ -111,13 +112,13 @@ class Combination:
     Attributes:
         method: `linear`, `slerp` or `ties`.
         base: The base's tensor. The result has its shape.
-        experts: The experts' tensors, in the config's order. One may have more rows or fewer than the base's: then it
+        experts: The experts' tensors, in the config's order. One may have more or fewer rows than the base's: then it
             counts for the rows that both have.
-        weights: One for each of `experts`, above 0.
+        weights: One per expert, above 0.
         scale: A factor on the difference to the base.
-        density: `ties`: the share of each expert's differences that counts, the largest.
+        density: `ties`: the share of each expert's differences that counts: the largest ones.
         dtype: The output's dtype.
-        together: So many rows are computed together, since heads are permuted as a whole.
+        together: This many rows are computed together, since heads are permuted as a whole.
     """
 
     method: str
@@ -135,7 +136,7 @@ class Combination:
 
     @property
     def entries(self) -> Iterator[TensorEntry]:
-        """All that is read for it."""
+        """All tensors that are read for it."""
         for ref in (self.base, *self.experts):
             yield from ref.entries
 
@@ -151,7 +152,7 @@ class Combine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """Rows of the router of `layer`: one an expert, or with `shared` the one row of the shared experts' gate."""
+    """Rows of the router of `layer`: one per expert, or with `shared` the one row of the shared experts' gate."""
 
     layer: int
     shared: bool = False
@@ -159,7 +160,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant:
-    """One number everywhere."""
+    """A tensor with the same value everywhere."""
 
     value: float = 0.0
 
@@ -179,7 +180,7 @@ PartSource = Copy | Transform | Combine | Columns | Router | Constant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeTensor:
-    """A tensor of the file that several parts make up, one after the other."""
+    """A tensor of the file that consists of several parts, one after another."""
 
     name: str
     shape: tuple[int, ...]
@@ -189,7 +190,7 @@ class WholeTensor:
 class Part:
     """One output tensor at bytes [start, end) of its shard file, or a block of the rows of `whole`.
 
-    Some hosts have one tensor for all experts of a layer. Its parts come from one source each.
+    Some MoE architectures have one tensor for all experts of a layer. Each of its parts has one source.
     """
 
     name: str
@@ -206,14 +207,14 @@ class Part:
 
     @property
     def sources_read(self) -> tuple[Copy | Transform, ...]:
-        """What is read for it, but for combinations: these read their tensors more than once, each in its own way."""
+        """The sources that are read for it, except for combinations, which read their tensors several times."""
         if isinstance(self.what, Columns):
             return tuple(source for matrix in self.what.matrices for source in matrix.sources_read)
         return (self.what,) if isinstance(self.what, (Copy, Transform)) else ()
 
     @property
     def files_read(self) -> Iterator[SourceFile]:
-        """The files of what is read for it, those of adapters too."""
+        """The files that are read for it, including files of adapters."""
         if isinstance(self.what, Combine):
             yield from (entry.file for entry in self.what.combination.entries)
         for read in self.sources_read:
@@ -223,14 +224,14 @@ class Part:
 
     @property
     def tensor(self) -> WholeTensor:
-        """What the file's header calls the tensor that these bytes are of, and its shape there."""
+        """The tensor in the file's header that these bytes belong to, with its shape there."""
         return self.whole or WholeTensor(name=self.name, shape=self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One output file. All its bytes come from the models that `owner` stands for; where the config merges the
-    backbone, the base's shards have the tensors that are made of the base's and the experts'."""
+    """One output file. All its bytes come from the models that `owner` names. If the config merges the backbone, the
+    base's shards hold the tensors that are made of the base's and the experts'."""
 
     file_name: str
     owner: Owner
@@ -244,9 +245,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightRef:
-    """A tensor to load for computing: where it lies, and its LoRA delta.
+    """A tensor to load for computing: where it is stored, and its LoRA delta.
 
-    With `combined`, the tensor is what that gives; `entry` is the base's, whose shape it has.
+    With `combined`, the tensor is the result of that combination; `entry` is the base's tensor, which has the same
+    shape.
     """
 
     entry: TensorEntry
@@ -255,7 +257,7 @@ class WeightRef:
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
-        """What is read for it."""
+        """The tensors that are read for it."""
         if self.combined is not None:
             return tuple(self.combined.entries)
         return (self.entry, *(self.lora.entries.values() if self.lora is not None else ()))
@@ -265,8 +267,8 @@ class WeightRef:
 class GatePrompts:
     """The prompts of one expert and the model that reads them.
 
-    `weights` maps parameter names (`model.layers.0.mlp.up_proj.weight`) to what is loaded for them: the base's, the
-    expert's, or grafted (the base with this expert's FFN). Empty where no model reads the prompts. With
+    `weights` maps parameter names (`model.layers.0.mlp.up_proj.weight`) to the tensors to load: the base's, the
+    expert's, or grafted ones (the base with this expert's FFN). Empty if no model reads the prompts. With
     `chat_template` each prompt is read as a user's turn in the base's template.
     """
 
@@ -280,7 +282,7 @@ class GatePrompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatePlan:
-    """How the router rows are made: one `GatePrompts` an expert, then one a shared expert with a gate."""
+    """How the router rows are made: one `GatePrompts` per expert, then one per shared expert with a gate."""
 
     mode: str
     prompt_model: str
@@ -306,8 +308,8 @@ class GatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders,
-    `unused` the modules that its adapter changes and whose changes are not in the merge."""
+    """A model that takes part, for records and displays. `folders` are absolute paths or URLs of its own folders.
+    `unused` are the modules that its adapter changes without effect on the merge."""
 
     owner: Owner
     label: str
@@ -320,13 +322,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnusedBackbone:
-    """What of an expert's backbone is not in the merge.
+    """The part of an expert's backbone that is not in the merge.
 
     Attributes:
         owner: The expert or shared expert.
         groups: The groups (attention, norms, embeddings) that are stored elsewhere than the base's.
-        differing: Those of them that are known to differ from the base's: by shape, by dtype, by what an adapter
-            changes, or by samples of local files. The others may differ or not.
+        differing: The groups that are known to differ from the base's: by shape, by dtype, by an adapter's changes, or
+            by samples of local files. Other groups may differ too.
     """
 
     owner: Owner
@@ -336,7 +338,7 @@ class UnusedBackbone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneReport:
-    """What the backbone of the merge is, for displays: no bytes depend on it.
+    """A description of the merge's backbone, for displays: no bytes depend on it.
 
     Attributes:
         method: How it is made: `base`, `linear`, `slerp` or `ties`.
@@ -344,8 +346,8 @@ class BackboneReport:
         include: The groups that are merged.
         combined: The number of tensors that are computed from several models.
         kept: The number of tensors of these groups that are the same in all models, or the base's.
-        notes: What of which expert could not be merged, one line each.
-        unused: What is not in the merge, by expert.
+        notes: Which tensors of which expert could not be merged, one line each.
+        unused: The parts that are not in the merge, by expert.
     """
 
     method: str
@@ -397,7 +399,7 @@ class MergePlan:
 
     @property
     def _facts(self) -> tuple[tuple[str, str], ...]:
-        """What people look at first: a plan holds every tensor."""
+        """The summary that a notebook shows: a plan itself lists every tensor."""
         totals, experts, shards = self.totals, len(self.gates.experts), len(self.shards)
         active = human_count(totals.active_parameters)
         return (

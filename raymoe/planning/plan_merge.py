@@ -1,9 +1,9 @@
-"""From a config to its plan: what the config names is read (files of prompts, configs, headers), and planned.
+"""Makes a plan from a config: reads the files that the config names (prompts, configs, headers), and plans the merge.
 
     MergeConfig --read_prompts, resolve_models--> MergeConfig, ModelFacts --build_plan--> MergePlan
 
-The one module of this package that reads anything; of weights, it reads a few KiB of local files, to say what differs
-between models. What is wrong with any of it is in one report.
+This is the only module of the package that reads files. Of weights, it reads a few KiB of local files, to report
+differences between models. All problems are in one report.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def plan_merge(
 ) -> MergePlan:
     """Plan a merge: reads configs, file headers and prompts, no weights.
 
-    Raises ProblemReport with everything that is wrong with the config, its models or its files of prompts. Folders
-    that are not here are looked for `remote_folders`, on the nodes of a cluster.
+    Raises ProblemReport with all problems of the config, its models and its files of prompts. `remote_folders` looks
+    for folders that are not here on the nodes of a cluster.
     """
     if wrong := check_config(config, allow_all_same=allow_all_same):
         raise ProblemReport(wrong)

@@ -1,6 +1,7 @@
-"""What is wrong with a plan's prompts, found before anything is written.
+"""Finds problems of a plan's prompts before anything is written.
 
-Their tokens, as far as the tokenizer's files show them; and their number, by the measured tables of docs/routing.md.
+It checks their tokens, as far as the tokenizer's files show them, and their number, by the measured tables of
+docs/routing.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from raymoe.planning.plan import GatePlan, GatePrompts
 from raymoe.sources.tokenizer_files import TokenizerFacts, with_bos
 from raymoe.tensor_names import EMBEDDING
 
-# Measured are 5 and 16 prompts. Fewer than this are nearer to the first.
+# The measurements are for 5 and 16 prompts. Fewer than this are closer to 5.
 _FEW = 8
 _NAMED = 5
 
@@ -41,7 +42,7 @@ def prompt_checks(gates: GatePlan, tokenizer: TokenizerFacts) -> tuple[list[Prob
 
 
 def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> Iterator[Problem]:
-    """Prompts without tokens; `bos` is as in `TokenizerFacts`. A chat template always writes something."""
+    """Prompts without tokens; `bos` is as in `TokenizerFacts`. With a chat template, every prompt has tokens."""
     if bos is None or member.chat_template or not member.positive:
         return
     for name, text in _texts(member):
@@ -56,7 +57,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
 def _encoded(
     member: GatePrompts, tokenizer: TokenizerFacts, encode: Callable[[str], list[int]], limit: int
 ) -> tuple[list[Problem], list[str]]:
-    """What `prompt_checks` says of the tokens of a member's prompts."""
+    """The part of `prompt_checks` about the tokens of a member's prompts."""
     rows, long = _rows(member), []
     problems: list[Problem] = []
     for name, text in _texts(member):
@@ -86,7 +87,7 @@ def _rows(member: GatePrompts) -> int:
 
 
 def _limit(gates: GatePlan, member: GatePrompts) -> int:
-    """The most tokens that the reading model was made for; 0 where none reads them, or it does not say."""
+    """The largest number of tokens that the reading model supports; 0 if none reads them, or it does not say."""
     limit = member.config.get("max_position_embeddings")
     return limit if MODES[gates.mode].needs_forward_pass and isinstance(limit, int) else 0
 
@@ -97,7 +98,7 @@ def _texts(member: GatePrompts) -> Iterator[tuple[str, str]]:
 
 
 def _length_bounds(member: GatePrompts, limit: int) -> Iterator[bool]:
-    """A token takes a byte or more, but for BOS."""
+    """Whether each prompt may exceed the limit by its bytes alone: except BOS, a token has at least one byte."""
     return (limit > 0 and len(text.encode(errors="replace")) >= limit for _, text in _texts(member))
 
 

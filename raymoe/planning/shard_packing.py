@@ -1,9 +1,9 @@
-"""Packs output tensors into shard files: names, headers and offsets, final before anything is written.
+"""Packs output tensors into shard files. Names, headers and offsets are final before anything is written.
 
 A shard belongs to one owner (the base, one expert, the router), so that the actor of that owner can write it alone.
-Only tensors that hold several experts of a layer have many sources; they are in shards of their own.
-Within an owner tensors keep the order of their source bytes, so that neighbours in the source stay neighbours in the
-output and a run of copies is one long range; short runs come before long ones (see `_small_runs_first`).
+Only tensors that hold several experts of a layer have many sources; they are in separate shards. Within an owner,
+tensors keep the order of their source bytes: neighbours in the source stay neighbours in the output, and a run of
+copies is one long range. Short runs come before long ones (see `_small_runs_first`).
 
 File format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON padded with spaces, data).
 """
@@ -22,9 +22,9 @@ from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Columns, Combine, Copy, Part, PartSource, Shard, Transform, WholeTensor
 from raymoe.sources.dtypes import DTYPE_BYTES
 
-# Data starts at a multiple of this in every shard; 64 satisfies every dtype and the readers that map files.
+# Data starts at a multiple of this in every shard; 64 is enough for every dtype and for readers that map files.
 _ALIGN = 64
-# Some filesystems let two files share what they have in common, if it lies on whole blocks in both.
+# Some filesystems let two files share equal blocks, if these are aligned in both.
 _BLOCK = 4096
 
 
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputTensor:
-    """A tensor of the merged model that has no place in a file yet. `what` is its source, or what it is made of."""
+    """A tensor of the merged model, before it is assigned to a file. `what` is its source, or how it is made."""
 
     name: str
     dtype: str
@@ -49,7 +49,7 @@ class OutputTensor:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """What it is made of, in order: of most tensors one thing, themselves."""
+        """The pieces that it consists of, in order; most tensors are one piece."""
         return self.what if isinstance(self.what, tuple) else (Piece(name=self.name, shape=self.shape, what=self.what),)
 
     @property
@@ -58,7 +58,7 @@ class OutputTensor:
 
 
 def pack_shards(tensors: Sequence[OutputTensor], owners: Sequence[Owner], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Fill shards owner by owner, in the order of `owners`; a tensor larger than the limit gets a shard of its own."""
+    """Fill shards owner by owner, in the order of `owners`; a tensor above the limit gets a shard of its own."""
     groups: list[list[OutputTensor]] = []
     by_owner: dict[Owner, list[OutputTensor]] = {owner: [] for owner in owners}
     for tensor in tensors:
@@ -81,16 +81,16 @@ def _source_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
             return (entry.file.location, entry.start, tensor.name)
         if isinstance(what, (Copy, Transform)):
             return (what.source.file.location, what.source.start, tensor.name)
-        return ("", 0, "")  # computed tensors have no source order: sorting is stable and keeps the model's
+        return ("", 0, "")  # computed tensors have no source order; the sort is stable, so they keep the model's
 
     return sorted(tensors, key=key)
 
 
 def _small_runs_first(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
-    """Runs of neighbouring source bytes that are too short for a part of an upload before those that are not.
+    """Sort runs of adjacent source bytes that are too short for an upload part before longer ones.
 
-    An object store copies long ranges by itself; the short ones, and the header, have to be sent. Together at the
-    beginning of a shard they cost no more than their own bytes.
+    An object store copies long ranges server-side; the short ones, and the header, have to be sent. Together at the
+    start of a shard they cost no more than their own bytes.
     """
     runs: list[list[OutputTensor]] = []
     for tensor in tensors:
@@ -140,7 +140,7 @@ def _build(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
     for tensor, piece, nbytes in pieces:
         if not isinstance(tensor.what, tuple):
             whole = None
-        elif whole is None or whole.name != tensor.name:  # one for all of its parts
+        elif whole is None or whole.name != tensor.name:  # one object for all of its parts
             whole = WholeTensor(name=tensor.name, shape=tensor.shape)
         end = start + nbytes
         what = piece.what
@@ -158,7 +158,7 @@ def _piece_bytes(tensor: OutputTensor, piece: Piece) -> int:
 
 
 def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> bytes:
-    # transformers refuses files without this metadata entry.
+    # transformers rejects files without this metadata entry.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -172,10 +172,10 @@ def _header(tensors: Sequence[OutputTensor], data_place: tuple[int, int]) -> byt
 
 
 def _data_place(pieces: Sequence[tuple[PartSource, int]]) -> tuple[int, int]:
-    """Where the data has to start, as (rest, modulus); `pieces` are what it is made of, each with its bytes.
+    """The alignment of the data's start, as (remainder, modulus); `pieces` are the sources, each with its bytes.
 
-    With long copies: so that most of their bytes lie in their blocks as they do in the source. A source's data starts
-    at a multiple of 8 at least, which every reader of that source is content with.
+    With long copies, the alignment is such that most of their bytes are in the same position within a block as in the
+    source. A source's data starts at a multiple of 8 at least, which is enough for every reader of that source.
     """
     rests: Counter[int] = Counter()
     offset = 0

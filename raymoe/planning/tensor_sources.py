@@ -1,4 +1,4 @@
-"""Which tensors the merged model has and where each comes from: the dense table met with the host's, role by role."""
+"""Maps the merged model's tensors to their sources: matches the dense table with the MoE architecture's, by role."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from raymoe.tensor_names import HEAD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An expert or shared expert in its place."""
+    """An expert or shared expert with its place in the config."""
 
     owner: Owner
     config: ExpertConfig
@@ -48,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Matrix:
-    """One matrix (or vector) of a dense model, with what becomes of it: a stored tensor, or some rows of one."""
+    """One matrix (or vector) of a dense model, with its transform: a stored tensor, or some rows of one."""
 
     role: str
     layer: int | None
@@ -63,7 +63,7 @@ def base_tensors(
     dtype: str,
     merged: Mapping[str, WeightRef],
 ) -> Iterator[OutputTensor]:
-    """Embeddings, norms, attention, head: the base's, but for those that are `merged`, by the names of the base's."""
+    """Embeddings, norms, attention, head: the base's, except those that are `merged`, by their names in the base."""
     heads = head_permutation(spec, architecture)
     for matrix in _matrices(facts, spec, dtype, ffn=False, instead=merged):
         output = architecture.backbone[matrix.role].format(layer=matrix.layer)
@@ -72,7 +72,7 @@ def base_tensors(
 
 
 def head_permutation(spec: DenseSpec, architecture: MoeArchitecture) -> HeadPermutation | None:
-    """The order that the host's RoPE wants rows of q and k in; None where it is that of the family."""
+    """The permutation of q and k rows for the MoE architecture's RoPE; None if it matches the family's."""
     if not spec.family.rope_is_interleaved or architecture.rope_is_interleaved:
         return None
     return HeadPermutation(head_dim=spec.head_dim, rotary_dim=spec.rotary_dim)
@@ -91,7 +91,7 @@ def _permute_heads(what: PartSource, permutation: HeadPermutation) -> Transform 
 def expert_tensors(
     members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
 ) -> Iterator[OutputTensor]:
-    """The FFNs of all experts and shared experts, in the tensors that the host has for them."""
+    """The FFNs of all experts and shared experts, in the tensors that the MoE architecture has for them."""
     experts = [member for member in members if not member.is_shared]
     shared = [member for member in members if member.is_shared]
     if architecture.is_fused:
@@ -107,7 +107,7 @@ def expert_tensors(
 
 
 def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
-    """The FFN of one expert, or of one shared expert. Roles that share a name lie in one tensor, row by row."""
+    """The FFN of one expert or shared expert. Roles with the same name share one tensor, row by row."""
     for matrices in _ffn_layers(member, dtype, seed):
         for template, roles in _roles_by_name(names).items():
             output = template.format(layer=matrices[roles[0]].layer, expert=member.owner.index)
@@ -120,7 +120,7 @@ def _member_tensors(member: Member, names: Mapping[str, str], dtype: str, seed: 
 def _fuse_experts(
     members: Sequence[Member], architecture: MoeArchitecture, dtype: str, seed: int
 ) -> Iterator[OutputTensor]:
-    """The FFNs of all experts of a layer as the few tensors of (experts, rows, columns) that they are in this host."""
+    """The FFNs of all experts of a layer as the architecture's few tensors of (experts, rows, columns)."""
     for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
         for template, roles in _roles_by_name(architecture.expert).items():
             first = of_layer[0]
@@ -140,8 +140,8 @@ def _fuse_experts(
 
 
 def _widen_shared(members: Sequence[Member], names: Mapping[str, str], dtype: str, seed: int) -> Iterator[OutputTensor]:
-    """Several shared experts as one that is as wide as all of them, which is their sum exactly: rows of gate and up
-    below each other, columns of down side by side."""
+    """Several shared experts as one of their total width, which is exactly their sum: rows of gate and up stacked,
+    columns of down side by side."""
     for of_layer in zip(*(_ffn_layers(member, dtype, seed) for member in members), strict=True):
         for template, roles in _roles_by_name(names).items():
             output = template.format(layer=of_layer[0][roles[0]].layer)
@@ -199,8 +199,7 @@ def _matrices(
     seed: int = 0,
     instead: Mapping[str, WeightRef] = MappingProxyType({}),
 ) -> Iterator[_Matrix]:
-    """The matrices of a model's FFNs, or all others, in the order of its table; some of them made of what `instead`
-    has for their tensors."""
+    """The matrices of a model's FFNs, or all others, in the order of its table; `instead` replaces some tensors."""
     for row, layer, name in spec.tensors():
         if row.is_ffn is not ffn:
             continue
@@ -210,7 +209,7 @@ def _matrices(
             shape = (last - first, *spec.shape_of(row)[1:])
             part = entry if shape == entry.shape else slice_rows(entry, first, last)
             part_lora = lora if lora is None or part is entry else _slice_lora(lora, first, last)
-            # residual_scale acts where the FFN adds to the residual stream, on its last matrix.
+            # residual_scale applies where the FFN adds to the residual stream, on its last matrix.
             own_scale = scale if role == "ffn.down" else None
             what: PartSource
             if ref.combined is not None:
@@ -223,7 +222,7 @@ def _matrices(
 
 
 def slice_rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:
-    """Rows [first, last) of a tensor as one of its own: they lie together in its file."""
+    """Rows [first, last) of a tensor as a tensor of its own: they are contiguous in its file."""
     width = entry.nbytes // entry.shape[0]
     return replace(
         entry,
@@ -241,7 +240,7 @@ def _slice_lora(lora: LoraPair, first: int, last: int) -> LoraPair:
 def computed_tensors(
     spec: DenseSpec, moe: MoeShape, architecture: MoeArchitecture, dtype: str
 ) -> Iterator[OutputTensor]:
-    """Routers, gates of shared experts, and what the host demands and the dense model lacks."""
+    """Routers, gates of shared experts, and tensors that the MoE architecture requires and the dense model lacks."""
     constant_rows = architecture.constants(spec, moe)
     for layer in range(spec.layers):
         yield _computed_tensor(
@@ -258,18 +257,18 @@ def computed_tensors(
 def weight_refs(
     facts: ModelFacts, spec: DenseSpec, merged: Mapping[str, WeightRef] = MappingProxyType({})
 ) -> dict[str, WeightRef]:
-    """Parameter name -> what to load, for a model that reads prompts; `merged` as in `base_tensors`."""
+    """Parameter name -> tensor to load, for a model that reads prompts; `merged` as in `base_tensors`."""
     return {name: merged.get(name) or weight_ref(facts, name) for _, _, name in spec.tensors()}
 
 
 def graft_ffn(refs: Mapping[str, WeightRef], spec: DenseSpec, member: Member) -> dict[str, WeightRef]:
-    """The parameters of a model that reads prompts, with an expert's FFN in the place of its own."""
+    """The parameters of a model that reads prompts, with an expert's FFN instead of its own."""
     ffn = {name for row, _, name in spec.tensors() if row.is_ffn}
     return {name: weight_ref(member.facts, name) if name in ffn else ref for name, ref in refs.items()}
 
 
 def weight_ref(facts: ModelFacts, name: str) -> WeightRef:
-    """A model's tensor, with what its adapter changes of it."""
+    """A model's tensor, with its adapter's changes."""
     return WeightRef(entry=facts.index.tensors[name], lora=_lora(facts, name))
 
 
@@ -285,8 +284,8 @@ def adapter_problems(
     ffn_only: bool,
     instead: str = "use prompt_model: base or grafted",
 ) -> list[Problem]:
-    """What an adapter does to the model that raymoe can't do, as far as that is needed: for its FFNs, or all of it.
-    `instead` is with what keys less would be needed."""
+    """Changes of an adapter that raymoe does not support, if the merge needs them: those of its FFNs, or all of them.
+    `instead` names config keys with which fewer would be needed."""
     if facts.adapter is None:
         return []
     label = f"{where} ({facts.label})"
@@ -310,15 +309,15 @@ def _adapter_problems(
 
 
 def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> list[str]:
-    """What an adapter changes that is not in the merge. `used` are the names of tensors outside the FFN that are."""
+    """Changes of an adapter that are not in the merge. `used` are the names of tensors outside the FFN that are."""
     adapter = member.facts.adapter
     if adapter is None:
         return []
     changed = [*adapter.pairs, *adapter.replaced]
     if not any(_is_of_ffn(name, member.spec) or name in used for name in changed):
         return [
-            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert gives nothing else: "
-            f"it is the same as {member.config.source_model.model} without it"
+            f"{where}: its adapter {adapter.label} changes no weight of an FFN, and an expert contributes nothing "
+            f"else: it is the same as {member.config.source_model.model} without it"
         ]
     unused = unused_modules(member.facts, member.spec, used)
     if not unused:
@@ -332,8 +331,8 @@ def adapter_warnings(member: Member, where: str, used: Collection[str] = ()) -> 
 
 
 def unused_modules(facts: ModelFacts, spec: DenseSpec, used: Collection[str] = ()) -> list[str]:
-    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head, but
-    for the tensors that are `used`."""
+    """The modules that an expert's adapter changes and that are not in the merge: attention, embeddings, the head,
+    except tensors that are `used`."""
     if facts.adapter is None:
         return []
     names = (*facts.adapter.pairs, *facts.adapter.replaced)

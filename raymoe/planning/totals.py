@@ -1,4 +1,4 @@
-"""Sums over a plan: parameters, bytes by owner and by kind of part, what the gate pass reads and holds."""
+"""Sums over a plan: parameters, bytes by owner and by kind of part, bytes that the gate pass reads and holds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compute_totals(shards: Sequence[Shard], moe: MoeShape, gates: GatePlan) -> T
 
 
 def _distinct_readers(readers: Sequence[GatePrompts]) -> list[GatePrompts]:
-    """One reader of each model: those that differ by adapters alone are read together (`routers.prompt_passes`)."""
+    """One reader per model: readers that differ only by adapters read together (`routers.prompt_passes`)."""
     by_object = {id(reader.weights): reader for reader in readers}  # those that the base reads share one mapping
     models = {tuple((name, ref.entry) for name, ref in reader.weights.items()): reader for reader in by_object.values()}
     return list(models.values())
@@ -51,14 +51,14 @@ def _layer_bytes(reader: GatePrompts) -> int:
 
 
 def _bytes_read(ref: WeightRef) -> int:
-    """Of adapters nothing is counted: their factors are small."""
+    """Adapters are not counted: their factors are small."""
     if ref.combined is None:
         return ref.entry.nbytes
     return sum(model.entry.nbytes for model in (ref.combined.base, *ref.combined.experts))
 
 
 def largest_layer(gates: GatePlan, size: Callable[[TensorEntry], int]) -> int:
-    """The size of the largest layer that prompts pass; the embedding is read row by row and does not count."""
+    """The size of the largest layer that prompts pass. The embedding does not count, since it is read row by row."""
     found = 0
     for reader in _distinct_readers(gates.members):
         layers: Counter[int] = Counter()

@@ -1,1 +1,1 @@
-"""The Ray part: the expert actors, the coordinator that gives them work, and what a person sees of it."""
+"""The Ray part: the expert actors, the coordinator that schedules their work, and the progress display."""

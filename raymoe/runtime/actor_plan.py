@@ -1,4 +1,4 @@
-"""Which actors a merge is given: how many, where, and what each works on at once."""
+"""Plans the actors of a merge: how many start, on which nodes, and how many jobs each runs at once."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from raymoe.sources.facts import SourceFile
 ACTOR_CPUS = 1.0
 _SHARDS_AT_ONCE, _MAX_SHARDS_AT_ONCE = 2, 8
 _MAX_MOVERS, _CPUS_PER_MOVER = 4, 4
-_QUEUED_COPIES = 2  # times as many parts as are copied at first: the store may take more, and answers overlap
+_QUEUED_COPIES = 2  # copies requested per copy that runs at first: the store may accept more, and replies overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What actors are to do.
+    """The work that actors are planned for.
 
-    `jobs`: pieces of work, and `copies`: parts that a store copies, which actors of their own ask for. `runs_model`:
-    the gates run a model, so that a GPU is of use; `quantize`: in which precision it is loaded. `experts`: how many
-    actors a cluster with an autoscaler is to have room for. `reads_folders`: some sources are local folders.
-    `prefer_driver_node`: one actor is to be on the driver's node, if there is room. `shares_reads`: gates and shards
-    read the same objects, each actor its own once. `max_layers_at_once`: more layers' routers at once take an actor too
-    much memory (`routers.fit_memory`).
+    `jobs`: pieces of work. `copies`: parts that the store copies server-side, requested by separate actors.
+    `runs_model`: the gates run a model, so a GPU helps; `quantize`: the precision it is loaded in. `experts`: the
+    number of actors that a cluster with an autoscaler should make room for. `reads_folders`: some sources are local
+    folders. `prefer_driver_node`: place one actor on the driver's node if it has room. `shares_reads`: gates and shards
+    read the same objects, and each actor reads them once. `max_layers_at_once`: an actor that computes the routers of
+    more layers at once would need too much memory (`routers.fit_memory`).
     """
 
     jobs: int
@@ -52,11 +52,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPlan:
-    """The actors that run at once, by where they are started; what each is given, how many of them read prompts at
-    once, how many layers' routers and shards each works on side by side, for how many parts the `copiers` ask a store
-    side by side, and whether actors run a model. `can_grow`: an
-    autoscaler is there to make room for those that do not fit. `requirements`: the local files that work reads, where
-    not all nodes have all of them."""
+    """The actors that run at once, grouped by where they start.
+
+    The fields say what each actor gets, how many actors read prompts at once, how many layers' routers and shards each
+    works on at once, for how many parts the `copiers` request copies at once, and whether actors run a model.
+    `can_grow`: an autoscaler can make room for actors that do not fit now. `requirements`: the local files that work
+    reads, if some nodes lack some of them.
+    """
 
     placements: tuple[ActorPlacement, ...]
     gpus: float
@@ -71,7 +73,7 @@ class ActorPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Capacity:
-    """What a cluster has: how many actors with `gpus` GPUs each it has room for, or will have if it grows."""
+    """The capacity of a cluster: how many actors with `gpus` GPUs each fit now, or fit after it grows."""
 
     nodes: Sequence[Node]
     cpus: int
@@ -81,22 +83,24 @@ class _Capacity:
 
     @property
     def readers(self) -> int:
-        """On CPUs a model computes with several threads; two models that share cores take longer than one after the
-        other."""
+        """The number of actors that read prompts at once.
+
+        On CPUs a model uses several threads. Two models that share cores take longer than one after the other.
+        """
         return self.actors if self.gpus else max(1, self.cpus // COMPUTE_THREADS)
 
 
 def plan_actors(settings: RuntimeSettings, workload: Workload, placement: Placement | None = None) -> ActorPlan:
-    """Actors for a workload: what the cluster has room for, then where they are, then what each works on at once.
+    """Plan the actors for a workload: first how many fit, then where they start, then how many jobs each runs at once.
 
-    Raises ProblemReport where the cluster can't hold a single actor, or can't do all of the work.
+    Raises ProblemReport if the cluster can't hold a single actor, or can't do all of the work.
     """
     capacity = _capacity(settings, workload, placement)
     placements = _placements(settings, workload, placement, capacity)
     actors, movers = len(placements), _movers(settings, workload, placement, capacity, len(placements))
     # A layer's rows take one core for some seconds, or a GPU for a moment.
     layers_at_once = 1 if capacity.gpus else max(1, min(workload.max_layers_at_once, capacity.cpus // max(1, actors)))
-    # Where GPUs make actors few, each copies for several: the kernel's copies need no core of their own to speak of.
+    # If GPUs limit the number of actors, each one copies as much as several: kernel copies need almost no CPU.
     shards_at_once = max(_SHARDS_AT_ONCE, min(_MAX_SHARDS_AT_ONCE, capacity.cpus // max(1, actors + movers)))
     return ActorPlan(
         placements=(*placements, *(ActorPlacement(),) * movers, *_copiers(settings, workload, capacity)),
@@ -112,7 +116,7 @@ def plan_actors(settings: RuntimeSettings, workload: Workload, placement: Placem
 
 
 def _capacity(settings: RuntimeSettings, workload: Workload, placement: Placement | None) -> _Capacity:
-    """Raises as `plan_actors`."""
+    """The capacity for this workload. Raises as `plan_actors`."""
     nodes = placement.nodes if placement is not None else cluster_nodes()
     gpus = settings.gpus_per_expert
     if gpus is None:
@@ -120,7 +124,7 @@ def _capacity(settings: RuntimeSettings, workload: Workload, placement: Placemen
         wants = workload.runs_model and (settings.device == "cuda" or (settings.device is None and has_gpus))
         gpus = 1.0 if wants else 0.0
     fit = sum(node.capacity(gpus) for node in nodes)
-    # New nodes have no folders but shared ones: for models in folders they are waited for only if nothing else helps.
+    # New nodes see shared folders only. So models in folders wait for new nodes only if nothing else helps.
     can_grow = (not fit or (workload.experts > fit and not workload.reads_folders)) and has_autoscaler()
     if problems := _resource_problems(nodes, settings, gpus, workload.quantize, can_grow=can_grow):
         raise ProblemReport(problems)
@@ -138,7 +142,7 @@ def _capacity(settings: RuntimeSettings, workload: Workload, placement: Placemen
 def _placements(
     settings: RuntimeSettings, workload: Workload, placement: Placement | None, capacity: _Capacity
 ) -> tuple[ActorPlacement, ...]:
-    """Where actors are started, but for those that only move bytes. Raises ProblemReport if too few are allowed."""
+    """Where actors start, except those that only move bytes. Raises ProblemReport if `--actors` allows too few."""
     most = settings.actors or (capacity.readers if workload.shares_reads else workload.jobs)
     actors = min(workload.jobs, max(1, min(capacity.actors, most)))
     if not actors and not workload.copies:
@@ -159,7 +163,7 @@ def _placements(
 
 
 def _copiers(settings: RuntimeSettings, workload: Workload, capacity: _Capacity) -> Iterator[ActorPlacement]:
-    """One actor on a node for the copies that a store makes itself, on as many nodes as there are copies for."""
+    """One actor per node for server-side copies, on as many nodes as there are copies for."""
     wanted = -(-workload.copies // settings.storage.copy_slots[0])
     for node in list(capacity.nodes)[:wanted]:
         yield ActorPlacement(node_id=node.node_id, allow_spill=True, only_copies=True, label="copies of the store")
@@ -168,10 +172,10 @@ def _copiers(settings: RuntimeSettings, workload: Workload, capacity: _Capacity)
 def _movers(
     settings: RuntimeSettings, workload: Workload, placement: Placement | None, capacity: _Capacity, actors: int
 ) -> int:
-    """How many actors without a GPU move the bytes while those with one read prompts.
+    """How many actors without a GPU move the bytes while actors with a GPU read prompts.
 
-    Threads that copy and one that computes in Python wait for each other in one process. So others are started where
-    there are cores for it; not where both read the same objects.
+    In one process, threads that copy and a thread that computes in Python block each other. So separate actors start if
+    there are cores for them, unless both kinds read the same objects.
     """
     is_free = placement is None or placement.is_unconstrained
     if not capacity.gpus or workload.shares_reads or settings.actors or not is_free:
@@ -182,7 +186,7 @@ def _movers(
 def _resource_problems(
     nodes: Sequence[Node], settings: RuntimeSettings, gpus: float, quantize: str | None, *, can_grow: bool
 ) -> list[Problem]:
-    """What keeps even one actor from any node, of those that are there or may come."""
+    """The problems that keep even one actor from fitting on any current or future node."""
     problems = []
     has = "; ".join(node.description for node in nodes)
     most = max((node.gpus for node in nodes), default=0.0)
@@ -190,7 +194,7 @@ def _resource_problems(
         what, remedy = f"no node has a GPU: {has}", "leave it out to compute on CPUs"
         problems.append(Problem(where="--device cuda", what=what, remedy=remedy))
     elif gpus > most and not can_grow:
-        what = f"{gpus:g} GPUs an expert were asked for, but no node has more than {most:g}: {has}"
+        what = f"{gpus:g} GPUs per expert were requested, but no node has more than {most:g}: {has}"
         problems.append(Problem(where="--gpus-per-expert", what=what, remedy="ask for fewer (0 computes on CPUs)"))
     if quantize and not gpus:
         what = "needs a GPU (bitsandbytes computes there), but none is given to the experts"
@@ -204,8 +208,9 @@ def _resource_problems(
 
 
 def locate_sources(plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> Placement | None:
-    """What the cluster's nodes have of the plan's sources; None where that makes no difference: on one node that can do
-    it all, and where no source is a local folder. `extra_files` are further files that a shard needs, by its name."""
+    """Which nodes have which of the plan's sources. None if that makes no difference: on a single node that can do all
+    the work, or if no source is a local folder. `extra_files` are further files that a shard needs, by the shard's
+    name."""
     nodes = cluster_nodes()
     if len(nodes) < 2 and any(node.capacity(0.0) for node in nodes):
         return None

@@ -1,10 +1,10 @@
-"""The actors of a run: the state of each, what it works on, and what it has said last.
+"""The actors of a run: the state of each, its jobs, and its latest status.
 
     STARTING --answers--> UP --is lost--> RESTARTING --answers--> UP
     STARTING, RESTARTING --is given up--> DEAD
 
-An actor that the cluster has no room for yet is STARTING. One whose process died is RESTARTING: Ray starts it anew,
-which may take long or never happen. Both are asked whether they are up until they answer.
+An actor is STARTING while the cluster has no room for it. An actor whose process died is RESTARTING: Ray starts a new
+process, which may take long or never happen. Both are pinged until they answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raymoe.runtime.timeouts import PING_INTERVAL_S, STATUS_INTERVAL_S, STATUS_T
 from raymoe.runtime.transport import Transport
 from raymoe.sources.facts import SourceFile
 
-_MAX_STARTUP_FAILURES = 5  # deaths in a row of an actor that never comes up: more than Ray restarts it
+_MAX_STARTUP_FAILURES = 5  # deaths in a row of an actor that never answers: more than Ray restarts it
 
 
 class ActorState(Enum):
@@ -52,7 +52,7 @@ class ActorEvent(Enum):
 
 
 def next_state(state: ActorState, event: ActorEvent) -> ActorState:
-    """The state after an event. Jobs of an actor may be lost after it was: what is DEAD stays so."""
+    """The state after an event. DEAD is final: jobs of an actor may be reported lost after the actor was given up."""
     if state is ActorState.DEAD or event is ActorEvent.GIVEN_UP:
         return ActorState.DEAD
     if event is ActorEvent.ANSWERED:
@@ -62,7 +62,8 @@ def next_state(state: ActorState, event: ActorEvent) -> ActorState:
 
 @dataclass
 class Lane:
-    """Jobs of one kind that an actor does side by side: a next one if what there is weighs less than `capacity`."""
+    """Jobs of one kind that run at once on an actor. Another job is added while their total weight is below
+    `capacity`."""
 
     capacity: int = 1
     weigh: Callable[[Any], int] = lambda job: 1
@@ -77,7 +78,7 @@ class Lane:
 class Helper:
     """An actor that takes no work of its own: jobs of other actors need it (see `ShardMethod`).
 
-    `label` is what messages call it. `start` starts it and gives its handle; it may not be up yet.
+    `label` is its name in messages. `start` starts it and returns its handle; it may not be up yet.
     """
 
     label: str
@@ -86,12 +87,13 @@ class Helper:
 
 @dataclass(eq=False)
 class PoolActor:
-    """An actor's handle, and what is known of it.
+    """An actor's handle, and what is known about it.
 
-    `has_gpu`: it was given one. `only_copies`: it only asks a store for copies. `helper`: what it was started as, if it
-    takes no work of its own. `reads_for`: the members whose prompts it reads now or read last. `info`: what it said
-    when it came up. `status`: what it said last, since it came up. `pending_ping` and `pending_status` refer to answers
-    that it still owes. `ran_out_of_memory`: it was ended for that, and a warning has said so.
+    `has_gpu`: it was given a GPU. `only_copies`: it only requests server-side copies. `helper`: the helper that it was
+    started as, if it takes no work of its own. `reads_for`: the members of the prompts that it reads now or read last.
+    `info`: its answer when it came up. `status`: its latest status since it came up. `pending_ping` and
+    `pending_status` refer to answers that have not arrived yet. `ran_out_of_memory`: it was ended for that reason, and
+    a warning was printed.
     """
 
     handle: Any
@@ -106,7 +108,7 @@ class PoolActor:
     reads_for: tuple[Owner, ...] = ()
     info: ActorInfo | None = None
     status: Status | None = None
-    startup_failures: int = 0  # how often in a row it died, or could not be asked, before it answered
+    startup_failures: int = 0  # how often in a row it died, or could not be called, before it answered
     pending_ping: Any = None
     last_ping: float = 0.0
     pending_status: Any = None
@@ -123,7 +125,7 @@ class PoolActor:
 
     @property
     def description(self) -> str:
-        """Where it is, for people who look for its process."""
+        """Where the actor runs, so that users can find its process."""
         at = f", process {self.info['pid']} on {self.info['node']}" if self.info else ""
         return f"actor {self.number}{at}"
 
@@ -135,15 +137,15 @@ class ActorPool:
     """The actors that are given work, and the helpers that their jobs need."""
 
     def __init__(self, actors: Sequence[PoolActor], transport: Transport, files: Sequence[SourceFile] = ()) -> None:
-        """`files` are those that each actor is asked about when it comes up."""
+        """`files` are the files that each actor is asked about when it comes up."""
         self._actors, self._transport, self._files = list(actors), transport, files
         self.helpers: dict[Helper, PoolActor] = {}  # those that have been started
         self.statuses: dict[int, Status] = {}  # also of actors that are dead by now
-        self.version = 0  # another one after each change of a state
+        self.version = 0  # changes whenever an actor's state changes
 
     @property
     def actors(self) -> list[PoolActor]:
-        """Those that are up, or may still come; without helpers."""
+        """Actors that are up or may still come up, without helpers."""
         return [actor for actor in self._actors if actor.state is not ActorState.DEAD]
 
     @property
@@ -159,7 +161,7 @@ class ActorPool:
         return {actor.pending_ping: actor for actor in self.with_helpers if actor.pending_ping is not None}
 
     def start_helper(self, helper: Helper) -> None:
-        """Start a helper. Its number comes after all others."""
+        """Start a helper. It gets the next actor number."""
         number = len(self._actors) + len(self.helpers)
         self.helpers[helper] = PoolActor(helper.start(), number, helper=helper)
 
@@ -177,8 +179,9 @@ class ActorPool:
         self.version += 1
 
     def ping_absent(self) -> None:
-        """Ask actors that are not up whether they are. One that has not been started yet answers when it is; one that
-        is being restarted refuses (Ray would repeat the call, and tell the user about every try), and is asked again.
+        """Ping the actors that are not up. A ping of an actor that has not started yet is answered when it starts. A
+        ping of an actor that is restarting fails (Ray would repeat the call, and report every try to the user), and is
+        sent again.
         """
         now = self._transport.now()
         for actor in self.with_helpers:
@@ -186,7 +189,8 @@ class ActorPool:
                 actor.pending_ping, actor.last_ping = actor.handle.describe.remote(self._files), now
 
     def take_ping_reply(self, actor: PoolActor) -> bool:
-        """Whether the actor is up now. Raises MergeFailed if it never will be and was the last one, or is a helper."""
+        """Whether the actor is up now. Raises MergeFailed if it never will be, and it is a helper or was the last
+        actor."""
         from ray.exceptions import RayError
 
         reply, actor.pending_ping = actor.pending_ping, None
@@ -200,11 +204,12 @@ class ActorPool:
         return True
 
     def on_startup_failure(self, actor: PoolActor, error: Exception) -> None:
-        """An actor gave no answer: it is asked again, or is given up. Raises as `take_ping_reply`."""
+        """An actor did not answer: ping it again, or give it up. Raises as `take_ping_reply`."""
         from ray.exceptions import ActorUnavailableError
 
         self.note_memory(actor, error)
-        if not isinstance(error, ActorUnavailableError):  # raised while Ray restarts an actor, which may take any time
+        # raised while an actor restarts, which may take any length of time
+        if not isinstance(error, ActorUnavailableError):
             actor.startup_failures += 1
         may_come = classify_failure(error) in (CallFailure.UNAVAILABLE, CallFailure.LOST)
         if may_come and actor.startup_failures < _MAX_STARTUP_FAILURES:
@@ -212,7 +217,7 @@ class ActorPool:
         self.change(actor, ActorEvent.GIVEN_UP)
         subject = actor.helper.label if actor.helper is not None else "no actor is left: the last one"
         if actor.helper is not None or not self.actors:
-            if (cause := cause_of(error)) is not error:  # it lives, and can't do what it is there for
+            if (cause := cause_of(error)) is not error:  # the process lives, but can't do its job
                 raise MergeFailed(f"{subject} can't work: {error_text(cause)}") from error
             raise MergeFailed(
                 f"{subject} died ({first_line(cause_of(error))}). {memory_remark(error)}; run the same command again "
@@ -222,9 +227,9 @@ class ActorPool:
             say(f"warning: {actor.description} is given up; the merge goes on with {len(self.actors)} actors")
 
     def note_memory(self, actor: PoolActor, error: Exception) -> None:
-        """Say that an actor was lost because memory ran out, if Ray says so, and how many actors have room.
+        """Warn that an actor was lost because memory ran out, if Ray says so, and say how many actors have room.
 
-        Once per actor: Ray starts it again, and it may die again for the same reason.
+        The warning comes once per actor: Ray restarts it, and it may die again for the same reason.
         """
         if actor.ran_out_of_memory or not is_out_of_memory(error):
             return
@@ -237,7 +242,8 @@ class ActorPool:
         )
 
     def poll_statuses(self) -> None:
-        """Take what actors say of themselves, and ask them again. One that stands still does not keep the others."""
+        """Collect the actors' statuses and request new ones. An actor that does not answer does not delay the
+        others."""
         from ray.exceptions import RayError
 
         pending = {actor.pending_status: actor for actor in self.with_helpers if actor.pending_status is not None}
@@ -246,12 +252,12 @@ class ActorPool:
             try:
                 actor.status = self.statuses[actor.number] = self._transport.fetch(ref)
             except RayError:
-                continue  # it is being restarted; its work is what is waited for, not its words
+                continue  # it is restarting: wait for its work, not for its status
         now = self._transport.now()
         for actor in self.with_helpers:
             if actor.is_up and actor.pending_status is None and now - actor.last_status_request >= STATUS_INTERVAL_S:
                 actor.pending_status, actor.last_status_request = actor.handle.status.remote(), now
 
     def is_responsive(self, actor: PoolActor) -> bool:
-        """Whether an actor says something when it is asked."""
+        """Whether an actor answers status requests."""
         return actor.pending_status is None or self._transport.now() - actor.last_status_request < STATUS_TIMEOUT_S

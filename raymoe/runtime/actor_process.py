@@ -1,5 +1,4 @@
-"""How an actor's process is set up: what memory it keeps, with how many threads it computes, what goes first, and that
-it tells no secrets."""
+"""Sets up an actor's process: memory limits, number of threads, thread priorities, and errors without secrets."""
 
 from __future__ import annotations
 
@@ -20,23 +19,25 @@ from raymoe.safe_text import scrub, scrub_streams
 
 _WRITER_NICENESS = 5
 _SWITCH_INTERVAL_S = 0.0002
-# From malloc.h, and what they are set to.
+# From malloc.h, and the values that they are set to.
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 64 << 20
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
 
 
 def set_up_process() -> None:
-    """What every actor's process begins with."""
+    """Set up the process. Every actor calls this first."""
     scrub_streams()
     _return_freed_memory()
     _allow_open_files()
-    # Copying threads need the interpreter for a moment between two pieces. While another thread computes in Python
-    # (imports, layers), they wait for it this long each time: with Python's 5 ms they copy at a quarter of the speed.
+    # Threads that copy need the interpreter lock for a moment between two pieces. While another thread computes in
+    # Python (imports, layers), they wait this long each time: with Python's default of 5 ms they copy at a quarter of
+    # the speed.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of an actor whose errors hold no secrets: Ray stores them with the text of all that led to them."""
+    """Wrap a method of an actor so that its errors hold no secrets: Ray stores errors with the text of all their
+    causes."""
 
     @functools.wraps(method)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -44,7 +45,7 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*arguments, **options)
         except Exception as error:
             scrubbed = _scrub_error(error)
-        raise scrubbed  # out here it does not hold what it was made from
+        raise scrubbed  # raised outside the `except` block, so that it does not refer to its cause
 
     @functools.wraps(method)
     def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -55,17 +56,17 @@ def without_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
             scrubbed = _scrub_error(error)
         raise scrubbed
 
-    wrapper: Any = stream if inspect.isgeneratorfunction(method) else call  # Ray asks so too
-    # Ray looks for the options of a method, such as its concurrency group, at what `__wrapped__` leads to.
+    wrapper: Any = stream if inspect.isgeneratorfunction(method) else call  # Ray uses the same check
+    # Ray looks up a method's options, such as its concurrency group, on the function that `__wrapped__` leads to.
     vars(wrapper).pop("__wrapped__")
     wrapper.__signature__ = inspect.signature(method)
     return cast(Callable[..., Any], wrapper)
 
 
 def _scrub_error(error: Exception) -> Exception:
-    """The error as it may be stored: the same one where its text has no secret left."""
+    """The error in a form that may be stored: unchanged if its text holds no secret."""
     if isinstance(error, RaymoeError):
-        # Its own text is scrubbed. What it was made from is a server's or a library's text.
+        # Its own text is scrubbed. The text of its causes comes from a server or a library.
         error.__cause__ = error.__context__ = None
         return error
     text = "".join(traceback.format_exception(error))
@@ -80,31 +81,31 @@ def _scrub_error(error: Exception) -> Exception:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give back large freed blocks at once, and what lies free at the end of its heap past 64 MiB.
+    """Make glibc return large freed blocks to the system at once, and free heap memory above 64 MiB.
 
-    By default both limits grow with the blocks that are freed: with weights coming and going in several threads, an
-    actor would hold several layers' worth of memory that nobody uses, and several parts of uploads. Smaller limits than
-    these cost more than they save: a layer's activations are mapped and zeroed by the kernel again for every operation,
-    a third of the gate pass's time on a CPU.
+    By default both limits grow with the size of freed blocks. Several threads allocate and free weights, so an actor
+    would keep unused memory of several layers and several upload parts. Smaller limits than these cost more than they
+    save: the kernel would map and zero a layer's activations again for every operation, a third of the gate pass's time
+    on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # not so on other C libraries
+    if mallopt is not None:  # other C libraries have none
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files as far as this user may. Ray does so for drivers, not for a node's actors."""
+    """Raise the limit of open files as far as this user may. Ray does so for drivers, but not for actors on nodes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # 'no limit' is more than some kernels take
+        with contextlib.suppress(ValueError, OSError):  # some kernels reject 'no limit'
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def prioritize_gate_threads() -> None:
-    """Let this thread, which writes shards, stand back where it shares cores with the gate pass.
+    """Lower the priority of this thread, which writes shards, where it shares cores with the gate pass.
 
-    The gate pass is what takes longest, and the disk is busy anyway. Linux has a niceness a thread.
+    The gate pass takes longest, and the disk is busy anyway. On Linux, niceness is set per thread.
     """
     if os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < _WRITER_NICENESS:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WRITER_NICENESS)

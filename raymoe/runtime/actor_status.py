@@ -1,4 +1,4 @@
-"""What an actor says of itself: where it is, what it works on, and what it has done so far."""
+"""What an actor reports about itself: where it runs, what it works on, and what it has done so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypedDict
 from raymoe.planning.plan import GatePrompts
 from raymoe.routers.prompt_passes import Reading
 
-ROUTERS_JOB = "routers"  # how `Status.heartbeats` names the making of routers
+ROUTERS_JOB = "routers"  # the name of router computation in `Status.heartbeats`
 
 
 class WorkKind(Enum):
@@ -26,14 +26,14 @@ class WorkKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Working:
-    """What an actor works on. `subject`: the members whose prompts it reads, or a shard's file name."""
+    """What an actor works on. `subject`: the members of the prompts that it reads, or a shard's file name."""
 
     kind: WorkKind
     subject: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """What people see of it."""
+        """The text that users see."""
         subject = ", ".join(self.subject)
         labels = {
             WorkKind.PROMPTS: f"gates of {subject}",
@@ -48,10 +48,10 @@ class Working:
 class Status:
     """What an actor has done so far.
 
-    `gate_tokens` have passed a layer, counted for each layer, of `gate_tokens_planned` in the `readings_counted` parts
-    of members that it has begun to read. `heartbeats` counts by job how often it moved on (see job_activity.py),
-    `store_requests` the requests to object stores, which have timeouts and retries of their own. `warnings` name the
-    first tensors with findings, `warnings_left_out` is the number of the others.
+    `gate_tokens` counts tokens that have passed a layer, once per layer. `gate_tokens_planned` is the total for the
+    `readings_counted` parts of members that the actor has begun to read. `heartbeats` counts by job how often it made
+    progress (see job_activity.py). `store_requests` counts requests to object stores, which have timeouts and retries
+    of their own. `warnings` name the first tensors with findings; `warnings_left_out` is the number of the others.
     """
 
     bytes_written: int
@@ -71,8 +71,8 @@ class Status:
 
 
 class ActorInfo(TypedDict):
-    """What an actor says of itself when it comes up: its process, its node (in words, and by Ray's id), whether it sees
-    the output, what it computes on, and which of the files that it was asked about it can't read."""
+    """What an actor reports when it comes up: its process, its node (as text, and Ray's id), whether it sees the
+    output, its compute device, and which of the requested files it can't read."""
 
     pid: int
     node: str
@@ -89,7 +89,7 @@ def reading_label(members: Sequence[GatePrompts]) -> str:
 
 
 def node_name() -> str:
-    """This node as messages call it: its host's name, and the address that Ray knows it by."""
+    """This node's name in messages: its host name, and its address in Ray."""
     host = socket.gethostname()
     if "ray" not in sys.modules:
         return f"node {host}"

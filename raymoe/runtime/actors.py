@@ -1,4 +1,4 @@
-"""The expert actors of a merge or a verification: started, waited for, ended."""
+"""Starts the expert actors of a merge or a verification, waits for them, and ends them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from raymoe.runtime.shard_transfer import PIECES_AHEAD
 from raymoe.runtime.timeouts import GROW_REPORT_INTERVAL_S, GROW_TIMEOUT_S, START_GRACE_S, START_TIMEOUT_S
 
 _RESTARTS = 2
-_COPY_JOBS = 64  # threads that wait for the parts of a job, of which most have several
+_COPY_JOBS = 64  # threads that wait for the parts of a job; most jobs have several parts
 
 
 @contextmanager
 def expert_actors(
     actor_plan: ActorPlan, output: Location, settings: RuntimeSettings, run: str = ""
 ) -> Iterator[list[Any]]:
-    """Actors that write for `run` of the journal; at least one is up. They are killed at the end, however it comes."""
+    """Actors that write for `run` of the journal; at least one is up. They are killed when the context ends."""
     import ray
 
-    # Who gets no GPU is not to look for one: it would take those that CUDA_VISIBLE_DEVICES names for its own.
+    # Actors without a GPU must not probe for one: they would use the devices listed in CUDA_VISIBLE_DEVICES.
     on_cpu = replace(settings, device="cpu")
     if not actor_plan.runs_model:
         settings = on_cpu
     needs_torch = actor_plan.runs_model or settings.trust_remote_code
     worker = _remote_class(actor_plan.layers_at_once, actor_plan.shards_at_once, needs_torch, settings)
     copier = _remote_class(1, min(_COPY_JOBS, actor_plan.copies_at_once), False, settings)
-    mark = secrets.token_hex(3)  # Ray wants names that no other merge in the cluster has
+    mark = secrets.token_hex(3)  # Ray requires names that are unique in the cluster
     actors = [
         (copier if actor_placement.only_copies else worker)
         .options(
@@ -63,7 +63,7 @@ def expert_actors(
 
 
 def _remote_class(layers_at_once: int, shards_at_once: int, needs_torch: bool, settings: RuntimeSettings) -> Any:
-    """The class of an actor, with a thread for each job that it does at once."""
+    """The class of an actor, with one thread per job that it runs at once."""
     import ray
 
     groups = {"gates": 1, "layers": layers_at_once, "write": shards_at_once, "control": 1}
@@ -79,9 +79,9 @@ def _strategy(actor_placement: ActorPlacement) -> Any:
 
 
 def _wait_for_first_actor(actors: list[Any], actor_plan: ActorPlan, *, quiet: bool) -> None:
-    """Wait for all actors a while, and longer for one of them: the rest may come later (see scheduler.py).
+    """Wait a short time for all actors, and longer for the first one. The others may come later (see scheduler.py).
 
-    A cluster that is busy, grows or has just lost a node has room for fewer actors than its resources promise.
+    A cluster that is busy, grows, or has just lost a node has room for fewer actors than its resources promise.
     """
     import ray
     from ray.exceptions import RayError
@@ -110,7 +110,7 @@ def _wait_for_first_actor(actors: list[Any], actor_plan: ActorPlan, *, quiet: bo
         try:
             ray.get(answer)
         except RayError as error:
-            # else it died in its first moments, and may come again
+            # otherwise it died while it started, and may be restarted
             if classify_failure(error) not in (CallFailure.UNAVAILABLE, CallFailure.LOST):
                 failures.append(error)
     if len(failures) == len(actors):
@@ -141,7 +141,7 @@ def _actor_class(worker: type, needs_torch: bool, trusts_code: bool) -> type:
     def start(actor: Any, *arguments: Any) -> None:
         if not needs_torch:
             block_torch_import()
-        elif not trusts_code:  # which may want anything
+        elif not trusts_code:  # such code may import anything
             block_sklearn_import()
         without_secrets(worker.__init__)(actor, *arguments)  # type: ignore[misc]
 

@@ -1,8 +1,8 @@
-"""Whether a cluster's nodes come and go by themselves: then a merge that finds no room waits for some.
+"""Tells whether a cluster has an autoscaler: then a merge that finds no room waits for new nodes.
 
-Ray has no public word for it. What it shows in `ray status` tells: an autoscaler calls nodes by the types of its
-configuration; where there is none, Ray calls each node by its own id. Pending actors are what an autoscaler acts on, so
-nothing else has to be asked of it, and nothing is left asked for when the merge ends.
+Ray has no public API for it. raymoe infers it from node type names, as `ray status` shows them: an autoscaler names
+nodes by the types of its configuration; without one, Ray names each node by its own id. Pending actors already trigger
+scale-up, so raymoe makes no explicit resource request, and none has to be withdrawn when the merge ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _ANONYMOUS = re.compile(r"node_[0-9a-f]+|local_node|")
 
 
 def has_autoscaler() -> bool:
-    """Whether the connected cluster has an autoscaler that can start nodes. Where Ray does not say, it has none."""
+    """Whether the connected cluster has an autoscaler that can start nodes. False if Ray does not say."""
     try:
         return any(not _ANONYMOUS.fullmatch(name) for name in node_type_names())
-    except Exception:  # these are not promised to be in every version of Ray
+    except Exception:  # these private names may be missing in other versions of Ray
         return False

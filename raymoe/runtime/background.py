@@ -1,6 +1,6 @@
-"""Calls that the coordinator makes beside its scheduling thread: requests to a store, which take their time.
+"""Runs calls of the coordinator outside its scheduling thread: requests to a store, which take time.
 
-The threads are daemons: a server that does not answer keeps no process from its end.
+The threads are daemons, so a server that does not answer does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from typing import Any
 
 _THREADS = 16
-_END_TIMEOUT_S = 10  # for calls that are under way when nothing more is wanted
+_END_TIMEOUT_S = 10  # for running calls, when their results are no longer needed
 
 
 class Background:
-    """A bounded pool of threads, which start with the first call."""
+    """A bounded pool of threads. They start with the first call."""
 
     def __init__(self, threads: int = _THREADS) -> None:
         self._most, self._threads = threads, list[threading.Thread]()
@@ -27,7 +27,7 @@ class Background:
         self._changed = threading.Condition()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Have a function called; what it gives, or raises, is in the future."""
+        """Call a function in a thread; the future has its result or its exception."""
         future: Future[Any] = Future()
         with self._changed:
             self._under_way += 1
@@ -39,7 +39,7 @@ class Background:
         return future
 
     def end(self) -> None:
-        """Begin no more calls, and wait a while for those that are under way."""
+        """Start no more calls, and wait a limited time for running ones."""
         while True:
             try:
                 call = self._calls.get_nowait()

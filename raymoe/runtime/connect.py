@@ -1,4 +1,4 @@
-"""Being connected to Ray: to a cluster that runs, or to one that is started here."""
+"""Connects to Ray: to a running cluster, or to one that is started on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from raymoe.signals import end_on_signal
 
 @contextmanager
 def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
-    """Be connected to Ray: to the cluster at `address` or RAY_ADDRESS, else to one started here.
+    """Connect to Ray: to the cluster at `address` or RAY_ADDRESS, else to one started here.
 
-    A connection that exists already is used and left alone; one made here is closed at the end.
+    An existing connection is used and stays open; a connection made here is closed at the end.
     """
     import ray
     from ray.exceptions import RayError
@@ -41,7 +41,7 @@ def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     reject_job_server(address or "")
     if not address:
-        # A laptop's own cluster: no dashboard to start and wait for.
+        # A local cluster needs no dashboard, which would take time to start.
         options |= {"address": "local", "include_dashboard": False}
     if settings.verbosity >= 0:
         say(f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine")
@@ -49,13 +49,13 @@ def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
         check_port_open(address or "")
         with end_on_signal():
             ray.init(**options)
-    except SystemExit:  # how Ray's own handlers of SIGTERM end a process, without a word
+    except SystemExit:  # Ray's own SIGTERM handlers end a process this way, without a message
         raise KeyboardInterrupt from None
-    except Exception as error:  # of whatever class: Ray raises a bare Exception where its own node starts too slowly
+    except Exception as error:  # of any class: Ray raises a bare Exception if its own node starts too slowly
         raise ProblemReport([start_problem(error, address)]) from error
     try:
         yield
-    except RayError as error:  # whatever no part of a merge can mend, a lost head among it
+    except RayError as error:  # everything that no part of a merge can recover from, such as a lost head node
         cause = cause_of(error)
         if isinstance(cause, RaymoeError):
             raise cause from None

@@ -2,8 +2,8 @@
 
     check the output -> begin the journal -> actors: gate rows, shards -> router shard -> small files -> index -> record
 
-Nothing that a reader takes for a finished checkpoint exists before the index, which comes after all weights; the record
-(`raymoe.json`) comes last. Whatever ends a merge early leaves the journal, and the same command goes on from there.
+No file that marks a finished checkpoint exists before the index, which is written after all weights. The record
+(`raymoe.json`) is written last. If a merge ends early, the journal stays, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ from raymoe.storage.transfer_summary import bytes_by_method
 
 
 class Description(Protocol):
-    """What a merge says of itself, made by the caller of `run_merge`. `summary` is what held-out prompts tell of the
-    routers."""
+    """Texts about a merge, made by the caller of `run_merge`. `summary` holds the routers' scores on held-out
+    prompts."""
 
     def card(self, summary: RouterSummary | None) -> str | None:
-        """The model card; None if there is to be none."""
+        """The model card; None if none is written."""
 
     def backbone_lines(self) -> Sequence[str]:
-        """What the backbone of the merge is, for the end of a run."""
+        """A description of the merge's backbone, printed at the end of a run."""
 
     def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> Mapping[str, Any]:
-        """The record of the merge, with all its other files."""
+        """The record of the merge; it lists all other files of the output."""
 
 
 def run_merge(
@@ -81,8 +81,8 @@ def run_merge(
 ) -> MergeResult:
     """Merge into `output`, a folder or a URL. Raises ProblemReport before anything is written, else MergeFailed.
 
-    Where the output holds this very merge, finished, nothing is done but to remove what is left of its journal.
-    `description` is asked for the card and the record at the end. `report` is told how it goes.
+    If the output already holds this merge, finished, only the rest of its journal is removed. `description` gives the
+    card and the record at the end. `report` collects times and results.
     """
     report = report or RunReport()
     target = open_target(output, settings)
@@ -133,7 +133,7 @@ def run_merge(
 
 def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
     needs_forward_pass = MODES[plan.gates.mode].needs_forward_pass
-    # With --strict actors read what the store copies, too.
+    # With --strict, actors also read what the store copies.
     copies = [0 if plan.options.strict else target.copied_parts(shard) for shard in plan.worker_shards]
     return Workload(
         jobs=max(copies.count(0), len(plan.gates.prompted)),
@@ -149,7 +149,7 @@ def _workload(plan: MergePlan, target: Output, work: WriteShards) -> Workload:
 
 
 def _finished_before(plan: MergePlan, target: Output, settings: RuntimeSettings) -> FinishedMerge | None:
-    """The merge that is asked for, where an earlier run has finished it."""
+    """The finished merge, if an earlier run has completed the one that is requested."""
     return None if settings.overwrite else find_complete_merge(plan, target)
 
 
@@ -183,13 +183,13 @@ def _rewritten_warnings(plan: MergePlan, target: Output, finished: FinishedMerge
         yield (
             f"sources were written after the merge was finished: {short_list(names, most=3)}. Their sizes and samples "
             "are "
-            "the same, but a small change would not be seen so: `raymoe verify` compares every byte"
+            "the same, but a small change would not show in them: `raymoe verify` compares every byte"
         )
 
 
 @contextmanager
 def _problems_as_failure() -> Iterator[None]:
-    """What is found wrong with prompts, once they are read, is no refusal any more: shards may have been written."""
+    """Turn a ProblemReport about prompts into MergeFailed: prompts are read late, when shards may have been written."""
     try:
         yield
     except ProblemReport as report:
@@ -198,17 +198,17 @@ def _problems_as_failure() -> Iterator[None]:
 
 @contextmanager
 def _invalidate_on_source_change(target: Output) -> Iterator[None]:
-    """Where sources changed, the next run is to begin again, with --overwrite and also where they are put back."""
+    """If sources changed, make the next run start again (with --overwrite), even if the old files are restored."""
     try:
         yield
     except SourcesChanged:
-        with suppress(RaymoeError, OSError):  # another run has the output, or it can't be reached
+        with suppress(RaymoeError, OSError):  # another run owns the output, or it can't be reached
             target.invalidate()
         raise
 
 
 def open_target(output: str | Path, settings: RuntimeSettings) -> Output:
-    """The output that a user names. Raises ProblemReport for a place that none can be at."""
+    """The output that a user names. Raises ProblemReport if no output can be there."""
     return open_output(writable_location(output, "output"), settings.storage)
 
 
@@ -216,7 +216,7 @@ class _WriteDirectly(ShardMethod):
     """An actor writes to the output itself."""
 
     def __init__(self, names: Mapping[Owner, str], *, must_see_output: bool, strict: bool) -> None:
-        """`must_see_output`: the output is a folder, which some nodes do not have. `strict`: as for `WriteShards`."""
+        """`must_see_output`: the output is a folder that some nodes do not have. `strict`: as for `WriteShards`."""
         self._names, self._must_see_output, self._strict = names, must_see_output, strict
 
     def can_use(self, actor: ActorInfo) -> bool:
@@ -232,7 +232,7 @@ class WriteShards:
     """The shard work of a merge, for `run_on_actors`: jobs of the output, done by actors, completed here."""
 
     def __init__(self, target: Output, names: Mapping[Owner, str], *, strict: bool) -> None:
-        """`names` are what Ray's dashboard calls the owners of shards. `strict`: actors read what a store copies."""
+        """`names` are the shard owners' names in Ray's dashboard. `strict`: actors also read what a store copies."""
         self._target = target
         if not target.location.kind.is_local:  # every node sees it
             self.methods: tuple[ShardMethod, ...] = (_WriteDirectly(names, must_see_output=False, strict=strict),)
@@ -257,7 +257,7 @@ def output_problems(
 ) -> list[Problem]:
     """Everything that keeps this plan from being written to `target`, found without writing.
 
-    `sources` as all nodes see them, where they have been asked.
+    `sources` as all nodes see them, if they were queried.
     """
     sources = sources or SourceFiles(plan, None)
     problems = plan_output_problems(plan, target, overwrite=settings.overwrite, inputs=settings.inputs)
@@ -275,23 +275,23 @@ def output_problems(
 
 
 def _begin(plan: MergePlan, target: Output, settings: RuntimeSettings, sources: SourceFiles) -> FinishedMerge | None:
-    """Begin the run, unless another one has finished this merge since the first look: that merge."""
+    """Begin the run. Returns the finished merge if another run has finished it since the first check."""
     target.lock()
-    # Another merge may have come and gone since the first look; now nobody else is here.
+    # Another merge may have started and ended since the first check; from here on no other run is active.
     if problems := output_problems(plan, target, settings, sources):
         raise ProblemReport(problems)
     if (finished := _finished_before(plan, target, settings)) is not None:
         return finished
     without = replace(settings, overwrite=False)
     is_unfinished = target.digest() == plan.digest and target.finished_merge() is None
-    # --overwrite goes on only where the same command without it would: it is the remedy for what is in the way.
+    # --overwrite resumes in the same cases as the command without it; in all others it replaces what is there.
     goes_on = is_unfinished and not (settings.overwrite and output_problems(plan, target, without, sources))
     try:
         target.begin(plan.digest, sources.fingerprints(), fresh=settings.overwrite and not goes_on)
     except StorageError:
         raise
     except ProblemReport:
-        # Another run of this merge may have ended since the look.
+        # Another run of this merge may have ended since the check.
         finished = (
             None if output_problems(plan, target, settings, sources) else _finished_before(plan, target, settings)
         )
@@ -320,7 +320,7 @@ def _gate_warnings(
 
 
 def _write_router(plan: MergePlan, rows: RouterRows, target: Output, settings: RuntimeSettings) -> Iterator[FileRecord]:
-    """The router's shards, which the driver writes: the gates are here, and they are small."""
+    """Write the router's shards in the driver: router rows are here already, and they are small."""
     router = router_bytes(plan.gates, rows)
     with SourceReader(settings.hub, settings.storage) as reader:
         for shard in plan.router_shards:
@@ -335,7 +335,7 @@ def _write_small_files(
     records: Sequence[FileRecord],
     summary: RouterSummary | None,
 ) -> tuple[FileRecord, ...]:
-    """Small files, the index, the record; then the journal goes."""
+    """Write the small files, the index and the record; then remove the journal."""
     records = list(records)
     for side in plan.side_files:
         records.append(target.write_small(side.name, RayFolderResolver(settings).read(side.file)))

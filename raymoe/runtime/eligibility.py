@@ -1,9 +1,9 @@
-"""Which actors may do which work: those that see its files, by what they compute on and by which methods they can use.
+"""Decides which actors may do which work: by the files they see, their compute device, and the methods they can use.
 
-Prompts are read on GPUs where there are any. Actors with a GPU leave shards to others while prompts are to be read. An
-actor does a shard by the first method that it can use, if no other actor can do that shard by an earlier one.
+Prompts are read on GPUs if any actor has one. Actors with a GPU leave shards to others while prompts remain to be read.
+An actor does a shard by the first method that it can use, unless another actor can do that shard by an earlier method.
 
-These are questions: none of them starts an actor.
+The functions only answer questions: none of them starts an actor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raymoe.storage.outputs.protocol import ShardJob
 
 
 class Eligibility:
-    """Answers are kept until an actor's state changes, or what else they depend on."""
+    """Answers are cached until an actor's state or another input of theirs changes."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class Eligibility:
         is_settling: Callable[[], bool],
         has_read_prompts: Callable[[], bool],
     ) -> None:
-        """`methods`: those of `ShardWork`. `is_settling`: actors that are not up yet may be in a moment.
-        `has_read_prompts`: nothing is left for GPUs to do but shards."""
+        """`methods`: those of `ShardWork`. `is_settling`: actors that are not up yet may be up in a moment.
+        `has_read_prompts`: only shards are left for GPUs to do."""
         self._pool, self._requirements, self._methods = pool, requirements, methods
         self._is_settling, self._has_read_prompts = is_settling, has_read_prompts
         self._conditions: tuple[int, bool, bool] | None = None
@@ -39,14 +39,14 @@ class Eligibility:
         self._others: dict[tuple[frozenset[str], bool], bool] = {}
 
     def refresh(self) -> None:
-        """Drop answers that may be others by now. To be called before work is given out."""
+        """Drop answers that may have changed. Call it before work is given out."""
         conditions = (self._pool.version, self._is_settling(), self._has_read_prompts())
         if conditions != self._conditions:
             self._conditions = conditions
             self._found, self._others = {}, {}
 
     def can_read_prompts(self, actor: PoolActor, owners: Iterable[Owner]) -> bool:
-        """Whether an actor is to read prompts: it can, and none with a GPU could."""
+        """True if this actor should read the prompts: it can, and no actor with a GPU could."""
         files = self._requirements.for_members(owners) if self._requirements is not None else frozenset()
         return actor.can_read(files) and (actor.on_gpu or not self._can_another(files, gpu=True))
 
@@ -54,7 +54,7 @@ class Eligibility:
         return actor.on_gpu or not any(other.on_gpu for other in self._pool.up)
 
     def can_do(self, actor: PoolActor, job: ShardJob) -> bool:
-        """Whether an actor can be given a job now: no others are there for it, and the helper that it needs is up."""
+        """True if an actor can get a job now: no other actors are meant for it, and the helper that it needs is up."""
         if job.asks_store is not actor.only_copies and self._has_kind(only_copies=job.asks_store):
             return False
         method = self.method(actor, job)
@@ -64,7 +64,7 @@ class Eligibility:
         return helper is not None and helper.is_up
 
     def missing_helpers(self, shards: Callable[[], Iterable[Shard]]) -> list[Helper]:
-        """Helpers that have not been started and that an actor with room for one of the shards needs."""
+        """Helpers that are not started yet and that an actor with room for one of the shards needs."""
         return [
             method.helper
             for method in self._methods
@@ -80,11 +80,11 @@ class Eligibility:
         return any(self._method(actor, files) is method for actor in free for files in needed)
 
     def method(self, actor: PoolActor, job: ShardJob) -> ShardMethod | None:
-        """How an actor does a job; None if it lacks files, or others are to do it."""
+        """The method by which an actor does a job; None if it lacks files, or if other actors should do it."""
         return self._method(actor, frozenset() if job.asks_store else self._files(job.shard))
 
     def _has_kind(self, *, only_copies: bool) -> bool:
-        """Whether actors are up, or will be in a moment, that are there to ask a store for copies, or all others."""
+        """Whether actors of a kind are up or will be in a moment: those that only request copies, or all others."""
         kind = [actor for actor in self._pool.actors if actor.only_copies is only_copies]
         return any(actor.is_up for actor in kind) or (
             self._is_settling() and any(actor.state is ActorState.STARTING for actor in kind)
@@ -102,7 +102,7 @@ class Eligibility:
         if not actor.can_read(files):
             return None
         if actor.on_gpu and not self._has_read_prompts() and self._can_another(files, gpu=False):
-            return None  # those that read prompts leave the bytes to others (see `plan_actors`)
+            return None  # actors that read prompts leave the bytes to others (see `plan_actors`)
         method = self._first_method(actor)
         if method is None or method is self._methods[0]:
             return method
@@ -112,12 +112,12 @@ class Eligibility:
         return None if may_come or is_better else method
 
     def _first_method(self, actor: PoolActor) -> ShardMethod | None:
-        """The first method that an actor can use, whatever the files."""
+        """The first method that an actor can use, regardless of files."""
         info = actor.info
         return next((method for method in self._methods if info is not None and method.can_use(info)), None)
 
     def _can_another(self, files: frozenset[str], *, gpu: bool) -> bool:
-        """Whether actors with, or without, a GPU are there that can read these files, or will be in a moment."""
+        """Whether an actor with (or without) a GPU that can read these files is up, or will be in a moment."""
         if (files, gpu) not in self._others:
             self._others[files, gpu] = self._find_another(files, gpu)
         return self._others[files, gpu]

@@ -1,8 +1,9 @@
 """The expert actor's code, as a plain class: it can be run and tested without Ray.
 
-An actor serves one expert at a time. Its three kinds of call run side by side (Ray's concurrency groups): `gates` reads
-the expert's prompts on the device, `write` writes shards, `control` answers questions while the other two work. Calls
-may be repeated after a death: a shard that is already whole is found in the journal and not written again.
+An actor serves one expert at a time. Its three kinds of calls run concurrently (Ray's concurrency groups): `gates`
+reads the expert's prompts on the device, `write` writes shards, `control` answers status requests while the other two
+work. Calls may be repeated after an actor died: a shard that is already complete is found in the journal and not
+written again.
 
 Torch is imported by `capture` and `fit_layer` alone, for modes that run a model.
 """
@@ -56,7 +57,7 @@ class ExpertWorker:
         self._active_jobs = ActiveJobs()
 
     def describe(self, files: Sequence[SourceFile] = ()) -> ActorInfo:
-        """Where this actor is, and which of some local files it can't read (those of another size included)."""
+        """Where this actor runs, and which of some local files it can't read (or sees with another size)."""
         return ActorInfo(
             pid=os.getpid(),
             node=node_name(),
@@ -69,7 +70,7 @@ class ExpertWorker:
         )
 
     def embedding_rows(self, gates: GatePlan, members: Sequence[GatePrompts]) -> tuple[npt.NDArray[np.float32], ...]:
-        """Router row (hidden,) of each of some experts, in the mode that looks at token embeddings alone."""
+        """One router row (hidden,) per given expert, for the gate mode that uses token embeddings only."""
         from raymoe.routers.token_embeddings import embedding_router_row
 
         with self._reading(members) as work, self._reader(work) as reader:
@@ -84,14 +85,13 @@ class ExpertWorker:
         shared_with_shards: Sequence[TensorEntry] = (),
         *keep_cached: Sequence[TensorEntry],
     ) -> Iterator[LayerActivations | None]:
-        """What the prompts of some of `experts` experts leave at a layer, by expert, one layer after the other; then
-        None, for the caller to see the end by. Ray stores each as it comes: one layer's are held here.
+        """Yield one item per layer: the activations of the prompts of some of `experts` experts, by expert; then None,
+        which marks the end. Ray stores each item as it is yielded: this process holds one layer's activations.
 
-        `shared_with_shards`: tensors of objects that shards take too; what this actor reads of them for both is read
-        once.
-        `keep_cached`: the same of prompts that are still waiting, as far as this actor has not been told of them.
+        `shared_with_shards`: tensors in object stores that shards use too; this actor reads them once for both.
+        `keep_cached`: the same for prompts that still wait, unless this actor has already been told of them.
         """
-        # Before torch is imported, which shards do not wait for.
+        # Start before torch is imported: shards do not wait for it.
         for entries in (shared_with_shards, *keep_cached):
             self._read_cache.expect(entries, GATES, SHARDS)
         try:
@@ -139,9 +139,9 @@ class ExpertWorker:
                 yield from layer
 
     def fit_layer(self, mode: str, experts: int, parts: Sequence[int], *activations: LayerActivations) -> LayerRows:
-        """The rows of one layer out of what all members' prompts left there: first the experts, then shared ones.
+        """Compute the router rows of one layer from all members' activations: first the experts, then shared experts.
 
-        `parts` says how many of `activations` each member has, one after the other.
+        `parts` says how many of `activations` each member has, in order.
         """
         limit_threads(1)
         ends = [sum(parts[: number + 1]) for number in range(len(parts))]
@@ -150,20 +150,21 @@ class ExpertWorker:
             return MODES[mode].fit_layer(members[:experts], members[experts:], self._device(), work.heartbeat)
 
     def write_shard(self, job: ShardJob) -> Any:
-        """Write a shard, or its part of one; the result is for the output's `complete`."""
+        """Write a shard, or a part of one; the result goes to the output's `complete`."""
         self._check_output()
         prioritize_gate_threads()
         with self._writing(job) as (reader, progress):
             if self._settings.strict:
                 _scan_copies(job, reader)
             result = self._output.do(job, reader, progress)
-        if result is None:  # an earlier run left it whole
+        if result is None:  # an earlier run completed it
             with self._lock:
                 self._bytes_kept += job.shard.nbytes
         return result
 
     def send_shard(self, job: ShardJob) -> Iterator[npt.NDArray[np.uint8]]:
-        """The bytes of a shard in order, for a writer on the output's node. A piece is valid until the next."""
+        """Yield the bytes of a shard in order, for a writer on the output's node. A piece is valid until the next
+        one."""
         prioritize_gate_threads()
         with self._writing(job) as (reader, progress):
             for piece in split_pieces(shard_chunks(job.shard, reader), job.shard.nbytes):
@@ -171,7 +172,7 @@ class ExpertWorker:
                 progress(len(piece), 0)
 
     def compare_shard(self, job: ShardJob, written: Mapping[str, TensorEntry]) -> list[str]:
-        """Names of the shard's tensors whose bytes in the output differ from what the sources give."""
+        """Names of the shard's tensors that have other bytes in the output than the sources give."""
         with self._writing(job) as (reader, progress):
             return different_tensors(job.shard.parts, written, reader, progress=lambda count: progress(count, 0))
 
@@ -201,7 +202,7 @@ class ExpertWorker:
             )
 
     def _has_gpu(self) -> bool:
-        """Whether Ray gave this actor one. Asked without torch, which takes seconds to import."""
+        """Whether Ray gave this actor a GPU. It is checked without torch, which takes seconds to import."""
         return self._settings.device != "cpu" and bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def _device(self) -> str:
@@ -237,8 +238,8 @@ class ExpertWorker:
 
     @contextmanager
     def _writing(self, job: ShardJob) -> Iterator[tuple[SourceReader, Progress]]:
-        """A reader for a shard, and what is to be told of bytes that have been moved; what other shards are made of too
-        is kept for those that this actor will do."""
+        """A reader for a shard, and the callback that counts moved bytes. Bytes that other shards of this actor need
+        too stay in the read cache."""
         self._read_cache.expect(job.shared_with_shards, job.name)
         self._read_cache.expect(job.keep_cached, SHARDS)
         self._read_cache.forget(set(job.shared_with_shards).difference(job.keep_cached), SHARDS)
@@ -260,7 +261,7 @@ class ExpertWorker:
 
 
 def _scan_copies(job: ShardJob, reader: SourceReader) -> None:
-    """Read what the store is going to copy itself, for its numbers to be looked at."""
+    """Read the bytes that the store will copy server-side, so that their values are checked."""
     for part in job.parts:
         if part.copy is not None:
             for _ in shard_range(job.shard, part.start, part.end, reader):
@@ -268,7 +269,7 @@ def _scan_copies(job: ShardJob, reader: SourceReader) -> None:
 
 
 def _node_id() -> str:
-    """Ray's id of this node; empty where this class is run without Ray."""
+    """Ray's id of this node; empty if this class runs without Ray."""
     if "ray" not in sys.modules:
         return ""
     import ray

@@ -1,7 +1,7 @@
-"""What a process works on, by job, and how often each job has moved on.
+"""Tracks the jobs of a process, and how often each has made progress.
 
-A job moves on with every piece that it reads, writes or computes. The coordinator sees from the counts which of the
-jobs that an actor has been given stand still (see stall.py).
+A job makes progress with every piece that it reads, writes or computes. From these counts the coordinator sees which
+jobs of an actor stall (see stall.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from raymoe.runtime.actor_status import Working
 
 @dataclass(eq=False)
 class TrackedJob:
-    """A job under way: what it is, the name that the coordinator knows it by, and how often it moved on."""
+    """A running job: what it does, its name for the coordinator, and how often it made progress."""
 
     working: Working
     name: str
     heartbeats: int = 0
 
     def heartbeat(self) -> None:
-        """Something was read, written or computed. For any thread: a count that is lost between two does no harm."""
+        """Count progress: a piece was read, written or computed. For any thread; an increment lost to a race does no
+        harm."""
         self.heartbeats += 1
 
 
@@ -37,7 +38,7 @@ class ActiveJobs:
 
     @contextmanager
     def track(self, working: Working, name: str = "") -> Iterator[TrackedJob]:
-        """A job, for the time that it is worked on; its name is its label if none is given."""
+        """Track a job inside the context. Without `name`, its label is its name."""
         job = TrackedJob(working, name or working.label)
         with self._lock:
             self._jobs.append(job)
@@ -54,7 +55,7 @@ class ActiveJobs:
 
     @property
     def heartbeats(self) -> dict[str, int]:
-        """How often jobs moved on, by name; several of one name are counted together."""
+        """How often jobs made progress, by name; jobs of the same name are added up."""
         counts = Counter[str]()
         with self._lock:
             for job in self._jobs:

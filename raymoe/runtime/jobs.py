@@ -1,4 +1,4 @@
-"""What jobs for actors have in common, and what a job that failed has lost."""
+"""The interface of jobs for actors, and what a failed job has lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raymoe.runtime.ray_errors import CallFailure, cause_of, classify_failure, f
 
 
 class Lost(Enum):
-    """What a job lost, so that it has to be done again."""
+    """What a job lost, so that it must run again."""
 
     ACTOR = "the actor that was called"
     PEER = "the other actor of the job, with which the called one works"
@@ -20,43 +20,43 @@ class Lost(Enum):
 
 
 class PeerLost(Exception):
-    """Raised by an actor whose job needs another actor: that one died, or its node did; the one that raises is well."""
+    """Raised by an actor if the other actor of its job, or that actor's node, died. The raising actor is healthy."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Job(ABC):
-    """A piece of work for an actor. `failures`: how often an actor died over it or input was lost; `stalls`: how often
-    it stood still."""
+    """A piece of work for an actor. `failures`: how often an actor died during it or its input was lost; `stalls`: how
+    often it stalled."""
 
     failures: int = 0
     stalls: int = 0
-    takes_states: ClassVar[bool] = False  # whether it works with what other jobs left in Ray's store
+    takes_states: ClassVar[bool] = False  # whether its input is the output of other jobs in Ray's object store
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
 
     @property
     @abstractmethod
     def heartbeat_name(self) -> str:
-        """What an actor calls it in `Status.heartbeats`."""
+        """Its name in `Status.heartbeats`."""
 
     @abstractmethod
     def complete(self, result: Any) -> None:
-        """It is done."""
+        """Called when it is done."""
 
     @abstractmethod
     def requeue(self) -> None:
-        """It is to be done again, before those that wait."""
+        """Put it back to the front of the queue."""
 
     def recover(self, lost: Lost) -> None:
-        """Something was lost: see to it that the work is done again."""
+        """Handle a loss: make sure that the work is done again."""
         self.requeue()
 
 
 def lost_part(error: Exception, job: Job) -> Lost:
-    """What an error of Ray's says was lost. Raises what can't be mended by doing the job again."""
+    """What was lost, according to an error of Ray's. Raises MergeFailed if a repetition of the job can't help."""
     from ray.exceptions import RayTaskError
 
     cause = cause_of(error) if isinstance(error, RayTaskError) else error
@@ -76,7 +76,7 @@ def lost_part(error: Exception, job: Job) -> Lost:
 
 
 def _no_room(label: str, error: BaseException) -> MergeFailed:
-    """Ray spills what its object store can't hold to the node's disk; so neither has room."""
+    """Ray spills objects that its object store can't hold to the node's disk; so both are full."""
     return MergeFailed(
         f"{label}: no room for the states of prompts: Ray's object store is full, and so is the disk that it moves "
         f"objects to ({type(error).__name__}). Start Ray with more of either (ray start --object-store-memory, "

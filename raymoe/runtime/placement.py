@@ -1,11 +1,11 @@
-"""Which node can do what: a cluster's nodes are asked which source files they have, and actors go where the work is.
+"""Decides which node can do which work: nodes report the source files that they have; actors start where the work is.
 
-    Needs       the local files that each shard, and the reading of each expert's prompts, is made of
-    Placement   Needs, and the nodes' answers --> problems (what no node can do), seats (an actor each)
+    FileRequirements   the local files that each shard, and the reading of each expert's prompts, needs
+    Placement          requirements and the nodes' answers --> problems (work that no node can do), actor placements
 
-Models on the Hub and in object stores are read from anywhere, and so are folders that all nodes have: then Ray spreads
-the actors as it likes, and nothing of this matters. A node *has* a file if it has one of the planned size with the
-content, where it is sampled, that it has on the coordinator's node: an older copy of a model is not that model.
+Models on the Hub and in object stores can be read from every node, and so can folders that all nodes have: then Ray
+places the actors freely, and this module has nothing to do. A node *has* a file if its copy has the planned size, and
+the sampled blocks are the same as on the coordinator's node: an older copy of a model is not that model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raymoe.sources.local_folder import file_fingerprint, has_changed, is_in_vie
 class FileView:
     """A file as one node sees it. `sample` is a checksum of some of its blocks.
 
-    `changed`: the merge was planned with what this node had before.
+    `changed`: it is no longer the file of this node that the merge was planned with.
     """
 
     size: int
@@ -42,7 +42,7 @@ class FileView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A node of the cluster: what it has in all, and what it answered, if it did (`files` by location)."""
+    """A node of the cluster: its total resources, and its answer, if it gave one (`files` by location)."""
 
     node_id: str
     name: str
@@ -53,7 +53,7 @@ class Node:
 
     @property
     def description(self) -> str:
-        """The node in a message, with what it has and has free."""
+        """The node in a message, with its total and free resources."""
         parts = [f"{self.free.get('CPU', 0):g} of {self.cpus:g} CPUs free"]
         if self.gpus:
             parts.append(f"{self.free.get('GPU', 0):g} of {self.gpus:g} GPUs free")
@@ -68,10 +68,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPlacement:
-    """Where an actor is started: on that node, on no other if `hard_affinity`; without a node, where Ray has room.
+    """Where an actor starts: on this node, and on no other if `hard_affinity`; without a node, wherever Ray has room.
 
-    `allow_spill`: elsewhere also if that node is busy. `label` says for people what it is there for. `only_copies`: it
-    asks a store for copies, which takes no CPU.
+    `allow_spill`: also elsewhere while that node is busy. `label` says in messages what the actor is for.
+    `only_copies`: it only requests server-side copies, which needs no CPU.
     """
 
     node_id: str | None = None
@@ -84,8 +84,8 @@ class ActorPlacement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """A piece of work: what it is in words, who it is done for, the local files that it reads, its bytes, whether a
-    model computes."""
+    """A piece of work: a description, the owner's name, the local files that it reads, its bytes, and whether a model
+    runs."""
 
     what: str
     label: str
@@ -95,16 +95,16 @@ class _Task:
 
 
 class FileRequirements:
-    """The local source files (by location) that each shard is made of, and that reading each member's prompts takes.
+    """The local source files (by location) that each shard needs, and that reading each member's prompts needs.
 
-    `extra_files` are files that a shard needs besides, by the shard's name.
+    `extra_files` are further files that a shard needs, by the shard's name.
     """
 
     def __init__(self, plan: MergePlan, extra_files: Mapping[str, Iterable[SourceFile]] | None = None) -> None:
         found: dict[str, SourceFile] = {}
         self.shards: dict[str, frozenset[str]] = {}
         self.members: dict[Owner, frozenset[str]] = {}
-        self._tasks: dict[tuple[str, frozenset[str], bool], _Task] = {}  # by label, files and whether a model computes
+        self._tasks: dict[tuple[str, frozenset[str], bool], _Task] = {}  # by label, files and whether a model runs
         names = owner_names(plan)
         for shard in plan.worker_shards:
             read = [file for part in shard.parts for file in part.files_read]
@@ -127,7 +127,7 @@ class FileRequirements:
         return frozenset().union(*(self.members[owner] for owner in owners))
 
     def _add(self, what: str, label: str, files: frozenset[str], nbytes: int, *, computes: bool = False) -> None:
-        """Shards of one expert that read the same files are one task."""
+        """Add work. Shards of one expert that read the same files are one task."""
         same = self._tasks.pop((label, files, computes), None)
         nbytes += same.nbytes if same is not None else 0
         task = _Task(what=f"{what} {label}", label=label, files=files, nbytes=nbytes, computes=computes)
@@ -135,7 +135,7 @@ class FileRequirements:
 
 
 def owner_names(plan: MergePlan) -> dict[Owner, str]:
-    """Owners of shards and prompts as people call them: `expert 0 (name)`."""
+    """Names of the owners of shards and prompts for messages: `expert 0 (name)`."""
     return {source.owner: f"{source.owner} ({short_name(source.label, source.adapter)})" for source in plan.sources}
 
 
@@ -151,7 +151,7 @@ def _prompt_files(member: GatePrompts) -> Iterator[SourceFile]:
 
 
 class Placement:
-    """Who can do what. `driver_node_id` is the id of the coordinator's node."""
+    """Which node can do which work. `driver_node_id` is the id of the coordinator's node."""
 
     def __init__(self, requirements: FileRequirements, nodes: Sequence[Node], driver_node_id: str) -> None:
         self.requirements, self.nodes, self.driver_node_id = requirements, tuple(nodes), driver_node_id
@@ -173,7 +173,7 @@ class Placement:
         return frozenset(node_id for node_id, view in views.items() if planned and view.sample == planned.sample)
 
     def fingerprints(self) -> dict[str, str]:
-        """What tells one state from another of the files that the coordinator's own node does not have."""
+        """What distinguishes versions of the files that the coordinator's own node does not have, by location."""
         fingerprints = {}
         for file in self.requirements.files:
             views = [(node, view) for node in self.nodes if (view := (node.files or {}).get(file.location)) is not None]
@@ -184,7 +184,7 @@ class Placement:
         return fingerprints
 
     def changed(self, before: Placement | None = None) -> list[str]:
-        """Files that a node no longer has as they were when the merge was planned, or `before`."""
+        """Files that a node no longer has in the version that the merge was planned with, or that `before` shows."""
         earlier = {node.node_id: node.files or {} for node in before.nodes} if before is not None else {}
         found = set()
         for node in self.nodes:
@@ -196,17 +196,17 @@ class Placement:
         return sorted(found)
 
     def holders(self, location: str) -> frozenset[str]:
-        """The nodes that have a file as it was planned with."""
+        """The nodes that have the planned version of a file."""
         return self._holders.get(location, frozenset())
 
     def refresh(self) -> Placement:
-        """The same, as it is now; nodes that are gone keep their answers."""
+        """The same placement with current answers; nodes that are gone keep their old answers."""
         now = {node.node_id: node for node in query_nodes(self.requirements.files, cluster_nodes())}
         nodes = [now[n.node_id] if n.node_id in now and now[n.node_id].files is not None else n for n in self.nodes]
         return Placement(self.requirements, nodes, self.driver_node_id)
 
     def problems(self, gpus: float) -> list[Problem]:
-        """The work that no node can do; reading prompts takes `gpus`."""
+        """The work that no node can do. Reading prompts needs `gpus` GPUs."""
         problems = []
         for task in self.requirements.tasks:
             eligible = self.eligible_nodes(task.files)
@@ -229,7 +229,7 @@ class Placement:
         found = [f"{folder} is {self._describe_locations(files)}" for folder, files in folders.items()]
         silent_nodes = [node.name for node in self.nodes if node.files is None]
         asked_nodes = ", ".join(node.name for node in self.nodes if node.files is not None)
-        what = f"{task.what}: no node has all that this takes: {'; '.join(found)} (asked: {asked_nodes}"
+        what = f"{task.what}: no node has all the files that this needs: {'; '.join(found)} (asked: {asked_nodes}"
         what += f"; without an answer: {', '.join(silent_nodes)})" if silent_nodes else ")"
         remedy = (
             "put the folders on one node (or on a filesystem that all share), or name the models by Hub ids or URLs"
@@ -239,7 +239,7 @@ class Placement:
         return Problem(where="placement", what=what, remedy=remedy)
 
     def _describe_locations(self, files: Sequence[str]) -> str:
-        """On which nodes a folder's files are, and what keeps other nodes' files from being the same."""
+        """On which nodes a folder's files are, and why other nodes' files do not count as the same."""
         holders = [node.name for node in self.eligible_nodes(files)]
         partly = [
             node.name
@@ -250,14 +250,17 @@ class Placement:
         return f"{text}, and incomplete or another version on {', '.join(partly)}" if partly else text
 
     def place_actors(self, count: int, gpus: float) -> tuple[ActorPlacement, ...]:
-        """Places for `count` actors, and for more where fewer could not do all the work: first one for every piece of
-        work, then where there is most of it. To be asked where there are no problems."""
+        """Placements for `count` actors, or for more if fewer can't do all the work.
+
+        First one actor per task that no placed actor can do, then more on the nodes with the most bytes. Call it only
+        if `problems()` is empty.
+        """
         packer, demand = _Packer(gpus), Counter[str]()
         for task in sorted(self.requirements.tasks, key=lambda task: len(self.eligible_nodes(task.files))):
             eligible = self.eligible_nodes(task.files)
             for node in eligible:
                 demand[node.node_id] += max(1, task.nbytes // len(eligible))
-            # A node without GPUs can still move bytes, and reads prompts that no other can.
+            # A node without GPUs can still move bytes, and read prompts that no other node can read.
             shares = {gpus} if task.computes and any(node.capacity(gpus) for node in eligible) else {gpus, 0.0}
             if any(packer.reserved(node, share) for node in eligible for share in shares):
                 continue
@@ -282,7 +285,7 @@ class Placement:
 class _Packer:
     """Reserves room on nodes for actors, which get `gpus` GPUs or none.
 
-    `labels`: by node id and share of GPUs, what each actor is for.
+    `labels`: what each actor is for, by node id and GPU share.
     """
 
     def __init__(self, gpus: float) -> None:
@@ -297,7 +300,7 @@ class _Packer:
         return len(self.labels.get((node.node_id, share), ()))
 
     def free(self, node: Node, share: float) -> int:
-        """How many more actors with this share of GPUs the node has room for."""
+        """How many more actors with this GPU share fit on the node."""
         held = self.reserved(node, self._gpus) + (self.reserved(node, 0.0) if self._gpus else 0)
         return min(node.capacity(0.0) - held, node.capacity(share) - self.reserved(node, share))
 
@@ -306,7 +309,7 @@ class _Packer:
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes that are alive, by name, not asked yet."""
+    """The nodes that are alive, by name, without answers."""
     import ray
 
     free = free_resources_by_node()
@@ -325,14 +328,14 @@ def cluster_nodes() -> list[Node]:
 
 
 def current_node_id() -> str:
-    """Ray's id of the node that this process is on."""
+    """Ray's id of this process's node."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
 def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node]:
-    """The nodes with their answers, of those that give one in time."""
+    """The nodes that answer in time, with their answers."""
     answers = run_on_nodes(view_files, list(files), nodes, "look for source files")
     return [
         Node(
@@ -348,7 +351,7 @@ def query_nodes(files: Sequence[SourceFile], nodes: Sequence[Node]) -> list[Node
 
 
 def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str) -> dict[str, Any]:
-    """Call a function of one argument on each node, all at once: results by node id, of those that give one in time."""
+    """Call a one-argument function on all nodes at once: results by node id, for the nodes that answer in time."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -367,12 +370,12 @@ def run_on_nodes(function: Any, argument: Any, nodes: Sequence[Node], name: str)
         try:
             answers[calls[call]] = ray.get(call)
         except ray.exceptions.RayError:
-            continue  # lost since, or it has not got this raymoe: as if it were not there
+            continue  # the node was lost, or lacks this version of raymoe: treat it as absent
     return answers
 
 
 def view_files(wanted: Sequence[SourceFile]) -> dict[str, FileView]:
-    """What this machine has of some files; of another size they have no sample."""
+    """This machine's view of some files; files of another size get no sample."""
     found = {}
     for file in wanted:
         try:

@@ -1,6 +1,6 @@
-"""What a person sees of a running merge: a live line on a terminal, a plain line every few seconds elsewhere.
+"""The progress display of a merge: a live line on a terminal, a plain line every few seconds elsewhere.
 
-With -v each step is said too when it is reached; `scripts/bench.py` takes a merge's phases from these lines.
+With -v each finished step is printed too; `scripts/bench.py` takes a merge's phases from these lines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_WARNINGS = 20
 
 
 def merge_line(plan: MergePlan, output: str) -> str:
-    """The first line of a merge: what is made, and where."""
+    """The first line of a merge: what it makes, and where."""
     size, shards = human_bytes(plan.totals.output_bytes), len(plan.shards)
     return (
         f"{MOE_ARCHITECTURES[plan.architecture].title}, {len(plan.gates.experts)} experts: {size} in {shards} shards "
@@ -36,7 +36,7 @@ def merge_line(plan: MergePlan, output: str) -> str:
 
 
 class Progress:
-    """Shows how far the actors say that they are. A context manager."""
+    """Shows the actors' progress. A context manager."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Progress:
         *,
         last_work: str = "writing routers, small files and the index",
     ) -> None:
-        """`last_work` is what the driver does when the actors are done."""
+        """`last_work` is what the driver does after the actors are done."""
         self._report = report or RunReport()
         self._metrics: MergeMetrics | None = None
         self._up: set[Any] = set()
@@ -59,8 +59,8 @@ class Progress:
         self._shards, self._total = len(shards), sum(shard.nbytes for shard in shards)
         self._gates = plan.gates.prompted
         self._latest: dict[int, Status] = {}
-        self._warnings: dict[str, None] = {}  # what actors have found in weights, also those that died since
-        self._warnings_left_out: dict[int, int] = {}  # per actor: the most tensors that it has not named
+        self._warnings: dict[str, None] = {}  # findings in weights, also those of actors that died since
+        self._warnings_left_out: dict[int, int] = {}  # per actor: the largest number of tensors that it did not name
         self._shard_pace, self._reading_pace, self._router_pace = Pace(), Pace(), Pace()
         self._kept = 0
         self._actors = 0
@@ -80,7 +80,7 @@ class Progress:
         self._display.__exit__(*raised)
 
     def watch(self, actors: Sequence[Any]) -> Callable[[Outcome], None]:
-        """A function that shows what the actors are at; cheap enough to call often."""
+        """A function that shows the actors' current work. It is cheap enough to call often."""
         self._actors = len(actors)
         self._report.end("start of actors")
         self._report.begin(*(["gates"] if self._gates else []), "shards")
@@ -95,7 +95,7 @@ class Progress:
         return tick
 
     def _account(self, actors: Sequence[Any], outcome: Outcome) -> None:
-        """For the report and the metrics: what was done, and which actors were lost."""
+        """Update the report and the metrics: what was done, and which actors were lost."""
         self._kept = outcome.bytes_kept
         up = {actor for actor in actors if actor not in outcome.unavailable}
         self._report.actors_lost += len(self._up - up)
@@ -108,7 +108,7 @@ class Progress:
             self._metrics.record(self._latest.values(), outcome)
 
     def final_update(self, actors: Sequence[Any], outcome: Outcome) -> None:
-        """The actors' last words, before they are let go."""
+        """Collect the actors' last statuses before they are ended."""
         import ray
 
         pending = {actor.status.remote(): number for number, actor in _up(actors, outcome)}
@@ -149,7 +149,7 @@ class Progress:
         found = sorted(self._warnings)
         left_out = sum(self._warnings_left_out.values())
         count = max(0, len(found) - _MAX_WARNINGS) + left_out
-        # A tensor that is not named may be counted twice, if two actors worked on it.
+        # A tensor without a name here may be counted twice, if two actors worked on it.
         about = "about " if left_out else ""
         more = [f"and {about}{count} more tensors like these"] if count else []
         return [*found[:_MAX_WARNINGS], *more]
@@ -200,7 +200,7 @@ class Progress:
     def _reading_progress(self, outcome: Outcome, now: float) -> str:
         """How much of the prompts has been read, how fast, and how long the rest will take.
 
-        The total is an estimate until all prompts have been begun with: only then are all tokens counted.
+        The total is an estimate until all prompts have been started: only then are all tokens counted.
         """
         statuses = self._latest.values()
         passed = sum(status.gate_tokens for status in statuses)
@@ -211,7 +211,7 @@ class Progress:
         total = max(passed, planned * max(outcome.readings, counted) // counted)
         text = f"prompts: {passed / total:.0%} read ({passed:,} of {'' if counted >= outcome.readings else 'about '}"
         text += f"{total:,} tokens x layers"
-        # What an actor had read is read again if it dies: the count falls.
+        # If an actor dies, its part is read again, so the count falls.
         return f"{text}{self._reading_pace.text(passed, total - passed, now)})"
 
     def _actor_lines(self) -> list[str]:
@@ -225,6 +225,6 @@ class Progress:
 
 
 def _up(actors: Sequence[Any], outcome: Outcome) -> list[tuple[int, Any]]:
-    """The actors that can be asked, helpers too, by number."""
+    """Actors and helpers that are up, by number."""
     up = [(number, actor) for number, actor in enumerate(actors) if actor not in outcome.unavailable]
     return [*up, *outcome.helpers.items()]

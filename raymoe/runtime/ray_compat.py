@@ -1,7 +1,7 @@
-"""All that raymoe uses of Ray without Ray's promise to keep it: private modules, options and names of loggers.
+"""Collects everything in raymoe that relies on Ray internals: private modules, options and logger names.
 
-`tests/runtime/test_ray_compat.py` looks for each in the installed Ray. Where one is missing at run time, a merge does
-without what only informs; it can't do without the options of actors.
+`tests/runtime/test_ray_compat.py` checks each against the installed Ray. If one that only informs is missing at run
+time, a merge runs without it. The options of actors are required.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ AUTHENTICATION_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 
 def silence_authentication_logger() -> None:
-    """Ray says at every start that its token authentication is on; that is its default, and no news to a user."""
+    """Silence a Ray logger that reports at every start that token authentication is on, which is the default."""
     logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
 
 
 def free_resources_by_node() -> Mapping[str, Mapping[str, float]]:
-    """What Ray has free, by node id; empty where it does not say. Ray has no public name for this."""
+    """Ray's free resources by node id; empty if Ray does not report them. Ray has no public API for this."""
     try:
         from ray._private.state import available_resources_per_node
 
         found: Mapping[str, Mapping[str, float]] = available_resources_per_node()
-    except Exception:  # of another version of Ray, or in Ray's client
+    except Exception:  # another version of Ray, or Ray Client
         return {}
     return found
 
 
 def node_type_names() -> Iterable[str]:
-    """What the autoscaler, if there is one, calls the types of the cluster's nodes. Raises whatever Ray raises."""
+    """The autoscaler's names for the types of the cluster's nodes, if there is one. Raises whatever Ray raises."""
     import ray
     from ray.experimental.internal_kv import _internal_kv_get
 
@@ -45,7 +45,7 @@ def node_type_names() -> Iterable[str]:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     found = get_cluster_status(ray.get_runtime_context().gcs_address)
-    # KubeRay names types without an autoscaler too; one that runs has reported itself.
+    # KubeRay names types even without an autoscaler; a running autoscaler has reported itself.
     nodes = [*found.active_nodes, *found.idle_nodes] if found.stats.autoscaler_version else []
     return [node.ray_node_type_name for node in nodes]
 
@@ -59,7 +59,7 @@ def node_affinity(node_id: str, *, hard: bool, allow_spill: bool) -> Any:
 
 
 def streaming_method(most_pieces: int) -> Callable[[Any], Any]:
-    """Decorator of an actor's method that gives pieces: Ray holds it up while `most_pieces` are not taken."""
+    """Decorate an actor's generator method: Ray pauses it while `most_pieces` items have not been consumed."""
     import ray
 
     streams: Callable[[Any], Any] = ray.method(num_returns="streaming", _generator_backpressure_num_objects=most_pieces)

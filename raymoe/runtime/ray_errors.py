@@ -1,8 +1,8 @@
-"""Ray's exceptions, sorted once: what each of them says of a call to an actor.
+"""Classifies Ray's exceptions: what each says about a call to an actor.
 
-Every class is in the table by its name, since versions of Ray differ in what they have. A class of Ray's that is not in
-it counts as its nearest base class that is. Other libraries use some of these names (`torch.OutOfMemoryError`): their
-classes are never looked up.
+Classes are listed by name, since Ray versions differ in which ones exist. An unlisted Ray class counts as its nearest
+listed base class. Other libraries use some of these names (`torch.OutOfMemoryError`); their classes are never looked
+up.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from raymoe.errors import RaymoeError
 
 
 class CallFailure(Enum):
-    """What became of a call that gave no result, and so what is to be done."""
+    """Why a call gave no result, which decides what happens next."""
 
     UNAVAILABLE = "away"
-    """The process or its node died, or Ray could not make the call. The actor may answer again: it is asked."""
+    """The process or its node died, or Ray could not make the call. The actor may answer again, so it is pinged."""
     DEAD = "gone"
     """This actor never answers again. Another actor can do the work."""
     LOST = "lost"
-    """An object that the call takes or gives was lost with its node. It has to be made again."""
+    """An argument or result of the call was lost with its node. It has to be computed again."""
     FULL = "full"
-    """Neither the object store nor the disk that it spills to has room. Doing the same again does not help."""
+    """Neither the object store nor its spill disk has room. A repetition does not help."""
     FINAL = "final"
-    """The call itself fails, wherever it is made."""
+    """The call itself fails, on every actor."""
 
 
 CALL_FAILURES: Mapping[str, CallFailure] = {
@@ -94,7 +94,7 @@ CALL_FAILURES: Mapping[str, CallFailure] = {
 
 
 def classify_failure(error: BaseException) -> CallFailure:
-    """What an exception of Ray's says of the call; FINAL for any other exception."""
+    """The failure that an exception of Ray's stands for; FINAL for any other exception."""
     rays = (kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "ray")
     return next((CALL_FAILURES[name] for name in rays if name in CALL_FAILURES), CallFailure.FINAL)
 
@@ -111,24 +111,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_remark(error: BaseException) -> str:
-    """What a message says of memory where an actor died; the start of a sentence."""
+    """A remark about memory for messages about an actor's death; the start of a sentence."""
     return "Memory ran out on its node" if is_out_of_memory(error) else "Memory may have run out"
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What a method of an actor raised, where Ray wraps it; else the error itself."""
+    """The exception that an actor's method raised, if Ray wrapped it; else the error itself."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that an error has to say, or its class."""
+    """The first line of an error's text, or its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def error_text(error: BaseException) -> str:
-    """What an error of an actor says to people: an error of raymoe all, with its remedy; any other its class and last
-    line, which follows the traceback if it has one."""
+    """The text of an actor's error for users. An error of raymoe's is shown whole, with its remedy. For any other, it
+    is the class and the last line, which follows the traceback if there is one."""
     if isinstance(error, RaymoeError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,10 +1,10 @@
-"""A merge as metrics of Ray, for Prometheus and Grafana (cluster/grafana-dashboard.json).
+"""Exports a merge's metrics through Ray, for Prometheus and Grafana (cluster/grafana-dashboard.json).
 
-All are recorded by the coordinator, from what the actors say of themselves: Ray sends a process's metrics every ten
-seconds, and would lose the last ones of actors, which are killed at the end. Where Ray exports no metrics, nothing
-comes of it. Ray puts `ray_` before the names.
+The coordinator records all of them, from the actors' statuses: Ray exports a process's metrics every ten seconds, and
+would lose the last ones of actors, which are killed at the end. If Ray exports no metrics, recording has no effect. Ray
+prefixes the names with `ray_`.
 
-Metrics are for onlookers: whatever Ray objects to ends them, and not the merge.
+A failure here never stops a merge: on any error of Ray's, the metrics stop and the merge continues.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Name -> (kind, its tags beside `output`, what it says).
+# Name -> (kind, its tags besides `output`, description).
 METRICS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "raymoe_bytes_copied": ("Counter", ("way",), "Bytes written by workers, or copied by the store itself"),
-    "raymoe_bytes_planned": ("Gauge", (), "Bytes of all shards but the router's"),
+    "raymoe_bytes_planned": ("Gauge", (), "Bytes of all shards except the router's"),
     "raymoe_shards_done": ("Counter", (), "Shards that are complete"),
-    "raymoe_shards_planned": ("Gauge", (), "Shards but the router's"),
+    "raymoe_shards_planned": ("Gauge", (), "Shards except the router's"),
     "raymoe_gate_tokens": ("Counter", (), "Tokens that were passed through a layer for the gates, layers summed"),
     "raymoe_expert_phase": ("Gauge", ("expert", "phase"), "1 while prompts are read (gates) or shards written for it"),
-    "raymoe_actors_away": ("Gauge", (), "Actors that are not up yet, or not again"),
+    "raymoe_actors_away": ("Gauge", (), "Actors that are not up (yet, or again)"),
 }
 
 
 def ray_text(text: str) -> str:
-    """A user's text as a tag of a metric: Ray takes ASCII. The rest is escaped, as in '\\xfc'."""
+    """A user's text as a metric tag: Ray takes ASCII only. Other characters are escaped, as in '\\xfc'."""
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
 class MergeMetrics:
-    """Turns totals into steps of counters, and what actors are at into phases of experts."""
+    """Turns totals into counter increments, and the actors' work into phases of experts."""
 
     def __init__(self, plan: MergePlan, output: str) -> None:
         self._metrics: dict[str, Any] = {}
@@ -52,7 +52,7 @@ class MergeMetrics:
             self._begin(plan.worker_shards, ray_text(output))
 
     def record(self, actors: Iterable[Status], outcome: Outcome) -> None:
-        """Record what has come to be since the last call."""
+        """Record the changes since the last call."""
         if self._is_on:
             with self._suppress_errors():
                 self._record(list(actors), outcome)
@@ -61,7 +61,7 @@ class MergeMetrics:
     def _suppress_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of any kind: Ray's Python, its C++, and what exports the metrics
+        except Exception as error:  # of any kind: Ray's Python, its C++, or the metrics exporter
             self._is_on = False
             _log.warning("no metrics of this merge in Ray: %s: %s", type(error).__name__, error)
 
@@ -87,7 +87,8 @@ class MergeMetrics:
         self._phases = phases
 
     def _count(self, name: str, total: int, **tags: str) -> None:
-        """An actor that was restarted counts from zero again, so a total may fall; what comes then is counted on."""
+        """Increment a counter to a total. A restarted actor counts from zero, so a total may fall; later increments
+        count."""
         key = (name, tags.get("way", ""))
         step = total - self._last_totals.get(key, 0)
         self._last_totals[key] = total

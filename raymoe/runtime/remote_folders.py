@@ -1,7 +1,8 @@
-"""Models whose folders the driver's node does not have: their headers and small files are read where they are.
+"""Reads headers and small files of model folders that the driver's node does not have, on the nodes that have them.
 
-Only paths that can mean nothing else are looked for: whole ones, `~/...`, `./...`, file:// URLs. What may be a Hub id
-is one. Without a cluster (no address, no RAY_ADDRESS) nobody is asked, and a folder that is not here is a mistake.
+Only paths that can't be Hub ids are looked for: absolute ones, `~/...`, `./...`, file:// URLs. A path that may be a Hub
+id is treated as one. Without a cluster (no address, no RAY_ADDRESS) no node is queried, and a missing folder is an
+error.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from raymoe.sources.resolve import OpenedFolder, PathKey, fetch_file, open_folde
 
 
 class RayFolderResolver:
-    """Implements `RemoteFolderResolver` on the nodes of the cluster that the merge will run on. Connects when it is
-    asked."""
+    """Implements `RemoteFolderResolver` on the nodes of the cluster that the merge will run on. It connects on first
+    use."""
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = replace(settings, verbosity=min(settings.verbosity, -1))
 
     def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, OpenedFolder | CheckpointError]:
-        """The folders as the first node that has them read them; one that no node has is a problem that names them."""
+        """The folders, each read by the first node that has it. A folder that no node has gives an error that names
+        it."""
         if not self._has_cluster:
             return {}
         with ray_connection(self._settings):
@@ -58,7 +60,7 @@ class RayFolderResolver:
         return file.kind.is_local and not os.path.exists(file.location) and self._has_cluster
 
     def read(self, file: SourceFile) -> bytes:
-        """A small file, from this node if it has it."""
+        """A small file, read on this node if it is here."""
         settings = self._settings
         if not self._is_remote(file):
             return fetch_file(file, settings.hub, settings.storage).read_bytes()
@@ -72,7 +74,7 @@ class RayFolderResolver:
 
     @property
     def _has_cluster(self) -> bool:
-        """Whether there is a cluster to be asked."""
+        """Whether there is a cluster to query."""
         ray: Any = sys.modules.get("ray")
         named = self._settings.address or os.environ.get("RAY_ADDRESS")
         return bool(named and named != "local") or (ray is not None and ray.is_initialized())

@@ -1,11 +1,11 @@
-"""What makes the routers, as jobs for actors: the members' prompts, and then each layer's rows.
+"""The jobs that compute routers: first reading the members' prompts, then computing each layer's rows.
 
-    prompts of members  --> an object for each member and layer, in Ray's store
+    prompts of members  --> one object per member and layer, in Ray's object store
     a layer             --> its objects of all members, to an actor with room --> rows, to the coordinator
 
-A member with very many prompts is read in parts (routers/prompt_passes.py), each with objects of its own. The states of
-prompts go from actor to actor, never through the coordinator, and layers are worked on side by side. Modes that read no
-layers (`cheap_embed`) are done with the first step.
+A member with very many prompts is read in parts (routers/prompt_passes.py), each with its own objects. The activations
+go from actor to actor, never through the coordinator, and several layers are computed at once. Gate modes that read no
+layers (`cheap_embed`) need the first step only.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from raymoe.sources.facts import TensorEntry
 class ReadPromptsJob(Job):
     """Prompts that one model reads.
 
-    `states` refer to what the prompts will leave, once they are being read: one layer after the other, by reading.
-    `tensors` refer to those that its prompts' models share with shards, in Ray's store.
+    `states` refer to the activations that reading gives, once it has started: one layer after another, per reading.
+    `tensors` refer to the tensors, in Ray's object store, that the prompts' models share with shards.
     """
 
     work: GateWork
@@ -46,7 +46,7 @@ class ReadPromptsJob(Job):
 
     @property
     def owners(self) -> tuple[Owner, ...]:
-        """The members whose prompts these are."""
+        """The members of these prompts."""
         return tuple(dict.fromkeys(prompts.owner for prompts in self.readings))
 
     @property
@@ -58,11 +58,11 @@ class ReadPromptsJob(Job):
         return self.label
 
     def start(self, actor: Any) -> Any:
-        """Start it on an actor; a reference that is ready when it is done."""
+        """Start it on an actor; returns a reference that is ready when it is done."""
         return self.work.start_reading(actor, self)
 
     def complete(self, result: Any) -> None:
-        """`result` is None for prompts that were captured: their states stay in Ray's store."""
+        """Take the result: None for captured prompts, since their activations stay in Ray's object store."""
         self.work.complete_reading(self, result)
 
     def requeue(self) -> None:
@@ -71,8 +71,8 @@ class ReadPromptsJob(Job):
 
 @dataclass(eq=False)
 class FitLayerJob(Job):
-    """The router of a layer, from what all prompts left there. `losses`: how often states had been lost when it
-    began."""
+    """Computes the router of a layer from the activations of all prompts. `losses`: how often activations had been lost
+    when it started."""
 
     takes_states = True
     work: GateWork
@@ -88,7 +88,7 @@ class FitLayerJob(Job):
         return ROUTERS_JOB
 
     def start(self, actor: Any) -> Any:
-        """Start it on an actor; a reference that is ready when it is done."""
+        """Start it on an actor; returns a reference that is ready when it is done."""
         return self.work.start_layer(actor, self)
 
     def complete(self, result: Any) -> None:
@@ -105,7 +105,7 @@ class FitLayerJob(Job):
 
 
 class GateWork:
-    """The queue of gate jobs and what came of them."""
+    """The queue of gate jobs, and their results."""
 
     def __init__(
         self,
@@ -115,8 +115,8 @@ class GateWork:
         shard_tensors: Set[TensorEntry] = frozenset(),
         transport: Transport | None = None,
     ) -> None:
-        """`readers`: how many actors read prompts side by side; `names`: what Ray's dashboard calls the owners;
-        `shard_tensors`: tensors of objects that actors read for shards."""
+        """`readers`: how many actors read prompts at once; `names`: the owners' names in Ray's dashboard;
+        `shard_tensors`: tensors in object stores that actors read for shards."""
         self._shard_tensors, self._transport = shard_tensors, transport or RayTransport()
         self._gates, self._mode, self._names = gates, MODES[gates.mode], names or {}
         self.members = gates.prompted
@@ -127,15 +127,15 @@ class GateWork:
         for key in sorted((_key(part) for taken in self._passes for part in taken), key=lambda key: key[1]):
             self._parts[key[0]].append(key)
         self._idle_readers = readers
-        # What all jobs share; each gets its own prompts beside it.
+        # Arguments that all jobs share; each job adds its own prompts.
         shared = dataclasses.replace(gates, experts=(), shared=())
         self._shared_plan = self._transport.put(shared) if self.members else None
-        # of states; jobs that come after one begin with as many failures, so that it has an end
+        # Losses of activations. Later jobs start with as many failures, so that repetition ends.
         self._capture_losses = 0
         self._captured: dict[tuple[Owner, int], list[Any]] = {}  # by owner and part
-        self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor knows of
+        self._tensors_known: dict[Any, set[int]] = {}  # ids of the jobs whose tensors each actor has been told of
         self._layers: dict[int, Any] = {}
-        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # of the mode that reads no layers, (hidden,)
+        self._rows: dict[Owner, npt.NDArray[np.float32]] = {}  # in modes that read no layers, (hidden,)
 
     @property
     def is_waiting(self) -> bool:
@@ -143,7 +143,7 @@ class GateWork:
 
     @property
     def readings(self) -> int:
-        """The parts of members that prompts are read in, all together."""
+        """The total number of parts in which the members' prompts are read."""
         return sum(map(len, self._passes))
 
     @property
@@ -157,7 +157,7 @@ class GateWork:
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows are there."""
+        """Whether all rows are computed."""
         if self._mode.needs_forward_pass and self.members:
             return len(self._layers) == self._gates.layers
         return len(self._rows) == len(self.members)
@@ -168,11 +168,11 @@ class GateWork:
 
     @property
     def waiting_owners(self) -> tuple[Owner, ...]:
-        """The members whose prompts are to be read next."""
+        """The members of the prompts that are read next."""
         return next((job.owners for job in self._waiting_prompts), ())
 
     def next_reading(self, can_read: Callable[[ReadPromptsJob], bool] = bool) -> ReadPromptsJob | None:
-        """The prompts that are to be read next, of those that may be read by the actor that asks."""
+        """The next prompts to read, among those that the requesting actor may read."""
         if not self._idle_readers:
             return None
         job = next((job for job in self._waiting_prompts if can_read(job)), None)
@@ -182,12 +182,12 @@ class GateWork:
         return job
 
     def next_layer(self) -> FitLayerJob | None:
-        """The layer whose router is to be made next, if all prompts have been read."""
+        """The next layer to compute the router of, if all prompts have been read."""
         if not self._all_captured:
             return None
         while self._waiting_layers:
             job = self._waiting_layers.pop(0)
-            if job.layer not in self._layers:  # so if it was under way while states were captured again
+            if job.layer not in self._layers:  # it is done if it was running while activations were captured again
                 job.losses = self._capture_losses
                 return job
         return None
@@ -208,13 +208,13 @@ class GateWork:
         return fit_layer.remote(self._gates.mode, len(self._gates.experts), counts, *inputs)
 
     def _shared_with_shards(self, actor: Any, job: ReadPromptsJob) -> tuple[Any, ...]:
-        """The tensors that reading these prompts takes and shards too; then those of jobs that wait, which the actor
-        has not been told of. Each job's are put into Ray's store once, however many actors are told."""
+        """The tensors that both these prompts and shards read; then those of waiting jobs that the actor has not been
+        told of. Each job's list is put into Ray's object store once, however many actors get it."""
         if not self._shard_tensors:
             return ()
         known = self._tensors_known.setdefault(actor, set())
         told = (job, *(other for other in self._waiting_prompts if id(other) not in known))
-        known.update(map(id, told))  # a job itself would keep its states in Ray's store
+        known.update(map(id, told))  # a reference to a job itself would keep its activations in Ray's object store
         return tuple(self._tensors(each) for each in told)
 
     def _tensors(self, job: ReadPromptsJob) -> Any:
@@ -227,11 +227,11 @@ class GateWork:
         return job.tensors
 
     def forget_actor(self, actor: Any) -> None:
-        """An actor's process has ended: what it was told is lost."""
+        """Forget what an actor was told, since its process has ended."""
         self._tensors_known.pop(actor, None)
 
     def complete_reading(self, job: ReadPromptsJob, result: Any) -> None:
-        """Prompts have been read. When these were the last ones, layers are next."""
+        """Prompts have been read. After the last ones, layers are next."""
         self._idle_readers += 1
         if not self._mode.needs_forward_pass:
             self._rows |= dict(zip((part.owner for part in job.readings), result, strict=True))
@@ -244,7 +244,7 @@ class GateWork:
 
     def complete_layer(self, job: FitLayerJob, rows: Any) -> None:
         self._layers[job.layer] = rows
-        for layers in self._captured.values():  # the store may have the room for others
+        for layers in self._captured.values():  # the store may have room for others
             layers[job.layer] = None
 
     def requeue_reading(self, job: ReadPromptsJob) -> None:
@@ -252,14 +252,14 @@ class GateWork:
         self._waiting_prompts.insert(0, job)
 
     def requeue_layer(self, job: FitLayerJob) -> None:
-        if self._all_captured:  # else its layer will be asked for again anyway
+        if self._all_captured:  # otherwise its layer will be requested again anyway
             self._waiting_layers.insert(0, job)
 
     def recapture(self, job: FitLayerJob) -> None:
-        """States of prompts that this layer takes were lost with their node: all are captured anew, for the layers that
-        are not done."""
-        if job.losses == self._capture_losses:  # else another layer has seen to it
-            say("what prompts had left at the layers was lost with its node: they are read again")
+        """Capture all activations again for the layers that are not done: the ones of this layer were lost with their
+        node."""
+        if job.losses == self._capture_losses:  # otherwise another layer has already requested it
+            say("activations of prompts were lost with their node: the prompts are read again")
             self._capture_losses += 1
             self._captured.clear()
             self._waiting_layers.clear()
@@ -268,7 +268,7 @@ class GateWork:
             ]
 
     def result(self) -> tuple[RouterRows, RouterSummary | None]:
-        """Rows of all members with prompts, and how they did on held-out prompts."""
+        """Rows of all members with prompts, and their scores on held-out prompts."""
         if not self.members:
             return {}, None
         if not self._mode.needs_forward_pass:

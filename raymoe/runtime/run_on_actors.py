@@ -1,4 +1,4 @@
-"""A plan's gates and shards, done by actors that are started for it and ended after it."""
+"""Runs a plan's gate jobs and shard jobs on actors that start for it and end after it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def run_on_actors(
 ) -> Outcome:
     """Start the actors, compute all gate rows and do `work` for every shard that needs none. Raises the first error.
 
-    `output` is where the actors write for `run` of the journal, or read what has been written. `progress` shows what
-    they are at.
+    `output` is where the actors write for `run` of the journal, or read an earlier result. `progress` shows their work.
     """
     with expert_actors(actor_plan, output, settings, run) as actors:
-        # Those that only copy come last.
+        # Actors that only copy come last.
         gpus = [placement.gpus > 0 for placement in actor_plan.placements if not placement.only_copies]
         workers, copiers = actors[: len(gpus)], actors[len(gpus) :]
         outcome = run_jobs(

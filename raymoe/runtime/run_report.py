@@ -1,8 +1,8 @@
-"""How a run of a merge went: `result.json` at the output of a merge that came to its end, and what `raymoe merge
---result FILE` writes in its place, also of a run that failed.
+"""Reports how a run of a merge went: `result.json` in the output of a completed merge. `raymoe merge --result FILE`
+writes it to FILE instead, also for a run that failed.
 
-Filled in by the coordinator as it goes, so that at any time it says how far the run came. Times and memory are kept out
-of the output's own record, which is the same for every run of a merge.
+The coordinator fills it in step by step, so it always says how far the run came. Times and memory are not in the
+output's own record, which is the same for every run of a merge.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _EXAMPLE = "name a file, or a URL such as s3://bucket/run.json"
 class RunReport:
     """Phases by name (seconds from the start; those of gates and shards overlap), what actors have done, how it ended.
 
-    `actors_lost` counts deaths of actors that were up. `result_location` is where the report is written
-    to, if not to the output; `storage` is how one that is an object is written.
+    `actors_lost` counts deaths of actors that were up. `result_location` is where the report is written, if not to the
+    output; `storage` holds the options for writing it to an object store.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class RunReport:
         self.was_complete = False  # an earlier run had finished the merge
 
     def check_result_location(self) -> None:
-        """Raises ProblemReport where something else than a result would be replaced in an object store."""
+        """Raises ProblemReport if the report would replace something other than a result in an object store."""
         if (
             self.result_location is not None
             and self.result_location.kind.is_object
@@ -76,7 +76,7 @@ class RunReport:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase that is left unfinished where an exception ends it."""
+        """A phase. It stays unfinished if an exception ends it."""
         self.begin(name)
         yield
         self.end(name)
@@ -86,7 +86,7 @@ class RunReport:
             self._phases[name] = {"start_s": self._seconds(), "end_s": None}
 
     def end(self, *names: str) -> None:
-        """The end of phases; of those that have not begun, or have ended already, nothing changes."""
+        """End phases. Phases that have not begun, or have ended already, stay as they are."""
         for name in names:
             if name in self._phases and self._phases[name]["end_s"] is None:
                 self._phases[name]["end_s"] = self._seconds()
@@ -125,7 +125,7 @@ class RunReport:
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return self._seconds()
 
     def _seconds(self) -> float:
@@ -137,11 +137,12 @@ class RunReport:
 
 @contextmanager
 def record_run(place: str | None, output: str | Path | None = None) -> Iterator[RunReport]:
-    """A report that is written to a file or URL when the block ends, however it ends.
+    """A report that is written to a file or URL when the block ends, whether or not it fails.
 
-    `None`: to the output, if the merge is done; whose output it is otherwise is not known. What is there of the run
-    that finished the merge is kept by a run that found nothing to do. `output` is where the merge goes, as the user
-    names it. Raises ProblemReport where nothing could be written at the end, or something else would be replaced.
+    `None`: write to the output if the merge is complete; otherwise the output may belong to another merge. A run that
+    finds the merge already complete keeps the report of the run that completed it. `output` is the merge's output as
+    the user names it. Raises ProblemReport if the report could not be written at the end, or would replace something
+    else.
     """
     report = RunReport()
     if place is not None:
@@ -152,7 +153,7 @@ def record_run(place: str | None, output: str | Path | None = None) -> Iterator[
             yield report
     except BaseException as error:
         reason = "refused" if isinstance(error, ProblemReport) else "failed"
-        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # the latter is Ray's while it connects
+        is_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # SystemExit: raised by Ray while it connects
         _write(report, report.result_location, "stopped" if is_stopped else reason, error)
         raise
     if place is not None or report.output is None:
@@ -164,7 +165,7 @@ def record_run(place: str | None, output: str | Path | None = None) -> Iterator[
 
 
 def _check(place: Location, output: str | Path | None) -> None:
-    """Raises ProblemReport for what can be told without asking an object store."""
+    """Raises ProblemReport for problems that can be found without a request to an object store."""
     where = f"--result {place}"
     with suppress(ValueError):  # a bad output is refused later
         if output is not None and _is_of_merge(place, Location.parse(output)):
@@ -181,8 +182,8 @@ def _check(place: Location, output: str | Path | None) -> None:
 
 
 def _is_there(report: RunReport, place: Location) -> bool:
-    """Whether the result of the run that finished this merge is at a place."""
-    if place.kind.is_local and is_special(Path(place.text)):  # a pipe could be read for ever
+    """Whether the result of the run that completed this merge is at a place."""
+    if place.kind.is_local and is_special(Path(place.text)):  # reading a pipe could block forever
         return False
     try:
         content = _read(place, report.storage)
@@ -205,10 +206,10 @@ def _is_of_merge(place: Location, output: Location) -> bool:
 
 
 def _may_replace(place: Location, storage: StorageOptions, *, is_own: bool = False) -> bool:
-    """Whether nothing is lost with what is there: it is not there, holds nothing, or is the result of a run.
+    """Whether nothing is lost if the file is replaced: it is missing, is empty, or is the result of a run.
 
-    A place in an object store that can only be written to may be written to, and a pipe or a device too. Not so the
-    output's own (`is_own`), which the user has not named and a merge can read: there StorageError is raised.
+    A write-only place in an object store may be written to; so may a pipe or a device. For the output's own report
+    (`is_own`), which the user did not name and which a merge can read, StorageError is raised instead.
     """
     if place.kind.is_object:
         try:
@@ -230,18 +231,21 @@ def _may_replace(place: Location, storage: StorageOptions, *, is_own: bool = Fal
 
 
 def _foreign_file_problem(place: Location) -> Problem:
-    what = "something that is no result of a run is there already"
+    what = "a file that is not the result of a run is there already"
     return Problem(where=f"--result {place}", what=what, remedy="name another file, or remove this one")
 
 
 def _kept_message(place: Location) -> str:
-    return f"{place} is no result of raymoe and is kept; to write the result of this run, name a file with --result"
+    return (
+        f"{place} is not a result of raymoe, so it is kept; to write the result of this run, name a file with --result"
+    )
 
 
 def _write(
     report: RunReport, place: Location | None, reason: str, error: BaseException | None, *, is_own: bool = False
 ) -> None:
-    """Without raising: how the merge itself ended matters more. `is_own`: the place is the output's own."""
+    """Write the report without raising, so that the merge's own outcome is what the user sees. `is_own`: the place is
+    the output's own."""
     if place is None:
         return
     content = json_text(report.plain(reason, error), scrubbed=True) + "\n"

@@ -1,20 +1,20 @@
-"""Gives actors their work and collects what comes back.
+"""Schedules the actors' work and collects the results.
 
-Every actor has two lanes that run side by side: gates (see router_jobs.py) and shards. An actor that reads an expert's
-prompts writes that expert's shards first, then the base's, then whatever is left, so that no actor idles while
-there is work. More experts than actors simply means that lanes are filled again: waves without a pause between them.
+Every actor has two lanes that run at once: gates (see router_jobs.py) and shards. An actor that reads an expert's
+prompts writes that expert's shards first, then the base's, then any others, so that no actor idles while there is work.
+If there are more experts than actors, an actor takes the next expert when it has finished one.
 
-Work goes to actors that can do it: that see the local source files it takes (`FileRequirements`), and have a GPU, if
-any has. An actor does a shard by one of the methods of the work (`ShardMethod`). A method may need a helper: an actor
-that takes no work of its own. What no actor can do, since the only node with its files is lost, ends the merge within a
-minute.
+Work goes to actors that can do it: they see the local source files that it needs (`FileRequirements`), and have a GPU
+if any actor has one. An actor does a shard by one of the work's methods (`ShardMethod`). A method may need a helper: an
+actor that takes no work of its own. The merge ends within a minute if no actor can do some work, because the only node
+with its files is lost.
 
-The jobs of an actor that dies go back to the front of the queue, for the next actor with room. Ray restarts the actor.
-That may take long or never happen (its node is gone and no other has room); it is given work again when it answers. An
-actor that the cluster has no room for yet is in the same state.
+If an actor dies, its jobs are requeued at the front, for the next actor with room. Ray restarts the actor, which may
+take long or never happen (its node is gone and no other has room). It gets work again when it answers. An actor that
+the cluster has no room for yet is handled in the same way.
 
-A process may also stand still without being dead (see stall.py). A job of which nothing moves is said, then its process
-is ended as if it had died; the second time that the same job stands still ends the merge.
+A process may also stall without dying (see stall.py). The coordinator warns about a job that makes no progress, then
+ends its process as if it had died. If the same job stalls a second time, the merge ends.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from raymoe.runtime.stuck import StuckCheck
 from raymoe.runtime.timeouts import STALL_TIMEOUT_S, STARTUP_GRACE_S, TICK_S
 from raymoe.runtime.transport import RayTransport, Transport
 
-_MAX_ATTEMPTS = 3  # at one job: one that kills every actor that takes it up will not be finished by a fourth
-_OPENED_AHEAD = 16  # shards whose jobs wait for actors: opening one takes a store some requests
-_MAX_STALLS = 2  # of one job: the second time it is not the actor
+_MAX_ATTEMPTS = 3  # per job: if it kills every actor that takes it, a fourth would not finish it either
+_OPENED_AHEAD = 16  # shards with jobs that wait for actors; opening a shard takes several requests to a store
+_MAX_STALLS = 2  # per job: the second time, the actor is not the cause
 
 
 @dataclass
 class Outcome:
-    """Gate rows by owner, what held-out prompts say of them, and what came of each shard.
+    """Gate rows by owner, the scores on held-out prompts, and the result of each shard.
 
-    `readings`: the parts of members that prompts are read in (routers/prompt_passes.py); `members_done`: members whose
-    prompts have been read; `layers_done`: layers whose rows are made. `bytes_kept` are those that an earlier run had
-    written. `unavailable`: actors that are not up (yet, or again). `helpers`: those that are up, by number.
-    `statuses`: the latest that actors and helpers have said, by number.
+    `readings`: the parts of members that prompts are read in (routers/prompt_passes.py); `members_done`: members with
+    all prompts read; `layers_done`: layers with computed rows. `bytes_kept` were written by an earlier run.
+    `unavailable`: actors that are not up (yet, or again). `helpers`: helpers that are up, by number. `statuses`: the
+    latest statuses of actors and helpers, by number.
     """
 
     rows: RouterRows = field(default_factory=dict)
@@ -73,8 +73,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """A job that is being done by an actor, in one of its lanes, and by a helper if it needs one: the helper is called
-    then. `last_heartbeat`: when the job was last seen to move on."""
+    """A job that an actor is doing in one of its lanes. If the job needs a helper, the helper is the one that is
+    called. `last_heartbeat`: when the job was last seen to make progress."""
 
     actor: PoolActor
     lane: Lane
@@ -84,18 +84,18 @@ class _Run:
 
     @property
     def actors(self) -> tuple[PoolActor, ...]:
-        """All that do it: if one of them dies, the job is done again."""
+        """All actors that take part: if one of them dies, the job is done again."""
         return (self.actor,) if self.helper is None else (self.actor, self.helper)
 
     def lost_actor(self, lost: Lost) -> PoolActor | None:
-        """The actor that was lost, if it was one."""
+        """The actor that was lost, if an actor was lost."""
         if lost is Lost.STATES:
             return None
         return self.helper if self.helper is not None and lost is Lost.ACTOR else self.actor
 
     @property
     def heartbeat(self) -> object:
-        """What its actor says of it; another value after each move."""
+        """The job's progress as its actor reports it; the value changes with each step."""
         if self.actor.status is None:
             return None
         return self.actor.status.heartbeats.get(self.job.heartbeat_name), self.actor.status.store_requests
@@ -119,12 +119,12 @@ def run_jobs(
 ) -> Outcome:
     """Compute all gate rows, and do `work` for every shard that needs none. Raises the first error.
 
-    `gpus` says which of the actors were given a GPU. `readers` actors at most read prompts at once. An actor works on
-    the routers of `layers_at_once` layers and on `shards_at_once` jobs of shards side by side. `copiers` are further
-    actors, which only ask a store for copies, each for `copies_at_once` parts side by side.
-    `requirements`: the local files that jobs read, where not all nodes have all of them. `on_tick` is called several
-    times a second. A job that stands still for `stall_timeout_s` is given to another actor, once. `transport`: what the
-    handles are of; the cluster that this process is connected to, if it is not said.
+    `gpus` says which of the actors were given a GPU. At most `readers` actors read prompts at once. An actor works on
+    the routers of `layers_at_once` layers and on `shards_at_once` shard jobs at once. `copiers` are further actors,
+    which only request server-side copies, each for `copies_at_once` parts at once. `requirements`: the local files that
+    jobs read, if some nodes lack some of them. `on_tick` is called several times per second. A job that stalls for
+    `stall_timeout_s` is given to another actor, once. `transport`: how the handles are called; by default, the cluster
+    that this process is connected to.
     """
     transport = transport or RayTransport()
     shard_tensors = tensors_read_for_shards(plan, work.reads)
@@ -157,7 +157,7 @@ def run_jobs(
 
 
 class _Jobs:
-    """The state of `run_jobs`: what waits, what is being done, and the actors."""
+    """The state of `run_jobs`: waiting jobs, running jobs, and the actors."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Jobs:
         return bool(self.gates.is_waiting or self.shards.has_work or self._running)
 
     def step(self) -> None:
-        """Give out work, and take all that has come back within a tick."""
+        """Give out work, and take all results that arrive within a tick."""
         self._pool.ping_absent()
         self._give_out_work()
         self._stuck.check(is_busy=bool(self._running or self.shards.calls), first_waiting=self._first_waiting)
@@ -201,7 +201,7 @@ class _Jobs:
         self._update_outcome()
 
     def end(self) -> None:
-        """Nothing more is wanted."""
+        """Stop: no more results are needed."""
         for ref in self._running:
             self._transport.cancel(ref)
         self._pool.end_helpers()
@@ -250,13 +250,13 @@ class _Jobs:
         self._running[ref] = _Run(actor, lane, job, self._stall.begin(), helper)
 
     def _pop(self, ref: Any) -> _Run:
-        """A job is not being done any more: its actor has room for another one of this kind."""
+        """Remove a job that no longer runs: its actor has room for another one of this kind."""
         run = self._running.pop(ref)
         run.lane.running.discard(run.job)
         return run
 
     def _first_waiting(self) -> tuple[frozenset[str], str]:
-        """The files and the name of work that waits."""
+        """The files and the name of the first waiting work."""
         if self._requirements is None:
             return frozenset(), "the merge"
         if (shard := next(self.shards.unfinished(), None)) is not None:
@@ -275,8 +275,8 @@ class _Jobs:
                 self.gates.forget_actor(pings[ref].handle)
 
     def _wait(self, refs: list[Any]) -> list[Any]:
-        """All references that are ready, as soon as one is, within a tick."""
-        if not refs:  # all actors are away, and have just said so
+        """Wait up to a tick for a first reference; returns all references that are ready then."""
+        if not refs:  # all actors are unavailable, and have just failed to answer
             self._transport.sleep(TICK_S)
         return self._transport.ready(refs, 0) if self._transport.ready(refs, TICK_S, most=1) else []
 
@@ -289,7 +289,7 @@ class _Jobs:
         outcome.shard_results, outcome.bytes_kept = self.shards.results, self.shards.bytes_kept
 
     def _collect(self, ref: Any, run: _Run) -> None:
-        """Take a job's result, or see to it that it is done again. Raises what can't be mended so."""
+        """Take a job's result, or requeue it. Raises an error that a repetition can't mend."""
         lost, result = self._result(ref, run)
         if lost is None:
             run.job.complete(result)
@@ -299,22 +299,22 @@ class _Jobs:
             self._pool.change(actor, ActorEvent.LOST)
 
     def _check_stalls(self) -> None:
-        """Say which jobs stand still, and give them to another actor. Raises MergeFailed for one that does so again."""
+        """Warn about stalled jobs, and give them to another actor. Raises MergeFailed for a job that stalls again."""
         for ref, run in list(self._running.items()):
-            if ref not in self._running:  # its actor has just been ended for another job
+            if ref not in self._running:  # its actor has just been ended because of another job
                 continue
             verdict = self._stall.judge(run.last_heartbeat, run.heartbeat)
             if verdict is Verdict.WARN:
                 half = human_time(self._stall.limit_s / 2)
                 say(
-                    f"warning: {run.job.label}: nothing has moved for {half} ({run.actor.description}); "
-                    f"in {half} that process is ended and another one does the job"
+                    f"warning: {run.job.label}: no progress for {half} ({run.actor.description}); "
+                    f"in {half} that process is ended and another actor takes the job"
                 )
             elif verdict is Verdict.REASSIGN:
                 self._reassign(run)
 
     def _reassign(self, run: _Run) -> None:
-        still = f"nothing has moved for {human_time(self._stall.limit_s)} ({run.actor.description})"
+        still = f"no progress for {human_time(self._stall.limit_s)} ({run.actor.description})"
         run.job.stalls += 1
         if run.job.stalls >= _MAX_STALLS:
             raise MergeFailed(
@@ -322,21 +322,21 @@ class _Jobs:
                 "usual cause. Run the same command again to go on from the shards that are finished; where work is so "
                 "slow, give it more time with --stall-timeout."
             )
-        say(f"warning: {run.job.label}: {still}; the process is ended and another one does the job")
-        # Of several actors, those that do not answer; where all do, none can be told from the others.
+        say(f"warning: {run.job.label}: {still}; the process is ended and another actor takes the job")
+        # Of several actors, end those that do not answer; if all answer, the stalled one can't be told apart.
         for actor in [each for each in run.actors if not self._pool.is_responsive(each)] or run.actors:
             self._end_actor(actor)
 
     def _end_actor(self, actor: PoolActor) -> None:
-        """End an actor's process, and take its jobs from it: Ray starts it anew, if it can be ended at all."""
+        """End an actor's process and requeue its jobs. Ray restarts it, if the process can be ended at all."""
         self._transport.end(actor.handle, for_good=False)
         for ref, run in list(self._running.items()):
             if actor in run.actors:
-                self._pop(ref).job.requeue()  # a result that still comes is of no use
+                self._pop(ref).job.requeue()  # a result that still arrives is ignored
         self._pool.change(actor, ActorEvent.LOST)
 
     def _result(self, ref: Any, run: _Run) -> tuple[Lost | None, Any]:
-        """What came back; or what was lost, if it has not been lost too often."""
+        """The result; or what was lost, if the job has not failed too often."""
         from ray.exceptions import RayError
 
         try:
@@ -348,7 +348,7 @@ class _Jobs:
                 self._pool.note_memory(actor, error)
             if job.failures < _MAX_ATTEMPTS:
                 return lost, None
-            what = "what it works with was lost with its node" if lost is Lost.STATES else "its actor died"
+            what = "its input was lost with its node" if lost is Lost.STATES else "its actor died"
             raise MergeFailed(
                 f"{job.label}: {what} ({first_line(cause_of(error))}), {job.failures} times. {memory_remark(error)}; "
                 "run the same command again to go on from the shards that are finished."

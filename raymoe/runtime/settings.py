@@ -1,4 +1,4 @@
-"""How a merge is run: nothing here changes a byte of the output."""
+"""Settings of a run. None of them changes a byte of the output."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from raymoe.storage.locations import Inputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
-    """`address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs an actor gets
-    (None: one where the cluster has GPUs and the gates need one). `actors`: most actors at once (None: as many as fit).
-    `device`: `cpu` keeps the gate pass off the GPUs, `cuda` refuses to compute it elsewhere. `verbosity`: -1 quiet, 0
-    normal, 1 and more verbose. `trust_record`: a verification reaches S3 by the endpoint and profile in the merge's
-    record. `strict` is the plan's: actors look at all weights for NaN and infinity, and refuse them. `inputs`: what is
-    read besides models, whose place no output may take. `stall_timeout_s`: seconds without progress after which a job
-    is given to another actor; after half of them a warning says so. `keep_uploads`: a merge that is stopped or fails
-    leaves what it has sent of unfinished shards in an S3 output, for the run that resumes it."""
+    """Settings of a run.
+
+    `address`: a Ray cluster (None: RAY_ADDRESS, else a local one is started). `gpus_per_expert`: GPUs per actor (None:
+    one if the cluster has GPUs and the gates need one). `actors`: the maximum number of actors (None: as many as fit).
+    `device`: `cpu` keeps the gate pass off the GPUs, `cuda` refuses to run it elsewhere. `verbosity`: -1 quiet, 0
+    normal, 1 and more verbose. `trust_record`: a verification uses the S3 endpoint and profile of the merge's record.
+    `strict` is the plan's: actors check all weights for NaN and infinity, and reject them. `inputs`: what is read
+    besides models; an output must not replace it. `stall_timeout_s`: seconds without progress after which a job is
+    given to another actor; a warning comes after half of them. `keep_uploads`: a merge that is stopped or fails keeps
+    the uploaded parts of unfinished shards in an S3 output, for the run that resumes it.
+    """
 
     address: str | None = None
     gpus_per_expert: float | None = None

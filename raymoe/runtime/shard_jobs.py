@@ -1,4 +1,4 @@
-"""The queue of shards, as jobs for actors. What is done with a shard, `ShardWork`, a merge or a verification says."""
+"""The queue of shards, as jobs for actors. A merge or a verification defines by `ShardWork` what the jobs do."""
 
 from __future__ import annotations
 
@@ -19,53 +19,54 @@ from raymoe.storage.outputs.protocol import ShardJob
 
 
 class ShardMethod(ABC):
-    """A way in which actors do the jobs of shards."""
+    """A method by which actors do shard jobs."""
 
     helper: Helper | None = None  # another actor that each job needs
 
     def can_use(self, actor: ActorInfo) -> bool:
-        """Whether an actor that has a job's source files can do it in this way."""
+        """Whether an actor that has a job's source files can use this method."""
         return True
 
     @abstractmethod
     def start(self, actor: Any, job: ShardJob, helper: Any) -> Any:
-        """Start a job on an actor; the reference of its result.
+        """Start a job on an actor; returns the reference of its result.
 
-        With a helper (`helper` is its handle), the helper is called. The call raises PeerLost if the actor is lost.
+        If the method has a helper (`helper` is its handle), the helper is called. The call raises PeerLost if the actor
+        is lost.
         """
 
 
 class ShardWork(Protocol):
-    """What is done with shards. A shard is one or several jobs, which several actors may do at the same time."""
+    """The work on shards. A shard is one or several jobs, which several actors may do at the same time."""
 
     def jobs(self, shard: Shard) -> Sequence[ShardJob]:
-        """Begin with a shard; nothing, if there is nothing left for actors to do. Called from several threads."""
+        """Open a shard: its jobs; empty if there is nothing for actors to do. Called from several threads."""
 
     @property
     def methods(self) -> Sequence[ShardMethod]:
-        """The ways in which actors do the jobs, the preferred first. An actor does a shard in a later way only if no
-        actor can do that shard in an earlier one."""
+        """The methods by which actors do the jobs, the preferred one first. An actor uses a later method for a shard
+        only if no actor can do that shard by an earlier one."""
 
     def reads(self, file: SourceFile) -> bool:
-        """Whether actors read that object for shards: not so where a store copies it."""
+        """Whether actors read that object for shards. False if a store copies it."""
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> Any:
-        """All jobs of a shard came back: what is to be kept of it, or one more job, as in `Output.complete`. Called
-        from several threads."""
+        """Called when all jobs of a shard are done. Returns the shard's result, or one more job, as in
+        `Output.complete`. Called from several threads."""
 
 
 def task_name(verb: str, job: ShardJob, names: Mapping[Owner, str]) -> str:
-    """What Ray's dashboard calls a job; `names` as in `owner_names`."""
+    """A job's name in Ray's dashboard; `names` as in `owner_names`."""
     return f"{verb} {job.shard.file_name} of {names.get(job.shard.owner, job.shard.owner)}"
 
 
 def tensors_read_for_shards(plan: MergePlan, reads: Callable[[SourceFile], bool]) -> frozenset[TensorEntry]:
-    """The tensors of objects that actors read for shards; `reads` as in `ShardWork`."""
+    """The tensors in object stores that actors read for shards; `reads` as in `ShardWork`."""
     return frozenset(entry for shard in plan.shards for part in shard.parts for entry in _fetched_entries(part, reads))
 
 
 def _fetched_entries(part: Part, reads: Callable[[SourceFile], bool]) -> Iterator[TensorEntry]:
-    """What actors fetch for a part. A store copies nothing that is to be changed."""
+    """The tensors that actors fetch for a part. A store can't copy a tensor that the merge changes."""
     for read in part.sources_read:
         copies = isinstance(part.what, Copy)
         if read.source.file.kind.is_object and (not copies or reads(read.source.file)):
@@ -73,11 +74,12 @@ def _fetched_entries(part: Part, reads: Callable[[SourceFile], bool]) -> Iterato
 
 
 class SharedReads:
-    """Tensors of objects that several shards are made of, as experts are that are one model with different adapters."""
+    """Tensors in object stores that several shards need, for example experts that share one model and differ in
+    adapters."""
 
     def __init__(self, plan: MergePlan, reads: Callable[[SourceFile], bool]) -> None:
         self._reads = reads
-        self._shards: dict[TensorEntry, set[str]] = {}  # the names of the shards of each shared tensor
+        self._shards: dict[TensorEntry, set[str]] = {}  # shard names per shared tensor
         first: dict[TensorEntry, str] = {}
         for shard in plan.shards:
             for part in shard.parts:
@@ -86,8 +88,8 @@ class SharedReads:
                         self._shards.setdefault(entry, {other}).add(shard.file_name)
 
     def with_sharing_hints(self, job: ShardJob, waiting: Callable[[], Set[str]], actors: int) -> ShardJob:
-        """The job, with what it reads that other shards do too. An actor will be asked for it again if of the shards
-        that are `waiting` (their names) as many need it as there are actors."""
+        """The job, with the tensors that other shards read too. A tensor is marked `keep_cached` if at least as many of
+        the `waiting` shards (names) need it as there are actors: then this actor will probably get one of them."""
         fetched = (e for part in job.shard.parts if job.includes(part) for e in _fetched_entries(part, self._reads))
         shared = tuple(dict.fromkeys(entry for entry in fetched if entry in self._shards))
         if not shared:
@@ -99,7 +101,7 @@ class SharedReads:
 
 @dataclass
 class _OpenShard:
-    """A shard whose jobs have been asked for: how many are still to come back, and what came back."""
+    """A shard with jobs given out: the number of missing results, and the results so far."""
 
     shard: Shard
     jobs_left: int = 0
@@ -108,7 +110,7 @@ class _OpenShard:
 
 @dataclass(eq=False)
 class WriteShardJob(Job):
-    """A job of a shard: `detail` is what the actor is given."""
+    """A job of a shard: `detail` is the argument for the actor."""
 
     queue: ShardQueue
     opened: _OpenShard
@@ -140,9 +142,9 @@ class ShardQueue:
 
         waiting --`work.jobs`--> opening --> ready: jobs for actors --> `work.complete` --> results
 
-    `waiting` are by owner, and in the plan's order. `jobs` and `complete` may ask a store, and so are called beside the
-    scheduling thread, for several shards at once; `calls` are the references of these calls. Shards are opened before
-    an actor asks for them.
+    `waiting` are by owner, and in the plan's order. `jobs` and `complete` may send requests to a store, so they run
+    outside the scheduling thread, for several shards at once; `calls` are the references of these calls. Shards are
+    opened before an actor needs them.
     """
 
     def __init__(self, waiting: Sequence[Shard], work: ShardWork, transport: Transport) -> None:
@@ -152,19 +154,19 @@ class ShardQueue:
         self.work, self._transport = work, transport
         self.opening: list[Shard] = []
         self.ready: list[WriteShardJob] = []
-        self.calls: dict[Any, Callable[[Any], None]] = {}  # with what takes the result
+        self.calls: dict[Any, Callable[[Any], None]] = {}  # with the function that takes the result
         self.results: list[Any] = []
         self.bytes_kept = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything but jobs that actors are doing."""
+        """Whether there is anything besides jobs that are running."""
         return bool(self.waiting or self.ready or self.calls)
 
     def open_ahead(self, preferred: Iterable[Collection[Owner]], count: int) -> None:
-        """Open shards until `count` of them are being opened or have jobs that wait, and one of each actor's own.
+        """Open shards until `count` of them are being opened or have waiting jobs, and one of each actor's own.
 
-        `preferred` are the members whose shards an actor does first, for each actor.
+        `preferred` has for each actor the members of the shards that it does first.
         """
         for owners in preferred:
             there = (*(job.owner for job in self.ready), *(shard.owner for shard in self.opening))
@@ -193,9 +195,9 @@ class ShardQueue:
             self._complete(opened)
 
     def next_for(self, owners: Collection[Owner], can_do: Callable[[ShardJob], bool]) -> WriteShardJob | None:
-        """A job for an actor, of those that it may do: of its own expert's shards, else of the base's, else of any.
+        """A job that an actor may do: of its own expert's shards, else of the base's, else of any.
 
-        None also while one of its own is being opened.
+        None also while one of its own shards is being opened.
         """
         jobs = (job for job in self.ready if can_do(job.detail))
         job = min(jobs, key=lambda job: _preference(owners, job.owner), default=None)
@@ -214,7 +216,7 @@ class ShardQueue:
         self._call(lambda done: self._completed(opened, done), self.work.complete, opened.shard, opened.results)
 
     def _completed(self, opened: _OpenShard, done: Any) -> None:
-        """Take what is to be kept of a shard, or give out the job that is still to be done for it."""
+        """Take a shard's result, or add the job that is still needed for it."""
         if isinstance(done, ShardJob):
             opened.results, opened.jobs_left = [], 1
             self.ready.insert(0, WriteShardJob(self, opened, detail=done))
@@ -225,15 +227,15 @@ class ShardQueue:
         self.calls[self._transport.run(function, *arguments)] = take
 
     def take(self, ref: Any) -> None:
-        """Take the result of a call that is done. Raises what it raised."""
+        """Take the result of a finished call. Raises the error that the call raised."""
         self.calls.pop(ref)(self._transport.fetch(ref))
 
     def names(self) -> set[str]:
-        """The shards that wait, or have jobs that do."""
+        """The shards that wait, or have waiting jobs."""
         return {shard.file_name for shard in self.unfinished()}
 
     def unfinished(self) -> Iterator[Shard]:
-        """The shards of jobs that wait, and those that have no jobs yet."""
+        """The shards with waiting jobs, and those that have no jobs yet."""
         yield from (job.opened.shard for job in self.ready)
         yield from self.opening
         for shards in self.waiting.values():
@@ -241,5 +243,5 @@ class ShardQueue:
 
 
 def _preference(owners: Collection[Owner], owner: Owner) -> tuple[bool, bool]:
-    """Smallest first: this actor's own expert, then the base, then the rest."""
+    """Sort key, smallest first: this actor's own expert, then the base, then the rest."""
     return (owner not in owners, owner != BASE)

@@ -1,16 +1,16 @@
-"""A shard's way from the node that has its sources to the node that has the output, where these are two.
+"""Sends a shard from the node that has its sources to the node that has the output, if these are two nodes.
 
     sender, an expert actor                     receiver, the writer beside the output
     shard_chunks -> split_pieces --Ray's store--> arrivals -> LocalOutput.write: part, checksum, fsync, rename, journal
 
-The receiver pulls. The sender stands still while `PIECES_AHEAD` pieces wait to be taken, so that neither side holds
-more than a few pieces a shard, however large it is. Pieces are numpy arrays: Ray copies each into its store once, and
-the receiver reads it there in place. Everything that is computed (casts, LoRA, noise) is computed by the sender.
-Whichever side dies, the half-written part goes, and the shard is done again.
+The receiver pulls. The sender waits while `PIECES_AHEAD` pieces have not been taken, so that neither side holds more
+than a few pieces per shard, however large it is. Pieces are numpy arrays: Ray copies each into its store once, and the
+receiver reads it there in place. The sender does all computation (casts, LoRA, noise). If either side dies, the
+half-written part is removed, and the shard is done again.
 
-To the scheduler all this is a `ShardMethod`, `SendToWriter`, whose helper is the writer. The writer is one actor of a
-merge, started on the coordinator's node when an expert actor turns out not to see the output. It holds no CPU of Ray's:
-a head that is to do no work still has to write what only it can.
+For the scheduler, this is a `ShardMethod`, `SendToWriter`, with the writer as its helper. The writer is one actor per
+merge. It starts on the coordinator's node when an expert actor turns out not to see the output. It reserves no CPU in
+Ray: a head node that takes no work must still write what only it can write.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from raymoe.storage.outputs.protocol import Output, ShardJob
 from raymoe.storage.source_reader import CHUNK_BYTES, LOCAL_CHUNK_BYTES
 
 PIECE_BYTES = CHUNK_BYTES
-PIECES_AHEAD = 4  # of a shard: made, and not yet taken by the receiver
-_PREFETCHED = 2  # taken by the receiver, and on their way to its node while one before them is written
+PIECES_AHEAD = 4  # per shard: produced, and not yet taken by the receiver
+_PREFETCHED = 2  # taken by the receiver, and in transfer to its node while an earlier one is written
 _SHARDS_AT_ONCE = 8
 _RESTARTS = 2
 
 
 class SendToWriter(ShardMethod):
-    """An actor sends a shard to the writer of a folder, which it need not see."""
+    """An actor sends a shard to the writer of a folder. The actor need not see the folder."""
 
     def __init__(self, target: Output, names: Mapping[Owner, str]) -> None:
-        """`names` are what Ray's dashboard calls the owners of shards."""
+        """`names` are the shard owners' names in Ray's dashboard."""
         self._names = names
-        # The run is named when it begins.
+        # `target.run` is set only when the run begins.
         self.helper = Helper(
             "the actor that writes to the output", lambda: _start_writer(target.location.text, target.run)
         )
@@ -63,7 +63,7 @@ class SendToWriter(ShardMethod):
 
 
 def split_pieces(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """A stream of `size` bytes in pieces of `PIECE_BYTES`. A piece is valid until the next one is asked for."""
+    """A stream of `size` bytes in pieces of `PIECE_BYTES`. A piece is valid until the next one is requested."""
     buffer = np.empty(min(PIECE_BYTES, size), np.uint8)
     filled = 0
     for chunk in chunks:
@@ -80,9 +80,9 @@ def split_pieces(chunks: Iterable[memoryview], size: int) -> Iterator[npt.NDArra
 
 
 def receive_chunks(sender: Any, job: ShardJob) -> Iterator[memoryview]:
-    """The bytes of a shard as `sender` sends them, in chunks that stay in the processor's cache while they are written.
+    """The bytes of a shard from `sender`, in chunks that stay in the processor's cache while they are written.
 
-    Raises what went wrong at the sender, or PeerLost if the sender was lost.
+    Raises the sender's error, or PeerLost if the sender was lost.
     """
     import ray
     from ray.exceptions import RayError
@@ -95,14 +95,14 @@ def receive_chunks(sender: Any, job: ShardJob) -> Iterator[memoryview]:
                 for start in range(0, len(piece), LOCAL_CHUNK_BYTES):
                     yield piece[start : start + LOCAL_CHUNK_BYTES]
         finally:
-            # Ray ends a sender that stands still when it is told so. One whose stream is just dropped would run on.
+            # Ray ends a waiting sender only if it is cancelled. A sender with a dropped stream would run on.
             ray.cancel(stream)
     except RayError as error:
         raise sender_error(error, job.shard.file_name) from error
 
 
 def sender_error(error: Exception, file_name: str) -> Exception:
-    """What an error of a stream says of its sender: PeerLost, or what went wrong there."""
+    """The error to raise for a failed stream: PeerLost, or the sender's own error."""
     from ray.exceptions import RayError, RayTaskError
 
     if not isinstance(error, RayTaskError):
@@ -117,7 +117,7 @@ def sender_error(error: Exception, file_name: str) -> Exception:
 
 
 def _prefetch(stream: Any) -> Iterator[Any]:
-    """The references of a stream in order; those that come next are being fetched to this node meanwhile."""
+    """The references of a stream in order; the next ones are fetched to this node meanwhile."""
     import ray
 
     taken: deque[Any] = deque()
@@ -131,7 +131,7 @@ def _prefetch(stream: Any) -> Iterator[Any]:
 
 
 class ShardWriter:
-    """Writes what other nodes send, as a plain class; `_start_writer` makes it an actor."""
+    """Writes shards that other nodes send. A plain class; `_start_writer` makes it an actor."""
 
     def __init__(self, output: str, run: str) -> None:
         set_up_process()
@@ -141,7 +141,7 @@ class ShardWriter:
         self._active_jobs = ActiveJobs()
 
     def describe(self, files: Sequence[SourceFile] = ()) -> ActorInfo:
-        """As an expert actor's; a writer reads no sources."""
+        """The same as an expert actor's; a writer reads no sources."""
         return ActorInfo(
             pid=os.getpid(),
             node=node_name(),
@@ -152,9 +152,9 @@ class ShardWriter:
         )
 
     def receive(self, sender: Any, job: ShardJob) -> Any:
-        """Write the shard that the actor `sender` sends; None if an earlier run left it whole.
+        """Write the shard that the actor `sender` sends; None if an earlier run completed it.
 
-        Raises PeerLost, what went wrong at the sender, or what went wrong here.
+        Raises PeerLost, the sender's error, or an error of this writer.
         """
         if not self._output.is_reachable():
             what = f"the output {self._output.location} is not the folder of this run on {node_name()}"
@@ -173,7 +173,7 @@ class ShardWriter:
             return self._output.write(name, receive_chunks(sender, job), expected=size, progress=progress)
 
     def status(self) -> Status:
-        """What it has done so far; bytes written are counted by those who send them."""
+        """What it has done so far. Written bytes are counted by the senders."""
         with self._lock:
             return Status(
                 bytes_written=0,

@@ -1,4 +1,4 @@
-"""The local source files of a merge as all nodes see them: whether they are still what the merge was planned with.
+"""Checks that a merge's local source files, as all nodes see them, are still the files that it was planned with.
 
 planning          each file is stamped before its header is read (`SourceFile.stamp`); small files have a checksum
 before the merge  `changed`: nothing has been written since, on this node or on the node that read the header
@@ -20,11 +20,11 @@ from raymoe.storage.local_journal import source_fingerprints
 
 
 class SourcesChanged(MergeFailed):
-    """Source files were written while the merge was running. What it has written is of no use."""
+    """Source files were written while the merge was running. Its output is of no use."""
 
 
 class SourceFiles:
-    """`placement` has the nodes' answers, where they have been asked."""
+    """`placement` has the nodes' answers, if they were queried."""
 
     def __init__(self, plan: MergePlan, placement: Placement | None) -> None:
         self._weights = [file for source in plan.sources for file in source.files]
@@ -37,12 +37,12 @@ class SourceFiles:
         return {**far, **source_fingerprints(self._weights)}
 
     def changed(self) -> list[str]:
-        """Files that have been written since they were planned with."""
+        """Files that have been written since the merge was planned."""
         here = {f.location for f in (*self._weights, *self._small) if is_in_view(f) and has_changed(f)}
         return sorted(here.union(self._placement.changed() if self._placement is not None else ()))
 
     def check_unchanged(self) -> None:
-        """Raises SourcesChanged if a file was written while the merge was running. Every node is asked again."""
+        """Raises SourcesChanged if a file was written while the merge was running. Every node is queried again."""
         changed = set(self.changed())
         if self._placement is not None:
             changed.update(self._placement.refresh().changed(self._placement))
@@ -51,7 +51,7 @@ class SourceFiles:
 
     @contextmanager
     def explain_failures(self) -> Iterator[None]:
-        """A failure in the context is put down to source files that have been written, if there are any."""
+        """Attribute a failure in the context to changed source files, if there are any."""
         try:
             yield
         except RaymoeError as error:

@@ -1,11 +1,11 @@
-"""Tells jobs that stand still from jobs that are slow.
+"""Tells stalled jobs from slow jobs.
 
-A process that hangs (a filesystem that does not answer, SIGSTOP, a deadlock) is not dead: Ray waits for it without end.
-Here a job stands still when its actor reports no move of it, or nothing at all, for a time. After half of the time the
-coordinator says so; after all of it, it ends the actor and gives the job to another.
+A process that hangs (a filesystem that does not answer, SIGSTOP, a deadlock) is not dead: Ray waits for it forever.
+Here a job is stalled if its actor reports no progress of it, or does not answer at all, for a time. After half of that
+time the coordinator warns; after all of it, it ends the actor and gives the job to another.
 
-The time is counted by the coordinator while it looks. While it does something else itself (it completes an upload, say)
-no time passes, since it would not have seen a move.
+Time counts only while the coordinator is watching. While it does something else (for example, completes an upload) no
+time passes, because it would not see any progress.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raymoe.runtime.timeouts import MAX_BETWEEN_LOOKS_S
 
 
 class Verdict(Enum):
-    """What is to be done about a job."""
+    """What to do about a job."""
 
     FINE = "it moves, or has not stood still for long"
     WARN = "it has stood still for half of the time, and this has not been said"
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
 @dataclass
 class LastHeartbeat:
-    """What was last seen of a job, and when that changed, on the clock of `StallClock`."""
+    """The last progress that was seen of a job, and when, on the clock of `StallClock`."""
 
     at: float
     heartbeat: object = None
@@ -36,7 +36,7 @@ class LastHeartbeat:
 
 
 class StallClock:
-    """The clock of one run, and the time that a job may stand still."""
+    """The clock of one run, and the time that a job may stall."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` gives seconds that never go back."""
@@ -46,17 +46,17 @@ class StallClock:
         self._looked_at = clock()
 
     def look(self) -> None:
-        """Let the time since the last look pass, as far as it was spent looking."""
+        """Advance the clock by the time since the last call, up to `MAX_BETWEEN_LOOKS_S`."""
         now = self._clock()
         self.now += min(now - self._looked_at, MAX_BETWEEN_LOOKS_S)
         self._looked_at = now
 
     def begin(self) -> LastHeartbeat:
-        """A job that begins now."""
+        """The state of a job that starts now."""
         return LastHeartbeat(at=self.now)
 
     def judge(self, last: LastHeartbeat, heartbeat: object) -> Verdict:
-        """What is to be done about a job of which this is `heartbeat` now. Each verdict but FINE is given once."""
+        """What to do about a job with this current `heartbeat`. Each verdict but FINE is given once."""
         if heartbeat != last.heartbeat:
             last.heartbeat, last.at, last.is_warned = heartbeat, self.now, False
         still = self.now - last.at

@@ -1,4 +1,4 @@
-"""Why Ray can't be reached or started, with the remedy for each cause."""
+"""Explains why Ray can't be reached or started, with the remedy for each cause."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _START_REMEDY = "Ray's own logs may say more: logs/ of the newest session in {}"
 
 
 def reject_job_server(address: str) -> None:
-    """Raises ProblemReport for the address of a job server, which Ray takes for the name of a host."""
+    """Raises ProblemReport for the address of a job server, which Ray would take for a host name."""
     if address.lower().startswith(("http://", "https://")):
         raise ProblemReport([_job_server_problem(address)])
 
@@ -28,14 +28,14 @@ def reject_job_server(address: str) -> None:
 def check_port_open(address: str) -> None:
     """Raises OSError if nothing listens at `host:port`: Ray itself would keep trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # not so: 'auto', 'local', for which Ray looks around
+    if port.isdigit():  # skips 'auto' and 'local', for which Ray searches
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
 
 
 def _job_server_problem(address: str) -> Problem:
     try:
         host = urlsplit(address).hostname or "HEAD"
-    except ValueError:  # a bracket that stays open
+    except ValueError:  # an unclosed bracket
         host = "HEAD"
     named = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") == address else "--address"
     remedy = f"send the merge there with `raymoe submit`, or name the cluster itself: {host}:6379 or ray://{host}:10001"
@@ -47,7 +47,7 @@ def _job_server_problem(address: str) -> Problem:
 
 
 def start_problem(error: BaseException, address: str | None) -> Problem:
-    """What is wrong where `ray.init` failed; `address` is None where Ray was to be started on this machine."""
+    """The problem to report after `ray.init` failed; `address` is None if Ray was to start on this machine."""
     text = str(error).strip()
     reason = getattr(error, "strerror", None) or (text.splitlines() or [type(error).__name__])[0]
     if address:
@@ -67,7 +67,7 @@ def start_problem(error: BaseException, address: str | None) -> Problem:
 
 
 def _temp_folder() -> str:
-    """Where Ray keeps its sessions."""
+    """The folder of Ray's sessions."""
     return os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
 
 
@@ -76,5 +76,5 @@ def _is_in_home(file: str) -> bool:
         home = Path.home() / ".ray"
     except RuntimeError:
         return False
-    # The folder itself, what is in it, or what would have to be made for it.
+    # The folder itself, its content, or a folder that would have to be created for it.
     return file == str(home) or Path(file).is_relative_to(home) or home.is_relative_to(file)

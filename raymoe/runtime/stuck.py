@@ -1,6 +1,7 @@
-"""Ends a run that no actor can go on with: none is up for too long, or none that is up has the files of what is left.
+"""Ends a run that no actor can continue: no actor has been up for too long, or no actor that is up has the files that
+the remaining work needs.
 
-Actors that are away may come back, so a run waits for them a while.
+Unavailable actors may come back, so a run waits for them for a limited time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from raymoe.runtime.timeouts import STARTUP_GRACE_S, STUCK_TIMEOUT_S
 
 
 class StuckCheck:
-    """When an actor was last up, and when one last had a job."""
+    """Tracks when an actor was last up, and when an actor last had a job."""
 
     def __init__(self, pool: ActorPool, stall: StallClock, now: Callable[[], float]) -> None:
         self._pool, self._stall, self._now = pool, stall, now
         self._last_busy, self._last_up = now(), stall.now
 
     def check(self, *, is_busy: bool, first_waiting: Callable[[], tuple[frozenset[str], str]]) -> None:
-        """Raise MergeFailed if no running or restarting actor can do what is left.
+        """Raise MergeFailed if no running or restarting actor can do the remaining work.
 
-        `is_busy`: jobs are being done. `first_waiting`: the files and the name of work that waits.
+        `is_busy`: jobs are running. `first_waiting`: the files and the name of waiting work.
         """
         up, absent = self._pool.up, [helper for helper, actor in self._pool.helpers.items() if not actor.is_up]
         are_up = bool(up) and not absent

@@ -1,7 +1,7 @@
-"""What scheduling needs of Ray, so that its decisions can be tested against actors that die on cue.
+"""What scheduling needs from Ray, as an interface: tests use actors that die at given moments.
 
-An actor's methods are called through its handle, as everywhere; what is waited for, fetched, put and ended goes through
-here. A reference is whatever a call gives back.
+An actor's methods are called through its handle; waiting, fetching, putting and ending go through this interface. A
+reference is the value that a call returns.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ _MOMENT_S = 0.02
 
 
 class Transport(Protocol):
-    """What is under way, and the time."""
+    """Calls in progress, and the time."""
 
     def now(self) -> float:
-        """Seconds from any moment; they never go back."""
+        """Seconds since an arbitrary moment; they never go back."""
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
 
     def ready(self, refs: Sequence[Any], timeout_s: float, *, most: int | None = None) -> list[Any]:
-        """Those of `refs` that have come back or failed, within a time: as soon as there are `most`, or all of them."""
+        """The `refs` that have a result or an error. Returns when there are `most`, or all of them, or after
+        `timeout_s`."""
 
     def fetch(self, ref: Any) -> Any:
-        """What came back. Raises what the call raised, and Ray's exceptions for what was lost."""
+        """The result. Raises the call's error, and Ray's exceptions for lost objects."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Have a function called in this process, beside what else it does; the reference of its result."""
+        """Call a function in this process, in a background thread; returns the reference of its result."""
 
     def end_calls(self) -> None:
-        """Nothing more of what `run` was asked for is wanted: what has begun is waited for a while."""
+        """Drop calls of `run` that have not started, and wait a limited time for running ones."""
 
     def put(self, value: Any) -> Any:
         """A reference to a value that several calls take."""
 
     def cancel(self, ref: Any) -> None:
-        """What a call gives is not wanted any more."""
+        """Cancel a call: its result is not needed any more."""
 
     def end(self, actor: Any, *, for_good: bool) -> None:
-        """End an actor's process. Unless `for_good`, it is started anew where there is room for it."""
+        """End an actor's process. Unless `for_good`, Ray starts it again where there is room."""
 
 
 class RayTransport:
@@ -70,7 +71,7 @@ class RayTransport:
             left = until - self.now()
             if len(found) >= wanted or left <= 0:
                 return [*found, *_ready_in_cluster(others, 0, None)][:wanted]
-            # Two kinds of things can't be waited for at once; so each in turn, for a moment.
+            # Ray can't wait for both kinds of references at once, so each is waited for in turn, briefly.
             found += _ready_in_cluster(others, min(left, _MOMENT_S), max(1, wanted - len(found)))
             if len(found) >= wanted:
                 return found[:wanted]

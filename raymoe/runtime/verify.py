@@ -1,10 +1,10 @@
-"""`raymoe verify`: makes a merge again from its sources, in memory, and compares it with what is in the folder.
+"""`raymoe verify`: computes a merge again from its sources, in memory, and compares it with the files in its output.
 
-The record (`raymoe.json`) says what was merged; the plan is made anew from the sources as they are now, the gates are
-computed anew, and every tensor is compared byte for byte, by the same actors that write a merge.
+The record (`raymoe.json`) says what was merged. The plan is made again from the sources as they are now, the gates are
+computed again, and every tensor is compared byte for byte, by the same actors that write a merge.
 
-A record may come from a stranger. It says what the merge was made of, but not where this user's credentials are sent:
-an endpoint or a profile in it is used only with the user's consent (`with_own_storage`).
+A record may come from an untrusted source. It says what the merge was made of, but it must not decide where this user's
+credentials are sent: an endpoint or a profile in it is used only with the user's consent (`with_own_storage`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def verify_merge(location: str | Path, settings: RuntimeSettings) -> Verificatio
 
 
 def _prompt_differences(record: MergeRecord, plan: MergePlan, config: MergeConfig) -> list[str]:
-    """Files of prompts from which other prompts are drawn now than at the merge."""
+    """Files of prompts that give other prompts now than at the merge."""
     return [
         f"{now['file']}: {now['key']} of {now['owner']} are not those of the merge "
         f"({then['count']} prompts then, {now['count']} now)"
@@ -79,9 +79,9 @@ def _prompt_differences(record: MergeRecord, plan: MergePlan, config: MergeConfi
 def _file_differences(
     folder: Folder, record: MergeRecord, plan: MergePlan, settings: RuntimeSettings
 ) -> tuple[list[str], list[str]]:
-    """Files that are not as the record says, and notes of those of which the record can't tell.
+    """Files that differ from the record, and notes about files that the record can't check.
 
-    The bytes of weights are left to the comparison tensor by tensor, but for a look at the ETags of objects.
+    The comparison by tensor checks the bytes of weights; here only the ETags of objects are compared.
     """
     differences, unknown = [], []
     if record.plan_digest != plan.digest:
@@ -108,7 +108,7 @@ def _file_differences(
 
 
 class _Compare(ShardMethod):
-    """An actor compares what it makes of the sources with what is written; it reads both."""
+    """An actor compares the bytes that the sources give with the written ones; it reads both."""
 
     def __init__(self, written: Mapping[str, TensorEntry]) -> None:
         self._written = written

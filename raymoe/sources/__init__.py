@@ -1,4 +1,4 @@
-"""Where weights come from: local folders, Hub repositories, object stores, LoRA adapters.
+"""The sources of weights: local folders, Hub repositories, object stores, LoRA adapters.
 
 Headers are read, never tensors.
 """

@@ -1,11 +1,11 @@
-"""Models in object stores, read in place: planning lists a folder and reads small files and headers.
+"""Reads models in object stores in place: planning lists a folder and reads small files and headers.
 
     s3://bucket/folder --list--> names, sizes, ETags    one or two requests
     JSON files, headers --ranged GET, If-Match--> memory
     weights             --read_range--> the actors, later: the same objects, or an error
 
-An object can be replaced at any time, so its ETag is a part of what was planned with (`SourceFile.etag`), and every
-later read is made for that ETag only.
+An object can be replaced at any time. So the plan keeps its ETag (`SourceFile.etag`), and every later read is made for
+that ETag only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
 _HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")
 
-# Copies of objects, by location and ETag; the folder is removed at the end of the process.
+# Copies of objects, by location and ETag; the folder is removed when the process exits.
 _copies_dir: tempfile.TemporaryDirectory[str] | None = None
 _copies_lock = threading.Lock()
 
@@ -92,13 +92,13 @@ def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFo
 
 
 def read_range(file: SourceFile, start: int, end: int, options: StorageOptions | None = None) -> bytes:
-    """Exactly the bytes [start, end) of an object, as it was planned with. Raises CheckpointError. Thread-safe."""
+    """Exactly the bytes [start, end) of an object, as planned. Raises CheckpointError. Thread-safe."""
     with as_checkpoint_errors():
         return open_store(file.location, options).read(file.location, start, end, file.etag)
 
 
 def fetch_object(file: SourceFile, options: StorageOptions | None = None) -> Path:
-    """A temporary local copy of an object, made once a process. Raises CheckpointError."""
+    """A temporary local copy of an object, made once per process. Raises CheckpointError."""
     folder = _copies_folder() / sha256(f"{file.location} {file.etag} {file.size}".encode()).hexdigest()[:32]
     path = folder / file.name
     if not path.exists():
@@ -106,7 +106,7 @@ def fetch_object(file: SourceFile, options: StorageOptions | None = None) -> Pat
             folder.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
                 _download(file, part.fileno(), options)
-            os.replace(part.name, path)  # whole or not at all, whoever else makes it
+            os.replace(part.name, path)  # atomic: another thread or process may make the same copy
         except OSError as error:
             what = f"it can't be copied to {folder}: {error.strerror or error}"
             raise unusable_checkpoint(file.location, what, "set TMPDIR to a folder with enough space") from error

@@ -1,9 +1,8 @@
 """Element types: the one table of safetensors codes, their sizes and their names elsewhere.
 
-Source of the codes: the safetensors format, https://huggingface.co/docs/safetensors/index#format, and the
-`Dtype` enum of its Rust crate. Codes below one byte (packed floats) are listed so that a header with them is
-read right; they only occur in quantised checkpoints, which raymoe refuses with a better message than 'unknown
-dtype'.
+Source of the codes: the safetensors format, https://huggingface.co/docs/safetensors/index#format, and the `Dtype` enum
+of its Rust crate. Codes below one byte (packed floats) are listed so that a header with them can be read. They only
+occur in quantised checkpoints, which raymoe rejects with a better message than 'unknown dtype'.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-# Weights have up to five dimensions, and names of up to 150 characters. A stranger's file may have any number,
-# and what is done with either takes longer than its length tells: a product of sizes, a search among names, a message.
+# Weights have up to five dimensions, and names of up to 150 characters. An untrusted file may have any number, and the
+# cost of both is more than linear: a product of sizes, a search among names, a message.
 MAX_DIMENSIONS = 16
 MAX_NAME_CHARACTERS = 1000
 
-# safetensors code -> bits an element
+# safetensors code -> bits per element
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "BOOL": 8,
@@ -45,23 +44,23 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )
 
-# safetensors code -> bytes an element, for the codes of whole bytes
+# safetensors code -> bytes per element, for the codes of whole bytes
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({c: b // 8 for c, b in DTYPE_BITS.items() if b % 8 == 0})
 
-# torch's name (as `torch_dtype` and `dtype` in a config.json hold it) -> safetensors code
+# torch's name (as in `torch_dtype` and `dtype` of a config.json) -> safetensors code
 DTYPE_OF_NAME: Mapping[str, str] = MappingProxyType(
     {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 )
 NAME_OF_DTYPE: Mapping[str, str] = MappingProxyType({code: name for name, code in DTYPE_OF_NAME.items()})
 
-# Of weights that raymoe reads: all others are refused, or are no weights.
+# Dtypes of weights that raymoe reads: all others are rejected, or are not weights.
 FLOAT_DTYPES = tuple(NAME_OF_DTYPE)
 
 _ALIASES = {"half": "F16", "float": "F32", "double": "F64"}
 
 
 def dtype_code(name: str) -> str:
-    """The safetensors code of a dtype as people write it: `bfloat16`, `torch.bfloat16`, `bf16`, `BF16`.
+    """The safetensors code of a dtype as users write it: `bfloat16`, `torch.bfloat16`, `bf16`, `BF16`.
 
     Raises ValueError for a name that is not in the table.
     """
@@ -82,6 +81,6 @@ def _code(name: str) -> str:
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int | None:
-    """Bytes of a tensor in a safetensors file; None where a packed dtype does not fill its last byte."""
+    """Bytes of a tensor in a safetensors file; None if a packed dtype does not fill its last byte."""
     bits = DTYPE_BITS[dtype] * math.prod(shape)
     return bits // 8 if bits % 8 == 0 else None

@@ -1,4 +1,4 @@
-"""What planning needs to know of a checkpoint: facts from configs and file headers, no tensors and no handles.
+"""The facts about a checkpoint that planning needs, from configs and file headers: no tensors and no handles.
 
     ModelRef (as written in a config) --resolve--> ModelFacts
         .index     CheckpointIndex   tensor name -> file, byte range, dtype, shape
@@ -18,7 +18,7 @@ from raymoe.object_store.location import LocationKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStamp:
-    """What tells a local file from a later state of it: modification time (ns) and inode number.
+    """Tells a local file from a later version of it: modification time (ns) and inode number.
 
     `view` names the machine and mount namespace in which the stamp was taken. In another view the same path can be a
     copy with another time and inode, so stamps are compared in their own view only. `inode` is 0 on filesystems without
@@ -34,12 +34,11 @@ class FileStamp:
 class SourceFile:
     """One file of a checkpoint.
 
-    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `kind` says which of
-    them, decided once. `size` is in bytes.
-    `etag` is what tells one content of an object from another, where its store has such a thing; None elsewhere.
-    `content` is the checksum of a small local file (`xxh3-128:hex`), None elsewhere.
-    `stamp` is taken before the file is read for the first time. It says nothing about the content, so files with
-    different stamps compare equal, and plans with different stamps have the same digest.
+    `location` is an absolute local path, `hf://org/name@<commit>/file`, or the URL of an object; `kind` is derived from
+    it once. `size` is in bytes. `etag` identifies the content of an object, if its store has such a thing; None
+    elsewhere. `content` is the checksum of a small local file (`xxh3-128:hex`), None elsewhere. `stamp` is taken before
+    the file is read for the first time. It says nothing about the content, so files with different stamps compare
+    equal, and plans with different stamps have the same digest.
     """
 
     location: str
@@ -58,7 +57,7 @@ class SourceFile:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether its ETag or its commit, which is in the plan's digest, says which content is read. Not so for local
+        """Whether its ETag or commit, which the plan's digest covers, fixes the content that is read. False for local
         files."""
         return self.etag is not None or self.kind is LocationKind.HUB
 
@@ -73,7 +72,7 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: bytes `[start, end)` of `file`, row-major and little-endian.
+    """Where a tensor is stored: bytes `[start, end)` of `file`, row-major and little-endian.
 
     `dtype` is the safetensors code (`BF16`, `F16`, `F32`, ...), `start` and `end` are offsets in the file itself
     (the length of a safetensors header included).
@@ -103,8 +102,8 @@ class CheckpointIndex:
 class LoraPair:
     """The two factors of one weight's delta: W' = W + scaling * (B @ A).
 
-    `a` has shape (rank, in_features), `b` has shape (out_features, rank). With DoRA, `magnitude` (out_features,) is how
-    long each row of W' is made. Sources of the formulas: Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et
+    `a` has shape (rank, in_features), `b` has shape (out_features, rank). With DoRA, `magnitude` (out_features,) gives
+    the length of each row of W'. Sources of the formulas: Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et
     al. 2024, https://arxiv.org/abs/2402.09353; scaling is alpha / rank, or alpha / sqrt(rank) for rsLoRA
     (https://arxiv.org/abs/2312.03732).
     """
@@ -116,7 +115,7 @@ class LoraPair:
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
-        """What there is to read, by its name here."""
+        """The tensors to read, by their names here."""
         entries = {"a": self.a, "b": self.b}
         return entries if self.magnitude is None else {**entries, "magnitude": self.magnitude}
 
@@ -125,8 +124,8 @@ class LoraPair:
 class AdapterFacts:
     """A PEFT LoRA adapter. `pairs` maps the name of the changed tensor in the model to its factors.
 
-    `replaced` are whole tensors that take the place of the model's, by name. `left_out` are modules that the adapter
-    changes in a way that is not supported, and what that is: fine where a merge uses nothing of these modules.
+    `replaced` are whole tensors that replace the model's, by name. `left_out` are modules that the adapter changes in
+    an unsupported way, and a description of the change. This is no problem if a merge does not use these modules.
     """
 
     label: str
@@ -142,12 +141,12 @@ class AdapterFacts:
 class ModelFacts:
     """One resolved model.
 
-    `label` is what messages and records call it (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
-    `config` is its config.json. `side_files` are the small files that travel with a model: tokenizer files (of the base
+    `label` is its name in messages and records (a local path, `org/name@<commit>`, a URL), `revision` the Hub commit.
+    `config` is its config.json. `side_files` are the small files that belong to a model: tokenizer files (for the base,
     with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
-    files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs);
-    those of a model of the Hub are in its cache. `own_head`: it holds an lm_head.weight that differs from its
-    embedding, whatever config.json says of tying them.
+    files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs); for
+    a Hub model they are in the cache. `own_head`: it holds an lm_head.weight that differs from its embedding, even if
+    config.json ties them.
     """
 
     label: str

@@ -1,8 +1,8 @@
-"""A checkpoint's folder, wherever it is: the small protocol that indexing is written against.
+"""The protocol of a checkpoint's folder, independent of where it is. Indexing uses only this protocol.
 
 `LocalFolder` (local_folder.py), `HubFolder` (hub.py) and `BucketFolder` (bucket_folder.py) implement it;
-`weight_index.py` and `resolve.py` know only this. Every method raises CheckpointError, and nothing else, for what a
-user can mend. Names are relative to the folder, with '/'.
+`weight_index.py` and `resolve.py` use only the protocol. Every method raises CheckpointError, and no other exception,
+for problems that a user can solve. Names are relative to the folder, with '/'.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.facts import SideFile, SourceFile
 from raymoe.untrusted_files import check_size, read_json
 
-# Files of which every tokenizer has one.
+# Every tokenizer has one of these files.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-# What travels with a model besides its weights and config: never weights, and code only where the tokenizer names it
+# Files that belong to a model besides its weights and config: never weights, and code only if the tokenizer names it
 # (see tokenizer_files.py).
 SIDE_FILES = (
     *_VOCABULARIES,
@@ -33,7 +33,7 @@ SIDE_FILES = (
     "generation_config.json",
 )
 
-_MAX_PROBLEMS = 5  # of one file
+_MAX_PROBLEMS = 5  # per file
 
 
 class Folder(Protocol):
@@ -41,7 +41,7 @@ class Folder(Protocol):
 
     @property
     def label(self) -> str:
-        """What messages call the folder: an absolute path, `org/name@<commit>`, or a URL."""
+        """The folder's name in messages: an absolute path, `org/name@<commit>`, or a URL."""
 
     @property
     def revision(self) -> str | None:
@@ -53,7 +53,7 @@ class Folder(Protocol):
 
     @property
     def bin_warning(self) -> str | None:
-        """What to warn of when `.bin` files of this folder have to be indexed."""
+        """The warning to give if `.bin` files of this folder have to be indexed."""
 
     def find(self, name: str) -> SourceFile | None:
         """The file of that name (also in a subfolder), or None."""
@@ -65,19 +65,19 @@ class Folder(Protocol):
         """Bytes [start, end) of a file."""
 
     def local_path(self, file: SourceFile) -> Path:
-        """A path to read the whole file from, downloading it first where it is remote."""
+        """A path to read the whole file from; a remote file is downloaded first."""
 
     def missing_remedy(self, name: str) -> str:
-        """What to do about a file that should be here and is not."""
+        """The remedy for a file that should be here and is missing."""
 
 
 def unusable_checkpoint(where: str, what: str, remedy: str = "") -> CheckpointError:
-    """A CheckpointError of one problem, to be raised."""
+    """A CheckpointError with one problem; the caller raises it."""
     return CheckpointError([Problem(where=where, what=what, remedy=remedy)])
 
 
 class FileProblems:
-    """The first problems of one file, with one remedy; the rest are counted: all its tensors may have the same one."""
+    """The first problems of one file, with one remedy. More are only counted: all its tensors may have the same one."""
 
     def __init__(self, where: str, remedy: str):
         self._where, self._remedy = where, remedy
@@ -99,7 +99,7 @@ class FileProblems:
 
 
 def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
-    """A small JSON file that holds an object. Raises CheckpointError when it is missing or anything else."""
+    """A small JSON file that holds an object. Raises CheckpointError if it is missing or is anything else."""
     file = folder.find(name)
     if file is None:
         raise unusable_checkpoint(folder.label, f"{name} is missing", folder.missing_remedy(name))
@@ -117,7 +117,7 @@ def read_json_object(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def side_files(folder: Folder, patterns: Sequence[str] = SIDE_FILES) -> tuple[SideFile, ...]:
-    """The small files that travel with a model, or others of some names, sorted by name."""
+    """The small files that belong to a model (or files that match other patterns), sorted by name."""
     names = sorted(name for name in folder.names if matches(name, patterns) and is_inside(name))
     return tuple(SideFile(name=name, file=file) for name in names if (file := folder.find(name)) is not None)
 
@@ -128,12 +128,12 @@ def has_vocabulary(files: Sequence[SideFile]) -> bool:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name relative to a folder matches one of some patterns. `*` matches no '/'."""
+    """Whether a name relative to a folder matches one of the patterns. `*` does not match '/'."""
     return any(fnmatch.fnmatchcase(name, p) for p in patterns if name.count("/") == p.count("/"))
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file name, as an index file gives it, stays inside its folder."""
+    """Whether a file name from an index file stays inside its folder."""
     if not name or not name.isprintable() or "\\" in name or name.startswith(("/", "~")):
         return False
     # A drive letter makes a path absolute on Windows.

@@ -1,14 +1,13 @@
-"""Models on the Hugging Face Hub, read in place: planning fetches JSON files and weight headers.
+"""Reads models on the Hugging Face Hub in place: planning fetches JSON files and weight headers.
 
     org/name@revision --model_info--> commit + file sizes   one request; what follows is pinned to the commit
     JSON files        --hf_hub_download--> the Hub cache
     headers           --ranged GET--> memory                or from the file's copy in the cache
     whole files       --hf_hub_download--> the Hub cache    by the actors, later; size checked as planned
 
-Only the public API of huggingface_hub is used, as it is from 0.30 (transformers 4) to 2 (transformers 5): so
-HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT act as they do everywhere else. Offline (HF_HUB_OFFLINE=1, or
-asked for in `HubOptions`) the cache is all there is. The library is imported where it is used: merges of
-local models need none of it.
+Only the public API of huggingface_hub is used, from 0.30 (transformers 4) to 2 (transformers 5). So HF_HOME,
+HF_HUB_CACHE, HF_TOKEN and HF_ENDPOINT work as everywhere else. Offline (HF_HUB_OFFLINE=1, or `HubOptions`) only the
+cache is used. The library is imported on first use: merges of local models do not need it.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def cache_folders(repo: str, options: HubOptions) -> list[str]:
-    """The folders of the Hub's cache that hold what is there of a repository: snapshots, and what they link to."""
+    """The folders of the Hub's cache that hold files of a repository: snapshots, and the targets of their links."""
     folder = _cache_folder(repo, options)
     return [str(folder / "blobs"), *sorted(map(str, folder.glob("snapshots/*")))]
 
@@ -76,7 +75,7 @@ def cache_folders(repo: str, options: HubOptions) -> list[str]:
 def partial_downloads(repo: str, options: HubOptions) -> dict[str, tuple[int, int]]:
     """The files of a repository that are being downloaded into the Hub's cache.
 
-    By name: the size in bytes and the blocks on the disk. A file that has its size from the start grows in blocks.
+    By name: the size in bytes and the blocks on the disk. A preallocated file has its full size, but grows in blocks.
     """
     found = {}
     with contextlib.suppress(OSError):
@@ -96,7 +95,7 @@ def _cache_folder(repo: str, options: HubOptions) -> Path:
 
 
 def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHubFolder:
-    """A Hub repository at the commit that its revision stands for now. Raises CheckpointError."""
+    """A Hub repository at the commit that its revision names now. Raises CheckpointError."""
     if _is_offline(options):
         return _open_cached(path, options)
     from huggingface_hub import HfApi
@@ -152,7 +151,7 @@ class HubFolder:
 
 
 class CachedHubFolder:
-    """Implements `Folder` on what the Hub cache holds of a commit (offline). Locations are as online."""
+    """Implements `Folder` on the cached files of a commit (offline). Locations are the same as online."""
 
     def __init__(self, path: PathRef, snapshot: Path, options: HubOptions):
         self._path, self._local, self._options = path, LocalFolder(str(snapshot)), options
@@ -182,8 +181,8 @@ class CachedHubFolder:
 def download(file: SourceFile, options: HubOptions, asked_revision: str | None = None) -> Path:
     """The local path of a Hub file, downloaded into the cache if needed. Raises CheckpointError.
 
-    `asked_revision` is the branch or tag that led to the file's commit: downloading by it makes the cache
-    remember what it stood for, which an offline run needs.
+    `asked_revision` is the branch or tag that led to the file's commit. A download by that name makes the cache
+    remember its commit, which an offline run needs.
     """
     from huggingface_hub import hf_hub_download
 
@@ -201,7 +200,7 @@ def download(file: SourceFile, options: HubOptions, asked_revision: str | None =
                 local_files_only=_is_offline(options),
             )
         path = Path(str(got))
-        # A branch may have moved since its commit was resolved: then the commit itself is asked for.
+        # A branch may have moved since its commit was resolved: then the commit itself is requested.
         if location.commit in path.parts:
             break
     if path.stat().st_size != file.size:
@@ -213,7 +212,7 @@ def download(file: SourceFile, options: HubOptions, asked_revision: str | None =
 def _is_offline(options: HubOptions) -> bool:
     from huggingface_hub import constants
 
-    # The library refuses to go online under HF_HUB_OFFLINE whatever we ask for.
+    # Under HF_HUB_OFFLINE the library never goes online, whatever its arguments are.
     return bool(options.offline) or bool(constants.HF_HUB_OFFLINE)
 
 
@@ -231,18 +230,18 @@ def _cached_path(repo: str, name: str, revision: str | None, options: HubOptions
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, name, cache_dir=options.cache_dir, revision=revision)
-    return Path(found) if isinstance(found, str) else None  # else None, or a mark for 'known not to exist'
+    return Path(found) if isinstance(found, str) else None  # otherwise None, or a marker for 'known not to exist'
 
 
 def _get_range(location: HubLocation, start: int, end: int, options: HubOptions) -> bytes:
-    """Bytes [start, end) of a Hub file, by one ranged request with the library's session and token."""
+    """Bytes [start, end) of a Hub file, by one range request with the library's session and token."""
     from huggingface_hub import hf_hub_url
 
-    # Documented (package_reference/utilities), if not re-exported for type checkers.
+    # Documented (package_reference/utilities), but not re-exported for type checkers.
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(location.repo, location.name, revision=location.commit, endpoint=options.endpoint)
-    # 'identity': a compressed answer could not be cut into ranges.
+    # 'identity': ranges of a compressed reply would be useless.
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with hub_errors(location.repo, location.commit, location.name):
         tries = 1 + _RETRIES
@@ -254,15 +253,15 @@ def _get_range(location: HubLocation, start: int, end: int, options: HubOptions)
 
 
 def _try_range(url: str, headers: dict[str, str], start: int, end: int) -> bytes | Exception:
-    """The range, or the error that its answer broke off with.
+    """The range, or the error that broke off its reply.
 
-    Such an error must not leave the library's context: there it would be taken for one of asking, and asked again.
+    The error must not leave the library's context, which would treat it as a failed request and repeat it.
     """
     from huggingface_hub.utils import hf_raise_for_status
 
     with _open_stream(url, headers) as response:
         hf_raise_for_status(response)
-        # 206 is the range; a server that knows no ranges answers 200 with the whole file, a shard of gigabytes.
+        # 206 is the range; a server without range support answers 200 with the whole file, a shard of gigabytes.
         skipped = 0 if response.status_code == 206 else start
         try:
             return _read_prefix(response, skipped + end - start)[skipped:]
@@ -271,7 +270,7 @@ def _try_range(url: str, headers: dict[str, str], start: int, end: int) -> bytes
 
 
 def _open_stream(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
-    """A response whose body is still to come: of requests, or since huggingface_hub 1 of httpx."""
+    """A response with an unread body: from requests, or since huggingface_hub 1 from httpx."""
     from huggingface_hub import utils
 
     if hasattr(utils, "http_stream_backoff"):
@@ -285,7 +284,7 @@ def _open_stream(url: str, headers: dict[str, str]) -> AbstractContextManager[An
 
 
 def _read_prefix(response: Any, count: int) -> bytes:
-    """The first bytes of a response's body; what comes after them is not taken from the server."""
+    """The first bytes of a response's body; the rest is not read from the server."""
     data = bytearray()
     chunks = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
     for chunk in chunks(_CHUNK_BYTES):

@@ -1,8 +1,7 @@
-"""What huggingface_hub raises, as problems for the user: what happened to which repository, and what to do.
+"""Translates errors of huggingface_hub into problems for the user: what happened to which repository, and what to do.
 
-The library's own error classes are the same from 0.30 to 2, but the HTTP library below it is not (requests,
-httpx, httpx2), and neither is a dependency of ours: network errors are told by the module that they come
-from.
+The library's own error classes are the same from 0.30 to 2, but its HTTP library is not (requests, httpx, httpx2), and
+raymoe depends on neither. So network errors are recognized by the module of their class.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _HTTP_MODULES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore",
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None, name: str = "") -> Iterator[None]:
-    """Turn what the library raises for a repository (and a file of it) into a CheckpointError."""
+    """Turn the library's errors about a repository (and a file of it) into a CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -30,16 +29,16 @@ def hub_errors(repo: str, revision: str | None, name: str = "") -> Iterator[None
 
 
 def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Problem | None:
-    """What a person has to know of an error of the library; None for one that is not about the Hub."""
+    """The problem that an error of the library stands for; None for an error that is not about the Hub."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)) or status == 401:
-        return _repository_problem(error, repo, revision)  # of all its files alike
+        return _repository_problem(error, repo, revision)  # the same for all its files
     where = f"{repo}@{revision}" if revision else repo
     where = f"{where}/{name}" if name else where
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        # Why it could not be fetched.
+        # The reason why it could not be fetched.
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
@@ -65,7 +64,7 @@ def _problem(error: Exception, repo: str, revision: str | None, name: str) -> Pr
 def _repository_problem(error: Exception, repo: str, revision: str | None) -> Problem:
     from huggingface_hub import constants, errors
 
-    # Order matters: the library derives 'gated' from 'not found'.
+    # Order matters: in the library, 'gated' is a subclass of 'not found'.
     if isinstance(error, errors.GatedRepoError):
         what = "the model is gated: its owner has to grant access"
         remedy = f"ask for access on its page ({constants.ENDPOINT}/{repo}), and use {_token()}"
@@ -93,18 +92,18 @@ def _advice(status: int) -> str:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error is one of a connection, and not an answer of the Hub."""
-    # requests' errors are OSErrors and httpx's are not.
+    """Whether it is an error of a connection, not a reply of the Hub."""
+    # requests' errors are OSErrors, httpx's are not.
     known = isinstance(error, (ConnectionError, TimeoutError))
     return known or type(error).__module__.split(".")[0] in _HTTP_MODULES
 
 
 def is_xet_error(error: BaseException) -> bool:
-    """Whether an error is one of hf_xet, which moves the bytes of what the Hub keeps in its Xet storage.
+    """Whether it is an error of hf_xet, which transfers files in the Hub's Xet storage.
 
-    Its two own types are OSErrors (of a token, of an object that is not there), so this is asked before those. All
-    else that goes wrong there is a plain RuntimeError or ConnectionError, and only the text tells where from
-    (`CAS Client Error: ...`). Errors of the system, whose paths may have any name in them, have a number.
+    Its two own types are OSErrors (for a token, for a missing object), so call this before checks for those. Its other
+    errors are plain RuntimeErrors or ConnectionErrors, and only the text shows their origin (`CAS Client Error: ...`).
+    Errors of the operating system, which may contain any path, are recognized by their errno.
     """
     kind = type(error)
     if kind.__module__.split(".")[0] == "hf_xet" or kind.__name__.startswith("Xet"):
@@ -114,7 +113,7 @@ def is_xet_error(error: BaseException) -> bool:
 
 
 def error_reason(error: BaseException) -> str:
-    """The operating system's own words where they are at the bottom of it; else the first line."""
+    """The operating system's message if it is the root cause; else the first line."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -124,5 +123,5 @@ def error_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type where it has none."""
+    """The first line of an error's text; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,8 @@
-"""A checkpoint in a local folder (also one of the Hub cache's snapshot folders, whose files are symlinks).
+"""A checkpoint in a local folder. It may be a snapshot folder of the Hub cache, which consists of symlinks.
 
 A file can be replaced at any time. So it is stamped when it is found, before its header is read (`stat_file`), and
-every later opening compares (`open_file`): what is read belongs to the header that was read, or an error is raised.
+every later opening compares the stamp (`open_file`): the bytes belong to the header that was read, or an error is
+raised.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class LocalFolder:
 
 
 def leads_outside(path: str, folder: str) -> bool:
-    """Whether a path in a folder leads, by links, to a file that is not the folder's.
+    """Whether a path in a folder leads, by links, to a file outside of the folder.
 
-    Those of a snapshot in the Hub's cache lead to `blobs` of the same repository.
+    Links of a snapshot in the Hub's cache lead to `blobs` of the same repository, which count as inside.
     """
     target, place = os.path.realpath(path), os.path.realpath(folder)
     repository, kind = os.path.split(os.path.dirname(place))
@@ -105,7 +106,7 @@ def stat_file(path: str) -> SourceFile | None:
 def open_file(file: SourceFile, path: str | Path | None = None) -> int:
     """A descriptor of a file of this machine; `path` is where its bytes are, if not at its location.
 
-    Raises CheckpointError if the file is missing, can't be read, or is not the one that was planned with.
+    Raises CheckpointError if the file is missing, can't be read, or has changed since planning.
     """
     try:
         descriptor = os.open(path or file.location, os.O_RDONLY | os.O_CLOEXEC)
@@ -127,7 +128,7 @@ def open_file(file: SourceFile, path: str | Path | None = None) -> int:
 
 
 def check_unchanged(file: SourceFile, descriptor: int) -> None:
-    """Raises CheckpointError if an open file is not the one that was planned with."""
+    """Raises CheckpointError if an open file has changed since planning."""
     if _is_same(file, descriptor):
         return
     size = os.fstat(descriptor).st_size
@@ -138,7 +139,7 @@ def check_unchanged(file: SourceFile, descriptor: int) -> None:
 
 
 def has_changed(file: SourceFile) -> bool:
-    """Whether a local file is no longer the one that was planned with. A missing file has not changed."""
+    """Whether a local file has changed since planning. A missing file has not changed."""
     try:
         descriptor = os.open(file.location, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -155,10 +156,10 @@ def small_sample(file: SourceFile) -> int:
 
 
 def file_fingerprint(times: Iterable[tuple[str, int]], sample: int) -> str:
-    """What a journal keeps of a local file: a sample, and the times (ns) that it has on nodes, by the node's name.
+    """The fingerprint of a local file in a journal: a sample, and its modification times (ns) on nodes, by node name.
 
-    The time alone does not tell models apart: in images, archives and package stores all files may have one time. The
-    inode is left out: a mount may number its files anew.
+    The time alone does not identify a model: in images, archives and package stores all files may have the same time.
+    The inode is left out, since a mount may renumber its files.
     """
     by_node: dict[str, list[int]] = {}
     for node, mtime_ns in sorted(set(times)):
@@ -167,11 +168,11 @@ def file_fingerprint(times: Iterable[tuple[str, int]], sample: int) -> str:
 
 
 def fingerprints_differ(before: str, now: str) -> bool:
-    """Whether two lasting stamps may be of different content: the samples differ, or no time shows that it is the same.
+    """Whether two fingerprints may be of different content: the samples differ, or no common time shows equality.
 
-    A copy on another node has a time of its own, and which copies there are depends on the nodes that are up. So one
-    time that both have is enough, on whatever nodes (a container has another name each time), unless the copy on one
-    node has been written since.
+    A copy on another node has its own time, and the known copies depend on the nodes that are up. So one common time is
+    enough, on whatever nodes (a container gets a new name each time), unless the copy on one node has been written
+    since.
     """
     (times, sample), (times_now, sample_now) = _parse_fingerprint(before), _parse_fingerprint(now)
     if sample != sample_now or any(times[node].isdisjoint(times_now[node]) for node in times.keys() & times_now):
@@ -181,7 +182,7 @@ def fingerprints_differ(before: str, now: str) -> bool:
 
 
 def _parse_fingerprint(stamp: str) -> tuple[dict[str, set[Any]], str]:
-    """Times by node, and the sample; an older raymoe did not say on which node a time was read, or kept none."""
+    """Times by node, and the sample. An older raymoe did not say on which node a time was read, or kept none."""
     times, _, sample = stamp.rpartition(":")
     try:
         known = json.loads(times)
@@ -191,7 +192,7 @@ def _parse_fingerprint(stamp: str) -> tuple[dict[str, set[Any]], str]:
 
 
 def _sample_blocks(path: str, size: int, blocks: int) -> int:
-    """A checksum of so many blocks all over a file of that size. Raises OSError."""
+    """A checksum of this many blocks, spread over a file of this size. Raises OSError."""
     hasher = xxhash.xxh3_64()
     with open(path, "rb", buffering=0) as file:
         for number in range(blocks):
@@ -201,8 +202,8 @@ def _sample_blocks(path: str, size: int, blocks: int) -> int:
 
 
 def recorded_sample(file: SourceFile) -> str | None:
-    """What a merge's record keeps of a local file, to tell later whether it is another one: no time, since a file that
-    is only touched or copied is the same. None for a file that is not here, or can't be read."""
+    """The sample of a local file in a merge's record, to recognize a changed file later. It has no time, since touching
+    or copying a file does not change it. None for a file that is not here, or can't be read."""
     if not file.kind.is_local:
         return None
     try:
@@ -213,7 +214,7 @@ def recorded_sample(file: SourceFile) -> str | None:
 
 
 def is_in_view(file: SourceFile) -> bool:
-    """Whether the file's stamp was taken where this process is, so that it can be compared with what is here."""
+    """Whether the file's stamp was taken on this machine and mount namespace, so that it can be compared here."""
     return file.stamp is not None and file.stamp.view == _mount_view()
 
 
@@ -223,7 +224,7 @@ def with_content(file: SourceFile, data: bytes) -> SourceFile:
 
 
 def unreadable(file: SourceFile, error: OSError) -> CheckpointError:
-    """What to raise where a file can't be opened or read."""
+    """The error for a file that can't be opened or read."""
     what, remedy = f"can't be read: {error.strerror or error}", "check its permissions and its disk"
     if error.errno == errno.EMFILE:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -235,7 +236,7 @@ def unreadable(file: SourceFile, error: OSError) -> CheckpointError:
 
 
 def _is_same(file: SourceFile, descriptor: int) -> bool:
-    """Whether an open file is the one that was planned with, as far as its stamp, content or else size tells."""
+    """Whether an open file is the planned one, as far as its stamp, content or else size shows."""
     status = os.fstat(descriptor)
     if status.st_size != file.size:
         return False
@@ -261,7 +262,7 @@ def _stamp(status: os.stat_result) -> FileStamp:
 
 @cache
 def _mount_view() -> str:
-    """This machine since its start, and the mount namespace of this process: what sees the same files."""
+    """An id of this machine since its start, and of this process's mount namespace: equal ids see the same files."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/mnt')}"
@@ -271,7 +272,7 @@ def _mount_view() -> str:
 
 @cache
 def _has_lasting_inodes(device: int) -> bool:
-    """False for FUSE, whose filesystems may number a file anew each time that the kernel has forgotten it."""
+    """False for FUSE: its filesystems may renumber a file after the kernel has dropped it from its cache."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text()
     except OSError:

@@ -1,19 +1,19 @@
-"""A PEFT LoRA adapter: which weights of the model it changes, by which pair of factors, with which scaling.
+"""Reads a PEFT LoRA adapter: which weights of the model it changes, by which pair of factors, with which scaling.
 
     base_model.model.<module>.lora_A.weight  (rank, in_features)   \\
     base_model.model.<module>.lora_B.weight  (out_features, rank)   --> <module>.weight += scaling * B @ A
     base_model.model.<module>.lora_magnitude_vector  (out_features,), with DoRA: lengths of that weight's rows
-    base_model.model.<module>.weight  --> takes the place of the model's own (`modules_to_save`)
+    base_model.model.<module>.weight  --> replaces the model's own tensor (`modules_to_save`)
 
-A key may have peft's name for an adapter in it (`lora_A.default.weight`). What else an adapter may hold (LoRA on an
-embedding, trained rows, resized embeddings) is listed by module in `AdapterFacts.left_out`: planning refuses it where
-the merge would need it. An expert contributes only its FFN, so mostly it does not.
+A key may contain peft's name for an adapter (`lora_A.default.weight`). Other content of an adapter (LoRA on an
+embedding, trained rows, resized embeddings) is listed by module in `AdapterFacts.left_out`: planning rejects it only if
+the merge needs it. An expert contributes only its FFN, so usually the merge does not.
 
-Everything else is refused by name: silently leaving part of an adapter out would make an expert that was never trained.
-Each kind of fault has its own remedy. "Merge it with peft" is advised only where peft 0.21 applies the adapter; names
-that peft does not find, it skips with a warning and returns the model unchanged.
+Everything else is rejected by name: if part of an adapter were silently left out, the result would be an expert that
+was never trained. Each kind of fault has its own remedy. "Merge it with peft" is advised only if peft 0.21 applies the
+adapter. Names that peft does not find, it skips with a warning, and returns the model unchanged.
 
-Sources: the checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint; what becomes of names,
+Sources: the checkpoint format, https://huggingface.co/docs/peft/developer_guides/checkpoint; the mapping of names,
 `BaseTuner._remap_adapter_state_dict_for_load` in peft/tuners/tuners_utils.py.
 """
 
@@ -44,17 +44,16 @@ EMPTY_ADAPTER = f"DeepSpeed's ZeRO-3 leaves such files: {_GATHER}"
 """The remedy for an adapter's file without tensors."""
 _UNCHANGED = "Merging it with peft would return the model unchanged"
 _PREFIX = "base_model.model."
-# `default` is the name that peft gives an adapter that it loads: keys with it are found, with other names they are not.
+# `default` is peft's name for an adapter that it loads: it finds keys with this name, but not with other names.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight"
     r"|(?P<magnitude>lora_magnitude_vector)(\.weight|\.(?P<magnitude_name>[^.]+)(\.weight)?)?)"
 )
 _MAGNITUDE = "magnitude"
 _MAX_COMPONENTS = 8
-_NAMED = 5  # how many of many problems of a kind are listed
+_NAMED = 5  # how many problems of one kind are listed
 
-# Settings that do not change what the factors mean. (Where modules are targeted shows in the tensors
-# themselves.)
+# Settings that do not change the meaning of the factors. (The tensors themselves show which modules are targeted.)
 _HARMLESS_SETTINGS = frozenset(
     {
         "alpha_pattern",
@@ -64,7 +63,7 @@ _HARMLESS_SETTINGS = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
-        "fan_in_fan_out",  # peft turns it off for linear layers, and there are no others here
+        "fan_in_fan_out",  # peft turns it off for linear layers, and there are no other layers here
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
@@ -74,7 +73,7 @@ _HARMLESS_SETTINGS = frozenset(
         "lora_ga_config",
         "megatron_config",
         "megatron_core",
-        "modules_to_save",  # which those are shows in the tensors
+        "modules_to_save",  # the tensors show which modules those are
         "peft_type",
         "peft_version",
         "qalora_group_size",
@@ -90,7 +89,7 @@ _HARMLESS_SETTINGS = frozenset(
     }
 )
 
-# Settings that do, with what they are, and those of them that peft can't merge into a model either.
+# Settings that do, with a description, and those of them that peft can't merge into a model either.
 _UNSUPPORTED_SETTINGS: Mapping[str, str] = {
     "lora_bias": "biases on the factors",
     "layer_replication": "replicated layers",
@@ -109,12 +108,12 @@ _PROMPT_TYPES = frozenset(
     {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
 )
 
-# `init_lora_weights` that leave the model's own weights as they were; the others (PiSSA, OLoRA, CorDA, LoftQ,
-# LoRA-GA) change them, so that the factors only fit the changed model.
+# `init_lora_weights` that do not change the model's own weights. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# change them, so that the factors only fit the changed model.
 _INITS_KEEPING_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 _TRAINED_ROWS = "trained embedding rows"
-# Tensors that are no pair of factors: part of the key -> what it is.
+# Tensors that do not belong to a pair of factors: part of the key -> description.
 _FOREIGN_KEYS: Mapping[str, str] = {
     ".lora_embedding_": "LoRA on an embedding",
     ".token_adapter.": _TRAINED_ROWS,
@@ -136,11 +135,11 @@ def adapter_facts(
 ) -> AdapterFacts:
     """Check an adapter against its model, and pair its tensors.
 
-    `config` is adapter_config.json, `index` the adapter's tensors, `model` those of the model that it is put
-    on. `base_model_name_or_path` is not compared: models move and are renamed; shapes are compared. Raises
+    `config` is adapter_config.json, `index` the adapter's tensors, `model` the tensors of the model that it is applied
+    to. `base_model_name_or_path` is not compared, since models move and are renamed; shapes are compared. Raises
     CheckpointError with all problems.
     """
-    if faults := _config_faults(config):  # what tensors are can't be told without it
+    if faults := _config_faults(config):  # without a valid config the tensors can't be interpreted
         raise CheckpointError([fault.at(label) for fault in _first_faults(faults, "problems of adapter_config.json")])
     other_base = _other_base(config)
     found = _sort(index, model, other_base)
@@ -180,7 +179,7 @@ class _Fault(NamedTuple):
 
 
 class _Misfit(ValueError):
-    """What does not fit about the factors of a module."""
+    """A problem with the factors of a module."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
@@ -298,13 +297,13 @@ def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _S
 
 
 def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fault]:
-    """Settings that name tensors which the file does not hold; peft can't load such an adapter."""
+    """Problems of settings that name tensors which are not in the file; peft can't load such an adapter."""
     held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out]
     components = {component for module in held for component in module.split(".")}
     named = config.get("modules_to_save") or []
     named = named if isinstance(named, list) else [named]
     missing = [name for name in named if not isinstance(name, str) or name.rpartition(".")[2] not in components]
-    # Of sequence and token classifiers, peft writes the names that the head may have; a model has one of them.
+    # For sequence and token classifiers, peft writes all names that the head may have; a model has one of them.
     if _CLASSIFIERS.issubset(name for name in named if isinstance(name, str)) and not _CLASSIFIERS.issubset(missing):
         missing = [name for name in missing if name not in _CLASSIFIERS]
     if missing:
@@ -325,7 +324,7 @@ def _add_factor(found: _Sorted, match: re.Match[str], entry: TensorEntry) -> Non
 
 
 def _add_whole(found: _Sorted, name: str, entry: TensorEntry, model: CheckpointIndex) -> None:
-    """A whole tensor of the model's own: in the place of the model's, if it fits there."""
+    """A whole tensor of the model's own: it replaces the model's, if its shape fits."""
     own, module = model.tensors.get(name), name.rpartition(".")[0]
     if name == EMBEDDING and HEAD not in model.tensors:
         found.left_out[module] = "a whole embedding, without the output head that the model ties to it"
@@ -351,7 +350,7 @@ def _unknown_faults(names: Sequence[str]) -> Iterator[_Fault]:
 
 
 def _name_faults(names: Sequence[str], model: CheckpointIndex, other_base: str) -> Iterator[_Fault]:
-    """Factors under names that peft finds nothing for: it skips them, and returns the model as it was."""
+    """Problems of factors with names that peft does not find: it skips them, and returns the model unchanged."""
     modules = _modules_by_ending(model)
     foreign, renamed = [], {}
     for name in names:
@@ -391,7 +390,7 @@ def _modules_by_ending(model: CheckpointIndex) -> dict[str, list[str]]:
 
 
 def _same_module(module: str, modules: Mapping[str, Sequence[str]]) -> str | None:
-    """The module of the model that another name for it must mean: the longest ending of the name that only one has."""
+    """The only module of the model that another name can mean: by the longest suffix that is unique."""
     for ending in _endings(module):
         candidates = modules.get(ending, ())
         if len(candidates) == 1:
@@ -400,9 +399,9 @@ def _same_module(module: str, modules: Mapping[str, Sequence[str]]) -> str | Non
 
 
 def _endings(module: str) -> Iterator[str]:
-    """The ends of a module's name from the longest on, of three components at least: layer, block, matrix.
+    """The suffixes of a module's name, longest first, with at least three components: layer, block, matrix.
 
-    Of eight at most: wrappers put a few before those, and a name may have hundreds.
+    With eight components at most: wrappers add a few at the front, and a name may have hundreds.
     """
     parts = module.split(".")
     for start in range(max(0, len(parts) - _MAX_COMPONENTS), max(1, len(parts) - 2)):
@@ -417,7 +416,7 @@ def _make_pair(
     ranks: Patterns,
     alphas: Patterns,
 ) -> LoraPair:
-    """The factors of one module. Raises _Misfit with the first thing that does not fit."""
+    """The factors of one module. Raises _Misfit with the first problem."""
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in found:
             raise _Misfit(f"{module!r} has lora_{other} but no lora_{factor}", _SAVE_AGAIN)
@@ -442,7 +441,7 @@ def _make_pair(
 def _find_magnitude(
     module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], rows: int
 ) -> TensorEntry | None:
-    """DoRA's lengths of the rows, if the adapter is one. Raises _Misfit for one without the other."""
+    """DoRA's row lengths, if the adapter uses DoRA. Raises _Misfit if only the tensor or only the setting is there."""
     entry = found.get(_MAGNITUDE)
     if bool(config.get("use_dora")) is not (entry is not None):
         there, not_there = ("a", "no use_dora") if entry is not None else ("no", "use_dora")

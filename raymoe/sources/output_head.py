@@ -1,8 +1,8 @@
-"""Whether a checkpoint has an output head of its own, where its config.json may say that the embedding is the head.
+"""Decides whether a checkpoint has a separate output head, even if its config.json ties the head to the embedding.
 
-transformers 5 compares the two tensors when it loads such a checkpoint, and ties them only where they are equal
-(`PreTrainedModel.tie_weights`); transformers 4 always ties them. The header can't tell, so this is the one place where
-planning reads weights: a few blocks first, since a head that was trained differs nearly everywhere, then all of both
+transformers 5 compares the two tensors when it loads such a checkpoint, and ties them only if they are equal
+(`PreTrainedModel.tie_weights`); transformers 4 always ties them. The header does not show it, so this is the only place
+where planning reads weights: first a few blocks, since a trained head differs nearly everywhere, then all of both
 tensors, since a head may differ in the rows of a few tokens only.
 """
 
@@ -23,16 +23,16 @@ _BLOCKS_AT_ONCE = 4  # two reads each: 32 MiB of memory
 
 
 def has_own_head(folder: Folder, config: Mapping[str, Any], index: CheckpointIndex) -> bool:
-    """True if the checkpoint holds a head and an embedding that differ. False without a look at the weights if
+    """True if the checkpoint holds a head and an embedding that differ. False, without reading the weights, if
     config.json says that they are not tied. Raises CheckpointError if they can't be read."""
     head, embedding = index.tensors.get(HEAD), index.tensors.get(EMBEDDING)
-    # `tie_embedding` is LFM2's older name of the key, and counts before the usual one.
+    # `tie_embedding` is LFM2's older name of the key, and has priority over the usual one.
     if head is None or embedding is None or config.get("tie_embedding", config.get("tie_word_embeddings")) is False:
         return False
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return True
     if (head.file, head.start) == (embedding.file, embedding.start):
-        return False  # a .bin file may hold one storage under two names
+        return False  # a .bin file may list one storage under two names
     return _differ(folder, head, embedding)
 
 

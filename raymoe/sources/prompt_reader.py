@@ -1,10 +1,10 @@
-"""The prompts of one file, one after the other: lines of text, lines of JSON or a column of Parquet.
+"""Reads the prompts of one file in order: lines of text, lines of JSON or a column of Parquet.
 
     path or URL --> bytes (--gunzip) --> lines --> texts
                     or a Parquet column, batch by batch
 
-Nothing is held but the line or batch at hand. What is wrong with a line is told to `Faults`, which ends the pass when
-there is too much of it; what is wrong with the whole file ends it at once.
+Only the current line or batch is in memory. Problems of a line go to `Faults`, which ends reading after too many; a
+problem of the whole file ends it at once.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from raymoe.object_store.object_file import ObjectFile
 from raymoe.object_store.options import StorageOptions
 from raymoe.untrusted_files import read_json
 
-_MAX_FAULTS = 5  # of one file; one wrong field makes every line wrong in the same way
+_MAX_FAULTS = 5  # per file; one wrong field makes every line wrong in the same way
 _MAX_LINE_BYTES = 16 * 2**20
 _READ_BYTES = 4 * 2**20
 _BATCH_ROWS = 256
 _SHOWN_FIELDS = 12
-# Of Parquet, where one text can stand for any number of rows, and a page of zeros takes up nothing: how many times its
-# size a file may give in texts (as gzip does at most), unless that is little, and how many times their bytes in the
-# file the pages of a row group may take, unless they are small.
+# For Parquet, where one text can stand for any number of rows, and a page of zeros takes no space: the maximum ratio of
+# texts to the file's size (that of gzip), unless the texts are small, and the maximum ratio of a row group's expanded
+# pages to their bytes in the file, unless they are small.
 _MAX_RATIO, _MIN_BYTE_LIMIT, _BYTES_PER_ROW = 1000, 2**30, 64
 _MAX_COMPRESSED_RATIO, _LARGEST_CHUNK = 100, 64 * 2**20
 _LARGE_CHARACTERS, _DICTIONARY_PAGE = 2**16, 2
@@ -43,23 +43,24 @@ _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 class Faults:
-    """What is wrong with one file; `owner` is the key of the config that names it."""
+    """The problems of one file; `owner` is the key of the config that names it."""
 
     def __init__(self, file: str, owner: str) -> None:
         self._file, self._owner = short_text(file, 400), owner
         self.problems: list[Problem] = []
 
     def add(self, what: str, remedy: str, at: str = "") -> None:
-        """Note a problem at a line (':12') or row; raises ProblemReport when there are too many to go on."""
+        """Note a problem at a line (':12') or row. Raises ProblemReport if there are too many to continue."""
         self.problems.append(Problem(where=f"{self._file}{at}: {self._owner}", what=what, remedy=remedy))
         if len(self.problems) == _MAX_FAULTS:
-            if len({problem.what for problem in self.problems}) > 1:  # else it is one mistake, and is told as one
+            # otherwise it is one mistake, and is reported as one
+            if len({problem.what for problem in self.problems}) > 1:
                 what = f"stopped reading after {_MAX_FAULTS} problems"
                 self.problems.append(Problem(where=f"{self._file}: {self._owner}", what=what))
             raise ProblemReport(self.problems)
 
     def end(self, what: str, remedy: str, at: str = "") -> NoReturn:
-        """Note a problem after which nothing more can be read."""
+        """Note a problem that prevents further reading, and raise ProblemReport."""
         self.add(what, remedy, at)
         raise ProblemReport(self.problems)
 
@@ -95,7 +96,7 @@ def _open(location: Location, storage: StorageOptions, faults: Faults) -> Binary
 
 
 def _lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
-    """The lines by number, without their ends."""
+    """The lines by number, without line ends."""
     for number, raw in _raw_lines(stream, faults):
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -120,7 +121,7 @@ def _raw_lines(stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, bytes]]:
             return
         if len(line) > _MAX_LINE_BYTES:
             what = f"the line has more than {_MAX_LINE_BYTES >> 20} MiB"
-            faults.end(what, "write one prompt a line", f":{number}")
+            faults.end(what, "write one prompt per line", f":{number}")
         yield number, line
 
 
@@ -134,10 +135,10 @@ def _field(line: str, field: str, faults: Faults, at: str) -> str | None:
     try:
         found: Any = read_json(line)
     except json.JSONDecodeError as error:
-        faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object a line", at)
+        faults.add(f"not valid JSON: {error.msg} (column {error.colno})", "write one JSON object per line", at)
         return None
     except ValueError:
-        faults.add("not a JSON value that can be read", "write one JSON object a line", at)
+        faults.add("not a JSON value that can be read", "write one JSON object per line", at)
         return None
     if not isinstance(found, dict):
         faults.add(f"expected a JSON object, got {yaml_kind(found)}", f'write {{"{short_text(field)}": "..."}}', at)
@@ -172,14 +173,14 @@ def _text(value: Any, field: str, faults: Faults, at: str) -> str | None:
 
 
 def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
-    """The texts of one column; of the others nothing is read."""
+    """The texts of one column; the other columns are not read."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         remedy = f"{install_remedy('parquet')}, or save the prompts as .jsonl"
         faults.end("reading Parquet needs pyarrow, which is not installed", remedy)
     try:
-        # By default a whole row group's column is read ahead.
+        # By default pyarrow reads a whole row group's column ahead.
         options: Any = {"buffer_size": _READ_BYTES, "pre_buffer": False}
         opened = parquet.ParquetFile(raw, **options)
         names = opened.schema_arrow.names
@@ -214,7 +215,7 @@ def _column(raw: BinaryIO, field: str, faults: Faults) -> Iterator[str]:
 
 
 class _TextCache:
-    """Large texts that are the same are held once: all rows may have one of a Parquet file's dictionary."""
+    """Keeps equal large texts once: all rows may have the same one from a Parquet file's dictionary."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -232,7 +233,7 @@ class _TextCache:
 
 
 def _check_chunks(metadata: Any, field: str, faults: Faults) -> None:
-    """End with a problem for pages that take far more than their bytes in the file: a page is expanded as a whole."""
+    """Report pages that are far larger than their bytes in the file: pyarrow expands a page as a whole."""
     for group in range(metadata.num_row_groups):
         chunk = _chunk(metadata, group, field)
         expanded, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
@@ -249,10 +250,10 @@ def _chunk(metadata: Any, group: int, field: str) -> Any:
 
 
 def _batch_rows(raw: BinaryIO, metadata: Any, group: int, field: str, faults: Faults) -> int:
-    """How many rows to read at once: each may be as large as the dictionary, which the header of its page tells.
+    """How many rows to read at once. Each row may be as large as the dictionary, whose size is in its page's header.
 
-    Source: PageHeader in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift, whose
-    first fields are the kind of page and its size when it is expanded, each a byte and a number of 7 bits a byte.
+    Source: PageHeader in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift. Its first
+    fields are the kind of page and its expanded size, each a byte and a number with 7 bits per byte.
     """
     chunk = _chunk(metadata, group, field)
     starts = [start for start in (chunk.data_page_offset, chunk.dictionary_page_offset) if start]
@@ -260,7 +261,7 @@ def _batch_rows(raw: BinaryIO, metadata: Any, group: int, field: str, faults: Fa
     header = raw.read(16)
     numbers = re.match(rb"\x15([\x80-\xff]*[\x00-\x7f])\x15([\x80-\xff]*[\x00-\x7f])", header, re.DOTALL)
     if numbers is None:
-        return _BATCH_ROWS  # a damaged file, as pyarrow will tell
+        return _BATCH_ROWS  # a damaged file, which pyarrow will report
     kind, nbytes = (sum((byte & 0x7F) << 7 * n for n, byte in enumerate(number)) >> 1 for number in numbers.groups())
     if kind != _DICTIONARY_PAGE:
         return _BATCH_ROWS
@@ -273,10 +274,10 @@ def _batch_rows(raw: BinaryIO, metadata: Any, group: int, field: str, faults: Fa
 def _cell(value: Any, faults: Faults, at: str) -> str | None:
     if not value.is_valid:
         return None
-    value = getattr(value, "value", value)  # of a dictionary
+    value = getattr(value, "value", value)  # if the column has a dictionary
     buffer = value.as_buffer()
     if buffer.size > _MAX_LINE_BYTES:
-        faults.end(f"the text has more than {_MAX_LINE_BYTES >> 20} MiB", "write one prompt a row", at)
+        faults.end(f"the text has more than {_MAX_LINE_BYTES >> 20} MiB", "write one prompt per row", at)
     try:
         text: str | None = value.as_py()
     except UnicodeDecodeError:

@@ -1,9 +1,9 @@
-"""Prompts from files: each is read once from start to end, and what is drawn from it stands in for it in the config.
+"""Draws prompts from files: each file is read once, and the drawn prompts replace it in the config.
 
     MergeConfig with {file: ...} --read_prompts--> the same MergeConfig with lists of texts
 
-Which prompts are drawn depends on the seed and on their number among the file's prompts alone: the same on every
-machine, for every format of the same prompts, and a smaller limit draws some of those of a larger one.
+The seed and the position of a prompt among the file's prompts decide alone which prompts are drawn. So the result is
+the same on every machine and for every file format, and a smaller limit draws a subset of a larger one's.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ NO_CHAT_TEMPLATE = Problem(
 
 
 def read_prompts(config: MergeConfig, *, local_only: bool = False) -> MergeConfig:
-    """`config` with texts in the place of its files of prompts; with `local_only`, of those on this machine.
+    """`config` with texts instead of its files of prompts; with `local_only`, instead of files on this machine only.
 
-    Raises ProblemReport with everything that is wrong with any of the files, or with what is drawn from them together.
+    Raises ProblemReport with all problems of the files, and of the drawn prompts together.
     """
     problems: list[Problem] = []
     drawn: dict[PromptFile, tuple[str, ...]] = {}
@@ -61,7 +61,7 @@ def _read(file: PromptFile, storage: StorageOptions, owner: str) -> tuple[tuple[
     try:
         drawn = sample_prompts(prompt_values(file, storage, faults), file.limit, file.seed)
         if not drawn and not faults.problems:
-            faults.end("there are no prompts in it, or only blank ones", "write one prompt a line")
+            faults.end("there are no prompts in it, or only blank ones", "write one prompt per line")
     except StorageError as error:
         return (), [replace(problem, where=f"{problem.where}: {owner}") for problem in error.problems]
     except ProblemReport as report:
@@ -73,7 +73,8 @@ def sample_prompts(texts: Iterable[str], limit: int | None, seed: int) -> tuple[
     """`limit` of the texts, or all if there are fewer, in their order. Holds no more than that many."""
     if limit is None:
         return tuple(texts)
-    # A text's rank is a hash of the seed and its number; the lowest are kept, the highest of them on top of the heap.
+    # A text's rank is a hash of the seed and its number. The lowest ranks are kept, with the highest of them on top of
+    # the heap.
     kept: list[tuple[int, int, str]] = []
     for number, text in enumerate(texts):
         rank = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
@@ -91,9 +92,9 @@ def chat_template_problems(
     hub: HubOptions | None = None,
     remote_folders: RemoteFolderResolver | None = None,
 ) -> list[Problem]:
-    """That the config asks for a chat template and the base has none, or one that is no Jinja template.
+    """The problem that the config requests a chat template and the base has none, or an invalid Jinja template.
 
-    The template is parsed and not run: planning runs nothing that comes with a model.
+    The template is parsed but not run: planning runs no code that comes with a model.
     """
     if not config.needs_prompts or not any(map(config.uses_chat_template, config.all_experts)):
         return []
@@ -107,14 +108,14 @@ def chat_template_problems(
     except CheckpointError as error:
         return list(error.problems)
     except (OSError, ValueError):
-        return []  # loading the tokenizer tells what is wrong with this file
+        return []  # loading the tokenizer reports what is wrong with this file
     return list(_template_faults(template)) if template else [NO_CHAT_TEMPLATE]
 
 
 def read_chat_template(files: Mapping[str, SourceFile], read: Callable[[SourceFile], bytes]) -> Any:
     """The chat template of a tokenizer's files: its text, several of them in a list, or None.
 
-    Raises what `read` raises, and ValueError for what is no JSON.
+    Raises the exceptions of `read`, and ValueError for invalid JSON.
     """
     if (template := files.get("chat_template.jinja")) is not None:
         return read(template).decode()
@@ -125,7 +126,7 @@ def read_chat_template(files: Mapping[str, SourceFile], read: Callable[[SourceFi
 
 
 def _template_faults(template: Any) -> Iterator[Problem]:
-    """A template's syntax error. Of several templates only transformers knows which one it takes."""
+    """A template's syntax error. If there are several templates, only transformers knows which one it uses."""
     if not isinstance(template, str):
         return
     import jinja2
@@ -145,5 +146,5 @@ def _template_faults(template: Any) -> Iterator[Problem]:
     except jinja2.TemplateSyntaxError as error:
         what = f"its chat template can't be used: {error.message} (line {error.lineno})"
         yield Problem(where="base_model", what=what, remedy="correct the template, or leave chat_template out")
-    except RecursionError:  # deeply nested: transformers tells whether it can be used
+    except RecursionError:  # deeply nested: transformers decides whether it can be used
         pass

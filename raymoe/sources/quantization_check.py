@@ -1,10 +1,9 @@
-"""Recognise a quantised checkpoint, and refuse it by the name of its method.
+"""Recognizes quantised checkpoints, and rejects them by the name of their method.
 
-A merge copies the bytes of weights: packed integers would be copied as well, but the config of the merged
-model can't describe experts quantised each in its own way, and gates can't be computed from them.
-`config.json` usually tells; where it does not (a converter forgot it), tensor names and dtypes do. A config.json that
-names a method while all tensors are plain floats was left behind by a tool that wrote the weights at full precision
-again: it is a leftover, and only warned of.
+A merge copies the bytes of weights. Packed integers could be copied too, but the merged model's config can't describe
+experts that are quantised in different ways, and gates can't be computed from them. `config.json` usually names the
+method; if not (a converter forgot it), tensor names and dtypes show it. If config.json names a method but all tensors
+are plain floats, a tool wrote the weights at full precision again and left the key: that gives only a warning.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 _REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
 
-# last component of a tensor's name -> what it betrays
+# last component of a tensor's name -> the method that it indicates
 _TENSOR_SUFFIXES: Mapping[str, str] = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -40,12 +39,12 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
     "bitsandbytes__nf4": "bitsandbytes 4-bit",
     "bitsandbytes__fp4": "bitsandbytes 4-bit",
 }
-# Methods that store plain weights and quantise them each time the model runs: the weights alone compute another model.
+# Methods that store plain weights and quantise them whenever the model runs: the weights alone give another model.
 _RUNTIME_METHODS = ("bitnet", "fp_quant")
 
 
 def quantization_problems(label: str, config: Mapping[str, Any], index: CheckpointIndex | None) -> list[Problem]:
-    """At most one problem: the method that the config or the tensors name."""
+    """At most one problem: the method that the config or the tensors indicate."""
     declared = _declared_method(config)
     if declared and not _is_leftover(declared[0], index):
         method, key = declared
@@ -59,7 +58,7 @@ def quantization_problems(label: str, config: Mapping[str, Any], index: Checkpoi
 
 
 def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> str | None:
-    """What to say of a config.json that names a method although the weights are plain. None where it names none."""
+    """The warning about a config.json that names a method although the weights are plain; None if it names none."""
     declared = _declared_method(config)
     if declared is None or not _is_leftover(declared[0], index):
         return None

@@ -1,12 +1,11 @@
-"""From what a config names to facts: the one entry to this folder for planning, and for fetching files later.
+"""Resolves the models of a config to facts: the entry to this package for planning, and for fetching files later.
 
     parse_model_ref (config) --> ModelRef --resolve_models--> ModelFacts   driver: headers, small JSON
                                   SourceFile --fetch_file--> local path     actors: whole files
                                   open_folders                              another node: headers that the driver lacks
 
-A URL is one (file:// is a local path in other words); a name that exists as a local folder is one; anything else has to
-be a Hub id. Several models are resolved at
-once, each path only once, and everything wrong with any of them is raised together.
+A URL is a URL (file:// means a local path); a name that exists as a local folder is that folder; any other name must be
+a Hub id. Several models are resolved at once, each path only once, and all their problems are raised together.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ PathKey = tuple[PathRef, bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedFolder:
-    """One path of a config, read: a model, or an adapter (whose check needs its model's index as well)."""
+    """One path of a config after reading: a model, or an adapter (whose check needs its model's index as well)."""
 
     folder: Folder
     config: Mapping[str, Any]
@@ -55,16 +54,16 @@ class OpenedFolder:
 
 
 class RemoteFolderResolver(Protocol):
-    """Other machines, which may have the folders that this one lacks."""
+    """Access to other machines that may have the folders that this one lacks."""
 
     def open(self, paths: Sequence[PathKey]) -> Mapping[PathKey, OpenedFolder | CheckpointError]:
-        """Local folders as another machine read them, or why they can't be used; {} where nobody can be asked."""
+        """Local folders as another machine read them, or why they can't be used; {} if no machine can be queried."""
 
     def connection(self, files: Iterable[SourceFile]) -> AbstractContextManager[None]:
-        """A context in which several of these files are about to be read."""
+        """A context for reading several of these files."""
 
     def read(self, file: SourceFile) -> bytes:
-        """A small file as a whole, from here or from there. Raises CheckpointError."""
+        """A whole small file, from this machine or another one. Raises CheckpointError."""
 
 
 def resolve_model(
@@ -83,8 +82,8 @@ def resolve_models(
 ) -> dict[ModelRef, ModelFacts]:
     """Resolve several models at once. Raises one CheckpointError with the problems of all, in their order.
 
-    Local folders that are not here are looked for `remote_folders`. `whole` are the models of which more than the FFN
-    is used (None: all of them): `ModelFacts.own_head` is found for these only, since that may read two tensors.
+    `remote_folders` looks for local folders that are not here. `whole` are the models of which more than the FFN is
+    used (None: all of them): `ModelFacts.own_head` is determined for these only, since that may read two tensors.
     """
     refs, options, storage = list(dict.fromkeys(refs)), options or HubOptions(), storage or StorageOptions()
     named = (key for ref in refs for key in ((ref.model, False), (ref.adapter, True)))
@@ -115,7 +114,7 @@ def resolve_models(
 
 
 def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
-    """Absolute paths or URLs of the folders that a model and its adapter lie in, whether they exist or not."""
+    """Absolute paths or URLs of a model's and its adapter's folders, whether they exist or not."""
     found: list[str] = []
     for path in ref.paths:
         if (location := path.location) is not None:
@@ -128,7 +127,7 @@ def folders_of(ref: ModelRef, options: HubOptions) -> tuple[str, ...]:
 
 
 def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[PathKey, OpenedFolder | CheckpointError]:
-    """Those of some local paths that are folders of this machine, read; or what is wrong with them."""
+    """The given local paths that are folders of this machine, after reading; or what is wrong with them."""
     found: dict[PathKey, OpenedFolder | CheckpointError] = {}
     for path, is_adapter in paths:
         place = _local_path(path)
@@ -142,10 +141,10 @@ def open_folders(paths: Sequence[PathKey], storage: StorageOptions) -> dict[Path
 
 
 def _local_path(path: PathRef) -> str | None:
-    """The absolute path that a name must mean, whether it exists or not; None for URLs and what may be a Hub id."""
+    """The absolute path that a name must mean, whether it exists or not; None for URLs and possible Hub ids."""
     if (location := path.location) is not None:
         return location.text if location.kind.is_local else None
-    # No Hub id begins so, and asking takes an import of the Hub's library.
+    # No Hub id begins so, and the check would import the Hub's library.
     is_path = path.path.startswith(("/", "./", "../", "~"))
     if path.revision is not None or (not is_path and is_hub_id(path.path)):
         return None
@@ -153,7 +152,7 @@ def _local_path(path: PathRef) -> str | None:
 
 
 def _result_of(opened: OpenedFolder | CheckpointError) -> OpenedFolder:
-    """What another machine found. Raises what it raised."""
+    """The result from another machine. Raises the error that it found."""
     if isinstance(opened, CheckpointError):
         raise opened
     return opened
@@ -202,7 +201,7 @@ def _open(
 
 
 def _outside_problems(folder: LocalFolder, files: Sequence[SideFile]) -> list[Problem]:
-    """Files that travel with a model, and may be published with it, but are links to files of somewhere else."""
+    """Files that belong to a model, and may be published with it, but are links to files outside of its folder."""
     return [
         Problem(
             where=f"{folder.label}/{each.name}",
@@ -215,7 +214,7 @@ def _outside_problems(folder: LocalFolder, files: Sequence[SideFile]) -> list[Pr
 
 
 def _size_problems(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
-    """Files that travel with a model are read whole, here and by the libraries that load them."""
+    """Files that belong to a model but are too large: raymoe and the libraries that load them read them as a whole."""
     problems: list[Problem] = []
     for each in files:
         try:
@@ -227,7 +226,7 @@ def _size_problems(folder: Folder, files: Sequence[SideFile]) -> list[Problem]:
 
 
 def _effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What transformers takes a config.json for: a Mistral that has `layer_types` is a Ministral (AutoConfig, 5.x)."""
+    """The config as transformers interprets it: a Mistral with `layer_types` is a Ministral (AutoConfig, 5.x)."""
     if config.get("model_type") == "mistral" and "layer_types" in config:
         return {**config, "model_type": "ministral"}
     return config
@@ -261,7 +260,8 @@ def _find_folder(path: PathRef, is_adapter: bool, options: HubOptions, storage: 
     try:
         return open_hub_folder(path, options)
     except CheckpointError as error:
-        # A name such as models/base may have been meant as a folder: say that this was looked for first.
+        # A name such as models/base may have been meant as a folder, so the message says that raymoe looked for one
+        # first.
         first, *rest = error.problems
         what = f"{first.what}; and there is no folder {path.path} here"
         raise CheckpointError([replace(first, what=what), *rest]) from None
@@ -302,8 +302,8 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
 
 
 def _other_base_warning(adapter: AdapterFacts, model: PathRef) -> tuple[str, ...]:
-    """A warning where an adapter says that it was made for a model of another name. Models move: only the last part of
-    the name is compared."""
+    """A warning if an adapter says that it was made for a model with another name. Models move, so only the last part
+    of the name is compared."""
     made_for = adapter.config.get("base_model_name_or_path")
     if not isinstance(made_for, str) or not made_for.strip("/") or "snapshots/" in made_for:
         return ()
@@ -319,9 +319,9 @@ def _last_part(path: str) -> str:
 def fetch_file(file: SourceFile, options: HubOptions | None = None, storage: StorageOptions | None = None) -> Path:
     """A path on this node with the bytes of `file`: itself, or a copy in the Hub cache, downloaded if needed.
 
-    An object is copied to a temporary file, which goes with this process: meant for small files, since weights are read
-    by range (`sources.bucket_folder.read_range`).
-    Raises CheckpointError when the file is not there, can't be had, or is not the one that was planned with.
+    An object is copied to a temporary file, which is removed when this process exits. This is meant for small files:
+    weights are read by range (`sources.bucket_folder.read_range`). Raises CheckpointError if the file is missing, can't
+    be fetched, or has changed since planning.
     """
     if file.kind is LocationKind.HUB:
         return download(file, options or HubOptions())
@@ -339,7 +339,7 @@ def fetch_side_files(
 
 
 def with_contents(facts: ModelFacts, read: Callable[[SourceFile], bytes]) -> ModelFacts:
-    """The facts with the checksums of local side files: a plan's digest tells one tokenizer from another by them."""
+    """The facts with the checksums of local side files, so that a plan's digest distinguishes their versions."""
     side = tuple(
         replace(side, file=with_content(side.file, read(side.file))) if side.file.kind.is_local else side
         for side in facts.side_files

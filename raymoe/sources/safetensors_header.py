@@ -1,11 +1,11 @@
-"""Read and check the header of one safetensors file, whatever it is read from.
+"""Reads and checks the header of one safetensors file. A function reads its bytes, from a disk or a server.
 
     [8 bytes: header length N, little-endian u64] [N bytes: JSON] [tensor bytes, without holes, to the end]
 
-Source of the format: https://huggingface.co/docs/safetensors/index#format. The header is all that planning
-ever reads, and everything later trusts it: so it is checked completely here, against the size of the file
-too, which catches interrupted downloads before a merge starts. Reading goes through a function, so that local
-files and ranged HTTP requests share this code.
+Source of the format: https://huggingface.co/docs/safetensors/index#format. Planning reads only the header, and all
+later code trusts it. So it is checked completely here, against the size of the file too, which finds interrupted
+downloads before a merge starts. Bytes are read through a function, so that local files and HTTP range requests share
+this code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _DOWNLOAD_AGAIN = "download or save the file again"
 def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
     """The tensors of one safetensors file, in the order of their bytes.
 
-    `where` is what messages call the file (default: its location). Raises CheckpointError with one or more
-    problems; what `read` raises passes through.
+    `where` is the file's name in messages (default: its location). Raises CheckpointError with one or more problems;
+    exceptions of `read` pass through.
     """
     where = where or file.location
     raw, data_start = _header_bytes(read, file, where)
@@ -41,7 +41,7 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
     entries: list[TensorEntry] = []
     for name, info in items:
         if name == "__metadata__":
-            continue  # free text of the writer
+            continue  # the writer's metadata, free text
         try:
             entries.append(_entry(name, info, file, data_start))
         except ValueError as error:
@@ -54,7 +54,7 @@ def parse_header(read: ReadRange, file: SourceFile, where: str = "") -> tuple[Te
 
 
 def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes, int]:
-    """The JSON bytes, and where the tensor bytes begin in the file."""
+    """The JSON bytes, and the position in the file where the tensor bytes begin."""
     if file.size < 8:
         _refuse(where, f"the file has {file.size} bytes, too few for a safetensors file (at least 8)")
     prefix = read(0, min(PREFIX_BYTES, file.size))
@@ -78,7 +78,7 @@ def _header_bytes(read: ReadRange, file: SourceFile, where: str) -> tuple[bytes,
 def _decode(raw: bytes, where: str) -> list[tuple[str, Any]]:
     """The top-level (name, value) pairs of the header, in the order of the file."""
     try:
-        # The format wants '{' first, and spaces after the JSON are padding.
+        # The format requires '{' first; spaces after the JSON are padding.
         parsed = read_json(raw, pairs=_pairs) if raw[:1] == b"{" else None
     except ValueError as error:
         _refuse(where, f"the header is not valid JSON: {error}")
@@ -97,10 +97,10 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEntry:
-    """One tensor of the header. Raises ValueError with what is wrong with it, seen alone."""
+    """One tensor of the header. Raises ValueError with what is wrong with this tensor alone."""
     if len(name) > MAX_NAME_CHARACTERS:
         raise ValueError(f"tensor name {name[:40]!r}... has {len(name)} characters (at most {MAX_NAME_CHARACTERS})")
-    if not name or not name.isprintable():  # also lone surrogates, which no file could be written with
+    if not name or not name.isprintable():  # lone surrogates too, which can't be written to a file
         raise ValueError(f"tensor name {name!r} is empty or has unprintable characters")
     if not isinstance(info, dict):
         raise ValueError(f"tensor {name!r}: expected an object with dtype, shape and data_offsets, got {info!r:.80}")
@@ -117,7 +117,7 @@ def _entry(name: str, info: Any, file: SourceFile, data_start: int) -> TensorEnt
     nbytes = tensor_nbytes(dtype, shape)
     if end - start != nbytes:
         raise ValueError(f"tensor {name!r}: data_offsets span {end - start} bytes, but {dtype} {shape} takes {nbytes}")
-    # The files of a merge have the same names many times over.
+    # The files of a merge repeat the same names many times, so they are interned.
     return TensorEntry(
         name=sys.intern(name),
         dtype=sys.intern(dtype),
@@ -134,7 +134,7 @@ def _is_size(value: object) -> bool:
 
 
 def _check_layout(entries: list[TensorEntry], file: SourceFile, data_start: int, problems: FileProblems) -> None:
-    """Holes, overlaps and a wrong end, over all tensors in the order of their bytes."""
+    """Report gaps, overlaps and a wrong end, over all tensors in the order of their bytes."""
     position, before = data_start, "the header"
     for entry in entries:
         if entry.start != position:

@@ -1,4 +1,4 @@
-"""Which tensors of two models differ, as samples of them show: for reports, where no bytes depend on it."""
+"""Finds tensors that differ between two models, by samples. For reports only: no bytes depend on it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SAMPLE_BYTES = 4096
 def sampled_differences(one: CheckpointIndex, other: CheckpointIndex) -> frozenset[str]:
     """The names of tensors that differ in the middle.
 
-    Only local files are looked at, and only tensors outside of layers and of the first layer: a few short reads. A
-    tensor that is not named may differ all the same.
+    Only local files are sampled, and only tensors outside of layers and of the first layer: a few short reads. A tensor
+    without a name in the result may still differ.
     """
     names = [name for name in one.tensors if not layer_of(name) and name in other.tensors]
     return frozenset(name for name in names if _differ(one.tensors[name], other.tensors[name]))
@@ -30,13 +30,13 @@ def _differ(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def _sample(entry: TensorEntry) -> bytes | None:
-    """Bytes from the middle of a tensor; None where its file can't be read here."""
+    """Bytes from the middle of a tensor; None if its file can't be read here."""
     if not entry.file.kind.is_local:
         return None
     start = entry.start + max(0, entry.nbytes // 2 - _SAMPLE_BYTES // 2)
     try:
         descriptor = open_file(entry.file)
-    except (CheckpointError, OSError):  # it is read, and reported, where weights are
+    except (CheckpointError, OSError):  # reported when the weights are read
         return None
     try:
         return os.pread(descriptor, min(_SAMPLE_BYTES, entry.end - start), start)

@@ -1,9 +1,9 @@
-"""What the small files of a tokenizer say of it, read without transformers, which imports torch.
+"""Reads the small files of a tokenizer without transformers, which would import torch.
 
     tokenizer_config.json   auto_map: modules of the same folder, which travel with the tokenizer, and what they import
     tokenizer.json          tokens by id: whether any is past the embedding's rows; the tokens of a prompt
 
-A tokenizer with code of its own is useless without that code, so the code is copied with the tokenizer's other files.
+A tokenizer with its own code is useless without that code, so the code is copied with the tokenizer's other files.
 Copying does not run it; only --trust-remote-code does.
 """
 
@@ -32,11 +32,11 @@ _CLASSES_WITHOUT_BOS = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2To
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 _MAX_CODE_BYTES = 1 << 20
 _CHECK_TOKENIZER = "check the tokenizer files of base_model"
-_NAMED = 5  # how many of many missing modules are named
+_NAMED = 5  # how many missing modules a message names
 
 
 def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
-    """The facts with the tokenizer's own code among the side files, and warnings of code that is not beside it."""
+    """The facts with the tokenizer's own code among the side files, and warnings about code in other places."""
     modules, repositories = tokenizer_code(_json(facts.side_files, _CONFIG, read))
     beside = {side.name.removesuffix(".py"): side for side in facts.python_files}
     found: dict[str, SideFile] = {}
@@ -69,7 +69,7 @@ def with_tokenizer_code(facts: ModelFacts, read: ReadFile) -> ModelFacts:
 def tokenizer_folder(files: Mapping[str, Path]) -> Iterator[Path]:
     """A temporary folder with links to a tokenizer's files, by their names in the folder of its model."""
     with tempfile.TemporaryDirectory(prefix="raymoe-tokenizer-") as root:
-        # transformers keeps a copy of the code that it runs, under the name of the folder that the code came from.
+        # transformers keeps a copy of the code that it runs, named by the folder that the code came from.
         code = xxhash.xxh3_64()
         for name in sorted(name for name in files if name.endswith(".py")):
             code.update(files[name].read_bytes())
@@ -83,13 +83,13 @@ def tokenizer_folder(files: Mapping[str, Path]) -> Iterator[Path]:
 
 
 def with_bos(text: str, bos: str) -> str:
-    """A prompt with the BOS token before it, unless it begins with it already."""
+    """A prompt with the BOS token before it, unless it already begins with it."""
     return text if text.startswith(bos) else bos + text
 
 
 def with_one_bos(text: str, bos: str) -> str:
-    """What a template wrote, with the BOS token at its beginning once: the template may write it behind blanks, twice,
-    or not at all."""
+    """A template's text with exactly one BOS token, at its start: the template may write it after blanks, twice, or not
+    at all."""
     rest = text
     while bos and (stripped := rest.lstrip()).startswith(bos):
         rest = stripped.removeprefix(bos)
@@ -97,7 +97,7 @@ def with_one_bos(text: str, bos: str) -> str:
 
 
 def tokenizer_code(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(modules beside the tokenizer, repositories of the Hub) whose code a tokenizer_config.json names."""
+    """(modules next to the tokenizer, repositories of the Hub) with code that a tokenizer_config.json names."""
     auto_map = settings.get("auto_map")
     named = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
     modules, repositories = [], []
@@ -114,14 +114,14 @@ def tokenizer_code(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
-    """Raise ProblemReport for whatever a tokenizer raises in the block.
+    """Raise ProblemReport for any exception that a tokenizer raises in the block.
 
     A tokenizer's files may hold anything, and tokenizers and transformers trust them: they raise bare Exceptions. A
-    panic in the Rust code of tokenizers is no Exception at all: it derives from BaseException, as KeyboardInterrupt.
+    panic in the Rust code of tokenizers is not an Exception: it derives from BaseException, like KeyboardInterrupt.
 
     Args:
         where: The file or the model that the message names.
-        what: What could not be done. The message adds what the library said.
+        what: What could not be done. The message adds the library's own text.
         remedy: What to do about it.
 
     Raises:
@@ -144,10 +144,10 @@ def tokenizer_guard(where: str, what: str, remedy: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """`tokens` are texts by id, None where the files don't show them all. `content` is tokenizer.json at `where`.
+    """`tokens` are texts by id, None if the files do not show them all. `content` is tokenizer.json at `where`.
 
-    `has_code`: code of the tokenizer's own decides what tokens a text has. `bos` is the BOS token, "" if there is none,
-    None if only the tokenizer's class can tell.
+    `has_code`: the tokenizer's own code decides how a text is tokenized. `bos` is the BOS token, "" if there is none,
+    None if only the tokenizer's class knows it.
     """
 
     tokens: Mapping[int, str] | None
@@ -157,7 +157,7 @@ class TokenizerFacts:
     where: str = "base_model"
 
     def may_exceed(self, rows: int) -> bool:
-        """Whether a text can have tokens past so many rows of an embedding, as far as the files show it."""
+        """Whether a text can have token ids beyond this many rows of an embedding, as far as the files show it."""
         return self.tokens is None or self.has_code or self._largest_id >= rows
 
     @cached_property
@@ -165,7 +165,7 @@ class TokenizerFacts:
         return max(self.tokens or (), default=0)
 
     def encoder(self) -> Callable[[str], list[int]] | None:
-        """The token ids of a text, which begins with BOS; None where only transformers can tell.
+        """A function that gives the token ids of a text, with BOS first; None if only transformers can tokenize it.
 
         Raises ProblemReport if tokenizer.json can't be read. The function raises it for a text that can't be read.
         """
@@ -183,8 +183,8 @@ class TokenizerFacts:
 
 
 def plain_tokenizer(content: bytes, where: str) -> Any:
-    """The tokenizer of a tokenizer.json, which neither truncates nor pads, whatever the file says: transformers does
-    neither unless it is asked to. Raises ProblemReport if the tokenizers library can't read the file at `where`."""
+    """The tokenizer of a tokenizer.json, without truncation and padding, whatever the file says: transformers uses them
+    only on request. Raises ProblemReport if the tokenizers library can't read the file at `where`."""
     with tokenizer_guard(where, "the tokenizer can't be read", _CHECK_TOKENIZER):
         from tokenizers import Tokenizer
 
@@ -195,7 +195,8 @@ def plain_tokenizer(content: bytes, where: str) -> Any:
 
 
 def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts:
-    """Raises CheckpointError where a file can't be read. A file that is damaged shows nothing."""
+    """The facts from a tokenizer's files. Raises CheckpointError if a file can't be read; a damaged file shows
+    nothing."""
     settings = _json(files, _CONFIG, read)
     side = next((side for side in files if side.name == _TOKENIZER), None)
     content, where = (read(side.file), side.file.location) if side is not None else (b"", "base_model")
@@ -211,8 +212,8 @@ def tokenizer_facts(files: Sequence[SideFile], read: ReadFile) -> TokenizerFacts
 
 
 def _bos(settings: Mapping[str, Any], special: Mapping[str, Any]) -> str | None:
-    """The BOS token as `TokenizerFacts` has it. A class may have one that the files do not name, as Llama's has."""
-    named = [settings.get("bos_token"), special.get("bos_token")]  # of older tokenizers in a file of its own
+    """The BOS token as in `TokenizerFacts`. A class may have one that the files do not name, such as Llama's."""
+    named = [settings.get("bos_token"), special.get("bos_token")]  # older tokenizers have a separate file
     for token in named:
         text = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(text, str):
@@ -224,7 +225,7 @@ def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
     vocab = parsed["model"]["vocab"]
     if isinstance(vocab, Mapping):
         yield from ((int(number), str(text)) for text, number in vocab.items())
-    else:  # of a unigram model: pairs of text and score
+    else:  # a unigram model: pairs of text and score
         yield from ((number, str(piece[0])) for number, piece in enumerate(vocab))
     yield from ((int(token["id"]), str(token["content"])) for token in parsed.get("added_tokens") or ())
     added = settings.get("added_tokens_decoder") or {}
@@ -232,7 +233,7 @@ def _tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
 
 
 def _json(files: Sequence[SideFile], name: str, read: ReadFile) -> Mapping[str, Any]:
-    """A JSON object among the files; empty where there is none, or it is damaged: loading the tokenizer says so."""
+    """A JSON object among the files; empty if it is missing or damaged, which loading the tokenizer reports."""
     side = next((side for side in files if side.name == name), None)
     try:
         content = read_json(read(side.file)) if side is not None else {}

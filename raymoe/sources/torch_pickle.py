@@ -1,4 +1,4 @@
-"""Index a PyTorch `.bin` file (a pickled state dict) without torch, and without running anything in it.
+"""Indexes a PyTorch `.bin` file (a pickled state dict) without torch, and without running anything in it.
 
 Since PyTorch 1.6 `torch.save` writes a zip archive, uncompressed:
 
@@ -6,19 +6,17 @@ Since PyTorch 1.6 `torch.save` writes a zip archive, uncompressed:
     <prefix>/data/<key>  the raw bytes of one storage
     <prefix>/byteorder   'little' or 'big' (newer files only)
 
-So a tensor is a byte range of the file itself: where the zip record of its storage begins, plus its storage
-offset. That is all that a merge needs, and the bytes are later copied like those of a safetensors file.
+So a tensor is a byte range of the file itself: the start of its storage's zip record, plus its storage offset. A merge
+needs no more, and the bytes are later copied like those of a safetensors file.
 
-A pickle is a program. The unpickler here resolves a handful of names, each to an inert, immutable stand-in,
-and refuses every other name: there is nothing that a malicious file could call.
-(`torch.load(weights_only=True)` works likewise, but hides where a storage lies, and would make planning
-depend on torch.)
+A pickle is a program. The unpickler here resolves a few names, each to an inert, immutable stand-in, and rejects every
+other name: there is nothing that a malicious file could call. (`torch.load(weights_only=True)` works in a similar way,
+but hides the position of a storage, and would make planning depend on torch.)
 
-Nor can it take what its size does not tell. A tuple of shared tuples is as large as two to the power of their number
-where it is hashed or printed, so only a few are let through. Tuples in tuples are hashed by recursion, so only a few
-levels are let through. Keys of dictionaries that a file chooses to have one hash take time by the square of their
-number, so only text and small numbers are keys: Python's hashes of text differ from process to process. Records are
-read within bounds of their own.
+Its cost is bounded too. Tuples can share tuples: n of them can stand for 2 ** n elements when they are hashed or
+printed, so only a few are allowed. Nested tuples are hashed by recursion, so only a few levels are allowed. If a file
+chooses dictionary keys with equal hashes, the time grows with the square of their number. So keys may only be text and
+small numbers: Python's hashes of text differ between processes. Records are read within limits of their own.
 """
 
 from __future__ import annotations
@@ -40,14 +38,14 @@ from raymoe.sources.dtypes import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_CHARACTE
 from raymoe.sources.facts import SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import FileProblems, unusable_checkpoint
 
-# A state dict takes about 200 bytes and 50 operations for each tensor: enough for 100,000 of them in one file.
+# A state dict takes about 200 bytes and 50 operations per tensor: enough for 100,000 of them in one file.
 _MAX_PICKLE_BYTES, _MAX_OPERATIONS = 20_000_000, 5_000_000
 _MAX_DIRECTORY_BYTES = 32_000_000
 _MAX_BYTEORDER_BYTES = 16
-# How often a tuple may be taken up again. torch.save never does: n of them make one of at most 2 ** n parts.
+# How often a tuple may be reused. torch.save never does: n of them make one of up to 2 ** n parts.
 _MAX_SHARED_TUPLES = 16
-# How deep tuples may hold tuples: Python hashes a tuple by recursion in C, without a check of the stack. torch.save's
-# hold one another two deep.
+# How deeply tuples may be nested: Python hashes a tuple by recursion in C, without checking the stack. torch.save nests
+# them two deep.
 _MAX_TUPLE_DEPTH = 64
 _TUPLES = frozenset({"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 _TEXTS = frozenset(
@@ -57,16 +55,16 @@ _TEXTS = frozenset(
     }
 )
 _NUMBERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"})
-# Sizes and offsets are below. From here on different integers have one hash.
+# Sizes and offsets are smaller. From this value on, different integers can have the same hash.
 _TOO_LARGE = 2**61 - 1
-# Optimizers' states have parameters by number. Below this number, at most some hundred keys share their places in a
-# dictionary, however they are chosen.
+# Optimizer states have parameters by number. Below this number, at most some hundred keys share a slot of a dictionary,
+# however they are chosen.
 _LARGEST_KEY = 2**20
-# Operations that fill a dictionary -> where keys begin among the values that they take.
+# Operations that fill a dictionary -> index of the first key among the values that they take.
 _KEYED: Mapping[str, int] = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0}
-# What a value on the unpickler's stack is: at 0 anything else, above 0 how deep its tuples are nested.
+# Kinds of values on the unpickler's stack: 0 for any other value, above 0 the depth of nested tuples.
 _KEY = -1
-# Operations that leave what they fill on the stack. (With nothing to fill in, that may be a tuple.)
+# Operations that leave the filled object on the stack. (With nothing to fill in, that may be a tuple.)
 _FILL_OPERATIONS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
 _REFUSED_OPERATIONS = frozenset(
     {
@@ -99,10 +97,10 @@ _STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
 
 
 class _RefusedError(Exception):
-    """The pickle asks for something that a plain state dict does not need."""
+    """The pickle requests something that a plain state dict does not need."""
 
 
-# What unpickling makes. NamedTuples: a pickle can neither change them nor add attributes.
+# Results of unpickling. NamedTuples: a pickle can neither change them nor add attributes.
 class _StorageType(NamedTuple):
     dtype: str
 
@@ -121,7 +119,7 @@ class _Tensor(NamedTuple):
 
 
 class _Rebuild:
-    """A name in the pickle that may be called. No `__dict__`, so that a pickle can't set attributes on it."""
+    """A name in the pickle that may be called. It has no `__dict__`, so a pickle can't set attributes on it."""
 
     __slots__ = ("_function",)
     _function: Callable[..., object]
@@ -139,12 +137,13 @@ class _Rebuild:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
 ) -> _Tensor:
-    """`metadata` has bits of torch (`neg`, `conj`) by which a tensor's values are not the bytes of its storage."""
+    """A stand-in for a tensor. `metadata` may hold bits of torch (`neg`, `conj`) that change the meaning of its
+    bytes."""
     if metadata is not None and not isinstance(metadata, dict):
         raise _RefusedError("a tensor with metadata that is no dictionary")
     if metadata and len(metadata) > MAX_DIMENSIONS:
         raise _RefusedError(f"a tensor with {len(metadata)} entries of metadata")
-    # Before anything is copied: one long list may be the shape of many tensors.
+    # Check before any copy: one long list may be the shape of many tensors.
     if any(isinstance(sizes, (list, tuple)) and len(sizes) > MAX_DIMENSIONS for sizes in (shape, stride)):
         raise _RefusedError(f"a tensor of {max(len(shape), len(stride))} dimensions")
     bits = tuple(str(key)[:20] for key, value in dict.items(metadata or {}) if value is not False)
@@ -155,7 +154,7 @@ def _tensor(
 
 
 def _ordered_dict(*pairs: Any) -> collections.OrderedDict[Any, Any]:
-    """An empty one, which operations fill: `_check_operations` does not see the keys of `pairs`."""
+    """An empty one, which operations fill later: `_check_operations` does not see the keys of `pairs`."""
     if pairs:
         raise _RefusedError("an OrderedDict of pairs")
     return collections.OrderedDict()
@@ -196,8 +195,8 @@ class _StateDictUnpickler(pickle.Unpickler):
 def parse_pickled(path: Path, file: SourceFile, where: str = "") -> tuple[TensorEntry, ...]:
     """The tensors of one `.bin` file at the local `path`, in the order of the state dict.
 
-    `file` is what the entries refer to (the same bytes, perhaps in the Hub), `where` what messages call it.
-    Raises CheckpointError; nothing in the file is executed, whatever it holds.
+    `file` is the file of the entries (the same bytes, perhaps on the Hub), `where` its name in messages. Raises
+    CheckpointError; nothing in the file is executed, whatever it holds.
     """
     where = where or file.location
     try:
@@ -214,7 +213,7 @@ def _parse(handle: BinaryIO, file: SourceFile, where: str) -> tuple[TensorEntry,
     tensors = _unpickle(pickled, where)
     entries: list[TensorEntry] = []
     problems = FileProblems(where, _TO_SAFETENSORS)
-    for name, value in dict.items(tensors):  # a pickle may give an OrderedDict an `items` of its own
+    for name, value in dict.items(tensors):  # a pickle may replace an OrderedDict's `items`
         try:
             entries.append(_entry(name, value, records, handle, file))
         except ValueError as error:
@@ -246,7 +245,7 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
                 where, f"data.pkl has {infos[pickle_name].file_size} bytes: not a state dict", _TO_SAFETENSORS
             )
         order = infos.get(prefix + "byteorder")
-        # zipfile expands a compressed record whole, whatever size is declared for it: a few bytes can take gigabytes.
+        # zipfile expands a compressed record as a whole, whatever its declared size: a few bytes can become gigabytes.
         if any(_is_compressed(info) for info in (infos[pickle_name], order) if info is not None):
             what = "data.pkl or byteorder is compressed or encrypted, which torch.save never does"
             raise unusable_checkpoint(where, what, _TO_SAFETENSORS)
@@ -256,7 +255,7 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
         return records, archive.read(pickle_name)
     except (CheckpointError, OSError):
         raise
-    except Exception as error:  # of a damaged directory: BadZipFile, struct.error, ValueError, ...
+    except Exception as error:  # for a damaged directory: BadZipFile, struct.error, ValueError, ...
         if start == b"PK\x03\x04":
             raise unusable_checkpoint(
                 where, f"the zip archive is damaged or truncated ({error})", _DOWNLOAD_AGAIN
@@ -273,7 +272,8 @@ def _read_archive(handle: BinaryIO, where: str) -> tuple[dict[str, zipfile.ZipIn
 
 
 class _BoundedFile:
-    """A file for zipfile, which reads the list of records at once, however long the archive's end says that it is."""
+    """Limits reads of zipfile, which reads the list of records at once, with whatever length the archive's end
+    declares."""
 
     def __init__(self, handle: BinaryIO, where: str):
         self._handle, self._where, self.most = handle, where, _MAX_DIRECTORY_BYTES
@@ -303,7 +303,7 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
         what = f"the pickle asks for {error}, which a plain state dict does not need; nothing of it was run"
         raise unusable_checkpoint(where, what, f"don't load it unless you trust it; {_TO_SAFETENSORS}") from error
     except Exception as error:
-        # A damaged pickle can fail in any operation of the unpickler: each is the file's fault, not ours.
+        # A damaged pickle can fail in any operation of the unpickler: each failure is the file's fault.
         raise unusable_checkpoint(
             where, f"the pickle is damaged ({type(error).__name__}: {error})", _DOWNLOAD_AGAIN
         ) from error
@@ -317,8 +317,8 @@ def _unpickle(pickled: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_operations(pickled: bytes) -> None:
-    """Raise _RefusedError or UnpicklingError for a pickle that would take more than its size tells."""
-    # The unpickler's stack, marks and memo, with one number for each value: `_KEY`, or how deep its tuples are nested.
+    """Raise _RefusedError or UnpicklingError for a pickle with a cost out of proportion to its size."""
+    # The unpickler's stack, marks and memo, with one number per value: `_KEY`, or how deep its tuples are nested.
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
@@ -356,19 +356,19 @@ def _check_operations(pickled: bytes) -> None:
 
 
 def _may_be_key(operation: str, argument: Any) -> bool:
-    """Whether an operation leaves text or a small number on the stack. `INT` leaves truth values too."""
+    """Whether an operation leaves text or a small number on the stack. `INT` may leave booleans too."""
     if operation in _NUMBERS:
         return isinstance(argument, int) and not isinstance(argument, bool) and abs(argument) < _LARGEST_KEY
     return operation in _TEXTS
 
 
 def _take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:
-    """Take from the stack what an operation takes."""
+    """Remove an operation's arguments from the stack, and return them."""
     wanted = opcode.stack_before
     if not wanted:
         return []
     start = len(stack) - len(wanted)
-    if wanted[-1] is pickletools.stackslice:  # the last of: what is filled, the mark, all after the mark
+    if wanted[-1] is pickletools.stackslice:  # the last of: the filled object, the mark, all after the mark
         if not marks:
             raise pickle.UnpicklingError("no mark")
         start = marks.pop() - (len(wanted) - 2)
@@ -380,7 +380,7 @@ def _take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) ->
 
 
 def _short_repr(value: object) -> str:
-    """A value of a pickle for a message: the beginning of it, however large it is."""
+    """The start of a pickled value's repr for a message, however large the value is."""
     return _repr.repr(value)[:80]
 
 
@@ -422,7 +422,7 @@ def _entry(
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Row-major without holes; strides of sizes 0 and 1 don't matter."""
+    """Whether a tensor is row-major without gaps; strides of sizes 0 and 1 do not matter."""
     if len(shape) != len(stride):
         return False
     expected = 1
@@ -434,7 +434,7 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: after its local header, whose extra field (padding) has its own length.
+    """The position of a record's bytes: after its local header, which has an extra field (padding) of variable length.
 
     Source: APPNOTE.TXT 4.3.7, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
     """

@@ -1,12 +1,11 @@
-"""Find the weights of a model (or adapter) in a folder, and index their tensors from file headers.
+"""Finds the weights of a model (or adapter) in a folder, and indexes their tensors from file headers.
 
     model.safetensors                                    one file
     model.safetensors.index.json + shards                weight_map: tensor name -> shard
     pytorch_model.bin, pytorch_model.bin.index.json      the same as zip archives of a pickle, see torch_pickle.py
 
-tried in this order, as transformers does. An index file is input from outside like any other: the shards it
-names must lie in the folder, and what it says of tensors must agree with the shards' own headers, which have
-the last word.
+They are tried in this order, as in transformers. An index file is untrusted input: the shards that it names must be in
+the folder, and its entries must agree with the shards' own headers, which have priority.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|npz|ckpt)")
 _CONVERT_REMEDY = "save the model with transformers' save_pretrained, which writes model.safetensors"
 _HEADERS_AT_ONCE = 8  # a header of a remote file is one or two round trips
-_NAMED = 5  # how many of many names a message lists
+_NAMED = 5  # how many names a message lists
 
 
 def index_model_weights(folder: Folder) -> CheckpointIndex:
-    """All tensors of a model. Raises CheckpointError with every problem that headers show."""
+    """All tensors of a model. Raises CheckpointError with all problems that headers show."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if (file := folder.find(single)) is not None:
@@ -94,7 +93,7 @@ def _index_shards(folder: Folder, index: str) -> CheckpointIndex:
 def _index_files(
     folder: Folder, files: Mapping[str, SourceFile], weight_map: Mapping[str, str], if_empty: str = _CONVERT_REMEDY
 ) -> CheckpointIndex:
-    """Index all files, and check them against the weight map (empty where a single file holds everything)."""
+    """Index all files, and check them against the weight map (empty if a single file holds everything)."""
     by_file = _entries_by_file(folder, files)
     holders: dict[str, dict[str, TensorEntry]] = {}
     for file_name, entries in by_file.items():
@@ -102,7 +101,7 @@ def _index_files(
             holders.setdefault(entry.name, {})[file_name] = entry
     problems = first_few(_weight_map_problems(folder, holders, weight_map), _NAMED)
     problems += first_few(_duplicate_problems(folder, holders, weight_map), _NAMED)
-    # In two shards: the last one counts. In none of the index: it is part of the model all the same.
+    # If two shards have a tensor, the last one counts. A tensor that is not in the index still belongs to the model.
     tensors = {name: list(held.values())[-1] for name, held in holders.items()}
     if not tensors:
         problems.append(Problem(where=folder.label, what="the weight files hold no tensors", remedy=if_empty))
@@ -120,7 +119,7 @@ def _entries_by_file(folder: Folder, files: Mapping[str, SourceFile]) -> dict[st
             if (entries := collector.run(future.result)) is not None:
                 result[name] = entries
     if collector.problems:
-        raise CheckpointError(first_few(collector.problems, 2 * _NAMED))  # of each file there may be several
+        raise CheckpointError(first_few(collector.problems, 2 * _NAMED))  # each file may have several problems
     return result
 
 
@@ -134,7 +133,7 @@ def _entries(folder: Folder, name: str, file: SourceFile) -> Sequence[TensorEntr
 def _weight_map_problems(
     folder: Folder, holders: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Tensors that are not where the index says, gathered by (named file, actual file)."""
+    """Tensors in another shard than the index says, grouped by (named file, actual file)."""
     wrong: dict[tuple[str, str], list[str]] = {}
     for name, file_name in weight_map.items():
         held = holders.get(name, {})
@@ -152,7 +151,7 @@ def _duplicate_problems(
 ) -> Iterator[Problem]:
     """Tensors in several shards, unless the index names the last of them.
 
-    transformers loads the shards in the order of their names, whatever the index says of a tensor: the last one stays.
+    transformers loads the shards in the order of their names, whatever the index says, so the last one remains.
     """
     duplicates: dict[tuple[str, ...], list[str]] = {}
     for name, held in holders.items():

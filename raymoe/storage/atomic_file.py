@@ -1,6 +1,7 @@
-"""Small files (a run's result, an evaluation, notes of a journal): written beside their place, moved there whole.
+"""Writes small files atomically (a run's result, an evaluation, notes of a journal): to a temporary file next to it,
+which is then renamed.
 
-A full disk or a kill leaves the file that was there before. Also locks, and renames that survive a crash.
+After a full disk or a kill, the previous file is still there. Also has locks, and renames that survive a crash.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from pathlib import Path
 
 
 def is_special(path: Path) -> bool:
-    """A pipe or a device: bytes are sent there, and nothing can take its place."""
+    """Whether the path is a pipe or a device: bytes can be written to it, but no file can replace it."""
     return path.exists() and not path.is_file()
 
 
 def resolve_links(path: Path) -> Path:
-    """Where the file is, through links: those stay."""
+    """The path of the file itself, after links are followed; the links stay."""
     return Path(os.path.realpath(path))
 
 
 def check_writable_file(path: Path) -> OSError | None:
-    """What the filesystem says to opening the file for writing, and to a new one beside it: permission bits alone know
-    nothing of read-only and special mounts."""
+    """The error of opening the file for writing, or of creating one next to it. Permission bits alone do not show
+    read-only and special mounts."""
     if is_special(path):
-        return None  # a pipe would take the first close for the end
+        return None  # the reader of a pipe would take the first close for the end
     try:
         if path.exists():
             path.open("a").close()
@@ -40,8 +41,8 @@ def check_writable_file(path: Path) -> OSError | None:
 
 
 def write_atomic(path: Path, text: str, *, follow: bool = True) -> None:
-    """Write the file. Links and permissions of what is replaced stay; without `follow` a link of its name is replaced,
-    and what it leads to stays. Raises OSError."""
+    """Write the file. Links to the replaced file, and its permissions, stay. Without `follow`, a link at `path` is
+    replaced, and its target stays. Raises OSError."""
     if follow and is_special(path):
         path.write_text(text, encoding="utf-8")
         return
@@ -51,7 +52,7 @@ def write_atomic(path: Path, text: str, *, follow: bool = True) -> None:
 
 
 def replace_file(path: Path, part: Path, content: bytes, mode: int | None = None) -> None:
-    """Write the new file `part`, and give it the name `path` when it is on disk. Raises OSError, and leaves no part."""
+    """Write the new file `part`, and rename it to `path` when it is on disk. Raises OSError, and leaves no part."""
     try:
         with part.open("xb") as stream:
             stream.write(content)
@@ -76,7 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock an open file; False where another process holds it. Raises OSError where the filesystem locks no files."""
+    """Lock an open file; False if another process holds the lock. Raises OSError if the filesystem has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -85,7 +86,7 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def has_name(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name: another run may have moved or removed it."""
+    """Whether the path still leads to this open file: another run may have moved or removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -93,5 +94,5 @@ def has_name(descriptor: int, path: Path) -> bool:
 
 
 def _part(place: Path) -> Path:
-    """The file under its name of the meantime, which nothing else has."""
+    """The path of the temporary file; its name is unique."""
     return place.with_name(f"{place.name}.{uuid.uuid4().hex[:12]}.part")

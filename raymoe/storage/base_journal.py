@@ -1,7 +1,7 @@
-"""What the journals of a folder and of an object store share: whose the output is, and which notes are accepted.
+"""The common part of journals in a folder and in an object store: which run owns the output, and which notes count.
 
-A journal is a `plan.json` with the claim of the run at work (`claim.py`) and notes about files, in JSON. A back end
-says how these are read and written, and how older runs are kept from writing.
+A journal is a `plan.json` with the claim of the current run (`claim.py`) and notes about files, in JSON. Each back end
+implements how these are read and written, and how older runs are kept from writing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from raymoe.storage.claim import Claim, taken_over_error
 from raymoe.storage.file_names import FileRecord
 
-CLEARING = "clearing."  # with the name of a run: a marker that what is here has to be removed
+CLEARING = "clearing."  # followed by the name of a run: a marker that the files here have to be removed
 
 
 class BaseJournal(ABC):
@@ -36,29 +36,29 @@ class BaseJournal(ABC):
 
     @abstractmethod
     def invalidate(self) -> None:
-        """Note that what this merge has written is of no use: the next run begins again. Raises MergeFailed where
-        another run has taken over."""
+        """Note that this merge's files are of no use: the next run starts again. Raises MergeFailed if another run has
+        taken over."""
 
     @abstractmethod
     def _read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the journal; empty where there is none."""
+        """A JSON file of the journal; empty if there is none."""
 
     @abstractmethod
     def _note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
-        """Write a note about a file, with the signature of this run. Raises MergeFailed where another run has taken
+        """Write a note about a file, with the signature of this run. Raises MergeFailed if another run has taken
         over."""
 
     @abstractmethod
     def _is_marked(self, run: str) -> bool:
-        """Whether there is a marker of that run that what is here has to be removed."""
+        """Whether that run has left a marker that the files here have to be removed."""
 
     @property
     def is_of_this_run(self) -> bool:
-        """Whether the output is still (and, seen from here, at all) the one that this run writes to."""
+        """Whether the output still belongs to this run. False also if this process can't see it."""
         return self._owns(self.claim())
 
     def check_run(self) -> Claim:
-        """The claim of this run. Raises MergeFailed where another run has taken over the output."""
+        """The claim of this run. Raises MergeFailed if another run has taken over the output."""
         claim = self.claim()
         if claim is None or not self._owns(claim):
             raise taken_over_error(self._location)
@@ -68,11 +68,11 @@ class BaseJournal(ABC):
         return claim is not None and bool(self.run) and claim.run == self.run
 
     def claim(self) -> Claim | None:
-        """Whose the output is; None where there is no journal, or none that this version of raymoe can read."""
+        """The claim on the output. None if there is no journal, or none that this version of raymoe can read."""
         return Claim.parse(self._read("plan.json"))
 
     def digest(self) -> str | None:
-        """Digest of the plan that this journal belongs to; None where there is no readable journal."""
+        """Digest of the plan that this journal belongs to; None if there is no readable journal."""
         claim = self.claim()
         return claim.digest if claim is not None else None
 
@@ -83,17 +83,17 @@ class BaseJournal(ABC):
 
     @property
     def is_clearing(self) -> bool:
-        """Whether what is here has to be removed: a run was interrupted at that, or its sources changed."""
+        """Whether the files here have to be removed: a run was interrupted while it did so, or its sources changed."""
         claim = self.claim()
         return claim is not None and self._is_marked(claim.origin)
 
     def record(self, record: FileRecord) -> None:
-        """Note a finished file. Raises MergeFailed where another run has taken over."""
+        """Note a finished file. Raises MergeFailed if another run has taken over."""
         self._note("done", f"{flat_name(record.name)}.json", {"file": asdict(record)})
 
     def _next_claim(self, before: Claim | None, digest: str, sources: Mapping[str, str], *, fresh: bool) -> Claim:
-        """The claim of the run that begins. It has the origin of the claim `before` it only if it goes on with that
-        merge: the plan is the same, and it is not to begin `fresh`."""
+        """The claim of the run that begins. It keeps the origin of the claim `before` only if it resumes that merge:
+        the plan is the same, and `fresh` is false."""
         goes_on = before is not None and before.digest == digest and not fresh
         origin = before.origin if before is not None and goes_on else self.run
         return Claim(digest=digest, run=self.run, origin=origin, sources=sources)

@@ -1,4 +1,4 @@
-"""Checksums of content that comes in chunks, and in which words a record has them (`algorithm:hex`)."""
+"""Checksums of content that arrives in chunks, in the notation of records (`algorithm:hex`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xxhash
 
 
 def hex_digest(hasher: Any, chunks: Iterable[bytes | memoryview]) -> str:
-    """The hex digest of a hasher (of hashlib or xxhash) that is fed all chunks."""
+    """The hex digest of a hasher (of hashlib or xxhash) after all chunks."""
     for chunk in chunks:
         hasher.update(chunk)
     return str(hasher.hexdigest())

@@ -1,4 +1,4 @@
-"""Tensors that are made of several models' tensors: the base's and the experts', x_1 .. x_n with weights w_1 .. w_n.
+"""Combines tensors of several models: the base's and the experts', x_1 .. x_n with weights w_1 .. w_n.
 
     linear   m = x_1 + sum_i w_i (x_i - x_1) / sum_i w_i, which is their weighted mean
     slerp    m = sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with t = w_2 / (w_1 + w_2) and `a` the angle
@@ -9,18 +9,18 @@
 The result is base + scale * (m - base). Sources: Shoemake 1985, "Animating rotation with quaternion curves"; Yadav et
 al. 2023, https://arxiv.org/abs/2306.01708.
 
-All is computed in float32, expert by expert in the plan's order, in blocks of rows that depend on the shape alone. So
-the bytes depend on neither who computes a part nor how much of it. What a method has to know of a whole tensor is
-measured before, in the same blocks:
+Everything is computed in float32, expert by expert in the plan's order, in blocks of rows that depend on the shape
+alone. So the bytes do not depend on which actor computes a part, or on the part's size. If a method needs a statistic
+of a whole tensor, it is measured first, in the same blocks:
 
 - The angle comes from sums in float64, block by block.
-- The threshold is the magnitude of the k-th largest difference, k being density * elements, at least 1. The bits of a
-  float32 that is not negative are in the order of the numbers. So one pass counts their upper halves, which tells the
-  half that the k-th has, and a second pass counts the lower halves under it. Differences that are as large as the k-th
-  all count, which may be more than k.
+- The threshold is the magnitude of the k-th largest difference, with k = density * elements, at least 1. The bits of
+  non-negative float32 values sort like the values. So one pass counts the upper halves of the bits, which gives the
+  upper half of the k-th value, and a second pass counts the lower halves below it. Differences equal to the k-th all
+  count, so they may be more than k.
 
-Where the base's sign sums are equal, the positive sign is elected. Where an element's result is what the base or the
-first expert has, the bits stay, also of a zero with a sign.
+If the sign sums of an element are equal, the positive sign is elected. If an element's result equals the base's or the
+first expert's value, its bits are kept, including the sign of a zero.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ from raymoe.storage.transform import (
 )
 
 _BLOCK_ELEMENTS = BLOCK_ELEMENTS  # of all tensors of a combination together
-_WINDOW_ELEMENTS = 1 << 16  # about ten such arrays of float32 are in use at once
-_PARALLEL = 0.9995  # from this cosine on, a sine is too small to divide by; mergekit's and others' limit
+_WINDOW_ELEMENTS = 1 << 16  # about ten float32 arrays of this size are in use at once
+_PARALLEL = 0.9995  # above this cosine, a sine is too small to divide by; mergekit and others use the same limit
 _HALF_BITS = 16
 
 Statistics = tuple[float, ...]
-"""What a method knows of the whole tensors: a threshold for each expert, or the cosine of two. Empty for `linear`."""
+"""Statistics of the whole tensors: a threshold per expert (`ties`), or the cosine of two (`slerp`); empty for
+`linear`."""
 
 
 def combined_bytes(reader: SourceReader, part: Part, what: Combine, start: int, end: int) -> Iterator[memoryview]:
@@ -87,7 +88,7 @@ def _combined_block(
 
 
 def load_combined(reader: SourceReader, combination: Combination) -> npt.NDArray[np.generic]:
-    """The whole tensor, in the dtype and with the values that it has in the output."""
+    """The whole tensor, with the dtype and values of the output."""
     loaded = np.empty(combination.shape, NUMPY_DTYPES[combination.dtype])
     statistics, blocks = measure(reader, combination), list(_blocks(combination))
     computed = compute_ahead([partial(combined_rows, reader, combination, rows, statistics) for rows in blocks])
@@ -99,7 +100,7 @@ def load_combined(reader: SourceReader, combination: Combination) -> npt.NDArray
 
 
 def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
-    """Rows of a weight as the model that reads prompts has them, in float32: with its LoRA delta, or combined."""
+    """Rows of a weight in float32, as the model that reads prompts uses them: with its LoRA delta, or combined."""
     if ref.combined is None:
         block = _read(reader, ref.entry, rows).astype(np.float32, copy=False)
         return block if ref.lora is None else with_lora(reader, block, ref.lora, rows)
@@ -107,9 +108,9 @@ def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
     return block.astype(NUMPY_DTYPES[ref.combined.dtype]).astype(np.float32)
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what comes of it is looked at
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the result is checked for it
 def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, statistics: Statistics) -> Float32:
-    """Some rows of the result, in float32. Where experts have too few rows, those that have them are combined."""
+    """Some rows of the result, in float32. Where some experts have too few rows, the others are combined."""
     pieces = [
         _combine(window, statistics)
         for part in _split_by_height(combination, rows)
@@ -119,13 +120,13 @@ def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, st
 
 
 def _blocks(combination: Combination) -> Iterator[slice]:
-    """The blocks that a combination is computed in. Those of all its tensors together are bounded."""
+    """The blocks that a combination is computed in. Their total size over all tensors is bounded."""
     elements = max(_WINDOW_ELEMENTS, _BLOCK_ELEMENTS // (1 + len(combination.experts)))
     return row_blocks(combination.shape, elements, combination.together)
 
 
 def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:
-    """The rows, cut where an expert's tensor ends."""
+    """The rows, split where an expert's tensor ends."""
     heights = sorted({ref.entry.shape[0] for ref in combination.experts})
     if isinstance(rows, slice):
         cuts = [rows.start, *(height for height in heights if rows.start < height < rows.stop), rows.stop]
@@ -134,9 +135,9 @@ def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:
 
 
 class _Tensors:
-    """The same rows of all tensors of a combination, each read when it is first asked for.
+    """The same rows of all tensors of a combination, each read on first use.
 
-    `windows` are a few of the rows, so that what is computed with them stays in the processor's cache.
+    `windows` yields a few of the rows at a time, so that intermediate results stay in the processor's cache.
     """
 
     def __init__(self, reader: SourceReader, combination: Combination, rows: Rows) -> None:
@@ -148,7 +149,7 @@ class _Tensors:
         self._window = slice(None)
 
     def windows(self) -> Iterator[_Tensors]:
-        """This object itself, again and again: what it gives are then those rows."""
+        """Yield this object once per window; its tensors are then limited to the window's rows."""
         count = self._rows.stop - self._rows.start if isinstance(self._rows, slice) else len(self._rows)
         for rows in row_blocks((count, *self.combination.shape[1:]), _WINDOW_ELEMENTS):
             self._window = rows
@@ -161,7 +162,7 @@ class _Tensors:
         return self._values(self.combination.experts[number])
 
     def _values(self, ref: WeightRef) -> Float32:
-        """In memory of its own."""
+        """The values, in memory of their own."""
         if ref.entry not in self._stored:
             self._stored[ref.entry] = _read(self._reader, ref.entry, self._rows)
         stored = self._stored[ref.entry]
@@ -175,7 +176,7 @@ class _Tensors:
 
 
 def _read(reader: SourceReader, entry: TensorEntry, rows: Rows) -> npt.NDArray[Any]:
-    """As they are stored."""
+    """The rows as they are stored."""
     if isinstance(rows, slice):
         return read_stored_rows(reader, entry, rows)
     width = entry.nbytes // entry.shape[0]
@@ -200,7 +201,7 @@ def _combine(tensors: _Tensors, statistics: Statistics) -> Float32:
 
 
 def _with_changes(block: Float32, changes: Float32) -> Float32:
-    """`block` plus `changes`, in its memory; its bits where there are none."""
+    """`block` plus `changes`, in place; bits are kept where the change is zero."""
     return np.add(block, changes, out=block, where=changes != 0)
 
 
@@ -235,7 +236,7 @@ def _slerp(tensors: _Tensors, cosine: float) -> Float32:
 
 def _ties(tensors: _Tensors, thresholds: Statistics) -> Float32:
     base = tensors.base()
-    # Of positive differences and of negative ones: sums, and the weights that they have.
+    # Sums of positive and of negative differences, and the sums of their weights.
     sums, weights = ([np.zeros_like(base), np.zeros_like(base)] for _ in range(2))
     for number in tensors.present:
         difference = tensors.expert(number)
@@ -260,10 +261,10 @@ _guard = threading.Lock()
 
 
 def measure(reader: SourceReader, combination: Combination) -> Statistics:
-    """What the method has to know of the whole tensors. Measured once in this process: a few numbers are kept."""
+    """The method's statistics of the whole tensors. They are measured once per process, and cached: a few numbers."""
     if (measured := _MEASURES.get(combination.method)) is None:
         return ()
-    # A local file that was written again is another file, though it compares equal.
+    # A local file that was written again is another file, although it compares equal.
     key = combination, tuple(entry.file.stamp for entry in combination.entries)
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
@@ -274,7 +275,7 @@ def measure(reader: SourceReader, combination: Combination) -> Statistics:
 
 
 def _measure_angle(reader: SourceReader, combination: Combination) -> Statistics:
-    """The cosine of the two experts' tensors, as far as both have rows; 1 where one has no direction."""
+    """The cosine of the two experts' tensors over the rows that both have; 1 if one of them is zero."""
     rows = list(_common_blocks(combination, *combination.experts))
     sums = [*zip(*compute_ahead([partial(_products, reader, combination, piece) for piece in rows]), strict=True)]
     dot, one, other = map(math.fsum, sums)
@@ -291,7 +292,7 @@ def _products(reader: SourceReader, combination: Combination, rows: slice) -> tu
 
 
 def _measure_thresholds(reader: SourceReader, combination: Combination) -> Statistics:
-    """For each expert the magnitude from which on its differences count."""
+    """For each expert, the smallest magnitude of a difference that counts."""
     heights = [min(combination.shape[0], ref.entry.shape[0]) for ref in combination.experts]
     elements = [height * math.prod(combination.shape[1:]) for height in heights]
     ranks = [max(1, int(combination.density * count)) for count in elements]
@@ -313,7 +314,7 @@ _Halves = Callable[[int, npt.NDArray[np.uint32]], npt.NDArray[Any]]
 
 
 def _count_differences(reader: SourceReader, combination: Combination, halves: _Halves) -> npt.NDArray[np.int64]:
-    """How often each value is among `halves(number, bits)`, of the bits of all differences of expert `number`.
+    """Count, for each expert `number`, how often each value occurs in `halves(number, bits)` of its differences' bits.
 
     Shape (experts, values).
     """
@@ -337,7 +338,7 @@ def _count_differences(reader: SourceReader, combination: Combination, halves: _
 
 
 def _half_of_rank(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int]:
-    """The value of the `rank`-th largest of values that are counted, and how many are larger than it."""
+    """The `rank`-th largest of the counted values, and how many values are larger."""
     from_above = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_above, rank))
     return len(counts) - 1 - place, int(from_above[place] - counts[len(counts) - 1 - place])
@@ -351,7 +352,7 @@ def _magnitude_bits(reader: SourceReader, combination: Combination, number: int,
 
 
 def _common_blocks(combination: Combination, *refs: WeightRef) -> Iterator[slice]:
-    """The blocks, as far as all of `refs` have rows."""
+    """The blocks, limited to rows that all of `refs` have."""
     height = min(combination.shape[0], *(ref.entry.shape[0] for ref in refs))
     for rows in _blocks(combination):
         if rows.start < height:
@@ -365,7 +366,7 @@ _MEASURES: Mapping[str, Callable[[SourceReader, Combination], Statistics]] = {
 
 
 def _non_finite_origin(reader: SourceReader, combination: Combination, rows: slice) -> str:
-    """Which of the models' tensors has NaN or infinity, in words."""
+    """A text that says which model's tensor has NaN or infinity."""
     for ref in (combination.base, *combination.experts):
         held = slice(rows.start, min(rows.stop, ref.entry.shape[0]))
         if held.start < held.stop and (found := non_finite_source(reader, ref.entry, ref.lora, held)) is not None:

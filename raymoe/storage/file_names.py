@@ -1,4 +1,4 @@
-"""Names of the files that make an output, and what is noted of each file that is written."""
+"""Names of an output's files, and the record of each finished file."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from raymoe.sources.folder_protocol import SIDE_FILES, is_inside, matches
 from raymoe.untrusted_files import read_json
 
 JOURNAL = ".raymoe"
-PROBE = "probe-"  # with what follows, an object in the journal's place that is there for a moment
+PROBE = "probe-"  # followed by a random name: an object in the journal's place that exists only for a moment
 CARD_NAME = "README.md"
 RECORD_NAME = "raymoe.json"
-RESULT_NAME = "result.json"  # how the run went: times, retries, memory; no part of the checkpoint
-MAX_RESULT_BYTES = 16 << 20  # of a result: 50 bytes for each actor
+RESULT_NAME = "result.json"  # times, retries and memory of the run; not part of the checkpoint
+MAX_RESULT_BYTES = 16 << 20  # of a result file: 50 bytes per actor
 INDEX_NAME = "model.safetensors.index.json"
 # The weights of a checkpoint.
 CHECKPOINT_FILES = ("model*.safetensors", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-# What transformers puts on top of a model that lies beside it.
+# Adapters: transformers applies them to a model in the same folder.
 _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
 
 
 def is_part_of_a_model(name: str) -> bool:
-    """Whether a reader of a folder would take this file for a part of the model in it: weights, adapters, tokenizer.
+    """Whether a reader of a folder would take this file for a part of its model: weights, adapters, tokenizer.
 
-    Of another model, these are removed where a merge takes its place; anything else is somebody's own and stays.
+    Such files of another model are removed when a merge replaces it; other files belong to the user and stay.
     """
     patterns = (*CHECKPOINT_FILES, INDEX_NAME, *_ADAPTERS, *SIDE_FILES)
     return matches(name, patterns)
 
 
 def is_written_by_a_merge(name: str) -> bool:
-    """Whether a merge writes a file of this name, or removes one where it takes the place of another model."""
+    """Whether a merge writes a file of this name, or removes one when it replaces another model."""
     return is_part_of_a_model(name) or name in (RECORD_NAME, RESULT_NAME, CARD_NAME, "config.json")
 
 
@@ -42,8 +42,8 @@ def is_written_by_a_merge(name: str) -> bool:
 class FileRecord:
     """A finished file: name, size in bytes, checksum as `algorithm:hex`.
 
-    `xxh3-128` (local files, streams) and `sha256` are of the file's bytes. `etag` is the object store's own: for an
-    upload in parts on S3 usually the MD5 of the parts' MD5s, and how many they were.
+    `xxh3-128` (local files, streams) and `sha256` are checksums of the file's bytes. `etag` is the object store's own:
+    for a multipart upload on S3, usually the MD5 of the parts' MD5s and the number of parts.
     """
 
     name: str
@@ -52,7 +52,7 @@ class FileRecord:
 
 
 def json_object(content: bytes | str) -> dict[str, Any]:
-    """A JSON object; empty where the text is none. What is read here may be half a file, or another program's."""
+    """A JSON object; empty if the text is not one. The text may be half a file, or another program's file."""
     try:
         found = read_json(content)
     except ValueError:
@@ -61,22 +61,22 @@ def json_object(content: bytes | str) -> dict[str, Any]:
 
 
 def is_recorded_file(name: object) -> bool:
-    """Whether a record may name such a file of the output. The journal is of the run at work, not of a merge."""
+    """Whether a record may list such a file of the output. Files of the journal belong to a run, not to a merge."""
     return isinstance(name, str) and is_inside(name) and name.split("/")[0] != JOURNAL
 
 
 def is_result(content: bytes) -> bool:
-    """Whether a file tells how a run went (`result.json`, or what `--result` names).
+    """Whether a file is the result of a run (`result.json`, or the file of `--result`).
 
-    A run that fails may leave one in an output that is empty otherwise. The next run takes the output all the same.
+    A failed run may leave one in an output that is otherwise empty. The next run may still use that output.
     """
     return {"exit_reason", "raymoe_version"} <= json_object(content).keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedMerge:
-    """A finished merge, as its record (`raymoe.json`) tells of it: the plan's digest, and the files. `local_files` are
-    samples of the local weights that it is made of, by location; records of an older raymoe have none."""
+    """A finished merge as its record (`raymoe.json`) describes it: the plan's digest, and the files. `local_files` are
+    samples of the local weights that it was made of, by location; records of an older raymoe have none."""
 
     digest: str
     files: tuple[FileRecord, ...]
@@ -84,7 +84,7 @@ class FinishedMerge:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> FinishedMerge | None:
-        """The merge that a record tells of; None where it is no record of a merge."""
+        """The merge that a record describes; None if it is not the record of a merge."""
         digest, files = record.get("plan_digest"), record.get("files")
         if not isinstance(digest, str) or not isinstance(files, Mapping) or INDEX_NAME not in files:
             return None
@@ -100,7 +100,7 @@ class FinishedMerge:
         return sum(file.size for file in self.files)
 
     def problems(self, location: str, size_of: Callable[[str], int | None]) -> list[Problem]:
-        """What has become of the files since: those that are missing, or of another size. The card may be edited."""
+        """Files that are missing or have another size now. The model card may be edited."""
         wrong = []
         for file in self.files:
             size = size_of(file.name)

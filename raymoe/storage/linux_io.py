@@ -1,7 +1,7 @@
-"""Calls of Linux that Python has no name for: room for a file, writeback, shared extents.
+"""Linux system calls that Python does not wrap: preallocation, writeback, shared extents.
 
-They make writing faster and change no byte, so that each says whether it worked and none is needed: other systems and
-filesystems without them go on as if they had not been asked.
+They make writing faster and change no bytes. Each returns whether it worked, and none is required: on other systems and
+filesystems, writing continues without them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import os
 import struct
 import sys
 
-# A file that is too large for the disk, the quota or the limit of the process is one however it is written.
+# These errors mean that the file is too large for the disk, the quota or the process limit, however it is written.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), from linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 1 | 2 | 4  # WAIT_BEFORE, WRITE, WAIT_AFTER
 _NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP)
-_PUNCH_HOLE = 0x02 | 0x01  # with the size kept, from linux/falloc.h
+_PUNCH_HOLE = 0x02 | 0x01  # with FALLOC_FL_KEEP_SIZE, from linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def allocate(descriptor: int, size: int) -> bool:
-    """Have the filesystem set `size` bytes aside, in few large extents. Raises OSError where there is no room for them.
+    """Preallocate `size` bytes, in few large extents. Raises OSError if there is no room for them.
 
-    Not `os.posix_fallocate`: where a filesystem can't do it, the C library writes a byte into every block instead.
+    `os.posix_fallocate` is not used: if a filesystem does not support it, the C library writes a byte into every block.
     """
     fallocate = getattr(_libc, "fallocate", None)
     if fallocate is None or not size:
@@ -42,7 +42,7 @@ def allocate(descriptor: int, size: int) -> bool:
 
 
 def start_writeback(descriptor: int, start: int, size: int) -> bool:
-    """Have the kernel begin to write these bytes to the disk, and do not wait for it."""
+    """Make the kernel start to write these bytes to the disk, without waiting for it."""
     call = getattr(_libc, "sync_file_range", None)
     if call is None:
         return False
@@ -51,12 +51,12 @@ def start_writeback(descriptor: int, start: int, size: int) -> bool:
 
 
 def wait_for_writeback(descriptor: int, start: int, size: int) -> bool:
-    """Have the kernel write these bytes to the disk, and wait until it has. Raises OSError if a write fails.
+    """Make the kernel write these bytes to the disk, and wait until it has. Raises OSError if a write fails.
 
-    This does not replace `fsync`: neither metadata nor the disk's own cache is written. Linux reports a failed write
-    once per open file, here or by `fsync`, so an error that is dropped here is lost.
+    This does not replace `fsync`: it writes neither metadata nor the disk's own cache. Linux reports a failed write
+    once per open file, here or in `fsync`, so an error that is ignored here is lost.
     """
-    if not start_writeback(descriptor, start, 1):  # not there, or forbidden in this container
+    if not start_writeback(descriptor, start, 1):  # not supported, or forbidden in this container
         return False
     call = getattr(_libc, "sync_file_range", None)
     assert call is not None
@@ -70,9 +70,9 @@ def wait_for_writeback(descriptor: int, start: int, size: int) -> bool:
 
 
 def clone_range(source: int, start: int, size: int, target: int, offset: int) -> bool:
-    """Let `target` share `size` bytes of `source`, nothing being copied. All three numbers are whole blocks.
+    """Make `target` share `size` bytes of `source` without a copy. All three numbers are multiples of the block size.
 
-    False where the filesystem can't (ext4), or the two files are not on one.
+    False if the filesystem can't (ext4), or if the files are on different filesystems.
     """
     if sys.platform != "linux":
         return False
@@ -84,7 +84,7 @@ def clone_range(source: int, start: int, size: int, target: int, offset: int) ->
 
 
 def free_range(descriptor: int, start: int, size: int) -> bool:
-    """Give the room of these bytes back to the filesystem; the file keeps its size."""
+    """Return the disk space of these bytes to the filesystem; the file keeps its size."""
     fallocate = getattr(_libc, "fallocate", None)
     if fallocate is None:
         return False

@@ -1,4 +1,4 @@
-"""The journal of a merge, in `.raymoe/` beside the output: what makes an interrupted merge resumable and safe.
+"""The journal of a merge in `.raymoe/` inside the output folder. It makes an interrupted merge resumable and safe.
 
     OUT/.raymoe/lock                held (flock) while a merge runs, so that two never write one output
     OUT/.raymoe/plan.json           whose the output is (claim.py): plan, run, stamps of the sources; written first
@@ -8,15 +8,15 @@
                                     its sources changed: the next run removes what is there
     OUT/raymoe.json                 the record of the finished merge; written last, then `.raymoe/` is removed
 
-A folder with `.raymoe/plan.json` is unfinished, whatever else is in it. Everything here can be repeated at any point.
+A folder with `.raymoe/plan.json` is unfinished, whatever else is in it. Every step here can be repeated at any point.
 
 Writers may outlive their run: the actors of a killed driver, or an actor on a node that was lost and replaced. So every
-attempt at a file has a name of its own (X), and every run a folder of its own (RUN), through which all its files come
-to their places, the journal's own too. A new run writes `plan.json` first; then it takes the folders of all other runs
-away. After that nothing that a late writer still has open can be moved into the output or into the journal. Only then
-the new run removes what an earlier merge left.
+attempt at a file has its own name (X), and every run its own folder (RUN). All files of the run are renamed from there
+to their final names, the journal's own files too. A new run writes `plan.json` first; then it removes the folders of
+all other runs. After that, a late writer can't rename an open file into the output or the journal any more. Only then
+does the new run remove the files of an earlier merge.
 
-Nothing here follows a link: a journal, or a folder of it, that is a link is refused.
+Links are never followed: a journal, or a folder of it, that is a link is rejected.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from raymoe.storage.atomic_file import has_name, replace_file, sync_folder, try_
 from raymoe.storage.base_journal import CLEARING, BaseJournal, flat_name
 from raymoe.storage.file_names import JOURNAL, FileRecord, json_object
 
-# how long a lock is tried for that is held by processes which only look, each for a moment
+# how long to retry a lock that is held by processes that only check it, each for a moment
 _LOCK_PROBE_TIMEOUT_S = 10.0
 _REMOVE_TRIES = 4
-_OPEN_ON_NFS = ".nfs"  # what a removed file is called there until the last process has closed it
+_OPEN_ON_NFS = ".nfs"  # the name of a removed file there until the last process has closed it
 
 
 class Journal(BaseJournal):
-    """Reads and writes the journal of one output folder. Holds no state but the lock and the name of its run."""
+    """Reads and writes the journal of one output folder. Its only state is the lock and the name of its run."""
 
     def __init__(self, root: Path, run: str = "") -> None:
         super().__init__(str(root), run)
@@ -60,20 +60,20 @@ class Journal(BaseJournal):
         return os.path.isfile(self.folder / "plan.json")
 
     def links(self) -> list[Problem]:
-        """The journal's files and folders that are links: what is done to them would be done elsewhere."""
+        """Problems for journal files and folders that are links: changes to them would happen elsewhere."""
         places = (self.folder, *(self.folder / name for name in ("lock", "plan.json", "parts", "done")))
         remedy = "remove the link, or choose another output"
         return [Problem(where=str(p), what="this is a link", remedy=remedy) for p in places if p.is_symlink()]
 
     @property
     def taken_problem(self) -> Problem:
-        """What is wrong with an output that `is_taken`."""
+        """The problem of an output that `is_taken`."""
         what, remedy = "another merge is writing to this folder", "wait for it to end, or choose another output"
         return Problem(where=str(self.root), what=what, remedy=remedy)
 
     @property
     def is_taken(self) -> bool:
-        """Whether another merge is writing to the output just now."""
+        """Whether another merge is writing to the output now."""
         if self._lock is not None:
             return False
         try:
@@ -82,13 +82,13 @@ class Journal(BaseJournal):
             return False
         try:
             return _is_held(descriptor)
-        except OSError:  # a filesystem without locks, which `lock` tells of
+        except OSError:  # a filesystem without locks, which `lock` reports
             return False
         finally:
             os.close(descriptor)
 
     def lock(self) -> None:
-        """Take the output for this process. Raises ProblemReport if another merge holds it."""
+        """Lock the output for this process. Raises ProblemReport if another merge holds the lock."""
         path, deadline = self.folder / "lock", time.monotonic() + _LOCK_PROBE_TIMEOUT_S
         while self._lock is None:
             if links := self.links():
@@ -97,7 +97,7 @@ class Journal(BaseJournal):
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:
-                continue  # a merge ended just now, and its folder is gone
+                continue  # a merge just ended, and removed its folder
             try:
                 is_locked = self._try_lock(descriptor, is_late=time.monotonic() > deadline)
             except BaseException:
@@ -106,10 +106,11 @@ class Journal(BaseJournal):
             if is_locked and has_name(descriptor, path):
                 self._lock = descriptor
             else:
-                os.close(descriptor)  # a process looked at it, or it is the lock of a merge that ended just now
+                os.close(descriptor)  # a process checked it, or it is the lock of a merge that has just ended
 
     def _try_lock(self, descriptor: int, *, is_late: bool) -> bool:
-        """Whether the lock was had. Raises ProblemReport if a merge has it; False where processes only look at it."""
+        """Whether the lock was acquired. False if only checking processes hold it; raises ProblemReport if a merge
+        does."""
         try:
             if try_lock(descriptor):
                 return True
@@ -129,10 +130,10 @@ class Journal(BaseJournal):
         fresh: bool = False,
         remove: Callable[[], None] | None = None,
     ) -> None:
-        """Begin a run, or go on with an interrupted one; the lock is held.
+        """Begin a run, or resume an interrupted one; the lock is held.
 
-        All other runs are fenced off first, and half-written files removed. With `fresh`, or where a run was
-        interrupted at it, `remove` is called then, which removes what an earlier merge left.
+        First all other runs are fenced off, and half-written files removed. With `fresh`, or if a run was interrupted
+        during this removal, `remove` is then called to remove the files of an earlier merge.
         """
         assert self._lock is not None, "a journal is begun under its lock"
         before, self.run = self.claim(), uuid.uuid4().hex
@@ -143,7 +144,7 @@ class Journal(BaseJournal):
             self._clearing_path(self.run).touch()
         self._write("plan.json", claim.plain())
         self._remove_other_runs()
-        if claim.origin == self.run:  # nothing is gone on with
+        if claim.origin == self.run:  # nothing is resumed
             _remove(self.folder / "done")
         if fresh and remove is not None:
             remove()
@@ -151,31 +152,32 @@ class Journal(BaseJournal):
         self._forget_clearing()
 
     def invalidate(self) -> None:
-        """Raises OSError too."""
+        """As `BaseJournal.invalidate`; raises OSError too."""
         self._clearing_path(self.check_run().origin).touch()
 
     def _remove_other_runs(self) -> None:
-        """Take away the folders of all other runs, so that they can't move a file to its place any more."""
+        """Remove the folders of all other runs, so that they can't rename a file to its final name any more."""
         for folder in (self.folder / "parts").iterdir():
             if folder.name != self.run:
                 _remove(folder)
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """What was killed while it removed a folder, or (an older raymoe) while it wrote `plan.json`."""
+        """Remove the rest of folders whose removal was killed, and of an older raymoe's interrupted write of
+        `plan.json`."""
         for pattern in ("*.gone", "plan.json.*.tmp"):
             for left in self.folder.glob(pattern):
                 _remove(left)
 
     def clear_parts(self) -> None:
-        """Remove the files that this run was writing; what still writes to one can't finish it."""
+        """Remove the files that this run was writing; a process that still writes to one can't finish it."""
         if self.run:
             _remove(self.folder / "parts" / self.run)
         with contextlib.suppress(OSError):
-            (self.folder / "parts").rmdir()  # not where another run has taken over
+            (self.folder / "parts").rmdir()  # fails if another run has taken over
 
     def new_part(self, name: str) -> Path:
-        """A path for one attempt at writing a file, never given twice."""
+        """A unique path for one attempt at writing a file."""
         return self.folder / "parts" / self.run / f"{flat_name(name)}.{uuid.uuid4().hex}"
 
     def finished(self, name: str) -> FileRecord | None:
@@ -185,7 +187,7 @@ class Journal(BaseJournal):
         return claim.accepted_record(note)
 
     def clear(self) -> None:
-        """Forget everything but the lock; `plan.json` goes first, since it is what makes a journal. Raises OSError."""
+        """Remove everything but the lock. `plan.json` goes first, since it is what marks a journal. Raises OSError."""
         (self.folder / "plan.json").unlink(missing_ok=True)
         for name in ("parts", "done"):
             _remove(self.folder / name)
@@ -193,14 +195,14 @@ class Journal(BaseJournal):
         self._remove_leftovers()
 
     def end(self) -> None:
-        """The merge is complete: the journal goes, the record stays. Raises OSError where it can't be removed."""
+        """The merge is complete: remove the journal and keep the record. Raises OSError if it can't be removed."""
         self.clear()
         self.release()
 
     def release(self) -> None:
-        """Give the lock back, if it is held. Half-written files go, and the folder too where it holds nothing else.
+        """Release the lock, if it is held. Removes half-written files, and the folder too if it holds nothing else.
 
-        What can't be removed stays, for the next run: how the merge ended is what matters.
+        Files that can't be removed stay for the next run: the merge's own outcome matters more.
         """
         if self._lock is None:
             return
@@ -236,14 +238,15 @@ class Journal(BaseJournal):
         self._write(f"{kind}/{name}", {**self.check_run().signature, **content})
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Replace a small file of the journal in one step; after return it survives a crash of the machine."""
+        """Replace a small file of the journal in one step; afterwards it survives a crash of the machine."""
         path = self.folder / name
         replace_file(path, self.new_part(name), json.dumps(content).encode())
         sync_folder(path.parent)
 
 
 def _is_held(descriptor: int) -> bool:
-    """Whether a merge holds the lock; those that look at it, as this does, hold it too, but shared. Raises OSError."""
+    """Whether a merge holds the lock. Processes that check it, as this does, hold it too, but shared. Raises
+    OSError."""
     if not try_lock(descriptor, fcntl.LOCK_SH):
         return True
     fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -251,10 +254,10 @@ def _is_held(descriptor: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder with all that is in it; of a link, the link alone. Raises OSError where it can't be moved away.
+    """Remove a folder with its content; of a link, only the link. Raises OSError if it can't be renamed.
 
-    First it gets another name: a process that writes into it can't reach it by the old one any more. On NFS another
-    machine may still know it for a while, and add a file; it can't to a folder that is gone.
+    It is renamed first: then a process that writes into it can't reach it by the old name. On NFS another machine may
+    still know it for a while and add a file, which fails once the folder is gone.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -270,8 +273,8 @@ def _remove(path: Path) -> None:
 
 
 def source_fingerprints(files: Iterable[SourceFile]) -> dict[str, str]:
-    """What tells one state of a local source file from another between two runs, by location: its time, as it was when
-    the header was read, and a sample.
+    """Fingerprints that tell versions of a local source file apart between two runs, by location: its modification time
+    when the header was read, and a sample.
 
     Files of another machine are left out, unless they are here too. A Hub revision never changes.
     """

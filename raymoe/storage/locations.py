@@ -1,8 +1,8 @@
-"""Which names mean one place: told by identity, never by text.
+"""Decides whether two names mean the same place: by identity, not by text.
 
-A local place is its device and inode, so links, '..', bind mounts and another case of the letters do not hide it. Where
-nothing exists yet, it is the nearest existing folder and the names below it. A place in an object store is its store,
-bucket and key, whichever of its schemes or addresses a URL uses.
+A local place is identified by device and inode, so links, '..', bind mounts and different letter case do not hide it.
+For a path that does not exist yet, the nearest existing folder and the names below it are used. A place in an object
+store is its store, bucket and key, whichever of its schemes or addresses a URL uses.
 
     folders of sources, files that the user named --Inputs--> `overwrite_problem` --> why an output can't be here
 """
@@ -26,9 +26,9 @@ from raymoe.sources.facts import SourceFile
 from raymoe.storage.file_names import JOURNAL, is_written_by_a_merge
 
 Key = tuple[Hashable, ...]
-"""Equal for names of one place; the key of a folder begins the key of what is not there yet in it."""
+"""Equal for names of the same place. The key of a path that does not exist yet starts with the key of its folder."""
 
-_MAX_LINKS = 40  # as many as Linux follows
+_MAX_LINKS = 40  # the limit of Linux
 _TEMPLATES = "chat_templates"  # the one subfolder, besides the journal, that a merge writes to
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html
 _AWS_HOST = re.compile(r"(?:(?P<bucket>.+)\.)?s3(?:[.-](?:dualstack\.)?[a-z0-9-]+)?\.amazonaws\.com(?:\.cn)?")
@@ -36,9 +36,9 @@ _AWS_HOST = re.compile(r"(?:(?P<bucket>.+)\.)?s3(?:[.-](?:dualstack\.)?[a-z0-9-]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a command reads. Each entry is what messages call it, and its path or URL.
+    """The models and files that a command reads. Each entry is its name in messages, and its path or URL.
 
-    No output may be one of the `folders`, nor remove or replace one of the `files`.
+    No output may be one of the `folders`, or remove or replace one of the `files`.
     """
 
     folders: tuple[tuple[str, str], ...] = ()
@@ -51,7 +51,7 @@ def place_key(location: str) -> Key:
 
 
 def _enclosing_keys(location: str) -> list[Key]:
-    """The identities of a place and of all folders above it, from the inside out."""
+    """The identities of a place and of all folders above it, innermost first."""
     place = Location.of(location)
     if place.kind.is_object:
         parts = _url_parts(location)
@@ -65,17 +65,17 @@ def _enclosing_keys(location: str) -> list[Key]:
 
 
 def is_same_place(one: str, other: str) -> bool:
-    """Whether two absolute paths or normalised URLs name one place."""
+    """Whether two absolute paths or normalised URLs mean the same place."""
     return place_key(one) == place_key(other)
 
 
 def is_in(inner: str, outer: str) -> bool:
-    """Whether a place is `outer` or lies in it, at any depth."""
+    """Whether a place is `outer` or is in it, at any depth."""
     return place_key(outer) in _enclosing_keys(inner)
 
 
 def _names_of(file: str) -> Iterator[str]:
-    """The name of a file and, if it is a link, all names that it leads through: the file is lost with any of them."""
+    """The name of a file and, if it is a link, all names on its way: replacing any of them loses the file."""
     place = Location.of(file)
     file = place.text
     for _ in range(_MAX_LINKS):
@@ -87,15 +87,16 @@ def _names_of(file: str) -> Iterator[str]:
 
 
 def is_in_job_package(path: str) -> bool:
-    """Whether a path is in a folder that Ray has made of a job's `working_dir`, and deletes after the job."""
+    """Whether a path is in a folder that Ray made from a job's `working_dir`; Ray deletes it after the job."""
     # Ray's own layout (WorkingDirPlugin): SESSION/runtime_resources/working_dir_files/PACKAGE
     return "/runtime_resources/working_dir_files/" in f"{os.path.realpath(path)}/"
 
 
 def overwrite_problem(output: str, inputs: Inputs, recorded: Iterable[str] = ()) -> Problem | None:
-    """The problem of an output, a folder or URL prefix, whose merge would remove or replace something that it reads.
+    """The problem of an output (a folder or URL prefix) if the merge would remove or replace one of its own inputs
+    there.
 
-    `recorded` are names of files that the record of an earlier merge in the output has: they are removed too.
+    `recorded` are file names in the record of an earlier merge in the output: they are removed too.
     """
     own = {place_key(output): "", place_key(_below(output, _TEMPLATES)): f"{_TEMPLATES}/"}
     named = {(place_key(_folder(path)), _last_name(path)) for path in (_below(output, name) for name in recorded)}
@@ -118,8 +119,8 @@ def overwrite_problem(output: str, inputs: Inputs, recorded: Iterable[str] = ())
 
 
 def replaced_input(path: str, inputs: Inputs) -> str | None:
-    """What writing a file at an absolute path would replace, in words: one of the input files under whatever name, or
-    a file that is there in one of the folders. Links are followed."""
+    """A description of what a new file at an absolute path would replace: an input file under any name, or an existing
+    file in one of the folders. Links are followed."""
     if os.path.lexists(path):
         for owner, folder in inputs.folders:
             if is_in(os.path.realpath(path), folder) or is_in(os.path.dirname(path), folder):
@@ -129,16 +130,16 @@ def replaced_input(path: str, inputs: Inputs) -> str | None:
 
 
 def source_folders(owner: str, folders: Iterable[str], files: Iterable[SourceFile]) -> Iterator[tuple[str, str]]:
-    """Entries of `Inputs.folders` for a model: its own folders, and those of all names that lead to its files."""
+    """Entries of `Inputs.folders` for a model: its own folders, and the folders of all names that lead to its files."""
     found = dict.fromkeys(folders)
     for file in files:
-        if file.kind is not LocationKind.HUB:  # those are in the Hub's cache, which is among `folders`
+        if file.kind is not LocationKind.HUB:  # Hub files are in the Hub's cache, which is among `folders`
             found |= dict.fromkeys(_folder(name) for name in _names_of(file.location))
     return ((owner, folder) for folder in found)
 
 
 def input_paths(config: MergeConfig, source: object, extra: Inputs | None = None) -> Inputs:
-    """The files that a merge reads besides its models: the config, where `source` is its path, and files of prompts."""
+    """The files that a merge reads besides its models: the config, if `source` is its path, and files of prompts."""
     files = dict.fromkeys(extra.files if extra else ())
     if isinstance(source, (str, Path)):
         files["the config", os.path.abspath(source)] = None
@@ -153,12 +154,12 @@ def _conflict_problem(output: str, what: str, input_: str) -> Problem:
 
 
 def _path_key(path: str) -> Key:
-    """Of a path without links."""
+    """The key of a path without links."""
     names: list[str] = []
     while True:
         try:
             found = os.stat(path)
-        except OSError:  # not there, or not to be seen
+        except OSError:  # it does not exist, or is not readable
             path, name = os.path.split(path)
             names.insert(0, name)
             if not name:
@@ -184,7 +185,7 @@ def _url_parts(url: str) -> Key:
 
 
 def _web_parts(url: str) -> Key:
-    """Of an http(s) address; one of an S3 object is the object's."""
+    """Parts of an http(s) address; the address of an S3 object gives the object's parts."""
     parts = urlsplit(url)
     segments = _segments(unquote(parts.path))
     for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):

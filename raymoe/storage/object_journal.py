@@ -1,4 +1,4 @@
-"""The journal of a merge whose output is in an object store: the same promises as the local one, with objects.
+"""The journal of a merge in an object store. It gives the same guarantees as the local one, with objects.
 
     OUT/.raymoe/plan.json                 whose the output is (claim.py); written first
     OUT/.raymoe/uploads/RUN/FILE.json     the id of a shard's upload, written as soon as it has begun
@@ -10,27 +10,27 @@
                                           after its sources changed: the next run removes what is there
     OUT/raymoe.json                       the record of the finished merge; then `.raymoe/` is removed, plan.json last
 
-An object store has no locks. A new run replaces `plan.json` first, and so fences off all older runs: they look at it
-immediately before they make anything visible, and stop. Then the new run takes away what an older run could still make
-visible: it aborts the uploads and removes the parts that older runs have noted. Only then it removes, with
-`--overwrite`, what an earlier merge left.
+An object store has no locks. A new run replaces `plan.json` first, and so fences off all older runs: they check it
+immediately before they make an object visible, and stop. Then the new run removes what an older run could still make
+visible: it aborts the uploads and deletes the parts that older runs have noted. Only then, with `--overwrite`, does it
+remove the files of an earlier merge.
 
-Between a run's look at the output and its claim another run may have begun, or may even have done its whole merge. So
-the claim is put only if none is there, where none was; and without `--overwrite` the run looks again after its claim.
-If the output is another, the run gives its claim back and is refused.
+Between a run's check of the output and its claim, another run may have begun, or may even have completed its merge. So
+if there was no claim, the claim is put only if there still is none; and without `--overwrite` the run checks again
+after its claim. If the output has changed, the run withdraws its claim and is refused.
 
-A run writes notes under its own name only, so that no run overwrites or removes a note of a newer one; and a note is
-accepted only from the merge that `plan.json` is of. An upload is used only if `plan.json` was still the run's own after
-the upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
+A run writes notes under its own name only, so that it can't overwrite or remove a newer run's note. A note is accepted
+only if it belongs to the merge of `plan.json`. An upload is used only if `plan.json` was still the run's own after the
+upload's id had been noted: a newer run either finds the note, or the older run aborts the upload itself.
 
-Between an upload's beginning and the note of its id a run may die. What was opened then is found by `known/RUN.json`:
-it is an open upload that is not among the known ones, of a shard for which the run has noted no id. Some stores list
-only the uploads of one exact key. There the note in `uploads/` is written before the upload begins too, with the known
-uploads of that key in the place of its id.
+A run may die between the start of an upload and the note of its id. `known/RUN.json` identifies such an upload: it is
+open, is not among the known ones, and is of a shard for which the run has noted no id. Some stores list only the
+uploads of one exact key. There the note in `uploads/` is written before the upload begins too, with the known uploads
+of that key instead of its id.
 
-The last note of a shard comes without a look at `plan.json` after it. The next look confirms it; if that finds another
-merge in the output, or none, the note is removed again (`check_run`). A run that ends looks once more for notes that
-came in while it removed the journal.
+After the last note of a shard there is no check of `plan.json`. The next check confirms it; if that check finds another
+merge in the output, or none, the note is removed again (`check_run`). A run that ends checks once more for notes that
+arrived while it removed the journal.
 
 Thread-safe once the run has begun.
 """
@@ -60,8 +60,8 @@ from raymoe.storage.output_files import StoreFiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedUpload:
-    """An upload of a file that a run has noted: `upload_id` None where only its intention is known, and then `known`
-    are the uploads that were open before. `is_own`: of this very merge. `note` is where it is noted. `name` is flat."""
+    """An upload of a file, as a run has noted it. `upload_id` is None if only its intention was noted; then `known` are
+    the uploads that were open before. `is_own`: of this very merge. `note` is the note's name. `name` is flat."""
 
     name: str
     upload_id: str | None
@@ -72,8 +72,8 @@ class RecordedUpload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoneNote:
-    """What is noted of a finished file: its record, the ETag that the store told, and the upload that it came from, if
-    there was one. Notes of an older raymoe have the record alone."""
+    """The note of a finished file: its record, the store's ETag, and the upload that it came from, if there was one.
+    Notes of an older raymoe have the record only."""
 
     record: FileRecord
     etag: str | None = None
@@ -89,9 +89,9 @@ class ObjectJournal(BaseJournal):
         self._folder = join_url(files.location, JOURNAL)
         self._claim: Claim | None = None
         self._earlier: tuple[str, ...] = ()  # notes of earlier runs, when this one began
-        self._contents: dict[str, dict[str, Any]] = {}  # of those of them that have been read
-        self._unconfirmed: set[str] = set()  # own notes since which `plan.json` has not been looked at
-        self._lock = threading.Lock()  # of the three
+        self._contents: dict[str, dict[str, Any]] = {}  # their content, as far as it has been read
+        self._unconfirmed: set[str] = set()  # own notes that no check of `plan.json` has confirmed yet
+        self._lock = threading.Lock()  # guards the three fields above
 
     @property
     def _store(self) -> ObjectStore:
@@ -106,10 +106,10 @@ class ObjectJournal(BaseJournal):
         return True
 
     def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> bool:
-        """Fence off all older runs, and go on with their merge unless `fresh`.
+        """Fence off all older runs, and resume their merge unless `fresh`.
 
-        Returns whether what is here has to be removed; `mark_cleared` is called when it is. Raises ProblemReport where
-        another run has used the output since it was looked at, unless `fresh`, with which it may be replaced.
+        Returns whether the files here have to be removed; call `mark_cleared` afterwards. Raises ProblemReport if
+        another run has used the output since the first check, unless `fresh` allows its replacement.
         """
         before, self.run = self.claim(), uuid.uuid4().hex
         seen = () if fresh else self._snapshot(before)
@@ -127,22 +127,22 @@ class ObjectJournal(BaseJournal):
         if not fresh and self._snapshot(before) != seen:
             self._withdraw(self._claim)
             raise self._in_use_report(digest)
-        if has_to_clear:  # an older run that was just ending may have removed the first one with its own journal
+        if has_to_clear:  # an older run that was just ending may have removed the first marker with its own journal
             self._store.put(after_claim, b"{}")
         self._earlier = tuple(entry.name for entry in self._store.list(self._folder) if "/" in entry.name)
-        self.check_run()  # so that none of these notes is a newer run's: it writes them after its claim
+        self.check_run()  # so that none of these notes is a newer run's, which writes them after its claim
         self._read_earlier(has_to_clear)
         return has_to_clear
 
     def _read_earlier(self, has_to_clear: bool) -> None:
-        """Read the notes that this run needs: of uploads only those that have not become a shard of this merge."""
+        """Read the notes that this run needs; of uploads, only those that have not become a shard of this merge."""
         if not has_to_clear:
             self._read_all(name for name in self._earlier if name.startswith(("done/", "sent/")))
         done = set() if has_to_clear else {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
         self._read_all(n for n in self._earlier if n.startswith(("uploads/", "known/")) and n not in done)
 
     def _accepted(self) -> Iterator[str]:
-        """Earlier notes of shards that came from an upload noted by the same run, and are of this merge."""
+        """Earlier notes of shards of this merge that came from an upload noted by the same run."""
         for name in self._earlier:
             note = self._done_note(name) if name.startswith("done/") else None
             if note is not None and note.upload_id is not None:
@@ -156,11 +156,11 @@ class ObjectJournal(BaseJournal):
             self._contents |= contents
 
     def _snapshot(self, before: Claim | None) -> tuple[object, ...]:
-        """What must be the same before and after this run has put its claim, which may take long: the put is repeated,
-        or the process is stopped. Another run may have done its whole merge meanwhile, and have removed its claim.
+        """State that must not change while this run puts its claim, which may take long: the put may be retried, or the
+        process stopped. Another run may complete its whole merge meanwhile, and remove its claim.
 
-        Where there was no claim, these are all files. Else an older run of this merge may still finish shards: only the
-        record tells then that another run has ended.
+        Without an earlier claim, the state is the list of all files. Otherwise an older run of this merge may still
+        finish shards, so only the record shows that another run has ended.
         """
         if before is None:
             return tuple(self._files.visible_files())
@@ -168,15 +168,15 @@ class ObjectJournal(BaseJournal):
         return (info.size, info.etag) if info is not None else ()
 
     def _withdraw(self, claim: Claim) -> None:
-        """Remove the claim of this run and its markers, before it has written anything else. Raises MergeFailed where
-        the claim is another run's now."""
+        """Remove the claim of this run and its markers, before it has written anything else. Raises MergeFailed if the
+        claim is another run's now."""
         self.check_claim(claim)
         self._delete(["plan.json"])
         self._store.delete_all(self._clearing_markers(claim.run))
 
     def _in_use_report(self, digest: str) -> ProblemReport:
-        """What is raised where another run has used the output since this one has looked at it."""
-        what = "another run has begun here, or has ended, since this one has looked"
+        """The error for an output that another run has used since this run checked it."""
+        what = "another run has begun here, or has ended, since this one checked the output"
         remedy = "run the same command again: it goes on, or says what is in the way"
         unknown = Problem(where=self._location, what=what, remedy=remedy)
         finished = self._files.finished_merge(self)
@@ -187,11 +187,11 @@ class ObjectJournal(BaseJournal):
         self._store.put(marker, b"{}")
 
     def mark_cleared(self) -> None:
-        """What an earlier merge left is removed; so are its notes, which are of no use any more."""
+        """Called when the files of an earlier merge are removed: removes their notes too."""
         self._delete(self._earlier)
         self._earlier = ()
         there = [e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(CLEARING)]
-        self.check_run()  # what was there before is no marker of a newer run that may begin now
+        self.check_run()  # so that the markers found before are not those of a newer run
         self._delete(there)
 
     def finished(self, name: str) -> FileRecord | None:
@@ -199,7 +199,7 @@ class ObjectJournal(BaseJournal):
         return note.record if note is not None else None
 
     def done(self, name: str) -> DoneNote | None:
-        """What an earlier run of this merge has noted of a file that it finished."""
+        """The note of a file that an earlier run of this merge finished."""
         notes = map(self._done_note, self._notes("done", f"{flat_name(name)}.json"))
         return next((note for note in notes if note is not None), None)
 
@@ -221,18 +221,19 @@ class ObjectJournal(BaseJournal):
         )
 
     def record(self, record: FileRecord, *, etag: str | None = None, upload_id: str | None = None) -> None:
-        """Note a finished file. The next look at `plan.json` confirms the note."""
+        """Note a finished file. The next check of `plan.json` confirms the note."""
         content = {"file": asdict(record), "etag": etag, "upload": upload_id}
         self._note_unconfirmed(f"done/{self.run}/{flat_name(record.name)}.json", content)
 
     # --- files being written
 
     def new_part(self, name: str) -> str:
-        """A URL for one attempt at writing a file, never given twice."""
+        """A unique URL for one attempt at writing a file."""
         return join_url(self._folder, f"parts/{self.run}/{flat_name(name)}.{uuid.uuid4().hex}")
 
     def remove_earlier_parts(self) -> None:
-        """Take the files away that older runs were writing, so that they can't move them to their places any more."""
+        """Remove the files that older runs were writing, so that they can't be renamed to their final names any
+        more."""
         self._delete(name for name in self._earlier if name.startswith("parts/"))
 
     def remove_own_parts(self) -> None:
@@ -242,12 +243,12 @@ class ObjectJournal(BaseJournal):
     # --- uploads in parts
 
     def record_known(self, known: Sequence[str]) -> None:
-        """Note the ids of all uploads that were open below the output before this run opened one. The store is one that
-        lists them all."""
+        """Note the ids of all uploads below the output that were open before this run opened one. The store must be
+        able to list them all."""
         self._note_unconfirmed(f"known/{self.run}.json", {"uploads": list(known)})
 
     def lost_uploads(self, opened: Iterable[OpenUpload]) -> list[OpenUpload]:
-        """Those of some open uploads below the output whose ids an earlier run did not live to note."""
+        """The uploads among `opened` below the output that an earlier run opened but died before it noted their ids."""
         notes = [(name, name.split("/")) for name in self._earlier if name.startswith("uploads/")]
         noted = {(path[1], self._contents[name].get("id")) for name, path in notes if name in self._contents}
         has_begun = {(path[1], path[2]) for _, path in notes if len(path) == 3}
@@ -263,29 +264,30 @@ class ObjectJournal(BaseJournal):
         return found
 
     def _earlier_known(self) -> Iterator[tuple[str, list[Any]]]:
-        """The uploads that earlier runs have known, by run."""
+        """The uploads known to earlier runs, by run."""
         for name in self._earlier:
             known = self._contents.get(name, {}).get("uploads") if name.startswith("known/") else None
             if isinstance(known, list):
                 yield name.removeprefix("known/").removesuffix(".json"), known
 
     def forget_known(self) -> None:
-        """Remove the notes of what earlier runs have known: what they did not live to note is aborted."""
+        """Remove the notes of uploads known to earlier runs, after the uploads without a noted id were aborted."""
         self._forget([name for name in self._earlier if name.startswith("known/")])
 
     def forget_own_known(self) -> None:
-        """Remove this run's own note of what was open before: it has opened nothing whose id it does not know."""
+        """Remove this run's own note of earlier open uploads: it has noted the ids of all uploads that it opened."""
         note = f"known/{self.run}.json"
         with self._lock:
             self._unconfirmed.discard(note)
         self._delete([note])
 
     def announce_upload(self, name: str, known: Sequence[str]) -> None:
-        """An upload of `name` is about to begin; `known` are the open ones of that name that are not of this run."""
+        """Note that an upload of `name` is about to begin; `known` are its open uploads that are not this run's."""
         self._note("uploads", f"{flat_name(name)}.json", {"id": None, "known": list(known)})
 
     def record_upload(self, name: str, upload_id: str) -> None:
-        """Raises MergeFailed where another run has taken over, after the note is written: the upload is of no use."""
+        """Note the id. If another run has taken over, raises MergeFailed after writing the note: the upload is of no
+        use."""
         claim = self._claim or self.check_run()
         content = {**claim.signature, "id": upload_id, "known": []}
         self._write(f"uploads/{self.run}/{flat_name(name)}.json", content)
@@ -305,14 +307,14 @@ class ObjectJournal(BaseJournal):
                 self._earlier = tuple(name for name in self._earlier if name not in notes)
 
     def earlier_uploads(self, name: str) -> list[RecordedUpload]:
-        """The uploads of `name` that earlier runs have noted, but for one that has become a shard of this merge."""
+        """The uploads of `name` that earlier runs noted, without uploads that have become a shard of this merge."""
         return list(self._parse_notes(self._notes("uploads", f"{flat_name(name)}.json")))
 
     def all_earlier_uploads(self) -> list[RecordedUpload]:
         return list(self._parse_notes(name for name in self._earlier if name.startswith("uploads/")))
 
     def other_uploads(self) -> list[RecordedUpload]:
-        """All uploads that are noted now by other runs, but for those that have become shards of this merge."""
+        """All uploads that other runs have noted so far, without those that have become shards of this merge."""
         entries = self._store.list(join_url(self._folder, "uploads"))
         names = [f"uploads/{entry.name}" for entry in entries]
         done = {f"uploads/{name.partition('/')[2]}" for name in self._accepted()}
@@ -321,7 +323,7 @@ class ObjectJournal(BaseJournal):
         return list(self._parse_notes(others))
 
     def record_sent(self, name: str, upload_id: str, parts: Sequence[UploadedPart]) -> None:
-        """Note parts that the store has, so that a run that goes on knows them again."""
+        """Note parts that the store has, so that a run that resumes can use them."""
         content = {"upload": upload_id, "parts": [[part.number, part.etag, part.size] for part in parts]}
         self._note("sent", f"{flat_name(name)}.{parts[0].number}.json", content)
 
@@ -330,7 +332,8 @@ class ObjectJournal(BaseJournal):
         return self._parts_in(self._sent_notes(name, self._earlier), upload_id)
 
     def read_sent_parts(self, name: str, upload_id: str) -> set[UploadedPart]:
-        """The same, with those that this run has noted until now: for an actor, whose journal has not begun the run."""
+        """The same, with this run's own notes so far: for an actor, since only the coordinator's journal begins the
+        run."""
         self._claim = self.check_run()
         entries = self._store.list(join_url(self._folder, "sent"))
         notes = self._sent_notes(name, [f"sent/{entry.name}" for entry in entries])
@@ -339,7 +342,7 @@ class ObjectJournal(BaseJournal):
 
     @staticmethod
     def _sent_notes(name: str, notes: Iterable[str]) -> list[str]:
-        """Those of some notes that are of sent parts of a file."""
+        """The notes, among `notes`, of sent parts of a file."""
         found = (note for note in notes if note.startswith("sent/"))
         return [note for note in found if note.rpartition("/")[2].rsplit(".", 2)[0] == flat_name(name)]
 
@@ -355,17 +358,17 @@ class ObjectJournal(BaseJournal):
         return found
 
     def clear_unclaimed(self) -> None:
-        """Remove the notes of a journal without a claim, as two runs of one merge may leave it that end at once. The
+        """Remove the notes of a journal without a claim. Two runs of one merge that end at once may leave them. The
         caller knows that the merge is finished."""
         there = [entry.name for entry in self._store.list(self._folder)]
-        if there and not self.exists:  # so that none is a newer run's note: it writes them after its claim
+        if there and not self.exists:  # so that none is a newer run's note, which is written after its claim
             self._delete(there)
 
     def clear(self, claim: Claim) -> None:
-        """Forget everything, as long as the output is that claim's. Raises MergeFailed where it is not any more.
+        """Remove the journal while the output still belongs to this claim. Raises MergeFailed if it does not any more.
 
-        `plan.json` goes last, so that a run that dies over it is followed by one that goes on. What is removed was
-        there while the claim was: it is no note of a newer run.
+        `plan.json` goes last: if this run dies during the removal, the next run continues it. The removed notes existed
+        while the claim was valid, so none is a newer run's.
         """
         there = [entry.name for entry in self._store.list(self._folder) if entry.name != "plan.json"]
         self.check_claim(claim)
@@ -375,7 +378,7 @@ class ObjectJournal(BaseJournal):
         self.clear_unclaimed()
 
     def check_claim(self, claim: Claim) -> None:
-        """Raises MergeFailed where another run has taken over the output since that claim was read."""
+        """Raises MergeFailed if another run has taken over the output since this claim was read."""
         if self.claim() != claim:
             raise taken_over_error(self._location)
 
@@ -387,13 +390,13 @@ class ObjectJournal(BaseJournal):
         return join_url(self._folder, f"{CLEARING}{run}"), join_url(self._folder, f"{CLEARING}{run}.again")
 
     def _notes(self, kind: str, name: str) -> Iterator[str]:
-        """Notes of earlier runs of one kind and name; an older raymoe had no folders of runs."""
+        """Notes of earlier runs of one kind and name. An older raymoe had no folders per run."""
         return (note for note in self._earlier if note.startswith(f"{kind}/") and note.rpartition("/")[2] == name)
 
     def _parse_notes(self, notes: Iterable[str]) -> Iterator[RecordedUpload]:
         for note in notes:
             content = self._contents.get(note, {})
-            if "id" not in content:  # gone meanwhile, or damaged
+            if "id" not in content:  # removed meanwhile, or damaged
                 continue
             upload_id, known = content["id"], content.get("known")
             yield RecordedUpload(
@@ -405,7 +408,8 @@ class ObjectJournal(BaseJournal):
             )
 
     def _note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
-        """A newer run may have cleared the journal meanwhile, and would not look for the note any more."""
+        """Write a note and check `plan.json`: if a newer run cleared the journal meanwhile, it would not find this
+        note."""
         note = f"{kind}/{self.run}/{name}"
         self._write(note, {**self.check_run().signature, **content})
         try:
@@ -415,7 +419,7 @@ class ObjectJournal(BaseJournal):
             raise
 
     def _note_unconfirmed(self, note: str, content: Mapping[str, Any]) -> None:
-        """Write a note that the next look at `plan.json` confirms."""
+        """Write a note. The next check of `plan.json` confirms it."""
         with self._lock:
             self._unconfirmed.add(note)
         self._write(note, {**(self._claim or self.check_run()).signature, **content})
@@ -437,9 +441,9 @@ class ObjectJournal(BaseJournal):
         return bool(self._unconfirmed)
 
     def withdraw_notes(self) -> None:
-        """Remove the notes of this run that no look at `plan.json` has confirmed, if another merge is here by now, or
-        none: it has removed its journal, and would not look for them any more. A newer run of this merge may rely on
-        them, and removes them at its end."""
+        """Remove this run's notes that no check of `plan.json` has confirmed, if another merge is in the output by now,
+        or none: that run has removed its journal, and would not find them. A newer run of this merge may rely on them,
+        and removes them when it ends."""
         claim = self.claim()
         if claim is None or self._claim is None or not claim.owns(self._claim.signature):
             with self._lock:
@@ -448,7 +452,7 @@ class ObjectJournal(BaseJournal):
             self._delete(notes)
 
     def through(self, files: StoreFiles) -> ObjectJournal:
-        """This journal, read and written by other means."""
+        """This journal, read and written through another `StoreFiles`."""
         other = copy.copy(self)
         other._files = files
         return other

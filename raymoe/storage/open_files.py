@@ -1,11 +1,11 @@
-"""Open source files of one reader: a limited number at once, however many files a shard is made of.
+"""Keeps the open source files of one reader: a limited number at once, even if a shard needs more files.
 
-A shard whose tensors hold all experts reads every expert's files. They are opened when they are read, and the one that
-has been idle longest is closed for the next. A descriptor that a thread is using is never closed under it: its number
-could be given to another file at once.
+A shard with tensors of all experts reads every expert's files. Files are opened when they are read, and the one that
+has been idle longest is closed for the next. A descriptor that a thread is using is never closed: another file could
+get its number at once.
 
-A file that is written while it is read would give half of the old bytes and half of the new. So its time and size are
-noted when it is first opened, and compared before it is closed.
+If a file is written while it is read, the bytes would be a mix of old and new. So its time and size are noted when it
+is first opened, and compared before it is closed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from raymoe.errors import CheckpointError, Problem
 from raymoe.sources.facts import SourceFile
 
-_MAX_OPEN = 32  # of one reader; an actor has up to ten readers, and Ray may be started with a limit of 1024 files
+_MAX_OPEN = 32  # per reader; an actor has up to ten readers, and Ray may be started with a limit of 1024 files
 
 
 @dataclass(slots=True)
@@ -30,12 +30,12 @@ class _OpenFile:
 
 
 class OpenFiles:
-    """Descriptors by location, opened by `opener`. Thread-safe; `use` is valid again after `close`."""
+    """Descriptors by location, opened by `opener`. Thread-safe; `use` works again after `close`."""
 
     def __init__(self, opener: Callable[[SourceFile], int], max_open: int = _MAX_OPEN) -> None:
         self._opener, self._max_open = opener, max_open
         self._lock = threading.Lock()
-        self._open: dict[str, _OpenFile] = {}  # the one that was used longest ago first
+        self._open: dict[str, _OpenFile] = {}  # the least recently used one first
         self._first_seen: dict[str, tuple[int, int]] = {}
 
     @contextmanager
@@ -56,7 +56,7 @@ class OpenFiles:
             with self._lock:
                 opened.users -= 1
                 if not opened.users and self._open.get(file.location) is not opened:
-                    os.close(opened.descriptor)  # everything else was closed meanwhile
+                    os.close(opened.descriptor)  # `close` was called meanwhile
 
     def check(self) -> None:
         """Raises CheckpointError if an open file has been written since it was first opened."""
@@ -65,7 +65,7 @@ class OpenFiles:
                 self._check(opened)
 
     def close(self) -> None:
-        """Close all files; one in use is closed after its use."""
+        """Close all files; a file in use is closed after its use."""
         with self._lock:
             for opened in self._open.values():
                 if not opened.users:

@@ -1,4 +1,4 @@
-"""The files of an output: which are there, which of them are a checkpoint, and what keeps a merge from taking it.
+"""Lists the files of an output, decides which of them form a checkpoint, and what prevents a merge into it.
 
 The rules are the same for a folder and for an object store. A back end lists, reads and removes files.
 """
@@ -30,11 +30,11 @@ from raymoe.storage.file_names import (
 from raymoe.untrusted_files import MAX_JSON_BYTES
 
 _SWEEPS = 3
-_TEMPLATES = "chat_templates"  # the one folder in which a reader looks for a part of a model
+_TEMPLATES = "chat_templates"  # the only folder in which readers look for a part of a model
 
 
 class OutputFiles(ABC):
-    """The files of one output. `noun` and `here` are how messages call the output and the place in it."""
+    """The files of one output. `noun` and `here` name the output and its location in messages."""
 
     noun, here = "output", "here"
 
@@ -43,15 +43,15 @@ class OutputFiles(ABC):
 
     @abstractmethod
     def entries(self) -> Mapping[str, int | None]:
-        """The sizes of the files here, by name, without the journal; None for what is no file."""
+        """The sizes of the files here, by name, without the journal; None for entries that are not files."""
 
     @abstractmethod
     def size_of(self) -> Callable[[str], int | None]:
-        """What tells the size of a file by its name; None where there is none."""
+        """A function that gives a file's size by its name; None if there is none."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none, or none that can be read."""
+        """A small file; None if it does not exist or can't be read."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -66,17 +66,17 @@ class OutputFiles(ABC):
         """Whether there is a file (or a link) of that name in this output."""
 
     def record(self) -> dict[str, Any]:
-        """The record of the merge that is here; empty where there is none."""
+        """The record of the merge that is here; empty if there is none."""
         return json_object(self.read(RECORD_NAME) or b"")
 
     def recorded_files(self) -> list[str]:
-        """Names of the files that an earlier merge wrote, as far as its record can be read."""
+        """Names of the files that an earlier merge wrote, if its record can be read."""
         files = self.record().get("files")
         names = files if isinstance(files, (dict, list)) else ()
         return [name for name in names if is_recorded_file(name)]
 
     def finished_merge(self, journal: BaseJournal) -> FinishedMerge | None:
-        """The finished merge that is here, by its record; None where there is none, or a merge has begun to replace
+        """The finished merge that is here, by its record; None if there is none, or if a merge has begun to replace
         it."""
         is_journal_there = journal.exists
         found = FinishedMerge.of(self.record())
@@ -85,20 +85,20 @@ class OutputFiles(ABC):
         return found
 
     def visible_files(self) -> list[str]:
-        """Names of all files but the journal's; none where they only tell how earlier runs went."""
+        """Names of all files but the journal's. Empty if there are only results of earlier runs."""
         entries = self.entries()
         return [] if all(self._is_result(name, size) for name, size in entries.items()) else [*entries]
 
     def other_model_files(self, own: Container[str]) -> list[str]:
-        """Files that readers take for a part of the model here and that are not among `own`. The index is looked at by
-        itself: an earlier run of the same merge may have written it."""
+        """Files that readers would take for a part of the model here and that are not among `own`. The index is not
+        included: an earlier run of the same merge may have written it."""
         names = (name for name, size in self.entries().items() if size is not None and name != INDEX_NAME)
         return sorted(name for name in names if is_part_of_a_model(name) and name not in own)
 
     def problems(self, journal: BaseJournal, finished: FinishedMerge | None, digest: str | None) -> list[Problem]:
-        """Why the output can't be taken, if it can't: only an unfinished run of this very plan may go on, and what this
-        very plan gave is complete, unless something has become of its files. `finished` is `finished_merge(journal)`.
-        `digest` None: the plan has problems."""
+        """The reasons that prevent a merge into this output. Only an unfinished run of this very plan may resume; a
+        finished merge of this very plan is complete, unless its files have changed. `finished` is
+        `finished_merge(journal)`. `digest` None: the plan has problems."""
         if finished is not None and finished.digest == digest:
             return finished.problems(self.location, self.size_of())
         if journal.exists:
@@ -121,18 +121,18 @@ class OutputFiles(ABC):
         return [self._problem(what, "use --overwrite to discard it, or choose another output")]
 
     def _foreign_record_problems(self, journal: BaseJournal) -> list[Problem]:
-        """The problem of a record of another plan beside an unfinished merge, where the output has no lock."""
+        """The problem of another plan's record next to an unfinished merge, for outputs without a lock."""
         return []
 
     def _problem(self, what: str, remedy: str) -> Problem:
         return Problem(where=self.location, what=what, remedy=remedy)
 
     def remove_checkpoint(self, check: Callable[[], object] = lambda: None) -> None:
-        """Remove what --overwrite replaces, record and index first, so that what is left never looks whole. All else is
-        of other programs, and stays.
+        """Remove the files that --overwrite replaces, record and index first, so that the rest never looks complete.
+        Other files belong to other programs, and stay.
 
-        `check` is called before each removal, and raises where the output has been taken over. What an older run was
-        just making visible may appear meanwhile, so that it is looked for again.
+        `check` is called before each removal, and raises if another run has taken over. Files that an older run was
+        just making visible may appear meanwhile, so the files are listed again.
         """
         for _ in range(_SWEEPS):
             names = self._checkpoint_files()
@@ -145,7 +145,7 @@ class OutputFiles(ABC):
     def _checkpoint_files(self) -> list[str]:
         entries = self.entries()
         result = [RESULT_NAME] if self._is_result(RESULT_NAME, entries.get(RESULT_NAME)) else []
-        recorded = [name for name in self.recorded_files() if name != RESULT_NAME]  # another such file is the user's
+        recorded = [name for name in self.recorded_files() if name != RESULT_NAME]  # other result files are the user's
         names = dict.fromkeys((RECORD_NAME, INDEX_NAME, *result, *recorded, *filter(is_part_of_a_model, entries)))
         return [name for name in names if self._is_removable(name, entries)]
 
@@ -156,7 +156,7 @@ class OutputFiles(ABC):
 
 
 class FolderFiles(OutputFiles):
-    """In a local folder. Nothing that a link leads to is touched."""
+    """The files of a local folder. Targets of links are never changed."""
 
     noun, here = "output folder", "in this folder"
 
@@ -199,7 +199,7 @@ class FolderFiles(OutputFiles):
 
 
 class StoreFiles(OutputFiles):
-    """Under a prefix of an object store."""
+    """The objects under a prefix of an object store."""
 
     def __init__(self, store: ObjectStore, location: str) -> None:
         super().__init__(location)
@@ -228,7 +228,7 @@ class StoreFiles(OutputFiles):
         return name in entries
 
     def _foreign_record_problems(self, journal: BaseJournal) -> list[Problem]:
-        """No run leaves such a record that ends in order."""
+        """As in the base class. A run that ends normally leaves no such record."""
         if self.store.stat(self.place(RECORD_NAME)) is None or journal.is_clearing:
             return []
         what = "a merge of another plan has ended here over the unfinished one of this plan; files of both may be here"
@@ -236,7 +236,7 @@ class StoreFiles(OutputFiles):
 
 
 def file_size(path: Path) -> int | None:
-    """Size of a file; None where there is none."""
+    """Size of a file; None if there is none."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:
@@ -244,5 +244,5 @@ def file_size(path: Path) -> int | None:
 
 
 def _is_odd_link(path: Path) -> bool:
-    """Whether it is a link that leads to no file: such a link stands where a file of the model has to be."""
+    """Whether it is a link without a target file, at the name of a file of the model."""
     return path.is_symlink() and not path.is_file()

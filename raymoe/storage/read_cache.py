@@ -1,11 +1,12 @@
-"""One read of each byte: what several pieces of work want of an object is fetched once by a process.
+"""Caches object bytes so that each is fetched once per process, even if several jobs need it.
 
     gates    --read--> object store --+--> gates
-                                      +--> a file without a name --read--> shards, and its room is free again
+                                      +--> temporary file --read--> shards; then its space is freed
 
-and the other way round, whichever comes first; so too for shards that are made of the same weights, as those of experts
-that are one model with different adapters. Ranges that are on their way are waited for. The file has the object's own
-offsets and holds only what somebody is still expected to read; it is gone with the process, however that ends.
+The same holds if the shard reads first, and for shards that are made of the same weights, such as experts that share
+one model and differ in adapters. Ranges that are being fetched are waited for. The cache is a sparse, unlinked
+temporary file that uses the object's offsets. Ranges are freed after their last expected reader; the kernel removes the
+file when the process exits.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from raymoe.storage.file_writer import write_all
 from raymoe.storage.linux_io import free_range
 
 _MAX_BYTES = 64 << 30
-_MAX_IN_MEMORY_BYTES = 256 << 20  # where temporary files lie in memory
+_MAX_IN_MEMORY_BYTES = 256 << 20  # limit if temporary files are in memory
 
 GATES = "gates"
 SHARDS = "shards"
-"""Who reads: the gate pass, and shards of which no more is known than that one will come. A shard that others share
-weights with reads under its own name."""
+"""The names of readers: the gate pass, and shards (any shard that will come). A shard that shares weights with others
+reads under its own name."""
 
 Fetch = Callable[[int, memoryview], None]
 """Fills a buffer with the bytes of an object from a position on."""
@@ -38,7 +39,7 @@ Fetch = Callable[[int, memoryview], None]
 
 @dataclass(eq=False)
 class _Segment:
-    """Bytes [start, end), who is still expected to read them, and whether they are in the file."""
+    """Bytes [start, end), their expected readers, and whether they are in the file."""
 
     start: int
     end: int
@@ -47,26 +48,26 @@ class _Segment:
     in_use: bool = False
 
     def split(self, at: int) -> _Segment:
-        """Keep what lies before `at`; the rest."""
+        """Keep the bytes before `at`; returns a segment with the rest."""
         rest = _Segment(at, self.end, set(self.wanted), self.is_stored)
         self.end = at
         return rest
 
     def other_readers(self, reader: str) -> set[str]:
-        """Who wants it besides one who reads it now."""
+        """The expected readers other than `reader`, which reads now."""
         served = reader if reader in self.wanted or reader == GATES else SHARDS
         return self.wanted - {served}
 
 
 @dataclass
 class _CachedObject:
-    """The segments of one object, in order, and the file that keeps them."""
+    """The segments of one object, in order, and the file that holds them."""
 
     segments: list[_Segment] = field(default_factory=list)
     file: IO[bytes] | None = None
 
     def add(self, start: int, end: int, readers: Iterable[str]) -> None:
-        """Have a range wanted by `readers`."""
+        """Add `readers` as expected readers of a range."""
         at = start
         for known in [*self.segments_within(start, end), _Segment(end, end)]:
             if at < known.start:
@@ -81,7 +82,7 @@ class _CachedObject:
         return [segment for segment in self.segments[first:last] if segment.end > start]
 
     def segments_within(self, start: int, end: int) -> list[_Segment]:
-        """The segments within [start, end); those that reach beyond are split, unless they are in use."""
+        """The segments within [start, end); segments that extend beyond are split, unless they are in use."""
         for at in (start, end):
             for segment in self.overlapping(at, at + 1):
                 if segment.start < at and not segment.in_use:
@@ -94,10 +95,10 @@ def _start(segment: _Segment) -> int:
 
 
 class ReadCache:
-    """What one process keeps of objects between its two readings. Thread-safe.
+    """The object bytes that one process keeps between reads. Thread-safe.
 
-    At most `most_bytes` are kept in `folder` (default: the system's for temporary files, at most half of its free
-    room). What does not fit is simply read again.
+    At most `most_bytes` are kept in `folder` (default: the system's temporary folder, at most half of its free space).
+    Bytes that do not fit are read again from the store.
     """
 
     def __init__(self, folder: Path | None = None, most_bytes: int | None = None) -> None:
@@ -108,14 +109,14 @@ class ReadCache:
         self._cached_bytes = 0
 
     def expect(self, entries: Iterable[TensorEntry], *readers: str) -> None:
-        """These will be read by all of `readers`. Local files are left to the page cache."""
+        """Announce that all of `readers` will read these. Local files are left to the page cache."""
         with self._changed:
             for entry in entries:
                 if entry.file.kind.is_object and entry.nbytes:
                     self._objects.setdefault(entry.file, _CachedObject()).add(entry.start, entry.end, readers)
 
     def forget(self, entries: Iterable[TensorEntry], *readers: str) -> None:
-        """These will be read by `readers` no more: they are not kept for them."""
+        """Announce that `readers` will not read these any more, so they are not kept for them."""
         with self._changed:
             for entry in entries:
                 if (kept := self._objects.get(entry.file)) is not None:
@@ -125,7 +126,7 @@ class ReadCache:
                     self._drop(kept, [s for s in segments if not s.wanted and not s.in_use])
 
     def read_into(self, reader: str, file: SourceFile, start: int, buffer: memoryview, fetch: Fetch) -> None:
-        """Fill `buffer` from `start` on: what others have left from the spool, the rest by `fetch`."""
+        """Fill `buffer` from `start` on: cached bytes from the file, the rest by `fetch`."""
         found = self._claim(file, start, start + len(buffer))
         if found is None:
             fetch(start, buffer)
@@ -149,7 +150,7 @@ class ReadCache:
         self._release(segments)
 
     def _claim(self, file: SourceFile, start: int, end: int) -> tuple[_CachedObject, list[_Segment]] | None:
-        """The segments of a range, for this call alone to fetch or to take; None if nobody wants any of it."""
+        """The segments of a range, reserved for this call to fetch or to take; None if no reader expects any of it."""
         with self._changed:
             kept = self._objects.get(file)
             if kept is None:
@@ -179,7 +180,7 @@ class ReadCache:
     def _store(
         self, kept: _CachedObject, segments: Sequence[_Segment], start: int, buffer: memoryview
     ) -> list[_Segment]:
-        """Those of the segments that there was room for."""
+        """Store segments; returns those that there was room for."""
         stored = []
         for segment in segments:
             size = segment.end - segment.start
@@ -193,13 +194,13 @@ class ReadCache:
                         kept.file = tempfile.TemporaryFile(dir=self._folder, prefix="raymoe-spool-")  # noqa: SIM115
                 write_all(kept.file.fileno(), buffer[segment.start - start : segment.end - start], segment.start)
                 stored.append(segment)
-            except OSError:  # the disk is full, or the folder is gone: it is read again
+            except OSError:  # the disk is full, or the folder is gone: the bytes are read again
                 with self._changed:
                     self._cached_bytes -= size
         return stored
 
     def _drop(self, kept: _CachedObject, segments: Iterable[_Segment]) -> None:
-        """Forget segments that nobody wants any more. Call it with the lock held."""
+        """Forget segments without expected readers. Call it with the lock held."""
         for segment in segments:
             kept.segments.remove(segment)
             if segment.is_stored and kept.file is not None:
@@ -210,7 +211,7 @@ class ReadCache:
 
 
 def _gaps(start: int, end: int, segments: Iterable[_Segment]) -> list[tuple[int, int]]:
-    """What of [start, end) lies in none of the segments."""
+    """The ranges of [start, end) that no segment covers."""
     gaps, at = [], start
     for segment in segments:
         if at < segment.start:
@@ -226,7 +227,7 @@ def _available_bytes(folder: Path) -> int:
 
 
 def _is_in_memory(folder: Path) -> bool:
-    """Whether the folder's filesystem is a tmpfs, as Linux tells it."""
+    """Whether the folder is on a tmpfs. Linux only."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:

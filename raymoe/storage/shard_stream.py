@@ -1,7 +1,7 @@
 """A shard as a stream of bytes: header, copied ranges, transformed and combined blocks, computed rows, in file order.
 
-Any range of a shard can be asked for by itself, so that several workers may each send a piece of one file. Parts whose
-source ranges touch are read as one range. Memory: a few chunks of `CHUNK_BYTES`, or one transformed block.
+Any range of a shard can be requested separately, so that several workers can each send a part of one file. Parts with
+adjacent source ranges are read as one range. Memory: a few chunks of `CHUNK_BYTES`, or one transformed block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RouterBytes = Callable[[Part, Router], bytes]
 
 
 def shard_chunks(shard: Shard, reader: SourceReader, router: RouterBytes | None = None) -> Iterator[memoryview]:
-    """All bytes of a shard file in order. A chunk is valid until the next one is asked for."""
+    """All bytes of a shard file in order. A chunk is valid until the next one is requested."""
     return shard_range(shard, 0, shard.nbytes, reader, router)
 
 
@@ -40,7 +40,7 @@ def shard_range(
 def part_chunks(
     parts: tuple[Part, ...], reader: SourceReader, router: RouterBytes | None = None
 ) -> Iterator[memoryview]:
-    """The bytes of consecutive parts. `router` gives the bytes of computed rows, where there are any."""
+    """The bytes of consecutive parts. `router` gives the bytes of computed rows, if there are any."""
     return _range_chunks(parts, parts[0].start, parts[-1].end, reader, router)
 
 
@@ -77,12 +77,12 @@ def _span_bytes(
 
 
 def _single_spans(parts: Iterable[Part]) -> Iterator[Span]:
-    """The parts in order, none joined with its neighbour."""
+    """The parts in order, each as its own span."""
     return (Span(start=part.start, end=part.end, what=part) for part in parts)
 
 
 def _copy_chunks(part: Part, source: TensorEntry, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
-    """Bytes [start, end) of a tensor that is copied, each of its numbers looked at."""
+    """Bytes [start, end) of a copied tensor; all values are checked for NaN and infinity."""
     at = source.start + start
     before = bytearray(start % number_bytes(part.dtype) if number_bytes(part.dtype) else 0)
     if before:
@@ -96,9 +96,9 @@ def _copy_chunks(part: Part, source: TensorEntry, start: int, end: int, reader: 
 
 
 def _column_chunks(part: Part, what: Columns, start: int, end: int, reader: SourceReader) -> Iterator[memoryview]:
-    """Bytes [start, end) of matrices that share their rows, block of rows by block.
+    """Bytes [start, end) of matrices side by side, one block of rows after another.
 
-    The blocks are those that a transformed matrix is computed in, so that none is computed twice.
+    The blocks are the same as for a transformed matrix, so that no block is computed twice.
     """
     row_bytes = part.nbytes // part.shape[0]
     for rows in row_blocks(what.matrices[0].shape):
@@ -126,7 +126,7 @@ def different_tensors(
     router: RouterBytes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Names of the tensors whose bytes, as `written` holds them, are not what the plan says; all of them are read."""
+    """Names of the tensors with other bytes in `written` than the plan gives; all of them are read."""
     different = []
     for tensor, group in groupby(parts, key=lambda part: part.tensor):
         of_tensor = tuple(group)
@@ -148,7 +148,7 @@ def different_tensors(
 
 
 def _constant(dtype: str, value: float, start: int, end: int) -> Iterator[memoryview]:
-    """Bytes [start, end) of a tensor that is `value` everywhere."""
+    """Bytes [start, end) of a tensor with the same value everywhere."""
     element = np.array([value], NUMPY_DTYPES[dtype]).tobytes() if value else b"\0"
     size = len(element)
     block = memoryview(element * (min(end - start, CHUNK_BYTES) // size + 2))

@@ -1,15 +1,15 @@
-"""Ranged reads of source files on this node, wherever they lie.
+"""Reads ranges of source files on this node, wherever they are stored.
 
-A `SourceReader` serves ranges to several threads. A file on this node (Hub files are fetched into the Hub's cache
-first) stays open between reads, a limited number of them at once (see open_files.py); an object is read in place by
-ranged requests, several under way at once. Ways to read:
+A `SourceReader` serves several threads. Files on this node (Hub files are first fetched into the Hub's cache) stay open
+between reads, a limited number at once (see open_files.py). Objects are read in place by range requests, several at
+once. Read methods:
 
     chunks      a long range as a stream, for bytes that are passed on; of an object, the next chunks are read ahead
     read_into   a range into the caller's buffer
     scattered   many short ranges, joined where they lie close together
     view        a whole tensor that is computed with
 
-Nothing is mapped: a mapped file that is cut short while it is read ends the process with SIGBUS, without a message.
+Nothing is memory-mapped: if a mapped file is truncated while it is read, SIGBUS ends the process without a message.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from raymoe.storage.read_cache import SHARDS, ReadCache
 from raymoe.storage.value_checks import WeightFindings
 
 CHUNK_BYTES = 8 << 20
-# A chunk of a local file stays in the processor's cache between its reading, its checksum and its writing: four times
-# as fast as one of 8 MiB (see file_writer.py).
+# A chunk of a local file stays in the processor's cache between reading, checksum and writing: four times as fast as a
+# chunk of 8 MiB (see file_writer.py).
 LOCAL_CHUNK_BYTES = 256 << 10
 _CHUNKS_AHEAD = 3
 _REQUESTS_AT_ONCE = 8
-# Ranges of an object that lie closer than this are one request: the bytes between cost less than a round trip.
+# Ranges of an object that are closer than this become one request: reading the gap costs less than a round trip.
 _JOIN_BYTES = 128 << 10
 _JOINED_BYTES = 64 << 20
-# What is kept of tensors that were viewed one by one: enough for the LoRA factors of the tensors under way.
+# Cache for tensors that were viewed one by one: enough for the LoRA factors of the tensors in progress.
 _KEPT_BYTES = 64 << 20
 _DOWNLOAD_POLL_S = 5.0
-_MAX_READ_BYTES = 64 << 20  # of a local file per call, so that a large tensor on a slow disk is seen to move
+_MAX_READ_BYTES = 64 << 20  # per call for local files, so that a large tensor on a slow disk shows progress
 
 _T = TypeVar("_T")
 Heartbeat = Callable[[], None]
 
 
 def run_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], _T]], most: int) -> Iterator[_T]:
-    """The results of calls in their order. Up to `most` of them are under way before they are asked for."""
+    """The results of calls in their order. Up to `most` calls run ahead of the consumer."""
     under_way = deque[Future[_T]]()
     try:
         for call in calls:
@@ -82,9 +82,8 @@ class SourceReader:
         findings: WeightFindings | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        """With a `read_cache`, where it is called `name`, what others read of objects too is fetched once. `findings`
-        collects what is seen in weights that are read through it. `heartbeat` is called from any thread whenever
-        something has been read."""
+        """With a `read_cache`, where it is the reader `name`, shared object bytes are fetched once. `findings` collects
+        problems in the weights that are read. `heartbeat` is called from any thread after each read."""
         self.findings = findings or WeightFindings()
         self._hub, self._storage = hub, storage or StorageOptions()
         self._read_cache, self._name = read_cache, name
@@ -98,7 +97,8 @@ class SourceReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Raises CheckpointError if a file was written while it was read, unless there is an error already."""
+        """Raises CheckpointError if a file was written while it was read, unless an exception is already being
+        raised."""
         try:
             if kind is None:
                 self.check_unchanged()
@@ -106,7 +106,7 @@ class SourceReader:
             self.close()
 
     def path(self, file: SourceFile) -> Path:
-        """Where the file lies on this node. Raises CheckpointError if it is not there, or has changed size."""
+        """The file's path on this node. Raises CheckpointError if it is missing, or has changed size."""
         if (location := parse_location(file.location)) is None:
             return fetch_file(file, self._hub, self._storage)
         with _heartbeat_while_growing(partial(partial_downloads, location.repo, self._hub), self.heartbeat):
@@ -117,7 +117,7 @@ class SourceReader:
         return self._files.use(file)
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a file of this node has been written since this reader opened it."""
+        """Raises CheckpointError if a file on this node has been written since this reader opened it."""
         self._files.check()
 
     def read_into(self, file: SourceFile, start: int, buffer: memoryview) -> None:
@@ -132,7 +132,7 @@ class SourceReader:
             self._read_local(file, start, buffer)
 
     def chunks(self, file: SourceFile, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes [start, end) in order. A chunk is valid until the next one is asked for."""
+        """Bytes [start, end) in order. A chunk is valid until the next one is requested."""
         if file.kind.is_object:
             yield from self._chunks_ahead(
                 file, [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
@@ -152,7 +152,7 @@ class SourceReader:
         return [found[span] for span in ranges]
 
     def load(self, entries: Sequence[TensorEntry]) -> None:
-        """Read tensors of objects that are about to be viewed, neighbours in one go; local ones are left to `view`."""
+        """Prefetch tensors of objects that will be viewed, adjacent ones together; local ones are left to `view`."""
         remote = [entry for entry in entries if entry.file.kind.is_object and entry.nbytes]
         for file in dict.fromkeys(entry.file for entry in remote):
             members = [entry for entry in remote if entry.file == file]
@@ -161,8 +161,8 @@ class SourceReader:
                 self._read_tensors |= {entry: found[entry.start, entry.end] for entry in members}
 
     def view(self, entry: TensorEntry) -> memoryview:
-        """The bytes of a tensor, in memory of its own. Tensors that are not large are kept for the next call, since
-        LoRA factors are asked for block by block."""
+        """The bytes of a tensor, in memory of its own. Small tensors are cached for the next call, since LoRA factors
+        are requested once per block."""
         if entry.nbytes == 0:
             return memoryview(bytearray())
         content = self._read_tensors.get(entry)
@@ -175,7 +175,7 @@ class SourceReader:
         return content
 
     def release(self) -> None:
-        """Let go of read tensors: memory is given back as soon as the last view is dropped."""
+        """Drop the cached tensors: memory is freed as soon as the last view is gone."""
         with self._lock:
             self._read_tensors.clear()
 
@@ -191,7 +191,7 @@ class SourceReader:
         return open_file(file, None if file.kind.is_local else self.path(file))
 
     def _keep(self, entry: TensorEntry, content: memoryview) -> None:
-        """Remember a tensor that was read, and forget the oldest: a shard may need more of them than memory holds."""
+        """Cache a tensor, and drop the oldest ones: a shard may need more of them than fit in memory."""
         if len(content) > _KEPT_BYTES:
             return
         with self._lock:
@@ -227,11 +227,11 @@ class SourceReader:
                 self.heartbeat()
 
     def _chunks_ahead(self, file: SourceFile, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        """Chunks of an object, a few of them under way before they are asked for."""
+        """Chunks of an object; a few requests run ahead of the consumer."""
         yield from run_ahead(self._requests(), (partial(self._read, file, *span) for span in spans), _CHUNKS_AHEAD)
 
     def _read_joined(self, file: SourceFile, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], memoryview]:
-        """Ranges of an object: those that lie close together are one buffer, read by several requests at once."""
+        """Ranges of an object: close ranges share one buffer, which several requests fill at once."""
         groups: list[list[tuple[int, int]]] = []
         for span in sorted(set(ranges)):
             if groups and span[0] - groups[-1][-1][1] <= _JOIN_BYTES and span[1] - groups[-1][0][0] <= _JOINED_BYTES:
@@ -263,8 +263,8 @@ def _heartbeat_while_growing(
 ) -> Iterator[None]:
     """Call `heartbeat` at the start, and then every few seconds if one of the `sizes` has grown or a file is new.
 
-    The library that downloads reports nothing. It may also wait for the cache's lock, which a process that stands still
-    can hold: so the time alone says nothing.
+    The downloading library reports no progress. It may also wait for the cache's lock, which a hanging process can
+    hold, so elapsed time alone is no sign of progress.
     """
     stop, seen = threading.Event(), sizes()
 

@@ -1,4 +1,4 @@
-"""By which way each byte of an output gets there: what `raymoe plan CONFIG OUT` shows, computed, not measured."""
+"""Computes the bytes of an output per transfer method, for `raymoe plan CONFIG OUT`. Nothing is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRANSFER_METHODS = {
 
 
 def bytes_by_method(plan: MergePlan, output: Output) -> dict[str, int]:
-    """Bytes of the output's shards by way, the ways of `TRANSFER_METHODS`; together they are the output's bytes."""
+    """Bytes of the output's shards per method of `TRANSFER_METHODS`; together they are the output's bytes."""
     ways = dict.fromkeys(TRANSFER_METHODS, 0)
     store_copies = output.location.kind is LocationKind.S3
     for shard in plan.shards:
@@ -28,6 +28,6 @@ def bytes_by_method(plan: MergePlan, output: Output) -> dict[str, int]:
             if isinstance(span.what, CopyRange):
                 method = "local" if span.what.file.kind.is_local else "streamed"
             ways[method] += span.end - span.start
-        # What the store copies was counted by its source just now.
+        # Copied bytes were counted under their source above.
         ways["streamed"] -= copied
     return {method: count for method, count in ways.items() if count}

@@ -1,12 +1,12 @@
-"""Tensors that are not copied as they are: LoRA or DoRA, noise, scale, rows in another order, cast.
+"""Computes tensors that are not copied unchanged: LoRA or DoRA, noise, scale, permuted rows, casts.
 
 All is computed in float32, in bounded pieces.
 
-A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape: every
-random number and every rounding then depends on the plan alone, not on who computes it or how many threads there are.
-Where rows change places within heads, a block is of whole heads.
-Blocks with noise or a LoRA delta, which cost time, are computed a few ahead by threads. Casting and scaling go element
-by element, so that any blocks give the same bytes: theirs are small enough to stay in the processor's cache.
+A tensor is cut along its rows into blocks of about `BLOCK_ELEMENTS`, always the same blocks for the same shape. So
+every random number and every rounding depends on the plan alone, not on the actor that computes it or on the number of
+threads. If rows are permuted within heads, a block consists of whole heads. Blocks with noise or a LoRA delta take
+time, so threads compute a few of them ahead. Casting and scaling are elementwise, so any blocks give the same bytes:
+theirs are small enough to stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _Result = TypeVar("_Result")
 
 
 def load_array(reader: SourceReader, entry: TensorEntry) -> npt.NDArray[np.generic]:
-    """The tensor as a mapped array of its own dtype and shape; no bytes are read until they are used."""
+    """The tensor as an array of its own dtype and shape, backed by the bytes of `reader`."""
     flat = np.frombuffer(reader.view(entry), dtype=NUMPY_DTYPES[entry.dtype])
     return flat.reshape(entry.shape)
 
 
 def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: Rows) -> Float32:
-    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A; with DoRA, at their magnitudes.
+    """`block` (rows of a weight, in float32) plus those rows of scaling * B @ A; with DoRA, scaled to their magnitudes.
 
-    Products and lengths are summed in float64: the order of sums depends on the number of threads and on the processor,
-    and in float32 that would be seen in the last bit.
+    Products and lengths are summed in float64: the order of a sum depends on the number of threads and on the
+    processor, which in float32 would change the last bit.
     """
     a = load_array(reader, lora.a).astype(np.float64)
     b = load_array(reader, lora.b)[rows].astype(np.float64)
@@ -69,7 +69,8 @@ def with_lora(reader: SourceReader, block: Float32, lora: LoraPair, rows: Rows) 
 
 
 def dora_factors(magnitude: npt.NDArray[np.float64], lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """What DoRA multiplies rows of these lengths with. A row of length 0 has no direction: it stays what it is."""
+    """The factors by which DoRA multiplies rows of these lengths. A row of length 0 has no direction: its factor is
+    1."""
     return np.divide(magnitude, lengths, out=np.ones_like(lengths), where=lengths != 0)
 
 
@@ -91,17 +92,17 @@ def transformed_bytes(reader: SourceReader, part: Part, what: Transform, start: 
 
 
 def compute_ahead(calls: Sequence[Callable[[], _Result]]) -> Iterator[_Result]:
-    """The results of calls in their order, computed a few ahead by this process's threads; a single one right here."""
+    """The results of calls in their order. This process's threads compute a few ahead; a single call runs directly."""
     return run_ahead(_threads(), calls, THREADS) if len(calls) > 1 else (call() for call in calls)
 
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """The process's threads for blocks: all its shards share them, so that memory does not grow with their number."""
+    """The process's threads for blocks. All its shards share them, so that memory does not grow with their number."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="transform")
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what comes of it is looked at
+@np.errstate(over="ignore", invalid="ignore")  # the result is checked
 def _transformed_block(reader: SourceReader, part: Part, what: Transform, number: int, rows: slice) -> memoryview:
     block = read_rows(reader, what.source, rows)
     if what.lora is not None:
@@ -119,9 +120,9 @@ def _transformed_block(reader: SourceReader, part: Part, what: Transform, number
 
 @np.errstate(over="ignore", invalid="ignore")
 def cast_block(reader: SourceReader, part: Part, block: Float32, origin: Callable[[], str]) -> memoryview:
-    """The bytes of a computed block in the part's dtype. Raises MergeFailed for what float16 can't hold.
+    """The bytes of a computed block in the part's dtype. Raises MergeFailed for values that float16 can't hold.
 
-    NaN and infinity are noted; `origin` says in words where they come from.
+    NaN and infinity are noted; `origin` gives a text that says where they come from.
     """
     target = np.dtype(NUMPY_DTYPES[part.dtype])
     cast = np.ascontiguousarray(block.astype(target))
@@ -137,7 +138,7 @@ def cast_block(reader: SourceReader, part: Part, block: Float32, origin: Callabl
 
 
 def _non_finite_origin(reader: SourceReader, what: Transform, rows: slice) -> str:
-    """Where what is not finite comes from, in words: the weights, the factors, or only what was computed of them."""
+    """A text that says where NaN or infinity comes from: the weights, the factors, or the computation."""
     source = what.source
     if (found := non_finite_source(reader, source, what.lora, rows)) is not None:
         return found
@@ -145,7 +146,7 @@ def _non_finite_origin(reader: SourceReader, what: Transform, rows: slice) -> st
 
 
 def non_finite_source(reader: SourceReader, source: TensorEntry, lora: LoraPair | None, rows: slice) -> str | None:
-    """Which of a weight and its factors has NaN or infinity, in words; None if neither."""
+    """A text that says whether a weight or one of its factors has NaN or infinity; None if neither has."""
     if not np.isfinite(read_rows(reader, source, rows)).all():
         return f"in {source.name} of {source.file.location}"
     for entry in lora.entries.values() if lora is not None else ():
@@ -155,7 +156,7 @@ def non_finite_source(reader: SourceReader, source: TensorEntry, lora: LoraPair 
 
 
 def _note_zero_rows(reader: SourceReader, part: Part, lora: LoraPair, block: Float32, rows: slice) -> None:
-    """Say of rows of zeros that DoRA's magnitude would give a length."""
+    """Note rows of zeros for which DoRA has a magnitude: such rows can't be scaled."""
     if lora.magnitude is None or (has_length := block.any(axis=1)).all():
         return
     if not load_array(reader, lora.magnitude)[rows][~has_length].any():
@@ -170,8 +171,8 @@ def read_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> Float32:
 
 
 def read_stored_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> npt.NDArray[Any]:
-    """Rows of a tensor as they are stored. Read, not mapped: pages of a whole shard would count as memory of this
-    process."""
+    """Rows of a tensor as they are stored. They are read, not mapped: pages of a whole shard would count as memory of
+    this process."""
     width = entry.nbytes // entry.shape[0]
     buffer = bytearray((rows.stop - rows.start) * width)
     reader.read_into(entry.file, entry.start + rows.start * width, memoryview(buffer))
@@ -180,13 +181,13 @@ def read_stored_rows(reader: SourceReader, entry: TensorEntry, rows: slice) -> n
 
 
 def permute_heads(rows: _Rows, head_dim: int, order: Sequence[int]) -> _Rows:
-    """Rows of whole heads, those of each head in another order; an array of numpy or a tensor of torch."""
+    """Rows of whole heads, with those of each head in another order; a numpy array or a torch tensor."""
     reordered: _Rows = rows.reshape(-1, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
     return reordered
 
 
 def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, together: int = 1) -> Iterator[slice]:
-    """Blocks of rows of about so many elements; so many rows stay `together`."""
+    """Blocks of rows with about `elements` elements each; `together` rows are never separated."""
     if not shape or 0 in shape:
         return
     width = int(np.prod(shape[1:], dtype=np.int64))
@@ -196,6 +197,6 @@ def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, together:
 
 
 def _generator(seed: int, name: str, block: int) -> np.random.Generator:
-    """Random numbers that depend on (seed, tensor, block) and on nothing else."""
+    """Random numbers that depend on (seed, tensor, block) only."""
     key = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))

@@ -1,7 +1,7 @@
-"""What is found in weights while their bytes pass: NaN, infinity, rows that DoRA can't scale.
+"""Checks weights while their bytes pass: NaN, infinity, rows that DoRA can't scale.
 
-Bytes that are only copied are not looked at, unless the merge is strict: that costs a look at every number, and of
-objects that a store would copy itself a download. What is computed is looked at always, since it is in memory.
+Bytes that are only copied are checked in strict merges only: this costs a check of every number, and a download of
+objects that a store would otherwise copy server-side. Computed values are always checked, since they are in memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 
 from raymoe.errors import MergeFailed
 
-_MAX_NOTES = 100  # of one process
+_MAX_NOTES = 100  # per process
 
-# The bits of a number's exponent, by dtype: in IEEE's formats all of them are set for infinity and NaN alone. E4M3 has
-# no infinity, and NaN where all bits but the sign are set.
+# The exponent bits of a number, by dtype: in IEEE formats all of them are set for infinity and NaN only. E4M3 has no
+# infinity; in its NaN all bits but the sign are set.
 _MASKS: dict[str, tuple[Any, int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
@@ -29,7 +29,7 @@ _MASKS: dict[str, tuple[Any, int]] = {
 
 
 def has_non_finite(content: memoryview, dtype: str) -> bool:
-    """Whether NaN or infinity is among the numbers of some bytes; of a dtype that has neither, False."""
+    """Whether the bytes contain NaN or infinity; False for a dtype that has neither."""
     if dtype not in _MASKS or not len(content):
         return False
     kind, mask = _MASKS[dtype]
@@ -38,7 +38,7 @@ def has_non_finite(content: memoryview, dtype: str) -> bool:
 
 
 class WeightFindings:
-    """Collects what is found, one line a tensor. With `strict` the first is an error instead. Thread-safe."""
+    """Collects findings, one line per tensor. With `strict` the first is an error instead. Thread-safe."""
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
@@ -47,7 +47,7 @@ class WeightFindings:
         self._left_out: set[str] = set()
 
     def note(self, tensor: str, what: str) -> None:
-        """Raises MergeFailed where the merge is strict."""
+        """Note a finding. Raises MergeFailed if the merge is strict."""
         if self.strict:
             raise MergeFailed(
                 f"{tensor}: {what}, which --strict refuses. Correct that model, or merge without --strict, which warns"
@@ -60,7 +60,7 @@ class WeightFindings:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One line per tensor, for the first tensors alone."""
+        """One line per tensor, for the first tensors only."""
         with self._lock:
             return tuple(f"{tensor}: {what}" for tensor, what in self._notes.items())
 
@@ -74,9 +74,9 @@ class WeightFindings:
 def scan_non_finite(
     chunks: Iterator[memoryview], dtype: str, found: Callable[[], None], *, before: bytes = b""
 ) -> Iterator[memoryview]:
-    """The same chunks; `found` is called for those with NaN or infinity, before they are handed on.
+    """The same chunks. `found` is called for chunks with NaN or infinity, before they are passed on.
 
-    `before`: what a number has of bytes before the first chunk. Chunks may end within a number.
+    `before`: how many bytes of a number precede the first chunk. Chunks may end within a number.
     """
     size = number_bytes(dtype)
     rest = before
@@ -91,5 +91,5 @@ def scan_non_finite(
 
 
 def number_bytes(dtype: str) -> int:
-    """Bytes of one number; 0 for a dtype that has neither NaN nor infinity."""
+    """Bytes per number; 0 for a dtype that has neither NaN nor infinity."""
     return np.dtype(_MASKS[dtype][0]).itemsize if dtype in _MASKS else 0

@@ -1,1 +1,1 @@
-"""A merge as a job of a Ray cluster: what is sent, how the cluster's job server is reached, and following the job."""
+"""Submits a merge as a job of a Ray cluster: packs it, connects to the cluster's job server, and follows the job."""

@@ -1,7 +1,7 @@
-"""Following a job: its log as it grows, and how it ended.
+"""Follows a job: its log as it grows, and how it ended.
 
-The log comes over a connection that a proxy may cut at any time; it is taken up again where it was. A head that stays
-away is given up, which does not concern the job.
+The log is read over a connection that a proxy may cut at any time; reading resumes where it stopped. If the head does
+not come back, following ends, but the job does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def follow(client: JobSubmissionClient, job: str) -> Any:
-    """Print the log of a job to standard output until it has ended; Ray's `JobDetails` of it then.
+    """Print the log of a job to standard output until it ends; returns Ray's `JobDetails` of it.
 
     Raises MergeFailed if the job server does not answer for a minute.
     """
@@ -45,7 +45,7 @@ def follow(client: JobSubmissionClient, job: str) -> Any:
 
 
 def exit_code(details: Any) -> int:
-    """The driver's exit status; 128 and the signal's number if one has ended it, 1 if it never ran."""
+    """The driver's exit status; 128 plus the signal's number if a signal ended it, 1 if it never ran."""
     code: int | None = details.driver_exit_code
     if code is None:
         return 0 if details.status == "SUCCEEDED" else 1
@@ -60,13 +60,13 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 class _LogPrinter:
-    """What of the log has been printed: a new connection begins with its first line again."""
+    """Keeps track of the printed part of the log: a new connection starts with the first line again."""
 
     def __init__(self) -> None:
         self._printed = 0
 
     async def tail(self, client: JobSubmissionClient, job: str) -> None:
-        """Print what is new until the connection ends."""
+        """Print new text until the connection ends."""
         to_skip = self._printed
         async for text in client.tail_job_logs(job):
             new = text[to_skip:]

@@ -1,7 +1,7 @@
-"""Reaching the job server of a Ray cluster: its address, its token, and what is wrong where it does not answer.
+"""Connects to the job server of a Ray cluster: its address, its token, and the problem if it does not answer.
 
-Ray's own client has no timeouts, and finds its address in the environment before the arguments; so everything is
-settled here before it is made.
+Ray's own client has no timeouts, and prefers the environment's address over its argument. So everything is settled here
+before it is created.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# They tell of each package and connection.
+# These loggers report each package and connection.
 _NOISY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -35,16 +35,16 @@ _TOKEN_REMEDY = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it (o
 def job_server(address: str | None, token: str | None) -> JobSubmissionClient:
     """A client of the job server at `address`; None: as the environment says, else on this machine.
 
-    Raises ProblemReport if nobody answers there, if it is no job server, or if it refuses the token.
+    Raises ProblemReport if no server answers there, if it is not a job server, or if it rejects the token.
     """
     url = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or _DEFAULT_ADDRESS)
     headers = _headers(token or _named_token())
     status = _probe_job_server(url, headers)
-    if status == 401 and (found := _token_in_home()):  # sent to those alone who ask for one
+    if status == 401 and (found := _token_in_home()):  # sent only to servers that require a token
         headers = _headers(found)
         status = _probe_job_server(url, headers)
     if status == 401:
-        raise _problem(url, "the cluster wants a token, and there is none here", _TOKEN_REMEDY)
+        raise _problem(url, "the cluster requires a token, and there is none here", _TOKEN_REMEDY)
     if status == 403:
         raise _problem(url, "the cluster refuses the token", _TOKEN_REMEDY)
     if status != 200:
@@ -53,7 +53,7 @@ def job_server(address: str | None, token: str | None) -> JobSubmissionClient:
 
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray lets it overrule the argument
+    os.environ["RAY_API_SERVER_ADDRESS"] = url  # in Ray, it overrules the argument
     try:
         return JobSubmissionClient(url, headers=headers)
     except (RuntimeError, OSError) as error:
@@ -65,12 +65,12 @@ def _problem(url: str, what: str, remedy: str) -> ProblemReport:
 
 
 def _url(address: str) -> str:
-    """`http://host:port` of an address. Ray's other kinds (`auto`, ray://) name what is no job server."""
+    """`http://host:port` of an address. Ray's other kinds (`auto`, ray://) are not addresses of a job server."""
     url = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or parts.scheme == "https")
-    except ValueError:  # a port that is no number, a bracket that stays open
+    except ValueError:  # a port that is not a number, an unclosed bracket
         sound = False
     if not sound:
         what = "this is not the address of a job server"
@@ -116,12 +116,12 @@ def _probe_job_server(url: str, headers: dict[str, str]) -> int:
     except requests.exceptions.RequestException as error:
         raise _problem(url, f"it can't be reached: {_reason(error)}", _ADDRESS_REMEDY) from None
     if answer.status_code == 200 and "ray_version" not in answer.text:
-        return 404  # some other server
+        return 404  # another kind of server
     return answer.status_code
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost words of requests' nested errors."""
+    """The innermost text of requests' nested errors."""
     text = str(error)
     for messages in ("Connection refused", "Name or service not known", "No route to host", "Network is unreachable"):
         if messages in text:

@@ -1,9 +1,9 @@
-"""What is sent to the cluster: a config that means the same there as here, and a command line.
+"""Packs what is sent to the cluster: a config with the same meaning there as here, and a command line.
 
     MergeConfig --> the same, with the prompts of local files drawn and written out, and local models by whole path
 
-Models are never sent. A config that is packed so gives the plan that it gives here, so that a merge goes on where
-another submission of it, or a direct run on the cluster, has stopped.
+Models are never sent. A packed config gives the same plan as the original one, so a merge resumes after another
+submission of it, or after a direct run on the cluster, has stopped.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from raymoe.sources.prompt_sampling import read_prompts
 from raymoe.storage.outputs.open_output import writable_location
 
 CONFIG_NAME = "config.yaml"
-_MAX_CONFIG_BYTES = 16 * 2**20  # what load_config takes
+_MAX_CONFIG_BYTES = 16 * 2**20  # the limit of load_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`config` is the text of the packed config; `models` are folders that nodes of the cluster have to have."""
+    """`config` is the text of the packed config; `models` are folders that nodes of the cluster must have."""
 
     config: str
     entrypoint: str
@@ -50,7 +50,7 @@ class Job:
 def make_job(config: MergeConfig, output: str, options: Sequence[str], *, result: str | None = None) -> Job:
     """The job that merges `config` into `output` with these options of `raymoe merge`, `--result` among them.
 
-    Raises ProblemReport with everything in it that would mean nothing on another machine.
+    Raises ProblemReport for everything in it that has no meaning on another machine.
     """
     problems = [*_location_problems("OUT", output), *_model_problems(config)]
     if result is not None:
@@ -105,12 +105,12 @@ def _model_problems(config: MergeConfig) -> Iterator[Problem]:
 
 
 def _paths(config: MergeConfig) -> list[str]:
-    """The models and adapters that the config names, each once."""
+    """The models and adapters that the config names, without duplicates."""
     return list(dict.fromkeys(path.path for ref in config.models for path in ref.paths))
 
 
 def _with_whole_paths(config: MergeConfig) -> MergeConfig:
-    """Folders of this machine by their whole paths: 'org/name' would be a model of the Hub elsewhere."""
+    """Replace this machine's folders by their absolute paths: elsewhere 'org/name' would be a model of the Hub."""
 
     def experts(which: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(

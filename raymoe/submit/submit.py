@@ -1,4 +1,4 @@
-"""`raymoe submit`: packs a merge, sends it to a cluster, follows it there."""
+"""`raymoe submit`: packs a merge, sends it to a cluster, and follows it there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raymoe.submit.timeouts import JOB_AGENT_PAUSES_S
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# The job server's answer where it knows no node's agent that would start the job; it has waited for one itself.
+# The job server's reply if it knows no node agent that could start the job; it has waited for one itself.
 _NO_AGENT = "No available agent"
 
 
@@ -26,7 +26,7 @@ class StoppedFollowing(MergeFailed):
 
 
 def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
-    """Submit a job and return its id. With `install` this raymoe's code goes with it, else the cluster's own is run."""
+    """Submit a job and return its id. With `install`, this raymoe's code is sent too; else the cluster's own is run."""
     name = f"raymoe-{job.digest[:8]}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="raymoe-submit-") as folder:
         (Path(folder) / CONFIG_NAME).write_text(job.config, encoding="utf-8")
@@ -48,7 +48,7 @@ def send_job(client: JobSubmissionClient, job: Job, *, install: bool) -> str:
 
 
 def _submit(client: JobSubmissionClient, name: str, **request: Any) -> None:
-    """Submit a job, again after a pause while no node has an agent for it, as in a cluster's first moments."""
+    """Submit a job; retry after a pause while no node has an agent for it, as just after a cluster's start."""
     for pause in (*JOB_AGENT_PAUSES_S, None):
         try:
             client.submit_job(submission_id=name, **request)
@@ -58,7 +58,7 @@ def _submit(client: JobSubmissionClient, name: str, **request: Any) -> None:
                 raise
         say(f"the cluster has no agent for the job yet; next try in {pause:g} s")
         time.sleep(pause)
-        if _is_known(client, name):  # it was taken all the same, and only the answer came too late
+        if _is_known(client, name):  # the job was accepted, only the reply came too late
             return
 
 
@@ -71,7 +71,7 @@ def _is_known(client: JobSubmissionClient, name: str) -> bool:
 
 
 def follow_job(client: JobSubmissionClient, name: str, job: Job) -> int:
-    """Print a job's log until it ends, and say how it did; its driver's exit status."""
+    """Print a job's log until it ends, and say how it ended; returns its driver's exit status."""
     try:
         details = follow(client, name)
     except KeyboardInterrupt:
@@ -84,7 +84,7 @@ def follow_job(client: JobSubmissionClient, name: str, job: Job) -> int:
     if code == 0:
         say(f"result: {job.output}")
         return code
-    if details.driver_exit_code is None:  # Ray has more to say than the log
+    if details.driver_exit_code is None:  # Ray has information that is not in the log
         say(f"job {name}: {details.status.lower()}: {details.message}")
     if code != 2:
         say(f"the merge to {job.output} is not finished; submit it again to go on from the shards that are")

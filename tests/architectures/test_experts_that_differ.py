@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_type_is_said_once(zoo: Callable[..., Path], tmp_pa
 
 def test_biases_of_ffns_are_told_as_such(zoo: Callable[..., Path]) -> None:
     text = plan_problems(merge_config(zoo("llama"), [zoo("llama", mlp_bias=True), zoo("llama")], mode="random"))
-    assert "mlp_bias is True, but the base's is False" in text and "stores its FFN otherwise" not in text
+    assert "mlp_bias is True, but the base's is False" in text and "stores its FFN differently" not in text
 
 
 def test_another_architecture_that_could(zoo: Callable[..., Path]) -> None:

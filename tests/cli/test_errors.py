@@ -381,5 +381,5 @@ def test_quantised_gates_need_a_gpu(cli: Cli, local_ray: None, config: Callable[
 
 def test_more_gpus_than_there_are(cli: Cli, local_ray: None, config: Callable[..., Path], tmp_path: Path) -> None:
     said = problem(cli, "merge", config(), tmp_path / "out", "--gpus-per-expert", "4096")
-    assert "4096 GPUs an expert were asked for" in said
+    assert "4096 GPUs per expert were requested" in said
     assert not (tmp_path / "out").exists()

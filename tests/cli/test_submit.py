@@ -134,7 +134,7 @@ def test_without_waiting_and_stopped_following(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"RAY_AUTH_TOKEN_PATH": "", "HOME": "/nowhere"}, "the cluster wants a token, and there is none here"),
+        ({"RAY_AUTH_TOKEN_PATH": "", "HOME": "/nowhere"}, "the cluster requires a token, and there is none here"),
         ({"RAY_AUTH_TOKEN": "another"}, "the cluster refuses the token"),
         ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "RAY_AUTH_TOKEN_PATH=/nowhere/token: the token can't be read"),
     ],

@@ -111,7 +111,9 @@ def test_copies_of_what_was_not_planned_are_refused(store: S3Store, bucket: str)
     with pytest.raises(ObjectChanged, match="source"):
         copy(len(A) + 1, len(A) + 10, None)
     store.put(source, A[::-1])
-    with pytest.raises(ObjectChanged, match=r"source s3://.*/source is no longer what was planned with: its ETag"):
+    with pytest.raises(
+        ObjectChanged, match=r"source s3://.*/source is no longer what the merge was planned with: its ETag"
+    ):
         copy(0, len(A), etag)
     with pytest.raises(ObjectMissing, match=r"there is no object s3://.*/nothing to copy from"):
         store.copy_part(url, upload, 1, join_url(bucket, "nothing"), 0, len(A), etag)

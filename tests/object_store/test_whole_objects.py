@@ -48,7 +48,7 @@ def test_ranges_are_exact_or_an_error(store: S3Store, bucket: str) -> None:
     store.read_into(url, 50, memoryview(buffer)[10:90], etag)
     assert buffer == bytes(10) + CONTENT[50:130] + bytes(10)
     for start, end in [(size - 1, size + 1), (size, size + 1), (0, size + 1)]:
-        with pytest.raises(ObjectChanged, match="no longer what was planned with"):
+        with pytest.raises(ObjectChanged, match="no longer what the merge was planned with"):
             store.read(url, start, end)
 
 

@@ -113,7 +113,7 @@ def test_states_that_are_lost_with_their_node(
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert "lost with its node: they are read again" in said
+    assert "lost with their node: the prompts are read again" in said
     assert hashes(out) == wide.files
 
 

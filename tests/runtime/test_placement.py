@@ -112,7 +112,7 @@ def test_no_node_has_both(plan_of: PlanOf) -> None:
     found = placement(plan_of("ridge", prompt_model="grafted", experts=2), {"a": "base 0", "b": "1"})
     (problem,) = found.problems(0)
     assert problem.what.startswith("reading the prompts of expert 1 (llama-")
-    assert "no node has all that this takes: " in problem.what
+    assert "no node has all the files that this needs: " in problem.what
     assert " is on a" in problem.what and " is on b" in problem.what and problem.what.endswith("(asked: a, b)")
     assert "prompt_model: base" in problem.remedy
 
@@ -175,7 +175,7 @@ def test_too_few_actors_allowed(plan_of: PlanOf) -> None:
 def test_resources_that_no_node_has(plan_of: PlanOf) -> None:
     found = placement(plan_of("hidden"), {"a": "base 0 1 2", "b": "base 0 1 2"}, a=(4.0, 1.0), b=(4.0, 1.0))
     with pytest.raises(
-        raymoe.errors.ProblemReport, match=r"2 GPUs an expert were asked for, but no node has more than 1"
+        raymoe.errors.ProblemReport, match=r"2 GPUs per expert were requested, but no node has more than 1"
     ):
         plan_actors(RuntimeSettings(gpus_per_expert=2.0), Workload(jobs=9, runs_model=True), found)
     slots = plan_actors(RuntimeSettings(), Workload(jobs=9, runs_model=True), found)

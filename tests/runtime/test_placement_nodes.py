@@ -107,7 +107,7 @@ def test_a_folder(world: World, noisy: Path, many: dict[str, Any], out: Path) ->
     assert code == 0, said
     assert files_of(out) == many
     code, said = world.end(world.start("verify", out))
-    assert code == 2 and "the shards of expert 0 (model): no node has all that this takes: " in said
+    assert code == 2 and "the shards of expert 0 (model): no node has all the files that this needs: " in said
 
 
 @pytest.mark.soak
@@ -181,7 +181,7 @@ def test_models_that_are_read_together_and_are_not_together(world: World, out: P
     code, said = world.end(world.start("merge", config, out))
     assert code == 2 and not out.exists()
     for number, address in enumerate(("127.0.0.2", "127.0.0.3")):
-        assert f"reading the prompts of expert {number} (model): no node has all that this takes" in said
+        assert f"reading the prompts of expert {number} (model): no node has all the files that this needs" in said
         assert f"{world.experts[number]} is on node {address}" in said
     assert f"{world.base} is on node " in said and "prompt_model: base" in said
 

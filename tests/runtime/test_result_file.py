@@ -40,7 +40,7 @@ def test_anything_else_stays(tmp_path: Path, content: str) -> None:
     os.link(file, tmp_path / "hard")
     for name in ("mine", "link", "hard"):
         with (
-            pytest.raises(ProblemReport, match="no result of a run is there already"),
+            pytest.raises(ProblemReport, match="not the result of a run is there already"),
             record_run(str(tmp_path / name)),
         ):
             raise AssertionError("the run began")
@@ -51,7 +51,7 @@ def test_what_comes_while_the_run_goes_on_stays(tmp_path: Path, capsys: pytest.C
     with record_run(str(tmp_path / "run.json")):
         (tmp_path / "run.json").write_text("mine")
     assert (tmp_path / "run.json").read_text() == "mine"
-    assert "no result of a run is there already" in capsys.readouterr().err
+    assert "not the result of a run is there already" in capsys.readouterr().err
 
 
 def test_files_of_the_merge(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_users_own_file_in_the_output_is_kept(
     assert written_as(own) == before
     assert not own.is_file() or own.read_text() == content
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {own} is no result of raymoe and is kept")
+    assert line.startswith(f"warning: {own} is not a result of raymoe, so it is kept")
 
 
 def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_the_users_own_object_in_the_output_is_kept(capsys: pytest.CaptureFixtur
     with record_run(None) as report:
         report.output = Location.parse(url)
     assert store.read_all(f"{url}/result.json") == b"mine"
-    assert "is no result of raymoe and is kept" in capsys.readouterr().err
+    assert "is not a result of raymoe, so it is kept" in capsys.readouterr().err
     store.delete(f"{url}/result.json")
     with record_run(None) as report:
         report.output = Location.parse(url)
@@ -137,7 +137,7 @@ def test_objects() -> None:
         report.check_result_location()
     assert json.loads(store.read_all(url))["exit_reason"] == "done"
     store.put(url, b"mine")
-    with pytest.raises(ProblemReport, match="no result of a run is there already"), record_run(url) as report:
+    with pytest.raises(ProblemReport, match="not the result of a run is there already"), record_run(url) as report:
         report.check_result_location()
     with pytest.raises(MergeFailed), record_run(url):
         raise MergeFailed("before the place was looked at")

@@ -407,7 +407,7 @@ def test_lost_states_are_read_again_for_the_layers_that_are_left(
     captures = Counter(job for _, _, job in cluster.begun("capture"))
     # All that is ready is taken in one step: the actor's death is known before prompts are given out again.
     assert sorted(captures.values()) == [2, 2, 2]
-    assert capsys.readouterr().err.count("lost with its node: they are read again") == 1
+    assert capsys.readouterr().err.count("lost with their node: the prompts are read again") == 1
 
 
 def test_states_that_are_lost_again_and_again_end_the_merge(cluster: FakeCluster, run: Run) -> None:
@@ -560,7 +560,7 @@ def test_a_job_that_stands_still_is_given_to_another(
     work = Written()
     run(work)
     assert sorted(work.done) == shards
-    said = [line for line in capsys.readouterr().err.splitlines() if "nothing has moved" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no progress for" in line]
     assert ["for 60 s" in said[0], "for 2 min" in said[1], len(said)] == [True, True, 2]
     assert all("(actor 0, process 100 on node 1)" in line for line in said)
     assert cluster.ended == [(still, False)] and 120 < cluster.seconds < 150
@@ -571,7 +571,7 @@ def test_a_job_that_stands_still_twice_ends_the_merge(cluster: FakeCluster, run:
     cluster.takes["write"] = 5.0
     cluster.at(0.5, lambda: [cluster.stand_still(actor) for actor in actors])
     cluster.at(124, lambda: [cluster.stand_still(actor) for actor in actors])
-    message = r"^model-.*: nothing has moved for 2 min \(actor \d, .*\), for the second time\. .*--stall-timeout"
+    message = r"^model-.*: no progress for 2 min \(actor \d, .*\), for the second time\. .*--stall-timeout"
     with pytest.raises(MergeFailed, match=message):
         run(Written())
     assert 240 < cluster.seconds < 260

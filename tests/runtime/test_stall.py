@@ -86,11 +86,11 @@ def test_a_stopped_actor(many_shards: Merge, ray_env: dict[str, str], tmp_path: 
     assert process.returncode == 0, said
     assert "Traceback" not in said
     assert hashes(out) == many_shards.files
-    lines = [line for line in said.splitlines() if "nothing has moved" in line]
+    lines = [line for line in said.splitlines() if "no progress for" in line]
     where = f"process {stopped.pid} on node "
-    assert "nothing has moved for 1.5 s (actor " in lines[0] and where in lines[0]
-    assert "in 1.5 s that process is ended and another one does the job" in lines[0]
-    assert any("nothing has moved for 3 s" in line and where in line for line in lines)
+    assert "no progress for 1.5 s (actor " in lines[0] and where in lines[0]
+    assert "in 1.5 s that process is ended and another actor takes the job" in lines[0]
+    assert any("no progress for 3 s" in line and where in line for line in lines)
 
 
 @pytest.mark.parametrize("mode", ["hidden", "ridge"])

@@ -165,7 +165,7 @@ def test_a_source_that_changes_after_planning(bucket: str, make_model: Make, sha
     content = store.read_all(file.location)
     store.put(file.location, content[:-4] + b"abcd")
     for read in (lambda: read_range(file, 0, 8), lambda: fetch_file(file)):
-        with pytest.raises(CheckpointError, match="no longer what was planned with: its ETag is another"):
+        with pytest.raises(CheckpointError, match="no longer what the merge was planned with: its ETag is another"):
             read()
     store.delete(file.location)
     with pytest.raises(CheckpointError, match="there is no such object"):

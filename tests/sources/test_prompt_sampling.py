@@ -245,13 +245,13 @@ def test_rows_without_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is wrong with files
 
 BAD_FILES: dict[str, tuple[bytes, list[tuple[str, str, str]]]] = {
-    "no prompts.txt": (b"\n \r\n\t\n", [("", "there are no prompts in it, or only blank ones", "one prompt a line")]),
-    "empty.jsonl": (b"", [("", "there are no prompts in it", "one prompt a line")]),
+    "no prompts.txt": (b"\n \r\n\t\n", [("", "there are no prompts in it, or only blank ones", "one prompt per line")]),
+    "empty.jsonl": (b"", [("", "there are no prompts in it", "one prompt per line")]),
     "latin.txt": (b"ol\xc3\xa9\nol\xe9\n", [(":2", r"not UTF-8 text \(byte 0xe9\)", "save the file as UTF-8")]),
     "utf16.txt": ("a\n".encode("utf-16"), [(":1", r"not UTF-8 text", "UTF-8")]),
     "json.jsonl": (
         b'{"text": "ok"}\n{"text": "a" "b"}\n',
-        [(":2", r"not valid JSON: Expecting ',' delimiter \(column 14\)", "one JSON object a line")],
+        [(":2", r"not valid JSON: Expecting ',' delimiter \(column 14\)", "one JSON object per line")],
     ),
     "list.jsonl": (b'["a"]\n"b"\n', [(":1", "a JSON object, got a list", '"text": "..."'), (":2", "got text", "")]),
     "field.jsonl": (
@@ -266,7 +266,7 @@ BAD_FILES: dict[str, tuple[bytes, list[tuple[str, str, str]]]] = {
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', [(":1", "not valid Unicode text", "lone surrogate")]),
     "deep.jsonl": (b"[" * 200_000 + b"\n", [(":1", "not a JSON value|not valid JSON", "one JSON object")]),
     "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}\n", [(":1", "not a JSON value|a number", "")]),
-    "long.txt": (b"ok\n" + b"x" * (16 * 2**20 + 1), [(":2", "the line has more than 16 MiB", "one prompt a line")]),
+    "long.txt": (b"ok\n" + b"x" * (16 * 2**20 + 1), [(":2", "the line has more than 16 MiB", "one prompt per line")]),
     "plain.txt.gz": (b"not packed\n", [(":1", "the gzip data is damaged: Not a gzipped file", "make the file again")]),
     "cut.jsonl.gz": (gzip.compress(as_jsonl(TEXTS))[:-2000], [(r":\d+", "damaged: Compressed file ended", "again")]),
     "text.parquet": (b"PAR1 and no more", [("", "the Parquet file can't be read: .*not a parquet file", "again")]),
@@ -389,7 +389,7 @@ def test_an_object_that_changes_while_it_is_read(bucket: str) -> None:
     assert (stream.read(6), stream.seek(-5, io.SEEK_END), stream.tell()) == (b"first\n", 6, 6)
     assert (stream.read(), stream.read(1), stream.seek(1), stream.seek(1, io.SEEK_CUR)) == (b"more\n", b"", 1, 2)
     store.put(url, b"other\nwords\n")
-    with pytest.raises(ObjectChanged, match="no longer what was planned with"):
+    with pytest.raises(ObjectChanged, match="no longer what the merge was planned with"):
         stream.read()
 
 

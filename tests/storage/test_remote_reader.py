@@ -171,7 +171,7 @@ def test_a_shorter_object(reader: SourceReader, bucket: str, knows_etag: bool) -
         lambda: reader.view(entry(file, 10, 90_000)),
     ]
     for read in reads:
-        with pytest.raises(CheckpointError, match="no longer what was planned with") as failed:
+        with pytest.raises(CheckpointError, match="no longer what the merge was planned with") as failed:
             read()
         assert file.location in str(failed.value)
 

@@ -1,1 +1,1 @@
-"""Where a merge is written: a local folder, S3, or whatever else fsspec reaches."""
+"""The output back ends of a merge: a local folder, S3, or any other file system of fsspec."""

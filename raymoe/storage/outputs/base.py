@@ -1,7 +1,7 @@
-"""What all outputs have in common, whatever they are in: a local folder, S3, or another store of fsspec.
+"""The common part of all outputs: a local folder, S3, or another store of fsspec.
 
-The order of writing, the look at what this run has written, and the answers about what is there are here. A back end
-says how bytes get to their place, and how older runs are kept from it.
+This module has the order of writing, the checks of what this run has written, and the answers about existing files. A
+back end implements how bytes are written, and how older runs are kept from writing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from raymoe.storage.outputs.protocol import Output, ShardJob
 
 
 def goes_on(shard: Shard) -> bool:
-    """Whether a shard of an earlier run may be kept. A router's is written by every run: other hardware gives rows that
-    differ by rounding."""
+    """Whether a shard of an earlier run may be kept. Every run writes the router's shards again: on other hardware,
+    rows differ by rounding."""
     return shard.owner != ROUTER
 
 
 def write_shard(output: Output, shard: Shard, do: Callable[[ShardJob], Any]) -> FileRecord:
-    """Write a shard here: `do` does each of its jobs, and those that `complete` asks for."""
+    """Write a shard in this process: `do` does each of its jobs, and any job that `complete` returns."""
     done = output.complete(shard, [do(job) for job in output.jobs(shard)])
     while isinstance(done, ShardJob):
         done = output.complete(shard, [do(done)])
@@ -57,7 +57,7 @@ class BaseOutput(ABC):
         return problems if is_complete else [*problems, *self._room_problems(output_bytes)]
 
     def _room_problems(self, output_bytes: int) -> list[Problem]:
-        """Why so many bytes can't be written here. An object store has room for all."""
+        """Problems if so many bytes do not fit here. Object stores have no such limit."""
         return []
 
     def digest(self) -> str | None:
@@ -96,14 +96,14 @@ class BaseOutput(ABC):
         self._write_record(record)
 
     def _check_files(self) -> None:
-        """Raise MergeFailed if the output is not this run's, or does not hold what it has written and nothing else."""
+        """Raise MergeFailed if the output is not this run's, or holds other files than this run has written."""
         try:
             if others := self.files.other_model_files(self._written_names()):
                 raise foreign_file_error(self.files.place(others[0]))
             if (name := next(iter(self._replaced_files()), None)) is not None:
                 raise replaced_file_error(self.files.place(name))
         except MergeFailed:
-            self.journal.check_run()  # the reason for what is wrong, where a newer run is at work
+            self.journal.check_run()  # if a newer run is active, that is the cause
             raise
         self.journal.check_run()
 
@@ -113,11 +113,11 @@ class BaseOutput(ABC):
 
     @abstractmethod
     def _replaced_files(self) -> Iterable[str]:
-        """Those of them that are not there any more as they were then."""
+        """The written files that have been replaced or removed since."""
 
     @abstractmethod
     def _write_index(self, content: bytes) -> FileRecord:
-        """Write the index, and never over another one."""
+        """Write the index; never replace another one."""
 
     @abstractmethod
     def _write_record(self, record: bytes) -> None:

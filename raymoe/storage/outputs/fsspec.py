@@ -1,6 +1,6 @@
-"""Any fsspec URL as output (gs://, abfs://, memory://, ...): files as plain streams, with the same journal as on S3.
+"""Writes to any fsspec URL (gs://, abfs://, memory://, ...): files as plain streams, with the same journal as on S3.
 
-fsspec has no parts that several processes could send: a shard is one stream from one actor.
+fsspec has no parts that several processes could send, so one actor sends a shard as one stream.
 
     actor         sources --stream--> OUT/.raymoe/parts/RUN/FILE.X
     coordinator   looks at the run, moves it to OUT/FILE, notes it

@@ -1,6 +1,6 @@
-"""A local folder as output: files appear whole or not at all, and a finished file is never written twice.
+"""Writes to a local folder: files appear complete or not at all, and a finished file is never written again.
 
-An actor makes its own `LocalOutput` from the folder's path; only the coordinator begins and ends the journal.
+An actor creates its own `LocalOutput` from the folder's path; only the coordinator begins and ends the journal.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from raymoe.storage.source_reader import LOCAL_CHUNK_BYTES, SourceReader
 
 
 class LocalOutput(BaseOutput):
-    """Implements `Output` on a folder, for the run of that name (the coordinator's is named by the journal)."""
+    """Implements `Output` on a folder, for the run of this name (the coordinator's is named by the journal)."""
 
     journal: Journal
 
     def __init__(self, root: Path, run: str = "") -> None:
         super().__init__(FolderFiles(root), Journal(root, run))
         self.root = root
-        self._written: dict[str, FileRecord] = {}  # by name: what this run has seen completed
+        self._written: dict[str, FileRecord] = {}  # by name: the files that this run has seen completed
 
     def problems(self, *, digest: str | None, output_bytes: int, overwrite: bool) -> list[Problem]:
         if self.journal.is_taken:
@@ -47,7 +47,7 @@ class LocalOutput(BaseOutput):
             return self._unusable_problems() or super().problems(
                 digest=digest, output_bytes=output_bytes, overwrite=overwrite
             )
-        except OSError as error:  # a name that is too long, a folder that may not be listed
+        except OSError as error:  # the name is too long, or the folder may not be listed
             what = f"can't be used: {error.strerror or error}"
             return [Problem(where=self.location.text, what=what, remedy="choose another output")]
 
@@ -101,7 +101,8 @@ class LocalOutput(BaseOutput):
     def do(
         self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None
     ) -> FileRecord | None:
-        """Write the shard. None if an earlier run left it whole, which is for an actor to find out: it reads it all."""
+        """Write the shard. None if an earlier run completed it; an actor checks that, since the check reads the whole
+        file."""
         shard = job.shard
         if goes_on(shard) and self.finished(shard.file_name, shard.nbytes, progress) is not None:
             return None
@@ -126,7 +127,7 @@ class LocalOutput(BaseOutput):
         return record
 
     def _write_index(self, content: bytes) -> FileRecord:
-        """Over any index, whatever it is of: nothing of an older run can take its place."""
+        """Replace any index here, whatever merge it belongs to: an older run can't replace this run's files."""
         return self.write_small(INDEX_NAME, content)
 
     def _write_record(self, record: bytes) -> None:
@@ -147,7 +148,7 @@ class LocalOutput(BaseOutput):
         return self._written
 
     def _replaced_files(self) -> Iterable[str]:
-        """By their sizes: nothing of an older run can take their places (local_journal.py)."""
+        """As in the base class, by size: an older run can't replace this run's files (local_journal.py)."""
         size_of = self.files.size_of()
         return (name for name, record in self._written.items() if size_of(name) != record.size)
 
@@ -157,14 +158,14 @@ class LocalOutput(BaseOutput):
     def finished(self, name: str, size: int, progress: Progress | None = None) -> FileRecord | None:
         """The record of a file that an earlier run finished, if the file still has that size and content.
 
-        `progress` is told of each chunk that is read, as of no bytes: nothing is written.
+        `progress` is called for each chunk that is read, with zero bytes: nothing is written.
         """
         record, path = self.journal.finished(name), self.root / name
         if record is None or record.size != size or file_size(path) != size:
             return None
         try:
             return record if file_checksum(path, progress) == record.checksum else None
-        except OSError:  # it can't be read, and so is written again
+        except OSError:  # it can't be read, so it is written again
             return None
 
     def write(
@@ -177,9 +178,9 @@ class LocalOutput(BaseOutput):
         progress: Progress | None = None,
         check: Callable[[], None] | None = None,
     ) -> FileRecord:
-        """Write a file (of `expected` bytes): into the journal's parts, to the disk, then in one step to its place.
+        """Write a file (of `expected` bytes) into the journal's parts, sync it to the disk, then rename it in one step.
 
-        `check` is called before that step; what it raises leaves no file.
+        `check` is called before the rename; if it raises, no file is left.
         """
         part, place = self.journal.new_part(name), self.root / name
         try:
@@ -201,7 +202,7 @@ class LocalOutput(BaseOutput):
             self.journal.record(record)
         except OSError as error:
             claim = self.journal.claim()
-            if claim is not None and claim.run != self.run:  # and so has taken away what this run writes through
+            if claim is not None and claim.run != self.run:  # so it has removed the folder that this run writes through
                 raise taken_over_error(self.location.text) from error
             raise _write_error(place, error) from error
         finally:
@@ -210,7 +211,7 @@ class LocalOutput(BaseOutput):
         return record
 
     def _make_folder(self, folder: Path) -> None:
-        """A folder within the output for a file, unless it is the output itself."""
+        """Create a folder within the output for a file, unless it is the output itself."""
         if folder == self.root:
             return
         folder.mkdir(exist_ok=True)
@@ -224,7 +225,7 @@ def _unusable_output(root: Path, error: OSError) -> ProblemReport:
 
 
 def _local_ranges(shard: Shard, reader: SourceReader) -> Iterator[SharedRange]:
-    """The shard's copies from files of this machine, which may be on the output's own filesystem."""
+    """The shard's copies from files of this machine, which may share the output's filesystem."""
     for span in spans(shard.parts):
         if isinstance(span.what, CopyRange) and not span.what.file.kind.is_object:
             with reader.open_descriptor(span.what.file) as descriptor:
@@ -261,7 +262,7 @@ def _existing(path: Path) -> Path:
 
 
 def _reusable_bytes(root: Path) -> int:
-    """Bytes that need no new room: files that will be kept or replaced."""
+    """Bytes that need no additional space: files that will be kept or replaced."""
     if not root.is_dir():
         return 0
     return sum(p.stat().st_size for pattern in CHECKPOINT_FILES for p in root.glob(pattern) if p.is_file())

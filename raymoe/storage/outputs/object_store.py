@@ -1,7 +1,7 @@
-"""What outputs in object stores have in common, whatever the way in which a shard gets there.
+"""The common part of outputs in object stores, independent of how a shard is written.
 
-The beginning, small files, index and record are the same on S3 and on the file systems of fsspec. How a shard is
-written, and what its checksum is, is in `s3.py` and `fsspec.py`.
+The start, small files, index and record are the same on S3 and on the file systems of fsspec. `s3.py` and `fsspec.py`
+implement how a shard is written, and what its checksum is.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _RELEASE_S = 60
 class StoreOutput(BaseOutput, Generic[_Store]):
     """The part of `Output` that does not depend on how the store takes a shard.
 
-    Stores have no lock: a request of an older run that was under way for a long time may still replace a file after the
-    newer run has written it. So what this run has made visible is remembered as the store showed it then (`_written`),
-    and compared before the index and the record are written.
+    Stores have no lock: a delayed request of an older run may still replace a file after the newer run has written it.
+    So the state of each file that this run has made visible is kept (`_written`), and compared before the index and the
+    record are written.
     """
 
     journal: ObjectJournal
@@ -48,7 +48,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         self._storage = storage
         self._written: dict[str, tuple[int, str | None]] = {}  # name -> size and ETag
         self._kept: dict[str, FileRecord] = {}  # shards that an earlier run finished
-        self._listed: Mapping[str, ObjectEntry] = {}  # what was here when the run began, where it may have such shards
+        # what was here when the run began, if it may include finished shards
+        self._listed: Mapping[str, ObjectEntry] = {}
 
     @property
     def _store(self) -> _Store:
@@ -63,11 +64,11 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     def recorded_files(self) -> Sequence[str]:
         try:
             return super().recorded_files()
-        except StorageError:  # `problems` says so
+        except StorageError:  # `problems` reports it
             return ()
 
     def lock(self) -> None:
-        """Nothing to take: see `ObjectJournal`."""
+        """Does nothing, since stores have no lock: see `ObjectJournal`."""
 
     def begin(self, digest: str, fingerprints: Mapping[str, str], *, fresh: bool) -> None:
         has_to_clear = self.journal.begin(digest, fingerprints, fresh=fresh)
@@ -80,10 +81,10 @@ class StoreOutput(BaseOutput, Generic[_Store]):
 
     @abstractmethod
     def _fence_off(self, has_to_clear: bool) -> None:
-        """Take away what older runs could still make visible. With `has_to_clear` none of it is of use."""
+        """Remove what older runs could still make visible. With `has_to_clear` none of it can be used."""
 
     def clean_up(self) -> None:
-        """The journal of another merge stays: a newer run may be at work."""
+        """As in `Output`. The journal of another merge stays: a newer run may be active."""
         claim, finished = self.journal.claim(), self.finished_merge()
         if claim is not None and finished is not None and finished.digest == claim.digest:
             self._clear(claim)
@@ -103,7 +104,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     # --- shards
 
     def _keep_finished(self, shard: Shard) -> bool:
-        """Whether an earlier run finished a shard, if what is there still has that size and content."""
+        """Whether an earlier run finished a shard, and its object still has that size and content."""
         name = shard.file_name
         done = self.journal.done(name) if goes_on(shard) else None
         if done is None or done.record.size != shard.nbytes:
@@ -121,7 +122,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         return True
 
     def _tells_content(self, done: DoneNote, info: ObjectInfo) -> bool:
-        """Whether size and ETag of an object show that it is the one that was noted, without a look at its bytes."""
+        """Whether an object's size and ETag show that it is the noted one, without reading its bytes."""
         return False
 
     def complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
@@ -131,11 +132,11 @@ class StoreOutput(BaseOutput, Generic[_Store]):
 
     @abstractmethod
     def _complete(self, shard: Shard, results: Sequence[Any]) -> FileRecord | ShardJob:
-        """Make a shard visible that this run has written, and note it."""
+        """Make a shard that this run has written visible, and note it."""
 
     @abstractmethod
     def _checksum(self, name: str, info: ObjectInfo) -> str:
-        """The checksum of an object for its record, which may be read for that."""
+        """The checksum of an object for its record. Its bytes may be read for this."""
 
     def _remember(self, name: str, info: ObjectInfo) -> None:
         self._written[name] = (info.size, info.etag)
@@ -147,7 +148,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
         return {entry.name: entry for entry in self._store.list(self.location.text)}
 
     def _replaced_files(self) -> Iterable[str]:
-        """One listing tells most: only what it shows otherwise, or without its ETag, is looked at by itself."""
+        """As in the base class. One listing shows most; entries that differ or lack an ETag are checked one by one."""
         listed = self._list()
 
         def is_listed(name: str) -> bool:
@@ -170,22 +171,22 @@ class StoreOutput(BaseOutput, Generic[_Store]):
 
     @abstractmethod
     def _record_written(self, name: str, content: bytes, info: ObjectInfo) -> FileRecord:
-        """The record of a small file that was put; `info` is what the store answered."""
+        """The record of a small file that was put; `info` is the store's reply."""
 
     def _put_small(self, name: str, content: bytes) -> ObjectInfo:
-        """Put a small file at its place, over one of an earlier run only while the output is this run's."""
+        """Put a small file. A file of an earlier run is replaced only while the output is this run's."""
         self.journal.check_run()
         url = self.files.place(name)
         try:
             return self._store.put(url, content, only_if_absent=True)
-        except ObjectExists:  # an earlier run wrote it, or a newer one just now
+        except ObjectExists:  # an earlier run wrote it, or a newer one has just done so
             self.journal.check_run()
             return self._store.put(url, content)
 
     def _write_index(self, content: bytes) -> FileRecord:
-        """An earlier run of this merge may have written the same one.
+        """As in the base class. An earlier run of this merge may have written the same index.
 
-        Not every store honors a conditional put: the look before it leaves a race of moments to it.
+        Not every store honors a conditional put: with the check before it, only a very short race remains.
         """
         url, there = self.files.place(INDEX_NAME), self.files.read(INDEX_NAME)
         if there is not None and json_object(there) != json_object(content):
@@ -210,7 +211,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
                 raise
 
     def _foreign_record_error(self, url: str, own: bytes) -> MergeFailed:
-        """What is raised for a record that has appeared here while this run was at work."""
+        """The error for a record that has appeared here while this run was active."""
         if self.files.record().get("plan_digest") == json_object(own).get("plan_digest"):
             return replaced_file_error(url)
         return MergeFailed(
@@ -221,8 +222,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
     # --- the end
 
     def release(self, *, keep_uploads: bool = False) -> None:
-        """A store that does not answer (which may be what ended the merge) is not waited for long: the journal knows
-        what is left, and the next run finds it there."""
+        """As in `Output`. A store that does not answer (possibly the reason for the merge's end) is not waited for
+        long: the journal lists what is left, and the next run removes or uses it."""
         if self._has_open_work() or self.journal.has_unconfirmed:
             options = replace(self._storage, deadline_s=min(_RELEASE_S, self._storage.deadline_s))
             files = StoreFiles(open_store(self.location.text, options), self.location.text)
@@ -234,8 +235,8 @@ class StoreOutput(BaseOutput, Generic[_Store]):
 
     @abstractmethod
     def _has_open_work(self) -> bool:
-        """Whether this process may have begun something that is not at its place."""
+        """Whether this process may have started files or uploads that it has not finished."""
 
     @abstractmethod
     def _release(self, store: _Store, journal: ObjectJournal, *, keep_uploads: bool) -> None:
-        """Remove what this run was writing."""
+        """Remove the files and uploads that this run was writing."""

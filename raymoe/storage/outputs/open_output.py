@@ -1,4 +1,4 @@
-"""From an output as a user names it to the object that a merge is written through."""
+"""Makes the output object of a merge from the location that a user names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _EXAMPLE = "name a folder, or a URL such as s3://bucket/prefix"
 
 
 def writable_location(text: str | Path, where: str, *, example: str = _EXAMPLE) -> Location:
-    """A place that is to be written to, as a user names it. Raises ProblemReport for one that can't be, whatever is
-    there.
+    """The location that a user names for writing. Raises ProblemReport if nothing can be written to such a location.
+    Existing files are not checked.
 
-    `where` is the argument or option that names it; `example` is what to name instead.
+    `where` is the argument or option that names it; `example` is what to write instead.
     """
     try:
         location = Location.parse(text)
@@ -32,7 +32,7 @@ def writable_location(text: str | Path, where: str, *, example: str = _EXAMPLE) 
 
 
 def unwritable_problem(location: Location, where: str, example: str) -> Problem | None:
-    """What is wrong with a kind of place for anything that is to stay."""
+    """The problem of a kind of location that nothing permanent can be written to; None if there is none."""
     if location.is_web_address:
         remedy = f"{example}; the address of an S3 server is set as storage.endpoint or AWS_ENDPOINT_URL"
         return Problem(where=where, what=f"nothing can be written to {location}: HTTP is for reading", remedy=remedy)

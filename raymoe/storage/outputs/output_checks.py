@@ -1,4 +1,4 @@
-"""What is checked of an output before a merge is written there: what is in the way, and what is there already."""
+"""Checks an output before a merge writes to it: obstacles, and files that exist already."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from raymoe.storage.outputs.protocol import Output
 def plan_output_problems(
     plan: MergePlan, output: Output, *, overwrite: bool, inputs: Inputs | None = None
 ) -> list[Problem]:
-    """What keeps this plan from being written there, as far as the output and the sources' places show it.
+    """Problems that prevent writing this plan to the output, as far as the output and the source locations show them.
 
-    `inputs` are what a merge reads besides the plan's models. An output that would take the place of something that is
-    read is refused before anything else is said of it: what else is wrong has remedies that would lose the source.
+    `inputs` are what a merge reads besides the plan's models. If the output would replace one of its inputs, only that
+    problem is reported: the remedies of the other problems would lose the source.
     """
     inputs = inputs or Inputs()
     folders = [*inputs.folders, *(entry for source in plan.sources for entry in _folders_of(source))]
@@ -60,8 +60,8 @@ def _other_file_problems(plan: MergePlan, output: Output) -> list[Problem]:
 
 
 def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
-    """What keeps this process from writing to an output that is in order otherwise, found by trying: an object of a few
-    bytes is put there and deleted. What a folder allows its `problems` tell without."""
+    """Problems that prevent this process from writing to an output that has no others. They are found by a test: an
+    object of a few bytes is put there and deleted. For a folder, `problems` checks its permissions without a test."""
     if not output.location.kind.is_object:
         return []
     store, name = open_store(output.location.text, storage), f"{JOURNAL}/{PROBE}{uuid.uuid4().hex[:12]}"
@@ -71,12 +71,12 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
         store.put(url, b"raymoe: may be deleted")
     except StorageError as error:
         problems += error.problems
-    finally:  # also where the put was stopped, or got through and its answer did not
+    finally:  # also if the put was interrupted, or its reply was lost
         try:
             store.delete(url)
         except StorageError as error:
             problems += [] if problems else error.problems
-    # The permissions are needed on all that is to be written, not on this name.
+    # The permissions are needed for all files, not for this name.
     return [
         Problem(where=output.location.text, what=p.what.replace(name, "*"), remedy=p.remedy.replace(name, "*"))
         for p in problems
@@ -84,7 +84,7 @@ def write_problems(output: Output, storage: StorageOptions) -> list[Problem]:
 
 
 def input_conflict(output: Output, inputs: Inputs) -> Problem | None:
-    """The problem of an output whose merge would remove or replace something that it reads."""
+    """The problem of an output if the merge would remove or replace one of its inputs there."""
     return overwrite_problem(output.location.text, inputs, output.recorded_files())
 
 
@@ -93,10 +93,11 @@ def _folders_of(source: Source) -> Iterable[tuple[str, str]]:
 
 
 def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None:
-    """The finished merge of this very plan, where the output holds it: then nothing is left to do.
+    """The finished merge of this very plan, if the output holds it: then nothing is left to do.
 
-    The one rule for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. The plan is told
-    by its digest. Files that are missing or have another size are in `output.problems`, which is to be called first.
+    This is the only rule, for `raymoe merge`, its jobs and its push, for `raymoe plan` and for `raymoe.merge()`. Plans
+    are compared by digest. Missing files and other sizes are reported by `output.problems`, which has to be called
+    first.
     """
     found = output.finished_merge()
     return found if found is not None and found.digest == plan.digest else None
@@ -105,8 +106,8 @@ def find_complete_merge(plan: MergePlan, output: Output) -> FinishedMerge | None
 def rewritten_sources(plan: MergePlan, location: Location, finished: FinishedMerge) -> list[str]:
     """Local weights that were written after the finished merge, although their recorded samples are unchanged.
 
-    They may have been copied or touched only; a small change between the sampled blocks can't be told from that. None
-    beside an output in an object store, whose times are of another clock.
+    They may only have been copied or touched, or have a small change between the sampled blocks. Empty for an output in
+    an object store, since its times come from another clock.
     """
     if not location.kind.is_local:
         return []
@@ -123,12 +124,11 @@ def _missing_card_problem(plan: MergePlan, output: Output, finished: FinishedMer
 
 
 def _newer_source_problems(plan: MergePlan, location: Location, finished: FinishedMerge) -> list[Problem]:
-    """Local models that are others now than those that the finished merge was made of.
+    """Local models that have changed since the finished merge was made of them.
 
-    Their samples are compared (1 MiB of each file): a file that was only touched or copied is the same, and so is one
-    with a change between the sampled blocks (`rewritten_sources`). What the record of an older raymoe
-    has no sample of is judged by its time, but not beside an output in an object store, whose times are of another
-    clock.
+    Samples are compared (1 MiB per file): a file that was only touched or copied counts as unchanged, and so does one
+    with a change between the sampled blocks (`rewritten_sources`). Files without a sample (in the record of an older
+    raymoe) are compared by time, unless the output is in an object store, since its times come from another clock.
     """
     files = [file for source in plan.sources for file in source.files]
     known = {file.location for file in files if file.location in finished.local_files}

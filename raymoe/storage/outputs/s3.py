@@ -1,22 +1,22 @@
-"""An S3 prefix as output: shards become objects by multipart uploads, whose parts the store copies itself where it can.
+"""Writes to an S3 prefix: shards become objects by multipart uploads. The store copies parts server-side if it can.
 
-The coordinator opens a shard's upload, actors send its parts or have them copied, the coordinator completes it: that is
-the moment in which the whole object becomes visible. Several actors may feed one upload.
+The coordinator starts a shard's upload, actors send its parts or have them copied, and the coordinator completes it:
+then the whole object becomes visible. Several actors may send parts of one upload.
 
     fresh     create, note the id, look at plan.json --> parts, by actors --> look at plan.json, complete, note
     resumed   list the parts that are there --> the others, by actors --> look at plan.json, complete, note
 
-An upload that a dead run left is taken up again where its id is known; it is aborted where it is of another merge. A
-run that dies before it has noted an id leaves an upload that only a listing shows. The next run aborts all uploads of
-shards that were opened since that run began, if that run has noted no id for the shard: a store does not tell which
-program has opened an upload. All other uploads are of other programs, and are left alone.
+An upload of a dead run is resumed if its id is known, and aborted if it belongs to another merge. If a run dies before
+it has noted an id, only a listing shows the upload. The next run aborts all uploads of shards that were opened since
+that run began, if that run has noted no id for the shard: a store does not say which program opened an upload. All
+other uploads belong to other programs, and are never changed.
 
-A part of an upload that is taken up is right if it has the planned size, and is made of files whose content the plan's
-digest knows: objects by their ETag, Hub files by their commit. Parts of local files count if they have been noted,
-which an actor does after a look at its sources.
+A part of a resumed upload is kept if it has the planned size, and its source files are ones whose content the plan's
+digest fixes: objects by their ETag, Hub files by their commit. Parts of local files count if they have been noted; an
+actor does so after a check of its sources.
 
-Memory: the parts that a process sends at one time share `_SENDING_BYTES`, whatever the number of its jobs. A part
-counts with its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
+Memory: the parts that a process sends at one time share `_SENDING_BYTES`, however many jobs it has. A part counts with
+its own bytes (reading and the connection's buffer take about as many again), a computed one with more.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _COMPUTING_BYTES = 32 << 20
 # A job is small enough that a death costs little, and that two actors share a large shard.
 _JOB_SENT_BYTES = 256 << 20
 _JOB_COPIED_BYTES = 8 << 30
-_SENT_BESIDE_COPIES = 32 << 20  # a job of copies sends no more: headers, norms and what else is too short to be copied
+# the most that a job of copies sends: headers, norms and other ranges too short to be copied
+_SENT_BESIDE_COPIES = 32 << 20
 _META_PLAN, _META_ORIGIN = "raymoe-plan", "raymoe-origin"
 _READ_BYTES = 16 << 20
 
@@ -66,21 +67,22 @@ class S3Output(StoreOutput[MultipartStore]):
     def __init__(self, location: str, storage: StorageOptions, run: str = "") -> None:
         super().__init__(location, storage, run)
         self._uploads: dict[str, str] = {}  # shard -> id of its open upload
-        self._copied_from: dict[str, SourceFile] = {}  # objects that the store copies ranges of, by their URLs
+        self._copied_from: dict[str, SourceFile] = {}  # source objects of server-side copies, by URL
         self._known_parts: dict[str, list[UploadedPart]] = {}  # parts that an earlier run sent
-        self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and what became of it
-        self._reading_back: set[str] = set()  # shards that are complete but for their checksums
-        self._beginning: set[str] = set()  # shards of whose uploads the ids are not noted yet
+        self._completed: dict[str, tuple[str, ObjectInfo]] = {}  # shard -> id of its upload, and the completed object
+        self._reading_back: set[str] = set()  # complete shards with missing checksums
+        self._beginning: set[str] = set()  # shards with uploads without a noted id
         self._open_before: Sequence[OpenUpload] = ()  # below the output, when this run began
-        self._lists_uploads: bool | None = None  # whether the store lists all uploads below a folder, where it is known
+        # whether the store lists all uploads below a folder; None: not known yet
+        self._lists_uploads: bool | None = None
         self._lock = threading.Lock()  # held until that is known
-        self._metadata: dict[str, str] = {}  # of all shards
+        self._metadata: dict[str, str] = {}  # the same for all shards
         self._memory = _Budget(_SENDING_BYTES)
 
     def _fence_off(self, has_to_clear: bool) -> None:
         self._open_before = self._store.list_uploads(self.location.text)
-        claim = self.journal.check_run()  # so that a newer run has opened none of them
-        # Of the merge, not of the run: uploads of earlier runs of it are completed by later ones.
+        claim = self.journal.check_run()  # ensures that no newer run has opened any of them
+        # Per merge, not per run: later runs complete uploads of earlier runs.
         self._metadata = {_META_PLAN: claim.digest, _META_ORIGIN: claim.origin}
         lost = self.journal.lost_uploads(self._open_before)
         with ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="abort") as pool:
@@ -111,7 +113,8 @@ class S3Output(StoreOutput[MultipartStore]):
         return list(_jobs(shard, self._uploads[name], missing))
 
     def do(self, job: ShardJob, reader: SourceReader, progress: Progress, router: RouterBytes | None = None) -> Any:
-        """The parts that the store has now, or the checksum of what is read back. `router` gives computed rows."""
+        """The parts that the store has now, or the checksum of the object that is read back. `router` gives computed
+        rows."""
         name = job.shard.file_name
         if job.read_back is not None:
             return self._read_back(name, job.read_back, progress)
@@ -140,14 +143,14 @@ class S3Output(StoreOutput[MultipartStore]):
         missing = [part for part in job.parts if part.number not in numbers]
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as senders:
             sent = _results([(senders if p.copy is None else self._copiers).submit(send, p) for p in missing])
-        reader.check_unchanged()  # before the parts are noted, and taken for good by a later run
+        reader.check_unchanged()  # before the parts are noted, since a later run then relies on them
         if unpinned := [done for part, done in zip(missing, sent, strict=True) if not _is_pinned(job.shard, part)]:
             self.journal.record_sent(name, upload_id, unpinned)
         return [*there, *sent]
 
     @cached_property
     def _copiers(self) -> ThreadPoolExecutor:
-        """Threads that wait for copies, of all jobs of this process; the store's pacer says how many go on at once."""
+        """Threads that wait for copies, for all jobs of this process; the store's pacer limits how many run at once."""
         return ThreadPoolExecutor(self._storage.copy_slots[1], thread_name_prefix="copy")
 
     def _write_index(self, content: bytes) -> FileRecord:
@@ -155,8 +158,8 @@ class S3Output(StoreOutput[MultipartStore]):
         return super()._write_index(content)
 
     def _check_sources(self) -> None:
-        """Look at each object that parts were copied from, also by an earlier run or an actor that was lost: some
-        servers ignore the ETag that is a copy's condition. A listing shows many of them at once."""
+        """Check each object that parts were copied from, also by an earlier run or an actor that was lost: some servers
+        ignore the ETag condition of a copy. A listing shows many objects at once."""
         folders: dict[str, list[SourceFile]] = {}
         for file in self._copied_from.values():
             folders.setdefault(file.location.rpartition("/")[0], []).append(file)
@@ -201,7 +204,7 @@ class S3Output(StoreOutput[MultipartStore]):
         there = self._store.stat(url)
         if there is None or there.size != len(content):
             raise object_replaced_error(url)
-        # An MD5 was compared with what was sent. Another one now is of other bytes; a store may also tell none.
+        # The MD5 matched what was sent. A different one now means different bytes; a store may also give none.
         etags = [etag for etag in (info.etag, there.etag) if etag is not None and is_md5(etag)]
         if len(set(etags)) > 1:
             raise object_replaced_error(url)
@@ -211,7 +214,7 @@ class S3Output(StoreOutput[MultipartStore]):
     def _clear(self, claim: Claim) -> None:
         completed = {upload_id for upload_id, _ in self._completed.values()}
         uploads = [upload for upload in self.journal.other_uploads() if upload.upload_id not in completed]
-        self.journal.check_claim(claim)  # and so none of them is a newer run's
+        self.journal.check_claim(claim)  # so none of them is a newer run's
         self._abort(uploads, lambda: self.journal.check_claim(claim))
         super()._clear(claim)
 
@@ -219,8 +222,8 @@ class S3Output(StoreOutput[MultipartStore]):
         return bool(self._uploads)
 
     def _release(self, store: MultipartStore, journal: ObjectJournal, *, keep_uploads: bool) -> None:
-        """Abort what this process has opened; a run that was replaced leaves the uploads to the newer one, which has
-        found them in the journal. The journal also tells of those that are kept."""
+        """Abort the uploads that this process has opened. A run that was replaced leaves them to the newer run, which
+        has found them in the journal. The journal also lists the uploads that are kept."""
         uploads, self._uploads = self._uploads, {}
         if not keep_uploads and journal.is_of_this_run:
             for name, upload_id in uploads.items():
@@ -239,7 +242,7 @@ class S3Output(StoreOutput[MultipartStore]):
         return self._read_back(name, there, lambda sent, copied: None)
 
     def _read_back(self, name: str, info: ObjectInfo, progress: Progress) -> str:
-        """The SHA-256 of an object's bytes. `progress` is told of each read, as of no bytes: nothing is written."""
+        """The SHA-256 of an object's bytes. `progress` is called for each read, with zero bytes: nothing is written."""
         url = self.files.place(name)
 
         def read() -> Iterator[bytes]:
@@ -250,36 +253,36 @@ class S3Output(StoreOutput[MultipartStore]):
         return f"sha256:{hex_digest(hashlib.sha256(), read())}"
 
     def _tells_content(self, done: DoneNote, info: ObjectInfo) -> bool:
-        """The ETag was noted beside the checksum; if it is the same, so are the bytes."""
+        """As in the base class: the ETag was noted with the checksum, so an equal ETag means equal bytes."""
         kind = "etag:" if self._storage.checksum is None else f"{self._storage.checksum}:"
         if info.etag is None or info.size != done.record.size or not done.record.checksum.startswith(kind):
             return False
         return info.etag == done.etag or done.record.checksum == f"etag:{info.etag}"
 
     def _open_upload(self, name: str, *, goes_on: bool) -> tuple[str, Sequence[UploadedPart]]:
-        """An upload of `name`: where `goes_on`, the one that an earlier run of this merge left, with the parts that it
-        has; else a new one."""
+        """An upload of `name`: with `goes_on`, the one that an earlier run of this merge left, with its parts; else a
+        new one."""
         earlier = self.journal.earlier_uploads(name)
         own = dict.fromkeys(upload.upload_id for upload in earlier if goes_on and upload.is_own)
         found = ((upload_id, self._listed_parts(name, upload_id)) for upload_id in own if upload_id is not None)
         taken = next(((upload_id, parts) for upload_id, parts in found if parts is not None), None)
-        # The note of an upload that is taken up stays where it is: any later run finds it there.
+        # The note of a resumed upload stays where it is: any later run finds it there.
         others = [upload for upload in earlier if taken is None or upload.upload_id != taken[0]]
         self._abort(others, self.journal.check_run)
         return taken or (self._new_upload(name), ())
 
     def _listed_parts(self, name: str, upload_id: str) -> Sequence[UploadedPart] | None:
-        """The parts of an upload; None where it is not open: completed, or aborted."""
+        """The parts of an upload; None if it is not open (completed, or aborted)."""
         try:
             return self._store.list_parts(self.files.place(name), upload_id)
         except UploadNotFound:
             return None
 
     def _new_upload(self, name: str) -> str:
-        """A new upload, which a later run finds by `known/RUN.json` if this one dies before it has noted the id.
+        """Start an upload. If this run dies before it has noted the id, a later run finds it by `known/RUN.json`.
 
-        Some servers list only the uploads of one exact key. The first upload shows which kind this server is. It is
-        announced in any case, and so are all others where the server is of that kind.
+        Some servers list only the uploads of one exact key. The first upload shows whether this server does. It is
+        announced in any case, and all later ones are announced if the server does.
         """
         with self._lock:
             if self._lists_uploads is None:
@@ -302,7 +305,7 @@ class S3Output(StoreOutput[MultipartStore]):
         try:
             self.journal.record_upload(name, upload_id)
         except BaseException:
-            # A newer run may have read the journal before the note was there: it does not know this upload.
+            # A newer run may have read the journal before the note was there, so it does not know this upload.
             self._store.abort_upload(url, upload_id)
             self.journal.forget_upload(name)
             self._beginning.discard(name)
@@ -311,11 +314,10 @@ class S3Output(StoreOutput[MultipartStore]):
         return upload_id
 
     def _abort(self, uploads: Iterable[RecordedUpload], check: Callable[[], object]) -> None:
-        """Abort what was noted of uploads, and remove the notes.
+        """Abort noted uploads, and remove the notes.
 
-        Where a run died between its intention and the id, what was opened since then is taken for its own: a store does
-        not tell which program has opened an upload. `check` raises where a newer run, with uploads of its own, has the
-        output.
+        If a run died between its intention and the id, uploads opened since then count as its own: a store does not say
+        which program opened an upload. `check` raises if a newer run, with uploads of its own, has taken over.
         """
 
         def abort(upload: RecordedUpload) -> None:
@@ -338,7 +340,8 @@ class S3Output(StoreOutput[MultipartStore]):
         return [upload_id for upload_id in found if upload_id not in known and upload_id not in mine]
 
     def _create_upload(self, url: str, known: Sequence[str]) -> str:
-        """Begin an upload. Where a reply was lost and the store asked again, there are two: the first is aborted."""
+        """Start an upload. If a reply was lost and the request repeated, there are two uploads: the first is
+        aborted."""
         retries = self._store.counters.retries
         upload_id = self._store.create_upload(url, metadata=self._metadata)
         if self._store.counters.retries > retries:
@@ -349,7 +352,7 @@ class S3Output(StoreOutput[MultipartStore]):
 
 
 class _Budget:
-    """Lets threads go on as long as what they take together stays within a limit; one alone may exceed it."""
+    """Limits the total size in use by threads; a single larger one may exceed the limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
@@ -371,8 +374,8 @@ class _Budget:
 def _finished_parts(
     shard: Shard, parts: Iterable[UploadPart], listed: Iterable[UploadedPart], sent: Callable[[], set[UploadedPart]]
 ) -> list[UploadedPart]:
-    """Those of the parts that an upload has as they are planned. `sent` reads which parts have been noted as sent; it
-    is called where a part is made of local files."""
+    """The planned parts that an upload already has. `sent` reads which parts have been noted as sent; it is called if a
+    part is made of local files."""
     by_number, noted = {part.number: part for part in listed}, None
     found = []
     for part in parts:
@@ -388,7 +391,7 @@ def _finished_parts(
 
 
 def _is_pinned(shard: Shard, part: UploadPart) -> bool:
-    """Whether the plan's digest says which bytes a part of the upload has."""
+    """Whether the plan's digest fixes the bytes of a part of the upload."""
     if part.copy is not None:
         return part.copy.file.is_pinned
     overlapping = [each for each in shard.parts if part.overlaps(each)]
@@ -400,12 +403,12 @@ def _bytes_to_send(shard: Shard, part: UploadPart) -> int:
 
 
 def _is_computed(shard: Shard, part: UploadPart) -> bool:
-    """Whether some of the bytes are no source's bytes as they are."""
+    """Whether some of the bytes are not unchanged bytes of a source."""
     return any(not isinstance(each.what, Copy) and part.overlaps(each) for each in shard.parts)
 
 
 def _jobs(shard: Shard, upload_id: str, missing: Sequence[UploadPart]) -> Iterator[ShardJob]:
-    """The jobs of an upload: parts that the store copies apart from those that are sent, unless these are small."""
+    """The jobs of an upload: copied parts separate from sent ones, unless the sent ones are small."""
     copied, sent = [p for p in missing if p.copy is not None], [p for p in missing if p.copy is None]
     are_small = sum(part.nbytes for part in sent) <= _SENT_BESIDE_COPIES
     if copied and are_small and all(_is_pinned(shard, p) and not _is_computed(shard, p) for p in sent):
@@ -417,7 +420,7 @@ def _jobs(shard: Shard, upload_id: str, missing: Sequence[UploadPart]) -> Iterat
 
 
 def _results(futures: Sequence[Future[UploadedPart]]) -> list[UploadedPart]:
-    """What comes back, in order. If one fails, those that have not begun are not begun, and the rest is waited for."""
+    """The results, in order. If one fails, calls that have not started are dropped, and running ones are waited for."""
     try:
         return [future.result() for future in futures]
     finally:

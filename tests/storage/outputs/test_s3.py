@@ -615,7 +615,7 @@ def test_a_source_that_is_replaced(server: Server, sources: list[str], bucket: s
         do_all(plan, target, [job for job in jobs if job.parts[0].copy is not None])
         steps.append(lambda: target.write_index(b"{}"))
     for step in steps:
-        with pytest.raises(ProblemReport, match=r"no longer what was planned with|ETag") as failed:
+        with pytest.raises(ProblemReport, match=r"no longer what the merge was planned with|ETag") as failed:
             step()
         assert f"{bucket}/sources/{name}" in str(failed.value)
         assert "when the object no longer changes" in str(failed.value)
