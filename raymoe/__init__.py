@@ -9,8 +9,8 @@
     raymoe.evaluate("out", "held-out.jsonl")["loss"]
     raymoe.push("out", "org/name", private=True)
 
-One function per command, with its options as keyword arguments. Mistakes are raised as `ProblemReport`, whose
-`problems` say where, what, and what to do about it; a merge that had begun raises `MergeFailed`.
+One function per command, with its options as keyword arguments. Mistakes are raised as `ProblemReport`: its `problems`
+say where, what, and what to do about it. A merge that fails after it has begun raises `MergeFailed`.
 
 Importing this is cheap: torch, transformers and Ray are imported where they are used, if they are.
 """

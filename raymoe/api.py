@@ -1,7 +1,7 @@
 """The Python interface: what the commands do, as functions. `import raymoe` gives these.
 
-A function has the options of its command as keyword arguments of the same names. In a notebook the results show
-themselves as tables, and `quiet=False` shows how far a function is.
+A function has the options of its command as keyword arguments of the same names. In a notebook, results are displayed
+as tables, and `quiet=False` shows progress.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def plan(
 
     Args:
         config: A YAML file, a mapping, or a MergeConfig. Without it, the keys of a config are keyword arguments.
-        options: The next eight arguments, but `allow_all_same`, as one value.
+        options: The next eight arguments except `allow_all_same`, as one value.
         copy_tokenizer: Copy the base model's tokenizer to the output.
         allow_crimes: Allow experts of another model type of equal shape.
         out_shard_size: Largest shard: bytes, or a text such as "5B", "500M", "2GiB".
@@ -166,7 +166,7 @@ def merge(
     Args:
         config: A YAML file, a mapping, or a MergeConfig. Without it, the keys of a config are keyword arguments.
         out: Folder or URL for the merged model.
-        options: The next nine arguments, but `allow_all_same`, as one value.
+        options: The next nine arguments except `allow_all_same`, as one value.
         copy_tokenizer: Copy the base model's tokenizer to the output.
         allow_crimes: Allow experts of another model type of equal shape.
         out_shard_size: Largest shard: bytes, or a text such as "5B", "500M", "2GiB".
@@ -174,7 +174,7 @@ def merge(
         allow_all_same: Allow all experts to be the same model, for merges that are trained afterwards.
         load_in_8bit: Read prompts with 8-bit weights (bitsandbytes, GPU).
         load_in_4bit: Read prompts with 4-bit weights (bitsandbytes, GPU).
-        strict: Refuse NaN and infinity in weights and configs; reads every number for it.
+        strict: Refuse NaN and infinity in weights and configs; this reads every number.
         write_model_card: Write a README.md.
         trust_remote_code: Allow a tokenizer's own code to run.
         transformers_cache: Folder for models downloaded from the Hub.
@@ -184,8 +184,9 @@ def merge(
         actors: Most expert actors at once.
         device: "cpu" or "cuda": where gates are computed. By default on GPUs, if Ray has any.
         stall_timeout: Minutes without any progress after which a job is given to another actor.
-        keep_uploads: If the merge stops, leave what it has sent of unfinished shards in S3 for the run that resumes it.
-        verbose: 1 says more, 2 shows Ray's own logs; both show progress.
+        keep_uploads: If the merge stops, keep the uploaded parts of unfinished shards in S3 for the run that resumes
+            it.
+        verbose: 1 prints more, 2 also prints Ray's own logs; both show progress.
         quiet: Show no progress.
         result: File or URL for phases, bytes, retries and memory, also if the merge fails. By default none is written.
         push_to_hub: "org/name": publish the merge on the Hugging Face Hub, if it is not there yet.
@@ -193,7 +194,7 @@ def merge(
         branch: With `push_to_hub`: its branch. By default main.
         message: With `push_to_hub`: first line of the commit.
         settings: The arguments from `trust_remote_code` to `quiet` as one value.
-        report: Is told how the run goes, and may be read after a failure too.
+        report: Collects phases, bytes and retries of the run; can also be read after a failure.
         **config_keys: `base_model`, `experts`, `gate_mode` and the other keys of a config.
 
     Returns:
@@ -202,7 +203,7 @@ def merge(
     Raises:
         ProblemReport: Before anything is written, with everything that is wrong.
         MergeFailed: If the merge had begun.
-        PushFailed: If the merge is done and its push is not; the same call goes on with the push.
+        PushFailed: If the merge is finished but its push failed; the same call resumes the push.
 
     Example:
         >>> raymoe.merge(
@@ -271,8 +272,8 @@ def merge_and_push(
 ) -> PushResult:
     """`merge`, then `push`. The token and the repository are checked before the merge starts.
 
-    `on_merged` is called with the merge's result before the push. After any death the same call goes on: in the merge,
-    or, where `output` holds this merge finished, in the push alone. Raises what `merge` raises, and PushFailed.
+    `on_merged` is called with the merge's result before the push. After any interruption, the same call resumes the
+    merge, or only the push if `output` holds the finished merge. Raises what `merge` raises, and PushFailed.
     """
     from raymoe.runtime.run_report import RunReport
     from raymoe.runtime.settings import RuntimeSettings
@@ -300,7 +301,7 @@ def verify(
     quiet: bool = True,
     settings: RuntimeSettings | None = None,
 ) -> Verification:
-    """Make a merge again from its sources, in memory, and compare every tensor byte for byte.
+    """Recompute a merge from its sources, in memory, and compare every tensor byte for byte.
 
     Args:
         merged: Folder or URL of a merge made by raymoe.
@@ -309,9 +310,9 @@ def verify(
         device: "cpu" or "cuda": where gates are computed. By default on GPUs, if Ray has any.
         stall_timeout: Minutes without any progress after which a job is given to another actor.
         trust_remote_code: Allow a tokenizer's own code to run.
-        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        trust_record: Use the S3 endpoint and profile in the merge's record. By default those of the environment.
         transformers_cache: Folder for models downloaded from the Hub.
-        verbose: 1 says more, 2 shows Ray's own logs; both show progress.
+        verbose: 1 prints more, 2 also prints Ray's own logs; both show progress.
         quiet: Show no progress.
         settings: All of these as one value.
 
@@ -347,7 +348,7 @@ def inspect(checkpoint: str | Path, *, storage: StorageOptions | None = None) ->
 
     Args:
         checkpoint: Folder or URL of a checkpoint.
-        storage: How object stores are reached. By default as the environment says.
+        storage: How object stores are reached. By default as set in the environment.
 
     Returns:
         What `raymoe inspect --json` prints: architecture, parameters, experts, shards, routers, how it was made.
@@ -403,14 +404,14 @@ def gguf(
         overwrite: Replace a file of this name.
         pre: llama.cpp's name of the pre-tokenizer, if raymoe can't tell.
         name: The model's name. By default the file's.
-        random_seed: Of a config: seed of random gates and of noise.
-        allow_crimes: Of a config: allow experts of another model type of equal shape.
-        allow_all_same: Of a config: allow all experts to be the same model.
-        device: Of a config: its gates on "cpu" or "cuda". By default a GPU, if there is one.
+        random_seed: For a config: seed of random gates and of noise.
+        allow_crimes: For a config: allow experts of another model type of equal shape.
+        allow_all_same: For a config: allow all experts to be the same model.
+        device: For a config: compute its gates on "cpu" or "cuda". By default a GPU, if there is one.
         trust_remote_code: Allow a tokenizer's own code to run.
         transformers_cache: Folder for models downloaded from the Hub.
         quiet: Show no progress.
-        storage: How object stores are reached. By default as the environment says.
+        storage: How object stores are reached. By default as set in the environment.
 
     Returns:
         The file's size, type, architecture and warnings.
@@ -459,16 +460,16 @@ def push(
 ) -> PushResult:
     """Publish a finished merge as a model on the Hugging Face Hub, in one commit.
 
-    A push that was interrupted goes on with the same call, and sends nothing again that the Hub has.
+    An interrupted push resumes with the same call. Files that the Hub has are not sent again.
 
     Args:
         merged: Folder or URL of a merge made by raymoe.
-        repo: "org/name"; the repository is made if it is missing.
+        repo: "org/name"; the repository is created if it is missing.
         private: Make the repository private.
-        revision: Branch, made if it is missing. By default main.
+        revision: Branch, created if it is missing. By default main.
         message: First line of the commit.
         hub: How the Hub is reached.
-        storage: How object stores are reached. By default as the environment says.
+        storage: How object stores are reached. By default as set in the environment.
         quiet: Show no progress.
 
     Returns:
@@ -498,12 +499,12 @@ def push_dry_run(
     hub: HubOptions | None = None,
     storage: StorageOptions | None = None,
 ) -> Iterator[str]:
-    """Say what `push` would do; nothing is made or sent.
+    """List what `push` would do. Nothing is created or sent.
 
     Args: Those of `push`.
 
     Returns:
-        Lines for people.
+        Lines of text for the user.
 
     Raises:
         ProblemReport: With everything that is wrong.
@@ -547,30 +548,30 @@ def evaluate(
     Args:
         merged: Folder or URL of a merge made by raymoe.
         data: Labeled texts: a file with one JSON object per line.
-        options: What the arguments below say about texts, as one value.
-        against: Of "base", "experts", "oracle" and "hidden" what to compare with, as a sequence or separated by commas.
-            By default all that the merge allows; an empty sequence is none.
-        labels: "LABEL=EXPERT" per label that is no expert's name.
-        limit: Texts per label, or examples per task: the first ones. 0 is all.
-        max_tokens: Longest text; what is beyond is left out. By default 512.
+        options: The arguments below that are about texts, as one value.
+        against: What to compare with: "base", "experts", "oracle", "hidden", as a sequence or separated by commas. By
+            default all that the merge allows; an empty sequence compares with nothing.
+        labels: "LABEL=EXPERT" for each label that is not the name of an expert.
+        limit: Use only the first texts of each label, or examples of each task. 0 uses all.
+        max_tokens: Texts are cut to this many tokens. By default 512.
         text_field: The text's key. By default "text".
         label_field: The label's key. By default "label".
         tasks: In place of `data`: tasks of lm-evaluation-harness, or task files, separated by commas.
         include_path: With `tasks`: a folder with further task files.
-        fewshot: With `tasks`: examples shown first. By default as the task says.
-        batch_size: With `tasks`: questions at once. By default 1.
+        fewshot: With `tasks`: examples before each question. By default as set by the task.
+        batch_size: With `tasks`: questions per batch. By default 1.
         html: Write a page of pictures to this file.
         json: Write the numbers to this file.
         device: "cpu" or "cuda". By default a GPU, if there is one.
         trust_remote_code: Allow a tokenizer's own code to run.
-        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        trust_record: Use the S3 endpoint and profile in the merge's record. By default those of the environment.
         transformers_cache: Folder for models downloaded from the Hub.
         quiet: Show no progress.
-        storage: How object stores are reached. By default as the environment says.
+        storage: How object stores are reached. By default as set in the environment.
 
     Returns:
-        What eval.json holds, a dict: losses of the merge and of what it is compared with, and where its routers send
-        the tokens; or the scores of the tasks.
+        What eval.json holds, a dict: losses of the merge and of the models that it is compared with, and how its
+        routers distribute tokens; or the scores of the tasks.
 
     Raises:
         ProblemReport: Before anything is computed, with everything that is wrong.
@@ -651,23 +652,23 @@ def generate(
     quiet: bool = True,
     storage: StorageOptions | None = None,
 ) -> dict[str, Any]:
-    """Generate from a finished merge in this process, and tell which experts worked for each prompt.
+    """Generate from a finished merge in this process, and return which experts each prompt was routed to.
 
     Args:
         merged: Folder or URL of a merge made by raymoe.
         prompts: A prompt, or several.
-        options: What the arguments below say, as one value.
-        chat: A prompt is one turn of a user in the chat template.
-        max_new_tokens: Longest answer; 0 only reads the prompt.
-        temperature: 0 takes the likeliest token; above it, tokens are drawn.
-        seed: Seed of drawn tokens.
+        options: The arguments below, as one value.
+        chat: Put each prompt into the chat template as one user turn.
+        max_new_tokens: Longest answer in tokens; 0 only reads the prompt.
+        temperature: 0 takes the most likely token; above 0, tokens are sampled.
+        seed: Seed of the sampling.
         per_token: Return the experts of each token too.
         device: "cpu" or "cuda". By default a GPU, if there is one.
         trust_remote_code: Allow a tokenizer's own code to run.
-        trust_record: Reach S3 by the endpoint and profile in the merge's record; else the environment says where.
+        trust_record: Use the S3 endpoint and profile in the merge's record. By default those of the environment.
         transformers_cache: Folder for models downloaded from the Hub.
         quiet: Show no progress.
-        storage: How object stores are reached. By default as the environment says.
+        storage: How object stores are reached. By default as set in the environment.
 
     Returns:
         What `raymoe try --json` prints: per prompt the answer, and each expert's share of first choices and of router
@@ -708,7 +709,7 @@ def _describe(
     *,
     allow_all_same: bool,
 ) -> MergeDescription:
-    """The plan of a merge that is about to run, and what its card and record say. Raises ProblemReport."""
+    """The plan of a merge that is about to run, and the facts for its card and record. Raises ProblemReport."""
     from raymoe.report.merge_description import MergeDescription
 
     merge_plan = _plan_for_output(config, out, options, settings, report, allow_all_same=allow_all_same)
@@ -723,7 +724,7 @@ def _merge_and_push(
 
     results: list[MergeResult] = []
     pushed = merge_and_push(description.plan, description, out, target, settings, report, results.append)
-    # An output that held this merge, finished, was only pushed: its result says that it was complete.
+    # If the output held the finished merge, it was only pushed: the result says that it was complete.
     merged = results[0] if results else run_merge(description.plan, description, out, settings, report)
     return replace(merged, pushed=pushed)
 
@@ -737,7 +738,7 @@ def _plan_for_output(
     *,
     allow_all_same: bool,
 ) -> MergePlan:
-    """The plan of a merge that is about to run; what is wrong with its output is told with what is wrong with it."""
+    """The plan of a merge that is about to run. Problems of its output are reported together with those of the plan."""
     from raymoe.compute import actor_device_problems
     from raymoe.runtime.coordinator import open_target
     from raymoe.runtime.remote_folders import RayFolderResolver
@@ -763,7 +764,7 @@ def _plan_for_output(
 
 
 def _with_models(inputs: Inputs, config: MergeConfig, hub: HubOptions) -> Inputs:
-    """With the models' folders, as far as the config alone tells where they are."""
+    """Adds the models' folders that are known from the config alone."""
     models = {BASE: config.base_model}
     for kind, key in CONFIG_KEYS.items():
         models |= {Owner(kind, number): expert.source_model for number, expert in enumerate(getattr(config, key))}

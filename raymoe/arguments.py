@@ -5,7 +5,8 @@
     transformers_cache             --hub_options-->       HubOptions
     a path, a mapping, or keys     --merge_config-->      MergeConfig
 
-The names are those of the commands' options. Each value may also be given whole: then none of its arguments may be.
+The names are those of the commands' options. Each value may also be given whole; then none of its single arguments may
+be given.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def hub_options(whole: HubOptions | None, transformers_cache: str | None) -> Hub
 
 
 def chosen_device(device: str | None) -> str | None:
-    """`cpu`, `cuda`, or None, which leaves the choice. What is no device is refused with what else is wrong."""
+    """`cpu`, `cuda`, or None (chosen automatically). An unknown device is refused later, together with other
+    problems."""
     name = device.strip().lower() if device is not None else None
     return None if name == "auto" else name
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from raymoe.errors import Problem
 
-# A constant: how many threads share a sum decides its last bit, and that must not depend on the number of actors.
+# A constant: the number of threads that share a sum changes its last bit, and must not depend on the number of actors.
 COMPUTE_THREADS = 2
 _CONTROL_GROUP = "/sys/fs/cgroup"
 
 
 def device_problems(device: str | None) -> Iterator[Problem]:
-    """What is wrong with `cpu`, `cuda` or None, which leaves the choice."""
+    """Problems of a device: `cpu`, `cuda` or None (chosen automatically)."""
     if device not in (None, "cpu", "cuda"):
         yield Problem(where="--device", what=f"there is no device {device!r}", remedy="give cpu, cuda or auto")
     if device == "cuda" and choose_device(None) == "cpu":
@@ -27,10 +27,10 @@ def device_problems(device: str | None) -> Iterator[Problem]:
 
 
 def actor_device_problems(device: str | None, address: str | None, gpus_per_expert: float | None) -> Iterator[Problem]:
-    """The same for the actors of a merge, as far as it can be told before Ray is there: without a cluster they are on
+    """Problems of a device for the actors of a merge that are known before Ray runs. Without a cluster, actors run on
     this machine."""
     if device == "cuda" and gpus_per_expert == 0:
-        what = "--gpus-per-expert 0 gives no GPU to anything"
+        what = "--gpus-per-expert 0 gives no GPU to any actor"
         yield Problem(where="--device cuda", what=what, remedy="leave out one of them")
         return
     ray: Any = sys.modules.get("ray")
@@ -54,7 +54,7 @@ def limit_threads(count: int = COMPUTE_THREADS) -> None:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can still be taken: of the GPU, or of this machine as far as its control group allows."""
+    """Free memory: of the GPU, or of this machine within the limit of its control group."""
     if device == "cuda":
         import torch
 
@@ -76,5 +76,5 @@ def _number_in(file: str, name: str) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory that this process has had."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

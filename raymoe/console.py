@@ -1,7 +1,7 @@
-"""The ways to a terminal: lines on standard error, lines and tables on standard output.
+"""Output to a terminal: lines on standard error, lines and tables on standard output.
 
-Text in them comes from models, configs and records that anybody may have written. Nothing in it moves a cursor, changes
-colors or hides what stands beside it, and no secret is shown (`raymoe.safe_text`).
+Their text comes from models, configs and records of unknown authors. It cannot move the cursor, change colors or hide
+other text, and it shows no secrets (`raymoe.safe_text`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raymoe.safe_text import json_text, printable, safe_message, scrub
 
 
 def say(text: str) -> None:
-    """A line for people, on standard error. Where it can't be written, nothing ends for it."""
+    """Print a line for the user on standard error. A failure to write it is ignored."""
     with contextlib.suppress(OSError):
         print(safe_message(text), file=sys.stderr, flush=True)
 

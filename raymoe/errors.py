@@ -1,8 +1,8 @@
-"""Errors meant for people.
+"""Errors for users.
 
 A user's mistake is an ordinary value here: a `Problem` says what is wrong, where, and what to do about it. Everything
-that looks at user input collects problems and raises one `ProblemReport` at the end, so that a person mends a config in
-one go and not one error at a time. The command line prints a report without a traceback and exits with its
+that looks at user input collects problems and raises one `ProblemReport` at the end, so that the user can mend a config
+in one go and not one error at a time. The command line prints a report without a traceback and exits with its
 `exit_code`; nothing below the command line calls `sys.exit`.
 
 Messages quote text from outside: names of files, values of configs, answers of servers. None of them holds a secret, a
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that a person has to mend: where it is, what is wrong, and the remedy."""
+    """One thing that the user has to mend: where it is, what is wrong, and the remedy."""
 
     where: str
     what: str
@@ -45,9 +45,9 @@ class Problem:
 
 
 def first_few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
-    """The first of problems of one kind, and that there are more.
+    """The first problems of one kind, and a last one that says that there are more.
 
-    One file can give any number of them. A generator is not run to its end: each problem takes half a millisecond.
+    One file can have any number of problems. A generator is not run to its end: each problem takes half a millisecond.
 
     Example: `problems += first_few(_name_problems(index))`.
     """
@@ -56,7 +56,7 @@ def first_few(problems: Iterable[Problem], most: int = 5) -> list[Problem]:
 
 
 def install_remedy(extra: str) -> str:
-    """How to get what one of raymoe's extras brings."""
+    """How to install one of raymoe's extras."""
     return f"install raymoe with it: pip install '.[{extra}]' in a clone of raymoe"
 
 
@@ -75,8 +75,8 @@ class ProblemReport(RaymoeError):
     Attributes:
         problems: Every `Problem`, in the order in which they were found, as a tuple of at least one. Each has texts
             `where` (a file and its line, a key, an argument; may be empty), `what` and `remedy` (may be empty). The
-            text of the report has equal problems of several places once.
-        exit_code: The exit status of a command that is refused for it.
+            text of the report lists equal problems of several locations once.
+        exit_code: The exit status of a command that ends with it.
 
     Example:
         try:
@@ -121,7 +121,7 @@ def _merge_repeated(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _join_locations(wheres: Sequence[str]) -> str:
-    """Places that differ in numbers only, as one: `a.yaml:6: experts[0]` and `a.yaml:9: experts[1]` are
+    """Locations that differ in numbers only, as one: `a.yaml:6: experts[0]` and `a.yaml:9: experts[1]` are
     `a.yaml:6, 9: experts[0-1]`.
     """
     columns = zip(*([int(number) for number in _NUMBER.findall(where)] for where in wheres))
@@ -132,7 +132,7 @@ def _join_locations(wheres: Sequence[str]) -> str:
 class ProblemCollector:
     """Runs steps and keeps their problems, so that all of them are in one report.
 
-    `kind` is the exception that is kept, and made in the end; others pass.
+    `kind` is the exception that steps may raise and `report` returns; other exceptions propagate.
 
     Example:
         collector = ProblemCollector()
@@ -160,11 +160,11 @@ class ProblemCollector:
 
 
 class CheckpointError(ProblemReport):
-    """A checkpoint (or adapter) on disk or on the Hub that can't be used: missing, truncated, malformed, quantised."""
+    """A checkpoint (or adapter) on disk or on the Hub that can't be used: missing, truncated, malformed, quantized."""
 
 
 class MergeFailed(RaymoeError):
     """A merge that had begun could not be finished; the message says what happened where.
 
-    The same merge, run again, goes on from the shards that are finished.
+    The same merge, run again, resumes from the finished shards.
     """

@@ -1,4 +1,4 @@
-"""How numbers and long lists are written for people, in one place."""
+"""How messages write numbers and long lists, in one place."""
 
 from __future__ import annotations
 

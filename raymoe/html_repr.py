@@ -1,7 +1,7 @@
-"""What results show of themselves in a notebook: one small HTML table each.
+"""How results are displayed in a notebook: one small HTML table each.
 
-Text in it comes from models, configs and records: it is escaped, without secrets, and cut. No color is set but by
-opacity, so that a table reads on light and on dark.
+Text in it comes from models, configs and records: it is escaped, without secrets, and cut. Only opacity is set, no
+colors, so that a table is readable on light and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CELL = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;color:inherit
 
 
 def html_table(title: str, rows: Sequence[Sequence[object]], *, head: Sequence[object] = ()) -> str:
-    """A table with a title; of many rows and columns the first ones, and how many more there are.
+    """A table with a title. Of many rows and columns it shows the first, and how many more there are.
 
     Example: `html_table("Verification", [("tensors", 12)])`.
     """

@@ -1,4 +1,4 @@
-"""How far and how fast long work is: a live line on a terminal or in a notebook, elsewhere a line every few seconds.
+"""Progress of long work: a live line on a terminal or in a notebook, elsewhere a line every few seconds.
 
 In a notebook the line stays when the work is done.
 """
@@ -22,14 +22,14 @@ _Display = TypeVar("_Display", bound="LiveDisplay")
 
 
 class LiveDisplay:
-    """Shows what is going on, from the time that it was made. A context manager."""
+    """Shows progress, with the time since it was made. A context manager."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._started = self._last_line = time.monotonic()
         self._live: Any = None
         self._notebook = _NotebookLine() if _in_notebook() else None
-        # A dumb terminal or a log gets lines; a person gets one line that moves.
+        # A dumb terminal or a log gets lines; other terminals get one line that is updated.
         self._on_terminal = self._notebook is None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self: _Display) -> _Display:
@@ -48,7 +48,7 @@ class LiveDisplay:
 
     @property
     def seconds(self) -> float:
-        """How long it has been going on."""
+        """Seconds since it was made."""
         return time.monotonic() - self._started
 
     def show(self, line: Callable[[], str], more: Callable[[], Sequence[str]] = tuple) -> None:
@@ -67,12 +67,12 @@ class LiveDisplay:
             say(line())
 
     def say(self, line: str) -> None:
-        """A line that stays, above the one that moves."""
+        """Print a line that stays, above the live line."""
         self._live.console.print(line) if self._live is not None else say(line)
 
 
 class _NotebookLine:
-    """One output of a cell, whose text changes. It needs no widgets, and is plain text in the notebook's file."""
+    """One output of a cell, with a text that changes. It needs no widgets, and is plain text in the notebook's file."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -127,7 +127,7 @@ class Pace:
         return self._since
 
     def text(self, done: float, left: float, now: float, unit: Callable[[float], str] = "{:,.0f}".format) -> str:
-        """`, 300/s, 30 s left`, with `unit` for the rate; empty as long as nothing is known."""
+        """`, 300/s, 30 s left`, with `unit` for the rate; empty until a rate is known."""
         since, before = self.start(done, now)
         if done <= before or now <= since:
             return ""
@@ -150,12 +150,12 @@ class ProgressLine(LiveDisplay):
         self._stage, self._before, self._work, self._done = "", 0, 0, 0
 
     def add(self, count: int) -> None:
-        """So much more of the stage is done. What exceeds the stage's work does not count: it was an estimate."""
+        """Add work of the stage that is done. The stage's work is an estimate: what exceeds it does not count."""
         self._done = min(self._done + count, self._work)
         self.show(self._line)
 
     def stage(self, name: str, work: int | None = None) -> None:
-        """What comes next, and how much of the total it is. Without `work` the same stage has another name now."""
+        """Begin a stage with its share of the total work. Without `work`, the current stage gets another name."""
         self._stage = name
         if work is not None:
             self._before, self._work, self._done = self._before + self._work, work, 0

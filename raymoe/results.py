@@ -1,4 +1,4 @@
-"""What a merge, a verification and a push return. In a notebook they show themselves as small tables."""
+"""What a merge, a verification and a push return. In a notebook, results are displayed as small tables."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class PushResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What a finished merge was: files by name, warnings, memory as the processes saw it (bytes), and in words what the
-    backbone is and how the routers did on held-out prompts."""
+    """The result of a finished merge: its files, warnings, and peak memory of its processes (bytes). `backbone_lines`
+    and `router_lines` describe the backbone, and the routers' accuracy on held-out prompts."""
 
     output: str
     model_type: str  # of the merged model's config.json
@@ -56,11 +56,11 @@ class MergeResult:
     peak_actor_bytes: tuple[int, ...]
     peak_gpu_bytes: tuple[int, ...]
     seconds: float  # since the actors were started
-    run_seconds: float  # since the run was
+    run_seconds: float  # since the run was started
     backbone_lines: tuple[str, ...] = ()
     router_lines: tuple[str, ...] = ()
     was_complete: bool = False  # an earlier run had finished this merge, and nothing was left to do
-    pushed: PushResult | None = None  # what was published, by a merge that was to be
+    pushed: PushResult | None = None  # what was published, if the merge was to be pushed
 
     @property
     def output_bytes(self) -> int:
@@ -90,7 +90,7 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was compared, and every difference, one line each. `notes`: what differs and may."""
+    """What was compared, and every difference, one line each. `notes`: differences that are allowed."""
 
     tensors: int
     differences: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What leaves raymoe: messages, logs and results, without secrets and without anything that a terminal would act on.
+"""Removes secrets and terminal control characters from everything that raymoe prints, logs or returns.
 
     RaymoeError, Problem --> safe_message      every message, also one that Ray stores or that Python code prints
     say, console         --> safe_message      lines and tables of the commands
@@ -22,23 +22,23 @@ from functools import lru_cache
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
-# Variables by name, and by the end of their names, with values of that many characters at least. A shorter id of an
-# access key is that of a test server: no secret, and often a word.
+# Variables that hold secrets, by name and by the end of their names, and the shortest values that count as secrets. A
+# shorter access key id is that of a test server: not a secret, and often a word.
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 _SECRET_NAME = re.compile(
     r"(?i)((^|_)(token|secret|access_key|access_key_id|secret_key|api_key|account_key|storage_key|connection_string)"
     r"|_(pat|pwd)|passw(or)?d)$"  # PWD itself is the working directory
 )
 _MIN_CHARACTERS, _MIN_CHARACTERS_BY_NAME, _MIN_CHARACTERS_OF_KEY_ID = 4, 8, 16
-# A value below this many characters may be a word (`test`): it is no secret within a longer word or a path.
+# A shorter value may be a word (`test`): it is not a secret within a longer word or a path.
 _LONG = 8
 
-# All patterns take time in proportion to the text: messages quote what others wrote.
+# All patterns take time in proportion to the text, since messages quote untrusted text.
 #
 # `//user:password@` of any scheme, in what has no spaces and no quotes, up to its last '@', which follows: a password
 # may hold '/' and '@'. It is told from a port by not being digits before a path, from an address of IPv6 by the
-# brackets, and from a second URL (`s3://base+s3://adapter`) by the scheme. Rather too much of an address is left out
-# than a part of a password shown.
+# brackets, and from a second URL (`s3://base+s3://adapter`) by the scheme. In doubt, too much of an address is removed,
+# so that no part of a password is shown.
 _PASSWORD = re.compile(
     r"//(?!\[[\da-fA-F:.%]*\](?::\d+)?(?:/|\Z))(?![^/@:]*\+[a-z][a-z0-9]*://)(?=[^/@:]*:(?!\d+/(?![\d/]*\Z)))"
 )
@@ -52,15 +52,15 @@ _QUERY = re.compile(
 _AUTHORIZATION = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic)\s+)?[^\s'\",]+")
 _KNOWN_FORMS = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 
-# Control characters but tab and newline, marks that reorder text, line separators, halves of characters.
+# Control characters except tab and newline, marks that reorder text, line separators, lone surrogates.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# A line of a message that goes on is indented. One that is not would be taken for a message of its own.
+# Continuation lines of a message are indented. Others would look like a message of their own.
 _NEW_LINE = re.compile(r"\n(?! |$)")
 
 MAX_CHARACTERS = 4_000
-"""Of each of a problem's texts."""
+"""The maximum length of each text of a problem."""
 
 _remembered_secrets: set[str] = set()
 
@@ -77,7 +77,7 @@ def remember_secrets(arguments: Iterable[str]) -> None:
 
 
 def scrub(text: str) -> str:
-    """`text` without credentials in URLs, presigned queries, and the secrets that this process knows of."""
+    """`text` without credentials in URLs, presigned queries, and the secrets known to this process."""
     for secret, name in _known_secrets(tuple(os.environ.items()), frozenset(_remembered_secrets)):
         if secret not in text:
             continue
@@ -92,7 +92,7 @@ def scrub(text: str) -> str:
 
 
 def shorten(text: str, most: int = MAX_CHARACTERS) -> str:
-    """`text`, without its middle where it is longer than any message that is written for people."""
+    """`text`, without its middle if it is longer than `most`, which is more than messages need."""
     if len(text) <= most:
         return text
     half = (most - 5) // 2
@@ -100,7 +100,7 @@ def shorten(text: str, most: int = MAX_CHARACTERS) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with the characters that a terminal acts on, or that hide or reorder others, as escapes."""
+    """`text` with escapes for control characters and for characters that hide or reorder others."""
     return _UNPRINTABLE.sub(_escape, text)
 
 
@@ -109,19 +109,19 @@ def has_unprintable(text: str) -> bool:
 
 
 def safe_message(text: str) -> str:
-    """A message as it may be shown anywhere; a line in it that is not indented is no line of its own."""
+    """A message that is safe to show anywhere. A line break before a line that is not indented is escaped."""
     return _NEW_LINE.sub(r"\\n", printable(scrub(text)))
 
 
 def json_text(content: Any, *, scrubbed: bool = False) -> str:
-    """JSON for people and programs, one value a line; with `scrubbed`, without secrets."""
+    """JSON with one value per line; with `scrubbed`, without secrets."""
     text = json.dumps(_scrub_content(content) if scrubbed else content, indent=2, ensure_ascii=False)
     # Such characters can be in strings alone, where JSON has an escape for each.
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class ScrubbedStream:
-    """A text stream that is written to without secrets; all else is the stream's own."""
+    """A text stream that removes secrets from what is written; all else is the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -139,7 +139,7 @@ class ScrubbedStream:
 
 
 def scrub_streams() -> None:
-    """Have this process write without secrets to its standard streams, whatever it or a library prints."""
+    """Remove secrets from everything that this process and its libraries print to the standard streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, ScrubbedStream):
@@ -190,7 +190,7 @@ def _known_secrets(environment: tuple[tuple[str, str], ...], remembered: frozens
 
 
 def _min_characters(name: str) -> float:
-    """From how many characters on the value of a variable is a secret."""
+    """The shortest value of a variable that counts as a secret."""
     if name in _SECRET_VARIABLES:
         return _MIN_CHARACTERS
     if _SECRET_NAME.search(name) is None:
@@ -205,7 +205,7 @@ def _secrets_of_url(text: str) -> Iterator[str]:
         return
     found: list[str] = []
     authority, whole = (part.rpartition("@")[0] for part in (rest.partition("/")[0], rest))
-    # A password may hold '/' and '@': then it is not the authority alone that holds it.
+    # A password may hold '/' and '@': then it is not in the authority alone.
     holders = [whole] if _PASSWORD.match(f"//{whole}") else []
     if ":" in authority or not scheme.endswith("hf"):
         holders.append(authority)

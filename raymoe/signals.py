@@ -1,9 +1,9 @@
 """How a signal ends a command: SIGTERM as Ctrl-C does, by a KeyboardInterrupt in the main thread.
 
-There is one place where that is not heard: Ray's own code while it starts or connects. Where the signal went to Ray's
-processes too (a process group that is stopped as a whole: a container, a batch job, `timeout`), that code waits half a
-minute for them, or aborts the process. So while it runs, another thread hears the signals and ends the process itself,
-with the same last words and exit status. Ray's processes end with the one that started them.
+This does not work while Ray's own code starts or connects. If Ray's processes got the signal too (a process group that
+is stopped as a whole: a container, a batch job, `timeout`), that code waits half a minute for them, or aborts the
+process. So while it runs, another thread receives the signals and ends the process itself, with the same last words and
+exit status. Ray's processes end with the one that started them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def stoppable(last_words: str) -> Iterator[None]:
-    """The process runs a command that may be ended from outside, with these words on standard error."""
+    """The block is a command that a signal may end: then these words are printed on standard error."""
     _last_words.append(last_words)
     try:
         with sigterm_as_ctrl_c():
@@ -58,7 +58,7 @@ def stoppable(last_words: str) -> Iterator[None]:
 
 @contextmanager
 def run_before_end(call: Callable[[], None]) -> Iterator[None]:
-    """What is to be done before the process is ended in the block of `end_on_signal`."""
+    """Register a call to be made before `end_on_signal` ends the process."""
     _final_calls.append(call)
     try:
         yield
@@ -68,7 +68,7 @@ def run_before_end(call: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def end_on_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end the process, whatever the main thread is at: for calls that do not return to Python.
+    """SIGINT and SIGTERM end the process, whatever the main thread does: for calls that do not return to Python.
 
     Only in the main thread of a command; a program that uses raymoe as a library is not ended.
     """

@@ -1,9 +1,8 @@
 """Small files from outside, JSON and YAML, read within bounds.
 
-A checkpoint's small files, a model's card and a merge's record may be anybody's. Their size is looked at before they
-are read, the number of values before they are parsed, and the depth before anything walks through them: what is
-returned can be copied, compared and written again without a RecursionError. Everything that is wrong is a ValueError
-whose text is for people.
+A checkpoint's small files, a model's card and a merge's record are untrusted. Their size is checked before they are
+read, the number of values before they are parsed, and the depth before they are walked through: returned values can be
+copied, compared and written again without a RecursionError. Every error is a ValueError with a message for users.
 
 A merge's own config is read by config/yaml_loader.py, which allows anchors and merges and has bounds of its own.
 """
@@ -30,7 +29,7 @@ Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def check_size(size: int, most: int = MAX_JSON_BYTES) -> None:
-    """Raise ValueError for a file of more bytes than such a file has; to be called before it is read."""
+    """Raise ValueError if a file is too large. Call this before it is read."""
     if size > most:
         raise ValueError(f"{size:,} bytes are too many for such a file (at most {most:,})")
 
@@ -39,7 +38,7 @@ def read_json(content: bytes | str, *, pairs: Pairs | None = None) -> Any:
     """The value of a JSON text; `pairs` makes objects out of their (key, value) pairs. Raises ValueError."""
     check_size(len(content))
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    # No fewer than there are: each value but the first comes after a comma, a bracket or a brace.
+    # An upper bound: each value but the first comes after a comma, a bracket or a brace.
     if text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     try:
@@ -72,8 +71,8 @@ def _too_deep() -> ValueError:
 def read_yaml(text: str) -> Any:
     """The value of a YAML text, its scalars as text, and None for what is empty or null. Raises ValueError.
 
-    Without anchors, aliases and merges, with which a few lines stand for any number of values. Tags are ignored. Of
-    several documents the first is read, and of a key that comes twice the last value.
+    Aliases and merges are refused, since with them a few lines stand for any number of values. Tags are ignored. Of
+    several documents the first is read, and of a repeated key the last value.
     """
     import yaml
 
@@ -90,8 +89,8 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_events(events: Iterator[Any]) -> None:
-    """Raise ValueError for a document that stands for more than it says. Events come one by one: the parser keeps no
-    more than where it is."""
+    """Raise ValueError for a document with aliases, merges or too many values. Events come one by one: the parser keeps
+    only its position."""
     from yaml import events as kinds
 
     depth = 0

@@ -1,7 +1,7 @@
-"""`merge_and_push`: a merge and its push as one thing that goes on.
+"""`merge_and_push`: a merge and its push as one operation that can be resumed.
 
-A merge that is to be pushed is checked against the Hub before it starts. Run again, it goes on where it stopped: in the
-merge, or, where the output holds this very merge finished, in the push.
+A merge that is to be pushed is checked against the Hub before it starts. Run again, it resumes where it stopped: in the
+merge, or in the push if the output holds the finished merge.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def merge_and_push(
     report: RunReport,
     on_merged: Callable[[MergeResult], None],
 ) -> PushResult:
-    """Merge, call `on_merged` (unless the output holds this merge finished), and publish.
+    """Merge, call `on_merged` (unless the output already held the finished merge), and publish.
 
-    Raises ProblemReport before the merge starts, for all that keeps either from being done.
+    Raises ProblemReport before the merge starts, with all problems that prevent the merge or the push.
     """
     out = open_target(output, settings)
     models = [name for source in plan.sources for name in source.label.split("+")]
@@ -57,7 +57,7 @@ def merge_and_push(
         on_merged(run_merge(plan, description, output, settings, report))
         manifest = open_manifest(output, target.repo, settings.storage)
     if manifest.plan_digest != plan.digest:
-        what = "another merge has taken the place of this one, and was not pushed"
-        raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is as it was")
+        what = "another merge has replaced this one, and was not pushed"
+        raise PushFailed(f"push to {target.repo}: {out.location}: {what}; the repository is unchanged")
     with report.phase("push"):
         return push_published(manifest, repository, quiet=quiet)

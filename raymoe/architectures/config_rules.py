@@ -1,4 +1,4 @@
-"""What configs say, where families differ: windows, kinds of layers, values that follow from others.
+"""Rules for configs where families differ: windows, kinds of layers, values that follow from others.
 
 Functions of a config with the family's defaults filled in. Rules: each family's configuration class in transformers.
 """
@@ -25,19 +25,21 @@ def qwen_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tu
 
 
 def cohere2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Layers with a window have RoPE, the others have none: which is which matters even where no window bites."""
+    """Layers with a window have RoPE, the others have none. So the kind of a layer matters even if no text is longer
+    than the window."""
     pattern = config["sliding_window_pattern"]
     return config["sliding_window"], _sliding(config) or tuple((n + 1) % pattern != 0 for n in range(layers))
 
 
 def cohere_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """All layers have RoPE, which in Cohere 2's MoE those with a window have: a window that nothing is longer than."""
+    """All layers have RoPE. In Cohere 2's MoE only layers with a window have it, so all get a window that no text
+    exceeds."""
     return config["max_position_embeddings"], (True,) * layers
 
 
 def cohere_limits(config: Mapping[str, Any]) -> list[str]:
     if config["use_qk_norm"]:
-        return ["use_qk_norm: its norms of q and k have no place in Cohere 2's MoE"]
+        return ["use_qk_norm: Cohere 2's MoE has no norms of q and k"]
     return []
 
 
@@ -50,7 +52,7 @@ def cwm_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tup
 
 
 def _sliding(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Whether each layer has a window, where the config names the layers; empty where it does not."""
+    """Whether each layer has a window; empty if the config does not name the layers."""
     return tuple(kind == "sliding_attention" for kind in config.get("layer_types") or ())
 
 
@@ -60,7 +62,7 @@ def _windows_of(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[i
 
 
 def cwm_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Its RoPE is scaled where a config does not say how."""
+    """Its RoPE is scaled also if the config does not say how."""
     if config.get("rope_parameters") or config.get("rope_scaling"):
         return {}
     return {
@@ -89,7 +91,7 @@ def qwen3_5_kinds(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
 
 
 def qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of RoPE in the newer form, which has more than theta and scaling."""
+    """All RoPE settings in the newer form, which has more than theta and scaling."""
     rope = rope_parameters(config)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -98,7 +100,7 @@ def qwen3_5_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lfm2_width(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The width of the FFN, which is not what the key says unless `block_auto_adjust_ff_dim` is off."""
+    """The width of the FFN. It differs from the config key unless `block_auto_adjust_ff_dim` is off."""
     width = config["intermediate_size"]
     if config["block_auto_adjust_ff_dim"]:
         multiple = config["block_multiple_of"]
@@ -164,7 +166,7 @@ def granite_swa_limits(config: Mapping[str, Any]) -> list[str]:
 
 
 def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The base of each layer's RoPE (0: none), and the one that all with RoPE have, if they have the same."""
+    """The base of each layer's RoPE (0: none), and the common base if all layers with RoPE have the same."""
     rope = rope_parameters(config)
     theta = rope.get("rope_theta") or config["rope_theta"]
     thetas = config.get("layer_rope_theta") or [theta] * config["num_hidden_layers"]
@@ -210,13 +212,13 @@ def smollm3_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ropes(config: Mapping[str, Any], layers: int) -> list[int]:
-    """Which layers have RoPE (1) and which have none (0), whatever the key's name says."""
+    """For each layer, 1 if it has RoPE and 0 if not. The key's name suggests the opposite."""
     every = config["no_rope_layer_interval"]
     return config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
 
 
 def phi3_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE scaling under the name and with the keys that it has elsewhere."""
+    """RoPE scaling under the usual name and with the usual keys."""
     rope = rope_parameters(config)
     if rope_kind(rope) == "default":
         return {}

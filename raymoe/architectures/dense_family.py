@@ -1,8 +1,8 @@
 """What a dense family is: which tensors a layer has, under which names, with which shapes.
 
 A `TensorRow` is one kind of tensor. Its *role* (`attn.q`, `ffn.down`, ...) says what it is in a layer. A MoE
-architecture maps roles to its own names, so a family and a MoE architecture meet in roles and nowhere else, and adding
-either is adding a table. The families are in families.py, their rows in tensor_tables.py. How a row is written:
+architecture maps roles to its own names, so roles are all that a family and a MoE architecture share, and a new one of
+either needs only a table. The families are in families.py, their rows in tensor_tables.py. How a row is written:
 
     name    `{layer}` stands for the number of the layer; a tensor without it exists once
                                                          "model.layers.{layer}.mlp.up_proj.weight"
@@ -28,7 +28,7 @@ from typing import Any
 FFN_ROLES = ("ffn.gate", "ffn.up", "ffn.down")
 
 Windows = Callable[[Mapping[str, Any], int], tuple[int | None, tuple[bool, ...]]]
-"""From a config and a number of layers to the sliding window and the layers that it holds for."""
+"""Takes a config and a number of layers; returns the sliding window, and whether each layer has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,12 @@ def _no_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What transformers' own code of a linear attention or state-space layer holds, without kernels of other libraries.
+    """Memory of a linear attention or state-space layer in transformers' own code, without kernels of other libraries.
 
     Attributes:
-        chunk: Each sequence is padded to a multiple of so many tokens.
-        numbers: How many numbers in float32 are held at most per padded token. Measured, since they are those of many
-            intermediate tensors.
+        chunk: Each sequence is padded to a multiple of this number of tokens.
+        numbers: The most float32 numbers held per padded token. Measured, since they belong to many intermediate
+            tensors.
     """
 
     chunk: int
@@ -105,11 +105,11 @@ class DenseFamily:
             the second.
         has_rope_alpha: Its `dynamic` RoPE scaling may have `alpha`, which makes the base of RoPE larger from the first
             token on.
-        norms_add_one: Its norms multiply by 1 + weight, but those of linear attention.
-        limits: What of a config no MoE architecture can represent, one text per reason.
+        norms_add_one: Its norms multiply by 1 + weight, except those of linear attention.
+        limits: Reasons why no MoE architecture can represent a config, one text per reason.
         adjust: Config values that follow from others.
-        ignored: Suffixes of tensor names that old checkpoints have and no model reads.
-        dropped: Keys that mean nothing, or something else, in a mixture's config.json.
+        ignored: Suffixes of tensor names in old checkpoints that no model reads.
+        dropped: Keys without a meaning, or with another meaning, in the config.json of a mixture.
         mixture_keys: Those of `MIXTURE_KEYS` (moe_architecture.py) that its configuration class has too.
         reads_tokenizer_as_is: transformers 5 reads a tokenizer.json of this model type as it is, whatever class the
             tokenizer's config names. For others, it makes a LlamaTokenizer anew.
@@ -144,7 +144,7 @@ class DenseFamily:
 
     @property
     def has_sinks(self) -> bool:
-        """Whether its attention has sinks, which PyTorch's scaled dot product attention knows nothing of."""
+        """Whether its attention has sinks, which PyTorch's scaled dot product attention does not support."""
         return any(row.role == "attn.sinks" for row in self.rows)
 
     @property

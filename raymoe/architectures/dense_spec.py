@@ -1,7 +1,7 @@
 """`DenseSpec`: what a dense model's config.json says, in one form for all families and both generations of configs.
 
-Keys that a config leaves out take the family's default (see `DenseFamily.defaults`), never another family's. What a
-config says of RoPE is read in rope.py.
+Keys that a config leaves out take the family's default (see `DenseFamily.defaults`), never another family's. The RoPE
+settings of a config are read in rope.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raymoe.architectures.tensor_tables import LINEAR
 from raymoe.architectures.unsupported_families import unsupported_reason
 from raymoe.errors import Problem, first_few
 
-# Keys whose null says that there is no such thing.
+# Keys where null means that the model lacks the feature.
 NULL_MEANS_NONE = frozenset({"sliding_window", "q_lora_rank"})
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -93,7 +93,7 @@ class DenseSpec:
 
     @property
     def rotary_dim(self) -> int:
-        """How many dimensions of each head RoPE turns."""
+        """How many dimensions of each head RoPE rotates."""
         return int(self.head_dim * self.partial_rotary)
 
     @property
@@ -107,7 +107,7 @@ class DenseSpec:
 
     @property
     def scan(self) -> Scan | None:
-        """What its layers of linear attention or state spaces hold; None if it has none."""
+        """Memory of its layers of linear attention or state spaces; None if it has none."""
         return self.family.scan(self.extra) if self.family.scan and LINEAR in self.kinds else None
 
     def layers_of(self, kind: str) -> list[int]:
@@ -157,7 +157,7 @@ class DenseSpec:
         return {}
 
     def fused_parts(self, row: TensorRow) -> Iterator[tuple[str, int, int]]:
-        """(role, first row, row after the last) of what a tensor is made of; most are one thing, with one role."""
+        """(role, first row, row after the last) of each matrix in a tensor. Most tensors hold one matrix."""
         if not row.fused:
             yield row.role, 0, self.shape_of(row)[0]
         start = 0
@@ -166,7 +166,7 @@ class DenseSpec:
             start += self.size_of(rows)
 
     def rows(self, layer: int | None = None) -> Iterator[TensorRow]:
-        """The family's rows that this model has; those of one layer, where one is given."""
+        """The family's rows that this model has; only those of `layer` if it is given."""
         kind = self.kinds[layer] if layer is not None and self.kinds else ""
         for row in self.family.rows:
             if row.when and self._has(row.when.removeprefix("!")) is row.when.startswith("!"):
@@ -202,7 +202,7 @@ _MAX_LAYERS = 10_000  # each takes memory at once; the largest models have 130
 
 
 def read_spec(config: Mapping[str, Any], label: str) -> DenseSpec | list[Problem]:
-    """The spec behind a config.json, or the problems that keep it from being one."""
+    """The spec of a config.json, or the problems that prevent reading it."""
     where = f"{label}/config.json"
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -254,7 +254,7 @@ def _unknown_family_problem(model_type: object, where: str) -> Problem:
 
 
 def _with_defaults(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the family's defaults, and under the usual names what the family calls otherwise."""
+    """The config with the family's defaults, and with the usual names for keys that the family names differently."""
     merged = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     # transformers takes null for a switch as off, and for this number as another; of other keys it leaves the default.
     off = {key for key, default in family.defaults.items() if isinstance(default, bool) and key in config}
@@ -288,7 +288,7 @@ def _is_limit(value: object) -> bool:
     )
 
 
-# Keys that a config may leave out or set to null, what their values must be, and how to say so.
+# Keys that a config may leave out or set to null, the check of their values, and its description.
 _OPTIONAL: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("num_key_value_heads", "head_dim", "max_position_embeddings"), _is_positive_int, "a positive whole number"),
     (
@@ -347,13 +347,13 @@ def _check_heads(merged: Mapping[str, Any], where: str) -> list[Problem]:
         problems.append(Problem(where=where, what=what, remedy="check the model's config"))
     head_dim = merged.get("head_dim") or hidden // heads
     if head_dim % 2 and rotary_share(merged) == 1.0 and merged.get("position_embedding_type", "rope") == "rope":
-        what = f"each head has {head_dim} dimensions, an odd number: RoPE turns pairs of them"
+        what = f"each head has {head_dim} dimensions, an odd number, but RoPE rotates pairs of them"
         problems.append(Problem(where=where, what=what, remedy="check the model's config"))
     return problems
 
 
 def _check_layers(family: DenseFamily, merged: Mapping[str, Any], where: str) -> list[Problem]:
-    """Where `layer_types` matters it must name every layer, with kinds that the family has."""
+    """If `layer_types` matters, it must name every layer, with kinds that the family has."""
     types, layers = merged.get("layer_types"), merged["num_hidden_layers"]
     known = {row.kind for row in family.rows if row.kind} or {"full_attention", "sliding_attention"}
     if not types or not family.reads_layer_types:

@@ -1,6 +1,6 @@
-"""The dense families that experts come from.
+"""The dense families of experts.
 
-Names, shapes and defaults: transformers' modelling and configuration files of each family (`models/llama`,
+Names, shapes and defaults: transformers' modeling and configuration files of each family (`models/llama`,
 `models/olmo2`, ...), which follow the layout of the checkpoints on the Hub.
 """
 
@@ -230,7 +230,7 @@ FAMILIES: Mapping[str, DenseFamily] = {
             switches=_ALL_BIASES,
             carried=(*_MLA_SIZES, "rope_interleave"),
             limits=youtu_limits,
-            adjust=lambda config: {"head_dim": config["qk_rope_head_dim"]},  # what RoPE turns
+            adjust=lambda config: {"head_dim": config["qk_rope_head_dim"]},  # the dimensions that RoPE rotates
             defaults={
                 **_COMMON_DEFAULTS,
                 "max_position_embeddings": 131072,

@@ -1,8 +1,8 @@
 """What a MoE architecture is: names of output tensors, the output's config.json, its routing rule, and its limits.
 
-A MoE architecture represents a dense model exactly if, with one expert's FFN in every place, it computes what the dense
-model computes. What it can't express (a bias that its attention lacks, a window on some layers only) is refused by
-name: a checkpoint that loads and computes something else is worse than none. The architectures are in
+A MoE architecture represents a dense model exactly if, with the dense model's FFN as every expert, it computes what the
+dense model computes. Features that it can't express (a bias that its attention lacks, a window on some layers only) are
+refused by name: a checkpoint that loads but computes something else is worse than none. The architectures are in
 moe/llama_like.py, moe/granite.py, moe/same_family.py and moe/sigmoid_routed.py. How names and shapes are written:
 
     backbone, router      `{layer}` stands for the number of the layer
@@ -45,8 +45,8 @@ MIXTURE_KEYS = frozenset(
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux"),
     }
 )
-"""Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge:
-MoE architectures read several of them, some as other names of keys that raymoe writes (the `attribute_map` of
+"""Keys that only a mixture's config.json has. In that of a dense model they are leftovers, and would change the merge,
+since MoE architectures read several of them. Some are other names of keys that raymoe writes (the `attribute_map` of
 transformers)."""
 
 
@@ -76,7 +76,7 @@ class ConstantRow:
     Attributes:
         name: Its name, with `{layer}`.
         shape: Its shape: numbers, and symbols of `DenseSpec.size_of`.
-        value: What it is filled with, so that it does nothing.
+        value: The value that fills it, chosen so that it has no effect.
     """
 
     name: str
@@ -98,7 +98,7 @@ class MoeArchitecture:
         expert: Role to tensor name, of the FFN of an expert.
         router: The tensor name of a layer's router.
         config: Keys that it adds to the config.json that `moe_config` makes.
-        unsupported_reasons: What of a dense model, or of the numbers of experts, it can't represent: one text per
+        unsupported_reasons: Features of a dense model, or numbers of experts, that it can't represent: one text per
             reason, with the config key.
         dense_family: The family whose attention and norms it has. `raymoe eval` and `raymoe gguf` read a merge as one
             of this family.
@@ -112,20 +112,20 @@ class MoeArchitecture:
         experts_key: The config key with the number of experts.
         shared_key: The config key with the number, or the width, of shared experts. Empty: it always has one.
         renormalize_key: The config key that makes the weights of the chosen experts sum to one. Empty: they always do.
-        renormalizes_one: Its code heeds `renormalize_key` also if one expert runs for a token.
+        renormalizes_one: Its code applies `renormalize_key` also if one expert runs for a token.
         aliases: Other names of `experts_key` and `PER_TOKEN_KEY` that transformers reads (the `attribute_map` of its
             configuration). When it saves a merge again, it writes only one of them.
-        score_function: What it makes of router scores before it chooses the highest: softmax or sigmoid.
-        dense_keys: Keys of the config.json as which a merge is read, beside those that it has itself.
+        score_function: The function of router scores before it chooses the highest: softmax or sigmoid.
+        dense_keys: Keys to add to the dense config.json as which a merge is read.
         min_transformers: The oldest transformers that merges were loaded with (scripts/check_loading.py). Empty: its
             code is not in transformers.
         code_repository: The repository on the Hub with its code.
         min_transformers_mixed_windows: The oldest transformers that computes it with a window on some layers only.
         reads_tokenizer_as_is: As in `DenseFamily`.
         runs_in_vllm: vLLM's registry of models has its class (read in 0.33.0).
-        runs_in_llama_cpp: Whether `raymoe gguf` writes a merge with these numbers of experts. What else can keep it
-            from a file, the command says.
-        note: What else there is to know of it, for docs and `raymoe archs`.
+        runs_in_llama_cpp: Whether `raymoe gguf` writes a merge with these numbers of experts. The command checks
+            everything else.
+        note: A further note for docs and `raymoe archs`.
     """
 
     name: str
@@ -167,15 +167,16 @@ class MoeArchitecture:
 
     @property
     def dense_lacks_partial_rotary(self) -> bool:
-        """Whether the RoPE of `dense_family` can't rotate a part of each head, as that of the MoE architecture may."""
+        """Whether the RoPE of `dense_family` rotates whole heads only, while that of the MoE architecture may rotate a
+        part."""
         return (
             any(FAMILIES[name].has_partial_rotary for name in self.accepts)
             and not FAMILIES[self.dense_family].has_partial_rotary
         )
 
     def min_transformers_for(self, layer_types: Sequence[object] | None) -> str:
-        """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: code of its
-        own.
+        """The oldest transformers that computes a merge whose config.json has these `layer_types`; empty: its code is
+        not in transformers.
         """
         return (
             self.min_transformers_mixed_windows
@@ -184,7 +185,7 @@ class MoeArchitecture:
         )
 
     def entry(self, config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-        """A key of a merge's config and its value there, by the first of its names that has one; (key, None) else."""
+        """The first name of a key that a merge's config has, with its value; (key, None) if it has none."""
         names = (key, self.aliases.get(key, key))
         return next(((name, config[name]) for name in names if config.get(name) is not None), (key, None))
 
@@ -216,8 +217,9 @@ def moe_config(architecture: MoeArchitecture, spec: DenseSpec, moe: MoeShape) ->
     """Keys of the output's config.json that follow from the dense model and the MoE architecture.
 
     Written out in full, since the defaults of dense and MoE configurations differ (RMSNorm's epsilon does, for one).
-    RoPE goes in the older form, `rope_theta` and `rope_scaling`, which every reader knows. An architecture that
-    transformers 4 lacks may name `rope_parameters`, which stand alone: `rope_scaling` would count before them.
+    RoPE is written in the older form, `rope_theta` and `rope_scaling`, which every program reads. An architecture that
+    transformers 4 lacks may name `rope_parameters`, which are then written alone, since `rope_scaling` would override
+    them.
     """
     carried = FAMILIES[architecture.dense_family].carried
     keys = {
@@ -252,7 +254,7 @@ def common_reasons(spec: DenseSpec, *, mixed_windows: bool = False) -> list[str]
     if spec.mlp_bias:
         reasons.append("mlp_bias: its experts have no bias")
     if spec.partial_rotary != 1.0:
-        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: its RoPE turns whole heads")
+        reasons.append(f"partial_rotary_factor {spec.partial_rotary:g}: it applies RoPE to whole heads only")
     if spec.has_mixed_windows and not mixed_windows:
         reasons.append("sliding window on some layers only (max_window_layers / layer_types): it has one rule for all")
     return reasons
@@ -276,12 +278,12 @@ def no_shared_reasons(moe: MoeShape) -> list[str]:
 
 
 def ungated_shared_reasons(moe: MoeShape) -> list[str]:
-    """Of architectures whose shared experts have no gate."""
+    """For architectures with shared experts that have no gate."""
     return ["prompts of the shared expert: its shared expert has no gate"] if moe.shared_has_prompts else []
 
 
 def zero_ffn(names: Mapping[str, str], width: int | str) -> tuple[ConstantRow, ...]:
-    """A shared expert that adds exactly nothing."""
+    """A shared expert of zeros: its output is exactly zero."""
     shapes: dict[str, tuple[str | int, ...]] = {
         "ffn.gate": (width, "hidden"),
         "ffn.up": (width, "hidden"),

@@ -1,6 +1,6 @@
-"""What a config.json says of rotary embeddings, in one form for both generations of configs.
+"""The RoPE settings of a config.json, in one form for both generations of configs.
 
-transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`; both are read. Where a
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`; both are read. If a
 config has both, `rope_scaling` counts, as in transformers. Kinds and the keys that each must have: transformers'
 `modeling_rope_utils.py`.
 """
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 POSITIVE = "a number over 0 (up to 1.8e+308)"
-"""What `is_positive` wants, for people."""
+"""Describes what `is_positive` accepts, for messages."""
 
-# Kind -> keys without which transformers does not compute it, all of them numbers or lists of numbers.
+# Kind -> keys that transformers requires for it, all of them numbers or lists of numbers.
 _REQUIRED_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -36,7 +36,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | Non
     parameters = rope_parameters(config)
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
     kind = rope_kind(parameters)
-    for key in ("rope_type", "type", "partial_rotary_factor"):  # of the last see `rotary_share`
+    for key in ("rope_type", "type", "partial_rotary_factor"):  # `rotary_share` reads the last
         parameters.pop(key, None)
     if kind == "default":
         return float(theta), None
@@ -44,12 +44,12 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | Non
 
 
 def rotary_share(config: Mapping[str, Any]) -> float:
-    """The share of each head's dimensions that RoPE turns."""
+    """The share of each head's dimensions that RoPE rotates."""
     return float(rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
 def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what, what was expected) of values that are of no use, whatever the family makes of them."""
+    """(what, what was expected) of values that are invalid for every family."""
     for parameters in (config, rope_parameters(config)):
         share = parameters.get("partial_rotary_factor")
         if share is not None and not (is_positive(share) and share <= 1):
@@ -68,7 +68,8 @@ def rope_value_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[tuple[str, str]]:
-    """The same of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a head that turn."""
+    """(what, what was expected) of a kind of scaling that transformers can't compute. `rotary_dim`: dimensions of a
+    head that RoPE rotates."""
     parameters = rope_parameters(config)
     kind = rope_kind(parameters)
     if kind not in _REQUIRED_KEYS:
@@ -85,13 +86,13 @@ def rope_kind_problems(config: Mapping[str, Any], rotary_dim: int) -> Iterator[t
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of all that stands under the one name or the other."""
+    """A copy of the RoPE settings under either name."""
     found = config.get("rope_scaling") or config.get("rope_parameters")
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def rope_kind(parameters: Mapping[str, Any]) -> str:
-    """transformers 4 calls it `type` in older configs."""
+    """The kind of scaling; older configs call it `type`."""
     kind: str = parameters.get("rope_type") or parameters.get("type") or "default"
     return kind
 

@@ -39,7 +39,7 @@ def select_moe_architecture(base: DenseSpec, moe: MoeShape, *, forced: str | Non
     no_match = "no MoE architecture" if forced is None else f"architecture {forced!r}"
     can = "can" if forced is None else "can't"
     what = f"{no_match} {can} hold a {base.model_type} base with {_describe(moe)}:{details}"
-    remedy = "change what is named above, or use other models"
+    remedy = "change the settings named above, or use other models"
     if forced is not None:
         others = [
             architecture.name for architecture in MOE_ARCHITECTURES.values() if not _reasons(architecture, base, moe)

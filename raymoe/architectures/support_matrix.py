@@ -1,4 +1,4 @@
-"""What works and what does not, as rows: for `raymoe archs`, and for the table in the docs."""
+"""Supported and unsupported families as rows: for `raymoe archs`, and for the table in the docs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raymoe.architectures.unsupported_families import UNSUPPORTED
 class SupportedPair:
     """A dense family and a MoE architecture that represents it exactly.
 
-    `is_default`: the architecture that is taken if a config names none. `shared_expert`: `no`, `gated`, `plain`, or
-    `always` (a plain one that is zeros where the config has none). `since`: the oldest transformers that loads it, of
-    models with the windows that the family has where a config does not say otherwise.
+    `is_default`: the architecture is chosen if a config names none. `shared_expert`: `no`, `gated`, `plain`, or
+    `always` (plain, and of zeros if the config has none). `since`: the oldest transformers that loads it, for models
+    with the family's default windows.
     """
 
     family: str

@@ -1,6 +1,6 @@
 """Tables of tensors: the rows of each dense family, in the order in which transformers writes them.
 
-A copy in this order reads its sources forwards.
+A copy in this order reads its sources sequentially.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LLAMA_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
-# Norms after attention and FFN, and none before; those of q and k are over all heads at once.
+# Norms after attention and FFN, none before. Norms of q and k cover all heads at once.
 OLMO2_ROWS = (
     _EMBED,
     *_FFN,
@@ -100,7 +100,7 @@ HUNYUAN_ROWS = (
     _FINAL_NORM,
     _HEAD,
 )
-# Attention and FFN side by side, behind one norm.
+# Attention and FFN in parallel, after one norm.
 COHERE2_ROWS = tuple(row for row in LLAMA_ROWS if row.role not in ("norm.post", "attn.q_norm", "attn.k_norm"))
 _FUSED_FFN = (
     TensorRow(role="ffn.down", name=f"{LAYER}mlp.down_proj.weight", shape=("hidden", "intermediate")),
@@ -142,7 +142,7 @@ CONV, ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
 
 
 def _granite4_rows() -> tuple[TensorRow, ...]:
-    """Layers with attention and with a state space (Mamba 2). The FFN is named as a mixture's shared expert is."""
+    """Layers with attention and with a state space (Mamba 2). The FFN has the name of a mixture's shared expert."""
     heads, inner = "mamba_n_heads", "mamba_n_heads*mamba_d_head"
     convolved = f"{inner}+2*mamba_n_groups*mamba_d_state"
     shapes = {
@@ -214,7 +214,7 @@ def _lfm2_rows() -> tuple[TensorRow, ...]:
 
 
 def _mla_rows() -> tuple[TensorRow, ...]:
-    """Attention whose q, k and v are made of a few latent numbers (DeepSeek's)."""
+    """Multi-head latent attention (DeepSeek's): q, k and v are computed from a few latent numbers."""
     attention = f"{LAYER}self_attn."
 
     def projection(role: str, name: str, shape: tuple[str, str], when: str = "", bias: str = "") -> list[TensorRow]:
@@ -267,7 +267,7 @@ def _qwen3_5_rows() -> tuple[TensorRow, ...]:
         *_attention("k", kind=ATTENTION),
         *_attention("o", kind=ATTENTION),
         _head_norm("q", "q_norm", "head_dim", kind=ATTENTION),
-        # Queries, and as many numbers again that attention's output is gated by.
+        # Queries, and as many values that gate attention's output.
         TensorRow(role="attn.q", name=f"{LAYER}self_attn.q_proj.weight", shape=("2*q_out", "hidden"), kind=ATTENTION),
         replace(q_bias, shape=("2*q_out",)),
         *_attention("v", kind=ATTENTION),

@@ -1,4 +1,4 @@
-"""Families that people ask for and that no MoE architecture of transformers computes exactly, with the reasons."""
+"""Well-known families that no MoE architecture of transformers computes exactly, with the reasons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnsupportedFamily:
-    """`model_types` of transformers that share the reason."""
+    """Model types of transformers that share one reason."""
 
     title: str
     model_types: tuple[str, ...]
@@ -23,13 +23,13 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         title="Gemma 1 to 4",
         model_types=("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
         reason="its norms multiply by one plus their weight (but for Gemma 4's), and the one MoE with its four norms, "
-        "Gemma 4's, has a dense FFN beside the experts and norms behind each of the two",
+        "Gemma 4's, has a dense FFN next to the experts and norms after each of the two",
     ),
     UnsupportedFamily(
         title="GLM-4 of 2025 (0414)",
         model_types=("glm4",),
-        reason="it has norms before and behind attention and FFN; of MoEs only Gemma 4's has, with a dense FFN beside "
-        "the experts",
+        reason="it has norms before and after attention and FFN; of MoEs only Gemma 4's has them, with a dense FFN "
+        "next to the experts",
     ),
     UnsupportedFamily(
         title="OLMo 1",
@@ -44,7 +44,7 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
         title="EXAONE 4",
         model_types=("exaone4",),
-        reason="its norms stand behind attention and FFN, those of EXAONE MoE before them",
+        reason="its norms are after attention and FFN, those of EXAONE MoE before them",
     ),
     UnsupportedFamily(
         title="Ministral 3",
@@ -55,13 +55,13 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
         title="HyperCLOVA X",
         model_types=("hyperclovax",),
-        reason="its norms behind attention and FFN have no place in Granite's MoE",
+        reason="it has norms after attention and FFN, which Granite's MoE lacks",
     ),
     UnsupportedFamily(
         title="StableLM",
         model_types=("stablelm",),
-        reason="its LayerNorm has biases and its RoPE turns a part of each head; PhiMoE, which has such norms, turns "
-        "whole heads, and the weights of its two experts do not sum to one",
+        reason="its LayerNorm has biases and its RoPE rotates a part of each head; PhiMoE, which has such norms, "
+        "rotates whole heads, and the weights of its two experts do not sum to one",
     ),
     UnsupportedFamily(
         title="Falcon",
@@ -91,8 +91,8 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
         title="MiniCPM3",
         model_types=("minicpm3",),
-        reason="its residuals and embeddings are scaled by constants, which DeepSeek's MoE, whose attention it has, "
-        "does not do",
+        reason="it has the attention of DeepSeek's MoE, but scales residuals and embeddings by constants, which that "
+        "MoE does not do",
     ),
     UnsupportedFamily(
         title="DiffLlama",
@@ -108,7 +108,7 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
     UnsupportedFamily(
         title="LFM3",
         model_types=("lfm3",),
-        reason="it has norms behind attention, convolution and FFN and a gate on attention's output, which LFM2's MoE "
+        reason="it has norms after attention, convolution and FFN and a gate on attention's output, which LFM2's MoE "
         "lacks",
     ),
     UnsupportedFamily(

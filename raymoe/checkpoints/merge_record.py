@@ -1,4 +1,4 @@
-"""`raymoe.json`: the record of a finished merge. Enough to check every byte of it, and to make it again.
+"""`raymoe.json`: the record of a finished merge. It suffices to check every byte of the merge, and to repeat the merge.
 
     merge_record (at the end of a merge) --> raymoe.json --read_record--> MergeRecord
 
@@ -32,7 +32,7 @@ from raymoe.storage.checksums import xxh3_checksum
 from raymoe.storage.file_names import CARD_NAME, RECORD_NAME, FileRecord
 
 RECORD_FORMAT = 1
-# Variables by which a user says where S3 is, and as whom requests are made.
+# Environment variables with the S3 endpoint, and with the profile that signs requests.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _IDENTITY_VARIABLES = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
 # Keys of the config's `storage` that are not published: an address, perhaps of an inner network, and a name in ~/.aws.
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 def merge_record(
     plan: MergePlan, config: MergeConfig, files: Sequence[FileRecord], summary: RouterSummary | None
 ) -> dict[str, Any]:
-    """The record's content. `options` are what, besides the config, decided the output's bytes."""
+    """The record's content. `options` are the settings besides the config that determine the output's bytes."""
     samples = {
         file.location: sample
         for source in plan.sources
@@ -62,13 +62,13 @@ def merge_record(
         "config": config.to_plain(),
         "prompt_files": prompt_records(plan, config),
         "routers": summary.plain() if summary else None,
-        # Records of merges that are not strict stay what they were.
+        # Written only for strict merges, so that records of other merges do not change.
         "options": {key: value for key, value in plan.options.to_record().items() if key != "strict" or value},
         "sources": [
             {"owner": str(s.owner), "model": s.label, "revision": s.revision, "adapter": s.adapter}
             for s in plan.sources
         ],
-        # Weight files of this machine as they were: `refusals` compares, so that no newer model is passed over.
+        # The state of local weight files: `refusals` compares it, so that a model that has changed is noticed.
         **({"local_files": dict(sorted(samples.items()))} if samples else {}),
         "files": {record.name: {"size": record.size, "checksum": record.checksum} for record in files},
     }
@@ -91,8 +91,8 @@ def prompt_records(plan: MergePlan, config: MergeConfig) -> list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedSource:
-    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`. `owner` is None where the record has another
-    word than this version knows."""
+    """A source of a finished merge: `model` is `PATH` or `PATH+ADAPTER`. `owner` is None if this version does not know
+    the record's word for it."""
 
     owner: Owner | None
     model: str
@@ -105,10 +105,10 @@ class RecordedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRecord:
-    """A record that was read: `where` it is, its `content` as in the file, and what raymoe uses of it.
+    """A record that was read: its location `where`, its `content` as in the file, and the fields that raymoe uses.
 
-    The lists have been checked. Config and options are parsed when they are needed: other records can be published and
-    displayed too.
+    The lists have been checked. Config and options are parsed when they are needed, so that records with unknown ones
+    can still be published and displayed.
     """
 
     where: str
@@ -123,7 +123,7 @@ class MergeRecord:
 
     @cached_property
     def config(self) -> MergeConfig:
-        """The config, its models and files of prompts named as they were found. Raises ProblemReport."""
+        """The config, with resolved names of models and prompt files. Raises ProblemReport."""
         return self._parsed(lambda: MergeConfig.from_plain(_recorded_config(self.content)))
 
     @cached_property
@@ -140,9 +140,9 @@ class MergeRecord:
             raise unreadable_record(self.where, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def to_publish(self, repo: str, card: str | None) -> bytes:
-        """The file's bytes as they are published to `repo`, with size and checksum of the card that is published.
+        """The file's bytes to publish to `repo`, with size and checksum of the published card.
 
-        What the config tells of this user's way to object stores is left out. A reader replaces it by his own.
+        The config's endpoint and profile for object stores are left out. Other users set their own.
         """
         files = dict(self.content["files"])
         if card is not None:
@@ -177,19 +177,19 @@ def read_record(folder: Folder) -> MergeRecord:
 
 
 def _find_fault(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with a record's lists; None if raymoe may have written them so."""
+    """What is wrong with a record's lists; None if they are valid."""
     files, sources, prompts = content.get("files", {}), content.get("sources", []), content.get("prompt_files", [])
     if not isinstance(files, Mapping) or not all(is_inside(name) and _is_file(file) for name, file in files.items()):
         return "it names no files with their sizes and checksums"
     if not isinstance(prompts, list) or not all(map(_is_prompt_file, prompts)):
-        return "its prompt_files are no list of objects with their files and counts"
+        return "its prompt_files are not a list of objects with their files and counts"
     if not isinstance(sources, list) or not all(map(_is_source, sources)):
-        return "its sources are no list of objects with an owner and a model"
+        return "its sources are not a list of objects with an owner and a model"
     return None
 
 
 def unreadable_record(where: str, why: str) -> ProblemReport:
-    """The error for a record at `where` that raymoe did not write so."""
+    """The error for a record at `where` that raymoe can't have written."""
     remedy = "put back the record that the merge wrote, or merge again with --overwrite"
     return ProblemReport([Problem(where=where, what=f"this record can't be read: {why}", remedy=remedy)])
 
@@ -211,7 +211,7 @@ def _is_prompt_file(file: object) -> bool:
 
 
 def _recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded config, its models and files of prompts named as they were found: whole paths, Hub commits."""
+    """The recorded config, with resolved names of models and prompt files: absolute paths, Hub commits."""
     config = dict(record["config"])
     models = {source["owner"]: source["model"] for source in record["sources"]}
     config["base_model"] = models[str(BASE)]
@@ -230,10 +230,10 @@ def _recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
 def with_own_storage(
     config: MergeConfig, own: StorageOptions, folder: str, *, trusts_record: bool = False
 ) -> MergeConfig:
-    """The recorded config, S3 reached as the user says: by `own`, else by the environment, else by the record itself
-    where the user trusts it.
+    """The recorded config with the user's S3 settings: those of `own`, else of the environment, else of the record if
+    the user trusts it.
 
-    Raises ProblemReport, before anything is asked, where only the record says at which address or as whom.
+    Raises ProblemReport before any request is sent, if only the record gives the endpoint or the profile.
     """
     recorded = config.storage
     if trusts_record or not (recorded.endpoint or recorded.profile):
@@ -254,12 +254,12 @@ def with_own_storage(
             *([] if names_endpoint else ["AWS_ENDPOINT_URL_S3"]),
             *([] if names_identity else ["AWS_PROFILE"]),
         ]
-        remedy = f"set {' and '.join(variables)} to what you mean, or give --trust-record if you know that place"
+        remedy = f"set {' and '.join(variables)} yourself, or give --trust-record if you trust that address"
         raise ProblemReport([Problem(where=f"{folder}/{RECORD_NAME}", what=what, remedy=remedy)])
     return config.model_copy(update={"storage": storage})
 
 
 def _named_locations(config: MergeConfig) -> Iterator[Location]:
-    """What the config reads, where it says that: URLs of models and adapters, and files of prompts."""
+    """The locations that a config names: URLs of models and adapters, and prompt files."""
     yield from (path.location for ref in config.models for path in ref.paths if path.location is not None)
     yield from (file.location for file in config.prompt_files.values())

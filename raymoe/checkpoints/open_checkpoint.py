@@ -1,4 +1,4 @@
-"""Reading what a merge has left: a finished checkpoint, in a folder or in an object store."""
+"""Opens and reads a finished checkpoint, in a folder or in an object store."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def read_object(folder: Folder, name: str, missing: str, remedy: str) -> dict[st
 
 
 def checksum_like(recorded: str, file: SourceFile, reader: SourceReader) -> str | None:
-    """The file's checksum as it is now, of the kind that was recorded. All bytes are read, but for an object's `etag`.
+    """The file's current checksum, of the kind that was recorded. Reads all bytes, except for an object's `etag`.
 
-    None where it can't be told: a copy of an object has no ETag, unless what was recorded is the MD5 of its bytes, as
-    it is at most stores for an object that was not uploaded in parts.
+    None if it can't be computed: a local copy of an object has no ETag, unless the recorded ETag is the MD5 of the
+    bytes. Most stores use that for an object that was not uploaded in parts.
     """
     kind, _, digits = recorded.partition(":")
     if kind == "etag" and file.etag is not None:

@@ -1,7 +1,7 @@
-"""What is run: dense models and mixtures as tables of weights that `StreamedDecoder` can load.
+"""Dense models and mixtures as tables of weights that `StreamedDecoder` can load.
 
-A mixture is a dense decoder with another module where the FFN was, so its weights go under the dense names, and what
-belongs to the mixture under what the FFN is called there (`mlp.` in most families):
+A mixture is a dense decoder with another module in place of the FFN. So its weights have dense names, and weights of
+the MoE block are under the FFN's name (`mlp.` in most families):
 
     mlp.experts.3.gate   mlp.experts.3.up   mlp.experts.3.down   mlp.router
     mlp.shared.gate      mlp.shared.up      mlp.shared.down      mlp.shared_router
@@ -25,7 +25,7 @@ from raymoe.planning.tensor_sources import adapter_problems, head_permutation, s
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts, TensorEntry
 
-# Keys of a host's config.json that mean the same in the dense model whose attention and norms it has.
+# Keys of a MoE config.json that have the same meaning in the dense model with the same attention and norms.
 _DENSE_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -48,8 +48,8 @@ _DENSE_KEYS = (
     "attention_bias",
 )
 _FUSED = "experts.gate_up_proj"
-# Experts in all layers, where those of a layer are in one tensor, which says nothing of their number. (Where each has
-# tensors of its own, there are no more than tensors.) The largest mixtures have 60,000.
+# The most experts in all layers together, if those of a layer are in one tensor. (If each has its own tensors, there
+# are no more experts than tensors.) The largest mixtures have 60,000.
 _MAX_FUSED = 200_000
 _NAMED = 4  # of many missing tensors
 _REMEDY = "name a merge as raymoe wrote it"
@@ -57,9 +57,9 @@ _REMEDY = "name a merge as raymoe wrote it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRule:
-    """How a host goes from router scores to weights: `score_function` of all experts (softmax or sigmoid), the highest
-    `per_token` of them, which are made to sum to one where it `renormalizes`. `has_shared_gate`: the shared expert
-    counts by its own gate's sigmoid.
+    """How a MoE architecture turns router scores into weights: `score_function` of all experts (softmax or sigmoid),
+    then the highest `per_token` of them, made to sum to one if it `renormalizes`. `has_shared_gate`: the shared expert
+    is weighted by the sigmoid of its own gate.
     """
 
     experts: int
@@ -75,7 +75,7 @@ class RoutingRule:
 class CheckpointModel:
     """A model to be streamed. `config` is a dense config.json; `rule` is None for a dense model.
 
-    `head_permutation`: the rows of q and k lie in this order, and not in that of the dense family.
+    `head_permutation`: the order of the rows of q and k, if it is not that of the dense family.
     """
 
     label: str
@@ -101,9 +101,9 @@ def mixture_model(facts: ModelFacts) -> CheckpointModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
     architecture = find_moe_architecture(facts.config)
     if architecture is None:
-        what = f"model_type is {facts.config.get('model_type')!r}, which is no mixture that raymoe writes"
+        what = f"model_type is {facts.config.get('model_type')!r}, which is not a mixture that raymoe writes"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
-    # `read_spec` sees what is made of the config, and not all that is read here.
+    # `read_spec` checks the dense config only, and not all keys that are read here.
     odd_values = rope_value_problems(facts.config)
     where = f"{facts.label}/config.json"
     if problems := first_few(Problem(where=where, what=w, remedy=f"expected {expected}") for w, expected in odd_values):
@@ -149,10 +149,10 @@ def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> d
     family = FAMILIES[architecture.dense_family]
     own_names = [name for names in family.keys.values() for name in names]
     keys = {*_DENSE_KEYS, *own_names, *family.switches.values(), *family.carried}
-    # null says that there is no such thing; of other keys, that the default holds.
+    # For these keys, null means that the model lacks the feature; for other keys, null means the default.
     dense = {key: config[key] for key in keys & config.keys() if config[key] is not None or key in NULL_MEANS_NONE}
     dense |= {"model_type": _read_as(architecture, config), **architecture.dense_keys}
-    # What a host may call otherwise is how wide its shared expert is.
+    # A MoE architecture may use this name for the width of its shared expert.
     dense |= dict.fromkeys(family.keys.get("intermediate_size", ()), config.get("intermediate_size"))
     scaling = config.get("rope_scaling")
     if scaling and isinstance(scaling, Mapping) and "rope_type" not in scaling:
@@ -161,7 +161,7 @@ def _dense_config(architecture: MoeArchitecture, config: Mapping[str, Any]) -> d
 
 
 def _read_as(architecture: MoeArchitecture, config: Mapping[str, Any]) -> str:
-    """The dense family as one of which the mixture is read."""
+    """The dense family that the mixture is read as."""
     if architecture.windowed_family and config.get("sliding_window"):
         return architecture.windowed_family
     if architecture.qk_norm_family and config.get("use_qk_norm"):
@@ -177,7 +177,7 @@ def _routing_rule(architecture: MoeArchitecture, facts: ModelFacts, spec: DenseS
     if not isinstance(experts, int) or not isinstance(per_token, int) or not 1 <= per_token <= experts:
         what = f"{experts_key} is {experts!r} and {per_token_key} is {per_token!r}"
         raise ProblemReport([Problem(where=f"{facts.label}/config.json", what=what, remedy=_REMEDY)])
-    # A softmax over the chosen ones, as Mixtral has it, is the same as one over all that is made to sum to one again.
+    # A softmax over the chosen experts, as in Mixtral, equals one over all experts that is made to sum to one again.
     renormalizes = not architecture.renormalize_key or bool(config.get(architecture.renormalize_key))
     return RoutingRule(
         experts=experts,
@@ -199,7 +199,7 @@ def _output_names(architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingR
     for layer in range(spec.layers):
         yield architecture.router.format(layer=layer)
         for name in architecture.expert.values():
-            each = range(rule.experts) if "{expert}" in name else (0,)  # or all of a layer in one tensor
+            each = range(rule.experts) if "{expert}" in name else (0,)  # or all experts of a layer in one tensor
             yield from (name.format(layer=layer, expert=expert) for expert in each)
         if rule.has_shared_expert:
             yield from (name.format(layer=layer) for name in architecture.shared.values())
@@ -210,7 +210,7 @@ def _output_names(architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingR
 def _too_many_experts(
     architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
 ) -> str | None:
-    """What is wrong with a number of experts that the tensors can't hold: a config.json may name any number."""
+    """A problem if the tensors can't hold the number of experts in config.json, which may be any number."""
     if _find_fused_tensor(architecture, tensors):
         return None
     what = f"config.json gives {rule.experts} experts to each of {spec.layers} layers"
@@ -233,7 +233,7 @@ def _too_many_experts(
 def _missing_tensors(
     architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
 ) -> str | None:
-    """What to say of tensors that are not there: why, where transformers 5 has given the experts other names."""
+    """The message for missing tensors, with the reason if transformers 5 has renamed the experts."""
     missing = (name for name in _output_names(architecture, spec, rule) if name not in tensors)
     first = list(islice(missing, _NAMED))
     if not first:
@@ -245,7 +245,7 @@ def _missing_tensors(
 
 
 def _find_fused_tensor(architecture: MoeArchitecture, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """A tensor with all experts of a layer in it, where the architecture has one for each."""
+    """A tensor with all experts of a layer, if the architecture has one tensor per expert."""
     if any(name.endswith(_FUSED) for name in architecture.expert.values()):
         return None
     return next((name for name in tensors if name.endswith(_FUSED)), None)
@@ -254,7 +254,7 @@ def _find_fused_tensor(architecture: MoeArchitecture, tensors: Mapping[str, Tens
 def _entries(
     architecture: MoeArchitecture, spec: DenseSpec, rule: RoutingRule, tensors: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, TensorEntry]]:
-    """(name to load under, where it lies) of everything that is loaded."""
+    """(name, location) of everything that is loaded."""
     for row, layer, name in spec.tensors():
         if not row.is_ffn:
             yield name, tensors[architecture.backbone[row.role].format(layer=layer)]

@@ -1,6 +1,6 @@
 """The command line: arguments in, calls to the package, messages out. No logic of its own.
 
-A file a command. Imports are inside the commands, so that `--help` does not wait for them.
+One file per command. Imports are inside the commands, so that `--help` does not wait for them.
 """
 
 # Commands register with the app as they are imported, and are listed by `--help` in this order.

@@ -34,7 +34,7 @@ class Stopped(RaymoeError):
 def stoppable(what_now: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn Ctrl-C and SIGTERM into a message and exit status 1; typer's own answer to them differs between versions.
 
-    `what_now` says what has become of the work.
+    `what_now` tells the user what happens to the unfinished work.
     """
 
     last_words = f"stopped; {what_now}" if what_now else "stopped"
@@ -75,7 +75,7 @@ def main() -> NoReturn:
     """Entry point of the console script: 0 done, 1 failed, 2 wrong usage or config."""
     try:
         run_command()
-    finally:  # all is done and said: a signal that still comes does not change the exit status
+    finally:  # the command is done: a late signal does not change the exit status
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
@@ -113,7 +113,7 @@ def _exit_with_error(error: RaymoeError) -> NoReturn:
 
 @contextmanager
 def _scrubbed_streams() -> Iterator[None]:
-    """Whatever is printed, also by libraries and by an unexpected exception, is printed without secrets."""
+    """Remove secrets from everything that is printed, also by libraries and for unexpected exceptions."""
     remember_secrets(sys.argv[1:])
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, ScrubbedStream(streams[0])), cast(TextIO, ScrubbedStream(streams[1]))
@@ -122,4 +122,4 @@ def _scrubbed_streams() -> Iterator[None]:
     except SystemExit:
         sys.stdout, sys.stderr = streams
         raise
-    # They stay for any other exception: Python prints its traceback later.
+    # For any other exception the scrubbed streams stay, since Python prints the traceback later.

@@ -15,32 +15,38 @@ from raymoe.cli.shared_options import Quiet, TransformersCache, TrustRecord, Tru
 @stoppable()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Labelled texts: one JSON object a line.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Labeled texts: one JSON object per line.")] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Of base,experts,oracle,hidden: what to compare with, or none. Default: all."),
+        typer.Option("--against", help="What to compare with: base,experts,oracle,hidden, or none. Default: all."),
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option("--label", help="LABEL=EXPERT for a label that is no expert's name; repeat.")
+        list[str] | None,
+        typer.Option("--label", help="LABEL=EXPERT for a label that is not an expert's name; can be repeated."),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", help="Texts of a label, or of a task, the first; 0 is all.")] = 0,
+    limit: Annotated[
+        int, typer.Option("--limit", help="Use only the first texts of each label, or examples of each task; 0: all.")
+    ] = 0,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Longest text; what is beyond is left out. Default: 512.")
+        int | None, typer.Option("--max-tokens", help="Texts are cut to this many tokens. Default: 512.")
     ] = None,
     text_field: Annotated[str | None, typer.Option("--text-field", help="The text's key. Default: text.")] = None,
     label_field: Annotated[str | None, typer.Option("--label-field", help="The label's key. Default: label.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Instead of --data: tasks of lm-evaluation-harness, or task files, with commas."),
+        typer.Option(
+            "--tasks", help="Instead of --data: tasks of lm-evaluation-harness, or task files, separated by commas."
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option("--include-path", help="With --tasks: a folder with task files of your own.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option("--fewshot", help="With --tasks: examples shown first. Default: as the task says.")
+        int | None,
+        typer.Option("--fewshot", help="With --tasks: examples before each question. Default: the task's own."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="With --tasks: questions at once. Default: 1.")
+        int | None, typer.Option("--batch-size", help="With --tasks: questions per batch. Default: 1.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page of pictures to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
@@ -52,9 +58,10 @@ def evaluate(
     transformers_cache: TransformersCache = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well a merge predicts labelled texts, and where its routers send them; no Ray, little memory.
+    """Measure how well a merge predicts labeled texts, and to which experts its routers send them. Needs no Ray and
+    little memory.
 
-    With --tasks the merge is given to lm-evaluation-harness instead, which loads it whole.
+    With --tasks, lm-evaluation-harness evaluates the merge instead. It loads the whole model.
     """
     from raymoe import api
     from raymoe.console import say
@@ -113,7 +120,7 @@ def evaluate(
     result = api.evaluate(checkpoint, texts, options)
     try:
         write_evaluation(result, json_file, html)
-    finally:  # a full disk must not take the numbers from the screen too
+    finally:  # print the numbers also if the files can't be written, as on a full disk
         if not quiet:
             print_evaluation(result)
         else:

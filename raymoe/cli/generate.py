@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 def generate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Default: each line of standard input is one.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Default: each line of standard input is a prompt.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="A prompt is one turn of a user in the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the chat template as one user turn.")
+    ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Longest answer; 0 only reads the prompt.")
+        int, typer.Option("--max-new-tokens", help="Longest answer in tokens; 0 only reads the prompt.")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="0 takes the likeliest token; above it, tokens are drawn.")
+        float, typer.Option("--temperature", help="0 takes the most likely token; above 0, tokens are sampled.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of drawn tokens.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     per_token: Annotated[bool, typer.Option("--per-token", help="Show the experts of each token too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers and all shares as JSON.")] = False,
     device: Annotated[
@@ -40,7 +42,7 @@ def generate(
     transformers_cache: TransformersCache = None,
     quiet: Quiet = False,
 ) -> None:
-    """Generate from a merge, and show which experts worked for each prompt; no Ray.
+    """Generate from a merge, and show which experts each prompt was routed to. Needs no Ray.
 
     Weights that do not fit in memory are read again for each token.
     """
@@ -75,7 +77,7 @@ def generate(
 
 
 def _conversation(generator: Generator) -> Iterator[Mapping[str, Any]]:
-    """Answers to lines as they are typed. What is wrong with one is told, since the next one may be right."""
+    """Answers to lines as they are typed. A line with an error is reported, and the next one is read."""
     from raymoe.console import say, typed_lines
     from raymoe.errors import ProblemReport
 

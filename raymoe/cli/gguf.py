@@ -35,18 +35,18 @@ def gguf(
         typer.Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if raymoe can't tell."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name. Default: the file's.")] = None,
-    random_seed: Annotated[int | None, typer.Option(help="Of a config: seed of random gates and of noise.")] = None,
+    random_seed: Annotated[int | None, typer.Option(help="For a config: seed of random gates and of noise.")] = None,
     allow_crimes: AllowCrimes = False,
     all_same: AllSame = False,
     device: Annotated[
-        str | None, typer.Option("--device", help="Of a config: its gates on cpu or cuda. Default: a GPU, if any.")
+        str | None, typer.Option("--device", help="For a config: compute gates on cpu or cuda. Default: a GPU, if any.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     transformers_cache: TransformersCache = None,
-    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more.")] = 0,
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Print more.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp; no Ray, little memory."""
+    """Write a checkpoint, or the merge of a config, as one GGUF file for llama.cpp. Needs no Ray and little memory."""
     from raymoe.console import say
     from raymoe.export.gguf import GgufOptions, write_gguf
     from raymoe.formatting import human_bytes, human_count

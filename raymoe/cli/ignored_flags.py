@@ -1,6 +1,6 @@
-"""Flags of mergekit-moe that have nothing left to do here: they are accepted, and say so.
+"""Flags of mergekit-moe that have no effect here: they are accepted, and a note says so.
 
-Only those of the table are: a flag that is mistyped is refused.
+Only flags in the table are accepted: a mistyped flag is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raymoe.cli.option_groups import Command, option, with_parameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _IgnoredFlag:
-    """`flags` as typer declares them, the type of the value, and why there is nothing to do."""
+    """`flags` as typer declares them, the type of the value, and why the flag has no effect."""
 
     flags: tuple[str, ...]
     why: str
@@ -25,7 +25,7 @@ class _IgnoredFlag:
 
     @property
     def name(self) -> str:
-        """The flag in full: without its short form and without its opposite."""
+        """The long form of the flag, without its --no- form."""
         return self.flags[-1].partition("/")[0]
 
     @property
@@ -34,7 +34,7 @@ class _IgnoredFlag:
         return option(self.name.removeprefix("--").replace("-", "_"), self._annotation(self.kind | None), None)
 
     def _annotation(self, kind: Any) -> Any:
-        help_text = f"Accepted, nothing to do: {self.why}."
+        help_text = f"Accepted, has no effect: {self.why}."
         return Annotated[kind, typer.Option(*self.flags, help=help_text, hidden=True)]
 
     @property
@@ -43,7 +43,7 @@ class _IgnoredFlag:
 
 
 def _switch(name: str, why: str) -> _IgnoredFlag:
-    """A flag with an opposite."""
+    """A flag with a --no- form."""
     return _IgnoredFlag(flags=(f"--{name}/--no-{name}",), why=why)
 
 
@@ -70,7 +70,7 @@ _IGNORED_FLAGS = (
 
 
 def accept_ignored_flags(command: Command) -> Command:
-    """Let a command be called with the flags of the table. It gets a line for each given one, as `ignored_notes`."""
+    """Let a command be called with the flags of the table. It gets one note per given flag, as `ignored_notes`."""
     flags = {flag.parameter.name: flag for flag in _IGNORED_FLAGS}
 
     @functools.wraps(command)

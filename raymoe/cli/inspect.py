@@ -15,7 +15,7 @@ def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Summarise a checkpoint: architecture, parameters, experts, shards, routers, how it was made."""
+    """Summarize a checkpoint: architecture, parameters, experts, shards, routers, how it was made."""
     from raymoe.report.inspect import inspect_checkpoint, print_summary
 
     print_summary(inspect_checkpoint(checkpoint), as_json=as_json)

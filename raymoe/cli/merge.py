@@ -1,4 +1,4 @@
-"""`raymoe merge`: mergekit-moe's arguments as they are, and ours."""
+"""`raymoe merge`: mergekit-moe's arguments unchanged, and raymoe's own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MergeArgs(PlanArgs):
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the merge that is in OUT.")] = False
     address: Address = None
     gpus_per_expert: Annotated[
-        float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs an expert actor gets, fractions too.")
+        float | None, typer.Option("--gpus-per-expert", min=0.0, help="GPUs per expert actor; may be a fraction.")
     ] = None
     actors: Actors = None
     device: Device = None
@@ -114,7 +114,7 @@ def merge(
 ) -> None:
     """Merge dense models into a Mixture-of-Experts checkpoint in OUT.
 
-    A merge that was interrupted goes on when the same command is run again, and so does its push.
+    Run the same command again to resume an interrupted merge or push.
     """
     from raymoe import api
     from raymoe.config import config_warnings, load_config, storage_note

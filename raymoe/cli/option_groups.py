@@ -19,7 +19,7 @@ Command = Callable[..., None]
 
 
 def expand_groups(command: Command) -> Command:
-    """Let a command be called with the fields of its dataclass parameters, each of which is an option."""
+    """Let a command be called with the fields of its dataclass parameters: each field is an option."""
     parameters = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {
         name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def plan(
     config: ConfigPath,
     output: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="Where it would go: shows by which way each byte gets there.")
+        str | None,
+        typer.Argument(metavar="[OUT]", help="Output location: also shows the transfer method of each byte."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     *,
@@ -33,8 +34,8 @@ def plan(
 ) -> None:
     """Show what a merge would do: reads configs and file headers only.
 
-    With OUT, ends as `merge` would where OUT can't be written. In a bucket that is tried: an object of a few bytes is
-    put below OUT and deleted.
+    With OUT, also checks that OUT can be written, and fails as `merge` would. In a bucket, the check writes a small
+    object below OUT and deletes it.
     """
     from raymoe.config import config_warnings, load_config, storage_note
     from raymoe.console import say

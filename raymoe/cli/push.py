@@ -14,18 +14,18 @@ from raymoe.cli.shared_options import Quiet
 @stoppable("what the Hub has is not sent again when the command is run again")
 def push(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made if it is not there.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", "--branch", help="Branch; made if it is not there. Default: main.")
+        str | None, typer.Option("--revision", "--branch", help="Branch; created if it does not exist. Default: main.")
     ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made and sent, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be created and sent, and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Publish a finished merge as a model on the Hugging Face Hub.
 
-    A push that was interrupted goes on when the same command is run again; what is there is not sent again.
+    Run the same command again to resume an interrupted push. Files that the Hub has are not sent again.
     """
     from raymoe import api
     from raymoe.console import say

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what becomes of them."""
+"""Options that several commands share, and the values that they give."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ AllowCrimes = Annotated[
 TransformersCache = Annotated[
     str | None, typer.Option("--transformers-cache", help="Folder for models downloaded from the Hub.")
 ]
-Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; repeat for Ray's own logs.")]
-Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say nothing but warnings and errors.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Print more; repeat for Ray's own logs.")]
+Quiet = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Print only warnings and errors.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster. Default: RAY_ADDRESS, else one is started here.")
 ]
@@ -49,7 +49,7 @@ KeepUploads = Annotated[
     bool,
     typer.Option(
         "--keep-uploads/--no-keep-uploads",
-        help="If the merge stops, leave what it has sent of unfinished shards in S3 for the run that resumes it.",
+        help="If the merge stops, keep the uploaded parts of unfinished shards in S3 for the run that resumes it.",
     ),
 ]
 Device = Annotated[
@@ -64,14 +64,14 @@ TrustRecord = Annotated[
     bool,
     typer.Option(
         "--trust-record",
-        help="Reach S3 by the endpoint and profile in the merge's record; else your environment says where.",
+        help="Use the S3 endpoint and profile in the merge's record. Default: those of your environment.",
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArgs:
-    """Options that decide what a merge is planned to be: those of `raymoe plan`, which `raymoe merge` has too."""
+    """Options that a plan depends on: those of `raymoe plan`, which `raymoe merge` has too."""
 
     copy_tokenizer: Annotated[
         bool,
@@ -91,11 +91,11 @@ class PlanArgs:
     ] = False
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; reads every number for it."),
+        typer.Option("--strict", help="Refuse NaN and infinity in weights and configs; this reads every number."),
     ] = False
 
     def merge_options(self, *, model_card: bool = True) -> MergeOptions:
-        """The same for a plan. Raises ProblemReport."""
+        """These options as a plan takes them. Raises ProblemReport."""
         from raymoe.planning import MergeOptions
 
         problems = []
@@ -119,8 +119,8 @@ class PlanArgs:
 
 
 def parse_device(device: str | None, *, numbered: bool = False) -> str | None:
-    """`cpu`, `cuda` or None, which leaves the choice. Raises ProblemReport for what is no device, and unless `numbered`
-    for a GPU but the first that is visible."""
+    """`cpu`, `cuda` or None (chosen automatically). Raises ProblemReport for an unknown device and, unless `numbered`,
+    for any GPU but the first visible one."""
     if device is None:
         return None
     name, colon, number = device.strip().lower().partition(":")
@@ -135,7 +135,7 @@ def parse_device(device: str | None, *, numbered: bool = False) -> str | None:
 
 
 def parse_actor_device(device: str | None) -> str | None:
-    """The same for actors. Which of them has which GPU is Ray's choice: a number, as in cuda:1, says nothing here."""
+    """As `parse_device`, for actors. Ray assigns GPUs to actors, so a number, as in cuda:1, has no meaning here."""
     return parse_device(device, numbered=True)
 
 

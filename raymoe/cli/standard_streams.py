@@ -1,7 +1,7 @@
-"""The process' standard streams as commands need them, whatever the shell made of them.
+"""Makes the standard streams of the process safe for commands, however the shell has set them up.
 
-A character that a stream's encoding lacks is escaped. A stream that the shell has closed is /dev/null: else the next
-file that is opened, a shard perhaps, would have its number, and get what libraries print.
+A character that a stream's encoding lacks is escaped. A stream that the shell has closed becomes /dev/null. Otherwise
+the next opened file, such as a shard, would get its descriptor, and libraries would print into it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class OutputLost(RaymoeError):
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output. Raises OutputLost, which is told apart from the errors of files."""
+    """Standard output. Raises OutputLost, which callers can distinguish from errors of files."""
 
     def __init__(self, plain: io.TextIOWrapper):
         super().__init__(
             plain.buffer, encoding=plain.encoding, errors=plain.errors, line_buffering=plain.line_buffering
         )
-        self._plain = plain  # which would close the buffer if it went
+        self._plain = plain  # kept, since it closes the buffer when it is freed
 
     def write(self, text: str, /) -> int:
         try:
@@ -45,7 +45,7 @@ class _Output(io.TextIOWrapper):
 
 
 def _discard_output(error: OSError) -> OutputLost:
-    """The error to raise; nothing that is still to be printed fails again, at the interpreter's end for one."""
+    """Redirect standard output to /dev/null, so that later prints do not fail again, and return the error to raise."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
@@ -53,7 +53,7 @@ def _discard_output(error: OSError) -> OutputLost:
 
 
 def make_streams_safe() -> None:
-    """To be called before anything is opened or printed."""
+    """Call this before anything is opened or printed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -70,7 +70,7 @@ def make_streams_safe() -> None:
 
 
 def _descriptor_of(stream: io.TextIOWrapper) -> int | None:
-    """None where a program has put memory in a stream's place."""
+    """The stream's file descriptor; None if a program has replaced the stream by one in memory."""
     try:
         return stream.fileno()
     except OSError:

@@ -14,7 +14,7 @@ def submit(
     context: typer.Context,
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG OUT [OPTIONS OF merge]", help="What `raymoe merge` is given."),
+        typer.Argument(metavar="CONFIG OUT [OPTIONS OF merge]", help="Arguments of `raymoe merge`."),
     ],
     address: Annotated[
         str | None,
@@ -26,10 +26,14 @@ def submit(
     token: Annotated[
         str | None, typer.Option("--token", help="The cluster's token. Better: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the merge ends.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log, and exit with the merge's status.")
+    ] = True,
     install: Annotated[
         bool,
-        typer.Option("--install/--no-install", help="Send this raymoe's code; else the cluster's own raymoe is run."),
+        typer.Option(
+            "--install/--no-install", help="Send this raymoe's code; otherwise the cluster's own raymoe runs."
+        ),
     ] = True,
 ) -> None:
     """Run a merge as a job of a Ray cluster, follow its log, and exit with its status.
@@ -61,9 +65,9 @@ def submit(
 
 
 def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `raymoe merge`, as it takes them: its parameters by name, and the options among them anew.
+    """Parse arguments as `raymoe merge` does: its parameters by name, and the options as text again.
 
-    What it refuses ends this command as it would end that one.
+    Arguments that `raymoe merge` refuses end this command with the same error.
     """
     group: Any = context.parent and context.parent.command
     merging = group.get_command(context.parent, "merge").make_context("merge", list(arguments), parent=context.parent)
@@ -73,7 +77,7 @@ def _parse_merge_arguments(context: typer.Context, arguments: list[str]) -> tupl
         if parameter.param_type_name == "option" and _is_typed(merging, parameter.name)
         for option in _as_typed(parameter, merging.params[parameter.name])
     ]
-    # What was sent to the cluster is submitted again if it stops.
+    # A stopped job is usually submitted again, and then resumes from its uploads.
     if not {"--keep-uploads", "--no-keep-uploads"}.intersection(typed):
         typed.append("--keep-uploads")
     return merging.params, typed
@@ -86,7 +90,7 @@ def _is_typed(context: Any, name: str) -> bool:
 
 
 def _as_typed(parameter: Any, value: Any) -> list[str]:
-    """An option with its value, as a command line has it: `--actors=2`, `--strict`, `--no-cuda`, `--verbose`."""
+    """An option with its value, as on a command line: `--actors=2`, `--strict`, `--no-cuda`, `--verbose`."""
     flag = max(parameter.opts, key=len)
     if parameter.is_flag:
         return [flag if value else parameter.secondary_opts[0]]

@@ -36,7 +36,7 @@ def verify(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Make a merge again from its sources, in memory, and compare every tensor byte for byte."""
+    """Recompute a merge from its sources, in memory, and compare every tensor byte for byte."""
     from raymoe.report.plan_report import print_verification
     from raymoe.runtime.settings import RuntimeSettings
     from raymoe.runtime.verify import verify_merge

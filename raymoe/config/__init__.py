@@ -1,7 +1,7 @@
 """The merge config: mergekit-moe's YAML schema and raymoe's own keys, read, checked and frozen.
 
-`load_config` is the way in for files; `MergeConfig.model_validate` and `check_config` are for configs made
-in Python. Importing this needs neither torch, transformers nor Ray.
+`load_config` reads files; `MergeConfig.model_validate` and `check_config` are for configs made in Python. Importing
+this needs neither torch, transformers nor Ray.
 """
 
 from raymoe.config.backbone import BackboneConfig

@@ -3,7 +3,7 @@
     backbone: linear
     backbone: {method: ties, weights: [1, 1, 2], density: 0.2, include: [attention]}
 
-Only what the block itself can show is checked here; whether it goes with the experts is for `cross_checks`.
+Only the block itself is checked here; `cross_checks` checks that it fits the experts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class BackboneConfig(BaseModel):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the experts have a part in the backbone."""
+        """Whether the backbone is merged from those of the experts."""
         return self.method != "base"
 
     @property
@@ -83,7 +83,7 @@ class BackboneConfig(BaseModel):
         return [key for key in self.to_plain() if key != "method"]
 
     def to_plain(self) -> dict[str, Any]:
-        """What differs from the defaults, as a config would say it."""
+        """The keys that differ from their defaults, as in a config."""
         return {"method": self.method, **self.model_dump(mode="json", exclude_defaults=True)}
 
 
@@ -101,5 +101,5 @@ def parse_backbone(value: Any) -> BackboneConfig:
 
 
 def plain_backbone(backbone: BackboneConfig) -> str | dict[str, Any]:
-    """The key's value: a method's name where there is nothing else to say."""
+    """The key's value: only the name of the method if all else has its default."""
     return backbone.to_plain() if backbone.given else backbone.method

@@ -1,7 +1,7 @@
-"""Single values of a config, as YAML gives them, to what they stand for: texts, numbers, switches.
+"""Converts single values of a config, as YAML gives them, to texts, numbers and booleans.
 
-Each function takes whatever stood in the file and returns the value or raises an error with a remedy in its context,
-which `schema_errors` turns into what a person reads.
+Each function takes the value from the file. It returns the converted value, or raises an error with a remedy in its
+context; `schema_errors` turns that into a message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raymoe.config.source_positions import short_repr, yaml_kind
 
 
 def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
-    """An error of one value. `quote`: with quotes around it, YAML would have read the text that was meant."""
+    """An error of one value. `quote`: quotes around the value would mend it."""
     return PydanticCustomError("raymoe", "{what}", {"what": what, "remedy": remedy, "quote": quote})
 
 
@@ -71,7 +71,7 @@ def parse_integer(value: Any, *, example: int) -> int:
 
 
 def parse_finite(value: Any) -> float:
-    """A finite number with a fraction."""
+    """A finite float."""
     if isinstance(value, str):
         number = _parse_number(value)
         remedy = f"write it without quotes: {number}" if number is not None else "write a number, for example 0.1"

@@ -1,9 +1,8 @@
-"""Whether the values of a config go together: what no key can say by itself.
+"""Checks that the values of a config fit together, which no key shows by itself.
 
-Each check is a function from a config to problems, and all of them run, so that one report holds
-everything. They know nothing of files: a config made in Python is checked by `check_config(config)`, and
-one from a file gets its line numbers from `SourcePositions`. Where the schema refused a value, its place is `unread`,
-and the checks that need it are left out rather than run on a guess.
+Each check is a function from a config to problems, and all of them run, so that one report holds everything. They do
+not depend on files: `check_config(config)` checks a config made in Python, and `SourcePositions` adds line numbers for
+one from a file. If the schema refused a value, its location is `unread`, and the checks that need it are skipped.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ ALL_SAME_FLAG = "--i-understand-this-is-not-useful-without-training"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ReadConfig:
-    """A config, and which places of it were read."""
+    """A config, and which of its values were read."""
 
     config: MergeConfig
     unread: frozenset[Loc]
 
     def has(self, *locs: Loc) -> bool:
-        """Whether all of `locs` were read, each with all that it holds and is held by."""
+        """Whether all of `locs` were read, each with all values inside it and around it."""
         return not any(a[: len(b)] == b[: len(a)] for a in self.unread for b in locs)
 
 
@@ -62,7 +61,7 @@ _Findings = Iterator[tuple[Loc, str, str]]
 
 def _expert_findings(checked: _ReadConfig) -> _Findings:
     per_token, count = checked.config.experts_per_token, len(checked.config.experts)
-    # Experts keep their number in a salvaged config, so only a list that was not read at all is in the way.
+    # A partial config has as many experts as the file, so their count is wrong only if the list was not read at all.
     experts_read = ("experts",) not in checked.unread
     if experts_read and not count:
         yield ("experts",), "there are no experts", "list at least one, each as '- source_model: ...'"
@@ -88,10 +87,10 @@ def _count_with_verb(count: int) -> str:
 
 
 def _lacks_prompts(config: MergeConfig, expert: ExpertConfig) -> bool:
-    """Whether its router can't be computed from its positive prompts.
+    """Whether the router can't be computed from this expert's positive prompts.
 
-    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. Rows that are fitted to
-    tokens need others than that.
+    A blank prompt is read as the beginning of a text (the BOS token), as mergekit-moe reads it. Gate modes that fit
+    rows to tokens need other tokens than BOS.
     """
     prompts = expert.positive_prompts
     if isinstance(prompts, PromptFile):  # what a file holds is known when it is read; these checks run again then
@@ -115,7 +114,7 @@ def _prompt_findings(checked: _ReadConfig) -> _Findings:
 
 
 def _shared_prompt_findings(checked: _ReadConfig) -> _Findings:
-    """Shared experts have a gate each or none: the architecture decides, but it decides alike for all."""
+    """Either all shared experts have a gate, or none has: the architecture decides."""
     config = checked.config
     if not checked.has(("gate_mode",), ("shared_experts",)) or not config.needs_prompts:
         return
@@ -126,7 +125,7 @@ def _shared_prompt_findings(checked: _ReadConfig) -> _Findings:
         if len(without) < len(config.shared_experts):
             yield (
                 loc,
-                "this shared expert has no prompts and others have",
+                "this shared expert has no prompts, but others have",
                 "give all of them prompts, or none",
             )
         elif expert.negative_prompts:
@@ -142,7 +141,7 @@ def _identical_prompt_findings(checked: _ReadConfig) -> _Findings:
     if not checked.has(("gate_mode",), ("experts",)) or not config.needs_prompts or len(config.experts) < 2:
         return
     if any(_lacks_prompts(config, expert) for expert in config.experts):
-        return  # reported expert by expert
+        return  # already reported for each expert
     if len({_prompts_of(config, expert) for expert in config.experts}) == 1:
         yield (
             ("experts",),
@@ -156,7 +155,7 @@ def _prompts_of(config: MergeConfig, expert: ExpertConfig) -> tuple[object, ...]
 
 
 def _backbone_findings(checked: _ReadConfig) -> _Findings:
-    """What `backbone` says goes with its method, and with the number of experts."""
+    """Checks the keys of `backbone` against its method and the number of experts."""
     backbone, count = checked.config.backbone, len(checked.config.experts)
     if not checked.has(("backbone",)):
         return
@@ -174,7 +173,7 @@ def _backbone_findings(checked: _ReadConfig) -> _Findings:
         )
         yield ("backbone", "weights"), what, "write one weight for each of experts; shared_experts have none"
     if backbone.method == "slerp" and count != 2:
-        what = f"slerp is a turn from one model to another: it takes 2 experts, not {count}"
+        what = f"slerp interpolates between two models: it takes 2 experts, not {count}"
         yield ("backbone",), what, "write method: linear or ties"
 
 
@@ -184,7 +183,7 @@ def _is_all_same(config: MergeConfig) -> bool:
 
 
 def _all_same_findings(checked: _ReadConfig) -> _Findings:
-    """With random gates this is sparse upcycling, which is trained afterwards anyway: a warning will do."""
+    """With random gates this is sparse upcycling, which is trained afterwards anyway: a warning is enough."""
     config = checked.config
     if not checked.has(("gate_mode",)) or not config.needs_prompts or not _is_all_same(config):
         return
@@ -197,7 +196,7 @@ def _all_same_findings(checked: _ReadConfig) -> _Findings:
 
 
 def config_warnings(config: MergeConfig) -> list[str]:
-    """What is allowed but most likely not meant."""
+    """Warnings for what is allowed, but probably a mistake."""
     return [*_same_expert_warnings(config), *_blank_prompt_warnings(config), *_unused_key_warnings(config)]
 
 
@@ -231,4 +230,4 @@ def _unused_key_warnings(config: MergeConfig) -> Iterator[str]:
         yield f"chat_template has no effect: gate_mode {config.gate_mode} reads no prompts"
     for loc, prompts in config.prompt_files.items():
         if "field" in prompts.model_fields_set and file_format(prompts.file) == "txt":
-            yield f"{format_loc((*loc, 'field'))} has no effect: a text file has one prompt a line"
+            yield f"{format_loc((*loc, 'field'))} has no effect: a text file has one prompt per line"

@@ -1,10 +1,10 @@
-"""From a config file to a checked `MergeConfig`, or to one report of everything that is wrong with it.
+"""Turns a config file into a checked `MergeConfig`, or into one report of all its problems.
 
     bytes --> text --yaml_loader--> values + lines --schema--> MergeConfig --cross_checks--> MergeConfig
                        \\____________________________\\______________________\\___> problems, in the order of the file
 
-A file that cannot be read or is no YAML stops at once, since nothing can be said about its keys. From then
-on problems are collected: what the schema refuses is set aside, and the checks run on the rest.
+A file that cannot be read or is not YAML is reported at once, since its keys are unknown. After that, problems are
+collected: values that the schema refuses are set aside, and the checks run on the rest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, 
 
 
 def _with_fix(report: NotYaml, text: str, name: str) -> ProblemReport:
-    """The report with what to change as its remedy, if that is found."""
+    """The report, with the change that mends the file as its remedy, if one is found."""
     fix = find_fix(text, report.error, _problem_count)
     if fix is None:
         return ProblemReport(report.problems)
@@ -78,8 +78,8 @@ def _problem_count(text: str) -> int:
 
 
 def _check(data: Any, positions: SourcePositions, found: list[Finding], *, allow_all_same: bool) -> MergeConfig:
-    """The config that `data` is; `found` are the problems that are known already."""
-    # Where an expert has two models, the list has an expert too few.
+    """The config in `data`; `found` are the problems known so far."""
+    # If an entry has two models, the list has one expert too few.
     unread: set[Loc] = {
         ("experts",) for each in found if each.loc[:1] == ("experts",) and each.loc[2:] == ("source_model",)
     }

@@ -4,10 +4,10 @@
     model+adapter    model@revision+adapter@revision    s3://bucket/base+s3://bucket/adapter
     {model: {path: org/name, revision: main}, lora: {path: ./adapter}}
 
-'+' and '@' may occur in the name of a local folder. So what exists as a folder wins over splitting: first the
-whole string, then each way to split it at a '+', then each part before it is split at its '@'. A config that
-works is never read otherwise because of an unrelated folder: only a folder of exactly the written name
-counts. URLs are taken literally and have no revisions; one with a '+' is written as a mapping.
+'+' and '@' may occur in the name of a local folder. So an existing folder wins over a split: first the whole string is
+tried, then each split at a '+', then each part before it is split at its '@'. Only a folder of exactly the written name
+counts, so an unrelated folder never changes how a config is read. URLs are taken literally and have no revisions; one
+with a '+' is written as a mapping.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PathRef:
 
     @property
     def location(self) -> Location | None:
-        """Where a URL leads; None for a folder or Hub id, which only a look at this machine tells apart."""
+        """The location of a URL; None for a folder or a Hub id, which only the file system can tell apart."""
         return Location.of(self.path) if is_url(self.path) else None
 
 
@@ -166,7 +166,7 @@ def _parse_part(value: Any, role: str) -> PathRef:
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise ValueError(f"'revision' of '{role}' must be a branch, tag or commit as a string, not {revision!r}")
     check_no_secrets(revision or "")
-    # As in mergekit, `path` here is a path as it is: nothing is split off it.
+    # As in mergekit, `path` here is taken literally, and not split.
     return PathRef(path=path.strip(), revision=revision.strip() if revision else None)
 
 
@@ -183,5 +183,5 @@ def _kind_name(value: Any) -> str:
 
 
 def short_name(model: str, adapter: str | None) -> str:
-    """What people call a source: the last part of the place of its adapter, or else of its model."""
+    """A short name of a source: the last part of its adapter's path, or of its model's if there is no adapter."""
     return _COMMIT.sub("", (adapter or model).rstrip("/")).rpartition("/")[2]

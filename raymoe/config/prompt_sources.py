@@ -1,9 +1,9 @@
-"""Prompts as a config gives them: written out as a list of texts, or a file to draw them from.
+"""Prompts in a config: a list of texts, or a file to draw them from.
 
     positive_prompts: ["func main() {", "package main"]
     positive_prompts: {file: prompts/go.jsonl, field: text, limit: 256, seed: 0}
 
-Only what the config itself can show is checked here; what is in the files is for `raymoe.sources.prompt_sampling`.
+Only the config itself is checked here; `raymoe.sources.prompt_sampling` reads the files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raymoe.object_store.urls import check_no_secrets, check_spelling, is_url, n
 
 _SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KNOWN = ".txt, .jsonl, .ndjson (these also with .gz) or .parquet"
-_ONE_A_LINE = "make it a list: one prompt a line, each after '- '"
+_ONE_A_LINE = "make it a list: one prompt per line, each after '- '"
 _MAX_NUMBER = 2**63
 
 
@@ -50,7 +50,7 @@ def _parse_file(value: Any) -> str:
         raise value_error(short_text(str(error), 400), "name the file as s3://bucket/folder/prompts.jsonl") from None
     if "\0" in file or file_format(file) is None:
         what = f"can't tell the format of {short_repr(file.rstrip('/').rpartition('/')[2])} by its ending"
-        near = "; JSON has to have one object a line" if ".json" in file.lower() else ""
+        near = "; JSON has to have one object per line" if ".json" in file.lower() else ""
         raise value_error(what, f"name a file that ends with {_KNOWN}{near}")
     return file
 
@@ -128,7 +128,7 @@ _LIST = TypeAdapter(Annotated[tuple[Annotated[str, PlainValidator(_parse_prompt)
 
 
 def _parse_prompts(value: Any) -> tuple[str, ...] | PromptFile:
-    # Not a union: pydantic would try both forms, and name both in the place of every error.
+    # Not a union: pydantic would try both forms, and name both in the location of every error.
     if value is None:
         return ()
     if isinstance(value, (Mapping, PromptFile)):

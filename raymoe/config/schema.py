@@ -1,13 +1,12 @@
 """What a merge config may say: the keys of mergekit-moe and raymoe's own, as frozen models.
 
-A config that mergekit-moe accepts means the same here, with the same defaults; `null` for an optional key
-is its default. What differs is strictness: an unknown key, a quoted number or a prompt that YAML read as a
-date is an error and not a surprise in the merged model. The models check each value by itself; whether the
-values go together is the business of `cross_checks`. Names are cleaned on the way in (`hidden_last` is `hidden`,
-`torch.bfloat16` is `bfloat16`), so that two configs that mean the same compare equal and have the same
-`to_plain`.
+A config that mergekit-moe accepts means the same here, with the same defaults; `null` for an optional key is its
+default. What differs is strictness: an unknown key, a quoted number or a prompt that YAML read as a date is an error
+and not a surprise in the merged model. The models check each value by itself; `cross_checks` checks that the values fit
+together. Names are normalized when they are read (`hidden_last` is `hidden`, `torch.bfloat16` is `bfloat16`), so that
+two configs with the same meaning compare equal and have the same `to_plain`.
 
-Values that are nothing special to a key are read by `coerce`, prompts by `prompt_sources`.
+`coerce` reads values of common types, and `prompt_sources` reads prompts.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _parse_ref(value: Any) -> ModelRef:
 
 
 def _plain_ref(ref: ModelRef) -> str | dict[str, Any]:
-    """A model as text; as mergekit's mapping if a name holds '+' or '@', which text would split off."""
+    """A model as text; as mergekit's mapping if a name holds '+' or '@', since text is split there."""
     parts = {"model": ref.model} if ref.adapter is None else {"model": ref.model, "lora": ref.adapter}
     if not any(sign in f"{part.path}{part.revision}" for part in parts.values() for sign in "+@"):
         return str(ref)
@@ -135,9 +134,9 @@ Model = Annotated[ModelRef, PlainValidator(_parse_ref), PlainSerializer(_plain_r
 class ExpertConfig(BaseModel):
     """One expert: the model that gives its FFN weights, and the prompts it should be good at.
 
-    `noise_scale` is the standard deviation of Gaussian noise added to the FFN weights; `residual_scale` is
-    a factor on the FFN's output. `None` leaves the weights as they are. `chat_template` is raymoe's own key: `None`
-    takes the whole config's.
+    `noise_scale` is the standard deviation of Gaussian noise added to the FFN weights; `residual_scale` is a factor on
+    the FFN's output. `None` leaves the weights as they are. `chat_template` is raymoe's own key: `None` means that of
+    the whole config.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,12 +153,12 @@ Expert = Annotated[ExpertConfig, BeforeValidator(_parse_expert)]
 
 
 class MergeConfig(BaseModel):
-    """A whole merge config. Each value is sound by itself; `check_config` says whether they go together.
+    """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`,
-    `chat_template`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts, `None` being the
-    gate mode's default; whether it reads them as a user's turn of its chat template; what attention, norms and
-    embeddings are made of; and how object stores are reached.
+    `chat_template`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts (`None`: the gate
+    mode's default); whether it reads them as a user turn of its chat template; how attention, norms and embeddings are
+    made; and how object stores are reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -201,7 +200,7 @@ class MergeConfig(BaseModel):
 
     @property
     def prompt_files(self) -> dict[Loc, PromptFile]:
-        """The files to draw prompts from, by place; none where the gate mode reads no prompts."""
+        """The files to draw prompts from, by location in the config; empty if the gate mode reads no prompts."""
         return {
             (experts, number, key): prompts
             for experts in _EXPERTS
@@ -211,7 +210,7 @@ class MergeConfig(BaseModel):
         }
 
     def with_prompts(self, texts: Mapping[Loc, tuple[str, ...]]) -> MergeConfig:
-        """This config with the prompts at some places replaced by `texts`."""
+        """This config with the prompts at the locations of `texts` replaced."""
         changed = {
             experts: tuple(
                 expert.model_copy(update={k: texts[experts, n, k] for k in _PROMPTS if (experts, n, k) in texts})

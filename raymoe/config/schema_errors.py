@@ -1,9 +1,8 @@
-"""What the schema refuses, in words for people; and what is left of a config without it.
+"""Turns the schema's errors into problems, and a refused config into its valid part.
 
-`schema_problems` gives each of pydantic's errors a place and a remedy. `partial_config` goes on from there: it
-replaces what was refused by placeholders, so that the checks of whole configs can run on the rest and a
-person sees everything at once. The places with placeholders are handed on as `unread`, and no check looks
-at them.
+`schema_problems` gives each of pydantic's errors a location and a remedy. `partial_config` replaces refused values by
+placeholders, so that the checks of whole configs run on the rest and all problems are reported at once. The locations
+of placeholders are passed on as `unread`; no check reads them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _REMEDIES = {
     "experts": "add 'experts:' with one '- source_model: ...' for each expert",
     "source_model": "add 'source_model: org/name' or a local folder: it gives the expert's FFN weights",
     "method": f"add 'method: linear' (one of {', '.join(METHODS)})",
-    "file": "name the file as {file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
+    "file": "name the file as {file: prompts.jsonl}, or make it a list: one prompt per line, each after '- '",
 }
 _PLACEHOLDER_MODEL = ModelRef(model=PathRef(path="?"))
 _PLACEHOLDER_FILE = "?.txt"
@@ -74,14 +73,14 @@ def _value_problem(details: ErrorDetails, positions: SourcePositions) -> tuple[s
     mark = positions.marks.get(details["loc"])
     if not context.get("quote") or mark is None or not mark.text:
         return details["msg"], str(context.get("remedy", ""))
-    # Show what was typed: a person wrote 'yes' and never saw the true that YAML made of it.
+    # Show what was typed: the user wrote 'yes', not the true that YAML reads.
     typed = short_text(mark.text)
     what = f"expected text, but without quotes YAML reads '{typed}' as {yaml_kind(details['input'])}"
     return what, f'quote it: "{typed}"'
 
 
 def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The keys that a mapping knows in which `loc` is one, and those of other mappings."""
+    """The keys known to the mapping that holds `loc`, and those of other mappings."""
     if len(loc) == 4:  # of a file of prompts
         return _PROMPT_FILE_KEYS, _NO_KEYS
     if len(loc) == 2:
@@ -90,7 +89,7 @@ def _keys_at(loc: Loc) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _closest_key(loc: Loc) -> Loc | None:
-    """The place of the key that an unknown key most likely was to be."""
+    """The location of the key that an unknown key was most likely meant to be."""
     known, other_keys = _keys_at(loc)
     key = str(loc[-1])
     if key in other_keys or (len(loc) == 1 and key in _OTHER_COMMANDS):
@@ -103,7 +102,7 @@ def _unknown_key(loc: Loc) -> tuple[str, str]:
     key, at_top = str(loc[-1]), len(loc) == 1
     known, other_keys = _keys_at(loc)
     if key in other_keys:
-        level = "an expert, beside its source_model" if at_top else "the top level of the config"
+        level = "an expert, next to its source_model" if at_top else "the top level of the config"
         return "unknown key here", f"it belongs to {level}"
     if at_top and key in _OTHER_COMMANDS:
         what = f"this is a key of a config of {_OTHER_COMMANDS[key]}, not of mergekit-moe"
@@ -116,9 +115,9 @@ def _unknown_key(loc: Loc) -> tuple[str, str]:
 
 
 def partial_config(data: Any, error: ValidationError) -> tuple[MergeConfig, frozenset[Loc]] | None:
-    """The config that `data` is without what the schema refused, and the places not to be trusted in it.
+    """The config in `data` without the refused values, and the locations of their placeholders.
 
-    `None` where nothing can be saved: the config as a whole is no mapping.
+    `None` if the config as a whole is not a mapping.
     """
     locs = [(details["loc"], details["type"]) for details in error.errors(include_url=False)]
     if any(not loc for loc, _ in locs):
@@ -127,8 +126,8 @@ def partial_config(data: Any, error: ValidationError) -> tuple[MergeConfig, froz
     for loc, kind in locs:
         _replace(rest, loc, unknown=kind == "extra_forbidden")
     unread = {loc for loc, kind in locs if kind != "extra_forbidden"}
-    # What an unknown key was to say is missing elsewhere, which is no second problem. An expert's may hold its prompts,
-    # whatever it is called.
+    # An unknown key may be a misspelled one: that the right key is missing is then no second problem. An unknown key of
+    # an expert may hold its prompts, whatever its name is.
     for details in error.errors(include_url=False):
         loc = details["loc"]
         if details["type"] == "extra_forbidden":

@@ -1,11 +1,11 @@
-"""Where things stand in a config, and how what a person typed is shown back.
+"""Locations of values in a config file, and how messages quote what the user typed.
 
 A `Loc` is the path of a value in the config, `("experts", 1, "positive_prompts")`; `SourcePositions` maps each one to
-its `Mark` in the file. Everything that finds a problem names a `Loc` (`Finding`) and leaves line numbers to
-`SourcePositions`, so that the same checks serve a config file and a config made in Python, which has no lines.
+its `Mark` in the file. Checks name a `Loc` for each problem (`Finding`), and `SourcePositions` adds line numbers. So
+the same checks serve a config file and a config made in Python, which has no lines.
 
-Text of users can be long and can hold control characters; `short_text` and `short_repr` make it fit for one line of
-a terminal.
+Text that a user typed can be long and can hold control characters; `short_text` and `short_repr` make it fit into one
+line of a terminal.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SourcePositions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A problem before it is placed. `mark` is for what has no `Loc` of its own: the second of two keys."""
+    """A problem without its line. `mark` is for a value that has no `Loc` of its own: the second of two equal keys."""
 
     loc: Loc
     what: str
@@ -72,7 +72,7 @@ NO_POSITIONS = SourcePositions(name="", marks={})
 
 
 def format_loc(loc: Loc) -> str:
-    """`("experts", 1, "dtype")` as a person writes it: `experts[1].dtype`."""
+    """`("experts", 1, "dtype")` as text: `experts[1].dtype`."""
     text = ""
     for step in loc:
         text += f"[{step}]" if isinstance(step, int) else f".{short_text(step)}" if text else short_text(step)
@@ -80,13 +80,13 @@ def format_loc(loc: Loc) -> str:
 
 
 def short_text(text: str, limit: int = _SHORT_TEXT_CHARS) -> str:
-    """The first `limit` characters of `text`, on one line and with nothing a terminal would act on."""
+    """The first `limit` characters of `text`, on one line and without control characters."""
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
     return f"{printable}..." if len(text) > limit else printable
 
 
 def short_repr(value: object) -> str:
-    """A value in a message: text in quotes, all of it cut to size."""
+    """A value in a message: text in quotes, cut to a maximum length."""
     if isinstance(value, str):
         return f"'{short_text(value)}'"
     if isinstance(value, bool):
@@ -98,7 +98,7 @@ def short_repr(value: object) -> str:
 
 
 def yaml_kind(value: object) -> str:
-    """What a value is, in words of YAML rather than of Python."""
+    """The type of a value, in YAML's words rather than Python's."""
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (type(None), "nothing"),
         (bool, "a boolean"),

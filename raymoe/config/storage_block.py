@@ -56,14 +56,14 @@ def _check(key: str, item: Any) -> None:
 
 
 def plain_storage(options: StorageOptions) -> dict[str, Any]:
-    """What differs from the defaults, as a config would say it."""
+    """The keys that differ from their defaults, as in a config."""
     default = StorageOptions()
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def storage_note(options: StorageOptions) -> str | None:
-    """Where a config sends this user's signed requests, in words; None where the user's own environment says it."""
+    """A note about the endpoint and profile that a config sets for signed requests; None if it sets neither."""
     if not options.endpoint and not options.profile:
         return None
     address = f" at {options.endpoint}" if options.endpoint else ""

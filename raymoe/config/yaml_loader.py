@@ -1,11 +1,10 @@
-"""Config text to plain values, with the line of every key and item.
+"""Parses config text into plain values, with the line of every key and item.
 
 `yaml.safe_load` forgets lines and lets a second `experts:` overwrite the first. So the text is composed to
 a tree of nodes, which have both, and one walk over the tree builds the values and notes the marks. Only the
 tags of plain YAML are known: nothing in a config can make Python objects. JSON is read as the YAML it is.
 
-A tree can be nasty: anchors let it hold itself, or grow a thousandfold when it is written out. Both end as
-a problem.
+With anchors, a tree can contain itself, or grow a thousandfold when it is written out. Both are reported as problems.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from raymoe.errors import Problem, ProblemReport
 
 _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
-# YAML 1.1 has numbers to the base 60 (1:30:00): PyYAML takes time with the square of their length.
+# YAML 1.1 has numbers to the base 60 (1:30:00): PyYAML's time for one grows with the square of its length.
 _MAX_BASE_60_CHARACTERS = 100
 _Entries = dict[str, tuple[ScalarNode, Node]]
 _PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
@@ -107,7 +106,7 @@ class _TooManyError(Exception):
 
 
 def _has_too_many_values(text: str) -> bool:
-    """By the parser in C, as far as that takes the text: it is much faster than what composes a tree in Python."""
+    """Counts with the C parser, as far as it accepts the text: it is much faster than composing a tree in Python."""
     if not hasattr(yaml, "CSafeLoader"):
         return False
     values = depth = 0
@@ -192,7 +191,7 @@ class _NodeReader:
     def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, (key_node, value_node) in self._entries(node, loc).items():
-            # The mark is the key's: that is the line a person looks for.
+            # The mark is the key's: that is the line that the user looks for.
             value_loc = (*loc, key)
             self._marks[value_loc] = _mark(key_node, value_node)
             values[key] = self.value(value_node, value_loc)
@@ -218,7 +217,7 @@ class _NodeReader:
                     (*loc, key_node.value),
                 )
                 duplicates[key_node.value] = Finding(loc=place, what=what, remedy=remedy, mark=_mark(key_node))
-        # Of two experts without a dash between them all keys are there twice.
+        # If the dash between two experts is missing, all keys occur twice.
         self.found += [duplicates["source_model"]] if "source_model" in duplicates else duplicates.values()
         self._entries_of[id(node)] = {**merged, **own}
         return self._entries_of[id(node)]

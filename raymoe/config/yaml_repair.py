@@ -1,8 +1,8 @@
-"""What to change in a config that is no YAML: the one line whose change makes it one.
+"""Finds the one-line change that makes valid YAML of a config with a syntax error.
 
 YAML's parser says what its grammar expected at the place where it gave up. The mistake is often in a line before that
 place: an indentation, a colon, a dash or a quote. So the changes that mend common mistakes are tried on the lines
-around it, and the one with which the text reads best is proposed. The file itself is not changed.
+around it, and the one that leaves the fewest problems is proposed. The file itself is not changed.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Fix:
 
 
 def find_fix(text: str, error: yaml.MarkedYAMLError, count_problems: Callable[[str], int]) -> Fix | None:
-    """The change of `text` that mends `error`, or None if none of those that are known does.
+    """The change of `text` that mends `error`, or None if no known change does.
 
-    `count_problems` says how much is wrong with a text that is YAML.
+    `count_problems` counts the problems of a text that is YAML.
     """
     if error.problem_mark is None or not isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
         return None
@@ -72,7 +72,7 @@ def find_fix(text: str, error: yaml.MarkedYAMLError, count_problems: Callable[[s
         return None
     furthest = max(reached for reached, _ in parsed)
     best = sorted((fix for reached, fix in parsed if reached == furthest), key=lambda c: -c.commonness)
-    # What is wrong behind the place that is reached says nothing.
+    # Compare only the text that the parser has reached: problems after it say nothing about the change.
     texts = ["\n".join(_apply_fix(lines, fix).split("\n")[:furthest]) for fix in best]
     scored = list(islice(zip(best, texts), min(_MAX_SCORED, 1 + _MAX_READ // (len(text) + 1))))
     return min(scored, key=lambda pair: count_problems(pair[1]))[0]
@@ -94,7 +94,7 @@ def _apply_fix(lines: Sequence[str], fix: Fix) -> str:
 
 
 def _first_bad_line(text: str) -> int:
-    """The number of the line (from 0) where it stops to be YAML; the number of lines if it does not."""
+    """The number of the line (from 0) where the text stops being YAML; the number of lines if all of it is."""
     try:
         for _ in yaml.parse(text, Loader=_LOADER):
             pass
@@ -106,7 +106,7 @@ def _first_bad_line(text: str) -> int:
 
 
 def _candidate_fixes(lines: Sequence[str], numbers: Sequence[int]) -> Iterator[Fix]:
-    """All changes of these lines, those first that are the likelier mistakes."""
+    """All changes of these lines, those of likelier mistakes first."""
     for number in numbers:
         for kind in (_look_alike_fixes, _colon_fixes, _dash_fixes, _bracket_fixes, _quote_fixes, _indent_fixes):
             yield from kind(lines, number)
@@ -183,13 +183,13 @@ def _quote_fixes(lines: Sequence[str], number: int) -> Iterator[Fix]:
     else:
         for text in (value, f"{match['key'] or ''}{value}"):
             quoted = _quote(text)
-            what = f"'{short_text(text)}' holds signs that have a meaning in YAML"
+            what = f"'{short_text(text)}' holds characters that have a meaning in YAML"
             line = lines[number].rstrip().removesuffix(text) + quoted
             yield _line_fix(number, line, what, f"put it in quotes: {short_text(quoted, 200)}")
 
 
 def _quote(value: str, other: str = "") -> str:
-    """In quotes that hold it as it is, if possible; not in those of `other`."""
+    """`value` in quotes that need no escapes, if possible; not in the quote `other`."""
     if other != '"' and '"' not in value and "\\" not in value:
         return f'"{value}"'
     return "'" + value.replace("'", "''") + "'"
@@ -252,5 +252,5 @@ def _indent(line: str) -> int:
 
 
 def _content(line: str) -> int:
-    """Where what follows the dash begins."""
+    """The column where the text after the dash begins."""
     return len(line) - len(line.lstrip(" -"))

@@ -1,4 +1,4 @@
-"""Labelled texts: one JSON object a line, checked line by line, every problem told at once.
+"""Labeled texts: one JSON object per line. All lines are checked, and all problems reported at once.
 
 A label says which expert a text is for: an expert's name, its number, or a label that `--label` gives to an expert.
 """
@@ -33,7 +33,7 @@ class LabeledText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedTexts:
-    """Token ids of each text, cut to the longest that was allowed. `skipped`: leading tokens (BOS) that are no text."""
+    """Token ids of each text, cut to the maximum length. `skipped`: how many leading tokens (BOS) are not text."""
 
     ids: tuple[tuple[int, ...], ...]
     truncated: int
@@ -41,7 +41,7 @@ class TokenizedTexts:
 
 
 class Labels:
-    """Labels to expert numbers. `names` may hold a name twice; such a name says nothing, but its numbers do."""
+    """Maps labels to expert numbers. `names` may hold a name twice; then only the numbers identify these experts."""
 
     def __init__(self, names: Sequence[str], pairs: Sequence[str] = ()) -> None:
         """Raises ProblemReport for pairs that are not LABEL=EXPERT."""
@@ -73,7 +73,7 @@ class Labels:
         raise ValueError(f"unknown label {label!r}", remedy)
 
     def _number(self, name: str) -> int | None:
-        """An expert by a name that only one has, or by number."""
+        """The expert of a unique name, or of a number."""
         if self._names.count(name) == 1:
             return self._names.index(name)
         if name not in self._names and len(name) < 10 and name.isdecimal() and int(name) < len(self._names):
@@ -98,7 +98,7 @@ def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> 
             found.append(text)
     if not taken:
         problems.raise_any()
-        raise ProblemReport([Problem(where=str(file), what="it has no texts", remedy="give one JSON object a line")])
+        raise ProblemReport([Problem(where=str(file), what="it has no texts", remedy="give one JSON object per line")])
     problems.raise_any()
     return found
 
@@ -106,9 +106,9 @@ def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> 
 def tokenize_texts(
     texts: Sequence[LabeledText], file: str | Path, tokenizer: Any, vocab: int, max_tokens: int
 ) -> TokenizedTexts:
-    """The texts as the tokenizer makes them by itself: with BOS where it writes one, and without where it does not.
+    """Tokenize texts with the tokenizer's defaults: with BOS if it adds one, and else without.
 
-    Raises ProblemReport for texts that leave nothing to predict or that the model has no embedding for.
+    Raises ProblemReport for texts without a token to predict, and for tokens without an embedding.
     """
     ids: list[tuple[int, ...]] = []
     problems = _ProblemKinds(str(file))
@@ -139,11 +139,11 @@ def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> Iterator[P
 
 def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of the lines that are not blank."""
-    remedy = "name a file of labelled texts: one JSON object a line"
+    remedy = "name a file of labeled texts: one JSON object per line"
     try:
         check_spelling(str(file))
     except ValueError:
-        what = "this looks like a URL, and texts are read from a file of this machine"
+        what = "this looks like a URL, but texts are read from a file on this machine"
         raise ProblemReport([Problem(where="--data", what=what, remedy=remedy)]) from None
     try:
         with open(file, "rb") as stream:
@@ -163,7 +163,7 @@ def _parse_line(line: int, content: bytes, labels: Labels, options: EvaluationOp
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}", "give one JSON object a line") from None
+        raise ValueError(f"not JSON: {error}", "give one JSON object per line") from None
     if not isinstance(value, dict):
         what = f"expected an object, found {type(value).__name__}"
         raise ValueError(what, f'write {{"{options.text_field}": ..., "{options.label_field}": ...}}')
@@ -189,8 +189,8 @@ def _parse_label(value: Mapping[str, Any], options: EvaluationOptions) -> str:
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ValueError(f"{options.label_field!r} is {type(label).__name__}", "expected an expert's name or number")
     if label == MEAN:
-        remedy = "call it otherwise: the expert's number, or another label with --label LABEL=EXPERT"
-        raise ValueError(f"the label {MEAN!r} is what results call the mean over labels", remedy)
+        remedy = "use another name: the expert's number, or another label with --label LABEL=EXPERT"
+        raise ValueError(f"the label {MEAN!r} is reserved for the mean over labels", remedy)
     return str(label)
 
 
@@ -202,11 +202,13 @@ def _field(value: Mapping[str, Any], name: str, option: str) -> Any:
 
 
 class _ProblemKinds:
-    """Each kind of problem once, with how many lines have it, and so many kinds that a person still reads them."""
+    """Collects each kind of problem once, with its number of lines, up to a readable number of kinds."""
 
     def __init__(self, file: str):
         self._file = file
-        self._kinds: dict[Problem, tuple[str, int]] = {}  # without the place: the first place, and the number of lines
+        self._kinds: dict[
+            Problem, tuple[str, int]
+        ] = {}  # problem without its location -> first location, number of lines
         self._more = 0
 
     def add(self, problem: Problem) -> None:

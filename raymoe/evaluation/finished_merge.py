@@ -1,7 +1,7 @@
-"""A finished merge and what it was made of, as its record (`raymoe.json`) names it.
+"""A finished merge and its source models, from its record (`raymoe.json`).
 
-The merge itself is read from its own files; base and experts from the places where they were at the merge. A place that
-is no longer there is a problem only for what needs it, and the message says how to leave that out.
+The merge itself is read from its own files; base and experts from the locations in the record. A missing source is a
+problem only for comparisons that need it, and the message says how to leave them out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raymoe.sources.tokenizer_files import with_tokenizer_code
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedMerge:
-    """`facts` are of the merged checkpoint; `config` and `options` as recorded, models named as they were found."""
+    """`facts` are of the merged checkpoint; `config` and `options` as recorded, with resolved model names."""
 
     facts: ModelFacts
     config: MergeConfig
@@ -45,18 +45,18 @@ class EvaluatedMerge:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether its gate mode is the one that merges are compared with."""
+        """Whether its gate mode is `hidden`, which merges are compared with."""
         return self.config.gate_mode == DEFAULT_MODE and self.prompt_model == "base"
 
     @property
     def prompt_model(self) -> str | None:
-        """Which model read the prompts for the gates; None where none did."""
+        """The model that read the prompts for the gates; None if no model did."""
         mode = MODES[self.config.gate_mode]
         return (self.config.prompt_model or mode.default_prompt_model) if mode.needs_forward_pass else None
 
 
 def open_merge(place: str | Path, options: ReadingOptions) -> EvaluatedMerge:
-    """Raises ProblemReport where there is no finished merge with its record."""
+    """Open a finished merge. Raises ProblemReport if there is none with a record."""
     folder = open_checkpoint(place, options.storage)
     record = read_record(folder)
     merge_options = record.options
@@ -73,12 +73,12 @@ def open_merge(place: str | Path, options: ReadingOptions) -> EvaluatedMerge:
 
 
 def expert_names(sources: Sequence[RecordedSource]) -> tuple[str, ...]:
-    """What people call the experts of a record."""
+    """Display names of a record's experts."""
     return tuple(short_name(source.model, source.adapter) for source in sources if source.is_expert)
 
 
 def unique_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of which none is there twice: experts of one name get their numbers."""
+    """Unique names: experts with the same name get their numbers appended."""
     return tuple(name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
@@ -93,7 +93,7 @@ def open_mixture(merge: EvaluatedMerge) -> CheckpointModel:
 
 
 def open_tokenizer(merge: EvaluatedMerge, options: ReadingOptions) -> Any:
-    """The merge's own; the base's where the merge was made without."""
+    """The merge's tokenizer, or the base's if the merge has none."""
     from raymoe.routers.tokenize import tokenizer_from_paths
 
     storage, facts = merge.config.storage, merge.facts
@@ -108,7 +108,7 @@ def open_tokenizer(merge: EvaluatedMerge, options: ReadingOptions) -> Any:
 def resolve_sources(
     merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions
 ) -> dict[Owner, ModelFacts]:
-    """Base and experts, those that `wanted` needs. Raises ProblemReport for all that can't be had."""
+    """The base and experts that `wanted` needs. Raises ProblemReport with all that are not available."""
     owners = {BASE: merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
     if {"experts", "hidden"} & set(wanted):
         owners |= {Owner.expert(number): expert.source_model for number, expert in enumerate(merge.config.experts)}
@@ -126,7 +126,7 @@ def resolve_sources(
 
 
 def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence[str]) -> Problem:
-    """The problem of a source, and how to do without that source."""
+    """The problem of a source, with a remedy that leaves out that source."""
     excluded = {"hidden", *("base" if owner == BASE else "experts" for owner in owners)}
     what = f"{', '.join(map(str, owners))} of this merge: {problem.what}"
     return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
@@ -134,11 +134,11 @@ def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence
 
 def _without_options(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
     rest = ",".join(name for name in wanted if name not in without) or "none"
-    return f"{remedy + ', or ' if remedy else ''}leave out what needs it: --against {rest}"
+    return f"{remedy + ', or ' if remedy else ''}leave out the comparisons that need it: --against {rest}"
 
 
 def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: EvaluationOptions) -> GatePlan:
-    """How this merge's gates would be made in mode `hidden`, the default. Raises ProblemReport where they can't be."""
+    """The plan of this merge's gates in mode `hidden`, the default. Raises ProblemReport if they can't be computed."""
     config = merge.config.model_copy(update={"gate_mode": DEFAULT_MODE})
     merge_options = replace(merge.options, quantize_gates=None)
     try:

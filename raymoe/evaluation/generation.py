@@ -1,7 +1,7 @@
-"""What a finished merge writes after a prompt, and which experts worked for it: `raymoe try`.
+"""Generates from a finished merge, and tells which experts each prompt was routed to: `raymoe try`.
 
-Everything that can be wrong is checked before weights are read. They are read once for all prompts, if they fit in
-memory, and else once for each token.
+All inputs are checked before weights are read. Weights are read once for all prompts if they fit in memory, and else
+once per token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from raymoe.evaluation.generation_model import GenerationModel
 
 FORMAT = 1
-# Of the memory that is free: the rest is for attention's cache, activations and the reading of layers.
+# The share of free memory for weights: the rest is for attention's cache, activations and reading layers.
 _SHARE_FOR_WEIGHTS = 0.8
 
 
@@ -49,7 +49,7 @@ def generate_answers(place: str | Path, prompts: Sequence[str], options: Generat
 
 @contextmanager
 def open_generator(place: str | Path, options: GenerationOptions) -> Iterator[Generator]:
-    """A merge to be asked. Raises ProblemReport."""
+    """Open a merge for generation. Raises ProblemReport."""
     collector = ProblemCollector(generation_problems(options))
     merge = open_merge(place, options)
     mixture = collector.run(open_mixture, merge)
@@ -66,7 +66,7 @@ def open_generator(place: str | Path, options: GenerationOptions) -> Iterator[Ge
 
 
 class Generator:
-    """Answers prompts, one after the other. Weights are read when the first one is."""
+    """Answers prompts one after the other. Weights are read at the first prompt."""
 
     def __init__(
         self,
@@ -81,16 +81,15 @@ class Generator:
         self._tokenizer, self._options, self._reader = tokenizer, options, reader
         self._names = unique_names(merge.names)
         self._device = choose_device(options.device)
-        # Of the prompt that is being answered.
+        # State of the current prompt.
         self._routing, self._progress = TokenRouting(len(self._names)), ProgressLine(str, total=0, quiet=True)
 
     def result(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What is asked, and all answers: `raymoe try --json`. Raises ProblemReport as `answers`."""
+        """The options and all answers: `raymoe try --json`. Raises ProblemReport as `answers`."""
         return {**self.description(), "answers": list(self.answers(prompts))}
 
     def answers(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The answers to prompts, made as they are taken. Raises ProblemReport here, with all that is wrong with any of
-        them."""
+        """The answers to prompts, computed lazily. Raises ProblemReport at once, with all problems of all prompts."""
         checked = zip(prompts, self._tokens(prompts), strict=True)
         return (self._answer(prompt, ids) for prompt, ids in checked)
 
@@ -130,7 +129,7 @@ class Generator:
         return needed <= _SHARE_FOR_WEIGHTS * available_bytes(self._device)
 
     def description(self) -> dict[str, Any]:
-        """What is asked, and how it is run."""
+        """The options, and how the model is run."""
         rule = self._mixture.rule
         assert rule is not None  # it is a mixture
         return {
@@ -149,7 +148,7 @@ class Generator:
     def _answer(self, prompt: str, ids: Sequence[int]) -> dict[str, Any]:
         """The answer to a prompt with these tokens, and the shares of the experts.
 
-        Shares are of all tokens that the merge has read, but BOS: the prompt and the answer without its last token.
+        Shares count all tokens that the merge has read, except BOS: the prompt, and the answer without its last token.
         """
         model, self._routing = self._model, TokenRouting(len(self._names))
         layers = self._mixture.spec.layers
@@ -195,8 +194,8 @@ class Generator:
 
     @cached_property
     def _end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those that config, generation_config.json and tokenizer name, as far as the model
-        has them."""
+        """Tokens that end an answer: those of the config, generation_config.json and the tokenizer that are in the
+        vocabulary."""
         files = fetch_side_files(self._merge.facts, self._options.hub, self._merge.config.storage)
         settings = files.get("generation_config.json")
         named: list[Any] = [self._tokenizer.eos_token_id]

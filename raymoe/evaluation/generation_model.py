@@ -1,7 +1,7 @@
-"""A merge as transformers' decoder of the dense family, with a MoE block in the place of each layer's FFN.
+"""A merge as transformers' decoder of the dense family, with a MoE block in place of each layer's FFN.
 
     resident    all layers stay on the device
-    streamed    at each step each layer is read, run and dropped, the next one is prefetched
+    streamed    at each step, each layer is read, run and freed, and the next one is prefetched
 
 Embedding, head and attention's cache stay on the device either way. Generation itself is transformers' `generate`.
 """
@@ -27,7 +27,7 @@ from raymoe.storage.source_reader import SourceReader
 from raymoe.tensor_names import EMBEDDING, HEAD
 
 RoutingCallback = Callable[[int, npt.NDArray[np.int64], npt.NDArray[np.float32]], None]
-"""`on_routing(layer, experts_TK, weights_TK)`: what a layer's router chose for each token of one step."""
+"""`on_routing(layer, experts_TK, weights_TK)`: the experts that a layer's router chose for each token of one step."""
 
 
 def resident_bytes(model: CheckpointModel, device: str) -> int:
@@ -45,11 +45,11 @@ class GenerationModel:
 
     Args:
         model: The merge's weights.
-        reader: Reads them; has to stay open while the model is used if it is streamed.
+        reader: Reads them. If the model is streamed, it has to stay open while the model is used.
         device: `cpu` or `cuda`.
-        resident: All layers are loaded now and stay.
+        resident: Load all layers now and keep them.
         on_routing: Called for each layer of each step.
-        layer_loaded: Called with the bytes of each layer that has been loaded to stay.
+        layer_loaded: Called with the bytes of each layer that was loaded to be kept.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GenerationModel:
         return tokens
 
     def _empty_decoder(self) -> Any:
-        """transformers' model without weights. What it computes from its config alone is on the device."""
+        """transformers' model without weights. Tensors that it computes from its config alone are on the device."""
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         config = load_configuration(self._model.config)
@@ -117,7 +117,7 @@ class GenerationModel:
                     setattr(parent, name, type(child)(config=config).to(self._device))
         for layer in module.model.layers:
             setattr(layer, self._family.ffn, torch.nn.Identity())
-        module.generation_config = GenerationConfig()  # a family's own names tokens of other tokenizers
+        module.generation_config = GenerationConfig()  # a family's default names tokens of another tokenizer
         return module.eval().requires_grad_(False)
 
     def _layer_parts(self, number: int) -> LayerParts:
@@ -137,7 +137,7 @@ class GenerationModel:
 
     def _load_layers(self, layer_loaded: Callable[[int], None]) -> None:
         for number, loaded in enumerate(self._loaded_layers()):
-            # The loader uses the memory of a layer again.
+            # The loader reuses the memory of a layer.
             self._install(number, {name: tensor.clone() for name, tensor in loaded.weights.items()})
             layer_loaded(sum(entry.nbytes for entry in self._parts[number].entries))
 

@@ -1,4 +1,4 @@
-"""Everything that an evaluation needs, opened and checked before anything is computed: all problems in one report."""
+"""Opens and checks all inputs of an evaluation before anything is computed, with all problems in one report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from raymoe.sources.facts import ModelFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationInputs:
-    """`names` are the experts', all different. `dense` holds base and experts by the name of their loss, as far as they
-    are asked for; `gates` how the rows of mode `hidden` are made, if they are."""
+    """`names` are the experts' unique names. `dense` holds the base and experts to compare with, by the name of their
+    loss; `gates` is the plan of the rows of mode `hidden`, if they are compared."""
 
     merge: EvaluatedMerge
     mixture: CheckpointModel
@@ -43,7 +43,7 @@ class EvaluationInputs:
 
     @property
     def labels(self) -> list[str]:
-        """The texts' labels, each once, in the order in which they come."""
+        """The texts' distinct labels, in order of appearance."""
         return list(dict.fromkeys(text.label for text in self.texts))
 
     @property
@@ -61,7 +61,7 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
         wanted.remove("hidden")
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
     elif "hidden" in wanted and options.against is None and merge.is_hidden:
-        wanted.remove("hidden")  # it is that already
+        wanted.remove("hidden")  # the merge has that gate mode
     mixture = collector.run(open_mixture, merge)
     texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
     sources = collector.run(resolve_sources, merge, wanted, options)
@@ -108,7 +108,7 @@ def _open_dense(
 def _with_all_tokens(
     dense: Mapping[str, CheckpointModel], tokens: TokenizedTexts
 ) -> tuple[dict[str, CheckpointModel], list[str]]:
-    """Models that have an embedding for every token; a warning for each that has not."""
+    """The models with an embedding for every token; a warning for each other model."""
     largest = max(max(ids) for ids in tokens.ids)
     found = {name: model for name, model in dense.items() if model.spec.vocab > largest}
     return found, [
@@ -131,5 +131,5 @@ def _text_warnings(
         warnings.append(what)
     without = [name for number, name in enumerate(names) if number not in {text.expert for text in texts}]
     if without:
-        warnings.append(f"no text is for {', '.join(without)}: what is said of routing leaves out such texts")
+        warnings.append(f"no text is for {', '.join(without)}: the routing results leave out such texts")
     return warnings

@@ -1,7 +1,7 @@
-"""`raymoe eval OUT --tasks ...`: a merge is handed to lm-evaluation-harness, for its tasks or one's own.
+"""`raymoe eval OUT --tasks ...`: runs lm-evaluation-harness on a merge, with its tasks or the user's own.
 
-The harness loads the whole model with transformers, so unlike `evaluate_merge` this needs room for it: on the GPU, if
-there is one. Everything that can be checked before it is loaded is.
+The harness loads the whole model with transformers. So unlike `evaluate_merge`, this needs memory for it: on the GPU,
+if there is one. All possible checks are done before it is loaded.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class HarnessFailed(RaymoeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
-    """`tasks` are names of tasks, groups or tags, with * and ?, or paths of task files, with commas between them.
-    `include_path` is a folder with further task files. `limit`: examples of a task, the first ones (0: all). `fewshot`:
-    examples shown before each question (None: as the task says). `device`: `cpu`, `cuda` or None, which is a GPU where
-    there is one."""
+    """`tasks` are names of tasks, groups or tags, with * and ?, or paths of task files, separated by commas.
+    `include_path` is a folder with further task files. `limit`: use only the first examples of each task (0: all).
+    `fewshot`: examples before each question (None: the task's own number). `device`: `cpu`, `cuda` or None (a GPU if
+    there is one)."""
 
     tasks: str
     include_path: Path | None = None
@@ -52,17 +52,17 @@ class HarnessOptions:
 def check_data_or_tasks(
     data: Path | None, tasks: str | None, of_texts: Mapping[str, Any], of_tasks: Mapping[str, Any]
 ) -> Path | None:
-    """The file of texts to evaluate on; None where tasks are asked for instead.
+    """The file of texts to evaluate on; None if tasks are given instead.
 
-    `of_texts` and `of_tasks` are options, by name, that mean something with the one only. Raises ProblemReport.
+    `of_texts` and `of_tasks` are options, by name, that have an effect only with texts or tasks. Raises ProblemReport.
     """
     if (data is None) == (tasks is None):
         what = "nothing to evaluate on" if data is None else "--data and --tasks are two evaluations"
-        remedy = "give --data FILE with labelled texts, or --tasks NAMES of lm-evaluation-harness"
+        remedy = "give --data FILE with labeled texts, or --tasks NAMES of lm-evaluation-harness"
         raise ProblemReport([Problem(where="raymoe eval", what=what, remedy=remedy)])
     given, other, options = ("--tasks", "--data", of_texts) if data is None else ("--data", "--tasks", of_tasks)
     if lost := [option for option, value in options.items() if value is not None]:
-        what = f"means nothing with {given}"
+        what = f"has no effect with {given}"
         raise ProblemReport([Problem(where=", ".join(lost), what=what, remedy=f"leave it out, or use {other}")])
     return data
 
@@ -70,7 +70,7 @@ def check_data_or_tasks(
 def run_harness(place: str | Path, options: HarnessOptions) -> dict[str, Any]:
     """Run tasks on the finished merge in a folder; the result is what `--json` writes.
 
-    Raises ProblemReport before the model is loaded, HarnessFailed afterwards.
+    Raises ProblemReport before the model is loaded, and HarnessFailed afterwards.
     """
     location = _model_folder(place)
     _check_options(options)
@@ -113,7 +113,7 @@ def _model_folder(place: str | Path) -> str:
     location = Location.parse(place)
     if not location.kind.is_local:
         what, remedy = (
-            "the harness loads models from folders of this machine",
+            "the harness loads models from folders on this machine",
             "copy the merge to a folder, and name that",
         )
         raise ProblemReport([Problem(where=location.text, what=what, remedy=remedy)])
@@ -147,7 +147,7 @@ def _check_options(options: HarnessOptions) -> None:
 
 
 def _file_problems(path: Path) -> Iterator[Problem]:
-    """What can be seen of a task file without the harness, which loads the model first."""
+    """Problems of a task file that can be found without the harness, which loads the model first."""
     if not path.is_file():
         yield Problem(where="--tasks", what=f"there is no file {path}", remedy="correct the path, or name a task")
         return
@@ -158,12 +158,12 @@ def _file_problems(path: Path) -> Iterator[Problem]:
         yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
         return
     if not isinstance(content, Mapping) or not {"task", "group", "tag", "include"} & content.keys():
-        what = f"{path} is no task file: it has neither the key 'task' nor 'group'"
+        what = f"{path} is not a task file: it has neither the key 'task' nor 'group'"
         yield Problem(where="--tasks", what=what, remedy="name a task file of lm-evaluation-harness")
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """Task files name functions by tags; what they are does not matter here."""
+    """Task files name functions by tags, which are ignored here."""
 
 
 _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
@@ -174,13 +174,13 @@ def _is_file_name(name: str) -> bool:
 
 
 def _known_tasks(options: HarnessOptions) -> tuple[list[str], Any]:
-    """The tasks by name, patterns resolved, and what knows them. Raises ProblemReport."""
+    """The names of the tasks, with patterns resolved, and the harness's task manager. Raises ProblemReport."""
     from lm_eval.tasks import TaskManager
 
     files = [name for name in options.task_names if _is_file_name(name)]
     wanted = [name for name in options.task_names if not _is_file_name(name)]
     folder = str(options.include_path) if options.include_path else None
-    # The harness' own tasks are thousands of files: they are read only if something is not found without them.
+    # The harness's own tasks are thousands of files: they are read only if a task is not found without them.
     manager = TaskManager(include_path=folder, include_defaults=False)
     if any(not manager.match_tasks([name]) for name in wanted):
         manager = TaskManager(include_path=folder)
@@ -199,7 +199,7 @@ def _known_tasks(options: HarnessOptions) -> tuple[list[str], Any]:
 
 
 def _metrics(plain: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """'acc,none' and 'acc_stderr,none' as one entry; what is no number (aliases, names) is left out."""
+    """'acc,none' and 'acc_stderr,none' as one entry. Values that are not numbers (aliases, names) are left out."""
     found: dict[str, dict[str, float | None]] = {}
     for key, value in plain.items():
         metric, comma, kind = key.partition(",")

@@ -1,6 +1,6 @@
-"""Numbers out of log-likelihoods and of what routers chose. numpy only.
+"""Computes results from log-likelihoods and the choices of routers. numpy only.
 
-Losses are nats per token, over the tokens of all texts of a label. What is said of routing counts every token but BOS;
+Losses are nats per token, over the tokens of all texts of a label. Routing results count every token except BOS;
 means over labels give each label the same weight, however many tokens it has.
 """
 
@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 MEAN = "mean"
 SMALLEST_GAP = 0.005
-"""Nats a token; half of it is the rounding of the losses that are printed."""
+"""Nats per token; half of it is the rounding of the printed losses."""
 Float64 = npt.NDArray[np.float64]
 
 
 def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> dict[str, float]:
-    """Loss of each label, in the order in which they come, and `mean` over labels.
+    """Loss of each label, in order of appearance, and `mean` over labels.
 
-    `values` are the log-likelihoods of each text's tokens, `labels` the texts' labels, of which none is `mean`.
+    `values` are the log-likelihoods of each text's tokens, `labels` the texts' labels; none of them is `mean`.
     """
     found = {}
     for label in dict.fromkeys(labels):
@@ -33,16 +33,16 @@ def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> 
 
 
 def gap_closed(merged: float, hidden: float, oracle: float) -> float | None:
-    """How much of the way from the router of mode `hidden` to the right expert always; None if there is hardly one.
+    """The share of the gap between `hidden` and `oracle` that the merge closes; None if the gap is too small.
 
-    A share of a gap that rounding or a few texts make says nothing, and is easily many times 100%.
+    A share of a gap that comes from rounding or a few texts is meaningless, and often far above 100%.
     """
     gap = hidden - oracle
     return (hidden - merged) / gap if gap >= SMALLEST_GAP else None
 
 
 class RoutingCounts:
-    """What each layer's router chose for the tokens of each label; arrays are (labels, layers, experts)."""
+    """The choices of each layer's router for the tokens of each label; arrays are (labels, layers, experts)."""
 
     def __init__(self, labels: Sequence[str], own: Sequence[int], layers: int, experts: int) -> None:
         """`own` is the number of the expert of each label."""
@@ -57,7 +57,7 @@ class RoutingCounts:
     ) -> None:
         """The experts chosen for some tokens of a label, highest score first, and their weights.
 
-        The weights of a token whose state has overflown are not numbers, and count as none.
+        If a token's state has overflowed, its weights are NaN and count as zero.
         """
         count = self._first.shape[2]
         weights_TK = np.nan_to_num(weights_TK, nan=0.0)
@@ -97,7 +97,7 @@ class RoutingCounts:
 
 
 def round_values(values: npt.ArrayLike) -> Any:
-    """As JSON holds them: six digits after the point are more than a few thousand tokens can tell."""
+    """Values for JSON, rounded to six decimals: more than a few thousand tokens can resolve."""
     return np.round(np.asarray(values, dtype=np.float64), 6).tolist()
 
 

@@ -1,7 +1,7 @@
-"""One layer's experts and router as one module that stands where a dense layer has its FFN.
+"""One layer's experts and router as a module that replaces a dense layer's FFN.
 
 Sizes: N tokens, E experts, K experts chosen for a token, H hidden. Only the experts that a token chose are computed
-for it. Formulas: transformers' modelling files of the hosts; for DeepSeek-MoE its own code.
+for it. Formulas: transformers' modeling files of the MoE architectures; for DeepSeek-MoE its own code.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from raymoe.checkpoints.weight_table import RoutingRule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """How tokens find their experts, in place of the checkpoint's own rows: by other rows of the router (E, H) and of
-    the shared expert's gate, or with `forced` (texts,) each text's tokens to one expert, whatever any router says."""
+    """How tokens are routed instead of by the checkpoint's own rows: by other rows of the router (E, H) and of the
+    shared expert's gate; or with `forced` (texts,), each text's tokens go to one expert, without a router."""
 
     router: torch.Tensor | None = None
     shared_router: torch.Tensor | None = None
@@ -33,8 +33,8 @@ class Choice:
 
 
 class MoeBlock(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy here
-    """`tensors` by the names of `checkpoints.weight_table`. `route` may be set before a call; `choice` is the last
-    call's."""
+    """`tensors` have the names of `checkpoints.weight_table`. `route` may be set before a call; `choice` is that of the
+    last call."""
 
     def __init__(self, rule: RoutingRule, tensors: Mapping[str, torch.Tensor]) -> None:
         from transformers.activations import ACT2FN

@@ -1,4 +1,4 @@
-"""What is asked of an evaluation or of a generation, and what can't be asked."""
+"""Options of an evaluation or a generation, and their checks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ AGAINST = ("base", "experts", "oracle", "hidden")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingOptions:
-    """How a finished merge is read and run. `device`: `cpu`, `cuda` or None, which is a GPU where there is one.
-    `trust_record`: S3 is reached by the endpoint and profile in the merge's record."""
+    """How a finished merge is read and run. `device`: `cpu`, `cuda` or None (a GPU if there is one). `trust_record`:
+    use the S3 endpoint and profile in the merge's record."""
 
     device: str | None = None
     trust_remote_code: bool = False
@@ -30,9 +30,9 @@ class ReadingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions(ReadingOptions):
-    """`max_new_tokens`: of an answer; 0 only reads the prompts. `chat`: a prompt is one turn of a user in the
-    tokenizer's chat template. `temperature`: 0 always takes the likeliest token; above it tokens are drawn, from
-    `seed`. `per_token`: the result has the experts of each token too."""
+    """`max_new_tokens`: the longest answer; 0 only reads the prompts. `chat`: each prompt is one user turn in the
+    tokenizer's chat template. `temperature`: 0 takes the most likely token; above 0, tokens are sampled with `seed`.
+    `per_token`: the result also has the experts of each token."""
 
     max_new_tokens: int = 64
     chat: bool = False
@@ -44,8 +44,8 @@ class GenerationOptions(ReadingOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(ReadingOptions):
     """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
-    labels that are no expert's name. `limit`: texts of a label, the first of the file (0: all); `max_tokens`: of a
-    text."""
+    labels that are not an expert's name. `limit`: use only the first texts of each label (0: all). `max_tokens`: texts
+    are cut to this many tokens."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -56,12 +56,12 @@ class EvaluationOptions(ReadingOptions):
 
     @property
     def comparisons(self) -> tuple[str, ...]:
-        """What to compare with, in the order in which it is shown."""
+        """What to compare with, in display order."""
         return AGAINST if self.against is None else tuple(name for name in AGAINST if name in self.against)
 
 
 def parse_against(text: str | None) -> tuple[str, ...] | None:
-    """'base, oracle' as ('base', 'oracle'); 'none' is nothing at all."""
+    """'base, oracle' as ('base', 'oracle'); 'none' is an empty tuple."""
     if text is None:
         return None
     names = [name.strip().lower() for name in text.split(",")]
@@ -74,7 +74,7 @@ def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
         if name not in AGAINST:
             close = get_close_matches(name, AGAINST, n=1)
             remedy = f"{f'did you mean {close[0]}? ' if close else ''}(any of {', '.join(AGAINST)}, or none)"
-            yield Problem(where="--against", what=f"{name!r} is nothing to compare with", remedy=remedy)
+            yield Problem(where="--against", what=f"{name!r} is not a comparison", remedy=remedy)
     if options.limit < 0:
         yield Problem(where="--limit", what=f"{options.limit} is below zero", remedy="give a number; 0 is all texts")
     if options.max_tokens < 2:
@@ -91,14 +91,14 @@ def generation_problems(options: GenerationOptions) -> Iterator[Problem]:
         what, remedy = f"{options.max_new_tokens} is below zero", "give a number; 0 only reads the prompts"
         yield Problem(where="--max-new-tokens", what=what, remedy=remedy)
     if not 0 <= options.temperature < math.inf:
-        what, remedy = f"{options.temperature} is no temperature", "give 0 or more; 0 takes the likeliest token"
+        what, remedy = f"{options.temperature} is not a temperature", "give 0 or more; 0 takes the most likely token"
         yield Problem(where="--temperature", what=what, remedy=remedy)
     if not 0 <= options.seed < 2**63:
-        yield Problem(where="--seed", what=f"{options.seed} is no seed", remedy="give a number from 0 to 2^63 - 1")
+        yield Problem(where="--seed", what=f"{options.seed} is not a seed", remedy="give a number from 0 to 2^63 - 1")
 
 
 def label_pair_problem(pair: str, names: Sequence[str]) -> Problem:
-    """A `--label` that gives no label to one expert, by what is wrong with it."""
+    """The problem of an invalid `--label` value."""
     label, equals, expert = (part.strip() for part in pair.partition("="))
     if not (label and equals and expert):
         what = f"{pair!r} is not LABEL=EXPERT"

@@ -1,6 +1,6 @@
-"""The files that an evaluation leaves: eval.json and the page. Whether they can be written is asked at the start.
+"""The output files of an evaluation: eval.json and the page. At the start it is checked that they can be written.
 
-Each is written beside its place and moved there whole: a full disk or a kill leaves the file that was there before.
+Each is written to a temporary file and then moved to its path, so a full disk or a kill leaves the old file intact.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from raymoe.storage.outputs.open_output import unwritable_problem
 
 
 def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = None) -> None:
-    """`files` by the option that names them. Raises ProblemReport for those that can't be written, for one that two
-    options name (the second would take the place of the first), and for one of the `inputs`."""
+    """Check `files`, by the option that names them. Raises ProblemReport if one can't be written, if two options name
+    the same file (the second would replace the first), or if it is one of the `inputs`."""
     problems = []
     owners: dict[Path, str] = {}
     for option, path in files.items():
@@ -42,7 +42,7 @@ def check_writable(files: Mapping[str, Path | None], inputs: Inputs | None = Non
         elif (error := check_writable_file(path)) is not None:
             problems.append(_write_problem(f"{option} {path}", error))
         elif not is_special(path) and (owner := owners.setdefault(resolve_links(path), option)) != option:
-            what = f"{owner} is to be written to this file too"
+            what = f"{owner} would be written to this file too"
             problems.append(Problem(where=f"{option} {path}", what=what, remedy="name two files"))
     if problems:
         raise ProblemReport(problems)
@@ -57,8 +57,8 @@ def _output_path_problem(option: str, path: Path) -> Problem | None:
 
 
 def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
-    """What an evaluation reads, as far as folders of this machine show it: the merge's own files, its sources' folders,
-    the texts, and task files. What is wrong with the merge is not said here."""
+    """The local files that an evaluation reads: the merge's own files, its sources' folders, the texts, and task files.
+    Problems of the merge are not reported here."""
     files = [("the file of texts", os.path.abspath(data))] if data is not None else []
     files += [("a task file", os.path.abspath(name)) for name in (tasks or "").split(",") if name.strip()]
     try:
@@ -84,7 +84,7 @@ def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None
 
 
 def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:
-    """Of a record's sources, which are not trusted to be what raymoe writes, those that are folders of this machine."""
+    """The local folders among a record's sources. The record may have any content."""
     for source in sources if isinstance(sources, list) else ():
         if isinstance(source, Mapping):
             owner, adapter = str(source.get("owner")), str(source.get("adapter") or "")
@@ -93,7 +93,7 @@ def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:
 
 
 def write_evaluation(result: Mapping[str, Any], json_file: Path | None, html: Path | None) -> None:
-    """Raises ProblemReport if a file can't be written after all."""
+    """Write the files. Raises ProblemReport if one can't be written after all."""
     if json_file is not None:
         _write(json_file, json_text(result) + "\n")
     if html is not None:

@@ -1,4 +1,4 @@
-"""A few texts token by token, with the experts that the layers' routers preferred: what the routing page shows."""
+"""A few texts token by token, with the experts that the layers' routers preferred, for the evaluation page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class RoutingSamples:
-    """Counts, for each token of the first texts of each label, the layers whose first choice was an expert."""
+    """Counts, for each token of the first texts of each label, how many layers chose each expert first."""
 
     def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[str], skipped: int, experts: int) -> None:
         self._labels, self._experts = labels, experts
@@ -30,7 +30,7 @@ class RoutingSamples:
         }
 
     def record(self, text: int, experts_TK: npt.NDArray[np.int64]) -> None:
-        """What one layer chose for the tokens of a text."""
+        """Count one layer's choices for the tokens of a text."""
         if text in self._counts:
             first = experts_TK[self._span, 0]
             self._counts[text] += first[:, None] == np.arange(self._experts)
@@ -50,7 +50,7 @@ class RoutingSamples:
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], *, most: int | None = MAX_TOKENS + 1) -> list[str]:
-    """What each token, of the `most` first ones, adds to the text. A character of several tokens stands at its last."""
+    """The text of each of the first `most` tokens. A character of several tokens belongs to the last of them."""
     found: list[str] = []
     before = ""
     for end in range(1, len(ids[:most]) + 1):

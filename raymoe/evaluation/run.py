@@ -1,4 +1,4 @@
-"""`evaluate_merge`: one pass over the layers of each model, and the numbers out of them.
+"""`evaluate_merge`: runs one pass over the layers of each model, and computes the results.
 
 gate pass (mode `hidden`)                            router rows to compare with
 one pass over the merge                              merged, oracle and hidden share the reading of its layers
@@ -37,7 +37,7 @@ Values = dict[str, list[Float32]]
 
 
 def evaluate_merge(place: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
-    """Evaluate the merge at `place` on a file of labelled texts; the result is what eval.json holds.
+    """Evaluate the merge at `place` on a file of labeled texts; the result is what eval.json holds.
 
     Raises ProblemReport, before anything is computed, with everything that is wrong with the merge, the texts, the
     sources to compare with and the options.
@@ -103,7 +103,7 @@ class _Computation:
         return self._pass(self._inputs.mixture, variants)
 
     def dense(self) -> Values:
-        """Log-likelihoods of the base and of each expert. One that is there twice is run once."""
+        """Log-likelihoods of the base and of each expert. Equal models are run once."""
         from raymoe.evaluation.scoring import Variant
 
         by_label = {
@@ -125,7 +125,7 @@ class _Computation:
         self.samples.record(text, experts_TK)
 
     def _hidden_variant(self, gates: GatePlan) -> Variant:
-        """The rows that gate mode `hidden` gives, rounded as they would be in the checkpoint."""
+        """The rows of gate mode `hidden`, rounded as they would be in the checkpoint."""
         from raymoe.evaluation.scoring import Variant
         from raymoe.routers.in_process import compute_routers_locally
 
@@ -150,7 +150,7 @@ class _Computation:
 
 
 def _as_json_losses(loss: Mapping[str, float]) -> dict[str, float | None]:
-    """As JSON holds it, which has no infinity and nothing that is not a number."""
+    """Losses as JSON values: infinity and NaN become null."""
     return {label: round_values(value) if math.isfinite(value) else None for label, value in loss.items()}
 
 
@@ -171,7 +171,7 @@ def _gap_closed(loss: Mapping[str, dict[str, float] | None]) -> float | None:
 
 
 def _data_summary(inputs: EvaluationInputs, file: str) -> dict[str, Any]:
-    """Tokens are those that are predicted."""
+    """Facts about the texts; only predicted tokens count."""
     per_label: dict[str, dict[str, int]] = {}
     for text, ids in zip(inputs.texts, inputs.tokens.ids, strict=True):
         label = per_label.setdefault(text.label, {"expert": text.expert, "texts": 0, "tokens": 0})
@@ -182,7 +182,7 @@ def _data_summary(inputs: EvaluationInputs, file: str) -> dict[str, Any]:
 
 
 def _total_work(inputs: EvaluationInputs, options: EvaluationOptions) -> int:
-    """Of all passes, as `token_layers` writes it."""
+    """The work of all passes, in tokens x layers."""
     from raymoe.evaluation.scoring import pass_work
 
     variants = 1 + inputs.oracle + (inputs.gates is not None)
@@ -192,7 +192,7 @@ def _total_work(inputs: EvaluationInputs, options: EvaluationOptions) -> int:
 
 
 def _distinct_models(inputs: EvaluationInputs) -> dict[str, tuple[str, CheckpointModel]]:
-    """The dense models by label, with the first of their names: one that is there twice is run once."""
+    """The distinct dense models by label, with the first of their names: equal models are run once."""
     found: dict[str, tuple[str, CheckpointModel]] = {}
     for name, model in inputs.dense.items():
         found.setdefault(model.label, (name, model))

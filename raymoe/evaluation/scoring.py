@@ -1,6 +1,7 @@
-"""Texts through a model that is never in memory whole: log-likelihoods, and on the way each layer's choices.
+"""Computes log-likelihoods of texts, and each layer's choices, with a model that is never whole in memory.
 
-    for a group of texts whose states fit: embed -> layer 0 .. L-1, each loaded once for all variants -> norm -> head
+    for a group of texts with states that fit: embed -> layer 0 .. L-1, each loaded once for all variants -> norm ->
+    head
 
 Variants are the same weights with different routing; they share the reading of the layers. The head is read in blocks
 of the vocabulary, and each token's log-sum-exp grows block by block: tokens x vocabulary never exists.
@@ -25,18 +26,19 @@ from raymoe.storage.source_reader import SourceReader
 
 Float32 = npt.NDArray[np.float32]
 RoutingCallback = Callable[[int, int, npt.NDArray[np.int64], Float32], None]
-"""`on_routing(layer, text, experts_TK, weights_TK)`: what a layer's router chose for each token of a text."""
+"""`on_routing(layer, text, experts_TK, weights_TK)`: the experts that a layer's router chose for each token of a
+text."""
 
-# States of all texts and variants of one pass. More texts are more passes.
+# The most bytes of states of all texts and variants in one pass. More texts need more passes.
 STATE_BYTES = 2 << 30
-# Rows of the head at a time, and tokens whose scores for them are held at a time: 64 MiB of float32.
+# How many rows of the head are used at once, and for how many tokens their scores are held: 64 MiB of float32.
 _VOCAB_BLOCK, _TOKEN_BLOCK = 16384, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """One way of routing. `rows` (layers, experts, hidden) replace the checkpoint's, `shared_rows` those of the shared
-    expert's gate; `forced` names the expert of each text. `on_routing` is told what was chosen."""
+    expert's gate; `forced` names the expert of each text. `on_routing` is called with the chosen experts."""
 
     name: str
     rows: Float32 | None = None
@@ -54,10 +56,10 @@ def log_likelihoods(
     *,
     work_done: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, list[Float32]]:
-    """For each variant and text the log-likelihood of its tokens but the first, (tokens - 1,), in nats.
+    """For each variant and text, the log-likelihoods of its tokens except the first, (tokens - 1,), in nats.
 
-    `texts` are token ids, two or more each. `work_done` is called with a number of tokens that have passed a layer or
-    a block of the head: `pass_work` in all.
+    `texts` are token ids, two or more each. `work_done` is called with numbers of tokens that have passed a layer or a
+    block of the head; their sum is `pass_work`.
     """
     with torch.inference_mode():
         found: dict[str, list[Float32]] = {variant.name: [np.empty(0, np.float32)] * len(texts) for variant in variants}
@@ -77,7 +79,7 @@ def pass_work(model: CheckpointModel, texts: Sequence[Sequence[int]], variants: 
 
 
 class _Pass:
-    """Some texts on their way through the model, in batches; `_groups` has the numbers of the texts in each."""
+    """One pass of some texts through the model, in batches; `_groups` has the numbers of the texts in each."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class _Pass:
         self._score(work_done)
 
     def results(self, variant: Variant) -> Iterator[tuple[int, Float32]]:
-        """(number of the text, log-likelihoods of its tokens but the first)."""
+        """(number of the text, log-likelihoods of its tokens except the first)."""
         for group, batch, values in zip(self._groups, self._batches, self._values[variant.name], strict=True):
             array = values.cpu().numpy()
             for number, row, length in zip(group, array, batch.lengths.tolist(), strict=True):
@@ -145,7 +147,8 @@ class _Pass:
             variant.on_routing(layer, text, experts[row, :length], weights[row, :length])
 
     def _score(self, work_done: Callable[[int], None]) -> None:
-        """From last states to log-likelihoods: each block of the head is read once, for all texts and variants."""
+        """Compute log-likelihoods from the last states. Each block of the head is read once for all texts and
+        variants."""
         norm = self._decoder.final_norm()
         scores: dict[str, list[_TokenScores]] = {}
         for variant in self._variants:
@@ -165,7 +168,7 @@ class _Pass:
 
 
 class _TokenScores:
-    """Log-likelihoods of target tokens (N,) given normalised states (N, H), as the head comes in block by block."""
+    """Log-likelihoods of target tokens (N,) given normalized states (N, H), summed block by block of the head."""
 
     def __init__(self, states_NH: torch.Tensor, targets_N: torch.Tensor) -> None:
         self._states, self._targets = states_NH, targets_N.to(states_NH.device)
@@ -173,7 +176,7 @@ class _TokenScores:
         self._target_scores = torch.zeros(targets_N.shape, device=states_NH.device)
 
     def add(self, start: int, rows_VH: torch.Tensor) -> None:
-        """Count in the rows [start, start + V) of the head."""
+        """Add the rows [start, start + V) of the head."""
         for first in range(0, len(self._states), _TOKEN_BLOCK):
             part = slice(first, first + _TOKEN_BLOCK)
             scores = torch.nn.functional.linear(self._states[part], rows_VH).float()
@@ -188,7 +191,7 @@ class _TokenScores:
 
 
 def _passes(texts: Sequence[Sequence[int]], bytes_per_token: int) -> Iterator[list[int]]:
-    """Numbers of texts, shortest first, in groups whose states stay within `STATE_BYTES`."""
+    """Numbers of texts, shortest first, in groups with states of at most `STATE_BYTES`."""
     group: list[int] = []
     held = 0
     for number in sorted(range(len(texts)), key=lambda number: len(texts[number])):

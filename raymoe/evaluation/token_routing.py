@@ -16,18 +16,19 @@ class TokenRouting:
         self._weight: Float64 = np.zeros((0, experts))
 
     def add(self, layer: int, experts_TK: npt.NDArray[np.int64], weights_TK: npt.NDArray[np.float32]) -> None:
-        """What a layer chose for the tokens of one step, highest score first. Steps begin with layer 0."""
+        """Add a layer's choices for the tokens of one step, highest score first. Steps begin with layer 0."""
         tokens, experts = len(experts_TK), self._first.shape[1]
         if layer == 0:
             self._first = np.concatenate([self._first, np.zeros((tokens, experts))])
             self._weight = np.concatenate([self._weight, np.zeros((tokens, experts))])
         rows = np.arange(len(self._first) - tokens, len(self._first))
         self._first[rows, experts_TK[:, 0]] += 1
-        weights_TK = np.nan_to_num(weights_TK, nan=0.0)  # of states that have overflown
+        weights_TK = np.nan_to_num(weights_TK, nan=0.0)  # for states that have overflowed
         np.add.at(self._weight, (rows[:, None], experts_TK), weights_TK)
 
     def shares(self, skipped: int) -> tuple[list[float], list[float]]:
-        """Per expert: the share of first choices and of router weight, over all tokens behind the `skipped` first."""
+        """Per expert: the share of first choices and of router weight, over all tokens after the `skipped` first
+        ones."""
         first, weight = (sums[skipped:].sum(axis=0, keepdims=True) for sums in (self._first, self._weight))
         return _shares(first)[0], _shares(weight)[0]
 
@@ -37,7 +38,7 @@ class TokenRouting:
 
 
 def _shares(sums: Float64) -> list[list[float]]:
-    """Rows that sum to one, or to zero where nothing was counted."""
+    """Rows that sum to one, or to zero if nothing was counted."""
     totals = sums.sum(axis=1, keepdims=True)
     shares: list[list[float]] = round_values(np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0))
     return shares

@@ -1,19 +1,18 @@
 """The gate modes: how router rows are made. One class per mode, in one file of `modes/` each.
 
     modes/NAME.py    MODE = Name()       the mode: what it needs, what it keeps, how it makes rows
-    base.py          GateMode            all that the callers ask a mode, with shapes; what most modes have in common
-    the rest         helpers of modes    unit vectors, least squares, what is captured and what is made of it
+    base.py          GateMode            the interface of a mode, with shapes; what most modes have in common
+    the rest         helpers of modes    unit vectors, least squares, captured activations and fitted rows
 
-A mode lies below the config, which names it, below the plan, which asks what to load, and below `routers/`, which runs
-the models. So it imports nothing of them. It gets arrays and functions, and gives arrays back: reading weights, running
-layers and scheduling stay in `routers/` and `runtime/`, and are the same for all modes. That is why one file is enough
-for a new mode.
+The config, the plan and `routers/` use modes, so a mode imports none of them. It gets arrays and functions, and returns
+arrays. `routers/` and `runtime/` read weights, run layers and schedule work in the same way for all modes. That is why
+one file is enough for a new mode.
 
 To add a mode:
 1. Write `modes/NAME.py`: a subclass of `GateMode`, `SummedMode` or `DrawnMode`, and `MODE`, an instance of it. It is
-   found by being there. Import numpy, torch and helper modules inside its methods: this package is imported with every
+   found automatically. Import numpy, torch and helper modules inside its methods: this package is imported with every
    config.
-2. Run `tests/gate_modes/test_contract.py`, which puts each mode that is found through the same contract.
+2. Run `tests/gate_modes/test_contract.py`, which tests each mode against the same contract.
 3. Describe it in `docs/config.md` and `docs/routing.md`.
 """
 

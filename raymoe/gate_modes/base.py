@@ -1,4 +1,4 @@
-"""What a gate mode is asked. Imports no torch and no numpy, since configs and plans ask here."""
+"""The interface of a gate mode. It imports neither torch nor numpy, since configs and plans use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GateMode:
-    """How router rows are made. Subclasses say what they need and override the methods of their kind:
+    """How router rows are made. Subclasses declare what they need and override the methods of their kind:
 
     | kind | `needs_prompts` | `needs_forward_pass` | makes rows in |
     |---|---|---|---|
@@ -45,22 +45,22 @@ class GateMode:
     """Whether `prompt_vectors` of each layer's input are summed. Then the last layer is not run, since its input is
     enough. Otherwise rows are fitted to states as each router sees them: the last layer is run up to its FFN."""
     max_tokens: ClassVar[int] = 0
-    """Tokens whose states are kept at each layer, of all experts' prompts together."""
+    """How many tokens' states are kept at each layer, for all experts' prompts together."""
     has_directions: ClassVar[bool] = False
     """Whether rows are directions of unit length, so that cosines between them show which experts are too alike."""
 
     gpu_library_bytes: ClassVar[int] = 0
-    """What libraries that `fit_layer` uses on a GPU take of the machine's memory."""
+    """Host memory in bytes of the GPU libraries that `fit_layer` uses."""
     measured_accuracy: ClassVar[tuple[int, int] | None] = None
-    """Percentage of held-out tokens whose first choice is right, with five keywords per expert and with 16 texts per
-    expert: the first table of docs/routing.md. None: few prompts are not warned of."""
+    """Percentage of held-out tokens that are routed to the right expert first, with five keywords per expert and with
+    16 texts per expert: the first table of docs/routing.md. None: there is no warning about few prompts."""
     single_prompt_note: ClassVar[str] = ""
-    """What the mode can't do if an expert has one prompt: a clause that follows the mode's name."""
+    """What the mode can't do if an expert has only one prompt: a clause that follows the mode's name."""
 
     # --- what is loaded and run
 
     def needs_parameter(self, name: str, layers: int, ffn: str) -> bool:
-        """Whether this mode loads the parameter `name` of a model with that many layers, whose FFNs are called `ffn`.
+        """Whether this mode loads the parameter `name` of a model with `layers` layers and FFNs named `ffn`.
 
         Example:
             >>> MODES["hidden"].needs_parameter("model.layers.2.self_attn.q_proj.weight", 3, "mlp")
@@ -75,17 +75,17 @@ class GateMode:
         return not is_last or (not self.sums_layer_inputs and f".{ffn}." not in name)
 
     def layers_run(self, layers: int) -> int:
-        """How many of a model's `layers` prompts pass."""
+        """How many of a model's `layers` are run for prompts."""
         return layers - 1 if self.sums_layer_inputs else layers
 
     # --- what is kept of prompts
 
     def token_limit(self, experts: int) -> int:
-        """How many tokens' states are kept of each expert's prompts if there are so many experts; at least one."""
+        """How many tokens' states are kept per expert if there are `experts` experts; at least one."""
         return max(1, self.max_tokens // experts)
 
     def prompt_vectors(self, hidden_BTH: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """What is summed of each prompt at a layer. Called if `sums_layer_inputs`.
+        """The vector of each prompt at a layer, which is summed over prompts. Called if `sums_layer_inputs`.
 
         Args:
             hidden_BTH: The layer's input (prompts, tokens, hidden), padded on the right, in the dtype of the pass.
@@ -99,7 +99,7 @@ class GateMode:
     # --- how rows are made
 
     def draw_rows(self, seed: int, owner: str, layers: int, hidden: int) -> Float32:
-        """Rows (layers, hidden) of one expert. They depend on seed, owner and layer alone. Called if the mode needs no
+        """Rows (layers, hidden) of one expert. They depend only on seed, owner and layer. Called if the mode needs no
         prompts. `owner` is the expert's name in records, such as `expert 0`."""
         raise NotImplementedError(self.name)
 
@@ -114,7 +114,7 @@ class GateMode:
         Args:
             positive: Token ids of each positive prompt, at least one.
             negative: Token ids of each negative prompt.
-            read_rows: Gives the embedding (hidden,) of each of some token ids.
+            read_rows: Returns the embedding (hidden,) of each given token id.
         """
         raise NotImplementedError(self.name)
 
@@ -128,8 +128,8 @@ class GateMode:
         """The rows of one layer, in the order of the experts. Called if the mode needs a forward pass.
 
         Args:
-            experts: What the prompts of each expert left at this layer.
-            shared: The same of each shared expert that has prompts.
+            experts: The activations of each expert's prompts at this layer.
+            shared: The same for each shared expert that has prompts.
             device: Where torch computes.
             heartbeat: Called while the work makes progress.
 
@@ -139,19 +139,19 @@ class GateMode:
         raise NotImplementedError(self.name)
 
     def fitting_bytes(self, hidden: int, tokens: int | None = None) -> int:
-        """Bytes that `fit_layer` takes at most for kept states of so many tokens of `hidden` dimensions (default: as
-        many as are kept). 0: nothing to speak of."""
+        """Peak bytes of `fit_layer` for `tokens` kept states (default: as many as are kept) of `hidden` dimensions. 0:
+        negligible."""
         return 0
 
 
 class SummedMode(GateMode):
-    """Modes whose rows are directions of mean prompt vectors. A subclass gives `prompt_vectors`."""
+    """Modes with rows that are directions of mean prompt vectors. A subclass defines `prompt_vectors`."""
 
     needs_prompts = True
     needs_forward_pass = True
     sums_layer_inputs = True
     has_directions = True
-    max_tokens = 1_024  # the finished rows are judged by these
+    max_tokens = 1_024  # the finished rows are scored on these
 
     def fit_layer(
         self,
@@ -160,14 +160,14 @@ class SummedMode(GateMode):
         device: str,
         heartbeat: Callable[[], None] | None = None,
     ) -> LayerRows:
-        """As `GateMode.fit_layer`; a few sums, which numpy computes at once."""
+        """As `GateMode.fit_layer`; only a few sums, computed by numpy."""
         from raymoe.gate_modes.directions import mean_directions
 
         return mean_directions(experts, shared)
 
 
 class DrawnMode(GateMode):
-    """Modes that draw rows from a seed. A subclass gives `draw_row`."""
+    """Modes that draw rows from a seed. A subclass defines `draw_row`."""
 
     def draw_rows(self, seed: int, owner: str, layers: int, hidden: int) -> Float32:
         """As `GateMode.draw_rows`: each layer has a generator of its own."""

@@ -26,15 +26,15 @@ def expert_rows(positive: Float32, negative: Float32 | None) -> Float32:
 
 
 def shared_gate_row(rows: Sequence[Float32]) -> Float32:
-    """The one gate (hidden,) of all shared experts out of a row for each of them: each of them counts alike.
+    """The one gate (hidden,) of all shared experts, from one row per shared expert, with equal weights.
 
-    Hosts have one gate, however many experts stand behind it.
+    MoE architectures have one gate for all shared experts.
     """
     return rows[0] if len(rows) == 1 else normalize(np.sum(rows, axis=0, dtype=np.float64))
 
 
 def mean_directions(experts: Sequence[LayerActivations], shared: Sequence[LayerActivations]) -> LayerRows:
-    """The rows of one layer out of the sums of prompt vectors; each fold is judged by the rows of the others."""
+    """The rows of one layer from the sums of prompt vectors; each fold is scored with rows of the other folds."""
     return LayerRows(
         experts=np.stack([_expert_row(member) for member in experts]),
         shared=shared_gate_row([_expert_row(member) for member in shared]) if shared else None,
@@ -56,7 +56,7 @@ def _expert_row(member: LayerActivations, without: int | None = None) -> Float32
 
 
 def _score_folds(experts: Sequence[LayerActivations]) -> LayerScores | None:
-    """The states of each fold, scored by the rows of the others."""
+    """The states of each fold, scored with rows of the other folds."""
     if len(experts) < 2 or any(len(e.prompts) == 0 or e.counts is None or e.counts.sum() < 2 for e in experts):
         return None
     labels, first = [], []
@@ -70,6 +70,6 @@ def _score_folds(experts: Sequence[LayerActivations]) -> LayerScores | None:
 
 
 def _bfloat16_to_float64(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float64]:
-    """bfloat16, as its bits: the upper half of the same number in float32. Given in float64, in which the order of a
-    product's sums, which the number of threads decides, changes no first choice."""
+    """Convert the bits of bfloat16, which are the upper half of the same number in float32. In float64, the order of
+    sums in a product, which depends on the number of threads, changes no first choice."""
     return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What is captured of prompts at a layer, and what a mode makes of it."""
+"""The activations that are captured at a layer, and the rows that a mode fits to them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 FOLDS = 5
-"""Prompt n of a member is in fold n % FOLDS, counted in the order in which batches hold them."""
+"""Prompt n of an expert is in fold n % FOLDS, counted in the order of batches."""
 
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerActivations:
-    """One member's prompts at one layer.
+    """The activations of one expert's prompts at one layer.
 
-    `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) the number of the
-    prompt that each token is of, `negative` (tokens,) whether that is a negative one. No tokens: nothing was kept here.
-    `sums` (FOLDS, hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) belong to the modes that sum. Of a member
-    that is read in parts, each part has one of these: its own states, sums and counts, its share of the mean.
+    `states` (tokens, hidden) are bfloat16 as int16 (numpy has no bfloat16), `prompts` (tokens,) is the number of each
+    token's prompt, `negative` (tokens,) whether that prompt is negative. No tokens: no states were kept. `sums` (FOLDS,
+    hidden), `counts` (FOLDS,) and `negative_mean` (hidden,) are for the modes that sum. If an expert's prompts are read
+    in parts, each part has its own states, sums and counts, and its share of the mean.
     """
 
     states: npt.NDArray[np.int16]
@@ -33,7 +33,7 @@ class LayerActivations:
 
 
 def join_parts(parts: Sequence[LayerActivations]) -> LayerActivations:
-    """One member's prompts at a layer, out of the parts that they were read in, in their order."""
+    """The activations of one expert's prompts at a layer, joined from their parts in order."""
     if len(parts) == 1:
         return parts[0]
     sums = [part.sums for part in parts if part.sums is not None]
@@ -51,7 +51,8 @@ def join_parts(parts: Sequence[LayerActivations]) -> LayerActivations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScores:
-    """One layer on held-out prompts: by expert the share of its tokens that it gets, and its share of all tokens."""
+    """One layer on held-out prompts: per expert, the share of its own tokens that it gets first, and its share of all
+    tokens."""
 
     accuracy_by_expert: tuple[float, ...]
     load: tuple[float, ...]
@@ -71,8 +72,8 @@ def score_heldout(
     ridge: float | None = None,
     scale: float | None = None,
 ) -> LayerScores:
-    """The check of a layer from its held-out tokens: their prompts' experts and their first choices, both (tokens,)."""
-    shares = np.zeros((experts, experts))  # of the tokens of expert i, those that get expert j first
+    """Score a layer on held-out tokens: the experts of their prompts and their first choices, both (tokens,)."""
+    shares = np.zeros((experts, experts))  # share of expert i's tokens that are routed to expert j first
     np.add.at(shares, (labels, first), 1)
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
     right, load = tuple(shares.diagonal().tolist()), tuple(shares.mean(axis=0).tolist())
@@ -82,7 +83,7 @@ def score_heldout(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRows:
     """`experts` (experts, hidden); `shared` (hidden,) is the one gate of all shared experts, if they have prompts;
-    `scores`: None where nothing could be held out."""
+    `scores`: None if nothing could be held out."""
 
     experts: npt.NDArray[np.float32]
     shared: npt.NDArray[np.float32] | None

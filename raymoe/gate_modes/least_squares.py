@@ -1,4 +1,4 @@
-"""A regularised least-squares classifier for each layer, on the exact inputs of its router: gate mode `ridge`.
+"""A regularized least-squares classifier for each layer, on the exact inputs of its router: gate mode `ridge`.
 
 For the tokens of all experts' prompts, with `x` the state (hidden,) that the layer's router sees, `t` one-hot of the
 prompt's expert minus 1 / experts, and token weights `w` that give every expert the same total:
@@ -9,7 +9,7 @@ prompt's expert minus 1 / experts, and token weights `w` that give every expert 
 the rows are `W` times the factor that makes the softmax over their scores most likely on the same held-out prompts: the
 routing weights are then neither flat nor saturated. Tokens of an expert's negative prompts have the target 'any of the
 others'. Everything is summed in float64; of the two forms of ridge regression (hidden x hidden, or the dual, tokens x
-tokens) the smaller is solved. Torch computes, on whatever device the states are given on.
+tokens) the smaller is solved. Torch computes on the device of the states.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Heartbeat = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """What one member's prompts give to the classifier of one layer.
+    """One expert's training examples for the classifier of one layer.
 
-    `states` (tokens, hidden) in any float dtype, on the device to compute on; `prompts` (tokens,) int64 numbers the
-    prompt that a token is of; `negative` (tokens,) bool marks those of negative prompts, which are numbered apart.
+    `states` (tokens, hidden) in any float dtype, on the device to compute on; `prompts` (tokens,) int64 is the number
+    of each token's prompt; `negative` (tokens,) bool marks those of negative prompts, which are numbered apart.
     """
 
     states: torch.Tensor
@@ -47,7 +47,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedRows:
-    """Rows (experts, hidden) float32 of one layer's router, and how it did on held-out prompts (None: too few)."""
+    """Rows (experts, hidden) float32 of one layer's router, and its scores on held-out prompts (None: too few)."""
 
     rows: npt.NDArray[np.float32]
     scores: LayerScores | None
@@ -59,10 +59,10 @@ def fit_activations(
     device: str,
     heartbeat: Heartbeat | None = None,
 ) -> LayerRows:
-    """The rows of one layer, computed on `device` out of what the members' prompts left there."""
+    """The rows of one layer, computed on `device` from the activations of the experts' prompts."""
 
     def examples(member: LayerActivations) -> Examples:
-        # Copied, since what comes out of Ray's store can't be written to, which torch wants of its tensors.
+        # Copied, since arrays from Ray's object store are read-only, and torch expects writable ones.
         states = torch.from_numpy(member.states.copy()).view(torch.bfloat16).to(device)
         prompts, negative = torch.from_numpy(member.prompts.copy()), torch.from_numpy(member.negative.copy())
         return Examples(states=states, prompts=prompts.to(device), negative=negative.to(device))
@@ -120,7 +120,8 @@ def _concatenate(examples: Sequence[Examples]) -> Examples:
 
 
 class _RidgeProblem:
-    """All examples of a layer side by side: states (N, hidden), targets (N, experts), weights (N,), folds to be cut."""
+    """All examples of a layer, concatenated: states (N, hidden), targets (N, experts), weights (N,), folds to be
+    cut."""
 
     def __init__(self, examples: Sequence[Examples], heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
@@ -150,19 +151,19 @@ class _RidgeProblem:
         return part
 
     def sample(self) -> _RidgeProblem:
-        """The tokens that lambda is chosen with: every n-th one where hidden and tokens are both beyond CHOICE_SIZE."""
+        """The tokens that lambda is chosen with: every n-th one if hidden and tokens both exceed CHOICE_SIZE."""
         tokens, hidden = self.states.shape
         if min(tokens, hidden) <= CHOICE_SIZE:
             return self
         return self.subset(torch.arange(0, tokens, -(-tokens // CHOICE_SIZE), device=self.states.device))
 
     def has_folds(self, *, experts: int) -> bool:
-        """Whether every expert keeps some positive prompts whichever fold is held out."""
+        """Whether every expert has positive prompts outside of each fold."""
         held = [(self.prompts[(self.labels == n) & ~self.negative] % FOLDS).unique() for n in range(experts)]
         return all(len(folds) > 1 for folds in held)
 
     def weighted_states(self, start: int, end: int) -> torch.Tensor:
-        """Rows [start, end) of the states, each times the root of its weight; float64."""
+        """Rows [start, end) of the states, each times the square root of its weight; float64."""
         return self.states[start:end].double() * self.weights[start:end, None].sqrt()
 
     def weighted_targets(self) -> torch.Tensor:
@@ -183,7 +184,7 @@ def _solve(problem: _RidgeProblem, ridge: float) -> torch.Tensor:
 
 
 def _add_ridge(matrix: torch.Tensor, ridge: float, scale: float) -> None:
-    # States that are all zero have no scale; any will do.
+    # If all states are zero, their scale is undefined; any number works.
     matrix.diagonal().add_(ridge * scale if scale > 0 else 1.0)
 
 
@@ -196,14 +197,14 @@ def _gram(problem: _RidgeProblem) -> tuple[torch.Tensor, torch.Tensor]:
         end = min(start + CHUNK, tokens)
         weighted = problem.weighted_states(start, end)
         right += weighted.T @ targets[start:end]
-        for at in range(0, hidden, _BLOCK):  # the upper triangle alone: the rest is its mirror image
+        for at in range(0, hidden, _BLOCK):  # only the upper triangle: the matrix is symmetric
             gram[at : at + _BLOCK, at:] += weighted[:, at : at + _BLOCK].T @ weighted[:, at:]
         problem.heartbeat()
     return gram.triu() + gram.triu(1).T, right
 
 
 def _choose(problem: _RidgeProblem) -> tuple[float, float, LayerScores]:
-    """Lambda, the rows' scale, and what the held-out prompts say of the router."""
+    """Lambda, the rows' scale, and the router's scores on held-out prompts."""
     held_out = _held_out_scores(problem)
     errors = [float((((scores - problem.targets) ** 2).sum(dim=1) * problem.weights).sum()) for scores in held_out]
     best = min(range(len(errors)), key=lambda number: errors[number])
@@ -216,7 +217,7 @@ def _choose(problem: _RidgeProblem) -> tuple[float, float, LayerScores]:
 
 
 def _held_out_scores(problem: _RidgeProblem) -> list[torch.Tensor]:
-    """For each lambda the scores (tokens, experts) that each token gets from the fit without its fold."""
+    """For each lambda, each token's scores (tokens, experts) from the fit without its fold."""
     tokens, hidden = problem.states.shape
     scores = [torch.empty_like(problem.targets) for _ in _RIDGES]
     for fold in (_dual_folds if tokens < hidden else _primal_folds)(problem):
@@ -230,8 +231,8 @@ def _held_out_scores(problem: _RidgeProblem) -> list[torch.Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fold:
-    """The system to solve without a fold, and what its solution is multiplied by for the scores of `held_out`, the
-    numbers of the tokens that are held out."""
+    """The system to solve without a fold, and the factor that turns its solution into scores of the tokens in
+    `held_out`."""
 
     held_out: torch.Tensor
     system: torch.Tensor

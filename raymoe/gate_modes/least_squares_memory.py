@@ -1,30 +1,28 @@
-"""How much memory the least squares of `least_squares.py` take. Torch-free, since plans ask."""
+"""How much memory `least_squares.py` takes. Torch-free, since plans use it."""
 
 from __future__ import annotations
 
 from raymoe.gate_modes.layer_values import FOLDS
 
-# Tokens that are summed at once, and the largest system that is solved for each fold and each regularization.
+# How many tokens are summed at once, and the largest system that is solved for each fold and each regularization.
 CHUNK, CHOICE_SIZE = 4096, 1024
 _F64 = 8
-_SAFETY_FACTOR = 1.08  # what libraries pack matrices into, measured
+_SAFETY_FACTOR = 1.08  # packed copies of matrices in libraries, measured
 
 
 def least_squares_bytes(tokens: int, hidden: int) -> int:
-    """Bytes that fitting one layer's router to so many tokens takes at most: their states twice in bfloat16, chunks of
-    them and systems (hidden, hidden) in float64."""
+    """Peak bytes of fitting one layer's router to `tokens` tokens: their states twice in bfloat16, chunks of them and
+    systems (hidden, hidden) in float64."""
     if tokens < hidden:  # the dual form
         working = 3 * _F64 * tokens * hidden + 4 * _F64 * tokens**2
     else:
         working = max(_sums_bytes(min(tokens, CHUNK), hidden, systems=2), _F64 * (CHUNK * hidden + 4 * hidden**2))
-        if (
-            hidden <= CHOICE_SIZE
-        ):  # systems without each fold are made of all tokens, beside the states that it leaves out
+        if hidden <= CHOICE_SIZE:  # the systems without each fold, and the states of the fold
             fold = tokens // FOLDS
             working = max(working, _sums_bytes(min(fold, CHUNK), hidden, systems=7) + (_F64 + 2 * 2) * fold * hidden)
     return round(_SAFETY_FACTOR * (2 * 2 * tokens * hidden + working))
 
 
 def _sums_bytes(chunk: int, hidden: int, *, systems: int) -> int:
-    """A chunk of states as it is weighted, the one before it, and so many systems."""
+    """Bytes of a chunk of weighted states, the chunk before it, and `systems` systems."""
     return _F64 * (3 * chunk * hidden + systems * hidden**2)

@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub, in words: before anything is sent a ProblemReport, afterwards `PushFailed`."""
+"""Turns errors of the Hub into messages: a ProblemReport before anything is sent, and `PushFailed` afterwards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TOKEN_REMEDY = "run `hf auth login`, or set HF_TOKEN; a token with write access 
 
 
 class PushFailed(RaymoeError):
-    """A push that had begun could not be finished; the message says what happened, and that it can go on."""
+    """A push that had begun could not be finished; the message says what happened, and that it can be resumed."""
 
 
 @contextmanager
 def translate_preflight_errors(where: str) -> Iterator[None]:
-    """Turn what the library raises into a ProblemReport about `where`; nothing has been sent."""
+    """Turn errors of the library into a ProblemReport about `where`; nothing has been sent."""
     try:
         yield
     except RaymoeError:
@@ -31,10 +31,10 @@ def translate_preflight_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def translate_upload_errors(where: str, progress: Callable[[], str]) -> Iterator[None]:
-    """The same as PushFailed; `progress` says what has been sent so far."""
+    """Turn errors of the library into PushFailed; `progress` says what has been sent so far."""
     try:
         yield
-    except CheckpointError as error:  # a file of the output that can't be read, or is another by now
+    except CheckpointError as error:  # a file of the output that can't be read, or has changed
         problem = error.problems[0]
         text = f"{where}: {problem.where}: {problem.what}; {progress()}"
         raise PushFailed(f"{text}\n    -> {problem.remedy}" if problem.remedy else text) from error
@@ -48,13 +48,13 @@ def translate_upload_errors(where: str, progress: Callable[[], str]) -> Iterator
 
 
 def _describe(error: BaseException) -> tuple[str, str] | None:
-    """What happened and what to do, from the first error of a chain that says so; None: it is not about the Hub."""
-    again = "run the same command again to go on from there"
+    """What happened and what to do, from the first error in the chain that is about the Hub; None if there is none."""
+    again = "run the same command again to resume"
     for cause in _chain(error):
         if described := _library_error(cause, again):
             return described
         if is_xet_error(cause):
-            remedy = f"{again}; HF_HUB_DISABLE_XET=1 takes the older way, for servers that have no Xet storage"
+            remedy = f"{again}; HF_HUB_DISABLE_XET=1 uses the older protocol, for servers without Xet storage"
             return f"the upload to Xet storage failed ({first_line(cause)})", remedy
         if is_network_error(cause):
             return (
@@ -62,7 +62,8 @@ def _describe(error: BaseException) -> tuple[str, str] | None:
                 f"check the network and HF_ENDPOINT, then {again}",
             )
         if isinstance(cause, OSError):
-            place = f"{cause.filename}: " if cause.filename else ""  # which what writes to an open file does not tell
+            # An error of writing to an open file has no name.
+            place = f"{cause.filename}: " if cause.filename else ""
             return f"{place}{cause.strerror or first_line(cause)}", again
     return None
 
@@ -79,14 +80,14 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
     if isinstance(error, errors.HFValidationError):
         return first_line(error), "name the repository as org/name"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such branch", "name a branch; one that is missing is made from main"
-    if status is None:  # not all errors of an answer are of the library's own type
+        return "the repository has no such branch", "name a branch; a missing branch is created from main"
+    if status is None:  # not all HTTP errors have the library's own type
         return None
     text = f" ({message})" if (message := _server_message(error)) else ""
     if status == 401:
         return f"the Hub refuses the token{text}", token
     if status in (402, 403):
-        return f"the Hub does not allow it{text}", f"use a token that may write there: {token}"
+        return f"the Hub does not allow it{text}", f"use a token with write access: {token}"
     if status == 412:
         return "another commit changed the repository meanwhile", "look at its history; " + again
     if status == 429:
@@ -95,7 +96,7 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
 
 
 def _server_message(error: BaseException) -> str:
-    """The Hub's own words on one line; empty where it has none."""
+    """The Hub's own message on one line; empty if it has none."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     message = headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
     return " ".join(message.split())

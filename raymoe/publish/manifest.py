@@ -1,12 +1,12 @@
-"""What of a finished merge is published: the files that its record names, and the record. Nothing else that lies there,
-but what an evaluation of this merge (eval.json beside it) gives the card: a table and a picture.
+"""The files of a finished merge that are published: those that its record names, and the record. Other files are not
+published. An evaluation of this merge (eval.json in the same folder) adds a table and a picture to the card.
 
     raymoe.json --> ManifestFile by name: a file of the output, or for the card and the record the bytes to publish
 
-The card calls the model by its name on the Hub, and so differs from the output's; the published record says so, and
-leaves out by which endpoint and profile object stores were reached. The card may have been edited; any other file that
-is missing or has another size than recorded is refused. So is a link that leads out of the folder: the sender of a
-folder must not choose which of the receiver's files are published.
+The published card has the model's name on the Hub, and so differs from the output's card. The published record has the
+new card's checksum, and no endpoint or profile of object stores. The card may have been edited; any other file that is
+missing or has another size than recorded is refused. So is a link that leads out of the folder: the sender of a folder
+must not choose which of the receiver's files are published.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from raymoe.storage.file_names import CARD_NAME, INDEX_NAME, RECORD_NAME, FileRe
 from raymoe.untrusted_files import check_size, read_json
 
 EVALUATION_NAME = "eval.json"
-"""The file beside a merge (`raymoe eval --json`) whose numbers are published with it."""
+"""The file in a merge's folder (`raymoe eval --json`) with numbers that are published with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestFile:
-    """One file of the repository-to-be, of `size` bytes: `content` where it is set, else `file`. `sha256` (hex) is
-    there where the record has it, so that nothing has to be read to compare."""
+    """One file to publish, of `size` bytes: `content` if it is set, else `file`. `sha256` (hex) is set if the record
+    has it, so that comparisons need not read the file."""
 
     name: str
     size: int
@@ -51,8 +51,8 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A finished merge as it is published; `folder` reads its files. `title` says what it is, in a few words. Sources
-    are paths of this machine, and models of the Hub with their commits. `notes` say what is left out, and why."""
+    """A finished merge as it is published; `folder` reads its files. `title` describes it in a few words. Sources are
+    local paths, and models of the Hub with their commits. `notes` say what is left out, and why."""
 
     folder: Folder
     files: tuple[ManifestFile, ...]
@@ -69,7 +69,7 @@ class Manifest:
 
 
 def open_manifest(place: str | Path, repo: str, storage: StorageOptions) -> Manifest:
-    """The merge at a folder or URL as `repo` would have it. Raises ProblemReport with all that is not in order."""
+    """The merge at a folder or URL as it would be published to `repo`. Raises ProblemReport with all problems."""
     folder = open_checkpoint(place, storage)
     record = read_record(folder)
     problems: list[Problem] = []
@@ -135,15 +135,15 @@ def _broken_problem(folder: Folder, what: str) -> Problem:
 
 
 def _card(folder: Folder, record: MergeRecord, repo: str) -> str | None:
-    """The card with the repository's name in place of the folder, or of where it was published before; None for a
-    merge without one."""
+    """The card with the repository's name in place of the folder's, or of an earlier repository's; None for a merge
+    without a card."""
     file = folder.find(CARD_NAME) if CARD_NAME in record.files else None
     if file is None:
         return None
     try:
         card = folder.read(file).decode().replace(PATH_PLACEHOLDER, repo)
     except UnicodeDecodeError as error:
-        what, remedy = f"{CARD_NAME} is no text in UTF-8: {error.reason}", "save it as UTF-8"
+        what, remedy = f"{CARD_NAME} is not UTF-8 text: {error.reason}", "save it as UTF-8"
         raise ProblemReport([Problem(where=folder.label, what=what, remedy=remedy)]) from None
     before = record.content.get("published_as")
     return card.replace(f'"{before}"', f'"{repo}"') if isinstance(before, str) and is_hub_id(before) else card
@@ -152,7 +152,7 @@ def _card(folder: Folder, record: MergeRecord, repo: str) -> str | None:
 def _with_evaluation(
     card: str, folder: Folder, record: MergeRecord, notes: list[str]
 ) -> tuple[str, ManifestFile | None]:
-    """The card with the numbers of eval.json, if that is of this merge, and the picture that the card shows."""
+    """The card with the numbers of eval.json, if that belongs to this merge, and the picture that the card shows."""
     evaluated, picture = folder.find(EVALUATION_NAME), folder.find(PICTURE_NAME)
     if evaluated is None or _is_outside(folder, evaluated):
         # A copy of a published merge has the picture of its card.
@@ -162,7 +162,7 @@ def _with_evaluation(
         check_size(evaluated.size)
         result = read_json(folder.read(evaluated))
         if not isinstance(result, Mapping) or result.get("plan_digest") != record.plan_digest:
-            raise ValueError("it is not of this merge")
+            raise ValueError("it belongs to another merge")
         drawn = routing_picture(result).encode()
         return with_evaluation(card, result), ManifestFile(name=PICTURE_NAME, size=len(drawn), content=drawn)
     except ValueError as error:
@@ -176,7 +176,7 @@ def _title(record: MergeRecord) -> str:
 
 
 def _local_sources(record: MergeRecord) -> tuple[str, ...]:
-    """Models and files of prompts that the record names by a path of this machine."""
+    """Models and prompt files that the record names by a local path."""
     names = [*_sources(record), *(file["file"] for file in record.prompt_files)]
     return tuple(dict.fromkeys(name for name in names if name.startswith("/")))
 

@@ -1,7 +1,7 @@
-"""What the Hub is asked before anything is sent: whether it would take the card, and whether it would take every file.
+"""Checks with the Hub before anything is sent: whether it accepts the card, and whether it accepts every file.
 
-Both would show after the weights are up: a refused card stops the commit, and a file that the repository's .gitignore
-names is left out of it without a word.
+Otherwise both would fail only after the weights are sent: a refused card stops the commit, and a file that the
+repository's .gitignore names is silently left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raymoe.storage.file_names import CARD_NAME
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_FILES_AT_ONCE = 256  # as many as the library asks about at once
+_FILES_AT_ONCE = 256  # as many as the library sends per request
 _SHOWN_CHARACTERS = 200
 
 
@@ -33,7 +33,7 @@ def check_card(card: str, api: HfApi) -> None:
         listed = errors if isinstance(errors, list) else []
         reasons = [str(each.get("message")) for each in listed if isinstance(each, Mapping)]
         what = f"the Hub refuses its metadata: {'; '.join(reasons) or text or 'it does not say why'}"
-        remedy = "correct the lines between '---' at its head, in the output; a merge has them from its models' cards"
+        remedy = "correct the lines between '---' at its head, in the output; a merge takes them from its models' cards"
         raise ProblemReport([Problem(where=CARD_NAME, what=what, remedy=remedy)])
 
 
@@ -41,21 +41,21 @@ def check_ignored(repo: str, branch: str, files: Sequence[ManifestFile], api: Hf
     """Raise ProblemReport if a commit on the branch would leave out some of these files."""
     url, ignored = f"{api.endpoint}/api/models/{repo}/preupload/{quote(branch, safe='')}", []
     for start in range(0, len(files), _FILES_AT_ONCE):
-        # `sample` is how the Hub tells text from weights; what is ignored goes by the name alone.
+        # From `sample`, the Hub tells text from weights; ignored files are found by name alone.
         payload = [{"path": f.name, "size": f.size, "sample": ""} for f in files[start : start + _FILES_AT_ONCE]]
         with translate_preflight_errors(repo):
             _, answer, _ = _post(url, {"files": payload})
         ignored += [str(by_name["path"]) for by_name in answer.get("files", ()) if by_name.get("shouldIgnore")]
     if ignored:
         what = f"the .gitignore of its branch {branch} keeps files out of a commit: {short_list(ignored, most=3)}"
-        remedy = "take the lines that name them out of that file on the Hub, or push to another repository"
+        remedy = "remove the lines that match them from that file on the Hub, or push to another repository"
         raise ProblemReport([Problem(where=repo, what=what, remedy=remedy)])
 
 
 def _post(url: str, payload: Mapping[str, Any], refusal: int | None = None) -> tuple[int, Mapping[str, Any], str]:
-    """Status, answer and the beginning of its text; the answer is empty where it is no JSON object. `refusal` is a
-    status that is an answer too; for others the library's errors are raised."""
-    # Documented (package_reference/utilities), if not re-exported for type checkers.
+    """Status, answer and the beginning of its text; the answer is empty if it is not a JSON object. `refusal` is an
+    error status that is returned too; for others, the library's errors are raised."""
+    # Documented (package_reference/utilities), but not re-exported for type checkers.
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     response = http_backoff("POST", url, json=payload, headers=build_hf_headers())

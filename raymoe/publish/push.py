@@ -1,4 +1,4 @@
-"""A finished merge to a repository of the Hub, or what that would do."""
+"""Pushes a finished merge to a repository on the Hub, or shows what a push would do."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from raymoe.sources.hub import HubOptions
 def push_merge(
     place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions, *, quiet: bool = False
 ) -> PushResult:
-    """Publish the finished merge at a folder or URL. Raises ProblemReport before anything is sent, else PushFailed."""
+    """Publish the finished merge at a folder or URL. Raises ProblemReport before anything is sent, and PushFailed
+    afterwards."""
     manifest = _open_manifest(place, target, storage)
     return push_published(manifest, open_repository(target, hub, card=manifest.card), quiet=quiet)
 
 
 def push_dry_run(place: str | Path, target: PushTarget, hub: HubOptions, storage: StorageOptions) -> Iterator[str]:
-    """Lines that say what `push_merge` would do. Nothing is made or sent. Raises ProblemReport."""
+    """Lines that say what `push_merge` would do. Nothing is created or sent. Raises ProblemReport."""
     manifest = _open_manifest(place, target, storage)
     repository = open_repository(target, hub, make=False, card=manifest.card)
     if repository.is_new:
-        yield f"{repository.url} would be made{', private' if target.private else ''}"
+        yield f"{repository.url} would be created{', private' if target.private else ''}"
     if repository.lacks_branch:
-        yield f"its branch {target.branch} would be made from {repository.base}"
+        yield f"its branch {target.branch} would be created from {repository.base}"
     nothing = Comparison(head="", unchanged=(), missing=manifest.files, removed=(), others=())
     comparison = nothing if repository.is_new else compare(manifest, repository)
     _refuse_source(target, manifest, comparison.head)
@@ -44,7 +45,7 @@ def push_dry_run(place: str | Path, target: PushTarget, hub: HubOptions, storage
 
 
 def _open_manifest(place: str | Path, target: PushTarget, storage: StorageOptions) -> Manifest:
-    """What is pushed. Raises ProblemReport for all that is known without the Hub."""
+    """The files to push. Raises ProblemReport with all problems that are known without the Hub."""
     if problems := target_problems(target):
         raise ProblemReport(problems)
     manifest = open_manifest(place, target.repo, storage)
@@ -71,7 +72,7 @@ def push_published(manifest: Manifest, repository: Repository, *, quiet: bool) -
 
 
 def _plan_lines(manifest: Manifest, repository: Repository, comparison: Comparison) -> Iterator[str]:
-    """What is about to happen, and what of it may surprise."""
+    """What the push will do, with notes about effects that may be unexpected."""
     branch = repository.target.branch
     sending = sum(file.size for file in comparison.missing)
     unchanged = f"; {len(comparison.unchanged)} are there already" if comparison.unchanged else ""
@@ -79,18 +80,18 @@ def _plan_lines(manifest: Manifest, repository: Repository, comparison: Comparis
     yield f"push to {repository.url} (branch {branch}): {count}{unchanged}"
     if comparison.removed:
         names = short_list(comparison.removed, most=3)
-        yield f"note: files of another model there are removed by the commit, and stay in its history: {names}"
+        yield f"note: the commit removes files of another model there, which stay in its history: {names}"
     if comparison.others and not repository.is_new:
         yield f"note: the repository has other files, which stay: {short_list(comparison.others, most=3)}"
     yield from (f"note: {note}" for note in manifest.notes)
     if manifest.local_sources:
         example = manifest.local_sources[-1]
-        yield f"note: raymoe.json names files of this machine, such as {example}"
+        yield f"note: raymoe.json names local files, such as {example}"
 
 
 @contextmanager
 def _progress_bars(*, enabled: bool) -> Iterator[None]:
-    """The library's progress bars, where there is somebody to see them."""
+    """The library's progress bars, shown only if `enabled`."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if enabled or are_progress_bars_disabled():

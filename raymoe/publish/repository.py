@@ -1,10 +1,10 @@
-"""Where a merge is pushed to: the repository and its branch, checked and made before anything is sent.
+"""The target of a push: the repository and its branch, checked and created before anything is sent.
 
-    whoami, the card --refused--> nothing is made
-    repository, branch            made where they are missing, or only looked for
+    whoami, the card --refused--> nothing is created
+    repository, branch            created if they are missing, or only looked up
 
-The check is done before a merge that is to be pushed, so it asks for all that can be known without sending weights: who
-the token belongs to, whether it may write there, whether the repository is what the command says.
+The check is done before a merge that is to be pushed, so it covers all that can be known without sending weights: the
+account of the token, its write access, and whether the repository is what the command says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What git refuses (git-check-ref-format).
+# Names that git refuses (git-check-ref-format).
 _INVALID_BRANCH = re.compile(r"^$|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|^@$|//|^[/.-]|/\.|[/.]$|\.lock(/|$)")
 _READ_ONLY_ROLES = ("read", "no_access")
 
@@ -33,7 +33,7 @@ _READ_ONLY_ROLES = ("read", "no_access")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushTarget:
     """`repo` is org/name. `private` makes a new repository private, and refuses one that is public. `revision` is the
-    branch (None: main), `message` the commit's first line (None: one that says what was made)."""
+    branch (None: main), `message` the commit's first line (None: a default that describes the merge)."""
 
     repo: str
     private: bool = False
@@ -47,9 +47,9 @@ class PushTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has made it, or would.
+    """A repository of the Hub that can be pushed to. `url` is its page; `is_new`: this call has created it, or would.
 
-    `base` is the branch that a push finds there: the target's, or main where that would yet be made from it."""
+    `base` is the branch that a push compares with: the target's, or main if the target's would be created from it."""
 
     target: PushTarget
     api: HfApi
@@ -59,14 +59,14 @@ class Repository:
 
     @property
     def lacks_branch(self) -> bool:
-        """Whether the branch would yet be made."""
+        """Whether the branch is still to be created."""
         return self.base != self.target.branch
 
 
 def push_target(
     repo: str | None, *, private: bool, revision: str | None = None, message: str | None = None
 ) -> PushTarget | None:
-    """What `--push-to-hub` and the options that go with it ask for. Raises ProblemReport."""
+    """The target of `--push-to-hub` and its options. Raises ProblemReport."""
     if repo is None:
         given = {"--private": private, "--branch": revision is not None, "--message": message is not None}
         if lost := [option for option, is_given in given.items() if is_given]:
@@ -77,14 +77,14 @@ def push_target(
 
 
 def target_problems(target: PushTarget) -> list[Problem]:
-    """What is wrong with a target by itself; asks nobody."""
+    """Problems of a target that are found without a request to the Hub."""
     problems = []
     if target.repo.count("/") != 1 or not is_hub_id(target.repo):
-        what = f"{target.repo!r} is no name of a repository"
+        what = f"{target.repo!r} is not a repository name"
         remedy = "write org/name: letters, digits, '-', '_' and '.', at most 96 characters"
         problems.append(Problem(where="push", what=what, remedy=remedy))
     if target.revision is not None and (_COMMIT.fullmatch(target.revision) or _INVALID_BRANCH.search(target.revision)):
-        what = f"{target.revision!r} is no branch that could be pushed to"
+        what = f"{target.revision!r} is not a valid branch name"
         problems.append(Problem(where="push", what=what, remedy="name a branch, or leave it out for main"))
     if target.message is not None and not target.message.strip():
         what = "the commit's message is empty"
@@ -93,8 +93,8 @@ def target_problems(target: PushTarget) -> list[Problem]:
 
 
 def source_problem(target: PushTarget, sources: Iterable[str | None], head: str | None = None) -> Problem | None:
-    """The problem of a target that is one of the models of the Hub (`org/name@<commit>`) that a merge is made of: their
-    files would be replaced. `head` is the commit that is there: a repository may have another name now."""
+    """The problem of a target that is also a source of the merge (`org/name@<commit>`), since its files would be
+    replaced. `head` is the target's commit: it finds a source repository that was renamed."""
     if target.branch != _MAIN:
         return None
     for source in sources:
@@ -107,8 +107,8 @@ def source_problem(target: PushTarget, sources: Iterable[str | None], head: str 
 
 
 def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, card: str | None = None) -> Repository:
-    """The repository, made if it is not there (or only looked for), and the branch too. Raises ProblemReport, and has
-    made nothing where the token or the `card` is refused."""
+    """The repository and its branch, created if they are missing (or only looked up, without `make`). Raises
+    ProblemReport; if the token or the `card` is refused, nothing has been created."""
     from huggingface_hub import HfApi
 
     if problems := target_problems(target):
@@ -123,7 +123,7 @@ def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, c
     with translate_preflight_errors(target.repo):
         is_new = _create(api, target) if make else not api.repo_exists(target.repo)
         if target.private and not (is_new or api.model_info(target.repo).private):
-            what = "the repository is there already, and public"
+            what = "the repository exists already, and is public"
             remedy = "make it private in its settings on the Hub, leave out --private, or push to another one"
             raise ProblemReport([Problem(where=target.repo, what=what, remedy=remedy)])
         base = _base(api, target, is_new=is_new, make=make)
@@ -131,7 +131,8 @@ def open_repository(target: PushTarget, hub: HubOptions, *, make: bool = True, c
 
 
 def _base(api: HfApi, target: PushTarget, *, is_new: bool, make: bool) -> str:
-    """The branch that a push finds: the target's, made if it is missing; main where it is missing and not made."""
+    """The branch that a push compares with: the target's, created if it is missing; main if it is missing and not
+    created."""
     if target.branch == _MAIN or target.branch.startswith("refs/"):
         return target.branch
     if make:
@@ -142,40 +143,40 @@ def _base(api: HfApi, target: PushTarget, *, is_new: bool, make: bool) -> str:
 
 
 def _account_problem(target: PushTarget, account: Mapping[str, Any], api: HfApi) -> Problem | None:
-    """Why the token's account can't write there, as far as the Hub tells: fine-grained tokens are not judged here."""
+    """Why the token's account can't write there, as far as the Hub says. Fine-grained tokens are not checked here."""
     token = TOKEN_REMEDY.format(endpoint=api.endpoint)
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role in _READ_ONLY_ROLES:
-        return Problem(where="push", what="the token in use is for reading only", remedy=f"use another: {token}")
+        return Problem(where="push", what="the token in use is read-only", remedy=f"use another: {token}")
     namespace = target.repo.partition("/")[0]
     name, organizations = str(account.get("name")), account.get("orgs") or []
-    # The Hub takes names in any case.
+    # The Hub ignores the case of names.
     roles = {str(each.get("name")).casefold(): each.get("roleInOrg") for each in organizations}
     if role != "write" or namespace.casefold() == name.casefold():
         return None
     if namespace.casefold() not in roles:
-        what = f"the token is of {name}, who is not a member of {namespace!r}"
+        what = f"the token belongs to {name}, which is not a member of {namespace!r}"
         remedy = f"push to {name}/{target.repo.partition('/')[2]}, or use a token of a member"
         return Problem(where=target.repo, what=what, remedy=remedy)
     if roles[namespace.casefold()] in _READ_ONLY_ROLES:
         what = f"{name} may only read in {namespace!r}"
-        remedy = "ask the organisation for the role 'contributor' or more"
+        remedy = "ask the organization for the role 'contributor' or more"
         return Problem(where=target.repo, what=what, remedy=remedy)
     return None
 
 
 def _create(api: HfApi, target: PushTarget) -> bool:
-    """Make the repository; whether it was not there. Raises what the library raises."""
+    """Create the repository. Returns whether it was missing. Raises the library's errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        # `private=False` would make a repository public that an organisation makes private by default.
+        # `private=False` would make a repository public even if the organization's default is private.
         api.create_repo(target.repo, private=True if target.private else None, exist_ok=False)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status == 409:
             return False
         if status in (401, 402, 403) and api.repo_exists(target.repo):
-            return False  # a token for this one repository may write to it and make no other
+            return False  # a token for only this repository may write to it, but not create repositories
         raise
     return True

@@ -1,11 +1,11 @@
-"""The upload: what the repository lacks goes up file by file, and one commit makes it visible.
+"""The upload: missing files are sent one by one, and one commit makes them visible.
 
-    listing of the branch --compare--> files that are there already, files to send, those of another model to remove
-    shards to send --one at a time--> the Hub's storage        not visible yet, and known to it after a kill
+    listing of the branch --compare--> unchanged files, files to send, another model's files to remove
+    shards to send --one at a time--> the Hub's storage        not visible yet, and kept after a kill
     one commit                                                 additions and removals together
 
-Readers of the repository see the old model or the new one, never a mixture. The same push again finds what the storage
-has (by LFS' SHA-256, or by Xet's chunks) and does not send it again; when all is committed it does nothing.
+Readers of the repository see the old model or the new one, never a mixture. A repeated push finds the data that the
+storage has (by LFS's SHA-256, or by Xet's chunks) and does not send it again. If all is committed, it does nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The branch against what is to be there. `head` is its commit; `others` are files that stay as they are."""
+    """The branch compared with the merge. `head` is its commit; `others` are files that stay unchanged."""
 
     head: str
     unchanged: tuple[ManifestFile, ...]
@@ -48,10 +48,10 @@ class Comparison:
 
 
 def compare(manifest: Manifest, repository: Repository, *, quiet: bool = True) -> Comparison:
-    """Look at the branch. Weights, adapters and tokenizer files there that are not this merge's are to be removed: a
-    reader of the folder would mix two models. Raises ProblemReport, also where the Hub would leave files out.
+    """Compare the branch with the merge. Weights, adapters and tokenizer files of other models are to be removed, since
+    a loader would mix two models. Raises ProblemReport, also if the Hub would leave files out.
 
-    Unless `quiet`, the progress of reading what is compared is shown."""
+    Unless `quiet`, the progress of reading files is shown."""
     from huggingface_hub.hf_api import RepoFile
 
     target, api = repository.target, repository.api
@@ -74,7 +74,7 @@ def compare(manifest: Manifest, repository: Repository, *, quiet: bool = True) -
 
 
 def _same_files(manifest: Manifest, entries: Mapping[str, RepoFile], *, quiet: bool) -> set[str]:
-    """The names of files that the branch has as they are. Sizes and recorded checksums decide, or else the bytes."""
+    """The names of files that are equal on the branch, by size and recorded checksum, or else by their bytes."""
     same, to_read = set(), []
     for file in manifest.files:
         entry = entries.get(file.name)
@@ -96,7 +96,8 @@ def _same_files(manifest: Manifest, entries: Mapping[str, RepoFile], *, quiet: b
 
 
 def _chunks(file: ManifestFile, manifest: Manifest, on_read: Callable[[int], None]) -> Iterator[bytes]:
-    """A file's bytes; of an object as they are read, without a copy. `on_read` is called with the bytes of each."""
+    """A file's bytes; those of an object are streamed, without a local copy. `on_read` is called with the bytes of
+    each."""
     if file.content is not None:
         yield file.content
         return
@@ -110,7 +111,7 @@ def _chunks(file: ManifestFile, manifest: Manifest, on_read: Callable[[int], Non
 def upload(
     manifest: Manifest, repository: Repository, comparison: Comparison, say: Callable[[str], None]
 ) -> PushResult:
-    """Send what is missing and commit. Raises PushFailed; the same call again goes on."""
+    """Send missing files and commit. Raises PushFailed; the same call resumes."""
     from huggingface_hub import CommitOperationDelete
 
     target, api = repository.target, repository.api
@@ -143,7 +144,7 @@ def _push_result(repository: Repository, comparison: Comparison, commit: str) ->
 
 
 class _Sender:
-    """Sends shards to the Hub's storage, in the order of their names, and counts."""
+    """Sends shards to the Hub's storage, in the order of their names, and counts them."""
 
     def __init__(
         self, manifest: Manifest, repository: Repository, comparison: Comparison, say: Callable[[str], None]
@@ -155,10 +156,10 @@ class _Sender:
 
     def progress(self) -> str:
         sent = f"{len(self._sent)} of {len(self._shards)} shards are on the Hub, and will not be sent again"
-        return sent if self._sent else "the repository is as it was"
+        return sent if self._sent else "the repository is unchanged"
 
     def send(self) -> list[CommitOperationAdd]:
-        """The additions for the commit: shards, sent already, and the other files as they are."""
+        """The additions for the commit: shards, which have been sent, and the other files, which have not."""
         from huggingface_hub import CommitOperationAdd
 
         additions = [CommitOperationAdd(file.name, self._bytes(file)) for file in self._others]
@@ -173,25 +174,25 @@ class _Sender:
         return additions
 
     def _send_shard(self, file: ManifestFile) -> CommitOperationAdd:
-        """One at a time: what is killed loses one, and Ctrl-C waits for no thread of the library. (Xet sends the chunks
-        of one file side by side.) Of an object there is a copy on this machine's disk as long as it is sent."""
+        """Send one shard at a time: a kill loses at most one, and Ctrl-C need not wait for threads of the library. (Xet
+        sends the chunks of a file in parallel.) An object is copied to this machine's disk while it is sent."""
         assert file.file is not None
         target, path = self._repository.target, self._manifest.folder.local_path(file.file)
         operation = self._add_operation(file, path)
         self._repository.api.preupload_lfs_files(target.repo, [operation], revision=target.branch)
-        # The library takes the path out of what it has sent; what it has not goes with the commit.
+        # The library removes the path of a file that it has sent; a file that it has not sent goes with the commit.
         is_sent = operation.path_or_fileobj == b""
         if is_sent and file.file.kind.is_object:
             path.unlink(missing_ok=True)
         return operation
 
     def _add_operation(self, file: ManifestFile, path: Path) -> CommitOperationAdd:
-        """Raises PushFailed where the shard is not, or is no longer, the one that the record tells of."""
+        """Raises PushFailed if the shard is not, or no longer, the one in the record."""
         from huggingface_hub import CommitOperationAdd
 
         try:
             operation = CommitOperationAdd(file.name, str(path))
-        except (ValueError, FileNotFoundError):  # the library's and, a moment later, the system's word for it
+        except (ValueError, FileNotFoundError):  # raised by the library and, a moment later, by the system
             raise self._changed_error(file, "is gone") from None
         now = operation.upload_info
         if now.size != file.size:
@@ -211,8 +212,8 @@ class _Sender:
         return PushFailed(f"{where} {what}, and was not sent; {self.progress()}\n    -> {remedy}")
 
     def check_unchanged(self) -> None:
-        """Look at all files again before the commit, also at those that are on the Hub already: another merge of the
-        same shapes may have been written since. Raises PushFailed, or CheckpointError for an object."""
+        """Check all files again before the commit, including those that are on the Hub already: another merge of the
+        same shapes may have replaced them. Raises PushFailed, or CheckpointError for an object."""
         for file in self._manifest.files:
             self._check(file)
 
@@ -223,9 +224,9 @@ class _Sender:
             if not os.path.exists(file.file.location):
                 raise self._changed_error(file, "is gone")
             if has_changed(file.file):
-                raise self._changed_error(file, "was written again since the push began")
+                raise self._changed_error(file, "has changed since the push began")
         elif file.size:
-            self._manifest.folder.read_range(file.file, 0, 1)  # only as long as it has the ETag that it had
+            self._manifest.folder.read_range(file.file, 0, 1)  # fails if its ETag has changed
 
     def _bytes(self, file: ManifestFile) -> bytes:
         if file.content is not None:

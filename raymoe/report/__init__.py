@@ -1,1 +1,1 @@
-"""What a merge leaves for people: the record of what was done, the model card, displays of plans and checkpoints."""
+"""Output for users: the merge's description, the model card, displays of plans, checkpoints and evaluations."""

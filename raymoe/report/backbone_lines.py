@@ -1,4 +1,4 @@
-"""What the backbone of a merge is made of, and what of the experts is not in it, in words."""
+"""Describes the backbone of a merge, and which parts of the experts it leaves out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _METHODS = {
     "ties": "merged by TIES from {}",
 }
 _DIFFERENT = "known to differ from the base's"
-_UNKNOWN = "stored elsewhere than the base's; not compared, or alike in samples"
+_UNKNOWN = "stored in other files than the base's; not compared, or equal in samples"
 _MOST_UNUSED = 8  # lines
 
 
 def backbone_source(plan: MergePlan, base: str) -> str:
-    """Where attention, norms and embeddings come from, as a sentence. `base` is what the base is called."""
+    """Where attention, norms and embeddings come from, as a sentence. `base` is the base's name."""
     report = plan.backbone
     if report.method == "base":
         return f"Attention, norms and embeddings come from {base}"
@@ -29,7 +29,8 @@ def backbone_source(plan: MergePlan, base: str) -> str:
 
 
 def backbone_lines(plan: MergePlan) -> list[str]:
-    """Lines for a terminal: what the backbone is, what could not be merged, and what of the experts is not in it."""
+    """Lines for a terminal: the backbone's method, tensors that could not be merged, and the parts of experts that it
+    leaves out."""
     report = plan.backbone
     return [_made_of(plan), *report.notes, *unused_lines(report)]
 
@@ -44,7 +45,7 @@ def _made_of(plan: MergePlan) -> str:
 
 
 def unused_lines(report: BackboneReport) -> list[str]:
-    """What of the experts' backbones is not in the merge; experts with the same are one line."""
+    """The parts of the experts' backbones that are not in the merge; experts with the same parts share a line."""
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for unused in report.unused:
         alike.setdefault((unused.groups, unused.differing), []).append(str(unused.owner))

@@ -1,7 +1,7 @@
-"""What a published card says of an evaluation of its model: a table of losses, and a picture of the routing.
+"""The evaluation section of a published card: a table of losses, and a picture of the routing.
 
-The evaluation may have been edited or be of any program: its text is shown in code spans, and `evaluation_section`
-raises ValueError for what is no evaluation.
+The evaluation is untrusted: its text is shown in code spans, and `evaluation_section` raises ValueError for invalid
+content.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from raymoe.report.model_card import code_span
 
 PICTURE_NAME = "routing.svg"
 _HEADING = "## Evaluation"
-_BEFORE = ("## Use it", "## Licence", "## How it was made")
+_BEFORE = ("## Use it", "## License", "## How it was made")
 _MAX_LABELS = 6
 _MAX_CELLS = 4096
 _MODELS = {
     "merged": "this model",
     "base": "the base model",
     "hidden": "this model with routers of gate mode `hidden`",
-    "oracle": "this model, always asking a text's own expert",
+    "oracle": "this model, with each text routed to its own expert",
 }
 
 
 def with_evaluation(card: str, result: Mapping[str, Any]) -> str:
-    """The card with a section on an evaluation; unchanged if it has such a section.
+    """The card with an evaluation section; unchanged if it has one already.
 
-    Raises ValueError for what is no evaluation.
+    Raises ValueError if `result` is not an evaluation.
     """
     lines = card.splitlines(keepends=True)
     if any(line.rstrip() == _HEADING for line in lines):
@@ -42,17 +42,17 @@ def with_evaluation(card: str, result: Mapping[str, Any]) -> str:
 
 
 def evaluation_section(result: Mapping[str, Any]) -> str:
-    """The section as Markdown. Raises ValueError for what is no evaluation."""
+    """The section as Markdown. Raises ValueError if `result` is not an evaluation."""
     try:
         return "".join(f"{line}\n" for line in _section(result))
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"it is no evaluation of raymoe: {type(error).__name__}") from error
+        raise ValueError(f"it is not an evaluation of raymoe: {type(error).__name__}") from error
 
 
 def routing_picture(result: Mapping[str, Any]) -> str:
-    """Which expert each kind of text goes to, as the text of an SVG file.
+    """A picture of which experts each kind of text is routed to, as the text of an SVG file.
 
-    Raises ValueError for what is no evaluation.
+    Raises ValueError if `result` is not an evaluation.
     """
     try:
         labels, experts = read_labels(result), result["experts"]
@@ -63,7 +63,7 @@ def routing_picture(result: Mapping[str, Any]) -> str:
         drawing = svg.matrix(labels, experts, shares, owns, "First choices of each kind of text, by expert")
         return svg.as_file(replace_forbidden(drawing), page_style())
     except (LookupError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"it is no evaluation of raymoe: {type(error).__name__}") from error
+        raise ValueError(f"it is not an evaluation of raymoe: {type(error).__name__}") from error
 
 
 def _section(result: Mapping[str, Any]) -> Iterator[str]:
@@ -84,11 +84,11 @@ def _section(result: Mapping[str, Any]) -> Iterator[str]:
     first, chosen = float(routing["first_accuracy_mean"]), float(routing["chosen_accuracy_mean"])
     used, count = int(result["experts_per_token"]), len(result["experts"])
     yield (
-        f"A text's own expert is the first choice of {first:.0%} of tokens (chance: {1 / count:.0%}) and among the "
-        f"{used} chosen of {chosen:.0%}, as a mean over layers."
+        f"A text's own expert is the first choice for {first:.0%} of tokens (chance: {1 / count:.0%}) and among the "
+        f"{used} chosen for {chosen:.0%}, averaged over layers."
     )
     yield ""
-    yield f"![Which expert the tokens of each kind of text choose first]({PICTURE_NAME})"
+    yield f"![The experts that tokens of each kind of text are routed to first]({PICTURE_NAME})"
 
 
 def _cell(loss: float | None) -> str:

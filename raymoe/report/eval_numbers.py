@@ -1,7 +1,7 @@
-"""What both views of an evaluation (terminal and page) read out of `eval.json`: losses by model, weak layers, loads.
+"""Reads `eval.json` for both views of an evaluation (terminal and page): losses by model, weak layers, loads.
 
-Names of the file are kept: a *label* is a kind of text, its *own expert* is the one that should be chosen for it.
-A loss that was not asked for is `null` or missing in the file, and None here.
+The file's terms are used: a *label* is a kind of text, its *own expert* is the one that should be chosen for it. A loss
+that was not computed is `null` or missing in the file, and None here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def read_labels(result: Mapping[str, Any]) -> list[str]:
 
 
 def own_expert(result: Mapping[str, Any], label: str) -> int | None:
-    """Number of the expert that is made for this label's texts."""
+    """Number of the expert for this label's texts."""
     number: int | None = result["data"]["per_label"][label].get("expert")
     return number
 
@@ -32,7 +32,7 @@ def read_loss(result: Mapping[str, Any], model: str, label: str) -> float | None
 
 
 def loss_rows(result: Mapping[str, Any]) -> list[str]:
-    """The models that have a loss, those with a meaning of their own first, then the dense experts."""
+    """The models that have a loss: first merge, base and routings, then the dense experts."""
     known = [
         model for model in result["loss"] if any(value is not None for value in (result["loss"][model] or {}).values())
     ]
@@ -40,7 +40,7 @@ def loss_rows(result: Mapping[str, Any]) -> list[str]:
 
 
 def own_expert_loss(result: Mapping[str, Any], label: str) -> float | None:
-    """Loss of the dense expert that a label belongs to; for 'mean', the mean of those over labels."""
+    """Loss of a label's own dense expert; for 'mean', the mean of these losses over labels."""
     if label == MEAN:
         losses = [own_expert_loss(result, each) for each in read_labels(result)]
         present = [loss for loss in losses if loss is not None]
@@ -56,7 +56,7 @@ def best_loss(result: Mapping[str, Any], label: str) -> float | None:
 
 
 def perplexity(loss: float) -> str:
-    """exp(loss) to three digits; a broken model's may be beyond any float."""
+    """exp(loss) to three digits; that of a broken model may exceed any float."""
     value = math.exp(loss) if loss < 700 else math.inf
     if value >= 1e6:
         return f"{value:.1e}"
@@ -70,7 +70,7 @@ def mean_load(result: Mapping[str, Any]) -> list[float]:
 
 
 def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int, float]]:
-    """(layer, accuracy of the first choice) of the layers that most often choose another expert first."""
+    """(layer, accuracy of the first choice) of the layers with the lowest accuracy."""
     accuracy = result["routing"]["first_accuracy"]
     return sorted(enumerate(accuracy), key=lambda pair: pair[1])[:count]
 

@@ -1,8 +1,8 @@
-"""An evaluation as one HTML page that needs nothing else: pictures of losses and of where tokens are routed.
+"""An evaluation as one self-contained HTML page: pictures of losses and of how tokens are routed.
 
 Three parts: this module turns an evaluation into a view (plain data and finished drawings), svg.py draws, and the
-template beside this file lays out. The template escapes every text by default; its style sheet holds all colours, for
-light and dark. Its content security policy forbids whatever would be loaded from elsewhere.
+template in this folder defines the layout. The template escapes every text by default; its style sheet holds all
+colors, for light and dark. Its content security policy forbids loading anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _NAMES = {"base": "base model", "hidden": "hidden router", "merged": "merged", "oracle": "oracle", "own": "own expert"}
-# What HTML can't hold: control characters and halves of surrogate pairs, which json reads without complaint.
+# Characters that HTML can't hold: control characters and lone surrogates, which json accepts.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -90,7 +90,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-    """The sentence that somebody who reads nothing else should have read."""
+    """The main results in one sentence."""
     right = result["routing"]["first_accuracy_mean"]
     parts = [f"Routers choose a token's own expert first in {right:.0%} of all cases"]
     merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
@@ -103,7 +103,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures that matter, each with what to hold it against."""
+    """The main numbers, each with a number to compare it with."""
     routing, count, used = result["routing"], len(result["experts"]), result["experts_per_token"]
     entropy = routing["load_entropy"]
     least = min(range(len(entropy)), key=entropy.__getitem__)
@@ -129,14 +129,14 @@ def _tile(name: str, value: str, note: str) -> dict[str, str]:
 
 
 def _chip(name: str, expert: int | None) -> dict[str, Any]:
-    """A name with the colour of an expert."""
+    """A name with the color of an expert."""
     return {"name": name, "expert": expert, "kind": "plain" if expert is None else svg.expert_kind(expert)}
 
 
 def _compared_losses(result: Mapping[str, Any], label: str) -> dict[str, float]:
-    """Losses that a picture sets side by side, by kind, in the order in which they are drawn."""
+    """Losses that a picture compares, by kind, in the order in which they are drawn."""
     losses = {kind: read_loss(result, kind, label) for kind in ("base", "hidden", "merged", "oracle")}
-    if label != MEAN or losses["oracle"] is None:  # their means hardly differ, and would stand on each other
+    if label != MEAN or losses["oracle"] is None:  # their means hardly differ, and would overlap
         losses["own"] = own_expert_loss(result, label)
     return {kind: loss for kind, loss in losses.items() if loss is not None}
 
@@ -183,7 +183,7 @@ def _ladder(losses: Mapping[str, float]) -> Markup | None:
     if len(losses) < 2:
         return None
     marks = [svg.Mark(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind) for kind, loss in losses.items()]
-    # The merge's label is the one to see first: it is placed first, on the lowest row.
+    # The merge's label is the most important: it is placed first, on the lowest row.
     marks.sort(key=lambda mark: (mark.kind != "merged", mark.value))
     span = ("hidden", "oracle", "merged") if {"hidden", "oracle", "merged"} <= losses.keys() else None
     caption = ", ".join(f"{mark.name} {mark.text}" for mark in sorted(marks, key=lambda mark: mark.value))
@@ -197,7 +197,7 @@ def _routing_view(result: Mapping[str, Any]) -> dict[str, Any]:
     for label, own in zip(labels, owns):
         rows_LE = routing["first_choice"][label]
         share = None if own is None else routing["confusion"][label][own]
-        caption = f"Share of {label} tokens whose first choice is each expert, by layer"
+        caption = f"Share of {label} tokens routed first to each expert, by layer"
         drawing = svg.heatmap(rows_LE, experts, own, caption)
         heatmaps.append({**_chip(label, own), "share": share, "drawing": drawing})
     confusion = [routing["confusion"][label] for label in labels]
@@ -253,7 +253,7 @@ def _sample(result: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, A
 
 
 def _token(experts: Sequence[str], text: str, counts: Sequence[int]) -> dict[str, Any]:
-    """A token with the expert that most layers choose first. A tie goes to the lower number, as everywhere."""
+    """A token with the expert that most layers choose first. In a tie, the lower number wins, as everywhere."""
     layers = sum(counts)
     winner = max(range(len(counts)), key=counts.__getitem__)
     order = sorted((n for n in range(len(counts)) if counts[n]), key=lambda n: -counts[n])
@@ -269,7 +269,7 @@ def _token(experts: Sequence[str], text: str, counts: Sequence[int]) -> dict[str
 
 
 def _visible(text: str) -> str:
-    """A token's text with signs for what can't be seen: ends of lines, tabs, lone spaces, control characters."""
+    """A token's text with signs for invisible characters: ends of lines, tabs, lone spaces, control characters."""
     if not text:
         return "∅"
     if not text.strip(" "):

@@ -1,7 +1,7 @@
-"""An evaluation on a terminal: losses, how often the right expert was chosen, how the work is shared; scores on tasks.
+"""An evaluation on a terminal: losses, routing accuracy, experts' loads; scores on tasks.
 
-Tables are cut into blocks of columns that fit into 100 characters, so that 16 labels read as well as 2. Piped output
-has the same blocks; a mark that is a colour on a terminal is a `*` everywhere.
+Tables are split into blocks of columns that fit into 100 characters, so that 16 labels are as readable as 2. Piped
+output has the same blocks. Marks that have a color on a terminal are a `*` everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Column = TypeVar("_Column", str, int)
 
 
 def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> None:
-    """Print an evaluation (what `eval.json` holds) on standard output, for people or as it is."""
+    """Print an evaluation (the content of `eval.json`) on standard output, as tables or as JSON."""
     if as_json:
         print_json(result)
         return
@@ -59,10 +59,10 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
         best = loss == best_loss(result, label)
         return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold green" if best else ""
 
-    console.print("\nLoss in nats a token, perplexity in brackets; * is the lowest of a column")
+    console.print("\nLoss in nats per token, perplexity in brackets; * is the lowest of a column")
     _print_blocks(console, "model", rows, {label: label for label in (*read_labels(result), MEAN)}, cell)
     if "oracle" in rows:
-        console.print("oracle: the merge, always asking a text's own expert")
+        console.print("oracle: the merge, with each text routed to its own expert")
     if "hidden" in rows:
         console.print("hidden: the merge with routers of gate mode hidden")
     own, merged = own_expert_loss(result, MEAN), read_loss(result, "merged", MEAN)
@@ -120,7 +120,8 @@ def _print_blocks(
     heads: Mapping[_Column, str],
     cell: Callable[[str, _Column], tuple[str, str]],
 ) -> None:
-    """One table, or several below each other where the columns don't fit side by side. `cell` gives text and style."""
+    """Print one table, or several below each other if the columns don't fit side by side. `cell` returns text and
+    style."""
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
@@ -139,7 +140,7 @@ def _print_blocks(
 
 
 def _blocks(width: Mapping[_Column, int], room: int) -> Iterator[list[_Column]]:
-    """Runs of columns that fit into `room` characters with two between them; at least one column each."""
+    """Blocks of columns that fit into `room` characters, with two between columns; at least one column per block."""
     block: list[_Column] = []
     used = 0
     for column, size in width.items():
@@ -152,7 +153,7 @@ def _blocks(width: Mapping[_Column, int], room: int) -> Iterator[list[_Column]]:
 
 
 def print_tasks(result: Mapping[str, Any]) -> None:
-    """Print what `raymoe eval --tasks --json` writes on standard output, a row a metric."""
+    """Print what `raymoe eval --tasks --json` writes on standard output, one row per metric."""
     from rich.table import Table
 
     console = rich_console()

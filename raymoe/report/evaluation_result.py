@@ -1,4 +1,4 @@
-"""What `raymoe.evaluate` returns: the content of eval.json, which shows itself as a small table in a notebook."""
+"""What `raymoe.evaluate` returns: the content of eval.json, which is displayed as a small table in a notebook."""
 
 from __future__ import annotations
 

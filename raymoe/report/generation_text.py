@@ -1,4 +1,4 @@
-"""What `raymoe try` prints: answers, and how much each expert worked for them."""
+"""Prints the results of `raymoe try`: answers, and each expert's share of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from raymoe.console import console as rich_console
 from raymoe.formatting import plural
 
-_MOST_EXPERTS = 8  # of one line, those with the largest shares
-_SMALLEST = 0.005  # share of an expert that is shown for one token
+_MOST_EXPERTS = 8  # per line, those with the largest shares
+_SMALLEST = 0.005  # smallest share of an expert that is shown for a token
 
 
 def print_description(description: Mapping[str, Any]) -> None:
-    """What is asked, and which way its weights go."""
+    """Print the model, its experts, and whether weights stay in memory."""
     console = rich_console()
     console.print(f"{description['model']} ({description['architecture']})", style="bold")
     experts = f"{len(description['experts'])} experts, {description['experts_per_token']} for each token"
@@ -23,7 +23,7 @@ def print_description(description: Mapping[str, Any]) -> None:
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
-    """A prompt, its answer if one was asked for, and the shares of the experts."""
+    """Print a prompt, its answer if there is one, and the shares of the experts."""
     console = rich_console()
     console.print(f"\n{answer['prompt']}", style="bold")
     if answer["new_tokens"]:

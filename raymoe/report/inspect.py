@@ -1,4 +1,4 @@
-"""`raymoe inspect`: what is in a checkpoint, from its config, its headers and its routers; no other weight is read."""
+"""`raymoe inspect`: summarizes a checkpoint from its config, headers and routers. No other weights are read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
 
 
 def _whole_number(value: object) -> int | None:
-    """A number of a config.json that a stranger may have written; None for what is no whole number."""
+    """A number of an untrusted config.json; None for anything but a whole number."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -69,7 +69,7 @@ def _first_text(values: object) -> str:
 
 
 def _record_summary(record: MergeRecord) -> dict[str, Any]:
-    """What a merge's record says of how it was made. Raises ProblemReport for what is no record of raymoe."""
+    """How a merge was made, from its record. Raises ProblemReport if it is not a record of raymoe."""
     keys, config = ("raymoe_version", "sources", "config", "plan_digest"), record.content.get("config")
     if missing := [key for key in keys if key not in record.content]:
         raise unreadable_record(record.where, f"it has no {', '.join(missing)}")
@@ -79,7 +79,7 @@ def _record_summary(record: MergeRecord) -> dict[str, Any]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """A regular expression for a name template of a host."""
+    """A regular expression for a name template of a MoE architecture."""
     pieces = re.split(r"\{(\w+)\}", template)
     return re.compile("".join(f"(?P<{p}>\\d{{1,6}})" if i % 2 else re.escape(p) for i, p in enumerate(pieces)) + "$")
 
@@ -102,7 +102,7 @@ def _moe_summary(
                     per_expert[number] = per_expert.get(number, 0) + math.prod(entry.shape)
                 elif entry.shape and entry.shape[0]:
                     fused.append((entry.shape[0], math.prod(entry.shape[1:])))
-    # Sizes that no file backs may be of any number: experts are counted, not listed.
+    # Sizes in headers may be any number, without data in files: experts are counted, not listed.
     count = max([len(per_expert), *(experts for experts, _ in fused)])
     total = sum(per_expert.values()) + sum(experts * each for experts, each in fused)
     most = sum(each for _, each in fused) or max(per_expert.values(), default=0)
@@ -127,7 +127,7 @@ def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, stora
         for entry in index.tensors.values()
         if pattern.match(entry.name) and entry.dtype in FLOAT_DTYPES and len(entry.shape) == 2 and all(entry.shape)
     ]
-    # In a .bin file any number of tensors may be the same bytes; of safetensors each has its own.
+    # In a .bin file, many tensors may share the same bytes; in safetensors, each has its own.
     if sum(entry.nbytes for entry in entries) > sum(file.size for file in index.files):
         where, what = entries[0].file.location, f"its {len(entries)} routers have more bytes than the files"
         raise ProblemReport([Problem(where=where, what=what, remedy="save the model again as safetensors")])
@@ -153,7 +153,8 @@ def _router_summary(architecture: MoeArchitecture, index: CheckpointIndex, stora
 
 
 def _mean_cosine(units: npt.NDArray[np.float64]) -> float:
-    """The mean over all pairs of rows (N, hidden) of length 1 or 0, from their sum: a matrix of all pairs is N * N."""
+    """The mean over all pairs of rows (N, hidden) of length 1 or 0, from their sum: a matrix of all pairs would be N *
+    N."""
     count = len(units)
     in_all, of_rows = np.square(units.sum(axis=0)).sum(), np.square(units).sum()
     return float((in_all - of_rows) / (count * (count - 1)))
@@ -189,7 +190,7 @@ def print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _merged_backbone(recorded: object) -> str:
-    """What a record's config says of the backbone; nothing where it is the base's."""
+    """The backbone in a record's config, as text; empty if it is the base's."""
     method = recorded.get("method") if isinstance(recorded, Mapping) else recorded
     return f", backbone {method}" if isinstance(method, str) and method != "base" else ""
 

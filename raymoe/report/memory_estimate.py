@@ -1,9 +1,9 @@
-"""What an actor will hold at most, told from the plan.
+"""Estimates an actor's peak memory from the plan.
 
-The terms are those of the code that holds them, and `scripts/measure_prompt_memory.py` compares their sum with what
-merges take (docs/memory.md). What a process holds before it does anything was measured on Linux with Python 3.11,
-Ray 2.60, torch 2.13 and transformers 5.23; for a CUDA build of torch, with torch 2.11+cu130 and transformers 5.17.
-Other versions differ by tens of MB.
+Each term stands for data that the code holds, and `scripts/measure_prompt_memory.py` compares their sum with the memory
+of merges (docs/memory.md). The memory of a process before any work was measured on Linux with Python 3.11, Ray 2.60,
+torch 2.13 and transformers 5.23; for a CUDA build of torch, with torch 2.11+cu130 and transformers 5.17. Other versions
+differ by tens of MB.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from raymoe.storage.transform import THREADS
 from raymoe.tensor_names import EMBEDDING, layer_of
 
 # Resident bytes of an actor that only copies, of one that has read embeddings, and of one that has imported torch and
-# what it needs of transformers, and has tokenized its prompts.
+# parts of transformers, and has tokenized its prompts.
 _COPYING_ACTOR_BYTES = 140_000_000
 _EMBEDDING_ACTOR_BYTES = 240_000_000
 _COMPUTING_ACTOR_BYTES = 520_000_000
-# The same where torch is built for CUDA, whose libraries are loaded whether or not there is a GPU; and on a GPU. What
-# cuBLAS holds there. Measured on H200.
+# The last one with a CUDA build of torch, which loads its libraries also without a GPU; and the same on a GPU. Then the
+# memory of cuBLAS there. Measured on H200.
 _CUDA_ACTOR_BYTES, _GPU_ACTOR_BYTES, _GPU_WORK_BYTES = 915_000_000, 1_530_000_000, 22_000_000
-_BLOCK_BYTES = 7 << 24  # that each thread takes which computes blocks of noise and LoRA, or combined ones
-_UPLOAD_BYTES = 340_000_000  # parts of uploads, measured (docs/object-storage.md); of few bytes, three times these
+_BLOCK_BYTES = 7 << 24  # per thread that computes blocks of noise and LoRA, or combined ones
+_UPLOAD_BYTES = (
+    340_000_000  # parts of uploads, measured (docs/object-storage.md); at most three times the bytes to send
+)
 _TOKEN_BYTES = 64  # a token's id as a Python object, in a batch, and its masks
-_MIN_COUNTED_BYTES = 32 << 20  # states by estimate, from which on the tokenizer is asked
+_MIN_COUNTED_BYTES = 32 << 20  # above this estimate of states, the tokenizer counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class _Pass:
 
     tokens         all tokens of the pass
     batch_tokens   the largest batch, which goes through a layer at once
-    scanned        the same where layers pad each sequence to a chunk
+    scanned        the same if layers pad each sequence to a chunk
     longest        the longest prompt
     """
 
@@ -59,8 +61,8 @@ class _Pass:
 
 
 def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 0) -> dict[str, int]:
-    """What one actor holds at most, in bytes: `cpu` where it computes there; `gpu` of a GPU's memory, and `beside_gpu`
-    of the machine's then. Taken to read all the prompts that one model reads.
+    """The peak memory of one actor in bytes: `cpu` if it computes on the CPU; `gpu` of a GPU's memory, and `beside_gpu`
+    of the host's memory then. It assumes that the actor reads all prompts of a model.
 
     Args:
         plan: The plan of a merge.
@@ -88,11 +90,11 @@ def actor_memory(plan: MergePlan, hub: HubOptions | None = None, *, sent: int = 
 
 
 def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
-    """What a pass adds to an actor's libraries; `tokens` are those of all passes together."""
+    """The memory of a pass, without the actor's libraries; `tokens` are those of all passes together."""
     gates, hidden, mode = plan.gates, plan.gates.hidden, MODES[plan.gates.mode]
     run = mode.layers_run(gates.layers)
     layer, elements = plan.totals.peak_gate_bytes, largest_layer(gates, lambda entry: math.prod(entry.shape))
-    # Computed with as the embedding is stored, whatever the layers' own dtypes are.
+    # The dtype of computation follows from the embedding, whatever the layers' own dtypes are.
     dtype = one.members[0].weights[EMBEDDING].entry.dtype
     stored = {"BF16": 2, "F16": 2}.get(dtype, 4)
     here = 2 if dtype == "BF16" and _multiplies_bfloat16() else 4
@@ -110,7 +112,7 @@ def _pass_bytes(plan: MergePlan, one: _Pass, tokens: int) -> dict[str, int]:
 
 
 def _writing_bytes(plan: MergePlan, sent: int) -> int:
-    """What shards take while they are written: blocks that are computed ahead, and parts of uploads."""
+    """The memory of writing shards: blocks that are computed ahead, and parts of uploads."""
     parts = (part for shard in plan.shards for part in shard.parts)
     computed = any(_is_slow(matrix.what) for part in parts for matrix in _matrices(part))
     ahead = THREADS * _BLOCK_BYTES if computed else 0
@@ -128,7 +130,7 @@ def _is_slow(what: PartSource) -> bool:
 
 
 def _embedding_bytes(plan: MergePlan, hub: HubOptions | None) -> int:
-    """The embedding rows of one member's tokens, each once: as they are stored, and in float32."""
+    """The embedding rows of one expert's distinct tokens: as they are stored, and in float32."""
     lengths = prompt_lengths(plan.gates, exact=False)
     tokens = max(sum(positive) + sum(negative) for positive, negative in lengths.values())
     different, row = min(tokens, plan.gates.vocab), plan.gates.hidden * 6
@@ -161,20 +163,20 @@ def _passes(plan: MergePlan, hub: HubOptions | None) -> tuple[list[_Pass], int]:
 
 
 def _part_tokens(sizes: list[int], parts: int) -> int:
-    """A batch is not cut, also where it is larger than a part."""
+    """The tokens of the largest part. A batch is never split, even if it is larger than a part."""
     return max(sum(sizes) // parts, *sizes)
 
 
 def _batch_sizes(*lengths: list[int], chunk: int) -> list[tuple[int, int]]:
-    """Tokens of a member's batches, padding included; and with that to a multiple of `chunk`."""
+    """Tokens of an expert's batches, with padding; and with padding to a multiple of `chunk`."""
     groups = [group for some in lengths for group in batches([range(length) for length in some], chunk=chunk)]
     longest = [max(map(len, group)) for group in groups]
     return [(len(g) * most, len(g) * round_up(most, chunk)) for g, most in zip(groups, longest, strict=True)]
 
 
 def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
-    """Activations of one batch in one layer: three as wide as the FFN, six as wide as the states. Attention holds no
-    scores, but a mask where a sliding window is shorter than a prompt. Linear attention computes in float32."""
+    """Activations of one batch in one layer: three of the FFN's width, six of the states' width. Attention holds no
+    scores, but it holds a mask if a sliding window is shorter than a prompt. Linear attention computes in float32."""
     config = one.members[0].config
     wide = max(int(config.get(key) or 0) for key in ("intermediate_size", "ffn_hidden_size"))
     window = config.get("sliding_window") or one.longest
@@ -185,7 +187,7 @@ def _work_bytes(plan: MergePlan, one: _Pass, width: int) -> int:
 
 
 def _activation_bytes(plan: MergePlan, tokens: int) -> int:
-    """What prompts leave at the layers, which the kernel counts as this process's though it lies in Ray's store."""
+    """The captured activations. They are in Ray's object store, but the kernel counts them as this process's memory."""
     gates, mode = plan.gates, MODES[plan.gates.mode]
     members = len(gates.prompted)
     kept = min(tokens, members * mode.token_limit(len(gates.experts)))
@@ -194,8 +196,8 @@ def _activation_bytes(plan: MergePlan, tokens: int) -> int:
 
 
 def _adapter_bytes(one: _Pass, width: int) -> int:
-    """Factors of all adapters that are read together, in float64, of the layer in use and the next one; and the weights
-    that one adapter changes, made anew."""
+    """Factors in float64 of all adapters that are read together, for the current layer and the next one; and the
+    weights that one adapter changes."""
     factors: dict[int | None, int] = {}
     changed = 0
     for adapter in _adapters(one.members):
@@ -211,7 +213,7 @@ def _adapter_bytes(one: _Pass, width: int) -> int:
 
 
 def _adapters(members: tuple[Reading, ...]) -> list[Mapping[str, WeightRef]]:
-    """The different adapters on the weights that these members' prompts are read with."""
+    """The distinct adapters on the weights that read these prompts."""
     found: list[Mapping[str, WeightRef]] = []
     for member in members:
         adapter = {name: weight for name, weight in member.weights.items() if weight.lora is not None}
@@ -221,7 +223,8 @@ def _adapters(members: tuple[Reading, ...]) -> list[Mapping[str, WeightRef]]:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU does, as `routers.layer_loader.compute_dtype` asks torch."""
+    """Whether this machine's CPU multiplies bfloat16, without torch, as `routers.layer_loader.compute_dtype` checks
+    with it."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -230,7 +233,8 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _is_cuda_build() -> bool:
-    """Whether the installed torch is built for CUDA, found without an import. PyPI's version does not say so."""
+    """Whether the installed torch is built for CUDA, found without an import. The version of PyPI's package does not
+    show it."""
     try:
         path = distribution("torch").locate_file("torch/version.py")
         return re.search(r"^cuda\b[^=\n]*= *['\"]", Path(str(path)).read_text(), re.MULTILINE) is not None

@@ -1,8 +1,8 @@
-"""What a merge says of itself: its model card and its record.
+"""The description of a merge: its model card and its record.
 
-    MergePlan, MergeConfig, what held-out prompts tell of the routers --> README.md, raymoe.json
+    MergePlan, MergeConfig, routers' scores on held-out prompts --> README.md, raymoe.json
 
-The coordinator writes both and knows neither the config nor what a card is made of.
+The coordinator writes both, without depending on the config or the content of cards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from raymoe.storage.file_names import FileRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeDescription:
-    """Implements `raymoe.runtime.coordinator.Description`. `config` is what the user wrote: the plan is made of it."""
+    """Implements `raymoe.runtime.coordinator.Description`. `config` is the user's config, from which the plan was
+    made."""
 
     plan: MergePlan
     config: MergeConfig
@@ -42,13 +43,13 @@ class MergeDescription:
         )
 
     def card_head(self) -> str | None:
-        """The card's front matter, which is all that the Hub checks of it; None if the merge writes no card."""
+        """The card's front matter, the only part that the Hub checks; None if the merge writes no card."""
         if not self.plan.options.model_card:
             return None
         return f"---\n{card_metadata(self.plan, self._source_cards())}\n---\n"
 
     def backbone_lines(self) -> Sequence[str]:
-        """What the backbone of the merge is, in words."""
+        """Describes the backbone of the merge."""
         return backbone_lines(self.plan)
 
     def record(self, files: Sequence[FileRecord], summary: RouterSummary | None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class MergeDescription:
         return source_cards(self.plan, self.hub, self.config.storage)
 
     def _has_chat_template(self) -> bool:
-        """Whether the output's tokenizer has one. What can't be read is not stated."""
+        """Whether the output's tokenizer has a chat template; false if it can't be read."""
         files = {side.name: side.file for side in self.plan.side_files}
         try:
             return bool(

@@ -1,8 +1,8 @@
-"""README.md of a merged model: what it was made of, how its routers do, how to load it, and the Hub's metadata.
+"""README.md of a merged model: its sources, its routers' accuracy, how to load it, and the Hub's metadata.
 
-What the metadata state is known or left out: `base_model` are models of the Hub, `license` and `language` are there
-where all sources state the same. Paths of this machine are not in it: a folder or file here is its name. The same merge
-gives the same card.
+Metadata that are not known are left out: `base_model` lists models of the Hub, `license` and `language` are set if all
+sources state the same. Local paths are not in the card: only the name of a folder or file is. The same merge gives the
+same card.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from raymoe.safe_text import has_unprintable, printable, shorten
 from raymoe.sources.hub import is_hub_id
 
 PATH_PLACEHOLDER = "<this folder>"
-"""What the card calls the model before it has a name on the Hub."""
+"""The model's name in the card before it has a name on the Hub."""
 
-# Keys of the config that the card shows even where they have their default.
+# Keys of the config that the card shows even with their default values.
 _ALWAYS_SHOWN = ("gate_mode", "experts_per_token")
 _EXAMPLES = 2
 # Stands for an empty text.
@@ -50,8 +50,8 @@ def model_card(
     *,
     has_chat_template: bool = False,
 ) -> str:
-    """A model card in Hub form. `summary` is what held-out prompts say of the routers, `sources` what is known of the
-    models. With a chat template the card shows how to use it."""
+    """A model card in Hub form. `summary` has the routers' scores on held-out prompts, `sources` the models' metadata.
+    With a chat template, the card shows how to use it."""
     architecture = MOE_ARCHITECTURES[plan.architecture]
     config = without_local_paths(config)
     sections = (
@@ -70,7 +70,7 @@ def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
     """The card's front matter, YAML."""
     from huggingface_hub import ModelCardData
 
-    # Models of the Hub by their names; a folder on somebody's machine is for others what it was made from.
+    # Models of the Hub are listed by name. A local folder is replaced by the models that it was made from.
     bases = [name for source in sources for name in ((source.hub_id,) if source.hub_id else source.bases)]
     license: License | None = common_value([source.license for source in sources])
     languages: tuple[str, ...] | None = common_value([source.languages for source in sources])
@@ -95,14 +95,14 @@ def _title_section(plan: MergePlan, config: MergeConfig, architecture: MoeArchit
     yield (
         f"{human_count(plan.totals.parameters)} parameters, {human_count(plan.totals.active_parameters)} active "
         f"for a token ({config.experts_per_token} of {len(config.experts)} experts). "
-        f"{backbone_source(plan, code_span(str(config.base_model)))}; each expert gives its feed-forward weights. "
-        "Nothing was trained."
+        f"{backbone_source(plan, code_span(str(config.base_model)))}; each expert contributes its feed-forward "
+        "weights. Nothing was trained."
     )
     yield ""
 
 
 def _title(config: MergeConfig, architecture: MoeArchitecture) -> str:
-    """What the model is, by the names of its experts if they have different ones."""
+    """The title, with the names of experts if they differ."""
     refs = [expert.source_model for expert in config.experts]
     names = list(dict.fromkeys(short_name(ref.model.path, ref.adapter.path if ref.adapter else None) for ref in refs))
     if len(names) < 2:
@@ -113,10 +113,10 @@ def _title(config: MergeConfig, architecture: MoeArchitecture) -> str:
 
 
 def _experts_section(plan: MergePlan, config: MergeConfig, summary: RouterSummary | None) -> Iterator[str]:
-    """One row an expert; with a summary also how its prompts are routed."""
+    """One row per expert; with a summary, also how its prompts are routed."""
     yield "## Experts"
     yield ""
-    measured = [" tokens that find it |", " share of tokens |"] if summary else []
+    measured = [" own tokens |", " share of tokens |"] if summary else []
     yield "| expert | model | prompts | for example |" + "".join(measured)
     yield "|---|---|---:|---|" + "---:|" * len(measured)
     prompts = {member.owner: member.positive for member in plan.gates.members}
@@ -160,15 +160,15 @@ def _code(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """A name as a code span that is safe in a table, whole."""
+    """A whole name as a code span that is safe in a table."""
     return _span(" ".join(text.split()))
 
 
 def _span(line: str) -> str:
-    """A line from a stranger's file as a code span: nothing in it is Markdown, HTML or the end of a table's cell."""
-    if not line:  # two backticks would begin a code span that others' text can end
+    """An untrusted line as a code span: nothing in it works as Markdown, HTML or the end of a table's cell."""
+    if not line:  # two backticks would begin a code span that later text can end
         return _EMPTY_CELL
-    # A backslash before '|' would escape the one that escapes it.
+    # A backslash before '|' would escape the backslash that escapes it.
     line = re.sub(r"\\(?=\|)", r"\\ ", printable(line)).replace("|", "\\|")
     fence = _fence(line, 1)
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
@@ -189,10 +189,10 @@ def _routers_section(config: MergeConfig, summary: RouterSummary | None) -> Iter
         chance = 1 / summary.experts
         weakest = min(summary.layers, key=lambda number: summary.layers[number].accuracy)
         yield (
-            "The table's last columns come from prompts that the judged routers had not seen: how many of an expert's "
-            "prompt tokens have it as their first choice, and how many of all experts' tokens do, over the layers. "
-            f"Together {summary.accuracy:.0%} of tokens find their expert (chance: {chance:.0%}), in the weakest layer "
-            f"({weakest}) {summary.layers[weakest].accuracy:.0%}."
+            "The table's last columns come from held-out prompts: the share of an expert's own prompt tokens that are "
+            "routed to it first, and the share of all experts' tokens, averaged over layers. "
+            f"In all, {summary.accuracy:.0%} of tokens are routed to their expert first (chance: {chance:.0%}); in the "
+            f"weakest layer ({weakest}), {summary.layers[weakest].accuracy:.0%}."
         )
     yield ""
 
@@ -243,12 +243,12 @@ def _loading_section(
 
 
 def _license_section(sources: Sequence[SourceCard]) -> Iterator[str]:
-    """What each source says of its licence, where the metadata can't say one thing of all."""
+    """The license of each source, if they differ and the metadata can't state one."""
     if not sources or common_value([source.license for source in sources]):
         return
-    yield "## Licence"
+    yield "## License"
     yield ""
-    yield "No one licence is stated by all models that this one is made of. They say:"
+    yield "The source models do not all state the same license. They state:"
     yield ""
     for source in sources:
         yield f"- {code_span(source.label)}: {_license_text(source.license)}"
@@ -264,14 +264,14 @@ def _license_text(license: License | None) -> str:
 
 
 def _public_config(config: MergeConfig) -> dict[str, Any]:
-    """The config for others to merge with: without what has its default, but for what readers look for, and without
-    how this user reaches object stores."""
+    """The config for others to merge with: without defaults, except those that readers look for, and without the
+    endpoint and profile of object stores."""
     public = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage"})
     return {key: public.get(key, value) for key, value in config.to_plain().items() if key in (*public, *_ALWAYS_SHOWN)}
 
 
 def without_local_paths(config: MergeConfig) -> MergeConfig:
-    """The config with names in the place of paths of this machine; two folders of one name are told apart by number."""
+    """The config with names in place of local paths; two folders of the same name get numbers."""
     names: dict[str, str] = {}
 
     def name(path: str) -> str:
@@ -304,7 +304,7 @@ def without_local_paths(config: MergeConfig) -> MergeConfig:
 
 
 def _is_local(ref: PathRef) -> bool:
-    """A folder of this machine, or of a node of the cluster; not a URL or what may be an id of the Hub."""
+    """Whether it is a folder of this machine or of a node, and not a URL or a possible id of the Hub."""
     return ref.location is None and (is_local_folder(ref.path) or not is_hub_id(ref.path))
 
 
@@ -315,7 +315,7 @@ def _config_section(config: MergeConfig) -> Iterator[str]:
     yield f"Merged with raymoe {__version__}; `raymoe.json` is the record of it. The config:"
     yield ""
     text = _yaml(plain)
-    if has_unprintable(text):  # a reader would see another config than there is
+    if has_unprintable(text):  # a reader would not see the actual config
         text = _yaml(plain, allow_unicode=False)
     fence = _fence(text, 3)
     yield f"{fence}yaml"

@@ -1,4 +1,4 @@
-"""Plans and results on a terminal, and plans as JSON."""
+"""Prints plans and results on a terminal, and plans as JSON."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedOutput:
-    """Where a plan is to be written: bytes by way (storage/transfer_summary.py), what keeps a merge from being written
-    there as it is now, and whether a merge of this plan is there: an unfinished one goes on, a finished one is
+    """The output of a plan: bytes by transfer method (storage/transfer_summary.py), problems that prevent the merge
+    from being written there, and whether it holds a merge of this plan: an unfinished one is resumed, a finished one is
     complete."""
 
     location: Location
@@ -38,7 +38,7 @@ class PlannedOutput:
 
 
 def plan_summary(plan: MergePlan, output: PlannedOutput | None = None, hub: HubOptions | None = None) -> dict[str, Any]:
-    """What `raymoe plan --json` prints; `output` where it is known, `hub` as the plan was made with."""
+    """The content of `raymoe plan --json`; `output` if it is known, `hub` as used for the plan."""
     totals = plan.totals
     where: dict[str, Any] = {}
     if output is not None:
@@ -110,24 +110,24 @@ def print_plan(
         console.print(line)
     console.print(_gate_line(plan))
     memory = actor_memory(plan, hub, sent=_bytes_sent(output))
-    on_gpu = f"{human_bytes(memory['gpu'])} of its memory and {human_bytes(memory['beside_gpu'])} of the machine's"
+    on_gpu = f"{human_bytes(memory['gpu'])} of GPU memory and {human_bytes(memory['beside_gpu'])} of host memory"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
     console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
     if output is not None and output.is_complete:
-        console.print(f"{output.location} holds this merge, finished: `raymoe merge` has nothing left to do.")
+        console.print(f"{output.location} holds this finished merge: `raymoe merge` has nothing to do.")
     if output is not None and output.is_resumable:
-        console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` goes on from there.")
+        console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` resumes it.")
     if output is not None and output.problems:
         for problem in output.problems:
-            console.print(f"not as it is now: {problem}", style="yellow")
+            console.print(f"can't be merged now: {problem}", style="yellow")
         return
     console.print("No problems found." if not plan.warnings else "No errors found.")
 
 
 def _bytes_sent(output: PlannedOutput | None) -> int:
-    """Bytes that actors send to S3: all that the store does not copy."""
+    """Bytes that actors send to S3: all except server-side copies."""
     if output is None or output.location.kind is not LocationKind.S3:
         return 0
     return sum(count for way, count in output.bytes_by_method.items() if way != "store_copy")
@@ -199,7 +199,7 @@ def print_result(result: MergeResult, *, has_gguf: bool, is_pushed: bool) -> Non
 
 
 def next_steps(output: str, *, has_gguf: bool, is_pushed: bool) -> list[str]:
-    """Commands for what may be done with a finished merge."""
+    """Commands for the next steps with a finished merge."""
     place, file = quote(output), quote(f"{output.rstrip('/').rpartition('/')[2]}.gguf")
     return [
         f'raymoe try {place} "..."',

@@ -1,8 +1,8 @@
-"""What the models of a merge say of themselves: licence, languages, what they were made from. Nothing is guessed.
+"""Metadata of a merge's source models: license, languages, base models. Nothing is guessed.
 
 Read from the front matter of a model's README.md, be it in a folder, in a bucket or on the Hub (at the commit that was
-merged); where it has none, from a LICENSE file whose text is a well-known one. What can't be read is not stated: a card
-is no reason for a merge to fail.
+merged); or, if it has none, from a LICENSE file with a well-known text. Metadata that can't be read are left out: a
+card never makes a merge fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raymoe.untrusted_files import MAX_YAML_BYTES, read_yaml
 
 _AT_ONCE = 8
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-# Sentences that a licence's text has and no other's, by the Hub's name of the licence. All of a row have to be there.
+# Sentences that identify a license's text, by the Hub's name of the license. All sentences of a row are required.
 _LICENSE_TEXTS = {
     "apache-2.0": ("Apache License", "Version 2.0, January 2004", "END OF TERMS AND CONDITIONS"),
     "mit": (
@@ -39,7 +39,7 @@ _LICENSE_TEXTS = {
 }
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-# Nothing that ends a link in Markdown, in HTML or in YAML.
+# No characters that end a link in Markdown, HTML or YAML.
 _LINK = re.compile(r"https://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,500}")
 _TITLE_CHARACTERS = 100
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
@@ -47,7 +47,7 @@ _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class License:
-    """A licence as the Hub's metadata have it; `link` and `title` go with `name` `other`."""
+    """A license as in the Hub's metadata; `link` and `title` are for `name` `other`."""
 
     name: str
     title: str | None = None
@@ -56,8 +56,8 @@ class License:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCard:
-    """One model or adapter. `hub_id` is None for one that is not on the Hub; `bases` are what its card says that it was
-    made from, as ids of the Hub. `label` is what people call it."""
+    """One model or adapter. `hub_id` is None for one that is not on the Hub; `bases` are its base models by its card,
+    as ids of the Hub. `label` is its name in messages."""
 
     label: str
     hub_id: str | None = None
@@ -75,16 +75,16 @@ def source_cards(plan: MergePlan, hub: HubOptions, storage: StorageOptions) -> t
 
 
 def common_value(values: list[Any]) -> Any:
-    """The one value that all have; None where they differ, or one has none."""
+    """The value that all share; None if they differ, or one has none."""
     return values[0] if values and values[0] and all(value == values[0] for value in values) else None
 
 
 def parse_front_matter(card: str) -> dict[str, Any]:
-    """The metadata at the head of a model card; empty for a card without, or with what is no YAML mapping."""
+    """The metadata at the head of a model card; empty if there is none, or it is not a YAML mapping."""
     match = _FRONT_MATTER.match(card)
     if match is None:
         return {}
-    # Not by huggingface_hub's ModelCard, which goes through results of benchmarks and fails where one is odd.
+    # huggingface_hub's ModelCard is not used: it parses benchmark results, and fails on malformed ones.
     try:
         content = read_yaml(match[1])
     except ValueError:
@@ -93,12 +93,12 @@ def parse_front_matter(card: str) -> dict[str, Any]:
 
 
 def read_front_matter(folder: Folder) -> dict[str, Any]:
-    """The metadata of a folder's model card; empty where it says nothing that can be read. Raises CheckpointError."""
+    """The metadata of a folder's model card; empty if there are none that can be read. Raises CheckpointError."""
     return parse_front_matter(_text(folder, CARD_NAME))
 
 
 def _source_card(location: Location, hub: HubOptions, storage: StorageOptions) -> SourceCard:
-    """The card of what lies in one folder: a path, `hf://org/name@<commit>` or a URL."""
+    """The card of one folder: a path, `hf://org/name@<commit>` or a URL."""
     on_hub = parse_location(f"{location}/{CARD_NAME}")
     label = on_hub.repo if on_hub else short_name(location.text, None)
     try:
@@ -118,13 +118,13 @@ def _source_card(location: Location, hub: HubOptions, storage: StorageOptions) -
         hub_id=on_hub.repo if on_hub else None,
         license=license,
         languages=_languages(metadata),
-        # A folder that is meant by the name here is no model of the Hub.
+        # A name that is a local folder is not a model of the Hub.
         bases=tuple(name for name in as_strings(metadata.get("base_model")) if is_model_of_hub(name)),
     )
 
 
 def is_model_of_hub(name: str) -> bool:
-    """Whether a card's `base_model` can be one of the Hub: trainers also write the folder that they were given."""
+    """Whether a card's `base_model` can be a model of the Hub: training tools also write local folders there."""
     return "/" in name and is_hub_id(name) and not is_local_folder(name)
 
 
@@ -137,24 +137,24 @@ def _text(folder: Folder, name: str) -> str:
 
 
 def stated_license(metadata: Mapping[str, Any]) -> License | None:
-    """The one licence that a card's metadata name; None where they name none, or several."""
+    """The license in a card's metadata; None if there is none, or several."""
     names = as_strings(metadata.get("license"))
     if len(names) != 1:
-        return None  # a list of licences says nothing of which applies to what
+        return None  # a list of licenses does not say which one applies to what
     name = names[0].lower()
     if name != "other":
         return License(name=name) if _LICENSE_ID.fullmatch(name) else None
     title, link = metadata.get("license_name"), metadata.get("license_link")
     if not isinstance(title, str) or not title.strip():
         return None
-    # A link to a file of the source's own repository leads nowhere from another one.
+    # A relative link to a file of the source's repository does not work from another repository.
     is_absolute = isinstance(link, str) and _LINK.fullmatch(link)
     shown = printable(" ".join(title.split())[:_TITLE_CHARACTERS])
     return License(name="other", title=shown, link=link if is_absolute else None)
 
 
 def _languages(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """The languages as codes, which is all that the Hub takes; none where one is no code."""
+    """The languages as codes, which the Hub requires; none if one is not a code."""
     codes = as_strings(metadata.get("language"))
     return codes if all(_LANGUAGE_CODE.fullmatch(code) for code in codes) else ()
 

@@ -1,4 +1,4 @@
-"""`raymoe archs`: which dense models become which mixtures, and why others do not."""
+"""`raymoe archs`: which dense models become which MoE architectures, and why others do not."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def print_support_matrix(*, as_json: bool) -> None:
             notes[pair.note].append(pair.host_title)
     console.print("A merge of copies of one model computes exactly what that model computes:", style="bold")
     console.print(exact)
-    console.print("\nThe first one named is taken where a config has no `architecture`.")
+    console.print("\nThe first one is used if a config has no `architecture`.")
     for note, titles in notes.items():
         console.print(f"{', '.join(titles)}: {note}.")
     console.print("\nRefused, since no MoE architecture computes the same:", style="bold")
     refused = {f"{family.title} ({', '.join(family.model_types)})": family.reason for family in UNSUPPORTED}
-    if not sys.stdout.isatty():  # a line each: a table would make all as long as the longest reason
+    if not sys.stdout.isatty():  # one line per family: a table would make all lines as long as the longest reason
         for family, reason in refused.items():
             console.print(f" {family}: {reason}")
         return

@@ -1,10 +1,10 @@
-"""The drawings of the evaluation page: numbers in, inline SVG out. They know nothing of evaluations.
+"""Drawings of the evaluation page: numbers in, inline SVG out. They do not depend on evaluations.
 
-Drawings are made as element trees, so that they are well-formed and text is escaped by construction. Colours are the
-style sheet's: class `e3` stands for expert 3, `ink`, `faint`, `line` for parts of a drawing, so that one drawing serves
-light and dark. Sizes are CSS pixels at full width; a drawing shrinks with its column.
+Drawings are made as element trees, so that they are well-formed and text is escaped by construction. The style sheet
+defines colors: class `e3` stands for expert 3, and `ink`, `faint`, `line` for parts of a drawing, so one drawing works
+in light and dark. Sizes are CSS pixels at full width; a drawing shrinks with its column.
 
-A drawing's `label` says to a screen reader what it shows; single values are `<title>` elements, which browsers show as
+A drawing's `label` describes it to screen readers; single values are `<title>` elements, which browsers show as
 tooltips.
 """
 
@@ -18,7 +18,7 @@ from markupsafe import Markup
 from rich.cells import cell_len, set_cell_size
 
 _COLORS = 16  # of the style sheet
-_MARGIN = 12  # around a drawing in a file of its own
+_MARGIN = 12  # around a drawing in its own file
 _LETTER = 7.2  # width of a character at the drawings' 12 px, of a wide font
 
 
@@ -44,12 +44,12 @@ class Series:
 
 
 def expert_kind(expert: int) -> str:
-    """The class that gives an expert its colour; experts beyond the style sheet's colours share them."""
+    """The class for an expert's color; experts beyond the style sheet's colors share them."""
     return f"e{expert % _COLORS}"
 
 
 class Drawing:
-    """An SVG under way. Coordinates are rounded to a tenth of a pixel: pages hold thousands of them."""
+    """An SVG in progress. Coordinates are rounded to a tenth of a pixel: pages hold thousands of them."""
 
     def __init__(self, width: float, height: float, label: str) -> None:
         view = f"0 0 {width:g} {height:g}"
@@ -80,7 +80,7 @@ class Drawing:
 
 
 def as_file(drawing: str, style: str) -> str:
-    """A drawing as the text of a file of its own, on the page's color: where it is shown may be light or dark."""
+    """A drawing as the text of an SVG file, with the page's background color, since viewers may be light or dark."""
     root = ElementTree.fromstring(drawing)
     _, _, width, height = (float(number) + 2 * _MARGIN for number in root.attrib["viewBox"].split())
     size = {"width": f"{width:g}", "height": f"{height:g}"}
@@ -99,7 +99,7 @@ def _plain(value: object) -> str:
 
 
 def _short(text: str, cells: int) -> str:
-    """At most `cells` columns wide, as a terminal counts. The middle goes: ends of names tell them apart."""
+    """At most `cells` columns wide, as a terminal counts. The middle is cut, since ends of names tell them apart."""
     if cell_len(text) <= cells:
         return text
     tail = (cells - 1) // 2
@@ -113,7 +113,7 @@ def _gutter(names: Sequence[str], most: int) -> tuple[float, list[str]]:
 
 
 def _layer_ticks(layers: int) -> list[int]:
-    """At most about ten layers, at a round distance."""
+    """About ten layers at most, at a round distance."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if layers / step <= 10)
     return list(range(0, layers, step))
 
@@ -124,7 +124,7 @@ def _layer_axis(drawing: Drawing, x0: float, cell: float, layers: int, y: float)
 
 
 def bars(rows: Sequence[Mark], largest: float, label: str, *, width: float = 480, rule: float | None = None) -> Markup:
-    """Horizontal bars from zero; `largest` is the value of a full one, `rule` a value that a dashed line marks."""
+    """Horizontal bars from zero; `largest` is the value of a full bar, `rule` a value marked by a dashed line."""
     height, step = len(rows) * 26 + 2, 26
     gutter, names = _gutter([row.name for row in rows], 18)
     room = width - gutter - max(cell_len(row.text) for row in rows) * _LETTER - 8
@@ -154,7 +154,9 @@ def ladder(marks: Sequence[Mark], span: tuple[str, str, str] | None, label: str,
     if span is not None:
         start, end, reached = (at[kind] for kind in span)
         drawing.rect(min(start, end), axis - 5, abs(end - start), 10, "track strong", rx=5)
-        closed = min(max(reached, min(start, end)), max(start, end))  # a merge may be worse than where the gap begins
+        closed = min(
+            max(reached, min(start, end)), max(start, end)
+        )  # a merge may be worse than the beginning of the gap
         drawing.rect(min(start, closed), axis - 5, abs(closed - start), 10, "bar merged", rx=5)
     for mark, level in zip(marks, levels):
         x, y = at[mark.kind], axis - 34 - level * 44.0
@@ -166,7 +168,7 @@ def ladder(marks: Sequence[Mark], span: tuple[str, str, str] | None, label: str,
 
 
 def _levels(labels: Sequence[tuple[float, float]]) -> list[int]:
-    """For (middle, width) of labels, the lowest row of each in which it touches none that is placed already."""
+    """For (middle, width) of labels, the lowest row of each where it does not touch a label that is placed already."""
     rows: list[tuple[float, float, int]] = []
     for middle, width in labels:
         taken = {level for x, other, level in rows if abs(x - middle) < (width + other) / 2 + 12}
@@ -177,7 +179,7 @@ def _levels(labels: Sequence[tuple[float, float]]) -> list[int]:
 def heatmap(
     rows_LE: Sequence[Sequence[float]], experts: Sequence[str], own: int | None, label: str, *, width: float = 510
 ) -> Markup:
-    """Layers from left to right, experts from top to bottom; a cell is as strong as its share."""
+    """Layers from left to right, experts from top to bottom; the opacity of a cell is its share."""
     layers, count = len(rows_LE), len(experts)
     gutter, names = _gutter(experts, 14)
     step = 24.0 if count <= 8 else 16.0
@@ -208,7 +210,7 @@ def matrix(
     own: Sequence[int | None],
     label: str,
 ) -> Markup:
-    """Shares of each row by column, as numbers on cells that are as strong as the share; own cells are framed."""
+    """Shares of each row by column, as numbers on cells with the share as opacity; own cells are framed."""
     gutter, names = _gutter(rows, 16)
     width = 510.0
     cell = (width - gutter) / len(columns)
@@ -244,7 +246,7 @@ def _column_head(drawing: Drawing, x: float, y: float, name: str, *, upright: bo
 
 
 def lines(series: Sequence[Series], layers: int, label: str) -> Markup:
-    """Shares by layer as lines from 0 to 100%; dashed lines are chance, names stand above."""
+    """Shares by layer as lines from 0 to 100%; dashed lines are chance, names are above."""
     width, height, x0, y0 = 510.0, 250.0, 44.0, 34.0
     plot_w, plot_h = width - x0 - 10, height - y0 - 40
     drawing = Drawing(width, height, label)
@@ -275,7 +277,7 @@ def lines(series: Sequence[Series], layers: int, label: str) -> Markup:
 
 
 def stack(rows_LE: Sequence[Sequence[float]], experts: Sequence[str], entropy: Sequence[float], label: str) -> Markup:
-    """A bar a layer, cut by the experts' shares, over a line of the layers' entropy (0 to 1)."""
+    """One bar per layer, divided by the experts' shares, above a line of the layers' entropy (0 to 1)."""
     width, top, tall, low, gap = 700.0, 4.0, 180.0, 44.0, 26.0
     x0 = 58.0
     cell = (width - x0) / len(rows_LE)

@@ -1,1 +1,1 @@
-"""Prompts -> states -> router rows."""
+"""Computes routers: prompts -> states -> router rows."""

@@ -1,12 +1,13 @@
-"""What an expert's prompts leave behind at each layer, for that layer's router to be made of.
+"""Collects per-layer activations of an expert's prompts; routers are computed from them.
 
-The gate mode decides what that is (see raymoe/gate_modes). There are two kinds:
+The gate mode decides what is collected (see raymoe/gate_modes). There are two kinds:
 
 sums     per fold of prompts, the sum of a vector that the mode takes of each prompt from the layer's input
 states   of the prompts' tokens, as the layer's router will see them
 
-Modes that sum keep a few tokens' states as well: the finished routers are judged by them (see heldout_report.py).
-BOS says nothing of a prompt's kind, and is left out of the states. They are kept in bfloat16, as they are on most GPUs.
+Modes that sum keep a few tokens' states as well: the finished routers are scored on them (see heldout_report.py). BOS
+carries no information about a prompt, and is left out of the states. They are kept in bfloat16, as they are on most
+GPUs.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from raymoe.storage.source_reader import SourceReader
 if TYPE_CHECKING:
     import torch
 
-_NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set in NaN and infinity alone
+_NOT_FINITE = 0x7F80  # the exponent bits of a bfloat16: all set only in NaN and infinity
 
 Float64 = npt.NDArray[np.float64]
 LayerDone = Callable[[int], None]
 
 
 def capture(gates: GatePlan, prompts: GatePrompts, reader: SourceReader, **options: Any) -> list[LayerActivations]:
-    """`capture_layers` for one member alone, as a whole."""
+    """`capture_layers` for the whole prompts of one expert."""
     return [layer for (layer,) in capture_layers(gates, [prompts], reader, **options)]
 
 
@@ -51,13 +52,13 @@ def capture_layers(
     layer_done: LayerDone | None = None,
     on_counted: LayerDone | None = None,
 ) -> Iterator[list[LayerActivations]]:
-    """What the prompts of some of `members` experts, which the same model reads, or it with their adapters, leave at a
-    layer, by expert; one layer after the other.
+    """The activations of the prompts of several experts at a layer, by expert; one layer after the other. One model
+    reads all prompts, or that model with the experts' adapters. `members` is the number of all experts.
 
-    The model's layers are read once, and what a layer left is not kept here. Batches hold prompts of one expert only,
-    so that it makes no difference to the result who is read together. `on_counted` is called once with the number of
-    tokens that are to pass layers, one token and layer each, `layer_done` with that of those that have passed one.
-    Raises ProblemReport for prompts that can't be read (no tokens, tokens beyond the vocabulary).
+    The model's layers are read once, and activations of earlier layers are not kept. Each batch holds prompts of one
+    expert, so the result does not depend on which experts are read together. `on_counted` is called once with the total
+    work in tokens x layers, `layer_done` with the work of each finished layer. Raises ProblemReport for prompts that
+    can't be read (no tokens, tokens beyond the vocabulary).
     """
     from raymoe.routers.streamed_decoder import StreamedDecoder
 
@@ -90,7 +91,7 @@ def capture_layers(
 
 
 class _Capture:
-    """One member's prompts, or a part of them, on their way through the layers."""
+    """Captures activations of one expert's prompts, or of a part of them."""
 
     def __init__(
         self, gates: GatePlan, prompts: GatePrompts, reader: SourceReader, budget: int, members: int, remote_code: bool
@@ -123,7 +124,7 @@ class _Capture:
         self._states[layer].append(bits)
 
     def pop_layer(self, layer: int) -> LayerActivations:
-        """What the prompts left at a layer that they have passed."""
+        """The activations at a layer that is done. They are not kept."""
         tokens, states = self._tokens, self._states[layer]
         self._states[layer] = []
         summed: dict[str, Any] = {} if self._sums is None else self._sums.pop_layer(layer)
@@ -136,16 +137,16 @@ class _Capture:
 
 
 def _batch_slice(sizes: Sequence[int], part: int, parts: int) -> slice:
-    """The batches that are read as `part` of `parts`, as neighbours, cut by their sizes."""
+    """The adjacent batches of `part` of `parts`, divided by their sizes."""
     ends = np.cumsum(sizes)
     of_batch = (ends - np.asarray(sizes) / 2) * parts // max(1, ends[-1])
     return slice(int((of_batch < part).sum()), int((of_batch <= part).sum()))
 
 
 class _Tokens:
-    """The tokens whose states are kept: of all real ones but BOS, `limit` at even distances.
+    """Selects the tokens to keep states of: `limit` evenly spaced ones of all real tokens except BOS.
 
-    Batches of positive prompts come first. Few of them are not lost among many negative ones, nor the other way round.
+    Batches of positive prompts come first. So neither kind is lost if there are many more prompts of the other.
     """
 
     def __init__(self, groups: Sequence[Batch], signs: Sequence[bool], bos: int | None, limit: int) -> None:
@@ -181,7 +182,7 @@ class _Tokens:
             self._negative.append(np.full(int(kept.sum()), sign))
 
     def subset(self, part: slice) -> _Tokens:
-        """Those of some of the batches, which are numbered anew."""
+        """The tokens of some of the batches, which are renumbered."""
         some = object.__new__(_Tokens)
         some.has_positive = self.has_positive
         for name in ("_masks", "_prompts", "_negative"):
@@ -206,7 +207,7 @@ class _Tokens:
 
 
 def _evenly_spaced(total: int, count: int) -> torch.Tensor:
-    """(total,) bool: `count` of them at even distances."""
+    """(total,) bool: `count` of them evenly spaced."""
     import torch
 
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -215,10 +216,10 @@ def _evenly_spaced(total: int, count: int) -> torch.Tensor:
 
 
 class _Sums:
-    """Sums of what the mode takes from each prompt, by layer and fold; only of layers under way."""
+    """Sums of the mode's prompt vectors, by layer and fold, for layers in progress."""
 
     def __init__(self, gates: GatePlan, groups: Sequence[Batch], signs: Sequence[bool], part: slice) -> None:
-        """Of all the `groups` of prompts those of `part` are summed here, which are numbered anew."""
+        """Sums the batches `part` of all `groups`; these are renumbered."""
         self._mode, self._hidden = MODES[gates.mode], gates.hidden
         self._groups, self._signs = groups[part], signs[part]
         self._layers: dict[int, tuple[Float64, Float64]] = {}
@@ -253,7 +254,7 @@ class _Sums:
         return self._layers[layer]
 
     def pop_layer(self, layer: int) -> dict[str, Any]:
-        """What a layer's sums came to; they are not kept."""
+        """Return the sums of a layer, and forget them."""
         positive, negative = self._layer_sums(layer)
         del self._layers[layer]
         mean = negative / self._negatives if self._negatives else None

@@ -1,8 +1,8 @@
 """Attention with sinks (Granite's) through PyTorch's scaled dot product attention, which has none.
 
-A head's output is multiplied by sigmoid(logsumexp(its scores) - sink): as if there were one more key, whose score is
-the sink and whose value is zero. That key is added here, by one more dimension of queries (1) and keys (0, and the sink
-over the scale for the new one), so that no matrix of scores is made for each head.
+A head's output is multiplied by sigmoid(logsumexp(its scores) - sink): as if there were one more key, with the sink as
+its score and zero as its value. That key is added here, by one more dimension of queries (1) and keys (0, and the sink
+over the scale for the new one), so that no matrix of scores is built per head.
 
 Source: `eager_attention_forward` in transformers' models/granite_swa.
 """
@@ -20,7 +20,7 @@ _MULTIPLE = 8
 
 
 def register_sink_attention() -> None:
-    """Make it known to transformers."""
+    """Register this attention with transformers."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_WITH_SINKS, _attention)

@@ -13,7 +13,7 @@ _BUDGET_BYTES = 2 << 30  # of all layers that one actor fits at once; one layer 
 
 
 def max_layers_at_once(gates: GatePlan) -> int:
-    """How many layers' routers one actor works on at once at most, however many cores it has."""
+    """The most layers' routers that one actor fits at once, whatever its number of cores."""
     each = MODES[gates.mode].fitting_bytes(gates.hidden)
     most = min(_MAX_LAYERS_AT_ONCE, max(1, gates.layers))
     return max(1, min(most, _BUDGET_BYTES // each)) if each else most

@@ -1,7 +1,7 @@
-"""What the prompts say of the routers before anybody uses them: each fold judged by rows made without it.
+"""Scores the routers on held-out prompts: each fold is scored with rows that were fitted without it.
 
-A layer's *accuracy* is the share of held-out prompt tokens whose highest-scored expert is their prompt's, its *load*
-the share of them that each expert gets first; every expert's prompts count alike.
+A layer's *accuracy* is the share of held-out prompt tokens that are routed to their prompt's expert first. Its *load*
+is the share of tokens that each expert gets first. Every expert's prompts have equal weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STARVED = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSummary:
-    """The layers that could be judged, by number."""
+    """The layers that could be scored, by number."""
 
     experts: int
     layers: Mapping[int, LayerScores]
@@ -31,7 +31,7 @@ class RouterSummary:
         return sum(layer.accuracy for layer in self.layers.values()) / len(self.layers)
 
     def starved_layers(self) -> dict[int, list[int]]:
-        """Experts and the layers where they get next to nothing."""
+        """Experts, with the layers where they get almost no tokens."""
         limit = _STARVED / self.experts
         found = {
             expert: [number for number, layer in self.layers.items() if layer.load[expert] < limit]
@@ -40,7 +40,7 @@ class RouterSummary:
         return {expert: layers for expert, layers in found.items() if layers}
 
     def plain(self) -> dict[str, Any]:
-        """As values that JSON has, for records."""
+        """As JSON values, for records."""
         return {
             "accuracy": round(self.accuracy, 4),
             "layers": [
@@ -56,7 +56,7 @@ class RouterSummary:
 
 
 def summary_lines(summary: RouterSummary, names: Sequence[str]) -> list[str]:
-    """Two lines for people: how well the routers tell the prompts apart, and who gets how much."""
+    """Two lines for the user: how well the routers tell the prompts apart, and each expert's share of tokens."""
     weakest = sorted(summary.layers, key=lambda number: summary.layers[number].accuracy)[:_WEAKEST]
     weak = ", ".join(f"layer {number} {summary.layers[number].accuracy:.0%}" for number in sorted(weakest))
     count = len(summary.layers)
@@ -64,14 +64,14 @@ def summary_lines(summary: RouterSummary, names: Sequence[str]) -> list[str]:
     shares = ", ".join(f"{name} {load:.0%}" for name, load in zip(names, loads, strict=True))
     chance = 1 / summary.experts
     return [
-        f"routers on held-out prompts: {summary.accuracy:.0%} of tokens to their expert first (chance {chance:.0%}); "
-        f"weakest: {weak}",
+        f"routers on held-out prompts: {summary.accuracy:.0%} of tokens routed to their expert first "
+        f"(chance {chance:.0%}); weakest: {weak}",
         f"first choices by expert: {shares}",
     ]
 
 
 def router_warnings(summary: RouterSummary, names: Sequence[str], *, better: GateMode | None) -> list[str]:
-    """What is wrong with the routers, with numbers and the remedy. `better`: a mode that routes better, if any."""
+    """Warnings about the routers, with numbers and the remedy. `better`: a mode that routes better, if any."""
     warnings = []
     other_mode = f", or use gate_mode: {better.name}" if better else ""
     chance = 1 / summary.experts

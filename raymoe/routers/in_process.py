@@ -1,4 +1,4 @@
-"""All routers computed in this process, one expert after the other: what actors and the coordinator do together."""
+"""Computes all routers in this process, one expert after the other, without Ray."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def compute_routers_locally(
     layer_done: LayerDone | None = None,
     on_begin: Callable[[str], None] | None = None,
 ) -> tuple[RouterRows, RouterSummary | None]:
-    """The rows of all members, and what held-out prompts say of them. `on_begin` is told what comes next.
+    """The rows of all experts, and their scores on held-out prompts. `on_begin` is called with each next step.
 
-    A layer's router is made when the last prompts have passed it, and what they left there is dropped.
+    A layer's router is computed when the last prompts have passed the layer; then its activations are freed.
     """
     mode, members = MODES[gates.mode], gates.prompted
     if not mode.needs_prompts:

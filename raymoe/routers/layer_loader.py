@@ -1,13 +1,13 @@
-"""A model's layers one after the other on the device where they are computed, the next ones on their way meanwhile.
+"""Loads a model's layers onto the device one after another, with prefetching.
 
-    CPU   the next layer is read and widened to float32 by a thread, while this one is computed with
-    GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy a layer
+    CPU   a thread reads the next layer and converts it to float32, while the current one runs
+    GPU   file --several threads--> pinned buffer --stream of its own--> GPU memory, as one copy per layer
 
-On a CPU two buffers of a layer each take turns: mapping new memory for each layer would cost more than reading it. On a
-GPU two pinned buffers of a layer each take turns, so that reading, copying and computing overlap; three layers at most
-are in GPU memory. Weights that are stored in the dtype of computation go that way as they are; others are cast on the
-CPU and join them, and so do the factors of adapters, which are made float64, and weights that are combined from those
-of several models (storage/combine.py).
+On a CPU, two buffers of one layer each are used in turn: mapping new memory for each layer would cost more than reading
+it. On a GPU, two pinned buffers of one layer each are used in turn, so that reading, copying and computing overlap; at
+most three layers are in GPU memory. Weights that are stored in the dtype of computation are copied unchanged. Others
+are cast on the CPU first, as are the factors of adapters (to float64) and weights that are combined from those of
+several models (storage/combine.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from raymoe.storage.transform import load_array
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _READERS = 6  # threads that read one layer: one alone does not keep up with page cache or NVMe
 _BLOCK_BYTES = 8 << 20
-_ALIGNMENT = 256  # bytes; a tensor in a buffer begins where kernels like it
+_ALIGNMENT = 256  # bytes; tensors in a buffer are aligned for fast kernels
 
 FactorKey = tuple[int, str, str]
 """Which of several adapters, on which weight, and which of its factors (see `LoraPair.entries`)."""
@@ -38,8 +38,8 @@ FactorKey = tuple[int, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
-    """Where a layer's weights lie, by what its module calls them, and the factors of adapters on them; and the weights
-    that are combined from several models'."""
+    """The locations of a layer's weights, by their names in its module, and of adapters' factors; and the weights that
+    are combined from several models."""
 
     weights: Mapping[str, TensorEntry]
     factors: Mapping[FactorKey, TensorEntry] = field(default_factory=dict)
@@ -47,22 +47,22 @@ class LayerParts:
 
     @property
     def entries(self) -> list[TensorEntry]:
-        """What is loaded as a whole. Tensors to combine are read in blocks."""
+        """The tensors that are loaded whole. Tensors to combine are read in blocks."""
         return [*self.weights.values(), *self.factors.values()]
 
 
 @dataclass(slots=True, kw_only=True)
 class LoadedLayer:
-    """The same on the device: weights in the dtype of computation, factors in float64."""
+    """A layer on the device: weights in the dtype of computation, factors in float64."""
 
     weights: dict[str, torch.Tensor]
     factors: dict[FactorKey, torch.Tensor]
 
 
 def compute_dtype(stored: str, device: torch.device, *, exact: bool) -> torch.dtype:
-    """What weights stored as `stored` are computed with: on a GPU the same; on a CPU float32.
+    """The dtype of computation for weights stored as `stored`: on a GPU the same; on a CPU float32.
 
-    bfloat16 stays what it is on CPUs that multiply it natively, several times as fast as float32, unless `exact`.
+    CPUs that multiply bfloat16 natively, several times as fast as float32, compute in it unless `exact`.
     """
     if device.type != "cpu":
         return _TORCH_DTYPES[stored]
@@ -104,12 +104,12 @@ def _read_and_cast(reader: SourceReader, entry: TensorEntry, target: torch.Tenso
 
 
 def _load_factors(reader: SourceReader, layer: LayerParts) -> dict[FactorKey, torch.Tensor]:
-    """On the CPU, in memory of their own."""
+    """Adapters' factors on the CPU, in their own memory."""
     return {key: torch.from_numpy(load_array(reader, e).astype(np.float64)) for key, e in layer.factors.items()}
 
 
 def load_ref(reader: SourceReader, ref: WeightRef, dtype: torch.dtype) -> torch.Tensor:
-    """A weight on the CPU, in the dtype that it is computed with; a combined one as it is in the merge."""
+    """A weight on the CPU, in the dtype that it is computed with; a combined one with its values in the merge."""
     if ref.combined is None:
         return load_weight(reader, ref.entry, dtype)
     return _load_combination(reader, ref.combined, dtype)
@@ -126,19 +126,19 @@ def _load_combinations(reader: SourceReader, layer: LayerParts, dtype: torch.dty
 
 
 class LayerLoader:
-    """Gives the tensors of each layer on `device`, in order. Use it for one run over the layers."""
+    """Loads the tensors of each layer to `device`, in order. Use it for one run over the layers."""
 
     def __init__(self, reader: SourceReader, device: torch.device, dtype: torch.dtype) -> None:
         self._reader, self._device, self._dtype = reader, device, dtype
 
     def layers(self, layers: Sequence[LayerParts]) -> Generator[LoadedLayer, None, None]:
-        """The tensors of each layer; they are valid until the next ones are asked for."""
+        """The tensors of each layer; they are valid until the next layer is requested."""
         if self._device.type == "cuda":
             with _PinnedBufferRing(self._reader, self._device, self._dtype, layers) as ring:
                 yield from ring.layers()
             return
         largest = max((sum(map(_elements, _local_weights(layer).values())) for layer in layers), default=0)
-        with torch.inference_mode(False):  # they are written by a thread that is in no such mode
+        with torch.inference_mode(False):  # a thread outside of inference mode writes them
             buffers = [torch.empty(largest, dtype=self._dtype) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
             ahead: Future[LoadedLayer] | None = pool.submit(self._load, layers[0], buffers[0]) if layers else None
@@ -162,12 +162,12 @@ class LayerLoader:
             at += _elements(entry)
         weights |= _load_combinations(self._reader, layer, self._dtype)
         factors = _load_factors(self._reader, layer)
-        self._reader.release()  # what was read of objects is in use, or has been widened: its source can go
+        self._reader.release()  # data read from objects is in use or converted: its source can be freed
         return LoadedLayer(weights=weights, factors=factors)
 
 
 def _elements(entry: TensorEntry) -> int:
-    """Room for a tensor of a local file in a buffer; the next one begins where kernels like it."""
+    """The buffer elements of a local file's tensor, rounded up so that the next tensor is aligned."""
     return -(-math.prod(entry.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -177,7 +177,7 @@ def _local_weights(layer: LayerParts) -> dict[str, TensorEntry]:
 
 @dataclass
 class _Layout:
-    """Where each weight of a layer is in a buffer: name -> (start, end). `spans` are neighbours in a file, joined."""
+    """Where each weight of a layer is in a buffer: name -> (start, end). `spans` join adjacent weights of a file."""
 
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
     spans: list[tuple[SourceFile, int, int, int]] = field(default_factory=list)  # file, start and end there, start here
@@ -196,7 +196,7 @@ class _Layout:
 
 
 class _PinnedBufferRing:
-    """Layers on their way to a GPU. A context manager."""
+    """Transfers layers to a GPU. A context manager."""
 
     def __init__(
         self, reader: SourceReader, device: torch.device, dtype: torch.dtype, layers: Sequence[LayerParts]
@@ -223,7 +223,7 @@ class _PinnedBufferRing:
         for number in range(len(self._layers)):
             loaded, ready = waiting.pop(0).result()
             torch.cuda.current_stream(self._device).wait_event(ready)
-            # Their memory is not given to others before this stream is done with them.
+            # Their memory is not reused before this stream has finished with them.
             for tensor in (*loaded.weights.values(), *loaded.factors.values()):
                 tensor.record_stream(torch.cuda.current_stream(self._device))
             if number + 2 < len(self._layers):
@@ -242,7 +242,7 @@ class _PinnedBufferRing:
         return _TORCH_DTYPES[entry.dtype] == self._dtype and entry.nbytes > 0
 
     def _start_transfer(self, number: int) -> tuple[LoadedLayer, Any]:
-        """Read a layer and start its copy; its tensors on the GPU, and the event after which they are there."""
+        """Read a layer and start its copy. Returns its tensors on the GPU, and the event after which they are valid."""
         layout, layer, slot = self._layouts[number], self._layers[number], number % 2
         if self._copy_events[slot] is not None:
             self._copy_events[slot].synchronize()

@@ -1,7 +1,7 @@
-"""A weight of a base with an adapter on it, made on the device from the weight and the adapter's factors.
+"""Applies an adapter to a base weight on the device.
 
-Models that are one base with different adapters are read together: a layer of the base is brought to the device once,
-and each model's weights are made of it when its texts are next.
+Models that are one base with different adapters are read together: a layer of the base is loaded once, and each model's
+weights are computed from it before its texts run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long prompts are in tokens, without torch or transformers: for estimates, not for what is computed."""
+"""How long prompts are in tokens, without torch or transformers: for estimates only."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from raymoe.sources.resolve import fetch_file
 from raymoe.sources.tokenizer_files import plain_tokenizer, tokenizer_guard
 
 _FILE = "tokenizer.json"
-_TEMPLATE_TOKENS = 32  # what a chat template writes around a prompt
-_TEXTS_AT_ONCE = 256  # whose tokens are held at once
+_TEMPLATE_TOKENS = 32  # that a chat template adds to a prompt
+_TEXTS_AT_ONCE = 256  # that are tokenized at once
 
 
 def prompt_lengths(
     gates: GatePlan, *, exact: bool = True, hub: HubOptions | None = None
 ) -> dict[Owner, tuple[list[int], list[int]]]:
-    """Tokens of each member's positive and negative prompts, by owner.
+    """Tokens of each expert's positive and negative prompts, by owner.
 
-    Counted by the tokenizer where its tokenizer.json is on this machine and `exact` is asked for; else estimated from
-    the texts. `hub` says where the Hub's cache is; nothing is downloaded. A chat template is taken to add a few tokens.
+    The tokenizer counts them if `exact` and its tokenizer.json is on this machine; otherwise they are estimated from
+    the texts. `hub` says where the Hub's cache is; nothing is downloaded. A chat template counts as a few tokens.
     """
     tokenizer = _tokenizer(gates, hub or HubOptions()) if exact else None
     lengths = {}
@@ -41,7 +41,7 @@ def prompt_lengths(
 
 
 def reading_work(gates: GatePlan, *, hub: HubOptions | None = None) -> int:
-    """Tokens x layers that pass while the prompts of all members are read, as `prompt_lengths` counts them."""
+    """The work of reading all experts' prompts, in tokens x layers, as `prompt_lengths` counts them."""
     if not MODES[gates.mode].needs_forward_pass:
         return 0
     lengths = prompt_lengths(gates, hub=hub)
@@ -49,8 +49,8 @@ def reading_work(gates: GatePlan, *, hub: HubOptions | None = None) -> int:
 
 
 def count_distinct_tokens(gates: GatePlan, *, hub: HubOptions | None = None) -> int | None:
-    """How many different tokens the prompts of one member have at most, counted by the tokenizer; None where its
-    tokenizer.json is not on this machine. `hub` as above."""
+    """The most distinct tokens in the prompts of one expert, counted by the tokenizer; None if its tokenizer.json is
+    not on this machine. `hub` as in `prompt_lengths`."""
     tokenizer, most = _tokenizer(gates, hub or HubOptions()), 0
     for member in gates.members:
         ids: set[int] = set()
@@ -74,7 +74,7 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
-    """The texts' tokens; None without a tokenizer, or where it can't read one of them: merging tells what is wrong."""
+    """The texts' tokens; None without a tokenizer, or if it can't read a text: the merge reports what is wrong."""
     if tokenizer is None:
         return None
     try:
@@ -85,7 +85,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]] | None:
 
 
 def _tokenizer(gates: GatePlan, hub: HubOptions) -> Any:
-    """None without a file that can be read: merging tells what is wrong with it."""
+    """The tokenizer; None without a readable file: the merge reports what is wrong with it."""
     for side in gates.tokenizer_files:
         if side.name == _FILE and side.file.kind is not LocationKind.S3:
             try:

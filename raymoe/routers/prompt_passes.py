@@ -1,9 +1,9 @@
-"""Which prompts are read together: what one actor reads in one pass over a model's layers. Torch-free.
+"""Plans which prompts one actor reads in one pass over a model's layers. Torch-free.
 
-Members whose prompts the same stored weights read are read together, so that each layer is loaded once for all of them.
-While they are read, the states of all their tokens are held. So a pass takes no more prompts than fit `STATE_BYTES`; a
-member with more of them is read in several parts. How many parts follows from the texts alone: sums of one member are
-added in the order of its parts, so that the routers do not depend on who reads what, or on what.
+Prompts that need the same stored weights share a pass, so that each layer is loaded once for all of them. A pass holds
+the states of all its tokens, so it takes no more prompts than fit `STATE_BYTES`; an expert with more prompts is read in
+several parts. The number of parts depends only on the texts, and an expert's sums are added in the order of its parts.
+So the routers do not depend on which actor reads which part.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from raymoe.planning.plan import GatePrompts, WeightRef
 from raymoe.sources.facts import SourceFile
 
 STATE_BYTES = 2 << 30
-"""Bytes of the states of one pass, in float32 and by the number of tokens that `text_tokens` estimates. English has
-about half as many tokens as that; a tokenizer of single bytes has twice as many."""
+"""The most bytes of the states of one pass, in float32, for the number of tokens that `text_tokens` estimates. English
+has about half as many tokens as that; a tokenizer of single bytes has twice as many."""
 
 _TEXT_BYTES_PER_TOKEN = 2
-_TOKENS_PER_PROMPT = 8  # beside its text: BOS and the like
+_TOKENS_PER_PROMPT = 8  # besides its text: BOS and similar tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading(GatePrompts):
-    """The share of a member's prompts that is read in one pass: `part` of `parts`, counted from 0."""
+    """The share of an expert's prompts that is read in one pass: `part` of `parts`, counted from 0."""
 
     part: int = 0
     parts: int = 1
@@ -36,20 +36,20 @@ class Reading(GatePrompts):
 
 
 def part_of(prompts: GatePrompts) -> tuple[int, int]:
-    """Which part of the prompts is read, and of how many: the first of one, but for a `Reading`."""
+    """Which part of the prompts is read, and of how many parts. Prompts that are not a `Reading` are part 0 of 1."""
     return (prompts.part, prompts.parts) if isinstance(prompts, Reading) else (0, 1)
 
 
 def plan_readings(members: Sequence[GatePrompts], actors: int, hidden: int) -> list[tuple[Reading, ...]]:
-    """What `actors` that read side by side are given to read, pass by pass; states are of `hidden` dimensions.
+    """The passes for `actors` that read in parallel; states have `hidden` dimensions.
 
-    So a model's layers are read once by each actor, not once for each expert: where the base reads all prompts, and
-    where experts are one model with different adapters.
+    Each actor reads a model's layers once, not once per expert, if the base reads all prompts or the experts are one
+    model with different adapters.
     """
     groups: list[list[GatePrompts]] = []
     groups_by_files: dict[tuple[SourceFile, ...], list[list[GatePrompts]]] = {}
     for member in members:
-        # Only members of the same files are compared: there may be a thousand of them, each with a model of its own.
+        # Only experts with the same files are compared, since there may be a thousand experts with different models.
         alike = groups_by_files.setdefault(_weight_files(member), [])
         group = next((group for group in alike if _same_but_adapters(group[0], member)), None)
         if group is None:
@@ -67,13 +67,13 @@ def _weight_files(member: GatePrompts) -> tuple[SourceFile, ...]:
 def _same_but_adapters(one: GatePrompts, other: GatePrompts) -> bool:
     if one.config != other.config or one.weights.keys() != other.weights.keys():
         return False
-    if one.weights is other.weights:  # the base's, which all of its members share
+    if one.weights is other.weights:  # the base's, which all of its experts share
         return True
     return all(_stored(ref) == _stored(other.weights[name]) for name, ref in one.weights.items())
 
 
 def _stored(ref: WeightRef) -> tuple[object, ...]:
-    """What a weight is without its adapter."""
+    """A weight's identity without its adapter."""
     return ref.entry, ref.combined
 
 
@@ -104,5 +104,5 @@ def _state_bytes(member: GatePrompts, hidden: int) -> int:
 
 
 def text_tokens(text: str) -> int:
-    """An estimate of a text's tokens: its bytes alone decide."""
+    """An estimate of a text's tokens from its bytes alone."""
     return len(text.encode(errors="replace")) // _TEXT_BYTES_PER_TOKEN + _TOKENS_PER_PROMPT

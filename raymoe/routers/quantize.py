@@ -1,4 +1,4 @@
-"""A gate pass with 8-bit or 4-bit weights, through bitsandbytes: smaller layers on the GPU, rougher states."""
+"""A gate pass with 8-bit or 4-bit weights (bitsandbytes): layers are smaller on the GPU, and states less exact."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def check_quantize(kind: str, device: str) -> None:
         what = f"needs {' and '.join(missing)}"
         remedy = (
             "install bitsandbytes on the GPU nodes, or leave the flag out: layers are streamed, so that models larger "
-            "than the GPU's memory need no quantisation"
+            "than the GPU's memory need no quantization"
         )
         raise ProblemReport([Problem(where=f"--load-in-{kind}", what=what, remedy=remedy)])
 
 
 def quantize_layer(module: Any, tensors: Mapping[str, torch.Tensor], device: torch.device, kind: str) -> Any:
-    """A decoder layer with its linear layers quantised on `device`; everything else keeps its dtype."""
+    """A decoder layer with its linear layers quantized on `device`; everything else keeps its dtype."""
     module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
     for name, child in list(module.named_modules()):
         if isinstance(child, torch.nn.Linear):
@@ -41,7 +41,7 @@ def _quantize_linear(linear: torch.nn.Linear, device: torch.device, kind: str) -
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    weight = linear.weight.data.cpu()  # bitsandbytes quantises when a weight moves to the GPU
+    weight = linear.weight.data.cpu()  # bitsandbytes quantizes when a weight moves to the GPU
     if kind == "8bit":
         result = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
         result.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)

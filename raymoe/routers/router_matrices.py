@@ -1,4 +1,4 @@
-"""Experts' rows put together: the routers of all layers, and their bytes in the output."""
+"""Joins experts' rows into the routers of all layers, and gives their bytes in the output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RouterRows = dict[Owner, npt.NDArray[np.float32]]
 
 
 def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[Owner]) -> tuple[RouterRows, RouterSummary | None]:
-    """Rows by owner out of those of all layers, and the summary of the layers that could be judged."""
+    """Rows by owner from those of all layers, and the summary of the layers that could be scored."""
     order = [layers[number] for number in sorted(layers)]
     rows = {owner: np.stack([layer.experts[n] for layer in order]) for n, owner in enumerate(experts)}
     gates = [layer.shared for layer in order if layer.shared is not None]
@@ -59,7 +59,7 @@ def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[Owner, npt.NDArray[np
 
 
 def _check_finite(rows: Mapping[Owner, npt.NDArray[np.float32]]) -> None:
-    """Raises MergeFailed where a row would be of no use."""
+    """Raises MergeFailed if a row has values that are not finite."""
     for owner, layers in rows.items():
         bad = np.flatnonzero(~np.isfinite(layers).all(axis=-1))
         if bad.size:
@@ -73,7 +73,7 @@ def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[
 
 
 def router_bytes(gates: GatePlan, rows: RouterRows) -> RouterBytes:
-    """A function that gives the bytes of any router part of the plan."""
+    """A function that returns the bytes of any router part of the plan."""
 
     def part_bytes(part: Part, what: Router) -> bytes:
         values: Any = router_rows(gates, rows, what).astype(NUMPY_DTYPES[part.dtype])

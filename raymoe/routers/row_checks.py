@@ -1,4 +1,4 @@
-"""Whether router rows can tell experts apart."""
+"""Checks that router rows can tell experts apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_COSINE = 0.92
 
 
 def not_finite_message(owner: Owner, layer: int) -> str:
-    """What is said of an expert whose prompts leave states that no row can be made of."""
+    """The message for an expert with prompts that give states that are not finite."""
     return (
         f"gates of {owner}: the states of its prompts are not finite numbers at layer {layer}. The model that reads "
         "them has weights that are not finite, or so large that its sums overflow: get it again, or use another"
@@ -33,7 +33,7 @@ def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str |
         names: What the warning calls the experts, in the order of `rows`.
 
     Only cosines near +1 count: rows of opposite directions tell experts apart best, and rows that add up to zero, or
-    more rows than dimensions, are no fault.
+    more rows than dimensions, are not a problem.
     """
     if len(rows) < 2:
         return None
@@ -52,7 +52,7 @@ def conditioning_warning(rows: Sequence[Float32], names: Sequence[str]) -> str |
 
 
 def _closest_pair(rows_EH: Float32) -> tuple[float, int, int]:
-    """The largest cosine between two experts' rows of one layer, and whose rows those are."""
+    """The largest cosine between two experts' rows of one layer, and the two experts."""
     units = normalize(rows_EH).astype(np.float64)
     first, second = np.triu_indices(len(units), 1)
     cosines = (units @ units.T)[first, second]
@@ -61,7 +61,7 @@ def _closest_pair(rows_EH: Float32) -> tuple[float, int, int]:
 
 
 def zero_row_warnings(rows: Sequence[Float32], names: Sequence[str]) -> Iterator[str]:
-    """A warning for each expert whose rows are zero: its prompts and its negative prompts leave the same states."""
+    """A warning for each expert with rows of zeros: its prompts and its negative prompts give the same states."""
     for row, name in zip(rows, names, strict=True):
         zero = np.flatnonzero(~row.any(axis=1)).tolist()
         if zero:

@@ -1,10 +1,10 @@
-"""A decoder that is never in memory: one layer is loaded, all texts go through it, it is dropped.
+"""A decoder that is never whole in memory: load one layer, run all texts through it, free it.
 
-The layers are transformers' own modules, made on the meta device, so that every family computes what transformers
-computes. While a layer runs, the next ones are read (see layer_loader.py): a few layers are held, whatever the model's
+The layers are transformers' own modules, made on the meta device, so every family computes what transformers computes.
+While a layer runs, the next ones are prefetched (see layer_loader.py): a few layers are in memory, whatever the model's
 size.
 
-Several models are run at once where they are one base with different adapters (see lora_weights.py): the base's layers
+Several models run at once if they are one base with different adapters (see lora_weights.py): the base's layers
 are read once for all of them.
 
 The state of one batch, `hidden_BTH`, has shape (batch, tokens, hidden).
@@ -42,7 +42,7 @@ StatesCallback = Callable[[int, int, torch.Tensor], None]
 
 
 class StreamableModel(Protocol):
-    """What can be streamed: a dense model's config.json, and where its parameters lie (`GatePrompts`, for one)."""
+    """A model that can be streamed: a dense config.json, and the locations of its parameters. `GatePrompts` is one."""
 
     @property
     def config(self) -> Mapping[str, Any]: ...
@@ -64,7 +64,7 @@ def load_configuration(config: Mapping[str, Any]) -> Any:
 
     model_type = config["model_type"]
     if model_type not in transformers.CONFIG_MAPPING:
-        what = f"transformers {transformers.__version__} has no {model_type} models, which are to read prompts"
+        what = f"transformers {transformers.__version__} has no {model_type} models, which are needed to read prompts"
         remedy = (
             "install a newer transformers where this runs, or use a gate mode that reads no layers: cheap_embed, random"
         )
@@ -72,11 +72,11 @@ def load_configuration(config: Mapping[str, Any]) -> Any:
     unread = ("model_type", *QUANTIZATION_KEYS)
     keys = {k: _decode_value(v) for k, v in config.items() if k not in unread and not k.endswith("_token_id")}
     try:
-        # A padding token, also a family's default one, must have a row in the embedding, which may be smaller.
+        # A padding token, also a family's default one, must have a row in the embedding, which may lack it.
         return transformers.AutoConfig.for_model(model_type, **keys, pad_token_id=None)
-    except Exception as error:  # its own checks, of whatever kind: what they say is all that there is to say
+    except Exception as error:  # its own checks raise various exceptions: their message is the reason
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        what = f"transformers {transformers.__version__} takes this config for wrong: {last}"
+        what = f"transformers {transformers.__version__} refuses this config: {last}"
         remedy = "mend the model's config.json, or use a gate mode that reads no layers: cheap_embed, random"
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)]) from error
 
@@ -92,13 +92,13 @@ def _decode_value(value: Any) -> Any:
 
 
 def layer_weights(names: Iterable[str], layer: int) -> dict[str, str]:
-    """The names of a layer's weights, and what they are called in its module."""
+    """The names of a layer's weights, with their names in its module."""
     prefix = f"model.layers.{layer}."
     return {full: full.removeprefix(prefix) for full in names if full.startswith(prefix)}
 
 
 def restore_heads(tensors: dict[str, torch.Tensor], permutation: HeadPermutation | None) -> None:
-    """Put rows of a layer's q and k, by the names in its module, back into the order of the dense family."""
+    """Reorder the rows of a layer's q and k (by their names in its module) to the order of the dense family."""
     if permutation is not None:
         for name in _ROTARY_WEIGHTS & tensors.keys():
             tensors[name] = permute_heads(tensors[name], permutation.head_dim, permutation.to_interleaved)
@@ -107,10 +107,10 @@ def restore_heads(tensors: dict[str, torch.Tensor], permutation: HeadPermutation
 class StreamedDecoder:
     """Runs texts through a model whose weights are loaded layer by layer.
 
-    It computes in the weights' own dtype where that is fast, else in float32 (see `compute_dtype`).
-    `ffn` makes another module out of the tensors of a layer's FFN, to stand in its place.
-    `head_permutation`: rows of q and k lie in this order, and are put back into that of the family.
-    `others` are models of the same config and the same stored weights, with other adapters on them; model 0 is `model`.
+    It computes in the weights' own dtype if that is fast, else in float32 (see `compute_dtype`). `ffn` builds a module
+    from the tensors of a layer's FFN, to replace the FFN. `head_permutation`: the order of the rows of q and k, which
+    are put back into that of the family. `others` are models of the same config and the same stored weights, with other
+    adapters; model 0 is `model`.
     """
 
     def __init__(
@@ -132,8 +132,10 @@ class StreamedDecoder:
         adapters = [{name: ref.lora for name, ref in each.weights.items() if ref.lora} for each in self._models]
         self._adapters = [one for number, one in enumerate(adapters) if one not in adapters[:number]]
         self._adapter_of = [self._adapters.index(one) for one in adapters]  # by model
-        self._current: tuple[int, LoadedLayer, torch.nn.Module] | None = None  # the layer in use, what it is made of
-        self._active_adapters = 0  # whose adapters are in it
+        self._current: tuple[int, LoadedLayer, torch.nn.Module] | None = (
+            None  # the current layer: its number, weights and module
+        )
+        self._active_adapters = 0  # the model whose adapters are applied
         self._family = FAMILIES[model.config["model_type"]]
         self._device, self._quantize, self._ffn = torch.device(device), quantize, ffn
         self._head_permutation = head_permutation
@@ -147,8 +149,9 @@ class StreamedDecoder:
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether a token's state depends on how long its sequence is, padding included: texts must go alone."""
-        rope = self._model.rotary_emb  # None in models without
+        """Whether a token's state depends on the length of its padded sequence. Then each text must be its own
+        batch."""
+        rope = self._model.rotary_emb  # None in models without RoPE
         return rope is not None and rope.rope_type in ("dynamic", "longrope")
 
     def layer_inputs(
@@ -160,10 +163,10 @@ class StreamedDecoder:
         *,
         models: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """Call `on_hidden_states(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; the
-        number of each layer, when all is said of it. `models` says which model reads each batch (default: model 0).
+        """Call `on_hidden_states(layer, batch, hidden_BTH)` with each batch's input to layers 0 .. layers - 1; yields
+        each layer's number after its last batch. `models` says which model reads each batch (default: model 0).
 
-        Only the first `layers - 1` layers are run, since the input of the last one is all that is asked for.
+        Only the first `layers - 1` layers are run, since only the input of the last one is needed.
         `on_ffn_inputs` is called as by `router_inputs`, for the layers that are run.
         """
         models = models or [0] * len(batches)
@@ -186,10 +189,10 @@ class StreamedDecoder:
         *,
         models: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """Call `on_hidden_states(layer, batch, state_BTH)` with the normalised state that layer's FFN gets, 0 .. layers
-        - 1; the number of each layer, when all batches have been through it. `models` as in `layer_inputs`.
+        """Call `on_hidden_states(layer, batch, state_BTH)` with the normalized input of the FFN of layers 0 .. layers -
+        1; yields each layer's number after its last batch. `models` as in `layer_inputs`.
 
-        It is what the layer's router sees in a merge that has this model's attention and norms. The FFN of the last
+        This is the input of the layer's router in a merge with this model's attention and norms. The FFN of the last
         layer is neither read nor run.
         """
         models = models or [0] * len(batches)
@@ -206,8 +209,8 @@ class StreamedDecoder:
     def _embed_all(self, batches: Sequence[Batch], models: Sequence[int]) -> list[torch.Tensor]:
         """The input of layer 0 for all batches, in one block of memory.
 
-        Each layer's output takes the place of its input there. States that came and went one by one among a layer's
-        activations would cut the heap into pieces, and hold up to three times their size.
+        Each layer's output replaces its input there. States that are allocated one by one among a layer's activations
+        would fragment the heap, and take up to three times their size.
         """
         width = self._weights[EMBEDDING].entry.shape[1]
         sizes = [batch.ids.numel() * width for batch in batches]
@@ -229,26 +232,26 @@ class StreamedDecoder:
                 return self.run_layer(layer, hidden_BTH)
 
     def loaded_layers(self, count: int, *, last_ffn: bool = True) -> Iterator[int]:
-        """The numbers of the first `count` layers, each loaded while the one before it is in use.
+        """The numbers of the first `count` layers; each is prefetched while the one before it is in use.
 
-        A layer can be run until the next one is asked for. Without `last_ffn` the last one has no FFN: what stands in
-        its place gives back its input.
+        A layer can be run until the next one is requested. Without `last_ffn`, an identity replaces the FFN of the last
+        layer.
         """
         wanted = [self._layer_parts(layer, last_ffn or layer < count - 1) for layer in range(count)]
         with closing(LayerLoader(self._reader, self._device, self._dtype).layers(wanted)) as loaded:
-            for layer in range(count):  # enumerate would hold on to each layer until the next is there
+            for layer in range(count):  # enumerate would keep each layer until the next one is loaded
                 self._current = layer, next(loaded), self._model.layers[layer]
                 self._install(0)
                 yield layer
                 self._current, self._model.layers[layer] = None, torch.nn.Identity()
 
     def activate_adapters(self, model: int) -> None:
-        """Put the adapters of one of the models into the layer that is loaded."""
+        """Apply the adapters of one of the models to the loaded layer."""
         if self._adapter_of[model] != self._active_adapters:
             self._install(self._adapter_of[model])
 
     def ffn_of(self, layer: int) -> torch.nn.Module:
-        """What stands in the place of the FFN of a layer that is loaded."""
+        """The module in the place of a loaded layer's FFN."""
         module: torch.nn.Module = getattr(self._model.layers[layer], self._family.ffn)
         return module
 
@@ -262,9 +265,9 @@ class StreamedDecoder:
         return module
 
     def head_blocks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). Tied, it is the embedding.
+        """The head, `rows` tokens of the vocabulary at a time: (first token, rows_VH). If tied, it is the embedding.
 
-        Where a family scales its logits, the rows are scaled.
+        If a family scales its logits, the rows are scaled.
         """
         ref = self._weights.get(HEAD, self._weights[EMBEDDING])
         factor = getattr(self._config, "logit_scale", 1.0) / getattr(self._config, "logits_scaling", 1.0)
@@ -275,7 +278,7 @@ class StreamedDecoder:
             yield start, rows_VH if factor == 1.0 else rows_VH * factor
 
     def _install(self, adapters: int) -> None:
-        """Make the layer in use out of what was loaded, with the adapters of that number on it."""
+        """Build the current layer from the loaded tensors, with the adapters of that number."""
         assert self._current is not None
         layer, loaded, blank = self._current
         tensors: Mapping[str, torch.Tensor] = self._apply_adapters(layer, loaded, adapters)
@@ -296,7 +299,7 @@ class StreamedDecoder:
         self._active_adapters = adapters
 
     def _apply_adapters(self, layer: int, loaded: LoadedLayer, adapters: int) -> dict[str, torch.Tensor]:
-        """The layer's weights, those that adapters change made anew, and rows of heads where the family has them."""
+        """The layer's weights, with adapters applied, and with the rows of heads in the family's order."""
         prefix, tensors = f"model.layers.{layer}.", dict(loaded.weights)
         for full, lora in self._adapters[adapters].items():
             name = full.removeprefix(prefix)
@@ -345,9 +348,9 @@ class StreamedDecoder:
         return result
 
     def _rotary(self, layer: int) -> torch.nn.Module | None:
-        """The rotary embedding of a layer, None where it has none.
+        """The rotary embedding of a layer; None if it has none.
 
-        Made anew for each batch: dynamic RoPE remembers the longest sequence that it has seen.
+        Rebuilt for each batch, since dynamic RoPE remembers the longest sequence that it has seen.
         """
         if self._model.rotary_emb is None:
             return None
@@ -361,8 +364,8 @@ class StreamedDecoder:
         return rotary
 
     def _mask(self, layer: int, tokens: int) -> torch.Tensor | None:
-        """Which tokens each one attends to, (1, 1, tokens, tokens); None is plain causal attention, where SDPA needs no
-        mask: no sliding window bites, and there are no sinks.
+        """Which tokens each one attends to, (1, 1, tokens, tokens); None is plain causal attention, for which SDPA
+        needs no mask: the text fits into any sliding window, and there are no sinks.
         """
         types = getattr(self._config, "layer_types", None)
         slides = not types or types[layer] == "sliding_attention"

@@ -1,4 +1,4 @@
-"""Rows of the embedding, read by offset, and routers that are made of them alone. Torch-free."""
+"""Reads rows of the embedding by offset, and computes routers from them alone. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Prompts to token ids, and token ids to batches of bounded size.
 
-Batches are padded on the right. A causal model's states at real tokens never see what stands to their right, so padding
-needs no mask, changes no position, and is simply not read afterwards.
+Batches are padded on the right. In a causal model, states of real tokens do not depend on tokens to their right. So
+padding needs no mask, changes no position, and its states are ignored.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from raymoe.tensor_names import EMBEDDING
 if TYPE_CHECKING:
     import torch
 
-# Tokens of one batch, padding included. A constant: what a batch holds must not depend on the machine.
+# Tokens of one batch, padding included. A constant: the content of a batch must not depend on the machine.
 TOKEN_BUDGET = 2048
 _PROMPTS_AT_ONCE = 256
-# Some templates write today's date, by this function; what is computed must not depend on the day.
+# Some templates write today's date, by this function; results must not depend on the day.
 _TEMPLATE_DAY = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024", "%j": "208"}
 _TEMPLATE_DAY |= {"%a": "Fri", "%A": "Friday", "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%Z": "UTC"}
 _FIXED_DAY = "".join(
@@ -51,12 +51,12 @@ _FIXED_DAY = "".join(
 )
 
 
-# The tokenizer that was loaded last, by its files and their state. All experts of a merge have one and the same.
+# The tokenizer that was loaded last, by its files and their state. All experts of a merge share one.
 _tokenizers: dict[tuple[Any, ...], Any] = {}
 
 
 def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_remote_code: bool) -> Any:
-    """The tokenizer that these files make up. Raises ProblemReport where they don't."""
+    """The tokenizer of these files. Raises ProblemReport if they are not a tokenizer."""
     paths = {side.name: reader.path(side.file) for side in files}
     key = (trust_remote_code, *((side, paths[side.name].stat().st_mtime_ns) for side in files))
     if key not in _tokenizers:
@@ -67,13 +67,13 @@ def open_tokenizer(files: Sequence[SideFile], reader: SourceReader, *, trust_rem
 
 
 def tokenizer_from_paths(paths: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
-    """The tokenizer whose files lie at `paths`, by their names in the folder of its model. Raises ProblemReport."""
+    """The tokenizer with files at `paths`, by their names in its model's folder. Raises ProblemReport."""
     with tokenizer_folder(paths) as folder:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer whose files lie in `folder`."""
+    """The tokenizer with files in `folder`."""
     from transformers import AutoTokenizer
 
     try:
@@ -98,9 +98,9 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of each prompt, beginning with the tokenizer's BOS token (once), if it has one.
 
-    With `chat_template` a prompt is one turn of the user in the tokenizer's template, and the answer is about to begin.
-    Raises ProblemReport for a missing template, a prompt without tokens or one with tokens that the model has no
-    embedding for.
+    With `chat_template`, a prompt is one user turn in the tokenizer's template, followed by the template's beginning of
+    an answer. Raises ProblemReport for a missing template, a prompt without tokens or one with tokens that the model
+    has no embedding for.
     """
     if chat_template and not tokenizer.chat_template:
         raise ProblemReport([NO_CHAT_TEMPLATE])
@@ -150,7 +150,7 @@ def _apply_chat_template(tokenizer: Any, prompt: str) -> str:
         )
     except Exception as error:  # a template is a program of its own
         what = f"its chat template can't be used: {(str(error) or type(error).__name__).splitlines()[0]}"
-        remedy = "use a base model whose template takes one turn of a user, or leave chat_template out"
+        remedy = "use a base model with a template that accepts one user turn, or leave chat_template out"
         raise ProblemReport([Problem(where="base_model", what=what, remedy=remedy)]) from error
     return text
 
@@ -170,11 +170,11 @@ def prompt_problems(
     hub: HubOptions | None = None,
     storage: StorageOptions | None = None,
 ) -> list[Problem]:
-    """What is wrong with prompts and tokenizer: found before anything is written, where actors would find it later.
+    """Problems of prompts and tokenizer, found before anything is written; otherwise actors would find them later.
 
-    Prompts are looked at for tokens that the embedding has no row for, blank ones for having tokens at all, and a chat
-    template is tried. Transformers, and so torch, are imported only if the tokenizer's files leave one of these open.
-    Files that only other nodes have are left to the actors there.
+    Prompts are checked for tokens without a row in the embedding, blank prompts for having any token, and a chat
+    template is tried. Transformers, and so torch, are imported only if the tokenizer's files do not answer these
+    questions. Files that only other nodes have are checked by actors there.
     """
     if not MODES[gates.mode].needs_prompts:
         return []
@@ -195,13 +195,13 @@ def prompt_problems(
 
 
 def _unchecked_texts(member: GatePrompts, facts: TokenizerFacts) -> Iterator[Sequence[str]]:
-    """A member's prompts that only transformers can check."""
+    """An expert's prompts that only transformers can check."""
     may_pass = facts.may_exceed(member.weights[EMBEDDING].entry.shape[0])
     for texts in (member.positive, member.negative):
         if may_pass or (facts.bos is None and not member.chat_template and not all(texts)):
             yield texts
         elif member.chat_template:
-            yield texts[:1]  # they differ in their text alone
+            yield texts[:1]  # they differ only in their text
 
 
 class Batch:
@@ -221,7 +221,8 @@ def batches(
 ) -> Iterator[list[Sequence[int]]]:
     """Prompts in groups whose padded size stays within `budget` tokens; a longer prompt goes alone.
 
-    Sorted by length, so that little is padded. A prompt counts as a multiple of `chunk` tokens, to which layers pad it.
+    Sorted by length, so that there is little padding. A prompt counts as a multiple of `chunk` tokens, to which layers
+    pad it.
     """
     for group in batch_numbers([len(prompt) for prompt in prompts], budget, chunk):
         yield [prompts[number] for number in group]
@@ -245,12 +246,12 @@ def round_up(length: int, chunk: int) -> int:
 
 
 def chunk_size(config: Mapping[str, Any]) -> int:
-    """To a multiple of how many tokens the layers of a model with this config.json pad a sequence."""
+    """The layers of a model with this config.json pad a sequence to a multiple of this number of tokens."""
     scan = read_scan(config)
     return scan.chunk if scan else 1
 
 
 def read_scan(config: Mapping[str, Any]) -> Scan | None:
-    """What layers of linear attention or state spaces hold in a model with this config.json; None if it has none."""
+    """Memory of layers of linear attention or state spaces in a model with this config.json; None if it has none."""
     spec = read_spec(config, "")
     return spec.scan if isinstance(spec, DenseSpec) else None

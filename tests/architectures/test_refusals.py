@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
     "llama3, deepseek": ("deepseek", "llama", {"rope_scaling": LLAMA3}, {}, r"'llama3': it knows linear, dynamic$"),
     "yarn, deepseek": ("deepseek", "llama", {"rope_scaling": YARN}, {}, r"'yarn': it knows linear, dynamic$"),
     "mlp_bias, iquestcoder": ("mixtral", "iquestcoder", {"mlp_bias": True}, {}, r"Mixtral: mlp_bias"),
-    "norms, cohere": (None, "cohere", {"use_qk_norm": True}, {}, r"use_qk_norm: its norms of q and k have no place"),
+    "norms, cohere": (None, "cohere", {"use_qk_norm": True}, {}, r"use_qk_norm: Cohere 2's MoE has no norms"),
     "o bias, glm, qwen3": (
         "glm4_moe",
         "qwen3",
@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[str | None, str, dict[str, Any], dict[str, Any], str]] 
         "phi3",
         PARTIAL,
         {},
-        r"Mixtral: partial_rotary_factor 0.5: its RoPE turns whole",
+        r"Mixtral: partial_rotary_factor 0.5: it applies RoPE to whole",
     ),
     "o bias, glm": (
         "glm4_moe",

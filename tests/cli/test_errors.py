@@ -184,7 +184,7 @@ def test_output_takes_the_place_of_what_is_read(cli: Cli, config: Callable[..., 
     [
         (("cuda",), "--device cuda: torch sees no GPU here\n    -> leave it out to compute on the CPU"),
         (("cuda:3",), "--device cuda: torch sees no GPU here"),
-        (("cuda", "--gpus-per-expert", "0"), "--gpus-per-expert 0 gives no GPU to anything"),
+        (("cuda", "--gpus-per-expert", "0"), "--gpus-per-expert 0 gives no GPU to any actor"),
         (("tpu",), "there is no device 'tpu'"),
     ],
 )

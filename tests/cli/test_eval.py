@@ -80,10 +80,10 @@ def test_files_that_can_not_be_written_are_refused_first(merged: Path, cli: Cli,
         (("--data", "texts.jsonl", "--device", "cuda"), "--device cuda: torch sees no GPU here"),
         (("--data", "texts.jsonl", "--device", "cuda:x"), "--device: there is no device 'cuda:x'"),
         (("--data", "texts.jsonl", "--device", "cuda:1"), "set CUDA_VISIBLE_DEVICES=1, and give cuda"),
-        (("--data", "texts.jsonl", "--batch-size", "1"), "--batch-size: means nothing with --data"),
+        (("--data", "texts.jsonl", "--batch-size", "1"), "--batch-size: has no effect with --data"),
         (
             ("--tasks", "x", "--max-tokens", "9", "--text-field", "t"),
-            "--max-tokens, --text-field: means nothing with",
+            "--max-tokens, --text-field: has no effect with",
         ),
     ],
 )

@@ -125,8 +125,8 @@ def test_a_config_of_somebody_else(
     [
         ({"config": None}, "its config has no gate_mode"),
         ({"config": {}}, "its config has no gate_mode"),
-        ({"sources": ["a"]}, "its sources are no list of objects with an owner and a model"),
-        ({"sources": None}, "its sources are no list of objects with an owner and a model"),
+        ({"sources": ["a"]}, "its sources are not a list of objects with an owner and a model"),
+        ({"sources": None}, "its sources are not a list of objects with an owner and a model"),
     ],
 )
 def test_what_is_no_record(changes: dict[str, object], said: str, cli: Cli, merged: Path, tmp_path: Path) -> None:

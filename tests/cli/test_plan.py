@@ -95,14 +95,14 @@ def test_plan_says_what_is_at_the_output(
     unfinished.release()
     there = sorted(out.rglob("*"))
     begun = cli("plan", config(), out)
-    assert f"{out} has an unfinished merge of this plan: `raymoe merge` goes on from there." in begun.out
+    assert f"{out} has an unfinished merge of this plan: `raymoe merge` resumes it." in begun.out
     other = cli("plan", config("hidden"), out)
-    assert "not as it is now" in other.out and "an unfinished merge of another plan" in other.out
+    assert "can't be merged now" in other.out and "an unfinished merge of another plan" in other.out
     assert sorted(out.rglob("*")) == there
     assert cli("merge", config(), out).code == 0
     finished = cli("plan", config(), out)
     assert finished.code == 0
-    assert f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in finished.out
+    assert f"{out} holds this finished merge: `raymoe merge` has nothing to do." in finished.out
     assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"]
     assert cli("merge", config(), out).code == 0
     other = cli("plan", config("hidden"), out)

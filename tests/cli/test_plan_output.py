@@ -80,7 +80,7 @@ def test_finished_merges(cli: Cli, config: Callable[..., Path], tmp_path: Path) 
     (out / "README.md").touch()
     (out / "raymoe.json").write_text(json.dumps({"plan_digest": digest, "files": files}))
     same = cli("plan", config(), out)
-    assert same.code == 0 and f"{out} holds this merge, finished: `raymoe merge` has nothing left to do." in same.out
+    assert same.code == 0 and f"{out} holds this finished merge: `raymoe merge` has nothing to do." in same.out
     assert json.loads(cli("plan", config(), out, "--json").out)["output"]["is_complete"] is True
     refused(cli, config("hidden"), out, "the output folder holds a finished merge")
 
@@ -105,7 +105,7 @@ def test_sources_that_changed_since_the_merge_was_interrupted(
     target.begin(digest, SourceFiles(plan, None).fingerprints(), fresh=False)
     target.release()
     goes_on = cli("plan", path, out)
-    assert goes_on.code == 0 and "`raymoe merge` goes on from there" in goes_on.out
+    assert goes_on.code == 0 and "`raymoe merge` resumes it" in goes_on.out
     os.utime(base / "model.safetensors", (1, 1))
     refused(cli, path, out, "source files changed since the merge in this folder was interrupted")
 

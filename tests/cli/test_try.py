@@ -134,7 +134,12 @@ def test_options_are_refused_together(merged: Path, cli: Cli) -> None:
     wrong = ("--chat", "--max-new-tokens", -1, "--temperature", "nan", "--seed", -1)
     answer = cli("try", merged / "no-template", "Hi", *wrong)
     assert answer.code == 2 and answer.err.startswith("error: 4 problems:")
-    for part in ("no chat template, which --chat needs", "-1 is below zero", "nan is no temperature", "-1 is no seed"):
+    for part in (
+        "no chat template, which --chat needs",
+        "-1 is below zero",
+        "nan is not a temperature",
+        "-1 is not a seed",
+    ):
         assert part in answer.err
 
 

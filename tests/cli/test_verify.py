@@ -241,7 +241,7 @@ def test_a_record_does_not_say_where_credentials_go(
     consent = "requests signed with your credentials would be sent there" in refused.err
     if how == "nothing":
         assert consent and f"s3://bucket/base, s3://bucket/e is reached at {theirs.url}" in refused.err
-        assert "set AWS_ENDPOINT_URL_S3 to what you mean, or give --trust-record" in refused.err
+        assert "set AWS_ENDPOINT_URL_S3 yourself, or give --trust-record" in refused.err
     elif how == "profile":
         assert consent and "with the profile 'work' of this user" in refused.err and "set AWS_PROFILE" in refused.err
     else:

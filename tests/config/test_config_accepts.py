@@ -322,7 +322,7 @@ def test_one_expert_is_not_all_the_same() -> None:
                     {"source_model": "y", "positive_prompts": {"file": "a.txt", "field": "b"}},
                 ]
             },
-            r"^experts\[1\]\.positive_prompts\.field has no effect: a text file has one prompt a line$",
+            r"^experts\[1\]\.positive_prompts\.field has no effect: a text file has one prompt per line$",
         ),
     ],
     ids=["twins", "blank", "idle", "idle template", "idle field"],

@@ -25,7 +25,7 @@ Edited = Callable[..., str]
         ("\n\njust text\n", "m.yaml:3", "a mapping of keys to values, not text"),
         ("a: 1\nb: [1,\n", "m.yaml:2", r"not valid YAML: the bracket \[ is not closed"),
         ("a: 1\n\tb: 2\n", "m.yaml:2", "not valid YAML: 'b: 2' is indented with a tab"),
-        ("a: b: c\n", "m.yaml:1", "not valid YAML: 'a: b: c' holds signs that have a meaning"),
+        ("a: b: c\n", "m.yaml:1", "not valid YAML: 'a: b: c' holds characters that have a meaning"),
         ("a: *nowhere\n", "m.yaml:1", "undefined alias"),
         ("a: 1\n---\nb: 2\n", "m.yaml:2", "expected a single document"),
         ("a: 1\nb: \x07\n", "m.yaml:2", r"the character U\+0007 is not allowed"),

@@ -104,17 +104,17 @@ BAD_VALUES = {
     "prompt text": (
         ('    negative_prompts:\n      - "poem"', "    negative_prompts: poem\n"),
         r"13: experts\[1\].negative_prompts",
-        "expected a list of prompts, got the text 'poem'", "one prompt a line, each after '- '",
+        "expected a list of prompts, got the text 'poem'", "one prompt per line, each after '- '",
     ),
     "prompts mapping": (
         ('    negative_prompts:\n      - "poem"', "    negative_prompts: {a: b}\n"),
         r"13: experts\[1\].negative_prompts.file",
-        "this key is required", "{file: prompts.jsonl}, or make it a list: one prompt a line, each after '- '",
+        "this key is required", "{file: prompts.jsonl}, or make it a list: one prompt per line, each after '- '",
     ),
     "prompts number": (
         ('    negative_prompts:\n      - "poem"', "    negative_prompts: 3\n"),
         r"13: experts\[1\].negative_prompts",
-        "expected a list of prompts, got a number", "one prompt a line, each after '- '",
+        "expected a list of prompts, got a number", "one prompt per line, each after '- '",
     ),
     "prompts file name": (
         ('    negative_prompts:\n      - "poem"', "    negative_prompts: p.txt\n"),
@@ -219,7 +219,7 @@ BAD_VALUES = {
 # fmt: off
 BAD_PROMPT_FILES = {
     "suffix": ("file: p.csv", "file", "can't tell the format of 'p.csv' by its", r"\.txt, \.jsonl, .*parquet$"),
-    "json": ("file: p.json", "file", "can't tell the format", "one object a line$"),
+    "json": ("file: p.json", "file", "can't tell the format", "one object per line$"),
     "compressed parquet": ("file: p.parquet.gz", "file", "can't tell the format", "parquet$"),
     "folder": ("file: prompts/", "file", "can't tell the format of 'prompts'", "name a file"),
     "blank": ("file: ' '", "file", "is blank", "name a file"),

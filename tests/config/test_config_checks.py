@@ -115,7 +115,7 @@ def test_shared_experts_with_and_without_prompts(only_problem: OnlyProblem, vali
     shared = "shared_experts:\n  - source_model: a\n    positive_prompts: [x]\n  - source_model: b\n"
     problem = only_problem(valid + shared)
     assert problem.where == "m.yaml:20: shared_experts[1].positive_prompts"
-    assert re.search("has no prompts and others have", problem.what)
+    assert re.search("has no prompts, but others have", problem.what)
     problem = only_problem(valid + "shared_experts:\n  - source_model: a\n    negative_prompts: [x]\n")
     assert re.search("negative prompts but no positive", problem.what)
     parse_config(valid + "shared_experts:\n  - source_model: a\n  - source_model: b\n", name="m.yaml")

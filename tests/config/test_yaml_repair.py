@@ -91,9 +91,19 @@ MISTAKES = {
     ),
     "apostrophe": (('"proof"', "'don't'"), 9, "holds the quote '", 'other quotes around it: "don\'t"'),
     "backslash": (('"proof"', '"C:\\users"'), 9, "or a backslash", "other quotes around it: 'C:\\users'"),
-    "bracket first": (('"proof"', "[INST] a [/INST]"), 9, "holds signs that have a mean", 'quotes: "[INST] a [/INST]"'),
-    "star first": (('"proof"', "*bold* word"), 9, "'*bold* word' holds signs", 'put it in quotes: "*bold* word"'),
-    "colons": (('"proof"', "Note: to: you"), 9, "'Note: to: you' holds signs", 'put it in quotes: "Note: to: you"'),
+    "bracket first": (
+        ('"proof"', "[INST] a [/INST]"),
+        9,
+        "holds characters that have a mean",
+        'quotes: "[INST] a [/INST]"',
+    ),
+    "star first": (('"proof"', "*bold* word"), 9, "'*bold* word' holds characters", 'put it in quotes: "*bold* word"'),
+    "colons": (
+        ('"proof"', "Note: to: you"),
+        9,
+        "'Note: to: you' holds characters",
+        'put it in quotes: "Note: to: you"',
+    ),
     "bracket not closed": (
         ('\n      - "poem"', ' ["poem"'),
         *(13, "the bracket [ is not closed", 'write: negative_prompts: ["poem"]'),

@@ -112,7 +112,7 @@ def test_unknown_labels_are_told_what_is_known(tmp_path: Path) -> None:
 def test_a_label_that_would_be_taken_for_the_mean_of_all(tmp_path: Path) -> None:
     file = write(tmp_path, {"label": "go", "text": "a b"}, {"label": "mean", "text": "a b"})
     found = refused(file, "mean=spanish")
-    assert "texts.jsonl, line 2: the label 'mean' is what results call the mean over labels" in found
+    assert "texts.jsonl, line 2: the label 'mean' is reserved for the mean over labels" in found
     assert "the expert's number, or another label with --label LABEL=EXPERT" in found
     with pytest.raises(ProblemReport, match="the label 'mean'"):
         read_texts(file, Labels(["go", "mean"]), EvaluationOptions())
@@ -211,7 +211,7 @@ def test_experts_are_called_by_their_adapter_or_model() -> None:
 def test_options_that_can_not_be() -> None:
     options = EvaluationOptions(against=("base", "orcale"), limit=-1, max_tokens=1, text_field="label")
     found = "\n".join(map(str, option_problems(options)))
-    assert "'orcale' is nothing to compare with" in found and "did you mean oracle?" in found
+    assert "'orcale' is not a comparison" in found and "did you mean oracle?" in found
     for where in ("--limit: -1", "--max-tokens: 1", "--label-field: 'label'"):
         assert where in found
     assert not list(option_problems(EvaluationOptions(against=parse_against("none"))))
@@ -221,7 +221,7 @@ def test_options_that_can_not_be() -> None:
 
 @pytest.mark.parametrize("place", ["s3://bucket/texts.jsonl", "s3:/bucket/texts.jsonl", "htps://host/texts.jsonl"])
 def test_texts_are_no_objects(place: str) -> None:
-    with pytest.raises(ProblemReport, match="--data: this looks like a URL, and texts are read from a file of this"):
+    with pytest.raises(ProblemReport, match="--data: this looks like a URL, but texts are read from a file on this"):
         read_texts(Path(place), Labels(["code"]), EvaluationOptions())
 
 

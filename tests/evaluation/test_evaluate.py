@@ -241,7 +241,7 @@ def test_a_merge_without_prompts_is_not_compared_with_hidden(world: World, tmp_p
     found = raymoe.evaluate(tmp_path / "random", world.data, device="cpu", limit=1)
     assert found["loss"]["hidden"] is None and found["gap_closed"] is None and found["seed"] == 3
     assert found["warnings"] == ["not compared with gate mode hidden: the merge has no prompts"]
-    with pytest.raises(ProblemReport, match=r"leave out what needs it: --against oracle"):
+    with pytest.raises(ProblemReport, match=r"leave out the comparisons that need it: --against oracle"):
         raymoe.evaluate(tmp_path / "random", world.data, against=("hidden", "oracle"))
 
 
@@ -322,7 +322,7 @@ def test_sources_that_are_gone_can_be_left_out(world: World, tmp_path: Path) -> 
     shutil.rmtree(moved)
     found = refused(tmp_path / "out", world.data, labels=("food=0",))
     assert str(moved) in found and "expert 1 of this merge" in found
-    assert "leave out what needs it: --against base,oracle" in found
+    assert "leave out the comparisons that need it: --against base,oracle" in found
     asked = {"labels": ("food=0",), "against": ("base", "oracle"), "device": "cpu"}
     assert raymoe.evaluate(tmp_path / "out", world.data, **asked)["loss"]["base"]
 
@@ -331,7 +331,7 @@ def test_problems_of_every_kind_are_told_together(world: World, hidden: Path, tm
     data = tmp_path / "bad.jsonl"
     data.write_text('{"label": "rust", "text": "fn main"}\n')
     found = refused(hidden, data, against=("orcale",), limit=-1)
-    for part in ("'orcale' is nothing to compare with", "--limit: -1", "line 1: unknown label 'rust'"):
+    for part in ("'orcale' is not a comparison", "--limit: -1", "line 1: unknown label 'rust'"):
         assert part in found
 
 
@@ -347,7 +347,7 @@ def test_what_is_no_merge(world: World, hidden: Path, tmp_path: Path) -> None:
     assert "this record can't be read" in refused(broken, world.data)
     dense = Path(shutil.copytree(world.base, tmp_path / "dense"))
     shutil.copy(hidden / "raymoe.json", dense)
-    assert "model_type is 'llama', which is no mixture that raymoe writes" in refused(dense, world.data)
+    assert "model_type is 'llama', which is not a mixture that raymoe writes" in refused(dense, world.data)
 
 
 @pytest.mark.s3

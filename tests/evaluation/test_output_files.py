@@ -77,7 +77,7 @@ def test_what_is_replaced_keeps_its_permissions_and_its_link(tmp_path: Path) -> 
 def test_two_results_for_one_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     for other in (tmp_path / "a.json", tmp_path / "link" / "a.json"):
-        with pytest.raises(ProblemReport, match=r"--html .*a\.json: --json is to be written to this file too"):
+        with pytest.raises(ProblemReport, match=r"--html .*a\.json: --json would be written to this file too"):
             check_writable({"--json": tmp_path / "a.json", "--html": other})
     check_writable({"--json": Path("/dev/null"), "--html": Path("/dev/null")})
 

@@ -225,8 +225,8 @@ def test_what_is_not_used_is_named(models: list[Path], tmp_path: Path) -> None:
     assert lines == [
         "Backbone: the base's attention, norms and embeddings.",
         "not used: attention, norms, embeddings of expert 0 (known to differ from the base's)",
-        "not used: attention, norms, embeddings of expert 1 (stored elsewhere than the base's; not compared, or alike "
-        "in samples)",
+        "not used: attention, norms, embeddings of expert 1 (stored in other files than the base's; not compared, or "
+        "equal in samples)",
         "not used: attention of expert 2 (known to differ from the base's)",
     ]
     card = model_card(plan, make_config(config))
@@ -239,7 +239,7 @@ def test_what_is_not_used_is_named(models: list[Path], tmp_path: Path) -> None:
 def test_the_card_says_what_the_backbone_is(models: list[Path]) -> None:
     config = {**merge_config(models[0], models[1:], mode="random"), "backbone": "linear"}
     card = model_card(raymoe.plan(config), make_config(config))
-    assert "Attention, norms and embeddings are the mean (linear) of 2 experts; each expert gives" in card
+    assert "Attention, norms and embeddings are the mean (linear) of 2 experts; each expert contributes" in card
     assert "backbone: linear" in card
 
 

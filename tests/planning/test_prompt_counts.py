@@ -38,7 +38,7 @@ def test_a_warning_says_who_and_how_much(zoo: Callable[..., Path]) -> None:
     (warning,) = warnings_of(zoo, "ridge", 5, 5)
     assert "gate_mode" not in warning and "held out" not in warning
     (warning,) = warnings_of(zoo, "ridge", 5, 1)
-    assert "With one prompt (expert 1) no prompt can be held out: ridge takes a constant strictness" in warning
+    assert "With one prompt (expert 1) no prompt can be held out: ridge then uses a constant regularization" in warning
     assert "held out:" not in warnings_of(zoo, "hidden", 5, 1)[0]
 
 

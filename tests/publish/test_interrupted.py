@@ -199,7 +199,7 @@ def test_the_hub_is_asked_before_the_merge(
     out = tmp_path / "out"
     for arguments, said in (
         (("--push-to-hub", "other/name"), "is not a member of 'other'"),
-        (("--push-to-hub", "name"), "'name' is no name of a repository"),
+        (("--push-to-hub", "name"), "'name' is not a repository name"),
         (("--private",), "--private: nothing is pushed"),
     ):
         refused = cli("merge", config(), out, *arguments)

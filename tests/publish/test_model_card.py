@@ -85,7 +85,7 @@ def test_models_of_the_hub(hub: HubServer, models: Callable[..., Path], tmp_path
         "pipeline_tag": "text-generation",
         "tags": ["merge", "moe", "frankenmoe", "raymoe", "mixtral"],
     }
-    assert "## Licence" not in card.text
+    assert "## License" not in card.text
     assert "`org/base+org/poems`" in card.text
 
 
@@ -123,7 +123,7 @@ def test_local_models_and_what_they_were_made_from(models: Callable[..., Path]) 
 def test_no_licence_where_they_do_not_agree(models: Callable[..., Path], readme: str | None, said: str) -> None:
     card = card_of(local(models("base"), models("law"), models("other", readme)), HubOptions())
     assert not {"license", "license_name", "license_link", "language"} & card.data.to_dict().keys()
-    assert "No one licence is stated by all models" in card.text
+    assert "The source models do not all state the same license" in card.text
     assert "- `law`: apache-2.0" in card.text and f"- `other`: {said}" in card.text
 
 
@@ -198,7 +198,7 @@ def test_routing_figures(models: Callable[..., Path]) -> None:
         ["70%", "45% |"],
         ["80%", "55% |"],
     ]
-    assert "75% of tokens find their expert (chance: 50%), in the weakest layer (0) 60%" in text
+    assert "75% of tokens are routed to their expert first (chance: 50%); in the weakest layer (0), 60%" in text
     assert "find it" not in card_of(config, HubOptions()).text
 
 

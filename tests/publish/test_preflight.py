@@ -40,7 +40,7 @@ def test_files_that_the_repository_ignores(hub: WritableHub, merged: Path, cli: 
     assert (refused.code, refused.out) == (2, "")
     branch = "v2" if options == ("--branch", "v2") else "main"
     said = f"the .gitignore of its branch {branch} keeps files out of a commit: model-00001-of-00006.safetensors, "
-    assert said in refused.err and "and 3 more\n    -> take the lines that name them out" in refused.err
+    assert said in refused.err and "and 3 more\n    -> remove the lines that match them" in refused.err
     assert not hub.uploads and len(hub.history("org/name")) == 2
     hub.commit("org/name", "main", "weights after all", {".gitignore": b"*.bin\n"}, {}, [])
     assert cli("push", merged, "org/name").code == 0
@@ -50,17 +50,17 @@ def test_files_that_the_repository_ignores(hub: WritableHub, merged: Path, cli: 
 def test_a_dry_run_of_a_branch_to_be_made(hub: WritableHub, merged: Path, cli: Cli) -> None:
     looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
     assert looked.code == 0, looked.err
-    assert f"{hub.url}/org/name would be made\nits branch v2 would be made from main\n" in looked.err
+    assert f"{hub.url}/org/name would be created\nits branch v2 would be created from main\n" in looked.err
     assert hub.written == {}
     raymoe.push(merged, "org/name")
     looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
     assert looked.code == 0, looked.err
-    assert looked.err.startswith("its branch v2 would be made from main\n")
+    assert looked.err.startswith("its branch v2 would be created from main\n")
     assert "(branch v2): no file to send; 14 are there already" in looked.err
     assert hub.written["org/name"].heads.keys() == {"main"}
     assert raymoe.push(merged, "org/name", revision="v2").sent == ()  # as was said
     looked = cli("push", merged, "org/name", "--dry-run", "--branch", "v2")
-    assert looked.code == 0 and "would be made" not in looked.err
+    assert looked.code == 0 and "would be created" not in looked.err
 
 
 @pytest.mark.parametrize("options", [("--branch", "v2"), ("--dry-run",)])
@@ -88,9 +88,9 @@ def test_a_card_to_be_is_refused_before_the_merge(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sources": ["a model"]}, "its sources are no list of objects"),
-        ({"sources": {"owner": "base"}}, "its sources are no list of objects"),
-        ({"prompt_files": ["prompts.txt"]}, "its prompt_files are no list of objects"),
+        ({"sources": ["a model"]}, "its sources are not a list of objects"),
+        ({"sources": {"owner": "base"}}, "its sources are not a list of objects"),
+        ({"prompt_files": ["prompts.txt"]}, "its prompt_files are not a list of objects"),
         ({"files": {"config.json": 5}}, "it names no files with their sizes and checksums"),
     ],
 )
@@ -197,7 +197,7 @@ def test_files_that_another_merge_replaces_during_the_push(tmp_path: Path) -> No
     for there in ((), tuple(shards[:1])):
         missing = tuple(file for file in published.files if file not in there)
         comparison = Comparison(head="", unchanged=there, missing=missing, removed=(), others=())
-        with pytest.raises(PushFailed, match=f"{shards[0].name} was written again since the push began"):
+        with pytest.raises(PushFailed, match=f"{shards[0].name} has changed since the push began"):
             upload(published, repository, comparison, lambda said: None)
         published = open_manifest(copied, "org/name", StorageOptions())
     assert committed == []

@@ -118,7 +118,7 @@ def test_weights_of_another_model_go_and_other_files_stay(hub: WritableHub, merg
     hub.commit("org/name", "main", "old model", old, {}, [])
     done = cli("push", merged, "org/name")
     assert done.code == 0
-    assert "files of another model there are removed by the commit" in done.err
+    assert "the commit removes files of another model there" in done.err
     assert "the repository has other files, which stay: eval.json, notes/adapter_config.json" in done.err
     there = hub.files("org/name")
     assert there.keys() == local_files(merged).keys() | {".gitattributes", "eval.json", "notes/adapter_config.json"}
@@ -142,7 +142,7 @@ def test_private(hub: WritableHub, merged: Path, cli: Cli) -> None:
     hub.create("org/public")
     refused = cli("push", merged, "org/public", "--private")
     assert refused.code == 2
-    assert "there already, and public" in refused.err
+    assert "exists already, and is public" in refused.err
     assert hub.history("org/public") == ["initial commit"]
 
 
@@ -191,12 +191,12 @@ def test_refused_outputs(hub: WritableHub, merged: Path, tmp_path: Path, cli: Cl
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["name"], "'name' is no name of a repository"),
-        (["org/na me"], "'org/na me' is no name of a repository"),
-        (["a/b/c"], "is no name of a repository"),
-        (["other/name"], "the token is of tester, who is not a member of 'other'\n    -> push to tester/name"),
+        (["name"], "'name' is not a repository name"),
+        (["org/na me"], "'org/na me' is not a repository name"),
+        (["a/b/c"], "is not a repository name"),
+        (["other/name"], "the token belongs to tester, which is not a member of 'other'\n    -> push to tester/name"),
         (["readers/name"], "tester may only read in 'readers'"),
-        (["org/name", "--revision", "a" * 40], "is no branch that could be pushed to"),
+        (["org/name", "--revision", "a" * 40], "is not a valid branch name"),
         (["org/name", "--message", " "], "the commit's message is empty"),
     ],
 )
@@ -213,7 +213,7 @@ def test_refused_tokens(
 
     hub.accounts["hf_reader"] = account("tester", "read", {"org": "write"})
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    assert "the token in use is for reading only" in refusal(cli, merged, "org/name")
+    assert "the token in use is read-only" in refusal(cli, merged, "org/name")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "the Hub refuses the token" in refusal(cli, merged, "org/name")
     monkeypatch.delenv("HF_TOKEN")
@@ -246,7 +246,7 @@ def test_a_server_without_xet(hub: WritableHub, merged: Path, tmp_path: Path) ->
 def test_a_dry_run_makes_and_sends_nothing(hub: WritableHub, merged: Path, cli: Cli) -> None:
     looked = cli("push", merged, "org/name", "--dry-run", "--private")
     assert looked.code == 0, looked.err
-    assert f"{hub.url}/org/name would be made, private" in looked.err
+    assert f"{hub.url}/org/name would be created, private" in looked.err
     assert f"  would send {SHARDS[0]}, " in looked.err and "  would send README.md, " in looked.err
     assert "  names /" in looked.err, "the merge's models are folders"
     assert "nothing was sent" in looked.err
@@ -259,7 +259,7 @@ def test_a_dry_run_makes_and_sends_nothing(hub: WritableHub, merged: Path, cli: 
 @pytest.mark.parametrize("branch", ["a b", "a..b", "x.lock", "/x", "x/", "a~1", "a@{b", "", "@"])
 def test_branches_that_git_refuses(branch: str, hub: WritableHub, merged: Path, cli: Cli) -> None:
     refused = cli("push", merged, "org/name", "--branch", branch)
-    assert refused.code == 2 and "is no branch that could be pushed to" in refused.err
+    assert refused.code == 2 and "is not a valid branch name" in refused.err
 
 
 def test_a_copy_of_a_published_merge_is_published_under_its_own_name(

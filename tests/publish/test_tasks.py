@@ -113,8 +113,8 @@ def test_refused(merged: Path, zoo: Callable[..., Path], cli: Cli, tmp_path: Pat
     for arguments, said in (
         ([], "nothing to evaluate on"),
         (["--tasks", "x", "--data", "y"], "--data and --tasks are two evaluations"),
-        (["--tasks", "x", "--html", "page.html"], "--html: means nothing with --tasks"),
-        (["--data", "x", "--fewshot", "2"], "--fewshot: means nothing with --data"),
+        (["--tasks", "x", "--html", "page.html"], "--html: has no effect with --tasks"),
+        (["--data", "x", "--fewshot", "2"], "--fewshot: has no effect with --data"),
         (["--tasks", "x", "--include-path", tmp_path / "no"], "there is no such folder"),
         (["--tasks", "no.yaml"], "there is no file no.yaml"),
         (["--tasks", "x", "--limit", "-1"], "--limit: -1 is too small"),

@@ -35,7 +35,7 @@ def test_every_label_expert_and_layer_is_there(experts: int, layers: int) -> Non
         assert name in page.text, "the key, the tables' heads"
         assert f"e{number}" in kinds, "the drawings"
         assert f"layer {layers - 1}, {name}: " in said, "tooltips of the heatmaps and of the load"
-    heatmaps = [s for s in page.all("svg") if "whose first choice is each expert" in str(s["aria-label"])]
+    heatmaps = [s for s in page.all("svg") if "tokens routed first to each expert" in str(s["aria-label"])]
     assert [str(s["aria-label"]).split()[2] for s in heatmaps] == list(result["data"]["per_label"])
     assert len(page.all("pre")) == experts
 

@@ -52,7 +52,7 @@ def test_lines() -> None:
     rights = [(0.9, 0.9), (0.5, 0.5), (0.8, 0.8), (0.6, 0.6), (0.7, 0.7)]
     layers = {n: LayerScores(accuracy_by_expert=right, load=(0.25, 0.75)) for n, right in enumerate(rights)}
     assert summary_lines(RouterSummary(experts=2, layers=layers), NAMES[:2]) == [
-        "routers on held-out prompts: 70% of tokens to their expert first (chance 50%); weakest: layer 1 50%, "
+        "routers on held-out prompts: 70% of tokens routed to their expert first (chance 50%); weakest: layer 1 50%, "
         "layer 3 60%, layer 4 70%",
         "first choices by expert: expert 0 (code) 25%, expert 1 (law) 75%",
     ]

@@ -23,7 +23,7 @@ from tests.runtime.conftest import kill
 
 Run = Callable[..., Any]
 LINE = re.compile(
-    r"routers on held-out prompts: (\d+)% of tokens to their expert first \(chance 33%\); "
+    r"routers on held-out prompts: (\d+)% of tokens routed to their expert first \(chance 33%\); "
     r"weakest: layer 0 \d+%, layer 1 \d+%, layer 2 \d+%"
 )
 

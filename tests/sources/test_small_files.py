@@ -207,9 +207,9 @@ def vocabulary(folder: Path, vocab: dict[str, Any], **others: Any) -> tuple[str,
 
 @pytest.mark.parametrize("number", ["x", None, 0.5, -5])
 def test_ids_of_tokens_that_are_no_numbers(number: Any, tmp_path: Path) -> None:
-    with pytest.raises(ProblemReport, match=r"no tokenizer.json that can be read: ValueError the token 'b' has the id"):
+    with pytest.raises(ProblemReport, match=r"this tokenizer.json can't be read: ValueError the token 'b' has the id"):
         vocabulary(tmp_path, {"a": 0, "b": number})
-    with pytest.raises(ProblemReport, match=r"no tokenizer.json that can be read: ValueError the token 'b' has the id"):
+    with pytest.raises(ProblemReport, match=r"this tokenizer.json can't be read: ValueError the token 'b' has the id"):
         vocabulary(tmp_path, {"a": 0}, added_tokens=[{"id": number, "content": "b", "special": True}])
 
 

@@ -1,6 +1,6 @@
 """The MoE architectures that experts are put into, by the families that they take.
 
-Output names are those of the checkpoints on the Hub, mostly one tensor an expert and matrix, which transformers 4 and
+Output names are those of the checkpoints on the Hub, mostly one tensor per expert and matrix, which transformers 4 and
 5, vLLM, SGLang and llama.cpp's converter read; not the fused names that transformers 5 uses in memory.
 """
 
@@ -17,7 +17,7 @@ from raymoe.architectures.moe_architecture import MoeArchitecture
 
 __all__ = ["MOE_ARCHITECTURES", "find_moe_architecture"]
 
-# In order of preference where a config does not force one: the most widely read layout first.
+# In order of preference where a config does not force one: the most widely supported layout first.
 MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
     architecture.name: architecture
     for architecture in (
@@ -30,7 +30,7 @@ MOE_ARCHITECTURES: Mapping[str, MoeArchitecture] = {
 
 
 def find_moe_architecture(config: Mapping[str, Any]) -> MoeArchitecture | None:
-    """The architecture that a mixture's config.json names; None for what is no mixture that raymoe writes."""
+    """The architecture that a mixture's config.json names; None if raymoe writes no such mixtures."""
     return next(
         (
             architecture

@@ -70,7 +70,7 @@ def _shared_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 
 def _hybrid_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
-    # transformers 4 knows kinds of layers by these names only, and transformers 5 by these too.
+    # transformers 4 knows only these names of layer kinds, and transformers 5 accepts them.
     kinds = {LINEAR: "mamba", ATTENTION: "attention"}
     return {
         **_moe_config(spec, moe),
@@ -93,15 +93,15 @@ def _hybrid_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]
     )
 
 
-# --- With windows: RoPE and windows layer by layer, a sink for each head
+# --- With windows: RoPE and windows per layer, a sink per head
 
 _SWA_EXPERTS = {
     "ffn.gate": _MOE + "experts.gate_up_proj",
     "ffn.up": _MOE + "experts.gate_up_proj",
     "ffn.down": _MOE + "experts.down_proj",
 }
-# A head's output is multiplied by sigmoid(logsumexp(its scores) - sink). SmolLM3 has no sinks, and for this one that is
-# exactly 1. bfloat16 has this number, and float16.
+# A head's output is multiplied by sigmoid(logsumexp(its scores) - sink). SmolLM3 has no sinks: with this value the
+# factor is exactly 1. bfloat16 and float16 can represent the value.
 _NO_SINK = -9984.0
 _SINKS = LAYER + "self_attn.sinks"
 
@@ -114,7 +114,7 @@ def _swa_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "layer_types": spec.window_types,
         "sliding_window": spec.sliding_window or spec.max_positions,
     }
-    # What a family without Granite's keys computes.
+    # Values for a family without Granite's keys: the multipliers have no effect.
     plain: dict[str, Any] = {
         "attention_multiplier": spec.head_dim**-0.5,
         "embedding_multiplier": 1.0,

@@ -65,7 +65,7 @@ def _qwen2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "shared_expert_intermediate_size": spec.intermediate * moe.shared or EMPTY_SHARED_WIDTH,
     }
     if window:
-        # transformers 5 derives other layers from max_window_layers than transformers 4 did: say it outright.
+        # transformers 5 derives other layers from max_window_layers than transformers 4 did, so the layers are listed.
         keys["layer_types"] = spec.window_types
     return keys
 
@@ -84,7 +84,7 @@ def _gated_shared_reasons(moe: MoeShape) -> list[str]:
 def _qwen2_constants(spec: DenseSpec, moe: MoeShape) -> tuple[ConstantRow, ...]:
     rows: list[ConstantRow] = []
     if not spec.qkv_bias:
-        # Not every reader honours `qkv_bias: false`; zeros mean the same to all of them.
+        # Not every program honors `qkv_bias: false`; zeros have the same effect in all of them.
         widths = {"q": "q_out", "k": "kv_out", "v": "kv_out"}
         rows += [ConstantRow(name=QKV_BIAS[f"attn.{p}.bias"], shape=(width,)) for p, width in widths.items()]
     return (*rows, *_empty_shared(spec, moe))
@@ -131,7 +131,7 @@ _DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base"
 def _deepseek_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
     scaling = None
     if spec.rope_scaling:
-        # The form of its time: these two fields, and no other, or its configuration class refuses to load.
+        # The old form: exactly these two fields. Its configuration class refuses any other.
         scaling = {"type": spec.rope_scaling["rope_type"], "factor": spec.rope_scaling["factor"]}
     return {
         "n_routed_experts": moe.experts,
@@ -161,7 +161,7 @@ def _deepseek_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
         reasons.append(f"RoPE scaling {kind!r}: it knows {', '.join(_DEEPSEEK_ROPE)}")
     reasons += ungated_shared_reasons(moe)
     if moe.experts_per_token == 1:
-        reasons.append("experts_per_token 1: it renormalises router weights only for two experts or more")
+        reasons.append("experts_per_token 1: it renormalizes router weights only for two experts or more")
     return reasons
 
 

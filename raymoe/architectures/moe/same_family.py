@@ -116,7 +116,7 @@ def _cohere2_config(spec: DenseSpec, moe: MoeShape) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "rms_norm_eps": None,  # a number there means RMSNorm in place of LayerNorm
         "layer_norm_eps": spec.rms_norm_eps,
-        # transformers has `rope_scaling` among this configuration's keys and does not read it.
+        # This configuration has `rope_scaling` as a key, but transformers does not read it.
         **({"rope_parameters": {"rope_theta": spec.rope_theta, **spec.rope_scaling}} if spec.rope_scaling else {}),
         "attention_bias": spec.qkv_bias,
         "layer_types": spec.window_types,
@@ -135,8 +135,9 @@ def _cohere2_unsupported(spec: DenseSpec, moe: MoeShape) -> list[str]:
 
 # --- LFM2: some layers have a short convolution in place of attention
 
-# transformers divides the scores of the chosen, between 0.5 and 1 each where they are the best of several, by their sum
-# plus this. A factor that is right for scores of 0.75 takes back all of it but a quarter at most (see _lfm2_config).
+# transformers divides the scores of the chosen experts by their sum plus this number. Each score is between 0.5 and 1
+# if it is the best of several. The factor that is exact for scores of 0.75 leaves at most a quarter of the error (see
+# _lfm2_config).
 _LFM2_EPSILON = 1e-6
 
 
@@ -246,7 +247,7 @@ SAME_FAMILY_ARCHITECTURES = (
         shared_key="num_shared_experts",
         min_transformers="5.23",
         runs_in_vllm=True,
-        runs_in_llama_cpp=lambda moe: not moe.shared,  # it takes a mean with the shared expert
+        runs_in_llama_cpp=lambda moe: not moe.shared,  # llama.cpp averages with the shared expert
     ),
     MoeArchitecture(
         name="lfm2_moe",
@@ -264,7 +265,7 @@ SAME_FAMILY_ARCHITECTURES = (
         renormalize_key="norm_topk_prob",
         score_function="sigmoid",
         min_transformers="5.23",
-        note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor takes that back",
+        note="the chosen scores are divided by their sum plus 1e-6; routed_scaling_factor compensates for that",
         runs_in_vllm=True,
     ),
 )

@@ -1,8 +1,8 @@
 """Architectures whose routers score by sigmoid, in the manner of DeepSeek-V3.
 
-Scores of the chosen experts are made to sum to one, and the bias that has a say in the choice is zero: copies of one
-model are then that model. Each has a shared expert in every layer.
-Sources: transformers' `models/deepseek_v3` and `models/glm4_moe`.
+Scores of the chosen experts are made to sum to one, and the bias that affects the choice is zero. So a merge of copies
+of one model computes what that model computes. Each has a shared expert in every layer. Sources: transformers'
+`models/deepseek_v3` and `models/glm4_moe`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A merge as one GGUF file, for llama.cpp and what is built on it. Modules import the package `gguf` where they use it.
+"""Writes a merge as one GGUF file, for llama.cpp and programs built on it. Modules import the package `gguf` where they
+use it.
 
     checkpoint or config --input_model--> InputModel   its tensors by dense names, where each one's bytes come from
     InputModel --choose_target--> Target               llama.cpp's architecture that computes the same, or why none

@@ -1,8 +1,8 @@
-"""Tokens that are found in a text before anything else: special ones, and those that were added later.
+"""Added tokens, which are found in a text before it is split: special tokens, and tokens that were added later.
 
-A tokenizer.json has them in it. Beside a tokenizer.model they are in two other files, and both are read: what is there
-under one id has to be one text. Around them transformers may take spaces away, which llama.cpp does for files of one
-name only (`strip_warnings`).
+A tokenizer.json contains them. With a tokenizer.model, they are listed in two more files. Both are read, and must agree
+on the text of each id. transformers may strip spaces around them; llama.cpp does so only for models with certain names
+(`strip_warnings`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TOKENIZER_FILES_REMEDY = "add the tokenizer files of the base model to the check
 _BY_TEXT = "added_tokens.json"
 _BY_ID = "added_tokens_decoder"
 _NAMED = 5  # of many problems
-# What llama.cpp does where the model's name has one of these: space behind special tokens is taken away, but for that
-# behind three of them; without any of the four there it does not load the file.
-# Source: "set attributes by model/tokenizer/architecture name" in its src/llama-vocab.cpp.
+# If the model's name contains one of these, llama.cpp strips the space after all special tokens but three, and does not
+# load a file that lacks one of the four tokens below. Source: "set attributes by model/tokenizer/architecture name" in
+# its src/llama-vocab.cpp.
 _PHI3 = ("phi-3", "phi3")
 _PHI3_KEPT_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _PHI3_NEEDS = frozenset({*_PHI3_KEPT_SPACES, "</s>"})
@@ -30,7 +30,7 @@ _PHI3_NEEDS = frozenset({*_PHI3_KEPT_SPACES, "</s>"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """`lstrip` and `rstrip`: the space before it, or behind it, is taken away with it."""
+    """`lstrip` and `rstrip`: the space before or after it is stripped."""
 
     number: int
     text: str
@@ -46,7 +46,7 @@ def read_added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
 
 def read_added_token_files(files: Mapping[str, Path], config: Mapping[str, Any]) -> list[AddedToken]:
     """Those of a folder without tokenizer.json: `added_tokens.json`, and `added_tokens_decoder` of the tokenizer's
-    config, which says more of them. Raises ProblemReport for what is none, and for two texts under one id.
+    config, which has more details. Raises ProblemReport for invalid entries, and for two texts under one id.
     """
     found: dict[int, AddedToken] = {}
     problems: list[Problem] = []
@@ -55,7 +55,7 @@ def read_added_token_files(files: Mapping[str, Path], config: Mapping[str, Any])
         if len(problems) > _NAMED:
             break
         if token is None:
-            what = f"{_BY_TEXT if where.endswith(_BY_TEXT) else _BY_ID} has an entry that is no token with an id"
+            what = f"{_BY_TEXT if where.endswith(_BY_TEXT) else _BY_ID} has an entry that is not a token with an id"
             problems.append(Problem(where=where, what=what, remedy=TOKENIZER_FILES_REMEDY))
             continue
         known = found.get(token.number)
@@ -75,7 +75,7 @@ def conflicting_texts_problem(where: str, number: int, first: str, second: str) 
 def _read_entries(
     files: Mapping[str, Path], config: Mapping[str, Any], special: Collection[str]
 ) -> Iterator[tuple[str, AddedToken | None]]:
-    """(file, token) of all entries, None for what is no token."""
+    """(file, token) of all entries; None for one that is not a token."""
     if path := files.get(_BY_TEXT):
         for text, number in read_object(path).items():
             yield str(path), _parse_entry(number, {"content": text}, special)
@@ -98,7 +98,7 @@ def _token(number: int, entry: Mapping[str, Any]) -> AddedToken:
 
 
 def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
-    """Texts that the tokenizer's config calls special: `bos_token` and its like, and lists of others."""
+    """The special tokens in the tokenizer's config: `bos_token` and similar keys, and lists of others."""
     for key, value in config.items():
         if not key.endswith(("_token", "_special_tokens")):
             continue
@@ -109,7 +109,7 @@ def _special_texts(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ProblemReport for a file that is none."""
+    """A JSON object; raises ProblemReport for any other file."""
     try:
         check_size(path.stat().st_size)
         content = read_json(path.read_bytes())
@@ -122,11 +122,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-# --- what llama.cpp makes of the space around them
+# --- how llama.cpp treats the space around them
 
 
 def name_problems(name: str, texts: Collection[str], label: str) -> list[Problem]:
-    """A name with which llama.cpp would not load the file. `texts` are those of all tokens."""
+    """Problems if llama.cpp would not load a file with this name. `texts` are those of all tokens."""
     missing = sorted(_PHI3_NEEDS - set(texts))
     if not _is_phi3(name) or not missing:
         return []
@@ -137,22 +137,22 @@ def name_problems(name: str, texts: Collection[str], label: str) -> list[Problem
 def strip_warnings(
     added: Sequence[AddedToken], special: Collection[str], texts: Collection[str], name: str
 ) -> list[str]:
-    """Tokens around which transformers and llama.cpp differ. `special` are the texts of all that are found first."""
+    """Tokens around which transformers and llama.cpp differ. `special` are the texts of all added tokens."""
     left = [token.text for token in added if token.lstrip]
     right = {token.text for token in added if token.rstrip}
     phi3 = (set(special) | {"</s>"}) - _PHI3_KEPT_SPACES
     warnings = []
     if left:
-        warnings.append(f"space before {short_list(left)} goes with the token in transformers, and stays in llama.cpp")
+        warnings.append(f"space before {short_list(left)} is stripped in transformers, and kept in llama.cpp")
     if stays := right - (phi3 if _is_phi3(name) else set()):
-        text = f"space behind {short_list(sorted(stays))} goes with the token in transformers, and stays in llama.cpp"
+        text = f"space after {short_list(sorted(stays))} is stripped in transformers, and kept in llama.cpp"
         if right == phi3 and set(texts) >= _PHI3_NEEDS:
             text += "; a --name with phi-3 in it makes llama.cpp do the same"
         warnings.append(text)
     if _is_phi3(name) and (goes := phi3 - right):
         warnings.append(
-            f"the name {name!r} makes llama.cpp take away the space behind {short_list(sorted(goes))}, which "
-            "transformers leaves: a --name without phi-3 in it does not"
+            f"the name {name!r} makes llama.cpp strip the space after {short_list(sorted(goes))}, which "
+            "transformers keeps: use a --name without phi-3 in it"
         )
     return warnings
 

@@ -1,7 +1,7 @@
-"""Which architecture of llama.cpp a model is written for, or every reason why there is none.
+"""Chooses the llama.cpp architecture that a model is written for, or gives every reason why there is none.
 
-The architectures are rows of `llama_cpp_archs.ARCHITECTURES`. Nothing here asks for the name of one, or of a family:
-what differs between them is a field of the row.
+The architectures are rows of `llama_cpp_archs.ARCHITECTURES`. Code here never compares names of architectures or
+families: their differences are fields of the row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raymoe.export.gguf.llama_cpp_archs import ARCHITECTURES, BY_FAMILY, DENSE, 
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS in llama.cpp's src/llama-hparams.h
 
-# Kinds of RoPE scaling that can be written, and the settings of each that are.
+# Kinds of RoPE scaling that can be written, and the settings that are written for each.
 _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "linear": frozenset({"factor"}),
@@ -28,7 +28,7 @@ _ROPE_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     }
 )
-# Settings that may be there with these values, which are llama.cpp's too.
+# Settings that may have only these values, which llama.cpp has too.
 _ROPE_DEFAULTS: Mapping[str, object] = MappingProxyType(
     {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
 )
@@ -45,11 +45,11 @@ class Target:
 
     Attributes:
         architecture: The architecture.
-        context: Up to how many tokens it computes what the model computes.
-        rule: How the model goes from router scores to weights. None for a dense model.
+        context: The longest text, in tokens, for which it computes what the model computes.
+        rule: How the model turns router scores into weights. None for a dense model.
         permutes_heads: Rows of q and k are permuted within each head.
         shared: A shared expert is written.
-        warnings: What the file does otherwise than the model.
+        warnings: Where the file differs from the model.
     """
 
     architecture: LlamaCppArchitecture
@@ -88,20 +88,20 @@ def choose_target(spec: DenseSpec, rule: RoutingRule | None, *, shared_is_empty:
 
 
 def _rope_is_interleaved(spec: DenseSpec) -> bool:
-    """Whether it is in transformers too (`rotate_half` in its modeling files). Some configs say so."""
+    """Whether RoPE is interleaved in transformers too (`rotate_half` in its modeling files). Some configs set it."""
     return bool(spec.extra.get("rope_interleave", spec.family.rope_is_interleaved))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reason:
-    """Why no architecture will do."""
+    """The reason why no architecture fits."""
 
     what: str
     remedy: str = "run it with transformers, vLLM or SGLang"
 
 
 def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> LlamaCppArchitecture | _Reason:
-    """The architecture of the family's merges, or the one that computes what this merge is made of.
+    """The architecture of the family's merges, or the one with this merge's features.
 
     Weights over all experts sum to one in any case.
     """
@@ -120,7 +120,7 @@ def _mixture(spec: DenseSpec, rule: RoutingRule, *, shared: bool) -> LlamaCppArc
 
 
 def _by_routing(spec: DenseSpec, rule: RoutingRule, unequal: str, *, sums_to_one: bool, shared: bool) -> str | _Reason:
-    """The name of the architecture that makes weights of router scores as this merge does."""
+    """The name of the architecture that turns router scores into weights as this merge does."""
     if rule.score_function == "sigmoid":
         return "glm4moe"
     if shared and rule.has_shared_gate:
@@ -152,7 +152,7 @@ def _feature_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Ite
     if spec.extra.get("conv_bias"):
         yield "a bias on convolutions: it has none"
     if spec.partial_rotary != 1.0 and not architecture.has_partial_rotary:
-        yield f"a rotary embedding of {spec.partial_rotary:g} of each head: it has one of whole heads"
+        yield f"partial rotary embedding ({spec.partial_rotary:g} of each head): it rotates whole heads only"
     if len(set(spec.kinds)) == 1:
         yield f"all layers of one kind, {spec.kinds[0]}: it has two"
     yield from architecture.unsupported_reasons(spec)
@@ -177,7 +177,7 @@ def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterat
         yield "RoPE scaling 'yarn' with both mscale and mscale_all_dim"
     unset = object()
     for key, value in spec.rope_scaling.items():
-        # Of images, and of yarn (where one of them alone has no effect).
+        # Keys of images, and of yarn (one of them alone has no effect).
         if (key == "alpha" and has_alpha(spec)) or key.startswith(("mrope_", "mscale")):
             continue
         if key not in (*known, "rope_type") and _ROPE_DEFAULTS.get(key, unset) != value:
@@ -185,7 +185,7 @@ def _rope_reasons(spec: DenseSpec, architecture: LlamaCppArchitecture) -> Iterat
 
 
 def _number_reasons(spec: DenseSpec) -> Iterator[str]:
-    """Numbers that the file's 32 bits can't hold, which a config.json may say of no weight."""
+    """Numbers of a config.json that do not fit into the 32 bits of a GGUF file."""
     scaling = spec.rope_scaling or {}
     reals = {
         "rms_norm_eps": spec.rms_norm_eps,
@@ -207,7 +207,7 @@ def _number_reasons(spec: DenseSpec) -> Iterator[str]:
 
 
 def rope_base(spec: DenseSpec) -> float:
-    """The base of rotary frequencies with Hunyuan's `alpha` in it."""
+    """The base of rotary frequencies, including Hunyuan's `alpha`."""
     if not has_alpha(spec):
         return spec.rope_theta
     # `compute_ntk_alpha_rope_parameters` of transformers' models/hunyuan_v1_moe
@@ -226,7 +226,7 @@ def has_alpha(spec: DenseSpec) -> bool:
 
 
 def _context(spec: DenseSpec, architecture: LlamaCppArchitecture) -> tuple[int, list[str]]:
-    """The longest text on which llama.cpp computes what the model computes, and why it is no longer."""
+    """The longest text for which llama.cpp computes what the model computes, and the reasons for that limit."""
     context, warnings = spec.max_positions, []
     if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "dynamic" and not has_alpha(spec):
         warnings.append(

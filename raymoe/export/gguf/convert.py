@@ -1,4 +1,4 @@
-"""`write_gguf`: everything is looked at and refused first, then the file is written from front to back."""
+"""`write_gguf`: checks everything first, then writes the file from front to back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from raymoe.storage.locations import replaced_input
 from raymoe.tensor_names import EMBEDDING
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT: every tensor begins at a multiple
-_NO_DTYPE = np.dtype(np.float32)  # asked for by the writer, which goes by `raw_dtype`
+_NO_DTYPE = np.dtype(np.float32)  # the writer requires it, but uses `raw_dtype`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class _Conversion:
 def write_gguf(source: str | Path, output: str | Path, options: GgufOptions | None = None) -> GgufFile:
     """Write the checkpoint, or the merge of the config (.yaml), `source` as the GGUF file `output`.
 
-    Raises ProblemReport, and leaves no file, with everything that is wrong.
+    Raises ProblemReport with everything that is wrong, and then leaves no file.
     """
     options = options or GgufOptions()
     collector = ProblemCollector(option_problems(options))
@@ -113,7 +113,7 @@ def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, collec
     )
     if collector.problems or target is None or vocabulary is None:
         raise collector.report()
-    # No type of ggml's matrices is as wide as F64.
+    # ggml has no matrices of F64.
     own = model.weights[EMBEDDING].dtype.lower()
     kind = TYPES[(options.type or own.replace("f64", "f32")).lower()]
     conversion = _Conversion(
@@ -130,7 +130,7 @@ def _plan_conversion(model: InputModel, path: Path, options: GgufOptions, collec
 
 
 def _shared_is_empty(model: InputModel) -> bool:
-    """Whether the shared expert is the one of zeros that some hosts have without one; its last matrices are read."""
+    """Whether the shared expert is the one of zeros that some MoE architectures need. Reads its last matrices."""
     ending = f".{model.spec.family.ffn}.shared.down"
     downs = [entry for name, entry in model.weights.items() if name.endswith(ending)]
     if not downs or any(entry.shape[-1] != EMPTY_SHARED_WIDTH for entry in downs):
@@ -142,7 +142,7 @@ def _pretokenizer_warnings(options: GgufOptions) -> list[str]:
     if options.pre is None or options.pre in KNOWN:
         return []
     return [
-        f"--pre {options.pre}: this is none of those that raymoe can tell ({', '.join(KNOWN)}); a file with a name "
+        f"--pre {options.pre}: this is not one that raymoe can detect ({', '.join(KNOWN)}); a file with a name "
         "that llama.cpp does not know can't be loaded"
     ]
 

@@ -1,7 +1,7 @@
-"""The bytes of a tensor as the file has them: taken over as they are, or block by block in another order or type.
+"""Encodes a tensor for the file: its bytes are copied, or converted block by block to another order or type.
 
-A block is whole rows of about `_BLOCK_ELEMENTS`, whole units where rows change places (`changes.Change`). Blocks are
-converted a few ahead by threads, so that at any time only some of them are in memory, whatever the size of the model.
+A block is whole rows of about `_BLOCK_ELEMENTS`, whole units if rows are reordered (`tensor_ops.TensorOp`). Threads
+convert a few blocks ahead, so that only these are in memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class TensorEncoder:
-    """Gives the bytes of tensors, one after the other. A context manager: it has threads."""
+    """Encodes tensors one after the other. A context manager, since it has threads."""
 
     def __init__(self, chunks: ReadChunks) -> None:
         self._chunks = chunks
@@ -60,7 +60,7 @@ class TensorEncoder:
 
 
 def _row_blocks(entry: TensorEntry, unit: int, chunks: ReadChunks) -> Iterator[bytearray]:
-    """The tensor's bytes cut into blocks of whole units of rows, a buffer of its own each."""
+    """The tensor's bytes in blocks of whole units of rows, each in its own buffer."""
     width = math.prod(entry.shape[1:])
     rows = max(1, _BLOCK_ELEMENTS // width // unit) * unit
     size = rows * width * np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize
@@ -93,7 +93,7 @@ def _encode(tensor: GgufTensor, entry: TensorEntry, block: bytearray) -> memoryv
 
 
 def _cast(rows: Float32, kind: TensorType) -> npt.NDArray[np.generic] | None:
-    """None where a value has no place in the type."""
+    """`rows` as `kind`; None if a value does not fit into the type."""
     if kind.name == "f32":
         return rows
     if kind.name == "bf16":

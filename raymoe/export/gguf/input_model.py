@@ -1,7 +1,7 @@
-"""What is converted: a checkpoint that exists, or the merge that a config describes, which is not written for it.
+"""The input of a conversion: an existing checkpoint, or the merge that a config describes, without writing it first.
 
-Both come as the same thing, tensors with a way to get their bytes. Those of a merge are made from its plan's parts as
-they are asked for, in the order of the GGUF file; only the routers are computed before.
+Both are presented as tensors with a function that gives their bytes. The tensors of a merge are computed from its
+plan's parts on demand, in the order of the GGUF file; only the routers are computed before.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ from raymoe.storage.source_reader import SourceReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputModel:
-    """`weights` are by dense names, and under `mlp.` of a layer those of a mixture (see `checkpoints/weight_table.py`).
+    """`weights` are by dense name; those of a MoE block are under `mlp.` of the layer (see
+    `checkpoints/weight_table.py`).
 
     `rule` is None for a dense model. `card` holds the metadata of its model card. `files` are the tokenizer's by their
-    names in the folder. `inputs` are the files that are read. `prepare` computes what is not in any file, and has to be
-    called before `chunks`; `check_unchanged`, after all of them, raises CheckpointError if a source was written.
+    names in the folder. `inputs` are the files that are read. `prepare` computes tensors that are in no file; call it
+    before `chunks`. Call `check_unchanged` at the end: it raises CheckpointError if a source has changed.
     """
 
     label: str
@@ -69,7 +70,7 @@ class InputModel:
 def open_model(source: str | Path, options: GgufOptions) -> Iterator[InputModel]:
     """A checkpoint in a folder or at a URL, or a config (.yaml) of a merge. Raises ProblemReport with what is wrong."""
     path = Path(source).expanduser()
-    # What is no folder is a config, unless it is a file of a checkpoint.
+    # A file is a config, unless it belongs to a checkpoint.
     is_config = path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and not _is_of_a_checkpoint(path))
     is_local = LocationKind.of(str(source)).is_local
     if is_local and is_config and not path.is_dir():
@@ -78,9 +79,9 @@ def open_model(source: str | Path, options: GgufOptions) -> Iterator[InputModel]
         return
     if is_local and path.is_file():
         remedy = "name the folder of a checkpoint, or the config of a merge"
-        raise ProblemReport([Problem(where=str(source), what="this file is no config", remedy=remedy)])
+        raise ProblemReport([Problem(where=str(source), what="this file is not a config", remedy=remedy)])
     if options.config_options:
-        what, remedy = "means nothing for a checkpoint", "leave it out, or name the config of a merge"
+        what, remedy = "has no effect on a checkpoint", "leave it out, or name the config of a merge"
         raise ProblemReport([Problem(where=", ".join(options.config_options), what=what, remedy=remedy)])
     card = read_front_matter(open_checkpoint(source, options.storage))
     facts = resolve_model(ModelRef(model=PathRef(path=Location.parse(source).text)), options.hub, options.storage)
@@ -128,7 +129,7 @@ def _open_planned(config: Path, options: GgufOptions) -> Iterator[InputModel]:
 
 
 class _PlannedParts:
-    """The tensors of a merge, made from its sources one by one."""
+    """The tensors of a merge, computed from its sources one by one."""
 
     def __init__(self, plan: MergePlan, reader: SourceReader, options: GgufOptions) -> None:
         self._plan, self._reader, self._options = plan, reader, options
@@ -163,7 +164,7 @@ class _PlannedParts:
 
 
 def _planned_facts(plan: MergePlan, config: Path, warnings: Sequence[str]) -> ModelFacts:
-    """The checkpoint that the merge would leave: same names, dtypes and shapes, files that are not there."""
+    """The checkpoint that the merge would write: same names, dtypes and shapes, but without files."""
     tensors = {}
     for shard in plan.shards:
         file = SourceFile(location=f"{config}/{shard.file_name}", size=shard.nbytes)
@@ -217,7 +218,7 @@ def _model(
 
 
 def _weight_table(facts: ModelFacts) -> CheckpointModel:
-    """The model as a table of weights by role. Raises ProblemReport for what raymoe can't convert."""
+    """The model as a table of weights by role. Raises ProblemReport if raymoe can't convert it."""
     model_type = facts.config.get("model_type")
     if model_type in DENSE:
         return dense_model(facts, "checkpoint")
@@ -231,5 +232,5 @@ def _weight_table(facts: ModelFacts) -> CheckpointModel:
     try:
         return mixture_model(facts)
     except ProblemReport as report:
-        # The remedies there do not speak of converting.
+        # The remedies there are not about conversions.
         raise ProblemReport([replace(p, remedy=UNCHANGED_REMEDY) for p in report.problems]) from None

@@ -1,7 +1,7 @@
 """The architectures of llama.cpp: what each computes, and which models it runs.
 
-llama.cpp's architectures are programs, and each takes some things for granted. What decides between them is how the
-weights of a token's experts are made of the router's scores, and what a shared expert is multiplied by:
+llama.cpp's architectures are programs with fixed features. They differ in how they turn router scores into the weights
+of a token's experts, and in the factor of a shared expert:
 
     llama       softmax over all experts, the highest k of them, made to sum to one; no shared expert
     qwen3moe    the same, with norms on queries and keys
@@ -19,10 +19,10 @@ weights of a token's experts are made of the router's scores, and what a shared 
     qwen35moe   softmax, made to sum to one, plus a shared expert times the sigmoid of its gate; linear attention on
                 some layers, a gate on attention's output on the others
 
-So a merge does not always go into the architecture that has its name. A Qwen2-MoE of raymoe's whose shared expert is
-empty is a `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its
-shared expert, a `bailingmoe` (`deepseek` does not make the weights sum to one); so is ERNIE's. A merge that no
-architecture computes exactly is refused: a file that loads and says something else is worse than none.
+So a merge does not always use the architecture of the same name. A Qwen2-MoE of raymoe with an empty shared expert is a
+`llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its shared expert,
+a `bailingmoe` (`deepseek` does not make the weights sum to one); so is ERNIE's. A merge that no architecture computes
+exactly is refused: a file that loads but computes something else is worse than none.
 
 Source: `build_moe_ffn` in llama.cpp's src/llama-graph.cpp and the files of these names in src/models; the kinds of
 rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.
@@ -46,24 +46,24 @@ class LlamaCppArchitecture:
     Attributes:
         name: Its name in the file's `general.architecture`.
         dense: Dense model types of transformers that it runs.
-        families: Dense families whose merges it runs, whatever they are made of. The other merges are assigned by
-            what they compute (`choose_target`).
-        score_function: What it makes of router scores before it chooses the highest: softmax or sigmoid.
+        families: Dense families that use it for all merges. Other merges are assigned by their features
+            (`choose_target`).
+        score_function: The function of router scores before it chooses the highest: softmax or sigmoid.
         rope_is_interleaved: Its RoPE rotates dimension 2i of a head with 2i + 1, where transformers rotates i with
             i + d/2. Rows of q and k are permuted for it.
         has_rope_factors: It reads a divisor for each rotary frequency.
         scales_rope: Its RoPE may be scaled.
         has_partial_rotary: Its RoPE may rotate a part of each head.
-        has_windows: It has sliding windows, on the layers that the file names.
+        has_windows: It has sliding windows on layers that the file lists.
         may_tie: The output matrix may be left out. It is the embedding then.
-        needs_shared: Every layer has a shared expert, if one of zeros.
+        needs_shared: Every layer has a shared expert, which may be one of zeros.
         averages_shared: It takes the mean of the shared expert and the sum of the others.
         has_head_dim: The width of a head may differ from hidden size / heads.
         has_layer_norm: Its norms are LayerNorm. Without it, they are RMSNorm.
         has_qkv_bias: It adds biases to q, k and v.
         has_o_bias: It adds a bias to the output of attention.
         has_mlp_bias: It adds biases in the FFN.
-        unsupported_reasons: What of a model it cannot compute, beyond the fields above.
+        unsupported_reasons: Features of a model that it can't compute, besides the fields above.
         multipliers: Keys with a number of the model's own, and the key of config.json that has it.
         state_sizes: Sizes of layers with a state, as symbols of `DenseSpec.size_of`: kernel of the convolution,
             channels, numbers in a state, heads, groups (heads of keys).
@@ -72,7 +72,7 @@ class LlamaCppArchitecture:
         switches_rope: A key says whether the layers with attention have RoPE.
         has_rope_sections: A key says which pairs of a head are rotated by time, height and width.
         has_expert_width: A key of its own says how wide experts are.
-        reads_gating: Keys say what is made of router scores, and that no layer is without experts.
+        reads_gating: Keys set the function of router scores, and that every layer has experts.
         counts_shared: A key says how many experts wide the shared expert is. Without it, a key says how wide it is.
         fuses_shared: The shared expert's gate and up matrices are one tensor.
         tensor_names: Names of tensors, by role, that differ from those of most architectures (`tensor_map`).
@@ -109,7 +109,7 @@ class LlamaCppArchitecture:
     tensor_names: Mapping[str, str] = field(default_factory=dict)
 
 
-# --- what single architectures cannot compute
+# --- features that single architectures can't compute
 
 
 def _cohere2moe_reasons(spec: DenseSpec) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _granitehybrid_reasons(spec: DenseSpec) -> Iterator[str]:
 
 
 def _is_unlimited(limit: Sequence[Any]) -> bool:
-    """Whether steps in time may be anything from 0. transformers writes an infinity as an object."""
+    """Whether time steps may have any value from 0 up. transformers writes infinity as an object."""
     lowest, highest = limit
     return float(lowest) == 0 and (isinstance(highest, Mapping) or float(highest) == math.inf)
 
@@ -315,7 +315,7 @@ DENSE: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
 BY_FAMILY: Mapping[str, LlamaCppArchitecture] = MappingProxyType(
     {family: architecture for architecture in ARCHITECTURES.values() for family in architecture.families}
 )
-"""Families whose merges are all run by one architecture."""
+"""Families that have one architecture for all their merges."""
 
 MIXTURES = (
     "mixtral",

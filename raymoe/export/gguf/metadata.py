@@ -1,4 +1,4 @@
-"""The keys of a GGUF file: what llama.cpp builds the model from, and the tokenizer.
+"""The metadata keys of a GGUF file, from which llama.cpp builds the model and the tokenizer.
 
 Source of keys and meanings: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what the architectures in
 llama.cpp's src/models ask for (`load_arch_hparams`).
@@ -56,7 +56,7 @@ def add_metadata(
 
 
 def _add_origin(writer: Any, card: Mapping[str, Any]) -> None:
-    """What a model card says of licence, languages, tags, and the models of the Hub that it was made from."""
+    """License, languages, tags and base models from the model card."""
     if license := stated_license(card):
         writer.add_license(license.name)
         if license.title:
@@ -99,14 +99,15 @@ def _add_sizes(writer: Any, spec: DenseSpec, target: Target) -> None:
     if CONV in spec.kinds:
         writer.add_shortconv_l_cache(spec.extra["conv_L_cache"])
     if architecture.has_windows:
-        # Some layer has to have a window: where none has (Granite's), all get one that ends with the context.
+        # llama.cpp requires a window on some layer. If no layer has one (Granite's), all get one as long as the
+        # context.
         has_windows = any(spec.sliding_layers)
         writer.add_sliding_window(spec.sliding_window if has_windows else spec.max_positions)
         writer.add_sliding_window_pattern(spec.sliding_layers if has_windows else (True,) * spec.layers)
 
 
 def _add_latent(writer: Any, spec: DenseSpec) -> None:
-    """Of attention whose keys and values are made of latent numbers: all heads have the same, and so one of each."""
+    """Keys of latent attention: all heads share the latent keys and values, so there is one head of each."""
     latent, rotary = spec.extra["kv_lora_rank"], spec.extra["qk_rope_head_dim"]
     writer.add_head_count_kv(1)
     writer.add_key_length(latent + rotary)
@@ -134,12 +135,12 @@ def _add_layer_keys(writer: Any, spec: DenseSpec, architecture: LlamaCppArchitec
     if architecture.lists_recurrent_layers:
         recurrent = [kind == LINEAR for kind in spec.kinds]
         writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
-        # Older versions know every n-th layer with attention only.
+        # Older versions only support attention on every n-th layer.
         every = spec.kinds.index(ATTENTION) + 1
         if all((kind == ATTENTION) == (number % every == 0) for number, kind in enumerate(spec.kinds, 1)):
             writer.add_full_attention_interval(every)
     if architecture.has_rope_sections:
-        # Which of a head's pairs are turned by a position in time, height and width; of text all three are the same.
+        # Which pairs of a head are rotated by the position in time, height and width. In text, all three are equal.
         pairs = spec.rotary_dim // 2
         writer.add_rope_dimension_sections([len(range(axis, pairs, 3)) for axis in range(3)] + [0])
 
@@ -149,7 +150,7 @@ def _add_experts(writer: Any, rule: RoutingRule, target: Target, tensors: Mappin
 
     architecture = target.architecture
     width = tensors["blk.0.ffn_up_exps.weight"].shape[1]
-    # Where an architecture has both lengths, this one is that of layers without experts, of which there are none.
+    # If an architecture has both lengths, this one is for layers without experts, which merges do not have.
     writer.add_feed_forward_length(width)
     writer.add_expert_count(rule.experts)
     writer.add_expert_used_count(rule.per_token)
@@ -174,7 +175,7 @@ def _add_rope(writer: Any, spec: DenseSpec) -> None:
     writer.add_rope_dimension_count(spec.rotary_dim)
     scaling = spec.rope_scaling or {"rope_type": "default"}
     writer.add_rope_freq_base(rope_base(spec))
-    # Llama 3's is in the tensor rope_freqs, and dynamic scaling only begins where the context of the file ends.
+    # Llama 3's scaling is in the tensor rope_freqs. Dynamic scaling begins only after the file's context length.
     if scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])

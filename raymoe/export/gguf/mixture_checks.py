@@ -1,4 +1,4 @@
-"""Whether a mixture is one of raymoe's: what a GGUF file of it would leave out or get wrong is refused."""
+"""Checks that raymoe can have written a mixture. One that a GGUF file can't represent exactly is refused."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from raymoe.tensor_names import HEAD
 ReadChunks = Callable[[TensorEntry], Iterator[memoryview]]
 """The bytes of a tensor in order; each chunk is valid until the next one is asked for."""
 
-# ERNIE's, GLM's and DeepSeek's addition to router scores, on which only the choice of experts depends: a merge's is 0.
+# The bias that ERNIE, GLM and DeepSeek add to router scores for the choice of experts. In a merge it is 0.
 _SCORE_BIAS = "e_score_correction_bias"
-# Settings of other mixtures that raymoe's have at these values, or not at all. LFM2's factor, 1.000002 at most, takes
-# back what transformers adds to a sum and llama.cpp does not.
+# Settings of mixtures that raymoe writes with these values, or not at all. LFM2's factor, at most 1.000002, compensates
+# for a number that transformers adds to a sum and llama.cpp does not.
 _NEUTRAL_VALUES = {"routed_scaling_factor": 1.0, "n_group": 1}
 _TOLERANCE = 3e-6
-# Keys of a host that are no switch: what the dense model or `_shapes` is made of, in any of its forms, and what has
-# nothing to do with the probability of a token.
+# Keys of a MoE config that need no check: the dense model or `_shapes` covers them, or they do not affect the
+# probabilities of tokens.
 _CHECKED_KEYS = frozenset(
     {
         *("attention_bias", "head_dim", "layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling"),
@@ -42,15 +42,15 @@ _MAX_SHOWN = 4
 
 
 def is_zero(entry: TensorEntry, chunks: ReadChunks) -> bool:
-    """Whether every number of a tensor is zero; it is read as far as that takes."""
+    """Whether every number of a tensor is zero. Stops reading at the first other number."""
     return not any(np.frombuffer(chunk, dtype=np.uint8).any() for chunk in chunks(entry))
 
 
 def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks) -> None:
-    """Raises ProblemReport for what a file of this mixture would leave out or get wrong.
+    """Raises ProblemReport if a file could not represent this mixture exactly.
 
-    Additions to router scores of zeros are no loss; other tensors, sizes and settings than raymoe writes are. A setting
-    that the config leaves out is taken for the one that raymoe writes.
+    A bias of zeros on router scores may be left out. Tensors, sizes and settings that raymoe does not write are
+    refused. A setting that the config leaves out counts as the value that raymoe writes.
     """
     used = {ref.entry.name for ref in model.weights.values()}
     left = []
@@ -59,7 +59,7 @@ def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks)
             continue
         if not name.endswith(_SCORE_BIAS) or not is_zero(entry, chunks):
             left.append(name)
-    found = [f"{len(left)} tensor(s) have no place in the file: {', '.join(left[:4])}"] if left else []
+    found = [f"{len(left)} tensor(s) can't be written to the file: {', '.join(left[:4])}"] if left else []
     for name, expected in _shapes(model):
         if (shape := model.weights[name].entry.shape) != expected:
             found.append(f"{model.weights[name].entry.name} has shape {shape}, expected {expected}")
@@ -74,11 +74,11 @@ def check_mixture(facts: ModelFacts, model: CheckpointModel, chunks: ReadChunks)
 
 
 def _expected_settings(facts: ModelFacts, model: CheckpointModel) -> dict[str, Any]:
-    """The keys by which a host of transformers computes one thing or another, with the values that raymoe writes."""
+    """The config keys that change what transformers computes, with the values that raymoe writes."""
     rule, architecture = model.rule, find_moe_architecture(facts.config)
     assert rule is not None and architecture is not None
     shape = MoeShape(experts=rule.experts, experts_per_token=rule.per_token, shared=int(rule.has_shared_expert))
-    # What the rule itself is read from, `choose_target` looks at.
+    # `choose_target` checks the keys of the routing rule.
     read = _CHECKED_KEYS | {architecture.experts_key, architecture.shared_key, architecture.renormalize_key}
     switches = {key: value for key, value in architecture.config(model.spec, shape).items() if key not in read}
     if not rule.has_shared_expert:
@@ -92,7 +92,7 @@ def _matches(value: Any, written: Any) -> bool:
 
 
 def _shapes(model: CheckpointModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape that it must have) of each tensor; how wide experts are, the first of them says."""
+    """(name, required shape) of each tensor. The first expert sets the width of experts."""
     spec, rule = model.spec, model.rule
     assert rule is not None
     for row, _, name in spec.tensors():

@@ -1,4 +1,4 @@
-"""What is asked of a conversion, and what can't be asked."""
+"""Options of a conversion, and their checks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raymoe.sources.hub import HubOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorType:
-    """How elements are stored: `block_bytes` for every `block` neighbours of a row.
+    """How elements are stored: `block_bytes` for every `block` adjacent elements of a row.
 
-    `number` is ggml's for tensors of this type, `file_type` llama.cpp's for files that are mostly of it.
+    `number` is ggml's number of the type, `file_type` llama.cpp's number for files that mostly have this type.
     """
 
     name: str
@@ -53,10 +53,10 @@ TYPES: Mapping[str, TensorType] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufOptions:
-    """`type`: a name of `TYPES`, or None for that of the checkpoint. `pre`: llama.cpp's name of the pre-tokenizer,
-    where the tokenizer's own files do not tell. `name`: what the model is called, by default as the file. `merge`:
-    options of the merge where a config is converted. `device`: where its gates are computed, `cpu`, `cuda` or None,
-    which is a GPU where there is one. `config_options`: options that were given and mean something for a config only.
+    """`type`: a name of `TYPES`, or None for that of the checkpoint. `pre`: llama.cpp's name of the pre-tokenizer, if
+    the tokenizer's files do not show it. `name`: the model's name, by default the file's. `merge`: options of the merge
+    if a config is converted. `device`: where its gates are computed: `cpu`, `cuda` or None (a GPU if there is one).
+    `config_options`: the given options that only affect a config.
     """
 
     type: str | None = None
@@ -76,8 +76,8 @@ class GgufOptions:
 def option_problems(options: GgufOptions) -> Iterator[Problem]:
     yield from device_problems(options.device)
     if options.type is not None and options.type.lower() not in TYPES:
-        remedy = f"one of {', '.join(TYPES)}; others are made of a bf16 file by llama.cpp's llama-quantize"
-        yield Problem(where="--type", what=f"{options.type!r} is no type that raymoe writes", remedy=remedy)
+        remedy = f"one of {', '.join(TYPES)}; llama.cpp's llama-quantize makes others from a bf16 file"
+        yield Problem(where="--type", what=f"{options.type!r} is not a type that raymoe writes", remedy=remedy)
     if not has_gguf():
         what = "the Python package gguf, which GGUF files are written with, is not installed"
         yield Problem(where="", what=what, remedy=install_remedy("gguf"))

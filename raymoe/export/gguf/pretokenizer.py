@@ -1,9 +1,9 @@
-"""The name under which llama.cpp knows how a byte-level BPE tokenizer cuts text before it merges bytes.
+"""llama.cpp's name of a pre-tokenizer: how a byte-level BPE tokenizer splits text before it merges bytes.
 
-llama.cpp has the cutting of each tokenizer it knows in its own code, under names that only it uses. Here the name is
-found by what the tokenizer.json says: the steps of its `pre_tokenizer` have to be those of a row, character by
-character. What is in no row is never guessed: another cutting gives other tokens for the same text, which nobody
-notices but in the quality of answers. Of normalisers only NFC passes, which llama.cpp leaves to the writer of the text.
+llama.cpp implements each known pre-tokenizer in its own code, under its own names. Here the name is found from the
+tokenizer.json: the steps of its `pre_tokenizer` must equal those of a row, character by character. Others are never
+guessed: another split gives other tokens for the same text, and the only symptom is worse answers. The only normalizer
+that is accepted is NFC, which llama.cpp leaves to the author of the text.
 
 Source of the table: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp, which quotes the patterns of the
 tokenizer.json that it stands for.
@@ -35,9 +35,9 @@ _GPT4O = (
 
 Steps = tuple[tuple[str, ...], ...]
 _BYTES: tuple[str, ...] = ("bytes",)
-_GPT2_BYTES: tuple[str, ...] = ("bytes", "gpt2")  # ByteLevel cuts by GPT-2's pattern itself
+_GPT2_BYTES: tuple[str, ...] = ("bytes", "gpt2")  # ByteLevel itself splits by GPT-2's pattern
 
-# (steps, whether a word that is a token as a whole is taken without merging, name)
+# (steps, whether a word that is a whole token is used without merging, name)
 _TABLE: tuple[tuple[Steps, bool, str], ...] = (
     ((_GPT2_BYTES,), False, "gpt-2"),
     ((("digits", "each"), _GPT2_BYTES), False, "smollm"),
@@ -52,7 +52,7 @@ KNOWN = tuple(name for _, _, name in _TABLE)
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for the cutting of a tokenizer.json; None if it is none of the table's."""
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json; None if the table does not have it."""
     if (tokenizer.get("normalizer") or {}).get("type") not in (None, "NFC"):
         return None
     steps = _steps(tokenizer.get("pre_tokenizer"))

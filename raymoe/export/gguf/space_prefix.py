@@ -1,7 +1,7 @@
-"""The space that SentencePiece's tokenizers put before a text: its first word is then the token that it is elsewhere.
+"""The space that SentencePiece's tokenizers put before a text, so that its first word has the same token as elsewhere.
 
-llama.cpp puts one before a text and behind every special token, or none at all. In transformers a normaliser does the
-same; a Metaspace puts none where there is a space already, and may do it at the beginning of the text only.
+llama.cpp puts one before a text and after every special token, or none at all. In transformers a normalizer does the
+same. A Metaspace adds none if there is a space already, and may add it only at the beginning of the text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from raymoe.architectures import FAMILIES, find_moe_architecture
 
-_ALWAYS_DIFFERENCE = "puts none where there is one already"
-_FIRST_DIFFERENCE = "puts it before the text only, and none where the text begins with one"
+_ALWAYS_DIFFERENCE = "adds none where there is one already"
+_FIRST_DIFFERENCE = "adds it before the text only, and none if the text begins with one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpacePrefix:
-    """`difference`: what the tokenizer does otherwise than llama.cpp, empty where it does the same."""
+    """`difference`: how the tokenizer differs from llama.cpp; empty if it does not."""
 
     is_added: bool
     difference: str = ""
@@ -27,15 +27,16 @@ class SpacePrefix:
     def warnings(self) -> list[str]:
         if not self.difference:
             return []
-        return [f"llama.cpp puts a space before a text and behind every special token; transformers {self.difference}"]
+        return [f"llama.cpp puts a space before a text and after every special token; transformers {self.difference}"]
 
 
 def space_prefix(
     config: Mapping[str, Any], tokenizer: Mapping[str, Any], of_model: bool, model_type: object
 ) -> SpacePrefix:
-    """What a tokenizer does by its config, its tokenizer.json (empty if there is none) and its tokenizer.model.
+    """The space prefix of a tokenizer, from its config, its tokenizer.json (empty if there is none) and its
+    tokenizer.model.
 
-    A LlamaTokenizer that is made anew goes by its config, every other one by its tokenizer.json.
+    A LlamaTokenizer that transformers rebuilds follows its config, every other tokenizer its tokenizer.json.
     """
     add_prefix_space = config.get("add_prefix_space")
     name = config.get("tokenizer_class")
@@ -54,14 +55,14 @@ def space_prefix(
 
 
 def _is_read_as_is(model_type: object) -> bool:
-    """Whether transformers 5 makes no LlamaTokenizer of a tokenizer.json anew."""
+    """Whether transformers 5 reads a tokenizer.json as it is, and does not rebuild it as a LlamaTokenizer."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     rows = (family, find_moe_architecture({"model_type": model_type}))
     return any(row is not None and row.reads_tokenizer_as_is for row in rows)
 
 
 def _read_space_prefix(tokenizer: Mapping[str, Any]) -> SpacePrefix:
-    """What the normaliser or the pre-tokenizer puts before the text."""
+    """The space prefix of the normalizer or the pre-tokenizer."""
     if any(stage["type"] == "Prepend" for stage in _stages(tokenizer.get("normalizer"), "normalizers")):
         return SpacePrefix(is_added=True)
     found = [s for s in _stages(tokenizer.get("pre_tokenizer"), "pretokenizers") if s["type"] == "Metaspace"]
@@ -72,7 +73,7 @@ def _read_space_prefix(tokenizer: Mapping[str, Any]) -> SpacePrefix:
 
 
 def _stages(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normaliser or pre-tokenizer, those of sequences (under the key `inner`) one by one."""
+    """The steps of a normalizer or pre-tokenizer, those of sequences (under the key `inner`) one by one."""
     if stage is None:
         return []
     return [step for part in stage[inner] for step in _stages(part, inner)] if inner in stage else [stage]

@@ -1,9 +1,9 @@
-"""The file: whether it can be written, and how it comes to its place only when it is whole.
+"""The output file: checks that it can be written, and moves it to its path only when it is complete.
 
-It is written as `NAME.raymoe-part` beside its place, synced, and moved there in one step. A file that is there by then
-is replaced only if that was asked for. The part is there, and locked, from the beginning of a run: another run for the
-same file is refused before it computes anything. A part that was left by a run that died is written anew. Anything
-else of that name (a link, a folder, a file that is no beginning of a GGUF file) is not raymoe's: the run is refused.
+It is written as `NAME.raymoe-part` in the same folder, synced, and moved to its path in one step. An existing file is
+replaced only with `overwrite`. The part exists and is locked from the beginning of a run, so another run for the same
+file is refused before it computes anything. A part that a stopped run has left is rewritten. Anything else of that name
+(a link, a folder, a file that is not the beginning of a GGUF file) does not belong to raymoe, and the run is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAGIC = b"GGUF"
 
 
 def output_path(output: str | Path) -> Path:
-    """The absolute path of the file, as a user names it. Raises ProblemReport for what is no local path."""
+    """The absolute path of the file that the user named. Raises ProblemReport if it is not a local path."""
     try:
         location = Location.parse(output)
     except ValueError as error:
@@ -42,7 +42,7 @@ def output_path(output: str | Path) -> Path:
 
 
 def _path_problems(path: Path) -> list[Problem]:
-    """What can be said against the place itself."""
+    """Problems of the path itself."""
     if is_in_job_package(str(path)):
         what = "it is in the working directory of a Ray job, which Ray deletes when the job has ended"
         return [Problem(where=str(path), what=what, remedy="name a file in a folder that stays, by its whole path")]
@@ -57,16 +57,17 @@ def _path_problems(path: Path) -> list[Problem]:
 
 
 def disk_space_problems(path: Path, size: int) -> list[Problem]:
-    """Less free than `size` bytes. What a file holds that is replaced counts as used: both are there for a moment."""
+    """A problem if less than `size` bytes are free. A file that is replaced counts as used, since both exist for a
+    moment."""
     free = shutil.disk_usage(path.parent).free
     if free >= size:
         return []
-    what = f"not enough disk: {size:,} bytes are to be written, {free:,} are free"
+    what = f"not enough disk: {size:,} bytes are needed, {free:,} are free"
     return [Problem(where=str(path), what=what, remedy="make room, or choose a smaller --type or another folder")]
 
 
 class StagingFile:
-    """The file under its name of the meantime, open and locked. `commit` brings it to its place."""
+    """The file under its temporary name, open and locked. `commit` moves it to its path."""
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         self.path, self.part = path, path.with_name(path.name + _PART)
@@ -84,14 +85,15 @@ class StagingFile:
         self.size = self._written_back = 0
 
     def _try_lock(self) -> bool:
-        """Whether the lock is ours, on the file that has the name: another run may have moved it to its place since."""
+        """Whether this run holds the lock on the file of that name. Another run may have moved the locked file
+        since."""
         with contextlib.suppress(OSError):  # of a filesystem without locks
             if not try_lock(self._descriptor):
                 return False
         return has_name(self._descriptor, self.part)
 
     def continue_after_header(self, size: int) -> None:
-        """Go on behind what has been written under the name `part`; the file will have `size` more bytes."""
+        """Continue after the bytes already written to `part`; `size` more bytes will follow."""
         self.size = os.fstat(self._descriptor).st_size
         allocate(self._descriptor, self.size + size)
 
@@ -113,7 +115,7 @@ class StagingFile:
         sync_folder(self.path.parent)
 
     def _move_without_replacing(self) -> None:
-        """A second name is only given where there is no file of that name, which moving does not ask for."""
+        """Move without replacing a file: linking fails if the name exists, but renaming does not."""
         try:
             os.link(self.part, self.path)
         except FileExistsError:
@@ -130,7 +132,7 @@ class StagingFile:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises ProblemReport for what the filesystem refuses within."""
+        """Raises ProblemReport for errors of the filesystem within the block."""
         try:
             yield
         except OSError as error:
@@ -144,7 +146,7 @@ class StagingFile:
 
 @contextmanager
 def open_staging_file(path: Path, *, overwrite: bool = False) -> Iterator[StagingFile]:
-    """A file that is gone again unless it was committed. Raises ProblemReport where it can't be, or one is there."""
+    """A file that is removed unless it was committed. Raises ProblemReport if it can't be made, or the path exists."""
     if problems := _path_problems(path):
         raise ProblemReport(problems)
     try:
@@ -159,10 +161,10 @@ def open_staging_file(path: Path, *, overwrite: bool = False) -> Iterator[Stagin
 
 
 def _open_part(path: Path, part: Path) -> int:
-    """The part, new or left by a run that died; never what a link leads to. Raises ProblemReport and OSError."""
+    """Open the part, new or left by a stopped run; links are not followed. Raises ProblemReport and OSError."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.lstat(path), os.lstat(part)):
-            part.unlink()  # a run died when the whole file had its name, and this one still
+            part.unlink()  # a run stopped when the complete file had both names
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666)
@@ -179,7 +181,7 @@ def _open_part(path: Path, part: Path) -> int:
 
 
 def _is_part(descriptor: int) -> bool:
-    """Whether an open file is what a run of raymoe leaves: of one name, and empty or a GGUF file's beginning."""
+    """Whether an open file is a part that raymoe has left: it has one name, and is empty or begins as a GGUF file."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         return False
@@ -192,12 +194,12 @@ def _locked_problem(path: Path) -> Problem:
 
 
 def _foreign_part_problem(part: Path) -> Problem:
-    what = "the file is written under this name first, and something else has it"
+    what = "the file is first written under this name, but something else has it"
     return Problem(where=str(part), what=what, remedy="move it away, or choose another name for the GGUF file")
 
 
 def _exists_problem(path: Path) -> Problem:
-    return Problem(where=str(path), what="this file is there already", remedy="--overwrite replaces it")
+    return Problem(where=str(path), what="this file exists already", remedy="--overwrite replaces it")
 
 
 def _write_problem(path: Path, error: OSError) -> Problem:

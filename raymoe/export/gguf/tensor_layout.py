@@ -1,6 +1,6 @@
 """The tensors of a GGUF file: names, shapes and types, and which tensors of the model each one is made of.
 
-Every matrix of a layer's experts is one tensor, (experts, out, in): the experts' own, one behind the other.
+Each matrix of a layer's experts is one tensor, (experts, out, in), with the experts' matrices in order.
 Shapes are row-major as in safetensors; GGUF itself names the dimensions in the other order.
 """
 
@@ -25,13 +25,13 @@ from raymoe.sources.facts import TensorEntry
 Float32 = npt.NDArray[np.float32]
 
 _MATRICES = ("gate", "up", "down")
-# Small and sensitive, as vectors are: routers and kernels of convolutions.
+# Small and sensitive, as are vectors: routers and kernels of convolutions.
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", ".shortconv.conv.weight", ".ssm_conv1d.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """`sources` one behind the other, each with `op`, are the tensor, or `values` are where there are none."""
+    """The tensor is the concatenation of `sources`, each with `op`; or `values` if there are no sources."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class GgufTensor:
 def file_tensors(
     spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry], wanted: TensorType
 ) -> tuple[GgufTensor, ...]:
-    """All tensors of the file: those of no layer, then layer by layer."""
+    """All tensors of the file: those outside layers, then layer by layer."""
     mappings = list(_dense_mappings(spec, target, weights))
     if target.rule is not None:
         for layer in range(spec.layers):
@@ -69,7 +69,7 @@ def file_tensors(
 
 
 def _dense_mappings(spec: DenseSpec, target: Target, weights: Mapping[str, TensorEntry]) -> Iterator[TensorMapping]:
-    """All but a mixture's FFN."""
+    """All tensors except a mixture's FFN."""
     for row, layer, name in spec.tensors():
         if row.is_ffn and target.rule is not None:
             continue
@@ -81,7 +81,7 @@ def _dense_mappings(spec: DenseSpec, target: Target, weights: Mapping[str, Tenso
 def _moe_mappings(
     block: str, mlp: str, rule: RoutingRule, target: Target, weights: Mapping[str, TensorEntry]
 ) -> Iterator[TensorMapping]:
-    """What a layer has in the place of its FFN."""
+    """The tensors of a layer's MoE block."""
 
     def of(name: str, *sources: str) -> TensorMapping:
         entries = tuple(weights[mlp + source] for source in sources)
@@ -105,12 +105,12 @@ def _moe_mappings(
 
 
 def _constants(spec: DenseSpec, target: Target) -> Iterator[GgufTensor]:
-    """Tensors whose values follow from the config."""
+    """Tensors with values that follow from the config."""
     factors = rope_factors(spec) if target.architecture.has_rope_factors else None
     if factors is not None:
         yield _constant_tensor("rope_freqs.weight", factors.tolist())
     if target.architecture.score_function == "sigmoid" and target.rule is not None:
-        # An addition to the scores by which experts are chosen; a merge's is zero (`mixture_checks.check_mixture`).
+        # The bias on the scores that choose experts; in a merge it is zero (`mixture_checks.check_mixture`).
         for layer in range(spec.layers):
             yield _constant_tensor(f"blk.{layer}.exp_probs_b.bias", [0.0] * target.rule.experts)
 
@@ -125,9 +125,9 @@ def _layer_of(tensor: GgufTensor) -> int:
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:
-    """Vectors, routers and kernels are always f32, as llama.cpp's own converter has them.
+    """Vectors, routers and kernels are always f32, as in llama.cpp's own converter.
 
-    In a file of 4 bits, embedding and output matrix have 8. Rows that are no whole number of blocks stay f16.
+    In a 4-bit file, embedding and output matrix have 8 bits. Rows that are not a whole number of blocks are f16.
     """
     if max(shape) == math.prod(shape) or name.endswith(_ALWAYS_F32):
         return TYPES["f32"]
@@ -141,15 +141,16 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorTyp
 def rope_factors(spec: DenseSpec) -> Float32 | None:
     """What each rotary frequency is divided by with Llama 3's scaling, (head_dim / 2,). None without it.
 
-    Waves much shorter than the original context stay, much longer ones are stretched by `factor`, those between by a
-    blend of both. Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py.
+    Wavelengths much shorter than the original context stay, much longer ones are stretched by `factor`, and those
+    between by a blend of both. Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py.
     """
     scaling: Mapping[str, Any] | None = spec.rope_scaling
     if scaling is None or scaling["rope_type"] != "llama3":
         return None
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
-    # How many waves fit into the original context: all of them with `high` and more, none with `low` and less.
+    # How many wavelengths fit into the original context. With `high` or more, a wavelength stays; with `low` or less,
+    # it is stretched by the whole factor.
     original = scaling.get("original_max_position_embeddings") or spec.max_positions
     waves = original * turns / (2 * math.pi)
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)

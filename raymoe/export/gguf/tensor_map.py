@@ -1,8 +1,7 @@
-"""Which tensors of a GGUF file are made of which tensor of the model, and in what form.
+"""Maps each tensor of the model to tensors of a GGUF file, and their form.
 
-Most are taken over under another name. What is not: q and k for a rotary embedding that turns neighbours, DeepSeek's
-latent keys and values, which llama.cpp has in two tensors, the states of Mamba and of Qwen3.5's linear attention, and
-Qwen3.5's norms.
+Most are copied under another name. The exceptions: q and k for an interleaved RoPE, DeepSeek's latent keys and values,
+which llama.cpp has in two tensors, the states of Mamba and of Qwen3.5's linear attention, and Qwen3.5's norms.
 
 Names: LLM_TENSOR_NAMES in llama.cpp's src/llama-arch.cpp; shapes: `load_arch_tensors` in its src/models.
 """
@@ -21,7 +20,7 @@ from raymoe.sources.facts import TensorEntry
 
 
 class TensorMapping(NamedTuple):
-    """`sources` one behind the other, each with `op`, are the tensor `name`."""
+    """The tensor `name` is the concatenation of `sources`, each with `op`."""
 
     name: str
     sources: tuple[TensorEntry, ...]
@@ -29,8 +28,8 @@ class TensorMapping(NamedTuple):
     op: TensorOp = IDENTITY
 
 
-# Roles of a dense model (architectures/tensor_tables.py), and what llama.cpp calls them, in each layer or once. What an
-# architecture calls otherwise is in its row (`LlamaCppArchitecture.tensor_names`).
+# Roles of a dense model (architectures/tensor_tables.py), and their names in llama.cpp, in each layer or once. An
+# architecture's other names are in its row (`LlamaCppArchitecture.tensor_names`).
 _NAMES = {
     "embed": "token_embd.weight",
     "norm.final": "output_norm.weight",
@@ -82,7 +81,7 @@ _PLUS_ONE = ("norm.input", "norm.post", "norm.final", "attn.q_norm", "attn.k_nor
 def map_tensor(
     spec: DenseSpec, target: Target, row: TensorRow, layer: int | None, source: TensorEntry
 ) -> Iterator[TensorMapping]:
-    """What the file has of one tensor of the model."""
+    """The tensors of the file that come from one tensor of the model."""
     if row.role == "mla.kv_b":
         yield from _latent(spec, f"blk.{layer}.", source)
         return
@@ -116,7 +115,8 @@ def _tensor_op(spec: DenseSpec, target: Target, role: str) -> TensorOp:
 
 
 def _latent(spec: DenseSpec, block: str, source: TensorEntry) -> Iterator[TensorMapping]:
-    """Keys and values out of latent numbers, (heads * (keys + values), latent): keys by columns, values by rows."""
+    """The projection of latent numbers to keys and values, (heads * (keys + values), latent): keys transposed, values
+    as rows."""
     keys, values, latent = (spec.extra[key] for key in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
     unit = keys + values
     of_keys = TensorOp(unit=unit, rows=tuple(range(keys)), transposed=True)
@@ -137,9 +137,9 @@ def _mamba(name: str, role: str, source: TensorEntry) -> TensorMapping:
 
 
 def _linear(spec: DenseSpec, name: str, role: str, source: TensorEntry) -> TensorMapping:
-    """Of Qwen3.5's linear attention. Several heads of values may belong to one of keys.
+    """A tensor of Qwen3.5's linear attention. Several value heads may belong to one key head.
 
-    In the model they follow each other; llama.cpp has the first one of all heads of keys, then the second of all.
+    In the model they are adjacent; llama.cpp has the first value head of all key heads, then the second of all.
     """
     keys, values = spec.extra["linear_num_key_heads"], spec.extra["linear_num_value_heads"]
     width = spec.extra["linear_value_head_dim"]

@@ -1,4 +1,4 @@
-"""What a tensor of the file has in another form than the model's: the order of rows and columns, and its numbers."""
+"""Operations that convert a tensor of the model for the file: they reorder rows and columns, and change numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorOp:
-    """Done to every `unit` rows of a matrix, in this order.
+    """A sequence of operations on each block of `unit` rows of a matrix.
 
-    `rows` of them are taken (all, where it is empty), columns are put in the order of `columns`, rows and columns
-    change places if `transposed`, and `function` is done to each number.
+    First `rows` selects rows (all, if it is empty), then columns are put in the order of `columns`, the block is
+    transposed if `transposed`, and `function` is applied to each number.
     """
 
     unit: int = 1
@@ -26,7 +26,7 @@ class TensorOp:
     function: Callable[[Float32], Float32] | None = None
 
     def __call__(self, rows: Float32) -> Float32:
-        """Of (units * unit, columns), row after row of all units."""
+        """Apply the operation to (units * unit, columns); the results of all units are concatenated."""
         units = rows.reshape(-1, self.unit, rows.shape[1])
         if self.rows:
             units = units[:, list(self.rows)]
@@ -42,10 +42,10 @@ IDENTITY = TensorOp()
 
 
 def interleave_order(dimensions: int, before: int = 0) -> tuple[int, ...]:
-    """The rows of a head of q or k in the order of a rotary embedding that turns neighbours.
+    """The rows of a head of q or k in the order of an interleaved RoPE.
 
-    Rows i and i + dimensions / 2 become rows 2i and 2i + 1: the pairs that are turned together, and by which angle,
-    stay the same. `before` of them are rows that are not turned.
+    Rows i and i + dimensions / 2 become rows 2i and 2i + 1, so that each pair is still rotated together, by the same
+    angle. The first `before` rows are not rotated.
 
     Source: ggml's GGML_ROPE_TYPE_NORMAL, and `rotate_half` of transformers' models/llama.
     """
@@ -55,12 +55,12 @@ def interleave_order(dimensions: int, before: int = 0) -> tuple[int, ...]:
 
 
 def plus_one(numbers: Float32) -> Float32:
-    """Weights of a norm that multiplies by one plus them."""
+    """Weights of a norm that multiplies by 1 + weight, plus one."""
     added: Float32 = numbers + np.float32(1)
     return added
 
 
 def minus_exp(numbers: Float32) -> Float32:
-    """The rate of decay of a state, of which checkpoints have the logarithm."""
+    """The decay rate of a state; checkpoints store its logarithm."""
     rates: Float32 = -np.exp(numbers)
     return rates

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file holds it, from the tokenizer files of a checkpoint.
+"""The tokenizer of a GGUF file, from the tokenizer files of a checkpoint.
 
-Two kinds are known to llama.cpp by these names: `gpt2`, byte-level BPE with its merges in order (tokenizer.json), and
+Two kinds are supported, by llama.cpp's names: `gpt2`, byte-level BPE with its merges in order (tokenizer.json), and
 `llama`, SentencePiece's BPE with a score for every token (tokenizer.model, or a tokenizer.json that was made of one).
-Special tokens, and the chat template, are read by the gguf package.
+The gguf package reads special tokens and the chat template.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _MAX_SHOWN = 4
 class Vocabulary:
     """`tokens` has an entry for each row of the embedding. `scores` are SentencePiece's, `pre` and merges BPE's.
 
-    `special` is the gguf package's SpecialVocab: merges, ids of special tokens, what is put around a text, template.
-    `warnings` say which texts transformers cuts otherwise.
+    `special` is the gguf package's SpecialVocab: merges, ids of special tokens, whether BOS and EOS are added,
+    template. `warnings` say which texts transformers tokenizes differently.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Vocabulary:
 
 @dataclass(slots=True, kw_only=True)
 class _Tokens:
-    """Tokens by id while they are gathered."""
+    """Tokens by id while they are collected."""
 
     text: dict[int, str]
     type: dict[int, int]
@@ -73,7 +73,7 @@ class _Tokens:
     def drop_added(self, size: int) -> list[AddedToken]:
         """Remove added tokens without a row in an embedding of `size` rows, and return them.
 
-        No merge makes an added token, so that the rest of the vocabulary does not need it.
+        No merge produces an added token, so the rest of the vocabulary does not need it.
         """
         beyond = [token for token in self.added if token.number >= size]
         self.added = [token for token in self.added if token.number < size]
@@ -82,7 +82,7 @@ class _Tokens:
         return beyond
 
     def special_texts(self) -> list[str]:
-        """Those that llama.cpp looks for in a text before it cuts it."""
+        """The tokens that llama.cpp looks for in a text before it splits the text."""
         return [self.text[number] for number, kind in self.type.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
 
 
@@ -91,8 +91,8 @@ def read_vocabulary(
 ) -> Vocabulary:
     """The tokenizer among `files` for an embedding of `size` rows.
 
-    `pre` is llama.cpp's name of the pre-tokenizer, where the caller knows it, `name` what the file calls the model.
-    Raises ProblemReport for a tokenizer that llama.cpp has none for, or that is not known to be one of its own.
+    `pre` is llama.cpp's name of the pre-tokenizer, if the caller knows it; `name` is the model's name in the file.
+    Raises ProblemReport for a tokenizer that llama.cpp lacks, or that raymoe does not recognize.
     """
     tokenizer_config = _read_config(files)
     tokens, model, pre = _tokens(files, config, tokenizer_config, pre, label)
@@ -154,7 +154,7 @@ def _tokens(
             tokens.space = space_prefix(tokenizer_config, tokenizer, True, config.get("model_type"))
             return _with_added(tokens, read_added_tokens(tokenizer)), _SENTENCEPIECE, "default"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        what = f"this is no tokenizer.json that can be read: {type(error).__name__} {error}"
+        what = f"this tokenizer.json can't be read: {type(error).__name__} {error}"
         raise ProblemReport([Problem(where=str(path), what=what, remedy=TOKENIZER_FILES_REMEDY)]) from error
     what = "there is neither a tokenizer.json nor a tokenizer.model, and a GGUF file holds its tokenizer"
     raise ProblemReport([Problem(where=label, what=what, remedy=TOKENIZER_FILES_REMEDY)])
@@ -166,7 +166,7 @@ def _read_sentencepiece(
     tokenizer_config: Mapping[str, Any],
     tokenizer: Mapping[str, Any],
 ) -> _Tokens:
-    """Of a tokenizer.model; `tokenizer` is the tokenizer.json beside it, if there is one."""
+    """The tokens of a tokenizer.model; `tokenizer` is the tokenizer.json next to it, if there is one."""
     path = files["tokenizer.model"]
     tokens, adds_space = _sentencepiece_tokens(path)
     tokens.space = space_prefix(tokenizer_config, tokenizer, adds_space, config.get("model_type"))
@@ -200,8 +200,8 @@ def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
 def _known_pre(tokenizer: Mapping[str, Any], where: str) -> str:
     name = pre_tokenizer_name(tokenizer)
     if name is None:
-        what = f"it cuts text in no way that raymoe knows llama.cpp's name of ({', '.join(KNOWN)})"
-        remedy = "if llama.cpp has one that cuts text the same way, name it: --pre NAME (tokenizer.ggml.pre)"
+        what = f"raymoe does not know llama.cpp's name for the way it splits text ({', '.join(KNOWN)})"
+        remedy = "if llama.cpp has one that splits text the same way, name it: --pre NAME (tokenizer.ggml.pre)"
         raise ProblemReport([Problem(where=where, what=what, remedy=remedy)])
     return name
 
@@ -214,7 +214,7 @@ def _byte_level_tokens(tokenizer: Mapping[str, Any]) -> _Tokens:
 
 
 def _with_added(tokens: _Tokens, added: list[AddedToken]) -> _Tokens:
-    """Tokens that are found in a text before anything else: control tokens, and the user's own."""
+    """Adds tokens that are found before a text is split: control tokens and user-defined ones."""
     for token in added:
         if tokens.type.get(token.number) != UNKNOWN:
             kind = CONTROL if token.special else USER_DEFINED
@@ -244,7 +244,7 @@ def _sentencepiece_tokens(path: Path) -> tuple[_Tokens, bool]:
 
 
 def _sentencepiece_like_tokens(tokenizer: Mapping[str, Any], where: str) -> _Tokens:
-    """Of a tokenizer.json that was made of a tokenizer.model; scores put the merges into the order that they have."""
+    """The tokens of a tokenizer.json that was made from a tokenizer.model; the scores keep the order of the merges."""
     model = tokenizer["model"]
     if model.get("type") not in ("BPE", None) or not model.get("byte_fallback"):
         raise ProblemReport([_no_bpe_problem(where)])
@@ -299,7 +299,7 @@ def _special(
 
 
 def _without_absent_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config without negative ids of special tokens: -1 says that there is no such token."""
+    """A model's config without negative ids of special tokens: -1 means that there is no such token."""
     kept: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -310,9 +310,9 @@ def _without_absent_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bool]:
-    """Whether BOS and EOS are put around a text: as the tokenizer's config says, else as its tokenizer.json does.
+    """Whether BOS and EOS are added to a text, by the tokenizer's config, or else by its tokenizer.json.
 
-    Always said outright: llama.cpp has a default of its own for each pre-tokenizer.
+    Always written, since llama.cpp has its own default for each pre-tokenizer.
     """
     around: dict[str, bool] = {}
     seen: list[int] | None = None
@@ -327,8 +327,8 @@ def _added_around(files: Mapping[str, Path], config: Mapping[str, Any], ids: Map
 
 
 def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
-    """tokenizer_config.json. What special_tokens_map.json says goes before it where it is older than the key
-    `added_tokens_decoder`, as in transformers.
+    """tokenizer_config.json. As in transformers, special_tokens_map.json overrides it if it lacks the key
+    `added_tokens_decoder`.
     """
     path, map_path = files.get("tokenizer_config.json"), files.get("special_tokens_map.json")
     content = read_object(path) if path else {}
@@ -341,13 +341,13 @@ def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _encoded(files: Mapping[str, Path]) -> list[int] | None:
-    """Ids of a short text with what is put around it. None where there is only a tokenizer.model."""
+    """Ids of a short text with BOS and EOS, if they are added. None if there is only a tokenizer.model."""
     if "tokenizer.json" not in files:
         return None
     from tokenizers import Tokenizer
 
     with tokenizer_guard(str(files["tokenizer.json"]), "can't be read", TOKENIZER_FILES_REMEDY):
         tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
-        tokenizer.no_truncation()  # one whose stride is too long for its length makes the library panic
+        tokenizer.no_truncation()  # the library panics if the stride is too long for the length
         ids: list[int] = tokenizer.encode("a").ids
     return ids or None

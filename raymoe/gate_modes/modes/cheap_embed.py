@@ -1,4 +1,5 @@
-"""`cheap_embed`: the direction of the sum of all prompt tokens' embeddings. Reads single rows, and runs no model."""
+"""`cheap_embed`: the direction of the sum of all prompt tokens' embeddings. Reads single rows of the embedding, and
+runs no model."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def _sum_direction(prompts: Sequence[Sequence[int]], read_rows: ReadRows) -> Flo
     tokens = [token for prompt in prompts for token in prompt]
     rows = read_rows(tokens)
     total = np.zeros(rows[tokens[0]].shape)
-    for token in tokens:  # one by one, in their order: a matrix of all of them would grow with the prompts
+    for token in tokens:  # one by one, in order: a matrix of all of them would grow with the prompts
         total += rows[token]
     return normalize(total)
 

@@ -1,4 +1,4 @@
-"""`ridge`: a regularised least-squares classifier for each layer, on the exact inputs of its router."""
+"""`ridge`: a regularized least-squares classifier for each layer, on the exact inputs of its router."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Ridge(GateMode):
-    """Fits rows to the states of the prompts' tokens. BOS says nothing of a prompt's kind, and is left out.
+    """Fits rows to the states of the prompts' tokens. BOS carries no information about the prompt, and is left out.
 
-    The lengths and sums of the rows mean something, so that they are not judged by their cosines.
+    Rows differ in length and need not be unit vectors, so their cosines are not checked.
     """
 
     name = "ridge"
@@ -22,10 +22,10 @@ class Ridge(GateMode):
     needs_forward_pass = True
     needs_text = True
     default_prompt_model = "grafted"
-    max_tokens = 16_384  # past that, more hardly help
+    max_tokens = 16_384  # beyond that, more tokens hardly help
     gpu_library_bytes = 350_000_000  # of the libraries that factorize on a GPU; measured on H200
     measured_accuracy = (70, 96)
-    single_prompt_note = "takes a constant strictness and scale then, and can't foretell an accuracy"
+    single_prompt_note = "then uses a constant regularization and scale, and can't estimate an accuracy"
 
     def fit_layer(
         self,

@@ -1,4 +1,5 @@
-"""`uniform_random`: rows that are drawn from a seed as torch.nn.Linear starts, for routers that are to be trained."""
+"""`uniform_random`: rows that are drawn from a seed as torch.nn.Linear initializes weights, for routers that are to be
+trained."""
 
 from __future__ import annotations
 

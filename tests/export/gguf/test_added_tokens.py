@@ -90,8 +90,8 @@ def test_are_read_as_older_transformers_wrote_them(beside: str, model: Path) -> 
         ({"<a>": 400, "<b>": 400}, {}, r"added_tokens\.json: token 400 is both '<a>' and '<b>'\n.*leave the right one"),
         ({"<a>": 400}, by_id(["<b>"]), r"tokenizer_config\.json: token 400 is both '<a>' and '<b>'"),
         ({}, by_id(["<x>"], 5), r"tokenizer\.model: token 5 is both '<0x02>' and '<x>'"),
-        ({"<a>": "400"}, {}, r"added_tokens\.json: added_tokens\.json has an entry that is no token with an id"),
-        ({"<a>": -1}, {}, "no token with an id"),
+        ({"<a>": "400"}, {}, r"added_tokens\.json: added_tokens\.json has an entry that is not a token with an id"),
+        ({"<a>": -1}, {}, "not a token with an id"),
         (
             {},
             {"one": {"content": "<a>"}},
@@ -115,7 +115,7 @@ def test_thousands_of_entries_that_are_no_tokens(model: Path) -> None:
     with pytest.raises(ProblemReport) as caught:
         write_gguf(model, model / "model.gguf")
     assert [problem.what for problem in caught.value.problems] == [
-        "added_tokens.json has an entry that is no token with an id",
+        "added_tokens.json has an entry that is not a token with an id",
         "and more problems of this kind",
     ]
 
@@ -156,9 +156,7 @@ def test_space_behind_tokens_goes_in_a_file_of_phi3s_name(model: Path) -> None:
     tokenizer = Tokenizer.from_str(json.dumps(content))
     other = write_gguf(model, model / "other.gguf")
     (warning,) = other.warnings
-    wanted = (
-        "space behind </s>, <|end|>, <|user|> goes with the token in transformers, and stays in llama.cpp; a --name"
-    )
+    wanted = "space behind </s>, <|end|>, <|user|> is stripped in transformers, and kept in llama.cpp; a --name"
     assert warning.startswith(wanted)
     named = write_gguf(model, model / "mixture.gguf", GgufOptions(name="Two Phi-3 minis"))
     assert not named.warnings
@@ -178,8 +176,8 @@ def test_other_tokens_whose_space_goes_are_named(model: Path) -> None:
     tokenizer = put_with(model, added)
     written = write_gguf(model, model / "model.gguf")
     left, right = written.warnings
-    assert left == "space before <|mask|> goes with the token in transformers, and stays in llama.cpp"
-    assert right == "space behind <|a|>, <|b|> goes with the token in transformers, and stays in llama.cpp"
+    assert left == "space before <|mask|> is stripped in transformers, and kept in llama.cpp"
+    assert right == "space behind <|a|>, <|b|> is stripped in transformers, and kept in llama.cpp"
     found = LlamaCpp(written.path)
     for text, same in (("a<|a|> b", False), ("a <|mask|>b", False), ("a <|c|> b", True), ("a<|a|>b<|mask|> c", True)):
         assert (found.tokens(text) == tokenizer.encode(text, add_special_tokens=False).ids) == same, text
@@ -190,7 +188,7 @@ def test_a_name_like_phi3s_takes_space_that_stays(model: Path) -> None:
     assert not write_gguf(model, model / "plain.gguf").warnings
     written = write_gguf(model, model / "phi3-like.gguf")
     (warning,) = written.warnings
-    assert warning.startswith("the name 'phi3-like' makes llama.cpp take away the space behind </s>, <|c|>, which")
+    assert warning.startswith("the name 'phi3-like' makes llama.cpp strip the space after </s>, <|c|>, which")
     found = LlamaCpp(written.path).tokens("a <|c|> b")
     assert found != tokenizer.encode("a <|c|> b", add_special_tokens=False).ids
 

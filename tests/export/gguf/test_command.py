@@ -31,7 +31,7 @@ def test_a_checkpoint(cli: Cli, merged: Callable[..., Path], tmp_path: Path) -> 
     assert "warning: llama.cpp attends to all tokens, the model to the last 12" in done.err
     again = cli(folder, file, "--quiet")
     assert (again.code, again.out) == (2, "")
-    assert f"{file}: this file is there already\n    -> --overwrite replaces it" in again.err
+    assert f"{file}: this file exists already\n    -> --overwrite replaces it" in again.err
     assert cli(folder, file, "--type", "f16", "--overwrite", "--quiet").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -53,16 +53,19 @@ def test_a_config(cli: Cli, zoo: Callable[..., Path], tmp_path: Path) -> None:
     [
         (("nothing", "m.gguf"), "there is no such folder"),
         ((".", "m.gguf"), "config.json is missing"),
-        (("model/config.json", "m.gguf"), "this file is no config"),
+        (("model/config.json", "m.gguf"), "this file is not a config"),
         (("nothing.yaml", "m.gguf"), "nothing.yaml"),
-        (("model", "m.gguf", "--type", "q5_k"), "--type: 'q5_k' is no type that raymoe writes\n.*q8_0.*llama-quantize"),
+        (
+            ("model", "m.gguf", "--type", "q5_k"),
+            "--type: 'q5_k' is not a type that raymoe writes\n.*q8_0.*llama-quantize",
+        ),
         (("model", "model"), "this is a folder\n.*model.gguf"),
         (("model", "m.bin"), "does not end in .gguf"),
         (("model", "no/m.gguf"), "there is no such folder\n    -> make it first"),
         (("model", "s3://bucket/m.gguf"), "a GGUF file is written to a local path"),
         (("model", "/proc/m.gguf"), "/proc/m.gguf: it can't be written"),
-        (("model", "m.gguf", "--random-seed", "0"), "--random-seed: means nothing for a checkpoint"),
-        (("model", "m.gguf", "--allow-crimes", "--device", "cpu"), "--allow-crimes, --device: means nothing"),
+        (("model", "m.gguf", "--random-seed", "0"), "--random-seed: has no effect on a checkpoint"),
+        (("model", "m.gguf", "--allow-crimes", "--device", "cpu"), "--allow-crimes, --device: has no effect"),
         (("model", "m.gguf", "--device", "tpu"), "--device: there is no device 'tpu'\n.*cpu, cuda or auto"),
     ],
 )
@@ -84,7 +87,7 @@ def test_all_that_is_wrong_is_told_at_once(cli: Cli, zoo: Callable[..., Path], t
     done = cli(model, tmp_path / "m.gguf", "--type", "q9")
     assert done.code == 2
     assert "3 problems:" in done.err
-    for part in ("activation 'gelu': it has silu", "neither a tokenizer.json", "'q9' is no type"):
+    for part in ("activation 'gelu': it has silu", "neither a tokenizer.json", "'q9' is not a type"):
         assert part in done.err
 
 
@@ -128,7 +131,7 @@ def test_tensors_without_a_place(cli: Cli, merged: Callable[..., Path], tmp_path
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     done = cli(folder, tmp_path / "m.gguf")
     assert done.code == 2
-    assert "1 tensor(s) have no place in the file: model.layers.0.extra.weight" in done.err
+    assert "1 tensor(s) can't be written to the file: model.layers.0.extra.weight" in done.err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_tensors_without_a_place(cli: Cli, merged: Callable[..., Path], tmp_path
     [
         ("num_key_value_heads", 4, r"k_proj\.weight has shape \(32, 64\), expected \(64, 64\)"),
         ("routed_scaling_factor", 2.5, "routed_scaling_factor is 2.5, and only 1.0 is converted"),
-        ("num_local_experts", 2, r"no place in the file: model\.layers\.0\.block_sparse_moe\.experts\.2"),
+        ("num_local_experts", 2, r"can't be written to the file: model\.layers\.0\.block_sparse_moe\.experts\.2"),
         ("num_experts_per_tok", 4, "num_experts_per_tok is 4"),
     ],
 )

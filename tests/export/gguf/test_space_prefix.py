@@ -21,8 +21,8 @@ pytestmark = pytest.mark.engines
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast"}
-FIRST = "transformers puts it before the text only, and none where the text begins with one"
-ALWAYS = "transformers puts none where there is one already"
+FIRST = "transformers adds it before the text only, and none if the text begins with one"
+ALWAYS = "transformers adds none where there is one already"
 # Texts, and whether transformers and llama.cpp cut each as the other does: always, where a space is put only before the
 # text, where none is put beside another.
 TEXTS = {

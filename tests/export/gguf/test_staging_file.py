@@ -96,7 +96,7 @@ def test_a_part_of_another_program_stays(tmp_path: Path) -> None:
     with open_staging_file(file) as new:
         new.append(b"GGUF")
         new.commit()
-    with pytest.raises(ProblemReport, match="this file is there already"), open_staging_file(file):
+    with pytest.raises(ProblemReport, match="this file exists already"), open_staging_file(file):
         pass
     assert download.read_bytes() == b"GGUF half" and file.read_bytes() == b"GGUF"
 
@@ -144,7 +144,7 @@ def test_a_file_that_came_meanwhile_stays(links: bool, tmp_path: Path, monkeypat
     if not links:
         monkeypatch.setattr(os, "link", _no_links)
     path = tmp_path / "model.gguf"
-    with pytest.raises(ProblemReport, match=r"this file is there already\n.*--overwrite replaces it"):
+    with pytest.raises(ProblemReport, match=r"this file exists already\n.*--overwrite replaces it"):
         _written(path, came=b"somebody's")
     assert path.read_bytes() == b"somebody's"
     _written(path, came=b"somebody's", overwrite=True)
@@ -170,7 +170,7 @@ def _no_links(*_: object) -> None:
 
 def test_no_room(tmp_path: Path) -> None:
     (problem,) = disk_space_problems(tmp_path / "model.gguf", 10**18)
-    assert "not enough disk: 1,000,000,000,000,000,000 bytes are to be written" in problem.what
+    assert "not enough disk: 1,000,000,000,000,000,000 bytes are needed" in problem.what
 
 
 @pytest.mark.processes

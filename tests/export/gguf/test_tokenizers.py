@@ -61,7 +61,7 @@ def test_unknown_cutting_is_refused(change: str, model: Path) -> None:
     if change == "normaliser":
         tokenizer.normalizer = normalizers.Lowercase()
     made.put(model, json_text=tokenizer.to_str(), **NAMES)
-    with pytest.raises(ProblemReport, match=r"tokenizer\.json: it cuts text in no way .* smollm.*\n.*--pre NAME"):
+    with pytest.raises(ProblemReport, match=r"tokenizer\.json: raymoe does not know .* smollm.*\n.*--pre NAME"):
         write_gguf(model, model / "model.gguf")
     assert loaded(model, pre="gpt-2").tokens("a") == tokenizer.encode("a").ids
 
@@ -124,7 +124,7 @@ def test_chat_template(model: Path) -> None:
         ("[]", r"this is no tokenizer\.json"),
         (
             '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}',
-            r"no tokenizer\.json that can be read: .*vocab",
+            r"this tokenizer\.json can't be read: .*vocab",
         ),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "neither byte-level BPE nor"),
     ],
