@@ -41,5 +41,13 @@ def test_every_function_and_exception_has_a_row() -> None:
     shown = set(re.findall(r"`(?:raymoe\.)?(\w+)`", "\n".join(re.findall(r"^\|.*", PAGE, flags=re.MULTILINE))))
     functions = {name for name in raymoe.__all__ if callable(value := getattr(raymoe, name)) and value.__name__ == name}
     results = {"Evaluation", "MergePlan", "MergeResult", "PushResult", "Verification"}
-    others = {"EvaluationOptions", "MergeConfig", "MergeOptions", "Problem", "RuntimeSettings", "load_config"}
+    others = {
+        "EvaluationOptions",
+        "GenerationOptions",
+        "MergeConfig",
+        "MergeOptions",
+        "Problem",
+        "RuntimeSettings",
+        "load_config",
+    }
     assert functions - others <= shown and results <= shown
