@@ -170,7 +170,7 @@ _SEAWEEDFS = ("master", "volume", "filer", "s3")
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """os.environ with `variables` and without other AWS_* ones (but for certificates), for a while."""
     others = [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]
-    before = {name: os.environ.pop(name, None) for name in (*others, *variables)}
+    before = {name: os.environ.pop(name, None) for name in {*others, *variables}}
     os.environ.update(variables)
     try:
         yield
