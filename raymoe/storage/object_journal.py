@@ -190,7 +190,7 @@ class ObjectJournal(BaseJournal):
         """What an earlier merge left is removed; so are its notes, which are of no use any more."""
         self._delete(self._earlier)
         self._earlier = ()
-        there = [e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(CLEARING)]
+        there = [e.name for e in self._store.list_folder(self._folder).objects if e.name.startswith(CLEARING)]
         self.check_run()  # what was there before is no marker of a newer run that may begin now
         self._delete(there)
 
