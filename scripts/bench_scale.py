@@ -221,6 +221,8 @@ class Bench:
             "copies_repeated": after["copies_repeated"],
             "requests": requests,
             "requests_repeated": round(requests / undisturbed["requests"] - 1, 4),
+            "by_object_before": before["by_object"],
+            "by_object_after": after["by_object"],
             "driver_bytes": watch.driver_peak,
             "audit": self._audit(output),
         }

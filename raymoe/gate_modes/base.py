@@ -98,9 +98,9 @@ class GateMode:
 
     # --- how rows are made
 
-    def draw_rows(self, seed: int, owner: str, layers: int, hidden: int) -> Float32:
-        """Rows (layers, hidden) of one expert. They depend only on seed, owner and layer. Called if the mode needs no
-        prompts. `owner` is the expert's name in records, such as `expert 0`."""
+    def draw_rows(self, seed: int, owner: str, layers: int, hidden: int, first_layer: int = 0) -> Float32:
+        """Rows (layers, hidden) of one expert, from `first_layer` on. They depend on seed, owner and layer alone.
+        Called if the mode needs no prompts. `owner` is the expert's name in records, such as `expert 0`."""
         raise NotImplementedError(self.name)
 
     def embedding_row(
@@ -169,14 +169,14 @@ class SummedMode(GateMode):
 class DrawnMode(GateMode):
     """Modes that draw rows from a seed. A subclass defines `draw_row`."""
 
-    def draw_rows(self, seed: int, owner: str, layers: int, hidden: int) -> Float32:
+    def draw_rows(self, seed: int, owner: str, layers: int, hidden: int, first_layer: int = 0) -> Float32:
         """As `GateMode.draw_rows`: each layer has a generator of its own."""
         import hashlib
 
         import numpy as np
 
         rows = []
-        for layer in range(layers):
+        for layer in range(first_layer, first_layer + layers):
             key = hashlib.sha256(f"{seed}/router/{owner}/{layer}".encode()).digest()
             generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
             rows.append(self.draw_row(generator, hidden))

@@ -17,7 +17,7 @@ from raymoe.object_store.error_messages import storage_error
 from raymoe.object_store.errors import StoreRequest, object_exists_error
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import delete_each
-from raymoe.object_store.protocol import ObjectEntry, ObjectInfo, StoreCounters
+from raymoe.object_store.protocol import FolderListing, ObjectEntry, ObjectInfo, StoreCounters
 from raymoe.object_store.retry import Failure, FailureKind, Mismatch, Retries, ShortRead, classify_error
 
 _T = TypeVar("_T")
@@ -101,11 +101,17 @@ class FsspecStore:
         self._retries.count(bytes_read=len(data))
         return data
 
-    def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
+    def list(self, url: str) -> Sequence[ObjectEntry]:
+        return self._find(url, depth=None)
+
+    def list_folder(self, url: str) -> FolderListing:
+        return FolderListing(objects=self._find(url, depth=1))
+
+    def _find(self, url: str, depth: int | None) -> Sequence[ObjectEntry]:
         def find() -> Sequence[ObjectEntry]:
             filesystem, path = self._open(url)
             try:
-                found = filesystem.find(path, maxdepth=None if recursive else 1, detail=True)
+                found = filesystem.find(path, maxdepth=depth, detail=True)
                 if not found and self.scheme in _HIDES_MISSING:
                     try:
                         filesystem.ls(path)

@@ -13,7 +13,7 @@ Guarantees of every method:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,15 @@ class ObjectEntry:
     name: str
     size: int
     etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderListing:
+    """What is in a folder itself: its objects by name, and the names of its subfolders. `folders` is None where the
+    store does not tell them with the objects."""
+
+    objects: Sequence[ObjectEntry]
+    folders: Collection[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +100,14 @@ class ObjectStore(Protocol):
     def read_all(self, url: str) -> bytes:
         """A whole small object. Raises ObjectMissing if there is none."""
 
-    def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
-        """All objects in the folder `url`, by name; without `recursive`, objects in its subfolders are left out.
+    def list(self, url: str) -> Sequence[ObjectEntry]:
+        """All objects in the folder `url` and in its subfolders, by name.
 
         Empty if there are none; a missing bucket is an error.
         """
+
+    def list_folder(self, url: str) -> FolderListing:
+        """The objects in the folder `url` itself, and its subfolders. Empty and an error as in `list`."""
 
     def put(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         """Write a small object as a whole.

@@ -31,6 +31,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.parallel import delete_each
 from raymoe.object_store.protocol import (
     MAX_DELETED_AT_ONCE,
+    FolderListing,
     ObjectEntry,
     ObjectInfo,
     OpenUpload,
@@ -124,17 +125,27 @@ class S3Store:
         self._client.retries.count(bytes_read=len(data))
         return data
 
-    def list(self, url: str, *, recursive: bool = True) -> Sequence[ObjectEntry]:
+    def list(self, url: str) -> Sequence[ObjectEntry]:
+        return self._list_objects(url).objects
+
+    def list_folder(self, url: str) -> FolderListing:
+        return self._list_objects(url, Delimiter="/")
+
+    def _list_objects(self, url: str, **query: str) -> FolderListing:
+        """The objects whose keys begin with the folder's, and the folders that `query` has the server tell instead."""
         bucket, key = s3_location(url)
         prefix = f"{key}/" if key else ""
-        query = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
+        query |= {"Bucket": bucket, "Prefix": prefix}
         found: list[ObjectEntry] = []
-        for item in self._items("list_objects_v2", url, "Contents", query, ContinuationToken="NextContinuationToken"):
-            name = item["Key"].removeprefix(prefix)
-            # Consoles create 'folders': empty objects with a name that ends in '/'.
-            if name and not name.endswith("/"):
-                found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
-        return sorted(found, key=lambda entry: entry.name)
+        folders: set[str] = set()
+        for page in self._pages("list_objects_v2", url, query, ContinuationToken="NextContinuationToken"):
+            folders |= {each["Prefix"].removeprefix(prefix).rstrip("/") for each in page.get("CommonPrefixes", ())}
+            for item in page.get("Contents", ()):
+                name = item["Key"].removeprefix(prefix)
+                # Consoles create 'folders': empty objects with a name that ends in '/'.
+                if name and not name.endswith("/"):
+                    found.append(ObjectEntry(name=name, size=item["Size"], etag=unquote_etag(item.get("ETag"))))
+        return FolderListing(objects=sorted(found, key=lambda entry: entry.name), folders=folders)
 
     # --- writing whole objects
 
@@ -291,13 +302,18 @@ class S3Store:
     def _items(
         self, operation: str, url: str, kind: str, query: Mapping[str, Any], **markers: str
     ) -> Iterator[Mapping[str, Any]]:
-        """One kind of item in a listing, page by page. `markers`: fields of a reply that the next request repeats."""
+        """What a listing has of a kind; `markers` as in `_pages`."""
+        for page in self._pages(operation, url, query, **markers):
+            yield from page.get(kind, ())
+
+    def _pages(self, operation: str, url: str, query: Mapping[str, Any], **markers: str) -> Iterator[Mapping[str, Any]]:
+        """The answers of a listing. `markers`: what the next request has of the answer before it."""
         page: Mapping[str, Any] = {}
         while not page or page.get("IsTruncated"):
             place = {name: page[of_page] for name, of_page in markers.items() if of_page in page}
             assert place or not page, f"{operation}: a part of a listing, and no word of where the rest begins"
             page = self._client.call(StoreRequest(operation=operation, url=url), _identity, **query, **place)
-            yield from page.get(kind, ())
+            yield page
 
 
 async def _identity(response: S3Response) -> S3Response:

@@ -37,16 +37,14 @@ def collect_rows(layers: Mapping[int, LayerRows], experts: Sequence[Owner]) -> t
 
 
 def random_router_rows(gates: GatePlan) -> RouterRows:
-    """Rows of the experts that have no prompts to read, in the modes that draw them."""
-    mode = MODES[gates.mode]
-    if mode.needs_prompts:
-        return {}
+    """All rows of a mode that draws them. A merge holds those of one layer only (`router_rows`)."""
+    owners = [member.owner for member in gates.experts] + ([ALL_SHARED] if gates.shared else [])
+    return {owner: _drawn_rows(gates, owner, gates.layers) for owner in owners}
 
-    def drawn(owner: Owner) -> npt.NDArray[np.float32]:
-        return mode.draw_rows(gates.seed, str(owner), gates.layers, gates.hidden)
 
-    rows = {member.owner: drawn(member.owner) for member in gates.experts}
-    return {**rows, ALL_SHARED: drawn(gates.shared[0].owner)} if gates.shared else rows
+def _drawn_rows(gates: GatePlan, owner: Owner, layers: int, first_layer: int = 0) -> npt.NDArray[np.float32]:
+    name = str(gates.shared[0].owner if owner == ALL_SHARED else owner)
+    return MODES[gates.mode].draw_rows(gates.seed, name, layers, gates.hidden, first_layer)
 
 
 def embedding_rows_by_owner(gates: GatePlan, rows: Mapping[Owner, npt.NDArray[np.float32]]) -> RouterRows:
@@ -67,13 +65,19 @@ def _check_finite(rows: Mapping[Owner, npt.NDArray[np.float32]]) -> None:
 
 
 def router_rows(gates: GatePlan, rows: RouterRows, what: Router) -> npt.NDArray[np.float32]:
-    """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden)."""
+    """One layer's router, (experts, hidden), or the gate of its shared experts, (1, hidden).
+
+    Rows that are not in `rows` are drawn, in a mode that draws them: all layers' rows of 80 experts of a 70B model
+    would take 210 MB.
+    """
     owners = [ALL_SHARED] if what.shared else [member.owner for member in gates.experts]
-    return np.stack([rows[owner][what.layer] for owner in owners])
+    return np.stack(
+        [rows[owner][what.layer] if owner in rows else _drawn_rows(gates, owner, 1, what.layer)[0] for owner in owners]
+    )
 
 
 def router_bytes(gates: GatePlan, rows: RouterRows) -> RouterBytes:
-    """A function that returns the bytes of any router part of the plan."""
+    """A function that gives the bytes of any router part of the plan; `rows` as in `router_rows`."""
 
     def part_bytes(part: Part, what: Router) -> bytes:
         values: Any = router_rows(gates, rows, what).astype(NUMPY_DTYPES[part.dtype])

@@ -26,7 +26,7 @@ from raymoe.planning.plan import GatePlan, MergePlan, Shard
 from raymoe.results import MergeResult
 from raymoe.routers.fit_memory import max_layers_at_once
 from raymoe.routers.heldout_report import RouterSummary, router_warnings, summary_lines
-from raymoe.routers.router_matrices import RouterRows, random_router_rows, router_bytes
+from raymoe.routers.router_matrices import RouterRows, router_bytes
 from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import prompt_problems
 from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
@@ -119,10 +119,9 @@ def run_merge(
                         plan, work, actor_plan, progress, settings, output=target.location, run=target.run
                     )
                 sources.check_unchanged()
-                rows = outcome.rows | random_router_rows(plan.gates)
                 names = _expert_names(plan)
-                warnings = [*plan.warnings, *_gate_warnings(plan.gates, rows, outcome.summary, names)]
-                records = [*outcome.shard_results, *_write_router(plan, rows, target, settings)]
+                warnings = [*plan.warnings, *_gate_warnings(plan.gates, outcome.rows, outcome.summary, names)]
+                records = [*outcome.shard_results, *_write_router(plan, outcome.rows, target, settings)]
                 files = _write_small_files(plan, description, target, settings, records, outcome.summary)
                 lines = summary_lines(outcome.summary, names) if outcome.summary else ()
                 result = progress.result(target.location.text, files, warnings)

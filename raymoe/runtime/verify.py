@@ -24,7 +24,7 @@ from raymoe.planning.plan import MergePlan, Shard
 from raymoe.planning.plan_merge import plan_merge
 from raymoe.results import Verification
 from raymoe.routers.fit_memory import max_layers_at_once
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.actor_plan import Workload, locate_sources, plan_actors
 from raymoe.runtime.connect import ray_connection
 from raymoe.runtime.progress import Progress
@@ -153,9 +153,8 @@ def _tensor_differences(
         )
         actor_plan = plan_actors(settings, workload, locate_sources(plan, beside))
         outcome = run_on_actors(plan, _CompareShards(written), actor_plan, progress, settings, output=location)
-        rows = outcome.rows | random_router_rows(plan.gates)
         different = [name for names in outcome.shard_results for name in names]
         with SourceReader(settings.hub, settings.storage) as reader:
             parts = [part for shard in plan.router_shards for part in shard.parts]
-            different += different_tensors(parts, written, reader, router_bytes(plan.gates, rows))
+            different += different_tensors(parts, written, reader, router_bytes(plan.gates, outcome.rows))
     return [f"{name}: differs" if name in written else f"{name}: missing" for name in sorted(different)]

@@ -1,6 +1,6 @@
 """Reads models in object stores in place: planning lists a folder and reads small files and headers.
 
-    s3://bucket/folder --list--> names, sizes, ETags    one or two requests
+    s3://bucket/folder --list--> names, sizes, ETags    one request, one more for chat templates
     JSON files, headers --ranged GET, If-Match--> memory
     weights             --read_range--> the actors, later: the same objects, or an error
 
@@ -30,6 +30,7 @@ from raymoe.sources.folder_protocol import unusable_checkpoint
 
 _RANGE_BYTES = 16 * 2**20
 _RANGES_AT_ONCE = 4
+_CHAT_TEMPLATES = "chat_templates"  # the one subfolder that has files of a model
 _HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)")
 
 # Copies of objects, by location and ETag; the folder is removed when the process exits.
@@ -73,11 +74,16 @@ class BucketFolder:
 def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFolder:
     """List the folder at a normalised URL. Raises CheckpointError if nothing is there."""
     with as_checkpoint_errors():
-        store, files = open_store(url, options), {}
-        for folder in ("", "chat_templates"):
-            for entry in store.list(join_url(url, folder) if folder else url, recursive=False):
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                files[name] = SourceFile(location=join_url(url, name), size=entry.size, etag=entry.etag)
+        store = open_store(url, options)
+        listing = store.list_folder(url)
+        entries = {entry.name: entry for entry in listing.objects}
+        if listing.folders is None or _CHAT_TEMPLATES in listing.folders:
+            templates = store.list_folder(join_url(url, _CHAT_TEMPLATES)).objects
+            entries |= {f"{_CHAT_TEMPLATES}/{entry.name}": entry for entry in templates}
+        files = {
+            name: SourceFile(location=join_url(url, name), size=entry.size, etag=entry.etag)
+            for name, entry in entries.items()
+        }
         is_object = not files and url.count("/") > 2 and store.stat(url) is not None
     if is_object:
         raise unusable_checkpoint(

@@ -34,7 +34,7 @@ from raymoe.sources.weight_index import index_adapter_weights, index_model_weigh
 from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
 
-_MODELS_AT_ONCE = 8
+_MODELS_AT_ONCE = 16  # most of the time each waits for one request
 
 PathKey = tuple[PathRef, bool]
 """A path of a config, and whether it names an adapter."""

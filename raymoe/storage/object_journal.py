@@ -190,7 +190,7 @@ class ObjectJournal(BaseJournal):
         """Called when the files of an earlier merge are removed: removes their notes too."""
         self._delete(self._earlier)
         self._earlier = ()
-        there = [e.name for e in self._store.list(self._folder, recursive=False) if e.name.startswith(CLEARING)]
+        there = [e.name for e in self._store.list_folder(self._folder).objects if e.name.startswith(CLEARING)]
         self.check_run()  # so that the markers found before are not those of a newer run
         self._delete(there)
 

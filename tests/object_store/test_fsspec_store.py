@@ -45,7 +45,7 @@ def test_writing_looking_listing_reading_deleting(store: ObjectStore, folder: st
     assert info is not None
     assert info.size == len(DATA)
     assert [(e.name, e.size) for e in store.list(folder)] == [("sub/a b+ä.bin", len(DATA)), ("top", 1)]
-    assert [e.name for e in store.list(folder, recursive=False)] == ["top"]
+    assert [e.name for e in store.list_folder(folder).objects] == ["top"]
     assert store.list(folder)[0].etag == info.etag
     assert store.read_all(url) == store.read(url, 0, info.size, info.etag) == DATA
     for start, end in [(0, 1), (5, 5), (7, 90_000), (0, len(DATA))]:

@@ -79,9 +79,11 @@ def test_listing_stays_in_its_folder(store: S3Store, bucket: str) -> None:
         store.put(join_url(bucket, name), name.encode())
     server_client = open_store(bucket)
     assert [e.name for e in server_client.list(join_url(bucket, "model"))] == ["a", "sub/b", "sub/deep/c"]
-    assert [e.name for e in server_client.list(join_url(bucket, "model"), recursive=False)] == ["a"]
+    listing = server_client.list_folder(join_url(bucket, "model"))
+    assert ([e.name for e in listing.objects], listing.folders) == (["a"], {"sub"})
     assert sorted(e.name for e in server_client.list(bucket)) == sorted(names)
-    assert [e.name for e in server_client.list(bucket, recursive=False)] == ["model.txt"]
+    listing = server_client.list_folder(bucket)
+    assert ([e.name for e in listing.objects], listing.folders) == (["model.txt"], {"model", "model2"})
     assert server_client.list(join_url(bucket, "mod")) == []
 
 

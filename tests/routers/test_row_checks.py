@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import raymoe
 from raymoe.errors import ProblemReport
 from raymoe.gate_modes import MODES
 from raymoe.gate_modes.directions import expert_rows, normalize
 from raymoe.planning import MergeOptions
 from raymoe.planning.owner import Owner
+from raymoe.planning.plan import Router
+from raymoe.routers.router_matrices import random_router_rows, router_rows
 from raymoe.routers.row_checks import conditioning_warning, zero_row_warnings
 from raymoe.routers.tokenize import load_tokenizer, tokenize
 from tests.pico import VOCAB, copy_model, merge_config, merge_without_ray, save_model, save_tokenizer, tensors_of
@@ -56,6 +60,23 @@ def test_drawn_rows_depend_on_seed_owner_and_layer_alone(mode: str) -> None:
     ]
     for other in others:
         assert np.abs((normalize(rows) * normalize(other)).sum(axis=1)).max() < 0.6
+
+
+@pytest.mark.parametrize("mode", ["random", "uniform_random"])
+def test_rows_of_one_layer_are_those_of_all_layers(mode: str, zoo: Callable[..., Path]) -> None:
+    """A merge draws one layer after another, so that it never holds all rows."""
+    gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama")] * 3, mode=mode)).gates
+    gates = replace(gates, shared=(replace(gates.experts[0], owner=Owner.shared(0)),))
+    rows = random_router_rows(gates)
+    for layer in range(gates.layers):
+        for what in (Router(layer=layer), Router(layer=layer, shared=True)):
+            np.testing.assert_array_equal(router_rows(gates, {}, what), router_rows(gates, rows, what))
+
+
+def test_rows_that_are_lost_are_not_drawn(zoo: Callable[..., Path]) -> None:
+    gates = raymoe.plan(merge_config(zoo("llama"), [zoo("llama", seed=1), zoo("llama", seed=2)], mode="hidden")).gates
+    with pytest.raises(NotImplementedError, match="hidden"):
+        router_rows(gates, {}, Router(layer=0))
 
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])

@@ -164,7 +164,7 @@ class S3Output(StoreOutput[MultipartStore]):
         for file in self._copied_from.values():
             folders.setdefault(file.location.rpartition("/")[0], []).append(file)
         for folder, files in folders.items():
-            there = {join_url(folder, entry.name): entry for entry in self._store.list(folder, recursive=False)}
+            there = {join_url(folder, entry.name): entry for entry in self._store.list_folder(folder).objects}
             for file in files:
                 entry = there.get(file.location)
                 if entry is None or (entry.size, entry.etag) != (file.size, file.etag):

@@ -15,7 +15,7 @@ from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.planning import MergePlan
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import RECORD_NAME, FileRecord
 from raymoe.storage.outputs.local import LocalOutput
@@ -114,7 +114,7 @@ def killed_driver(output: Output) -> None:
 
 
 def do_shard(output: Output, plan: MergePlan, shard: Shard, reader: SourceReader | None = None) -> list[Any]:
-    router = router_bytes(plan.gates, random_router_rows(plan.gates))
+    router = router_bytes(plan.gates, {})
     with reader or SourceReader(HubOptions()) as reading:
         return [output.do(job, reading, lambda sent, copied: None, router) for job in output.jobs(shard)]
 

@@ -20,7 +20,7 @@ from raymoe.object_store.location import Location
 from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Shard
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.sources.hub import HubOptions
 from raymoe.storage.file_names import INDEX_NAME, RECORD_NAME, FileRecord
 from raymoe.storage.outputs.local import LocalOutput
@@ -75,7 +75,7 @@ def problems(place: Place, digest: str | None, *, overwrite: bool = False) -> li
 
 def write_shard(plan: MergePlan, output: Output, shard: Shard, written: list[int]) -> FileRecord:
     """`written` gets the numbers of bytes that are written for it."""
-    router = router_bytes(plan.gates, random_router_rows(plan.gates))
+    router = router_bytes(plan.gates, {})
     with SourceReader(HubOptions()) as reader:
         jobs = output.jobs(shard)
         return output.complete(

@@ -29,7 +29,7 @@ from raymoe.planning import MergeOptions, MergePlan
 from raymoe.planning.multipart import server_side_bytes, upload_parts
 from raymoe.planning.owner import Owner
 from raymoe.planning.plan import Copy, Shard
-from raymoe.routers.router_matrices import random_router_rows, router_bytes
+from raymoe.routers.router_matrices import router_bytes
 from raymoe.runtime.expert_actor import ExpertWorker
 from raymoe.runtime.settings import RuntimeSettings
 from raymoe.sources.hub import HubOptions
@@ -100,7 +100,7 @@ def ignore(sent: int, copied: int) -> None:
 
 
 def do_all(plan: MergePlan, target: Output, jobs: Sequence[ShardJob]) -> list[Any]:
-    router = router_bytes(plan.gates, random_router_rows(plan.gates))
+    router = router_bytes(plan.gates, {})
     with SourceReader(HubOptions(), OPTIONS) as reader:
         return [target.do(job, reader, ignore, router) for job in jobs]
 
