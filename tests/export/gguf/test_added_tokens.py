@@ -95,7 +95,7 @@ def test_are_read_as_older_transformers_wrote_them(beside: str, model: Path) -> 
         (
             {},
             {"one": {"content": "<a>"}},
-            r"tokenizer_config\.json: added_tokens_decoder has an entry that is no token",
+            r"tokenizer_config\.json: added_tokens_decoder has an entry that is not a token",
         ),
         ({}, {"400": {"special": True}}, "added_tokens_decoder has an entry"),
         ({}, ["<a>"], "added_tokens_decoder has an entry"),
@@ -139,7 +139,7 @@ def put_with(model: Path, added: Sequence[dict[str, Any]], **config: Any) -> Tok
 
 
 def phi3(*, all_of_them: bool) -> list[dict[str, Any]]:
-    """Phi-3's added tokens: space behind most of them goes with them."""
+    """Phi-3's added tokens: space after most of them goes with them."""
     stripping = by_id(["<|user|>", "<|end|>"], rstrip=True, special=True).values()
     return [*by_id(["<|endoftext|>"], special=True).values(), *stripping] if all_of_them else list(stripping)
 
@@ -156,7 +156,7 @@ def test_space_behind_tokens_goes_in_a_file_of_phi3s_name(model: Path) -> None:
     tokenizer = Tokenizer.from_str(json.dumps(content))
     other = write_gguf(model, model / "other.gguf")
     (warning,) = other.warnings
-    wanted = "space behind </s>, <|end|>, <|user|> is stripped in transformers, and kept in llama.cpp; a --name"
+    wanted = "space after </s>, <|end|>, <|user|> is stripped in transformers, and kept in llama.cpp; a --name"
     assert warning.startswith(wanted)
     named = write_gguf(model, model / "mixture.gguf", GgufOptions(name="Two Phi-3 minis"))
     assert not named.warnings
@@ -177,7 +177,7 @@ def test_other_tokens_whose_space_goes_are_named(model: Path) -> None:
     written = write_gguf(model, model / "model.gguf")
     left, right = written.warnings
     assert left == "space before <|mask|> is stripped in transformers, and kept in llama.cpp"
-    assert right == "space behind <|a|>, <|b|> is stripped in transformers, and kept in llama.cpp"
+    assert right == "space after <|a|>, <|b|> is stripped in transformers, and kept in llama.cpp"
     found = LlamaCpp(written.path)
     for text, same in (("a<|a|> b", False), ("a <|mask|>b", False), ("a <|c|> b", True), ("a<|a|>b<|mask|> c", True)):
         assert (found.tokens(text) == tokenizer.encode(text, add_special_tokens=False).ids) == same, text
