@@ -133,19 +133,24 @@ UNSUPPORTED: tuple[UnsupportedFamily, ...] = (
         reason=_HYBRID,
     ),
     UnsupportedFamily(
-        title="Qwen-VL, Qwen3.5 with vision, Llama 3.2 Vision, LLaVA, InternVL, Pixtral",
-        model_types=(
-            "qwen2_vl",
-            "qwen2_5_vl",
-            "qwen3_vl",
-            "qwen3_5",
-            "mllama",
-            "llava",
-            "llava_next",
-            "internvl",
-            "pixtral",
-        ),
-        reason="it reads images too; a text model of a type that is listed, saved by itself, can be merged",
+        title="Llama 3.2 Vision",
+        model_types=("mllama", "mllama_text_model"),
+        reason="some of its layers attend to the image instead of the text, and no MoE architecture has such layers",
+    ),
+    UnsupportedFamily(
+        title="GLM-4V",
+        model_types=("glm4v", "glm4v_text", "glm46v"),
+        reason="its text model has norms before and after attention and FFN, as GLM-4 of 2025 has",
+    ),
+    UnsupportedFamily(
+        title="PaliGemma, ShieldGemma 2, ColPali",
+        model_types=("paligemma", "shieldgemma2", "colpali"),
+        reason="its text model is a Gemma, whose norms multiply by one plus their weight",
+    ),
+    UnsupportedFamily(
+        title="Pixtral's vision encoder",
+        model_types=("pixtral",),
+        reason="this is the encoder alone; the image-text model around it (llava) can be merged",
     ),
     UnsupportedFamily(
         title="Models that are mixtures already",

@@ -25,6 +25,7 @@ from raymoe.planning.compatibility import (
     find_non_finite,
     is_tied_by_config,
     load_spec,
+    text_part_warnings,
 )
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
@@ -229,8 +230,10 @@ def _assemble(
         for w in [
             *expert_warnings(base, m.spec, _expert_key(m)),
             *adapter_warnings(m, _expert_key(m), backbone.used_of(m.owner)),
+            *text_part_warnings(m.facts, _expert_key(m), is_base=False),
         ]
     ]
+    warnings += text_part_warnings(base_facts, "base_model", is_base=True)
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]

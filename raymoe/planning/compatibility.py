@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.architectures import DenseSpec, read_spec
+from raymoe.architectures.wrappers import WRAPPERS
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import ModelFacts
+from raymoe.sources.unwrap import parts_summary
 from raymoe.tensor_names import HEAD
 
 _NAMED = 3  # per config
@@ -96,6 +98,24 @@ def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]
         )
     if expert.rms_norm_eps != base.rms_norm_eps:
         warnings.append(f"{where}: rms_norm_eps {expert.rms_norm_eps} differs from the base's {base.rms_norm_eps}")
+    return warnings
+
+
+def text_part_warnings(facts: ModelFacts, where: str, *, is_base: bool) -> list[str]:
+    """What a mixture leaves out of an image-text model, and of an adapter of one."""
+    warnings = []
+    if is_base and facts.rest:
+        title = WRAPPERS[facts.wrapper].title
+        warnings.append(
+            f"{where} ({facts.label}): the mixture has the text model of this {title} checkpoint only. Left out: "
+            f"{parts_summary(facts.rest)}"
+        )
+    if facts.adapter and facts.adapter.outside:
+        parts = short_list(list(dict.fromkeys(facts.adapter.outside.values())))
+        warnings.append(
+            f"{where}: its adapter {facts.adapter.label} also changes {parts} ({len(facts.adapter.outside)} tensors). "
+            "These changes are not in the merge, which has the text model only"
+        )
     return warnings
 
 

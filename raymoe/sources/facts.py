@@ -126,6 +126,7 @@ class AdapterFacts:
 
     `replaced` are whole tensors that replace the model's, by name. `left_out` are modules that the adapter changes in
     an unsupported way, and a description of the change. This is no problem if a merge does not use these modules.
+    `outside` are tensors that change a part of an image-text model other than its text part, and which part.
     """
 
     label: str
@@ -135,6 +136,7 @@ class AdapterFacts:
     pairs: Mapping[str, LoraPair]
     replaced: Mapping[str, TensorEntry] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,9 @@ class ModelFacts:
     with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
     files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs); for
     a Hub model they are in the cache. `own_head`: it holds an lm_head.weight that differs from its embedding, even if
-    config.json ties them.
+    config.json ties them. `wrapper` is the model type of the image-text checkpoint that the model was taken out of
+    (empty for a text model), and `rest` are that checkpoint's other tensors by their names there; `config` and `index`
+    are those of the text model.
     """
 
     label: str
@@ -159,3 +163,5 @@ class ModelFacts:
     warnings: tuple[str, ...] = field(default=())
     folders: tuple[str, ...] = ()
     own_head: bool = False
+    wrapper: str = ""
+    rest: Mapping[str, TensorEntry] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from raymoe.architectures.wrappers import OTHER_PART, Wrapper, part_of
 from raymoe.errors import CheckpointError, Problem
 from raymoe.formatting import short_list
 from raymoe.sources.dtypes import FLOAT_DTYPES
@@ -132,30 +133,32 @@ def adapter_facts(
     config: Mapping[str, Any],
     index: CheckpointIndex,
     model: CheckpointIndex,
+    wrapper: Wrapper | None = None,
 ) -> AdapterFacts:
     """Check an adapter against its model, and pair its tensors.
 
     `config` is adapter_config.json, `index` the adapter's tensors, `model` the tensors of the model that it is applied
-    to. `base_model_name_or_path` is not compared, since models move and are renamed; shapes are compared. Raises
+    to. If that is the text part of an image-text model, `wrapper` is the latter: the adapter may have its names.
+    `base_model_name_or_path` is not compared, since models move and are renamed; shapes are compared. Raises
     CheckpointError with all problems.
     """
     if faults := _config_faults(config):  # without a valid config the tensors can't be interpreted
         raise CheckpointError([fault.at(label) for fault in _first_faults(faults, "problems of adapter_config.json")])
     other_base = _other_base(config)
-    found = _sort(index, model, other_base)
+    found = _sort(index, model, other_base, wrapper)
     faults = [*found.faults, *_missing_modules(config, found)]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if slow := slow_patterns((ranks, alphas), found.factors):
+    if slow := slow_patterns((ranks, alphas), found.written.values()):
         faults.append(_Fault(f"rank_pattern and alpha_pattern in adapter_config.json: {slow}", MERGE_WITH_PEFT))
         ranks = alphas = {}
     patterns = Patterns(ranks, config["r"]), Patterns(alphas, config["lora_alpha"])
     pairs: dict[str, LoraPair] = {}
     for module, factors in found.factors.items():
         try:
-            pairs[f"{module}.weight"] = _make_pair(module, factors, config, model, *patterns)
+            pairs[f"{module}.weight"] = _make_pair(module, found.written[module], factors, config, model, *patterns)
         except _Misfit as misfit:
             faults.append(_Fault(str(misfit), misfit.remedy or other_base))
-    if not pairs and not faults and not found.replaced and not found.left_out:
+    if not (pairs or faults or found.replaced or found.left_out or found.outside):
         faults.append(_Fault("the adapter holds no LoRA factors", _SAVE_AGAIN))
     if faults:
         raise CheckpointError([fault.at(label) for fault in _first_faults(faults)])
@@ -167,6 +170,7 @@ def adapter_facts(
         pairs=pairs,
         replaced=found.replaced,
         left_out=found.left_out,
+        outside=found.outside,
     )
 
 
@@ -258,32 +262,40 @@ def _is_positive(value: Any, kind: type[int] | tuple[type[int], type[float]]) ->
 
 @dataclass(slots=True)
 class _Sorted:
-    """An adapter's tensors. `factors`: module -> 'A', 'B', with DoRA 'magnitude'; the rest is as in AdapterFacts."""
+    """An adapter's tensors. `factors`: module -> 'A', 'B', with DoRA 'magnitude'; `written`: the adapter's own names
+    of their modules; the rest is as in AdapterFacts."""
 
     factors: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, TensorEntry] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
     faults: list[_Fault] = field(default_factory=list)
 
 
-def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _Sorted:
+def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str, wrapper: Wrapper | None) -> _Sorted:
     found = _Sorted()
     empty, misnamed, unknown = [], [], []
     for name, entry in index.tensors.items():
         match = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
+        module = _text_name(match["module"], wrapper) if match else ""
         if 0 in entry.shape:
             empty.append(name)
+        elif wrapper and (part := part_of(name.removeprefix(_PREFIX))) != OTHER_PART:
+            found.outside[name] = part
         elif foreign := next((part for part in _FOREIGN_KEYS if part in name), None):
-            found.left_out[name.removeprefix(_PREFIX).partition(foreign)[0]] = _FOREIGN_KEYS[foreign]
+            found.left_out[_text_name(name.removeprefix(_PREFIX).partition(foreign)[0], wrapper)] = _FOREIGN_KEYS[
+                foreign
+            ]
         elif match is None and name.startswith(_PREFIX) and name.endswith((".weight", ".bias")):
-            _add_whole(found, _SAVED_MODULE.sub(".", name.removeprefix(_PREFIX)), entry, model)
+            _add_whole(found, _text_name(_SAVED_MODULE.sub(".", name.removeprefix(_PREFIX)), wrapper), entry, model)
         elif match is None:
             unknown.append(name)
         elif not name.startswith(_PREFIX) or (match["name"] or match["magnitude_name"] or "default") != "default":
             misnamed.append(name)
-        elif f"{match['module']}.weight" in model.tensors:
-            _add_factor(found, match, entry)
-        elif match["module"] == "lm_head":
+        elif f"{module}.weight" in model.tensors:
+            _add_factor(found, module, match, entry)
+        elif module == "lm_head":
             found.left_out["lm_head"] = LORA_ON_TIED_HEAD
         else:
             misnamed.append(name)
@@ -296,9 +308,14 @@ def _sort(index: CheckpointIndex, model: CheckpointIndex, other_base: str) -> _S
     return found
 
 
+def _text_name(name: str, wrapper: Wrapper | None) -> str:
+    """The name of a module or tensor in the text part of a wrapped model. Adapters of the text model alone have it."""
+    return (wrapper.text_name(name) if wrapper else "") or name
+
+
 def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fault]:
     """Problems of settings that name tensors which are not in the file; peft can't load such an adapter."""
-    held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out]
+    held = [*(name.rpartition(".")[0] for name in found.replaced), *found.left_out, *found.outside]
     components = {component for module in held for component in module.split(".")}
     named = config.get("modules_to_save") or []
     named = named if isinstance(named, list) else [named]
@@ -314,11 +331,12 @@ def _missing_modules(config: Mapping[str, Any], found: _Sorted) -> Iterator[_Fau
         yield _Fault(what, _SAVE_AGAIN)
 
 
-def _add_factor(found: _Sorted, match: re.Match[str], entry: TensorEntry) -> None:
-    of_module = found.factors.setdefault(match["module"], {})
+def _add_factor(found: _Sorted, module: str, match: re.Match[str], entry: TensorEntry) -> None:
+    of_module = found.factors.setdefault(module, {})
+    found.written[module] = match["module"]
     part = match["factor"] or _MAGNITUDE
     if part in of_module:
-        what = f"{match['module']!r} has two tensors for one factor: {of_module[part].name!r} and {entry.name!r}"
+        what = f"{module!r} has two tensors for one factor: {of_module[part].name!r} and {entry.name!r}"
         found.faults.append(_Fault(what, _SAVE_AGAIN))
     of_module[part] = entry
 
@@ -410,13 +428,14 @@ def _endings(module: str) -> Iterator[str]:
 
 def _make_pair(
     module: str,
+    written: str,
     found: Mapping[str, TensorEntry],
     config: Mapping[str, Any],
     model: CheckpointIndex,
     ranks: Patterns,
     alphas: Patterns,
 ) -> LoraPair:
-    """The factors of one module. Raises _Misfit with the first problem."""
+    """The factors of one module, which adapter_config.json calls `written`. Raises _Misfit with the first problem."""
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in found:
             raise _Misfit(f"{module!r} has lora_{other} but no lora_{factor}", _SAVE_AGAIN)
@@ -426,7 +445,7 @@ def _make_pair(
         if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
             what = f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; a float matrix is expected"
             raise _Misfit(what, _SAVE_AGAIN)
-    rank, alpha = _rank_and_alpha(module, ranks, alphas)
+    rank, alpha = _rank_and_alpha(written, ranks, alphas)
     if a.shape[0] != rank or b.shape[1] != rank:
         shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
         what = f"{module!r}: {shapes} don't have the rank {rank} of adapter_config.json"

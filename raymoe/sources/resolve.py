@@ -14,22 +14,24 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from raymoe.architectures.wrappers import Wrapper
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
 from raymoe.object_store.location import LocationKind
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.bucket_folder import fetch_object, open_object_folder
-from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile
+from raymoe.sources.facts import AdapterFacts, CheckpointIndex, ModelFacts, SideFile, SourceFile, TensorEntry
 from raymoe.sources.folder_protocol import Folder, read_json_object, side_files, unusable_checkpoint
 from raymoe.sources.hub import HubOptions, cache_folders, download, is_hub_id, open_hub_folder
 from raymoe.sources.local_folder import LocalFolder, leads_outside, open_file, with_content
 from raymoe.sources.lora import adapter_facts
 from raymoe.sources.output_head import has_own_head
 from raymoe.sources.quantization_check import leftover_warning, quantization_problems
+from raymoe.sources.unwrap import unwrap
 from raymoe.sources.weight_index import index_adapter_weights, index_model_weights
 from raymoe.tensor_names import EMBEDDING, HEAD
 from raymoe.untrusted_files import check_size
@@ -51,6 +53,8 @@ class OpenedFolder:
     python_files: tuple[SideFile, ...]
     warnings: tuple[str, ...]
     own_head: bool = False
+    wrapper: Wrapper | None = None
+    rest: Mapping[str, TensorEntry] = field(default_factory=dict)
 
 
 class RemoteFolderResolver(Protocol):
@@ -189,6 +193,9 @@ def _open(
     warnings = [folder.bin_warning if any(file.name.endswith(".bin") for file in index.files) else None]
     if not is_adapter:
         warnings.append(leftover_warning(folder.label, config, index))
+    text = None if is_adapter else unwrap(folder.label, config, index)
+    if text is not None:
+        config, index = text.config, text.index
     return OpenedFolder(
         folder=folder,
         config=_effective_config(config),
@@ -197,6 +204,8 @@ def _open(
         python_files=python,
         warnings=tuple(warning for warning in warnings if warning),
         own_head=not is_adapter and with_head and has_own_head(folder, config, index),
+        wrapper=text.wrapper if text else None,
+        rest=text.rest if text else {},
     )
 
 
@@ -284,7 +293,14 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
     facts, warnings, index, own_head = None, model.warnings, model.index, model.own_head
     if adapter is not None:
         folder = adapter.folder
-        facts = adapter_facts(folder.label, folder.revision, adapter.config, adapter.index, model.index)
+        facts = adapter_facts(
+            folder.label,
+            folder.revision,
+            adapter.config,
+            adapter.index,
+            model.index,
+            wrapper=model.wrapper,
+        )
         warnings += adapter.warnings + _other_base_warning(facts, ref.model)
         index = replace(index, tensors={**index.tensors, **facts.replaced})
         own_head = own_head or bool({HEAD, EMBEDDING} & facts.replaced.keys())
@@ -298,6 +314,8 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
         adapter=facts,
         warnings=warnings,
         own_head=own_head,
+        wrapper=model.wrapper.model_type if model.wrapper else "",
+        rest=model.rest,
     )
 
 

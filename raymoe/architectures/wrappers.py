@@ -1,0 +1,213 @@
+"""Image-text (and audio-text) models whose text part is a dense family.
+
+A wrapper's checkpoint holds a dense text model beside an encoder and a projector. Its text part has the tensors of the
+family under a prefix, and its config.json has the family's config under `text_config`. This table is all that raymoe
+knows of a wrapper: sources/unwrap.py takes the text part out, and everything after it sees the dense family.
+
+    model.language_model.layers.0.mlp.up_proj.weight  -->  model.layers.0.mlp.up_proj.weight
+    {"model_type": "qwen3_5", "text_config": {...}}   -->  {"model_type": "qwen3_5_text", ...}
+
+Prefixes differ by the version of transformers that saved a checkpoint, so each wrapper lists all forms, and the names
+in the checkpoint decide. Text alone is computed as by the family itself: of the rotary embeddings with three axes
+(`mrope`), all axes are the position in the text. Sources: transformers' configuration and modeling files of each type,
+and `conversion_mapping.py` for the older names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.architectures.rope import rope_parameters
+
+_PREFIXES = ("model.language_model.", "language_model.model.")
+_HEADS = ("lm_head.", "language_model.lm_head.")
+# Names of modules near the top of a wrapper, and what they are. None of them is in a dense family.
+_PARTS: Mapping[str, str] = {
+    **dict.fromkeys(("visual", "vision_tower", "vision_model", "image_tower", "video_tower"), "vision encoder"),
+    **dict.fromkeys(("audio_tower", "encoder"), "audio encoder"),
+    **dict.fromkeys(
+        ("multi_modal_projector", "connector", "projector", "image_newline", "visual_embeddings_table"), "projector"
+    ),
+    "mtp": "layers of multi-token prediction",
+}
+OTHER_PART = "other tensors"
+# Settings of rotary embeddings that concern images only.
+_AXES = ("mrope_section", "mrope_interleaved")
+# Keys that a saver writes at the top only, and that a text model has in its own config.
+_OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrapper:
+    """One model type whose text part is a dense model.
+
+    Attributes:
+        model_type: Its `model_type` in config.json.
+        title: Its name in messages and docs.
+        text_type: The `model_type` of its text part if `text_config` names none.
+        prefixes: Prefixes that stand for `model.` in names of the text part, the longest first.
+        heads: Prefixes that stand for `lm_head.`.
+        text_defaults: Values that transformers assumes for keys that `text_config` leaves out, beyond those of the
+            text part's own class.
+        is_flat: Older config.json files have the text part's keys at the top.
+    """
+
+    model_type: str
+    title: str
+    text_type: str
+    prefixes: tuple[str, ...] = _PREFIXES
+    heads: tuple[str, ...] = _HEADS
+    text_defaults: Mapping[str, Any] = field(default_factory=dict)
+    is_flat: bool = False
+
+    def text_name(self, name: str) -> str:
+        """The name of a tensor or module in the text part, without the wrapper. Empty for all other parts."""
+        if part_of(name) != OTHER_PART:
+            return ""
+        for prefixes, plain in ((self.prefixes, "model."), (self.heads, "lm_head.")):
+            for prefix in prefixes:
+                if name.startswith(prefix):
+                    return plain + name.removeprefix(prefix)
+        return ""
+
+
+def part_of(name: str) -> str:
+    """What a tensor or module outside the text part belongs to, in words."""
+    return next((_PARTS[word] for word in name.split(".")[:2] if word in _PARTS), OTHER_PART)
+
+
+# Types that only name the text part of a wrapper, and the family that computes the same for text.
+TEXT_TYPES: Mapping[str, str] = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+
+# Sizes that transformers' classes assume: savers of transformers 4 left them out of `text_config`.
+_CLASS_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}
+
+_LLAVA = {"text_type": "llama"}
+_IDEFICS_PREFIXES = ("model.text_model.",)
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    wrapper.model_type: wrapper
+    for wrapper in (
+        Wrapper(model_type="qwen3_5", title="Qwen3.5", text_type="qwen3_5_text"),
+        Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text"),
+        Wrapper(
+            model_type="qwen2_5_vl",
+            title="Qwen2.5-VL",
+            text_type="qwen2_5_vl_text",
+            prefixes=(*_PREFIXES, "model."),
+            is_flat=True,
+        ),
+        Wrapper(
+            model_type="qwen2_vl",
+            title="Qwen2-VL",
+            text_type="qwen2_vl_text",
+            prefixes=(*_PREFIXES, "model."),
+            is_flat=True,
+        ),
+        Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2", text_type="mistral"),
+        Wrapper(model_type="llava", title="LLaVA, Pixtral", **_LLAVA),
+        Wrapper(model_type="llava_next", title="LLaVA-NeXT, Granite Vision", **_LLAVA),
+        Wrapper(model_type="llava_next_video", title="LLaVA-NeXT-Video", **_LLAVA),
+        Wrapper(model_type="llava_onevision", title="LLaVA-OneVision", text_type="qwen2"),
+        Wrapper(model_type="vipllava", title="VipLLaVA", **_LLAVA),
+        Wrapper(model_type="video_llava", title="Video-LLaVA", **_LLAVA),
+        Wrapper(model_type="internvl", title="InternVL", text_type="qwen2"),
+        Wrapper(
+            model_type="idefics3",
+            title="Idefics3",
+            text_type="llama",
+            prefixes=_IDEFICS_PREFIXES,
+            text_defaults={"rms_norm_eps": 1e-5},
+        ),
+        Wrapper(
+            model_type="smolvlm",
+            title="SmolVLM",
+            text_type="llama",
+            prefixes=_IDEFICS_PREFIXES,
+            text_defaults={"rms_norm_eps": 1e-5},
+        ),
+        Wrapper(model_type="idefics2", title="Idefics2", text_type="mistral", prefixes=_IDEFICS_PREFIXES),
+        Wrapper(model_type="lfm2_vl", title="LFM2-VL", text_type="lfm2"),
+        Wrapper(model_type="aya_vision", title="Aya Vision", text_type="cohere2"),
+        Wrapper(model_type="cohere2_vision", title="Command A Vision", text_type="cohere2"),
+        Wrapper(model_type="ovis2", title="Ovis2", text_type="qwen2"),
+        Wrapper(model_type="got_ocr2", title="GOT-OCR2", text_type="qwen2"),
+        Wrapper(model_type="voxtral", title="Voxtral", text_type="llama"),
+        Wrapper(model_type="granite_speech", title="Granite Speech", text_type="granite"),
+        Wrapper(model_type="qwen2_audio", title="Qwen2-Audio", text_type="qwen2"),
+    )
+}
+
+
+def find_wrapper(config: Mapping[str, Any]) -> Wrapper | None:
+    """The wrapper that a config.json describes; None for a text model and for types that raymoe does not know."""
+    model_type = config.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def text_config(wrapper: Wrapper, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the text part alone, as a text model of its family would have it.
+
+    `tie_word_embeddings` is the wrapper's own if it is set there, as in transformers.
+    """
+    given = config.get("text_config")
+    own: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    if not own and wrapper.is_flat:
+        own = {key: value for key, value in config.items() if key not in ("model_type", "vision_config")}
+    model_type = own.get("model_type") or wrapper.text_type
+    model_type = TEXT_TYPES.get(model_type, model_type) if isinstance(model_type, str) else model_type
+    shared = {key: config[key] for key in _OF_BOTH if config.get(key) is not None}
+    sizes = _CLASS_SIZES.get(model_type, {}) if isinstance(model_type, str) else {}
+    text = {**sizes, **wrapper.text_defaults, **shared, **own, "model_type": model_type}
+    if isinstance(config.get("tie_word_embeddings"), bool):
+        text["tie_word_embeddings"] = config["tie_word_embeddings"] or own.get("tie_word_embeddings") is True
+    return _without_axes(text)
+
+
+def _without_axes(text: dict[str, Any]) -> dict[str, Any]:
+    """The config with the RoPE of a text model. Types that keep the axes in their mixture carry them themselves."""
+    if text["model_type"] not in TEXT_TYPES.values():
+        return text
+    rope = rope_parameters(text)
+    for key in _AXES:
+        rope.pop(key, None)
+    for key in ("rope_type", "type"):
+        if rope.get(key) == "mrope":
+            rope[key] = "default"
+    plain = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_parameters")}
+    return {**plain, "rope_parameters": rope} if rope else plain

@@ -1,0 +1,75 @@
+"""Takes the dense text model out of an image-text (or audio-text) checkpoint.
+
+    config.json + index of the wrapper --unwrap--> config + index as the text model alone would have them, and the rest
+
+Only names change: tensors stay where they are in their files, so their bytes are read and copied as before. What is
+not text (vision encoder, projector) is kept apart in `Unwrapped.rest`. The table of wrappers is in
+architectures/wrappers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raymoe.architectures.wrappers import Wrapper, find_wrapper, part_of, text_config
+from raymoe.formatting import human_bytes, short_list
+from raymoe.sources.facts import CheckpointIndex, TensorEntry
+from raymoe.sources.folder_protocol import unusable_checkpoint
+from raymoe.tensor_names import HEAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unwrapped:
+    """The text part of a wrapper's checkpoint.
+
+    `config` and `index` are those of a text model, `rest` are all other tensors by their names in the checkpoint.
+    """
+
+    wrapper: Wrapper
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    rest: Mapping[str, TensorEntry]
+
+
+def unwrap(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> Unwrapped | None:
+    """The text part of a checkpoint; None if its config.json describes no wrapper.
+
+    Raises CheckpointError if the checkpoint holds no text part, or holds a tensor of it twice.
+    """
+    wrapper = find_wrapper(config)
+    if wrapper is None:
+        return None
+    text: dict[str, TensorEntry] = {}
+    rest: dict[str, TensorEntry] = {}
+    twice: list[str] = []
+    for name, entry in index.tensors.items():
+        plain = wrapper.text_name(name)
+        if not plain:
+            rest[name] = entry
+        elif plain in text:
+            twice.append(name)
+        else:
+            text[plain] = replace(entry, name=plain)
+    if twice:
+        what = f"{len(twice)} tensor(s) of its text model are there under two names: {short_list(twice)}"
+        raise unusable_checkpoint(label, what, "save the model again with save_pretrained, or download it again")
+    if not text:
+        what = (
+            f"a {wrapper.title} checkpoint (model_type {wrapper.model_type}) without a text model: no tensor begins "
+            f"with {' or '.join(wrapper.prefixes)}"
+        )
+        raise unusable_checkpoint(label, what, "use the checkpoint as published, or a text model saved by itself")
+    plain_config = text_config(wrapper, config)
+    if HEAD not in text:
+        plain_config["tie_word_embeddings"] = True  # transformers has no other source for the head
+    return Unwrapped(wrapper=wrapper, config=plain_config, index=replace(index, tensors=text), rest=rest)
+
+
+def parts_summary(rest: Mapping[str, TensorEntry]) -> str:
+    """What the tensors outside the text part are, with their sizes: for messages. Empty if there are none."""
+    sizes: dict[str, int] = {}
+    for name, entry in rest.items():
+        sizes[part_of(name)] = sizes.get(part_of(name), 0) + entry.nbytes
+    return ", ".join(f"{part} ({human_bytes(size)})" for part, size in sizes.items())

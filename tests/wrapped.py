@@ -1,0 +1,185 @@
+"""Pico image-text and audio-text models: a dense text model beside a small encoder, as transformers saves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.pico import HIDDEN, VOCAB, make_config, randomise, save_tokenizer
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN,
+    "patch_size": 8,
+}
+_AUDIO = {"num_mel_bins": 16, "max_source_positions": 16}
+
+
+def _vision(model_type: str = "", **more: Any) -> dict[str, Any]:
+    return {"vision_config": {**_VISION, **({"model_type": model_type} if model_type else {}), **more}}
+
+
+# Wrapper -> the family of its text, and the other keys of its config.
+WRAPPED: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("qwen3_5_text", {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16}}),
+    "qwen3_vl": (
+        "qwen3",
+        {"vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}},
+    ),
+    "qwen2_5_vl": ("qwen2", {"vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1]}}),
+    "qwen2_vl": ("qwen2", {"vision_config": {**_QWEN_VISION, "embed_dim": 32, "hidden_size": HIDDEN}}),
+    "mistral3": ("mistral", _vision("pixtral", head_dim=16)),
+    "llava": ("llama", _vision("clip_vision_model", projection_dim=32)),
+    "llava_next": ("granite", _vision("siglip_vision_model")),
+    "llava_next_video": ("llama", _vision("clip_vision_model", projection_dim=32)),
+    "llava_onevision": ("qwen2", _vision("siglip_vision_model")),
+    "vipllava": ("llama", _vision("clip_vision_model", projection_dim=32, num_hidden_layers=13)),
+    "video_llava": ("llama", _vision("clip_vision_model", projection_dim=32)),
+    "internvl": ("qwen3", _vision(image_size=[28, 28], patch_size=[14, 14])),
+    "idefics3": ("llama", _vision()),
+    "smolvlm": ("llama", _vision()),
+    "idefics2": (
+        "mistral",
+        {
+            **_vision(),
+            "perceiver_config": {
+                "hidden_size": HIDDEN,
+                "resampler_n_latents": 4,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 16,
+                "num_key_value_heads": 1,
+            },
+        },
+    ),
+    "lfm2_vl": ("lfm2", _vision("siglip2_vision_model", num_patches=16)),
+    "aya_vision": ("cohere2", _vision("siglip_vision_model")),
+    "cohere2_vision": ("cohere2", _vision("siglip_vision_model")),
+    "got_ocr2": (
+        "qwen2",
+        {
+            "vision_config": {
+                "hidden_size": 32,
+                "output_channels": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 16,
+                "mlp_dim": 48,
+                "global_attn_indexes": [1],
+                "window_size": 2,
+            }
+        },
+    ),
+    "ovis2": (
+        "qwen2",
+        {**_vision(vocab_size=64, num_visual_indicator_tokens=5), "hidden_size": HIDDEN, "vocab_size": VOCAB},
+    ),
+    "voxtral": (
+        "llama",
+        {
+            "audio_config": {
+                **_AUDIO,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 60,
+            }
+        },
+    ),
+    "granite_speech": (
+        "granite",
+        {
+            "encoder_config": {
+                "hidden_dim": 32,
+                "num_layers": 1,
+                "num_heads": 2,
+                "dim_head": 16,
+                "output_dim": 12,
+                "input_dim": 16,
+                "feedforward_mult": 1,
+            },
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 32,
+                "encoder_hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+            },
+        },
+    ),
+    "qwen2_audio": (
+        "qwen2",
+        {
+            "audio_config": {
+                **_AUDIO,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 48,
+            }
+        },
+    ),
+}
+_MROPE = {"rope_type": "default", "rope_theta": 20_000.0, "mrope_section": [4, 2, 2]}
+_TEXT_KEYS: Mapping[str, dict[str, Any]] = {
+    "qwen2_vl": {"model_type": "qwen2_vl_text", "rope_parameters": _MROPE},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
+    "qwen3_vl": {"model_type": "qwen3_vl_text", "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+}
+
+
+def make_wrapped(wrapper: str, **text_options: Any) -> Any:
+    """The model itself, with random weights."""
+    family, other = WRAPPED[wrapper]
+    text = {**make_config(family, **text_options).to_dict(), **_TEXT_KEYS.get(wrapper, {})}
+    config = transformers.AutoConfig.for_model(wrapper, text_config=text, **other)
+    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForSpeechSeq2Seq):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+def save_wrapped(folder: Path, wrapper: str, *, seed: int = 0, **text_options: Any) -> Path:
+    """A wrapped model with a tokenizer; `text_options` are keys of its text config."""
+    model = make_wrapped(wrapper, **text_options)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def load_wrapped(folder: Path) -> Any:
+    """The model of a folder that `save_wrapped` made, in the class that its config.json names."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def rename_tensors(folder: Path, renamed: Mapping[str, str]) -> Path:
+    """Change prefixes of names in model.safetensors: as another version of transformers would have saved them."""
+    file = folder / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        prefix = next((old for old in renamed if name.startswith(old)), "")
+        tensors[renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    save_file(tensors, file, {"format": "pt"})
+    return folder
