@@ -20,14 +20,14 @@ from xml.etree import ElementTree
 
 from pages import put_between
 
-from raymoe.architectures.support_matrix import SupportedPair, supported_pairs
+from raymoe.architectures.support_matrix import SupportedPair, supported_pairs, wrapped_types
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.formatting import plural
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/families.md"
 MARK = "<!-- table {}: scripts/family_table.py -->"
-COPIES, FORCED = "test_same_experts", "test_forced_router"
+COPIES, FORCED, WRAPPED = "test_same_experts", "test_forced_router", "test_wrapped_models"
 SHARED = {"no": "no", "gated": "optional, gated", "plain": "optional", "always": "optional, zeros without"}
 
 
@@ -35,8 +35,8 @@ SHARED = {"no": "no", "gated": "optional, gated", "plain": "optional", "always":
 class Measured:
     """What the tests of one pair found: how many there were, and the largest difference of logits."""
 
-    tests: dict[str, int] = field(default_factory=lambda: {COPIES: 0, FORCED: 0})
-    difference: dict[str, float] = field(default_factory=lambda: {COPIES: 0.0, FORCED: 0.0})
+    tests: dict[str, int] = field(default_factory=lambda: {COPIES: 0, FORCED: 0, WRAPPED: 0})
+    difference: dict[str, float] = field(default_factory=lambda: {COPIES: 0.0, FORCED: 0.0, WRAPPED: 0.0})
 
     def add(self, kind: str, difference: float) -> None:
         self.tests[kind] += 1
@@ -50,6 +50,7 @@ def main() -> None:
         sys.exit(0 if pairs_of_page(PAGE.read_text()) == pairs_of_code() else "docs/families.md is not of this code")
     measured = run_tests()
     put_between(PAGE, MARK.format("exact"), exact_table(measured))
+    put_between(PAGE, MARK.format("wrapped"), wrapped_table(measured))
     put_between(PAGE, MARK.format("refused"), refused_table())
 
 
@@ -57,7 +58,7 @@ def run_tests() -> dict[str, Measured]:
     """By pair and `-shared`. Ends the program where a test fails."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        files = [f"tests/architectures/{name}.py" for name in (COPIES, FORCED)]
+        files = [f"tests/architectures/{name}.py" for name in (COPIES, FORCED, WRAPPED)]
         command = [sys.executable, "-m", "pytest", *files, f"--junitxml={report}"]
         result = subprocess.run(command, cwd=ROOT, check=False)
         if result.returncode:
@@ -113,6 +114,19 @@ def summed(parts: list[Measured], kind: str) -> str:
     return f"{tests} {plural('test', tests)}, {f'{difference:.1e}' if difference else 'none'}"
 
 
+def wrapped_table(measured: dict[str, Measured]) -> str:
+    lines = [
+        "| image-text and audio-text models | `model_type` | text model, usually | copies: difference |",
+        "|---|---|---|---|",
+    ]
+    for each in wrapped_types():
+        found = measured.get(f"wrapped-{each.wrapper}")
+        if found is None:
+            sys.exit(f"no test of {each.wrapper}")
+        lines.append(f"| {each.title} | `{each.wrapper}` | `{each.family}` | {found.difference[WRAPPED]:.1e} |")
+    return "\n".join(lines)
+
+
 def refused_table() -> str:
     lines = ["| dense models | `model_type` | why not |", "|---|---|---|"]
     for family in UNSUPPORTED:
@@ -134,6 +148,10 @@ def rows_of(page: str, name: str) -> Iterator[list[str]]:
 
 def pairs_of_page(page: str) -> list[tuple[str, str]]:
     return [(cells[1].strip("`"), cells[3].strip("`")) for cells in rows_of(page, "exact")]
+
+
+def wrapped_of_page(page: str) -> list[str]:
+    return [cells[1].strip("`") for cells in rows_of(page, "wrapped")]
 
 
 def pairs_of_code() -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from raymoe.architectures.families import FAMILIES
 from raymoe.architectures.moe import MOE_ARCHITECTURES
 from raymoe.architectures.moe_architecture import MoeArchitecture
 from raymoe.architectures.unsupported_families import UNSUPPORTED
+from raymoe.architectures.wrappers import TEXT_TYPES, WRAPPERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,26 @@ def _shared_expert(architecture: MoeArchitecture) -> str:
     return "plain" if architecture.shared_key else "always"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrappedType:
+    """An image-text or audio-text model type whose text model is merged if it is of a supported family. `family` is
+    the usual one."""
+
+    wrapper: str
+    title: str
+    family: str
+
+
+def wrapped_types() -> Iterator[WrappedType]:
+    for wrapper in WRAPPERS.values():
+        family = TEXT_TYPES.get(wrapper.text_type, wrapper.text_type)
+        yield WrappedType(wrapper=wrapper.model_type, title=wrapper.title, family=family)
+
+
 def support_matrix() -> dict[str, list[dict[str, Any]]]:
-    """Both tables as plain data: what `raymoe archs --json` prints."""
+    """All tables as plain data: what `raymoe archs --json` prints."""
     return {
         "exact": [asdict(pair) for pair in supported_pairs()],
+        "wrapped": [asdict(wrapped) for wrapped in wrapped_types()],
         "refused": [asdict(family) for family in UNSUPPORTED],
     }

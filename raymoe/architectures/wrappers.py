@@ -35,6 +35,8 @@ _PARTS: Mapping[str, str] = {
 OTHER_PART = "other tensors"
 # Settings of rotary embeddings that concern images only.
 _AXES = ("mrope_section", "mrope_interleaved")
+# Keys of a wrapper's config that a mixture's own replace, or that do not hold for it.
+_OF_TEXT = ("text_config", "auto_map", "quantization_config", "_name_or_path")
 # Keys that a saver writes at the top only, and that a text model has in its own config.
 _OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
 
@@ -52,6 +54,8 @@ class Wrapper:
         text_defaults: Values that transformers assumes for keys that `text_config` leaves out, beyond those of the
             text part's own class.
         is_flat: Older config.json files have the text part's keys at the top.
+        mixture: The wrapper of `MIXTURE_WRAPPERS` that has the same encoder around a mixture. Empty: there is none.
+        class_name: Its class in transformers. Only mixtures, which raymoe writes, need it.
     """
 
     model_type: str
@@ -61,6 +65,12 @@ class Wrapper:
     heads: tuple[str, ...] = _HEADS
     text_defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flat: bool = False
+    mixture: str = ""
+    class_name: str = ""
+
+    def wrapped_name(self, name: str) -> str:
+        """The name in the wrapper of a tensor of the text part."""
+        return self.prefixes[0] + name.removeprefix("model.") if name.startswith("model.") else name
 
     def text_name(self, name: str) -> str:
         """The name of a tensor or module in the text part, without the wrapper. Empty for all other parts."""
@@ -123,7 +133,7 @@ _IDEFICS_PREFIXES = ("model.text_model.",)
 WRAPPERS: Mapping[str, Wrapper] = {
     wrapper.model_type: wrapper
     for wrapper in (
-        Wrapper(model_type="qwen3_5", title="Qwen3.5", text_type="qwen3_5_text"),
+        Wrapper(model_type="qwen3_5", title="Qwen3.5", text_type="qwen3_5_text", mixture="qwen3_5_moe"),
         Wrapper(model_type="qwen3_vl", title="Qwen3-VL", text_type="qwen3_vl_text"),
         Wrapper(
             model_type="qwen2_5_vl",
@@ -174,10 +184,42 @@ WRAPPERS: Mapping[str, Wrapper] = {
 }
 
 
+MIXTURE_WRAPPERS: Mapping[str, Wrapper] = {
+    wrapper.model_type: wrapper
+    for wrapper in (
+        Wrapper(
+            model_type="qwen3_5_moe",
+            title="Qwen3.5 MoE",
+            text_type="qwen3_5_moe_text",
+            class_name="Qwen3_5MoeForConditionalGeneration",
+        ),
+    )
+}
+"""Wrappers whose text part is a mixture that raymoe writes."""
+
+
 def find_wrapper(config: Mapping[str, Any]) -> Wrapper | None:
     """The wrapper that a config.json describes; None for a text model and for types that raymoe does not know."""
     model_type = config.get("model_type")
-    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+    return {**WRAPPERS, **MIXTURE_WRAPPERS}.get(model_type) if isinstance(model_type, str) else None
+
+
+def mixture_wrapper(config: Mapping[str, Any], text_type: str) -> Wrapper | None:
+    """The wrapper of a mixture of type `text_type` that has the encoder of the wrapper that `config` describes."""
+    wrapper = find_wrapper(config)
+    found = MIXTURE_WRAPPERS.get(wrapper.mixture) if wrapper else None
+    return found if found and found.text_type == text_type else None
+
+
+def wrapped_config(mixture: Wrapper, base: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a mixture with the encoder of a base: `base` is that of the base's wrapper, `text` that of the
+    mixture alone."""
+    kept = {key: value for key, value in base.items() if key not in (*_OF_TEXT, *_OF_BOTH)}
+    shared = {key: text[key] for key in ("tie_word_embeddings", *_OF_BOTH) if key in text}
+    own = {key: value for key, value in text.items() if key != "architectures"}
+    vision = {**base.get("vision_config", {}), "model_type": f"{mixture.model_type}_vision"}
+    names = {"architectures": [mixture.class_name], "model_type": mixture.model_type}
+    return dict(sorted({**kept, **shared, **names, "text_config": own, "vision_config": vision}.items()))
 
 
 def text_config(wrapper: Wrapper, config: Mapping[str, Any]) -> dict[str, Any]:

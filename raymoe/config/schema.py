@@ -35,6 +35,7 @@ from raymoe.object_store.options import StorageOptions
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PromptModel = Literal["base", "expert", "grafted"]
+Modality = Literal["text", "image-text"]
 
 NUMBER_KEYS = frozenset({"noise_scale", "residual_scale", "scale", "density"})
 """Keys that take a number with a fraction."""
@@ -63,6 +64,10 @@ def _parse_dtype(value: Any) -> str:
 
 def _parse_prompt_model(value: Any) -> str:
     return parse_choice(value, get_args(PromptModel), {})
+
+
+def _parse_modality(value: Any) -> str:
+    return parse_choice(value, get_args(Modality), {})
 
 
 def _parse_architecture(value: Any) -> str:
@@ -156,8 +161,9 @@ class MergeConfig(BaseModel):
     """A whole merge config. Each value is valid by itself; `check_config` checks that they fit together.
 
     `dtype` is what the weights are stored in (`None`: what the base model's config names). `prompt_model`,
-    `chat_template`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts (`None`: the gate
-    mode's default); whether it reads them as a user turn of its chat template; how attention, norms and embeddings are
+    `chat_template`, `modality`, `backbone` and `storage` are raymoe's own keys: which model reads the prompts (`None`:
+    the gate mode's default); whether it reads them as a user turn of its chat template; whether the output reads images
+    (`None`: if its base does and there is a MoE architecture with its encoder); how attention, norms and embeddings are
     made; and how object stores are reached.
     """
 
@@ -172,6 +178,7 @@ class MergeConfig(BaseModel):
     architecture: Annotated[str | None, PlainValidator(optional(_parse_architecture))] = None
     prompt_model: Annotated[PromptModel | None, BeforeValidator(optional(_parse_prompt_model))] = None
     chat_template: Annotated[bool, PlainValidator(optional(parse_flag, False))] = False
+    modality: Annotated[Modality | None, BeforeValidator(optional(_parse_modality))] = None
     backbone: Annotated[
         BackboneConfig, PlainValidator(optional(parse_backbone, BASE_BACKBONE)), PlainSerializer(plain_backbone)
     ] = BASE_BACKBONE

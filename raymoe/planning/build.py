@@ -12,6 +12,7 @@ from typing import Any
 
 from raymoe.architectures import DenseSpec, MoeArchitecture, MoeShape, select_moe_architecture
 from raymoe.architectures.moe_architecture import MIXTURE_KEYS, moe_config
+from raymoe.architectures.wrappers import Wrapper, wrapped_config
 from raymoe.config import ExpertConfig, MergeConfig
 from raymoe.config.model_refs import ModelRef
 from raymoe.config.prompt_sources import expand_prompts
@@ -29,6 +30,7 @@ from raymoe.planning.compatibility import (
 )
 from raymoe.planning.digest import plan_digest
 from raymoe.planning.invariants import check_plan
+from raymoe.planning.modality import choose_wrapper, wrap_tensors
 from raymoe.planning.owner import ALL_EXPERTS, ALL_SHARED, BASE, CONFIG_KEYS, ROUTER, Owner
 from raymoe.planning.plan import GatePlan, GatePrompts, MergeOptions, MergePlan, Source, WeightRef
 from raymoe.planning.prompt_checks import prompt_warnings
@@ -47,7 +49,7 @@ from raymoe.planning.tensor_sources import (
 from raymoe.planning.totals import compute_totals
 from raymoe.sources.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE, dtype_code, is_dtype
 from raymoe.sources.facts import ModelFacts, SideFile
-from raymoe.sources.folder_protocol import has_vocabulary
+from raymoe.sources.folder_protocol import PROCESSOR_FILES, has_vocabulary, matches
 from raymoe.sources.quantization_check import QUANTIZATION_KEYS
 
 # Keys of the base's config.json that describe the dense model, and would be wrong or unused in the MoE's.
@@ -113,12 +115,13 @@ def build_plan(
     if options.strict:
         for where, what in find_non_finite({"base_model": base_facts, **{_expert_key(m): m.facts for m in members}}):
             problems.append(Problem(where=where, what=f"{what}, which --strict refuses", remedy=_FINITE_REMEDY))
-    problems = list(dict.fromkeys(problems))
+    wrapper, modality_problems = choose_wrapper(config.modality, base_facts, selection.architecture)
+    problems = list(dict.fromkeys([*problems, *modality_problems]))
     if problems or selection.architecture is None:
         raise ProblemReport(problems)
     dtype = _output_dtype(config, base_facts)
     backbone = plan_backbone(config.backbone, base_facts, base, members, selection.architecture, dtype, differing)
-    return _assemble(config, options, base_facts, base, members, moe, selection.architecture, backbone, dtype)
+    return _assemble(config, options, base_facts, base, members, moe, selection.architecture, backbone, dtype, wrapper)
 
 
 def _tokenizer_problems(config: MergeConfig, base: ModelFacts) -> list[Problem]:
@@ -178,14 +181,17 @@ def _assemble(
     architecture: MoeArchitecture,
     backbone: Backbone,
     dtype: str,
+    wrapper: Wrapper | None,
 ) -> MergePlan:
     tensors: list[OutputTensor] = list(base_tensors(base_facts, base, architecture, dtype, backbone.refs))
     tensors += expert_tensors(members, architecture, dtype, options.seed)
     tensors += computed_tensors(base, moe, architecture, dtype)
+    output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
+    if wrapper is not None:
+        tensors = wrap_tensors(tensors, wrapper, base_facts)
     owners = [BASE, ALL_EXPERTS, *(m.owner for m in members), ALL_SHARED, ROUTER]
     gates = _gate_plan(config, options, base_facts, base, members, backbone, bool(architecture.shared_router))
     shards = pack_shards(tensors, owners, options.max_shard_bytes)
-    output_config = _output_config(base_facts.config, base, architecture, moe, dtype)
     check_plan(shards, tensors)
     warnings = [f"{architecture.title}: {architecture.note}"] if architecture.note and not moe.shared else []
     if (since := architecture.min_transformers_for(output_config.get("layer_types"))) != architecture.min_transformers:
@@ -230,15 +236,23 @@ def _assemble(
         for w in [
             *expert_warnings(base, m.spec, _expert_key(m)),
             *adapter_warnings(m, _expert_key(m), backbone.used_of(m.owner)),
-            *text_part_warnings(m.facts, _expert_key(m), is_base=False),
+            *text_part_warnings(m.facts, _expert_key(m)),
         ]
     ]
-    warnings += text_part_warnings(base_facts, "base_model", is_base=True)
+    warnings += text_part_warnings(base_facts, "base_model", is_text_base=wrapper is None)
     warnings += [
         w for facts in {id(f): f for f in [base_facts, *(m.facts for m in members)]}.values() for w in facts.warnings
     ]
     warnings += prompt_warnings(gates)
-    side_files = tuple(f for f in base_facts.side_files if options.copy_tokenizer or f.name == _GENERATION_CONFIG)
+    side_files = tuple(
+        file
+        for file in base_facts.side_files
+        if file.name == _GENERATION_CONFIG
+        or (matches(file.name, PROCESSOR_FILES) and wrapper is not None)
+        or (options.copy_tokenizer and not matches(file.name, PROCESSOR_FILES))
+    )
+    if wrapper is not None:
+        output_config = wrapped_config(wrapper, base_facts.wrapper_config, output_config)
     return MergePlan(
         architecture=architecture.name,
         config=output_config,
@@ -329,7 +343,9 @@ def _gate_plan(
             weights=weights,
         )
 
-    tokenizer: tuple[SideFile, ...] = tuple(f for f in base_facts.side_files if f.name != _GENERATION_CONFIG)
+    tokenizer: tuple[SideFile, ...] = tuple(
+        f for f in base_facts.side_files if not matches(f.name, (_GENERATION_CONFIG, *PROCESSOR_FILES))
+    )
     return GatePlan(
         mode=config.gate_mode,
         prompt_model=prompt_model,

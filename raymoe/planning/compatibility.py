@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from raymoe.architectures import DenseSpec, read_spec
-from raymoe.architectures.wrappers import WRAPPERS
+from raymoe.architectures.wrappers import find_wrapper
 from raymoe.errors import Problem
 from raymoe.formatting import short_list
 from raymoe.sources.dtypes import FLOAT_DTYPES
@@ -101,11 +101,12 @@ def expert_warnings(base: DenseSpec, expert: DenseSpec, where: str) -> list[str]
     return warnings
 
 
-def text_part_warnings(facts: ModelFacts, where: str, *, is_base: bool) -> list[str]:
-    """What a mixture leaves out of an image-text model, and of an adapter of one."""
+def text_part_warnings(facts: ModelFacts, where: str, *, is_text_base: bool = False) -> list[str]:
+    """What a mixture leaves out of an image-text model, and of an adapter of one. `is_text_base`: it is the base of a
+    mixture that reads text only."""
     warnings = []
-    if is_base and facts.rest:
-        title = WRAPPERS[facts.wrapper].title
+    if is_text_base and facts.rest and (wrapper := find_wrapper(facts.wrapper_config)):
+        title = wrapper.title
         warnings.append(
             f"{where} ({facts.label}): the mixture has the text model of this {title} checkpoint only. Left out: "
             f"{parts_summary(facts.rest)}"
@@ -114,7 +115,7 @@ def text_part_warnings(facts: ModelFacts, where: str, *, is_base: bool) -> list[
         parts = short_list(list(dict.fromkeys(facts.adapter.outside.values())))
         warnings.append(
             f"{where}: its adapter {facts.adapter.label} also changes {parts} ({len(facts.adapter.outside)} tensors). "
-            "These changes are not in the merge, which has the text model only"
+            "These changes are not in the merge: an adapter is applied to the text model only"
         )
     return warnings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from raymoe.architectures.support_matrix import support_matrix, supported_pairs
+from raymoe.architectures.support_matrix import support_matrix, supported_pairs, wrapped_types
 from raymoe.architectures.unsupported_families import UNSUPPORTED
 from raymoe.console import print_json
 
@@ -39,6 +39,14 @@ def print_support_matrix(*, as_json: bool) -> None:
     console.print("\nThe first one is used if a config has no `architecture`.")
     for note, titles in notes.items():
         console.print(f"{', '.join(titles)}: {note}.")
+    wrapped = Table("image-text and audio-text models", "model_type", "text model, usually", box=None)
+    for each in wrapped_types():
+        wrapped.add_row(each.title, each.wrapper, each.family)
+    console.print(
+        "\nOf these, the text model is taken, as base or expert. It is merged as the dense model that it is:",
+        style="bold",
+    )
+    console.print(wrapped)
     console.print("\nRefused, since no MoE architecture computes the same:", style="bold")
     refused = {f"{family.title} ({', '.join(family.model_types)})": family.reason for family in UNSUPPORTED}
     if not sys.stdout.isatty():  # one line per family: a table would make all lines as long as the longest reason

@@ -148,9 +148,9 @@ class ModelFacts:
     with the code that they name), chat templates, generation_config.json, never weights. `python_files` are all Python
     files at the top of its folder. `folders` are the folders of the model and its adapter (absolute paths or URLs); for
     a Hub model they are in the cache. `own_head`: it holds an lm_head.weight that differs from its embedding, even if
-    config.json ties them. `wrapper` is the model type of the image-text checkpoint that the model was taken out of
-    (empty for a text model), and `rest` are that checkpoint's other tensors by their names there; `config` and `index`
-    are those of the text model.
+    config.json ties them. `wrapper_config` is the config.json of the image-text checkpoint that the model was taken
+    out of (empty for a text model), and `rest` are that checkpoint's other tensors by their names there; `config` and
+    `index` are those of the text model.
     """
 
     label: str
@@ -163,5 +163,5 @@ class ModelFacts:
     warnings: tuple[str, ...] = field(default=())
     folders: tuple[str, ...] = ()
     own_head: bool = False
-    wrapper: str = ""
+    wrapper_config: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[str, TensorEntry] = field(default_factory=dict)

@@ -19,6 +19,8 @@ from raymoe.untrusted_files import check_size, read_json
 
 # Every tokenizer has one of these files.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+# What turns images, videos and sounds into a model's inputs.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Files that belong to a model besides its weights and config: never weights, and code only if the tokenizer names it
 # (see tokenizer_files.py).
 SIDE_FILES = (
@@ -31,6 +33,7 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_templates/*.jinja",
     "generation_config.json",
+    *PROCESSOR_FILES,
 )
 
 _MAX_PROBLEMS = 5  # per file

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from raymoe.architectures.wrappers import Wrapper
+from raymoe.architectures.wrappers import find_wrapper
 from raymoe.config.model_refs import ModelRef, PathRef, is_local_folder
 from raymoe.errors import CheckpointError, Problem, ProblemCollector, first_few
 from raymoe.object_store.location import LocationKind
@@ -53,7 +53,7 @@ class OpenedFolder:
     python_files: tuple[SideFile, ...]
     warnings: tuple[str, ...]
     own_head: bool = False
-    wrapper: Wrapper | None = None
+    wrapper_config: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[str, TensorEntry] = field(default_factory=dict)
 
 
@@ -204,7 +204,7 @@ def _open(
         python_files=python,
         warnings=tuple(warning for warning in warnings if warning),
         own_head=not is_adapter and with_head and has_own_head(folder, config, index),
-        wrapper=text.wrapper if text else None,
+        wrapper_config=text.wrapper_config if text else {},
         rest=text.rest if text else {},
     )
 
@@ -299,7 +299,7 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
             adapter.config,
             adapter.index,
             model.index,
-            wrapper=model.wrapper,
+            wrapper=find_wrapper(model.wrapper_config),
         )
         warnings += adapter.warnings + _other_base_warning(facts, ref.model)
         index = replace(index, tensors={**index.tensors, **facts.replaced})
@@ -314,7 +314,7 @@ def _facts(ref: ModelRef, model: OpenedFolder, adapter: OpenedFolder | None) -> 
         adapter=facts,
         warnings=warnings,
         own_head=own_head,
-        wrapper=model.wrapper.model_type if model.wrapper else "",
+        wrapper_config=model.wrapper_config,
         rest=model.rest,
     )
 

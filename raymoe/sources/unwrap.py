@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raymoe.architectures.wrappers import Wrapper, find_wrapper, part_of, text_config
+from raymoe.architectures.wrappers import find_wrapper, part_of, text_config
 from raymoe.formatting import human_bytes, short_list
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.folder_protocol import unusable_checkpoint
@@ -24,10 +24,11 @@ from raymoe.tensor_names import HEAD
 class Unwrapped:
     """The text part of a wrapper's checkpoint.
 
-    `config` and `index` are those of a text model, `rest` are all other tensors by their names in the checkpoint.
+    `config` and `index` are those of a text model, `rest` are all other tensors by their names in the checkpoint, and
+    `wrapper_config` is its config.json.
     """
 
-    wrapper: Wrapper
+    wrapper_config: Mapping[str, Any]
     config: Mapping[str, Any]
     index: CheckpointIndex
     rest: Mapping[str, TensorEntry]
@@ -64,7 +65,7 @@ def unwrap(label: str, config: Mapping[str, Any], index: CheckpointIndex) -> Unw
     plain_config = text_config(wrapper, config)
     if HEAD not in text:
         plain_config["tie_word_embeddings"] = True  # transformers has no other source for the head
-    return Unwrapped(wrapper=wrapper, config=plain_config, index=replace(index, tensors=text), rest=rest)
+    return Unwrapped(wrapper_config=config, config=plain_config, index=replace(index, tensors=text), rest=rest)
 
 
 def parts_summary(rest: Mapping[str, TensorEntry]) -> str:

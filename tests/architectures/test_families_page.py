@@ -15,6 +15,7 @@ import transformers
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
+from raymoe.architectures.wrappers import WRAPPERS
 from raymoe.export.gguf.llama_cpp_archs import MIXTURES, NOT_CONVERTED
 from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
@@ -38,6 +39,7 @@ def test_the_page_names_exactly_the_pairs_of_the_code(script: ModuleType) -> Non
     page = PAGE.read_text()
     remedy = "run scripts/family_table.py"
     assert script.pairs_of_page(page) == [(pair.family, pair.host) for pair in supported_pairs()], remedy
+    assert script.wrapped_of_page(page) == list(WRAPPERS), remedy
     assert script.refused_of_page(page) == [name for family in UNSUPPORTED for name in family.model_types], remedy
 
 
@@ -50,7 +52,7 @@ def test_every_pair_of_the_code_is_tested() -> None:
 def test_a_family_is_held_or_refused_and_not_both() -> None:
     refused = [name for family in UNSUPPORTED for name in family.model_types]
     assert len(refused) == len(set(refused))
-    assert not set(refused) & FAMILIES.keys()
+    assert not set(refused) & {*FAMILIES, *WRAPPERS}
     # Granite's hybrids are refused by how many experts they have: test_refusals.py.
     merges = {host.model_type for host in MOE_ARCHITECTURES.values()} - {"granitemoehybrid"}
     assert merges <= set(refused), "a merge is no source of experts"
@@ -64,7 +66,7 @@ def test_every_architecture_is_converted_to_gguf_or_has_a_reason() -> None:
 
 def test_every_named_type_is_one_that_transformers_knows() -> None:
     known = set(transformers.CONFIG_MAPPING)
-    assert FAMILIES.keys() <= known
+    assert {*FAMILIES, *WRAPPERS} <= known
     assert {name for family in UNSUPPORTED for name in family.model_types} - known == {"deepseek"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,22 +50,30 @@ def text_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return logits * FACTORS.get(model.config.model_type, 1.0)
 
 
-def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference."""
     assert expected.std() > 0.5, "logits of no size prove nothing"
-    assert (actual - expected).abs().max() < MAX_DIFFERENCE * max(1.0, expected.abs().max().item() / 10)
+    difference = (actual - expected).abs().max().item()
+    # Factors on logits make differences larger too.
+    assert difference < MAX_DIFFERENCE * max(1.0, expected.abs().max().item() / 10)
+    return difference
 
 
 def test_every_wrapper_is_tested() -> None:
     assert WRAPPED.keys() == WRAPPERS.keys()
 
 
-def test_copies_of_a_wrapped_model_compute_what_its_text_model_computes(wrapped: Path, tmp_path: Path) -> None:
+def test_copies_of_a_wrapped_model_compute_what_its_text_model_computes(
+    wrapped: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     ids = token_ids(40, rows=2)
 
     plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
 
     expected = text_logits(wrapped, ids)
-    assert_same(logits_of(load_merged(tmp_path / "merged"), ids), expected)
+    difference = assert_same(logits_of(load_merged(tmp_path / "merged"), ids), expected)
+    record_property("pair", f"wrapped-{json.loads((wrapped / 'config.json').read_text())['model_type']}")
+    record_property("difference", difference)
     assert any("Left out:" in warning for warning in plan.warnings)
     assert not any(word in name for name in plan.index["weight_map"] for word in OUTSIDE)
 

@@ -1,0 +1,121 @@
+"""Merges that read images too: the base's encoder is in them byte for byte, around the mixture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import raymoe
+from raymoe.errors import ProblemReport
+from tests.architectures.pairs import MAX_DIFFERENCE, load_merged
+from tests.pico import logits_of, merge_config, merge_without_ray, save_model, tensors_of, token_ids
+from tests.wrapped import load_wrapped, save_wrapped
+
+pytestmark = pytest.mark.engines
+
+WRAPPERS = ("qwen3_5",)
+PROCESSOR = {"preprocessor_config.json": {"patch_size": 8}, "processor_config.json": {"processor_class": "P"}}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrapped(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """As published: with processor files and layers of multi-token prediction."""
+    if request.param not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
+    folder = save_wrapped(tmp_path / "wrapped", request.param, **IMAGE_TOKENS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **IMAGE_TOKENS}))
+    for name, content in PROCESSOR.items():
+        (folder / name).write_text(json.dumps(content))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "mtp.norm.weight": torch.arange(64.0)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+IMAGE_TOKENS = {
+    "image_token_id": 400,
+    "video_token_id": 401,
+    "vision_start_token_id": 402,
+    "vision_end_token_id": 403,
+}
+
+
+def image_logits(model: Any) -> torch.Tensor:
+    """Logits of a text with an image in it."""
+    vision = model.config.vision_config
+    height = width = 4 * vision.spatial_merge_size
+    patches = height * width
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(patches, size, generator=torch.Generator().manual_seed(3))
+    tokens = patches // vision.spatial_merge_size**2
+    ids = torch.tensor([[5, 402, *[400] * tokens, 403, 7, 9, 11]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            input_ids=ids,
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor([[1, height, width]]),
+            mm_token_type_ids=(ids == 400).long(),
+        ).logits
+    return logits
+
+
+def test_an_image_gives_what_the_base_gives(wrapped: Path, tmp_path: Path) -> None:
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 3), tmp_path / "merged")
+
+    dense, merged = load_wrapped(wrapped), load_wrapped(tmp_path / "merged")
+    assert type(merged).__name__ == plan.config["architectures"][0] == "Qwen3_5MoeForConditionalGeneration"
+    expected = image_logits(dense)
+    assert expected.std() > 0.5
+    assert (image_logits(merged) - expected).abs().max() < MAX_DIFFERENCE
+    ids = token_ids(30)
+    assert (merged(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max() < MAX_DIFFERENCE
+    # The text model alone loads from the same files.
+    assert (logits_of(load_merged(tmp_path / "merged"), ids) - dense(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_all_but_the_text_model_is_copied(wrapped: Path, tmp_path: Path) -> None:
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 2), tmp_path / "merged")
+
+    source, merged = tensors_of(wrapped), tensors_of(tmp_path / "merged")
+    rest = {name for name in source if name.startswith(("model.visual.", "mtp."))}
+    assert rest and all(torch.equal(merged[name], source[name]) for name in rest)
+    assert {name for name in merged if not name.startswith("model.language_model.")} == {*rest, "lm_head.weight"}
+    assert PROCESSOR.keys() <= {file.name for file in plan.side_files}
+    assert not any("Left out" in warning for warning in plan.warnings)
+
+
+def test_modality_text_leaves_it_out(wrapped: Path, tmp_path: Path) -> None:
+    plan = merge_without_ray(merge_config(wrapped, [wrapped] * 2, modality="text"), tmp_path / "merged")
+
+    assert plan.config["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    assert not PROCESSOR.keys() & {file.name for file in plan.side_files}
+    assert any("vision encoder" in warning and "multi-token" in warning for warning in plan.warnings)
+
+
+def test_the_text_part_is_the_mixture_of_modality_text(wrapped: Path, tmp_path: Path) -> None:
+    """Byte for byte, with experts that differ."""
+    other = save_model(tmp_path / "other", "qwen3_5_text", seed=5)
+    config = merge_config(wrapped, [wrapped, other], backbone="linear")
+    merge_without_ray(config, tmp_path / "merged")
+    merge_without_ray({**config, "modality": "text"}, tmp_path / "text")
+
+    merged = tensors_of(tmp_path / "merged")
+    for name, tensor in tensors_of(tmp_path / "text").items():
+        inner = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+        assert torch.equal(merged[inner], tensor), name
+
+
+def test_image_text_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    plain = save_model(tmp_path / "plain", "llama")
+    llava = save_wrapped(tmp_path / "llava", "llava")
+
+    with pytest.raises(ProblemReport, match="reads text only"):
+        raymoe.plan(merge_config(plain, [plain] * 2, modality="image-text"), allow_all_same=True)
+    with pytest.raises(ProblemReport, match="Mixtral has no form with the encoder of LLaVA"):
+        raymoe.plan(merge_config(llava, [llava] * 2, modality="image-text"), allow_all_same=True)
