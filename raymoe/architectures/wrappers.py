@@ -127,7 +127,6 @@ _CLASS_SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_LLAVA = {"text_type": "llama"}
 _IDEFICS_PREFIXES = ("model.text_model.",)
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -150,12 +149,12 @@ WRAPPERS: Mapping[str, Wrapper] = {
             is_flat=True,
         ),
         Wrapper(model_type="mistral3", title="Mistral Small 3.1 and 3.2", text_type="mistral"),
-        Wrapper(model_type="llava", title="LLaVA, Pixtral", **_LLAVA),
-        Wrapper(model_type="llava_next", title="LLaVA-NeXT, Granite Vision", **_LLAVA),
-        Wrapper(model_type="llava_next_video", title="LLaVA-NeXT-Video", **_LLAVA),
+        Wrapper(model_type="llava", title="LLaVA, Pixtral", text_type="llama"),
+        Wrapper(model_type="llava_next", title="LLaVA-NeXT, Granite Vision", text_type="llama"),
+        Wrapper(model_type="llava_next_video", title="LLaVA-NeXT-Video", text_type="llama"),
         Wrapper(model_type="llava_onevision", title="LLaVA-OneVision", text_type="qwen2"),
-        Wrapper(model_type="vipllava", title="VipLLaVA", **_LLAVA),
-        Wrapper(model_type="video_llava", title="Video-LLaVA", **_LLAVA),
+        Wrapper(model_type="vipllava", title="VipLLaVA", text_type="llama"),
+        Wrapper(model_type="video_llava", title="Video-LLaVA", text_type="llama"),
         Wrapper(model_type="internvl", title="InternVL", text_type="qwen2"),
         Wrapper(
             model_type="idefics3",
@@ -202,6 +201,12 @@ def find_wrapper(config: Mapping[str, Any]) -> Wrapper | None:
     """The wrapper that a config.json describes; None for a text model and for types that raymoe does not know."""
     model_type = config.get("model_type")
     return {**WRAPPERS, **MIXTURE_WRAPPERS}.get(model_type) if isinstance(model_type, str) else None
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: that of a wrapper's text part, or the whole config.json of a text model."""
+    wrapper = find_wrapper(config)
+    return text_config(wrapper, config) if wrapper else config
 
 
 def mixture_wrapper(config: Mapping[str, Any], text_type: str) -> Wrapper | None:

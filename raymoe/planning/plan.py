@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raymoe.architectures.wrappers import find_wrapper, text_part
 from raymoe.formatting import human_bytes, human_count, plural
 from raymoe.html_repr import html_table
 from raymoe.planning.owner import ROUTER, Owner
@@ -409,6 +410,16 @@ class MergePlan:
             ("gates", f"gate mode {self.gates.mode}"),
             ("digest", f"digest {self.digest[:12]}"),
         )
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of the mixture itself: `config`, or the part of it that is not of the images that it reads."""
+        return text_part(self.config)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the output has the encoder of an image-text base."""
+        return find_wrapper(self.config) is not None
 
     @property
     def worker_shards(self) -> tuple[Shard, ...]:

@@ -23,6 +23,7 @@ from raymoe.object_store.options import StorageOptions
 from raymoe.sources.dtypes import FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 from raymoe.sources.hub import HubOptions
+from raymoe.sources.unwrap import unwrap
 from raymoe.sources.weight_index import index_model_weights
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.source_reader import SourceReader
@@ -33,16 +34,18 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
     """A summary of the checkpoint in a folder or at a URL, MoE or dense. Raises ProblemReport if there is none."""
     storage = storage or StorageOptions()
     folder = open_checkpoint(place, storage)
-    config = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
+    whole = read_object(folder, "config.json", "there is no config.json here", "name the folder of a checkpoint")
     index = index_model_weights(folder)
+    text = unwrap(folder.label, whole, index)
+    config = text.config if text else whole
     architecture = find_moe_architecture(config)
     bytes_by_dtype: Counter[str] = Counter()
     for entry in index.tensors.values():
         bytes_by_dtype[entry.dtype] += entry.nbytes
     summary: dict[str, Any] = {
         "folder": str(place),
-        "model_type": config.get("model_type"),
-        "architecture": _first_text(config.get("architectures")),
+        "model_type": whole.get("model_type"),
+        "architecture": _first_text(whole.get("architectures")),
         "layers": _whole_number(config.get("num_hidden_layers")),
         "hidden_size": _whole_number(config.get("hidden_size")),
         "vocab_size": _whole_number(config.get("vocab_size")),
@@ -52,7 +55,7 @@ def inspect_checkpoint(place: str | Path, storage: StorageOptions | None = None)
         "shards": [{"file": file.name, "bytes": file.size} for file in index.files],
     }
     if architecture is not None:
-        summary |= _moe_summary(architecture, config, index, summary["parameters"], storage)
+        summary |= _moe_summary(architecture, config, text.index if text else index, summary["parameters"], storage)
     if folder.find(RECORD_NAME) is not None:
         summary["merge"] = _record_summary(read_record(folder))
     return summary

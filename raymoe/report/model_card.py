@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -58,7 +58,7 @@ def model_card(
         _title_section(plan, config, architecture),
         _experts_section(plan, config, summary),
         _routers_section(config, summary),
-        _loading_section(architecture, config, plan.config, has_chat_template=has_chat_template),
+        _loading_section(architecture, config, plan, has_chat_template=has_chat_template),
         _license_section(sources),
         _config_section(config),
     )
@@ -81,7 +81,7 @@ def card_metadata(plan: MergePlan, sources: Sequence[SourceCard]) -> str:
         license=license.name if license else None,
         license_name=license.title if license else None,
         license_link=license.link if license else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if plan.reads_images else "text-generation",
         tags=list(dict.fromkeys(["merge", "moe", "frankenmoe", "raymoe", plan.architecture])),
         **({"base_model_relation": "merge"} if bases else {}),
     )
@@ -198,19 +198,19 @@ def _routers_section(config: MergeConfig, summary: RouterSummary | None) -> Iter
 
 
 def _loading_section(
-    architecture: MoeArchitecture, config: MergeConfig, output: Mapping[str, Any], *, has_chat_template: bool
+    architecture: MoeArchitecture, config: MergeConfig, plan: MergePlan, *, has_chat_template: bool
 ) -> Iterator[str]:
-    """`output` is the merge's config.json."""
-    since = architecture.min_transformers_for(output.get("layer_types"))
+    since = architecture.min_transformers_for(plan.text_config.get("layer_types"))
     yield "## Use it"
     yield ""
     trust = "" if since else ", trust_remote_code=True"
     yield f"With transformers {since} or later:" if since else "With transformers, and the model's own code:"
     yield ""
     yield "```python"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    auto_class = "AutoModelForImageTextToText" if plan.reads_images else "AutoModelForCausalLM"
+    yield f"from transformers import {auto_class}, AutoTokenizer"
     yield ""
-    yield f'model = AutoModelForCausalLM.from_pretrained("{PATH_PLACEHOLDER}", dtype="auto"{trust})'
+    yield f'model = {auto_class}.from_pretrained("{PATH_PLACEHOLDER}", dtype="auto"{trust})'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{PATH_PLACEHOLDER}")'
     if has_chat_template:
         yield 'messages = [{"role": "user", "content": "What can you do?"}]'
@@ -222,6 +222,9 @@ def _loading_section(
     yield "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"
     yield "```"
     yield ""
+    if plan.reads_images:
+        yield "It reads images too: its vision encoder is that of the base, unchanged."
+        yield ""
     if architecture.code_repository:
         yield (
             f"Its code is that of {architecture.code_repository} on the Hub, written for transformers 4; it is "

@@ -97,8 +97,9 @@ def print_plan(
         return
     console = rich_console()
     totals, host = plan.totals, MOE_ARCHITECTURES[plan.architecture]
-    experts = f"{len(plan.gates.experts)} experts, {plan.config['num_experts_per_tok']} for each token"
-    console.print(f"{host.title} ({host.class_name}), {experts}, {plan.dtype}", style="bold")
+    experts = f"{len(plan.gates.experts)} experts, {plan.text_config['num_experts_per_tok']} for each token"
+    class_name = plan.config["architectures"][0]
+    console.print(f"{host.title} ({class_name}), {experts}, {plan.dtype}", style="bold")
     active = human_count(totals.active_parameters)
     console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
     console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")

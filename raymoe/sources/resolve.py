@@ -194,16 +194,15 @@ def _open(
     if not is_adapter:
         warnings.append(leftover_warning(folder.label, config, index))
     text = None if is_adapter else unwrap(folder.label, config, index)
-    if text is not None:
-        config, index = text.config, text.index
+    own_config, own_index = (text.config, text.index) if text else (config, index)
     return OpenedFolder(
         folder=folder,
-        config=_effective_config(config),
-        index=index,
+        config=_effective_config(own_config),
+        index=own_index,
         side_files=side,
         python_files=python,
         warnings=tuple(warning for warning in warnings if warning),
-        own_head=not is_adapter and with_head and has_own_head(folder, config, index),
+        own_head=not is_adapter and with_head and has_own_head(folder, own_config, own_index),
         wrapper_config=text.wrapper_config if text else {},
         rest=text.rest if text else {},
     )

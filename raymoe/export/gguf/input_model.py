@@ -36,6 +36,7 @@ from raymoe.report.model_card import card_metadata
 from raymoe.report.source_metadata import read_front_matter, source_cards
 from raymoe.sources.facts import CheckpointIndex, ModelFacts, SourceFile, TensorEntry
 from raymoe.sources.resolve import fetch_side_files, resolve_model
+from raymoe.sources.unwrap import unwrap
 from raymoe.storage.file_names import RECORD_NAME
 from raymoe.storage.locations import Inputs, input_paths
 from raymoe.storage.shard_stream import RouterBytes, shard_range
@@ -178,11 +179,13 @@ def _planned_facts(plan: MergePlan, config: Path, warnings: Sequence[str]) -> Mo
                 start=parts[0].start,
                 end=parts[-1].end,
             )
+    label, index = f"the merge of {config}", CheckpointIndex(files=(), tensors=tensors)
+    text = unwrap(label, plan.config, index)
     return ModelFacts(
-        label=f"the merge of {config}",
+        label=label,
         revision=None,
-        config=plan.config,
-        index=CheckpointIndex(files=(), tensors=tensors),
+        config=text.config if text else plan.config,
+        index=text.index if text else index,
         side_files=plan.gates.tokenizer_files,
         warnings=(*warnings, *plan.warnings),
     )
