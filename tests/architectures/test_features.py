@@ -400,8 +400,9 @@ def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granitemoehybrid"])
 def test_keys_left_out_have_the_values_that_transformers_gives_them(family: str) -> None:
-    # A multiple of how many key-value heads there are by default; as many, where it has to be.
-    heads = {"helium": 20, "youtu": 16}.get(family, 32)
+    # Twice as many as there are key-value heads by default; as many, where it has to be.
+    kv_heads = FAMILIES[family].defaults.get("num_key_value_heads", 16)
+    heads = kv_heads if FAMILIES[family].has_latent_attention else 2 * kv_heads
     sizes = {"hidden_size": 8 * heads, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": heads}
     written_out = make_config(family).from_dict({**sizes, "vocab_size": VOCAB}).to_dict()
     short = read_spec({"model_type": family, "vocab_size": VOCAB, **sizes}, "short")

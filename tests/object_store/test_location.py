@@ -158,3 +158,12 @@ def test_no_other_module_tests_the_text_of_places() -> None:
 def test_what_is_found(line: str) -> None:
     assert list(text_tests(ast.parse(line))) == [1]
     assert not list(text_tests(ast.parse('f"hf://{label}/{name}" + join_url("s3://bucket", name)')))
+
+
+def test_the_recipe_names_every_module_that_asks_for_s3() -> None:
+    """Each is a place to look at for a store that also copies ranges, or takes parts."""
+    root = Path(raymoe.__file__).parent
+    recipe = (root.parent / "docs/contributing/store.md").read_text(encoding="utf-8")
+    asking = [path.stem for path in root.rglob("*.py") if "LocationKind.S3" in path.read_text(encoding="utf-8")]
+    assert len(asking) > 5
+    assert [name for name in asking if f"{name}." not in recipe] == []
