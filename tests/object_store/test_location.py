@@ -18,27 +18,31 @@ LOCAL, S3, OTHER, HUB = LocationKind.LOCAL, LocationKind.S3, LocationKind.OTHER_
 IN_HUB = f"hf://org/name@{'0' * 40}/model.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("/models/a", LOCAL),
-        ("models/a", LOCAL),
-        ("/odd/s3://name", LOCAL),
-        ("", LOCAL),
-        ("file:///models/a", LOCAL),
-        ("local:///models/a", LOCAL),
-        ("s3://bucket/a", S3),
-        (" S3A://bucket/a", S3),
-        ("gs://bucket/a", OTHER),
-        ("memory://a", OTHER),
-        ("https://host/a", OTHER),
-        (IN_HUB, HUB),
-        ("HF://org/name", HUB),
-    ],
-)
+TEXTS = [
+    ("/models/a", LOCAL),
+    ("models/a", LOCAL),
+    ("/odd/s3://name", LOCAL),
+    ("", LOCAL),
+    ("file:///models/a", LOCAL),
+    ("local:///models/a", LOCAL),
+    ("s3://bucket/a", S3),
+    (" S3A://bucket/a", S3),
+    ("gs://bucket/a", OTHER),
+    ("memory://a", OTHER),
+    ("https://host/a", OTHER),
+    (IN_HUB, HUB),
+    ("HF://org/name", HUB),
+]
+
+
+@pytest.mark.parametrize(("text", "kind"), TEXTS)
 def test_kinds(text: str, kind: LocationKind) -> None:
     assert LocationKind.of(text) is kind
     assert (kind.is_local, kind.is_object) == (kind is LOCAL, kind in (S3, OTHER))
+
+
+def test_no_kind_is_left_out() -> None:
+    assert {kind for _, kind in TEXTS} == set(LocationKind)
 
 
 def test_places_that_users_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
