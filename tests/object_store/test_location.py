@@ -38,7 +38,7 @@ TEXTS = [
 @pytest.mark.parametrize(("text", "kind"), TEXTS)
 def test_kinds(text: str, kind: LocationKind) -> None:
     assert LocationKind.of(text) is kind
-    assert (kind.is_local, kind.is_object) == (kind is LOCAL, kind in (S3, OTHER))
+    assert (kind.is_local, kind.is_object) == (kind is LOCAL, kind not in (LOCAL, HUB))
 
 
 def test_no_kind_is_left_out() -> None:
