@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from raymoe.object_store.errors import ObjectChanged, ObjectExists, ObjectMissing
+from raymoe.object_store.location import Location
 from raymoe.object_store.options import StorageOptions
 from raymoe.object_store.protocol import ObjectStore
 from raymoe.object_store.registry import open_store
-from raymoe.object_store.urls import join_url, normalize_url
+from raymoe.object_store.urls import join_url
 from tests.object_store.servers import environment, running_server
 
 DATA = os.urandom(100_003)
@@ -48,8 +49,8 @@ def store(folder: str) -> ObjectStore:
     return open_store(folder, StorageOptions(deadline_s=10))
 
 
-def test_urls_have_a_normal_form(folder: str) -> None:
-    assert normalize_url(f"{folder}/") == folder
+def test_a_user_may_name_it(folder: str) -> None:
+    assert Location.parse(f"{folder}/") == Location.of(folder)
 
 
 def test_writing_looking_listing_reading_deleting(store: ObjectStore, folder: str) -> None:
