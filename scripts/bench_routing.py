@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ import raymoe
 from raymoe.checkpoints.weight_table import dense_model, mixture_model
 from raymoe.config.model_refs import parse_model_ref
 from raymoe.evaluation.scoring import Variant, log_likelihoods
-from raymoe.gate_modes import MODES as GATE_MODES
 from raymoe.planning.plan import MergePlan, Router
 from raymoe.routers.in_process import compute_routers_locally
 from raymoe.routers.router_matrices import router_bytes, router_rows
@@ -53,8 +51,7 @@ from raymoe.storage.source_reader import SourceReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
-_BY_NEEDS = attrgetter("needs_forward_pass", "needs_prompts", "name")
-MODES = tuple(mode.name for mode in sorted(GATE_MODES.values(), key=_BY_NEEDS))
+MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "ridge")
 COUNTS = ("keywords", "16", "64", "256")
 # As configs write them.
 BACKBONES = ("base", "linear", "{method: linear, scale: 1.5}", "{method: ties, density: 0.2}")
@@ -264,6 +261,7 @@ def own_loss(bench: Bench) -> float:
 
 def bench_solve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds for a layer's router of a 7B shape on each device, and for reading the experts' weights."""
+    from raymoe.gate_modes import MODES as GATE_MODES
     from raymoe.gate_modes.least_squares import Examples, fit_rows
 
     shape = SHAPE_7B

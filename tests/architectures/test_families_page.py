@@ -16,7 +16,7 @@ import transformers
 from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES
 from raymoe.architectures.support_matrix import support_matrix, supported_pairs
 from raymoe.architectures.unsupported_families import UNSUPPORTED
-from raymoe.export.gguf.llama_cpp_archs import DENSE, MIXTURES, NOT_CONVERTED
+from raymoe.export.gguf.llama_cpp_archs import MIXTURES, NOT_CONVERTED
 from raymoe.report.support_table import print_support_matrix
 from tests.architectures.pairs import PAIRS
 from tests.pico import REPOSITORY
@@ -86,12 +86,6 @@ def test_tables_written_by_hand_have_a_row_for_every_architecture(page: str, hea
     """docs/gguf.md says what is refused, too."""
     found = _names_of_rows(REPOSITORY / f"docs/{page}.md", heading)
     assert [h.title for h in MOE_ARCHITECTURES.values() if not {_plain(h.title), _plain(h.class_name)} & found] == []
-
-
-def test_the_page_of_gguf_has_every_dense_family_that_is_converted() -> None:
-    text = (REPOSITORY / "docs/gguf.md").read_text(encoding="utf-8")
-    named = tuple(", ".join(re.findall(r"^\| dense (.*?) \|", text, flags=re.MULTILINE)).split(", "))
-    assert [FAMILIES[name].title for name in DENSE if not FAMILIES[name].title.startswith(named)] == []
 
 
 def test_every_pair_was_loaded_with_several_transformers() -> None:
