@@ -280,7 +280,7 @@ def merge_config(
     **options: Any,
 ) -> dict[str, Any]:
     """A config in which expert i has `PROMPTS[i]` where the gate mode reads prompts."""
-    prompted = mode not in ("random", "uniform_random")
+    prompted = mode not in gate_modes.MODES or gate_modes.MODES[mode].needs_prompts
 
     def entry(source: Path | str, number: int, *, with_prompts: bool, extra: Mapping[str, Any] | None) -> Any:
         prompts = {"positive_prompts": list(PROMPTS[number])} if with_prompts else {}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [*sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+ROOT_PAGES = ("AGENTS.md", "CONTRIBUTING.md", "README.md")
+PAGES = [*sorted((REPOSITORY / "docs").rglob("*.md")), *(REPOSITORY / name for name in ROOT_PAGES)]
 # Names of other programs, and placeholders.
 FOREIGN = frozenset(
     [

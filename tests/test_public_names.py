@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def test_arguments_have_the_defaults_of_the_options(command: str) -> None:
     for option in options(command):
         for name in argument_names(option) & parameters.keys() - {"quiet"}:
             assert parameters[name].default == option.default, name
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_command_is_described_and_tested(command: str) -> None:
+    """A page of the docs shows how it is typed, and a test gives its name to the command line."""
+    root = Path(__file__).parents[1]
+    pages = [path.read_text(encoding="utf-8") for path in (root / "docs").rglob("*.md")]
+    assert any(re.search(rf"\braymoe {command}\b", page) for page in pages)
+    tests = (path.read_text(encoding="utf-8") for path in (root / "tests").rglob("test_*.py") if path != Path(__file__))
+    assert any(f'"{command}"' in text for text in tests)
 
 
 def functions() -> list[str]:

@@ -6,14 +6,7 @@
 
 The config, the plan and `routers/` use modes, so a mode imports none of them. It gets arrays and functions, and returns
 arrays. `routers/` and `runtime/` read weights, run layers and schedule work in the same way for all modes. That is why
-one file is enough for a new mode.
-
-To add a mode:
-1. Write `modes/NAME.py`: a subclass of `GateMode`, `SummedMode` or `DrawnMode`, and `MODE`, an instance of it. It is
-   found automatically. Import numpy, torch and helper modules inside its methods: this package is imported with every
-   config.
-2. Run `tests/gate_modes/test_contract.py`, which tests each mode against the same contract.
-3. Describe it in `docs/config.md` and `docs/routing.md`.
+one file is enough for a new mode: docs/contributing/gate-mode.md.
 """
 
 from __future__ import annotations

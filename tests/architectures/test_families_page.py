@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,33 @@ def test_every_named_type_is_one_that_transformers_knows() -> None:
     known = set(transformers.CONFIG_MAPPING)
     assert {*FAMILIES, *WRAPPERS} <= known
     assert {name for family in UNSUPPORTED for name in family.model_types} - known == {"deepseek"}
+
+
+def _names_of_rows(page: Path, heading: str) -> set[str]:
+    """What the first cells of the table below a heading list, as `_plain` writes it."""
+    table = page.read_text(encoding="utf-8").partition(f"\n## {heading}")[2].partition("\n|---")[2].partition("\n\n")[0]
+    first_cells = (line.strip("|").split("|")[0] for line in table.splitlines()[1:])
+    return {_plain(item) for cell in first_cells for item in cell.split(", ")}
+
+
+def _plain(name: str) -> str:
+    """Without spaces, hyphens and what is in brackets: Qwen2-MoE is the Qwen2Moe of transformers."""
+    return re.sub(r"\(.*?\)|\W|_", "", name.removesuffix("ForCausalLM")).lower()
+
+
+@pytest.mark.parametrize(("page", "heading"), [("families", "Serving"), ("gguf", "What it is written as")])
+def test_tables_written_by_hand_have_a_row_for_every_architecture(page: str, heading: str) -> None:
+    """docs/gguf.md says what is refused, too."""
+    found = _names_of_rows(REPOSITORY / f"docs/{page}.md", heading)
+    assert [h.title for h in MOE_ARCHITECTURES.values() if not {_plain(h.title), _plain(h.class_name)} & found] == []
+
+
+def test_every_pair_was_loaded_with_several_transformers() -> None:
+    """The table of scripts/check_loading.py."""
+    table = PAGE.read_text(encoding="utf-8").split("<!-- table: scripts/check_loading.py -->")[1]
+    rows = set(re.findall(r"^\| (\w+) in (\w+) \|", table, flags=re.MULTILINE))
+    expected = {(p.family, p.host) for p in PAIRS if not MOE_ARCHITECTURES[p.host].code_repository}
+    assert rows == expected, "run scripts/check_loading.py --page"
 
 
 def test_the_table_is_of_measured_rows(script: ModuleType, tmp_path: Path) -> None:

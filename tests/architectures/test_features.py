@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import raymoe
-from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseSpec, read_spec
+from raymoe.architectures import FAMILIES, MOE_ARCHITECTURES, DenseSpec, MoeShape, read_spec
+from raymoe.architectures.moe_architecture import moe_config
 from tests.architectures.pairs import (
     ALL_LAYERS,
     DYNAMIC,
@@ -301,11 +303,12 @@ def test_the_output_config_says_nothing_of_the_dense_model(
     assert plan.config["architectures"] == [MOE_ARCHITECTURES[pair.host].class_name]
     for key in ("_name_or_path", "pretraining_tp", "dtype", "transformers_version"):
         assert key not in plan.config
-    assert ("rope_parameters" in plan.config) is (pair.host == "qwen3_5_moe")
-    assert ("layer_types" in plan.config) is (
-        pair.host in ("cohere2_moe", "lfm2_moe", "qwen3_5_moe", "granitemoehybrid", "granitemoe_swa")
-        or pair.family == "cwm"
-    )
+    spec = read_spec(json.loads((dense / "config.json").read_text()), "dense")
+    assert isinstance(spec, DenseSpec)
+    shape = MoeShape(experts=2, experts_per_token=2, shared=int(pair.shared))
+    own = moe_config(MOE_ARCHITECTURES[pair.host], spec, shape)
+    for key in ("rope_parameters", "layer_types"):  # which the dense model may have too
+        assert (key in plan.config) is (key in own)
     assert "x--y.Z" not in str(plan.config)
     assert plan.config["torch_dtype"] == "float32"
     kept = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.02}
@@ -400,8 +403,9 @@ def test_both_generations_of_config_mean_the_same(family: str, scaling: dict[str
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granitemoehybrid"])
 def test_keys_left_out_have_the_values_that_transformers_gives_them(family: str) -> None:
-    # A multiple of how many key-value heads there are by default; as many, where it has to be.
-    heads = {"helium": 20, "youtu": 16}.get(family, 32)
+    # Twice as many as there are key-value heads by default; as many, where it has to be.
+    kv_heads = FAMILIES[family].defaults.get("num_key_value_heads", 16)
+    heads = kv_heads if FAMILIES[family].has_latent_attention else 2 * kv_heads
     sizes = {"hidden_size": 8 * heads, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": heads}
     written_out = make_config(family).from_dict({**sizes, "vocab_size": VOCAB}).to_dict()
     short = read_spec({"model_type": family, "vocab_size": VOCAB, **sizes}, "short")

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raymoe.gate_modes import MODES
 from tests.soak.cases import TO_FSSPEC, MergeCase, Takeover, Variant, draw_takeover
 
 __all__ = [
@@ -38,7 +39,7 @@ MOMENTS = ("start", "prompts", "routers", "shards", "end")
 """Of a merge: planning, connecting, starting actors; reading prompts; making routers; writing the rest of the shards;
 router shard, small files, index, record."""
 MB = 1_000_000
-_MODELLED = ("hidden", "hidden_avg", "ridge")  # modes in which actors run models
+_MODELLED = tuple(mode.name for mode in MODES.values() if mode.needs_forward_pass)  # actors run models for them
 
 
 @dataclass(frozen=True, kw_only=True)

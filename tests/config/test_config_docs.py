@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from raymoe.config import ExpertConfig, MergeConfig, parse_config
+from raymoe.config.storage_block import _TYPES
 from raymoe.errors import ProblemReport
+from raymoe.object_store.options import StorageOptions
 from tests.pico import merge_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
@@ -36,6 +39,14 @@ def test_report_is_the_real_one() -> None:
 def test_every_key_has_a_row() -> None:
     for key in {*MergeConfig.model_fields, *ExpertConfig.model_fields}:
         assert re.search(rf"^\| \[`{key}`\]", PAGE, flags=re.MULTILINE), key
+
+
+def test_every_storage_setting_has_a_type_and_two_rows() -> None:
+    names = {field.name for field in dataclasses.fields(StorageOptions)}
+    assert set(_TYPES) == names
+    for page in (PAGE, (Path(__file__).parents[2] / "docs" / "object-storage.md").read_text(encoding="utf-8")):
+        first_cells = "".join(re.findall(r"^\| (`[^|]*) \|", page, flags=re.MULTILINE))
+        assert [name for name in names if f"`{name}`" not in first_cells] == []
 
 
 def test_python_examples_run(

@@ -72,6 +72,11 @@ def test_the_docs_describe_it(mode: GateMode) -> None:
 
 
 @EACH
+def test_the_benchmark_of_routing_measures_it(mode: GateMode) -> None:
+    assert f'"{mode.name}"' in (REPOSITORY / "scripts/bench_routing.py").read_text(encoding="utf-8")
+
+
+@EACH
 def test_what_it_needs_goes_together(mode: GateMode) -> None:
     assert mode.needs_prompts or not (mode.needs_forward_pass or mode.needs_text or mode.has_directions)
     assert mode.needs_forward_pass or not (mode.sums_layer_inputs or mode.max_tokens or mode.fitting_bytes(HIDDEN))

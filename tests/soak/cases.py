@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from raymoe.gate_modes import MODES
+
 __all__ = [
     "DIRECTIONS",
     "EXAMPLE_VARIANTS",
@@ -57,7 +59,7 @@ class Variant:
 
     @property
     def has_prompts(self) -> bool:
-        return self.mode not in ("random", "uniform_random")
+        return MODES[self.mode].needs_prompts
 
     @property
     def with_other_experts(self) -> Variant:

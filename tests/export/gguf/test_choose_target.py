@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from raymoe.errors import ProblemReport
 from raymoe.export.gguf.choose_target import choose_target
 from raymoe.export.gguf.llama_cpp_archs import ARCHITECTURES, BY_FAMILY, DENSE, MIXTURES
 from tests.architectures.pairs import MAMBA
-from tests.pico import make_config
+from tests.pico import REPOSITORY, make_config
 
 EXPERTS = 3
 # Of the families that mixtures are read as: values that llama.cpp takes for granted.
@@ -62,3 +63,9 @@ def test_a_family_is_in_one_row() -> None:
     assert len(DENSE) == sum(len(architecture.dense) for architecture in ARCHITECTURES.values())
     assert len(BY_FAMILY) == sum(len(architecture.families) for architecture in ARCHITECTURES.values())
     assert {*DENSE, *BY_FAMILY} <= FAMILIES.keys()
+
+
+def test_the_page_of_gguf_has_every_dense_family_that_is_converted() -> None:
+    text = (REPOSITORY / "docs/gguf.md").read_text(encoding="utf-8")
+    named = tuple(", ".join(re.findall(r"^\| dense (.*?) \|", text, flags=re.MULTILINE)).split(", "))
+    assert [FAMILIES[name].title for name in DENSE if not FAMILIES[name].title.startswith(named)] == []

@@ -16,6 +16,7 @@ import torch
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.errors import ProblemReport
 from raymoe.export.gguf import GgufOptions, write_gguf
+from raymoe.export.gguf.llama_cpp_archs import DENSE, NOT_CONVERTED
 from tests.architectures.pairs import MAMBA, MIXED_LAYERS, load_merged
 from tests.export.gguf.conftest import TOKENIZER_FILES
 from tests.export.gguf.llama import LlamaCpp
@@ -106,6 +107,9 @@ MERGES = (
     Case("youtu", "deepseek_v3", "deepseek2", model={**LATENT, "intermediate_size": 256}),
     Case("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan-moe", model={"intermediate_size": 256}),
     Case("iquestcoder", "mixtral", "llama"),
+    Case("internlm3", "mixtral", "llama"),
+    Case("seed_oss", "glm4_moe", "glm4moe"),
+    Case("cwm", "qwen2_moe", "llama", model={"sliding_window": 12}, tokens=11),
     Case("ministral", "qwen2_moe", "llama", model={"sliding_window": 12, "layer_types": MIXED_LAYERS}, tokens=11),
     Case("cohere", "cohere2_moe", "cohere2moe"),
     Case("lfm2", "lfm2_moe", "lfm2moe"),
@@ -158,18 +162,18 @@ def test_a_merge_that_transformers_saved_again(
     assert written[0].path.read_bytes() == written[1].path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": LLAMA3}),
-        ("mistral", {"head_dim": 24}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {}),
-        ("granite", {**MULTIPLIERS, "mlp_bias": True}),
-        ("ernie4_5", {"use_bias": True}),
-        ("helium", {}),
-    ],
-)
+DENSE_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_scaling": LLAMA3},
+    "mistral": {"head_dim": 24},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "granite": {**MULTIPLIERS, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "helium": {},
+}
+
+
+@pytest.mark.parametrize(("family", "options"), DENSE_MODELS.items(), ids=DENSE_MODELS)
 def test_dense_models(family: str, options: dict[str, Any], zoo: Callable[..., Path], tmp_path: Path) -> None:
     folder = zoo(family, **options)
     written = write_gguf(folder, tmp_path / "model.gguf")
@@ -297,5 +301,9 @@ def test_a_host_for_which_there_is_no_architecture(merged: Callable[..., Path], 
         write_gguf(merged("olmo2", "flex_olmo"), tmp_path / "model.gguf")
 
 
-def test_no_host_is_left_out() -> None:
-    assert {case.host for case in MERGES} == MOE_ARCHITECTURES.keys() - {"flex_olmo"}
+def test_nothing_is_left_out() -> None:
+    """Every architecture and every family, in a merge or alone, that raymoe converts."""
+    converted = [host for host in MOE_ARCHITECTURES.values() if host.model_type not in NOT_CONVERTED]
+    assert {case.host for case in MERGES} == {host.name for host in converted}
+    assert {case.family for case in MERGES} == {family for host in converted for family in host.accepts}
+    assert DENSE_MODELS.keys() == DENSE.keys()
