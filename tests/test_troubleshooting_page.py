@@ -68,7 +68,9 @@ def messages() -> tuple[str, ...]:
 def quotes() -> tuple[str, ...]:
     """The messages in the first columns of the page's tables of messages."""
     found: list[str] = []
-    for table in re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
+    for table in re.findall(
+        r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         for row in table.splitlines():
             found += re.findall(r"`([^`]+)`", row.split(" | ")[0])
     return tuple(found)
@@ -100,7 +102,9 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 def exceptions() -> dict[str, type[RaymoeError]]:
     """Every exception whose message is written for the user, by its name."""
     for module, tree in trees().items():
-        names = {base for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in map(ast.unparse, node.bases)}
+        names = {
+            base for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in map(ast.unparse, node.bases)
+        }
         if any(name.endswith(("Error", "Report", "Failed")) for name in names):
             importlib.import_module(module)
     found: dict[str, type[RaymoeError]] = {}
