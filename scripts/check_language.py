@@ -90,9 +90,8 @@ def find_in_text(file: str, text: str) -> Iterator[Finding]:
     rules = RULES | PAGE_RULES if file.endswith(".md") else RULES
     for remedy, pattern in rules.items():
         for match in pattern.finditer(text):
-            yield Finding(
-                file, text.count("\n", 0, match.start()) + 1, " ".join(match.group().replace("#", " ").split()), remedy
-            )
+            word = " ".join(match.group().replace("#", " ").split())
+            yield Finding(file, text.count("\n", 0, match.start()) + 1, word, remedy)
 
 
 def checked_files(root: Path) -> Iterator[Path]:
