@@ -52,7 +52,7 @@ def is_url(text: str) -> bool:
 
 
 def is_s3(url: str) -> bool:
-    """Whether a URL (also one not yet normalised) is S3's."""
+    """Whether a URL (also one not yet normalized) is S3's."""
     return split_url(url)[0] in ("s3", "s3a")
 
 
@@ -145,7 +145,7 @@ def check_no_secrets(text: str) -> None:
 
 
 def s3_location(url: str) -> S3Location:
-    """Bucket and key of a normalised S3 URL."""
+    """Bucket and key of a normalized S3 URL."""
     assert url.startswith("s3://"), url
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return S3Location(bucket, key)
