@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("raymoe", "docs", "cluster", "scripts", "README.md")
+CHECKED = ("raymoe", "docs", "cluster", "examples", "scripts", "README.md")
 SUFFIXES = frozenset({".py", ".md", ".sh", ".yaml", ".yml"})
 
 _TIMES = "hour|minute|second|day"
 _UNITS = (
     f"{_TIMES}|GB|MB|actor|expert|layer|shard|node|model|member|prompt|token|tensor|file|part|row|line|run|text|entry"
-    "|step|column|page|object|job|merge|process|thread|adapter"
+    "|step|column|page|object|job|merge|process|thread|adapter|kind|document"
 )
 # Measures: they mean a rate without a number before them too.
 _MEASURES = (
@@ -32,7 +32,8 @@ _MEASURES = (
 )
 _NUMBER = r"\d[\d,.]*|an?|one|two|three|four|five|half|most|several|few"
 _THINGS = (
-    "actor|GPU|object|prompt|text|tensor|value|row|line|file|copy|job|thread|process|restart|request|shard|column|word"
+    "actor|worker|GPU|object|prompt|text|excerpt|tensor|token|value|row|line|file|copy|job|thread|process|restart|request"
+    "|shard|column|word|entropy"
 )
 _RATES = (
     rf"(?:once|twice) an? (?:{_TIMES})",

@@ -678,7 +678,7 @@ def config_text(examples: Path, base: Path) -> str:
 
 
 def loss_table(part: Mapping[str, Any]) -> str:
-    """Markdown: a row for the base and each adapter, a column a kind, the lowest loss of a column in bold."""
+    """Markdown: a row for the base and each adapter, a column per kind, the lowest loss of a column in bold."""
     losses: dict[str, dict[str, float]] = part["loss"]
     best = {label: min(row[label] for row in losses.values()) for label in KINDS}
     lines = [f"| | {' | '.join(KINDS)} |", f"|---|{'---:|' * len(KINDS)}"]
