@@ -29,7 +29,7 @@ _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "http
 _SCHEMES = (*_OBJECT_STORES, "file", "local", "memory")
 # Misspellings of '://': 's3:/b', 's3:b', 's3//b', 's3;//b', 's3 ://b', and backslashes.
 _ALMOST_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*?)\s*(?P<sign>:[/\\]*|[;,.]*//)(?P<rest>.*)", re.DOTALL)
-_CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
+_CREDENTIALS = "credentials belong in the environment or ~/.aws, as for the AWS CLI"
 
 
 class S3Location(NamedTuple):
