@@ -1,4 +1,4 @@
-"""Times a merge against mergekit-moe and against the kernel's copy of the same bytes, each as a whole process.
+"""Compares the time of a merge with mergekit-moe's and with that of the kernel's copy, each as a whole process.
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install -c constraints.txt torch mergekit==0.1.5
     python scripts/bench.py run --work /tmp/bench --shapes mistral-1b --modes cheap_embed --mergekit /tmp/mergekit
@@ -9,7 +9,7 @@ they take turns, the page cache being in the same state before each run, and med
 raw_copy.py) copies the output's shards from the same ranges of the same files, on as many threads as there are
 processors: `copy_file_range` into files whose room was set aside, and fsync.
 
-Results are added to WORK/results.json, one entry a shape, mode and number of actors; a new one replaces an old one.
+Results are added to WORK/results.json, one entry per shape, mode and number of actors; a new one replaces an old one.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def main() -> None:
     expected = torch.stack([resident_rows(models[0], prompts(topic)) for topic in TOPICS], dim=1)
     torch.cuda.empty_cache()
     runs: dict[str, dict[str, Any]] = {
-        "one GPU an expert (waves)": {"settings": {}, "merge": {}},
-        "a quarter of a GPU an expert": {"settings": {"gpus_per_expert": 0.25}, "merge": {}},
+        "one GPU per expert (waves)": {"settings": {}, "merge": {}},
+        "a quarter of a GPU per expert": {"settings": {"gpus_per_expert": 0.25}, "merge": {}},
         "on CPUs (--device cpu)": {"settings": {"device": "cpu"}, "merge": {}},
         "--load-in-8bit": {"settings": {}, "merge": {"quantize_gates": "8bit"}},
         "--load-in-4bit": {"settings": {}, "merge": {"quantize_gates": "4bit"}},
