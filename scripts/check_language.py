@@ -1,4 +1,4 @@
-"""Checks code, docs and scripts for words that raymoe's prose avoids (CONTRIBUTING.md, Glossary).
+"""Checks code, docs and scripts for words that raymoe's prose avoids (CONTRIBUTING.md, Words).
 
     python scripts/check_language.py            # prints every finding that is not allowed; then the exit status is 1
     python scripts/check_language.py --count    # prints the findings per file, for `ALLOWED`
