@@ -39,7 +39,6 @@ RULES = {
 ALLOWED: dict[str, int] = {
     "README.md": 2,
     "docs/benchmarks.md": 2,
-    "docs/cluster.md": 3,
     "docs/config.md": 2,
     "docs/example-experts.md": 1,
     "docs/families.md": 1,
