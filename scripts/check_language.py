@@ -38,11 +38,6 @@ RULES = {
 # Findings that are still there, by file. This list only shrinks: lower a number, or remove its line, with each rewrite.
 ALLOWED: dict[str, int] = {
     "README.md": 2,
-    "docs/benchmarks.md": 2,
-    "docs/config.md": 2,
-    "docs/example-experts.md": 1,
-    "docs/families.md": 1,
-    "docs/reliability.md": 3,
     "raymoe/architectures/moe/__init__.py": 1,
     "raymoe/checkpoints/merge_record.py": 2,
     "raymoe/cli/evaluate.py": 1,
