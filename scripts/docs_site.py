@@ -3,11 +3,11 @@
     python -m mkdocs build --strict            # `make docs`: docs/ -> site/
 
 Links: pages of docs/ link to files beside docs/ (`../CONTRIBUTING.md`, `../notebooks/merge_and_publish.ipynb`), which
-MkDocs does not know. Each such file becomes a file of the site at `repository/`, with what it links to in turn: Markdown
-as a page, anything else as it is. Links are rewritten to match, so that `--strict` checks them all.
+MkDocs does not know. Each such file becomes a file of the site at `repository/`, and so do the files that it links to:
+Markdown as a page, anything else as it is. Links are rewritten to match, so that `--strict` checks them all.
 
-Lists and tables: Python-Markdown wants four spaces per level of a list, where forges want as many as the marker is wide,
-and an empty line before a table.
+Lists and tables: Python-Markdown wants four spaces per level of a list, forges the width of the marker. Python-Markdown
+also wants an empty line before a table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def outside_files(root: Path) -> list[str]:
     while waiting:
         page = waiting.pop()
         if page.endswith(".md"):
-            found = {path for path in linked_paths(page, (root / page).read_text(encoding="utf-8"))} - seen
+            found = set(linked_paths(page, (root / page).read_text(encoding="utf-8"))) - seen
             found = {path for path in found if not path.startswith((DOCS, "..")) and (root / path).is_file()}
             seen |= found
             waiting += found
