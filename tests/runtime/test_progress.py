@@ -77,15 +77,17 @@ def test_share_rate_and_time_left_of_shards(progress: Progress, monkeypatch: pyt
     """What an earlier run has written counts for the share, not for the rate. The end has no share."""
     progress._total, progress._display._started = 10_000_000, 0.0
 
-    def said(now: float, written: int, kept: int = 0) -> str:
+    def said(now: float, written: int, kept: int = 0, shards: int = 0) -> str:
         monkeypatch.setattr("raymoe.progress_line.time.monotonic", lambda: now)
         progress._latest = {0: replace(NOTHING, bytes_written=written)}
-        return progress._line(Outcome(readings=3, bytes_kept=kept)).split(" | ")[1]
+        outcome = Outcome(readings=3, bytes_kept=kept, shard_results=[None] * shards)
+        return progress._line(outcome).split(" | ")[1]
 
     assert said(1.0, 0) == "written 0 B of 10 MB (0%)"
     assert said(11.0, 1_000_000) == "written 1 MB of 10 MB (10%, 100 kB/s, 2 min left)"
     assert said(21.0, 2_000_000, kept=4_000_000) == "written 6 MB of 10 MB (60%, 100 kB/s, 40 s left)"
     assert said(31.0, 6_000_000, kept=4_000_000) == "written 10 MB"
+    assert said(31.0, 9_999_000, shards=progress._shards) == "written 10 MB"
 
 
 def test_share_rate_and_time_left_of_routers(progress: Progress) -> None:
