@@ -1,7 +1,7 @@
 """Errors for users.
 
 A user's mistake is an ordinary value here: a `Problem` says what is wrong, where, and what to do about it. Everything
-that looks at user input collects problems and raises one `ProblemReport` at the end, so that the user can mend a config
+that looks at user input collects problems and raises one `ProblemReport` at the end, so that the user can fix a config
 in one go and not one error at a time. The command line prints a report without a traceback and exits with its
 `exit_code`; nothing below the command line calls `sys.exit`.
 
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"(?<=:)\d{1,18}(?=:|$)|(?<=\[)\d{1,18}(?=\])", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that the user has to mend: where it is, what is wrong, and the remedy."""
+    """One thing that the user has to fix: where it is, what is wrong, and the remedy."""
 
     where: str
     what: str

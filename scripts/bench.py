@@ -1,4 +1,4 @@
-"""Times a merge against mergekit-moe and against the kernel's copy of the same bytes, each as a whole process.
+"""Compares the time of a merge with mergekit-moe's and with that of the kernel's copy, each as a whole process.
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install -c constraints.txt torch mergekit==0.1.5
     python scripts/bench.py run --work /tmp/bench --shapes mistral-1b --modes cheap_embed --mergekit /tmp/mergekit

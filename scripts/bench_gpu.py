@@ -6,7 +6,7 @@
 
 Makes four random experts of Mistral-7B's shape. Then the kernel's copy of the output's bytes (raw_copy.py), merges in
 modes `hidden` and `ridge` with all GPUs and with one, and mergekit-moe, if it is installed, take turns, each a whole
-process; after one merge that does not count, which finds nothing in the page cache. 16 prompts of 64 tokens an expert.
+process; after one merge that does not count, which finds nothing in the page cache. 16 prompts of 64 tokens per expert.
 Rounds are added to the results that OUT has, and TIMELINE tells when which actor's GPU read prompts, from Ray's own
 record of a merge.
 """
@@ -61,7 +61,7 @@ def made(folder: Path, shape: str, tokenizer: Path) -> list[Path]:
 
 
 def read_rate(model: Path) -> float:
-    """Bytes a second at which a model's files are read into memory by as many threads as a gate pass has."""
+    """Bytes per second at which a model's files are read into memory by as many threads as a gate pass has."""
     piece = 8 << 20
     files = [os.open(path, os.O_RDONLY) for path in sorted(model.glob("*.safetensors"))]
     spans = [(file, at) for file in files for at in range(0, os.fstat(file).st_size, piece)]

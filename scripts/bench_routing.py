@@ -300,7 +300,7 @@ def bench_solve(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed_fits(fit: Any, given: Any, layers: int, at_once: int) -> Iterator[float]:
-    """Seconds a layer, with `at_once` layers under way."""
+    """Seconds per layer, with `at_once` layers at the same time."""
     from concurrent.futures import ThreadPoolExecutor
 
     def one(_: int) -> None:
@@ -318,7 +318,7 @@ def timed_fits(fit: Any, given: Any, layers: int, at_once: int) -> Iterator[floa
 
 
 def read_rate(folder: Path, count: int) -> float:
-    """Bytes a second from the disk of `folder`, the page cache dropped; one reader, 8 MiB at a time."""
+    """Bytes per second from the disk of `folder`, the page cache dropped; one reader, 8 MiB at a time."""
     path = folder / "read-rate.bin"
     block = os.urandom(8 << 20)
     with open(path, "wb") as file:

@@ -5,7 +5,7 @@
 
 A real Ray cluster runs on this machine: a head that wants a token and takes jobs, and a worker node that is lost and
 replaced. Merges of pico models and of the example experts go to folders and to real S3 servers. From a seed they
-are struck at moments of their own progress, of which this script learns as anybody could: what the actors say that they
+are struck at moments of their own progress. This script sees that progress from outside: what the actors say that they
 are busy with, and which shards the journal calls finished.
 
 A takeover is two merges of different plans to one output: the older one is left, killed or stopped, the newer one comes
@@ -151,7 +151,7 @@ def table(parts: Sequence[dict[str, Any]]) -> str:
     text = [f"| what was struck | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     text += [f"| {name} | {' | '.join(str(line[head]) for head in heads)} |" for name, line in counts.items()]
     grown = sum(part["after"]["Ray folder bytes"] - part["before"]["Ray folder bytes"] for part in parts)
-    said = f"Ray's own folder (logs) grew by {grown / 1000 / max(1, counts['all']['runs']):.0f} kB a run;"
+    said = f"Ray's own folder (logs) grew by {grown / 1000 / max(1, counts['all']['runs']):.0f} kB per run;"
     for what in ("spilled files", "shared memory files"):
         said += f" {what} left: {sum(part['after'][what] - part['before'][what] for part in parts)};"
     if stops := [seconds for case in cases for seconds in case["stop_seconds"]]:

@@ -82,7 +82,7 @@ def ask(python: str, folder: str) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A row a merge, a column a Python."""
+    """One row per merge, one column per Python."""
     heads = [f"transformers {r['transformers']}, torch {r['torch']}" for r in found]
     lines = [f"| merge | {' | '.join(heads)} |", "|---" * (len(found) + 1) + "|"]
     for name in found[0]["merges"]:

@@ -6,7 +6,7 @@ mergekit runs as a program in an environment of its own (`.venv-mergekit`, made 
 the example adapters are first merged into full checkpoints with peft, and both programs get those.
 
 Tensors are compared by meaning: mergekit writes transformers 5's fused names (all experts' gate and up projections in
-one tensor), raymoe writes the Hub's (one tensor an expert and matrix). Every tensor but the routers must be equal bit
+one tensor), raymoe writes the Hub's (one tensor per expert and matrix). Every tensor but the routers must be equal bit
 for bit. Router rows can't be: mergekit computes them in bfloat16, raymoe on a CPU in float32 or bfloat16; their cosine
 is compared.
 """

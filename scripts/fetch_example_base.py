@@ -8,7 +8,7 @@ need a package index and no model hub. Three steps, each a function:
     publish      one rename, the commit: a folder that exists under its final name is complete
 
 The checkpoint has the standard Llama layout (`model.layers.N.self_attn.q_proj.weight`, ...; the embedding is
-tied, so there is no `lm_head.weight`). Weights are the GGUF's de-quantised values rounded to bfloat16: they
+tied, so there is no `lm_head.weight`). Weights are the GGUF's de-quantized values rounded to bfloat16: they
 carry the 4-bit rounding of the GGUF and are not the original release's bytes.
 
 The conversion reads the GGUF itself instead of going through `transformers`: some versions refuse to save
@@ -243,7 +243,7 @@ def write_tokenizer(meta: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_weights(reader: Any, meta: Mapping[str, Any], path: Path) -> None:
-    """All tensors, de-quantised to float32 and rounded to bfloat16, in one safetensors file."""
+    """All tensors, de-quantized to float32 and rounded to bfloat16, in one safetensors file."""
     import torch
     from gguf import dequantize
     from safetensors.torch import save_file

@@ -23,7 +23,7 @@ INTERVALS = (0.005, 0.001, 0.0002)
 
 
 def run(source: Path, interval: float, seconds: float) -> tuple[float, float]:
-    """Bytes copied a second, and turns of the computing thread a second."""
+    """Bytes copied per second, and turns of the computing thread per second."""
     sys.setswitchinterval(interval)
     ended, turns = threading.Event(), [0]
 

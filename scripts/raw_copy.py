@@ -16,7 +16,7 @@ from typing import Any
 
 
 def copy_all(copies: str, output: str) -> None:
-    """One thread a file, as many at once as there are processors."""
+    """One thread per file, as many at once as there are processors."""
     os.mkdir(output)
     with open(copies) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda entry: copy_file(entry, output), json.load(file)))

@@ -75,7 +75,7 @@ def run_program(
 
 
 class _Watch(ABC):
-    """Looks at all processes that carry the mark in their environment, a few times a second."""
+    """Looks at all processes that carry the mark in their environment, a few times per second."""
 
     def __init__(self, mark: str) -> None:
         self._mark = f"{_MARK}={mark}".encode()

@@ -8,7 +8,7 @@ the bucket `out`. Of what is sent only headers and MD5s are kept (simulated_obje
 into memory. Any signature is taken; addresses are path-style. The first line that is printed is the server's URL.
 
 S3's rules are kept: parts of 5 MiB (but the last) to 5 GiB, 10,000 of them; ranges inside their source; `If-Match`,
-`If-None-Match`, `x-amz-copy-source-if-match`; `Content-MD5`; 1,000 keys, uploads or parts a page; ETags that are MD5s.
+`If-None-Match`, `x-amz-copy-source-if-match`; `Content-MD5`; 1,000 keys, uploads or parts per page; MD5s as ETags.
 
 The server answers for itself below `/-/` (JSON; these requests are neither slow nor counted):
 

@@ -9,7 +9,7 @@ killed, stopped or cut off, when the case's own merge begins with --overwrite; w
 the other merges are killed (SIGKILL, the whole process group) at a random moment, some of them twice, and run again.
 Afterwards every file is compared byte for byte with an undisturbed merge. A run that ends with an error is right too,
 if no index is to be seen and the same command, without faults, ends in the same bytes. No multipart upload of a merge
-may be left open, and nobody else's be touched.
+may be left open, and no upload of another program touched.
 
 Exit status 1 if any merge was corrupt or hung, or left something behind. Logs of those are kept.
 """

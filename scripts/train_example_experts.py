@@ -142,7 +142,7 @@ ENGLISH_WORDS = word_set("the of to and is in for with be that this or are on it
 def spanish_documents(root: Path) -> Iterator[Document]:
     """The help pages' paragraphs, each at its first place only: pages embed each other's paragraphs.
 
-    Program listings are left out, and so are paragraphs that nobody has translated yet.
+    Program listings and paragraphs that are not translated yet are left out.
     """
     pages = root / "usr/share/libreoffice/help/es/text"
     seen: set[str] = set()
@@ -678,7 +678,7 @@ def config_text(examples: Path, base: Path) -> str:
 
 
 def loss_table(part: Mapping[str, Any]) -> str:
-    """Markdown: a row for the base and each adapter, a column a kind, the lowest loss of a column in bold."""
+    """Markdown: a row for the base and each adapter, a column per kind, the lowest loss of a column in bold."""
     losses: dict[str, dict[str, float]] = part["loss"]
     best = {label: min(row[label] for row in losses.values()) for label in KINDS}
     lines = [f"| | {' | '.join(KINDS)} |", f"|---|{'---:|' * len(KINDS)}"]

@@ -72,7 +72,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "head_dim": 32,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        # Outputs of linear attention are normalised head by head: in heads of a few dimensions some are nearly zero,
+        # Outputs of linear attention are normalized head by head: in heads of a few dimensions some are nearly zero,
         # and rounding is all that is left of them. The published models have 128 dimensions.
         "linear_key_head_dim": 64,
         "linear_value_head_dim": 48,

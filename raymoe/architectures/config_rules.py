@@ -175,7 +175,7 @@ def granite_swa_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def iquestcoder_limits(config: Mapping[str, Any]) -> list[str]:
-    """What transformers refuses as well: the Llama implementation that runs these models has neither."""
+    """Limits that transformers has too: its Llama code, which runs these models, clips nothing and has no windows."""
     reasons = []
     if config.get("clip_qkv"):
         reasons.append(f"clip_qkv is {config['clip_qkv']!r:.40}: queries, keys and values are not clipped")

@@ -17,7 +17,7 @@ from raymoe.config.source_positions import short_repr, yaml_kind
 
 
 def value_error(what: str, remedy: str, *, quote: bool = False) -> PydanticCustomError:
-    """An error of one value. `quote`: quotes around the value would mend it."""
+    """An error of one value. `quote`: quotes around the value would make it valid."""
     return PydanticCustomError("raymoe", "{what}", {"what": what, "remedy": remedy, "quote": quote})
 
 

@@ -61,7 +61,7 @@ def _parse(text: str, name: str, *, allow_all_same: bool) -> tuple[MergeConfig, 
 
 
 def _with_fix(report: NotYaml, text: str, name: str) -> ProblemReport:
-    """The report, with the change that mends the file as its remedy, if one is found."""
+    """The report, with the change that makes the file valid as its remedy, if one is found."""
     fix = find_fix(text, report.error, _problem_count)
     if fix is None:
         return ProblemReport(report.problems)

@@ -1,7 +1,7 @@
 """Finds the one-line change that makes valid YAML of a config with a syntax error.
 
 YAML's parser says what its grammar expected at the place where it gave up. The mistake is often in a line before that
-place: an indentation, a colon, a dash or a quote. So the changes that mend common mistakes are tried on the lines
+place: an indentation, a colon, a dash or a quote. So the changes that fix common mistakes are tried on the lines
 around it, and the one that leaves the fewest problems is proposed. The file itself is not changed.
 """
 
@@ -53,7 +53,7 @@ class Fix:
 
 
 def find_fix(text: str, error: yaml.MarkedYAMLError, count_problems: Callable[[str], int]) -> Fix | None:
-    """The change of `text` that mends `error`, or None if no known change does.
+    """The change of `text` that fixes `error`, or None if no known change does.
 
     `count_problems` counts the problems of a text that is YAML.
     """

@@ -1,6 +1,6 @@
 """The exceptions of object stores, and the messages of problems that the stores find themselves.
 
-error_messages.py turns errors of client libraries into these. No message may hold a credential: normalised URLs have
+error_messages.py turns errors of client libraries into these. No message may hold a credential: normalized URLs have
 none (urls.py), and every `Problem` is scrubbed (`raymoe.safe_text`).
 """
 

@@ -63,7 +63,7 @@ class FsspecStore:
             if info.get("type") == "directory":
                 return None
             if info.get("size") is None:
-                raise Mismatch("the server tells no size for it")
+                raise Mismatch("the server gives no size for it")
             return ObjectInfo(size=info["size"], etag=_etag(info))
 
         return self._call("head_object", url, look)

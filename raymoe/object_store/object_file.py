@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ObjectFile(io.RawIOBase):
-    """The object at a normalised URL, as it is when this is created: a later change raises an error.
+    """The object at a normalized URL, as it is when this is created: a later change raises an error.
 
     For small reads wrap it in `io.BufferedReader`. Raises StorageError.
     """

@@ -63,7 +63,7 @@ class StorageOptions:
             what, remedy = "the endpoint is not an http:// or https:// URL", "write https://host[:port]"
             problems.append(_problem("endpoint", what, remedy))
         elif self.endpoint is not None and ("@" in self.endpoint or "?" in self.endpoint):
-            what = "the endpoint holds more than an address; credentials don't belong into it"
+            what = "the endpoint holds more than an address; credentials don't belong there"
             remedy = "write https://host[:port], and set credentials as for the AWS CLI"
             problems.append(_problem("endpoint", what, remedy))
         if problems:

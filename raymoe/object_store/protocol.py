@@ -8,7 +8,7 @@ Guarantees of every method:
 - Transient failures are retried until the deadline of `StorageOptions`. After it, and for permanent failures, a
   `StorageError` (errors.py) is raised; its subclasses are the cases that callers handle separately.
 - Idempotent: a repeated call after any failure, even after a lost reply, gives the same state and the same result.
-- URLs are normalised (urls.py), sizes are bytes, intervals half-open, ETags without their quotes.
+- URLs are normalized (urls.py), sizes are bytes, intervals half-open, ETags without their quotes.
 """
 
 from __future__ import annotations

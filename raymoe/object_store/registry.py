@@ -15,7 +15,7 @@ _stores_lock = threading.Lock()
 
 
 def open_store(url: str, options: StorageOptions | None = None) -> ObjectStore:
-    """The store of a normalised URL: a MultipartStore (`S3Store`) for s3://, another one for other schemes.
+    """The store of a normalized URL: a MultipartStore (`S3Store`) for s3://, another one for other schemes.
 
     There is one per process, options and AWS_* environment, so connections, pacing and counters are shared. Creating it
     sends no request.

@@ -311,7 +311,7 @@ class S3Store:
         page: Mapping[str, Any] = {}
         while not page or page.get("IsTruncated"):
             place = {name: page[of_page] for name, of_page in markers.items() if of_page in page}
-            assert place or not page, f"{operation}: a part of a listing, and no word of where the rest begins"
+            assert place or not page, f"{operation}: an incomplete listing without a marker for the next request"
             page = self._client.call(StoreRequest(operation=operation, url=url), _identity, **query, **place)
             yield page
 

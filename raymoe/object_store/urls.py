@@ -29,7 +29,7 @@ _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "http
 _SCHEMES = (*_OBJECT_STORES, "file", "local", "memory")
 # Misspellings of '://': 's3:/b', 's3:b', 's3//b', 's3;//b', 's3 ://b', and backslashes.
 _ALMOST_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*?)\s*(?P<sign>:[/\\]*|[;,.]*//)(?P<rest>.*)", re.DOTALL)
-_CREDENTIALS = "credentials belong into the environment or ~/.aws, as for the AWS CLI"
+_CREDENTIALS = "credentials belong in the environment or ~/.aws, as for the AWS CLI"
 
 
 class S3Location(NamedTuple):
@@ -52,7 +52,7 @@ def is_url(text: str) -> bool:
 
 
 def is_s3(url: str) -> bool:
-    """Whether a URL (also one not yet normalised) is S3's."""
+    """Whether a URL (also one not yet normalized) is S3's."""
     return split_url(url)[0] in ("s3", "s3a")
 
 
@@ -145,7 +145,7 @@ def check_no_secrets(text: str) -> None:
 
 
 def s3_location(url: str) -> S3Location:
-    """Bucket and key of a normalised S3 URL."""
+    """Bucket and key of a normalized S3 URL."""
     assert url.startswith("s3://"), url
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return S3Location(bucket, key)

@@ -128,7 +128,7 @@ def check_tensors(facts: ModelFacts, spec: DenseSpec, where: str, *, ffn_only: b
         problems.append(Problem(where=label, what=what, remedy=remedy))
     dtypes = sorted({tensors[n].dtype for n in needed if n in tensors and tensors[n].dtype not in FLOAT_DTYPES})
     if dtypes:
-        remedy = "use an unquantised checkpoint (bfloat16, float16 or float32)"
+        remedy = "use an unquantized checkpoint (bfloat16, float16 or float32)"
         problems.append(Problem(where=label, what=f"weights of type {', '.join(dtypes)}", remedy=remedy))
     unmapped = _unmapped(facts, spec, expected.keys())
     if unmapped:

@@ -47,7 +47,7 @@ def _without_tokens(gates: GatePlan, member: GatePrompts, bos: str | None) -> It
         return
     for name, text in _texts(member):
         if not with_bos(text, bos):
-            what = "it has no tokens: the tokenizer has no BOS token, as which a blank prompt is read"
+            what = "it has no tokens: a blank prompt is read as BOS, and the tokenizer has no BOS token"
             yield Problem(where=f"{member.owner}, {name} ({text[:40]!r})", what=what, remedy="give it some text")
     if bos and MODES[gates.mode].needs_text and all(with_bos(text, bos) == bos for text in member.positive):
         what = f"its positive prompts have no tokens but BOS, and gate_mode {gates.mode} fits routers to the others"

@@ -92,7 +92,7 @@ def _library_error(error: BaseException, again: str) -> tuple[str, str] | None:
         return "another commit changed the repository meanwhile", "look at its history; " + again
     if status == 429:
         return f"the rate limit of the Hub is reached{text}", f"wait, then {again}"
-    return f"the Hub answered {status}{text}", again if status >= 500 else f"mend that, then {again}"
+    return f"the Hub answered {status}{text}", again if status >= 500 else f"correct that, then {again}"
 
 
 def _server_message(error: BaseException) -> str:

@@ -5,8 +5,8 @@ published. An evaluation of this merge (eval.json in the same folder) adds a tab
 
 The published card has the model's name on the Hub, and so differs from the output's card. The published record has the
 new card's checksum, and no endpoint or profile of object stores. The card may have been edited; any other file that is
-missing or has another size than recorded is refused. So is a link that leads out of the folder: the sender of a folder
-must not choose which of the receiver's files are published.
+missing or has another size than recorded is refused. A link that leads out of the folder is refused too: the sender of
+the folder must not choose which of the receiver's files are published.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def compute_routers_locally(
             for part, each in zip(pass_prompts, captured, strict=True):
                 activations[layer][part.owner].append(each)
             if pass_prompts is passes[-1]:
-                everyone = [join_parts(activations[layer].pop(member.owner)) for member in members]
+                joined = [join_parts(activations[layer].pop(member.owner)) for member in members]
                 count = len(gates.experts)
-                found[layer] = mode.fit_layer(everyone[:count], everyone[count:], device)
+                found[layer] = mode.fit_layer(joined[:count], joined[count:], device)
     return collect_rows(found, [member.owner for member in gates.experts])

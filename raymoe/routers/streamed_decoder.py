@@ -77,7 +77,7 @@ def load_configuration(config: Mapping[str, Any]) -> Any:
     except Exception as error:  # its own checks raise various exceptions: their message is the reason
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
         what = f"transformers {transformers.__version__} refuses this config: {last}"
-        remedy = "mend the model's config.json, or use a gate mode that reads no layers: cheap_embed, random"
+        remedy = "correct the model's config.json, or use a gate mode that reads no layers: cheap_embed, random"
         raise ProblemReport([Problem(where=f"model_type {model_type}", what=what, remedy=remedy)]) from error
 
 

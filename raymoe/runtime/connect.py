@@ -59,7 +59,9 @@ def ray_connection(settings: RuntimeSettings) -> Iterator[None]:
         cause = cause_of(error)
         if isinstance(cause, RaymoeError):
             raise cause from None
-        what = f"Ray failed: {type(cause).__name__}: {first_line(cause)}"
-        raise MergeFailed(f"{what}. Run the same command again to go on from the shards that are finished.") from error
+        raise MergeFailed(
+            f"Ray failed: {type(cause).__name__}: {first_line(cause)}. Run the same command again to go on from the "
+            "shards that are finished."
+        ) from error
     finally:
         ray.shutdown()

@@ -78,7 +78,8 @@ def lost_part(error: Exception, job: Job) -> Lost:
 def _no_room(label: str, error: BaseException) -> MergeFailed:
     """Ray spills objects that its object store can't hold to the node's disk; so both are full."""
     return MergeFailed(
-        f"{label}: no room for the states of prompts: Ray's object store is full, and so is the disk that it moves "
-        f"objects to ({type(error).__name__}). Start Ray with more of either (ray start --object-store-memory, "
-        "--object-spilling-directory), and run the same command again to go on from the shards that are finished."
+        f"{label}: no room for the states of prompts: Ray's object store is full, and the disk that it moves "
+        f"objects to is full too ({type(error).__name__}). Start Ray with more of either (ray start "
+        "--object-store-memory, --object-spilling-directory), and run the same command again to go on from the shards "
+        "that are finished."
     )

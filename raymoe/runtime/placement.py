@@ -3,8 +3,8 @@
     FileRequirements   the local files that each shard, and the reading of each expert's prompts, needs
     Placement          requirements and the nodes' answers --> problems (work that no node can do), actor placements
 
-Models on the Hub and in object stores can be read from every node, and so can folders that all nodes have: then Ray
-places the actors freely, and this module has nothing to do. A node *has* a file if its copy has the planned size, and
+Models on the Hub, in object stores, and in folders that all nodes have can be read from every node: then Ray places
+the actors freely, and this module has nothing to do. A node *has* a file if its copy has the planned size, and
 the sampled blocks are the same as on the coordinator's node: an older copy of a model is not that model.
 """
 

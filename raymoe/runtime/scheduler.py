@@ -289,7 +289,7 @@ class _Jobs:
         outcome.shard_results, outcome.bytes_kept = self.shards.results, self.shards.bytes_kept
 
     def _collect(self, ref: Any, run: _Run) -> None:
-        """Take a job's result, or requeue it. Raises an error that a repetition can't mend."""
+        """Take a job's result, or requeue it. Raises an error that a repetition can't fix."""
         lost, result = self._result(ref, run)
         if lost is None:
             run.job.complete(result)

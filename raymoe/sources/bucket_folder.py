@@ -72,7 +72,7 @@ class BucketFolder:
 
 
 def open_object_folder(url: str, role: str, options: StorageOptions) -> BucketFolder:
-    """List the folder at a normalised URL. Raises CheckpointError if nothing is there."""
+    """List the folder at a normalized URL. Raises CheckpointError if nothing is there."""
     with as_checkpoint_errors():
         store = open_store(url, options)
         listing = store.list_folder(url)

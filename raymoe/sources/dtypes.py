@@ -2,7 +2,7 @@
 
 Source of the codes: the safetensors format, https://huggingface.co/docs/safetensors/index#format, and the `Dtype` enum
 of its Rust crate. Codes below one byte (packed floats) are listed so that a header with them can be read. They only
-occur in quantised checkpoints, which raymoe rejects with a better message than 'unknown dtype'.
+occur in quantized checkpoints, which raymoe rejects with a better message than 'unknown dtype'.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def open_hub_folder(path: PathRef, options: HubOptions) -> HubFolder | CachedHub
         info = HfApi(endpoint=options.endpoint).model_info(path.path, revision=path.revision, files_metadata=True)
     if info.sha is None:
         raise unusable_checkpoint(
-            str(path), "the Hub tells no commit for this repository", "name a revision: org/name@<commit>"
+            str(path), "the Hub gives no commit for this repository", "name a revision: org/name@<commit>"
         )
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     return HubFolder(path, info.sha, sizes, options)
@@ -126,7 +126,7 @@ class HubFolder:
         size = self._sizes[name]
         if size is None:
             raise unusable_checkpoint(
-                self.label, f"the Hub tells no size for {name}", "download the model and name its folder"
+                self.label, f"the Hub gives no size for {name}", "download the model and name its folder"
             )
         return SourceFile(location=f"hf://{self.label}/{name}", size=size)
 

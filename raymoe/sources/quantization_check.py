@@ -1,7 +1,7 @@
-"""Recognizes quantised checkpoints, and rejects them by the name of their method.
+"""Recognizes quantized checkpoints, and rejects them by the name of their method.
 
 A merge copies the bytes of weights. Packed integers could be copied too, but the merged model's config can't describe
-experts that are quantised in different ways, and gates can't be computed from them. `config.json` usually names the
+experts that are quantized in different ways, and gates can't be computed from them. `config.json` usually names the
 method; if not (a converter forgot it), tensor names and dtypes show it. If config.json names a method but all tensors
 are plain floats, a tool wrote the weights at full precision again and left the key: that gives only a warning.
 """
@@ -16,9 +16,9 @@ from raymoe.sources.dtypes import DTYPE_BITS, FLOAT_DTYPES
 from raymoe.sources.facts import CheckpointIndex, TensorEntry
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Keys of config.json that describe a quantised checkpoint."""
+"""Keys of config.json that describe a quantized checkpoint."""
 
-_REMEDY = "use the unquantised checkpoint (BF16, F16 or F32) that this one was made from, and quantise the merge"
+_REMEDY = "use the unquantized checkpoint (BF16, F16 or F32) that this one was made from, and quantize the merge"
 
 # last component of a tensor's name -> the method that it indicates
 _TENSOR_SUFFIXES: Mapping[str, str] = {
@@ -39,7 +39,7 @@ _TENSOR_SUFFIXES: Mapping[str, str] = {
     "bitsandbytes__nf4": "bitsandbytes 4-bit",
     "bitsandbytes__fp4": "bitsandbytes 4-bit",
 }
-# Methods that store plain weights and quantise them whenever the model runs: the weights alone give another model.
+# Methods that store plain weights and quantize them whenever the model runs: the weights alone give another model.
 _RUNTIME_METHODS = ("bitnet", "fp_quant")
 
 
@@ -48,11 +48,11 @@ def quantization_problems(label: str, config: Mapping[str, Any], index: Checkpoi
     declared = _declared_method(config)
     if declared and not _is_leftover(declared[0], index):
         method, key = declared
-        what = f"the checkpoint is quantised with {method} (config.json: {key})"
+        what = f"the checkpoint is quantized with {method} (config.json: {key})"
         return [Problem(where=label, what=what, remedy=_REMEDY)]
     for entry in index.tensors.values() if index else ():
         if betrayed := _method_of_tensor(entry):
-            what = f"the checkpoint is quantised ({betrayed}): tensor {entry.name!r} of dtype {entry.dtype}"
+            what = f"the checkpoint is quantized ({betrayed}): tensor {entry.name!r} of dtype {entry.dtype}"
             return [Problem(where=label, what=what, remedy=_REMEDY)]
     return []
 
@@ -65,7 +65,7 @@ def leftover_warning(label: str, config: Mapping[str, Any], index: CheckpointInd
     method, key = declared
     dtypes = ", ".join(sorted({entry.dtype for entry in index.tensors.values()}))
     return (
-        f"{label}: config.json says that the checkpoint is quantised with {method} ({key}), but its tensors are plain "
+        f"{label}: config.json says that the checkpoint is quantized with {method} ({key}), but its tensors are plain "
         f"{dtypes}: the key is taken for a leftover and is not used"
     )
 

@@ -140,8 +140,8 @@ def _weight_map_problems(
         if file_name not in held:
             wrong.setdefault((file_name, next(iter(held), "")), []).append(name)
     for (file_name, actual), names in wrong.items():
-        found = f"found in {actual}" if actual else "found nowhere"
-        what = f"the index file places {_short_list(names)} here: not so, {found}"
+        found = f"found in {actual} instead" if actual else "found in no file"
+        what = f"the index file names this file for {_short_list(names)}, {found}"
         remedy = "index and shards are not of one checkpoint: download or save all of them again"
         yield Problem(where=f"{folder.label}/{file_name}", what=what, remedy=remedy)
 

@@ -78,7 +78,7 @@ class TakenOver(MergeFailed):
 
 def taken_over_error(location: str) -> TakenOver:
     """The error for a run that finds that another run has taken over its output."""
-    return TakenOver(f"{location}: another run of this merge has taken over this output")
+    return TakenOver(f"{location}: another run has taken over this output, and goes on with it")
 
 
 def foreign_file_error(place: str) -> MergeFailed:

@@ -46,7 +46,7 @@ class Inputs:
 
 
 def place_key(location: str) -> Key:
-    """The identity of an absolute path or a normalised URL."""
+    """The identity of an absolute path or a normalized URL."""
     return _enclosing_keys(location)[0]
 
 
@@ -65,7 +65,7 @@ def _enclosing_keys(location: str) -> list[Key]:
 
 
 def is_same_place(one: str, other: str) -> bool:
-    """Whether two absolute paths or normalised URLs mean the same place."""
+    """Whether two absolute paths or normalized URLs mean the same place."""
     return place_key(one) == place_key(other)
 
 

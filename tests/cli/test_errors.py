@@ -369,7 +369,7 @@ def test_8_and_4_bit_exclude_each_other(cli: Cli, config: Callable[..., Path], t
     assert "can't go with --load-in-4bit" in said
 
 
-def test_quantised_gates_need_a_gpu(cli: Cli, local_ray: None, config: Callable[..., Path], tmp_path: Path) -> None:
+def test_quantized_gates_need_a_gpu(cli: Cli, local_ray: None, config: Callable[..., Path], tmp_path: Path) -> None:
     import ray
 
     if ray.cluster_resources().get("GPU"):

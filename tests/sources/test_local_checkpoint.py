@@ -121,8 +121,8 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
     weight_map = {"a": A, "moved": B, "c": B, "gone": A}
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
     text = str(refused(tmp_path))
-    assert f"{B}: the index file places 'moved' here: not so, found in {A}" in text
-    assert f"{A}: the index file places 'gone' here: not so, found nowhere" in text
+    assert f"{B}: the index file names this file for 'moved', found in {A} instead" in text
+    assert f"{A}: the index file names this file for 'gone', found in no file" in text
 
 
 def test_an_index_that_disagrees_with_many_shards(tmp_path: Path) -> None:

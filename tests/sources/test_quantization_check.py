@@ -1,4 +1,4 @@
-"""Quantised checkpoints are refused by the name of their method; a config.json that only says so is a leftover."""
+"""Quantized checkpoints are refused by the name of their method; a config.json that only says so is a leftover."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def index(name: str, dtype: str) -> CheckpointIndex:
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "gptq, 4 bits .config.json: quantization_config",
         ),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised with awq"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised with bitsandbytes"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised with fp8"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantized with bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8"),
         (
             {"quantization_config": {"quant_method": "compressed-tensors"}},
-            "quantised with compressed-tensors",
+            "quantized with compressed-tensors",
         ),
-        ({"quantization_config": {"x": 1}}, "quantised with an unknown method"),
+        ({"quantization_config": {"x": 1}}, "quantized with an unknown method"),
         ({"compression_config": {"quant_method": "x"}}, "config.json: compression_config"),
         (
             {"text_config": {"quantization_config": {"quant_method": "awq"}}},
@@ -47,7 +47,7 @@ def index(name: str, dtype: str) -> CheckpointIndex:
 def test_config(config: dict[str, Any], message: str) -> None:
     (problem,) = quantization_problems("/m", config, None)
     assert all(part in str(problem) for part in message.split(" ."))
-    assert "use the unquantised checkpoint" in problem.remedy
+    assert "use the unquantized checkpoint" in problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_config(config: dict[str, Any], message: str) -> None:
 )
 def test_tensors(name: str, dtype: str, method: str) -> None:
     (problem,) = quantization_problems("/m", {}, index(name, dtype))
-    assert f"the checkpoint is quantised ({method}): tensor '{name}' of dtype {dtype}" in problem.what
+    assert f"the checkpoint is quantized ({method}): tensor '{name}' of dtype {dtype}" in problem.what
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_leftover_is_warned_of(config: dict[str, Any], dtype: str) -> None:
     plain = index("model.layers.0.mlp.up_proj.weight", dtype)
     assert quantization_problems("/m", config, plain) == []
     warning = leftover_warning("/m", config, plain) or ""
-    assert warning.startswith("/m: config.json says that the checkpoint is quantised with ")
+    assert warning.startswith("/m: config.json says that the checkpoint is quantized with ")
     assert f"({next(iter(config))}), but its tensors are plain {dtype}: " in warning
 
 
@@ -126,7 +126,7 @@ def test_what_tensors_show_is_no_leftover(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["bitnet", "fp_quant"])
-def test_weights_that_are_quantised_as_the_model_runs_are_no_leftover(method: str) -> None:
+def test_weights_that_are_quantized_as_the_model_runs_are_no_leftover(method: str) -> None:
     config = {"quantization_config": {"quant_method": method}}
     plain = index("model.layers.0.mlp.up_proj.weight", "BF16")
     assert len(quantization_problems("/m", config, plain)) == 1
@@ -139,7 +139,7 @@ def test_a_leftover_of_a_base_is_not_in_the_merge(key: str, zoo: Callable[..., P
     plan = merge_without_ray(merge_config(left, [left, zoo("llama", seed=1)]), tmp_path / "merged")
     assert plan.config == raymoe.plan(merge_config(zoo("llama"), [left] * 2), allow_all_same=True).config
     (warning,) = (w for w in plan.warnings if "leftover" in w)
-    assert warning.startswith(f"{left}: config.json says that the checkpoint is quantised with bitsandbytes ({key})")
+    assert warning.startswith(f"{left}: config.json says that the checkpoint is quantized with bitsandbytes ({key})")
 
 
 def test_a_dense_model_with_a_leftover_becomes_gguf(zoo: Callable[..., Path], tmp_path: Path) -> None:

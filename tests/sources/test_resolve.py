@@ -58,7 +58,7 @@ def test_a_relative_path_and_the_home_folder(make_model: Make, tmp_path: Path, m
 
 
 def test_several_models_and_all_their_problems(make_model: Make, tensors: Tensors, tmp_path: Path) -> None:
-    good, bad_config, quantised = (
+    good, bad_config, quantized = (
         make_model("good"),
         make_model("bad"),
         make_model(
@@ -69,21 +69,21 @@ def test_several_models_and_all_their_problems(make_model: Make, tensors: Tensor
     )
     (bad_config / "config.json").write_text("{")
     os.truncate(bad_config / "model.safetensors", 20)
-    refs = [parse_model_ref(str(path)) for path in (good, bad_config, quantised, tmp_path / "nowhere", good)]
+    refs = [parse_model_ref(str(path)) for path in (good, bad_config, quantized, tmp_path / "nowhere", good)]
     with pytest.raises(CheckpointError) as caught:
         resolve_models(refs)
     wheres = [problem.where for problem in caught.value.problems]
     assert wheres == [
         f"{bad_config}/config.json",
         f"{bad_config}/model.safetensors",
-        str(quantised),
+        str(quantized),
         str(tmp_path / "nowhere"),
     ]
     text = str(caught.value)
     for message in (
         "not valid JSON",
         "the file has only 20",
-        "quantised with an unknown method, 4 bits",
+        "quantized with an unknown method, 4 bits",
         "not a Hub id",
     ):
         assert message in text
@@ -127,9 +127,9 @@ def test_fetch_file_notices_what_changed(make_model: Make) -> None:
         fetch_file(file)
 
 
-def test_a_quantised_model_is_told_by_its_tensors_too(make_model: Make) -> None:
+def test_a_quantized_model_is_told_by_its_tensors_too(make_model: Make) -> None:
     folder = make_model("q", tensors={"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 4), "int32")})
-    with pytest.raises(CheckpointError, match=r"quantised \(GPTQ or AWQ\)"):
+    with pytest.raises(CheckpointError, match=r"quantized \(GPTQ or AWQ\)"):
         resolve_model(parse_model_ref(str(folder)))
 
 

@@ -21,8 +21,8 @@ of a token's experts, and in the factor of a shared expert:
 
 So a merge does not always use the architecture of the same name. A Qwen2-MoE of raymoe with an empty shared expert is a
 `llama` (in qwen2moe its gate of zeros would come out as 0 / 0), a DeepSeek-MoE is a `llama` or, with its shared expert,
-a `bailingmoe` (`deepseek` does not make the weights sum to one); so is ERNIE's. A merge that no architecture computes
-exactly is refused: a file that loads but computes something else is worse than none.
+a `bailingmoe` (`deepseek` does not make the weights sum to one). ERNIE mixtures are `bailingmoe` too. A merge that no
+architecture computes exactly is refused: a file that loads but computes something else is worse than none.
 
 Source: `build_moe_ffn` in llama.cpp's src/llama-graph.cpp and the files of these names in src/models; the kinds of
 rotary embedding are listed in `llama_model_rope_type` in src/llama-model.cpp.

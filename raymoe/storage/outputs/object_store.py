@@ -216,7 +216,7 @@ class StoreOutput(BaseOutput, Generic[_Store]):
             return replaced_file_error(url)
         return MergeFailed(
             f"{url}: a merge of another plan has ended here while this one was at work. Its files and those of this "
-            "merge may be mixed now: run the command of the merge that is wanted again, with --overwrite."
+            "merge may be mixed now: run the command of the merge that you want again, with --overwrite."
         )
 
     # --- the end

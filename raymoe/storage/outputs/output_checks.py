@@ -126,8 +126,8 @@ def _missing_card_problem(plan: MergePlan, output: Output, finished: FinishedMer
 def _newer_source_problems(plan: MergePlan, location: Location, finished: FinishedMerge) -> list[Problem]:
     """Local models that have changed since the finished merge was made of them.
 
-    Samples are compared (1 MiB per file): a file that was only touched or copied counts as unchanged, and so does one
-    with a change between the sampled blocks (`rewritten_sources`). Files without a sample (in the record of an older
+    Samples are compared (1 MiB per file): a file that was only touched or copied counts as unchanged. A change between
+    the sampled blocks is not seen (`rewritten_sources`). Files without a sample (in the record of an older
     raymoe) are compared by time, unless the output is in an object store, since its times come from another clock.
     """
     files = [file for source in plan.sources for file in source.files]

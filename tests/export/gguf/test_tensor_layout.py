@@ -60,7 +60,7 @@ def test_the_original_context_is_the_models_own_where_none_is_named() -> None:
     np.testing.assert_array_equal(factors[0], factors[1])
 
 
-def test_what_a_quantised_file_holds(merged: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_a_quantized_file_holds(merged: Callable[..., Path], tmp_path: Path) -> None:
     folder = merged("llama", "mixtral")
     written = write_gguf(folder, tmp_path / "a-name.gguf", GgufOptions(type="q4_0"))
     reader = gguf.GGUFReader(written.path)

@@ -164,7 +164,7 @@ def test_shard_of_another_plan_is_not_taken_for_finished(
     done = do_shard(first, old, two)
     killed_driver(first)
     second = started(place, new, fresh=True)
-    with pytest.raises(MergeFailed, match="another run of this merge has taken over"):
+    with pytest.raises(MergeFailed, match="another run has taken over"):
         first.complete(two, done)
     first.release()
     if not isinstance(second, LocalOutput):
