@@ -3,8 +3,8 @@
     python -m mkdocs build --strict            # `make docs`: docs/ -> site/
 
 Links: pages of docs/ link to files beside docs/ (`../CONTRIBUTING.md`, `../notebooks/merge_and_publish.ipynb`), which
-MkDocs does not know. Each such file becomes a file of the site at `repository/`, with the files that it links to: Markdown
-as a page, anything else as it is. Links are rewritten to match, so that `--strict` checks them all.
+MkDocs does not know. Each such file becomes a file of the site at `repository/`, with the files that it links to:
+Markdown as a page, anything else as it is. Links are rewritten to match, so that `--strict` checks them all.
 
 Lists and tables: Python-Markdown wants four spaces per level of a list, forges the width of the marker. Python-Markdown
 also wants an empty line before a table.
