@@ -37,7 +37,6 @@ RULES = {
 
 # Findings that are still there, by file. This list only shrinks: lower a number, or remove its line, with each rewrite.
 ALLOWED: dict[str, int] = {
-    "README.md": 2,
     "docs/benchmarks.md": 2,
     "docs/cluster.md": 3,
     "docs/config.md": 2,
