@@ -24,8 +24,8 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 SHELLS = ("", "sh", "bash", "console")
-# `raymoe actor 0` is the name of an actor.
-OTHER_NAMES = frozenset({"actor"})
+# The name of an actor, `raymoe actor 0`, and messages, `raymoe does not ...`.
+OTHER_NAMES = frozenset({"actor", "does"})
 
 
 def shell_lines(text: str) -> Iterator[str]:
