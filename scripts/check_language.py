@@ -66,7 +66,6 @@ PAGE_RULES = {
 
 # Findings that are still there, by file. This list only shrinks: lower a number, or remove its line, with each rewrite.
 ALLOWED: dict[str, int] = {
-    "README.md": 2,
     "docs/routing.md": 2,
 }
 
