@@ -9,7 +9,7 @@ they take turns, the page cache being in the same state before each run, and med
 raw_copy.py) copies the output's shards from the same ranges of the same files, on as many threads as there are
 processors: `copy_file_range` into files whose room was set aside, and fsync.
 
-Results are added to WORK/results.json, one entry a shape, mode and number of actors; a new one replaces an old one.
+Results are added to WORK/results.json, one entry per shape, mode and number of actors; a new one replaces an old one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".py", ".md", ".sh", ".yaml", ".yml"})
 _TIMES = "hour|minute|second|day"
 _UNITS = (
     f"{_TIMES}|GB|MB|actor|expert|layer|shard|node|model|member|prompt|token|tensor|file|part|row|line|run|text|entry"
-    "|step|column|page|object|job|merge|process|thread|adapter|kind|document"
+    "|step|column|page|object|job|merge|process|thread|adapter|kind|document|shape|block"
 )
 # Measures: they mean a rate without a number before them too.
 _MEASURES = (
@@ -32,7 +32,7 @@ _MEASURES = (
 )
 _NUMBER = r"\d[\d,.]*|an?|one|two|three|four|five|half|most|several|few"
 _THINGS = (
-    "actor|worker|GPU|object|prompt|text|excerpt|tensor|token|value|row|line|file|copy|job|thread|process|restart|request"
+    "actor|worker|GPU|entry|object|prompt|text|excerpt|tensor|token|value|row|line|file|copy|job|thread|process|restart|request"
     "|shard|column|word|entropy"
 )
 _RATES = (

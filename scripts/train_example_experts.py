@@ -160,7 +160,7 @@ def is_spanish(paragraph: str) -> bool:
 
 
 class HelpPageReader(HTMLParser):
-    """Collects the text of a help page's content area, one line a block element."""
+    """Collects the text of a help page's content area, one line per block element."""
 
     BLOCKS = word_set("p h1 h2 h3 h4 h5 h6 li td th tr div table ul ol header aside pre")
     VOID = word_set("meta img br input link hr base col")
