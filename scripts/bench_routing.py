@@ -6,9 +6,13 @@
         --prompts law=law.jsonl --prompts code=code.jsonl --heldout heldout.jsonl --out mine.json
     python scripts/bench_routing.py backbones --out backbones.json      # backbones against the experts themselves
     python scripts/bench_routing.py backbones --backbones base '{method: linear, include: [attention]}' \\
-        --counts 16 64 --tops 1 2 --limit 10 --out mine.json
+        --modes hidden ridge --counts 16 --tops 2 --limit 10 --out mine.json
     python scripts/bench_routing.py solve --out solve.json              # time to fit the routers of a 7B shape
     python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into docs/routing.md
+
+    python scripts/train_example_experts.py train --full --jobs 4       # other experts for the same kinds of text
+    python scripts/bench_routing.py backbones --models 'Full fine-tunes' \\
+        --experts .cache/example-experts/full --out full.json
 
 `routers` merges once, and puts each mode's rows into the same weights: `raymoe eval`'s engine, so that one pass over
 the layers serves all of them. A loss is the mean over labels of the mean over their held-out tokens, in nats. `closed`
@@ -51,6 +55,7 @@ from raymoe.storage.source_reader import SourceReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
+ADAPTERS = f"{BASE}+examples/adapters"
 MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "ridge")
 COUNTS = ("keywords", "16", "64", "256")
 # As configs write them.
@@ -109,7 +114,7 @@ class Bench:
 
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Bench:
-        experts = pairs(arguments.expert, "--expert") or {kind: f"{BASE}+examples/adapters/{kind}" for kind in KINDS}
+        experts = pairs(arguments.expert, "--expert") or {kind: f"{arguments.experts}/{kind}" for kind in KINDS}
         counts, held_out = read_texts(arguments, list(experts))
         tokenizer = raymoe_tokenizer(arguments.base)
         texts = [
@@ -125,6 +130,7 @@ class Bench:
     def facts(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """What results say of the texts and the device."""
         return {
+            "models": arguments.models,
             "experts": list(self.experts),
             "split": "second" if arguments.second_split else "first",
             "held_out_tokens": sum(len(ids) - 1 for _, ids in self.texts),
@@ -393,33 +399,34 @@ def routing_table(result: Mapping[str, Any]) -> str:
 
 
 def backbone_table(result: Mapping[str, Any]) -> str:
+    """A row for each way of routing and backbone, a column for each number of prompts and of experts per token."""
     own, backbones = result["own_loss"], result["backbones"]
     tops = list(next(iter(backbones.values())))
+    names = [name for name in next(iter(backbones.values()))[tops[0]] if name != "oracle"]
+    modes = list(dict.fromkeys(name.partition("/")[2] for name in names))
+    columns = [(count, top) for count in dict.fromkeys(name.partition("/")[0] for name in names) for top in tops]
     lines = [
         f"{measured_on(result)}; loss of the experts themselves: {own:.3f}.",
         "",
-        "| prompts per expert | routing | backbone |" + "".join(f" {top} loss | gap closed |" for top in tops),
-        "|---|---|---|" + "---:|" * (2 * len(tops)),
+        "| routing | backbone |" + "".join(f" {count} prompts, {top} |" for count, top in columns),
+        "|---|---|" + "---:|" * len(columns),
     ]
-    names = [name for name in next(iter(backbones.values()))[tops[0]] if name != "oracle"]
-    modes = list(dict.fromkeys(name.partition("/")[2] for name in names))
-    for count in dict.fromkeys(name.partition("/")[0] for name in names):
-        for route in (*modes, "oracle"):
-            name = route if route == "oracle" else f"{count}/{route}"
-            for backbone, values in backbones.items():
-                starts = [backbones["base"][top][f"{count}/hidden"]["loss"] for top in tops]
-                is_start = (backbone, route) == ("base", "hidden")
-                cells = [count, f"`{route}`" if route != "oracle" else "oracle", f"`{backbone}`"]
-                for top, start in zip(tops, starts, strict=True):
-                    loss = values[top][name]["loss"]
-                    cells += [f"{loss:.3f}", "-" if is_start else f"{(start - loss) / (start - own):.0%}"]
-                lines.append(f"| {' | '.join(cells)} |")
+    for route in (*modes, "oracle"):
+        for backbone, values in backbones.items():
+            cells = [f"`{route}`" if route != "oracle" else "oracle", f"`{backbone}`"]
+            for count, top in columns:
+                start = backbones["base"][top][f"{count}/hidden"]["loss"]
+                loss = values[top][route if route == "oracle" else f"{count}/{route}"]["loss"]
+                share = "" if (backbone, route) == ("base", "hidden") else f" ({(start - loss) / (start - own):.0%})"
+                cells.append(f"{loss:.3f}{share}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def measured_on(result: Mapping[str, Any]) -> str:
     split = {"first": "", "second": ", second split"}[result["split"]]
-    return f"{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}"
+    models = f"{result['models']}: " if result.get("models") else ""
+    return f"{models}{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}"
 
 
 def main() -> None:
@@ -427,9 +434,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     routers = commands.add_parser("routers", help="losses of all modes")
     backbones = commands.add_parser("backbones", help="losses of all backbones, against the experts themselves")
-    for command, counts, modes in ((routers, COUNTS, MODES), (backbones, ("16",), ("hidden", "ridge"))):
+    few = ("16", "64"), ("cheap_embed", "hidden", "ridge")
+    for command, counts, modes in ((routers, COUNTS, MODES), (backbones, *few)):
         command.add_argument("--base", default=BASE)
+        command.add_argument("--experts", default=ADAPTERS, help="folder with an expert for each kind of example text")
         command.add_argument("--expert", action="append", default=[], metavar="LABEL=MODEL")
+        command.add_argument("--models", default="", help="what the experts are, for the table's first line")
         command.add_argument("--prompts", action="append", default=[], metavar="LABEL=FILE", help="JSONL with 'text'")
         command.add_argument("--heldout", default="examples/heldout.jsonl", help="JSONL with 'label' and 'text'")
         command.add_argument("--keywords", default="examples/keywords.json", help="JSON: label -> words")
@@ -440,7 +450,7 @@ def main() -> None:
             "--second-split", action="store_true", help="hold out the first 40 prompts, use the others"
         )
     backbones.add_argument("--backbones", nargs="+", default=BACKBONES, metavar="YAML", help="as configs write them")
-    backbones.add_argument("--tops", nargs="+", type=int, default=(2,), help="numbers of experts per token")
+    backbones.add_argument("--tops", nargs="+", type=int, default=(1, 2), help="numbers of experts per token")
     solve = commands.add_parser("solve", help="seconds to fit the routers of a 7B shape")
     solve.add_argument("--layers", type=int, default=3, help="how often a layer is timed")
     solve.add_argument("--work", default=".", help="a folder on the disk that weights would be read from")
