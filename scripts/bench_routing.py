@@ -8,7 +8,7 @@
     python scripts/bench_routing.py backbones --backbones base '{method: linear, include: [attention]}' \\
         --modes hidden ridge --counts 16 --tops 2 --limit 10 --out mine.json
     python scripts/bench_routing.py solve --out solve.json              # time to fit the routers of a 7B shape
-    python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into docs/routing.md
+    python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into the docs
 
     python scripts/train_example_experts.py train --full --jobs 4       # other experts for the same kinds of text
     python scripts/bench_routing.py backbones --models 'Full fine-tunes' \\
@@ -60,8 +60,8 @@ MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "rid
 COUNTS = ("keywords", "16", "64", "256")
 # As configs write them.
 BACKBONES = ("base", "linear", "{method: linear, scale: 1.5}", "{method: ties, density: 0.2}")
-PAGE, MARK = ROOT / "docs/routing.md", "<!-- tables: scripts/bench_routing.py -->"
-BACKBONE_MARK = "<!-- backbones: scripts/bench_routing.py -->"
+PAGE, MARK = ROOT / "docs/research/routing.md", "<!-- tables: scripts/bench_routing.py -->"
+BACKBONE_PAGE, BACKBONE_MARK = ROOT / "docs/routing.md", "<!-- backbones: scripts/bench_routing.py -->"
 # Mistral-7B: what four experts with a base of their own have to be read for a merge.
 SHAPE_7B = {"layers": 32, "hidden": 4096, "experts": 4, "tokens": 16_000, "ffn": 3 * 4096 * 14336, "rest": 41_943_040}
 
@@ -347,11 +347,11 @@ def read_rate(folder: Path, count: int) -> float:
 
 
 def write_tables(paths: Sequence[str]) -> None:
-    """Put the tables of these results into the page. Tables of other results stay where no result is given for them."""
+    """Put the tables of these results into their pages. Tables stay if none of the results is theirs."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    for mark, of_backbones in ((MARK, False), (BACKBONE_MARK, True)):
+    for page, mark, of_backbones in ((PAGE, MARK, False), (BACKBONE_PAGE, BACKBONE_MARK, True)):
         if found := [table_of(result) for result in results if ("backbones" in result) == of_backbones]:
-            put_between(PAGE, mark, "\n" + "\n\n".join(found) + "\n")
+            put_between(page, mark, "\n" + "\n\n".join(found) + "\n")
 
 
 def table_of(result: Mapping[str, Any]) -> str:
@@ -383,7 +383,7 @@ def routing_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{measured_on(result)}; loss of the oracle: {losses}.",
         "",
-        "| prompts an expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
+        "| prompts per expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for count in counts:
@@ -457,7 +457,7 @@ def main() -> None:
     solve.add_argument("--read-bytes", type=int, default=4_000_000_000)
     for command in (routers, backbones, solve):
         command.add_argument("--out", required=True, help="JSON of the results")
-    table = commands.add_parser("table", help="results as markdown, into docs/routing.md")
+    table = commands.add_parser("table", help="results as markdown, into docs/research/routing.md and docs/routing.md")
     table.add_argument("results", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "table":

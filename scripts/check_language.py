@@ -46,7 +46,6 @@ ALLOWED: dict[str, int] = {
     "docs/gpu.md": 1,
     "docs/publishing.md": 1,
     "docs/reliability.md": 3,
-    "docs/routing.md": 7,
     "docs/security.md": 1,
     "raymoe/architectures/moe/__init__.py": 1,
     "raymoe/checkpoints/merge_record.py": 2,
