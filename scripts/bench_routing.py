@@ -87,7 +87,8 @@ def read_texts(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[di
     held_out: dict[str, list[str]] = {label: [] for label in labels}
     for line in Path(arguments.heldout).read_text().splitlines():
         row = json.loads(line)
-        held_out[row["label"]].append(row["text"])
+        if row["label"] in held_out:
+            held_out[row["label"]].append(row["text"])
     if arguments.second_split:
         held_out = {label: texts[:40] for label, texts in prompts.items()}
         prompts = {label: texts[:39:-1] for label, texts in prompts.items()}
