@@ -19,7 +19,8 @@ the layers serves all of them. A loss is the mean over labels of the mean over t
 is the share of the way from `hidden` with the same prompts to the oracle, which always takes the text's own expert.
 
 `backbones` merges once per backbone. There the way starts at `hidden` on the base's backbone, and ends at the experts
-themselves: each reads the text of its own label as the dense model that it is, with its own attention.
+themselves: each reads the text of its own label as the dense model that it is, with its own attention. A run that is
+stopped leaves the backbones that it has measured; the same command goes on with the others.
 """
 
 from __future__ import annotations
@@ -241,12 +242,19 @@ def bench_backbones(arguments: argparse.Namespace) -> dict[str, Any]:
     if "base" not in arguments.backbones or "hidden" not in arguments.modes:
         sys.exit("error: shares start at hidden on the base's backbone: name base and hidden as well")
     bench = Bench.read(arguments)
-    result = bench.facts(arguments) | {"own_loss": own_loss(bench), "backbones": {}}
+    facts, path = bench.facts(arguments), Path(arguments.out)
+    stopped = json.loads(path.read_text()) if path.exists() else {}
+    if {**stopped, **facts} == stopped:
+        result = stopped
+    else:
+        result = facts | {"own_loss": own_loss(bench), "backbones": {}}
     for backbone in arguments.backbones:
+        if backbone in result["backbones"]:
+            continue
         began = time.monotonic()
         losses = losses_of_merge(bench, arguments, yaml.safe_load(backbone), arguments.tops)
         result["backbones"][backbone] = losses
-        Path(arguments.out).write_text(json.dumps(result, indent=1))  # a run that is stopped leaves what it has
+        path.write_text(json.dumps(result, indent=1))
         print(f"backbone {backbone}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return result
 

@@ -315,10 +315,12 @@ def by_head(power: float, head_dim: int) -> Way:
     return merge
 
 
-def regmean(moments: Statistics, off_diagonal: float) -> Way:
+def regmean(moments: Statistics, off_diagonal: float, others: Way = mean) -> Way:
+    """`others` is the way of tensors that are no matrices of attention."""
+
     def merge(name: str, changes: Sequence[torch.Tensor]) -> torch.Tensor:
         if name not in moments[0]:
-            return mean(name, changes)
+            return others(name, changes)
         grams = [off_diagonal * each[name] + (1 - off_diagonal) * torch.diag(each[name].diag()) for each in moments]
         summed = sum(c.double() @ gram for c, gram in zip(changes, grams, strict=True))
         return torch.linalg.solve(sum(grams), summed, left=False).float()
@@ -365,6 +367,9 @@ def trials(layers: int, head_dim: int, moments: Statistics, fisher: Statistics) 
     yield Trial(title="RegMean", way=regmean(moments, 0.9))
     yield Trial(title="RegMean, diagonal", way=regmean(moments, 0.0))
     yield Trial(title="RegMean, scale 1.25", way=scaled(1.25, regmean(moments, 0.9)))
+    yield Trial(title="RegMean, off-diagonals as they are", way=regmean(moments, 1.0))
+    yield Trial(title="RegMean, Fisher for norms and embeddings", way=regmean(moments, 0.9, by_fisher(fisher)))
+    yield Trial(title="RegMean, FFN differences times 1.1", way=regmean(moments, 0.9), ffn_scale=1.1)
     for scale in (0.8, 0.9, 1.1, 1.25):
         yield Trial(title=f"`linear`, FFN differences times {scale:g}", way=mean, ffn_scale=scale)
 
@@ -393,6 +398,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "trials": {},
     }
     for trial in trials(config.num_hidden_layers, head_dim, second_moments(bench), fishers(bench)):
+        if not re.search(arguments.only, trial.title):
+            continue
         began = time.monotonic()
         merged = {n: models.base[n] + trial.way(n, [c[n] for c in models.changes]) for n in models.backbone}
         result["trials"][trial.title] = bench.loss(merged, trial.ffn_scale)
@@ -428,6 +435,7 @@ def main() -> None:
     run.add_argument("--experts", default=ADAPTERS, help="folder with an expert for each kind of example text")
     run.add_argument("--second-split", action="store_true", help="hold out the first 40 prompts, use the others")
     run.add_argument("--prompts-per-expert", type=int, default=PROMPTS, help="for RegMean and Fisher")
+    run.add_argument("--only", default="", metavar="REGEX", help="only the ways with such a title")
     run.add_argument("--limit", type=int, default=0, help="held-out texts per label (0: all)")
     run.add_argument("--out", required=True, help="JSON of the results")
     run.set_defaults(prompts=[], heldout="examples/heldout.jsonl", keywords="")
