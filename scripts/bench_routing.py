@@ -244,10 +244,8 @@ def bench_backbones(arguments: argparse.Namespace) -> dict[str, Any]:
     bench = Bench.read(arguments)
     facts, path = bench.facts(arguments), Path(arguments.out)
     stopped = json.loads(path.read_text()) if path.exists() else {}
-    if {**stopped, **facts} == stopped:
-        result = stopped
-    else:
-        result = facts | {"own_loss": own_loss(bench), "backbones": {}}
+    is_same = {**stopped, **facts} == stopped
+    result = stopped if is_same else facts | {"own_loss": own_loss(bench), "backbones": {}}
     for backbone in arguments.backbones:
         if backbone in result["backbones"]:
             continue
