@@ -62,7 +62,8 @@ COUNTS = ("keywords", "16", "64", "256")
 # As configs write them.
 BACKBONES = ("base", "linear", "{method: linear, scale: 1.5}", "{method: ties, density: 0.2}")
 PAGE, MARK = ROOT / "docs/research/routing.md", "<!-- tables: scripts/bench_routing.py -->"
-BACKBONE_PAGE, BACKBONE_MARK = ROOT / "docs/routing.md", "<!-- backbones: scripts/bench_routing.py -->"
+BACKBONE_PAGE, BACKBONE_MARK = ROOT / "docs/research/backbone.md", "<!-- backbones: scripts/bench_routing.py -->"
+SUMMARY_PAGE, SUMMARY_MARK = ROOT / "docs/routing.md", "<!-- backbones in short: scripts/bench_routing.py -->"
 # Mistral-7B: what four experts with a base of their own have to be read for a merge.
 SHAPE_7B = {"layers": 32, "hidden": 4096, "experts": 4, "tokens": 16_000, "ffn": 3 * 4096 * 14336, "rest": 41_943_040}
 
@@ -359,6 +360,8 @@ def write_tables(paths: Sequence[str]) -> None:
     for page, mark, of_backbones in ((PAGE, MARK, False), (BACKBONE_PAGE, BACKBONE_MARK, True)):
         if found := [table_of(result) for result in results if ("backbones" in result) == of_backbones]:
             put_between(page, mark, "\n" + "\n\n".join(found) + "\n")
+    if backbones := [result for result in results if "backbones" in result]:
+        put_between(SUMMARY_PAGE, SUMMARY_MARK, "\n" + summary_table(backbones) + "\n")
 
 
 def table_of(result: Mapping[str, Any]) -> str:
@@ -426,6 +429,28 @@ def backbone_table(result: Mapping[str, Any]) -> str:
                 loss = values[top][route if route == "oracle" else f"{count}/{route}"]["loss"]
                 share = "" if (backbone, route) == ("base", "hidden") else f" ({(start - loss) / (start - own):.0%})"
                 cells.append(f"{loss:.3f}{share}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """`ridge` on the backbones that all results have, with the fewest prompts: a row for each result and number of
+    experts per token."""
+    common = [name for name in results[0]["backbones"] if all(name in result["backbones"] for result in results)]
+    lines = [
+        "| experts, texts | experts per token | `hidden`, `base` |"
+        + "".join(f" `ridge`, `{name}` |" for name in common)
+        + " experts themselves |",
+        "|---|---|" + "---:|" * (len(common) + 2),
+    ]
+    for result in results:
+        own, backbones = result["own_loss"], result["backbones"]
+        for top, values in backbones["base"].items():
+            count = min((name.partition("/")[0] for name in values if name.endswith("/ridge")), key=int)
+            start = values[f"{count}/hidden"]["loss"]
+            losses = [backbones[name][top][f"{count}/ridge"]["loss"] for name in common]
+            cells = [f"{result['models']}, {result['split']} split", top.removeprefix("top-"), f"{start:.3f}"]
+            cells += [f"{loss:.3f} ({(start - loss) / (start - own):.0%})" for loss in losses] + [f"{own:.3f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
