@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -35,6 +37,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(REPOSITORY / "scripts/docs_site.py"))
+
+
 class _Links(HTMLParser):
     """What a page has: ids, links that a reader follows, and addresses that a browser loads by itself."""
 
@@ -56,6 +63,11 @@ class _Links(HTMLParser):
             self.loaded.append(values["src"])
 
 
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, _Links]:
+    return {page: _Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+
+
 def test_every_page_is_there_and_can_be_reached(site: Path) -> None:
     pages = {
         path.relative_to(REPOSITORY / "docs").with_suffix("").as_posix() for path in REPOSITORY.glob("docs/**/*.md")
@@ -65,15 +77,14 @@ def test_every_page_is_there_and_can_be_reached(site: Path) -> None:
     assert {page for page in pages if f"{page}.html" not in start} <= {"index"}
 
 
-def test_nothing_is_loaded_from_other_hosts(site: Path) -> None:
-    for page in site.rglob("*.html"):
-        assert [address for address in _Links(page).loaded if urlsplit(address).netloc] == [], page
+def test_nothing_is_loaded_from_other_hosts(site: Path, pages: dict[Path, _Links]) -> None:
+    for page, found in pages.items():
+        assert [address for address in found.loaded if urlsplit(address).netloc] == [], page
     styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
     assert re.findall(r"url\(\s*[\"']?(?:https?:)?//[^)]*\)|@import[^;]*", styles) == []
 
 
-def test_links_lead_to_files_and_headings(site: Path) -> None:
-    pages = {page: _Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+def test_links_lead_to_files_and_headings(pages: dict[Path, _Links]) -> None:
     for page, found in pages.items():
         for link in found.links + found.loaded:
             parts = urlsplit(link)
@@ -90,3 +101,54 @@ def test_nested_lists_and_tables_after_comments_are_lists_and_tables(site: Path)
     assert re.search(r"<li>(?:(?!</li>).)*<ul>\s*<li>(?:(?!</li>).)*load_spec", steps, re.DOTALL)
     for page in site.rglob("*.html"):
         assert "<p>|" not in page.read_text(encoding="utf-8"), page
+
+
+def test_lists_are_indented_by_four_spaces_per_level(script: dict[str, Any]) -> None:
+    forge = [
+        "1. one",
+        "   goes on",
+        "   - inner",
+        "     goes on",
+        "",
+        "       $ code of 1",
+        "2. two",
+        "",
+        "- list",
+        "  ```",
+        "  - no list",
+        "  ```",
+        "text",
+        "",
+        "    - code",
+    ]
+    site = [
+        "1. one",
+        "    goes on",
+        "    - inner",
+        "        goes on",
+        "",
+        "          $ code of 1",
+        "2. two",
+        "",
+        "- list",
+        "    ```",
+        "    - no list",
+        "    ```",
+        "text",
+        "",
+        "    - code",
+    ]
+    assert script["for_python_markdown"]("\n".join(forge)).split("\n") == site
+
+
+def test_links_out_of_docs_and_back_are_rewritten(script: dict[str, Any]) -> None:
+    known = frozenset({"a.md", "research/b.md", "repository/README.md", "repository/cluster/c.yaml"})
+    for page, link, target in (
+        ("a.md", "../README.md#install", "repository/README.md#install"),
+        ("research/b.md", "../../cluster/c.yaml", "../repository/cluster/c.yaml"),
+        ("repository/README.md", "docs/a.md", "../a.md"),
+        ("repository/cluster/d.md", "../docs/a.md", "../../a.md"),
+        ("a.md", "../no-such-file.md", "../no-such-file.md"),
+        ("a.md", "https://docs.ray.io", "https://docs.ray.io"),
+    ):
+        assert script["rewritten"](page, f"[text]({link})", known) == f"[text]({target})"
