@@ -7,7 +7,7 @@ MkDocs does not know. Each such file becomes a file of the site at `repository/`
 Markdown as a page, anything else as it is. Links are rewritten to match, so that `--strict` checks them all.
 
 Lists and tables: Python-Markdown wants four spaces per level of a list, forges the width of the marker. Python-Markdown
-also wants an empty line before a table.
+also wants an empty line before a table, and after a list item of several paragraphs.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ def rewritten(source: str, text: str, known: frozenset[str]) -> str:
 
 
 def for_python_markdown(text: str) -> str:
-    """The text with lists indented by four spaces per level, and an empty line between a comment and a table."""
+    """The text with lists indented by four spaces per level, and empty lines where Python-Markdown needs them."""
     lines: list[str] = []
     contents: list[int] = []  # The columns at which the contents of the open list items begin.
     fence = shift = 0
+    has_paragraphs = False  # Whether the last list item has an empty line in it: the next one needs one before it.
     for line in text.split("\n"):
         indent = len(line) - len(line.lstrip(" "))
         marks = len(line.strip()) - len(line.strip().lstrip("`"))
@@ -91,7 +92,11 @@ def for_python_markdown(text: str) -> str:
             shift = 4 * len(contents) - column
             if indent < column + 4 and (marker := _MARKER.match(line)):  # deeper is code
                 contents.append(len(marker[0]))
+                lines += [""] if has_paragraphs and lines[-1] else []
+                has_paragraphs = False
             fence = marks if marks >= 3 else 0
+        else:
+            has_paragraphs = bool(contents)
         if line.startswith("|") and lines and lines[-1].startswith("<!--"):
             lines.append("")
         lines.append(" " * shift + line if line.strip() else line)

@@ -100,10 +100,11 @@ def test_nested_lists_and_tables_after_comments_are_lists_and_tables(site: Path)
     steps = (site / "architecture.html").read_text(encoding="utf-8")
     assert re.search(r"<li>(?:(?!</li>).)*<ul>\s*<li>(?:(?!</li>).)*load_spec", steps, re.DOTALL)
     for page in site.rglob("*.html"):
-        assert "<p>|" not in page.read_text(encoding="utf-8"), page
+        text = re.sub(r"<pre.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert re.findall(r"<p>\|.*|^(?:- |\d+\. ).*", text, re.MULTILINE) == [], page
 
 
-def test_lists_are_indented_by_four_spaces_per_level(script: dict[str, Any]) -> None:
+def test_lists_are_as_python_markdown_wants_them(script: dict[str, Any]) -> None:
     forge = [
         "1. one",
         "   goes on",
@@ -112,6 +113,7 @@ def test_lists_are_indented_by_four_spaces_per_level(script: dict[str, Any]) -> 
         "",
         "       $ code of 1",
         "2. two",
+        "3. three",
         "",
         "- list",
         "  ```",
@@ -128,7 +130,9 @@ def test_lists_are_indented_by_four_spaces_per_level(script: dict[str, Any]) -> 
         "        goes on",
         "",
         "          $ code of 1",
+        "",
         "2. two",
+        "3. three",
         "",
         "- list",
         "    ```",
