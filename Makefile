@@ -1,4 +1,4 @@
-# Everything from a fresh machine with Python and make: `make demo`, `make check`, `make test`, `make soak`.
+# Everything from a fresh machine with Python and make: `make demo`, `make docs`, `make check`, `make test`, `make soak`.
 #
 # TORCH is the torch requirement, TORCH_PIP what pip is told for it. Without an NVIDIA driver the CPU build is asked for,
 # which is a tenth of the size of the CUDA build; with one, or where CPU_INDEX does not answer, pip's default is. Another
@@ -33,10 +33,11 @@ OLDER := $(VENV)/transformers-4
 below = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 
-.PHONY: help demo check test test-lm-eval test-transformers-4 soak lint install clean
+.PHONY: help demo docs check test test-lm-eval test-transformers-4 soak lint install clean
 
 help:
 	@echo "make demo     merge the example experts on Ray, show where prompts are routed, and generate"
+	@echo "make docs     the documentation as a site, in site/, with all links checked"
 	@echo "make check    lint, types and all tests that need this process alone: a minute"
 	@echo "make test     lint, types and all tests that prove a promise: what CI runs"
 	@echo "make soak     what is long by nature: more kills and faults, the notebook as it is"
@@ -49,7 +50,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) --upgrade pip
 	sed '/^torch==/d' constraints.txt > $(PINNED)
 	$(PIP) -c $(PINNED) $(TORCH_PIP) "$(TORCH)"
-	$(PIP) -c $(PINNED) -e ".[test]"
+	$(PIP) -c $(PINNED) -e ".[test,docs]"
 	touch $@
 
 $(HARNESS)/.ready: $(READY)
@@ -71,6 +72,10 @@ demo: $(READY) $(BASE)/config.json
 	$(BIN)/raymoe merge configs/example.yaml out/demo --overwrite
 	$(BIN)/python scripts/demo.py out/demo
 	$(BIN)/raymoe try out/demo --chat --max-new-tokens 48 "What does a dictionary tell you about a word?"
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -98,4 +103,4 @@ soak: $(READY) $(BASE)/config.json
 	$(BIN)/python scripts/chaos.py
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from raymoe.errors import Problem, ProblemReport
 from raymoe.safe_text import json_text, printable, safe_message, scrub
@@ -19,7 +21,32 @@ from raymoe.safe_text import json_text, printable, safe_message, scrub
 def say(text: str) -> None:
     """Print a line for the user on standard error. A failure to write it is ignored."""
     with contextlib.suppress(OSError):
-        print(safe_message(text), file=sys.stderr, flush=True)
+        print(_fitted(safe_message(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def say_command(text: str) -> None:
+    """Print a command for the user to copy, indented, as one line. A failure to write it is ignored."""
+    with contextlib.suppress(OSError):
+        print(f"  {safe_message(text)}", file=sys.stderr, flush=True)
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """On a terminal, lines that are too long go on below, indented. Words are not split: paths and URLs stay whole."""
+    if not stream.isatty():
+        return text
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return text
+    return "\n".join(line if len(line) <= width else _wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    lines = textwrap.wrap(
+        line, max(width, 20), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
 
 
 def typed_lines(mark: str = "") -> Iterator[str]:
@@ -40,7 +67,7 @@ def typed_lines(mark: str = "") -> Iterator[str]:
 
 def print_line(text: str) -> None:
     """A line of a command's answer, on standard output."""
-    print(safe_message(text))
+    print(_fitted(safe_message(text), sys.stdout))
 
 
 def print_json(value: Any) -> None:
@@ -66,3 +93,13 @@ def console(*, stderr: bool = False) -> Any:
 
     stream = sys.stderr if stderr else sys.stdout
     return Clean(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else 10_000)
+
+
+def print_warning(table_console: Any, text: str, mark: str = "warning:") -> None:
+    """Print a warning among tables. Its mark is magenta, which can be read on light and on dark backgrounds."""
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+    row.add_row(Text(mark, "bold magenta"), text)
+    table_console.print(row)

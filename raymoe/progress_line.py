@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -59,7 +60,9 @@ class LiveDisplay:
             from rich.console import Group
             from rich.text import Text
 
-            self._live.update(Group(Text(line(), style="bold"), *map(Text, more())))
+            width = self._live.console.width
+            below = (Text(_broken(each, width)) for each in more())
+            self._live.update(Group(Text(_broken(line(), width), style="bold"), *below))
         elif self._notebook is not None:
             self._notebook.update(line, more)
         elif (now := time.monotonic()) - self._last_line >= _LINE_EVERY_S:
@@ -69,6 +72,20 @@ class LiveDisplay:
     def say(self, line: str) -> None:
         """Print a line that stays, above the live line."""
         self._live.console.print(line) if self._live is not None else say(line)
+
+
+def _broken(line: str, width: int) -> str:
+    """A line for a terminal that may be narrower: it is broken between its parts, and within a part only if it must."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    rows: list[str] = []
+    for part in line.split(" | "):
+        if rows and len(rows[-1]) + len(part) + 3 <= width:
+            rows[-1] += f" | {part}"
+        else:
+            rows.append(indent + part if rows else part)
+    return "\n".join(textwrap.fill(row, width, subsequent_indent=indent, break_long_words=False) for row in rows)
 
 
 class _NotebookLine:
@@ -166,7 +183,13 @@ class ProgressLine(LiveDisplay):
         done = self._before + self._done
         parts = [f"{self.seconds:5.0f} s", self._stage]
         if self._total:
-            pace = self._pace.text(done, self._total - done, self.seconds, self._amount)
-            share = f"{done / self._total:.0%} ({self._amount(done)} of {self._amount(self._total)}{pace})"
-            parts.append(share)
+            total = self._amount(self._total)
+            unit = total.partition(" ")[2]
+
+            def short(count: float) -> str:
+                """The amount, without a unit of several words: the total has it."""
+                return self._amount(count).removesuffix(f" {unit}") if " " in unit else self._amount(count)
+
+            pace = self._pace.text(done, self._total - done, self.seconds, short)
+            parts.append(f"{done / self._total:.0%} ({short(done)} of {total}{pace})")
         return " | ".join(parts)

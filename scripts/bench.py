@@ -7,7 +7,11 @@
 The models are random (scripts/random_model.py) and made once. One run of each program is measured for its memory; then
 they take turns, the page cache being in the same state before each run, and medians are compared. `raw` (see
 raw_copy.py) copies the output's shards from the same ranges of the same files, on as many threads as there are
-processors: `copy_file_range` into files whose room was set aside, and fsync.
+processors: `copy_file_range` into files whose room was set aside, and fsync. With `--backbones`, raymoe merges with
+these backbones as well, in turn with the others:
+
+    python scripts/bench.py run --work /tmp/bench --shapes mistral-1b --modes hidden --backbones linear
+    python scripts/bench.py page --work /tmp/bench --tables backbones
 
 Results are added to WORK/results.json, one entry per shape, mode and number of actors; a new one replaces an old one.
 """
@@ -28,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bench_page import PAGE, update_page
+from bench_page import PAGE, TABLES, update_page
 from random_model import SHAPES, write_model
 from run_measures import Run, drop_from_cache, read_into_cache, run_program
 
@@ -52,7 +56,9 @@ def models(work: Path, shape: str, tokenizer: Path) -> list[Path]:
     return paths
 
 
-def write_config(path: Path, experts: Sequence[Path | str], mode: str, prompts: int, words: int) -> Path:
+def write_config(
+    path: Path, experts: Sequence[Path | str], mode: str, prompts: int, words: int, backbone: Any = "base"
+) -> Path:
     """The first model is the base too. Every expert has its own prompts, all of one length."""
     text = " ".join(f"word{n}" if n % 3 else "of the" for n in range(words))
     entries: list[dict[str, Any]] = [
@@ -61,7 +67,8 @@ def write_config(path: Path, experts: Sequence[Path | str], mode: str, prompts: 
     ]
     if mode == "random":
         entries = [{"source_model": str(model)} for model in experts]
-    path.write_text(yaml.safe_dump({"base_model": str(experts[0]), "gate_mode": mode, "experts": entries}))
+    config = {"base_model": str(experts[0]), "gate_mode": mode, "backbone": backbone, "experts": entries}
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
@@ -86,11 +93,16 @@ class Contest:
         self._cache, self._output = arguments.cache, arguments.work / "output"
         experts = models(arguments.work, shape, arguments.tokenizer)
         self._sources = [file for model in experts for file in model.glob("*.safetensors")]
-        config = write_config(arguments.work / "config.yaml", experts, mode, arguments.prompts, arguments.words)
+        given = (experts, mode, arguments.prompts, arguments.words)
+        config = write_config(arguments.work / "config.yaml", *given)
         copies = write_copies(arguments.work / "copies.json", config)
-        raymoe = [sys.executable, "-m", "raymoe", "merge", str(config), str(self._output), "-v"]
+        options = [str(self._output), "-v", *(["--actors", str(actors)] if actors else [])]
+        merge = [sys.executable, "-m", "raymoe", "merge"]
         raw = [sys.executable, str(ROOT / "scripts/raw_copy.py"), str(copies), str(self._output)]
-        self.commands = {"raymoe": raymoe + (["--actors", str(actors)] if actors else []), "raw": raw}
+        self.commands = {"raymoe": [*merge, str(config), *options], "raw": raw}
+        for number, backbone in enumerate(arguments.backbones):
+            own = write_config(arguments.work / f"config-{number}.yaml", *given, yaml.safe_load(backbone))
+            self.commands[f"backbone: {backbone}"] = [*merge, str(own), *options]
         if arguments.mergekit is not None:
             program = str(arguments.mergekit / "bin/mergekit-moe")
             self.commands["mergekit"] = [program, str(config), str(self._output), "--quiet"]
@@ -124,7 +136,7 @@ class Contest:
         drop_from_cache(self._sources)
         if self._cache == "warm":
             read_into_cache(self._sources)
-        return run_program(self.commands[name], steps=list(STEPS) if name == "raymoe" else (), memory=memory)
+        return run_program(self.commands[name], steps=() if name in ("raw", "mergekit") else list(STEPS), memory=memory)
 
     def _clear(self) -> None:
         shutil.rmtree(self._output, ignore_errors=True)
@@ -202,6 +214,7 @@ def main() -> None:
     runs.add_argument("--cache", choices=["warm", "cold"], default="warm", help="page cache before each run")
     runs.add_argument("--prompts", type=int, default=8, help="an expert")
     runs.add_argument("--words", type=int, default=24, help="a prompt, about")
+    runs.add_argument("--backbones", nargs="+", default=[], metavar="YAML", help="backbones besides the base's")
     runs.add_argument("--mergekit", type=Path, help="environment with mergekit; without it, it takes no part")
     runs.add_argument("--tokenizer", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
     runs.add_argument("--remove-models", action="store_true", help="make room before the next shape")
@@ -209,7 +222,8 @@ def main() -> None:
     page = commands.add_parser("page", help="write the tables and the plot")
     page.add_argument("--work", type=Path, required=True)
     page.add_argument("--page", type=Path, default=PAGE)
-    page.set_defaults(do=lambda a: update_page(a.page, json.loads((a.work / "results.json").read_text())))
+    page.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which tables are written anew")
+    page.set_defaults(do=lambda a: update_page(a.page, json.loads((a.work / "results.json").read_text()), a.tables))
     arguments = parser.parse_args()
     arguments.do(arguments)
 

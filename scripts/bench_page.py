@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +14,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/benchmarks.md"
 MARK = "<!-- scripts/bench.py: {} -->"
 S3_MARK = "<!-- scripts/bench_s3.py: {} -->"
 NAMES = {"raymoe": "raymoe", "mergekit": "mergekit-moe", "raw": "raw copy"}
+TABLES = ("times", "phases", "memory", "backbones")
+BACKBONE = "backbone: "  # how the names of raymoe's merges with another backbone begin
 COLOURS = {"raymoe": "#2563eb", "mergekit": "#d97706", "raw": "#6b7280"}
 PHASES = ("plan", "start Ray", "start actors", "gates", "write", "finish", "stop Ray")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 52, 92, 34, 44
@@ -22,14 +24,16 @@ Result = dict[str, Any]
 Point = tuple[float, float]
 
 
-def update_page(page: Path, results: Sequence[Result]) -> None:
-    """Put tables between the page's marks, and the plot beside the page."""
+def update_page(page: Path, results: Sequence[Result], names: Collection[str] = TABLES) -> None:
+    """Put the tables of these names between the page's marks. The plot goes with `times`, beside the page."""
     ordered = sorted(
         results, key=lambda r: (r["processors"], r["output_bytes"], r["cache"], r["mode"], r["actors"] or 0)
     )
-    for name, table in (("times", times_table), ("phases", phase_table), ("memory", memory_table)):
-        put_between(page, MARK.format(name), table(ordered))
-    page.with_suffix(".svg").write_text(plot(ordered) + "\n")
+    tables = dict(zip(TABLES, (times_table, phase_table, memory_table, backbone_table), strict=True))
+    for name in names:
+        put_between(page, MARK.format(name), tables[name](ordered))
+    if "times" in names:
+        page.with_suffix(".svg").write_text(plot(ordered) + "\n")
 
 
 def case(result: Result) -> str:
@@ -83,6 +87,27 @@ def memory_table(results: Sequence[Result]) -> str:
         cells = [megabytes(programs["raymoe"]["peak_pss"]), megabytes(programs["raymoe"]["peak_anonymous"])]
         cells.append(megabytes(programs["mergekit"]["peak_pss"]) if "mergekit" in programs else "-")
         lines.append(f"{case(result)} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def backbone_table(results: Sequence[Result]) -> str:
+    """A row for each backbone that was merged besides the base's, compared with it."""
+    lines = [
+        "| models | output | mode | page cache | actors | backbone | base | this backbone | times base | writing | "
+        "memory, base | memory, this backbone | more than base |",
+        "|---" * 13 + "|",
+    ]
+    for result in results:
+        base = result["programs"]["raymoe"]
+        for name, found in result["programs"].items():
+            if not name.startswith(BACKBONE):
+                continue
+            cells = [f"`{name.removeprefix(BACKBONE)}`", f"{base['seconds']:.1f} s", f"{found['seconds']:.1f} s"]
+            cells += [f"{found['seconds'] / base['seconds']:.2f}"]
+            cells += [" : ".join(f"{each['phases']['write']:.1f} s" for each in (base, found))]
+            cells += [megabytes(each["peak_pss"]) for each in (base, found)]
+            cells += [megabytes(found["peak_pss"] - base["peak_pss"])]
+            lines.append(f"{case(result)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -168,6 +193,8 @@ def _panel(
     curves: dict[str, list[Point]] = {}
     for result in results:
         for name, program in result["programs"].items():
+            if name not in NAMES:
+                continue
             curves.setdefault(name, []).append((x_of(result), program["seconds"]))
     x_ticks = _ticks(max(x for curve in curves.values() for x, _ in curve))
     y_ticks = _ticks(max(y for curve in curves.values() for _, y in curve))

@@ -6,16 +6,21 @@
         --prompts law=law.jsonl --prompts code=code.jsonl --heldout heldout.jsonl --out mine.json
     python scripts/bench_routing.py backbones --out backbones.json      # backbones against the experts themselves
     python scripts/bench_routing.py backbones --backbones base '{method: linear, include: [attention]}' \\
-        --counts 16 64 --tops 1 2 --limit 10 --out mine.json
+        --modes hidden ridge --counts 16 --tops 2 --limit 10 --out mine.json
     python scripts/bench_routing.py solve --out solve.json              # time to fit the routers of a 7B shape
-    python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into docs/routing.md
+    python scripts/bench_routing.py table routing.json b.json solve.json  # markdown, into the docs
+
+    python scripts/train_example_experts.py train --full --jobs 4       # other experts for the same kinds of text
+    python scripts/bench_routing.py backbones --models 'Full fine-tunes' \\
+        --experts .cache/example-experts/full --out full.json
 
 `routers` merges once, and puts each mode's rows into the same weights: `raymoe eval`'s engine, so that one pass over
 the layers serves all of them. A loss is the mean over labels of the mean over their held-out tokens, in nats. `closed`
 is the share of the way from `hidden` with the same prompts to the oracle, which always takes the text's own expert.
 
 `backbones` merges once per backbone. There the way starts at `hidden` on the base's backbone, and ends at the experts
-themselves: each reads the text of its own label as the dense model that it is, with its own attention.
+themselves: each reads the text of its own label as the dense model that it is, with its own attention. A run that is
+stopped leaves the backbones that it has measured; the same command goes on with the others.
 """
 
 from __future__ import annotations
@@ -51,12 +56,14 @@ from raymoe.storage.source_reader import SourceReader
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, KINDS = "models/SmolLM2-135M-Instruct", ("go", "metamath", "spanish", "dictionary")
+ADAPTERS = f"{BASE}+examples/adapters"
 MODES = ("random", "uniform_random", "cheap_embed", "hidden", "hidden_avg", "ridge")
 COUNTS = ("keywords", "16", "64", "256")
 # As configs write them.
 BACKBONES = ("base", "linear", "{method: linear, scale: 1.5}", "{method: ties, density: 0.2}")
-PAGE, MARK = ROOT / "docs/routing.md", "<!-- tables: scripts/bench_routing.py -->"
-BACKBONE_MARK = "<!-- backbones: scripts/bench_routing.py -->"
+PAGE, MARK = ROOT / "docs/research/routing.md", "<!-- tables: scripts/bench_routing.py -->"
+BACKBONE_PAGE, BACKBONE_MARK = ROOT / "docs/research/backbone.md", "<!-- backbones: scripts/bench_routing.py -->"
+SUMMARY_PAGE, SUMMARY_MARK = ROOT / "docs/routing.md", "<!-- backbones in short: scripts/bench_routing.py -->"
 # Mistral-7B: what four experts with a base of their own have to be read for a merge.
 SHAPE_7B = {"layers": 32, "hidden": 4096, "experts": 4, "tokens": 16_000, "ffn": 3 * 4096 * 14336, "rest": 41_943_040}
 
@@ -82,7 +89,8 @@ def read_texts(arguments: argparse.Namespace, labels: Sequence[str]) -> tuple[di
     held_out: dict[str, list[str]] = {label: [] for label in labels}
     for line in Path(arguments.heldout).read_text().splitlines():
         row = json.loads(line)
-        held_out[row["label"]].append(row["text"])
+        if row["label"] in held_out:
+            held_out[row["label"]].append(row["text"])
     if arguments.second_split:
         held_out = {label: texts[:40] for label, texts in prompts.items()}
         prompts = {label: texts[:39:-1] for label, texts in prompts.items()}
@@ -109,7 +117,7 @@ class Bench:
 
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Bench:
-        experts = pairs(arguments.expert, "--expert") or {kind: f"{BASE}+examples/adapters/{kind}" for kind in KINDS}
+        experts = pairs(arguments.expert, "--expert") or {kind: f"{arguments.experts}/{kind}" for kind in KINDS}
         counts, held_out = read_texts(arguments, list(experts))
         tokenizer = raymoe_tokenizer(arguments.base)
         texts = [
@@ -125,6 +133,7 @@ class Bench:
     def facts(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """What results say of the texts and the device."""
         return {
+            "models": arguments.models,
             "experts": list(self.experts),
             "split": "second" if arguments.second_split else "first",
             "held_out_tokens": sum(len(ids) - 1 for _, ids in self.texts),
@@ -234,12 +243,17 @@ def bench_backbones(arguments: argparse.Namespace) -> dict[str, Any]:
     if "base" not in arguments.backbones or "hidden" not in arguments.modes:
         sys.exit("error: shares start at hidden on the base's backbone: name base and hidden as well")
     bench = Bench.read(arguments)
-    result = bench.facts(arguments) | {"own_loss": own_loss(bench), "backbones": {}}
+    facts, path = bench.facts(arguments), Path(arguments.out)
+    stopped = json.loads(path.read_text()) if path.exists() else {}
+    is_same = {**stopped, **facts} == stopped
+    result = stopped if is_same else facts | {"own_loss": own_loss(bench), "backbones": {}}
     for backbone in arguments.backbones:
+        if backbone in result["backbones"]:
+            continue
         began = time.monotonic()
         losses = losses_of_merge(bench, arguments, yaml.safe_load(backbone), arguments.tops)
         result["backbones"][backbone] = losses
-        Path(arguments.out).write_text(json.dumps(result, indent=1))  # a run that is stopped leaves what it has
+        path.write_text(json.dumps(result, indent=1))
         print(f"backbone {backbone}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return result
 
@@ -341,11 +355,13 @@ def read_rate(folder: Path, count: int) -> float:
 
 
 def write_tables(paths: Sequence[str]) -> None:
-    """Put the tables of these results into the page. Tables of other results stay where no result is given for them."""
+    """Put the tables of these results into their pages. Tables stay if none of the results is theirs."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    for mark, of_backbones in ((MARK, False), (BACKBONE_MARK, True)):
+    for page, mark, of_backbones in ((PAGE, MARK, False), (BACKBONE_PAGE, BACKBONE_MARK, True)):
         if found := [table_of(result) for result in results if ("backbones" in result) == of_backbones]:
-            put_between(PAGE, mark, "\n" + "\n\n".join(found) + "\n")
+            put_between(page, mark, "\n" + "\n\n".join(found) + "\n")
+    if backbones := [result for result in results if "backbones" in result]:
+        put_between(SUMMARY_PAGE, SUMMARY_MARK, "\n" + summary_table(backbones) + "\n")
 
 
 def table_of(result: Mapping[str, Any]) -> str:
@@ -377,7 +393,7 @@ def routing_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{measured_on(result)}; loss of the oracle: {losses}.",
         "",
-        "| prompts an expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
+        "| prompts per expert | mode | top-1 loss | first choice right | gap closed | top-2 loss | gap closed |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for count in counts:
@@ -393,33 +409,56 @@ def routing_table(result: Mapping[str, Any]) -> str:
 
 
 def backbone_table(result: Mapping[str, Any]) -> str:
+    """A row for each way of routing and backbone, a column for each number of prompts and of experts per token."""
     own, backbones = result["own_loss"], result["backbones"]
     tops = list(next(iter(backbones.values())))
+    names = [name for name in next(iter(backbones.values()))[tops[0]] if name != "oracle"]
+    modes = list(dict.fromkeys(name.partition("/")[2] for name in names))
+    columns = [(count, top) for count in dict.fromkeys(name.partition("/")[0] for name in names) for top in tops]
     lines = [
         f"{measured_on(result)}; loss of the experts themselves: {own:.3f}.",
         "",
-        "| prompts per expert | routing | backbone |" + "".join(f" {top} loss | gap closed |" for top in tops),
-        "|---|---|---|" + "---:|" * (2 * len(tops)),
+        "| routing | backbone |" + "".join(f" {count} prompts, {top} |" for count, top in columns),
+        "|---|---|" + "---:|" * len(columns),
     ]
-    names = [name for name in next(iter(backbones.values()))[tops[0]] if name != "oracle"]
-    modes = list(dict.fromkeys(name.partition("/")[2] for name in names))
-    for count in dict.fromkeys(name.partition("/")[0] for name in names):
-        for route in (*modes, "oracle"):
-            name = route if route == "oracle" else f"{count}/{route}"
-            for backbone, values in backbones.items():
-                starts = [backbones["base"][top][f"{count}/hidden"]["loss"] for top in tops]
-                is_start = (backbone, route) == ("base", "hidden")
-                cells = [count, f"`{route}`" if route != "oracle" else "oracle", f"`{backbone}`"]
-                for top, start in zip(tops, starts, strict=True):
-                    loss = values[top][name]["loss"]
-                    cells += [f"{loss:.3f}", "-" if is_start else f"{(start - loss) / (start - own):.0%}"]
-                lines.append(f"| {' | '.join(cells)} |")
+    for route in (*modes, "oracle"):
+        for backbone, values in backbones.items():
+            cells = [f"`{route}`" if route != "oracle" else "oracle", f"`{backbone}`"]
+            for count, top in columns:
+                start = backbones["base"][top][f"{count}/hidden"]["loss"]
+                loss = values[top][route if route == "oracle" else f"{count}/{route}"]["loss"]
+                share = "" if (backbone, route) == ("base", "hidden") else f" ({(start - loss) / (start - own):.0%})"
+                cells.append(f"{loss:.3f}{share}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """`ridge` on the backbones that all results have, with the fewest prompts: a row for each result and number of
+    experts per token."""
+    common = [name for name in results[0]["backbones"] if all(name in result["backbones"] for result in results)]
+    lines = [
+        "| experts, texts | experts per token | `hidden`, `base` |"
+        + "".join(f" `ridge`, `{name}` |" for name in common)
+        + " experts themselves |",
+        "|---|---|" + "---:|" * (len(common) + 2),
+    ]
+    for result in results:
+        own, backbones = result["own_loss"], result["backbones"]
+        for top, values in backbones["base"].items():
+            count = min((name.partition("/")[0] for name in values if name.endswith("/ridge")), key=int)
+            start = values[f"{count}/hidden"]["loss"]
+            losses = [backbones[name][top][f"{count}/ridge"]["loss"] for name in common]
+            cells = [f"{result['models']}, {result['split']} split", top.removeprefix("top-"), f"{start:.3f}"]
+            cells += [f"{loss:.3f} ({(start - loss) / (start - own):.0%})" for loss in losses] + [f"{own:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def measured_on(result: Mapping[str, Any]) -> str:
     split = {"first": "", "second": ", second split"}[result["split"]]
-    return f"{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}"
+    models = f"{result['models']}: " if result.get("models") else ""
+    return f"{models}{result['held_out_tokens']:,} held-out tokens{split}, computed on {result['device']}"
 
 
 def main() -> None:
@@ -427,9 +466,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     routers = commands.add_parser("routers", help="losses of all modes")
     backbones = commands.add_parser("backbones", help="losses of all backbones, against the experts themselves")
-    for command, counts, modes in ((routers, COUNTS, MODES), (backbones, ("16",), ("hidden", "ridge"))):
+    few = ("16", "64"), ("cheap_embed", "hidden", "ridge")
+    for command, counts, modes in ((routers, COUNTS, MODES), (backbones, *few)):
         command.add_argument("--base", default=BASE)
+        command.add_argument("--experts", default=ADAPTERS, help="folder with an expert for each kind of example text")
         command.add_argument("--expert", action="append", default=[], metavar="LABEL=MODEL")
+        command.add_argument("--models", default="", help="what the experts are, for the table's first line")
         command.add_argument("--prompts", action="append", default=[], metavar="LABEL=FILE", help="JSONL with 'text'")
         command.add_argument("--heldout", default="examples/heldout.jsonl", help="JSONL with 'label' and 'text'")
         command.add_argument("--keywords", default="examples/keywords.json", help="JSON: label -> words")
@@ -440,14 +482,14 @@ def main() -> None:
             "--second-split", action="store_true", help="hold out the first 40 prompts, use the others"
         )
     backbones.add_argument("--backbones", nargs="+", default=BACKBONES, metavar="YAML", help="as configs write them")
-    backbones.add_argument("--tops", nargs="+", type=int, default=(2,), help="numbers of experts per token")
+    backbones.add_argument("--tops", nargs="+", type=int, default=(1, 2), help="numbers of experts per token")
     solve = commands.add_parser("solve", help="seconds to fit the routers of a 7B shape")
     solve.add_argument("--layers", type=int, default=3, help="how often a layer is timed")
     solve.add_argument("--work", default=".", help="a folder on the disk that weights would be read from")
     solve.add_argument("--read-bytes", type=int, default=4_000_000_000)
     for command in (routers, backbones, solve):
         command.add_argument("--out", required=True, help="JSON of the results")
-    table = commands.add_parser("table", help="results as markdown, into docs/routing.md")
+    table = commands.add_parser("table", help="results as markdown, into docs/research/routing.md and docs/routing.md")
     table.add_argument("results", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "table":

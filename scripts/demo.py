@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import raymoe
 
 ROOT = Path(__file__).resolve().parent.parent
+PROMPT_CHARACTERS = 44  # shown of a prompt, at most
+SHARES = 2  # shown for a prompt, the largest ones
 
 
 def held_out(path: Path, per_label: int) -> list[tuple[str, str]]:
@@ -37,17 +41,20 @@ def held_out(path: Path, per_label: int) -> list[tuple[str, str]]:
 
 def show_routing(labels: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
     """Print a row for each prompt, and how many went to the expert of their kind."""
-    table = Table("kind", "held-out prompt", "routed to", "share of first choices", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("held-out prompt", no_wrap=True, overflow="ellipsis", max_width=PROMPT_CHARACTERS)
+    table.add_column("routed to", no_wrap=True)
+    table.add_column("largest shares of first choices", no_wrap=True)
     right = 0
     for label, answer in zip(labels, answers, strict=True):
         shares: dict[str, float] = answer["first_choice"]
-        winner = max(shares, key=lambda name: shares[name])
-        right += winner == label
-        mark = "[green]" if winner == label else "[red]"
-        excerpt = " ".join(answer["prompt"].split())[:44].replace("[", "\\[")
-        row = "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        table.add_row(label, excerpt, f"{mark}{winner}[/]", row)
-    console = Console(width=150)
+        largest = sorted(shares, key=lambda name: -shares[name])[:SHARES]
+        right += largest[0] == label
+        winner = Text(largest[0], style="" if largest[0] == label else "bold red")
+        excerpt = Text(" ".join(answer["prompt"].split())[:PROMPT_CHARACTERS])
+        table.add_row(label, excerpt, winner, ", ".join(f"{name} {shares[name]:.0%}" for name in largest))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)
     console.print(f"{right} of {len(labels)} held-out prompts went to the expert of their kind.\n")
 

@@ -89,7 +89,7 @@ def main() -> None:
     expected = torch.stack([resident_rows(models[0], prompts(topic)) for topic in TOPICS], dim=1)
     torch.cuda.empty_cache()
     runs: dict[str, dict[str, Any]] = {
-        "one GPU per expert (waves)": {"settings": {}, "merge": {}},
+        "one GPU per expert, in waves": {"settings": {}, "merge": {}},
         "a quarter of a GPU per expert": {"settings": {"gpus_per_expert": 0.25}, "merge": {}},
         "on CPUs (--device cpu)": {"settings": {"device": "cpu"}, "merge": {}},
         "--load-in-8bit": {"settings": {}, "merge": {"quantize_gates": "8bit"}},
@@ -97,7 +97,7 @@ def main() -> None:
     }
     print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {EXPERTS} experts of {arguments.shape}")
     print(
-        "| run | actors | seconds | peak GPU memory an actor | lowest and median cosine to a resident bfloat16 pass |"
+        "| run | actors | seconds | peak GPU memory per actor | lowest and median cosine to a resident bfloat16 pass |"
     )
     print("|---|---|---|---|---|")
     for number, (title, options) in enumerate(runs.items()):

@@ -8,13 +8,17 @@
 
 Each step reads only what an earlier one wrote, so that `train` and `evaluate` can run on another machine.
 
+`train --full` and `evaluate --full` make and measure another set of experts of the same texts: full fine-tunes, whose
+norms and embeddings change too. They are for measurements (scripts/bench_routing.py): their weights stay in the work
+folder, and what was measured goes to examples/full-training.json and examples/full-losses.json.
+
 Corpora. A kind's *document* is a source file (Go), a help page (Spanish), a section (Metamath) or 32
 dictionary entries in a row (WordNet). It is blocks with blank lines between; every excerpt starts at a block.
 Documents that mostly repeat earlier ones are dropped first. Then the digest of a document's name alone says
 which split it is in (`train`, `prompts`, `heldout`), so no document is in two, on no machine and in no order.
 
 Training. Rank-16 LoRA on the attention and feed-forward projections, packed windows of 512 tokens, AdamW with
-a cosine schedule; adapters are float32 while they train and are saved in bfloat16. Losses are measured on the
+a cosine schedule; what is trained is float32 meanwhile and is saved in bfloat16. Losses are measured on the
 files so saved, in float32, and so agree between machines far below the digits that the tables show.
 
 Every choice that a seed makes comes from SEED. Data and evaluation are deterministic; training is too on a
@@ -60,12 +64,27 @@ CONFIG_PROMPTS = 16
 WINDOW_TOKENS = 512
 LORA_RANK, LORA_ALPHA = 16, 32
 TARGET_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-BATCH_WINDOWS, EPOCHS, LEARNING_RATE, WARMUP_SHARE = 16, 4, 5e-4, 0.05
+BATCH_WINDOWS, WARMUP_SHARE = 16, 0.05
 END_OF_TEXT = "<|endoftext|>"  # what separates documents in the base model's own training data
 
 
 class ExampleError(Exception):
     """Something the user can act on; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is trained, and for how long. `noun` names one of them, `prefix` begins their files' names."""
+
+    noun: str
+    prefix: str
+    is_full: bool
+    epochs: int
+    learning_rate: float
+
+
+ADAPTERS = Training(noun="adapter", prefix="", is_full=False, epochs=4, learning_rate=5e-4)
+FULL = Training(noun="full fine-tune", prefix="full-", is_full=True, epochs=2, learning_rate=1e-4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,30 +450,32 @@ def excerpts(text: str, min_tokens: int, max_tokens: int, tokenizer: Any) -> Ite
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train_adapters(
-    labels: Sequence[str], work: Path, base: Path, adapters: Path, max_steps: int | None, jobs: int
+def train_experts(
+    how: Training, labels: Sequence[str], work: Path, base: Path, experts: Path, max_steps: int | None, jobs: int
 ) -> dict[str, Any]:
-    """Trains the adapters of `labels`, `jobs` at a time, each in a process of its own."""
+    """Trains the experts of `labels`, `jobs` at a time, each in a process of its own."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
         started = {
-            label: pool.submit(train_adapter, label, work, base, adapters / label, max_steps) for label in labels
+            label: pool.submit(train_expert, how, label, work, base, experts / label, max_steps) for label in labels
         }
         return {label: {**future.result(), "jobs": jobs} for label, future in started.items()}
 
 
-def train_adapter(label: str, work: Path, base: Path, folder: Path, max_steps: int | None) -> dict[str, Any]:
-    """Trains one adapter, saves it into `folder`, and says how it went."""
+def train_expert(
+    how: Training, label: str, work: Path, base: Path, folder: Path, max_steps: int | None
+) -> dict[str, Any]:
+    """Trains one expert, saves it into `folder`, and says how it went."""
     import torch
 
     torch.manual_seed(SEED)
     device = pick_device()
-    model = lora_model(base, device)
+    model = full_model(base, device) if how.is_full else lora_model(base, device)
     windows_WT = token_windows(work, label, "train")
-    steps = len(windows_WT) // BATCH_WINDOWS * EPOCHS
+    steps = len(windows_WT) // BATCH_WINDOWS * how.epochs
     steps = min(steps, max_steps or steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     started, losses = time.perf_counter(), []
     for _, batch_BT in zip(range(steps), batches(windows_WT), strict=False):
@@ -468,7 +489,10 @@ def train_adapter(label: str, work: Path, base: Path, folder: Path, max_steps: i
         losses.append(loss.detach())
     last = torch.stack(losses[-50:]).float().mean().item()  # also waits for the device
     seconds = time.perf_counter() - started
-    save_adapter(model, folder)
+    if how.is_full:
+        save_model(model, base, folder)
+    else:
+        save_adapter(model, folder)
     result = {
         "device": device_name(device),
         "steps": steps,
@@ -479,6 +503,14 @@ def train_adapter(label: str, work: Path, base: Path, folder: Path, max_steps: i
     }
     print(f"{label}: {result}", file=sys.stderr, flush=True)
     return result
+
+
+def full_model(base: Path, device: str) -> Any:
+    """The base model in float32, all of it to be trained."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    return model.float().to(device).train()
 
 
 def lora_model(base: Path, device: str) -> Any:
@@ -555,6 +587,20 @@ def save_adapter(model: Any, folder: Path) -> None:
     (folder / "adapter_model.safetensors").chmod(path.stat().st_mode)
 
 
+def save_model(model: Any, base: Path, folder: Path) -> None:
+    """The base's files, with the trained weights in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in base.iterdir():
+        if path.suffix == ".json":
+            shutil.copyfile(path, folder / path.name)
+    state = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied: it is the embedding
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def pick_device() -> str:
     import torch
 
@@ -570,8 +616,8 @@ def device_name(device: str) -> str:
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
-def evaluate(work: Path, base: Path, examples: Path, adapters: Path, windows: int) -> dict[str, Any]:
-    """Mean cross-entropy a token, in nats, of the base and each adapter on each kind.
+def evaluate(work: Path, base: Path, examples: Path, experts: Path, windows: int) -> dict[str, Any]:
+    """Mean cross-entropy a token, in nats, of the base and each expert on each kind.
 
     `heldout_texts` is measured on examples/heldout.jsonl, each text by itself; `heldout_split` on `windows`
     windows of the held-out split (0: left out), a larger sample that takes the `data` step.
@@ -589,7 +635,7 @@ def evaluate(work: Path, base: Path, examples: Path, adapters: Path, windows: in
         }
     result: dict[str, Any] = {name: {"tokens": {}, "loss": {}} for name in samples}
     for row in ("base", *KINDS):
-        model = evaluation_model(base, None if row == "base" else adapters / row, device)
+        model = evaluation_model(base, None if row == "base" else experts / row, device)
         for name, sample in samples.items():
             scores = {label: mean_loss(model, batches_BT, device) for label, batches_BT in sample.items()}
             result[name]["loss"][row] = {label: round(loss, 4) for label, (loss, _) in scores.items()}
@@ -614,14 +660,15 @@ def text_sample(path: Path, tokenizer: Any) -> dict[str, list[Any]]:
     return sample
 
 
-def evaluation_model(base: Path, adapter: Path | None, device: str) -> Any:
-    """Base and adapter with bfloat16 values as saved, computed in float32."""
+def evaluation_model(base: Path, expert: Path | None, device: str) -> Any:
+    """The base, it with an adapter, or a full fine-tune, with bfloat16 values as saved, computed in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
+    is_adapter = expert is not None and (expert / "adapter_config.json").is_file()
+    model: Any = AutoModelForCausalLM.from_pretrained(base if expert is None or is_adapter else expert)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, str(expert))
     return model.float().to(device).eval()
 
 
@@ -677,14 +724,14 @@ def config_text(examples: Path, base: Path) -> str:
     return CONFIG_HEADER + "\n" + "\n".join(lines) + "\n"
 
 
-def loss_table(part: Mapping[str, Any]) -> str:
-    """Markdown: a row for the base and each adapter, a column per kind, the lowest loss of a column in bold."""
+def loss_table(part: Mapping[str, Any], noun: str) -> str:
+    """Markdown: a row for the base and each expert, a column per kind, the lowest loss of a column in bold."""
     losses: dict[str, dict[str, float]] = part["loss"]
     best = {label: min(row[label] for row in losses.values()) for label in KINDS}
     lines = [f"| | {' | '.join(KINDS)} |", f"|---|{'---:|' * len(KINDS)}"]
     for name, row in losses.items():
         cells = [f"**{row[k]:.3f}**" if row[k] == best[k] else f"{row[k]:.3f}" for k in KINDS]
-        lines.append(f"| {name if name == 'base' else f'{name} adapter'} | {' | '.join(cells)} |")
+        lines.append(f"| {name if name == 'base' else f'{name} {noun}'} | {' | '.join(cells)} |")
     counts = [f"{part['tokens'][label]:,}" for label in KINDS]
     lines.append(f"| *tokens measured* | {' | '.join(counts)} |")
     return "\n".join(lines)
@@ -704,9 +751,9 @@ def source_table(sources: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def training_table(training: Mapping[str, Any]) -> str:
+def training_table(training: Mapping[str, Any], noun: str) -> str:
     lines = [
-        "| adapter | steps | tokens seen | distinct tokens | seconds | trained at the same time | device |",
+        f"| {noun} | steps | tokens seen | distinct tokens | seconds | trained at the same time | device |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for label, row in training.items():
@@ -757,12 +804,14 @@ def write_reports(examples: Path, docs: Path) -> None:
             **facts,
         )
         (examples / "adapters" / label / "README.md").write_text(card, encoding="utf-8")
-    tables = {
-        "sources": source_table(sources),
-        "losses": loss_table(losses["heldout_split"]),
-        "text-losses": loss_table(losses["heldout_texts"]),
-        "training": training_table(training),
-    }
+    tables = {"sources": source_table(sources)}
+    for how in (ADAPTERS, FULL):
+        losses, training = (read_json(examples / f"{how.prefix}{name}.json") for name in ("losses", "training"))
+        tables |= {
+            f"{how.prefix}losses": loss_table(losses["heldout_split"], how.noun),
+            f"{how.prefix}text-losses": loss_table(losses["heldout_texts"], how.noun),
+            f"{how.prefix}training": training_table(training, how.noun),
+        }
     for page in (examples / "README.md", docs / "example-experts.md"):
         page.write_text(fill_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
@@ -812,11 +861,13 @@ def parse_arguments() -> argparse.Namespace:
         step.add_argument("--examples", type=Path, default=REPO_ROOT / EXAMPLES, help="default: %(default)s")
         if name == "train":
             step.add_argument("--kind", choices=KINDS, action="append", help="default: all, one after the other")
-            step.add_argument("--jobs", type=int, default=1, help="adapters trained at the same time")
+            step.add_argument("--jobs", type=int, default=1, help="experts trained at the same time")
             step.add_argument("--max-steps", type=int, help="stop sooner, to try things out")
+        if name in ("train", "evaluate"):
+            step.add_argument("--full", action="store_true", help="full fine-tunes, in --work, in place of adapters")
         if name == "evaluate":
             step.add_argument("--windows", type=int, default=100, help="0: only the texts of heldout.jsonl")
-            step.add_argument("--output", type=Path, help="default: losses.json in --examples")
+            step.add_argument("--output", type=Path, help="default: losses.json or full-losses.json in --examples")
     return parser.parse_args()
 
 
@@ -828,14 +879,17 @@ def perform(args: argparse.Namespace) -> None:
         shutil.rmtree(work / "tokens", ignore_errors=True)
         make_data(work, base, examples)
     elif args.step == "train":
-        labels, adapters = args.kind or list(KINDS), examples / "adapters"
-        trained = train_adapters(labels, work, base, adapters, args.max_steps, args.jobs)
-        path = examples / "training.json"
+        how = FULL if args.full else ADAPTERS
+        experts = work / "full" if args.full else examples / "adapters"
+        trained = train_experts(how, args.kind or list(KINDS), work, base, experts, args.max_steps, args.jobs)
+        path = examples / f"{how.prefix}training.json"
         write_json(path, (read_json(path) if path.is_file() else {}) | trained)
     elif args.step == "evaluate":
-        losses = evaluate(work, base, examples, examples / "adapters", args.windows)
-        write_json(args.output or examples / "losses.json", losses)
-        print("\n\n".join(loss_table(part) for part in losses.values() if "loss" in part))
+        how = FULL if args.full else ADAPTERS
+        experts = work / "full" if args.full else examples / "adapters"
+        losses = evaluate(work, base, examples, experts, args.windows)
+        write_json(args.output or examples / f"{how.prefix}losses.json", losses)
+        print("\n\n".join(loss_table(part, how.noun) for part in losses.values() if "loss" in part))
     elif args.step == "config":
         (REPO_ROOT / "configs/example.yaml").write_text(config_text(examples, base), encoding="utf-8")
     else:

@@ -9,7 +9,7 @@ import typer
 from raymoe.cli.application import app, stoppable
 
 
-@app.command()
+@app.command(short_help="List which dense models become which MoE architectures.")
 @stoppable()
 def archs(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """List which dense models become which MoE architectures, and why others do not."""

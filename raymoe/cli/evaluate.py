@@ -11,7 +11,7 @@ from raymoe.cli.application import app, stoppable
 from raymoe.cli.shared_options import Quiet, TransformersCache, TrustRecord, TrustRemoteCode, parse_device
 
 
-@app.command(name="eval")
+@app.command(name="eval", short_help="Measure loss and routing on labeled texts.")
 @stoppable()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from raymoe.evaluation.generation import Generator
 
 
-@app.command(name="try")
+@app.command(name="try", short_help="Generate from a merge, and show which experts worked.")
 @stoppable()
 def generate(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],

@@ -18,7 +18,7 @@ from raymoe.cli.shared_options import (
 )
 
 
-@app.command()
+@app.command(short_help="Write a checkpoint or a merge as one GGUF file.")
 @stoppable("no file was left")
 def gguf(
     source: Annotated[

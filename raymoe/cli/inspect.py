@@ -9,7 +9,7 @@ import typer
 from raymoe.cli.application import app, stoppable
 
 
-@app.command()
+@app.command(short_help="Say what is in a checkpoint.")
 @stoppable()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a checkpoint.")],

@@ -9,7 +9,7 @@ import typer
 from raymoe.cli.application import app
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(short_help="Run a merge as a job of a Ray cluster.", context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
     arguments: Annotated[

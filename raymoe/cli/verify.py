@@ -22,7 +22,7 @@ from raymoe.cli.shared_options import (
 )
 
 
-@app.command()
+@app.command(short_help="Make a merge again and compare every tensor.")
 @stoppable()
 def verify(
     checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],

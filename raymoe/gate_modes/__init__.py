@@ -41,7 +41,7 @@ DEFAULT_MODE = "hidden"
 
 
 def better_mode(mode: GateMode) -> GateMode | None:
-    """The mode that routes best in the measurement of docs/routing.md; None if `mode` is that mode.
+    """The mode that routes best in the measurement of docs/research/routing.md; None if `mode` is that mode.
 
     Example:
         >>> better_mode(MODES["hidden"]).name

@@ -53,7 +53,7 @@ class GateMode:
     """Host memory in bytes of the GPU libraries that `fit_layer` uses."""
     measured_accuracy: ClassVar[tuple[int, int] | None] = None
     """Percentage of held-out tokens that are routed to the right expert first, with five keywords per expert and with
-    16 texts per expert: the first table of docs/routing.md. None: there is no warning about few prompts."""
+    16 texts per expert: the first table of docs/research/routing.md. None: there is no warning about few prompts."""
     single_prompt_note: ClassVar[str] = ""
     """What the mode can't do if an expert has only one prompt: a clause that follows the mode's name."""
 

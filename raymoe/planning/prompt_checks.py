@@ -1,7 +1,7 @@
 """Finds problems of a plan's prompts before anything is written.
 
 It checks their tokens, as far as the tokenizer's files show them, and their number, by the measured tables of
-docs/routing.md.
+docs/research/routing.md.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def prompt_warnings(gates: GatePlan) -> Iterator[str]:
             f"With one prompt ({short_list(single)}) no prompt can be held out: {mode.name} {mode.single_prompt_note}. "
         )
     yield (
-        f"few prompts ({short_list(few)}): in the measurement of docs/routing.md {gates.mode} sends {keywords}% of "
-        "held-out tokens first to the matching expert with five keywords per expert, and "
+        f"few prompts ({short_list(few)}): in the measurement of docs/research/routing.md {gates.mode} sends "
+        f"{keywords}% of held-out tokens first to the matching expert with five keywords per expert, and "
         f"{texts}% with 16 texts per expert{better}. {unjudged}"
         "Give each expert 16 prompts or more, a few sentences each"
     )

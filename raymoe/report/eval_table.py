@@ -1,7 +1,7 @@
 """An evaluation on a terminal: losses, routing accuracy, experts' loads; scores on tasks.
 
 Tables are split into blocks of columns that fit into 100 characters, so that 16 labels are as readable as 2. Piped
-output has the same blocks. Marks that have a color on a terminal are a `*` everywhere.
+output has the same blocks. What is bold on a terminal has a `*` everywhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from raymoe.console import console as rich_console
-from raymoe.console import print_json
+from raymoe.console import print_json, print_warning
 from raymoe.report.eval_numbers import (
     MEAN,
     best_loss,
@@ -46,7 +46,7 @@ def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> Non
     _print_confusion(console, result)
     _print_load(console, result)
     for warning in result.get("warnings") or ():
-        console.print(f"warning: {warning}", style="yellow")
+        print_warning(console, warning)
 
 
 def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
         if loss is None:
             return "-", ""
         best = loss == best_loss(result, label)
-        return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold green" if best else ""
+        return f"{loss:.3f} ({perplexity(loss)}){'*' if best else ' '}", "bold" if best else ""
 
     console.print("\nLoss in nats per token, perplexity in brackets; * is the lowest of a column")
     _print_blocks(console, "model", rows, {label: label for label in (*read_labels(result), MEAN)}, cell)
@@ -106,7 +106,7 @@ def _print_load(console: Any, result: Mapping[str, Any]) -> None:
         most = max(range(len(shares)), key=shares.__getitem__)
         table.add_row(name, f"{mean:.1%}", f"{min(shares):.1%}", f"{shares[most]:.1%}", str(most))
     even = 1 / len(result["experts"])
-    console.print(f"\nLoad: share of the work, mean over layers, and the layers' extremes; even is {even:.1%}")
+    console.print(f"\nLoad: share of the work, mean over layers and extremes of layers; even is {even:.1%}")
     console.print(table)
     least = min(range(len(entropy)), key=entropy.__getitem__)
     mean = sum(entropy) / len(entropy)
@@ -130,7 +130,9 @@ def _print_blocks(
     width = {
         column: max(cell_len(head), *(cell_len(cell(row, column)[0]) for row in rows)) for column, head in heads.items()
     }
-    for block in _blocks(width, min(console.width, _WIDTH) - first):
+    for number, block in enumerate(_blocks(width, min(console.width, _WIDTH) - first)):
+        if number:
+            console.print()
         table = Table(corner, box=None, pad_edge=False)
         for column in block:
             table.add_column(heads[column], justify="right", no_wrap=True)

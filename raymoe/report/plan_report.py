@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from shlex import quote
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymoe.architectures import MOE_ARCHITECTURES
 from raymoe.console import console as rich_console
-from raymoe.console import print_json, print_line, say
+from raymoe.console import print_json, print_line, print_warning, say, say_command
 from raymoe.formatting import human_bytes, human_count
 from raymoe.gate_modes import MODES
 from raymoe.object_store.location import Location, LocationKind
@@ -101,30 +102,37 @@ def print_plan(
     class_name = plan.config["architectures"][0]
     console.print(f"{host.title} ({class_name}), {experts}, {plan.dtype}", style="bold")
     active = human_count(totals.active_parameters)
-    console.print(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
-    console.print(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
-    console.print(_source_table(plan))
-    console.print(_shard_table(plan))
+    print_line(f"{human_count(totals.parameters)} parameters in all, {active} active for a token")
+    print_line(f"{human_bytes(totals.output_bytes)} in {len(plan.shards)} shards, {_kinds(plan)}")
+    for table in (_source_table(plan), _shard_table(plan)):
+        print_line("")
+        console.print(table)
+    print_line("")
     for method, count in (output.bytes_by_method if output else {}).items():
-        console.print(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {TRANSFER_METHODS[method]}")
+        print_line(f"{count / totals.output_bytes:.1%} ({human_bytes(count)}) {TRANSFER_METHODS[method]}")
     for line in backbone_lines(plan):
-        console.print(line)
-    console.print(_gate_line(plan))
+        print_line(line)
+    print_line(_gate_line(plan))
     memory = actor_memory(plan, hub, sent=_bytes_sent(output))
     on_gpu = f"{human_bytes(memory['gpu'])} of GPU memory and {human_bytes(memory['beside_gpu'])} of host memory"
     gpu = f"; on a GPU, {on_gpu}" if memory["gpu"] else ""
-    console.print(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
+    print_line(f"An actor needs about {human_bytes(memory['cpu'])} of memory{gpu}.")
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+        print_warning(console, warning)
+    _print_state(console, output, is_clean=not plan.warnings)
+
+
+def _print_state(console: Any, output: PlannedOutput | None, *, is_clean: bool) -> None:
+    """The last lines of a plan: what a merge would find at the output, and whether it can begin."""
     if output is not None and output.is_complete:
-        console.print(f"{output.location} holds this finished merge: `raymoe merge` has nothing to do.")
+        print_line(f"{output.location} holds this finished merge: `raymoe merge` has nothing to do.")
     if output is not None and output.is_resumable:
-        console.print(f"{output.location} has an unfinished merge of this plan: `raymoe merge` resumes it.")
+        print_line(f"{output.location} has an unfinished merge of this plan: `raymoe merge` resumes it.")
     if output is not None and output.problems:
         for problem in output.problems:
-            console.print(f"can't be merged now: {problem}", style="yellow")
+            print_warning(console, problem, "can't be merged now:")
         return
-    console.print("No problems found." if not plan.warnings else "No errors found.")
+    print_line("No problems found." if is_clean else "No errors found.")
 
 
 def _bytes_sent(output: PlannedOutput | None) -> int:
@@ -151,16 +159,26 @@ def _source_table(plan: MergePlan) -> Any:
     from rich.table import Table
 
     table = Table("source", "model", "writes", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
     table.columns[2].justify = "right"
     for source in plan.sources:
         own = plan.totals.bytes_by_owner.get(source.owner)
         together = ALL_SHARED if source.owner.kind is OwnerKind.SHARED else ALL_EXPERTS
-        table.add_row(str(source.owner), source.label, human_bytes(own) if own else f"in {together}")
+        table.add_row(str(source.owner), _relative(source.label), human_bytes(own) if own else f"in {together}")
     for together in (ALL_EXPERTS, ALL_SHARED):
         if (own := plan.totals.bytes_by_owner.get(together)) is not None:
             table.add_row(str(together), "all of them, tensor by tensor", human_bytes(own))
     table.add_row(str(ROUTER), f"gate mode {plan.gates.mode}", human_bytes(plan.totals.bytes_by_owner[ROUTER]))
     return table
+
+
+def _relative(label: str) -> str:
+    """A model's name; folders below the current one by their relative paths."""
+    try:
+        here = os.path.join(os.getcwd(), "")
+    except OSError:  # it has been removed
+        return label
+    return "+".join(part.removeprefix(here) or part for part in label.split("+"))
 
 
 def _tensors(shard: Shard) -> int:
@@ -171,6 +189,7 @@ def _shard_table(plan: MergePlan, limit: int = 24) -> Any:
     from rich.table import Table
 
     table = Table("shard", "of", "tensors", "size", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
     for column in table.columns[2:]:
         column.justify = "right"
     for shard in plan.shards[:limit]:
@@ -196,7 +215,9 @@ def _gate_line(plan: MergePlan) -> str:
 def print_result(result: MergeResult, *, has_gguf: bool, is_pushed: bool) -> None:
     """The last lines of a merge. `has_gguf`: it can be converted to GGUF. `is_pushed`: it is published next."""
     _print_work(result)
-    say(f"next: {' | '.join(next_steps(result.output, has_gguf=has_gguf, is_pushed=is_pushed))}")
+    say("next:")
+    for step in next_steps(result.output, has_gguf=has_gguf, is_pushed=is_pushed):
+        say_command(step)
 
 
 def next_steps(output: str, *, has_gguf: bool, is_pushed: bool) -> list[str]:

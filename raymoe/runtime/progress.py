@@ -174,7 +174,8 @@ class Progress:
         kept = sum(status.bytes_kept for status in self._latest.values()) + outcome.bytes_kept
         left = max(0, self._total - moved - kept)
         shards = f"{self._verb} {human_bytes(moved + kept)}"
-        if left:
+        # Headers are not compared, so bytes are left where all shards are done.
+        if left and len(outcome.shard_results) < self._shards:
             pace = self._shard_pace.text(moved, left, elapsed, human_bytes)
             shards += f" of {human_bytes(self._total)} ({(moved + kept) / self._total:.0%}{pace})"
         parts = [f"{elapsed:5.0f} s", shards]

@@ -87,5 +87,5 @@ def follow_job(client: JobSubmissionClient, name: str, job: Job) -> int:
     if details.driver_exit_code is None:  # Ray has information that is not in the log
         say(f"job {name}: {details.status.lower()}: {details.message}")
     if code != 2:
-        say(f"the merge to {job.output} is not finished; submit it again to go on from the shards that are")
+        say(f"the merge to {job.output} is not finished; submit it again to resume from the finished shards")
     return code

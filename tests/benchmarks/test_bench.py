@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from bench import add_result, median_phases, phases  # noqa: E402
-from bench_page import MARK, S3_MARK, update_page, update_s3_tables  # noqa: E402
+from bench_page import MARK, S3_MARK, TABLES, update_page, update_s3_tables  # noqa: E402
 from raw_copy import copy_all  # noqa: E402
 from run_measures import Run, run_program  # noqa: E402
 
@@ -105,7 +105,7 @@ def result(shape: str, size: int, actors: int | None, seconds: float) -> dict[st
 
 def test_page(tmp_path: Path) -> None:
     page, results = tmp_path / "page.md", tmp_path / "results.json"
-    page.write_text("".join(f"# {name}\n{MARK.format(name) * 2}\n" for name in ("times", "phases", "memory")))
+    page.write_text("".join(f"# {name}\n{MARK.format(name) * 2}\n" for name in TABLES))
     for entry in (
         result("1b", 6_890_000_000, None, 9.0),
         result("2b", 14_000_000_000, None, 12.0),
@@ -122,6 +122,22 @@ def test_page(tmp_path: Path) -> None:
     assert text.count("| 4 × 1b | 6.89 GB | hidden | warm | 1 |") == 3
     drawing = ElementTree.parse(tmp_path / "page.svg").getroot()
     assert len([e for e in drawing.iter() if e.tag.endswith("circle")]) == 3 * 3
+
+
+def test_backbones_on_the_page(tmp_path: Path) -> None:
+    """A merge with another backbone has a row of its own, and no curve in the plot. Tables that are not named stay."""
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"{MARK.format(name)}old{MARK.format(name)}\n" for name in TABLES))
+    entry = result("1b", 6_890_000_000, None, 8.0)
+    merged = {"seconds": 10.0, "phases": {"write": 4.0}, "peak_pss": 850_000_000, "peak_anonymous": 750_000_000}
+    entry["programs"]["backbone: {method: ties, density: 0.2}"] = merged
+    update_page(page, [entry], ["backbones"])
+    text = page.read_text()
+    case = "| 4 × 1b | 6.89 GB | hidden | warm | all | `{method: ties, density: 0.2}` |"
+    assert f"{case} 8.0 s | 10.0 s | 1.25 | 2.0 s : 4.0 s | 700 MB | 850 MB | 150 MB |" in text
+    assert text.count("old") == len(TABLES) - 1
+    update_page(page, [entry])
+    assert "ties" not in page.with_suffix(".svg").read_text()
 
 
 def test_tables_of_an_object_store(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_warning_says_who_and_how_much(zoo: Callable[..., Path]) -> None:
 
 
 def test_the_numbers_are_those_of_the_docs() -> None:
-    table = (REPOSITORY / "docs/routing.md").read_text().split("| prompts an expert |")[1]
+    table = (REPOSITORY / "docs/research/routing.md").read_text().split("| prompts per expert |")[1]
     found: dict[str, list[int]] = {}
     for mode, right in re.findall(r"\| `(\w+)` \| [\d.]+ \| (\d+)% \|", table):
         found.setdefault(mode, []).append(int(right))

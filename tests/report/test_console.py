@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from raymoe.console import console, print_line, say
+from raymoe.console import console, print_line, print_warning, say, say_command
 from raymoe.errors import MergeFailed, Problem, ProblemReport
 from raymoe.report.plan_report import print_verification
 from raymoe.results import Verification
@@ -18,6 +18,7 @@ from raymoe.safe_text import has_unprintable, json_text, printable, safe_message
 from raymoe.submit.job_log import _LogPrinter
 from tests.cli.conftest import cli
 from tests.pico import copy_model, merge_config
+from tests.report.terminals import Terminal
 
 __all__ = ["cli"]
 
@@ -68,6 +69,43 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert not has_unprintable(said.out + said.err)
     assert "\nverified" not in said.out
+
+
+def test_long_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end between words, and go on below with an indent. What is to be copied stays whole."""
+    path = "/a/very/long/path/to/a/folder/that/does/not-fit-at-all"
+    errors, answers = Terminal.install(monkeypatch, "stderr", 40), Terminal.install(monkeypatch, "stdout", 40)
+    text = f"error: there is a problem with {path}, which is no folder\n    -> give the name of a folder that is there"
+    say(text)
+    print_line(text)
+    say_command(f"raymoe push {path} ORG/NAME")
+    said = errors.getvalue().splitlines()
+    assert said == [
+        "error: there is a problem with",
+        f"  {path},",
+        "  which is no folder",
+        "    -> give the name of a folder that is",
+        "      there",
+        f"  raymoe push {path} ORG/NAME",
+    ]
+    assert answers.getvalue().splitlines() == said[:-1]
+
+
+def test_long_lines_that_are_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    say("word " * 100)
+    print_line("word " * 100)
+    print_warning(console(), "word " * 100)
+    said = capsys.readouterr()
+    assert said.err == "word " * 100 + "\n" and said.out.startswith(said.err + "warning: word")
+    assert said.out.count("\n") == 2
+
+
+def test_warnings_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal.install(monkeypatch, "stdout", 30)
+    print_warning(console(), f"a text that needs two lines {HOSTILE}")
+    first, *others = screen.getvalue().splitlines()
+    assert first == "\x1b[1;35mwarning:\x1b[0m a text that needs two"
+    assert all(line.startswith(" " * 9) and len(line) <= 30 and "\x1b" not in line for line in others)
 
 
 def test_logs_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:

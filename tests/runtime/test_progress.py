@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raymoe
-from raymoe.progress_line import ProgressLine
+from raymoe.progress_line import ProgressLine, _broken, token_layers
 from raymoe.runtime.actor_status import Status
 from raymoe.runtime.progress import Progress
 from raymoe.runtime.scheduler import Outcome
@@ -77,15 +77,17 @@ def test_share_rate_and_time_left_of_shards(progress: Progress, monkeypatch: pyt
     """What an earlier run has written counts for the share, not for the rate. The end has no share."""
     progress._total, progress._display._started = 10_000_000, 0.0
 
-    def said(now: float, written: int, kept: int = 0) -> str:
+    def said(now: float, written: int, kept: int = 0, shards: int = 0) -> str:
         monkeypatch.setattr("raymoe.progress_line.time.monotonic", lambda: now)
         progress._latest = {0: replace(NOTHING, bytes_written=written)}
-        return progress._line(Outcome(readings=3, bytes_kept=kept)).split(" | ")[1]
+        outcome = Outcome(readings=3, bytes_kept=kept, shard_results=[None] * shards)
+        return progress._line(outcome).split(" | ")[1]
 
     assert said(1.0, 0) == "written 0 B of 10 MB (0%)"
     assert said(11.0, 1_000_000) == "written 1 MB of 10 MB (10%, 100 kB/s, 2 min left)"
     assert said(21.0, 2_000_000, kept=4_000_000) == "written 6 MB of 10 MB (60%, 100 kB/s, 40 s left)"
     assert said(31.0, 6_000_000, kept=4_000_000) == "written 10 MB"
+    assert said(31.0, 9_999_000, shards=progress._shards) == "written 10 MB"
 
 
 def test_share_rate_and_time_left_of_routers(progress: Progress) -> None:
@@ -112,6 +114,33 @@ def test_stages_of_one_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         "   30 s | hidden | 30% (300 tokens of 1000 tokens, 10 tokens/s, 70 s left)",
         "   50 s | renamed | 30% (300 tokens of 1000 tokens, 6 tokens/s, 2 min left)",
         "   60 s | renamed | 36% (360 tokens of 1000 tokens, 6 tokens/s, 2 min left)",
+    ]
+
+
+def test_a_unit_of_several_words_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("raymoe.progress_line.time.monotonic", lambda: clock[0])
+    with ProgressLine(token_layers, total=4000) as progress:
+        progress.stage("base", 4000)
+        clock[0] = 10
+        progress.add(1000)
+    said = "   10 s | base | 25% (1,000 of 4,000 tokens x layers, 100/s, 30 s left)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_narrow_terminal_breaks_lines_between_parts() -> None:
+    line = "   10 s | written 747 MB | routers: 25% (1 of 4 layers, 0.12/s, 4 min left)"
+    assert _broken(line, 80) == line
+    assert _broken(line, 60).splitlines() == [
+        "   10 s | written 747 MB",
+        "     routers: 25% (1 of 4 layers, 0.12/s, 4 min left)",
+    ]
+    assert _broken(line, 30).splitlines()[1:] == [
+        "     routers: 25% (1 of 4",
+        "     layers, 0.12/s, 4 min",
+        "     left)",
     ]
 
 
