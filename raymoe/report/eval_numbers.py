@@ -103,7 +103,11 @@ def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int,
     return sorted(enumerate(accuracy), key=lambda pair: pair[1])[:count]
 
 
-def router_origin(result: Mapping[str, Any]) -> list[str]:
-    """How the routers were made, as far as it is known: gate mode, and the model that read the prompts."""
-    origin = {"gate mode": result.get("gate_mode"), "prompt model": result.get("prompt_model")}
+def merge_origin(result: Mapping[str, Any]) -> list[str]:
+    """How a merge was made, as far as it is known: gate mode, the model that read the prompts, backbone."""
+    origin = {
+        "gate mode": result.get("gate_mode"),
+        "prompt model": result.get("prompt_model"),
+        "backbone": result.get("backbone"),
+    }
     return [f"{what} {name}" for what, name in origin.items() if name]

@@ -22,13 +22,13 @@ from raymoe.report.eval_numbers import (
     is_dense,
     loss_rows,
     mean_load,
+    merge_origin,
     own_expert,
     own_expert_loss,
     perplexity,
     read_labels,
     read_loss,
     references,
-    router_origin,
     weakest_layers,
 )
 
@@ -97,7 +97,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         result["architecture"],
         *experts,
         f"{result['layers']} layers",
-        *router_origin(result),
+        *merge_origin(result),
         f"{data['texts']:,} texts, {data['tokens']:,} tokens of {data['file']}",
     ]
 

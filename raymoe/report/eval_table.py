@@ -17,13 +17,13 @@ from raymoe.report.eval_numbers import (
     is_dense,
     loss_rows,
     mean_load,
+    merge_origin,
     own_expert,
     own_expert_loss,
     perplexity,
     read_labels,
     read_loss,
     references,
-    router_origin,
     weakest_layers,
 )
 
@@ -45,7 +45,7 @@ def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> Non
     console = rich_console()
     data = result["data"]
     console.print(f"{result['model']} ({result['architecture']})", style="bold")
-    facts = [f"{result['layers']} layers", *router_origin(result)]
+    facts = [f"{result['layers']} layers", *merge_origin(result)]
     if not is_dense(result):
         facts = [f"{len(result['experts'])} experts", f"{result['experts_per_token']} for each token", *facts]
     console.print(", ".join(facts))

@@ -159,12 +159,14 @@ def ladder(marks: Sequence[Mark], span: tuple[str, str, str] | None, label: str,
             max(reached, min(start, end)), max(start, end)
         )  # a merge may be worse than the beginning of the gap
         drawing.rect(min(start, closed), axis - 5, abs(closed - start), 10, "bar merged", rx=5)
+    for x, level in zip(places, levels):
+        drawing.line(x, axis - 12 - level * 44.0, x, axis, "lead")
     for mark, x, level in zip(marks, places, levels):
         y = axis - 34 - level * 44.0
-        drawing.line(x, y + 22, x, axis, "lead")
         drawing.add("circle", cx=x, cy=axis, r=7.0, class_=f"dot {mark.kind}", title=f"{mark.name}: {mark.text}")
-        drawing.text(x, y, mark.name, "strong" if mark.kind in ("merged", "model") else "ink", "middle")
-        drawing.text(x, y + 16, mark.text, "number", "middle")
+        kind = "strong" if mark.kind in ("merged", "model") else "ink"
+        drawing.text(x, y, mark.name, f"{kind} halo", "middle")
+        drawing.text(x, y + 16, mark.text, "number halo", "middle")
     return drawing.markup()
 
 

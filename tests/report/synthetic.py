@@ -50,6 +50,7 @@ def synthetic_evaluation(experts: int = 4, layers: int = 30, seed: int = 0, used
         "architecture": "mixtral",
         "gate_mode": "ridge",
         "prompt_model": "grafted",
+        "backbone": "linear",
         "layers": layers,
         "experts_per_token": used,
         "experts": names,

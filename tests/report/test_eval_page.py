@@ -102,7 +102,7 @@ def test_the_line_from_base_to_best_has_all_references() -> None:
 
 def test_no_losses_and_no_samples() -> None:
     result = synthetic_evaluation()
-    result |= {"loss": {}, "gap_closed": None, "samples": [], "gate_mode": None, "prompt_model": None}
+    result |= {"loss": {}, "gap_closed": None, "samples": [], "gate_mode": None, "prompt_model": None, "backbone": None}
     page = page_of(result)
     assert "First choices" in page.text
     assert "None" not in words(page)
