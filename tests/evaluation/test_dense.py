@@ -19,6 +19,7 @@ from raymoe.evaluation import dense_run
 from raymoe.progress_line import ProgressLine
 from raymoe.report.eval_page import evaluation_page
 from raymoe.report.eval_table import print_evaluation
+from raymoe.sources.hub import HubOptions
 from tests.evaluation.streamed import resident
 from tests.evaluation.test_dataset import adds_bos
 from tests.pico import load_dense, merge_config, merge_here, save_lora
@@ -100,6 +101,30 @@ def test_a_mixture_is_a_model_to_compare_with(world: World, tmp_path: Path) -> N
     # Further models come beside what a merge is compared with anyhow.
     added = raymoe.evaluate(tmp_path / "out", world.data, **{**named, "against": f"again={world.model}"})
     assert added["loss"]["again"] == added["loss"]["base"] and added["loss"]["average"] and added["loss"]["oracle"]
+
+
+@pytest.mark.s3
+def test_models_on_the_hub_and_in_a_bucket(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from tests.object_store.servers import environment, running_server
+    from tests.sources.hub_server import HubServer
+
+    here = raymoe.evaluate(world.adapted, world.data, against=f"plain={world.model}", device="cpu")["loss"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    store = running_server("moto")
+    store.client().create_bucket(Bucket="dense")
+    for name in ("model", "adapter"):
+        for path in (world.folder / name).iterdir():
+            store.client().put_object(Bucket="dense", Key=f"{name}/{path.name}", Body=path.read_bytes())
+    with HubServer() as server, environment(store.environment):
+        for name in ("model", "adapter"):
+            server.add(f"org/{name}", world.folder / name)
+        hub = HubOptions(endpoint=server.url, cache_dir=str(tmp_path))
+        options = raymoe.EvaluationOptions(device="cpu", quiet=True, hub=hub, against=("plain=s3://dense/model",))
+        for name in ("org/model+org/adapter", "s3://dense/model+s3://dense/adapter"):
+            assert raymoe.evaluate(name, world.data, options)["loss"] == here
+        assert "s3://dense/gone" in refused("s3://dense/gone", world.data)
 
 
 def test_what_it_says(world: World, capsys: pytest.CaptureFixture[str]) -> None:
