@@ -27,13 +27,10 @@ from raymoe.evaluation.models import (
     open_further_models,
     open_model,
 )
-from raymoe.evaluation.options import AGAINST, EvaluationOptions, option_problems
+from raymoe.evaluation.options import AGAINST, MODEL, EvaluationOptions, option_problems
 from raymoe.evaluation.run import FORMAT
 from raymoe.progress_line import ProgressLine, token_layers
 from raymoe.storage.source_reader import SourceReader
-
-MODEL = "model"
-"""The name of the evaluated model's loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +74,7 @@ def evaluate_dense(name: str, data: str | Path, options: EvaluationOptions) -> d
 
 
 def _open_inputs(name: str, data: str | Path, options: EvaluationOptions) -> _Inputs:
-    collector = ProblemCollector([*option_problems(options), *_merge_option_problems(name, options)])
+    collector = ProblemCollector([*option_problems(options, of_merge=False), *_merge_option_problems(name, options)])
     opened = collector.run(open_model, name, MODEL, options, options.storage)
     further = open_further_models(options.models, options, options.storage, collector)
     tokenizer = None

@@ -15,8 +15,11 @@ from raymoe.sources.hub import HubOptions
 
 AGAINST = ("base", "experts", "average", "oracle", "hidden")
 NOTHING = "none"
-# Names of losses that are not those of further models.
-_TAKEN_NAMES = (*AGAINST, NOTHING, "merged", "model")
+MODEL = "model"
+"""The name of the loss of a dense model that is evaluated."""
+# Names of losses that are not those of further models. For a merge, `expert NAME` is taken too.
+_NAMES_OF_A_MERGE = (*AGAINST, NOTHING, "merged", MODEL)
+_NAMES_OF_A_DENSE_MODEL = (NOTHING, MODEL)
 _NAME = re.compile(r"\w[\w .+-]{0,63}")
 
 
@@ -87,9 +90,10 @@ def parse_against(values: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return () if found == [NOTHING] else tuple(found)
 
 
-def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
+def option_problems(options: EvaluationOptions, *, of_merge: bool = True) -> Iterator[Problem]:
+    """What is wrong with the options. `of_merge`: they are for a merge, and not for a dense model."""
     yield from device_problems(options.device)
-    yield from _against_problems(options)
+    yield from _against_problems(options, of_merge=of_merge)
     if options.limit < 0:
         yield Problem(where="--limit", what=f"{options.limit} is below zero", remedy="give a number; 0 is all texts")
     if options.max_tokens < 2:
@@ -100,7 +104,7 @@ def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
         yield Problem(where="--label-field", what=what, remedy="name two fields")
 
 
-def _against_problems(options: EvaluationOptions) -> Iterator[Problem]:
+def _against_problems(options: EvaluationOptions, *, of_merge: bool) -> Iterator[Problem]:
     named = options.named or ()
     for name in named:
         if name not in (*AGAINST, NOTHING):
@@ -113,12 +117,13 @@ def _against_problems(options: EvaluationOptions) -> Iterator[Problem]:
     pairs = [each for each in options.against or () if "=" in each]
     if len(options.models) < len(pairs):
         yield Problem(where="--against", what="two models have one name", remedy="give each NAME=MODEL another name")
+    taken = _NAMES_OF_A_MERGE if of_merge else _NAMES_OF_A_DENSE_MODEL
     for name, model in options.models.items():
         where = f"--against {name}={model}"
         if not _NAME.fullmatch(name):
             what = "the name has other characters than letters, digits, spaces and . + - _, or more than 64"
             yield Problem(where=where, what=what, remedy="write NAME=MODEL, such as law=org/law-model")
-        elif name in _TAKEN_NAMES or name.startswith("expert "):
+        elif name in taken or (of_merge and name.startswith("expert ")):
             what = f"{name!r} is already the name of a loss"
             yield Problem(where=where, what=what, remedy="choose another name for the model")
         if not model:

@@ -167,10 +167,12 @@ def _chip(name: str, expert: int | None) -> dict[str, Any]:
 
 def _compared_losses(result: Mapping[str, Any], label: str) -> list[svg.Mark]:
     """Losses that a picture compares, in the order in which they are drawn; further models come last."""
-    losses = {
-        kind: own_expert_loss(result, label) if kind == "own" else read_loss(result, kind, label) for kind in _NAMES
-    }
     further = {name: read_loss(result, name, label) for name in result.get("compared") or ()}
+    losses = {
+        kind: own_expert_loss(result, label) if kind == "own" else read_loss(result, kind, label)
+        for kind in _NAMES
+        if kind not in further  # of a dense model, further models may have any name
+    }
     named = [(_NAMES[kind], kind, loss) for kind, loss in losses.items()]
     named += [(name, "further", loss) for name, loss in further.items()]
     return [

@@ -128,7 +128,8 @@ def test_models_on_the_hub_and_in_a_bucket(world: World, tmp_path: Path, monkeyp
 
 
 def test_what_it_says(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    found = raymoe.evaluate(world.model, world.data, against=f"tuned={world.folder / 'tuned'}", device="cpu")
+    further = [f"tuned={world.folder / 'tuned'}", f"base={world.model}"]
+    found = raymoe.evaluate(world.model, world.data, against=further, device="cpu")
     assert found["data"]["per_label"].keys() == TEXTS.keys()
     assert found["data"]["per_label"]["poems"].keys() == {"texts", "tokens"}
     json.dumps(found, allow_nan=False)
@@ -141,7 +142,8 @@ def test_what_it_says(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     page = Page(evaluation_page(found))
     words = " ".join(page.text)
     assert page.problems == [] and f"The mean loss is {mean:.2f} nats" in words and "xpert" not in words
-    assert any("tuned" in str(svg["aria-label"]) for svg in page.all("svg"))
+    (line,) = [str(svg["aria-label"]) for svg in page.all("svg") if "Mean loss, lower" in str(svg["aria-label"])]
+    assert line.count("base ") == line.count("tuned ") == line.count("this model ") == 1
 
 
 def test_progress_ends_at_its_total(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +176,7 @@ def refused(*arguments: Any, **options: Any) -> str:
         (["none", "base"], "'none' goes with no other comparison"),
         (["a={model}", "a = {tuned}"], "two models have one name"),
         (["a,b={model}"], "--against a,b={model}: the name has other characters"),
-        (["average={model}"], "'average' is already the name of a loss"),
-        (["expert 1={model}"], "'expert 1' is already the name of a loss"),
+        (["model={model}"], "'model' is already the name of a loss"),
         (["a="], "--against a=: no model is named"),
         (["a=/gone/model"], "/gone/model: no folder '/gone/model' here"),
         (["a={model}+{model}"], "this is a model, not a LoRA adapter"),

@@ -375,6 +375,8 @@ def test_problems_of_every_kind_are_told_together(world: World, hidden: Path, tm
     data = tmp_path / "bad.jsonl"
     data.write_text('{"label": "rust", "text": "fn main"}\n')
     found = refused(hidden, data, against=("orcale",), limit=-1)
+    assert "'average' is already the name of a loss" in refused(hidden, data, against=f"average={world.base}")
+    assert "'expert 1' is already the name of a loss" in refused(hidden, data, against=f"expert 1={world.base}")
     for part in ("'orcale' is not a comparison", "--limit: -1", "line 1: unknown label 'rust'"):
         assert part in found
 
