@@ -520,7 +520,7 @@ def push_dry_run(
 
 
 def evaluate(
-    merged: str | Path,
+    model: str | Path,
     data: str | Path | None = None,
     options: EvaluationOptions | None = None,
     *,
@@ -543,14 +543,17 @@ def evaluate(
     quiet: bool = True,
     storage: StorageOptions | None = None,
 ) -> Evaluation:
-    """Evaluate a finished merge on labeled texts in this process, or on tasks of lm-evaluation-harness.
+    """Evaluate a finished merge or a dense model on labeled texts in this process, or on tasks of
+    lm-evaluation-harness.
 
     Args:
-        merged: Folder or URL of a merge made by raymoe.
+        model: Folder or URL of a merge made by raymoe. Or a dense model as a config names it: a folder, a Hub id, a
+            URL, "model+adapter".
         data: Labeled texts: a file with one JSON object per line.
         options: The arguments below that are about texts, as one value.
-        against: What to compare with: "base", "experts", "oracle", "hidden", as a sequence or separated by commas. By
-            default all that the merge allows; an empty sequence compares with nothing.
+        against: What to compare a merge with: "base", "experts", "average", "oracle", "hidden", as a sequence or
+            separated by commas. By default all that the merge allows; an empty sequence compares with nothing. Each
+            "NAME=MODEL" in the sequence adds a model.
         labels: "LABEL=EXPERT" for each label that is not the name of an expert.
         limit: Use only the first texts of each label, or examples of each task. 0 uses all.
         max_tokens: Texts are cut to this many tokens. By default 512.
@@ -570,19 +573,20 @@ def evaluate(
         storage: How object stores are reached. By default as set in the environment.
 
     Returns:
-        What eval.json holds, a dict: losses of the merge and of the models that it is compared with, and how its
-        routers distribute tokens; or the scores of the tasks.
+        What eval.json holds, a dict: losses of the model and of those that it is compared with. For a merge also how
+        its routers distribute tokens; or the scores of the tasks.
 
     Raises:
         ProblemReport: Before anything is computed, with everything that is wrong.
 
     Example:
         >>> raymoe.evaluate("out", "held-out.jsonl", against=("base", "oracle"))["loss"]
+        >>> raymoe.evaluate("org/model", "held-out.jsonl", against=["law=org/law-model"])["loss"]["law"]["mean"]
     """
+    from raymoe.evaluation.evaluate import evaluate_texts
     from raymoe.evaluation.lm_eval import HarnessOptions, check_data_or_tasks, run_harness
     from raymoe.evaluation.options import EvaluationOptions, parse_against
     from raymoe.evaluation.output_files import check_writable, evaluation_input_paths, write_evaluation
-    from raymoe.evaluation.run import evaluate_merge
     from raymoe.report.evaluation_result import Evaluation
 
     texts, page, numbers = (None if path is None else Path(path) for path in (data, html, json))
@@ -601,7 +605,9 @@ def evaluate(
         },
         {"include_path": include_path, "fewshot": fewshot, "batch_size": batch_size},
     )
-    check_writable({"json": numbers, "html": page}, evaluation_input_paths(str(merged), texts, tasks))
+    further = (options or EvaluationOptions(against=parse_against(against))).models
+    inputs = evaluation_input_paths(str(model), texts, tasks, further.values())
+    check_writable({"json": numbers, "html": page}, inputs)
     result: Mapping[str, Any]
     if data is None:
         questions = HarnessOptions(
@@ -613,11 +619,10 @@ def evaluate(
             device=chosen_device(device),
             trust_remote_code=trust_remote_code,
         )
-        result = run_harness(merged, questions)
+        result = run_harness(model, questions)
     else:
-        named = parse_against(against) if against is None or isinstance(against, str) else tuple(against)
         made = EvaluationOptions(
-            against=named,
+            against=parse_against(against),
             labels=tuple(labels),
             limit=limit,
             max_tokens=512 if max_tokens is None else max_tokens,
@@ -630,7 +635,7 @@ def evaluate(
             hub=HubOptions(cache_dir=transformers_cache),
             storage=storage or StorageOptions(),
         )
-        result = evaluate_merge(merged, data, only_one("options", options, made, EvaluationOptions(quiet=True)))
+        result = evaluate_texts(model, data, only_one("options", options, made, EvaluationOptions(quiet=True)))
     write_evaluation(result, numbers, page)
     return Evaluation(result)
 

@@ -97,6 +97,16 @@ def dense_model(facts: ModelFacts, where: str) -> CheckpointModel:
     return CheckpointModel(label=facts.label, spec=spec, config=facts.config, weights=weight_refs(facts, spec))
 
 
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a mixture that raymoe writes. Some dense models have the same `model_type`, with
+    no experts."""
+    architecture = find_moe_architecture(config)
+    if architecture is None:
+        return False
+    _, experts = architecture.entry(config, architecture.experts_key)
+    return config.get("model_type") not in FAMILIES or bool(experts)
+
+
 def mixture_model(facts: ModelFacts) -> CheckpointModel:
     """A merged checkpoint. Raises ProblemReport if it has no architecture that raymoe writes, or lacks tensors."""
     architecture = find_moe_architecture(facts.config)

@@ -14,11 +14,20 @@ from raymoe.cli.shared_options import Quiet, TransformersCache, TrustRecord, Tru
 @app.command(name="eval", short_help="Measure loss and routing on labeled texts.")
 @stoppable()
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a merge made by raymoe.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder or URL of a merge made by raymoe, or a dense model as a config names it."
+        ),
+    ],
     data: Annotated[Path | None, typer.Option("--data", help="Labeled texts: one JSON object per line.")] = None,
     against: Annotated[
-        str | None,
-        typer.Option("--against", help="What to compare with: base,experts,oracle,hidden, or none. Default: all."),
+        list[str] | None,
+        typer.Option(
+            "--against",
+            help="What to compare a merge with: base,experts,average,oracle,hidden, or none. Default: all. "
+            "NAME=MODEL adds a model; can be repeated.",
+        ),
     ] = None,
     label: Annotated[
         list[str] | None,
@@ -58,10 +67,10 @@ def evaluate(
     transformers_cache: TransformersCache = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well a merge predicts labeled texts, and to which experts its routers send them. Needs no Ray and
-    little memory.
+    """Measure how well a model predicts labeled texts, and for a merge, to which experts its routers send them. Needs
+    no Ray and little memory.
 
-    With --tasks, lm-evaluation-harness evaluates the merge instead. It loads the whole model.
+    With --tasks, lm-evaluation-harness evaluates the model instead. It loads the whole model.
     """
     from raymoe import api
     from raymoe.console import say
@@ -75,7 +84,7 @@ def evaluate(
         data,
         tasks,
         {
-            "--against": against,
+            "--against": against or None,
             "--label": label or None,
             "--max-tokens": max_tokens,
             "--text-field": text_field,
@@ -85,7 +94,20 @@ def evaluate(
         },
         {"--include-path": include_path, "--fewshot": fewshot, "--batch-size": batch_size},
     )
-    inputs = evaluation_input_paths(checkpoint, data, tasks)
+    options = EvaluationOptions(
+        against=parse_against(against or None),
+        labels=tuple(label or ()),
+        limit=limit,
+        max_tokens=512 if max_tokens is None else max_tokens,
+        text_field=text_field or "text",
+        label_field=label_field or "label",
+        device=parse_device(device),
+        trust_remote_code=trust_remote_code,
+        trust_record=trust_record,
+        quiet=quiet,
+        hub=HubOptions(cache_dir=transformers_cache),
+    )
+    inputs = evaluation_input_paths(checkpoint, data, tasks, options.models.values())
     check_writable({"--json": json_file, "--html": html}, inputs)
     if texts is None:
         questions = HarnessOptions(
@@ -104,19 +126,6 @@ def evaluate(
             if not quiet:
                 print_tasks(scores)
         return
-    options = EvaluationOptions(
-        against=parse_against(against),
-        labels=tuple(label or ()),
-        limit=limit,
-        max_tokens=512 if max_tokens is None else max_tokens,
-        text_field=text_field or "text",
-        label_field=label_field or "label",
-        device=parse_device(device),
-        trust_remote_code=trust_remote_code,
-        trust_record=trust_record,
-        quiet=quiet,
-        hub=HubOptions(cache_dir=transformers_cache),
-    )
     result = api.evaluate(checkpoint, texts, options)
     try:
         write_evaluation(result, json_file, html)

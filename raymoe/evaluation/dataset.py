@@ -1,6 +1,7 @@
 """Labeled texts: one JSON object per line. All lines are checked, and all problems reported at once.
 
-A label says which expert a text is for: an expert's name, its number, or a label that `--label` gives to an expert.
+A label says which expert a text is for: an expert's name, its number, or a label that `--label` gives to an expert. For
+dense models, a label only names a kind of text.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ _TEXTS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledText:
-    """A text of the file's line `line` (from 1), for an expert."""
+    """A text of the file's line `line` (from 1). `expert` is the number of its label's expert; None if dense models are
+    evaluated."""
 
     line: int
     text: str
     label: str
-    expert: int
+    expert: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +83,11 @@ class Labels:
         return None
 
 
-def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> list[LabeledText]:
-    """The first `options.limit` texts of each label, in the file's order. Raises ProblemReport with all problems."""
+def read_texts(file: str | Path, labels: Labels | None, options: EvaluationOptions) -> list[LabeledText]:
+    """The first `options.limit` texts of each label, in the file's order. Without `labels`, any label is allowed.
+
+    Raises ProblemReport with all problems.
+    """
     problems = _ProblemKinds(str(file))
     found: list[LabeledText] = []
     taken: dict[str, int] = {}
@@ -101,6 +106,24 @@ def read_texts(file: str | Path, labels: Labels, options: EvaluationOptions) -> 
         raise ProblemReport([Problem(where=str(file), what="it has no texts", remedy="give one JSON object per line")])
     problems.raise_any()
     return found
+
+
+def data_summary(texts: Sequence[LabeledText], tokens: TokenizedTexts, file: str) -> dict[str, Any]:
+    """`data` of eval.json: facts about the texts. Only predicted tokens count."""
+    per_label: dict[str, dict[str, int]] = {}
+    for text, ids in zip(texts, tokens.ids, strict=True):
+        own = {} if text.expert is None else {"expert": text.expert}
+        label = per_label.setdefault(text.label, {**own, "texts": 0, "tokens": 0})
+        label["texts"] += 1
+        label["tokens"] += len(ids) - 1
+    total = sum(label["tokens"] for label in per_label.values())
+    return {"file": file, "texts": len(texts), "tokens": total, "per_label": per_label}
+
+
+def truncation_warning(texts: Sequence[LabeledText], tokens: TokenizedTexts, max_tokens: int) -> list[str]:
+    if not tokens.truncated:
+        return []
+    return [f"{tokens.truncated} of {len(texts)} texts were cut to {max_tokens} tokens (--max-tokens)"]
 
 
 def tokenize_texts(
@@ -133,7 +156,7 @@ def _token_problems(tokens: Sequence[int], vocab: int, where: str) -> Iterator[P
     if len(tokens) < 2:
         yield Problem(where=where, what="the text has no second token to predict", remedy="give it more text")
     elif max(tokens) >= vocab:
-        what = f"token id {max(tokens)} is beyond the merge's vocabulary of {vocab}"
+        what = f"token id {max(tokens)} is beyond the model's vocabulary of {vocab}"
         yield Problem(where=where, what=what, remedy="its tokenizer and its weights do not belong together")
 
 
@@ -156,7 +179,7 @@ def _lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
         raise ProblemReport([Problem(where=str(file), what=what, remedy=remedy)]) from None
 
 
-def _parse_line(line: int, content: bytes, labels: Labels, options: EvaluationOptions) -> LabeledText:
+def _parse_line(line: int, content: bytes, labels: Labels | None, options: EvaluationOptions) -> LabeledText:
     """Raises ValueError(what, remedy)."""
     try:
         value = read_json(content.decode())
@@ -167,8 +190,8 @@ def _parse_line(line: int, content: bytes, labels: Labels, options: EvaluationOp
     if not isinstance(value, dict):
         what = f"expected an object, found {type(value).__name__}"
         raise ValueError(what, f'write {{"{options.text_field}": ..., "{options.label_field}": ...}}')
-    label = _parse_label(value, options)
-    return LabeledText(line=line, text=_parse_text(value, options), label=label, expert=labels.expert(label))
+    label, text = _parse_label(value, options), _parse_text(value, options)
+    return LabeledText(line=line, text=text, label=label, expert=None if labels is None else labels.expert(label))
 
 
 def _parse_text(value: Mapping[str, Any], options: EvaluationOptions) -> str:

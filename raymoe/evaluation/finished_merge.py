@@ -110,7 +110,7 @@ def resolve_sources(
 ) -> dict[Owner, ModelFacts]:
     """The base and experts that `wanted` needs. Raises ProblemReport with all that are not available."""
     owners = {BASE: merge.config.base_model} if {"base", "hidden"} & set(wanted) else {}
-    if {"experts", "hidden"} & set(wanted):
+    if {"experts", "average", "hidden"} & set(wanted):
         owners |= {Owner.expert(number): expert.source_model for number, expert in enumerate(merge.config.experts)}
     problems: dict[Problem, list[Owner]] = {}
     found: dict[Owner, ModelFacts] = {}
@@ -127,12 +127,17 @@ def resolve_sources(
 
 def _skipped_problem(problem: Problem, owners: Sequence[Owner], wanted: Sequence[str]) -> Problem:
     """The problem of a source, with a remedy that leaves out that source."""
-    excluded = {"hidden", *("base" if owner == BASE else "experts" for owner in owners)}
+    excluded = {
+        "hidden",
+        *(["base"] if BASE in owners else []),
+        *(["experts", "average"] if {*owners} - {BASE} else []),
+    }
     what = f"{', '.join(map(str, owners))} of this merge: {problem.what}"
-    return replace(problem, what=what, remedy=_without_options(problem.remedy, wanted, excluded))
+    return replace(problem, what=what, remedy=without_comparisons(problem.remedy, wanted, excluded))
 
 
-def _without_options(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
+def without_comparisons(remedy: str, wanted: Sequence[str], without: set[str]) -> str:
+    """The remedy, or an `--against` that leaves out some comparisons."""
     rest = ",".join(name for name in wanted if name not in without) or "none"
     return f"{remedy + ', or ' if remedy else ''}leave out the comparisons that need it: --against {rest}"
 
@@ -144,5 +149,5 @@ def plan_hidden_gates(merge: EvaluatedMerge, wanted: Sequence[str], options: Eva
     try:
         return plan_merge(config, merge_options, hub=options.hub, allow_all_same=True).gates
     except ProblemReport as report:
-        problems = [replace(p, remedy=_without_options(p.remedy, wanted, {"hidden"})) for p in report.problems]
+        problems = [replace(p, remedy=without_comparisons(p.remedy, wanted, {"hidden"})) for p in report.problems]
         raise ProblemReport(problems) from None

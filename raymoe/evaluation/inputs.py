@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raymoe.checkpoints.average_model import average_model
 from raymoe.checkpoints.weight_table import CheckpointModel, dense_model
-from raymoe.errors import ProblemCollector
-from raymoe.evaluation.dataset import LabeledText, Labels, TokenizedTexts, read_texts, tokenize_texts
+from raymoe.errors import ProblemCollector, ProblemReport
+from raymoe.evaluation.dataset import (
+    LabeledText,
+    Labels,
+    TokenizedTexts,
+    read_texts,
+    tokenize_texts,
+    truncation_warning,
+)
 from raymoe.evaluation.finished_merge import (
     EvaluatedMerge,
     open_merge,
@@ -18,7 +26,9 @@ from raymoe.evaluation.finished_merge import (
     plan_hidden_gates,
     resolve_sources,
     unique_names,
+    without_comparisons,
 )
+from raymoe.evaluation.models import check_tokens, models_for_tokens, open_further_models
 from raymoe.evaluation.options import EvaluationOptions, option_problems
 from raymoe.planning.owner import BASE, Owner
 from raymoe.planning.plan import GatePlan
@@ -27,8 +37,8 @@ from raymoe.sources.facts import ModelFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationInputs:
-    """`names` are the experts' unique names. `dense` holds the base and experts to compare with, by the name of their
-    loss; `gates` is the plan of the rows of mode `hidden`, if they are compared."""
+    """`names` are the experts' unique names. `models` holds all models that the merge is compared with, by the name of
+    their loss; `gates` is the plan of the rows of mode `hidden`, if they are compared."""
 
     merge: EvaluatedMerge
     mixture: CheckpointModel
@@ -36,7 +46,7 @@ class EvaluationInputs:
     texts: tuple[LabeledText, ...]
     tokens: TokenizedTexts
     tokenizer: Any
-    dense: Mapping[str, CheckpointModel]
+    models: Mapping[str, CheckpointModel]
     gates: GatePlan | None
     oracle: bool
     warnings: tuple[str, ...]
@@ -47,9 +57,14 @@ class EvaluationInputs:
         return list(dict.fromkeys(text.label for text in self.texts))
 
     @property
+    def text_experts(self) -> list[int]:
+        """The expert of each text."""
+        return [text.expert for text in self.texts if text.expert is not None]  # those of a merge all have one
+
+    @property
     def label_experts(self) -> dict[str, int]:
         """The expert of each label."""
-        return {text.label: text.expert for text in self.texts}
+        return dict(zip((text.label for text in self.texts), self.text_experts, strict=True))
 
 
 def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOptions) -> EvaluationInputs:
@@ -57,16 +72,18 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     merge = open_merge(place, options)
     collector, warnings = ProblemCollector(option_problems(options)), []
     wanted = list(options.comparisons)
-    if "hidden" in wanted and options.against is None and not merge.has_prompts:
+    if "hidden" in wanted and options.named is None and not merge.has_prompts:
         wanted.remove("hidden")
         warnings.append("not compared with gate mode hidden: the merge has no prompts")
-    elif "hidden" in wanted and options.against is None and merge.is_hidden:
+    elif "hidden" in wanted and options.named is None and merge.is_hidden:
         wanted.remove("hidden")  # the merge has that gate mode
     mixture = collector.run(open_mixture, merge)
     texts = collector.run(read_texts, data, Labels(merge.names, options.labels), options)
     sources = collector.run(resolve_sources, merge, wanted, options)
     names = unique_names(merge.names)
-    dense = _open_dense(sources or {}, names, wanted, collector)
+    models = _open_sources(sources or {}, names, wanted, collector)
+    warnings += _add_average(models, names, wanted, options, collector)
+    further = open_further_models(options.models, options, merge.config.storage, collector)
     gates = None
     if sources is not None and "hidden" in wanted:
         gates = collector.run(plan_hidden_gates, merge, wanted, options)
@@ -74,7 +91,9 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
     if collector.problems or mixture is None or texts is None:
         raise collector.report()
     tokens = tokenize_texts(texts, data, tokenizer, mixture.spec.vocab, options.max_tokens)
-    dense, more = _with_all_tokens(dense, tokens)
+    check_tokens([*further.values()], texts, data, tokens, options.max_tokens, options, merge.config.storage)
+    models |= {name: each.model for name, each in further.items()}
+    models, more = models_for_tokens(models, tokens)
     return EvaluationInputs(
         merge=merge,
         mixture=mixture,
@@ -82,19 +101,19 @@ def open_evaluation(place: str | Path, data: str | Path, options: EvaluationOpti
         texts=tuple(texts),
         tokens=tokens,
         tokenizer=tokenizer,
-        dense=dense,
+        models=models,
         gates=gates,
         oracle="oracle" in wanted,
         warnings=(*merge.facts.warnings, *warnings, *_text_warnings(texts, tokens, names, options), *more),
     )
 
 
-def _open_dense(
+def _open_sources(
     sources: Mapping[Owner, ModelFacts], names: Sequence[str], wanted: Sequence[str], collector: ProblemCollector
 ) -> dict[str, CheckpointModel]:
     """Whole dense models by the name of their loss: `base`, `expert go`."""
     owners = {"base": BASE} if "base" in wanted else {}
-    if "experts" in wanted:
+    if {"experts", "average"} & set(wanted):
         owners |= {f"expert {name}": Owner.expert(number) for number, name in enumerate(names)}
     found = {}
     for name, owner in owners.items():
@@ -105,17 +124,32 @@ def _open_dense(
     return found
 
 
-def _with_all_tokens(
-    dense: Mapping[str, CheckpointModel], tokens: TokenizedTexts
-) -> tuple[dict[str, CheckpointModel], list[str]]:
-    """The models with an embedding for every token; a warning for each other model."""
-    largest = max(max(ids) for ids in tokens.ids)
-    found = {name: model for name, model in dense.items() if model.spec.vocab > largest}
-    return found, [
-        f"{name} can't read the texts: token id {largest} is beyond its vocabulary of {model.spec.vocab}"
-        for name, model in dense.items()
-        if name not in found
-    ]
+def _add_average(
+    models: dict[str, CheckpointModel],
+    names: Sequence[str],
+    wanted: Sequence[str],
+    options: EvaluationOptions,
+    collector: ProblemCollector,
+) -> list[str]:
+    """Add the average of the experts to `models` if it is wanted, and remove the experts if they are not.
+
+    Experts that can't be averaged are a problem if the average was asked for by name, and else a warning.
+    """
+    experts = [models[f"expert {name}"] for name in names if f"expert {name}" in models]
+    if "experts" not in wanted:
+        for name in names:
+            models.pop(f"expert {name}", None)
+    if "average" not in wanted or len(experts) < len(names):  # then there is a problem already
+        return []
+    try:
+        models["average"] = average_model(experts)
+    except ProblemReport as report:
+        (problem,) = report.problems
+        if options.named is None:
+            return [f"not compared with the average of the experts: {problem.where}: {problem.what}"]
+        remedy = without_comparisons(problem.remedy, wanted, {"average"})
+        collector.problems.append(replace(problem, remedy=remedy))
+    return []
 
 
 def _text_warnings(
@@ -126,9 +160,7 @@ def _text_warnings(
     for pair in options.labels:
         if (label := pair.partition("=")[0].strip()) not in reported:
             warnings.append(f"--label {pair}: no text has the label {label!r}")
-    if tokens.truncated:
-        what = f"{tokens.truncated} of {len(texts)} texts were cut to {options.max_tokens} tokens (--max-tokens)"
-        warnings.append(what)
+    warnings += truncation_warning(texts, tokens, options.max_tokens)
     without = [name for number, name in enumerate(names) if number not in {text.expert for text in texts}]
     if without:
         warnings.append(f"no text is for {', '.join(without)}: the routing results leave out such texts")

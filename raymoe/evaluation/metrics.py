@@ -7,7 +7,7 @@ means over labels give each label the same weight, however many tokens it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,27 @@ def losses(values: Sequence[npt.NDArray[np.float32]], labels: Sequence[str]) -> 
         total = sum(float(value.sum(dtype=np.float64)) for value in own)
         found[label] = -total / sum(value.size for value in own)
     return found | {MEAN: sum(found.values()) / len(found)}
+
+
+def own_losses(by_model: Mapping[str, Mapping[str, float]], owners: Mapping[str, str]) -> dict[str, float] | None:
+    """Loss of each label by the model in `owners` for it, and `mean` over labels; None if a model has no losses."""
+    if any(model not in by_model for model in owners.values()):
+        return None
+    found = {label: by_model[model][label] for label, model in owners.items()}
+    return found | {MEAN: sum(found.values()) / len(found)}
+
+
+def as_json_losses(loss: Mapping[str, float]) -> dict[str, float | None]:
+    """Losses as JSON values: infinity and NaN become null."""
+    return {label: round_values(value) if math.isfinite(value) else None for label, value in loss.items()}
+
+
+def loss_warnings(by_model: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """A warning for each model with a loss that is infinite or NaN."""
+    for name, loss in by_model.items():
+        if broken := [label for label, value in loss.items() if not math.isfinite(value) and label != MEAN]:
+            what = "its weights or its arithmetic overflow"
+            yield f"the loss of {name} on {', '.join(broken)} is not a finite number: {what}"
 
 
 def gap_closed(merged: float, hidden: float, oracle: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,7 +13,14 @@ from raymoe.errors import Problem
 from raymoe.object_store.options import StorageOptions
 from raymoe.sources.hub import HubOptions
 
-AGAINST = ("base", "experts", "oracle", "hidden")
+AGAINST = ("base", "experts", "average", "oracle", "hidden")
+NOTHING = "none"
+MODEL = "model"
+"""The name of the loss of a dense model that is evaluated."""
+# Names of losses that are not those of further models. For a merge, `expert NAME` is taken too.
+_NAMES_OF_A_MERGE = (*AGAINST, NOTHING, "merged", MODEL)
+_NAMES_OF_A_DENSE_MODEL = (NOTHING, MODEL)
+_NAME = re.compile(r"\w[\w .+-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +51,9 @@ class GenerationOptions(ReadingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(ReadingOptions):
-    """`against`: what the merge is compared with (None: all that the merge allows). `labels`: `label=expert` pairs for
-    labels that are not an expert's name. `limit`: use only the first texts of each label (0: all). `max_tokens`: texts
-    are cut to this many tokens."""
+    """`against`: what the merge is compared with (None: all that the merge allows): comparisons by name, and further
+    models as `NAME=MODEL`. `labels`: `label=expert` pairs for labels that are not an expert's name. `limit`: use only
+    the first texts of each label (0: all). `max_tokens`: texts are cut to this many tokens."""
 
     against: tuple[str, ...] | None = None
     labels: tuple[str, ...] = ()
@@ -55,26 +63,37 @@ class EvaluationOptions(ReadingOptions):
     label_field: str = "label"
 
     @property
+    def named(self) -> tuple[str, ...] | None:
+        """The comparisons that were asked for by name; None if that was left to raymoe."""
+        named = tuple(each for each in self.against or () if "=" not in each)
+        return None if self.against is None or (self.against and not named) else named
+
+    @property
     def comparisons(self) -> tuple[str, ...]:
-        """What to compare with, in display order."""
-        return AGAINST if self.against is None else tuple(name for name in AGAINST if name in self.against)
+        """What to compare with, in display order; further models not included."""
+        return AGAINST if self.named is None else tuple(name for name in AGAINST if name in self.named)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Further models to compare with, by their names."""
+        pairs = (each.partition("=") for each in self.against or () if "=" in each)
+        return {name.strip(): model.strip() for name, _, model in pairs}
 
 
-def parse_against(text: str | None) -> tuple[str, ...] | None:
-    """'base, oracle' as ('base', 'oracle'); 'none' is an empty tuple."""
-    if text is None:
+def parse_against(values: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """'base, oracle' as ('base', 'oracle'); each `NAME=MODEL` is a value of its own. 'none' alone is an empty tuple."""
+    if values is None:
         return None
-    names = [name.strip().lower() for name in text.split(",")]
-    return () if names == ["none"] else tuple(names)
+    found: list[str] = []
+    for value in [values] if isinstance(values, str) else values:
+        found += [value.strip()] if "=" in value else [name.strip().lower() for name in value.split(",")]
+    return () if found == [NOTHING] else tuple(found)
 
 
-def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
+def option_problems(options: EvaluationOptions, *, of_merge: bool = True) -> Iterator[Problem]:
+    """What is wrong with the options. `of_merge`: they are for a merge, and not for a dense model."""
     yield from device_problems(options.device)
-    for name in options.against or ():
-        if name not in AGAINST:
-            close = get_close_matches(name, AGAINST, n=1)
-            remedy = f"{f'did you mean {close[0]}? ' if close else ''}(any of {', '.join(AGAINST)}, or none)"
-            yield Problem(where="--against", what=f"{name!r} is not a comparison", remedy=remedy)
+    yield from _against_problems(options, of_merge=of_merge)
     if options.limit < 0:
         yield Problem(where="--limit", what=f"{options.limit} is below zero", remedy="give a number; 0 is all texts")
     if options.max_tokens < 2:
@@ -83,6 +102,32 @@ def option_problems(options: EvaluationOptions) -> Iterator[Problem]:
     if options.text_field == options.label_field:
         what = f"{options.text_field!r} is the text's field too"
         yield Problem(where="--label-field", what=what, remedy="name two fields")
+
+
+def _against_problems(options: EvaluationOptions, *, of_merge: bool) -> Iterator[Problem]:
+    named = options.named or ()
+    for name in named:
+        if name not in (*AGAINST, NOTHING):
+            close = get_close_matches(name, AGAINST, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            remedy = f"{hint}(any of {', '.join(AGAINST)}, or none, or NAME=MODEL)"
+            yield Problem(where="--against", what=f"{name!r} is not a comparison", remedy=remedy)
+    if NOTHING in named and len(set(named)) > 1:
+        yield Problem(where="--against", what="'none' goes with no other comparison", remedy="leave out one of them")
+    pairs = [each for each in options.against or () if "=" in each]
+    if len(options.models) < len(pairs):
+        yield Problem(where="--against", what="two models have one name", remedy="give each NAME=MODEL another name")
+    taken = _NAMES_OF_A_MERGE if of_merge else _NAMES_OF_A_DENSE_MODEL
+    for name, model in options.models.items():
+        where = f"--against {name}={model}"
+        if not _NAME.fullmatch(name):
+            what = "the name has other characters than letters, digits, spaces and . + - _, or more than 64"
+            yield Problem(where=where, what=what, remedy="write NAME=MODEL, such as law=org/law-model")
+        elif name in taken or (of_merge and name.startswith("expert ")):
+            what = f"{name!r} is already the name of a loss"
+            yield Problem(where=where, what=what, remedy="choose another name for the model")
+        if not model:
+            yield Problem(where=where, what="no model is named", remedy="write NAME=MODEL, such as law=org/law-model")
 
 
 def generation_problems(options: GenerationOptions) -> Iterator[Problem]:

@@ -6,12 +6,13 @@ Each is written to a temporary file and then moved to its path, so a full disk o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from raymoe.checkpoints.open_checkpoint import read_object
+from raymoe.config.model_refs import is_local_folder, parse_model_ref
 from raymoe.errors import Problem, ProblemReport
 from raymoe.object_store.location import Location
 from raymoe.safe_text import json_text
@@ -56,31 +57,51 @@ def _output_path_problem(option: str, path: Path) -> Problem | None:
     return unwritable_problem(location, option, "name a local file")
 
 
-def evaluation_input_paths(checkpoint: str, data: Path | None, tasks: str | None) -> Inputs:
-    """The local files that an evaluation reads: the merge's own files, its sources' folders, the texts, and task files.
-    Problems of the merge are not reported here."""
+def evaluation_input_paths(
+    checkpoint: str, data: Path | None, tasks: str | None, further: Iterable[str] = ()
+) -> Inputs:
+    """The local files that an evaluation reads: the model's own files, those of a merge's sources and of `further`
+    models, the texts, and task files. Problems of the models are not reported here."""
     files = [("the file of texts", os.path.abspath(data))] if data is not None else []
     files += [("a task file", os.path.abspath(name)) for name in (tasks or "").split(",") if name.strip()]
+    folders = [(f"the model {name}", folder) for name in further for folder in _local_folders(name)]
+    own_files, own_folders = _own_paths(checkpoint)
+    return Inputs(files=(*files, *own_files), folders=(*folders, *own_folders))
+
+
+def _own_paths(checkpoint: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Files and folders of the evaluated model. Results may be replaced in the folder of a merge."""
     try:
         location = Location.parse(checkpoint)
     except ValueError:
-        return Inputs(files=tuple(files))
+        return [], []
     folder = location.text
     if not location.kind.is_local or not os.path.isdir(folder):
-        return Inputs(files=tuple(files))
+        return [], [("the model", each) for each in _local_folders(checkpoint)]
+    if not os.path.exists(os.path.join(folder, RECORD_NAME)):
+        return [], [("the model", folder)]
     record: Mapping[str, Any] = {}
     with suppress(ProblemReport):
         record = read_object(LocalFolder(folder), RECORD_NAME, "", "")
     recorded = record.get("files")
     own = dict.fromkeys(recorded if isinstance(recorded, Mapping) else ())
     own |= dict.fromkeys(name for name in os.listdir(folder) if is_written_by_a_merge(name))
-    files += [("a file of the merge", os.path.join(folder, name)) for name in own]
+    files = [("a file of the merge", os.path.join(folder, name)) for name in own]
     prompts = record.get("prompt_files")
     names = [each.get("file") for each in (prompts if isinstance(prompts, list) else ()) if isinstance(each, Mapping)]
     files += [
         ("a file of prompts of the merge", name) for name in names if isinstance(name, str) and os.path.isabs(name)
     ]
-    return Inputs(files=tuple(files), folders=tuple(_recorded_folders(record.get("sources"))))
+    return files, list(_recorded_folders(record.get("sources")))
+
+
+def _local_folders(name: str) -> list[str]:
+    """The local folders of a model as a config names it, its adapter's included."""
+    try:
+        ref = parse_model_ref(name)
+    except ValueError:
+        return []
+    return [os.path.abspath(os.path.expanduser(each.path)) for each in ref.paths if is_local_folder(each.path)]
 
 
 def _recorded_folders(sources: object) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,7 @@ class _BackbonePlanner:
             # In a model with tied embeddings, the head is the embedding.
             own_name = EMBEDDING if name == HEAD and member.spec.tied else name
             entry = member.facts.index.tensors.get(own_name)
-            if obstacle := _obstacle(row, base, entry, member.spec, self.spec):
+            if obstacle := combination_obstacle(row, base, entry, member.spec, self.spec):
                 result = "the base's is used" if self.config.method == "slerp" else "it has no part in these tensors"
                 self._note(member, f"{result}, since {obstacle}", name)
                 continue
@@ -193,21 +193,27 @@ def _place(member: Member) -> str:
     return f"{CONFIG_KEYS[member.owner.kind]}[{member.owner.index}]"
 
 
-def _obstacle(
-    row: TensorRow, base: TensorEntry, entry: TensorEntry | None, spec: DenseSpec, base_spec: DenseSpec
+def combination_obstacle(
+    row: TensorRow,
+    base: TensorEntry,
+    entry: TensorEntry | None,
+    spec: DenseSpec,
+    base_spec: DenseSpec,
+    other: str = "the base's",
 ) -> str | None:
-    """Why an expert's tensor can't be combined with the base's; None if it can. Embeddings may differ in rows."""
+    """Why a model's tensor can't be combined with the base's, or with that of `other`; None if it can. Embeddings may
+    differ in rows."""
     if spec.model_type != base_spec.model_type:
         return f"it is a {spec.model_type} model"
     if group_of(row) == "attention" and _head_sizes(spec) != _head_sizes(base_spec):
-        return "its attention has other heads or other kinds of layers than the base's"
+        return f"its attention has other heads or other kinds of layers than {other}"
     if entry is None:
         return "it has no such tensor"
     if entry.dtype not in FLOAT_DTYPES:
         return f"it is of type {entry.dtype}"
     first = 1 if group_of(row) == "embeddings" else 0
     if entry.shape[first:] != base.shape[first:] or not entry.nbytes:
-        return f"its shape is {list(entry.shape)}, the base's {list(base.shape)}"
+        return f"its shape is {list(entry.shape)}, {other} {list(base.shape)}"
     return None
 
 

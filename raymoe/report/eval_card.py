@@ -24,6 +24,8 @@ _MODELS = {
     "base": "the base model",
     "hidden": "this model with routers of gate mode `hidden`",
     "oracle": "this model, with each text routed to its own expert",
+    "average": "a plain average of the experts",
+    "experts": "each expert alone, on its own texts",
 }
 
 

@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MEAN = "mean"
-_ROW_ORDER = ("base", "hidden", "merged", "oracle")
+_ROW_ORDER = ("model", "base", "average", "hidden", "merged", "oracle", "experts")
+
+
+def is_dense(result: Mapping[str, Any]) -> bool:
+    """Whether it is the evaluation of a dense model, which has no routers."""
+    return "routing" not in result
 
 
 def read_labels(result: Mapping[str, Any]) -> list[str]:
@@ -32,7 +37,8 @@ def read_loss(result: Mapping[str, Any], model: str, label: str) -> float | None
 
 
 def loss_rows(result: Mapping[str, Any]) -> list[str]:
-    """The models that have a loss: first merge, base and routings, then the dense experts."""
+    """The models that have a loss: first merge, base, average and routings, then the dense experts and further
+    models."""
     known = [
         model for model in result["loss"] if any(value is not None for value in (result["loss"][model] or {}).values())
     ]
@@ -40,13 +46,35 @@ def loss_rows(result: Mapping[str, Any]) -> list[str]:
 
 
 def own_expert_loss(result: Mapping[str, Any], label: str) -> float | None:
-    """Loss of a label's own dense expert; for 'mean', the mean of these losses over labels."""
+    """Loss of a label's own dense expert; for 'mean', the mean of these losses over labels.
+
+    Files of older versions have no `experts` among the losses.
+    """
+    if (loss := read_loss(result, "experts", label)) is not None:
+        return loss
     if label == MEAN:
         losses = [own_expert_loss(result, each) for each in read_labels(result)]
         present = [loss for loss in losses if loss is not None]
         return sum(present) / len(present) if losses and len(present) == len(losses) else None
     number = own_expert(result, label)
     return None if number is None else read_loss(result, f"expert {result['experts'][number]}", label)
+
+
+def best_expert(result: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The dense expert with the lowest mean loss on all labels; None if not all experts have one."""
+    means = {name: read_loss(result, f"expert {name}", MEAN) for name in result.get("experts") or ()}
+    known = {name: loss for name, loss in means.items() if loss is not None}
+    return min(known.items(), key=lambda item: item[1]) if known and len(known) == len(means) else None
+
+
+def references(result: Mapping[str, Any]) -> dict[str, float]:
+    """Mean losses that a merge has to beat to be worth its size: of the best single expert, and of the average."""
+    found = {}
+    if (best := best_expert(result)) is not None:
+        found[f"the best single expert ({best[0]})"] = best[1]
+    if (average := read_loss(result, "average", MEAN)) is not None:
+        found["a plain average of the experts"] = average
+    return found
 
 
 def best_loss(result: Mapping[str, Any], label: str) -> float | None:
@@ -75,7 +103,11 @@ def weakest_layers(result: Mapping[str, Any], count: int = 3) -> list[tuple[int,
     return sorted(enumerate(accuracy), key=lambda pair: pair[1])[:count]
 
 
-def router_origin(result: Mapping[str, Any]) -> list[str]:
-    """How the routers were made, as far as it is known: gate mode, and the model that read the prompts."""
-    origin = {"gate mode": result.get("gate_mode"), "prompt model": result.get("prompt_model")}
+def merge_origin(result: Mapping[str, Any]) -> list[str]:
+    """How a merge was made, as far as it is known: gate mode, the model that read the prompts, backbone."""
+    origin = {
+        "gate mode": result.get("gate_mode"),
+        "prompt model": result.get("prompt_model"),
+        "backbone": result.get("backbone"),
+    }
     return [f"{what} {name}" for what, name in origin.items() if name]

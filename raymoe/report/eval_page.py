@@ -19,21 +19,32 @@ from raymoe.report import svg
 from raymoe.report.eval_numbers import (
     MEAN,
     best_loss,
+    is_dense,
     loss_rows,
     mean_load,
+    merge_origin,
     own_expert,
     own_expert_loss,
     perplexity,
     read_labels,
     read_loss,
-    router_origin,
+    references,
     weakest_layers,
 )
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-_NAMES = {"base": "base model", "hidden": "hidden router", "merged": "merged", "oracle": "oracle", "own": "own expert"}
+# What pictures compare, in the order in which it is drawn.
+_NAMES = {
+    "model": "this model",
+    "base": "base model",
+    "average": "plain average",
+    "hidden": "hidden router",
+    "merged": "this merge",
+    "oracle": "right expert",
+    "own": "own expert",
+}
 # Characters that HTML can't hold: control characters and lone surrogates, which json accepts.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -45,10 +56,10 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         "facts": _facts(result),
         "summary": _summary(result),
         "tiles": _tiles(result),
-        "experts": [_chip(name, number) for number, name in enumerate(result["experts"])],
+        "experts": [_chip(name, number) for number, name in enumerate(result.get("experts") or ())],
         "loss": _loss_view(result),
-        "routing": _routing_view(result),
-        "layers": _layer_rows(result),
+        "routing": None if is_dense(result) else _routing_view(result),
+        "layers": [] if is_dense(result) else _layer_rows(result),
         "samples": [_sample(result, sample) for sample in result.get("samples") or ()],
     }
     return replace_forbidden(_template().render(view))
@@ -79,49 +90,70 @@ def _template() -> Template:
 
 
 def _facts(result: Mapping[str, Any]) -> list[str]:
-    count, data = len(result["experts"]), result["data"]
+    data, experts = result["data"], []
+    if not is_dense(result):
+        experts = [f"{len(result['experts'])} experts, {result['experts_per_token']} for each token"]
     return [
         result["architecture"],
-        f"{count} experts, {result['experts_per_token']} for each token",
+        *experts,
         f"{result['layers']} layers",
-        *router_origin(result),
+        *merge_origin(result),
         f"{data['texts']:,} texts, {data['tokens']:,} tokens of {data['file']}",
     ]
 
 
 def _summary(result: Mapping[str, Any]) -> str:
     """The main results in one sentence."""
+    if is_dense(result):
+        loss = read_loss(result, "model", MEAN)
+        return "" if loss is None else f"The mean loss is {loss:.2f} nats, a perplexity of {perplexity(loss)}."
+    parts = [part for part in (_loss_summary(result),) if part]
     right = result["routing"]["first_accuracy_mean"]
-    parts = [f"Routers choose a token's own expert first in {right:.0%} of all cases"]
-    merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
-    if merged is not None and base is not None:
-        way = "below" if merged <= base else "above"
-        parts.append(f"the mean loss is {abs(base - merged):.2f} nats {way} the base model's")
+    parts.append(f"routers choose a token's own expert first in {right:.0%} of all cases")
     if result.get("gap_closed") is not None:
         parts.append(f"{result['gap_closed']:.0%} of the gap from the hidden router to the oracle is closed")
-    return "; ".join(parts) + "."
+    summary = "; ".join(parts)
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
+def _loss_summary(result: Mapping[str, Any]) -> str | None:
+    """The merge's loss beside those that it has to beat, or beside the base's."""
+    merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
+    compared = references(result) or ({} if base is None else {"the base model": base})
+    if merged is None or not compared:
+        return None
+    gaps = [
+        f"{abs(loss - merged):.2f} {'below' if merged <= loss else 'above'} {name}" for name, loss in compared.items()
+    ]
+    return f"the mean loss is {merged:.2f} nats: {' and '.join(gaps)}"
 
 
 def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """The main numbers, each with a number to compare it with."""
+    loss = read_loss(result, "model" if is_dense(result) else "merged", MEAN)
+    tiles = []
+    if loss is not None:
+        base = read_loss(result, "base", MEAN)
+        beside = "" if base is None else f"; base {base:.3f}"
+        tiles.append(_tile("Mean loss", f"{loss:.3f}", f"perplexity {perplexity(loss)}{beside}"))
+    return tiles if is_dense(result) else [*tiles, *_routing_tiles(result)]
+
+
+def _routing_tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
     routing, count, used = result["routing"], len(result["experts"]), result["experts_per_token"]
     entropy = routing["load_entropy"]
     least = min(range(len(entropy)), key=entropy.__getitem__)
     tiles = []
-    merged, base = read_loss(result, "merged", MEAN), read_loss(result, "base", MEAN)
-    if merged is not None:
-        beside = "" if base is None else f"; base {base:.3f}"
-        tiles.append(_tile("Mean loss", f"{merged:.3f}", f"perplexity {perplexity(merged)}{beside}"))
     if result.get("gap_closed") is not None:
         tiles.append(_tile("Gap closed", f"{result['gap_closed']:.0%}", "from hidden router to oracle"))
-    tiles += [
+    return [
+        *tiles,
         _tile("Own expert first", f"{routing['first_accuracy_mean']:.1%}", f"chance {1 / count:.0%}"),
         _tile(f"Own expert in top {used}", f"{routing['chosen_accuracy_mean']:.1%}", f"chance {used / count:.0%}"),
         _tile(
             "Load entropy", f"{sum(entropy) / len(entropy):.3f}", f"1 is even; {entropy[least]:.3f} in layer {least}"
         ),
     ]
-    return tiles
 
 
 def _tile(name: str, value: str, note: str) -> dict[str, str]:
@@ -133,21 +165,30 @@ def _chip(name: str, expert: int | None) -> dict[str, Any]:
     return {"name": name, "expert": expert, "kind": "plain" if expert is None else svg.expert_kind(expert)}
 
 
-def _compared_losses(result: Mapping[str, Any], label: str) -> dict[str, float]:
-    """Losses that a picture compares, by kind, in the order in which they are drawn."""
-    losses = {kind: read_loss(result, kind, label) for kind in ("base", "hidden", "merged", "oracle")}
-    if label != MEAN or losses["oracle"] is None:  # their means hardly differ, and would overlap
-        losses["own"] = own_expert_loss(result, label)
-    return {kind: loss for kind, loss in losses.items() if loss is not None}
+def _compared_losses(result: Mapping[str, Any], label: str) -> list[svg.Mark]:
+    """Losses that a picture compares, in the order in which they are drawn; further models come last."""
+    further = {name: read_loss(result, name, label) for name in result.get("compared") or ()}
+    losses = {
+        kind: own_expert_loss(result, label) if kind == "own" else read_loss(result, kind, label)
+        for kind in _NAMES
+        if kind not in further  # of a dense model, further models may have any name
+    }
+    named = [(_NAMES[kind], kind, loss) for kind, loss in losses.items()]
+    named += [(name, "further", loss) for name, loss in further.items()]
+    return [
+        svg.Mark(name=name, value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
+        for name, kind, loss in named
+        if loss is not None
+    ]
 
 
 def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
     labels, columns = read_labels(result), [*read_labels(result), MEAN]
-    compared = {label: losses for label in labels if (losses := _compared_losses(result, label))}
-    largest = max((loss for losses in compared.values() for loss in losses.values()), default=0.0)
+    compared = {label: marks for label in labels if (marks := _compared_losses(result, label))}
+    largest = max((mark.value for marks in compared.values() for mark in marks), default=0.0)
     panels = [
-        {**_chip(label, own_expert(result, label)), "drawing": _loss_bars(label, losses, largest)}
-        for label, losses in compared.items()
+        {**_chip(label, own_expert(result, label)), "drawing": _loss_bars(label, marks, largest)}
+        for label, marks in compared.items()
     ]
     table = [
         {"name": model, "cells": [_loss_cell(result, model, label) for label in columns]} for model in loss_rows(result)
@@ -155,20 +196,16 @@ def _loss_view(result: Mapping[str, Any]) -> dict[str, Any]:
     means = _compared_losses(result, MEAN)
     return {
         "ladder": _ladder(means),
-        "compared": means.keys(),
+        "compared": {mark.kind for mark in means},
         "panels": panels,
         "columns": columns,
         "table": table,
     }
 
 
-def _loss_bars(label: str, losses: Mapping[str, float], largest: float) -> Markup:
-    rows = [
-        svg.Mark(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind, title=f"perplexity {perplexity(loss)}")
-        for kind, loss in losses.items()
-    ]
-    title = ", ".join(f"{row.name} {row.text}" for row in rows)
-    return svg.bars(rows, largest, f"Loss on {label}: {title}")
+def _loss_bars(label: str, marks: Sequence[svg.Mark], largest: float) -> Markup:
+    title = ", ".join(f"{mark.name} {mark.text}" for mark in marks)
+    return svg.bars(marks, largest, f"Loss on {label}: {title}")
 
 
 def _loss_cell(result: Mapping[str, Any], model: str, label: str) -> dict[str, Any]:
@@ -178,14 +215,13 @@ def _loss_cell(result: Mapping[str, Any], model: str, label: str) -> dict[str, A
     return {"loss": f"{loss:.3f}", "perplexity": perplexity(loss), "best": loss == best_loss(result, label)}
 
 
-def _ladder(losses: Mapping[str, float]) -> Markup | None:
+def _ladder(marks: Sequence[svg.Mark]) -> Markup | None:
     """Mean losses on one axis; nothing if there is nothing to compare with."""
-    if len(losses) < 2:
+    if len(marks) < 2:
         return None
-    marks = [svg.Mark(name=_NAMES[kind], value=loss, text=f"{loss:.3f}", kind=kind) for kind, loss in losses.items()]
-    # The merge's label is the most important: it is placed first, on the lowest row.
-    marks.sort(key=lambda mark: (mark.kind != "merged", mark.value))
-    span = ("hidden", "oracle", "merged") if {"hidden", "oracle", "merged"} <= losses.keys() else None
+    # The label of the merge or model is the most important: it is placed first, on the lowest row.
+    marks = sorted(marks, key=lambda mark: (mark.kind not in ("merged", "model"), mark.value))
+    span = ("hidden", "oracle", "merged") if {"hidden", "oracle", "merged"} <= {mark.kind for mark in marks} else None
     caption = ", ".join(f"{mark.name} {mark.text}" for mark in sorted(marks, key=lambda mark: mark.value))
     return svg.ladder(marks, span, f"Mean loss, lower is better: {caption}")
 

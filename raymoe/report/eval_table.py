@@ -14,18 +14,26 @@ from raymoe.console import print_json, print_warning
 from raymoe.report.eval_numbers import (
     MEAN,
     best_loss,
+    is_dense,
     loss_rows,
     mean_load,
+    merge_origin,
     own_expert,
     own_expert_loss,
     perplexity,
     read_labels,
     read_loss,
-    router_origin,
+    references,
     weakest_layers,
 )
 
 _WIDTH = 100
+_MEANINGS = {
+    "average": "a plain average of the experts as dense models, attention and all else included",
+    "hidden": "the merge with routers of gate mode hidden",
+    "oracle": "the merge, with each text routed to its own expert",
+    "experts": "each expert as a dense model, on the texts of its own label",
+}
 _Column = TypeVar("_Column", str, int)
 
 
@@ -36,15 +44,17 @@ def print_evaluation(result: Mapping[str, Any], *, as_json: bool = False) -> Non
         return
     console = rich_console()
     data = result["data"]
-    count, used = len(result["experts"]), result["experts_per_token"]
     console.print(f"{result['model']} ({result['architecture']})", style="bold")
-    facts = [f"{count} experts", f"{used} for each token", f"{result['layers']} layers", *router_origin(result)]
+    facts = [f"{result['layers']} layers", *merge_origin(result)]
+    if not is_dense(result):
+        facts = [f"{len(result['experts'])} experts", f"{result['experts_per_token']} for each token", *facts]
     console.print(", ".join(facts))
     console.print(f"{data['texts']:,} texts of {data['file']}, {data['tokens']:,} tokens")
     _print_losses(console, result)
-    _print_routing(console, result)
-    _print_confusion(console, result)
-    _print_load(console, result)
+    if not is_dense(result):
+        _print_routing(console, result)
+        _print_confusion(console, result)
+        _print_load(console, result)
     for warning in result.get("warnings") or ():
         print_warning(console, warning)
 
@@ -61,18 +71,27 @@ def _print_losses(console: Any, result: Mapping[str, Any]) -> None:
 
     console.print("\nLoss in nats per token, perplexity in brackets; * is the lowest of a column")
     _print_blocks(console, "model", rows, {label: label for label in (*read_labels(result), MEAN)}, cell)
-    if "oracle" in rows:
-        console.print("oracle: the merge, with each text routed to its own expert")
-    if "hidden" in rows:
-        console.print("hidden: the merge with routers of gate mode hidden")
-    own, merged = own_expert_loss(result, MEAN), read_loss(result, "merged", MEAN)
-    if own is not None and merged is not None:
+    for name in rows:
+        if meaning := _meaning(result, name):
+            console.print(f"{name}: {meaning}")
+    merged = read_loss(result, "merged", MEAN)
+    if merged is None:
+        return
+    for name, loss in references(result).items():
+        console.print(f"{name[0].upper()}{name[1:]}: mean {loss:.3f}; the merge: {merged:.3f} ({merged - loss:+.3f})")
+    if (own := own_expert_loss(result, MEAN)) is not None:
         console.print(
             f"Each expert alone, on its own label: mean {own:.3f}; the merge: {merged:.3f} ({merged - own:+.3f})"
         )
     if result.get("gap_closed") is not None:
         share = result["gap_closed"]
         console.print(f"{share:.0%} of the gap from hidden to oracle is closed.")
+
+
+def _meaning(result: Mapping[str, Any], row: str) -> str | None:
+    """What a row of the table is of; None if its name says it."""
+    further = (result.get("compared") or {}).get(row)
+    return further or _MEANINGS.get(row)
 
 
 def _print_routing(console: Any, result: Mapping[str, Any]) -> None:

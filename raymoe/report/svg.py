@@ -146,24 +146,27 @@ def ladder(marks: Sequence[Mark], span: tuple[str, str, str] | None, label: str,
     """Named points on one axis of values. `span` is (from, to, reached): kinds of the marks that a gap lies between."""
     low, high = min(m.value for m in marks), max(m.value for m in marks)
     pad, scale = 70.0, (width - 140) / ((high - low) or 1.0)
-    at = {mark.kind: pad + (mark.value - low) * scale for mark in marks}
-    levels = _levels([(at[m.kind], max(cell_len(m.name), cell_len(m.text)) * _LETTER) for m in marks])
+    places = [pad + (mark.value - low) * scale for mark in marks]
+    levels = _levels([(x, max(cell_len(m.name), cell_len(m.text)) * _LETTER) for x, m in zip(places, marks)])
     axis = (max(levels) + 1) * 44.0 + 14
     drawing = Drawing(width, axis + 16, label)
     drawing.line(0, axis, width, axis, "axis")
     if span is not None:
+        at = {mark.kind: x for x, mark in zip(places, marks)}
         start, end, reached = (at[kind] for kind in span)
         drawing.rect(min(start, end), axis - 5, abs(end - start), 10, "track strong", rx=5)
         closed = min(
             max(reached, min(start, end)), max(start, end)
         )  # a merge may be worse than the beginning of the gap
         drawing.rect(min(start, closed), axis - 5, abs(closed - start), 10, "bar merged", rx=5)
-    for mark, level in zip(marks, levels):
-        x, y = at[mark.kind], axis - 34 - level * 44.0
-        drawing.line(x, y + 22, x, axis, "lead")
+    for x, level in zip(places, levels):
+        drawing.line(x, axis - 12 - level * 44.0, x, axis, "lead")
+    for mark, x, level in zip(marks, places, levels):
+        y = axis - 34 - level * 44.0
         drawing.add("circle", cx=x, cy=axis, r=7.0, class_=f"dot {mark.kind}", title=f"{mark.name}: {mark.text}")
-        drawing.text(x, y, mark.name, "strong" if mark.kind == "merged" else "ink", "middle")
-        drawing.text(x, y + 16, mark.text, "number", "middle")
+        kind = "strong" if mark.kind in ("merged", "model") else "ink"
+        drawing.text(x, y, mark.name, f"{kind} halo", "middle")
+        drawing.text(x, y + 16, mark.text, "number halo", "middle")
     return drawing.markup()
 
 

@@ -104,8 +104,16 @@ def weight_rows(reader: SourceReader, ref: WeightRef, rows: Rows) -> Float32:
     if ref.combined is None:
         block = _read(reader, ref.entry, rows).astype(np.float32, copy=False)
         return block if ref.lora is None else with_lora(reader, block, ref.lora, rows)
-    block = combined_rows(reader, ref.combined, rows, measure(reader, ref.combined))
-    return block.astype(NUMPY_DTYPES[ref.combined.dtype]).astype(np.float32)
+    combination, dtype = ref.combined, NUMPY_DTYPES[ref.combined.dtype]
+    statistics = measure(reader, combination)
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    found: Float32 = np.empty((count, *combination.shape[1:]), np.float32)
+    # In blocks: the rows of all tensors are read at once.
+    for part in row_blocks(found.shape, _block_elements(combination)):
+        each = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+        with np.errstate(over="ignore", invalid="ignore"):
+            found[part] = combined_rows(reader, combination, each, statistics).astype(dtype)
+    return found
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the result is checked for it
@@ -121,8 +129,11 @@ def combined_rows(reader: SourceReader, combination: Combination, rows: Rows, st
 
 def _blocks(combination: Combination) -> Iterator[slice]:
     """The blocks that a combination is computed in. Their total size over all tensors is bounded."""
-    elements = max(_WINDOW_ELEMENTS, _BLOCK_ELEMENTS // (1 + len(combination.experts)))
-    return row_blocks(combination.shape, elements, combination.together)
+    return row_blocks(combination.shape, _block_elements(combination), combination.together)
+
+
+def _block_elements(combination: Combination) -> int:
+    return max(_WINDOW_ELEMENTS, _BLOCK_ELEMENTS // (1 + len(combination.experts)))
 
 
 def _split_by_height(combination: Combination, rows: Rows) -> list[Rows]:

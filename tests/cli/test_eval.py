@@ -39,8 +39,20 @@ def test_a_table_a_page_and_numbers(merged: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(numbers.read_text())
     assert result["model"] == "avg" and result["data"]["file"] == "texts.jsonl" and result["data"]["texts"] == 2
-    assert set(result["loss"]) == {"merged", "base", "oracle", "hidden", "expert code", "expert law"}
-    for word in ("merged", "oracle", "hidden", "code", "law", f"{result['loss']['base']['mean']:.3f}"):
+    experts = {"experts", "expert code", "expert law"}
+    assert set(result["loss"]) == {"merged", "base", "average", "oracle", "hidden"} | experts
+    for word in (
+        "merged",
+        "average",
+        "oracle",
+        "experts",
+        "The best single expert (",
+        "A plain average of the experts",
+        "hidden",
+        "code",
+        "law",
+        f"{result['loss']['base']['mean']:.3f}",
+    ):
         assert word in done.stdout
     page = html.read_text()
     assert page.lstrip().lower().startswith("<!doctype html>") and "code" in page and "law" in page
@@ -110,9 +122,35 @@ def test_hidden_is_not_compared_with_itself(merged: Path) -> None:
         package.evaluate(merged / "out", texts, device="tpu")
 
 
-def test_what_is_no_merge(merged: Path, cli: Cli) -> None:
-    for place in ("gone", "base"):
+def test_what_is_no_model(merged: Path, cli: Cli) -> None:
+    for place in ("gone", "texts.jsonl"):
         assert cli("eval", merged / place, "--data", merged / "texts.jsonl").code == 2
+
+
+def test_dense_models(merged: Path, cli: Cli, tmp_path: Path) -> None:
+    numbers, page = tmp_path / "eval.json", tmp_path / "page.html"
+    arguments = ("--data", merged / "texts.jsonl", "--device", "cpu", "--json", numbers, "--html", page)
+    further = ("--against", f"law={merged / 'law'}", "--against", f"out={merged / 'out'}")
+    answer = cli("eval", merged / "base", *arguments, *further)
+    assert answer.code == 0, answer.err
+    result = json.loads(numbers.read_text())
+    assert list(result["loss"]) == ["model", "law", "out"] and list(result["data"]["per_label"]) == ["code", "law"]
+    for name, loss in result["loss"].items():
+        assert name in answer.out and all(f"{value:.3f} (" in answer.out for value in loss.values())
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    of_merge = cli("eval", merged / "out", *arguments, "--against", "base", *further, "--against", "average")
+    assert of_merge.code == 0, of_merge.err
+    found = json.loads(numbers.read_text())["loss"]
+    assert {name for name, loss in found.items() if loss} == {"merged", "base", "average", "law", "out"}
+    assert found["base"] == result["loss"]["model"] and found["out"] == found["merged"] == result["loss"]["out"]
+
+
+def test_dense_models_have_no_experts(merged: Path, cli: Cli) -> None:
+    asked = ("--against", "experts", "--against", "oracle,x=y", "--label", "code=0")
+    answer = cli("eval", merged / "base", "--data", merged / "texts.jsonl", *asked)
+    assert answer.code == 2 and answer.out == ""
+    for part in ("experts: ", "is no merge", "--against oracle,x=y: the name has other", "--label: has no effect"):
+        assert part in answer.err
 
 
 @pytest.mark.skipif(not EXAMPLE_BASE.is_dir(), reason="needs scripts/fetch_example_base.py")

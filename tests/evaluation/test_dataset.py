@@ -15,7 +15,7 @@ from raymoe.checkpoints.merge_record import RecordedSource
 from raymoe.errors import ProblemReport
 from raymoe.evaluation.dataset import Labels, read_texts, tokenize_texts
 from raymoe.evaluation.finished_merge import expert_names
-from raymoe.evaluation.options import EvaluationOptions, option_problems, parse_against
+from raymoe.evaluation.options import AGAINST, EvaluationOptions, option_problems, parse_against
 from raymoe.planning.owner import BASE, Owner
 from raymoe.routers.tokenize import load_tokenizer
 from tests.pico import VOCAB, save_tokenizer
@@ -192,7 +192,7 @@ def test_texts_that_can_not_be_predicted(tmp_path: Path) -> None:
     with pytest.raises(ProblemReport) as report:
         tokenize_texts(texts, file, tokenizer, 20, 512)
     assert "line 2: the text has no second token to predict" in str(report.value)
-    assert re.search(r"line 1: token id \d+ is beyond the merge's vocabulary of 20", str(report.value))
+    assert re.search(r"line 1: token id \d+ is beyond the model's vocabulary of 20", str(report.value))
 
 
 def test_experts_are_called_by_their_adapter_or_model() -> None:
@@ -215,8 +215,21 @@ def test_options_that_can_not_be() -> None:
     for where in ("--limit: -1", "--max-tokens: 1", "--label-field: 'label'"):
         assert where in found
     assert not list(option_problems(EvaluationOptions(against=parse_against("none"))))
+    assert parse_against(["base, Oracle", "Mine=Org/X,y"]) == ("base", "oracle", "Mine=Org/X,y")
     assert parse_against(" Oracle,base") == ("oracle", "base") and parse_against(None) is None
     assert EvaluationOptions(against=("oracle", "base")).comparisons == ("base", "oracle")
+
+
+def test_further_models_are_added_to_comparisons() -> None:
+    added = EvaluationOptions(against=("mine = org/x",))
+    assert added.models == {"mine": "org/x"} and added.comparisons == AGAINST and added.named is None
+    for nothing in ((), ("none",), ("none", "mine=org/x")):
+        assert (
+            EvaluationOptions(against=nothing).comparisons == ()
+            and EvaluationOptions(against=nothing).named is not None
+        )
+    assert EvaluationOptions().models == {} and EvaluationOptions().named is None
+    assert EvaluationOptions(against=("base", "mine=org/x")).comparisons == ("base",)
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/texts.jsonl", "s3:/bucket/texts.jsonl", "htps://host/texts.jsonl"])

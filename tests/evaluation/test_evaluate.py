@@ -22,7 +22,7 @@ from raymoe.progress_line import ProgressLine
 from tests.architectures.pairs import PAIRS, load_grafted, load_merged
 from tests.evaluation.streamed import resident
 from tests.evaluation.test_dataset import adds_bos
-from tests.pico import HIDDEN, LAYERS, load_dense, merge_config, merge_here, save_lora, tensors_of
+from tests.pico import HIDDEN, LAYERS, copy_model, load_dense, merge_config, merge_here, save_lora, tensors_of
 
 pytestmark = pytest.mark.engines
 
@@ -31,7 +31,11 @@ TEXTS = {
     "law": ["The licensor grants you a copyright licence.", "You may reproduce the Work"],
     "food": ["Add two eggs, stir, and bake for an hour.", "A pinch of salt"],
 }
-EVALUATED = ("merged", "base", "oracle", "hidden", "expert code", "expert law", "expert food")
+COMPARED = "base,experts,average,oracle,hidden"
+EVALUATED = (
+    *("merged", "base", "average", "oracle", "hidden", "experts"),
+    *("expert code", "expert law", "expert food"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def hidden(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def result(world: World, hidden: Path) -> dict[str, Any]:
-    return raymoe.evaluate(hidden, world.data, against="base,experts,oracle,hidden", device="cpu")
+    return raymoe.evaluate(hidden, world.data, against=COMPARED, device="cpu")
 
 
 def loss(model: Any, world: World, texts: Sequence[str]) -> float:
@@ -101,10 +105,48 @@ def test_losses_are_what_transformers_computes(world: World, hidden: Path, resul
     for label in ("code", "law"):
         grafted = load_grafted(world.base, world.folder / label)
         assert result["loss"]["oracle"][label] == pytest.approx(loss(grafted, world, TEXTS[label]), abs=2e-5)
+        # The experts are the goal: each on its own texts.
+        assert result["loss"]["experts"][label] == result["loss"][f"expert {label}"][label]
     for each in result["loss"].values():
         assert each["mean"] == pytest.approx(np.mean([each[label] for label in TEXTS]), abs=2e-6)
     # The merge's own gates are of that mode.
     assert result["loss"]["hidden"] == pytest.approx(result["loss"]["merged"], abs=1e-5)
+
+
+def test_the_average_is_that_of_the_experts(world: World, result: dict[str, Any], tmp_path: Path) -> None:
+    """Written in float32, and run by transformers."""
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(world.base)
+    tuned.load_adapter(str(world.folder / "food"))
+    tuned = merged_adapter(tuned)
+    experts = [tensors_of(world.folder / "code"), tensors_of(world.folder / "law"), tuned]
+    mean = {name: sum(expert[name] for expert in experts) / 3 for name in experts[0]}
+    average = load_dense(copy_model(world.base, tmp_path / "average", tensors=mean))
+    for label, texts in TEXTS.items():
+        assert result["loss"]["average"][label] == pytest.approx(loss(average, world, texts), abs=2e-5)
+
+
+def merged_adapter(model: Any) -> dict[str, Any]:
+    """The weights of a model with an adapter of PEFT, which holds both beside each other."""
+    held = model.state_dict()
+    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in held.items() if ".lora_" not in name}
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.default.weight" in held:
+            factors = (held[f"{module}.lora_{factor}.default.weight"] for factor in "BA")
+            tensors[name] = tensors[name] + 1.5 * next(factors) @ next(factors)
+    return tensors
+
+
+def test_experts_that_can_not_be_averaged_are_told(zoo: Callable[..., Path], world: World, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(zoo("llama", seed=2, num_key_value_heads=4), tmp_path / "other"))
+    merge_here(merge_config(world.base, [world.folder / "code", other], mode="random"), tmp_path / "out")
+    asked: dict[str, Any] = {"labels": ("law=other", "food=other"), "limit": 1, "device": "cpu"}
+    found = raymoe.evaluate(tmp_path / "out", world.data, **asked)
+    assert found["loss"]["average"] is None and found["loss"]["experts"]
+    (warning,) = [each for each in found["warnings"] if "average" in each]
+    assert warning.startswith("not compared with the average of the experts: ") and "its attention has" in warning
+    said = refused(tmp_path / "out", world.data, against="base,average", **asked)
+    assert f"{other}: it can't be averaged with" in said and "--against base" in said
 
 
 def test_the_result_says_what_it_is_of(world: World, hidden: Path, result: dict[str, Any]) -> None:
@@ -117,7 +159,9 @@ def test_the_result_says_what_it_is_of(world: World, hidden: Path, result: dict[
         "prompt_model": "base",
         "layers": LAYERS,
         "experts_per_token": 2,
+        "backbone": "base",
         "experts": ["code", "law", "food"],
+        "compared": {},
         "seed": 0,
         "warnings": [],
     }
@@ -153,7 +197,7 @@ def test_routing_is_what_the_resident_routers_choose(world: World, hidden: Path,
     np.testing.assert_allclose(np.sum(routing["load"], axis=1), 1.0, atol=5e-6)
 
 
-@pytest.mark.parametrize("against", ["none", "base,experts,oracle,hidden"])
+@pytest.mark.parametrize("against", ["none", COMPARED])
 def test_progress_ends_at_its_total(
     world: World, hidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: str
 ) -> None:
@@ -331,13 +375,17 @@ def test_problems_of_every_kind_are_told_together(world: World, hidden: Path, tm
     data = tmp_path / "bad.jsonl"
     data.write_text('{"label": "rust", "text": "fn main"}\n')
     found = refused(hidden, data, against=("orcale",), limit=-1)
+    assert "'average' is already the name of a loss" in refused(hidden, data, against=f"average={world.base}")
+    assert "'expert 1' is already the name of a loss" in refused(hidden, data, against=f"expert 1={world.base}")
     for part in ("'orcale' is not a comparison", "--limit: -1", "line 1: unknown label 'rust'"):
         assert part in found
 
 
 def test_what_is_no_merge(world: World, hidden: Path, tmp_path: Path) -> None:
-    assert "there is no such folder" in refused(tmp_path / "gone", world.data)
-    assert "there is no raymoe.json" in refused(world.base, world.data)
+    assert f"no folder '{tmp_path / 'gone'}' here" in refused(tmp_path / "gone", world.data)
+    lost = Path(shutil.copytree(hidden, tmp_path / "lost"))
+    (lost / "raymoe.json").unlink()
+    assert "there is no raymoe.json" in refused(lost, world.data)
     config = json.loads((hidden / "config.json").read_text()) | {"num_local_experts": 2}
     fewer = Path(shutil.copytree(hidden, tmp_path / "fewer"))
     (fewer / "config.json").write_text(json.dumps(config))

@@ -50,6 +50,7 @@ def synthetic_evaluation(experts: int = 4, layers: int = 30, seed: int = 0, used
         "architecture": "mixtral",
         "gate_mode": "ridge",
         "prompt_model": "grafted",
+        "backbone": "linear",
         "layers": layers,
         "experts_per_token": used,
         "experts": names,
@@ -59,6 +60,7 @@ def synthetic_evaluation(experts: int = 4, layers: int = 30, seed: int = 0, used
             "tokens": sum(tokens.values()),
             "per_label": {name: {"expert": n, "texts": 40, "tokens": tokens[name]} for n, name in enumerate(names)},
         },
+        "compared": {},
         "loss": loss,
         "gap_closed": (means["hidden"] - means["merged"]) / (means["hidden"] - means["oracle"]),
         "routing": {
@@ -91,6 +93,8 @@ def _losses(names: Sequence[str], rng: np.random.Generator) -> dict[str, dict[st
         "oracle": oracle,
         "hidden": oracle + gap * rng.uniform(0.2, 0.45, len(names)),
     }
+    rows["average"] = oracle + gap * 0.5
+    rows["experts"] = oracle - 0.01
     for n, name in enumerate(names):
         rows[f"expert {name}"] = base + rng.uniform(-0.05, 0.3, len(names))
         rows[f"expert {name}"][n] = oracle[n] - 0.01

@@ -68,14 +68,41 @@ def test_only_the_merge_was_measured(left_out: str) -> None:
     page = page_of(result)
     drawn = {kind for attributes in page.all("rect") for kind in (attributes.get("class") or "").split()}
     assert "merged" in drawn
-    assert not drawn & {"base", "hidden", "oracle", "own"}
+    assert not drawn & {"base", "average", "hidden", "oracle", "own"}
     assert not any("Mean loss, lower" in str(s["aria-label"]) for s in page.all("svg")), "nothing to compare with"
     assert "of the gap" not in words(page)
 
 
+def test_the_merge_is_compared_with_what_it_has_to_beat() -> None:
+    result = synthetic_evaluation(2, 8)
+    loss = result["loss"]
+    loss["merged"]["mean"], loss["average"]["mean"] = 2.0, 1.875
+    loss["expert go"]["mean"], loss["expert metamath"]["mean"] = 2.75, 2.5
+    said = words(page_of(result))
+    assert "The mean loss is 2.00 nats: 0.50 below the best single expert (metamath) and 0.12 above a plain" in said
+    loss["expert go"], loss["average"] = None, None
+    loss["base"]["mean"] = 3.5
+    assert "The mean loss is 2.00 nats: 1.50 below the base model;" in words(page_of(result))
+
+
+def test_the_line_from_base_to_best_has_all_references() -> None:
+    result = synthetic_evaluation()
+    result["compared"], result["loss"]["other"] = {"other": "org/other"}, {**result["loss"]["base"], "mean": 9.5}
+    (line,) = [s for s in page_of(result).all("svg") if "Mean loss, lower" in str(s["aria-label"])]
+    means = {
+        name: result["loss"][name]["mean"] for name in ("experts", "oracle", "merged", "hidden", "average", "base")
+    }
+    named = dict(
+        zip(means, ("own expert", "right expert", "this merge", "hidden router", "plain average", "base model"))
+    )
+    for name, mean in means.items():
+        assert f"{named[name]} {mean:.3f}" in str(line["aria-label"])
+    assert str(line["aria-label"]).endswith("other 9.500")
+
+
 def test_no_losses_and_no_samples() -> None:
     result = synthetic_evaluation()
-    result |= {"loss": {}, "gap_closed": None, "samples": [], "gate_mode": None, "prompt_model": None}
+    result |= {"loss": {}, "gap_closed": None, "samples": [], "gate_mode": None, "prompt_model": None, "backbone": None}
     page = page_of(result)
     assert "First choices" in page.text
     assert "None" not in words(page)
