@@ -80,6 +80,7 @@ def write_config(path: Path, config: dict[str, Any], experts: list[Path], mode: 
             assert len(prompts) >= 4, "too few prompts of equal length"
         entries.append({"source_model": str(model), "positive_prompts": prompts})
     content = {**config, "gate_mode": mode, "experts": entries}
+    content.pop("backbone", None)  # raymoe's own key
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

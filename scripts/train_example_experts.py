@@ -700,6 +700,7 @@ def versions() -> dict[str, str]:
 CONFIG_HEADER = """\
 # Four LoRA experts of SmolLM2-135M-Instruct (Go, Metamath, Spanish, dictionary entries) as one
 # Mixture-of-Experts model. The router's rows come from the experts' positive prompts: real text of each kind.
+# Attention is the mean of the experts', since their training changed it.
 #
 #     python scripts/fetch_example_base.py            # makes models/SmolLM2-135M-Instruct
 #     raymoe merge configs/example.yaml out/demo
@@ -710,11 +711,11 @@ CONFIG_HEADER = """\
 
 
 def config_text(examples: Path, base: Path) -> str:
-    """configs/example.yaml, in the schema of mergekit-moe but for the gate mode."""
+    """configs/example.yaml, in the schema of mergekit-moe but for the gate mode and the backbone."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    lines = [f"base_model: {BASE.as_posix()}", "gate_mode: ridge", "dtype: bfloat16", "experts:"]
+    lines = [f"base_model: {BASE.as_posix()}", "gate_mode: ridge", "backbone: linear", "dtype: bfloat16", "experts:"]
     for label in KINDS:
         texts = [row["text"] for row in read_jsonl(examples / "prompts" / f"{label}.jsonl")]
         lines.append(f"  - source_model: {BASE.as_posix()}+{EXAMPLES.as_posix()}/adapters/{label}")
