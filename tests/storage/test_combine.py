@@ -164,8 +164,12 @@ def test_ties(
     assert 0 < changed <= sum(max(1, int(density * base.size)) for _ in experts)
 
 
-def test_thresholds_are_exact(reader: SourceReader, combination: Callable[..., Combination]) -> None:
+@pytest.mark.parametrize("held", [1 << 24, 0], ids=["selected", "counted"])
+def test_thresholds_are_exact(
+    reader: SourceReader, combination: Callable[..., Combination], monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
     """The k-th largest difference by sorting, also where many are equal or in one half of the histogram."""
+    monkeypatch.setattr(combine, "_SELECT_ELEMENTS", held)
     base = np.zeros(SHAPE, np.float32)
     spread = values(1).astype(np.float32)
     near = (1 + 1e-6 * values(2)).astype(np.float32)
