@@ -121,6 +121,28 @@ def ray_merge(local_ray: None) -> Callable[..., Any]:
     return merge
 
 
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """Merges and verifications of the test run in this process, with one worker (tests/runtime/in_process.py)."""
+    from tests.runtime.in_process import in_this_process
+
+    with in_this_process():
+        yield
+
+
+@pytest.fixture
+def merge_in_process(without_ray: None) -> Callable[..., Any]:
+    """`ray_merge` without Ray: merge_in_process(config, folder, options=None, **settings) is `raymoe.merge`."""
+    import raymoe
+    from raymoe.runtime.settings import RuntimeSettings
+
+    def merge(config: Any, folder: Path, options: Any = None, **settings: Any) -> Any:
+        made = RuntimeSettings(**{"verbosity": -1, **settings})
+        return raymoe.merge(config, folder, options, settings=made, allow_all_same=True)
+
+    return merge
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """zoo(family, seed=0, dtype="float32", **config) is the folder of that pico model, made once. Read-only."""

@@ -39,7 +39,7 @@ def test_every_key_has_a_row() -> None:
 
 
 def test_python_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Callable[..., Path], local_ray: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Callable[..., Path], without_ray: None
 ) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"label": label, "text": f"some text of {label}"}) + "\n" for label in ("0", "1"))
