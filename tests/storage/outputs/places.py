@@ -110,9 +110,9 @@ def made_place(kind: str, tmp_path: Path) -> Iterator[Place]:
             yield Place(f"s3://{name}/out", kind)
 
 
-def started(place: Place, plan: MergePlan, *, fresh: bool = False) -> Output:
+def started(place: Place, plan: MergePlan, *, fresh: bool = False, options: StorageOptions = OPTIONS) -> Output:
     """A run that has begun. On a folder it gives the lock back, as one does whose driver is killed."""
-    output = open_output(Location.parse(place.location), OPTIONS)
+    output = open_output(Location.parse(place.location), options)
     output.lock()
     output.begin(plan.digest, {}, fresh=fresh)
     return output

@@ -53,6 +53,8 @@ from tests.storage.outputs.places import (
 )
 
 PLAN = MergeOptions(max_shard_bytes=1 << 30, model_card=False)
+# moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
+TAKEN_OVER = StorageOptions(deadline_s=8)
 
 
 # --- two merges of one shape, and places to write them to
@@ -128,8 +130,7 @@ def test_late_actor(
     old, new = plans if other_plan else (plans[0], plans[0])
     first = started(place, old)
     shard, reader, ended = shard_of(old, Owner.expert(0)), Waiting(fails=fails), list[BaseException]()
-    # moto answers a part of an upload that is gone with an error of its own, which is tried again until the deadline.
-    actor = open_output(Location.parse(place.location), StorageOptions(deadline_s=5), first.run)
+    actor = open_output(Location.parse(place.location), TAKEN_OVER, first.run)
     jobs = first.jobs(shard)
 
     def work() -> None:
@@ -292,7 +293,7 @@ def test_taken_over_while_the_old_run_stands_still(
     one, two = shard_of(old, Owner.expert(0)), shard_of(old, Owner.expert(1))
 
     def once(place: Place, at: int) -> int:
-        first = started(place, old)
+        first = started(place, old, options=TAKEN_OVER)
         first.complete(one, do_shard(first, old, one))
 
         take_over = TakeOver(place, new, fresh=other_plan, until=until)
