@@ -80,11 +80,23 @@ def local_ray(_aws_files: Path) -> Iterator[None]:
     import ray
 
     with environment({"AWS_CONFIG_FILE": str(_aws_files), "AWS_SHARED_CREDENTIALS_FILE": str(_aws_files)}):
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False
-        )
+        _start_ray(tries=3)
     yield
     ray.shutdown()
+
+
+def _start_ray(tries: int) -> None:
+    """Ray gives up a start that takes half a minute, as on a busy machine: then it is started again."""
+    import ray
+
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address="local", num_cpus=2, **options)
+    except Exception as error:  # a bare one
+        if tries == 1 or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        _start_ray(tries - 1)
 
 
 @pytest.fixture(scope="session")
